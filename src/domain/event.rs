@@ -1,0 +1,218 @@
+//! The message as producers send it: a Segment / Customer.io `identify` event.
+//!
+//! [`Event::decode`] is the only door. It asks for what every event must have, a JSON object of
+//! bounded size whose parts have the shapes the specification gives them, and leaves everything
+//! else in [`Event::body`] for the mapping to pick from. A message it refuses can never succeed, so
+//! the reasons in [`Malformed`] are dead-letter reasons and carry no content of the message.
+
+use serde_json::{Map, Value};
+
+/// A decoded event. Its shape is known; what it means is decided by the mapping.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Event {
+    /// The whole event, which JSONPaths of the mapping are applied to. Always an object.
+    pub body: Value,
+}
+
+/// Why bytes are no event.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Malformed {
+    /// More bytes than `worker.max_message_bytes`.
+    #[error("the message has {size} bytes, more than the {limit} allowed")]
+    TooLarge {
+        /// Bytes in the message.
+        size: usize,
+        /// Bytes allowed.
+        limit: usize,
+    },
+    /// Not JSON, or JSON cut short.
+    #[error("not JSON: line {line}, column {column}")]
+    NotJson {
+        /// Counted from 1.
+        line: usize,
+        /// Counted from 1; 0 at the start of a line.
+        column: usize,
+    },
+    /// JSON, but a list, text or number.
+    #[error("not a JSON object but {found}")]
+    NotAnObject {
+        /// What it is instead.
+        found: &'static str,
+    },
+    /// A part of the envelope has a shape it cannot have.
+    #[error("`{key}` must be {expected}, not {found}")]
+    WrongShape {
+        /// The key of the envelope.
+        key: &'static str,
+        /// What it has to be.
+        expected: &'static str,
+        /// What it is instead.
+        found: &'static str,
+    },
+}
+
+/// Why an event is not for Close. Skipping is an outcome, not a failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum NotForClose {
+    /// `type` is not `identify`.
+    EventType,
+    /// `integrations` excludes Close.
+    Integrations,
+}
+
+impl Event {
+    /// Reads an event from the body of a message.
+    pub fn decode(bytes: &[u8], limit: usize) -> Result<Self, Malformed> {
+        if bytes.len() > limit {
+            return Err(Malformed::TooLarge { size: bytes.len(), limit });
+        }
+        let body: Value = serde_json::from_slice(bytes)
+            .map_err(|error| Malformed::NotJson { line: error.line(), column: error.column() })?;
+        let Value::Object(envelope) = &body else {
+            return Err(Malformed::NotAnObject { found: kind(&body) });
+        };
+        expect(envelope, "type", "text", Value::is_string)?;
+        expect(envelope, "traits", "an object", Value::is_object)?;
+        expect(envelope, "integrations", "an object", Value::is_object)?;
+        expect(envelope, "userId", "text or a number", |value| value.is_string() || value.is_number())?;
+        Ok(Self { body })
+    }
+
+    /// A text of the envelope that is present and not blank.
+    pub fn text(&self, key: &str) -> Option<&str> {
+        self.body.get(key).and_then(Value::as_str).map(str::trim).filter(|text| !text.is_empty())
+    }
+
+    /// The producer's own id of the event, for logs.
+    pub fn message_id(&self) -> Option<&str> {
+        self.text("messageId")
+    }
+
+    /// When it happened at the producer: `timestamp`, else `receivedAt`, else `sentAt`.
+    pub fn time(&self) -> Option<jiff::Timestamp> {
+        ["timestamp", "receivedAt", "sentAt"].iter().find_map(|key| self.text(key)?.parse().ok())
+    }
+
+    /// Whether the event is for Close at all (`design.md` §2, rule 9).
+    ///
+    /// A missing `type` counts as `identify`: producers that publish nothing else often leave it
+    /// out. A missing `integrations` means everyone gets the event.
+    pub fn not_for_close(&self) -> Option<NotForClose> {
+        if self.text("type").is_some_and(|kind| kind != "identify") {
+            return Some(NotForClose::EventType);
+        }
+        let integrations = self.body.get("integrations")?;
+        // Options for an integration, `"Close": {…}`, mean that it is switched on.
+        let switch = |name: &str| match integrations.get(name) {
+            None | Some(Value::Null) => None,
+            Some(Value::Bool(on)) => Some(*on),
+            Some(_) => Some(true),
+        };
+        let wanted = switch("Close").or(switch("All")).unwrap_or(true);
+        (!wanted).then_some(NotForClose::Integrations)
+    }
+}
+
+/// Refuses a key that is present, not null, and of another shape than expected.
+fn expect(
+    envelope: &Map<String, Value>,
+    key: &'static str,
+    expected: &'static str,
+    fits: impl Fn(&Value) -> bool,
+) -> Result<(), Malformed> {
+    match envelope.get(key) {
+        None | Some(Value::Null) => Ok(()),
+        Some(value) if fits(value) => Ok(()),
+        Some(value) => Err(Malformed::WrongShape { key, expected, found: kind(value) }),
+    }
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "text",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    fn event(body: Value) -> Event {
+        Event::decode(body.to_string().as_bytes(), 1 << 20).unwrap()
+    }
+
+    #[test]
+    fn what_is_no_event_is_refused_with_the_reason() {
+        let cases: [(&[u8], &str); 9] = [
+            (b"", "not JSON: line 1, column 0"),
+            (b"{\"type\":", "not JSON: line 1, column 8"),
+            (b"\xff\xfe", "not JSON: line 1, column 1"),
+            (b"[]", "not a JSON object but a list"),
+            (b"null", "not a JSON object but null"),
+            (b"{\"traits\":[]}", "`traits` must be an object, not a list"),
+            (b"{\"type\":7}", "`type` must be text, not a number"),
+            (b"{\"userId\":{}}", "`userId` must be text or a number, not an object"),
+            (b"{\"integrations\":true}", "`integrations` must be an object, not a boolean"),
+        ];
+        for (bytes, message) in cases {
+            assert_eq!(Event::decode(bytes, 100).unwrap_err().to_string(), message);
+        }
+        assert_eq!(Event::decode(b"{  }", 3).unwrap_err(), Malformed::TooLarge { size: 4, limit: 3 });
+    }
+
+    #[test]
+    fn integrations_and_type_decide_whether_close_gets_it() {
+        use NotForClose::{EventType, Integrations};
+        let cases = [
+            (json!({}), None),
+            (json!({"type": "identify"}), None),
+            (json!({"type": "track"}), Some(EventType)),
+            (json!({"type": "Identify"}), Some(EventType)),
+            (json!({"integrations": {}}), None),
+            (json!({"integrations": {"All": true}}), None),
+            (json!({"integrations": {"All": false}}), Some(Integrations)),
+            (json!({"integrations": {"Close": false}}), Some(Integrations)),
+            (json!({"integrations": {"All": true, "Close": false}}), Some(Integrations)),
+            (json!({"integrations": {"All": false, "Close": true}}), None),
+            (json!({"integrations": {"All": false, "Close": {"status": "x"}}}), None),
+            (json!({"integrations": {"All": false, "Close": null}}), Some(Integrations)),
+            (json!({"integrations": {"Salesforce": false}}), None),
+        ];
+        for (body, expected) in cases {
+            assert_eq!(event(body.clone()).not_for_close(), expected, "{body}");
+        }
+    }
+
+    #[test]
+    fn the_first_usable_time_wins() {
+        let cases = [
+            (
+                json!({"timestamp": "2026-01-02T03:04:05Z", "sentAt": "2025-01-01T00:00:00Z"}),
+                Some("2026-01-02T03:04:05Z"),
+            ),
+            (
+                json!({"timestamp": "yesterday", "receivedAt": "2026-01-02T04:04:05+01:00"}),
+                Some("2026-01-02T03:04:05Z"),
+            ),
+            (json!({"timestamp": 5}), None),
+        ];
+        for (body, expected) in cases {
+            assert_eq!(event(body).time().map(|time| time.to_string()).as_deref(), expected);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = Event::decode(&bytes, 150).map(|event| (event.not_for_close(), event.time()));
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! The decisions: what an event means, which record it belongs to, what has to change.
+//!
+//! Everything here is a function of values. There is no IO, no clock, no randomness and no `async`
+//! below this module, and nothing in it knows RabbitMQ, HTTP or the shape of Close's JSON. In
+//! reading order, as a message meets them: [`event`] decodes it, [`mapping`] turns it into the
+//! records we want, [`matching`] picks the records that are meant, [`plan`] lists the steps between.
+
+pub mod event;
+pub mod mapping;
+pub mod matching;
+pub mod plan;
+pub mod record;

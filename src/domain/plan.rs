@@ -1,0 +1,697 @@
+//! The heart: the steps that turn what Close has into what the event wants.
+//!
+//! [`plan`] is a pure function of the wanted values, the records found and the switches. Applying
+//! its steps and planning again yields no steps: that law is what makes a redelivered message
+//! harmless, and it is tested with random records below.
+//!
+//! A switch that is off removes a step and leaves a [`Refusal`] with the reason; it is no failure.
+//! The Lead comes before its Contacts, so that a company is claimed before anything else can go
+//! wrong.
+//!
+//! **Why a Lead may be created without its Contact.** When the switches forbid the new Contact but
+//! allow the new Lead, the Lead is made alone if it carries a company id. The outcome then does not
+//! depend on which event of the company comes first. Without a company id such a Lead could never
+//! be found again, and every event would make another one: nothing is created.
+
+use std::collections::BTreeMap;
+
+use super::mapping::{Desired, DropReason, Dropped, Wanted, WriteRule};
+use super::matching::Found;
+use super::record::{Channel, Contact, ContactId, Entry, Field, Fields, Lead, LeadId, Lists};
+
+/// Most entries Close keeps in one list of a Contact (close-api.md §5).
+const MAX_ENTRIES: usize = 100;
+
+/// What close-sync may do, each switch named as in the configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(clippy::struct_excessive_bools, reason = "five independent switches are what users set")]
+pub struct Switches {
+    /// Create Leads.
+    pub allow_creating_new_leads: bool,
+    /// Change Leads that exist.
+    pub allow_updating_existing_leads: bool,
+    /// Create Contacts.
+    pub allow_creating_new_contacts: bool,
+    /// Change Contacts that exist.
+    pub allow_updating_existing_contacts: bool,
+    /// Create a Contact for a person who already has one under another Lead.
+    pub allow_creating_duplicate_contacts: bool,
+}
+
+impl Default for Switches {
+    fn default() -> Self {
+        Self {
+            allow_creating_new_leads: true,
+            allow_updating_existing_leads: true,
+            allow_creating_new_contacts: true,
+            allow_updating_existing_contacts: true,
+            allow_creating_duplicate_contacts: true,
+        }
+    }
+}
+
+/// Values for a Contact: all of them when it is new, only what changes when it exists.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ContactValues {
+    /// Fields to set.
+    pub fields: Fields,
+    /// Lists, whole: Close replaces a list that is sent (close-api.md §5).
+    pub lists: Lists,
+}
+
+impl ContactValues {
+    fn is_empty(&self) -> bool {
+        self.fields.is_empty() && self.lists.is_empty()
+    }
+}
+
+/// One write to Close.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Step {
+    /// A new Lead, with its Contact in the same call.
+    CreateLead {
+        /// Values of the Lead.
+        lead: Fields,
+        /// Values of the Contact; none when the switches forbid it.
+        contact: Option<ContactValues>,
+    },
+    /// A new Contact in a Lead that exists.
+    CreateContact {
+        /// The Lead.
+        lead: LeadId,
+        /// Values of the Contact.
+        contact: ContactValues,
+    },
+    /// Changes to a Lead.
+    UpdateLead {
+        /// The Lead.
+        id: LeadId,
+        /// What changes.
+        changes: Fields,
+    },
+    /// Changes to a Contact.
+    UpdateContact {
+        /// The Contact.
+        id: ContactId,
+        /// What changes.
+        changes: ContactValues,
+    },
+}
+
+/// A step a switch forbade.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Refusal {
+    /// `allow_creating_new_leads` is off.
+    CreateLead,
+    /// `allow_updating_existing_leads` is off.
+    UpdateLead,
+    /// `allow_creating_new_contacts` is off.
+    CreateContact,
+    /// `allow_updating_existing_contacts` is off.
+    UpdateContact,
+    /// `allow_creating_duplicate_contacts` is off.
+    DuplicateContact,
+}
+
+impl Refusal {
+    /// All refusals, for metrics.
+    pub const ALL: [Self; 5] = [
+        Self::CreateLead,
+        Self::UpdateLead,
+        Self::CreateContact,
+        Self::UpdateContact,
+        Self::DuplicateContact,
+    ];
+
+    /// The label in logs and metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::CreateLead => "creating_leads_is_off",
+            Self::UpdateLead => "updating_leads_is_off",
+            Self::CreateContact => "creating_contacts_is_off",
+            Self::UpdateContact => "updating_contacts_is_off",
+            Self::DuplicateContact => "duplicate_contacts_are_off",
+        }
+    }
+}
+
+/// The steps, and what was left out and why.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Plan {
+    /// Writes, in order.
+    pub steps: Vec<Step>,
+    /// Writes the switches forbade.
+    pub refused: Vec<Refusal>,
+}
+
+impl Plan {
+    /// Whether a record would be created: then "not found" has to be beyond doubt.
+    pub fn creates(&self) -> bool {
+        self.steps.iter().any(Step::creates)
+    }
+}
+
+impl Step {
+    /// Whether the step makes a record, and so must never be repeated blindly.
+    pub fn creates(&self) -> bool {
+        match self {
+            Self::CreateLead { .. } | Self::CreateContact { .. } => true,
+            Self::UpdateLead { .. } | Self::UpdateContact { .. } => false,
+        }
+    }
+}
+
+/// The steps that turn `found` into `desired`. Empty when nothing differs.
+pub fn plan(desired: &Desired, found: &Found, switches: &Switches) -> Plan {
+    let mut plan = Plan::default();
+    match found {
+        Found::Nobody => plan.create_lead(desired, false, switches),
+        Found::OtherCompany => plan.create_lead(desired, true, switches),
+        Found::InLead { lead, contacts, elsewhere, adopted: _ } => {
+            plan.update_lead(desired, lead, switches);
+            if contacts.is_empty() {
+                plan.create_contact(desired, lead, *elsewhere, switches);
+            }
+            for contact in contacts {
+                plan.update_contact(desired, contact, switches);
+            }
+        }
+        Found::Anywhere { people } => {
+            let mut leads: Vec<&Lead> = people.iter().filter_map(|(_, lead)| lead.as_ref()).collect();
+            leads.sort_by_key(|lead| &lead.id);
+            leads.dedup_by_key(|lead| &lead.id);
+            for lead in leads {
+                plan.update_lead(desired, lead, switches);
+            }
+            for (contact, _) in people {
+                plan.update_contact(desired, contact, switches);
+            }
+        }
+    }
+    plan
+}
+
+impl Plan {
+    fn create_lead(&mut self, desired: &Desired, duplicate: bool, switches: &Switches) {
+        if !switches.allow_creating_new_leads {
+            return self.refuse(Refusal::CreateLead);
+        }
+        let contact = match refuse_contact(duplicate, switches) {
+            None => Some(new_contact(desired)),
+            Some(refusal) => {
+                self.refuse(refusal);
+                None
+            }
+        };
+        if contact.is_some() || desired.identity.company_id.is_some() {
+            self.steps.push(Step::CreateLead { lead: all(&desired.lead), contact });
+        }
+    }
+
+    fn create_contact(&mut self, desired: &Desired, lead: &Lead, duplicate: bool, switches: &Switches) {
+        match refuse_contact(duplicate, switches) {
+            Some(refusal) => self.refuse(refusal),
+            None => {
+                self.steps.push(Step::CreateContact { lead: lead.id.clone(), contact: new_contact(desired) });
+            }
+        }
+    }
+
+    fn update_lead(&mut self, desired: &Desired, lead: &Lead, switches: &Switches) {
+        let changes = field_changes(&desired.lead, &lead.fields);
+        if changes.is_empty() {
+            return;
+        }
+        if switches.allow_updating_existing_leads {
+            self.steps.push(Step::UpdateLead { id: lead.id.clone(), changes });
+        } else {
+            self.refuse(Refusal::UpdateLead);
+        }
+    }
+
+    fn update_contact(&mut self, desired: &Desired, contact: &Contact, switches: &Switches) {
+        let changes = ContactValues {
+            fields: field_changes(&desired.contact, &contact.fields),
+            lists: list_changes(&desired.channels, contact),
+        };
+        if changes.is_empty() {
+            return;
+        }
+        if switches.allow_updating_existing_contacts {
+            self.steps.push(Step::UpdateContact { id: contact.id.clone(), changes });
+        } else {
+            self.refuse(Refusal::UpdateContact);
+        }
+    }
+
+    fn refuse(&mut self, refusal: Refusal) {
+        if !self.refused.contains(&refusal) {
+            self.refused.push(refusal);
+        }
+    }
+}
+
+fn refuse_contact(duplicate: bool, switches: &Switches) -> Option<Refusal> {
+    if !switches.allow_creating_new_contacts {
+        Some(Refusal::CreateContact)
+    } else if duplicate && !switches.allow_creating_duplicate_contacts {
+        Some(Refusal::DuplicateContact)
+    } else {
+        None
+    }
+}
+
+/// Every write rule lets a value into a new record.
+fn all(wanted: &BTreeMap<Field, Wanted>) -> Fields {
+    wanted.iter().map(|(field, wanted)| (field.clone(), wanted.value.clone())).collect()
+}
+
+fn new_contact(desired: &Desired) -> ContactValues {
+    let entry = |channel: Channel, wanted: &Wanted| Entry {
+        value: wanted.value.as_str().unwrap_or_default().to_owned(),
+        kind: channel.default_kind().to_owned(),
+    };
+    ContactValues {
+        fields: all(&desired.contact),
+        lists: desired
+            .channels
+            .iter()
+            .map(|(&channel, wanted)| (channel, vec![entry(channel, wanted)]))
+            .collect(),
+    }
+}
+
+fn field_changes(wanted: &BTreeMap<Field, Wanted>, current: &Fields) -> Fields {
+    wanted
+        .iter()
+        .filter(|(field, wanted)| match (wanted.write, current.get(field)) {
+            (WriteRule::OnCreate, _) | (WriteRule::IfEmpty, Some(_)) => false,
+            (WriteRule::IfEmpty, None) => true,
+            (WriteRule::Always, current) => current != Some(&wanted.value),
+        })
+        .map(|(field, wanted)| (field.clone(), wanted.value.clone()))
+        .collect()
+}
+
+/// Lists that grow by the wanted entry; existing entries keep their place. A full list stays.
+fn list_changes(wanted: &BTreeMap<Channel, Wanted>, contact: &Contact) -> Lists {
+    let mut lists = Lists::new();
+    for (&channel, wanted) in wanted {
+        let Some(value) = wanted.value.as_str() else { continue };
+        let current = contact.list(channel);
+        let permitted = match wanted.write {
+            WriteRule::Always => true,
+            WriteRule::IfEmpty => current.is_empty(),
+            WriteRule::OnCreate => false,
+        };
+        if permitted && current.len() < MAX_ENTRIES && !contact.has(channel, value) {
+            let mut grown = current.to_vec();
+            grown.push(Entry { value: value.to_owned(), kind: channel.default_kind().to_owned() });
+            lists.insert(channel, grown);
+        }
+    }
+    lists
+}
+
+impl Step {
+    /// Takes out the value Close refused, so that the rest can still be written. `path` is the way
+    /// to it in Close's `field-errors`, `["contacts", "0", "phones", "0", "phone"]` (close-api.md
+    /// §3). `None` when the value cannot be spared: an id records are found by, the only identity of
+    /// a new Contact, or nothing of ours.
+    pub fn without(
+        &self,
+        path: &[String],
+        desired: &Desired,
+        keys: &super::mapping::KeyFields,
+    ) -> Option<(Self, Dropped)> {
+        let mut step = self.clone();
+        let inner: Vec<&str> = path.iter().map(String::as_str).collect();
+        let name = match (&mut step, inner.as_slice()) {
+            (Self::CreateLead { contact: Some(contact), .. }, ["contacts", _, name, ..]) => {
+                contact.spare(name, true, desired)?
+            }
+            (Self::CreateContact { contact, .. }, [name, ..]) => contact.spare(name, true, desired)?,
+            (Self::UpdateContact { changes, .. }, [name, ..]) => changes.spare(name, false, desired)?,
+            (
+                Self::CreateLead { lead: fields, .. } | Self::UpdateLead { changes: fields, .. },
+                [name, ..],
+            ) => remove(fields, name)?,
+            (_, []) => return None,
+        };
+        let key = |field: &Option<super::record::FieldId>| {
+            field.as_ref().is_some_and(|id| Field::Custom(id.clone()).to_string() == name)
+        };
+        if key(&keys.company) || key(&keys.user) {
+            return None;
+        }
+        Some((step, Dropped { field: name, reason: DropReason::Refused }))
+    }
+
+    /// Whether nothing is left to write.
+    pub fn is_empty(&self) -> bool {
+        match self {
+            Self::CreateLead { .. } | Self::CreateContact { .. } => false,
+            Self::UpdateLead { changes, .. } => changes.is_empty(),
+            Self::UpdateContact { changes, .. } => changes.is_empty(),
+        }
+    }
+}
+
+impl ContactValues {
+    fn spare(&mut self, name: &str, is_new: bool, desired: &Desired) -> Option<String> {
+        let Some(channel) = Channel::ALL.into_iter().find(|channel| channel.list() == name) else {
+            return remove(&mut self.fields, name);
+        };
+        let only_identity = is_new && channel == Channel::Email && desired.identity.user_id.is_none();
+        if only_identity {
+            return None;
+        }
+        self.lists.remove(&channel).map(|_| channel.to_string())
+    }
+}
+
+/// Removes a field by the key Close used for it; an unknown status is reported as `status`, whatever
+/// was sent (close-api.md §3).
+fn remove(fields: &mut Fields, name: &str) -> Option<String> {
+    let name = if name == "status" { "status_id" } else { name };
+    let field = fields.keys().find(|field| field.to_string() == name)?.clone();
+    fields.remove(&field).map(|_| field.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::domain::mapping::tests::desired;
+    use crate::domain::matching::tests::{contact, keys, lead};
+    use crate::domain::record::FieldId;
+
+    fn event() -> Desired {
+        desired(json!({"userId": "u", "traits": {
+            "email": "jane@example.test", "phone": "+493012345", "name": "Jane", "plan": "pro",
+            "company": {"id": "acme", "name": "Acme"},
+        }}))
+    }
+
+    fn plan_of(found: &Found, off: fn(&mut Switches)) -> (Vec<&'static str>, Vec<Refusal>) {
+        let mut switches = Switches::default();
+        off(&mut switches);
+        let plan = plan(&event(), found, &switches);
+        let kinds = plan.steps.iter().map(|step| match step {
+            Step::CreateLead { contact: Some(_), .. } => "lead+contact",
+            Step::CreateLead { contact: None, .. } => "lead",
+            Step::CreateContact { .. } => "contact",
+            Step::UpdateLead { .. } => "update lead",
+            Step::UpdateContact { .. } => "update contact",
+        });
+        (kinds.collect(), plan.refused)
+    }
+
+    #[test]
+    fn the_switches_take_steps_away() {
+        let in_lead = |contacts: Vec<Contact>, elsewhere| Found::InLead {
+            lead: lead("l", Some("acme")),
+            contacts,
+            adopted: false,
+            elsewhere,
+        };
+        let jane = contact("c", "l", Some("u"), None);
+        type Case = (Found, fn(&mut Switches), &'static [&'static str], &'static [Refusal]);
+        let cases: Vec<Case> = vec![
+            (Found::Nobody, |_| (), &["lead+contact"], &[]),
+            (Found::Nobody, |s| s.allow_creating_new_leads = false, &[], &[Refusal::CreateLead]),
+            (Found::Nobody, |s| s.allow_creating_new_contacts = false, &["lead"], &[Refusal::CreateContact]),
+            (Found::Nobody, |s| s.allow_creating_duplicate_contacts = false, &["lead+contact"], &[]),
+            (Found::OtherCompany, |_| (), &["lead+contact"], &[]),
+            (
+                Found::OtherCompany,
+                |s| s.allow_creating_duplicate_contacts = false,
+                &["lead"],
+                &[Refusal::DuplicateContact],
+            ),
+            (in_lead(vec![], false), |_| (), &["update lead", "contact"], &[]),
+            (in_lead(vec![], true), |_| (), &["update lead", "contact"], &[]),
+            (
+                in_lead(vec![], true),
+                |s| s.allow_creating_duplicate_contacts = false,
+                &["update lead"],
+                &[Refusal::DuplicateContact],
+            ),
+            (
+                in_lead(vec![], false),
+                |s| s.allow_creating_new_contacts = false,
+                &["update lead"],
+                &[Refusal::CreateContact],
+            ),
+            (in_lead(vec![jane.clone()], false), |_| (), &["update lead", "update contact"], &[]),
+            (
+                in_lead(vec![jane.clone()], false),
+                |s| s.allow_updating_existing_leads = false,
+                &["update contact"],
+                &[Refusal::UpdateLead],
+            ),
+            (
+                in_lead(vec![jane.clone()], false),
+                |s| s.allow_updating_existing_contacts = false,
+                &["update lead"],
+                &[Refusal::UpdateContact],
+            ),
+            (
+                Found::Anywhere {
+                    people: vec![(jane.clone(), Some(lead("l", None))), (jane, Some(lead("l", None)))],
+                },
+                |_| (),
+                &["update lead", "update contact", "update contact"],
+                &[],
+            ),
+        ];
+        for (found, off, steps, refused) in cases {
+            assert_eq!(plan_of(&found, off), (steps.to_vec(), refused.to_vec()), "{found:?}");
+        }
+    }
+
+    #[test]
+    fn a_lead_alone_needs_a_company_id() {
+        let nameless = desired(json!({"userId": "u"}));
+        let switches = Switches { allow_creating_new_contacts: false, ..Switches::default() };
+        let plan = plan(&nameless, &Found::Nobody, &switches);
+        assert_eq!((plan.steps.len(), plan.refused.as_slice()), (0, [Refusal::CreateContact].as_slice()));
+    }
+
+    #[test]
+    fn lists_grow_at_the_end_and_only_when_needed() {
+        let mut jane = contact("c", "l", Some("u"), Some("JANE@example.test"));
+        jane.lists.insert(Channel::Phone, vec![Entry { value: "+441234".into(), kind: "mobile".into() }]);
+        let found = Found::Anywhere { people: vec![(jane, None)] };
+        let plan = plan(&event(), &found, &Switches::default());
+        let Some(Step::UpdateContact { changes, .. }) = plan.steps.first() else { panic!("{plan:?}") };
+        assert!(!changes.lists.contains_key(&Channel::Email));
+        let phones: Vec<_> =
+            changes.lists[&Channel::Phone].iter().map(|entry| entry.value.as_str()).collect();
+        assert_eq!(phones, ["+441234", "+493012345"]);
+    }
+
+    #[test]
+    fn write_rules_guard_fields_and_lists() {
+        let current: Fields = [(Field::Title, json!("CEO"))].into();
+        let wanted = |field: Field, write| [(field, Wanted { value: json!("new"), write })].into();
+        let changed = |field, write| !field_changes(&wanted(field, write), &current).is_empty();
+        assert!(changed(Field::Title, WriteRule::Always));
+        assert!(!changed(Field::Title, WriteRule::IfEmpty));
+        assert!(!changed(Field::Title, WriteRule::OnCreate));
+        assert!(changed(Field::Name, WriteRule::IfEmpty));
+        assert!(!changed(Field::Name, WriteRule::OnCreate));
+
+        let grows = |email: Option<&str>, write| {
+            let wanted = [(Channel::Email, Wanted { value: json!("n@x.test"), write })].into();
+            !list_changes(&wanted, &contact("c", "l", None, email)).is_empty()
+        };
+        assert!(grows(Some("o@x.test"), WriteRule::Always));
+        assert!(!grows(Some("o@x.test"), WriteRule::IfEmpty));
+        assert!(grows(None, WriteRule::IfEmpty));
+        assert!(!grows(None, WriteRule::OnCreate));
+
+        let mut full = contact("c", "l", None, None);
+        let entry = |n| Entry { value: format!("{n}@x.test"), kind: "office".into() };
+        full.lists.insert(Channel::Email, (0..MAX_ENTRIES).map(entry).collect());
+        let wanted = [(Channel::Email, Wanted { value: json!("n@x.test"), write: WriteRule::Always })].into();
+        assert!(list_changes(&wanted, &full).is_empty());
+    }
+
+    #[test]
+    fn a_refused_value_is_spared_unless_it_is_an_identity() {
+        let desired = event();
+        let create = &plan(&desired, &Found::Nobody, &Switches::default()).steps[0];
+        let without = |path: &str| {
+            let path: Vec<_> = path.split(' ').map(str::to_owned).collect();
+            create.without(&path, &desired, &keys()).map(|(_, dropped)| dropped.field)
+        };
+        assert_eq!(without("contacts 0 phones 0 phone").as_deref(), Some("phones"));
+        assert_eq!(without("contacts 0 emails 0 email").as_deref(), Some("emails"));
+        assert_eq!(without("custom.cf_plan").as_deref(), Some("custom.cf_plan"));
+        assert_eq!(without("custom.cf_company"), None);
+        assert_eq!(without("contacts 0 custom.cf_user"), None);
+        assert_eq!(without("lead"), None);
+
+        let by_email = self::desired(json!({"traits": {"email": "jane@example.test"}}));
+        let create = &plan(&by_email, &Found::Nobody, &Switches::default()).steps[0];
+        assert!(
+            create.without(&["contacts".into(), "0".into(), "emails".into()], &by_email, &keys()).is_none()
+        );
+    }
+
+    /// Carries out a plan the way Close would.
+    fn apply(plan: &Plan, found: &Found) -> Found {
+        let set = |fields: &mut Fields, changes: &Fields| fields.extend(changes.clone());
+        let change = |contact: &mut Contact, values: &ContactValues| {
+            set(&mut contact.fields, &values.fields);
+            contact.lists.extend(values.lists.clone());
+        };
+        let made = |values: &ContactValues, lead: &str| {
+            let mut made = contact("c_new", lead, None, None);
+            change(&mut made, values);
+            made
+        };
+        let mut found = found.clone();
+        for step in &plan.steps {
+            match (step, &mut found) {
+                (Step::CreateLead { lead: fields, contact }, _) => {
+                    let lead = Lead { fields: fields.clone(), ..lead("l_new", None) };
+                    let contacts = contact.iter().map(|values| made(values, "l_new")).collect();
+                    found = Found::InLead { lead, contacts, adopted: false, elsewhere: true };
+                }
+                (Step::CreateContact { contact, .. }, Found::InLead { contacts, .. }) => {
+                    contacts.push(made(contact, "l"))
+                }
+                (Step::UpdateLead { changes, .. }, Found::InLead { lead, .. }) => {
+                    set(&mut lead.fields, changes)
+                }
+                (Step::UpdateLead { id, changes }, Found::Anywhere { people }) => {
+                    for lead in
+                        people.iter_mut().filter_map(|(_, lead)| lead.as_mut()).filter(|lead| lead.id == *id)
+                    {
+                        set(&mut lead.fields, changes);
+                    }
+                }
+                (Step::UpdateContact { id, changes }, Found::InLead { contacts, .. }) => {
+                    contacts.iter_mut().filter(|c| c.id == *id).for_each(|c| change(c, changes));
+                }
+                (Step::UpdateContact { id, changes }, Found::Anywhere { people }) => {
+                    people.iter_mut().filter(|(c, _)| c.id == *id).for_each(|(c, _)| change(c, changes));
+                }
+                (_, Found::OtherCompany | Found::Nobody) => panic!("nothing to change"),
+                (Step::CreateContact { .. }, Found::Anywhere { .. }) => panic!("no Lead to add to"),
+            }
+        }
+        found
+    }
+
+    fn some_lead() -> impl Strategy<Value = Lead> {
+        ("l[12]", proptest::option::of("[ab]"), proptest::option::of("[AB]")).prop_map(
+            |(id, company, name)| {
+                let mut lead = lead(&id, company.as_deref());
+                lead.fields.extend(name.map(|name| (Field::Name, json!(name))));
+                lead
+            },
+        )
+    }
+
+    fn some_contact() -> impl Strategy<Value = Contact> {
+        (
+            "c[1-4]",
+            proptest::option::of("[uv]"),
+            proptest::option::of("[jk]@x\\.test"),
+            proptest::option::of("0?[1-3]{3}"),
+        )
+            .prop_map(|(id, user, email, phone)| {
+                let mut contact = contact(&id, "l1", user.as_deref(), email.as_deref());
+                let entry = |value| vec![Entry { value, kind: "office".into() }];
+                contact.lists.extend(phone.map(|phone| (Channel::Phone, entry(format!("+49{phone}")))));
+                contact
+            })
+    }
+
+    fn some_found() -> impl Strategy<Value = Found> {
+        prop_oneof![
+            Just(Found::Nobody),
+            Just(Found::OtherCompany),
+            (some_lead(), proptest::collection::vec(some_contact(), 0..3), any::<bool>(), any::<bool>())
+                .prop_map(|(lead, contacts, adopted, elsewhere)| Found::InLead {
+                    lead,
+                    contacts,
+                    adopted,
+                    elsewhere
+                }),
+            proptest::collection::vec((some_contact(), proptest::option::of(some_lead())), 1..4).prop_map(
+                |mut people| {
+                    people.sort_by_key(|(contact, _)| contact.id.clone());
+                    people.dedup_by_key(|(contact, _)| contact.id.clone());
+                    let mut seen: BTreeMap<LeadId, Lead> = BTreeMap::new();
+                    for (_, lead) in &mut people {
+                        if let Some(lead) = lead {
+                            *lead = seen.entry(lead.id.clone()).or_insert_with(|| lead.clone()).clone();
+                        }
+                    }
+                    Found::Anywhere { people }
+                }
+            ),
+        ]
+    }
+
+    fn some_event() -> impl Strategy<Value = Value> {
+        let traits = (
+            proptest::option::of("[JK]@x\\.test"),
+            proptest::option::of("[ \\-+]?0?[1-3]{3}"),
+            proptest::option::of("[ab]"),
+            proptest::option::of("[AB]"),
+            proptest::option::of("pro|free"),
+        );
+        traits.prop_map(|(email, phone, company, name, plan)| {
+            json!({"userId": "u", "traits": {
+                "email": email, "phone": phone, "plan": plan, "company": {"id": company, "name": name},
+            }})
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn planning_again_after_applying_yields_nothing(
+            event in some_event(), found in some_found(), bits in 0u8..32,
+        ) {
+            let on = |bit: u8| bits & (1 << bit) != 0;
+            let switches = Switches {
+                allow_creating_new_leads: on(0),
+                allow_updating_existing_leads: on(1),
+                allow_creating_new_contacts: on(2),
+                allow_updating_existing_contacts: on(3),
+                allow_creating_duplicate_contacts: on(4),
+            };
+            let desired = desired(event);
+            let first = plan(&desired, &found, &switches);
+            let after = apply(&first, &found);
+            let second = plan(&desired, &after, &switches);
+            prop_assert!(second.steps.is_empty(), "{first:#?}\n{second:#?}");
+        }
+
+        #[test]
+        fn existing_entries_are_never_removed_or_reordered(event in some_event(), contact in some_contact()) {
+            let lists = list_changes(&desired(event).channels, &contact);
+            for (channel, grown) in lists {
+                prop_assert!(grown.starts_with(contact.list(channel)));
+                prop_assert_eq!(grown.len(), contact.list(channel).len() + 1);
+            }
+        }
+    }
+
+    #[test]
+    fn an_adopted_lead_gets_the_company_id() {
+        let found =
+            Found::InLead { lead: lead("l", None), contacts: vec![], adopted: true, elsewhere: false };
+        let plan = plan(&event(), &found, &Switches::default());
+        let Some(Step::UpdateLead { changes, .. }) = plan.steps.first() else { panic!("{plan:?}") };
+        assert_eq!(changes[&Field::Custom(FieldId::new("cf_company"))], json!("acme"));
+    }
+}

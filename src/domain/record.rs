@@ -1,0 +1,274 @@
+//! The words everyone shares: ids, fields and the two records close-sync keeps in step.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde_json::Value;
+
+macro_rules! id {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub struct $name(String);
+
+        impl $name {
+            /// Takes an id as Close wrote it. Ids are opaque and case-sensitive (close-api.md §1).
+            pub fn new(id: impl Into<String>) -> Self {
+                Self(id.into())
+            }
+
+            /// The id as Close writes it.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+    };
+}
+
+id!(
+    /// The id of a Lead, `lead_…`.
+    LeadId
+);
+id!(
+    /// The id of a Contact, `cont_…`.
+    ContactId
+);
+id!(
+    /// The id of a custom field, `cf_…`.
+    FieldId
+);
+
+/// A field that holds one value, on a Lead or on a Contact.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Field {
+    /// The name of the Lead (a company) or of the Contact (a person).
+    Name,
+    /// A Lead's free-text description.
+    Description,
+    /// A Lead's status, by id: labels can be renamed, ids cannot (close-api.md §8).
+    Status,
+    /// A Contact's job title.
+    Title,
+    /// A custom field.
+    Custom(FieldId),
+}
+
+impl fmt::Display for Field {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Name => f.write_str("name"),
+            Self::Description => f.write_str("description"),
+            Self::Status => f.write_str("status_id"),
+            Self::Title => f.write_str("title"),
+            Self::Custom(id) => write!(f, "custom.{id}"),
+        }
+    }
+}
+
+/// Values by field. A field that is absent has no value, or is not to be touched.
+pub type Fields = BTreeMap<Field, Value>;
+
+/// A list on a Contact that grows and is never trimmed by us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Channel {
+    /// `emails`.
+    Email,
+    /// `phones`.
+    Phone,
+    /// `urls`.
+    Url,
+}
+
+impl Channel {
+    /// All channels, in the order Close shows them.
+    pub const ALL: [Self; 3] = [Self::Email, Self::Phone, Self::Url];
+
+    /// The key of the list in a Contact, `emails`.
+    pub fn list(self) -> &'static str {
+        match self {
+            Self::Email => "emails",
+            Self::Phone => "phones",
+            Self::Url => "urls",
+        }
+    }
+
+    /// The key of the value inside an entry of the list, `email`.
+    pub fn item(self) -> &'static str {
+        match self {
+            Self::Email => "email",
+            Self::Phone => "phone",
+            Self::Url => "url",
+        }
+    }
+
+    /// The type given to an entry we add. Close takes any word; these are in use (close-api.md §5).
+    pub fn default_kind(self) -> &'static str {
+        match self {
+            Self::Email | Self::Phone => "office",
+            Self::Url => "url",
+        }
+    }
+
+    /// Whether two values mean the same address, number or page.
+    ///
+    /// Close rewrites phones (`8004445555` becomes `+18004445555`) and completes URLs, so the value
+    /// read back differs from the value sent (close-api.md §5). Comparing the raw text would append
+    /// the same phone again with every event.
+    pub fn same(self, one: &str, other: &str) -> bool {
+        match self {
+            Self::Email => fold_email(one) == fold_email(other),
+            Self::Phone => same_phone(one, other),
+            Self::Url => fold_url(one) == fold_url(other),
+        }
+    }
+}
+
+impl fmt::Display for Channel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.list())
+    }
+}
+
+/// An email address as it is compared: outer blanks removed, case folded.
+pub fn fold_email(email: &str) -> String {
+    email.trim().to_lowercase()
+}
+
+/// Country codes have one to three digits (ITU-T E.164).
+const COUNTRY_CODE_DIGITS: usize = 3;
+
+fn same_phone(one: &str, other: &str) -> bool {
+    let digits = |text: &str| text.chars().filter(char::is_ascii_digit).collect::<String>();
+    let international = |text: &str| text.trim_start().starts_with('+');
+    let (a, b) = (digits(one), digits(other));
+    if a.is_empty() || b.is_empty() {
+        return one.trim() == other.trim();
+    }
+    if a == b {
+        return true;
+    }
+    if international(one) && international(other) {
+        return false;
+    }
+    // A national number: Close put a country's code in front and dropped the trunk zero.
+    let tail = |national: &str, whole: &str| {
+        let national = national.trim_start_matches('0');
+        !national.is_empty()
+            && whole.strip_suffix(national).is_some_and(|code| code.len() <= COUNTRY_CODE_DIGITS)
+    };
+    (!international(one) && tail(&a, &b)) || (!international(other) && tail(&b, &a))
+}
+
+fn fold_url(text: &str) -> String {
+    let text = text.trim();
+    let whole = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
+    match url::Url::parse(&whole) {
+        Ok(url) => format!(
+            "{}{}{}{}",
+            url.host_str().unwrap_or_default(),
+            url.port().map(|port| format!(":{port}")).unwrap_or_default(),
+            url.path().trim_end_matches('/'),
+            url.query().map(|query| format!("?{query}")).unwrap_or_default(),
+        ),
+        Err(_) => text.to_owned(),
+    }
+}
+
+/// One entry of a Contact's list: an email, a phone or a URL with its type.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// The address, number or page.
+    pub value: String,
+    /// Close's `type`: `office`, `mobile`, `url` and so on.
+    pub kind: String,
+}
+
+/// The lists of a Contact. A channel that is absent is empty, or is not to be touched.
+pub type Lists = BTreeMap<Channel, Vec<Entry>>;
+
+/// A Lead as Close has it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Lead {
+    /// Its id.
+    pub id: LeadId,
+    /// ISO 8601 in UTC with a fixed number of digits, so that text order is time order
+    /// (close-api.md §1).
+    pub date_created: String,
+    /// Its values; empty ones are left out.
+    pub fields: Fields,
+}
+
+/// A Contact as Close has it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Contact {
+    /// Its id.
+    pub id: ContactId,
+    /// The Lead it belongs to; the schema allows none (close-api.md §5).
+    pub lead_id: Option<LeadId>,
+    /// See [`Lead::date_created`].
+    pub date_created: String,
+    /// Its values; empty ones are left out.
+    pub fields: Fields,
+    /// Its emails, phones and URLs.
+    pub lists: Lists,
+}
+
+impl Lead {
+    /// The text in a custom field, if there is any.
+    pub fn custom(&self, field: &FieldId) -> Option<&str> {
+        self.fields.get(&Field::Custom(field.clone())).and_then(Value::as_str)
+    }
+}
+
+impl Contact {
+    /// The text in a custom field, if there is any.
+    pub fn custom(&self, field: &FieldId) -> Option<&str> {
+        self.fields.get(&Field::Custom(field.clone())).and_then(Value::as_str)
+    }
+
+    /// The entries of one list.
+    pub fn list(&self, channel: Channel) -> &[Entry] {
+        self.lists.get(&channel).map_or(&[], Vec::as_slice)
+    }
+
+    /// Whether a list holds this value, compared as [`Channel::same`] does.
+    pub fn has(&self, channel: Channel, value: &str) -> bool {
+        self.list(channel).iter().any(|entry| channel.same(&entry.value, value))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_the_same_however_close_rewrote_them() {
+        let cases = [
+            (Channel::Email, " Jane@Example.TEST", "jane@example.test", true),
+            (Channel::Email, "jane+crm@example.test", "jane@example.test", false),
+            (Channel::Phone, "800 444-5555", "+18004445555", true),
+            (Channel::Phone, "0301234567", "+49301234567", true),
+            (Channel::Phone, "+49 30 1234567", "+49301234567", true),
+            (Channel::Phone, "+49301234567", "+19301234567", false),
+            (Channel::Phone, "1234", "+441234", true),
+            (Channel::Phone, "0049301234567", "+49301234567", true),
+            (Channel::Phone, "4567", "+49301234567", false),
+            (Channel::Phone, "8004445555", "8004445556", false),
+            (Channel::Phone, "ask reception", "ask reception", true),
+            (Channel::Url, "acme.test", "http://acme.test/", true),
+            (Channel::Url, "https://ACME.test", "http://acme.test", true),
+            (Channel::Url, "acme.test/a", "acme.test/b", false),
+            (Channel::Url, "acme.test:8080", "acme.test", false),
+        ];
+        for (channel, one, other, same) in cases {
+            assert_eq!(channel.same(one, other), same, "{channel}: {one} ~ {other}");
+            assert_eq!(channel.same(other, one), same, "{channel}: {other} ~ {one}");
+        }
+    }
+}
