@@ -131,6 +131,30 @@ pub struct Identity {
     pub email: Option<String>,
 }
 
+/// What a record is found by. Messages that share a key must not be worked on at the same time.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Key {
+    /// A company id.
+    Company(String),
+    /// A user id.
+    User(String),
+    /// An email, trimmed and case-folded.
+    Email(String),
+}
+
+impl Identity {
+    /// The keys of the person: user id first, as it decides before the email.
+    pub fn person(&self) -> impl Iterator<Item = Key> {
+        let user = self.user_id.clone().map(Key::User);
+        user.into_iter().chain(self.email.clone().map(Key::Email))
+    }
+
+    /// All keys.
+    pub fn keys(&self) -> Vec<Key> {
+        self.company_id.clone().map(Key::Company).into_iter().chain(self.person()).collect()
+    }
+}
+
 /// A value with the rule that guards it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Wanted {

@@ -1,0 +1,252 @@
+//! What travels with a message: the headers that are ours, read from a delivery and written to its
+//! successor.
+//!
+//! Attempts are counted in a header of our own: the broker's counts differ between versions and rise
+//! for innocents too (rabbitmq.md §0, 2 and 11). A successor keeps the producer's properties and
+//! headers; the broker's own marks are stripped, and so is `expiration`, which would make a message
+//! vanish from the dead-letter queue.
+
+use jiff::Timestamp;
+use lapin::BasicProperties;
+use lapin::message::Delivery;
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+
+use crate::outcome::DeadLetter;
+
+/// Attempts made so far.
+pub const ATTEMPTS: &str = "x-close-sync-attempt";
+/// When close-sync first received the message, RFC 3339.
+pub const FIRST_SEEN: &str = "x-close-sync-first-seen";
+/// The exchange the producer published to.
+pub const EXCHANGE: &str = "x-close-sync-exchange";
+/// The producer's routing key.
+pub const ROUTING_KEY: &str = "x-close-sync-routing-key";
+/// Times the message was replayed from the dead-letter queue.
+pub const REPLAYS: &str = "x-close-sync-replays";
+/// The id of a dead letter.
+pub const ID: &str = "x-close-sync-dead-letter-id";
+/// Why it was dead-lettered, [`crate::outcome::Reason::label`].
+pub const REASON: &str = "x-close-sync-reason";
+/// Where it failed, [`crate::outcome::Stage::label`].
+pub const STAGE: &str = "x-close-sync-stage";
+/// What happened, without personal data.
+pub const ERROR: &str = "x-close-sync-error";
+/// When it was dead-lettered, RFC 3339.
+pub const FAILED_AT: &str = "x-close-sync-failed-at";
+/// Equal for messages that failed alike.
+pub const FINGERPRINT: &str = "x-close-sync-fingerprint";
+
+/// Headers about one failure: gone when the message is replayed.
+const OF_A_FAILURE: [&str; 7] = [ATTEMPTS, ID, REASON, STAGE, ERROR, FAILED_AT, FINGERPRINT];
+
+/// Headers the broker adds, which must not be sent back to it (rabbitmq.md §3.3).
+fn of_the_broker(name: &str) -> bool {
+    name == "x-death"
+        || name == "x-delivery-count"
+        || name == "x-acquired-count"
+        || ["x-first-death-", "x-last-death-", "x-opt-"].iter().any(|prefix| name.starts_with(prefix))
+}
+
+/// What is known of a message besides its body.
+#[derive(Clone, Debug)]
+pub struct Envelope {
+    /// Attempts before this one.
+    pub attempts: u32,
+    /// When it was first received.
+    pub first_seen: Timestamp,
+    /// The exchange the producer published to.
+    pub exchange: String,
+    /// The producer's routing key.
+    pub routing_key: String,
+    properties: BasicProperties,
+}
+
+impl Envelope {
+    /// Reads a delivery, received at `now`.
+    pub fn of(delivery: &Delivery, now: Timestamp) -> Self {
+        let properties = delivery.properties.clone();
+        let number = number(&properties, ATTEMPTS);
+        Self {
+            attempts: u32::try_from(number.unwrap_or(0)).unwrap_or(0),
+            first_seen: text(&properties, FIRST_SEEN).and_then(|text| text.parse().ok()).unwrap_or(now),
+            exchange: text(&properties, EXCHANGE).unwrap_or_else(|| delivery.exchange.to_string()),
+            routing_key: text(&properties, ROUTING_KEY).unwrap_or_else(|| delivery.routing_key.to_string()),
+            properties,
+        }
+    }
+
+    /// The producer's id of the message, for logs.
+    pub fn message_id(&self) -> &str {
+        self.properties.message_id().as_ref().map_or("-", ShortString::as_str)
+    }
+
+    /// Properties for a delay queue, after `attempts` attempts.
+    pub fn for_delay(&self, attempts: u32) -> BasicProperties {
+        self.successor(vec![(ATTEMPTS, i64::from(attempts).into())])
+    }
+
+    /// Properties for the dead-letter queue. The last attempt counts.
+    pub fn for_dead_letter(&self, dead: &DeadLetter, now: Timestamp) -> BasicProperties {
+        self.successor(vec![
+            (ATTEMPTS, (i64::from(self.attempts) + 1).into()),
+            (ID, uuid::Uuid::now_v7().to_string().into()),
+            (REASON, dead.reason.label().to_owned().into()),
+            (STAGE, dead.stage.label().to_owned().into()),
+            (ERROR, dead.error.clone().into()),
+            (FAILED_AT, now.to_string().into()),
+            (FINGERPRINT, dead.fingerprint().into()),
+        ])
+    }
+
+    fn successor(&self, ours: Vec<(&'static str, Header)>) -> BasicProperties {
+        let origin = vec![
+            (FIRST_SEEN, Header::from(self.first_seen.to_string())),
+            (EXCHANGE, self.exchange.clone().into()),
+            (ROUTING_KEY, self.routing_key.clone().into()),
+        ];
+        with_headers(&self.properties, |_| true, origin.into_iter().chain(ours))
+    }
+}
+
+/// Properties for a replay: as it came, with one more replay and no attempts.
+pub fn for_replay(properties: &BasicProperties) -> BasicProperties {
+    let replays = number(properties, REPLAYS).unwrap_or(0) + 1;
+    with_headers(properties, |name| !OF_A_FAILURE.contains(&name), [(REPLAYS, replays.into())])
+}
+
+/// A text header.
+pub fn text(properties: &BasicProperties, name: &str) -> Option<String> {
+    match header(properties, name)? {
+        AMQPValue::LongString(text) => Some(text.to_string()),
+        AMQPValue::ShortString(text) => Some(text.to_string()),
+        _ => None,
+    }
+}
+
+/// A number header, whatever width a client gave it.
+pub fn number(properties: &BasicProperties, name: &str) -> Option<i64> {
+    match header(properties, name)? {
+        AMQPValue::ShortShortInt(number) => Some((*number).into()),
+        AMQPValue::ShortShortUInt(number) => Some((*number).into()),
+        AMQPValue::ShortInt(number) => Some((*number).into()),
+        AMQPValue::ShortUInt(number) => Some((*number).into()),
+        AMQPValue::LongInt(number) => Some((*number).into()),
+        AMQPValue::LongUInt(number) => Some((*number).into()),
+        AMQPValue::LongLongInt(number) => Some(*number),
+        _ => None,
+    }
+}
+
+fn header<'a>(properties: &'a BasicProperties, name: &str) -> Option<&'a AMQPValue> {
+    properties.headers().as_ref()?.inner().get(name)
+}
+
+enum Header {
+    Text(String),
+    Number(i64),
+}
+
+impl From<String> for Header {
+    fn from(text: String) -> Self {
+        Self::Text(text)
+    }
+}
+
+impl From<i64> for Header {
+    fn from(number: i64) -> Self {
+        Self::Number(number)
+    }
+}
+
+/// The properties with the broker's headers removed, those kept that `keep` names, and ours on top.
+fn with_headers(
+    properties: &BasicProperties,
+    keep: impl Fn(&str) -> bool,
+    ours: impl IntoIterator<Item = (&'static str, Header)>,
+) -> BasicProperties {
+    let mut table = FieldTable::default();
+    for (name, value) in properties.headers().iter().flat_map(FieldTable::inner) {
+        if keep(name.as_str()) && !of_the_broker(name.as_str()) {
+            table.insert(name.clone(), value.clone());
+        }
+    }
+    for (name, value) in ours {
+        let value = match value {
+            Header::Text(text) => AMQPValue::LongString(text.into()),
+            Header::Number(number) => AMQPValue::LongLongInt(number),
+        };
+        table.insert(name.into(), value);
+    }
+    // There is no way to unset a property: build anew without `expiration`, and without `user_id`,
+    // which the broker compares with the user of the connection.
+    let mut kept = BasicProperties::default().with_headers(table);
+    macro_rules! keep {
+        ($($get:ident $set:ident),*) => {
+            $(if let Some(value) = properties.$get().clone() { kept = kept.$set(value); })*
+        };
+    }
+    keep!(
+        content_type with_content_type, content_encoding with_content_encoding, priority with_priority,
+        correlation_id with_correlation_id, reply_to with_reply_to, message_id with_message_id,
+        timestamp with_timestamp, kind with_type, app_id with_app_id
+    );
+    kept
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::outcome::{Reason, Stage};
+
+    fn delivery(headers: &[(&'static str, AMQPValue)]) -> Delivery {
+        let mut table = FieldTable::default();
+        for (name, value) in headers {
+            table.insert((*name).into(), value.clone());
+        }
+        let mut delivery = Delivery::mock(1, "identify".into(), "users".into(), false, vec![]);
+        delivery.properties = BasicProperties::default()
+            .with_headers(table)
+            .with_message_id("m-1".into())
+            .with_expiration("1000".into());
+        delivery
+    }
+
+    #[test]
+    fn a_dead_letter_tells_its_story_and_a_replay_starts_anew() {
+        let now: Timestamp = "2026-01-02T03:04:05Z".parse().unwrap();
+        let first = delivery(&[
+            ("traceparent", AMQPValue::LongString("00-1".into())),
+            ("x-delivery-count", AMQPValue::LongLongInt(3)),
+            ("x-first-death-queue", AMQPValue::LongString("q".into())),
+        ]);
+        let delayed = Envelope::of(&first, now).for_delay(1);
+        let mut second = Delivery::mock(2, "close-sync.retry".into(), "now".into(), true, vec![]);
+        second.properties = delayed;
+        let envelope = Envelope::of(&second, "2030-01-01T00:00:00Z".parse().unwrap());
+        assert_eq!((envelope.attempts, envelope.first_seen), (1, now));
+        assert_eq!((envelope.exchange.as_str(), envelope.routing_key.as_str()), ("identify", "users"));
+
+        let dead = DeadLetter {
+            reason: Reason::Rejected,
+            stage: Stage::Write,
+            error: "no".into(),
+            field: Some("phones".into()),
+        };
+        let properties = envelope.for_dead_letter(&dead, now);
+        assert_eq!(text(&properties, REASON).as_deref(), Some("rejected"));
+        assert_eq!(text(&properties, FINGERPRINT).as_deref(), Some("rejected:write:phones"));
+        assert_eq!(number(&properties, ATTEMPTS), Some(2));
+        assert_eq!(text(&properties, "traceparent").as_deref(), Some("00-1"));
+        assert_eq!(number(&properties, "x-delivery-count"), None);
+        assert_eq!(properties.expiration(), &None);
+
+        let replay = for_replay(&properties);
+        assert_eq!((number(&replay, ATTEMPTS), text(&replay, REASON), text(&replay, ID)), (None, None, None));
+        assert_eq!(
+            (number(&replay, REPLAYS), text(&replay, EXCHANGE).as_deref()),
+            (Some(1), Some("identify"))
+        );
+        assert_eq!(number(&for_replay(&replay), REPLAYS), Some(2));
+        assert_eq!(replay.message_id().as_ref().map(ShortString::as_str), Some("m-1"));
+    }
+}

@@ -1,0 +1,162 @@
+//! The only place that knows lapin.
+//!
+//! In reading order: [`topology`] is what exists on the broker and why each flag; [`headers`] what
+//! travels with a message; [`publisher`] publishes and waits for the confirm; [`session`] consumes
+//! until something ends it; [`dead_letters`] is the operator's side.
+//!
+//! Two connections, one consumes and one publishes: when the broker blocks a publishing connection
+//! (memory or disk alarm), acks on it would hang too (rabbitmq.md §0, 10). lapin's own recovery stays
+//! off, it gives up after a while and then hangs (rabbitmq.md §2.2); [`crate::app`] starts a new
+//! session instead.
+
+pub mod dead_letters;
+pub mod headers;
+pub mod publisher;
+pub mod session;
+pub mod topology;
+
+use std::time::Duration;
+
+use lapin::types::ShortString;
+use lapin::{Connection, ConnectionProperties, ErrorKind};
+use secrecy::{ExposeSecret, SecretString};
+
+/// The broker, and the names of what is ours on it.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// `amqp://user:password@host:port/vhost`, parsed once by the configuration.
+    pub url: SecretString,
+    /// The exchange producers publish to.
+    pub exchange: String,
+    /// The work queue; the other names follow from it.
+    pub queue: String,
+    /// Unacked deliveries held at most.
+    pub prefetch: u16,
+    /// The delay queues, shortest first.
+    pub delays: Vec<Delay>,
+}
+
+/// A delay queue: `<queue>.retry.<name>`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Delay {
+    /// As configured, `30s`.
+    pub name: String,
+    /// The time a message stays in it.
+    pub duration: Duration,
+}
+
+impl Settings {
+    /// The exchange in front of the delay queues and, with the key [`topology::NOW`], of the work
+    /// queue.
+    pub fn retry_exchange(&self) -> String {
+        format!("{}.retry", self.queue)
+    }
+
+    /// The name of a delay queue.
+    pub fn delay_queue(&self, delay: &Delay) -> String {
+        format!("{}.retry.{}", self.queue, delay.name)
+    }
+
+    /// The name of the dead-letter exchange and of its queue.
+    pub fn dead(&self) -> String {
+        format!("{}.dead", self.queue)
+    }
+
+    /// Opens a connection, visible in RabbitMQ's management under `name`.
+    ///
+    /// # Errors
+    /// [`BrokerError::Unreachable`] and [`BrokerError::Refused`].
+    pub async fn connect(&self, name: &str) -> Result<Connection, BrokerError> {
+        // lapin's time-out does not bound the handshake with a peer that says nothing (rabbitmq.md §2.2).
+        const PATIENCE: Duration = Duration::from_secs(10);
+        // RabbitMQ proposes 60 s. With 10 s a worker cut off notices after 20 s at most, and one
+        // heartbeat before its standby takes over (rabbitmq.md §2.2).
+        let url = self.url.expose_secret();
+        let url = match (url.contains("heartbeat="), url.contains('?')) {
+            (true, _) => url.to_owned(),
+            (false, true) => format!("{url}&heartbeat=10"),
+            (false, false) => format!("{url}?heartbeat=10"),
+        };
+        let properties = ConnectionProperties::default().with_connection_name(name.into());
+        match tokio::time::timeout(PATIENCE, Connection::connect(&url, properties)).await {
+            Ok(Ok(connection)) => Ok(connection),
+            Ok(Err(error)) if error.is_amqp_error() => Err(BrokerError::Refused(error.to_string())),
+            Ok(Err(error)) => Err(BrokerError::Unreachable(error.to_string())),
+            Err(_) => Err(BrokerError::Unreachable(format!("no answer within {} s", PATIENCE.as_secs()))),
+        }
+    }
+}
+
+/// What went wrong between us and the broker.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum BrokerError {
+    /// No connection.
+    #[error("RabbitMQ cannot be reached: {0}")]
+    Unreachable(String),
+    /// The broker does not let us in: wrong user, password or vhost.
+    #[error("RabbitMQ refuses the connection: {0}")]
+    Refused(String),
+    /// Something of ours exists with other properties.
+    #[error(
+        "RabbitMQ has {object} with other properties: {detail}. Delete it once it is empty, or give close-sync \
+         another name for it (`amqp.exchange`, `amqp.queue`)"
+    )]
+    Conflict {
+        /// The object, `queue 'close-sync'`.
+        object: String,
+        /// The broker's words, which name both values.
+        detail: String,
+    },
+    /// The user lacks a permission.
+    #[error("RabbitMQ does not permit this: {0}")]
+    Forbidden(String),
+    /// The connection or a channel ended.
+    #[error("the connection to RabbitMQ was lost: {0}")]
+    Lost(String),
+    /// The consumer was cancelled: its queue was deleted, or the broker gave up on it.
+    #[error("RabbitMQ cancelled the consumer (was the queue deleted?)")]
+    Cancelled,
+    /// No queue takes the message.
+    #[error("no queue is bound to exchange `{exchange}` for key `{key}`: the message was not published")]
+    Unroutable {
+        /// The exchange.
+        exchange: String,
+        /// The routing key.
+        key: String,
+    },
+    /// The broker did not take the message.
+    #[error("RabbitMQ did not confirm the message: {0}")]
+    Unconfirmed(&'static str),
+}
+
+impl BrokerError {
+    /// Reads lapin's error; `object` is what was being declared or checked, if anything.
+    fn from_lapin(error: &lapin::Error, object: &str) -> Self {
+        let ErrorKind::ProtocolError(amqp) = error.kind() else {
+            return Self::Lost(error.to_string());
+        };
+        let detail = amqp.get_message().to_string();
+        // Reply codes of AMQP 0-9-1: 403 access refused, 406 precondition failed.
+        match amqp.get_id() {
+            403 => Self::Forbidden(detail),
+            406 if !object.is_empty() => Self::Conflict { object: object.to_owned(), detail },
+            _ => Self::Lost(detail),
+        }
+    }
+}
+
+impl From<lapin::Error> for BrokerError {
+    fn from(error: lapin::Error) -> Self {
+        Self::from_lapin(&error, "")
+    }
+}
+
+/// The wait between the last ack and the close of a channel. Acks sent just before the close get lost
+/// on quorum queues, up to 347 of 2000; after 20 ms none were (rabbitmq.md §0, 5). Ten times that;
+/// there is no event to wait for instead.
+const LAST_ACKS: Duration = Duration::from_millis(200);
+
+/// Closes a connection in order; a connection that is gone already is fine.
+pub async fn close(connection: &Connection) {
+    let _ = connection.close(200, ShortString::from("bye")).await;
+}

@@ -1,0 +1,384 @@
+//! One session: from connecting to the first thing that ends it.
+//!
+//! A delivery is received, prepared, put into its lanes and, when its turn has come, worked on in a
+//! task of its own. The task also settles it: the successor (delay queue, dead-letter queue) is
+//! published and confirmed first, then the delivery is acked. A crash between the two duplicates a
+//! message, it never loses one; and because a message that changes nothing sends nothing, a
+//! duplicate does no harm.
+//!
+//! **How a session ends.** Never by `basic.cancel`: under single active consumer that would start
+//! the standby while we still hold messages (rabbitmq.md §0, 6). Reading stops, what runs is finished
+//! or dropped, a moment passes so that the last acks arrive (rabbitmq.md §0, 5), and the channel is
+//! closed: everything unacked goes back to the front of the queue in its order.
+//!
+//! When the connection is lost, work stops at once: the standby may already have the same messages.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures_util::{FutureExt, Stream, StreamExt, stream};
+use jiff::Timestamp;
+use lapin::message::Delivery;
+use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions};
+use lapin::types::FieldTable;
+use lapin::{Channel, Connection, Event};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
+
+use super::headers::Envelope;
+use super::publisher::Publisher;
+use super::{BrokerError, LAST_ACKS, Settings, close, topology};
+use crate::domain::mapping::Key;
+use crate::lanes::{Lanes, Ticket};
+use crate::metrics::Metrics;
+use crate::outcome::{DeadLetter, Outcome, PauseCause, Reason, Stage};
+use crate::panics;
+use crate::state::{State, Status};
+use crate::worker::{Job, Prepared, Worker};
+
+/// What a session works with.
+#[derive(Clone)]
+pub struct Session {
+    /// The broker.
+    pub settings: Arc<Settings>,
+    /// Who does the work.
+    pub worker: Worker,
+    /// Where it is counted.
+    pub metrics: Metrics,
+    /// Where the state is shown.
+    pub status: Status,
+    /// Messages worked on at the same time.
+    pub concurrency: usize,
+    /// How long messages in hand may take to finish on shutdown.
+    pub grace: Duration,
+}
+
+/// What a session did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Deliveries settled.
+    pub settled: u64,
+    /// Deliveries received but not settled: they went back to the queue.
+    pub handed_back: u64,
+}
+
+/// Why a session ended.
+#[derive(Debug)]
+pub enum End {
+    /// It was asked to.
+    Stopped,
+    /// Close cannot be worked with.
+    Paused(PauseCause),
+    /// The broker is gone, or does not want us.
+    Lost(BrokerError),
+}
+
+/// A delivery on its way through the session.
+struct Incoming {
+    delivery: Delivery,
+    envelope: Envelope,
+    prepared: Prepared,
+}
+
+/// How a task ended.
+enum Done {
+    Settled,
+    /// Dropped by the end of the session, or acked too late: it comes again.
+    HandedBack,
+    Paused(PauseCause),
+    Failed(BrokerError),
+}
+
+impl Session {
+    /// Runs until something ends it. `shutdown` asks for a graceful end.
+    pub async fn run(&self, shutdown: &CancellationToken) -> (End, Report) {
+        let link = match Link::open(&self.settings).await {
+            Ok(link) => link,
+            Err(error) => return (End::Lost(error), Report::default()),
+        };
+        self.metrics.connected(true);
+        self.status.set(State::StandingBy);
+        tracing::info!(queue = self.settings.queue, "connected to RabbitMQ, waiting for messages");
+        let ended = self.consume(link, shutdown).await;
+        self.metrics.connected(false);
+        ended
+    }
+
+    async fn consume(&self, mut link: Link, shutdown: &CancellationToken) -> (End, Report) {
+        // What a predecessor created until now may be missing from search for this long.
+        let trusted_from = Instant::now() + self.worker.settings().search_lag;
+        let stop = CancellationToken::new();
+        let mut lanes: Lanes<Key, Incoming> = Lanes::default();
+        let mut tasks = JoinSet::new();
+        let mut report = Report::default();
+        let mut received = 0;
+
+        let end = loop {
+            while tasks.len() < self.concurrency
+                && let Some((ticket, incoming)) = lanes.start()
+            {
+                tasks.spawn(self.clone().task(
+                    ticket,
+                    incoming,
+                    link.publisher.clone(),
+                    trusted_from,
+                    stop.clone(),
+                ));
+            }
+            self.metrics.load(tasks.len(), lanes.waiting());
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => break End::Stopped,
+                Some(done) = tasks.join_next() => match self.finished(done, &mut lanes, &mut report) {
+                    None => {}
+                    Some(end) => break end,
+                },
+                Some(error) = link.trouble.next() => break End::Lost(error),
+                // Never polled again after the end: it would hang (rabbitmq.md §0, 8).
+                delivery = link.deliveries.next() => match delivery {
+                    Some(Ok(delivery)) => {
+                        received += 1;
+                        self.receive(delivery, &mut lanes);
+                    }
+                    Some(Err(error)) => break End::Lost(error.into()),
+                    None => break End::Lost(BrokerError::Cancelled),
+                },
+            }
+        };
+
+        if matches!(end, End::Stopped) {
+            self.status.set(State::Stopping);
+            tracing::info!(
+                in_hand = tasks.len(),
+                grace_s = self.grace.as_secs(),
+                "stopping: finishing what is in hand"
+            );
+            let finish = async {
+                while let Some(done) = tasks.join_next().await {
+                    let _ = self.finished(done, &mut lanes, &mut report);
+                }
+            };
+            let _ = tokio::time::timeout(self.grace, finish).await;
+        }
+        stop.cancel();
+        while let Some(done) = tasks.join_next().await {
+            let _ = self.finished(done, &mut lanes, &mut report);
+        }
+        report.handed_back = received - report.settled;
+        self.metrics.load(0, 0);
+        self.metrics.handed_back(report.handed_back);
+        if !matches!(end, End::Lost(_)) {
+            link.close().await;
+        }
+        (end, report)
+    }
+
+    fn receive(&self, delivery: Delivery, lanes: &mut Lanes<Key, Incoming>) {
+        self.status.set(State::Consuming);
+        let envelope = Envelope::of(&delivery, Timestamp::now());
+        let prepared = self.worker.prepare(&delivery.data);
+        let keys = match &prepared {
+            Prepared::Job(job) => job.keys(),
+            Prepared::Settled(_) => Vec::new(),
+        };
+        lanes.push(keys, Incoming { delivery, envelope, prepared });
+    }
+
+    /// Books a finished task; `Some` when the session has to end for it.
+    fn finished(
+        &self,
+        done: Result<(Ticket, Done), tokio::task::JoinError>,
+        lanes: &mut Lanes<Key, Incoming>,
+        report: &mut Report,
+    ) -> Option<End> {
+        let Ok((ticket, done)) = done else {
+            // Work on a message is guarded against panics; this one was in settling it.
+            return Some(End::Lost(BrokerError::Lost("settling a message panicked".into())));
+        };
+        lanes.finish(ticket);
+        match done {
+            Done::Settled => {
+                report.settled += 1;
+                None
+            }
+            Done::HandedBack => None,
+            Done::Paused(cause) => Some(End::Paused(cause)),
+            Done::Failed(error) => Some(End::Lost(error)),
+        }
+    }
+
+    /// Works on one delivery and settles it.
+    async fn task(
+        self,
+        ticket: Ticket,
+        incoming: Incoming,
+        publisher: Publisher,
+        trusted_from: Instant,
+        stop: CancellationToken,
+    ) -> (Ticket, Done) {
+        let Incoming { delivery, envelope, prepared } = incoming;
+        let span = tracing::info_span!(
+            "message",
+            message_id = envelope.message_id(),
+            attempt = envelope.attempts + 1
+        );
+        let work = async {
+            let started = Instant::now();
+            let outcome = match prepared {
+                Prepared::Settled(outcome) => outcome,
+                Prepared::Job(job) => {
+                    let work = self.guarded(&job, envelope.attempts, trusted_from);
+                    match stop.run_until_cancelled(work).await {
+                        Some(outcome) => outcome,
+                        None => return Done::HandedBack,
+                    }
+                }
+            };
+            log(&outcome, started.elapsed());
+            let done = self.settle(&delivery, &envelope, &outcome, &publisher).await;
+            if matches!(done, Done::Settled) {
+                self.metrics.settled(&outcome, started.elapsed());
+            }
+            done
+        };
+        let done = work.instrument(span).await;
+        (ticket, done)
+    }
+
+    /// Does the work; a panic costs only this message.
+    async fn guarded(&self, job: &Job, attempts: u32, trusted_from: Instant) -> Outcome {
+        let work = AssertUnwindSafe(self.worker.run(job, attempts, trusted_from));
+        work.catch_unwind().await.unwrap_or_else(|_| {
+            Outcome::Dead(DeadLetter {
+                reason: Reason::Internal,
+                stage: Stage::Write,
+                error: format!(
+                    "close-sync {} panicked at {}",
+                    env!("CARGO_PKG_VERSION"),
+                    panics::last_location()
+                ),
+                field: None,
+            })
+        })
+    }
+
+    /// Publishes the successor, if there is one, then acks.
+    async fn settle(
+        &self,
+        delivery: &Delivery,
+        envelope: &Envelope,
+        outcome: &Outcome,
+        publisher: &Publisher,
+    ) -> Done {
+        let settings = &self.settings;
+        let published = match outcome {
+            Outcome::Synced(_) | Outcome::Skipped(_) => Ok(()),
+            Outcome::Delayed { level, charged, .. } => match settings.delays.get(*level) {
+                Some(delay) => {
+                    let properties = envelope.for_delay(envelope.attempts + u32::from(*charged));
+                    publisher
+                        .publish(&settings.retry_exchange(), &delay.name, &delivery.data, properties)
+                        .await
+                }
+                // No delay is configured: what waits for budget simply comes again.
+                None => return Done::HandedBack,
+            },
+            Outcome::Dead(dead) => {
+                let properties = envelope.for_dead_letter(dead, Timestamp::now());
+                publisher.publish(&settings.dead(), &envelope.routing_key, &delivery.data, properties).await
+            }
+            Outcome::Paused(cause) => return Done::Paused(*cause),
+        };
+        if let Err(error) = published {
+            return Done::Failed(error);
+        }
+        match delivery.ack(BasicAckOptions::default()).await {
+            Ok(true) => Done::Settled,
+            // The channel of the delivery is gone; the broker delivers it again.
+            Ok(false) => {
+                self.metrics.stale_ack();
+                Done::HandedBack
+            }
+            Err(error) => Done::Failed(error.into()),
+        }
+    }
+}
+
+/// One line per message, where it is settled.
+fn log(outcome: &Outcome, took: Duration) {
+    let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+    match outcome {
+        Outcome::Synced(effect) => tracing::info!(outcome = effect.label(), took_ms, "synced"),
+        Outcome::Skipped(skip) => tracing::info!(reason = skip.label(), took_ms, "skipped"),
+        Outcome::Delayed { level, charged, cause } => {
+            tracing::warn!(level, charged, cause, took_ms, "failed for now, waiting in a delay queue");
+        }
+        Outcome::Dead(dead) => tracing::warn!(
+            reason = dead.reason.label(),
+            stage = dead.stage.label(),
+            error = dead.error,
+            took_ms,
+            "dead-lettered"
+        ),
+        Outcome::Paused(cause) => tracing::debug!(cause = cause.label(), took_ms, "handed back"),
+    }
+}
+
+/// The connections of a session and what comes out of them.
+struct Link {
+    consuming: Connection,
+    publishing: Connection,
+    channel: Channel,
+    publisher: Publisher,
+    deliveries: lapin::Consumer,
+    trouble: stream::BoxStream<'static, BrokerError>,
+}
+
+impl Link {
+    async fn open(settings: &Settings) -> Result<Self, BrokerError> {
+        let consuming = settings.connect("close-sync consume").await?;
+        let publishing = settings.connect("close-sync publish").await?;
+        topology::declare(&consuming, settings).await?;
+        let publisher = Publisher::new(&publishing).await?;
+        let channel = consuming.create_channel().await?;
+        channel.basic_qos(settings.prefetch, BasicQosOptions::default()).await?;
+        let trouble = stream::select(trouble(&consuming), trouble(&publishing)).boxed();
+        let deliveries = channel
+            .basic_consume(
+                settings.queue.as_str().into(),
+                "".into(),
+                BasicConsumeOptions::default(),
+                FieldTable::default(),
+            )
+            .await?;
+        Ok(Self { consuming, publishing, channel, publisher, deliveries, trouble })
+    }
+
+    async fn close(self) {
+        tokio::time::sleep(LAST_ACKS).await;
+        let _ = self.channel.close(200, "bye".into()).await;
+        close(&self.consuming).await;
+        close(&self.publishing).await;
+    }
+}
+
+/// The end of a connection, as an event. Alarms are logged and waited out.
+fn trouble(connection: &Connection) -> impl Stream<Item = BrokerError> + Send + 'static {
+    connection.events_listener().filter_map(|event| {
+        let error = match event {
+            Event::Error(error) => Some(error.into()),
+            Event::ConnectionBlocked(reason) => {
+                tracing::warn!(reason, "RabbitMQ raised an alarm: nothing can be published until it clears");
+                None
+            }
+            Event::ConnectionUnblocked => {
+                tracing::info!("RabbitMQ's alarm cleared");
+                None
+            }
+            _ => None,
+        };
+        std::future::ready(error)
+    })
+}

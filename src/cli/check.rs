@@ -1,0 +1,176 @@
+//! `close-sync check`: one finding per line.
+
+use serde::Serialize;
+
+use super::{CONFIGURATION, Failure, UNAVAILABLE};
+use crate::amqp::{self, BrokerError, topology};
+use crate::close::Client;
+use crate::config::{Config, Problems, masked};
+use crate::preflight::{self, Obstacle};
+
+/// Check the configuration, RabbitMQ, the API key and the lookup fields.
+///
+/// Each finding is a line. Nothing is changed, neither in RabbitMQ nor in Close. Exits with 78 when
+/// the configuration cannot work, with 69 when RabbitMQ or Close is not there.
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// Print the settings in force as TOML, secrets masked, and check nothing but them.
+    #[arg(long)]
+    print_config: bool,
+    /// Print the findings as a JSON list.
+    #[arg(long, conflicts_with = "print_config")]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Finding {
+    status: Verdict,
+    subject: String,
+    detail: String,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Verdict {
+    Ok,
+    /// Works, but someone should know.
+    Note,
+    /// The configuration cannot work.
+    Wrong,
+    /// Something is not there.
+    Unavailable,
+}
+
+pub(super) async fn check(args: Args, config: Result<Config, Problems>) -> Result<(), Failure> {
+    if args.print_config {
+        anstream::print!("{}", config?.show());
+        return Ok(());
+    }
+    let findings = match &config {
+        Err(problems) => {
+            problems.lines().map(|(key, message)| finding(Verdict::Wrong, key, message)).collect()
+        }
+        Ok(config) => look(config).await,
+    };
+    if args.json {
+        let json = serde_json::to_string_pretty(&findings).unwrap_or_default();
+        anstream::println!("{json}");
+    } else {
+        findings.iter().for_each(print);
+    }
+    let has = |verdict| findings.iter().any(|finding| finding.status == verdict);
+    if has(Verdict::Wrong) {
+        Err(Failure::Told(CONFIGURATION))
+    } else if has(Verdict::Unavailable) {
+        Err(Failure::Told(UNAVAILABLE))
+    } else {
+        Ok(())
+    }
+}
+
+fn finding(status: Verdict, subject: impl Into<String>, detail: impl Into<String>) -> Finding {
+    Finding { status, subject: subject.into(), detail: detail.into() }
+}
+
+fn print(finding: &Finding) {
+    use anstyle::AnsiColor::{Green, Red, Yellow};
+    let (color, word) = match finding.status {
+        Verdict::Ok => (Green, "ok"),
+        Verdict::Note => (Yellow, "note"),
+        Verdict::Wrong => (Red, "wrong"),
+        Verdict::Unavailable => (Red, "missing"),
+    };
+    let style = color.on_default();
+    let Finding { subject, detail, .. } = finding;
+    anstream::println!("{style}{word:<8}{style:#}{subject}: {detail}");
+}
+
+async fn look(config: &Config) -> Vec<Finding> {
+    let mut findings = vec![finding(Verdict::Ok, "configuration", "every setting is valid")];
+    findings.push(broker(config).await);
+    findings.extend(close(config).await);
+    for (setting, without) in [
+        ("close.lead_company_id_field", "Leads are never looked up by company"),
+        ("close.contact_user_id_field", "people are matched by email only"),
+    ] {
+        let keys = &config.worker.mapping.keys;
+        let key = if setting.contains("lead") { &keys.company } else { &keys.user };
+        if key.is_none() {
+            findings.push(finding(Verdict::Note, setting, format!("is not set: {without}")));
+        }
+    }
+    findings
+}
+
+async fn broker(config: &Config) -> Finding {
+    use secrecy::ExposeSecret;
+    let settings = &config.amqp;
+    let subject = format!("RabbitMQ at {}", masked(settings.url.expose_secret()));
+    match depths(settings).await {
+        Ok((Some(work), dead)) => {
+            let dead = dead.map_or(0, |depth| depth.ready);
+            let detail = format!(
+                "queue `{}` has {} messages and {} consumers, `{}` has {dead} dead letters",
+                settings.queue,
+                work.ready,
+                work.consumers,
+                settings.dead(),
+            );
+            finding(Verdict::Ok, subject, detail)
+        }
+        Ok((None, _)) => {
+            let detail =
+                format!("reachable; queue `{}` does not exist yet, `run` declares it", settings.queue);
+            finding(Verdict::Ok, subject, detail)
+        }
+        Err(error @ BrokerError::Conflict { .. }) => finding(Verdict::Wrong, subject, error.to_string()),
+        Err(error) => finding(Verdict::Unavailable, subject, error.to_string()),
+    }
+}
+
+async fn depths(
+    settings: &amqp::Settings,
+) -> Result<(Option<topology::Depth>, Option<topology::Depth>), BrokerError> {
+    let connection = settings.connect("close-sync check").await?;
+    let work = topology::depth(&connection, &settings.queue).await?;
+    let dead = topology::depth(&connection, &settings.dead()).await?;
+    amqp::close(&connection).await;
+    Ok((work, dead))
+}
+
+async fn close(config: &Config) -> Vec<Finding> {
+    let subject = format!("Close at {}", config.close.url);
+    let client = match Client::new(config.close.clone(), |_| {}) {
+        Ok(client) => client,
+        Err(error) => {
+            return vec![finding(Verdict::Unavailable, subject, format!("TLS cannot be set up: {error}"))];
+        }
+    };
+    match preflight::all(&client, &config.worker.mapping.keys).await {
+        Ok(ready) => {
+            let detail = format!("accepts the API key, of the organization \"{}\"", ready.user.organization);
+            let fields = ready.fields.into_iter().map(|(setting, name, id)| {
+                finding(Verdict::Ok, setting, format!("custom field \"{name}\" ({id}) is of type text"))
+            });
+            std::iter::once(finding(Verdict::Ok, subject, detail)).chain(fields).collect()
+        }
+        Err(obstacles) => obstacles.iter().map(|obstacle| of_obstacle(obstacle, &subject)).collect(),
+    }
+}
+
+fn of_obstacle(obstacle: &Obstacle, close: &str) -> Finding {
+    use crate::outcome::PauseCause::{Forbidden, LookupField, PlanLimit, Unauthorized, Unreachable};
+    match (obstacle, obstacle.pause_cause()) {
+        (Obstacle::NoSuchField { setting, .. } | Obstacle::WrongType { setting, .. }, _) => {
+            finding(Verdict::Wrong, *setting, obstacle.to_string())
+        }
+        (Obstacle::Close(_), Some(Unauthorized | Forbidden)) => {
+            let detail =
+                format!("{obstacle}: set `close.api_key` (CLOSE_API_KEY) to a key that is valid in Close");
+            finding(Verdict::Wrong, close, detail)
+        }
+        (Obstacle::Close(_), Some(PlanLimit | Unreachable | LookupField) | None) => {
+            finding(Verdict::Unavailable, close, obstacle.to_string())
+        }
+    }
+}

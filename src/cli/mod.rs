@@ -1,0 +1,216 @@
+//! The command line: what each command is called, what it prints, how it exits.
+//!
+//! Data goes to standard output, everything else to standard error, so that a script can pipe the
+//! first. Exit codes: 0 done, 2 wrong usage or input, 69 something needed is not there, 78 the
+//! configuration cannot work.
+
+mod check;
+mod dlq;
+mod publish;
+mod simulate;
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+
+use crate::amqp::BrokerError;
+use crate::app::{self, RunError};
+use crate::config::{self, Config, LogFormat, Need, Problems};
+use crate::{http, panics};
+
+/// Keeps the Close CRM in step with identify events from RabbitMQ.
+#[derive(Parser)]
+#[command(name = "close-sync", version, propagate_version = true, max_term_width = 100)]
+#[command(after_long_help = "Settings come from a TOML file and the environment; `close-sync check` tells \
+    what is missing, `close-sync check --print-config` what is in force.\n\n\
+    Try it without a Close account: `close-sync simulate` starts a fake Close and prints how to use it.\n\n\
+    Exit codes: 0 done, 2 wrong usage or input, 69 RabbitMQ or Close is not there, 78 the configuration \
+    cannot work.")]
+struct Cli {
+    /// A TOML file with settings that differ from the defaults.
+    #[arg(long, short, global = true, value_name = "FILE", env = "CLOSE_SYNC_CONFIG")]
+    config: Option<PathBuf>,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Consume events and keep Close in step, until SIGTERM or SIGINT.
+    Run,
+    /// Check the configuration, RabbitMQ, the API key and the lookup fields.
+    Check(check::Args),
+    /// Publish events, one JSON object per line, as a producer would.
+    Publish(publish::Args),
+    /// Look at dead letters, replay or discard them.
+    #[command(subcommand)]
+    Dlq(dlq::Command),
+    /// Serve a fake Close on loopback, for first steps and tests.
+    Simulate(simulate::Args),
+    /// Ask the worker at `http.addr` whether it is alive, for container health checks.
+    Healthcheck,
+}
+
+/// Why a command did not do what it was asked for.
+#[derive(Debug)]
+enum Failure {
+    /// The input or the arguments are wrong.
+    Input(String),
+    /// Something needed is not there.
+    Unavailable(String),
+    /// The configuration cannot work.
+    Configuration(String),
+    /// Told already; only the exit code is left.
+    Told(u8),
+}
+
+/// `EX_USAGE` by convention of the shell.
+const INPUT: u8 = 2;
+/// `EX_UNAVAILABLE` of sysexits.
+const UNAVAILABLE: u8 = 69;
+/// `EX_CONFIG` of sysexits.
+const CONFIGURATION: u8 = 78;
+
+impl From<Problems> for Failure {
+    fn from(problems: Problems) -> Self {
+        Self::Configuration(format!(
+            "{problems}\nhint: every setting with its default is in the README; `close-sync check` tests changes"
+        ))
+    }
+}
+
+impl From<BrokerError> for Failure {
+    fn from(error: BrokerError) -> Self {
+        match error {
+            BrokerError::Conflict { .. } => Self::Configuration(error.to_string()),
+            BrokerError::Unreachable(_) | BrokerError::Refused(_) => Self::Unavailable(format!(
+                "{error}\nhint: set `amqp.url` (AMQP_URL) to a broker that is running"
+            )),
+            BrokerError::Forbidden(_)
+            | BrokerError::Lost(_)
+            | BrokerError::Cancelled
+            | BrokerError::Unroutable { .. }
+            | BrokerError::Unconfirmed(_) => Self::Unavailable(error.to_string()),
+        }
+    }
+}
+
+impl From<RunError> for Failure {
+    fn from(error: RunError) -> Self {
+        match error {
+            RunError::Configuration(message) => Self::Configuration(message),
+            RunError::Unavailable(error) => Self::Unavailable(format!("{error:#}")),
+        }
+    }
+}
+
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            anstream::eprintln!("error: no threads can be started: {error}");
+            return ExitCode::from(UNAVAILABLE);
+        }
+    };
+    let (message, code) = match runtime.block_on(cli.run()) {
+        Ok(()) => return ExitCode::SUCCESS,
+        Err(Failure::Told(code)) => return ExitCode::from(code),
+        Err(Failure::Input(message)) => (message, INPUT),
+        Err(Failure::Unavailable(message)) => (message, UNAVAILABLE),
+        Err(Failure::Configuration(message)) => (message, CONFIGURATION),
+    };
+    let red = anstyle::AnsiColor::Red.on_default().bold();
+    anstream::eprintln!("{red}error:{red:#} {message}");
+    ExitCode::from(code)
+}
+
+impl Cli {
+    async fn run(self) -> Result<(), Failure> {
+        let load = |need| Config::load(self.config.as_deref(), &config::environment(), need);
+        match self.command {
+            Command::Run => run(load(Need::All)?).await,
+            Command::Check(args) => check::check(args, load(Need::All)).await,
+            Command::Publish(args) => publish::publish(args, load(Need::Broker)?.amqp).await,
+            Command::Dlq(command) => dlq::dlq(command, load(Need::Broker)?.amqp).await,
+            Command::Simulate(args) => simulate::simulate(args).await,
+            Command::Healthcheck => {
+                let addr = load(Need::Broker)?.http_addr;
+                http::probe(addr).await.map_err(|error| {
+                    Failure::Unavailable(format!("no worker answers at {addr} (`http.addr`): {error:#}"))
+                })
+            }
+        }
+    }
+}
+
+/// The worker, from the first log line to the last.
+async fn run(config: Config) -> Result<(), Failure> {
+    start_logging(config.log_format);
+    panics::install_hook();
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), "close-sync starts");
+    let shutdown = CancellationToken::new();
+    stop_on_signal(shutdown.clone())?;
+    let report = app::run(config, shutdown).await?;
+    tracing::info!(settled = report.settled, handed_back = report.handed_back, "close-sync ends");
+    Ok(())
+}
+
+fn start_logging(format: LogFormat) {
+    // lapin reports losses we report ourselves, once.
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,lapin=off"));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let terminal = std::io::stderr().is_terminal();
+    let json = match format {
+        LogFormat::Auto => !terminal,
+        LogFormat::Text => false,
+        LogFormat::Json => true,
+    };
+    if json {
+        builder.json().flatten_event(true).with_current_span(true).with_span_list(false).init();
+    } else {
+        builder.with_ansi(terminal).with_target(false).init();
+    }
+}
+
+/// The first SIGTERM or SIGINT asks for a graceful stop, a second one ends the process at once: what
+/// is in hand then comes again.
+fn stop_on_signal(shutdown: CancellationToken) -> Result<(), Failure> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let listen =
+        |kind| signal(kind).map_err(|error| Failure::Unavailable(format!("no signal handler: {error}")));
+    let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
+    tokio::spawn(async move {
+        loop {
+            let name = tokio::select! {
+                _ = terminate.recv() => "SIGTERM",
+                _ = interrupt.recv() => "SIGINT",
+            };
+            if shutdown.is_cancelled() {
+                tracing::warn!(signal = name, "stopping at once; messages in hand will be delivered again");
+                std::process::exit(i32::from(UNAVAILABLE));
+            }
+            tracing::info!(signal = name, "asked to stop; a second signal stops at once");
+            shutdown.cancel();
+        }
+    });
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,164 @@
+//! `close-sync publish`: events from a file or a pipe to the exchange, as a producer would.
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use jiff::Timestamp;
+use lapin::BasicProperties;
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, BufReader};
+
+use super::{Failure, INPUT};
+use crate::amqp::publisher::{Publisher, Sent};
+use crate::amqp::{self, Settings};
+use crate::domain::event::Event;
+
+/// Publish events, one JSON object per line, as a producer would.
+///
+/// Each message is persistent, mandatory and confirmed, in the order of the lines, and carries
+/// `message_id` (the event's `messageId`, else a new one), `type`, `timestamp` and `content_type`. A
+/// line that is no JSON object is not published but reported with its number; the exit code is 2 then.
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// A file with one JSON object per line, or `-` for standard input.
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    /// Publish every line as it is, also what is no event: to see what becomes of it.
+    #[arg(long)]
+    unchecked: bool,
+}
+
+/// Messages on their way at once: enough to keep a broker busy (rabbitmq.md §2.4).
+const WINDOW: usize = 100;
+
+pub(super) async fn publish(args: Args, settings: Settings) -> Result<(), Failure> {
+    let (input, bar) = open(&args.file).await?;
+    let connection = settings.connect("close-sync publish").await?;
+    let publisher = Publisher::new(&connection).await?;
+    let result = publish_lines(input, &settings, &publisher, args.unchecked, &bar).await;
+    bar.finish_and_clear();
+    amqp::close(&connection).await;
+    let Counts { published, bad } = result?;
+    anstream::eprintln!("published {published} events to `{}`", settings.exchange);
+    if bad > 0 {
+        anstream::eprintln!("{bad} lines were not published, see above");
+        return Err(Failure::Told(INPUT));
+    }
+    Ok(())
+}
+
+async fn open(file: &PathBuf) -> Result<(Box<dyn AsyncBufRead + Unpin + Send>, ProgressBar), Failure> {
+    // Hidden by itself when standard error is no terminal.
+    let style =
+        |template| ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    if file.as_os_str() == "-" {
+        let bar = ProgressBar::new_spinner().with_style(style("{spinner} {msg}"));
+        return Ok((Box::new(BufReader::new(tokio::io::stdin())), bar));
+    }
+    let unreadable = |error| Failure::Input(format!("{} cannot be read: {error}", file.display()));
+    let handle = tokio::fs::File::open(file).await.map_err(unreadable)?;
+    let bytes = handle.metadata().await.map_err(unreadable)?.len();
+    let bar = ProgressBar::new(bytes).with_style(style("{wide_bar} {percent}% {msg}, {eta} left"));
+    Ok((Box::new(BufReader::new(handle)), bar))
+}
+
+#[derive(Default)]
+struct Counts {
+    published: u64,
+    bad: u64,
+}
+
+async fn publish_lines(
+    mut input: Box<dyn AsyncBufRead + Unpin + Send>,
+    settings: &Settings,
+    publisher: &Publisher,
+    unchecked: bool,
+    bar: &ProgressBar,
+) -> Result<Counts, Failure> {
+    let mut counts = Counts::default();
+    let mut under_way: VecDeque<(usize, Sent)> = VecDeque::new();
+    let mut line = Vec::new();
+    for number in 1.. {
+        line.clear();
+        let read = input.read_until(b'\n', &mut line).await;
+        let read = read.map_err(|error| Failure::Input(format!("line {number} cannot be read: {error}")))?;
+        if read == 0 {
+            break;
+        }
+        bar.inc(read as u64);
+        let body = line.trim_ascii();
+        if body.is_empty() {
+            continue;
+        }
+        let event = match Event::decode(body, usize::MAX) {
+            Ok(event) => Some(event),
+            Err(_) if unchecked => None,
+            Err(malformed) => {
+                counts.bad += 1;
+                bar.suspend(|| anstream::eprintln!("line {number}: {malformed}"));
+                continue;
+            }
+        };
+        let key = event.as_ref().and_then(|event| event.text("type")).unwrap_or("identify");
+        let properties = properties(event.as_ref());
+        let sent = publisher.send(&settings.exchange, key, body, properties).await;
+        under_way.push_back((number, sent.map_err(|error| explain(error.into(), settings))?));
+        if under_way.len() >= WINDOW {
+            confirm(&mut under_way, &mut counts, settings, bar).await?;
+        }
+    }
+    while !under_way.is_empty() {
+        confirm(&mut under_way, &mut counts, settings, bar).await?;
+    }
+    Ok(counts)
+}
+
+async fn confirm(
+    under_way: &mut VecDeque<(usize, Sent)>,
+    counts: &mut Counts,
+    settings: &Settings,
+    bar: &ProgressBar,
+) -> Result<(), Failure> {
+    if let Some((number, sent)) = under_way.pop_front() {
+        let published = counts.published;
+        sent.confirmed().await.map_err(|error| match explain(error.into(), settings) {
+            Failure::Unavailable(message) => Failure::Unavailable(format!(
+                "line {number}: {message}\n{published} events before it were published; this one and later ones perhaps"
+            )),
+            other => other,
+        })?;
+        counts.published += 1;
+        bar.set_message(format!("{} published", counts.published));
+    }
+    Ok(())
+}
+
+/// The broker kills the channel when the exchange is missing; say what to do.
+fn explain(failure: Failure, settings: &Settings) -> Failure {
+    match failure {
+        Failure::Unavailable(message)
+            if message.contains("NOT_FOUND") || message.contains("no queue is bound") =>
+        {
+            Failure::Unavailable(format!(
+                "{message}\nhint: exchange `{}` and its queue are declared by `close-sync run`: start it once",
+                settings.exchange
+            ))
+        }
+        other => other,
+    }
+}
+
+fn properties(event: Option<&Event>) -> BasicProperties {
+    let message_id = event.and_then(Event::message_id).map(str::to_owned);
+    let message_id =
+        message_id.filter(|id| id.len() <= 255).unwrap_or_else(|| uuid::Uuid::now_v7().to_string());
+    let kind =
+        event.and_then(|event| event.text("type")).filter(|kind| kind.len() <= 255).unwrap_or("identify");
+    let time = event.and_then(Event::time).unwrap_or_else(Timestamp::now);
+    BasicProperties::default()
+        .with_message_id(message_id.into())
+        .with_type(kind.into())
+        .with_timestamp(u64::try_from(time.as_second()).unwrap_or(0))
+        .with_content_type("application/json".into())
+        .with_app_id("close-sync publish".into())
+}

@@ -1,0 +1,457 @@
+//! The client: one private `request`, one short method per operation.
+//!
+//! Every call passes the [`Gate`] of its endpoint group, and every answer is told to it. Calls are
+//! never repeated here, with one exception: a 429 means that nothing happened, so the call waits for
+//! the window it was told and goes again. Whoever awaits a call may drop it; what was sent may still
+//! happen.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use reqwest::{Method, StatusCode, header};
+use secrecy::{ExposeSecret, SecretString};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use url::Url;
+
+use super::error::{CloseError, Fault, Rejection};
+use super::gate::{self, Gate, RateLimit};
+use super::wire::{self, Members, TextMode};
+use crate::domain::plan::ContactValues;
+use crate::domain::record::{Contact, ContactId, FieldId, Fields, Lead, LeadId};
+
+/// How to reach Close.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The base of the API, ending in a slash: `https://api.close.com/api/v1/`.
+    pub url: Url,
+    /// The API key.
+    pub api_key: SecretString,
+    /// How long one call may take.
+    pub timeout: Duration,
+}
+
+/// The endpoint groups Close counts calls by: path and method (close-api.md §2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Endpoint {
+    /// `GET /me/`.
+    Me,
+    /// `GET /custom_field_schema/…/`.
+    Schema,
+    /// `POST /data/search/`, by far the scarcest.
+    Search,
+    /// `GET /lead/…/`.
+    ReadLead,
+    /// `POST /lead/`.
+    CreateLead,
+    /// `PUT /lead/…/`.
+    UpdateLead,
+    /// `GET /contact/…/`.
+    ReadContact,
+    /// `POST /contact/`.
+    CreateContact,
+    /// `PUT /contact/…/`.
+    UpdateContact,
+}
+
+impl Endpoint {
+    /// All groups, for metrics and gates.
+    pub const ALL: [Self; 9] = [
+        Self::Me,
+        Self::Schema,
+        Self::Search,
+        Self::ReadLead,
+        Self::CreateLead,
+        Self::UpdateLead,
+        Self::ReadContact,
+        Self::CreateContact,
+        Self::UpdateContact,
+    ];
+
+    /// The label in logs and metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Me => "me",
+            Self::Schema => "schema",
+            Self::Search => "search",
+            Self::ReadLead => "read_lead",
+            Self::CreateLead => "create_lead",
+            Self::UpdateLead => "update_lead",
+            Self::ReadContact => "read_contact",
+            Self::CreateContact => "create_contact",
+            Self::UpdateContact => "update_contact",
+        }
+    }
+
+    fn method(self) -> Method {
+        match self {
+            Self::Me | Self::Schema | Self::ReadLead | Self::ReadContact => Method::GET,
+            Self::Search | Self::CreateLead | Self::CreateContact => Method::POST,
+            Self::UpdateLead | Self::UpdateContact => Method::PUT,
+        }
+    }
+}
+
+/// How a call ended, for metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum StatusClass {
+    /// 2xx.
+    Ok,
+    /// 401, 402, 403.
+    Denied,
+    /// 404.
+    NotFound,
+    /// 429.
+    RateLimited,
+    /// Other 4xx, and anything else that is no success.
+    Refused,
+    /// 5xx.
+    ServerError,
+    /// No answer.
+    NoAnswer,
+}
+
+impl StatusClass {
+    /// All classes, for metrics.
+    pub const ALL: [Self; 7] = [
+        Self::Ok,
+        Self::Denied,
+        Self::NotFound,
+        Self::RateLimited,
+        Self::Refused,
+        Self::ServerError,
+        Self::NoAnswer,
+    ];
+
+    /// The label in metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Denied => "denied",
+            Self::NotFound => "not_found",
+            Self::RateLimited => "rate_limited",
+            Self::Refused => "refused",
+            Self::ServerError => "server_error",
+            Self::NoAnswer => "no_answer",
+        }
+    }
+
+    fn of(status: StatusCode) -> Self {
+        match status.as_u16() {
+            200..=299 => Self::Ok,
+            401..=403 => Self::Denied,
+            404 => Self::NotFound,
+            429 => Self::RateLimited,
+            500..=599 => Self::ServerError,
+            _ => Self::Refused,
+        }
+    }
+}
+
+/// One call, as the metrics see it.
+#[derive(Clone, Copy, Debug)]
+pub struct Call {
+    /// The endpoint group.
+    pub endpoint: Endpoint,
+    /// How it ended.
+    pub status: StatusClass,
+    /// From sending to the end of the answer.
+    pub took: Duration,
+    /// Waiting for budget before it.
+    pub waited: Duration,
+}
+
+/// The owner of the API key, as `GET /me/` tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct User {
+    /// The name of the organization the key belongs to.
+    pub organization: String,
+}
+
+/// A custom field of Leads or Contacts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CustomField {
+    /// Its id.
+    pub id: FieldId,
+    /// Its name, as people see it.
+    pub name: String,
+    /// Its type: `text`, `number`, `choices` and so on (close-api.md §7).
+    pub kind: String,
+}
+
+/// What to search for.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Lookup<'a> {
+    /// Leads with a company id.
+    Lead {
+        /// The field that stores it.
+        field: &'a FieldId,
+        /// The id.
+        company_id: &'a str,
+    },
+    /// Contacts with a user id or an email: either is enough.
+    Contact {
+        /// The field that stores the user id, and the id.
+        user: Option<(&'a FieldId, &'a str)>,
+        /// The email.
+        email: Option<&'a str>,
+    },
+}
+
+type Observer = Box<dyn Fn(Call) + Send + Sync>;
+
+/// A client of one Close organization. Clones share connections, gates and budget.
+#[derive(Clone)]
+pub struct Client(Arc<Inner>);
+
+struct Inner {
+    http: reqwest::Client,
+    settings: Settings,
+    gates: HashMap<Endpoint, Gate>,
+    observe: Observer,
+    /// Close does not know `exact_value` (it is not documented): search by phrase from now on.
+    phrase_only: AtomicBool,
+}
+
+/// Bodies larger than this are not read to the end; a Lead with hundreds of Contacts stays below.
+const MAX_ANSWER: usize = 32 << 20;
+
+impl Client {
+    /// Makes a client. `observe` is told of every call.
+    ///
+    /// # Errors
+    /// When the TLS set-up of the machine is unusable.
+    pub fn new(
+        settings: Settings,
+        observe: impl Fn(Call) + Send + Sync + 'static,
+    ) -> Result<Self, reqwest::Error> {
+        // One TLS stack for the process; a second installation is refused and harmless.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let http = reqwest::Client::builder()
+            .user_agent(concat!("close-sync/", env!("CARGO_PKG_VERSION")))
+            .timeout(settings.timeout)
+            // A redirect may lose the body of a POST (close-api.md §1).
+            .redirect(reqwest::redirect::Policy::none())
+            .build()?;
+        let gates = Endpoint::ALL.into_iter().map(|endpoint| (endpoint, Gate::default())).collect();
+        let inner =
+            Inner { http, settings, gates, observe: Box::new(observe), phrase_only: AtomicBool::new(false) };
+        Ok(Self(Arc::new(inner)))
+    }
+
+    /// Whose key this is; also the credential check.
+    pub async fn me(&self) -> Result<User, CloseError> {
+        let me: wire::Me = self.request(Endpoint::Me, "me/", None).await?;
+        Ok(me.into())
+    }
+
+    /// All custom fields of Leads, shared ones included.
+    pub async fn lead_fields(&self) -> Result<Vec<CustomField>, CloseError> {
+        self.schema("custom_field_schema/lead/").await
+    }
+
+    /// All custom fields of Contacts, shared ones included.
+    pub async fn contact_fields(&self) -> Result<Vec<CustomField>, CloseError> {
+        self.schema("custom_field_schema/contact/").await
+    }
+
+    async fn schema(&self, path: &str) -> Result<Vec<CustomField>, CloseError> {
+        let schema: wire::Schema = self.request(Endpoint::Schema, path, None).await?;
+        Ok(schema.fields.into_iter().map(CustomField::from).collect())
+    }
+
+    /// Leads that may have the company id: candidates, to be compared again.
+    pub async fn find_leads(&self, field: &FieldId, company_id: &str) -> Result<Vec<Lead>, CloseError> {
+        let rows = self.search(Lookup::Lead { field, company_id }).await?;
+        Ok(rows.iter().filter_map(wire::read_lead).collect())
+    }
+
+    /// Contacts that may be the person: candidates, to be compared again.
+    pub async fn find_contacts(
+        &self,
+        user: Option<(&FieldId, &str)>,
+        email: Option<&str>,
+    ) -> Result<Vec<Contact>, CloseError> {
+        let rows = self.search(Lookup::Contact { user, email }).await?;
+        Ok(rows.iter().filter_map(wire::read_contact).collect())
+    }
+
+    /// One page is enough: it is sorted by age and the oldest ten are wanted. Only a flood of false
+    /// candidates could hide a true one, and `exact_value` keeps that out.
+    async fn search(&self, lookup: Lookup<'_>) -> Result<Vec<Value>, CloseError> {
+        let ask = async |mode| {
+            let body = wire::search_body(&lookup, mode);
+            let page: wire::SearchPage = self.request(Endpoint::Search, "data/search/", Some(body)).await?;
+            if page.cursor.is_some() {
+                tracing::warn!(
+                    "a look-up found more records than fit one page; only the oldest are considered"
+                );
+            }
+            Ok(page.data)
+        };
+        if self.0.phrase_only.load(Ordering::Relaxed) {
+            return ask(TextMode::Phrase).await;
+        }
+        match ask(TextMode::ExactValue).await {
+            Err(CloseError::Rejected(rejection)) if rejection.status == 400 => {
+                let rows = ask(TextMode::Phrase).await?;
+                self.0.phrase_only.store(true, Ordering::Relaxed);
+                Ok(rows)
+            }
+            answer => answer,
+        }
+    }
+
+    /// A Lead with all its Contacts, as they are now.
+    pub async fn lead(&self, id: &LeadId) -> Result<(Lead, Vec<Contact>), CloseError> {
+        let answer: Value = self.request(Endpoint::ReadLead, &format!("lead/{id}/"), None).await?;
+        let lead = wire::read_lead(&answer).ok_or(CloseError::Transient(Fault::Garbled))?;
+        let contacts = match wire::read_members(&answer) {
+            Members::Whole(contacts) => contacts,
+            Members::Ids(ids) => {
+                let mut contacts = Vec::with_capacity(ids.len());
+                for id in ids {
+                    contacts.push(self.contact(&id).await?);
+                }
+                contacts
+            }
+        };
+        Ok((lead, contacts))
+    }
+
+    /// A Contact as it is now.
+    pub async fn contact(&self, id: &ContactId) -> Result<Contact, CloseError> {
+        let answer: Value = self.request(Endpoint::ReadContact, &format!("contact/{id}/"), None).await?;
+        wire::read_contact(&answer).ok_or(CloseError::Transient(Fault::Garbled))
+    }
+
+    /// Creates a Lead and its Contact in one call. Never repeat it blindly.
+    pub async fn create_lead(
+        &self,
+        lead: &Fields,
+        contact: Option<&ContactValues>,
+    ) -> Result<(LeadId, Option<ContactId>), CloseError> {
+        let body = wire::lead_body(lead, contact);
+        let answer: Value = self.request(Endpoint::CreateLead, "lead/", Some(body)).await?;
+        let lead = wire::read_lead(&answer).ok_or(CloseError::Transient(Fault::Garbled))?;
+        Ok((lead.id, wire::first_member(&answer)))
+    }
+
+    /// Creates a Contact in a Lead. Never repeat it blindly.
+    pub async fn create_contact(
+        &self,
+        lead: &LeadId,
+        contact: &ContactValues,
+    ) -> Result<ContactId, CloseError> {
+        let body = wire::contact_body(contact, Some(lead));
+        let answer: Value = self.request(Endpoint::CreateContact, "contact/", Some(body)).await?;
+        let contact = wire::read_contact(&answer).ok_or(CloseError::Transient(Fault::Garbled))?;
+        Ok(contact.id)
+    }
+
+    /// Changes fields of a Lead; the others stay (PUT is a patch, close-api.md §1).
+    pub async fn update_lead(&self, id: &LeadId, changes: &Fields) -> Result<(), CloseError> {
+        let body = wire::lead_body(changes, None);
+        self.request::<Value>(Endpoint::UpdateLead, &format!("lead/{id}/"), Some(body)).await.map(drop)
+    }
+
+    /// Changes fields and whole lists of a Contact; the others stay.
+    pub async fn update_contact(&self, id: &ContactId, changes: &ContactValues) -> Result<(), CloseError> {
+        let body = wire::contact_body(changes, None);
+        self.request::<Value>(Endpoint::UpdateContact, &format!("contact/{id}/"), Some(body)).await.map(drop)
+    }
+
+    async fn request<T: DeserializeOwned>(
+        &self,
+        endpoint: Endpoint,
+        path: &str,
+        body: Option<Value>,
+    ) -> Result<T, CloseError> {
+        loop {
+            if let Some(answer) = self.send(endpoint, path, body.as_ref()).await? {
+                return serde_json::from_slice(&answer).map_err(|_| CloseError::Transient(Fault::Garbled));
+            }
+        }
+    }
+
+    /// Sends once. `None` after a 429: the gate is closed for as long as Close said.
+    async fn send(
+        &self,
+        endpoint: Endpoint,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<Option<Vec<u8>>, CloseError> {
+        let (mut permit, waited) = self.0.gates[&endpoint].enter().await;
+        let started = Instant::now();
+        let result = self.exchange(endpoint, path, body).await;
+        let status = result.as_ref().map_or(StatusClass::NoAnswer, |answer| StatusClass::of(answer.status));
+        (self.0.observe)(Call { endpoint, status, took: started.elapsed(), waited });
+
+        let answer = result?;
+        permit.told(answer.limit);
+        match answer.status.as_u16() {
+            200..=299 => Ok(Some(answer.body)),
+            401 => Err(CloseError::Unauthorized),
+            402 => Err(CloseError::PlanLimit),
+            403 => Err(CloseError::Forbidden),
+            404 => Err(CloseError::NotFound),
+            429 => {
+                let told = answer.limit.filter(|limit| limit.remaining == 0).map(|limit| limit.reset);
+                permit.refused(told.or(answer.retry_after).unwrap_or(gate::DEFAULT_WAIT));
+                Ok(None)
+            }
+            status @ 500..=599 => Err(CloseError::Transient(Fault::Status(status))),
+            status => Err(CloseError::Rejected(Rejection::read(status, &answer.body))),
+        }
+    }
+
+    async fn exchange(
+        &self,
+        endpoint: Endpoint,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<Answer, CloseError> {
+        let url = self.0.settings.url.join(path).map_err(|_| CloseError::NotFound)?;
+        let mut request = self
+            .0
+            .http
+            .request(endpoint.method(), url)
+            .basic_auth(self.0.settings.api_key.expose_secret(), Some(""))
+            .header(header::ACCEPT, "application/json");
+        if let Some(body) = body {
+            request = request.json(body);
+        }
+        let mut response = request.send().await.map_err(|error| fault(&error))?;
+        let headers = response.headers();
+        let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+        let (limit, retry_after) = (RateLimit::read(header), header("retry-after").and_then(gate::seconds));
+        let status = response.status();
+        let mut body = Vec::new();
+        while let Some(chunk) = response.chunk().await.map_err(|error| fault(&error))? {
+            if body.len() + chunk.len() > MAX_ANSWER {
+                return Err(CloseError::Transient(Fault::Garbled));
+            }
+            body.extend_from_slice(&chunk);
+        }
+        Ok(Answer { status, limit, retry_after, body })
+    }
+}
+
+struct Answer {
+    status: StatusCode,
+    limit: Option<RateLimit>,
+    retry_after: Option<Duration>,
+    body: Vec<u8>,
+}
+
+fn fault(error: &reqwest::Error) -> CloseError {
+    if error.is_connect() {
+        CloseError::Unreachable
+    } else if error.is_timeout() {
+        CloseError::Transient(Fault::Timeout)
+    } else {
+        CloseError::Transient(Fault::ConnectionLost)
+    }
+}

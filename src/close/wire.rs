@@ -1,0 +1,258 @@
+//! Close's JSON, in and out. Nothing here is public past `close`.
+
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::client::{CustomField, Lookup, User};
+use crate::domain::plan::ContactValues;
+use crate::domain::record::{
+    Channel, Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists, fold_email,
+};
+
+/// Keys of a record that map to a [`Field`]; custom fields are flat `custom.cf_…` keys beside them.
+fn fields(object: &Value, plain: &[Field]) -> Fields {
+    let plain =
+        plain.iter().filter_map(|field| Some((field.clone(), object.get(field.to_string())?.clone())));
+    let custom = object.as_object().into_iter().flatten().filter_map(|(key, value)| {
+        Some((Field::Custom(FieldId::new(key.strip_prefix("custom.")?)), value.clone()))
+    });
+    // Null and "" both mean "no value" (close-api.md §4, §12).
+    plain.chain(custom).filter(|(_, value)| !value.is_null() && value != "").collect()
+}
+
+fn text(object: &Value, key: &str) -> Option<String> {
+    object.get(key).and_then(Value::as_str).map(str::to_owned)
+}
+
+pub(super) fn read_lead(object: &Value) -> Option<Lead> {
+    Some(Lead {
+        id: LeadId::new(text(object, "id")?),
+        date_created: text(object, "date_created").unwrap_or_default(),
+        fields: fields(object, &[Field::Name, Field::Description, Field::Status]),
+    })
+}
+
+pub(super) fn read_contact(object: &Value) -> Option<Contact> {
+    let entries = |channel: Channel| -> Option<Vec<Entry>> {
+        let list = object.get(channel.list())?.as_array()?;
+        let entry = |item: &Value| {
+            Some(Entry {
+                value: text(item, channel.item())?,
+                kind: text(item, "type").unwrap_or_else(|| channel.default_kind().to_owned()),
+            })
+        };
+        Some(list.iter().filter_map(entry).collect())
+    };
+    Some(Contact {
+        id: ContactId::new(text(object, "id")?),
+        lead_id: text(object, "lead_id").map(LeadId::new),
+        date_created: text(object, "date_created").unwrap_or_default(),
+        fields: fields(object, &[Field::Name, Field::Title]),
+        lists: Channel::ALL.into_iter().filter_map(|channel| Some((channel, entries(channel)?))).collect(),
+    })
+}
+
+/// The Contacts of a Lead: whole, or only their ids where Close left them out. The list of whole
+/// Contacts is marked deprecated in the 2026 specification (close-api.md §4).
+pub(super) enum Members {
+    Whole(Vec<Contact>),
+    Ids(Vec<ContactId>),
+}
+
+pub(super) fn read_members(lead: &Value) -> Members {
+    if let Some(contacts) = lead.get("contacts").and_then(Value::as_array) {
+        return Members::Whole(contacts.iter().filter_map(read_contact).collect());
+    }
+    let ids = lead.get("contact_ids").and_then(Value::as_array);
+    let id = |value: &Value| value.as_str().map(ContactId::new);
+    Members::Ids(ids.into_iter().flatten().filter_map(id).collect())
+}
+
+/// The id of the first Contact of a Lead just created. `contact_ids` was missing in a recorded
+/// answer (close-api.md §4).
+pub(super) fn first_member(lead: &Value) -> Option<ContactId> {
+    let by_id = lead.pointer("/contact_ids/0").or_else(|| lead.pointer("/contacts/0/id"));
+    by_id.and_then(Value::as_str).map(ContactId::new)
+}
+
+pub(super) fn lead_body(fields: &Fields, contact: Option<&ContactValues>) -> Value {
+    let mut body = field_body(fields);
+    if let Some(contact) = contact {
+        body.insert("contacts".into(), json!([contact_body(contact, None)]));
+    }
+    body.into()
+}
+
+pub(super) fn contact_body(contact: &ContactValues, lead: Option<&LeadId>) -> Value {
+    let mut body = field_body(&contact.fields);
+    body.extend(list_body(&contact.lists));
+    if let Some(lead) = lead {
+        body.insert("lead_id".into(), lead.as_str().into());
+    }
+    body.into()
+}
+
+fn field_body(fields: &Fields) -> Map<String, Value> {
+    fields.iter().map(|(field, value)| (field.to_string(), value.clone())).collect()
+}
+
+/// Only the keys the schema knows: anything else may be refused (close-api.md §5).
+fn list_body(lists: &Lists) -> Map<String, Value> {
+    let entry = |channel: Channel, entry: &Entry| json!({channel.item(): entry.value, "type": entry.kind});
+    let list =
+        |channel: Channel, entries: &[Entry]| entries.iter().map(|item| entry(channel, item)).collect();
+    lists.iter().map(|(&channel, entries)| (channel.list().to_owned(), list(channel, entries))).collect()
+}
+
+/// How search compares text.
+#[derive(Clone, Copy)]
+pub(super) enum TextMode {
+    /// Not in the documentation, but what Close's own app sends (close-api.md §6).
+    ExactValue,
+    /// The documented one; finds more than is meant, which is sorted out by comparing again.
+    Phrase,
+}
+
+impl TextMode {
+    fn word(self) -> &'static str {
+        match self {
+            Self::ExactValue => "exact_value",
+            Self::Phrase => "phrase",
+        }
+    }
+}
+
+/// Page size of a search; 200 is the assumed maximum, 100 is safe (close-api.md §12, 12).
+const PAGE: usize = 100;
+
+/// The body of a search: records of one kind that satisfy any of the conditions, oldest first.
+pub(super) fn search_body(lookup: &Lookup<'_>, mode: TextMode) -> Value {
+    let text = |value: &str| json!({"type": "text", "mode": mode.word(), "value": value});
+    let custom = |field: &FieldId, value: &str| {
+        json!({
+            "type": "field_condition",
+            "field": {"type": "custom_field", "custom_field_id": field.as_str()},
+            "condition": text(value),
+        })
+    };
+    let (kind, conditions, wanted) = match lookup {
+        Lookup::Lead { field, company_id } => (
+            "lead",
+            vec![custom(field, company_id)],
+            vec!["id".into(), "date_created".into(), format!("custom.{field}")],
+        ),
+        Lookup::Contact { user, email } => {
+            let by_user = user.map(|(field, id)| custom(field, id));
+            let by_email = email.map(|email| {
+                json!({
+                    "type": "has_related",
+                    "this_object_type": "contact",
+                    "related_object_type": "contact_email",
+                    "related_query": {
+                        "type": "field_condition",
+                        "field": {"type": "regular_field", "object_type": "contact_email", "field_name": "email"},
+                        "condition": text(&fold_email(email)),
+                    },
+                })
+            });
+            let keys = user.map(|(field, _)| format!("custom.{field}"));
+            let plain = ["id", "lead_id", "date_created", "emails"].map(str::to_owned);
+            (
+                "contact",
+                by_user.into_iter().chain(by_email).collect(),
+                plain.into_iter().chain(keys).collect(),
+            )
+        }
+    };
+    json!({
+        "query": {"type": "and", "queries": [
+            {"type": "object_type", "object_type": kind},
+            {"type": "or", "queries": conditions},
+        ]},
+        "_fields": {kind: wanted},
+        "sort": [{"direction": "asc", "field": {
+            "type": "regular_field", "object_type": kind, "field_name": "date_created",
+        }}],
+        "_limit": PAGE,
+    })
+}
+
+#[derive(Deserialize)]
+pub(super) struct SearchPage {
+    pub(super) data: Vec<Value>,
+    pub(super) cursor: Option<String>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct Schema {
+    pub(super) fields: Vec<SchemaField>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct SchemaField {
+    id: String,
+    name: String,
+    #[serde(rename = "type")]
+    kind: String,
+}
+
+impl From<SchemaField> for CustomField {
+    fn from(field: SchemaField) -> Self {
+        Self { id: FieldId::new(field.id), name: field.name, kind: field.kind }
+    }
+}
+
+#[derive(Deserialize)]
+pub(super) struct Me {
+    #[serde(default)]
+    organizations: Vec<Organization>,
+}
+
+#[derive(Deserialize)]
+struct Organization {
+    #[serde(default)]
+    name: String,
+}
+
+impl From<Me> for User {
+    fn from(me: Me) -> Self {
+        Self { organization: me.organizations.into_iter().next().map(|org| org.name).unwrap_or_default() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_contact_is_read_and_written_without_what_close_computes() {
+        let object = json!({
+            "id": "cont_1", "lead_id": "lead_1", "name": "Jane", "title": "", "date_created": "d",
+            "emails": [{"email": "j@x.test", "type": "home", "is_unsubscribed": false}],
+            "phones": [{"phone": "+49301", "type": "mobile", "phone_formatted": "+49 30 1", "country": "DE"}],
+            "urls": [], "custom.cf_1": "u", "display_name": "Jane",
+        });
+        let contact = read_contact(&object).unwrap();
+        let values = ContactValues { fields: contact.fields, lists: contact.lists };
+        assert_eq!(
+            contact_body(&values, None),
+            json!({
+                "name": "Jane", "custom.cf_1": "u", "urls": [],
+                "emails": [{"email": "j@x.test", "type": "home"}],
+                "phones": [{"phone": "+49301", "type": "mobile"}],
+            })
+        );
+    }
+
+    #[test]
+    fn members_are_found_whichever_list_close_sends() {
+        let ids = |lead: Value| match read_members(&lead) {
+            Members::Whole(contacts) => contacts.into_iter().map(|contact| contact.id.to_string()).collect(),
+            Members::Ids(ids) => ids.into_iter().map(|id| format!("only {id}")).collect::<Vec<_>>(),
+        };
+        assert_eq!(ids(json!({"contacts": [{"id": "c"}], "contact_ids": ["c"]})), ["c"]);
+        assert_eq!(ids(json!({"contact_ids": ["c"]})), ["only c"]);
+        assert!(ids(json!({})).is_empty());
+        assert_eq!(first_member(&json!({"contacts": [{"id": "c"}]})), Some(ContactId::new("c")));
+    }
+}

@@ -1,0 +1,110 @@
+//! What earlier messages taught us about ids: a bounded memory that spares searches and, above all,
+//! remembers the records just created while search does not list them yet (`design.md` P2).
+//!
+//! Nothing in here is believed without reading the record: a Contact may have been moved, a Lead
+//! merged. An entry lives [`LIFETIME`] at most, so that a record somebody made by hand in Close is
+//! found by the search that follows.
+
+use std::time::Duration;
+
+use moka::sync::Cache;
+
+use crate::domain::mapping::Key;
+use crate::domain::record::{ContactId, LeadId};
+
+/// How long an entry is used.
+const LIFETIME: Duration = Duration::from_secs(600);
+/// How many companies and how many people are remembered. An entry takes about 200 bytes.
+const CAPACITY: u64 = 50_000;
+
+/// The memory. Clones share it.
+#[derive(Clone, Debug)]
+pub struct Known {
+    leads: Cache<String, LeadId>,
+    people: Cache<Key, Contacts>,
+}
+
+/// The Contacts remembered for a user id or an email.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Contacts {
+    /// Their ids.
+    pub ids: Vec<ContactId>,
+    /// Whether a search has found that these are all: then another search can be spared.
+    pub complete: bool,
+}
+
+impl Default for Known {
+    fn default() -> Self {
+        Self {
+            leads: Cache::builder().max_capacity(CAPACITY).time_to_live(LIFETIME).build(),
+            people: Cache::builder().max_capacity(CAPACITY).time_to_live(LIFETIME).build(),
+        }
+    }
+}
+
+impl Known {
+    /// The Lead of a company.
+    pub fn lead(&self, company_id: &str) -> Option<LeadId> {
+        self.leads.get(company_id)
+    }
+
+    /// Remembers the Lead of a company.
+    pub fn learn_lead(&self, company_id: &str, id: LeadId) {
+        self.leads.insert(company_id.to_owned(), id);
+    }
+
+    /// Forgets the Lead of a company: it turned out wrong.
+    pub fn forget_lead(&self, company_id: &str) {
+        self.leads.invalidate(company_id);
+    }
+
+    /// The Contacts of a person.
+    pub fn contacts(&self, key: &Key) -> Contacts {
+        self.people.get(key).unwrap_or_default()
+    }
+
+    /// Remembers what a search found for a person. An empty answer is not remembered: it proves
+    /// nothing (close-api.md §6).
+    pub fn learn_contacts(&self, key: Key, ids: Vec<ContactId>) {
+        if !ids.is_empty() {
+            self.people.insert(key, Contacts { ids, complete: true });
+        }
+    }
+
+    /// Remembers a Contact just created. `only`: nobody else was found by this key.
+    pub fn learn_created(&self, key: Key, id: ContactId, only: bool) {
+        let mut contacts = self.contacts(&key);
+        contacts.complete |= only;
+        contacts.ids.push(id);
+        self.people.insert(key, contacts);
+    }
+
+    /// Forgets the Contacts of a person: one turned out wrong.
+    pub fn forget_contacts(&self, key: &Key) {
+        self.people.invalidate(key);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_created_contact_joins_what_is_known_and_an_empty_answer_is_no_knowledge() {
+        let known = Known::default();
+        let key = || Key::Email("j@x.test".into());
+        let id = ContactId::new;
+        known.learn_contacts(key(), vec![]);
+        assert_eq!(known.contacts(&key()), Contacts::default());
+        known.learn_created(key(), id("cont_1"), false);
+        assert_eq!(known.contacts(&key()), Contacts { ids: vec![id("cont_1")], complete: false });
+        known.learn_contacts(key(), vec![id("cont_0")]);
+        known.learn_created(key(), id("cont_2"), false);
+        assert_eq!(
+            known.contacts(&key()),
+            Contacts { ids: vec![id("cont_0"), id("cont_2")], complete: true }
+        );
+        known.forget_contacts(&key());
+        assert_eq!(known.contacts(&key()), Contacts::default());
+    }
+}

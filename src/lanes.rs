@@ -1,0 +1,145 @@
+//! Who may run now: an entry starts only when no earlier unfinished entry shares a key with it.
+//!
+//! Two messages about one person or one company never run at the same time, whichever of their keys
+//! they share; everything else runs in parallel (`design.md` P2, P3). Pure: the caller pushes entries
+//! in the order of the queue, asks for what may start, and tells what finished.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::hash::Hash;
+
+/// The place of an entry in the order of arrival.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Ticket(u64);
+
+/// Entries that wait or run, by key.
+#[derive(Debug)]
+pub struct Lanes<K, T> {
+    next: u64,
+    /// For each key the unfinished entries that have it, in order.
+    queues: HashMap<K, VecDeque<Ticket>>,
+    keys: HashMap<Ticket, Vec<K>>,
+    waiting: BTreeMap<Ticket, T>,
+    /// Waiting entries that are first in all their queues.
+    ready: BTreeSet<Ticket>,
+}
+
+impl<K, T> Default for Lanes<K, T> {
+    fn default() -> Self {
+        Self {
+            next: 0,
+            queues: HashMap::new(),
+            keys: HashMap::new(),
+            waiting: BTreeMap::new(),
+            ready: BTreeSet::new(),
+        }
+    }
+}
+
+impl<K: Clone + Eq + Hash, T> Lanes<K, T> {
+    /// Adds an entry behind all others.
+    pub fn push(&mut self, keys: Vec<K>, entry: T) {
+        let ticket = Ticket(self.next);
+        self.next += 1;
+        for key in &keys {
+            let queue = self.queues.entry(key.clone()).or_default();
+            if queue.back() != Some(&ticket) {
+                queue.push_back(ticket);
+            }
+        }
+        self.keys.insert(ticket, keys);
+        self.waiting.insert(ticket, entry);
+        self.note_if_ready(ticket);
+    }
+
+    /// Takes the oldest entry that may run.
+    pub fn start(&mut self) -> Option<(Ticket, T)> {
+        let ticket = self.ready.pop_first()?;
+        Some((ticket, self.waiting.remove(&ticket)?))
+    }
+
+    /// An entry that was started is done: those behind it may start.
+    pub fn finish(&mut self, ticket: Ticket) {
+        for key in self.keys.remove(&ticket).unwrap_or_default() {
+            let Some(queue) = self.queues.get_mut(&key) else { continue };
+            queue.retain(|other| *other != ticket);
+            match queue.front().copied() {
+                Some(first) => self.note_if_ready(first),
+                None => {
+                    self.queues.remove(&key);
+                }
+            }
+        }
+    }
+
+    /// How many entries have not been started.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    fn note_if_ready(&mut self, ticket: Ticket) {
+        let first = |key| self.queues.get(key).and_then(VecDeque::front) == Some(&ticket);
+        if self.waiting.contains_key(&ticket)
+            && self.keys.get(&ticket).is_some_and(|keys| keys.iter().all(first))
+        {
+            self.ready.insert(ticket);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn an_entry_waits_for_every_earlier_one_it_shares_a_key_with() {
+        let mut lanes = Lanes::default();
+        lanes.push(vec!["company a", "user 1"], 1);
+        lanes.push(vec!["user 1", "email x"], 2);
+        lanes.push(vec!["email x"], 3);
+        lanes.push(vec!["company b"], 4);
+        let first = lanes.start().unwrap();
+        assert_eq!((first.1, lanes.start().unwrap().1), (1, 4));
+        assert!(lanes.start().is_none());
+        lanes.finish(first.0);
+        let second = lanes.start().unwrap();
+        assert_eq!((second.1, lanes.start(), lanes.waiting()), (2, None, 1));
+        lanes.finish(second.0);
+        assert_eq!(lanes.start().unwrap().1, 3);
+    }
+
+    proptest! {
+        #[test]
+        fn keys_never_overlap_order_per_key_holds_and_all_get_their_turn(
+            entries in proptest::collection::vec(proptest::collection::vec(0u8..6, 0..4), 1..40),
+            picks in proptest::collection::vec(any::<prop::sample::Index>(), 200),
+        ) {
+            let mut lanes = Lanes::default();
+            for (n, keys) in entries.iter().enumerate() {
+                lanes.push(keys.clone(), n);
+            }
+            let (mut running, mut order) = (Vec::new(), Vec::new());
+            for pick in picks {
+                while let Some((ticket, n)) = lanes.start() {
+                    for (_, other) in &running {
+                        let other: &Vec<u8> = &entries[*other];
+                        prop_assert!(!entries[n].iter().any(|key| other.contains(key)));
+                    }
+                    running.push((ticket, n));
+                    order.push(n);
+                }
+                if running.is_empty() {
+                    break;
+                }
+                lanes.finish(running.swap_remove(pick.index(running.len())).0);
+            }
+            prop_assert_eq!(order.len(), entries.len());
+            for key in 0..6 {
+                let mine: Vec<_> = order.iter().filter(|n| entries[**n].contains(&key)).collect();
+                prop_assert!(mine.is_sorted());
+            }
+            prop_assert!(lanes.queues.is_empty() && lanes.keys.is_empty());
+        }
+    }
+}

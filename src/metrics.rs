@@ -1,0 +1,357 @@
+//! Every metric, in one place: names, labels, and the methods that record them.
+//!
+//! A registry of our own, so that two workers can live in one process. All label values come from
+//! closed enums and every combination exists from the start, so that an alert sees zeros instead of
+//! nothing. Labels never carry anything of a message.
+
+use std::time::Duration;
+
+use prometheus::{
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
+};
+
+use crate::close::{Call, Endpoint, StatusClass};
+use crate::domain::mapping::{DropReason, Dropped};
+use crate::domain::plan::Refusal;
+use crate::outcome::{Effect, Outcome, PauseCause, Reason, Skip, Stage};
+
+/// The metrics of one worker. Clones share them.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    registry: Registry,
+    settled: IntCounterVec,
+    skipped: IntCounterVec,
+    dead_letters: IntCounterVec,
+    handling_seconds: Histogram,
+    event_age_seconds: Histogram,
+    retries: IntCounterVec,
+    lag_guard_waits: IntCounter,
+    fields_dropped: IntCounterVec,
+    steps_refused: IntCounterVec,
+    conflicts: IntCounter,
+    stale_acks: IntCounter,
+    in_flight: IntGauge,
+    waiting: IntGauge,
+    paused: IntGaugeVec,
+    connected: IntGauge,
+    connection_losses: IntCounter,
+    close_requests: IntCounterVec,
+    close_request_seconds: HistogramVec,
+    gate_wait_seconds: HistogramVec,
+}
+
+/// What became of a delivery besides an effect on Close.
+const OTHERWISE_SETTLED: [&str; 4] = ["skipped", "delayed", "dead", "handed_back"];
+
+/// A call to Close takes some 100 ms; the last bucket is the default time-out.
+const CALL_BUCKETS: [f64; 9] = [0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+/// A wait for budget lasts up to a window, seen at 1 to 15 s (close-api.md §2).
+const WAIT_BUCKETS: [f64; 8] = [0.001, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0];
+/// A few calls, or retries in place up to the longest hold.
+const HANDLING_BUCKETS: [f64; 10] = [0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 10.0, 30.0, 120.0, 600.0];
+/// From "at once" to "after the longest delay queue" and a day of outage.
+const AGE_BUCKETS: [f64; 10] = [0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 86400.0];
+
+impl Metrics {
+    /// All metrics, at zero.
+    ///
+    /// # Errors
+    /// When two of them have the same name, which a test excludes.
+    pub fn new() -> prometheus::Result<Self> {
+        let registry = Registry::new_custom(Some("close_sync".into()), None)?;
+        let make = Maker(&registry);
+        let metrics = Self {
+            settled: make.counters(
+                "messages_settled_total",
+                "Deliveries by what became of them",
+                "outcome",
+                &[&Effect::ALL.map(Effect::label), OTHERWISE_SETTLED.as_slice()].concat(),
+            )?,
+            skipped: make.counters(
+                "messages_skipped_total",
+                "Skipped messages by reason",
+                "reason",
+                &Skip::all().map(Skip::label).collect::<Vec<_>>(),
+            )?,
+            dead_letters: make.counters(
+                "dead_letters_total",
+                "Dead-lettered messages by reason",
+                "reason",
+                &Reason::ALL.map(Reason::label),
+            )?,
+            handling_seconds: make.histogram(
+                "message_handling_seconds",
+                "From the start of the work on a message to its end, retries in place included",
+                &HANDLING_BUCKETS,
+            )?,
+            event_age_seconds: make.histogram(
+                "event_age_seconds",
+                "From the time in the event to the time Close agreed with it",
+                &AGE_BUCKETS,
+            )?,
+            retries: make.counters(
+                "retries_total",
+                "Retries in place by the stage that failed",
+                "stage",
+                &[Stage::LookUp.label(), Stage::Write.label()],
+            )?,
+            lag_guard_waits: make.counter(
+                "lag_guard_waits_total",
+                "Waits for Close's search to catch up before a record was created",
+            )?,
+            fields_dropped: make.counters(
+                "fields_dropped_total",
+                "Mapped values left out by reason",
+                "reason",
+                &DropReason::ALL.map(DropReason::label),
+            )?,
+            steps_refused: make.counters(
+                "steps_refused_total",
+                "Writes the switches forbade",
+                "switch",
+                &Refusal::ALL.map(Refusal::label),
+            )?,
+            conflicts: make.counter(
+                "contact_conflicts_total",
+                "Contacts with the event's email left alone because they carry another user id",
+            )?,
+            stale_acks: make.counter(
+                "stale_acks_total",
+                "Deliveries settled after their channel was gone: they come again",
+            )?,
+            in_flight: make.gauge("messages_in_flight", "Messages being worked on")?,
+            waiting: make.gauge(
+                "messages_waiting",
+                "Messages received that wait for an earlier one of the same person or company, or for a free place",
+            )?,
+            paused: make.gauges(
+                "paused",
+                "1 while consumption is paused for this cause",
+                "cause",
+                &PauseCause::ALL.map(PauseCause::label),
+            )?,
+            connected: make.gauge("broker_connected", "1 while connected to RabbitMQ and consuming or standing by")?,
+            connection_losses: make
+                .counter("broker_connection_losses_total", "Times the connection to RabbitMQ was lost")?,
+            close_requests: make.requests()?,
+            close_request_seconds: make.histograms(
+                "close_request_seconds",
+                "Duration of calls to Close by endpoint group",
+                &CALL_BUCKETS,
+            )?,
+            gate_wait_seconds: make.histograms(
+                "gate_wait_seconds",
+                "Waits for rate budget before a call by endpoint group",
+                &WAIT_BUCKETS,
+            )?,
+            registry: registry.clone(),
+        };
+        make.build_info()?;
+        Ok(metrics)
+    }
+
+    /// The page Prometheus scrapes.
+    pub fn page(&self) -> String {
+        TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default()
+    }
+
+    /// A call to Close ended.
+    pub fn called(&self, call: Call) {
+        let endpoint = call.endpoint.label();
+        self.close_requests.with_label_values(&[endpoint, call.status.label()]).inc();
+        self.close_request_seconds.with_label_values(&[endpoint]).observe(call.took.as_secs_f64());
+        self.gate_wait_seconds.with_label_values(&[endpoint]).observe(call.waited.as_secs_f64());
+    }
+
+    /// A delivery was settled: its successor, if any, is confirmed, and it is acked.
+    pub fn settled(&self, outcome: &Outcome, took: Duration) {
+        let label = match outcome {
+            Outcome::Synced(effect) => effect.label(),
+            Outcome::Skipped(skip) => {
+                self.skipped.with_label_values(&[skip.label()]).inc();
+                "skipped"
+            }
+            Outcome::Delayed { .. } => "delayed",
+            Outcome::Dead(dead) => {
+                self.dead_letters.with_label_values(&[dead.reason.label()]).inc();
+                "dead"
+            }
+            Outcome::Paused(_) => "handed_back",
+        };
+        self.settled.with_label_values(&[label]).inc();
+        self.handling_seconds.observe(took.as_secs_f64());
+    }
+
+    /// A delivery went back to the queue unsettled.
+    pub fn handed_back(&self, deliveries: u64) {
+        self.settled.with_label_values(&["handed_back"]).inc_by(deliveries);
+    }
+
+    /// Close agrees with an event that happened at `time`.
+    pub fn written(&self, time: jiff::Timestamp) {
+        let age = jiff::Timestamp::now().duration_since(time);
+        self.event_age_seconds.observe(age.as_secs_f64().max(0.0));
+    }
+
+    /// A try failed and is repeated in place.
+    pub fn retried(&self, stage: Stage) {
+        self.retries.with_label_values(&[stage.label()]).inc();
+    }
+
+    /// A creation waits for search to catch up.
+    pub fn lag_guard_waited(&self) {
+        self.lag_guard_waits.inc();
+    }
+
+    /// What a finished plan left out.
+    pub fn decided(&self, dropped: &[Dropped], refused: &[Refusal], conflicts: usize) {
+        for dropped in dropped {
+            self.fields_dropped.with_label_values(&[dropped.reason.label()]).inc();
+        }
+        for refusal in refused {
+            self.steps_refused.with_label_values(&[refusal.label()]).inc();
+        }
+        self.conflicts.inc_by(u64::try_from(conflicts).unwrap_or(u64::MAX));
+    }
+
+    /// An ack came too late: the channel of the delivery was gone.
+    pub fn stale_ack(&self) {
+        self.stale_acks.inc();
+    }
+
+    /// How many messages are being worked on, and how many wait.
+    pub fn load(&self, in_flight: usize, waiting: usize) {
+        self.in_flight.set(i64::try_from(in_flight).unwrap_or(i64::MAX));
+        self.waiting.set(i64::try_from(waiting).unwrap_or(i64::MAX));
+    }
+
+    /// Consumption is paused for a cause, or for none.
+    pub fn paused(&self, now: Option<PauseCause>) {
+        for cause in PauseCause::ALL {
+            self.paused.with_label_values(&[cause.label()]).set((Some(cause) == now).into());
+        }
+    }
+
+    /// The connection to the broker stands.
+    pub fn connected(&self, up: bool) {
+        self.connected.set(up.into());
+    }
+
+    /// The connection to the broker was lost.
+    pub fn connection_lost(&self) {
+        self.connection_losses.inc();
+    }
+}
+
+/// Makes metrics whose every label value exists from the start.
+struct Maker<'a>(&'a Registry);
+
+impl Maker<'_> {
+    fn counter(&self, name: &str, help: &str) -> prometheus::Result<IntCounter> {
+        let counter = IntCounter::new(name, help)?;
+        self.0.register(Box::new(counter.clone()))?;
+        Ok(counter)
+    }
+
+    fn counters(
+        &self,
+        name: &str,
+        help: &str,
+        label: &str,
+        values: &[&str],
+    ) -> prometheus::Result<IntCounterVec> {
+        let counters = IntCounterVec::new(Opts::new(name, help), &[label])?;
+        for value in values {
+            counters.with_label_values(&[value]);
+        }
+        self.0.register(Box::new(counters.clone()))?;
+        Ok(counters)
+    }
+
+    fn gauge(&self, name: &str, help: &str) -> prometheus::Result<IntGauge> {
+        let gauge = IntGauge::new(name, help)?;
+        self.0.register(Box::new(gauge.clone()))?;
+        Ok(gauge)
+    }
+
+    fn gauges(
+        &self,
+        name: &str,
+        help: &str,
+        label: &str,
+        values: &[&str],
+    ) -> prometheus::Result<IntGaugeVec> {
+        let gauges = IntGaugeVec::new(Opts::new(name, help), &[label])?;
+        for value in values {
+            gauges.with_label_values(&[value]);
+        }
+        self.0.register(Box::new(gauges.clone()))?;
+        Ok(gauges)
+    }
+
+    fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> prometheus::Result<Histogram> {
+        let histogram = Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?;
+        self.0.register(Box::new(histogram.clone()))?;
+        Ok(histogram)
+    }
+
+    fn histograms(&self, name: &str, help: &str, buckets: &[f64]) -> prometheus::Result<HistogramVec> {
+        let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
+        let histograms = HistogramVec::new(options, &["endpoint"])?;
+        for endpoint in Endpoint::ALL {
+            histograms.with_label_values(&[endpoint.label()]);
+        }
+        self.0.register(Box::new(histograms.clone()))?;
+        Ok(histograms)
+    }
+
+    fn requests(&self) -> prometheus::Result<IntCounterVec> {
+        let options =
+            Opts::new("close_requests_total", "Calls to Close by endpoint group and how they ended");
+        let requests = IntCounterVec::new(options, &["endpoint", "status"])?;
+        for endpoint in Endpoint::ALL {
+            for status in StatusClass::ALL {
+                requests.with_label_values(&[endpoint.label(), status.label()]);
+            }
+        }
+        self.0.register(Box::new(requests.clone()))?;
+        Ok(requests)
+    }
+
+    fn build_info(&self) -> prometheus::Result<()> {
+        let info = self.gauges(
+            "build_info",
+            "1, labelled with the version",
+            "version",
+            &[env!("CARGO_PKG_VERSION")],
+        )?;
+        info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_label_is_there_from_the_start_and_every_outcome_has_one() {
+        let metrics = Metrics::new().unwrap();
+        let series = |page: String| page.lines().filter(|line| !line.starts_with('#')).count();
+        let before = series(metrics.page());
+        for effect in Effect::ALL {
+            metrics.settled(&Outcome::Synced(effect), Duration::ZERO);
+        }
+        for skip in Skip::all() {
+            metrics.settled(&Outcome::Skipped(skip), Duration::ZERO);
+        }
+        for cause in PauseCause::ALL {
+            metrics.settled(&Outcome::Paused(cause), Duration::ZERO);
+            metrics.paused(Some(cause));
+        }
+        metrics.settled(&Outcome::Delayed { level: 0, charged: true, cause: String::new() }, Duration::ZERO);
+        assert_eq!(series(metrics.page()), before);
+        assert!(metrics.page().contains("close_sync_messages_settled_total{outcome=\"skipped\"} 7"));
+    }
+}

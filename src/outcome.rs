@@ -1,0 +1,232 @@
+//! What can become of a message: closed lists, with the labels that logs, metrics and dead-letter
+//! headers share.
+
+use crate::close::CloseError;
+use crate::domain::event::NotForClose;
+use crate::domain::plan::Refusal;
+
+/// What the broker edge has to do with a delivery.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Close agrees with the message: ack.
+    Synced(Effect),
+    /// Nothing was to be done, for a reason: ack.
+    Skipped(Skip),
+    /// Again later: publish to a delay queue, then ack.
+    Delayed {
+        /// Which of the configured delays.
+        level: usize,
+        /// Whether the message has used up an attempt. Waiting for budget uses none.
+        charged: bool,
+        /// What stood in the way.
+        cause: String,
+    },
+    /// Can't succeed: publish to the dead-letter queue, then ack.
+    Dead(DeadLetter),
+    /// Not the message's fault: consumption stops, the delivery goes back.
+    Paused(PauseCause),
+}
+
+/// What a synced message did to Close.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Effect {
+    /// A Lead was created, with its Contact as far as the switches allow.
+    Created,
+    /// A Contact was added to a Lead.
+    Added,
+    /// Records were changed.
+    Updated,
+    /// Everything was as wanted; nothing was sent.
+    Unchanged,
+}
+
+/// Why nothing was to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Skip {
+    /// The event is not for Close.
+    Event(NotForClose),
+    /// The switches forbid every step.
+    Switch(Refusal),
+}
+
+impl Skip {
+    /// All reasons, for metrics.
+    pub fn all() -> impl Iterator<Item = Self> {
+        [Self::Event(NotForClose::EventType), Self::Event(NotForClose::Integrations)]
+            .into_iter()
+            .chain(Refusal::ALL.into_iter().map(Self::Switch))
+    }
+
+    /// The label in logs and metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Event(NotForClose::EventType) => "event_type",
+            Self::Event(NotForClose::Integrations) => "integrations",
+            Self::Switch(refusal) => refusal.label(),
+        }
+    }
+}
+
+impl Effect {
+    /// All effects, for metrics.
+    pub const ALL: [Self; 4] = [Self::Created, Self::Added, Self::Updated, Self::Unchanged];
+
+    /// The label in logs and metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Added => "added",
+            Self::Updated => "updated",
+            Self::Unchanged => "unchanged",
+        }
+    }
+}
+
+/// A message that can't succeed, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeadLetter {
+    /// Why, from a closed list.
+    pub reason: Reason,
+    /// Where it failed.
+    pub stage: Stage,
+    /// What happened, in words without personal data.
+    pub error: String,
+    /// The field of Close it is about, if Close named one.
+    pub field: Option<String>,
+}
+
+impl DeadLetter {
+    /// Equal for messages that failed alike: reason, stage and field.
+    pub fn fingerprint(&self) -> String {
+        let field = self.field.as_deref().unwrap_or("-");
+        format!("{}:{}:{field}", self.reason.label(), self.stage.label())
+    }
+}
+
+/// Why a message was dead-lettered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Reason {
+    /// Not an event.
+    Malformed,
+    /// Names nobody.
+    NoIdentity,
+    /// Close refused what it says.
+    Rejected,
+    /// The key's user may not do what it asks for.
+    Forbidden,
+    /// The record vanished, twice.
+    NotFound,
+    /// Failed at every attempt.
+    Exhausted,
+    /// A defect of ours.
+    Internal,
+}
+
+impl Reason {
+    /// All reasons, for metrics and `--help`.
+    pub const ALL: [Self; 7] = [
+        Self::Malformed,
+        Self::NoIdentity,
+        Self::Rejected,
+        Self::Forbidden,
+        Self::NotFound,
+        Self::Exhausted,
+        Self::Internal,
+    ];
+
+    /// The label in logs, metrics and headers.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Malformed => "malformed",
+            Self::NoIdentity => "no_identity",
+            Self::Rejected => "rejected",
+            Self::Forbidden => "forbidden",
+            Self::NotFound => "not_found",
+            Self::Exhausted => "exhausted",
+            Self::Internal => "internal",
+        }
+    }
+
+    /// What to do about it.
+    pub fn remedy(self) -> &'static str {
+        match self {
+            Self::Malformed => {
+                "have the producer send a JSON object as the README describes, and discard this one"
+            }
+            Self::NoIdentity => {
+                "have the producer send `userId` or a valid `traits.email`, and discard this one"
+            }
+            Self::Rejected => "mend the field Close named, in Close or in the mapping, and replay",
+            Self::Forbidden => "give the API key's user the permission in Close, and replay",
+            Self::NotFound => "replay: the record was deleted or merged while the message was worked on",
+            Self::Exhausted => "replay once Close answers again",
+            Self::Internal => "report the error with the version of close-sync; replay after an upgrade",
+        }
+    }
+}
+
+/// Where a message failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Stage {
+    /// Reading the body.
+    Decode,
+    /// Mapping it to fields of Close.
+    Map,
+    /// Looking up what Close has.
+    LookUp,
+    /// Writing to Close.
+    Write,
+}
+
+impl Stage {
+    /// The label in logs and headers.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Decode => "decode",
+            Self::Map => "map",
+            Self::LookUp => "look_up",
+            Self::Write => "write",
+        }
+    }
+}
+
+/// Why consumption stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum PauseCause {
+    /// Close does not accept the key.
+    Unauthorized,
+    /// The organization's plan is at its limit.
+    PlanLimit,
+    /// The key's user may do nothing at all.
+    Forbidden,
+    /// Close cannot be reached.
+    Unreachable,
+    /// A lookup field is gone or has another type.
+    LookupField,
+}
+
+impl PauseCause {
+    /// All causes, for metrics.
+    pub const ALL: [Self; 5] =
+        [Self::Unauthorized, Self::PlanLimit, Self::Forbidden, Self::Unreachable, Self::LookupField];
+
+    /// The label in logs, metrics and `/readyz`.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Unauthorized => "unauthorized",
+            Self::PlanLimit => "plan_limit",
+            Self::Forbidden => "forbidden",
+            Self::Unreachable => "unreachable",
+            Self::LookupField => "lookup_field",
+        }
+    }
+}
+
+/// A sync that failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// Where.
+    pub stage: Stage,
+    /// What Close said.
+    pub error: CloseError,
+}

@@ -1,0 +1,181 @@
+//! What to do after a failure: a pure decision, and the arithmetic of waiting.
+//!
+//! Two layers retry, and nothing else does. *In place*: the delivery is held unacked and the whole
+//! sync runs again, from the look-up on, after a jittered pause. Starting over is what makes it safe
+//! to repeat: what the failed try already did is found, and not done twice. *Through a delay queue*:
+//! when the pauses in place are used up, the message waits in the broker, which costs an attempt.
+//! When the attempts are used up too, it is dead-lettered.
+//!
+//! This is the only module that uses the `backoff` crate (see `.deny.toml`), and it uses only its
+//! arithmetic.
+
+use std::time::Duration;
+
+use backoff::backoff::Backoff as _;
+use backoff::{ExponentialBackoff, ExponentialBackoffBuilder};
+
+use crate::close::CloseError;
+use crate::outcome::{DeadLetter, Failure, Outcome, PauseCause, Reason};
+
+/// How patient we are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// Total time a delivery is held for retries in place.
+    pub in_place: Duration,
+    /// The delay queues, shortest first: their number is the number of further attempts.
+    pub delays: Vec<Duration>,
+}
+
+/// Jittered pauses that grow.
+#[derive(Debug)]
+pub struct Pauses(ExponentialBackoff);
+
+impl Pauses {
+    /// Pauses from `first` to `longest`, each ± 50 %, ending after `total` when given.
+    pub fn new(first: Duration, longest: Duration, total: Option<Duration>) -> Self {
+        let arithmetic = ExponentialBackoffBuilder::new()
+            .with_initial_interval(first)
+            .with_max_interval(longest)
+            .with_multiplier(2.0)
+            .with_randomization_factor(0.5)
+            .with_max_elapsed_time(total)
+            .build();
+        Self(arithmetic)
+    }
+
+    /// The pauses between tries in place.
+    pub fn in_place(policy: &Policy) -> Self {
+        Self::new(Duration::from_millis(250), Duration::from_secs(8), Some(policy.in_place))
+    }
+
+    /// The pauses between connections to the broker: without end (rabbitmq.md §5.2).
+    pub fn reconnect() -> Self {
+        Self::new(Duration::from_millis(200), Duration::from_secs(30), None)
+    }
+
+    /// The pauses between probes while consumption is paused: without end.
+    pub fn probe() -> Self {
+        Self::new(Duration::from_secs(1), Duration::from_secs(60), None)
+    }
+
+    /// The next pause; `None` when the total is used up.
+    pub fn next_pause(&mut self) -> Option<Duration> {
+        self.0.next_backoff()
+    }
+
+    /// Starts over with the first pause.
+    pub fn reset(&mut self) {
+        self.0.reset();
+    }
+}
+
+/// What a delivery has been through.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct History {
+    /// Attempts before this one, as the header of the message tells.
+    pub attempts: u32,
+    /// Whether this delivery has already been looked up again after a 404.
+    pub looked_again: bool,
+}
+
+/// The answer to a failure.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Start over, after a pause.
+    Again(Duration),
+    /// That's it for this delivery.
+    Settle(Outcome),
+}
+
+/// Decides what follows a failure. `pause` is the next pause in place, if there is one left.
+pub fn settle(failure: &Failure, history: History, pause: Option<Duration>, policy: &Policy) -> Verdict {
+    let dead = |reason, field: Option<String>| {
+        let error = failure.error.to_string();
+        Verdict::Settle(Outcome::Dead(DeadLetter { reason, stage: failure.stage, error, field }))
+    };
+    match &failure.error {
+        CloseError::Unauthorized => Verdict::Settle(Outcome::Paused(PauseCause::Unauthorized)),
+        CloseError::PlanLimit => Verdict::Settle(Outcome::Paused(PauseCause::PlanLimit)),
+        CloseError::Forbidden => dead(Reason::Forbidden, None),
+        CloseError::Rejected(rejection) => {
+            dead(Reason::Rejected, rejection.fields.first().map(|field| field.path.join(".")))
+        }
+        // Search may still list what was deleted or merged away (close-api.md §9): look once more.
+        CloseError::NotFound if history.looked_again => dead(Reason::NotFound, None),
+        CloseError::NotFound => Verdict::Again(Duration::ZERO),
+        // Nothing was sent, and the next message would fare no better.
+        CloseError::Unreachable => {
+            pause.map_or(Verdict::Settle(Outcome::Paused(PauseCause::Unreachable)), Verdict::Again)
+        }
+        CloseError::Transient(fault) => match pause {
+            Some(pause) => Verdict::Again(pause),
+            None => match usize::try_from(history.attempts) {
+                Ok(level) if level < policy.delays.len() => {
+                    Verdict::Settle(Outcome::Delayed { level, charged: true, cause: fault.to_string() })
+                }
+                Ok(_) | Err(_) => dead(Reason::Exhausted, None),
+            },
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::close::{Fault, Rejection};
+    use crate::outcome::Stage;
+
+    fn policy() -> Policy {
+        Policy { in_place: Duration::from_secs(30), delays: vec![Duration::from_secs(30); 4] }
+    }
+
+    fn verdict(error: CloseError, attempts: u32, looked_again: bool, pause: bool) -> String {
+        let failure = Failure { stage: Stage::Write, error };
+        let pause = pause.then_some(Duration::from_secs(1));
+        match settle(&failure, History { attempts, looked_again }, pause, &policy()) {
+            Verdict::Again(pause) => format!("again in {}s", pause.as_secs()),
+            Verdict::Settle(Outcome::Dead(dead)) => format!("dead {}", dead.reason.label()),
+            Verdict::Settle(Outcome::Delayed { level, .. }) => format!("delay {level}"),
+            Verdict::Settle(Outcome::Paused(cause)) => format!("pause {}", cause.label()),
+            Verdict::Settle(other) => format!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn each_failure_gets_what_may_help() {
+        let rejected = CloseError::Rejected(Rejection { status: 400, fields: vec![], message: None });
+        let timeout = CloseError::Transient(Fault::Timeout);
+        let cases = [
+            (CloseError::Unauthorized, 9, true, false, "pause unauthorized"),
+            (CloseError::PlanLimit, 0, false, true, "pause plan_limit"),
+            (CloseError::Forbidden, 0, false, true, "dead forbidden"),
+            (rejected, 0, false, true, "dead rejected"),
+            (CloseError::NotFound, 0, false, false, "again in 0s"),
+            (CloseError::NotFound, 0, true, true, "dead not_found"),
+            (CloseError::Unreachable, 9, false, true, "again in 1s"),
+            (CloseError::Unreachable, 9, false, false, "pause unreachable"),
+            (timeout.clone(), 4, false, true, "again in 1s"),
+            (timeout.clone(), 0, false, false, "delay 0"),
+            (timeout.clone(), 3, false, false, "delay 3"),
+            (timeout.clone(), 4, false, false, "dead exhausted"),
+            (timeout, u32::MAX, false, false, "dead exhausted"),
+        ];
+        for (error, attempts, looked_again, pause, expected) in cases {
+            assert_eq!(verdict(error.clone(), attempts, looked_again, pause), expected, "{error:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn pauses_grow_within_their_window(first in 1u64..1000, longest in 1000u64..60_000) {
+            let (first, longest) = (Duration::from_millis(first), Duration::from_millis(longest));
+            let mut pauses = Pauses::new(first, longest, None);
+            for _ in 0..40 {
+                let pause = pauses.next_pause().unwrap();
+                prop_assert!(pause >= first / 2 && pause <= longest * 3 / 2 + Duration::from_millis(1));
+            }
+        }
+    }
+}
