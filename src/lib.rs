@@ -14,5 +14,6 @@ pub mod panics;
 pub mod preflight;
 mod resolve;
 pub mod retry;
+pub mod simulator;
 pub mod state;
 pub mod worker;

@@ -155,8 +155,7 @@ async fn run(config: Config) -> Result<(), Failure> {
     start_logging(config.log_format);
     panics::install_hook();
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "close-sync starts");
-    let shutdown = CancellationToken::new();
-    stop_on_signal(shutdown.clone())?;
+    let shutdown = shutdown_signal()?;
     let report = app::run(config, shutdown).await?;
     tracing::info!(settled = report.settled, handed_back = report.handed_back, "close-sync ends");
     Ok(())
@@ -181,26 +180,28 @@ fn start_logging(format: LogFormat) {
 
 /// The first SIGTERM or SIGINT asks for a graceful stop, a second one ends the process at once: what
 /// is in hand then comes again.
-fn stop_on_signal(shutdown: CancellationToken) -> Result<(), Failure> {
+fn shutdown_signal() -> Result<CancellationToken, Failure> {
     use tokio::signal::unix::{SignalKind, signal};
     let listen =
         |kind| signal(kind).map_err(|error| Failure::Unavailable(format!("no signal handler: {error}")));
     let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
+    let shutdown = CancellationToken::new();
+    let asked = shutdown.clone();
     tokio::spawn(async move {
         loop {
             let name = tokio::select! {
                 _ = terminate.recv() => "SIGTERM",
                 _ = interrupt.recv() => "SIGINT",
             };
-            if shutdown.is_cancelled() {
+            if asked.is_cancelled() {
                 tracing::warn!(signal = name, "stopping at once; messages in hand will be delivered again");
                 std::process::exit(i32::from(UNAVAILABLE));
             }
             tracing::info!(signal = name, "asked to stop; a second signal stops at once");
-            shutdown.cancel();
+            asked.cancel();
         }
     });
-    Ok(())
+    Ok(shutdown)
 }
 
 #[cfg(test)]

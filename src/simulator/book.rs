@@ -1,0 +1,457 @@
+//! The records and what may be done to them: pure state, given the time and a seed.
+//!
+//! The book is the truth; the search index and the event log are told of every change and show it later.
+
+use std::{collections::HashMap, mem, sync::Arc};
+
+use jiff::{SignedDuration, Timestamp};
+use serde_json::{Value, json};
+
+use super::{
+    events::{Event, EventLog},
+    ids::{Ids, iso},
+    index::{Document, Index},
+    schema::{CustomField, FieldKind, Kind, Owner, Schema},
+    settings::{Lag, Settings},
+    validate::{self, FieldErrors, NOT_A_CHOICE, NOT_TEXT, Object, Patch, REQUIRED, Refusal},
+};
+
+/// Nested contacts are made this much after their lead, and all at once (close-api.md §4).
+const CONTACT_DELAY: SignedDuration = SignedDuration::from_millis(5);
+
+/// A lead or a contact.
+#[derive(Debug, Clone)]
+struct Record {
+    kind: Kind,
+    id: String,
+    /// The order of creation, which dates alone do not tell.
+    serial: u64,
+    created: Timestamp,
+    updated: Timestamp,
+    plain: Object,
+    custom: Object,
+    /// Of a contact.
+    lead_id: Option<String>,
+    /// Of a lead, in order.
+    contact_ids: Vec<String>,
+}
+
+/// An organisation's records.
+#[derive(Debug)]
+pub(super) struct Book {
+    pub(super) schema: Schema,
+    pub(super) index: Index,
+    pub(super) events: EventLog,
+    pub(super) search_lag: Lag,
+    event_lag: Lag,
+    ids: Ids,
+    records: HashMap<String, Record>,
+    n_made: u64,
+}
+
+impl Book {
+    pub(super) fn new(settings: &Settings, mut ids: Ids, now: Timestamp) -> Self {
+        Self {
+            schema: Schema::new(settings, &mut ids, now),
+            index: Index::default(),
+            events: EventLog::default(),
+            search_lag: settings.search_lag,
+            event_lag: settings.event_lag,
+            ids,
+            records: HashMap::new(),
+            n_made: 0,
+        }
+    }
+
+    /// Makes a lead and its nested contacts, or neither.
+    pub(super) fn create_lead(&mut self, body: &Object, now: Timestamp) -> Result<Value, Refusal> {
+        let mut patch = validate::lead(body, &self.schema).map_err(Refusal::Invalid)?;
+        let contacts = mem::take(&mut patch.contacts);
+        let request = self.ids.make("req");
+        let id = self.make(Kind::Lead, patch, now);
+        let contacts: Vec<String> = contacts
+            .into_iter()
+            .map(|contact| {
+                self.make(Kind::Contact, Patch { lead_id: Some(id.clone()), ..contact }, now + CONTACT_DELAY)
+            })
+            .collect();
+        self.publish(&id, "created", None, &request, now);
+        for contact in contacts {
+            self.publish(&contact, "created", None, &request, now);
+        }
+        self.get(Kind::Lead, &id)
+    }
+
+    /// Makes a contact; without a lead it gets a new one of its own name (close-api.md §5).
+    pub(super) fn create_contact(&mut self, body: &Object, now: Timestamp) -> Result<Value, Refusal> {
+        let mut patch = self.checked_contact(body)?;
+        let request = self.ids.make("req");
+        if patch.lead_id.is_none() {
+            let name = patch.plain.get("name").cloned().unwrap_or_default();
+            let plain = Object::from_iter([("name".to_owned(), name)]);
+            let lead_id = self.make(Kind::Lead, Patch { plain, ..Patch::default() }, now);
+            self.publish(&lead_id, "created", None, &request, now);
+            patch.lead_id = Some(lead_id);
+        }
+        let id = self.make(Kind::Contact, patch, now);
+        self.publish(&id, "created", None, &request, now);
+        self.publish_lead_of(&id, now);
+        self.get(Kind::Contact, &id)
+    }
+
+    /// Patches a record.
+    pub(super) fn update(
+        &mut self,
+        kind: Kind,
+        id: &str,
+        body: &Object,
+        now: Timestamp,
+    ) -> Result<Value, Refusal> {
+        let before = self.get(kind, id)?;
+        let mut patch = match kind {
+            Kind::Lead => validate::lead(body, &self.schema).map_err(Refusal::Invalid)?,
+            Kind::Contact => {
+                if body.get("lead_id").is_some_and(Value::is_null) {
+                    return Err(Refusal::Invalid(FieldErrors::one("lead", REQUIRED)));
+                }
+                self.checked_contact(body)?
+            }
+        };
+        let request = self.ids.make("req");
+        let contacts = mem::take(&mut patch.contacts);
+        if let Some(lead_id) = patch.lead_id.take() {
+            self.move_contact(id, &lead_id, now);
+        }
+        if let Some(record) = self.records.get_mut(id) {
+            record.plain.extend(patch.plain);
+            patch.custom.apply(&mut record.custom);
+            record.updated = now;
+        }
+        for contact in contacts {
+            let patch = Patch { lead_id: Some(id.to_owned()), ..contact };
+            let contact = self.make(Kind::Contact, patch, now + CONTACT_DELAY);
+            self.publish(&contact, "created", None, &request, now);
+        }
+        self.publish(id, "updated", Some(&before), &request, now);
+        self.get(kind, id)
+    }
+
+    /// Deletes a record, a lead with its contacts (close-api.md §4).
+    pub(super) fn delete(&mut self, kind: Kind, id: &str, now: Timestamp) -> Result<(), Refusal> {
+        self.find(kind, id)?;
+        let request = self.ids.make("req");
+        let contacts = self.records.get(id).map(|record| record.contact_ids.clone()).unwrap_or_default();
+        for contact in contacts {
+            self.remove(&contact, &request, now);
+        }
+        self.remove(id, &request, now);
+        Ok(())
+    }
+
+    /// Moves the source's contacts to the destination and deletes the source. The destination keeps its own
+    /// fields, so an id that only the source carried is lost (close-api.md §9).
+    pub(super) fn merge(&mut self, source: &str, destination: &str, now: Timestamp) -> Result<(), Refusal> {
+        let exists = |id| self.find(Kind::Lead, id).is_ok();
+        if !exists(source) || !exists(destination) {
+            return Err(Refusal::NoMergeSource);
+        }
+        if source == destination {
+            return Err(Refusal::Malformed("Source and destination must be different leads.".into()));
+        }
+        let request = self.ids.make("req");
+        let contacts = self.records.get(source).map(|record| record.contact_ids.clone()).unwrap_or_default();
+        for contact in &contacts {
+            self.move_contact(contact, destination, now);
+            self.show(contact, now);
+        }
+        self.remove(source, &request, now);
+        self.show(destination, now);
+        let meta = json!({"merge_source_lead_id": source, "merge_destination_lead_id": destination});
+        let rest = json!({"meta": meta, "changed_fields": [], "previous_data": {}, "data": {}});
+        self.log(Kind::Lead, destination, Some(destination.to_owned()), "merged", rest, &request, now);
+        Ok(())
+    }
+
+    /// Makes a custom field from a request body (close-api.md §7).
+    pub(super) fn create_field(&mut self, owner: Owner, body: &Object) -> Result<Value, Refusal> {
+        let invalid = |field: &str, text: &str| Refusal::Invalid(FieldErrors::one(field, text));
+        let name = body.get("name").and_then(Value::as_str).ok_or_else(|| invalid("name", REQUIRED))?;
+        let kind = body.get("type").ok_or_else(|| invalid("type", REQUIRED))?;
+        let kind: FieldKind =
+            serde_json::from_value(kind.clone()).map_err(|_| invalid("type", NOT_A_CHOICE))?;
+        let choices: Vec<String> = match body.get("choices") {
+            None | Some(Value::Null) => Vec::new(),
+            Some(choices) => {
+                serde_json::from_value(choices.clone()).map_err(|_| invalid("choices", NOT_TEXT))?
+            }
+        };
+        let multiple = body.get("accepts_multiple_values") == Some(&json!(true));
+        if multiple && !kind.may_be_multiple() {
+            return Err(invalid("accepts_multiple_values", NOT_A_CHOICE));
+        }
+        if kind == FieldKind::Choices && choices.is_empty() {
+            return Err(invalid("choices", REQUIRED));
+        }
+        if self.schema.fields.iter().any(|field| field.name == name && field.owner == owner) {
+            return Err(invalid("name", "A Custom Field with this name already exists."));
+        }
+        let mut field = CustomField::new(&self.ids.make("cf"), name, kind, owner);
+        field.choices = choices;
+        field.accepts_multiple_values = multiple;
+        let item = self.schema.item(&field);
+        self.schema.fields.push(field);
+        Ok(item)
+    }
+
+    /// A record in full.
+    pub(super) fn get(&self, kind: Kind, id: &str) -> Result<Value, Refusal> {
+        let record = self.find(kind, id)?;
+        let mut value = self.flat(record);
+        if kind == Kind::Lead {
+            let contacts = record.contact_ids.iter().filter_map(|id| self.records.get(id));
+            value["contacts"] = contacts.map(|contact| self.flat(contact)).collect();
+        }
+        Ok(value)
+    }
+
+    /// The kind and current existence of an id.
+    pub(super) fn kind_of(&self, id: &str) -> Option<Kind> {
+        self.records.get(id).map(|record| record.kind)
+    }
+
+    /// All records of a kind in full, oldest first.
+    pub(super) fn all(&self, kind: Kind) -> Vec<Value> {
+        let mut records: Vec<&Record> = self.records.values().filter(|record| record.kind == kind).collect();
+        records.sort_by_key(|record| (record.created, record.serial));
+        records.into_iter().filter_map(|record| self.get(kind, &record.id).ok()).collect()
+    }
+
+    /// A token that nobody has seen before.
+    pub(super) fn token(&mut self) -> String {
+        self.ids.make("cursor")
+    }
+
+    fn find(&self, kind: Kind, id: &str) -> Result<&Record, Refusal> {
+        self.records.get(id).filter(|record| record.kind == kind).ok_or(Refusal::Missing(kind))
+    }
+
+    fn checked_contact(&self, body: &Object) -> Result<Patch, Refusal> {
+        let exists = |id: &str| self.find(Kind::Lead, id).is_ok();
+        validate::contact(body, &self.schema, exists).map_err(Refusal::Invalid)
+    }
+
+    /// Puts a new record into the book, and a contact into its lead.
+    fn make(&mut self, kind: Kind, patch: Patch, now: Timestamp) -> String {
+        let id = self.ids.make(match kind {
+            Kind::Lead => "lead",
+            Kind::Contact => "cont",
+        });
+        let created = patch.date_created.unwrap_or(now);
+        let mut record = Record {
+            kind,
+            id: id.clone(),
+            serial: self.n_made,
+            created,
+            updated: now,
+            plain: self.blank(kind),
+            custom: Object::new(),
+            lead_id: patch.lead_id,
+            contact_ids: Vec::new(),
+        };
+        self.n_made += 1;
+        record.plain.extend(patch.plain);
+        patch.custom.apply(&mut record.custom);
+        if let Some(lead) = record.lead_id.as_ref().and_then(|lead_id| self.records.get_mut(lead_id)) {
+            lead.contact_ids.push(id.clone());
+        }
+        self.records.insert(id.clone(), record);
+        id
+    }
+
+    /// The plain fields of a record nothing was said about (close-api.md §4 and §5).
+    fn blank(&self, kind: Kind) -> Object {
+        let mut blank = Object::new();
+        let mut put = |fields: &[&str], value: Value| {
+            blank.extend(fields.iter().map(|field| ((*field).to_owned(), value.clone())));
+        };
+        match kind {
+            Kind::Lead => {
+                put(&["name", "url"], Value::Null);
+                put(&["description"], json!(""));
+                put(&["addresses"], json!([]));
+                put(&["status_id"], json!(self.schema.statuses.first().map(|status| &status.id)));
+            }
+            Kind::Contact => {
+                put(&["name", "timezone"], Value::Null);
+                put(&["title"], json!(""));
+                put(&["emails", "phones", "urls"], json!([]));
+            }
+        }
+        blank
+    }
+
+    fn move_contact(&mut self, id: &str, to: &str, now: Timestamp) {
+        let Some(contact) = self.records.get_mut(id) else { return };
+        let from = contact.lead_id.replace(to.to_owned());
+        if from.as_deref() == Some(to) {
+            return;
+        }
+        if let Some(lead) = from.as_ref().and_then(|from| self.records.get_mut(from)) {
+            lead.contact_ids.retain(|contact| contact != id);
+        }
+        if let Some(lead) = self.records.get_mut(to) {
+            lead.contact_ids.push(id.to_owned());
+        }
+        for lead in from.iter().map(String::as_str).chain([to]) {
+            self.show(lead, now);
+        }
+    }
+
+    fn remove(&mut self, id: &str, request: &str, now: Timestamp) {
+        let Some(record) = self.records.remove(id) else { return };
+        let lead_id = match record.kind {
+            Kind::Lead => Some(id.to_owned()),
+            Kind::Contact => record.lead_id.clone(),
+        };
+        if let Some(lead) = record.lead_id.as_ref().and_then(|lead_id| self.records.get_mut(lead_id)) {
+            lead.contact_ids.retain(|contact| contact != id);
+            let lead_id = lead.id.clone();
+            self.show(&lead_id, now);
+        }
+        self.show(id, now);
+        let previous = self.flat(&record);
+        let rest = json!({"changed_fields": [], "previous_data": previous, "data": {}, "meta": {}});
+        self.log(record.kind, id, lead_id, "deleted", rest, request, now);
+    }
+
+    /// Tells index and event log of a record that was made or changed.
+    fn publish(
+        &mut self,
+        id: &str,
+        action: &'static str,
+        before: Option<&Value>,
+        request: &str,
+        now: Timestamp,
+    ) {
+        self.show(id, now);
+        let Some(record) = self.records.get(id) else { return };
+        let data = self.flat(record);
+        let kind = record.kind;
+        let lead_id = match kind {
+            Kind::Lead => Some(id.to_owned()),
+            Kind::Contact => record.lead_id.clone(),
+        };
+        let (previous, changed) = before.map(|before| difference(before, &data)).unwrap_or_default();
+        if before.is_some() && changed.is_empty() {
+            return;
+        }
+        let rest = json!({"changed_fields": changed, "previous_data": previous, "data": data, "meta": {}});
+        self.log(kind, id, lead_id, action, rest, request, now);
+    }
+
+    fn publish_lead_of(&mut self, contact: &str, now: Timestamp) {
+        if let Some(lead_id) = self.records.get(contact).and_then(|record| record.lead_id.clone()) {
+            self.show(&lead_id, now);
+        }
+    }
+
+    /// Writes a record, or its absence, to the index.
+    fn show(&mut self, id: &str, now: Timestamp) {
+        let lag = self.search_lag.draw(self.ids.share());
+        let document = self.records.get(id).map(|record| Document {
+            kind: record.kind,
+            id: id.to_owned(),
+            value: Arc::new(self.flat(record)),
+        });
+        self.index.write(id, document, now.saturating_add(lag).unwrap_or(now));
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "an event is that wide")]
+    fn log(
+        &mut self,
+        kind: Kind,
+        id: &str,
+        lead_id: Option<String>,
+        action: &'static str,
+        mut rest: Value,
+        request: &str,
+        now: Timestamp,
+    ) {
+        rest["request_id"] = json!(request);
+        rest["user_id"] = json!(self.schema.user_id);
+        rest["organization_id"] = json!(self.schema.organization_id);
+        rest["oauth_client_id"] = Value::Null;
+        let lag = self.event_lag.draw(self.ids.share());
+        self.events.push(Event {
+            id: self.ids.make("ev"),
+            object_type: kind.word(),
+            object_id: id.to_owned(),
+            lead_id,
+            action,
+            at: now,
+            visible: now.saturating_add(lag).unwrap_or(now),
+            rest,
+        });
+    }
+
+    /// A record as the API tells it, but for a lead's contacts.
+    fn flat(&self, record: &Record) -> Value {
+        let mut value = record.plain.clone();
+        let mut put = |key: &str, field: Value| drop(value.insert(key.to_owned(), field));
+        put("id", json!(record.id));
+        put("organization_id", json!(self.schema.organization_id));
+        put("created_by", json!(self.schema.user_id));
+        put("updated_by", json!(self.schema.user_id));
+        put("created_by_name", json!(Schema::USER_NAME));
+        put("updated_by_name", json!(Schema::USER_NAME));
+        put("date_created", json!(iso(record.created)));
+        put("date_updated", json!(iso(record.updated)));
+        put("integration_links", json!([]));
+        put("display_name", json!(display_name(record)));
+        for (id, held) in &record.custom {
+            put(&format!("custom.{id}"), held.clone());
+        }
+        match record.kind {
+            Kind::Contact => put("lead_id", json!(record.lead_id)),
+            Kind::Lead => {
+                let status = record.plain.get("status_id").and_then(Value::as_str).unwrap_or_default();
+                put("status_label", json!(self.schema.status_label(status)));
+                put("html_url", json!(format!("https://app.close.com/lead/{}/", record.id)));
+                put("contact_ids", json!(record.contact_ids));
+                put("tasks", json!([]));
+                put("opportunities", json!([]));
+                let named = record.custom.iter().filter_map(|(id, held)| {
+                    Some((self.schema.field(Kind::Lead, id)?.name.clone(), held.clone()))
+                });
+                put("custom", Value::Object(named.collect()));
+            }
+        }
+        Value::Object(value)
+    }
+}
+
+fn display_name(record: &Record) -> String {
+    let text = |value: Option<&Value>| value.and_then(Value::as_str).map(str::to_owned);
+    let first = |list: &str, key: &str| text(record.plain.get(list).and_then(|list| list[0].get(key)));
+    text(record.plain.get("name"))
+        .or_else(|| first("emails", "email"))
+        .or_else(|| first("phones", "phone_formatted"))
+        .unwrap_or_else(|| "Untitled".into())
+}
+
+/// The old values of the fields that changed, and their names.
+fn difference(before: &Value, after: &Value) -> (Object, Vec<String>) {
+    let (Some(old), Some(new)) = (before.as_object(), after.as_object()) else { return Default::default() };
+    let telling = |key: &&String| !["date_updated", "contacts", "custom"].contains(&key.as_str());
+    let mut changed: Vec<String> = old
+        .keys()
+        .chain(new.keys())
+        .filter(telling)
+        .filter(|key| old.get(*key) != new.get(*key))
+        .cloned()
+        .collect();
+    changed.sort();
+    changed.dedup();
+    let value = |key: &String| (key.clone(), old.get(key).cloned().unwrap_or_default());
+    (changed.iter().map(value).collect(), changed)
+}

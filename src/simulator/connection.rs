@@ -1,0 +1,109 @@
+//! TCP connections that can be cut from the outside: by a scripted fault, or because the simulator stops.
+//!
+//! An HTTP library always wants to answer. So the cut is made below it: once a connection is cut, every read
+//! and write fails, and the library gives the connection up without a byte of an answer.
+
+use std::{
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use axum::{
+    extract::connect_info::Connected,
+    serve::{IncomingStream, Listener},
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream},
+};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+
+/// Accepts connections that end, at the latest, when `stop` is cancelled.
+pub(super) struct Door {
+    pub(super) listener: TcpListener,
+    pub(super) stop: CancellationToken,
+}
+
+impl Listener for Door {
+    type Io = Connection;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Connection, SocketAddr) {
+        let (stream, addr) = Listener::accept(&mut self.listener).await;
+        // Best effort: without it, answers may come some milliseconds later.
+        let _ = stream.set_nodelay(true);
+        let token = self.stop.child_token();
+        let cut = Box::pin(token.clone().cancelled_owned());
+        (Connection { stream, scissors: Scissors(token), cut }, addr)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+}
+
+/// One connection.
+pub(super) struct Connection {
+    stream: TcpStream,
+    scissors: Scissors,
+    cut: Pin<Box<WaitForCancellationFutureOwned>>,
+}
+
+/// Cuts one connection; given to every request that came through it.
+#[derive(Clone)]
+pub(super) struct Scissors(CancellationToken);
+
+impl Scissors {
+    pub(super) fn cut(&self) {
+        self.0.cancel();
+    }
+}
+
+impl Connected<IncomingStream<'_, Door>> for Scissors {
+    fn connect_info(stream: IncomingStream<'_, Door>) -> Self {
+        stream.io().scissors.clone()
+    }
+}
+
+impl Connection {
+    fn is_cut(&self) -> io::Result<()> {
+        if self.scissors.0.is_cancelled() { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        // Polled, not only asked, so that a waiting reader wakes up when the cut comes.
+        if self.cut.as_mut().poll(context).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.is_cut()?;
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.is_cut()?;
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.is_cut()?;
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}

@@ -1,0 +1,188 @@
+//! `/_sim/`: the controls for scripts, outside of keys, limits and faults.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use axum::{
+    Json, Router,
+    extract::{Path, State},
+    http::StatusCode,
+    response::{IntoResponse, Response},
+    routing::{delete, get, post, put},
+};
+use jiff::Timestamp;
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::{Value, json};
+
+use super::{
+    faults::Fault,
+    limits::Group,
+    schema::Kind,
+    server::Shared,
+    settings::Lag,
+    validate::{Object, Refusal},
+    world::World,
+};
+
+pub(super) fn router() -> Router<Arc<Shared>> {
+    Router::new()
+        .route("/_sim/", get(summary))
+        .route("/_sim/leads", get(leads).post(add_lead))
+        .route("/_sim/contacts", get(contacts).post(add_contact))
+        .route("/_sim/records/{id}", delete(remove))
+        .route("/_sim/requests", get(requests))
+        .route("/_sim/faults", get(faults).post(add_fault).delete(clear_faults))
+        .route("/_sim/merge", post(merge))
+        .route("/_sim/index", post(index))
+        .route("/_sim/settings", put(settings))
+}
+
+type Sim = State<Arc<Shared>>;
+
+/// Why a control was refused.
+struct Refused(StatusCode, Value);
+
+impl IntoResponse for Refused {
+    fn into_response(self) -> Response {
+        (self.0, Json(self.1)).into_response()
+    }
+}
+
+impl From<Refusal> for Refused {
+    fn from(refusal: Refusal) -> Self {
+        Self(StatusCode::from_u16(refusal.status()).unwrap_or(StatusCode::BAD_REQUEST), refusal.body())
+    }
+}
+
+/// Reads a body whatever its content type, so that `curl -d` is enough.
+fn read<T: DeserializeOwned>(body: &str) -> Result<T, Refused> {
+    serde_json::from_str(body)
+        .map_err(|error| Refused(StatusCode::BAD_REQUEST, json!({"error": error.to_string()})))
+}
+
+async fn summary(State(shared): Sim) -> Json<Value> {
+    let world = shared.world();
+    let mut requests: BTreeMap<String, BTreeMap<String, u64>> = BTreeMap::new();
+    let (mut n_requests, mut n_busy) = (0_u64, 0_u64);
+    for request in world.requests.all() {
+        let group = Group::of(&request.method, &request.path);
+        let status = request.status.map_or_else(|| "unanswered".to_owned(), |status| status.to_string());
+        *requests
+            .entry(format!("{} {}", group.method, group.segment))
+            .or_default()
+            .entry(status)
+            .or_default() += 1;
+        n_requests += 1;
+        n_busy += u64::from(request.status == Some(429));
+    }
+    Json(json!({
+        "leads": world.book.all(Kind::Lead).len(),
+        "contacts": world.book.all(Kind::Contact).len(),
+        "requests": {"total": n_requests, "busy": n_busy, "by_group_and_status": requests},
+        "search_lag": world.book.search_lag.to_string(),
+        "faults": world.faults.left(),
+    }))
+}
+
+async fn leads(State(shared): Sim) -> Json<Vec<Value>> {
+    Json(shared.world().book.all(Kind::Lead))
+}
+
+async fn contacts(State(shared): Sim) -> Json<Vec<Value>> {
+    Json(shared.world().book.all(Kind::Contact))
+}
+
+async fn add_lead(State(shared): Sim, body: String) -> Result<Json<Value>, Refused> {
+    let body: Object = read(&body)?;
+    Ok(Json(seed(&mut shared.world(), Kind::Lead, &body)?))
+}
+
+async fn add_contact(State(shared): Sim, body: String) -> Result<Json<Value>, Refused> {
+    let body: Object = read(&body)?;
+    Ok(Json(seed(&mut shared.world(), Kind::Contact, &body)?))
+}
+
+async fn remove(State(shared): Sim, Path(id): Path<String>) -> StatusCode {
+    if delete_any(&mut shared.world(), &id) { StatusCode::NO_CONTENT } else { StatusCode::NOT_FOUND }
+}
+
+async fn requests(State(shared): Sim) -> Json<Vec<Value>> {
+    let world = shared.world();
+    let told = world.requests.all().map(|request| {
+        let at = request.at.to_string();
+        json!({"method": request.method, "path": request.path, "status": request.status, "at": at})
+    });
+    Json(told.collect())
+}
+
+async fn faults(State(shared): Sim) -> Json<Value> {
+    Json(json!(shared.world().faults.left()))
+}
+
+async fn add_fault(State(shared): Sim, body: String) -> Result<StatusCode, Refused> {
+    let fault: Fault = read(&body)?;
+    if let Some(problem) = fault.problem() {
+        return Err(Refused(StatusCode::BAD_REQUEST, json!({"error": problem})));
+    }
+    shared.world().faults.add(fault);
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn clear_faults(State(shared): Sim) -> StatusCode {
+    shared.world().faults.clear();
+    StatusCode::NO_CONTENT
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Merge {
+    source: String,
+    destination: String,
+}
+
+async fn merge(State(shared): Sim, body: String) -> Result<StatusCode, Refused> {
+    let Merge { source, destination } = read(&body)?;
+    shared.world().book.merge(&source, &destination, Timestamp::now())?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn index(State(shared): Sim) -> StatusCode {
+    shared.world().book.index.catch_up_fully();
+    StatusCode::NO_CONTENT
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Changes {
+    search_lag: Option<Lag>,
+    api_key: Option<String>,
+}
+
+async fn settings(State(shared): Sim, body: String) -> Result<StatusCode, Refused> {
+    let changes: Changes = read(&body)?;
+    let mut world = shared.world();
+    if let Some(lag) = changes.search_lag {
+        world.book.search_lag = lag;
+    }
+    if let Some(key) = changes.api_key {
+        world.settings.api_key = key;
+    }
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Makes a record as a POST would, and lets search see it at once.
+pub(super) fn seed(world: &mut World, kind: Kind, body: &Object) -> Result<Value, Refusal> {
+    let now = Timestamp::now();
+    let lag = std::mem::replace(&mut world.book.search_lag, Lag::NONE);
+    let made = match kind {
+        Kind::Lead => world.book.create_lead(body, now),
+        Kind::Contact => world.book.create_contact(body, now),
+    };
+    world.book.search_lag = lag;
+    made
+}
+
+/// Deletes a record of either kind, and says whether there was one.
+pub(super) fn delete_any(world: &mut World, id: &str) -> bool {
+    let kind = world.book.kind_of(id);
+    kind.is_some_and(|kind| world.book.delete(kind, id, Timestamp::now()).is_ok())
+}

@@ -1,0 +1,156 @@
+//! Custom fields in request bodies: finding the field a key means, checking the value, applying the change.
+
+use serde_json::{Value, json};
+
+use super::{
+    ids,
+    schema::{CustomField, FieldKind, Kind, Schema},
+    validate::{FieldErrors, NO_SUCH_OBJECT, NOT_A_CHOICE, NOT_A_MOMENT, NOT_TEXT, Object},
+};
+
+/// The changes to a record's custom fields.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct CustomPatch {
+    /// Whether all other fields are cleared: the `custom` object does that (close-api.md §4).
+    replaces: bool,
+    changes: Vec<(String, Change)>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+enum Change {
+    Clear,
+    Set(Value),
+    Add(Vec<Value>),
+    Remove(Vec<Value>),
+}
+
+impl CustomPatch {
+    /// Applies the changes to values by field id.
+    pub(super) fn apply(&self, values: &mut Object) {
+        if self.replaces {
+            values.clear();
+        }
+        for (id, change) in &self.changes {
+            let held = || values.get(id).and_then(Value::as_array).cloned().unwrap_or_default();
+            let new = match change {
+                Change::Clear => Value::Null,
+                Change::Set(value) => value.clone(),
+                Change::Add(added) => {
+                    let mut list = held();
+                    list.extend(
+                        added.iter().filter(|value| !list.contains(value)).cloned().collect::<Vec<_>>(),
+                    );
+                    list.into()
+                }
+                Change::Remove(removed) => {
+                    let mut list = held();
+                    list.retain(|value| !removed.contains(value));
+                    list.into()
+                }
+            };
+            let empty = new.is_null() || new.as_array().is_some_and(Vec::is_empty);
+            if empty {
+                values.remove(id);
+            } else {
+                values.insert(id.clone(), new);
+            }
+        }
+    }
+}
+
+/// Reads every custom field of a body. Errors are keyed by the full key sent (close-api.md §3).
+pub(super) fn read(body: &Object, kind: Kind, schema: &Schema, errors: &mut FieldErrors) -> CustomPatch {
+    let mut patch = CustomPatch::default();
+    match body.get("custom") {
+        None | Some(Value::Null) => {}
+        Some(Value::Object(fields)) => {
+            patch.replaces = true;
+            for (name, value) in fields {
+                patch.read(&format!("custom.{name}"), name, value, kind, schema, errors);
+            }
+        }
+        Some(_) => errors.add("custom", "Invalid request: JSON dictionary expected."),
+    }
+    for (key, value) in body {
+        if let Some(name) = key.strip_prefix("custom.") {
+            patch.read(key, name, value, kind, schema, errors);
+        }
+    }
+    patch
+}
+
+impl CustomPatch {
+    fn read(
+        &mut self,
+        key: &str,
+        name: &str,
+        value: &Value,
+        kind: Kind,
+        schema: &Schema,
+        errors: &mut FieldErrors,
+    ) {
+        match change(name, value, kind, schema) {
+            Ok(change) => self.changes.push(change),
+            Err(text) => errors.add(key, &text),
+        }
+    }
+}
+
+fn change(name: &str, value: &Value, kind: Kind, schema: &Schema) -> Result<(String, Change), String> {
+    type Edit = fn(Vec<Value>) -> Change;
+    let edits: [(&str, Edit); 2] = [(".add", Change::Add), (".remove", Change::Remove)];
+    for (suffix, edit) in edits {
+        let Some(field) = name.strip_suffix(suffix).and_then(|name| schema.field(kind, name)) else {
+            continue;
+        };
+        if !field.accepts_multiple_values {
+            return Err("This field does not accept multiple values.".into());
+        }
+        return Ok((field.id.clone(), edit(list(field, value, schema)?)));
+    }
+    let Some(field) = schema.field(kind, name) else {
+        return Err(format!("The Custom Field \"{name}\" does not exist."));
+    };
+    let change = if value.is_null() || value == "" {
+        Change::Clear
+    } else if field.accepts_multiple_values {
+        Change::Set(list(field, value, schema)?.into())
+    } else {
+        Change::Set(checked(field, value, schema)?)
+    };
+    Ok((field.id.clone(), change))
+}
+
+fn list(field: &CustomField, value: &Value, schema: &Schema) -> Result<Vec<Value>, String> {
+    let items = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
+    items.iter().map(|item| checked(field, item, schema)).collect()
+}
+
+/// One value in the form it is given back in, or why the field does not take it.
+fn checked(field: &CustomField, value: &Value, schema: &Schema) -> Result<Value, String> {
+    if field.kind == FieldKind::Number {
+        return if value.is_number() {
+            Ok(value.clone())
+        } else {
+            Err("Value must be of numeric type.".into())
+        };
+    }
+    let text = value.as_str().ok_or(NOT_TEXT)?;
+    match field.kind {
+        FieldKind::Text | FieldKind::Textarea | FieldKind::Hidden | FieldKind::Number => Ok(json!(text)),
+        FieldKind::Date => match text.parse::<jiff::civil::Date>() {
+            Ok(date) if date.to_string() == text => Ok(json!(text)),
+            Ok(_) | Err(_) => Err("Could not parse date".into()),
+        },
+        FieldKind::Datetime => {
+            let moment = ids::moment(text).ok_or(NOT_A_MOMENT)?;
+            Ok(json!(ids::iso(moment)))
+        }
+        FieldKind::Choices if field.choices.iter().any(|choice| choice == text) => Ok(json!(text)),
+        FieldKind::Choices => Err(format!("{NOT_A_CHOICE} '{text}' is not one of the choices.")),
+        FieldKind::User if text == schema.user_id || text == Schema::USER_NAME => Ok(json!(schema.user_id)),
+        FieldKind::Contact if text.starts_with("cont_") => Ok(json!(text)),
+        FieldKind::CustomObject if text.starts_with("co_") => Ok(json!(text)),
+        FieldKind::User | FieldKind::Contact | FieldKind::CustomObject => Err(NO_SUCH_OBJECT.into()),
+    }
+}

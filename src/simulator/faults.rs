@@ -1,0 +1,293 @@
+//! Scripted faults: which request meets which misfortune. Pure matching; `server` carries the effects out.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// A misfortune for the requests that match. In JSON:
+///
+/// ```json
+/// {"method": "POST", "path": "/lead/", "times": 1, "effect": {"drop_connection": {"when": "after_commit"}}}
+/// ```
+///
+/// Faults are looked at in the order they were given, after rate limits and the key, so a 401 or 429 uses up
+/// none. The first one that is due is applied; the others do not see that request.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fault {
+    /// The HTTP method; any if absent.
+    #[serde(default)]
+    pub method: Option<String>,
+    /// How the path begins, below `/api/v1`, such as `/lead/`; any if absent.
+    #[serde(default)]
+    pub path: Option<String>,
+    /// Text the request body must contain.
+    #[serde(default)]
+    pub body: Option<String>,
+    /// How many matching requests are spared first.
+    #[serde(default)]
+    pub after: u32,
+    /// How many are then hit; all if absent.
+    #[serde(default)]
+    pub times: Option<u32>,
+    /// What happens to them.
+    pub effect: Effect,
+}
+
+impl Fault {
+    /// An effect on every request; narrow it down with the other methods.
+    pub fn new(effect: Effect) -> Self {
+        Self { method: None, path: None, body: None, after: 0, times: None, effect }
+    }
+
+    /// Only requests with this method whose path begins so.
+    #[must_use]
+    pub fn on(self, method: &str, path: &str) -> Self {
+        Self { method: Some(method.to_owned()), path: Some(path.to_owned()), ..self }
+    }
+
+    /// Only requests whose body contains this text.
+    #[must_use]
+    pub fn containing(self, text: &str) -> Self {
+        Self { body: Some(text.to_owned()), ..self }
+    }
+
+    /// Spare that many first.
+    #[must_use]
+    pub fn after(self, after: u32) -> Self {
+        Self { after, ..self }
+    }
+
+    /// Hit only that many.
+    #[must_use]
+    pub fn times(self, times: u32) -> Self {
+        Self { times: Some(times), ..self }
+    }
+
+    /// What is wrong with the fault itself, if anything.
+    pub(super) fn problem(&self) -> Option<String> {
+        match self.effect {
+            Effect::Status { code, .. } if !(200..=599).contains(&code) => {
+                Some(format!("status codes go from 200 to 599: {code}"))
+            }
+            Effect::RateLimited { retry_after, .. } if Duration::try_from_secs_f64(retry_after).is_err() => {
+                Some(format!("not a number of seconds: {retry_after}"))
+            }
+            Effect::Status { .. }
+            | Effect::Timeout { .. }
+            | Effect::DropConnection { .. }
+            | Effect::RateLimited { .. }
+            | Effect::Latency { .. } => None,
+        }
+    }
+
+    fn matches(&self, method: &str, path: &str, body: &str) -> bool {
+        self.method.as_ref().is_none_or(|wanted| wanted.eq_ignore_ascii_case(method))
+            && self.path.as_ref().is_none_or(|wanted| starts(path, wanted))
+            && self.body.as_ref().is_none_or(|wanted| body.contains(wanted))
+    }
+}
+
+/// Whether a path below `/api/v1` begins with a prefix, which may be written with or without that part.
+pub(super) fn starts(path: &str, prefix: &str) -> bool {
+    let prefix = prefix.strip_prefix("/api/v1").unwrap_or(prefix);
+    path.trim_start_matches('/').starts_with(prefix.trim_start_matches('/'))
+}
+
+/// What a fault does.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Effect {
+    /// Answers with a status, whatever the real answer would be.
+    Status {
+        /// The status code, 200 to 599.
+        code: u16,
+        /// What comes with it.
+        #[serde(default)]
+        body: FaultBody,
+        /// Whether the request took effect.
+        #[serde(default)]
+        when: When,
+    },
+    /// Holds the connection for that long, then closes it without an answer.
+    Timeout {
+        /// Milliseconds.
+        ms: u64,
+        /// Whether the request took effect; if so, it does at once.
+        #[serde(default)]
+        when: When,
+    },
+    /// Closes the connection without an answer.
+    DropConnection {
+        /// Whether the request took effect.
+        #[serde(default)]
+        when: When,
+    },
+    /// A 429 of a limit that the headers do not foretell (close-api.md §2).
+    RateLimited {
+        /// Seconds.
+        retry_after: f64,
+        /// Whether the rate headers are sent next to `Retry-After`.
+        with_headers: bool,
+    },
+    /// Waits, then goes on as usual.
+    Latency {
+        /// Milliseconds.
+        ms: u64,
+    },
+}
+
+/// Whether the request takes effect although its sender will not learn it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum When {
+    /// It does not.
+    #[default]
+    BeforeCommit,
+    /// It does.
+    AfterCommit,
+}
+
+/// The body of a scripted status (close-api.md §3).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FaultBody {
+    /// `{"error": "…"}`.
+    #[default]
+    Json,
+    /// No bytes, yet a JSON content type, as recorded with a 504.
+    Empty,
+    /// Plain text.
+    Text,
+    /// A proxy's page.
+    Html,
+}
+
+/// The faults in force.
+#[derive(Debug, Default)]
+pub(super) struct Script {
+    lines: Vec<Line>,
+}
+
+#[derive(Debug)]
+struct Line {
+    fault: Fault,
+    seen: u32,
+    applied: u32,
+}
+
+impl Line {
+    fn is_over(&self) -> bool {
+        self.fault.times.is_some_and(|times| self.applied >= times)
+    }
+}
+
+impl Script {
+    pub(super) fn add(&mut self, fault: Fault) {
+        self.lines.push(Line { fault, seen: 0, applied: 0 });
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.lines.clear();
+    }
+
+    /// The faults that can still strike.
+    pub(super) fn left(&self) -> Vec<&Fault> {
+        self.lines.iter().filter(|line| !line.is_over()).map(|line| &line.fault).collect()
+    }
+
+    /// What befalls this request.
+    pub(super) fn strike(&mut self, method: &str, path: &str, body: &str) -> Option<Effect> {
+        self.lines.retain(|line| !line.is_over());
+        for line in self.lines.iter_mut().filter(|line| line.fault.matches(method, path, body)) {
+            line.seen = line.seen.saturating_add(1);
+            if line.seen > line.fault.after {
+                line.applied += 1;
+                return Some(line.fault.effect.clone());
+            }
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn latency(ms: u64) -> Fault {
+        Fault::new(Effect::Latency { ms })
+    }
+
+    #[test]
+    fn faults_match_on_method_path_and_body() {
+        let lead = latency(1).on("POST", "/lead/");
+        for (fault, method, path, body, expected) in [
+            (latency(1), "GET", "/me/", "", true),
+            (lead.clone(), "POST", "/lead/", "", true),
+            (lead.clone(), "POST", "/lead/merge/", "", true),
+            (lead.clone(), "PUT", "/lead/lead_1/", "", false),
+            (lead.clone(), "POST", "/contact/", "", false),
+            (latency(1).on("post", "/api/v1/lead/"), "POST", "/lead/", "", true),
+            (lead.clone().containing("acme"), "POST", "/lead/", r#"{"name":"acme"}"#, true),
+            (lead.containing("acme"), "POST", "/lead/", r#"{"name":"other"}"#, false),
+        ] {
+            assert_eq!(fault.matches(method, path, body), expected, "{fault:?} {method} {path} {body}");
+        }
+    }
+
+    #[test]
+    fn faults_strike_in_order_after_some_and_so_many_times() {
+        let mut script = Script::default();
+        script.add(latency(1).on("POST", "/lead/").after(1).times(2));
+        script.add(latency(2).on("POST", "/").times(1));
+        let mut struck = Vec::new();
+        for _ in 0..5 {
+            struck.push(script.strike("POST", "/lead/", ""));
+        }
+        let latency = |ms| Some(Effect::Latency { ms });
+        assert_eq!(struck, [latency(2), latency(1), latency(1), None, None]);
+        assert!(script.left().is_empty());
+    }
+
+    #[test]
+    fn a_fault_without_times_never_ends_until_cleared() {
+        let mut script = Script::default();
+        script.add(latency(1));
+        assert!((0..100).all(|_| script.strike("GET", "/me/", "").is_some()));
+        assert_eq!(script.left().len(), 1);
+        script.clear();
+        assert_eq!(script.strike("GET", "/me/", ""), None);
+    }
+
+    #[test]
+    fn faults_are_read_from_json_strictly() {
+        let read = |value| serde_json::from_value::<Fault>(value).map_err(|error| error.to_string());
+        assert_eq!(
+            read(json!({"method": "POST", "path": "/lead/", "times": 1,
+                "effect": {"status": {"code": 504, "body": "empty", "when": "after_commit"}}})),
+            Ok(Fault::new(Effect::Status { code: 504, body: FaultBody::Empty, when: When::AfterCommit })
+                .on("POST", "/lead/")
+                .times(1))
+        );
+        assert_eq!(
+            read(json!({"effect": {"drop_connection": {}}})),
+            Ok(Fault::new(Effect::DropConnection { when: When::BeforeCommit }))
+        );
+        assert!(read(json!({"effect": {"latency": {"ms": 1}}, "tiems": 3})).is_err());
+        assert!(read(json!({"effect": {"latency": {"ms": 1, "sec": 3}}})).is_err());
+        assert!(read(json!({"effect": {"explode": {}}})).is_err());
+        assert!(read(json!({"times": 3})).is_err());
+    }
+
+    #[test]
+    fn impossible_faults_are_named() {
+        let status =
+            |code| Fault::new(Effect::Status { code, body: FaultBody::Json, when: When::BeforeCommit });
+        assert_eq!(status(99).problem().as_deref(), Some("status codes go from 200 to 599: 99"));
+        assert_eq!(status(503).problem(), None);
+        let limited = Effect::RateLimited { retry_after: -1.0, with_headers: true };
+        assert!(Fault::new(limited).problem().is_some());
+    }
+}

@@ -1,0 +1,101 @@
+//! Ids, timestamps and the simulator's only source of chance.
+
+use jiff::Timestamp;
+use uuid::Uuid;
+
+/// Makes ids, and draws numbers: everything follows from the seed, so the book stays a pure function of it.
+#[derive(Debug)]
+pub(super) struct Ids {
+    seed: Uuid,
+    made: u64,
+}
+
+impl Ids {
+    pub(super) fn new(seed: Uuid) -> Self {
+        Self { seed, made: 0 }
+    }
+
+    /// A prefix and 43 base62 characters, the shape of most of Close's ids (close-api.md §1). They are
+    /// scattered, so sorting by id is sorting by chance.
+    pub(super) fn make(&mut self, prefix: &str) -> String {
+        let mut id = format!("{prefix}_");
+        base62(self.next(), 22, &mut id);
+        base62(self.next(), 21, &mut id);
+        id
+    }
+
+    /// A number from 0 up to, but not including, 1.
+    pub(super) fn share(&mut self) -> f64 {
+        let bytes = self.next().to_be_bytes();
+        f64::from(u32::from_be_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]))
+            / (f64::from(u32::MAX) + 1.0)
+    }
+
+    fn next(&mut self) -> u128 {
+        self.made += 1;
+        Uuid::new_v5(&self.seed, &self.made.to_be_bytes()).as_u128()
+    }
+}
+
+fn base62(mut number: u128, digits: usize, onto: &mut String) {
+    const ALPHABET: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+    for _ in 0..digits {
+        let digit = usize::try_from(number % 62).unwrap_or_default();
+        onto.push(char::from(ALPHABET[digit]));
+        number /= 62;
+    }
+}
+
+/// Close's way to write a moment: UTC as `+00:00`, six fraction digits, of which three count
+/// (close-api.md §1).
+pub(super) fn iso(moment: Timestamp) -> String {
+    let milliseconds = Timestamp::from_millisecond(moment.as_millisecond()).unwrap_or(moment);
+    milliseconds.strftime("%Y-%m-%dT%H:%M:%S%.6f+00:00").to_string()
+}
+
+/// Reads a moment. Without an offset it is taken as UTC, and a date alone as its midnight.
+pub(super) fn moment(text: &str) -> Option<Timestamp> {
+    text.parse().ok().or_else(|| {
+        let civil: jiff::civil::DateTime = text.parse().ok()?;
+        jiff::tz::TimeZone::UTC.to_timestamp(civil).ok()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_have_closes_shape_and_do_not_repeat() {
+        let mut ids = Ids::new(Uuid::nil());
+        let made: std::collections::HashSet<String> = (0..1000).map(|_| ids.make("lead")).collect();
+        assert_eq!(made.len(), 1000);
+        for id in made {
+            let tail = id.strip_prefix("lead_").unwrap();
+            assert!(tail.len() == 43 && tail.bytes().all(|byte| byte.is_ascii_alphanumeric()), "{id}");
+        }
+    }
+
+    #[test]
+    fn shares_lie_between_zero_and_one() {
+        let mut ids = Ids::new(Uuid::nil());
+        let shares: Vec<f64> = (0..1000).map(|_| ids.share()).collect();
+        assert!(shares.iter().all(|share| (0.0..1.0).contains(share)));
+        assert!(shares.iter().any(|share| *share < 0.1) && shares.iter().any(|share| *share > 0.9));
+    }
+
+    #[test]
+    fn moments_are_written_like_closes_and_read_back() {
+        let moment_of = |text: &str| moment(text).map(iso);
+        for (text, written) in [
+            ("2013-02-20T05:30:24.844Z", Some("2013-02-20T05:30:24.844000+00:00")),
+            ("2013-02-20T05:30:24.844999+00:00", Some("2013-02-20T05:30:24.844000+00:00")),
+            ("2013-02-20T05:30:24+02:00", Some("2013-02-20T03:30:24.000000+00:00")),
+            ("2013-02-20T05:30:24", Some("2013-02-20T05:30:24.000000+00:00")),
+            ("2013-02-20", Some("2013-02-20T00:00:00.000000+00:00")),
+            ("yesterday", None),
+        ] {
+            assert_eq!(moment_of(text).as_deref(), written, "{text}");
+        }
+    }
+}

@@ -1,0 +1,367 @@
+//! Rate limits: token buckets per endpoint group, each kept per key and for the whole organisation.
+//!
+//! A pure state machine; the caller says what time it is. It follows Close's own limiter (close-api.md §2):
+//! windows begin on whole seconds, and a new window fills the whole bucket.
+
+use std::{collections::HashMap, time::Duration};
+
+use jiff::{SignedDuration, Timestamp};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::settings::HeaderStyle;
+
+/// A number of requests per window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rate {
+    /// Requests in one window; 0 refuses everything.
+    pub limit: u32,
+    /// The length of the window in seconds.
+    pub window: u32,
+}
+
+impl Rate {
+    /// `limit` requests in each `window` seconds.
+    pub const fn new(limit: u32, window: u32) -> Self {
+        Self { limit, window }
+    }
+}
+
+/// The rates of the endpoint groups, for one key. Each HTTP method of a group has its own bucket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Everything under `/lead/`, so also merges.
+    pub lead: Rate,
+    /// Everything under `/contact/`.
+    pub contact: Rate,
+    /// Everything under `/data/`: search.
+    pub search: Rate,
+    /// Each other first path segment.
+    pub others: Rate,
+    /// How many times one key's allowance the organisation has.
+    pub organization_multiple: u32,
+}
+
+impl Limits {
+    /// The numbers last seen in the wild, search read the strict way (close-api.md §2 and §12).
+    pub const fn documented() -> Self {
+        Self {
+            lead: Rate::new(240, 8),
+            contact: Rate::new(240, 8),
+            search: Rate::new(16, 8),
+            others: Rate::new(160, 8),
+            organization_multiple: 3,
+        }
+    }
+
+    /// A million requests a second, which nobody uses up. The headers still say so, lest a client that
+    /// paces itself by them falls back to its caution.
+    pub const fn unlimited() -> Self {
+        let rate = Rate::new(1_000_000, 1);
+        Self { lead: rate, contact: rate, search: rate, others: rate, organization_multiple: 3 }
+    }
+
+    fn of(&self, segment: &str) -> Rate {
+        match segment {
+            "lead" => self.lead,
+            "contact" => self.contact,
+            "data" => self.search,
+            _ => self.others,
+        }
+    }
+}
+
+/// What shares a bucket: an HTTP method and the first segment of the path.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Group {
+    pub(super) method: String,
+    pub(super) segment: &'static str,
+}
+
+impl Group {
+    /// The group of a path below `/api/v1`. Unknown places share one group, so that nobody can make buckets
+    /// without end.
+    pub(super) fn of(method: &str, path: &str) -> Self {
+        const KNOWN: [&str; 8] =
+            ["lead", "contact", "data", "event", "me", "status", "custom_field", "custom_field_schema"];
+        let first = path.trim_start_matches('/').split('/').next().unwrap_or_default();
+        let segment = KNOWN.into_iter().find(|known| *known == first).unwrap_or("unknown");
+        Self { method: method.to_owned(), segment }
+    }
+}
+
+/// Whose bucket it is.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) enum Holder {
+    Key(String),
+    Organization,
+}
+
+/// How a bucket stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Standing {
+    pub(super) limit: u32,
+    pub(super) remaining: u32,
+    pub(super) reset: Duration,
+    window: u32,
+    organization: bool,
+    group: Group,
+}
+
+/// Whether a request was let in. Either way the standing is that of the bucket closest to being used up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Verdict {
+    Allowed(Standing),
+    Refused(Standing),
+}
+
+#[derive(Debug)]
+struct Bucket {
+    closes: Timestamp,
+    spent: u32,
+}
+
+/// All buckets.
+#[derive(Debug, Default)]
+pub(super) struct Limiter {
+    buckets: HashMap<(Holder, Group), Bucket>,
+}
+
+impl Limiter {
+    /// Takes a token from the key's bucket and, if the key belongs to the organisation, from that one's too;
+    /// from neither if either is empty.
+    pub(super) fn spend(
+        &mut self,
+        limits: &Limits,
+        key: &str,
+        belongs: bool,
+        group: &Group,
+        now: Timestamp,
+    ) -> Verdict {
+        let rate = limits.of(group.segment);
+        let shared = Rate { limit: rate.limit.saturating_mul(limits.organization_multiple), ..rate };
+        let mut holders = vec![(Holder::Key(key.to_owned()), rate)];
+        if belongs {
+            holders.push((Holder::Organization, shared));
+        }
+        let empty = holders
+            .iter()
+            .map(|(holder, rate)| self.standing(holder, *rate, group, now))
+            .find(|standing| standing.remaining == 0);
+        if let Some(standing) = empty {
+            return Verdict::Refused(standing);
+        }
+        let mut closest: Option<Standing> = None;
+        for (holder, rate) in holders {
+            self.bucket(&holder, rate, group, now).spent += 1;
+            let standing = self.standing(&holder, rate, group, now);
+            if closest.as_ref().is_none_or(|closest| standing.remaining < closest.remaining) {
+                closest = Some(standing);
+            }
+        }
+        match closest {
+            Some(standing) => Verdict::Allowed(standing),
+            None => Verdict::Refused(Standing::empty(rate, group)),
+        }
+    }
+
+    fn standing(&mut self, holder: &Holder, rate: Rate, group: &Group, now: Timestamp) -> Standing {
+        let bucket = self.bucket(holder, rate, group, now);
+        Standing {
+            remaining: rate.limit.saturating_sub(bucket.spent),
+            reset: Duration::try_from(bucket.closes.duration_since(now)).unwrap_or_default(),
+            organization: *holder == Holder::Organization,
+            ..Standing::empty(rate, group)
+        }
+    }
+
+    /// The bucket of the current window.
+    fn bucket(&mut self, holder: &Holder, rate: Rate, group: &Group, now: Timestamp) -> &mut Bucket {
+        // Wrong keys make buckets too; the closed ones are only worth keeping while they are few.
+        const MANY: usize = 1_000;
+        if self.buckets.len() > MANY {
+            self.buckets.retain(|_, bucket| now < bucket.closes);
+        }
+        let opens = Timestamp::from_second(now.as_second()).unwrap_or(now);
+        let window = SignedDuration::from_secs(rate.window.max(1).into());
+        let fresh = || Bucket { closes: opens.saturating_add(window).unwrap_or(opens), spent: 0 };
+        let bucket = self.buckets.entry((holder.clone(), group.clone())).or_insert_with(fresh);
+        if bucket.closes <= now {
+            *bucket = fresh();
+        }
+        bucket
+    }
+}
+
+impl Standing {
+    fn empty(rate: Rate, group: &Group) -> Self {
+        Self {
+            limit: rate.limit,
+            remaining: 0,
+            reset: Duration::from_secs(rate.window.into()),
+            window: rate.window,
+            organization: false,
+            group: group.clone(),
+        }
+    }
+
+    /// The same bucket as told by a hidden limit, of which only the reset means anything (close-api.md §2).
+    pub(super) fn resetting_in(self, reset: Duration) -> Self {
+        Self { reset, ..self }
+    }
+
+    /// The headers that tell the standing.
+    pub(super) fn headers(&self, style: HeaderStyle) -> Vec<(&'static str, String)> {
+        let Self { limit, remaining, .. } = self;
+        let reset = format!("{:.6}", self.reset.as_secs_f64());
+        let legacy = [
+            ("x-rate-limit-limit", limit.to_string()),
+            ("x-rate-limit-remaining", remaining.to_string()),
+            ("x-rate-limit-reset", reset.clone()),
+        ];
+        let proxy = [
+            ("ratelimit-limit", limit.to_string()),
+            ("ratelimit-remaining", remaining.to_string()),
+            ("ratelimit-reset", self.retry_after()),
+        ];
+        match style {
+            HeaderStyle::Comma => {
+                vec![("ratelimit", format!("limit={limit}, remaining={remaining}, reset={reset}"))]
+            }
+            HeaderStyle::Semicolon => {
+                vec![("ratelimit", format!("limit={limit}; remaining={remaining}; reset={reset}"))]
+            }
+            HeaderStyle::Legacy => legacy.into(),
+            HeaderStyle::Proxy => legacy.into_iter().chain(proxy).collect(),
+            HeaderStyle::Absent => Vec::new(),
+        }
+    }
+
+    /// `Retry-After`: whole seconds, rounded up (close-api.md §2).
+    pub(super) fn retry_after(&self) -> String {
+        let whole = self.reset.as_secs() + u64::from(self.reset.subsec_nanos() > 0);
+        whole.to_string()
+    }
+
+    /// What a 429 says in its body, `rate_reset` being a string or a number (close-api.md §2).
+    pub(super) fn details(&self, reset_as_text: bool) -> Value {
+        let reset = self.reset.as_secs_f64();
+        let group = format!("{} {}", self.group.method, self.group.segment);
+        json!({
+            "message": "API call count exceeded for this period",
+            "rate_reset": if reset_as_text { json!(format!("{reset:.6}")) } else { json!(reset) },
+            "rate_limit": self.limit,
+            "rate_window": self.window,
+            "rate_limit_type": if self.organization { "organization" } else { "key" },
+            "rate_endpoint_group": Uuid::new_v5(&Uuid::NAMESPACE_URL, group.as_bytes()).simple().to_string(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: Limits = Limits {
+        lead: Rate::new(2, 8),
+        contact: Rate::new(2, 8),
+        search: Rate::new(1, 1),
+        others: Rate::new(0, 8),
+        organization_multiple: 2,
+    };
+
+    fn at(milliseconds: i64) -> Timestamp {
+        Timestamp::from_millisecond(1_700_000_000_000 + milliseconds).unwrap()
+    }
+
+    /// `Ok(remaining)` or `Err(reset in milliseconds)`.
+    fn outcome(verdict: Verdict) -> Result<u32, u128> {
+        match verdict {
+            Verdict::Allowed(standing) => Ok(standing.remaining),
+            Verdict::Refused(standing) => Err(standing.reset.as_millis()),
+        }
+    }
+
+    #[test]
+    fn a_bucket_empties_and_fills_at_the_window_end() {
+        let mut limiter = Limiter::default();
+        let group = Group::of("POST", "/lead/");
+        for (now, expected) in [
+            (300, Ok(1)),
+            (400, Ok(0)),
+            (500, Err(7500)), // the window began at the whole second
+            (7999, Err(1)),
+            (8000, Ok(1)),
+            (8000, Ok(0)),
+            (20_500, Ok(1)),
+        ] {
+            let verdict = limiter.spend(&LIMITS, "key", true, &group, at(now));
+            assert_eq!(outcome(verdict), expected, "{now}");
+        }
+    }
+
+    #[test]
+    fn groups_do_not_share_but_paths_of_a_group_do() {
+        let mut limiter = Limiter::default();
+        for (method, path, expected) in [
+            ("POST", "/lead/", Ok(1)),
+            ("PUT", "/lead/lead_1/", Ok(1)),
+            ("POST", "/lead/merge/", Ok(0)),
+            ("POST", "/lead/", Err(8000)),
+            ("POST", "/contact/", Ok(1)),
+            ("POST", "/data/search/", Ok(0)),
+            ("GET", "/me/", Err(8000)), // nothing is granted at all
+            ("GET", "/nowhere/", Err(8000)),
+        ] {
+            let verdict = limiter.spend(&LIMITS, "key", true, &Group::of(method, path), at(0));
+            assert_eq!(outcome(verdict), expected, "{method} {path}");
+        }
+    }
+
+    #[test]
+    fn the_organisation_has_a_bucket_of_its_own() {
+        let mut limiter = Limiter::default();
+        let group = Group::of("GET", "/lead/");
+        for (key, belongs, expected) in [
+            ("a", true, Ok(1)),
+            ("a", true, Ok(0)),
+            ("a", true, Err(8000)), // spends nothing of the organisation's
+            ("wrong", false, Ok(1)),
+            ("b", true, Ok(1)),
+            ("c", true, Ok(0)), // the organisation is closer to its end than the key
+            ("b", true, Err(8000)),
+            ("d", true, Err(8000)),
+            ("wrong", false, Ok(0)),
+        ] {
+            let verdict = limiter.spend(&LIMITS, key, belongs, &group, at(0));
+            assert_eq!(outcome(verdict), expected, "{key}");
+        }
+    }
+
+    #[test]
+    fn headers_take_every_known_form() {
+        let standing = Standing {
+            remaining: 3,
+            ..Standing::empty(Rate::new(16, 8), &Group::of("POST", "/data/search/"))
+        }
+        .resetting_in(Duration::from_micros(5_250_000));
+        let told = |style| {
+            let headers = standing.headers(style);
+            headers.into_iter().map(|(name, value)| format!("{name}: {value}")).collect::<Vec<_>>()
+        };
+        assert_eq!(told(HeaderStyle::Comma), ["ratelimit: limit=16, remaining=3, reset=5.250000"]);
+        assert_eq!(told(HeaderStyle::Semicolon), ["ratelimit: limit=16; remaining=3; reset=5.250000"]);
+        let legacy = ["x-rate-limit-limit: 16", "x-rate-limit-remaining: 3", "x-rate-limit-reset: 5.250000"];
+        assert_eq!(told(HeaderStyle::Legacy), legacy);
+        assert_eq!(told(HeaderStyle::Proxy)[..3], legacy);
+        assert_eq!(
+            told(HeaderStyle::Proxy)[3..],
+            ["ratelimit-limit: 16", "ratelimit-remaining: 3", "ratelimit-reset: 6"]
+        );
+        assert!(told(HeaderStyle::Absent).is_empty());
+        assert_eq!(standing.retry_after(), "6");
+        assert_eq!(standing.clone().resetting_in(Duration::from_secs(5)).retry_after(), "5");
+        assert_eq!(standing.details(true)["rate_reset"], json!("5.250000"));
+        assert_eq!(standing.details(false)["rate_reset"], json!(5.25));
+    }
+}

@@ -1,0 +1,243 @@
+//! A stateful fake of the Close REST API, served over real HTTP: for tests, and for first steps without an
+//! account.
+//!
+//! It keeps leads and contacts and obeys the rules that make Close hard to write to: rate windows, a search
+//! index that lags, typed custom fields, rewritten phone numbers, nested error bodies, answers that get lost.
+//! Its facts are those of close-api.md. Where the real API is unknown it takes the harsher reading, so that a
+//! client which gets along here gets along there; each such choice is a knob in [`Settings`].
+//!
+//! It deliberately does not know: OAuth, the legacy `query` parameter, Smart Fields, saved searches, tasks,
+//! opportunities, activities, webhooks, bulk actions, `X-HTTP-Method-Override`, and merges of fields. What it
+//! does not know it refuses, rather than pretending.
+//!
+//! Nothing in the worker may know that it exists: it is reached by its URL and in no other way.
+//!
+//! Layout, from the wire inwards: `server` and `connection` are HTTP and TCP; `control` is `/_sim/`; `world`
+//! answers calls; `book` keeps the records, `index` and `events` what others see of them and when; `validate`,
+//! `custom` and `formats` check what is written; `query` and `search` read. From `world` on nothing does IO or
+//! looks at a clock.
+
+mod book;
+mod connection;
+mod control;
+mod custom;
+mod events;
+mod faults;
+mod formats;
+mod ids;
+mod index;
+mod limits;
+mod query;
+mod schema;
+mod search;
+mod server;
+mod settings;
+#[cfg(test)]
+mod tests;
+mod validate;
+mod world;
+
+use std::{fmt::Write as _, io, net::SocketAddr, sync::Arc};
+
+use jiff::Timestamp;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use uuid::Uuid;
+
+use self::{
+    connection::{Door, Scissors},
+    ids::Ids,
+    schema::Kind,
+    server::Shared,
+    world::World,
+};
+pub use self::{
+    faults::{Effect, Fault, FaultBody, When},
+    limits::{Limits, Rate},
+    schema::{CustomField, FieldKind, Owner},
+    settings::{BusyBody, Country, CreatedLead, ExactValue, HeaderStyle, Lag, MissingSlash, Settings},
+    world::Request,
+};
+
+/// A running simulator. Clones are handles on the same one; it stops when the last is dropped.
+#[derive(Debug, Clone)]
+pub struct Simulator {
+    shared: Arc<Shared>,
+    running: Arc<Running>,
+    addr: SocketAddr,
+}
+
+#[derive(Debug)]
+struct Running {
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+impl Simulator {
+    /// Binds the address and serves in the background. Port 0 takes any free port.
+    pub async fn start(settings: Settings, addr: SocketAddr) -> io::Result<Self> {
+        let listener = TcpListener::bind(addr).await?;
+        let addr = listener.local_addr()?;
+        let world = World::new(settings, Ids::new(Uuid::now_v7()), Timestamp::now());
+        let shared = Arc::new(Shared::new(world));
+        let running = Running { stop: CancellationToken::new(), tasks: TaskTracker::new() };
+        let stop = running.stop.clone();
+        let door = Door { listener, stop: stop.clone() };
+        let service = server::router(Arc::clone(&shared)).into_make_service_with_connect_info::<Scissors>();
+        running.tasks.spawn(async move {
+            // It ends without an error, and only when told to.
+            let _ = axum::serve(door, service).with_graceful_shutdown(stop.cancelled_owned()).await;
+        });
+        running.tasks.close();
+        Ok(Self { shared, running: Arc::new(running), addr })
+    }
+
+    /// The base URL of the API, such as `http://127.0.0.1:8080/api/v1/`.
+    pub fn url(&self) -> String {
+        format!("http://{}/api/v1/", self.addr)
+    }
+
+    /// The address it listens on.
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// Closes the listener and cuts every connection, answered or not. What was written stays readable
+    /// through this handle.
+    pub async fn stop(&self) {
+        self.running.stop.cancel();
+        self.running.tasks.wait().await;
+    }
+
+    /// All leads with their contacts as they are now, whatever search shows; oldest first.
+    pub fn leads(&self) -> Vec<Value> {
+        self.shared.world().book.all(Kind::Lead)
+    }
+
+    /// All contacts as they are now, oldest first.
+    pub fn contacts(&self) -> Vec<Value> {
+        self.shared.world().book.all(Kind::Contact)
+    }
+
+    /// Makes a lead as `POST /lead/` would, visible to search at once. The error is the body of the 400.
+    pub fn add_lead(&self, body: Value) -> Result<Value, Value> {
+        self.add(Kind::Lead, body)
+    }
+
+    /// Makes a contact as `POST /contact/` would, visible to search at once.
+    pub fn add_contact(&self, body: Value) -> Result<Value, Value> {
+        self.add(Kind::Contact, body)
+    }
+
+    fn add(&self, kind: Kind, body: Value) -> Result<Value, Value> {
+        let Value::Object(body) = body else {
+            return Err(json!({"error": "JSON data must be a dict."}));
+        };
+        control::seed(&mut self.shared.world(), kind, &body).map_err(|refusal| refusal.body())
+    }
+
+    /// Deletes a lead with its contacts, or a contact, as somebody else would: search shows it for a while.
+    /// Whether there was one.
+    pub fn delete(&self, id: &str) -> bool {
+        control::delete_any(&mut self.shared.world(), id)
+    }
+
+    /// Merges two leads, as somebody else would.
+    pub fn merge(&self, source: &str, destination: &str) -> Result<(), Value> {
+        let merged = self.shared.world().book.merge(source, destination, Timestamp::now());
+        merged.map_err(|refusal| refusal.body())
+    }
+
+    /// Lets search see everything written so far.
+    pub fn index_now(&self) {
+        self.shared.world().book.index.catch_up_fully();
+    }
+
+    /// Adds a fault to the script.
+    pub fn fault(&self, fault: Fault) {
+        self.shared.world().faults.add(fault);
+    }
+
+    /// Forgets all faults.
+    pub fn clear_faults(&self) {
+        self.shared.world().faults.clear();
+    }
+
+    /// The last 100 000 requests to the API, oldest first, also those that were refused.
+    pub fn requests(&self) -> Vec<Request> {
+        self.shared.world().requests.all().cloned().collect()
+    }
+
+    /// How many of those have this method and a path, below `/api/v1`, that begins so.
+    pub fn request_count(&self, method: &str, path_prefix: &str) -> usize {
+        world::count(self.shared.world().requests.all(), method, path_prefix)
+    }
+
+    /// Revokes the key and lets another one in.
+    pub fn set_api_key(&self, key: &str) {
+        key.clone_into(&mut self.shared.world().settings.api_key);
+    }
+
+    /// Changes the search lag of the writes to come.
+    pub fn set_search_lag(&self, lag: Lag) {
+        self.shared.world().book.search_lag = lag;
+    }
+
+    /// What a person at a terminal needs to know to use it.
+    pub fn usage(&self) -> String {
+        let world = self.shared.world();
+        let url = self.url();
+        let controls = format!("http://{}/_sim", self.addr);
+        let fields = &world.book.schema.fields;
+        let mut text = format!("Simulated Close API at {url}\n\nCustom fields:\n");
+        for field in fields {
+            let owner = match field.owner {
+                Owner::Lead => "lead",
+                Owner::Contact => "contact",
+                Owner::Shared => "shared",
+            };
+            let kind = json!(field.kind);
+            let kind = kind.as_str().unwrap_or_default();
+            // Writing to a string can not fail.
+            let _ = writeln!(text, "  {owner:<8} {kind:<9} {:<20} {}", field.id, field.name);
+        }
+        let text_field = |owner: Owner| {
+            let mut texts =
+                fields.iter().filter(|field| field.owner == owner && field.kind == FieldKind::Text);
+            texts.next().map_or("", |field| field.id.as_str())
+        };
+        let _ = write!(
+            text,
+            "\nPoint the worker at it:\n\
+             \x20 export CLOSE_API_URL={url}\n\
+             \x20 export CLOSE_API_KEY={key}\n\
+             \x20 export CLOSE_LEAD_COMPANY_ID_FIELD={lead}\n\
+             \x20 export CLOSE_CONTACT_USER_ID_FIELD={contact}\n\
+             \nLook inside:\n\
+             \x20 curl {controls}/\n\
+             \x20 curl {controls}/leads\n\
+             \nMake trouble:\n\
+             \x20 # the next three requests to create a lead meet a 503\n\
+             \x20 curl {controls}/faults -d '{{\"method\": \"POST\", \"path\": \"/lead/\", \"times\": 3, \
+             \"effect\": {{\"status\": {{\"code\": 503}}}}}}'\n\
+             \x20 # one lead is created, but the answer is lost\n\
+             \x20 curl {controls}/faults -d '{{\"method\": \"POST\", \"path\": \"/lead/\", \"times\": 1, \
+             \"effect\": {{\"drop_connection\": {{\"when\": \"after_commit\"}}}}}}'\n\
+             \x20 # search falls behind; the key is revoked; peace again\n\
+             \x20 curl -X PUT {controls}/settings -d '{{\"search_lag\": \"1s..10s\"}}'\n\
+             \x20 curl -X PUT {controls}/settings -d '{{\"api_key\": \"another\"}}'\n\
+             \x20 curl -X DELETE {controls}/faults\n",
+            key = world.settings.api_key,
+            lead = text_field(Owner::Lead),
+            contact = text_field(Owner::Contact),
+        );
+        text
+    }
+}

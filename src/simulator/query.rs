@@ -1,0 +1,394 @@
+//! The query trees of `POST /data/search/`: reading them, and testing documents against them.
+//!
+//! Only what close-api.md §6 lists is understood. Everything else is refused, so that a client cannot come to
+//! rely on a guess.
+
+use std::collections::HashMap;
+
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use super::{
+    ids::moment,
+    index::Document,
+    schema::{Kind, Schema},
+    settings::ExactValue,
+};
+
+/// A query tree.
+#[derive(Debug)]
+pub(super) enum Query {
+    All,
+    And(Vec<Query>),
+    Or(Vec<Query>),
+    Not(Box<Query>),
+    ObjectType(String),
+    Id(String),
+    AnyText(TextTest),
+    Field(Field, Test),
+    Related { this: String, related: String, query: Box<Query> },
+}
+
+/// A field of a document or of a part of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Field {
+    Regular { object: String, name: String },
+    Custom(String),
+}
+
+/// What is asked of a field's value.
+#[derive(Debug)]
+pub(super) enum Test {
+    Text(TextTest),
+    OneOf(Vec<Value>),
+    Exists,
+    Numbers(Vec<(Comparison, f64)>),
+    Moments(Vec<(Comparison, Timestamp)>),
+}
+
+/// A text mode with its needle.
+#[derive(Debug)]
+pub(super) enum TextTest {
+    Exact(String),
+    Folded(String),
+    Words(Vec<String>),
+    Phrase(Vec<String>),
+    Beginnings(Vec<String>),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Comparison {
+    Above,
+    From,
+    Below,
+    UpTo,
+}
+
+/// The parts of records that have an object type of their own, and where they are found.
+const PARTS: [(&str, &str, &str); 4] = [
+    ("contact", "contact_email", "emails"),
+    ("contact", "contact_phone", "phones"),
+    ("contact", "contact_url", "urls"),
+    ("lead", "address", "addresses"),
+];
+
+/// The regular fields of each object type (close-api.md §6).
+const REGULAR: [(&str, &[&str]); 6] = [
+    (
+        "lead",
+        &[
+            "name",
+            "display_name",
+            "description",
+            "status_id",
+            "url",
+            "date_created",
+            "date_updated",
+            "created_by",
+            "addresses_count",
+            "all_urls_count",
+        ],
+    ),
+    (
+        "contact",
+        &[
+            "name",
+            "title",
+            "date_created",
+            "date_updated",
+            "created_by",
+            "updated_by",
+            "lead_id",
+            "emails_count",
+            "phones_count",
+            "urls_count",
+        ],
+    ),
+    ("contact_email", &["email", "type"]),
+    ("contact_phone", &["phone", "type", "country"]),
+    ("contact_url", &["url", "type"]),
+    ("address", &["label", "address_1", "address_2", "city", "state", "zipcode", "country"]),
+];
+
+/// Reads a query tree. The error is the text of the 400.
+pub(super) fn parse(tree: &Value, schema: &Schema, exact: ExactValue) -> Result<Query, String> {
+    let reader = Reader { schema, exact };
+    reader.query(tree, 0)
+}
+
+/// Reads a field, as found in conditions and sort orders.
+pub(super) fn parse_field(field: &Value, schema: &Schema) -> Result<Field, String> {
+    match text(field, "type")? {
+        "regular_field" => {
+            let (object, name) = (text(field, "object_type")?, text(field, "field_name")?);
+            let known = REGULAR.iter().any(|(kind, names)| *kind == object && names.contains(&name));
+            if !known {
+                return Err(format!("Unknown field '{name}' of object type '{object}'."));
+            }
+            Ok(Field::Regular { object: object.into(), name: name.into() })
+        }
+        "custom_field" => {
+            let id = text(field, "custom_field_id")?;
+            if !schema.fields.iter().any(|field| field.id == id) {
+                return Err(format!("Unknown custom field '{id}'."));
+            }
+            Ok(Field::Custom(format!("custom.{id}")))
+        }
+        other => Err(format!("Unknown field type '{other}'.")),
+    }
+}
+
+struct Reader<'a> {
+    schema: &'a Schema,
+    exact: ExactValue,
+}
+
+impl Reader<'_> {
+    fn query(&self, tree: &Value, depth: usize) -> Result<Query, String> {
+        const DEEPEST: usize = 20;
+        if depth > DEEPEST {
+            return Err("The query is nested too deeply.".into());
+        }
+        let inner = |key: &str| self.query(&tree[key], depth + 1);
+        let query = match text(tree, "type")? {
+            "match_all" => Query::All,
+            "and" => Query::And(self.queries(tree, depth)?),
+            "or" => Query::Or(self.queries(tree, depth)?),
+            "object_type" => Query::ObjectType(text(tree, "object_type")?.into()),
+            "id" => Query::Id(text(tree, "value")?.into()),
+            "text" => Query::AnyText(self.text_test(tree)?),
+            "field_condition" => {
+                Query::Field(parse_field(&tree["field"], self.schema)?, self.condition(&tree["condition"])?)
+            }
+            "has_related" => {
+                let (this, related) = (text(tree, "this_object_type")?, text(tree, "related_object_type")?);
+                let known = (this, related) == ("lead", "contact")
+                    || PARTS.iter().any(|(owner, part, _)| (this, related) == (*owner, *part));
+                if !known {
+                    return Err(format!("Object type '{this}' has no related '{related}'."));
+                }
+                Query::Related {
+                    this: this.into(),
+                    related: related.into(),
+                    query: Box::new(inner("related_query")?),
+                }
+            }
+            other => return Err(format!("Unknown query type '{other}'.")),
+        };
+        let negate = &tree["negate"];
+        match negate.as_bool() {
+            Some(true) => Ok(Query::Not(Box::new(query))),
+            Some(false) => Ok(query),
+            None if negate.is_null() => Ok(query),
+            None => Err("'negate' must be true or false.".into()),
+        }
+    }
+
+    fn queries(&self, tree: &Value, depth: usize) -> Result<Vec<Query>, String> {
+        let queries = tree["queries"].as_array().ok_or("'queries' must be a list.")?;
+        queries.iter().map(|query| self.query(query, depth + 1)).collect()
+    }
+
+    fn condition(&self, condition: &Value) -> Result<Test, String> {
+        let list =
+            |key: &str| condition[key].as_array().cloned().ok_or_else(|| format!("'{key}' must be a list."));
+        match text(condition, "type")? {
+            "text" => Ok(Test::Text(self.text_test(condition)?)),
+            "term" => Ok(Test::OneOf(list("values")?)),
+            "reference" => Ok(Test::OneOf(list("object_ids")?)),
+            "boolean" => Ok(Test::OneOf(vec![condition["value"].clone()])),
+            "current_user" => Ok(Test::OneOf(vec![json!(self.schema.user_id)])),
+            "exists" => Ok(Test::Exists),
+            "number_range" => {
+                let names = [
+                    ("gt", Comparison::Above),
+                    ("gte", Comparison::From),
+                    ("lt", Comparison::Below),
+                    ("lte", Comparison::UpTo),
+                ];
+                let bounds = names.iter().filter(|(name, _)| !condition[*name].is_null());
+                let bound = |(name, comparison): &(&str, Comparison)| {
+                    let number =
+                        condition[*name].as_f64().ok_or_else(|| format!("'{name}' must be a number."))?;
+                    Ok::<_, String>((*comparison, number))
+                };
+                Ok(Test::Numbers(bounds.map(bound).collect::<Result<_, _>>()?))
+            }
+            "moment_range" => {
+                let names = [
+                    ("after", Comparison::Above),
+                    ("on_or_after", Comparison::From),
+                    ("before", Comparison::Below),
+                    ("on_or_before", Comparison::UpTo),
+                ];
+                let bounds = names.iter().filter(|(name, _)| !condition[*name].is_null());
+                let bound = |(name, comparison): &(&str, Comparison)| {
+                    let value = &condition[*name];
+                    let fixed = text(value, "type")? == "fixed_utc";
+                    let moment = moment(text(value, "value")?).filter(|_| fixed);
+                    Ok::<_, String>((
+                        *comparison,
+                        moment.ok_or_else(|| format!("'{name}' is not a moment in UTC."))?,
+                    ))
+                };
+                Ok(Test::Moments(bounds.map(bound).collect::<Result<_, _>>()?))
+            }
+            other => Err(format!("Unknown condition type '{other}'.")),
+        }
+    }
+
+    fn text_test(&self, node: &Value) -> Result<TextTest, String> {
+        let value = text(node, "value")?;
+        match (text(node, "mode")?, self.exact) {
+            ("exact_value", ExactValue::Exact) => Ok(TextTest::Exact(value.to_owned())),
+            ("exact_value", ExactValue::FoldsCase) => Ok(TextTest::Folded(folded(value))),
+            ("full_words", _) => Ok(TextTest::Words(words(value))),
+            ("phrase", _) => Ok(TextTest::Phrase(words(value))),
+            ("beginning_of_words", _) => Ok(TextTest::Beginnings(words(value))),
+            (mode, _) => Err(format!("Unknown text mode '{mode}'.")),
+        }
+    }
+}
+
+fn text<'a>(node: &'a Value, key: &str) -> Result<&'a str, String> {
+    node[key].as_str().ok_or_else(|| format!("'{key}' is required and must be a string."))
+}
+
+fn folded(text: &str) -> String {
+    text.trim().to_lowercase()
+}
+
+/// Lower-cased runs of letters and digits, as the index has them.
+fn words(text: &str) -> Vec<String> {
+    text.split(|c: char| !c.is_alphanumeric())
+        .filter(|word| !word.is_empty())
+        .map(str::to_lowercase)
+        .collect()
+}
+
+/// The contacts of each lead, for queries that step from one to the other.
+pub(super) type ContactsOf<'a> = HashMap<&'a str, Vec<&'a Document>>;
+
+impl Query {
+    /// Whether a query needs to know the contacts of leads.
+    pub(super) fn steps_to_contacts(&self) -> bool {
+        match self {
+            Self::And(queries) | Self::Or(queries) => queries.iter().any(Self::steps_to_contacts),
+            Self::Not(query) => query.steps_to_contacts(),
+            Self::Related { related, .. } => related == "contact",
+            Self::All | Self::ObjectType(_) | Self::Id(_) | Self::AnyText(_) | Self::Field(..) => false,
+        }
+    }
+
+    /// Whether a document is what is looked for.
+    pub(super) fn accepts(&self, document: &Document, contacts_of: &ContactsOf<'_>) -> bool {
+        self.accepts_object(document.kind.word(), &document.id, &document.value, contacts_of)
+    }
+
+    fn accepts_object(&self, kind: &str, id: &str, value: &Value, contacts_of: &ContactsOf<'_>) -> bool {
+        match self {
+            Self::All => true,
+            Self::And(queries) => {
+                queries.iter().all(|query| query.accepts_object(kind, id, value, contacts_of))
+            }
+            Self::Or(queries) => {
+                queries.iter().any(|query| query.accepts_object(kind, id, value, contacts_of))
+            }
+            Self::Not(query) => !query.accepts_object(kind, id, value, contacts_of),
+            Self::ObjectType(wanted) => wanted == kind,
+            Self::Id(wanted) => wanted == id,
+            Self::AnyText(test) => any_text(value, test),
+            Self::Field(field, test) => field.value(kind, value).is_some_and(|value| test.accepts(&value)),
+            Self::Related { this, related, query } if this == kind => {
+                if related == Kind::Contact.word() {
+                    let contacts = contacts_of.get(id).map(Vec::as_slice).unwrap_or_default();
+                    return contacts.iter().any(|contact| query.accepts(contact, contacts_of));
+                }
+                let list = PARTS.iter().find(|(_, part, _)| part == related).map(|(.., list)| *list);
+                let parts =
+                    list.and_then(|list| value[list].as_array()).map(Vec::as_slice).unwrap_or_default();
+                parts.iter().any(|part| query.accepts_object(related, "", part, contacts_of))
+            }
+            Self::Related { .. } => false,
+        }
+    }
+}
+
+impl Field {
+    /// The value an object of this kind has here, unless it is empty.
+    pub(super) fn value(&self, kind: &str, object: &Value) -> Option<Value> {
+        let value = match self {
+            Self::Custom(key) => object.get(key)?.clone(),
+            Self::Regular { object: of, .. } if of != kind => return None,
+            Self::Regular { name, .. } => match name.strip_suffix("_count") {
+                Some("all_urls") => json!(usize::from(!object["url"].is_null())),
+                Some(list) => json!(object[list].as_array().map_or(0, Vec::len)),
+                None => object.get(name)?.clone(),
+            },
+        };
+        let empty = value.is_null() || value == "";
+        (!empty).then_some(value)
+    }
+}
+
+impl Test {
+    fn accepts(&self, value: &Value) -> bool {
+        if let Value::Array(values) = value {
+            return values.iter().any(|value| self.accepts(value));
+        }
+        match self {
+            Self::Exists => true,
+            Self::OneOf(values) => values.contains(value),
+            Self::Text(test) => value.as_str().is_some_and(|text| test.accepts(text)),
+            Self::Numbers(bounds) => value.as_f64().is_some_and(|number| {
+                bounds.iter().all(|(comparison, bound)| comparison.holds(&number, bound))
+            }),
+            Self::Moments(bounds) => value.as_str().and_then(moment).is_some_and(|moment| {
+                bounds.iter().all(|(comparison, bound)| comparison.holds(&moment, bound))
+            }),
+        }
+    }
+}
+
+impl Comparison {
+    fn holds<T: PartialOrd>(self, value: &T, bound: &T) -> bool {
+        match self {
+            Self::Above => value > bound,
+            Self::From => value >= bound,
+            Self::Below => value < bound,
+            Self::UpTo => value <= bound,
+        }
+    }
+}
+
+impl TextTest {
+    fn accepts(&self, text: &str) -> bool {
+        match self {
+            Self::Exact(needle) => text == needle,
+            // Most values have another length, and almost all are ASCII: no need to copy those.
+            Self::Folded(needle) if text.is_ascii() => text.trim().eq_ignore_ascii_case(needle),
+            Self::Folded(needle) => folded(text) == *needle,
+            Self::Words(needles) => {
+                let words = words(text);
+                !needles.is_empty() && needles.iter().all(|needle| words.contains(needle))
+            }
+            Self::Phrase(needles) => {
+                !needles.is_empty() && words(text).windows(needles.len()).any(|window| window == needles)
+            }
+            Self::Beginnings(needles) => {
+                let words = words(text);
+                let begins = |needle: &String| words.iter().any(|word| word.starts_with(needle));
+                !needles.is_empty() && needles.iter().all(begins)
+            }
+        }
+    }
+}
+
+fn any_text(value: &Value, test: &TextTest) -> bool {
+    match value {
+        Value::String(string) => test.accepts(string),
+        Value::Array(values) => values.iter().any(|value| any_text(value, test)),
+        Value::Object(fields) => fields.values().any(|value| any_text(value, test)),
+        Value::Null | Value::Bool(_) | Value::Number(_) => false,
+    }
+}

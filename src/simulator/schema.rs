@@ -1,0 +1,278 @@
+//! What an organisation has besides its records: its user, lead statuses and custom fields.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{
+    ids::{Ids, iso},
+    settings::{Country, Settings},
+};
+
+/// A custom field, as configured at the start or made through the API (close-api.md §7).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CustomField {
+    /// `cf_` and more.
+    pub id: String,
+    /// The label salespeople see; writes may use it in place of the id.
+    pub name: String,
+    /// What values it takes.
+    pub kind: FieldKind,
+    /// The allowed values of a choices field.
+    pub choices: Vec<String>,
+    /// Whether it holds a list.
+    pub accepts_multiple_values: bool,
+    /// Which objects have it.
+    pub owner: Owner,
+}
+
+impl CustomField {
+    /// A field with one value and no choices.
+    pub fn new(id: &str, name: &str, kind: FieldKind, owner: Owner) -> Self {
+        Self {
+            id: id.to_owned(),
+            name: name.to_owned(),
+            kind,
+            choices: Vec::new(),
+            accepts_multiple_values: false,
+            owner,
+        }
+    }
+
+    /// The same field with these choices.
+    #[must_use]
+    pub fn choices<'a>(mut self, choices: impl IntoIterator<Item = &'a str>) -> Self {
+        self.choices = choices.into_iter().map(str::to_owned).collect();
+        self
+    }
+
+    /// The same field, holding a list.
+    #[must_use]
+    pub fn multiple(mut self) -> Self {
+        self.accepts_multiple_values = true;
+        self
+    }
+}
+
+/// The types of custom fields (close-api.md §7).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FieldKind {
+    /// A string.
+    Text,
+    /// A long string.
+    Textarea,
+    /// A JSON number.
+    Number,
+    /// `2026-01-31`.
+    Date,
+    /// ISO 8601; given back in UTC with six fraction digits.
+    Datetime,
+    /// One of the field's choices.
+    Choices,
+    /// A user's id or exact name; given back as the id.
+    User,
+    /// A contact's id.
+    Contact,
+    /// A custom object's id.
+    CustomObject,
+    /// A string that the application does not show.
+    Hidden,
+}
+
+impl FieldKind {
+    /// Whether the type may hold several values.
+    pub(super) fn may_be_multiple(self) -> bool {
+        match self {
+            Self::User | Self::Choices | Self::Contact | Self::CustomObject => true,
+            Self::Text | Self::Textarea | Self::Number | Self::Date | Self::Datetime | Self::Hidden => false,
+        }
+    }
+}
+
+/// The objects that have a custom field.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Owner {
+    /// Leads only.
+    Lead,
+    /// Contacts only.
+    Contact,
+    /// A shared field of both.
+    Shared,
+}
+
+/// The two kinds of record kept here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Kind {
+    Lead,
+    Contact,
+}
+
+impl Kind {
+    pub(super) const BOTH: [Self; 2] = [Self::Lead, Self::Contact];
+
+    /// The word used in paths, search and events.
+    pub(super) fn word(self) -> &'static str {
+        match self {
+            Self::Lead => "lead",
+            Self::Contact => "contact",
+        }
+    }
+
+    pub(super) fn parse(word: &str) -> Option<Self> {
+        Self::BOTH.into_iter().find(|kind| kind.word() == word)
+    }
+
+    /// The word used in error texts.
+    pub(super) fn title(self) -> &'static str {
+        match self {
+            Self::Lead => "Lead",
+            Self::Contact => "Contact",
+        }
+    }
+}
+
+/// A lead status.
+#[derive(Debug, Clone)]
+pub(super) struct Status {
+    pub(super) id: String,
+    pub(super) label: String,
+}
+
+/// What writes are checked against.
+#[derive(Debug)]
+pub(super) struct Schema {
+    pub(super) organization_id: String,
+    pub(super) user_id: String,
+    pub(super) statuses: Vec<Status>,
+    pub(super) fields: Vec<CustomField>,
+    pub(super) country: Country,
+    pub(super) strict_contact_keys: bool,
+    founded: Timestamp,
+}
+
+impl Schema {
+    /// The exact name of the only user.
+    pub(super) const USER_NAME: &str = "Sim Ulator";
+
+    pub(super) fn new(settings: &Settings, ids: &mut Ids, founded: Timestamp) -> Self {
+        Self {
+            organization_id: ids.make("orga"),
+            user_id: ids.make("user"),
+            statuses: settings
+                .statuses
+                .iter()
+                .map(|label| Status { id: ids.make("stat"), label: label.clone() })
+                .collect(),
+            fields: settings.custom_fields.clone(),
+            country: settings.country.clone(),
+            strict_contact_keys: settings.strict_contact_keys,
+            founded,
+        }
+    }
+
+    /// The fields a kind of record has, shared ones included.
+    pub(super) fn fields_of(&self, kind: Kind) -> impl Iterator<Item = &CustomField> {
+        let own = match kind {
+            Kind::Lead => Owner::Lead,
+            Kind::Contact => Owner::Contact,
+        };
+        self.fields.iter().filter(move |field| field.owner == own || field.owner == Owner::Shared)
+    }
+
+    /// The field of this kind with this id or, failing that, this name.
+    pub(super) fn field(&self, kind: Kind, id_or_name: &str) -> Option<&CustomField> {
+        self.fields_of(kind)
+            .find(|field| field.id == id_or_name)
+            .or_else(|| self.fields_of(kind).find(|field| field.name == id_or_name))
+    }
+
+    pub(super) fn status_label(&self, id: &str) -> Option<&str> {
+        self.statuses.iter().find(|status| status.id == id).map(|status| status.label.as_str())
+    }
+
+    /// `GET /me/` (close-api.md §1).
+    pub(super) fn me(&self) -> Value {
+        let statuses: Vec<Value> =
+            self.statuses.iter().map(|s| json!({"id": s.id, "label": s.label})).collect();
+        let founded = iso(self.founded);
+        json!({
+            "id": self.user_id,
+            "email": "sim@close.test",
+            "first_name": "Sim",
+            "last_name": "Ulator",
+            "image": null,
+            "date_created": founded,
+            "date_updated": founded,
+            "last_used_timezone": null,
+            "email_accounts": [],
+            "phone_numbers": [],
+            "memberships": [{"id": "memb_simulator", "organization_id": self.organization_id}],
+            "organizations": [{
+                "id": self.organization_id,
+                "name": "Simulated organisation",
+                "date_created": founded,
+                "date_updated": founded,
+                "created_by": null,
+                "updated_by": null,
+                "lead_statuses": statuses,
+                "pipelines": [],
+            }],
+        })
+    }
+
+    /// `GET /status/lead/`: ordered by id, not by pipeline, as recorded (close-api.md §8).
+    pub(super) fn statuses(&self) -> Value {
+        let mut statuses: Vec<&Status> = self.statuses.iter().collect();
+        statuses.sort_by(|a, b| a.id.cmp(&b.id));
+        let data: Vec<Value> = statuses
+            .into_iter()
+            .map(|s| json!({"id": s.id, "label": s.label, "organization_id": self.organization_id}))
+            .collect();
+        json!({"has_more": false, "data": data})
+    }
+
+    /// `GET /custom_field/{owner}/`. Whether the real lists of leads and contacts also hold shared fields is
+    /// unclear (close-api.md §7); here they do not, so that a check against them alone is caught out.
+    pub(super) fn custom_fields(&self, owner: Owner) -> Vec<Value> {
+        self.fields.iter().filter(|field| field.owner == owner).map(|field| self.item(field)).collect()
+    }
+
+    /// `GET /custom_field_schema/{kind}/`: own and shared fields (close-api.md §7).
+    pub(super) fn custom_field_schema(&self, kind: Kind) -> Value {
+        let fields: Vec<Value> = self.fields_of(kind).map(|field| self.item(field)).collect();
+        json!({
+            "name": kind.title(),
+            "object_type": kind.word(),
+            "organization_id": self.organization_id,
+            "fields": fields,
+        })
+    }
+
+    pub(super) fn item(&self, field: &CustomField) -> Value {
+        let founded = iso(self.founded);
+        let choices = (field.kind == FieldKind::Choices).then_some(&field.choices);
+        let mut item = json!({
+            "id": field.id,
+            "name": field.name,
+            "description": "",
+            "type": field.kind,
+            "choices": choices,
+            "accepts_multiple_values": field.accepts_multiple_values,
+            "is_shared": field.owner == Owner::Shared,
+            "editable_with_roles": [],
+            "referenced_custom_type_id": null,
+            "back_reference_is_visible": false,
+            "organization_id": self.organization_id,
+            "created_by": self.user_id,
+            "updated_by": self.user_id,
+            "date_created": founded,
+            "date_updated": founded,
+        });
+        if field.owner == Owner::Shared {
+            let association = |kind: Kind| json!({"object_type": kind.word(), "editable_with_roles": [], "required": false});
+            item["associations"] = Kind::BOTH.map(association).into_iter().collect();
+        }
+        item
+    }
+}

@@ -1,0 +1,186 @@
+//! The HTTP shell of the API: reads a request into a `Call`, carries out faults, writes the `Answer`.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use axum::{
+    Router,
+    body::{Body, to_bytes},
+    extract::{ConnectInfo, Request, State},
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
+    response::Response,
+    routing::any,
+};
+use jiff::Timestamp;
+
+use super::{
+    connection::Scissors,
+    control,
+    faults::{Effect, When},
+    world::{Admission, Answer, Call, Decision, Payload, World},
+};
+
+const BASE: &str = "/api/v1";
+
+/// What all connections share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    world: Mutex<World>,
+}
+
+impl Shared {
+    pub(super) fn new(world: World) -> Self {
+        Self { world: Mutex::new(world) }
+    }
+
+    /// The world, for as long as it takes to ask it one thing. A panic elsewhere leaves it usable.
+    pub(super) fn world(&self) -> MutexGuard<'_, World> {
+        self.world.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The controls at their places, and the API everywhere else.
+pub(super) fn router(shared: Arc<Shared>) -> Router {
+    control::router().fallback(any(api)).with_state(shared)
+}
+
+async fn api(
+    State(shared): State<Arc<Shared>>,
+    ConnectInfo(scissors): ConnectInfo<Scissors>,
+    request: Request,
+) -> Response {
+    let max_body_bytes = shared.world().settings.max_body_bytes;
+    let call = read(request, max_body_bytes).await;
+    let Admission { number, headers, decision } = shared.world().admit(&call, Timestamp::now());
+    let answer = match decision {
+        Decision::Turned(answer) => Some(answer),
+        Decision::Through(effect) => serve(&shared, &call, effect).await,
+    };
+    if let Some(answer) = answer {
+        shared.world().requests.answered(number, answer.status);
+        write(answer.with(headers))
+    } else {
+        // Nothing of this response gets through the cut.
+        scissors.cut();
+        Response::new(Body::empty())
+    }
+}
+
+/// Serves a call under an effect; nothing if its connection is to be cut.
+async fn serve(shared: &Shared, call: &Call, effect: Option<Effect>) -> Option<Answer> {
+    let serve = || shared.world().serve(call, Timestamp::now());
+    let take_effect = |when: When| match when {
+        When::BeforeCommit => {}
+        When::AfterCommit => drop(serve()),
+    };
+    match effect {
+        // `admit` answers hidden limits by itself.
+        None | Some(Effect::RateLimited { .. }) => Some(serve()),
+        Some(Effect::Latency { ms }) => {
+            tokio::time::sleep(Duration::from_millis(ms)).await;
+            Some(serve())
+        }
+        Some(Effect::Status { code, body, when }) => {
+            take_effect(when);
+            Some(Answer::scripted(code, body))
+        }
+        Some(Effect::DropConnection { when }) => {
+            take_effect(when);
+            None
+        }
+        Some(Effect::Timeout { ms, when }) => {
+            take_effect(when);
+            tokio::time::sleep(Duration::from_millis(ms)).await;
+            None
+        }
+    }
+}
+
+async fn read(request: Request, max_body_bytes: usize) -> Call {
+    let (parts, body) = request.into_parts();
+    let header = |name: HeaderName| parts.headers.get(name).and_then(|value| value.to_str().ok());
+    let query = parts.uri.query().unwrap_or_default().as_bytes();
+    let path = parts.uri.path();
+    Call {
+        method: parts.method.as_str().to_owned(),
+        // What lies outside of the API keeps its full path, and is not found there.
+        path: path.strip_prefix(BASE).unwrap_or(path).to_owned(),
+        query: url::form_urlencoded::parse(query).into_owned().collect(),
+        key: header(header::AUTHORIZATION).and_then(basic_user).unwrap_or_default(),
+        is_json: header(header::CONTENT_TYPE).is_some_and(|kind| kind.starts_with("application/json")),
+        is_chunked: parts.headers.contains_key(header::TRANSFER_ENCODING),
+        body: to_bytes(body, max_body_bytes)
+            .await
+            .ok()
+            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned()),
+    }
+}
+
+fn write(answer: Answer) -> Response {
+    let (kind, body) = match answer.payload {
+        Payload::Json(value) => ("application/json", Body::from(value.to_string())),
+        Payload::Empty => ("application/json", Body::empty()),
+        Payload::Text(text) => ("text/plain; charset=utf-8", Body::from(text)),
+        Payload::Html(text) => ("text/html; charset=utf-8", Body::from(text)),
+    };
+    let mut response = Response::new(body);
+    *response.status_mut() = StatusCode::from_u16(answer.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    let headers: &mut HeaderMap = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+    for (name, value) in answer.headers {
+        if let Ok(value) = HeaderValue::from_str(&value) {
+            headers.insert(HeaderName::from_static(name), value);
+        }
+    }
+    response
+}
+
+/// The user name of an `Authorization: Basic` header whose password is empty (close-api.md §1).
+fn basic_user(header: &str) -> Option<String> {
+    let (scheme, credentials) = header.split_once(' ')?;
+    let decoded = base64(credentials.trim()).filter(|_| scheme.eq_ignore_ascii_case("basic"))?;
+    String::from_utf8(decoded).ok()?.strip_suffix(':').map(str::to_owned)
+}
+
+/// Decodes base64: too little to bring in a crate for.
+fn base64(text: &str) -> Option<Vec<u8>> {
+    let value = |digit: u8| match digit {
+        b'A'..=b'Z' => Some(digit - b'A'),
+        b'a'..=b'z' => Some(digit - b'a' + 26),
+        b'0'..=b'9' => Some(digit - b'0' + 52),
+        b'+' => Some(62),
+        b'/' => Some(63),
+        _ => None,
+    };
+    let digits: Vec<u8> = text.trim_end_matches('=').bytes().map(value).collect::<Option<_>>()?;
+    let mut bytes = Vec::with_capacity(digits.len());
+    for four in digits.chunks(4) {
+        let bits = four.iter().fold(0_u32, |bits, digit| bits << 6 | u32::from(*digit));
+        // Four digits make three bytes; the last chunk may be shorter.
+        let [_, three @ ..] = (bits << (6 * (4 - four.len()))).to_be_bytes();
+        bytes.extend_from_slice(&three[..four.len() * 3 / 4]);
+    }
+    Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_key_is_the_user_name_of_basic_with_no_password() {
+        for (header, key) in [
+            ("Basic YXBpX3NpbXVsYXRvci5rZXk6", Some("api_simulator.key")),
+            ("basic YTo=", Some("a")),
+            ("Basic YTpi", None), // a password
+            ("Basic YQ==", None), // no colon
+            ("Basic !!!!", None),
+            ("Bearer YTo=", None),
+            ("YTo=", None),
+        ] {
+            assert_eq!(basic_user(header).as_deref(), key, "{header}");
+        }
+    }
+}

@@ -1,0 +1,256 @@
+//! What a test can choose about the simulated Close: one struct, and one small enum per open question.
+//!
+//! Each knob stands for something the public material leaves open (close-api.md §12). The default is the
+//! harsher reading; `Settings::fast` turns off what only costs time.
+
+use std::{fmt, str::FromStr, time::Duration};
+
+use jiff::SignedDuration;
+use serde::Deserialize;
+
+use super::{
+    limits::Limits,
+    schema::{CustomField, FieldKind, Owner},
+};
+
+/// How the simulated organisation behaves and what it holds at the start.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The key that is let in, sent as the user name of HTTP Basic (close-api.md §1).
+    pub api_key: String,
+    /// Further keys of the same organisation: each has its own rate limits, and all share the
+    /// organisation's (close-api.md §2).
+    pub more_api_keys: Vec<String>,
+    /// How long a write stays invisible to search (close-api.md §6).
+    pub search_lag: Lag,
+    /// How long an event stays out of the event log. No lag is documented, so none is the default.
+    pub event_lag: Lag,
+    /// How many requests each endpoint group grants (close-api.md §2).
+    pub limits: Limits,
+    /// In which form the limits are told (close-api.md §2).
+    pub header_style: HeaderStyle,
+    /// What a 429 carries as its body (close-api.md §2).
+    pub busy_body: BusyBody,
+    /// How search understands the text mode `exact_value` (close-api.md §6).
+    pub exact_value: ExactValue,
+    /// What happens to a path without its trailing slash (close-api.md §1).
+    pub missing_slash: MissingSlash,
+    /// Which of its two contact lists the answer to `POST /lead/` has (close-api.md §4).
+    pub created_lead: CreatedLead,
+    /// Refuse keys that the published contact schema does not know, instead of ignoring them
+    /// (close-api.md §5).
+    pub strict_contact_keys: bool,
+    /// Let `GET /lead/` and `GET /contact/` answer from the lagged search index (close-api.md §12).
+    pub lists_from_index: bool,
+    /// The country of phone numbers without a prefix (close-api.md §5).
+    pub country: Country,
+    /// Bodies above this size are answered with 413.
+    pub max_body_bytes: usize,
+    /// Labels of the lead statuses, in the organisation's own order; new leads get the first.
+    pub statuses: Vec<String>,
+    /// The custom fields that exist from the start.
+    pub custom_fields: Vec<CustomField>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            api_key: "api_simulator.key".into(),
+            more_api_keys: Vec::new(),
+            search_lag: Lag::Fixed(Duration::from_secs(2)),
+            event_lag: Lag::NONE,
+            limits: Limits::documented(),
+            header_style: HeaderStyle::Comma,
+            busy_body: BusyBody::Nested,
+            exact_value: ExactValue::FoldsCase,
+            missing_slash: MissingSlash::NotFound,
+            created_lead: CreatedLead::Whole,
+            strict_contact_keys: false,
+            lists_from_index: false,
+            country: Country::default(),
+            max_body_bytes: 1 << 20,
+            statuses: ["Potential", "Bad Fit", "Qualified", "Customer"].map(String::from).into(),
+            custom_fields: vec![
+                CustomField::new("cf_leadcompanyid", "Company ID", FieldKind::Text, Owner::Lead),
+                CustomField::new("cf_contactuserid", "User ID", FieldKind::Text, Owner::Contact),
+                CustomField::new("cf_leadplan", "Plan", FieldKind::Choices, Owner::Lead).choices([
+                    "free",
+                    "pro",
+                    "enterprise",
+                ]),
+                CustomField::new("cf_leadseats", "Seats", FieldKind::Number, Owner::Lead),
+                CustomField::new("cf_leadnumericid", "Numeric company id", FieldKind::Number, Owner::Lead),
+                CustomField::new("cf_contactsyncedat", "Synced at", FieldKind::Datetime, Owner::Contact),
+            ],
+        }
+    }
+}
+
+impl Settings {
+    /// The defaults without what costs a test its time: no limits that bite, and no search lag.
+    pub fn fast() -> Self {
+        Self { limits: Limits::unlimited(), search_lag: Lag::NONE, ..Self::default() }
+    }
+}
+
+/// How late something becomes visible: always equally, or drawn anew for every write.
+///
+/// Its text form is `2s`, or `1s..10s` for a range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub enum Lag {
+    /// Every write takes this long.
+    Fixed(Duration),
+    /// Every write takes a time drawn evenly from this range, so that writes can overtake one another.
+    Between(Duration, Duration),
+}
+
+impl Lag {
+    /// No lag at all.
+    pub const NONE: Self = Self::Fixed(Duration::ZERO);
+
+    /// The lag of one write, for a `share` between 0 and 1.
+    pub(super) fn draw(self, share: f64) -> Duration {
+        match self {
+            Self::Fixed(lag) => lag,
+            Self::Between(least, most) => least + most.saturating_sub(least).mul_f64(share.clamp(0.0, 1.0)),
+        }
+    }
+}
+
+impl FromStr for Lag {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let duration = |part: &str| -> Result<Duration, String> {
+            let refused = || format!("`{part}` is not a duration (try `2s` or `1s..10s`)");
+            let parsed: SignedDuration = part.trim().parse().map_err(|_| refused())?;
+            Duration::try_from(parsed).map_err(|_| refused())
+        };
+        match text.split_once("..") {
+            None => Ok(Self::Fixed(duration(text)?)),
+            Some((least, most)) => Ok(Self::Between(duration(least)?, duration(most)?)),
+        }
+    }
+}
+
+impl TryFrom<String> for Lag {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl fmt::Display for Lag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fixed(lag) => write!(f, "{lag:?}"),
+            Self::Between(least, most) => write!(f, "{least:?}..{most:?}"),
+        }
+    }
+}
+
+/// The forms in which Close has told its rate limits over the years (close-api.md §2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HeaderStyle {
+    /// `RateLimit: limit=1, remaining=0, reset=0.5`: the documented form.
+    Comma,
+    /// The same with `;` between the items.
+    Semicolon,
+    /// The deprecated `X-Rate-Limit-Limit`, `-Remaining` and `-Reset`.
+    Legacy,
+    /// The legacy names next to the `ratelimit-*` triple of a proxy, as recorded in 2022.
+    Proxy,
+    /// No header at all; a 429 has no `Retry-After` either.
+    Absent,
+}
+
+/// The body of a 429 (close-api.md §2): clients should not need it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BusyBody {
+    /// `{"error": {"message": …, "rate_reset": "0.5", …}}`, the recent form.
+    Nested,
+    /// The same keys at the top level, with a number for `rate_reset`.
+    Flat,
+    /// Nothing.
+    Empty,
+    /// Plain text.
+    Text,
+}
+
+/// What search makes of `"mode": "exact_value"`, which Close's documentation does not list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExactValue {
+    /// Equal without regard to case and outer blanks: a hit can still be a different id.
+    FoldsCase,
+    /// Equal to the letter.
+    Exact,
+    /// An unknown mode: 400.
+    Refused,
+}
+
+/// What a path without trailing slash gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MissingSlash {
+    /// 404, so that the mistake shows at once.
+    NotFound,
+    /// 301 to the right path, as Close does; clients tend to repeat a POST as a GET.
+    Redirected,
+}
+
+/// Which contact lists the answer to `POST /lead/` carries. A recording of 2025 had no `contact_ids`, and
+/// the 2026 specification calls `contacts` deprecated (close-api.md §4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CreatedLead {
+    /// Both `contacts` and `contact_ids`.
+    Whole,
+    /// `contacts` only.
+    WithoutContactIds,
+    /// `contact_ids` only.
+    WithoutContacts,
+}
+
+/// A country as far as phone numbers are concerned.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Country {
+    /// Two letters, such as `US`.
+    pub code: String,
+    /// Digits put before a national number, such as `1`.
+    pub calling_code: String,
+}
+
+impl Default for Country {
+    fn default() -> Self {
+        Self { code: "US".into(), calling_code: "1".into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lag_is_written_as_a_duration_or_a_range() {
+        let seconds = Duration::from_secs;
+        for (text, lag) in [
+            ("0s", Ok(Lag::NONE)),
+            ("2s", Ok(Lag::Fixed(seconds(2)))),
+            ("5m", Ok(Lag::Fixed(seconds(300)))),
+            ("1s..10s", Ok(Lag::Between(seconds(1), seconds(10)))),
+            ("1s .. 10s", Ok(Lag::Between(seconds(1), seconds(10)))),
+            ("soon", Err("`soon` is not a duration (try `2s` or `1s..10s`)".to_owned())),
+            ("-1s", Err("`-1s` is not a duration (try `2s` or `1s..10s`)".to_owned())),
+        ] {
+            assert_eq!(text.parse(), lag, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_drawn_lag_stays_in_its_range() {
+        let seconds = Duration::from_secs;
+        let lag = Lag::Between(seconds(1), seconds(3));
+        assert_eq!([0.0, 0.5, 1.0].map(|share| lag.draw(share)), [1, 2, 3].map(seconds));
+        assert_eq!(Lag::Between(seconds(3), seconds(1)).draw(0.7), seconds(3), "an empty range is its start");
+    }
+}

@@ -1,0 +1,352 @@
+//! Checks request bodies, and turns them into patches: what the book then applies without further question.
+//!
+//! A body is checked in one pass that collects every error, and it is refused whole (close-api.md §5): one
+//! bad email of one nested contact and no lead is made. Texts come from close-api.md §3.
+
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use super::{
+    custom::{self, CustomPatch},
+    formats, ids,
+    schema::{Kind, Schema},
+};
+
+/// A JSON object.
+pub(super) type Object = serde_json::Map<String, Value>;
+
+pub(super) const REQUIRED: &str = "This field is required.";
+pub(super) const NOT_TEXT: &str = "Value must be of str type.";
+pub(super) const NOT_A_CHOICE: &str = "Not a valid choice.";
+pub(super) const NO_SUCH_OBJECT: &str = "Object does not exist.";
+pub(super) const NOT_A_MOMENT: &str = "Could not parse datetime";
+
+/// Why a request is refused, in the terms of close-api.md §3.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Refusal {
+    /// The object of the path does not exist: 404.
+    Missing(Kind),
+    /// One of the leads of a merge does not exist: 404 that blames the source either way.
+    NoMergeSource,
+    /// The request makes no sense: 400.
+    Malformed(String),
+    /// Fields are wrong: 400.
+    Invalid(FieldErrors),
+}
+
+impl Refusal {
+    pub(super) fn status(&self) -> u16 {
+        match self {
+            Self::Missing(_) | Self::NoMergeSource => 404,
+            Self::Malformed(_) | Self::Invalid(_) => 400,
+        }
+    }
+
+    pub(super) fn body(&self) -> Value {
+        match self {
+            Self::Missing(kind) => {
+                let title = kind.title();
+                json!({"error": format!("Empty query: {title} matching query does not exist.")})
+            }
+            Self::NoMergeSource => json!({"errors": ["Source lead does not exist."]}),
+            Self::Malformed(text) => json!({"error": text}),
+            Self::Invalid(errors) => errors.body(),
+        }
+    }
+}
+
+/// Errors by field name, nested ones by index below that.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct FieldErrors(Object);
+
+impl FieldErrors {
+    pub(super) fn one(field: &str, text: &str) -> Self {
+        let mut errors = Self::default();
+        errors.add(field, text);
+        errors
+    }
+
+    pub(super) fn add(&mut self, field: &str, text: &str) {
+        self.0.insert(field.to_owned(), text.into());
+    }
+
+    fn add_nested(&mut self, field: &str, index: usize, errors: &Self) {
+        if errors.0.is_empty() {
+            return;
+        }
+        let nested = self.0.entry(field).or_insert_with(|| json!({"errors": {}}));
+        nested["errors"][index.to_string()] = errors.body();
+    }
+
+    fn into_result<T>(self, good: T) -> Result<T, Self> {
+        if self.0.is_empty() { Ok(good) } else { Err(self) }
+    }
+
+    /// The body of the 400: `errors` stays empty, the fields carry the texts.
+    pub(super) fn body(&self) -> Value {
+        json!({"errors": [], "field-errors": self.0})
+    }
+}
+
+/// What a checked body asks for.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Patch {
+    /// Plain fields, in the form they are given back in.
+    pub(super) plain: Object,
+    /// Custom fields.
+    pub(super) custom: CustomPatch,
+    /// The lead a contact shall belong to.
+    pub(super) lead_id: Option<String>,
+    /// Contacts to add to a lead.
+    pub(super) contacts: Vec<Patch>,
+    /// When the record was made, as importers may say (close-api.md §4).
+    pub(super) date_created: Option<Timestamp>,
+}
+
+/// Checks the body of a lead. `contacts` in a PUT adds contacts, as an old script of Close did by mistake
+/// (close-api.md §4): it can not update them.
+pub(super) fn lead(body: &Object, schema: &Schema) -> Result<Patch, FieldErrors> {
+    let mut form = Form::new(body);
+    form.text("name", Some(1000), Blank::Null);
+    form.text("description", None, Blank::Keep);
+    form.url();
+    form.status(schema);
+    form.list("addresses", usize::MAX, address);
+    form.date_created();
+    form.custom(Kind::Lead, schema);
+    let mut contacts = Vec::new();
+    for (index, item) in form.array("contacts", usize::MAX).unwrap_or_default().iter().enumerate() {
+        match object(item).and_then(|nested| contact_form(nested, schema)) {
+            Ok(patch) => contacts.push(Patch { lead_id: None, ..patch }),
+            Err(errors) => form.errors.add_nested("contacts", index, &errors),
+        }
+    }
+    form.patch.contacts = contacts;
+    form.finish()
+}
+
+/// Checks the body of a contact; `exists` tells whether a lead does.
+pub(super) fn contact(
+    body: &Object,
+    schema: &Schema,
+    exists: impl Fn(&str) -> bool,
+) -> Result<Patch, FieldErrors> {
+    let mut errors = FieldErrors::default();
+    match body.get("lead_id") {
+        Some(Value::String(id)) if !exists(id) => errors.add("lead", NO_SUCH_OBJECT),
+        Some(Value::String(_) | Value::Null) | None => {}
+        Some(_) => errors.add("lead", NOT_TEXT),
+    }
+    match contact_form(body, schema) {
+        Ok(patch) => errors.into_result(patch),
+        Err(found) => {
+            errors.0.extend(found.0);
+            Err(errors)
+        }
+    }
+}
+
+fn contact_form(body: &Object, schema: &Schema) -> Result<Patch, FieldErrors> {
+    const KNOWN: [&str; 7] = ["name", "title", "emails", "phones", "urls", "lead_id", "timezone"];
+    let mut form = Form::new(body);
+    form.text("name", Some(1000), Blank::Null);
+    form.text("title", Some(1000), Blank::Empty);
+    form.text("timezone", None, Blank::Null);
+    form.list("emails", 100, email_item);
+    form.list("phones", 100, |item| phone_item(item, schema));
+    form.list("urls", 100, url_item);
+    form.date_created();
+    form.custom(Kind::Contact, schema);
+    form.patch.lead_id = body.get("lead_id").and_then(Value::as_str).map(str::to_owned);
+    if schema.strict_contact_keys {
+        let strange = |key: &&String| !KNOWN.contains(&key.as_str()) && !key.starts_with("custom.");
+        for key in body.keys().filter(strange) {
+            form.errors.add(key, "Extra fields not permitted.");
+        }
+    }
+    form.finish()
+}
+
+/// What becomes of null and the empty string.
+#[derive(Clone, Copy)]
+enum Blank {
+    /// Both become null.
+    Null,
+    /// Both become the empty string.
+    Empty,
+    /// Each stays what it is.
+    Keep,
+}
+
+/// A body being read.
+struct Form<'a> {
+    body: &'a Object,
+    patch: Patch,
+    errors: FieldErrors,
+}
+
+impl<'a> Form<'a> {
+    fn new(body: &'a Object) -> Self {
+        Self { body, patch: Patch::default(), errors: FieldErrors::default() }
+    }
+
+    fn finish(self) -> Result<Patch, FieldErrors> {
+        self.errors.into_result(self.patch)
+    }
+
+    fn text(&mut self, field: &str, longest: Option<usize>, blank: Blank) {
+        let value = match (self.body.get(field), blank) {
+            (None, _) => return,
+            (Some(Value::Null), Blank::Null | Blank::Keep) => Value::Null,
+            (Some(Value::Null), Blank::Empty) => json!(""),
+            (Some(Value::String(text)), Blank::Null) if text.trim().is_empty() => Value::Null,
+            (Some(Value::String(text)), _) => match longest {
+                Some(longest) if text.chars().count() > longest => {
+                    let error = format!("The value must be no longer than {longest} characters.");
+                    return self.errors.add(field, &error);
+                }
+                _ => json!(text),
+            },
+            (Some(_), _) => return self.errors.add(field, NOT_TEXT),
+        };
+        self.patch.plain.insert(field.to_owned(), value);
+    }
+
+    fn url(&mut self) {
+        self.text("url", None, Blank::Null);
+        if let Some(Value::String(text)) = self.patch.plain.get("url") {
+            match formats::url(text) {
+                Some(url) => drop(self.patch.plain.insert("url".into(), url.into())),
+                None => self.errors.add("url", "Invalid URL."),
+            }
+        }
+    }
+
+    /// The status by label or by id. An unknown id is blamed on `status` all the same (close-api.md §3).
+    fn status(&mut self, schema: &Schema) {
+        let named = |key: &str| self.body.get(key).filter(|value| !value.is_null());
+        let (label, id) = (named("status"), named("status_id"));
+        let (wanted, found) = match (label, id) {
+            (None, None) => return,
+            (Some(_), Some(_)) => {
+                return self.errors.add("status", "Only one of status and status_id may be given.");
+            }
+            (Some(label), None) => (label, schema.statuses.iter().find(|s| *label == json!(s.label))),
+            (None, Some(id)) => (id, schema.statuses.iter().find(|s| *id == json!(s.id))),
+        };
+        if let Some(status) = found {
+            self.patch.plain.insert("status_id".into(), json!(status.id));
+        } else {
+            let wanted = wanted.as_str().map_or_else(|| wanted.to_string(), str::to_owned);
+            self.errors.add("status", &format!("{NOT_A_CHOICE} '{wanted}' is not a known status."));
+        }
+    }
+
+    /// A list field's items, null being an empty list (close-api.md §12).
+    fn array(&mut self, field: &str, longest: usize) -> Option<&'a [Value]> {
+        let value = self.body.get(field)?;
+        let error = match value.as_array() {
+            Some(items) if items.len() <= longest => return Some(items),
+            Some(_) => "List is too long.",
+            None if value.is_null() => return Some(&[]),
+            None => "Value must be of list type.",
+        };
+        self.errors.add(field, error);
+        None
+    }
+
+    fn list(
+        &mut self,
+        field: &str,
+        longest: usize,
+        check: impl Fn(&Object) -> Result<Option<Value>, FieldErrors>,
+    ) {
+        let Some(items) = self.array(field, longest) else { return };
+        let mut good = Vec::with_capacity(items.len());
+        for (index, item) in items.iter().enumerate() {
+            match object(item).and_then(&check) {
+                Ok(item) => good.extend(item),
+                Err(errors) => self.errors.add_nested(field, index, &errors),
+            }
+        }
+        self.patch.plain.insert(field.to_owned(), good.into());
+    }
+
+    fn date_created(&mut self) {
+        match self.body.get("date_created") {
+            None | Some(Value::Null) => {}
+            Some(value) => match value.as_str().and_then(ids::moment) {
+                Some(moment) => self.patch.date_created = Some(moment),
+                None => self.errors.add("date_created", NOT_A_MOMENT),
+            },
+        }
+    }
+
+    fn custom(&mut self, kind: Kind, schema: &Schema) {
+        self.patch.custom = custom::read(self.body, kind, schema, &mut self.errors);
+    }
+}
+
+fn object(item: &Value) -> Result<&Object, FieldErrors> {
+    let wrong = || FieldErrors::one("__all__", "Invalid request: JSON dictionary expected.");
+    item.as_object().ok_or_else(wrong)
+}
+
+/// The `type` of an email, phone or url: any text goes (close-api.md §5).
+fn kind_word(item: &Object, default: &str) -> Result<Value, FieldErrors> {
+    match item.get("type") {
+        None | Some(Value::Null) => Ok(json!(default)),
+        Some(Value::String(word)) => Ok(json!(word)),
+        Some(_) => Err(FieldErrors::one("type", NOT_TEXT)),
+    }
+}
+
+fn required_text<'a>(item: &'a Object, field: &str) -> Result<&'a str, FieldErrors> {
+    match item.get(field) {
+        Some(Value::String(text)) if !text.trim().is_empty() => Ok(text),
+        None | Some(Value::Null | Value::String(_)) => Err(FieldErrors::one(field, REQUIRED)),
+        Some(_) => Err(FieldErrors::one(field, NOT_TEXT)),
+    }
+}
+
+fn email_item(item: &Object) -> Result<Option<Value>, FieldErrors> {
+    let email = formats::email(required_text(item, "email")?)
+        .ok_or_else(|| FieldErrors::one("email", "Invalid email address."))?;
+    Ok(Some(json!({"email": email, "type": kind_word(item, "office")?, "is_unsubscribed": false})))
+}
+
+/// The schema lets a phone be null; such an item is dropped.
+fn phone_item(item: &Object, schema: &Schema) -> Result<Option<Value>, FieldErrors> {
+    if item.get("phone") == Some(&Value::Null) {
+        return Ok(None);
+    }
+    let phone = formats::phone(required_text(item, "phone")?, &schema.country)
+        .ok_or_else(|| FieldErrors::one("phone", "Invalid phone number."))?;
+    Ok(Some(json!({
+        "phone": phone.number,
+        "phone_formatted": phone.formatted,
+        "country": phone.country,
+        "type": kind_word(item, "office")?,
+    })))
+}
+
+fn url_item(item: &Object) -> Result<Option<Value>, FieldErrors> {
+    let url =
+        formats::url(required_text(item, "url")?).ok_or_else(|| FieldErrors::one("url", "Invalid URL."))?;
+    Ok(Some(json!({"url": url, "type": kind_word(item, "url")?})))
+}
+
+/// An address keeps the keys Close knows (close-api.md §4).
+fn address(item: &Object) -> Result<Option<Value>, FieldErrors> {
+    const KNOWN: [&str; 7] = ["label", "address_1", "address_2", "city", "state", "zipcode", "country"];
+    let mut errors = FieldErrors::default();
+    let mut kept = Object::new();
+    for key in KNOWN {
+        match item.get(key) {
+            None | Some(Value::Null) => {}
+            Some(Value::String(text)) => drop(kept.insert(key.into(), json!(text))),
+            Some(_) => errors.add(key, NOT_TEXT),
+        }
+    }
+    errors.into_result(Some(kept.into()))
+}

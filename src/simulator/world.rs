@@ -1,0 +1,441 @@
+//! Everything the simulator knows, and how it answers a call: pure state, given the time.
+//!
+//! A call comes in two steps, because a fault may lie between them: `admit` decides whether it gets through,
+//! and `serve` lets it take effect.
+
+use std::{collections::VecDeque, time::Duration};
+
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use super::{
+    book::Book,
+    faults::{self, Effect, FaultBody, Script},
+    ids::Ids,
+    limits::{Group, Limiter, Standing, Verdict},
+    schema::{Kind, Owner},
+    search::{self, Cursors},
+    settings::{BusyBody, CreatedLead, HeaderStyle, MissingSlash, Settings},
+    validate::{Object, Refusal},
+};
+
+/// A request as far as the API is concerned.
+#[derive(Debug, Default)]
+pub(super) struct Call {
+    pub(super) method: String,
+    /// The path below `/api/v1`.
+    pub(super) path: String,
+    pub(super) query: Vec<(String, String)>,
+    /// The user name of HTTP Basic.
+    pub(super) key: String,
+    pub(super) is_json: bool,
+    pub(super) is_chunked: bool,
+    /// The body, unless it was too large to read.
+    pub(super) body: Option<String>,
+}
+
+/// The answer to a call.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Answer {
+    pub(super) status: u16,
+    pub(super) payload: Payload,
+    pub(super) headers: Vec<(&'static str, String)>,
+}
+
+/// What an answer carries.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Payload {
+    Json(Value),
+    /// Nothing, called JSON all the same.
+    Empty,
+    Text(&'static str),
+    Html(&'static str),
+}
+
+impl Answer {
+    fn json(status: u16, body: Value) -> Self {
+        Self { status, payload: Payload::Json(body), headers: Vec::new() }
+    }
+
+    fn error(status: u16, text: &str) -> Self {
+        Self::json(status, json!({"error": text}))
+    }
+
+    /// The answer of a scripted fault.
+    pub(super) fn scripted(status: u16, body: FaultBody) -> Self {
+        let payload = match body {
+            FaultBody::Json => Payload::Json(json!({"error": "A scripted fault."})),
+            FaultBody::Empty => Payload::Empty,
+            FaultBody::Text if status == 403 => Payload::Text("Forbidden"),
+            FaultBody::Text => Payload::Text("upstream connect error or disconnect/reset before headers"),
+            FaultBody::Html => Payload::Html("<html><body><h1>Service unavailable</h1></body></html>"),
+        };
+        Self { status, payload, headers: Vec::new() }
+    }
+
+    /// The same answer with these headers too.
+    pub(super) fn with(mut self, headers: Vec<(&'static str, String)>) -> Self {
+        self.headers.extend(headers);
+        self
+    }
+}
+
+impl From<Result<Value, Refusal>> for Answer {
+    fn from(result: Result<Value, Refusal>) -> Self {
+        match result {
+            Ok(value) => Self::json(200, value),
+            Err(refusal) => Self::json(refusal.status(), refusal.body()),
+        }
+    }
+}
+
+/// A request that was made, whatever became of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    /// The HTTP method.
+    pub method: String,
+    /// The path below `/api/v1`, such as `/lead/`.
+    pub path: String,
+    /// The status of the answer; none if it was not, or not yet, answered.
+    pub status: Option<u16>,
+    /// When it came.
+    pub at: Timestamp,
+}
+
+/// The last requests, oldest first.
+#[derive(Debug, Default)]
+pub(super) struct RequestLog {
+    requests: VecDeque<Request>,
+    forgotten: u64,
+}
+
+impl RequestLog {
+    const KEPT: usize = 100_000;
+
+    fn push(&mut self, call: &Call, at: Timestamp) -> u64 {
+        if self.requests.len() == Self::KEPT {
+            self.requests.pop_front();
+            self.forgotten += 1;
+        }
+        let (method, path) = (call.method.clone(), call.path.clone());
+        self.requests.push_back(Request { method, path, status: None, at });
+        self.forgotten + self.requests.len() as u64 - 1
+    }
+
+    /// Notes the answer to a request by the number `push` gave it.
+    pub(super) fn answered(&mut self, number: u64, status: u16) {
+        let index = number.checked_sub(self.forgotten).and_then(|index| usize::try_from(index).ok());
+        if let Some(request) = index.and_then(|index| self.requests.get_mut(index)) {
+            request.status = Some(status);
+        }
+    }
+
+    pub(super) fn all(&self) -> impl Iterator<Item = &Request> {
+        self.requests.iter()
+    }
+}
+
+/// What becomes of a call at the door.
+#[derive(Debug)]
+pub(super) struct Admission {
+    /// Its number in the request log.
+    pub(super) number: u64,
+    /// Headers that every answer to it carries.
+    pub(super) headers: Vec<(&'static str, String)>,
+    pub(super) decision: Decision,
+}
+
+/// Whether a call gets through.
+#[derive(Debug)]
+pub(super) enum Decision {
+    /// No: this is the answer.
+    Turned(Answer),
+    /// Yes, though something may befall it.
+    Through(Option<Effect>),
+}
+
+/// The simulated organisation with its API.
+#[derive(Debug)]
+pub(super) struct World {
+    pub(super) settings: Settings,
+    pub(super) book: Book,
+    pub(super) faults: Script,
+    pub(super) requests: RequestLog,
+    limiter: Limiter,
+    cursors: Cursors,
+}
+
+impl World {
+    pub(super) fn new(settings: Settings, ids: Ids, now: Timestamp) -> Self {
+        Self {
+            book: Book::new(&settings, ids, now),
+            settings,
+            faults: Script::default(),
+            requests: RequestLog::default(),
+            limiter: Limiter::default(),
+            cursors: Cursors::default(),
+        }
+    }
+
+    /// Spends a token, then checks the key, the form of the request, and the script. Whoever is refused for
+    /// any later reason has spent the token (close-api.md §2).
+    pub(super) fn admit(&mut self, call: &Call, now: Timestamp) -> Admission {
+        let number = self.requests.push(call, now);
+        let known = self.settings.api_key == call.key || self.settings.more_api_keys.contains(&call.key);
+        let group = Group::of(&call.method, &call.path);
+        let style = self.settings.header_style;
+        let standing = match self.limiter.spend(&self.settings.limits, &call.key, known, &group, now) {
+            Verdict::Allowed(standing) => standing,
+            Verdict::Refused(standing) => {
+                let decision = Decision::Turned(self.busy(&standing));
+                return Admission { number, headers: standing.headers(style), decision };
+            }
+        };
+        let headers = standing.headers(style);
+        if let Some(answer) = self.turned_away(call, known) {
+            return Admission { number, headers, decision: Decision::Turned(answer) };
+        }
+        let body = call.body.as_deref().unwrap_or_default();
+        match self.faults.strike(&call.method, &call.path, body) {
+            Some(Effect::RateLimited { retry_after, with_headers }) => {
+                let hidden =
+                    standing.resetting_in(Duration::try_from_secs_f64(retry_after).unwrap_or_default());
+                let headers = if with_headers { hidden.headers(style) } else { Vec::new() };
+                Admission { number, headers, decision: Decision::Turned(self.busy(&hidden)) }
+            }
+            effect => Admission { number, headers, decision: Decision::Through(effect) },
+        }
+    }
+
+    /// The 429 for a bucket that stands so.
+    fn busy(&self, standing: &Standing) -> Answer {
+        let payload = match self.settings.busy_body {
+            BusyBody::Nested => Payload::Json(json!({"error": standing.details(true)})),
+            BusyBody::Flat => Payload::Json(standing.details(false)),
+            BusyBody::Empty => Payload::Empty,
+            BusyBody::Text => Payload::Text("Too Many Requests"),
+        };
+        let headers = match self.settings.header_style {
+            HeaderStyle::Absent => Vec::new(),
+            HeaderStyle::Comma | HeaderStyle::Semicolon | HeaderStyle::Legacy | HeaderStyle::Proxy => {
+                vec![("retry-after", standing.retry_after())]
+            }
+        };
+        Answer { status: 429, payload, headers }
+    }
+
+    fn turned_away(&self, call: &Call, known: bool) -> Option<Answer> {
+        if !known {
+            return Some(Answer::error(
+                401,
+                "The server could not verify that you are authorized to access the URL requested.",
+            ));
+        }
+        if !call.path.ends_with('/') {
+            return Some(match self.settings.missing_slash {
+                MissingSlash::NotFound => not_found(),
+                MissingSlash::Redirected => {
+                    let location = format!("/api/v1{}/", call.path);
+                    Answer { status: 301, payload: Payload::Empty, headers: vec![("location", location)] }
+                }
+            });
+        }
+        if call.is_chunked {
+            return Some(Answer::error(400, "Chunked Transfer-Encoding is not supported."));
+        }
+        if call.body.is_none() {
+            return Some(Answer::error(413, "The request is too large."));
+        }
+        None
+    }
+
+    /// Lets a call take effect.
+    pub(super) fn serve(&mut self, call: &Call, now: Timestamp) -> Answer {
+        self.book.index.catch_up(now);
+        let segments: Vec<&str> = call.path.trim_matches('/').split('/').collect();
+        match (call.method.as_str(), segments.as_slice()) {
+            ("GET", ["me"]) => Ok(fields_of(call, self.book.schema.me())).into(),
+            ("GET", ["event"]) => self.book.events.page(&call.query, now).into(),
+            ("GET", ["status", "lead"]) => Ok(self.book.schema.statuses()).into(),
+            ("POST", ["data", "search"]) => self.with_body(call, |world, body| world.search(body, now)),
+            ("POST", ["lead", "merge"]) => self.with_body(call, |world, body| world.merge(body, now)),
+            (method @ ("GET" | "POST"), ["custom_field", owner]) => self.custom_fields(call, method, owner),
+            ("GET", ["custom_field_schema", kind]) => match Kind::parse(kind) {
+                Some(kind) => Ok(self.book.schema.custom_field_schema(kind)).into(),
+                None => not_found(),
+            },
+            (method, [kind]) => match Kind::parse(kind) {
+                Some(kind) => self.collection(call, method, kind, now),
+                None => wrong_place(&segments),
+            },
+            (method, [kind, id]) => match Kind::parse(kind) {
+                Some(kind) => self.record(call, method, kind, id, now),
+                None => wrong_place(&segments),
+            },
+            _ => wrong_place(&segments),
+        }
+    }
+
+    fn collection(&mut self, call: &Call, method: &str, kind: Kind, now: Timestamp) -> Answer {
+        match (method, kind) {
+            ("GET", _) => self.list(call, kind).into(),
+            ("POST", Kind::Lead) => self.with_body(call, |world, body| {
+                let mut lead = world.book.create_lead(body, now)?;
+                if let Some(lead) = lead.as_object_mut() {
+                    match world.settings.created_lead {
+                        CreatedLead::Whole => None,
+                        CreatedLead::WithoutContactIds => lead.remove("contact_ids"),
+                        CreatedLead::WithoutContacts => lead.remove("contacts"),
+                    };
+                }
+                Ok(fields_of(call, lead))
+            }),
+            ("POST", Kind::Contact) => {
+                self.with_body(call, |world, body| Ok(fields_of(call, world.book.create_contact(body, now)?)))
+            }
+            _ => wrong_method(),
+        }
+    }
+
+    fn record(&mut self, call: &Call, method: &str, kind: Kind, id: &str, now: Timestamp) -> Answer {
+        match method {
+            "GET" => self.book.get(kind, id).map(|record| fields_of(call, record)).into(),
+            "PUT" => self
+                .with_body(call, |world, body| Ok(fields_of(call, world.book.update(kind, id, body, now)?))),
+            "DELETE" => self.book.delete(kind, id, now).map(|()| json!({})).into(),
+            _ => wrong_method(),
+        }
+    }
+
+    fn custom_fields(&mut self, call: &Call, method: &str, owner: &str) -> Answer {
+        let owner = match owner {
+            "lead" => Owner::Lead,
+            "contact" => Owner::Contact,
+            "shared" => Owner::Shared,
+            _ => return not_found(),
+        };
+        if method == "POST" {
+            return self.with_body(call, |world, body| world.book.create_field(owner, body));
+        }
+        page(call, self.book.schema.custom_fields(owner)).into()
+    }
+
+    /// A list, newest first. Unsupported filters are refused rather than ignored, lest everything be taken
+    /// for a match.
+    fn list(&self, call: &Call, kind: Kind) -> Result<Value, Refusal> {
+        const KNOWN: [&str; 4] = ["_limit", "_skip", "_fields", "lead_id"];
+        let strange = |name: &str| !KNOWN.contains(&name) || (name == "lead_id" && kind == Kind::Lead);
+        if let Some((name, _)) = call.query.iter().find(|(name, _)| strange(name)) {
+            return Err(Refusal::Malformed(format!(
+                "The simulator does not know the parameter {name} here."
+            )));
+        }
+        let mut records = if self.settings.lists_from_index {
+            let documents = self.book.index.documents().filter(|document| document.kind == kind);
+            let mut records: Vec<Value> = documents.map(|document| (*document.value).clone()).collect();
+            records.sort_by_key(|record| record["date_created"].as_str().map(str::to_owned));
+            records
+        } else {
+            self.book.all(kind)
+        };
+        records.reverse();
+        if let Some(lead_id) = parameter(call, "lead_id") {
+            records.retain(|contact| contact["lead_id"] == *lead_id);
+        }
+        let mut page = page(call, records)?;
+        if let Some(data) = page["data"].as_array_mut() {
+            *data = data.drain(..).map(|record| fields_of(call, record)).collect();
+        }
+        Ok(page)
+    }
+
+    fn search(&mut self, body: &Object, now: Timestamp) -> Result<Value, Refusal> {
+        let token = self.book.token();
+        let Book { schema, index, .. } = &self.book;
+        search::search(body, schema, self.settings.exact_value, index, &mut self.cursors, token, now)
+    }
+
+    fn merge(&mut self, body: &Object, now: Timestamp) -> Result<Value, Refusal> {
+        let id = |key: &str| body.get(key).and_then(Value::as_str).unwrap_or_default();
+        self.book.merge(id("source"), id("destination"), now)?;
+        Ok(json!({"status": "ok"}))
+    }
+
+    /// Hands a call's JSON object on, or refuses the body (close-api.md §3).
+    fn with_body(
+        &mut self,
+        call: &Call,
+        then: impl FnOnce(&mut Self, &Object) -> Result<Value, Refusal>,
+    ) -> Answer {
+        if !call.is_json {
+            return Answer::error(415, "The request must have the header 'Content-Type: application/json'.");
+        }
+        match serde_json::from_str(call.body.as_deref().unwrap_or_default()) {
+            Ok(Value::Object(body)) => then(self, &body).into(),
+            Ok(_) => Answer::error(400, "JSON data must be a dict."),
+            Err(_) => Answer::error(400, "The request contains invalid JSON."),
+        }
+    }
+}
+
+fn not_found() -> Answer {
+    Answer::error(404, "The requested URL was not found on the server.")
+}
+
+fn wrong_method() -> Answer {
+    Answer::error(405, "The method is not allowed for the requested URL.")
+}
+
+/// 405 for the places that exist, 404 for the others.
+fn wrong_place(segments: &[&str]) -> Answer {
+    match segments {
+        ["me" | "event"] | ["status", "lead"] | ["data", "search"] | ["lead", "merge"] => wrong_method(),
+        _ => not_found(),
+    }
+}
+
+fn parameter<'a>(call: &'a Call, name: &str) -> Option<&'a String> {
+    call.query.iter().find(|(known, _)| known == name).map(|(_, value)| value)
+}
+
+/// The record with nothing but the fields asked for.
+fn fields_of(call: &Call, record: Value) -> Value {
+    match parameter(call, "_fields") {
+        Some(names) => Value::Object(search::select(&record, &names.split(',').collect::<Vec<_>>())),
+        None => record,
+    }
+}
+
+/// One page by `_skip` and `_limit`, in Close's envelope (close-api.md §1).
+fn page(call: &Call, mut rows: Vec<Value>) -> Result<Value, Refusal> {
+    const MOST: usize = 200;
+    let number = |name: &str, default: usize| {
+        let parse = |text: &String| {
+            text.parse().map_err(|_| Refusal::Malformed(format!("Invalid value for {name}: {text}")))
+        };
+        parameter(call, name).map_or(Ok(default), parse)
+    };
+    let (skip, limit) = (number("_skip", 0)?, number("_limit", 100)?);
+    if limit > MOST {
+        return Err(Refusal::Malformed(format!(
+            "The limit you set is larger than the maximum limit for this resource (max_limit = {MOST})."
+        )));
+    }
+    rows.drain(..skip.min(rows.len()));
+    let has_more = rows.len() > limit;
+    rows.truncate(limit);
+    Ok(json!({"data": rows, "has_more": has_more}))
+}
+
+/// How many of the requests have this method and begin with this path.
+pub(super) fn count<'a>(
+    requests: impl Iterator<Item = &'a Request>,
+    method: &str,
+    path_prefix: &str,
+) -> usize {
+    requests
+        .filter(|request| {
+            request.method.eq_ignore_ascii_case(method) && faults::starts(&request.path, path_prefix)
+        })
+        .count()
+}
