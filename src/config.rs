@@ -210,10 +210,7 @@ fn join(path: &str, key: &str) -> String {
 
 /// Whether a table is one value to the user: a mapping rule, or a table with the user's own keys.
 fn is_leaf(path: &str, value: &Value) -> bool {
-    match value {
-        Value::Table(table) => OPEN.contains(&path) || table.contains_key("from"),
-        _ => true,
-    }
+    value.as_table().is_none_or(|table| OPEN.contains(&path) || table.contains_key("from"))
 }
 
 /// Lays a layer over the settings: only known keys, only of the known type.
@@ -227,7 +224,7 @@ fn overlay(settings: &mut Table, layer: Table, path: &str, problems: &mut Vec<Pr
                 problems.push(Problem { key: path, message });
             }
             (Some(Value::Table(inner)), Value::Table(value)) if OPEN.contains(&path.as_str()) => {
-                *inner = value
+                *inner = value;
             }
             (Some(Value::Table(inner)), Value::Table(value)) => overlay(inner, value, &path, problems),
             (Some(current), value) if current.same_type(&value) => *current = value,
@@ -254,15 +251,16 @@ fn overlay_environment(
             continue;
         }
         let Some(text) = environment.get(&variable(&path)) else { continue };
-        let value = match current {
-            Value::String(_) => Some(Value::String(text.clone())),
-            _ => toml::from_str::<Table>(&format!("value = {text}"))
+        let value = if current.is_str() {
+            Some(Value::String(text.clone()))
+        } else {
+            toml::from_str::<Table>(&format!("value = {text}"))
                 .ok()
-                .and_then(|mut table| table.remove("value")),
+                .and_then(|mut table| table.remove("value"))
         };
         match (current, value) {
             (Value::Table(inner), Some(Value::Table(value))) if OPEN.contains(&path.as_str()) => {
-                *inner = value
+                *inner = value;
             }
             (Value::Table(inner), Some(Value::Table(value))) => overlay(inner, value, &path, problems),
             (current, Some(value)) if current.same_type(&value) => *current = value,
@@ -450,15 +448,13 @@ impl Reader<'_> {
             }
         }
         let source = self.source(path)?;
-        let write = match leaf(self.settings, &join(path, "write")) {
+        let write = match leaf(self.settings, &join(path, "write")).map(|value| value.clone().try_into()) {
             None => WriteRule::default(),
-            Some(value) => match value.clone().try_into::<WriteRule>() {
-                Ok(write) => write,
-                Err(_) => {
-                    self.problem(&join(path, "write"), "must be one of `always`, `if_empty`, `on_create`");
-                    return None;
-                }
-            },
+            Some(Ok(write)) => write,
+            Some(Err(_)) => {
+                self.problem(&join(path, "write"), "must be one of `always`, `if_empty`, `on_create`");
+                return None;
+            }
         };
         Some(Rule { source, write })
     }
@@ -471,10 +467,9 @@ impl Reader<'_> {
         };
         let alternatives: Option<Vec<Vec<&str>>> = from
             .iter()
-            .map(|item| match item {
-                Value::String(path) => Some(vec![path.as_str()]),
-                Value::Array(parts) => parts.iter().map(Value::as_str).collect(),
-                _ => None,
+            .map(|item| match item.as_array() {
+                Some(parts) => parts.iter().map(Value::as_str).collect(),
+                None => Some(vec![item.as_str()?]),
             })
             .collect();
         let source = alternatives
@@ -619,7 +614,7 @@ mod tests {
         let config = load(file, &environment).unwrap();
         assert_eq!(config.close.api_key.expose_secret(), "api_environment");
         assert_eq!(config.close.url.as_str(), "http://x.test/");
-        assert_eq!(config.amqp.delays[1].duration, Duration::from_secs(60));
+        assert_eq!(config.amqp.delays[1].duration, Duration::from_mins(1));
         assert!(!config.worker.switches.allow_creating_new_leads);
         assert!(config.worker.switches.allow_creating_new_contacts);
         let mapping = &config.worker.mapping;

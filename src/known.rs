@@ -13,7 +13,7 @@ use crate::domain::mapping::Key;
 use crate::domain::record::{ContactId, LeadId};
 
 /// How long an entry is used.
-const LIFETIME: Duration = Duration::from_secs(600);
+const LIFETIME: Duration = Duration::from_mins(10);
 /// How many companies and how many people are remembered. An entry takes about 200 bytes.
 const CAPACITY: u64 = 50_000;
 

@@ -1,19 +1,83 @@
-//! x
-pub mod amqp;
-pub mod app;
-pub mod cli;
-pub mod close;
-pub mod config;
+//! close-sync keeps the Close CRM in step with a company's customer data.
+//!
+//! # Bird's-eye view
+//!
+//! Producers publish `identify` events to a RabbitMQ exchange. One worker per Close organization
+//! consumes them, finds the Lead (a company) and the Contact (a person) each event is about, and makes
+//! Close agree with it. What cannot succeed ends in a dead-letter queue with a reason, where operators
+//! look at it and replay it.
+//!
+//! The scarce thing is Close's rate budget, and it belongs to the organization: more consumers would
+//! buy nothing and race each other. So a work queue has a single active consumer, with plenty of
+//! concurrency inside; further workers stand by and take over in moments.
+//!
+//! # A message's life
+//!
+//! ```text
+//! exchange -> queue
+//!   amqp::session     receives the delivery
+//!   worker::prepare   domain::event    bytes -> Event, or a dead letter
+//!                     domain::mapping  Event -> Desired: wanted values, and who it is about
+//!   lanes             it waits until no earlier unfinished message shares a key with it
+//!   worker::run       resolve          memory, search, reading by id -> Found  (domain::matching)
+//!                     domain::plan     Desired + Found -> steps, or nothing to do
+//!                     close::client    the steps, each through the rate gate of its endpoint group
+//!                     retry            after a failure: again, later, dead letter, or pause
+//!   amqp::session     publishes the successor if there is one, waits for the confirm, then acks
+//! ```
+//!
+//! # Layout
+//!
+//! In reading order; a module uses those above it, `app` and `cli` use them all.
+//!
+//! - [`domain`]: the decisions, as pure functions of values.
+//! - [`outcome`]: the closed lists of what can become of a message; [`retry`]: what follows a failure.
+//! - [`lanes`]: who may run now. Pure.
+//! - [`close`]: the only place that knows Close's HTTP API, with the rate gate in front of it.
+//! - [`known`], `resolve`, [`preflight`]: what Close has; [`worker`]: one message, the spine.
+//! - [`metrics`], [`state`], [`panics`], [`http`]: what operators see.
+//! - [`amqp`]: the only place that knows lapin.
+//! - [`config`]: raw settings to typed ones; lower modules own their settings and never import it.
+//! - [`app`]: supervision and shutdown; [`cli`]: the commands.
+//! - [`simulator`]: a stateful fake Close. Test equipment: nothing in the worker knows that it exists.
+//!
+//! # Invariants
+//!
+//! 1. Nothing in [`domain`], [`lanes`] and [`outcome`] does IO, reads a clock or is `async`. [`retry`]'s
+//!    decision is pure too; its pauses read the clock inside `backoff`.
+//! 2. [`worker`] never sees lapin; [`domain`] never sees HTTP, Close's JSON or raw settings.
+//! 3. A delivery is settled once, and only after its successor is confirmed. A crash duplicates a
+//!    message, it never loses one.
+//! 4. Applying an event twice changes nothing the second time: planning again after applying yields no
+//!    steps.
+//! 5. A POST is never repeated without looking whether it happened. "Not found" is believed only when
+//!    the answer cannot have missed a creation.
+//! 6. What is not the message's fault costs the message nothing: consumption pauses, messages wait.
+//! 7. No global state but the panic hook and the TLS provider: two workers run side by side in one
+//!    process.
+//! 8. No personal data in logs, labels, error headers or panic messages.
+//!
+//! Facts about Close, RabbitMQ and lapin are cited as `close-api.md §n`, `rabbitmq.md §n` and
+//! `design.md §n`: the project's collected notes on them, with sources.
+
 pub mod domain;
-pub mod http;
-pub mod known;
 pub mod lanes;
-pub mod metrics;
 pub mod outcome;
-pub mod panics;
+
+pub mod close;
+pub mod known;
 pub mod preflight;
 mod resolve;
 pub mod retry;
-pub mod simulator;
+
+pub mod http;
+pub mod metrics;
+pub mod panics;
 pub mod state;
 pub mod worker;
+
+pub mod amqp;
+pub mod app;
+pub mod cli;
+pub mod config;
+pub mod simulator;

@@ -15,8 +15,8 @@ pub enum Obstacle {
     Close(CloseError),
     /// A lookup field does not exist.
     #[error(
-        "`{setting}` names the custom field `{id}`, which {records} do not have{}: create a {records} custom \
-         field of type text in Close (Settings > Custom Fields) and set `{setting}` to its id",
+        "no {records} custom field has the id `{id}`{}: create one of type text in Close (Settings > Custom \
+         Fields) and set `{setting}` to its id",
         suggest(.similar)
     )]
     NoSuchField {
@@ -31,9 +31,8 @@ pub enum Obstacle {
     },
     /// A lookup field has a type that cannot hold any id.
     #[error(
-        "`{setting}` names the custom field `{id}` (\"{name}\"), which is of type {kind}: ids are looked up as \
-         text, so create a {records} custom field of type text in Close (Settings > Custom Fields) and set \
-         `{setting}` to its id"
+        "the {records} custom field `{id}` (\"{name}\") is of type {kind}, but ids are looked up as text: create \
+         one of type text in Close (Settings > Custom Fields) and set `{setting}` to its id"
     )]
     WrongType {
         /// The key of the configuration.
@@ -50,7 +49,7 @@ pub enum Obstacle {
 }
 
 fn suggest(similar: &[String]) -> String {
-    if similar.is_empty() { String::new() } else { format!(" (text fields there: {})", similar.join(", ")) }
+    if similar.is_empty() { String::new() } else { format!(" (of type text are: {})", similar.join(", ")) }
 }
 
 /// What was found in order.

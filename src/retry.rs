@@ -55,7 +55,7 @@ impl Pauses {
 
     /// The pauses between probes while consumption is paused: without end.
     pub fn probe() -> Self {
-        Self::new(Duration::from_secs(1), Duration::from_secs(60), None)
+        Self::new(Duration::from_secs(1), Duration::from_mins(1), None)
     }
 
     /// The next pause; `None` when the total is used up.

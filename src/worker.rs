@@ -20,7 +20,7 @@ use crate::domain::event::{Event, Malformed};
 use crate::domain::mapping::{Desired, Dropped, Key, Mapping};
 use crate::domain::matching::Found;
 use crate::domain::plan::{Step, Switches, plan};
-use crate::domain::record::ContactId;
+use crate::domain::record::{ContactId, FieldId};
 use crate::known::Known;
 use crate::metrics::Metrics;
 use crate::outcome::{DeadLetter, Effect, Failure, Outcome, PauseCause, Reason, Skip, Stage};
@@ -168,7 +168,7 @@ impl Worker {
         let about_keys = |path: &[String]| {
             let last = path.last().and_then(|name| name.strip_prefix("custom."));
             last.is_some()
-                && [&keys.company, &keys.user].iter().any(|key| key.as_ref().map(|id| id.as_str()) == last)
+                && [&keys.company, &keys.user].iter().any(|key| key.as_ref().map(FieldId::as_str) == last)
         };
         let suspicious = match &failure.error {
             CloseError::Forbidden => true,
@@ -204,12 +204,12 @@ impl Sync<'_> {
     /// Looks up, plans, writes; stops at the first failure.
     async fn once(&mut self) -> Result<Outcome, Failure> {
         let Inner { settings, client, known, metrics } = &*self.worker.0;
-        let resolver = Resolver { client, known, keys: &settings.mapping.keys, switches: &settings.switches };
+        let close = Resolver { client, known, keys: &settings.mapping.keys, switches: &settings.switches };
         let (resolved, plan) = loop {
             let asked = Instant::now();
             let look_up = |error| Failure { stage: Stage::LookUp, error };
-            let resolved = resolver.resolve(self.desired).await.map_err(look_up)?;
-            let plan = plan(self.desired, &resolved.found, &settings.switches);
+            let resolved = close.resolve(self.desired).await.map_err(look_up)?;
+            let plan = plan(self.desired, &resolved.found, settings.switches);
             if !plan.creates() || asked >= self.trusted_from {
                 break (resolved, plan);
             }

@@ -115,6 +115,7 @@ pub fn for_replay(properties: &BasicProperties) -> BasicProperties {
 }
 
 /// A text header.
+#[expect(clippy::wildcard_enum_match_arm, reason = "every other type of AMQP is no text")]
 pub fn text(properties: &BasicProperties, name: &str) -> Option<String> {
     match header(properties, name)? {
         AMQPValue::LongString(text) => Some(text.to_string()),
@@ -124,6 +125,7 @@ pub fn text(properties: &BasicProperties, name: &str) -> Option<String> {
 }
 
 /// A number header, whatever width a client gave it.
+#[expect(clippy::wildcard_enum_match_arm, reason = "every other type of AMQP is no number")]
 pub fn number(properties: &BasicProperties, name: &str) -> Option<i64> {
     match header(properties, name)? {
         AMQPValue::ShortShortInt(number) => Some((*number).into()),

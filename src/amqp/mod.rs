@@ -107,6 +107,9 @@ pub enum BrokerError {
         /// The broker's words, which name both values.
         detail: String,
     },
+    /// An exchange or queue does not exist.
+    #[error("RabbitMQ says: {0}")]
+    Missing(String),
     /// The user lacks a permission.
     #[error("RabbitMQ does not permit this: {0}")]
     Forbidden(String),
@@ -136,8 +139,9 @@ impl BrokerError {
             return Self::Lost(error.to_string());
         };
         let detail = amqp.get_message().to_string();
-        // Reply codes of AMQP 0-9-1: 403 access refused, 406 precondition failed.
+        // Reply codes of AMQP 0-9-1: 403 access refused, 404 not found, 406 precondition failed.
         match amqp.get_id() {
+            404 => Self::Missing(detail),
             403 => Self::Forbidden(detail),
             406 if !object.is_empty() => Self::Conflict { object: object.to_owned(), detail },
             _ => Self::Lost(detail),

@@ -131,7 +131,7 @@ impl Session {
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break End::Stopped,
-                Some(done) = tasks.join_next() => match self.finished(done, &mut lanes, &mut report) {
+                Some(done) = tasks.join_next() => match finished(done, &mut lanes, &mut report) {
                     None => {}
                     Some(end) => break end,
                 },
@@ -157,14 +157,14 @@ impl Session {
             );
             let finish = async {
                 while let Some(done) = tasks.join_next().await {
-                    let _ = self.finished(done, &mut lanes, &mut report);
+                    let _ = finished(done, &mut lanes, &mut report);
                 }
             };
             let _ = tokio::time::timeout(self.grace, finish).await;
         }
         stop.cancel();
         while let Some(done) = tasks.join_next().await {
-            let _ = self.finished(done, &mut lanes, &mut report);
+            let _ = finished(done, &mut lanes, &mut report);
         }
         report.handed_back = received - report.settled;
         self.metrics.load(0, 0);
@@ -184,29 +184,6 @@ impl Session {
             Prepared::Settled(_) => Vec::new(),
         };
         lanes.push(keys, Incoming { delivery, envelope, prepared });
-    }
-
-    /// Books a finished task; `Some` when the session has to end for it.
-    fn finished(
-        &self,
-        done: Result<(Ticket, Done), tokio::task::JoinError>,
-        lanes: &mut Lanes<Key, Incoming>,
-        report: &mut Report,
-    ) -> Option<End> {
-        let Ok((ticket, done)) = done else {
-            // Work on a message is guarded against panics; this one was in settling it.
-            return Some(End::Lost(BrokerError::Lost("settling a message panicked".into())));
-        };
-        lanes.finish(ticket);
-        match done {
-            Done::Settled => {
-                report.settled += 1;
-                None
-            }
-            Done::HandedBack => None,
-            Done::Paused(cause) => Some(End::Paused(cause)),
-            Done::Failed(error) => Some(End::Lost(error)),
-        }
     }
 
     /// Works on one delivery and settles it.
@@ -273,7 +250,7 @@ impl Session {
         publisher: &Publisher,
     ) -> Done {
         let settings = &self.settings;
-        let published = match outcome {
+        let succeeded = match outcome {
             Outcome::Synced(_) | Outcome::Skipped(_) => Ok(()),
             Outcome::Delayed { level, charged, .. } => match settings.delays.get(*level) {
                 Some(delay) => {
@@ -291,7 +268,7 @@ impl Session {
             }
             Outcome::Paused(cause) => return Done::Paused(*cause),
         };
-        if let Err(error) = published {
+        if let Err(error) = succeeded {
             return Done::Failed(error);
         }
         match delivery.ack(BasicAckOptions::default()).await {
@@ -303,6 +280,28 @@ impl Session {
             }
             Err(error) => Done::Failed(error.into()),
         }
+    }
+}
+
+/// Books a finished task; `Some` when the session has to end for it.
+fn finished(
+    done: Result<(Ticket, Done), tokio::task::JoinError>,
+    lanes: &mut Lanes<Key, Incoming>,
+    report: &mut Report,
+) -> Option<End> {
+    let Ok((ticket, done)) = done else {
+        // Work on a message is guarded against panics; this one was in settling it.
+        return Some(End::Lost(BrokerError::Lost("settling a message panicked".into())));
+    };
+    lanes.finish(ticket);
+    match done {
+        Done::Settled => {
+            report.settled += 1;
+            None
+        }
+        Done::HandedBack => None,
+        Done::Paused(cause) => Some(End::Paused(cause)),
+        Done::Failed(error) => Some(End::Lost(error)),
     }
 }
 
@@ -365,6 +364,7 @@ impl Link {
 }
 
 /// The end of a connection, as an event. Alarms are logged and waited out.
+#[expect(clippy::wildcard_enum_match_arm, reason = "lapin may add events; only the end matters here")]
 fn trouble(connection: &Connection) -> impl Stream<Item = BrokerError> + Send + 'static {
     connection.events_listener().filter_map(|event| {
         let error = match event {

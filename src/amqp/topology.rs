@@ -95,8 +95,10 @@ pub async fn depth(connection: &Connection, queue: &str) -> Result<Option<Depth>
             let _ = channel.close(200, "looked".into()).await;
             Ok(Some(depth))
         }
-        Err(error) if error.is_amqp_soft_error() && error.to_string().contains("NOT_FOUND") => Ok(None),
-        Err(error) => Err(BrokerError::from_lapin(&error, &format!("queue `{queue}`"))),
+        Err(error) => {
+            let error = BrokerError::from_lapin(&error, &format!("queue `{queue}`"));
+            if matches!(error, BrokerError::Missing(_)) { Ok(None) } else { Err(error) }
+        }
     }
 }
 

@@ -110,11 +110,8 @@ async fn broker(config: &Config) -> Finding {
         Ok((Some(work), dead)) => {
             let dead = dead.map_or(0, |depth| depth.ready);
             let detail = format!(
-                "queue `{}` has {} messages and {} consumers, `{}` has {dead} dead letters",
-                settings.queue,
-                work.ready,
-                work.consumers,
-                settings.dead(),
+                "queue `{}`: {} messages, consumers: {}, dead letters: {dead}",
+                settings.queue, work.ready, work.consumers,
             );
             finding(Verdict::Ok, subject, detail)
         }

@@ -91,7 +91,8 @@ impl From<BrokerError> for Failure {
             BrokerError::Unreachable(_) | BrokerError::Refused(_) => Self::Unavailable(format!(
                 "{error}\nhint: set `amqp.url` (AMQP_URL) to a broker that is running"
             )),
-            BrokerError::Forbidden(_)
+            BrokerError::Missing(_)
+            | BrokerError::Forbidden(_)
             | BrokerError::Lost(_)
             | BrokerError::Cancelled
             | BrokerError::Unroutable { .. }

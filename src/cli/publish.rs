@@ -10,7 +10,7 @@ use tokio::io::{AsyncBufRead, AsyncBufReadExt, BufReader};
 
 use super::{Failure, INPUT};
 use crate::amqp::publisher::{Publisher, Sent};
-use crate::amqp::{self, Settings};
+use crate::amqp::{self, BrokerError, Settings};
 use crate::domain::event::Event;
 
 /// Publish events, one JSON object per line, as a producer would.
@@ -102,7 +102,8 @@ async fn publish_lines(
         let key = event.as_ref().and_then(|event| event.text("type")).unwrap_or("identify");
         let properties = properties(event.as_ref());
         let sent = publisher.send(&settings.exchange, key, body, properties).await;
-        under_way.push_back((number, sent.map_err(|error| explain(error.into(), settings))?));
+        under_way
+            .push_back((number, sent.map_err(|error| explain(&error, number, counts.published, settings))?));
         if under_way.len() >= WINDOW {
             confirm(&mut under_way, &mut counts, settings, bar).await?;
         }
@@ -120,32 +121,28 @@ async fn confirm(
     bar: &ProgressBar,
 ) -> Result<(), Failure> {
     if let Some((number, sent)) = under_way.pop_front() {
-        let published = counts.published;
-        sent.confirmed().await.map_err(|error| match explain(error.into(), settings) {
-            Failure::Unavailable(message) => Failure::Unavailable(format!(
-                "line {number}: {message}\n{published} events before it were published; this one and later ones perhaps"
-            )),
-            other => other,
-        })?;
+        let confirmed = sent.confirmed().await;
+        confirmed.map_err(|error| explain(&error, number, counts.published, settings))?;
         counts.published += 1;
         bar.set_message(format!("{} published", counts.published));
     }
     Ok(())
 }
 
-/// The broker kills the channel when the exchange is missing; say what to do.
-fn explain(failure: Failure, settings: &Settings) -> Failure {
-    match failure {
-        Failure::Unavailable(message)
-            if message.contains("NOT_FOUND") || message.contains("no queue is bound") =>
-        {
-            Failure::Unavailable(format!(
-                "{message}\nhint: exchange `{}` and its queue are declared by `close-sync run`: start it once",
-                settings.exchange
-            ))
-        }
-        other => other,
-    }
+/// Where it stopped, and what to do.
+fn explain(error: &BrokerError, line: usize, published: u64, settings: &Settings) -> Failure {
+    let nowhere_to_go = matches!(error, BrokerError::Missing(_) | BrokerError::Unroutable { .. });
+    let hint = if nowhere_to_go {
+        format!(
+            "\nhint: `close-sync run` declares exchange `{}` and its queue: start it once",
+            settings.exchange
+        )
+    } else {
+        String::new()
+    };
+    Failure::Unavailable(format!(
+        "line {line}: {error}\n{published} events before it were published; this one and later ones perhaps{hint}"
+    ))
 }
 
 fn properties(event: Option<&Event>) -> BasicProperties {

@@ -23,7 +23,7 @@ pub struct RateLimit {
 }
 
 /// Never wait longer than this for one window, whatever a header says: the next answer tells anew.
-const LONGEST_WAIT: Duration = Duration::from_secs(300);
+const LONGEST_WAIT: Duration = Duration::from_mins(5);
 /// Wait this long after a 429 that does not say how long (close-api.md §2, Close's own client).
 pub const DEFAULT_WAIT: Duration = Duration::from_secs(2);
 

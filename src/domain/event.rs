@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 /// A decoded event. Its shape is known; what it means is decided by the mapping.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Event {
-    /// The whole event, which JSONPaths of the mapping are applied to. Always an object.
+    /// The whole event, which the paths of the mapping are applied to. Always an object.
     pub body: Value,
 }
 

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use jsonpath_rust::parser::model::JpQuery;
 use jsonpath_rust::parser::parse_json_path;
-use jsonpath_rust::query::js_path_process;
+use jsonpath_rust::query::{QueryRef, js_path_process};
 use serde_json::Value;
 
 use super::event::Event;
@@ -55,7 +55,7 @@ impl Source {
 
 fn first<'a>(path: &JpQuery, event: &'a Event) -> Option<&'a Value> {
     let found = js_path_process(path, &event.body).ok()?;
-    found.into_iter().map(|hit| hit.val()).find(|value| match value {
+    found.into_iter().map(QueryRef::val).find(|value| match value {
         Value::Null => false,
         Value::String(text) => !text.trim().is_empty(),
         Value::Bool(_) | Value::Number(_) | Value::Array(_) | Value::Object(_) => true,

@@ -163,7 +163,7 @@ impl Step {
 }
 
 /// The steps that turn `found` into `desired`. Empty when nothing differs.
-pub fn plan(desired: &Desired, found: &Found, switches: &Switches) -> Plan {
+pub fn plan(desired: &Desired, found: &Found, switches: Switches) -> Plan {
     let mut plan = Plan::default();
     match found {
         Found::Nobody => plan.create_lead(desired, false, switches),
@@ -193,7 +193,7 @@ pub fn plan(desired: &Desired, found: &Found, switches: &Switches) -> Plan {
 }
 
 impl Plan {
-    fn create_lead(&mut self, desired: &Desired, duplicate: bool, switches: &Switches) {
+    fn create_lead(&mut self, desired: &Desired, duplicate: bool, switches: Switches) {
         if !switches.allow_creating_new_leads {
             return self.refuse(Refusal::CreateLead);
         }
@@ -209,7 +209,7 @@ impl Plan {
         }
     }
 
-    fn create_contact(&mut self, desired: &Desired, lead: &Lead, duplicate: bool, switches: &Switches) {
+    fn create_contact(&mut self, desired: &Desired, lead: &Lead, duplicate: bool, switches: Switches) {
         match refuse_contact(duplicate, switches) {
             Some(refusal) => self.refuse(refusal),
             None => {
@@ -218,7 +218,7 @@ impl Plan {
         }
     }
 
-    fn update_lead(&mut self, desired: &Desired, lead: &Lead, switches: &Switches) {
+    fn update_lead(&mut self, desired: &Desired, lead: &Lead, switches: Switches) {
         let changes = field_changes(&desired.lead, &lead.fields);
         if changes.is_empty() {
             return;
@@ -230,7 +230,7 @@ impl Plan {
         }
     }
 
-    fn update_contact(&mut self, desired: &Desired, contact: &Contact, switches: &Switches) {
+    fn update_contact(&mut self, desired: &Desired, contact: &Contact, switches: Switches) {
         let changes = ContactValues {
             fields: field_changes(&desired.contact, &contact.fields),
             lists: list_changes(&desired.channels, contact),
@@ -252,7 +252,7 @@ impl Plan {
     }
 }
 
-fn refuse_contact(duplicate: bool, switches: &Switches) -> Option<Refusal> {
+fn refuse_contact(duplicate: bool, switches: Switches) -> Option<Refusal> {
     if !switches.allow_creating_new_contacts {
         Some(Refusal::CreateContact)
     } else if duplicate && !switches.allow_creating_duplicate_contacts {
@@ -396,10 +396,12 @@ mod tests {
         }}))
     }
 
+    type Case = (Found, fn(&mut Switches), &'static [&'static str], &'static [Refusal]);
+
     fn plan_of(found: &Found, off: fn(&mut Switches)) -> (Vec<&'static str>, Vec<Refusal>) {
         let mut switches = Switches::default();
         off(&mut switches);
-        let plan = plan(&event(), found, &switches);
+        let plan = plan(&event(), found, switches);
         let kinds = plan.steps.iter().map(|step| match step {
             Step::CreateLead { contact: Some(_), .. } => "lead+contact",
             Step::CreateLead { contact: None, .. } => "lead",
@@ -419,7 +421,6 @@ mod tests {
             elsewhere,
         };
         let jane = contact("c", "l", Some("u"), None);
-        type Case = (Found, fn(&mut Switches), &'static [&'static str], &'static [Refusal]);
         let cases: Vec<Case> = vec![
             (Found::Nobody, |_| (), &["lead+contact"], &[]),
             (Found::Nobody, |s| s.allow_creating_new_leads = false, &[], &[Refusal::CreateLead]),
@@ -477,7 +478,7 @@ mod tests {
     fn a_lead_alone_needs_a_company_id() {
         let nameless = desired(json!({"userId": "u"}));
         let switches = Switches { allow_creating_new_contacts: false, ..Switches::default() };
-        let plan = plan(&nameless, &Found::Nobody, &switches);
+        let plan = plan(&nameless, &Found::Nobody, switches);
         assert_eq!((plan.steps.len(), plan.refused.as_slice()), (0, [Refusal::CreateContact].as_slice()));
     }
 
@@ -486,7 +487,7 @@ mod tests {
         let mut jane = contact("c", "l", Some("u"), Some("JANE@example.test"));
         jane.lists.insert(Channel::Phone, vec![Entry { value: "+441234".into(), kind: "mobile".into() }]);
         let found = Found::Anywhere { people: vec![(jane, None)] };
-        let plan = plan(&event(), &found, &Switches::default());
+        let plan = plan(&event(), &found, Switches::default());
         let Some(Step::UpdateContact { changes, .. }) = plan.steps.first() else { panic!("{plan:?}") };
         assert!(!changes.lists.contains_key(&Channel::Email));
         let phones: Vec<_> =
@@ -524,7 +525,7 @@ mod tests {
     #[test]
     fn a_refused_value_is_spared_unless_it_is_an_identity() {
         let desired = event();
-        let create = &plan(&desired, &Found::Nobody, &Switches::default()).steps[0];
+        let create = &plan(&desired, &Found::Nobody, Switches::default()).steps[0];
         let without = |path: &str| {
             let path: Vec<_> = path.split(' ').map(str::to_owned).collect();
             create.without(&path, &desired, &keys()).map(|(_, dropped)| dropped.field)
@@ -537,7 +538,7 @@ mod tests {
         assert_eq!(without("lead"), None);
 
         let by_email = self::desired(json!({"traits": {"email": "jane@example.test"}}));
-        let create = &plan(&by_email, &Found::Nobody, &Switches::default()).steps[0];
+        let create = &plan(&by_email, &Found::Nobody, Switches::default()).steps[0];
         assert!(
             create.without(&["contacts".into(), "0".into(), "emails".into()], &by_email, &keys()).is_none()
         );
@@ -564,10 +565,10 @@ mod tests {
                     found = Found::InLead { lead, contacts, adopted: false, elsewhere: true };
                 }
                 (Step::CreateContact { contact, .. }, Found::InLead { contacts, .. }) => {
-                    contacts.push(made(contact, "l"))
+                    contacts.push(made(contact, "l"));
                 }
                 (Step::UpdateLead { changes, .. }, Found::InLead { lead, .. }) => {
-                    set(&mut lead.fields, changes)
+                    set(&mut lead.fields, changes);
                 }
                 (Step::UpdateLead { id, changes }, Found::Anywhere { people }) => {
                     for lead in
@@ -670,9 +671,9 @@ mod tests {
                 allow_creating_duplicate_contacts: on(4),
             };
             let desired = desired(event);
-            let first = plan(&desired, &found, &switches);
+            let first = plan(&desired, &found, switches);
             let after = apply(&first, &found);
-            let second = plan(&desired, &after, &switches);
+            let second = plan(&desired, &after, switches);
             prop_assert!(second.steps.is_empty(), "{first:#?}\n{second:#?}");
         }
 
@@ -690,7 +691,7 @@ mod tests {
     fn an_adopted_lead_gets_the_company_id() {
         let found =
             Found::InLead { lead: lead("l", None), contacts: vec![], adopted: true, elsewhere: false };
-        let plan = plan(&event(), &found, &Switches::default());
+        let plan = plan(&event(), &found, Switches::default());
         let Some(Step::UpdateLead { changes, .. }) = plan.steps.first() else { panic!("{plan:?}") };
         assert_eq!(changes[&Field::Custom(FieldId::new("cf_company"))], json!("acme"));
     }

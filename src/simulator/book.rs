@@ -226,6 +226,11 @@ impl Book {
         records.into_iter().filter_map(|record| self.get(kind, &record.id).ok()).collect()
     }
 
+    /// How many records of a kind there are.
+    pub(super) fn count(&self, kind: Kind) -> usize {
+        self.records.values().filter(|record| record.kind == kind).count()
+    }
+
     /// A token that nobody has seen before.
     pub(super) fn token(&mut self) -> String {
         self.ids.make("cursor")
@@ -454,4 +459,136 @@ fn difference(before: &Value, after: &Value) -> (Object, Vec<String>) {
     changed.dedup();
     let value = |key: &String| (key.clone(), old.get(key).cloned().unwrap_or_default());
     (changed.iter().map(value).collect(), changed)
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn book() -> Book {
+        Book::new(&Settings::fast(), Ids::new(Uuid::nil()), at(0))
+    }
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    fn map(value: Value) -> Object {
+        serde_json::from_value(value).unwrap()
+    }
+
+    fn lead(book: &mut Book, body: Value) -> String {
+        let lead = book.create_lead(&map(body), at(1)).unwrap();
+        lead["id"].as_str().unwrap().to_owned()
+    }
+
+    fn contact(book: &mut Book, body: Value) -> Value {
+        book.create_contact(&map(body), at(2)).unwrap()
+    }
+
+    /// All events, newest first, as `object_type.action`.
+    fn events(book: &Book) -> Vec<String> {
+        let page = book.events.page(&[], at(1000)).unwrap();
+        let word = |event: &Value, key: &str| event[key].as_str().unwrap().to_owned();
+        let events = page["data"].as_array().unwrap().iter();
+        events.map(|event| format!("{}.{}", word(event, "object_type"), word(event, "action"))).collect()
+    }
+
+    fn contact_ids(book: &Book, lead: &str) -> Value {
+        book.get(Kind::Lead, lead).unwrap()["contact_ids"].clone()
+    }
+
+    #[test]
+    fn a_contact_without_lead_gets_one_of_its_name() {
+        let mut book = book();
+        let jane = contact(&mut book, json!({"name": "Jane"}));
+        let lead = book.get(Kind::Lead, jane["lead_id"].as_str().unwrap()).unwrap();
+        assert_eq!((&lead["name"], &lead["contacts"][0]), (&json!("Jane"), &jane));
+        assert_eq!(events(&book), ["contact.created", "lead.created"]);
+    }
+
+    #[test]
+    fn a_bad_nested_contact_prevents_the_lead() {
+        let mut book = book();
+        let body = map(json!({"contacts": [{"emails": [{"email": "no"}]}]}));
+        assert!(book.create_lead(&body, at(1)).is_err());
+        assert!(book.all(Kind::Lead).is_empty() && events(&book).is_empty());
+    }
+
+    #[test]
+    fn a_contact_moves_between_leads() {
+        let mut book = book();
+        let (a, b) = (lead(&mut book, json!({"name": "a"})), lead(&mut book, json!({"name": "b"})));
+        let jane = contact(&mut book, json!({"lead_id": a}))["id"].as_str().unwrap().to_owned();
+        let moved = book.update(Kind::Contact, &jane, &map(json!({"lead_id": b})), at(3)).unwrap();
+        assert_eq!(moved["lead_id"], json!(b));
+        assert_eq!((contact_ids(&book, &a), contact_ids(&book, &b)), (json!([]), json!([jane])));
+        for wrong in [json!("lead_x"), json!(null)] {
+            assert!(book.update(Kind::Contact, &jane, &map(json!({"lead_id": wrong})), at(4)).is_err());
+        }
+    }
+
+    #[test]
+    fn arrays_are_replaced_whole_and_the_rest_stays() {
+        let mut book = book();
+        let body = json!({"name": "Jane", "emails": [{"email": "a@b.test"}], "urls": [{"url": "a.test"}]});
+        let id = contact(&mut book, body)["id"].as_str().unwrap().to_owned();
+        let changed = map(json!({"emails": [{"email": "c@d.test", "type": "home"}]}));
+        let jane = book.update(Kind::Contact, &id, &changed, at(9)).unwrap();
+        let home = json!([{"email": "c@d.test", "type": "home", "is_unsubscribed": false}]);
+        assert_eq!(jane["emails"], home);
+        assert_eq!((&jane["name"], jane["urls"].as_array().unwrap().len()), (&json!("Jane"), 1));
+        assert_eq!(jane["date_updated"], "1970-01-01T00:00:09.000000+00:00");
+        let event = &book.events.page(&[], at(1000)).unwrap()["data"][0];
+        assert_eq!(event["changed_fields"], json!(["emails"]));
+        assert_eq!(event["previous_data"]["emails"][0]["email"], "a@b.test");
+    }
+
+    #[test]
+    fn contacts_in_a_put_of_a_lead_are_added() {
+        let mut book = book();
+        let id = lead(&mut book, json!({"contacts": [{"name": "Jane"}]}));
+        let body = map(json!({"contacts": [{"name": "Jane"}]}));
+        let updated = book.update(Kind::Lead, &id, &body, at(2)).unwrap();
+        assert_eq!(updated["contacts"].as_array().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn a_merge_moves_contacts_and_loses_the_sources_fields() {
+        let mut book = book();
+        let source = lead(&mut book, json!({"custom.cf_leadcompanyid": "s", "contacts": [{"name": "Jane"}]}));
+        let destination = lead(&mut book, json!({"name": "d", "contacts": [{"name": "Joe"}]}));
+        let jane = contact_ids(&book, &source)[0].clone();
+        book.merge(&source, &destination, at(3)).unwrap();
+        assert_eq!(book.get(Kind::Lead, &source), Err(Refusal::Missing(Kind::Lead)));
+        let merged = book.get(Kind::Lead, &destination).unwrap();
+        assert_eq!(merged["contact_ids"][1], jane);
+        assert_eq!(merged.get("custom.cf_leadcompanyid"), None);
+        let jane = book.get(Kind::Contact, jane.as_str().unwrap()).unwrap();
+        assert_eq!(jane["lead_id"], json!(destination));
+        assert_eq!(events(&book)[..2], ["lead.merged", "lead.deleted"]);
+        assert_eq!(book.merge(&destination, &source, at(4)), Err(Refusal::NoMergeSource));
+        assert!(book.merge(&destination, &destination, at(4)).is_err());
+    }
+
+    #[test]
+    fn deleting_a_lead_deletes_its_contacts() {
+        let mut book = book();
+        let id = lead(&mut book, json!({"contacts": [{"name": "Jane"}, {"name": "Joe"}]}));
+        book.delete(Kind::Lead, &id, at(2)).unwrap();
+        assert!(book.all(Kind::Contact).is_empty());
+        assert_eq!(events(&book)[..3], ["lead.deleted", "contact.deleted", "contact.deleted"]);
+        assert_eq!(book.delete(Kind::Lead, &id, at(3)), Err(Refusal::Missing(Kind::Lead)));
+    }
+
+    #[test]
+    fn importers_may_say_when_a_record_was_made() {
+        let mut book = book();
+        let new = lead(&mut book, json!({}));
+        let old = lead(&mut book, json!({"date_created": "1969-01-01"}));
+        let ids: Vec<Value> = book.all(Kind::Lead).iter().map(|lead| lead["id"].clone()).collect();
+        assert_eq!(ids, [old, new], "oldest first");
+    }
 }

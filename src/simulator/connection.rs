@@ -68,7 +68,7 @@ impl Connected<IncomingStream<'_, Door>> for Scissors {
 }
 
 impl Connection {
-    fn is_cut(&self) -> io::Result<()> {
+    fn intact(&self) -> io::Result<()> {
         if self.scissors.0.is_cancelled() { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
     }
 }
@@ -93,17 +93,17 @@ impl AsyncWrite for Connection {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.is_cut()?;
+        self.intact()?;
         Pin::new(&mut self.stream).poll_write(context, bytes)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.is_cut()?;
+        self.intact()?;
         Pin::new(&mut self.stream).poll_flush(context)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.is_cut()?;
+        self.intact()?;
         Pin::new(&mut self.stream).poll_shutdown(context)
     }
 }

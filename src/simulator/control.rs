@@ -75,8 +75,8 @@ async fn summary(State(shared): Sim) -> Json<Value> {
         n_busy += u64::from(request.status == Some(429));
     }
     Json(json!({
-        "leads": world.book.all(Kind::Lead).len(),
-        "contacts": world.book.all(Kind::Contact).len(),
+        "leads": world.book.count(Kind::Lead),
+        "contacts": world.book.count(Kind::Contact),
         "requests": {"total": n_requests, "busy": n_busy, "by_group_and_status": requests},
         "search_lag": world.book.search_lag.to_string(),
         "faults": world.faults.left(),

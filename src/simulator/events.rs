@@ -55,7 +55,7 @@ enum Bound {
 }
 
 impl EventLog {
-    const KEPT: usize = 20_000;
+    const KEPT: usize = 10_000;
 
     pub(super) fn push(&mut self, event: Event) {
         if self.events.len() == Self::KEPT {
@@ -123,9 +123,7 @@ impl<'a> Filter<'a> {
                 "_limit" => {
                     filter.limit = value.parse().map_err(|_| malformed())?;
                     if filter.limit > MOST {
-                        return Err(Refusal::Malformed(format!(
-                            "The limit you set is larger than the maximum limit for this resource (max_limit = {MOST})."
-                        )));
+                        return Err(Refusal::too_many(MOST));
                     }
                 }
                 "_cursor" => filter.bound = Some(bound(value).ok_or_else(malformed)?),

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 /// A misfortune for the requests that match. In JSON:
 ///
@@ -127,10 +128,11 @@ pub enum Effect {
     RateLimited {
         /// Seconds.
         retry_after: f64,
-        /// Whether the rate headers are sent next to `Retry-After`.
+        /// Whether the rate headers are sent next to `Retry-After`. With [`super::HeaderStyle::Absent`]
+        /// there is neither.
         with_headers: bool,
     },
-    /// Waits, then goes on as usual.
+    /// Waits, then goes on as usual, even if the client has left meanwhile: its request takes effect.
     Latency {
         /// Milliseconds.
         ms: u64,
@@ -149,7 +151,7 @@ pub enum When {
 }
 
 /// The body of a scripted status (close-api.md §3).
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FaultBody {
     /// `{"error": "…"}`.
@@ -161,6 +163,8 @@ pub enum FaultBody {
     Text,
     /// A proxy's page.
     Html,
+    /// This JSON, word for word: `{"exactly": {"errors": [], "field-errors": {…}}}`.
+    Exactly(Value),
 }
 
 /// The faults in force.

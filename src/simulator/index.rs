@@ -2,7 +2,7 @@
 //! and those in between are what every client of Close has to live with (close-api.md §6).
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet, hash_map::Entry},
     sync::Arc,
 };
 
@@ -23,6 +23,9 @@ pub(super) struct Document {
 #[derive(Debug, Default)]
 pub(super) struct Index {
     shown: HashMap<String, Document>,
+    /// The ids of the shown documents that hold a value, by field and folded value: it keeps a search for
+    /// many ids at once from reading everything.
+    holders: HashMap<String, HashSet<String>>,
     /// The last write each id shows, so that a slow write does not undo a quick one made after it.
     versions: HashMap<String, u64>,
     coming: BTreeMap<(Timestamp, u64), Write>,
@@ -50,10 +53,22 @@ impl Index {
                 continue;
             }
             self.versions.insert(write.id.clone(), version);
-            match write.document {
-                Some(document) => self.shown.insert(write.id, document),
-                None => self.shown.remove(&write.id),
-            };
+            if let Some(old) = self.shown.remove(&write.id) {
+                for term in terms(&old.value) {
+                    if let Entry::Occupied(mut holders) = self.holders.entry(term) {
+                        holders.get_mut().remove(&old.id);
+                        if holders.get().is_empty() {
+                            holders.remove();
+                        }
+                    }
+                }
+            }
+            if let Some(new) = write.document {
+                for term in terms(&new.value) {
+                    self.holders.entry(term).or_default().insert(new.id.clone());
+                }
+                self.shown.insert(write.id, new);
+            }
         }
     }
 
@@ -69,6 +84,41 @@ impl Index {
     pub(super) fn get(&self, id: &str) -> Option<&Document> {
         self.shown.get(id)
     }
+
+    /// The ids of the documents with this value in this field, but for case and outer blanks. The fields
+    /// are custom fields by their key, `email`, and `lead_id`.
+    pub(super) fn holding(&self, field: &str, value: &str) -> impl Iterator<Item = &str> {
+        self.holders.get(&term(field, value)).into_iter().flatten().map(String::as_str)
+    }
+
+    /// The contacts of a lead, as far as shown.
+    pub(super) fn contacts_of(&self, lead_id: &str) -> impl Iterator<Item = &Document> {
+        let contacts = self.holding("lead_id", lead_id).filter_map(|id| self.get(id));
+        contacts.filter(move |contact| contact.value["lead_id"] == *lead_id)
+    }
+}
+
+/// A text without what `exact_value` overlooks.
+pub(super) fn folded(text: &str) -> String {
+    text.trim().to_lowercase()
+}
+
+fn term(field: &str, value: &str) -> String {
+    format!("{field}\0{}", folded(value))
+}
+
+/// Everything a document can be found by without reading it.
+fn terms(document: &Value) -> Vec<String> {
+    let mut terms = Vec::new();
+    for (key, value) in document.as_object().into_iter().flatten() {
+        if key == "lead_id" || key.starts_with("custom.") {
+            let values = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
+            terms.extend(values.iter().filter_map(Value::as_str).map(|value| term(key, value)));
+        }
+    }
+    let emails = document["emails"].as_array().into_iter().flatten();
+    terms.extend(emails.filter_map(|item| item["email"].as_str()).map(|email| term("email", email)));
+    terms
 }
 
 #[cfg(test)]
@@ -81,8 +131,8 @@ mod tests {
         Timestamp::from_second(second).unwrap()
     }
 
-    fn document(value: Value) -> Option<Document> {
-        Some(Document { kind: Kind::Lead, id: "lead_1".into(), value: Arc::new(value) })
+    fn document(value: Value) -> Document {
+        Document { kind: Kind::Lead, id: "lead_1".into(), value: Arc::new(value) }
     }
 
     fn shown(index: &mut Index, second: i64) -> Option<Value> {
@@ -93,9 +143,9 @@ mod tests {
     #[test]
     fn writes_show_when_they_are_due_and_never_go_back() {
         let mut index = Index::default();
-        index.write("lead_1", document(json!(1)), at(10));
-        index.write("lead_1", document(json!(2)), at(30)); // slow
-        index.write("lead_1", document(json!(3)), at(20)); // made later, shown earlier
+        index.write("lead_1", Some(document(json!(1))), at(10));
+        index.write("lead_1", Some(document(json!(2))), at(30)); // slow
+        index.write("lead_1", Some(document(json!(3))), at(20)); // made later, shown earlier
         assert_eq!(shown(&mut index, 9), None);
         assert_eq!(shown(&mut index, 10), Some(json!(1)));
         assert_eq!(shown(&mut index, 20), Some(json!(3)));

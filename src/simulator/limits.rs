@@ -344,7 +344,7 @@ mod tests {
             remaining: 3,
             ..Standing::empty(Rate::new(16, 8), &Group::of("POST", "/data/search/"))
         }
-        .resetting_in(Duration::from_micros(5_250_000));
+        .resetting_in(Duration::from_millis(5_250));
         let told = |style| {
             let headers = standing.headers(style);
             headers.into_iter().map(|(name, value)| format!("{name}: {value}")).collect::<Vec<_>>()

@@ -13,9 +13,9 @@
 //! Nothing in the worker may know that it exists: it is reached by its URL and in no other way.
 //!
 //! Layout, from the wire inwards: `server` and `connection` are HTTP and TCP; `control` is `/_sim/`; `world`
-//! answers calls; `book` keeps the records, `index` and `events` what others see of them and when; `validate`,
-//! `custom` and `formats` check what is written; `query` and `search` read. From `world` on nothing does IO or
-//! looks at a clock.
+//! answers calls; `book` keeps the records, `index` and `events` what others see of them and when;
+//! `validate`, `custom` and `formats` check what is written; `query` and `search` read. From `world` on
+//! nothing does IO or looks at a clock.
 
 mod book;
 mod connection;
@@ -160,7 +160,7 @@ impl Simulator {
         self.shared.world().book.index.catch_up_fully();
     }
 
-    /// Adds a fault to the script.
+    /// Adds a fault to the script. Faults that make no sense, such as a status 99, count as a 500.
     pub fn fault(&self, fault: Fault) {
         self.shared.world().faults.add(fault);
     }
@@ -188,6 +188,11 @@ impl Simulator {
     /// Changes the search lag of the writes to come.
     pub fn set_search_lag(&self, lag: Lag) {
         self.shared.world().book.search_lag = lag;
+    }
+
+    /// Changes the rate limits from the next request on.
+    pub fn set_limits(&self, limits: Limits) {
+        self.shared.world().settings.limits = limits;
     }
 
     /// What a person at a terminal needs to know to use it.

@@ -3,14 +3,14 @@
 //! Only what close-api.md §6 lists is understood. Everything else is refused, so that a client cannot come to
 //! rely on a guess.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::{
     ids::moment,
-    index::Document,
+    index::{Document, Index, folded},
     schema::{Kind, Schema},
     settings::ExactValue,
 };
@@ -254,10 +254,6 @@ fn text<'a>(node: &'a Value, key: &str) -> Result<&'a str, String> {
     node[key].as_str().ok_or_else(|| format!("'{key}' is required and must be a string."))
 }
 
-fn folded(text: &str) -> String {
-    text.trim().to_lowercase()
-}
-
 /// Lower-cased runs of letters and digits, as the index has them.
 fn words(text: &str) -> Vec<String> {
     text.split(|c: char| !c.is_alphanumeric())
@@ -266,48 +262,61 @@ fn words(text: &str) -> Vec<String> {
         .collect()
 }
 
-/// The contacts of each lead, for queries that step from one to the other.
-pub(super) type ContactsOf<'a> = HashMap<&'a str, Vec<&'a Document>>;
-
 impl Query {
-    /// Whether a query needs to know the contacts of leads.
-    pub(super) fn steps_to_contacts(&self) -> bool {
+    /// The ids of all documents that can match, if the index can name them; `accepts` has the last word.
+    pub(super) fn candidates<'a>(&'a self, index: &'a Index) -> Option<HashSet<&'a str>> {
         match self {
-            Self::And(queries) | Self::Or(queries) => queries.iter().any(Self::steps_to_contacts),
-            Self::Not(query) => query.steps_to_contacts(),
-            Self::Related { related, .. } => related == "contact",
-            Self::All | Self::ObjectType(_) | Self::Id(_) | Self::AnyText(_) | Self::Field(..) => false,
+            Self::Id(id) => Some(HashSet::from([id.as_str()])),
+            Self::And(queries) => {
+                queries.iter().filter_map(|query| query.candidates(index)).min_by_key(HashSet::len)
+            }
+            Self::Or(queries) => {
+                let all: Option<Vec<_>> = queries.iter().map(|query| query.candidates(index)).collect();
+                all.map(|all| all.into_iter().flatten().collect())
+            }
+            Self::Field(Field::Custom(key), Test::Text(test)) => {
+                test.exact().map(|needle| index.holding(key, needle).collect())
+            }
+            Self::Related { related, query, .. } => match (related.as_str(), query.as_ref()) {
+                ("contact", query) => {
+                    let contacts = query.candidates(index)?;
+                    let contacts = contacts.into_iter().filter_map(|id| index.get(id));
+                    Some(contacts.filter_map(|contact| contact.value["lead_id"].as_str()).collect())
+                }
+                ("contact_email", Self::Field(Field::Regular { name, .. }, Test::Text(test)))
+                    if name == "email" =>
+                {
+                    test.exact().map(|needle| index.holding("email", needle).collect())
+                }
+                _ => None,
+            },
+            Self::All | Self::Not(_) | Self::ObjectType(_) | Self::AnyText(_) | Self::Field(..) => None,
         }
     }
 
     /// Whether a document is what is looked for.
-    pub(super) fn accepts(&self, document: &Document, contacts_of: &ContactsOf<'_>) -> bool {
-        self.accepts_object(document.kind.word(), &document.id, &document.value, contacts_of)
+    pub(super) fn accepts(&self, document: &Document, index: &Index) -> bool {
+        self.accepts_object(document.kind.word(), &document.id, &document.value, index)
     }
 
-    fn accepts_object(&self, kind: &str, id: &str, value: &Value, contacts_of: &ContactsOf<'_>) -> bool {
+    fn accepts_object(&self, kind: &str, id: &str, value: &Value, index: &Index) -> bool {
+        let accepted = |query: &Self| query.accepts_object(kind, id, value, index);
         match self {
             Self::All => true,
-            Self::And(queries) => {
-                queries.iter().all(|query| query.accepts_object(kind, id, value, contacts_of))
-            }
-            Self::Or(queries) => {
-                queries.iter().any(|query| query.accepts_object(kind, id, value, contacts_of))
-            }
-            Self::Not(query) => !query.accepts_object(kind, id, value, contacts_of),
+            Self::And(queries) => queries.iter().all(accepted),
+            Self::Or(queries) => queries.iter().any(accepted),
+            Self::Not(query) => !accepted(query),
             Self::ObjectType(wanted) => wanted == kind,
             Self::Id(wanted) => wanted == id,
             Self::AnyText(test) => any_text(value, test),
             Self::Field(field, test) => field.value(kind, value).is_some_and(|value| test.accepts(&value)),
             Self::Related { this, related, query } if this == kind => {
                 if related == Kind::Contact.word() {
-                    let contacts = contacts_of.get(id).map(Vec::as_slice).unwrap_or_default();
-                    return contacts.iter().any(|contact| query.accepts(contact, contacts_of));
+                    return index.contacts_of(id).any(|contact| query.accepts(contact, index));
                 }
                 let list = PARTS.iter().find(|(_, part, _)| part == related).map(|(.., list)| *list);
-                let parts =
-                    list.and_then(|list| value[list].as_array()).map(Vec::as_slice).unwrap_or_default();
-                parts.iter().any(|part| query.accepts_object(related, "", part, contacts_of))
+                let parts = list.and_then(|list| value[list].as_array()).into_iter().flatten();
+                parts.into_iter().any(|part| query.accepts_object(related, "", part, index))
             }
             Self::Related { .. } => false,
         }
@@ -362,6 +371,14 @@ impl Comparison {
 }
 
 impl TextTest {
+    /// The needle of a test for the whole value.
+    fn exact(&self) -> Option<&str> {
+        match self {
+            Self::Exact(needle) | Self::Folded(needle) => Some(needle),
+            Self::Words(_) | Self::Phrase(_) | Self::Beginnings(_) => None,
+        }
+    }
+
     fn accepts(&self, text: &str) -> bool {
         match self {
             Self::Exact(needle) => text == needle,

@@ -270,7 +270,13 @@ impl Schema {
             "date_updated": founded,
         });
         if field.owner == Owner::Shared {
-            let association = |kind: Kind| json!({"object_type": kind.word(), "editable_with_roles": [], "required": false});
+            let association = |kind: Kind| {
+                json!({
+                    "object_type": kind.word(),
+                    "editable_with_roles": [],
+                    "required": false,
+                })
+            };
             item["associations"] = Kind::BOTH.map(association).into_iter().collect();
         }
         item

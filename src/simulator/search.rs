@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{
     index::{Document, Index},
-    query::{self, ContactsOf, Field},
+    query::{self, Field},
     schema::{Kind, Schema},
     settings::ExactValue,
     validate::{Object, Refusal},
@@ -80,23 +80,15 @@ fn matches(
     let tree = body.get("query").ok_or_else(|| Refusal::Malformed("'query' is required.".into()))?;
     let query = query::parse(tree, schema, exact).map_err(Refusal::Malformed)?;
     let order = order(body.get("sort"), schema).map_err(Refusal::Malformed)?;
-    let contacts_of = if query.steps_to_contacts() { contacts_of(index) } else { ContactsOf::new() };
-    let mut found: Vec<&Document> =
-        index.documents().filter(|document| query.accepts(document, &contacts_of)).collect();
+    let mut found: Vec<&Document> = match query.candidates(index) {
+        Some(ids) => ids.into_iter().filter_map(|id| index.get(id)).collect(),
+        None => index.documents().collect(),
+    };
+    found.retain(|document| query.accepts(document, index));
     // Ties, and everything when no order is asked for, come in the order of the ids: by chance.
     found.sort_by(|a, b| compare(a, b, &order).then_with(|| a.id.cmp(&b.id)));
     let total = found.len();
     Ok((found.into_iter().map(|document| document.id.clone()).collect(), total))
-}
-
-fn contacts_of(index: &Index) -> ContactsOf<'_> {
-    let mut contacts_of = ContactsOf::new();
-    for document in index.documents().filter(|document| document.kind == Kind::Contact) {
-        if let Some(lead_id) = document.value["lead_id"].as_str() {
-            contacts_of.entry(lead_id).or_default().push(document);
-        }
-    }
-    contacts_of
 }
 
 /// The parts of a request besides the query.
@@ -201,4 +193,279 @@ pub(super) fn select(record: &Value, names: &[&str]) -> Object {
     let wanted = |key: &str| names.contains(&key) || all_custom && key.starts_with("custom.");
     let fields = record.as_object().into_iter().flatten();
     fields.filter(|(key, _)| wanted(key)).map(|(key, value)| (key.clone(), value.clone())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::simulator::{book::Book, ids::Ids, settings::Settings};
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    fn map(value: Value) -> Object {
+        serde_json::from_value(value).unwrap()
+    }
+
+    /// Three leads of known age with a contact each, and one that is bare.
+    fn book() -> Book {
+        let mut book = Book::new(&Settings::fast(), Ids::new(Uuid::nil()), at(0));
+        for (second, body) in [
+            (
+                1,
+                json!({"name": "Acme", "custom.cf_leadcompanyid": "acme-1", "custom.cf_leadseats": 5,
+                "custom.cf_leadplan": "pro",
+                "contacts": [{"name": "Jane Doe", "emails": [{"email": "Jane@Acme.test"}],
+                    "custom.cf_contactuserid": "u-1"}]}),
+            ),
+            (
+                2,
+                json!({"name": "Acme North", "custom.cf_leadcompanyid": "ACME-1", "custom.cf_leadseats": 50,
+                "contacts": [{"name": "Joe Doe",
+                    "emails": [{"email": "joe@acme.test"}, {"email": "joe@home.test"}]}]}),
+            ),
+            (
+                3,
+                json!({"name": "Beta", "custom.cf_leadcompanyid": "acme-1-b",
+                "contacts": [{"name": "Doe Jane", "phones": [{"phone": "8004445555"}]}]}),
+            ),
+            (4, json!({})),
+        ] {
+            book.create_lead(&map(body), at(second)).unwrap();
+        }
+        book.index.catch_up(at(10));
+        book
+    }
+
+    fn run(book: &mut Book, cursors: &mut Cursors, body: Value, now: i64) -> Result<Value, Value> {
+        let token = book.token();
+        let Book { schema, index, .. } = &*book;
+        search(&map(body), schema, ExactValue::FoldsCase, index, cursors, token, at(now))
+            .map_err(|refusal| refusal.body()["error"].clone())
+    }
+
+    /// The names of what a query finds, oldest first.
+    fn names(kind: &str, condition: Value) -> Vec<String> {
+        let queries = vec![json!({"type": "object_type", "object_type": kind}), condition];
+        let sort = json!({"type": "regular_field", "object_type": kind, "field_name": "date_created"});
+        let body = json!({
+            "query": {"type": "and", "queries": queries},
+            "_fields": {kind: ["name"]},
+            "sort": [{"direction": "asc", "field": sort}],
+        });
+        let found = run(&mut book(), &mut Cursors::default(), body, 10).unwrap();
+        let rows = found["data"].as_array().unwrap().iter();
+        rows.map(|row| row["name"].as_str().unwrap_or("-").to_owned()).collect()
+    }
+
+    /// The object with one more field.
+    fn with(mut object: Value, key: &str, value: Value) -> Value {
+        object[key] = value;
+        object
+    }
+
+    fn regular(kind: &str, name: &str, condition: Value) -> Value {
+        let field = json!({"type": "regular_field", "object_type": kind, "field_name": name});
+        with(json!({"type": "field_condition", "field": field}), "condition", condition)
+    }
+
+    fn custom(id: &str, condition: Value) -> Value {
+        let field = json!({"type": "custom_field", "custom_field_id": id});
+        with(json!({"type": "field_condition", "field": field}), "condition", condition)
+    }
+
+    fn text(mode: &str, value: &str) -> Value {
+        json!({"type": "text", "mode": mode, "value": value})
+    }
+
+    fn related(this: &str, related: &str, query: Value) -> Value {
+        let node = json!({"type": "has_related", "this_object_type": this, "related_object_type": related});
+        with(node, "related_query", query)
+    }
+
+    #[test]
+    fn queries_find_what_they_should() {
+        let company = |mode: &str, value: &str| custom("cf_leadcompanyid", text(mode, value));
+        let email = |mode: &str, value: &str| {
+            related("contact", "contact_email", regular("contact_email", "email", text(mode, value)))
+        };
+        let negated = |query: Value| with(query, "negate", json!(true));
+        let moment = |value: &str| json!({"type": "fixed_utc", "value": value});
+        for (kind, query, expected) in [
+            ("lead", json!({"type": "match_all"}), &["Acme", "Acme North", "Beta", "-"][..]),
+            ("lead", company("exact_value", "acme-1"), &["Acme", "Acme North"]),
+            ("lead", company("exact_value", " Acme-1 "), &["Acme", "Acme North"]),
+            ("lead", company("exact_value", "acme"), &[]),
+            ("lead", company("phrase", "acme-1"), &["Acme", "Acme North", "Beta"]),
+            ("lead", company("full_words", "1 ACME"), &["Acme", "Acme North", "Beta"]),
+            ("lead", company("beginning_of_words", "ac"), &["Acme", "Acme North", "Beta"]),
+            ("lead", company("full_words", ""), &[]),
+            ("lead", custom("cf_leadcompanyid", json!({"type": "exists"})), &["Acme", "Acme North", "Beta"]),
+            ("lead", negated(custom("cf_leadcompanyid", json!({"type": "exists"}))), &["-"]),
+            ("lead", custom("cf_leadseats", json!({"type": "number_range", "gt": 5})), &["Acme North"]),
+            ("lead", custom("cf_leadseats", json!({"type": "number_range", "gte": 5, "lt": 50})), &["Acme"]),
+            ("lead", custom("cf_leadplan", json!({"type": "term", "values": ["pro", "free"]})), &["Acme"]),
+            ("contact", custom("cf_contactuserid", text("exact_value", "u-1")), &["Jane Doe"]),
+            ("contact", email("exact_value", "jane@acme.test"), &["Jane Doe"]),
+            ("contact", email("exact_value", "joe@home.test"), &["Joe Doe"]),
+            ("contact", email("full_words", "acme test"), &["Jane Doe", "Joe Doe"]),
+            (
+                "contact",
+                regular("contact", "emails_count", json!({"type": "number_range", "lte": 0})),
+                &["Doe Jane"],
+            ),
+            ("contact", regular("contact", "name", text("phrase", "jane doe")), &["Jane Doe"]),
+            ("contact", json!({"type": "text", "mode": "full_words", "value": "18004445555"}), &["Doe Jane"]),
+            ("lead", related("lead", "contact", email("exact_value", "JOE@acme.test")), &["Acme North"]),
+            (
+                "lead",
+                related("lead", "contact", regular("contact", "name", text("full_words", "jane"))),
+                &["Acme", "Beta"],
+            ),
+            (
+                "lead",
+                regular(
+                    "lead",
+                    "date_created",
+                    json!({"type": "moment_range", "on_or_after": moment("1970-01-01T00:00:03Z")}),
+                ),
+                &["Beta", "-"],
+            ),
+            (
+                "lead",
+                regular(
+                    "lead",
+                    "date_created",
+                    json!({"type": "moment_range", "before": moment("1970-01-01T00:00:02+00:00")}),
+                ),
+                &["Acme"],
+            ),
+            (
+                "lead",
+                json!({"type": "or", "queries": [
+                    company("exact_value", "acme-1-b"), custom("cf_leadplan", json!({"type": "exists"}))]}),
+                &["Acme", "Beta"],
+            ),
+            ("contact", company("exact_value", "acme-1"), &[]),
+            ("lead", email("exact_value", "jane@acme.test"), &[]),
+            ("lead", json!({"type": "or", "queries": []}), &[]),
+        ] {
+            assert_eq!(names(kind, query.clone()), expected, "{kind} {query}");
+        }
+    }
+
+    #[test]
+    fn what_it_does_not_understand_it_refuses() {
+        let query = |query: Value| json!({"query": query});
+        let all = json!({"type": "match_all"});
+        for (body, error) in [
+            (json!({}), "'query' is required."),
+            (query(json!({"type": "saved_search"})), "Unknown query type 'saved_search'."),
+            (query(json!({"queries": []})), "'type' is required and must be a string."),
+            (
+                query(regular("lead", "nome", text("phrase", "x"))),
+                "Unknown field 'nome' of object type 'lead'.",
+            ),
+            (query(custom("cf_x", text("phrase", "x"))), "Unknown custom field 'cf_x'."),
+            (query(custom("cf_leadplan", text("fuzzy", "x"))), "Unknown text mode 'fuzzy'."),
+            (query(custom("cf_leadplan", json!({"type": "like"}))), "Unknown condition type 'like'."),
+            (
+                query(related("lead", "contact_email", all.clone())),
+                "Object type 'lead' has no related 'contact_email'.",
+            ),
+            (json!({"query": all, "_limit": 201}), "_limit must be less than or equal to 200."),
+            (json!({"query": all, "_limit": "5"}), "Invalid value for '_limit'."),
+            (json!({"query": all, "_fields": ["id"]}), "Invalid value for '_fields'."),
+            (json!({"query": all, "cursor": "x"}), "The cursor is invalid or has expired."),
+            (json!({"query": all, "sort": "name"}), "'sort' must be a list."),
+        ] {
+            let found = run(&mut book(), &mut Cursors::default(), body.clone(), 10);
+            assert_eq!(found, Err(json!(error)), "{body}");
+        }
+        let mut query = all;
+        for _ in 0..30 {
+            query = json!({"type": "and", "queries": [query]});
+        }
+        assert!(run(&mut book(), &mut Cursors::default(), json!({"query": query}), 10).is_err());
+    }
+
+    #[test]
+    fn exact_value_can_be_read_in_three_ways() {
+        let book = book();
+        for (exact, value, expected) in [
+            (ExactValue::FoldsCase, "acme-1", Some(2)),
+            (ExactValue::Exact, "acme-1", Some(1)),
+            (ExactValue::Exact, "acme-1 ", Some(0)),
+            (ExactValue::Refused, "acme-1", None),
+        ] {
+            let body = map(json!({"query": custom("cf_leadcompanyid", text("exact_value", value))}));
+            let found =
+                search(&body, &book.schema, exact, &book.index, &mut Cursors::default(), "c".into(), at(10));
+            assert_eq!(found.ok().map(|found| found["data"].as_array().unwrap().len()), expected, "{value}");
+        }
+    }
+
+    #[test]
+    fn rows_hold_type_id_and_what_was_asked_for() {
+        let (mut book, mut cursors) = (book(), Cursors::default());
+        let mut row = |fields: Value| {
+            let query = custom("cf_leadplan", json!({"type": "exists"}));
+            let body =
+                json!({"query": query, "_fields": fields, "limit": null, "results_limit": null, "sort": []});
+            let mut row = run(&mut book, &mut cursors, body, 10).unwrap()["data"][0].take();
+            assert!(row["id"].as_str().unwrap().starts_with("lead_"));
+            row.as_object_mut().unwrap().remove("id");
+            row
+        };
+        assert_eq!(row(json!(null)), json!({"__object_type": "lead"}));
+        assert_eq!(row(json!({"contact": ["name"]})), json!({"__object_type": "lead"}));
+        assert_eq!(
+            row(json!({"lead": ["id", "name", "custom.cf_leadseats", "nonsense"]})),
+            json!({"__object_type": "lead", "name": "Acme", "custom.cf_leadseats": 5})
+        );
+        assert_eq!(row(json!({"lead": ["custom"]}))["custom.cf_leadcompanyid"], "acme-1");
+    }
+
+    #[test]
+    fn pages_counts_and_cursors() {
+        let (mut book, mut cursors) = (book(), Cursors::default());
+        let all = json!({"type": "and", "queries": [{"type": "object_type", "object_type": "lead"}]});
+        let mut page = |extra: Value, now: i64| {
+            let mut body = map(json!({"query": all, "_limit": 3, "include_counts": true}));
+            body.extend(map(extra));
+            run(&mut book, &mut cursors, Value::Object(body), now)
+        };
+        let n_rows = |page: &Value| page["data"].as_array().unwrap().len();
+        let first = page(json!({}), 10).unwrap();
+        assert_eq!((n_rows(&first), &first["count"]), (3, &json!({"limited": 4, "total": 4})));
+        let next = json!({"cursor": first["cursor"]});
+        let second = page(next.clone(), 39).unwrap();
+        assert_eq!((n_rows(&second), &second["cursor"]), (1, &Value::Null));
+        assert!(!first["data"].as_array().unwrap().contains(&second["data"][0]));
+        assert!(page(next, 40).is_err(), "a cursor lives for thirty seconds");
+
+        let counted = page(json!({"results_limit": 0}), 40).unwrap();
+        assert_eq!((n_rows(&counted), &counted["count"]), (0, &json!({"limited": 0, "total": 4})));
+        assert_eq!(n_rows(&page(json!({"results_limit": 2}), 40).unwrap()), 2);
+    }
+
+    #[test]
+    fn order_puts_documents_without_a_value_last() {
+        let order = |direction: &str| {
+            let field = json!({"type": "custom_field", "custom_field_id": "cf_leadseats"});
+            let body = json!({
+                "query": {"type": "object_type", "object_type": "lead"},
+                "sort": [{"direction": direction, "field": field}],
+                "_fields": {"lead": ["custom.cf_leadseats"]},
+            });
+            let found = run(&mut book(), &mut Cursors::default(), body, 10).unwrap();
+            let rows = found["data"].as_array().unwrap().iter();
+            rows.map(|row| row["custom.cf_leadseats"].as_u64()).collect::<Vec<_>>()
+        };
+        assert_eq!(order("asc"), [Some(5), Some(50), None, None]);
+        assert_eq!(order("desc"), [Some(50), Some(5), None, None]);
+    }
 }

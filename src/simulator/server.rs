@@ -52,7 +52,7 @@ async fn api(
     request: Request,
 ) -> Response {
     let max_body_bytes = shared.world().settings.max_body_bytes;
-    let call = read(request, max_body_bytes).await;
+    let call = Arc::new(read(request, max_body_bytes).await);
     let Admission { number, headers, decision } = shared.world().admit(&call, Timestamp::now());
     let answer = match decision {
         Decision::Turned(answer) => Some(answer),
@@ -69,7 +69,7 @@ async fn api(
 }
 
 /// Serves a call under an effect; nothing if its connection is to be cut.
-async fn serve(shared: &Shared, call: &Call, effect: Option<Effect>) -> Option<Answer> {
+async fn serve(shared: &Arc<Shared>, call: &Arc<Call>, effect: Option<Effect>) -> Option<Answer> {
     let serve = || shared.world().serve(call, Timestamp::now());
     let take_effect = |when: When| match when {
         When::BeforeCommit => {}
@@ -79,8 +79,13 @@ async fn serve(shared: &Shared, call: &Call, effect: Option<Effect>) -> Option<A
         // `admit` answers hidden limits by itself.
         None | Some(Effect::RateLimited { .. }) => Some(serve()),
         Some(Effect::Latency { ms }) => {
-            tokio::time::sleep(Duration::from_millis(ms)).await;
-            Some(serve())
+            // A task of its own, because this one ends when its client hangs up.
+            let (shared, call) = (Arc::clone(shared), Arc::clone(call));
+            let late = tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_millis(ms)).await;
+                shared.world().serve(&call, Timestamp::now())
+            });
+            late.await.ok()
         }
         Some(Effect::Status { code, body, when }) => {
             take_effect(when);
@@ -126,7 +131,8 @@ fn write(answer: Answer) -> Response {
         Payload::Html(text) => ("text/html; charset=utf-8", Body::from(text)),
     };
     let mut response = Response::new(body);
-    *response.status_mut() = StatusCode::from_u16(answer.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    let status = StatusCode::from_u16(answer.status).ok().filter(|status| !status.is_informational());
+    *response.status_mut() = status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let headers: &mut HeaderMap = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
     for (name, value) in answer.headers {

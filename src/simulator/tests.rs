@@ -105,7 +105,8 @@ async fn a_lead_lives_and_dies() {
         .post(
             "lead/",
             json!({"name": "Acme", "custom.cf_leadplan": "pro", "ignored": 1, "contacts": [
-                {"name": "Jane", "emails": [{"email": " jane@acme.test "}], "phones": [{"phone": "800 444 5555"}]},
+                {"name": "Jane",
+                    "emails": [{"email": " jane@acme.test "}], "phones": [{"phone": "800 444 5555"}]},
                 {"name": "Joe", "urls": [{"url": "joe.test"}]},
             ]}),
         )
@@ -192,7 +193,8 @@ async fn requests_are_refused_in_closes_words() {
         (
             client.http.get(format!("{}me/", client.base)),
             401,
-            json!({"error": "The server could not verify that you are authorized to access the URL requested."}),
+            json!({"error": "The server could not verify that you are authorized to access the URL \
+                requested."}),
         ),
     ] {
         let reply = Client::send(request).await.unwrap();
@@ -346,6 +348,40 @@ async fn scripted_statuses_and_hidden_limits() {
     let before = Instant::now();
     assert_eq!(client.get("me/").await.status, 200);
     assert!(before.elapsed() >= Duration::from_millis(100));
+}
+
+#[tokio::test]
+async fn a_late_write_happens_although_its_client_has_left() {
+    let (simulator, client) = start(Settings::fast()).await;
+    simulator.fault(Fault::new(Effect::Latency { ms: 200 }).on("POST", "/lead/"));
+    let request =
+        client.request(Method::POST, "lead/").json(&company("a")).timeout(Duration::from_millis(50));
+    assert!(Client::send(request).await.is_err_and(|error| error.is_timeout()));
+    assert!(simulator.leads().is_empty());
+    while simulator.leads().is_empty() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn limits_are_told_in_the_chosen_form() {
+    for (header_style, busy_body, header, body) in [
+        (HeaderStyle::Semicolon, BusyBody::Flat, Some("ratelimit"), "{\"message\""),
+        (HeaderStyle::Legacy, BusyBody::Text, Some("x-rate-limit-reset"), "Too Many Requests"),
+        (HeaderStyle::Proxy, BusyBody::Empty, Some("ratelimit-remaining"), ""),
+        (HeaderStyle::Absent, BusyBody::Nested, None, "{\"error\""),
+    ] {
+        let settings = Settings { header_style, busy_body, ..Settings::fast() };
+        let (simulator, client) = start(settings).await;
+        simulator.set_limits(Limits { others: Rate::new(0, 8), ..Limits::unlimited() });
+        let reply = client.get("me/").await;
+        assert_eq!(reply.status, 429);
+        assert!(reply.text.starts_with(body), "{}", reply.text);
+        assert_eq!(reply.header("retry-after").is_some(), header.is_some());
+        let told = reply.headers.keys().filter(|name| name.as_str().contains("rate")).count();
+        assert_eq!(told > 0, header.is_some());
+        assert!(header.is_none_or(|header| reply.header(header).is_some()), "{header_style:?}");
+    }
 }
 
 #[tokio::test]

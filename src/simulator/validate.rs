@@ -35,6 +35,12 @@ pub(super) enum Refusal {
 }
 
 impl Refusal {
+    /// A `_limit` above the maximum.
+    pub(super) fn too_many(max_limit: usize) -> Self {
+        let text = "The limit you set is larger than the maximum limit for this resource";
+        Self::Malformed(format!("{text} (max_limit = {max_limit})."))
+    }
+
     pub(super) fn status(&self) -> u16 {
         match self {
             Self::Missing(_) | Self::NoMergeSource => 404,
@@ -57,7 +63,10 @@ impl Refusal {
 
 /// Errors by field name, nested ones by index below that.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub(super) struct FieldErrors(Object);
+pub(super) struct FieldErrors {
+    general: Vec<&'static str>,
+    fields: Object,
+}
 
 impl FieldErrors {
     pub(super) fn one(field: &str, text: &str) -> Self {
@@ -67,24 +76,21 @@ impl FieldErrors {
     }
 
     pub(super) fn add(&mut self, field: &str, text: &str) {
-        self.0.insert(field.to_owned(), text.into());
+        self.fields.insert(field.to_owned(), text.into());
     }
 
     fn add_nested(&mut self, field: &str, index: usize, errors: &Self) {
-        if errors.0.is_empty() {
-            return;
-        }
-        let nested = self.0.entry(field).or_insert_with(|| json!({"errors": {}}));
+        let nested = self.fields.entry(field).or_insert_with(|| json!({"errors": {}}));
         nested["errors"][index.to_string()] = errors.body();
     }
 
     fn into_result<T>(self, good: T) -> Result<T, Self> {
-        if self.0.is_empty() { Ok(good) } else { Err(self) }
+        if self.general.is_empty() && self.fields.is_empty() { Ok(good) } else { Err(self) }
     }
 
-    /// The body of the 400: `errors` stays empty, the fields carry the texts.
+    /// The body of the 400. `errors` is nearly always empty: the fields carry the texts.
     pub(super) fn body(&self) -> Value {
-        json!({"errors": [], "field-errors": self.0})
+        json!({"errors": self.general, "field-errors": self.fields})
     }
 }
 
@@ -140,7 +146,7 @@ pub(super) fn contact(
     match contact_form(body, schema) {
         Ok(patch) => errors.into_result(patch),
         Err(found) => {
-            errors.0.extend(found.0);
+            errors.fields.extend(found.fields);
             Err(errors)
         }
     }
@@ -288,7 +294,8 @@ impl<'a> Form<'a> {
 }
 
 fn object(item: &Value) -> Result<&Object, FieldErrors> {
-    let wrong = || FieldErrors::one("__all__", "Invalid request: JSON dictionary expected.");
+    let wrong =
+        || FieldErrors { general: vec!["Invalid request: JSON dictionary expected."], fields: Object::new() };
     item.as_object().ok_or_else(wrong)
 }
 
@@ -349,4 +356,190 @@ fn address(item: &Object) -> Result<Option<Value>, FieldErrors> {
         }
     }
     errors.into_result(Some(kept.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::simulator::{
+        ids::Ids,
+        schema::{CustomField, FieldKind, Owner},
+        settings::Settings,
+    };
+
+    fn schema() -> Schema {
+        let mut settings = Settings::default();
+        let field = |id: &str, kind| CustomField::new(id, id, kind, Owner::Lead);
+        settings.custom_fields.extend([
+            field("cf_date", FieldKind::Date),
+            field("cf_when", FieldKind::Datetime),
+            field("cf_owner", FieldKind::User),
+            field("cf_tags", FieldKind::Choices).choices(["a", "b", "c"]).multiple(),
+            field("cf_hidden", FieldKind::Hidden),
+            CustomField::new("cf_region", "Region", FieldKind::Text, Owner::Shared),
+        ]);
+        Schema::new(&settings, &mut Ids::new(Uuid::nil()), Timestamp::UNIX_EPOCH)
+    }
+
+    fn map(value: Value) -> Object {
+        serde_json::from_value(value).unwrap()
+    }
+
+    fn lead_errors(body: Value) -> Value {
+        lead(&map(body), &schema()).err().map(|errors| Value::Object(errors.fields)).unwrap_or_default()
+    }
+
+    fn contact_errors(body: Value) -> Value {
+        let exists = |id: &str| id == "lead_1";
+        contact(&map(body), &schema(), exists)
+            .err()
+            .map(|errors| Value::Object(errors.fields))
+            .unwrap_or_default()
+    }
+
+    #[test]
+    fn wrong_leads() {
+        let too_long = "The value must be no longer than 1000 characters.";
+        for (body, expected) in [
+            (json!({}), json!(null)),
+            (json!({"name": null, "url": "", "contacts": null, "unknown": [1]}), json!(null)),
+            (json!({"name": 1}), json!({"name": NOT_TEXT})),
+            (json!({"name": "é".repeat(1001)}), json!({"name": too_long})),
+            (json!({"name": "é".repeat(1000)}), json!(null)),
+            (json!({"url": "no url"}), json!({"url": "Invalid URL."})),
+            (json!({"status": "Customer"}), json!(null)),
+            (
+                json!({"status_id": "foo"}),
+                json!({"status": "Not a valid choice. 'foo' is not a known status."}),
+            ),
+            (
+                json!({"status": "Customer", "status_id": "x"}),
+                json!({"status": "Only one of status and status_id may be given."}),
+            ),
+            (json!({"date_created": "then"}), json!({"date_created": NOT_A_MOMENT})),
+            (json!({"contacts": {}}), json!({"contacts": "Value must be of list type."})),
+            (
+                json!({"contacts": [{}, 1]}),
+                json!({"contacts": {"errors": {"1": {
+                    "errors": ["Invalid request: JSON dictionary expected."], "field-errors": {}}}}}),
+            ),
+            (
+                json!({"contacts": [{"custom.LinkedIn": "x"}], "name": 1}),
+                json!({"name": NOT_TEXT, "contacts": {"errors": {"0": {"errors": [], "field-errors": {
+                    "custom.LinkedIn": "The Custom Field \"LinkedIn\" does not exist."}}}}}),
+            ),
+            (
+                json!({"contacts": [{}, {"emails": [{"email": "a@b.test"}, {"email": "no"}]}]}),
+                json!({"contacts": {"errors": {"1": {"errors": [], "field-errors": {
+                    "emails": {"errors": {"1": {"errors": [], "field-errors": {
+                        "email": "Invalid email address."}}}}}}}}}),
+            ),
+        ] {
+            assert_eq!(lead_errors(body.clone()), expected, "{body}");
+        }
+    }
+
+    #[test]
+    fn wrong_contacts() {
+        let nested = |list: &str, field: &str, text: &str| {
+            json!({list: {"errors": {"0": {"errors": [],
+                "field-errors": {field: text}}}}})
+        };
+        for (body, expected) in [
+            (json!({"lead_id": "lead_1"}), json!(null)),
+            (json!({"lead_id": "wibble"}), json!({"lead": NO_SUCH_OBJECT})),
+            (json!({"lead_id": 1, "title": 1}), json!({"lead": NOT_TEXT, "title": NOT_TEXT})),
+            (json!({"emails": null, "phones": [{"phone": null}], "extra": 1}), json!(null)),
+            (json!({"emails": [{}]}), nested("emails", "email", REQUIRED)),
+            (json!({"emails": [{"email": ""}]}), nested("emails", "email", REQUIRED)),
+            (json!({"emails": [{"email": 1}]}), nested("emails", "email", NOT_TEXT)),
+            (json!({"emails": [{"email": "a@b.test", "type": 1}]}), nested("emails", "type", NOT_TEXT)),
+            (json!({"phones": [{"phone": "none"}]}), nested("phones", "phone", "Invalid phone number.")),
+            (json!({"urls": [{"url": "no url"}]}), nested("urls", "url", "Invalid URL.")),
+            (
+                json!({"emails": vec![json!({"email": "a@b.test"}); 101]}),
+                json!({"emails": "List is too long."}),
+            ),
+            (
+                json!({"custom.cf_leadcompanyid": "x"}),
+                json!({"custom.cf_leadcompanyid": "The Custom Field \"cf_leadcompanyid\" does not exist."}),
+            ),
+            (json!({"custom.cf_region": "x"}), json!(null)),
+        ] {
+            assert_eq!(contact_errors(body.clone()), expected, "{body}");
+        }
+    }
+
+    #[test]
+    fn strict_schemas_refuse_unknown_contact_keys() {
+        let mut strict = schema();
+        strict.strict_contact_keys = true;
+        let body = map(json!({"name": "x", "custom.cf_region": "x", "id": "x"}));
+        let errors = contact(&body, &strict, |_| true).unwrap_err();
+        assert_eq!(Value::Object(errors.fields), json!({"id": "Extra fields not permitted."}));
+    }
+
+    #[test]
+    fn custom_values_by_type() {
+        let user = schema().user_id;
+        for (field, value, expected) in [
+            ("cf_leadcompanyid", json!("x"), Ok(json!("x"))),
+            ("Company ID", json!("x"), Ok(json!("x"))),
+            ("cf_leadcompanyid", json!(1), Err(NOT_TEXT)),
+            ("cf_leadcompanyid", json!(["x"]), Err(NOT_TEXT)),
+            ("cf_leadcompanyid", json!({}), Err(NOT_TEXT)),
+            ("cf_leadcompanyid", json!(""), Ok(json!(null))),
+            ("cf_leadseats", json!(3.5), Ok(json!(3.5))),
+            ("cf_leadseats", json!("3"), Err("Value must be of numeric type.")),
+            ("cf_leadseats", json!(true), Err("Value must be of numeric type.")),
+            ("cf_leadseats", json!(null), Ok(json!(null))),
+            ("cf_date", json!("2026-01-31"), Ok(json!("2026-01-31"))),
+            ("cf_date", json!("2026-01-31T00:00:00Z"), Err("Could not parse date")),
+            ("cf_when", json!("2026-01-31T01:00:00+01:00"), Ok(json!("2026-01-31T00:00:00.000000+00:00"))),
+            ("cf_when", json!(1_700_000_000), Err(NOT_TEXT)),
+            ("cf_when", json!("soon"), Err(NOT_A_MOMENT)),
+            ("cf_leadplan", json!("pro"), Ok(json!("pro"))),
+            ("cf_leadplan", json!("Pro"), Err("Not a valid choice. 'Pro' is not one of the choices.")),
+            ("cf_leadplan", json!(["pro"]), Err(NOT_TEXT)),
+            ("cf_tags", json!(["a", "b"]), Ok(json!(["a", "b"]))),
+            ("cf_tags", json!("a"), Ok(json!(["a"]))),
+            ("cf_tags", json!([]), Ok(json!(null))),
+            ("cf_tags", json!(["a", "z"]), Err("Not a valid choice. 'z' is not one of the choices.")),
+            ("cf_owner", json!("Sim Ulator"), Ok(json!(user))),
+            ("cf_owner", json!(user), Ok(json!(user))),
+            ("cf_owner", json!("sim ulator"), Err(NO_SUCH_OBJECT)),
+            ("cf_hidden", json!("x"), Ok(json!("x"))),
+            ("cf_leadplan.add", json!("pro"), Err("This field does not accept multiple values.")),
+            ("cf_nothing", json!("x"), Err("The Custom Field \"cf_nothing\" does not exist.")),
+            ("cf_contactuserid", json!("x"), Err("The Custom Field \"cf_contactuserid\" does not exist.")),
+        ] {
+            let key = format!("custom.{field}");
+            let found = lead(&map(json!({key.as_str(): value})), &schema()).map(|patch| {
+                let mut values = Object::new();
+                patch.custom.apply(&mut values);
+                values.into_iter().next().map(|(_, value)| value).unwrap_or_default()
+            });
+            let expected = expected.map_err(|text: &str| FieldErrors::one(&key, text));
+            assert_eq!(found, expected, "{field}: {value}");
+        }
+    }
+
+    #[test]
+    fn custom_changes_apply_to_what_is_held() {
+        for (body, expected) in [
+            (json!({}), json!({"cf_tags": ["a"], "cf_leadseats": 1})),
+            (json!({"custom.cf_leadseats": null}), json!({"cf_tags": ["a"]})),
+            (json!({"custom.cf_tags": ["b"]}), json!({"cf_tags": ["b"], "cf_leadseats": 1})),
+            (json!({"custom.cf_tags.add": "b"}), json!({"cf_tags": ["a", "b"], "cf_leadseats": 1})),
+            (json!({"custom.cf_tags.add": ["a", "c"]}), json!({"cf_tags": ["a", "c"], "cf_leadseats": 1})),
+            (json!({"custom.cf_tags.remove": "a"}), json!({"cf_leadseats": 1})),
+            (json!({"custom": {"Plan": "pro"}}), json!({"cf_leadplan": "pro"})),
+        ] {
+            let mut values = map(json!({"cf_tags": ["a"], "cf_leadseats": 1}));
+            lead(&map(body.clone()), &schema()).unwrap().custom.apply(&mut values);
+            assert_eq!(Value::Object(values), expected, "{body}");
+        }
+    }
 }

@@ -65,6 +65,7 @@ impl Answer {
     pub(super) fn scripted(status: u16, body: FaultBody) -> Self {
         let payload = match body {
             FaultBody::Json => Payload::Json(json!({"error": "A scripted fault."})),
+            FaultBody::Exactly(body) => Payload::Json(body),
             FaultBody::Empty => Payload::Empty,
             FaultBody::Text if status == 403 => Payload::Text("Forbidden"),
             FaultBody::Text => Payload::Text("upstream connect error or disconnect/reset before headers"),
@@ -389,7 +390,11 @@ fn wrong_method() -> Answer {
 /// 405 for the places that exist, 404 for the others.
 fn wrong_place(segments: &[&str]) -> Answer {
     match segments {
-        ["me" | "event"] | ["status", "lead"] | ["data", "search"] | ["lead", "merge"] => wrong_method(),
+        ["me" | "event"]
+        | ["status", "lead"]
+        | ["data", "search"]
+        | ["lead", "merge"]
+        | ["custom_field" | "custom_field_schema", _] => wrong_method(),
         _ => not_found(),
     }
 }
@@ -417,9 +422,7 @@ fn page(call: &Call, mut rows: Vec<Value>) -> Result<Value, Refusal> {
     };
     let (skip, limit) = (number("_skip", 0)?, number("_limit", 100)?);
     if limit > MOST {
-        return Err(Refusal::Malformed(format!(
-            "The limit you set is larger than the maximum limit for this resource (max_limit = {MOST})."
-        )));
+        return Err(Refusal::too_many(MOST));
     }
     rows.drain(..skip.min(rows.len()));
     let has_more = rows.len() > limit;

@@ -1,0 +1,125 @@
+//! `close-sync check` on every kind of bad configuration, and `run` refusing to start.
+
+use close_sync::simulator::{Effect, Fault, FaultBody, When};
+
+use lapin::options::QueueDeclareOptions;
+use lapin::types::FieldTable;
+
+use crate::support::Bench;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn everything_in_order() {
+    let bench = Bench::new().await;
+    insta::assert_snapshot!("before_the_first_run", bench.transcript(&["check"], b"").await);
+    let worker = bench.worker().await;
+    insta::assert_snapshot!("beside_a_worker", bench.transcript(&["check"], b"").await);
+    insta::assert_snapshot!("as_json", bench.transcript(&["check", "--json"], b"").await);
+    worker.terminate().await;
+    let plain = bench.unset("CLOSE_LEAD_COMPANY_ID_FIELD").unset("CLOSE_CONTACT_USER_ID_FIELD");
+    insta::assert_snapshot!("without_lookup_fields", plain.transcript(&["check"], b"").await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_bad_configuration_is_told_with_its_remedy() {
+    let cases: [(&str, &[(&str, &str)]); 8] = [
+        ("no_key", &[("CLOSE_API_KEY", "")]),
+        ("wrong_key", &[("CLOSE_API_KEY", "api_wrong.key")]),
+        ("field_of_wrong_type", &[("CLOSE_LEAD_COMPANY_ID_FIELD", "cf_leadnumericid")]),
+        (
+            "fields_that_do_not_exist",
+            &[
+                ("CLOSE_LEAD_COMPANY_ID_FIELD", "cf_contactuserid"),
+                ("CLOSE_CONTACT_USER_ID_FIELD", "cf_none"),
+            ],
+        ),
+        ("no_broker", &[("AMQP_URL", "amqp://guest:secret@127.0.0.1:1/%2f")]),
+        ("no_close", &[("CLOSE_API_URL", "http://127.0.0.1:1/api/v1/")]),
+        (
+            "many_mistakes",
+            &[
+                ("AMQP_URL", "secret"),
+                ("RETRY_DELAYS", "soon"),
+                ("CLOSE_TIMEOUT", "0"),
+                ("AMQP_PREFETCH", "0"),
+            ],
+        ),
+        ("no_file", &[("CLOSE_SYNC_CONFIG", "/nowhere/close-sync.toml")]),
+    ];
+    for (name, environment) in cases {
+        let bench = environment.iter().fold(Bench::new().await, |bench, (key, value)| bench.set(key, value));
+        let transcript = bench.transcript(&["check"], b"").await;
+        assert!(!transcript.contains("secret"), "{transcript}");
+        insta::assert_snapshot!(name, transcript);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_does_not_let_us_in() {
+    let bench = Bench::new().await;
+    let wrong = bench.amqp_url.replace("guest:guest", "guest:hunter2");
+    let output = bench.set("AMQP_URL", &wrong).run(&["check"], b"").await;
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(69));
+    assert!(text.contains("RabbitMQ refuses the connection") && text.contains("ACCESS_REFUSED"), "{text}");
+    assert!(!text.contains("hunter2"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn close_in_trouble_is_no_mistake_of_the_configuration() {
+    let bench = Bench::new().await;
+    for code in [403, 503] {
+        bench.simulator.clear_faults();
+        bench.simulator.fault(Fault::new(Effect::Status {
+            code,
+            body: FaultBody::Text,
+            when: When::BeforeCommit,
+        }));
+        insta::assert_snapshot!(format!("close_answers_{code}"), bench.transcript(&["check"], b"").await);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn run_refuses_what_cannot_work() {
+    let cases: [(&str, &str); 2] =
+        [("CLOSE_LEAD_COMPANY_ID_FIELD", "cf_leadnumericid"), ("CLOSE_API_KEY", "api_wrong.key")];
+    for (variable, value) in cases {
+        let bench = Bench::new().await.set(variable, value);
+        let worker = bench.starting_worker();
+        assert_eq!(worker.ended().await.code(), Some(78));
+        let name = format!("run_with_bad_{}", variable.to_lowercase());
+        worker.until("told", async |worker| worker.logged("error:") == 1).await;
+        let told = worker
+            .log()
+            .lines()
+            .skip_while(|line| !line.starts_with("error:"))
+            .collect::<Vec<_>>()
+            .join("\n");
+        insta::assert_snapshot!(name, told);
+    }
+}
+
+/// A queue of that name with other arguments: both values are named, and there is no endless loop.
+#[tokio::test(flavor = "multi_thread")]
+async fn run_refuses_a_queue_that_is_not_ours() {
+    let bench = Bench::new().await;
+    let options = QueueDeclareOptions::durable();
+    bench
+        .channel()
+        .await
+        .queue_declare(bench.queue.as_str().into(), options, FieldTable::default())
+        .await
+        .unwrap();
+    let worker = bench.starting_worker();
+    assert_eq!(worker.ended().await.code(), Some(78));
+    worker.until("told", async |worker| worker.logged("error:") == 1).await;
+    let log = worker.log();
+    let both = format!("received the value '{}.dead' of type 'longstr' but current is none", bench.queue);
+    assert!(log.contains("inequivalent arg 'x-dead-letter-exchange'") && log.contains(&both), "{log}");
+    assert!(log.contains("amqp.queue"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_settings_in_force_are_shown_without_secrets() {
+    let bench = Bench::new().await;
+    insta::assert_snapshot!("print_config", bench.transcript(&["check", "--print-config"], b"").await);
+}

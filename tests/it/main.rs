@@ -1,0 +1,12 @@
+//! The promises, tried on the real thing: a real RabbitMQ, real HTTP to the simulator, and the real
+//! program as a process of its own. `tests/run` starts the broker and runs everything.
+
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on ends")]
+
+mod check;
+mod dead_letters;
+mod failures;
+mod publish;
+mod restarts;
+mod rules;
+mod support;

@@ -1,0 +1,129 @@
+//! Workers and brokers that stop, die and come back in the middle of the work.
+
+use std::time::{Duration, Instant};
+
+use close_sync::simulator::{Effect, Fault, Settings, When};
+use serde_json::{Value, json};
+
+use crate::support::{Bench, Node, identify};
+
+fn people(count: usize) -> Vec<Value> {
+    (0..count).map(|n| identify(&format!("u{n}"), json!({"company": {"id": format!("c{n}")}}))).collect()
+}
+
+/// Every company once, every person once.
+fn assert_each_once(bench: &Bench, count: usize) {
+    let mut companies: Vec<_> =
+        bench.simulator.leads().iter().map(|lead| lead["custom.cf_leadcompanyid"].to_string()).collect();
+    companies.sort();
+    let before = companies.len();
+    companies.dedup();
+    assert_eq!((before, companies.len()), (count, count), "{companies:?}");
+    assert_eq!(bench.simulator.contacts().len(), count);
+}
+
+/// The Lead is made, the answer is under way, and the worker dies: its successor must neither lose
+/// the message nor make the Lead again, although search does not list it yet.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_half_done_at_a_crash_is_neither_lost_nor_doubled() {
+    let settings = Settings { search_lag: "1s".parse().unwrap(), ..Settings::fast() };
+    let bench = Bench::with(settings).await.set("CLOSE_SEARCH_LAG", "2s");
+    let held = Effect::Timeout { ms: 60_000, when: When::AfterCommit };
+    bench.simulator.fault(Fault::new(held).on("POST", "/lead/").times(1));
+    let worker = bench.worker().await;
+    bench.publish(&people(1)).await;
+    worker.until("writing", async |_| bench.simulator.leads().len() == 1).await;
+    worker.kill().await;
+
+    let successor = bench.worker().await;
+    let metrics = successor.settled(1).await;
+    assert_eq!(metrics.outcomes(), [("unchanged", 1)].into());
+    assert_each_once(&bench, 1);
+    assert_eq!(metrics.count("lag_guard_waits_total"), 1, "{}", successor.log());
+    successor.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigterm_finishes_what_is_in_hand_and_hands_the_rest_back() {
+    let bench = Bench::new().await.set("WORKER_CONCURRENCY", "4");
+    bench.simulator.fault(Fault::new(Effect::Latency { ms: 300 }).on("POST", "/lead/"));
+    let worker = bench.worker().await;
+    bench.publish(&people(20)).await;
+    worker.until("working", async |worker| worker.metrics().await.count("messages_in_flight") == 4).await;
+    worker.terminate().await;
+
+    let leads = bench.simulator.leads().len();
+    assert!((4..20).contains(&leads), "{leads}");
+    bench.depth_becomes("", u32::try_from(20 - leads).unwrap()).await;
+    assert_eq!(
+        worker.logged(&format!("\"settled\":{leads},\"handed_back\":{}", 20 - leads)),
+        1,
+        "{}",
+        worker.log()
+    );
+
+    bench.simulator.clear_faults();
+    let successor = bench.worker().await;
+    successor.settled(20 - leads).await;
+    assert_each_once(&bench, 20);
+    successor.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_grace_period_ends() {
+    let bench = Bench::new().await.set("WORKER_GRACE", "200ms").set("CLOSE_SEARCH_LAG", "1s");
+    bench.simulator.fault(Fault::new(Effect::Latency { ms: 20_000 }).on("POST", "/lead/").times(1));
+    let worker = bench.worker().await;
+    bench.publish(&people(1)).await;
+    worker.until("working", async |_| bench.writes().len() == 1).await;
+    let asked = Instant::now();
+    worker.terminate().await;
+    assert!(asked.elapsed() < Duration::from_secs(3), "{:?}", asked.elapsed());
+    bench.depth_becomes("", 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_takes_over_when_the_active_worker_dies() {
+    let bench = Bench::new().await;
+    let active = bench.worker().await;
+    bench.publish(&people(1)).await;
+    active.settled(1).await;
+    let standby = bench.worker().await;
+    assert_eq!(standby.ready().await.1, json!({"ready": true, "state": "standing_by"}));
+    bench.publish(&people(3)).await;
+    active.settled(4).await;
+    assert_eq!(standby.metrics().await.outcomes(), [].into(), "only one works");
+
+    active.kill().await;
+    bench.publish(&people(5)).await;
+    standby.settled(5).await;
+    assert_eq!(standby.ready().await.1["state"], "consuming");
+    assert_each_once(&bench, 5);
+    standby.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_dies_and_comes_back_costs_nothing() {
+    let node = Node::start().await;
+    let bench = Bench::on(&node.url, Settings::fast()).await.set("WORKER_CONCURRENCY", "4");
+    let worker = bench.worker().await;
+    bench.simulator.fault(Fault::new(Effect::Latency { ms: 100 }).on("POST", "/lead/"));
+    bench.publish(&people(60)).await;
+    worker.until("working", async |_| bench.simulator.leads().len() > 8).await;
+
+    node.kill().await;
+    worker
+        .until("reconnecting", async |worker| {
+            worker.ready().await.1 == json!({"ready": false, "state": "connecting"})
+        })
+        .await;
+    assert_eq!(worker.page("/healthz").await.unwrap().0, 200, "it lives, restarting it would help nobody");
+    node.start_again().await;
+
+    worker.until("done", async |_| bench.simulator.leads().len() >= 60).await;
+    bench.depth_becomes("", 0).await;
+    assert_each_once(&bench, 60);
+    assert!(worker.metrics().await.get("broker_connection_losses_total") > 0.0);
+    assert_eq!(worker.logged("reconnecting to RabbitMQ"), 1, "one line per incident");
+    worker.terminate().await;
+}

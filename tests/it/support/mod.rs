@@ -1,0 +1,320 @@
+//! A bench for one test: its own simulator, its own queues on the shared broker, workers as processes.
+
+mod node;
+mod worker;
+
+use std::collections::BTreeMap;
+use std::process::Output;
+use std::time::{Duration, Instant};
+
+use close_sync::amqp::headers;
+use close_sync::simulator::{Settings, Simulator};
+use lapin::options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions};
+use lapin::types::FieldTable;
+use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
+use serde_json::{Value, json};
+
+pub(crate) use node::Node;
+pub(crate) use worker::Worker;
+
+/// Nothing a test waits for takes longer, even on a busy machine.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// One test's world.
+pub(crate) struct Bench {
+    pub(crate) simulator: Simulator,
+    pub(crate) amqp_url: String,
+    pub(crate) queue: String,
+    pub(crate) exchange: String,
+    environment: BTreeMap<String, String>,
+    channel: tokio::sync::OnceCell<Channel>,
+}
+
+impl Bench {
+    /// Without rate limits and search lag.
+    pub(crate) async fn new() -> Self {
+        Self::with(Settings::fast()).await
+    }
+
+    pub(crate) async fn with(settings: Settings) -> Self {
+        let url = env("CLOSE_SYNC_TEST_AMQP_URL").unwrap_or_else(|| {
+            panic!("these tests need a broker: run `tests/run`, or set CLOSE_SYNC_TEST_AMQP_URL to one")
+        });
+        Self::on(&url, settings).await
+    }
+
+    /// On a broker of one's own.
+    pub(crate) async fn on(amqp_url: &str, settings: Settings) -> Self {
+        let simulator = Simulator::start(settings, "127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let name = format!("t-{}", uuid::Uuid::now_v7().simple());
+        let exchange = format!("{name}-identify");
+        let environment = [
+            ("AMQP_URL", amqp_url),
+            ("AMQP_QUEUE", name.as_str()),
+            ("AMQP_EXCHANGE", exchange.as_str()),
+            ("CLOSE_API_URL", &simulator.url()),
+            ("CLOSE_API_KEY", "api_simulator.key"),
+            ("CLOSE_LEAD_COMPANY_ID_FIELD", "cf_leadcompanyid"),
+            ("CLOSE_CONTACT_USER_ID_FIELD", "cf_contactuserid"),
+            ("CLOSE_SEARCH_LAG", "0s"),
+            ("RETRY_IN_PLACE", "1s"),
+            ("RETRY_DELAYS", "[\"200ms\", \"400ms\"]"),
+            ("HTTP_ADDR", "127.0.0.1:0"),
+            ("LOG_FORMAT", "json"),
+            ("RUST_LOG", "debug,lapin=off,hyper=off,reqwest=off"),
+        ];
+        Self {
+            simulator,
+            amqp_url: amqp_url.to_owned(),
+            queue: name.clone(),
+            exchange: exchange.clone(),
+            environment: environment
+                .iter()
+                .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+                .collect(),
+            channel: tokio::sync::OnceCell::new(),
+        }
+    }
+
+    /// Sets a variable for the processes to come.
+    #[must_use]
+    pub(crate) fn set(mut self, variable: &str, value: &str) -> Self {
+        self.environment.insert(variable.to_owned(), value.to_owned());
+        self
+    }
+
+    pub(crate) fn unset(mut self, variable: &str) -> Self {
+        self.environment.remove(variable);
+        self
+    }
+
+    /// Starts a worker and waits until it is ready.
+    pub(crate) async fn worker(&self) -> Worker {
+        let worker = self.starting_worker();
+        worker.until("ready", async |worker| worker.ready().await.0 == 200).await;
+        worker
+    }
+
+    /// Starts a worker.
+    pub(crate) fn starting_worker(&self) -> Worker {
+        Worker::start(&self.environment)
+    }
+
+    /// Runs another command of the program to its end.
+    pub(crate) async fn run(&self, arguments: &[&str], input: &[u8]) -> Output {
+        worker::run(&self.environment, arguments, input).await
+    }
+
+    /// Standard output of a command that must succeed.
+    pub(crate) async fn output(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments, b"").await;
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// What a command prints and its exit code, with what differs from run to run replaced.
+    pub(crate) async fn transcript(&self, arguments: &[&str], input: &[u8]) -> String {
+        let output = self.run(arguments, input).await;
+        let text = format!(
+            "exit code {}\n--- stdout\n{}--- stderr\n{}",
+            output.status.code().unwrap(),
+            String::from_utf8(output.stdout).unwrap(),
+            String::from_utf8(output.stderr).unwrap(),
+        );
+        let (_, host) = self.amqp_url.split_once('@').unwrap();
+        let broker = format!("amqp://guest:***@{host}");
+        text.replace(&broker, "BROKER")
+            .replace(&self.exchange, "EXCHANGE")
+            .replace(&self.queue, "QUEUE")
+            .replace(&self.simulator.addr().to_string(), "SIMULATOR")
+    }
+
+    /// Publishes events in order.
+    pub(crate) async fn publish(&self, events: &[Value]) {
+        for event in events {
+            self.publish_bytes(event.to_string().as_bytes(), BasicProperties::default()).await;
+        }
+    }
+
+    pub(crate) async fn publish_bytes(&self, body: &[u8], properties: BasicProperties) {
+        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        let channel = self.channel().await;
+        let confirm = channel
+            .basic_publish(
+                self.exchange.as_str().into(),
+                "users".into(),
+                options,
+                body,
+                properties.with_delivery_mode(2),
+            )
+            .await
+            .unwrap();
+        assert_eq!(confirm.await.unwrap(), lapin::Confirmation::Ack(None), "the message was not routed");
+    }
+
+    /// Starts a worker, publishes, waits until everything is settled, and ends the worker.
+    pub(crate) async fn sync(&self, events: &[Value]) -> Metrics {
+        let worker = self.worker().await;
+        self.publish(events).await;
+        let metrics = worker.settled(events.len()).await;
+        worker.terminate().await;
+        metrics
+    }
+
+    /// Messages ready in a queue whose name ends so: "", ".dead", ".retry.200ms".
+    pub(crate) async fn depth(&self, suffix: &str) -> u32 {
+        let connection = connect(&self.amqp_url).await;
+        let channel = connection.create_channel().await.unwrap();
+        let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        let name = format!("{}{suffix}", self.queue);
+        let queue = channel.queue_declare(name.into(), options, FieldTable::default()).await.unwrap();
+        let depth = queue.message_count();
+        connection.close(200, "".into()).await.unwrap();
+        depth
+    }
+
+    /// Waits until a queue holds that many messages.
+    pub(crate) async fn depth_becomes(&self, suffix: &str, wanted: u32) {
+        let start = Instant::now();
+        loop {
+            let depth = self.depth(suffix).await;
+            if depth == wanted {
+                return;
+            }
+            assert!(start.elapsed() < PATIENCE, "{suffix:?} holds {depth} messages, not {wanted}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Takes a dead letter out of the queue: its body and its text and number headers.
+    pub(crate) async fn take_dead_letter(&self) -> (Vec<u8>, BTreeMap<String, String>, BasicProperties) {
+        let channel = self.channel().await;
+        let name = format!("{}.dead", self.queue);
+        let options = BasicGetOptions { no_ack: true };
+        let message = channel.basic_get(name.into(), options).await.unwrap().expect("a dead letter").delivery;
+        let properties = &message.properties;
+        let names =
+            properties.headers().iter().flat_map(|table| table.inner().keys()).map(ToString::to_string);
+        let number = |name: &str| headers::number(properties, name).map(|number| number.to_string());
+        let texts = names.filter_map(|name| {
+            let value = headers::text(properties, &name).or_else(|| number(&name))?;
+            Some((name, value))
+        });
+        (message.data.clone(), texts.collect(), properties.clone())
+    }
+
+    pub(crate) async fn channel(&self) -> &Channel {
+        self.channel
+            .get_or_init(async || {
+                let connection = connect(&self.amqp_url).await;
+                let channel = connection.create_channel().await.unwrap();
+                channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+                channel
+            })
+            .await
+    }
+
+    /// The only Lead there is.
+    pub(crate) fn the_lead(&self) -> Value {
+        let mut leads = self.simulator.leads();
+        assert_eq!(leads.len(), 1, "{leads:#?}");
+        leads.remove(0)
+    }
+
+    /// A Lead with a company id, made by somebody else.
+    pub(crate) fn lead(&self, company_id: Option<&str>, contacts: Value) -> Value {
+        let mut body = json!({"name": "Made by hand", "contacts": contacts});
+        if let Some(id) = company_id {
+            body["custom.cf_leadcompanyid"] = id.into();
+        }
+        self.simulator.add_lead(body).unwrap()
+    }
+
+    /// Writes to Close so far.
+    pub(crate) fn writes(&self) -> Vec<String> {
+        let requests = self.simulator.requests();
+        let written =
+            requests.iter().filter(|request| request.method != "GET" && !request.path.contains("/search/"));
+        written
+            .map(|request| format!("{} {}", request.method, request.path.split('/').nth(1).unwrap()))
+            .collect()
+    }
+}
+
+/// An event about a person.
+pub(crate) fn identify(user: &str, traits: Value) -> Value {
+    json!({"type": "identify", "userId": user, "traits": traits})
+}
+
+/// Values of a list of a Contact: `values(&contact, "emails", "email")`.
+pub(crate) fn values(contact: &Value, list: &str, item: &str) -> Vec<String> {
+    let entries = contact[list].as_array().unwrap_or_else(|| panic!("no {list} in {contact:#}"));
+    entries.iter().map(|entry| entry[item].as_str().unwrap().to_owned()).collect()
+}
+
+pub(crate) async fn connect(url: &str) -> Connection {
+    Connection::connect(url, ConnectionProperties::default()).await.unwrap()
+}
+
+/// The samples of a metrics page by name and labels.
+#[derive(Debug)]
+pub(crate) struct Metrics(BTreeMap<String, f64>);
+
+impl Metrics {
+    fn parse(page: &str) -> Self {
+        let samples = page.lines().filter(|line| !line.starts_with('#'));
+        Self(
+            samples
+                .map(|line| {
+                    line.rsplit_once(' ')
+                        .map(|(name, value)| (name.to_owned(), value.parse().unwrap()))
+                        .unwrap()
+                })
+                .collect(),
+        )
+    }
+
+    /// A sample, without the prefix: `messages_settled_total{outcome="created"}`.
+    pub(crate) fn get(&self, name: &str) -> f64 {
+        *self.0.get(&format!("close_sync_{name}")).unwrap_or_else(|| panic!("no metric {name}"))
+    }
+
+    /// The same as a count.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small counts")]
+    pub(crate) fn count(&self, name: &str) -> u32 {
+        self.get(name) as u32
+    }
+
+    pub(crate) fn outcome(&self, outcome: &str) -> u32 {
+        self.count(&format!("messages_settled_total{{outcome=\"{outcome}\"}}"))
+    }
+
+    /// Everything settled for good or waiting in a delay queue; what was handed back is not.
+    fn settled(&self) -> f64 {
+        let all = self.0.iter().filter(|(name, _)| name.starts_with("close_sync_messages_settled_total"));
+        all.filter(|(name, _)| !name.contains("handed_back")).map(|(_, value)| value).sum()
+    }
+
+    /// What became of messages, without zeros.
+    pub(crate) fn outcomes(&self) -> BTreeMap<&str, u32> {
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small counts")]
+        self.0
+            .iter()
+            .filter(|(_, value)| **value > 0.0)
+            .filter_map(|(name, value)| {
+                let (_, rest) = name.split_once("messages_settled_total{outcome=\"")?;
+                Some((rest.strip_suffix("\"}")?, *value as u32))
+            })
+            .collect()
+    }
+
+    /// Names and label sets, in order.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(String::as_str)
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "how `tests/run` tells where things are")]
+pub(crate) fn env(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}

@@ -1,0 +1,141 @@
+//! The program as a process: a worker that runs, and commands that end.
+
+use std::collections::BTreeMap;
+use std::process::{ExitStatus, Output, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::process::{Child, Command};
+
+use super::{Metrics, PATIENCE};
+
+/// A running worker. Killed when dropped.
+pub(crate) struct Worker {
+    child: tokio::sync::Mutex<Child>,
+    pid: u32,
+    log: Arc<Mutex<Vec<String>>>,
+    http: reqwest::Client,
+}
+
+fn command(environment: &BTreeMap<String, String>, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_close-sync"));
+    command.args(arguments).env_clear().envs(environment).kill_on_drop(true);
+    command
+}
+
+/// Runs a command to its end.
+pub(crate) async fn run(environment: &BTreeMap<String, String>, arguments: &[&str], input: &[u8]) -> Output {
+    let mut command = command(environment, arguments);
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    // A command that does not read its input is fine.
+    let _ = stdin.write_all(input).await;
+    drop(stdin);
+    tokio::time::timeout(PATIENCE, child.wait_with_output()).await.expect("the command ends").unwrap()
+}
+
+impl Worker {
+    pub(crate) fn start(environment: &BTreeMap<String, String>) -> Self {
+        let mut child = command(environment, &["run"]).stderr(Stdio::piped()).spawn().unwrap();
+        let pid = child.id().unwrap();
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let lines = Arc::clone(&log);
+        let mut stderr = BufReader::new(child.stderr.take().unwrap()).lines();
+        tokio::spawn(async move {
+            while let Ok(Some(line)) = stderr.next_line().await {
+                lines.lock().unwrap().push(line);
+            }
+        });
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let http = reqwest::Client::builder().timeout(Duration::from_secs(5)).build().unwrap();
+        Self { child: tokio::sync::Mutex::new(child), pid, log, http }
+    }
+
+    /// Everything it logged so far.
+    pub(crate) fn log(&self) -> String {
+        self.log.lock().unwrap().join("\n")
+    }
+
+    /// How many log lines contain a text.
+    pub(crate) fn logged(&self, text: &str) -> usize {
+        self.log.lock().unwrap().iter().filter(|line| line.contains(text)).count()
+    }
+
+    /// The address it serves HTTP on, from its own log.
+    async fn base(&self) -> String {
+        let start = Instant::now();
+        loop {
+            let bound = self.log.lock().unwrap().iter().find_map(|line| {
+                let line: Value = serde_json::from_str(line).ok()?;
+                Some(line.get("bound")?.as_str()?.to_owned())
+            });
+            if let Some(bound) = bound {
+                return format!("http://{bound}");
+            }
+            assert!(start.elapsed() < PATIENCE, "no HTTP address in:\n{}", self.log());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    pub(crate) async fn page(&self, path: &str) -> Option<(u16, String)> {
+        let response = self.http.get(format!("{}{path}", self.base().await)).send().await.ok()?;
+        Some((response.status().as_u16(), response.text().await.ok()?))
+    }
+
+    /// Status and body of `/readyz`; 0 when it does not answer.
+    pub(crate) async fn ready(&self) -> (u16, Value) {
+        let (status, body) = self.page("/readyz").await.unwrap_or_default();
+        (status, serde_json::from_str(&body).unwrap_or_default())
+    }
+
+    pub(crate) async fn metrics(&self) -> Metrics {
+        Metrics::parse(&self.page("/metrics").await.expect("the metrics page").1)
+    }
+
+    /// Waits until a condition holds.
+    pub(crate) async fn until(&self, what: &str, mut condition: impl AsyncFnMut(&Self) -> bool) {
+        let start = Instant::now();
+        while !condition(self).await {
+            assert!(start.elapsed() < PATIENCE, "not {what} after {PATIENCE:?}:\n{}", self.log());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Waits until that many deliveries are settled.
+    #[expect(clippy::cast_precision_loss, reason = "small counts")]
+    pub(crate) async fn settled(&self, deliveries: usize) -> Metrics {
+        self.until(&format!("settled {deliveries}"), async |worker| {
+            worker.metrics().await.settled() >= deliveries as f64
+        })
+        .await;
+        self.metrics().await
+    }
+
+    pub(crate) fn signal(&self, name: &str) {
+        let status =
+            std::process::Command::new("kill").args([&format!("-{name}"), &self.pid.to_string()]).status();
+        assert!(status.unwrap().success());
+    }
+
+    /// Waits for its end.
+    pub(crate) async fn ended(&self) -> ExitStatus {
+        let mut child = self.child.lock().await;
+        tokio::time::timeout(PATIENCE, child.wait()).await.expect("the worker ends").unwrap()
+    }
+
+    /// Ends it as an orchestrator does.
+    pub(crate) async fn terminate(&self) {
+        self.signal("TERM");
+        let status = self.ended().await;
+        assert!(status.success(), "{status}:\n{}", self.log());
+    }
+
+    /// Ends it as a power cut does.
+    pub(crate) async fn kill(&self) {
+        self.signal("KILL");
+        self.ended().await;
+    }
+}
