@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use futures_util::{FutureExt, Stream, StreamExt, stream};
 use jiff::Timestamp;
 use lapin::message::Delivery;
-use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions};
+use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions};
 use lapin::types::FieldTable;
 use lapin::{Channel, Connection, Event};
 use tokio::task::JoinSet;
@@ -259,8 +259,14 @@ impl Session {
                         .publish(&settings.retry_exchange(), &delay.name, &delivery.data, properties)
                         .await
                 }
-                // No delay is configured: what waits for budget simply comes again.
-                None => return Done::HandedBack,
+                // No delay is configured: what waits for budget goes back to the front of the queue.
+                None => {
+                    let options = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
+                    return match delivery.nack(options).await {
+                        Ok(_) => Done::HandedBack,
+                        Err(error) => Done::Failed(error.into()),
+                    };
+                }
             },
             Outcome::Dead(dead) => {
                 let properties = envelope.for_dead_letter(dead, Timestamp::now());

@@ -5,6 +5,7 @@
 
 mod check;
 mod dead_letters;
+mod docs;
 mod failures;
 mod publish;
 mod restarts;
