@@ -54,7 +54,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<Report, 
 
     let client = {
         let metrics = metrics.clone();
-        Client::new(config.close, move |call| metrics.called(call)).context("TLS cannot be set up")?
+        Client::new(config.close, move |call| metrics.called(call))
+            .context("TLS cannot be set up: are CA certificates installed (Debian: ca-certificates)?")?
     };
     let session = Session {
         settings: Arc::new(config.amqp),

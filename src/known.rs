@@ -2,7 +2,7 @@
 //! remembers the records just created while search does not list them yet (`design.md` P2).
 //!
 //! Nothing in here is believed without reading the record: a Contact may have been moved, a Lead
-//! merged. An entry lives [`LIFETIME`] at most, so that a record somebody made by hand in Close is
+//! merged. An entry lives ten minutes at most, so that a record somebody made by hand in Close is
 //! found by the search that follows.
 
 use std::time::Duration;

@@ -140,7 +140,13 @@ async fn close(config: &Config) -> Vec<Finding> {
     let client = match Client::new(config.close.clone(), |_| {}) {
         Ok(client) => client,
         Err(error) => {
-            return vec![finding(Verdict::Unavailable, subject, format!("TLS cannot be set up: {error}"))];
+            return vec![finding(
+                Verdict::Unavailable,
+                subject,
+                format!(
+                    "TLS cannot be set up, are CA certificates installed (Debian: ca-certificates)? {error}"
+                ),
+            )];
         }
     };
     match preflight::all(&client, &config.worker.mapping.keys).await {
