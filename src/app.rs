@@ -78,7 +78,9 @@ async fn supervise(session: &Session, shutdown: &CancellationToken) -> Result<Re
     let mut reconnects = Pauses::reconnect();
     let mut probes = Pauses::probe();
     let mut lost = false;
-    if let Some(cause) = refuse_or_pause(session).await? {
+    // Close may make the checks wait; being asked to stop ends them.
+    let checked = shutdown.run_until_cancelled(refuse_or_pause(session)).await;
+    if let Some(cause) = checked.unwrap_or(Ok(None))? {
         pause(session, cause, &mut probes, shutdown).await;
     }
     while !shutdown.is_cancelled() {

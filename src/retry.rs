@@ -167,7 +167,57 @@ mod tests {
         }
     }
 
+    /// Every failure there is.
+    fn some_error() -> impl Strategy<Value = CloseError> {
+        let fault = prop_oneof![
+            (500u16..600).prop_map(Fault::Status),
+            Just(Fault::Timeout),
+            Just(Fault::ConnectionLost),
+            Just(Fault::Garbled),
+        ];
+        prop_oneof![
+            Just(CloseError::Unauthorized),
+            Just(CloseError::PlanLimit),
+            Just(CloseError::Forbidden),
+            Just(CloseError::NotFound),
+            Just(CloseError::Unreachable),
+            (400u16..430).prop_map(|status| CloseError::Rejected(Rejection {
+                status,
+                fields: vec![],
+                message: None
+            })),
+            fault.prop_map(CloseError::Transient),
+        ]
+    }
+
     proptest! {
+        /// However a message fails, and keeps failing, it comes to an end: a dead letter after at most
+        /// one attempt more than there are delays, or a pause, which charges nothing.
+        #[test]
+        fn every_sequence_of_failures_ends(errors in proptest::collection::vec(some_error(), 200), delays in 0usize..6) {
+            let policy = Policy { in_place: Duration::ZERO, delays: vec![Duration::from_secs(1); delays] };
+            let mut history = History::default();
+            let mut ended = false;
+            for error in errors {
+                let looked_again = error == CloseError::NotFound;
+                match settle(&Failure { stage: Stage::Write, error }, history, None, &policy) {
+                    Verdict::Again(_) => history.looked_again |= looked_again,
+                    Verdict::Settle(Outcome::Delayed { level, charged, .. }) => {
+                        prop_assert!(charged && level < delays);
+                        history = History { attempts: history.attempts + 1, looked_again: false };
+                    }
+                    Verdict::Settle(Outcome::Paused(_)) => history.looked_again = false,
+                    Verdict::Settle(Outcome::Dead(_)) => {
+                        ended = true;
+                        break;
+                    }
+                    Verdict::Settle(outcome) => prop_assert!(false, "a failure is no {outcome:?}"),
+                }
+            }
+            prop_assert!(ended);
+            prop_assert!(usize::try_from(history.attempts).unwrap() <= delays);
+        }
+
         #[test]
         fn pauses_grow_within_their_window(first in 1u64..1000, longest in 1000u64..60_000) {
             let (first, longest) = (Duration::from_millis(first), Duration::from_millis(longest));

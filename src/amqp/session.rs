@@ -94,9 +94,10 @@ enum Done {
 impl Session {
     /// Runs until something ends it. `shutdown` asks for a graceful end.
     pub async fn run(&self, shutdown: &CancellationToken) -> (End, Report) {
-        let link = match Link::open(&self.settings).await {
-            Ok(link) => link,
-            Err(error) => return (End::Lost(error), Report::default()),
+        let link = match shutdown.run_until_cancelled(Link::open(&self.settings)).await {
+            Some(Ok(link)) => link,
+            Some(Err(error)) => return (End::Lost(error), Report::default()),
+            None => return (End::Stopped, Report::default()),
         };
         self.metrics.connected(true);
         self.status.set(State::StandingBy);
@@ -252,22 +253,13 @@ impl Session {
         let settings = &self.settings;
         let succeeded = match outcome {
             Outcome::Synced(_) | Outcome::Skipped(_) => Ok(()),
-            Outcome::Delayed { level, charged, .. } => match settings.delays.get(*level) {
-                Some(delay) => {
-                    let properties = envelope.for_delay(envelope.attempts + u32::from(*charged));
-                    publisher
-                        .publish(&settings.retry_exchange(), &delay.name, &delivery.data, properties)
-                        .await
-                }
-                // No delay is configured: what waits for budget goes back to the front of the queue.
-                None => {
-                    let options = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
-                    return match delivery.nack(options).await {
-                        Ok(_) => Done::HandedBack,
-                        Err(error) => Done::Failed(error.into()),
-                    };
-                }
-            },
+            Outcome::Delayed { level, charged, .. } => {
+                let Some(delay) = settings.delays.get(*level) else {
+                    return give_back(delivery).await;
+                };
+                let properties = envelope.for_delay(envelope.attempts + u32::from(*charged));
+                publisher.publish(&settings.retry_exchange(), &delay.name, &delivery.data, properties).await
+            }
             Outcome::Dead(dead) => {
                 let properties = envelope.for_dead_letter(dead, Timestamp::now());
                 publisher.publish(&settings.dead(), &envelope.routing_key, &delivery.data, properties).await
@@ -308,6 +300,15 @@ fn finished(
         Done::HandedBack => None,
         Done::Paused(cause) => Some(End::Paused(cause)),
         Done::Failed(error) => Some(End::Lost(error)),
+    }
+}
+
+/// Without delay queues, what waits for budget goes back to the front of the queue.
+async fn give_back(delivery: &Delivery) -> Done {
+    let options = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
+    match delivery.nack(options).await {
+        Ok(_) => Done::HandedBack,
+        Err(error) => Done::Failed(error.into()),
     }
 }
 

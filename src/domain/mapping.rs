@@ -348,6 +348,7 @@ fn name_new_leads(desired: &mut Desired) {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use proptest::prelude::*;
     use serde_json::json;
 
     use super::*;
@@ -476,6 +477,52 @@ pub(crate) mod tests {
         assert_eq!(desired.contact[&Field::Custom(FieldId::new("cf_user"))].value, json!("5"));
         assert_eq!(desired.lead[&Field::Custom(FieldId::new("cf_company"))].value, json!("9"));
         assert_eq!(desired.contact[&Field::Name].value, json!("é".repeat(MAX_TEXT)));
+    }
+
+    /// Any JSON of little depth.
+    fn some_json() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            ".{0,12}".prop_map(Value::from),
+            "[a-z]{1,5}@[a-z]{1,5}\\.test".prop_map(Value::from),
+        ];
+        leaf.prop_recursive(3, 12, 4, |inner| {
+            prop_oneof![
+                proptest::collection::vec(inner.clone(), 0..3).prop_map(Value::from),
+                proptest::collection::btree_map("[a-z]{1,4}|id|name", inner, 0..3)
+                    .prop_map(|map| Value::Object(map.into_iter().collect())),
+            ]
+        })
+    }
+
+    proptest! {
+        /// Whatever producers send, what we want of Close has the shape Close asks for.
+        #[test]
+        fn any_event_maps_to_values_close_can_take(
+            user in some_json(), email in some_json(), phone in some_json(), website in some_json(),
+            name in some_json(), company in some_json(), plan in some_json(),
+        ) {
+            let event = json!({"userId": user, "traits": {
+                "email": email, "phone": phone, "website": website, "name": name, "title": name,
+                "company": company, "plan": plan,
+            }});
+            let Ok(desired) = mapping().apply(&Event { body: event }) else { return Ok(()) };
+            prop_assert!(desired.identity.user_id.is_some() || desired.identity.email.is_some());
+            for (field, wanted) in desired.lead.iter().chain(&desired.contact) {
+                let text = wanted.value.as_str();
+                let fits = if field.to_string() == "custom.cf_plan" {
+                    !wanted.value.is_object() && !wanted.value.is_null()
+                } else {
+                    text.is_some_and(|text| !text.is_empty() && text.chars().count() <= MAX_TEXT)
+                };
+                prop_assert!(fits, "{field}: {wanted:?}");
+            }
+            for (channel, wanted) in &desired.channels {
+                prop_assert!(wanted.value.as_str().is_some_and(|text| !text.is_empty()), "{channel}: {wanted:?}");
+            }
+        }
     }
 
     #[test]
