@@ -192,7 +192,7 @@ async fn an_unreachable_close_pauses_too() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_personal_is_logged_or_counted() {
-    let bench = Bench::new().await.set("RETRY_IN_PLACE", "300ms");
+    let bench = Bench::new().await.set("RETRY_IN_PLACE", "20s");
     bench.simulator.fault(Fault::new(status(500, When::AfterCommit)).on("PUT", "/contact/"));
     let refusal = json!({"error": "Secretname has an invalid phone +4930555123"});
     let effect = Effect::Status { code: 400, body: FaultBody::Exactly(refusal), when: When::BeforeCommit };
