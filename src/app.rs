@@ -129,9 +129,8 @@ async fn refuse_or_pause(session: &Session) -> Result<Option<PauseCause>, RunErr
         Err(obstacles) => {
             let lines: Vec<_> = obstacles.iter().map(ToString::to_string).collect();
             match obstacles.first().and_then(Obstacle::pause_cause) {
-                None | Some(PauseCause::Unreachable | PauseCause::PlanLimit) => {
-                    Ok(Some(PauseCause::Unreachable))
-                }
+                None => Ok(Some(PauseCause::Unreachable)),
+                Some(cause @ (PauseCause::Unreachable | PauseCause::PlanLimit)) => Ok(Some(cause)),
                 Some(PauseCause::LookupField) => Err(RunError::Configuration(lines.join("\n"))),
                 Some(PauseCause::Unauthorized | PauseCause::Forbidden) => {
                     Err(RunError::Configuration(format!(

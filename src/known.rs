@@ -1,11 +1,12 @@
 //! What earlier messages taught us about ids: a bounded memory that spares searches and, above all,
-//! remembers the records just created while search does not list them yet (`design.md` P2).
+//! remembers the records just created while search does not list them yet (`design.md` P2). It also
+//! remembers which creations were never answered, whatever became of the message that asked for them.
 //!
 //! Nothing in here is believed without reading the record: a Contact may have been moved, a Lead
 //! merged. An entry lives ten minutes at most, so that a record somebody made by hand in Close is
 //! found by the search that follows.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use moka::sync::Cache;
 
@@ -22,6 +23,7 @@ const CAPACITY: u64 = 50_000;
 pub struct Known {
     leads: Cache<String, LeadId>,
     people: Cache<Key, Contacts>,
+    doubts: Cache<Key, Instant>,
 }
 
 /// The Contacts remembered for a user id or an email.
@@ -38,6 +40,7 @@ impl Default for Known {
         Self {
             leads: Cache::builder().max_capacity(CAPACITY).time_to_live(LIFETIME).build(),
             people: Cache::builder().max_capacity(CAPACITY).time_to_live(LIFETIME).build(),
+            doubts: Cache::new(CAPACITY),
         }
     }
 }
@@ -77,6 +80,26 @@ impl Known {
         contacts.complete |= only;
         contacts.ids.push(id);
         self.people.insert(key, contacts);
+    }
+
+    /// A record with these keys may have been created without our knowing: until then, nothing found
+    /// by search is proof that it was not.
+    pub fn doubt(&self, keys: &[Key], until: Instant) {
+        for key in keys {
+            self.doubts.insert(key.clone(), until);
+        }
+    }
+
+    /// The creation was answered: what there is, is known.
+    pub fn settle_doubt(&self, keys: &[Key]) {
+        for key in keys {
+            self.doubts.invalidate(key);
+        }
+    }
+
+    /// Until when records with these keys are in doubt.
+    pub fn doubtful_until(&self, keys: &[Key]) -> Option<Instant> {
+        keys.iter().filter_map(|key| self.doubts.get(key)).max()
     }
 
     /// Forgets the Contacts of a person: one turned out wrong.

@@ -7,8 +7,9 @@
 //! **The lag guard.** Search does not list what was created a moment ago. So before a record is
 //! created because none was found, the answer must be younger than any creation it could have
 //! missed: our own are remembered ([`crate::known`]); for those of a predecessor, and for a POST
-//! whose answer was lost, the guard waits until search must have caught up, and looks again. In the
-//! normal case it costs nothing.
+//! whose answer was lost, the guard waits until search must have caught up, and looks again. The doubt
+//! about a lost answer belongs to the keys, not to the message: the next message about the same person
+//! has it too. In the normal case the guard costs nothing.
 //!
 //! This module never sees lapin.
 
@@ -125,17 +126,21 @@ impl Worker {
     pub async fn run(&self, job: &Job, attempts: u32, trusted_from: Instant) -> Outcome {
         let hold = self.0.settings.hold;
         let settled = tokio::time::timeout(hold, self.retry_in_place(job, attempts, trusted_from)).await;
-        settled.unwrap_or_else(|_| Outcome::Delayed {
-            level: 0,
-            charged: false,
-            cause: format!("held for {} s, waiting for Close's rate limits", hold.as_secs()),
+        settled.unwrap_or_else(|_| {
+            // A creation may have been cut short: its doubt begins now.
+            let Inner { known, client, settings, .. } = &*self.0;
+            if known.doubtful_until(&job.keys()).is_some() {
+                known.doubt(&job.keys(), Instant::now() + client.timeout() + settings.search_lag);
+            }
+            let cause = format!("held for {} s, waiting for Close's rate limits", hold.as_secs());
+            Outcome::Delayed { level: 0, charged: false, cause }
         })
     }
 
     async fn retry_in_place(&self, job: &Job, attempts: u32, trusted_from: Instant) -> Outcome {
         let policy = &self.0.settings.retry;
         let mut pauses = Pauses::in_place(policy);
-        let mut sync = Sync { worker: self, desired: &job.desired, trusted_from };
+        let sync = Sync { worker: self, desired: &job.desired, keys: job.keys(), trusted_from };
         let mut history = History { attempts, looked_again: false };
         loop {
             let failure = match sync.once().await {
@@ -184,7 +189,9 @@ impl Worker {
         if !suspicious {
             return None;
         }
-        preflight::run(&self.0.client, keys).await.err()?.pause_cause()
+        // An answer that says neither is no reason to give the message up.
+        let obstacle = preflight::run(&self.0.client, keys).await.err()?;
+        Some(obstacle.pause_cause().unwrap_or(PauseCause::Unreachable))
     }
 }
 
@@ -196,13 +203,13 @@ fn undecodable(malformed: &Malformed) -> DeadLetter {
 struct Sync<'a> {
     worker: &'a Worker,
     desired: &'a Desired,
-    /// Moves on when the answer to a POST is lost.
+    keys: Vec<Key>,
     trusted_from: Instant,
 }
 
 impl Sync<'_> {
     /// Looks up, plans, writes; stops at the first failure.
-    async fn once(&mut self) -> Result<Outcome, Failure> {
+    async fn once(&self) -> Result<Outcome, Failure> {
         let Inner { settings, client, known, metrics } = &*self.worker.0;
         let close = Resolver { client, known, keys: &settings.mapping.keys, switches: &settings.switches };
         let (resolved, plan) = loop {
@@ -210,11 +217,12 @@ impl Sync<'_> {
             let look_up = |error| Failure { stage: Stage::LookUp, error };
             let resolved = close.resolve(self.desired).await.map_err(look_up)?;
             let plan = plan(self.desired, &resolved.found, settings.switches);
-            if !plan.creates() || asked >= self.trusted_from {
+            let trusted_from = known.doubtful_until(&self.keys).max(Some(self.trusted_from));
+            let Some(trusted_from) = trusted_from.filter(|from| plan.creates() && asked < *from) else {
                 break (resolved, plan);
-            }
+            };
             metrics.lag_guard_waited();
-            tokio::time::sleep_until(self.trusted_from.into()).await;
+            tokio::time::sleep_until(trusted_from.into()).await;
         };
 
         let mut effect = Effect::Unchanged;
@@ -235,7 +243,7 @@ impl Sync<'_> {
 
     /// Carries out one step. When Close refuses optional values, once more without them.
     async fn write(
-        &mut self,
+        &self,
         step: &Step,
         found: &Found,
         dropped: &mut Vec<Dropped>,
@@ -265,12 +273,16 @@ impl Sync<'_> {
     }
 
     /// One call, and what it teaches.
-    async fn send(&mut self, step: &Step, found: &Found) -> Result<Effect, CloseError> {
+    async fn send(&self, step: &Step, found: &Found) -> Result<Effect, CloseError> {
         let Inner { client, known, settings, .. } = &*self.worker.0;
         let person = &self.desired.identity;
         let learn_contact = |id: &ContactId, only: bool| {
             person.person().for_each(|key| known.learn_created(key, id.clone(), only));
         };
+        if step.creates() {
+            // Before the call: it may be dropped at any moment, and happen all the same.
+            known.doubt(&self.keys, Instant::now() + client.timeout() + settings.search_lag);
+        }
         let result = match step {
             Step::CreateLead { lead, contact } => {
                 client.create_lead(lead, contact.as_ref()).await.map(|(lead, contact)| {
@@ -301,11 +313,13 @@ impl Sync<'_> {
                 Effect::Updated
             }),
         };
-        if let Err(error) = &result
-            && step.creates()
-            && error.outcome_unknown()
-        {
-            self.trusted_from = Instant::now() + settings.search_lag;
+        if step.creates() {
+            match &result {
+                Err(error) if error.outcome_unknown() => {
+                    known.doubt(&self.keys, Instant::now() + settings.search_lag);
+                }
+                Ok(_) | Err(_) => known.settle_doubt(&self.keys),
+            }
         }
         result
     }

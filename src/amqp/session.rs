@@ -170,9 +170,9 @@ impl Session {
         report.handed_back = received - report.settled;
         self.metrics.load(0, 0);
         self.metrics.handed_back(report.handed_back);
-        if !matches!(end, End::Lost(_)) {
-            link.close().await;
-        }
+        // Closed, not dropped, also when only half of it is lost: dropping a consumer cancels it. A
+        // broker that says nothing any more is not waited for.
+        let _ = tokio::time::timeout(Duration::from_secs(5), link.close()).await;
         (end, report)
     }
 

@@ -241,6 +241,11 @@ impl Client {
         Ok(Self(Arc::new(inner)))
     }
 
+    /// How long one call may take.
+    pub fn timeout(&self) -> Duration {
+        self.0.settings.timeout
+    }
+
     /// Whose key this is; also the credential check.
     pub async fn me(&self) -> Result<User, CloseError> {
         let me: wire::Me = self.request(Endpoint::Me, "me/", None).await?;

@@ -144,6 +144,25 @@ async fn a_lost_answer_doubles_nothing() {
     }
 }
 
+/// The message whose creation was never answered is given up for now; the next one about the same
+/// person must not make the record a second time.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_doubt_about_a_lost_answer_outlives_its_message() {
+    let settings = Settings { search_lag: "1s".parse().unwrap(), ..Settings::fast() };
+    let bench = Bench::with(settings).await.set("CLOSE_SEARCH_LAG", "2s").set("RETRY_IN_PLACE", "0s");
+    let worker = bench.worker().await;
+    // Past the guard of the start.
+    bench.publish(&[identify("u0", json!({}))]).await;
+    worker.settled(1).await;
+
+    bench.simulator.fault(Fault::new(status(502, When::AfterCommit)).on("POST", "/lead/").times(1));
+    bench.publish(&[identify("u1", json!({"title": "One"})), identify("u1", json!({"title": "Two"}))]).await;
+    let metrics = worker.settled(4).await;
+    assert_eq!(metrics.outcome("delayed"), 1);
+    assert_eq!((bench.simulator.leads().len(), bench.simulator.contacts().len()), (2, 2), "{}", worker.log());
+    worker.terminate().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_revoked_key_pauses_and_costs_no_message_anything() {
     let bench = Bench::new().await;
