@@ -6,7 +6,7 @@
 //! instead, so that messages wait in the queue without being touched (`design.md` P5).
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use tokio::net::TcpListener;
@@ -73,6 +73,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<Report, 
     result
 }
 
+/// A session that stood this long was a good one, also without messages.
+const STABLE: Duration = Duration::from_mins(1);
+
 async fn supervise(session: &Session, shutdown: &CancellationToken) -> Result<Report, RunError> {
     let mut total = Report::default();
     let mut reconnects = Pauses::reconnect();
@@ -84,13 +87,16 @@ async fn supervise(session: &Session, shutdown: &CancellationToken) -> Result<Re
         pause(session, cause, &mut probes, shutdown).await;
     }
     while !shutdown.is_cancelled() {
+        let began = Instant::now();
         let (end, report) = session.run(shutdown).await;
         total.settled += report.settled;
         total.handed_back += report.handed_back;
         if report.settled > 0 {
-            // It worked for a while: what comes now is a new incident.
-            reconnects.reset();
             probes.reset();
+        }
+        if report.settled > 0 || began.elapsed() > STABLE {
+            // It worked, or stood by, for a while: what comes now is a new incident.
+            reconnects.reset();
             lost = false;
         }
         match end {
@@ -128,6 +134,7 @@ async fn refuse_or_pause(session: &Session) -> Result<Option<PauseCause>, RunErr
         }
         Err(obstacles) => {
             let lines: Vec<_> = obstacles.iter().map(ToString::to_string).collect();
+            tracing::error!(obstacle = lines.join("; "), "Close cannot be worked with");
             match obstacles.first().and_then(Obstacle::pause_cause) {
                 None => Ok(Some(PauseCause::Unreachable)),
                 Some(cause @ (PauseCause::Unreachable | PauseCause::PlanLimit)) => Ok(Some(cause)),

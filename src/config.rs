@@ -167,7 +167,11 @@ impl Config {
             .read(need)
             .ok_or(())
             .and_then(|config| {
-                if problems.is_empty() { Ok(Self { effective: settings.clone(), ..config }) } else { Err(()) }
+                if problems.is_empty() {
+                    Ok(Self { effective: mask(settings.clone()), ..config })
+                } else {
+                    Err(())
+                }
             })
             .map_err(|()| {
                 problems.sort_by(|a, b| a.key.cmp(&b.key));
@@ -178,17 +182,21 @@ impl Config {
 
     /// The settings in force as TOML, secrets masked.
     pub fn show(&self) -> String {
-        let mut table = self.effective.clone();
-        if let Some(Value::String(key)) = leaf_mut(&mut table, "close.api_key")
-            && !key.is_empty()
-        {
-            *key = "***".into();
-        }
-        if let Some(Value::String(url)) = leaf_mut(&mut table, "amqp.url") {
-            *url = masked(url);
-        }
-        toml::to_string(&table).unwrap_or_default()
+        toml::to_string(&self.effective).unwrap_or_default()
     }
+}
+
+/// The settings with their secrets hidden.
+fn mask(mut settings: Table) -> Table {
+    if let Some(Value::String(key)) = leaf_mut(&mut settings, "close.api_key")
+        && !key.is_empty()
+    {
+        *key = "***".into();
+    }
+    if let Some(Value::String(url)) = leaf_mut(&mut settings, "amqp.url") {
+        *url = masked(url);
+    }
+    settings
 }
 
 /// A broker URL without its password.
@@ -376,6 +384,9 @@ impl Reader<'_> {
         let max_message_bytes = self.number("worker.max_message_bytes", 1, 1 << 30);
         let search_lag = self.duration("close.search_lag", Duration::ZERO);
         let hold = self.duration("worker.hold", Duration::from_secs(1));
+        if in_place.zip(hold).is_some_and(|(in_place, hold)| in_place >= hold) {
+            self.problem("retry.in_place", "must be shorter than `worker.hold`");
+        }
         Some(worker::Settings {
             mapping: mapping?,
             switches: switches?,
@@ -495,6 +506,13 @@ impl Reader<'_> {
             self.problem("retry.delays", "must be a list of durations like `[\"30s\", \"2m\"]`");
         }
         let delays = delays?;
+        if delays.is_empty() {
+            self.problem(
+                "retry.delays",
+                "must have one delay at least: messages that wait for rate limits go there",
+            );
+            return None;
+        }
         if !delays.is_sorted_by(|a, b| a.duration < b.duration) {
             self.problem("retry.delays", "must grow: the shortest delay first, none twice");
             return None;

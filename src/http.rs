@@ -54,7 +54,7 @@ pub async fn probe(addr: SocketAddr) -> anyhow::Result<()> {
     let ip = if addr.ip().is_unspecified() { std::net::Ipv4Addr::LOCALHOST.into() } else { addr.ip() };
     let url = format!("http://{}/healthz", SocketAddr::new(ip, addr.port()));
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let client = reqwest::Client::builder().timeout(Duration::from_secs(3)).build()?;
+    let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(3)).build()?;
     client.get(&url).send().await?.error_for_status()?;
     Ok(())
 }

@@ -48,7 +48,12 @@ impl Resolver<'_> {
         let found = match &person.company_id {
             _ if people.contacts.is_empty() => Found::Nobody,
             Some(company_id) => {
-                matching::adopt(self.with_leads(people.contacts).await?, company_id, self.keys)
+                let found = matching::adopt(self.with_leads(people.contacts).await?, company_id, self.keys);
+                // The company's Lead, which search does not know yet.
+                if let Found::InLead { lead, adopted: false, .. } = &found {
+                    self.known.learn_lead(company_id, lead.id.clone());
+                }
+                found
             }
             None if desired.lead.values().any(|wanted| wanted.write != WriteRule::OnCreate) => {
                 Found::Anywhere { people: self.with_leads(people.contacts).await? }
@@ -122,14 +127,22 @@ impl Resolver<'_> {
     /// found by.
     async fn search_person(self, person: &Identity) -> Result<Vec<ContactId>, CloseError> {
         let user = self.keys.user.as_ref().zip(person.user_id.as_deref());
-        let mut candidates = self.client.find_contacts(user, person.email.as_deref()).await?;
+        let hits = self.client.find_contacts(user, person.email.as_deref()).await?;
+        let mut candidates = hits.contacts;
+        let is_user = |contact: &Contact| compare(contact, person, self.keys) == Likeness::SameUser;
+        // An email many people share fills the page; the person may be on the next one.
+        if hits.more && user.is_some() && !candidates.iter().any(is_user) {
+            candidates.extend(self.client.find_contacts(user, None).await?.contacts);
+        }
         candidates.sort_by(|a, b| (&a.date_created, &a.id).cmp(&(&b.date_created, &b.id)));
         let with = |likeness: Likeness| -> Vec<ContactId> {
             let alike = candidates.iter().filter(|contact| compare(contact, person, self.keys) == likeness);
             alike.map(|contact| contact.id.clone()).take(MAX_CONTACTS).collect()
         };
-        let (by_user, by_email, conflicts) =
-            (with(Likeness::SameUser), with(Likeness::SameEmail), with(Likeness::Conflict));
+        let by_user = with(Likeness::SameUser);
+        // Someone else's Contact with the email is no match for this person, but may be for an event
+        // that names only the email.
+        let by_email = [with(Likeness::SameEmail), with(Likeness::Conflict)].concat();
         if let Some(user_id) = &person.user_id {
             self.known.learn_contacts(Key::User(user_id.clone()), by_user.clone());
         }
@@ -138,7 +151,7 @@ impl Resolver<'_> {
         {
             self.known.learn_contacts(Key::Email(email.clone()), by_email.clone());
         }
-        Ok([by_user, by_email, conflicts].concat())
+        Ok([by_user, by_email].concat())
     }
 
     /// Each Contact with its Lead, every Lead read once.

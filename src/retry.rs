@@ -15,7 +15,7 @@ use backoff::backoff::Backoff as _;
 use backoff::{ExponentialBackoff, ExponentialBackoffBuilder};
 
 use crate::close::CloseError;
-use crate::outcome::{DeadLetter, Failure, Outcome, PauseCause, Reason};
+use crate::outcome::{DeadLetter, Failure, Outcome, PauseCause, Reason, Stage};
 
 /// How patient we are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,6 +96,10 @@ pub fn settle(failure: &Failure, history: History, pause: Option<Duration>, poli
     match &failure.error {
         CloseError::Unauthorized => Verdict::Settle(Outcome::Paused(PauseCause::Unauthorized)),
         CloseError::PlanLimit => Verdict::Settle(Outcome::Paused(PauseCause::PlanLimit)),
+        // Nothing a message says decides whether its records may be looked up.
+        CloseError::Forbidden if failure.stage == Stage::LookUp => {
+            Verdict::Settle(Outcome::Paused(PauseCause::Forbidden))
+        }
         CloseError::Forbidden => dead(Reason::Forbidden, None),
         CloseError::Rejected(rejection) => {
             dead(Reason::Rejected, rejection.fields.first().map(|field| field.path.join(".")))
@@ -125,7 +129,6 @@ mod tests {
 
     use super::*;
     use crate::close::{Fault, Rejection};
-    use crate::outcome::Stage;
 
     fn policy() -> Policy {
         Policy { in_place: Duration::from_secs(30), delays: vec![Duration::from_secs(30); 4] }

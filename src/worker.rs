@@ -26,7 +26,7 @@ use crate::known::Known;
 use crate::metrics::Metrics;
 use crate::outcome::{DeadLetter, Effect, Failure, Outcome, PauseCause, Reason, Skip, Stage};
 use crate::preflight;
-use crate::resolve::Resolver;
+use crate::resolve::{Resolved, Resolver};
 use crate::retry::{self, History, Pauses, Policy, Verdict};
 
 /// How messages are worked on.
@@ -152,10 +152,11 @@ impl Worker {
                 }
                 Err(failure) => failure,
             };
-            if let Some(cause) = self.systemic(&failure).await {
+            let pause = pauses.next_pause();
+            if let Some(cause) = self.systemic(&failure, history, pause.is_none()).await {
                 return Outcome::Paused(cause);
             }
-            match retry::settle(&failure, history, pauses.next_pause(), policy) {
+            match retry::settle(&failure, history, pause, policy) {
                 Verdict::Settle(outcome) => return outcome,
                 Verdict::Again(pause) => {
                     tracing::debug!(stage = failure.stage.label(), error = %failure.error, ?pause, "trying again");
@@ -167,8 +168,8 @@ impl Worker {
         }
     }
 
-    /// A refusal may be about this message or about everything. When it could be the latter, ask.
-    async fn systemic(&self, failure: &Failure) -> Option<PauseCause> {
+    /// A failure may be about this message or about everything. When it could be the latter, ask.
+    async fn systemic(&self, failure: &Failure, history: History, last_try: bool) -> Option<PauseCause> {
         let keys = &self.0.settings.mapping.keys;
         let about_keys = |path: &[String]| {
             let last = path.last().and_then(|name| name.strip_prefix("custom."));
@@ -180,11 +181,10 @@ impl Worker {
             CloseError::Rejected(rejection) => {
                 failure.stage == Stage::LookUp || rejection.fields.iter().any(|field| about_keys(&field.path))
             }
-            CloseError::Unauthorized
-            | CloseError::PlanLimit
-            | CloseError::NotFound
-            | CloseError::Unreachable
-            | CloseError::Transient(_) => false,
+            // Before a message pays for it.
+            CloseError::NotFound => history.looked_again,
+            CloseError::Transient(_) => last_try,
+            CloseError::Unauthorized | CloseError::PlanLimit | CloseError::Unreachable => false,
         };
         if !suspicious {
             return None;
@@ -218,7 +218,10 @@ impl Sync<'_> {
             let resolved = close.resolve(self.desired).await.map_err(look_up)?;
             let plan = plan(self.desired, &resolved.found, settings.switches);
             let trusted_from = known.doubtful_until(&self.keys).max(Some(self.trusted_from));
-            let Some(trusted_from) = trusted_from.filter(|from| plan.creates() && asked < *from) else {
+            // An adopted Lead was chosen because the company was not found: that needs proof as well.
+            let adopts = matches!(resolved.found, Found::InLead { adopted: true, .. });
+            let needs_proof = adopts || plan.creates();
+            let Some(trusted_from) = trusted_from.filter(|from| needs_proof && asked < *from) else {
                 break (resolved, plan);
             };
             metrics.lag_guard_waited();
@@ -228,7 +231,7 @@ impl Sync<'_> {
         let mut effect = Effect::Unchanged;
         let mut dropped: Vec<Dropped> = self.desired.dropped.clone();
         for step in &plan.steps {
-            let done = self.write(step, &resolved.found, &mut dropped).await;
+            let done = self.write(step, &resolved, &mut dropped).await;
             effect = effect.min(done.map_err(|error| Failure { stage: Stage::Write, error })?);
         }
         metrics.decided(&dropped, &plan.refused, resolved.conflicts);
@@ -245,10 +248,10 @@ impl Sync<'_> {
     async fn write(
         &self,
         step: &Step,
-        found: &Found,
+        resolved: &Resolved,
         dropped: &mut Vec<Dropped>,
     ) -> Result<Effect, CloseError> {
-        let refused = match self.send(step, found).await {
+        let refused = match self.send(step, resolved).await {
             Err(CloseError::Rejected(rejection)) => rejection,
             done => return done,
         };
@@ -267,19 +270,22 @@ impl Sync<'_> {
         if spared.is_empty() {
             return Err(CloseError::Rejected(refused));
         }
-        let done = if rest.is_empty() { Effect::Unchanged } else { self.send(&rest, found).await? };
+        let done = if rest.is_empty() { Effect::Unchanged } else { self.send(&rest, resolved).await? };
         dropped.append(&mut spared);
         Ok(done)
     }
 
     /// One call, and what it teaches.
-    async fn send(&self, step: &Step, found: &Found) -> Result<Effect, CloseError> {
+    async fn send(&self, step: &Step, resolved: &Resolved) -> Result<Effect, CloseError> {
         let Inner { client, known, settings, .. } = &*self.worker.0;
         let person = &self.desired.identity;
         let learn_contact = |id: &ContactId, only: bool| {
             person.person().for_each(|key| known.learn_created(key, id.clone(), only));
         };
-        if step.creates() {
+        let adopts = matches!(step, Step::UpdateLead { .. })
+            && matches!(resolved.found, Found::InLead { adopted: true, .. });
+        let matters = adopts || step.creates();
+        if matters {
             // Before the call: it may be dropped at any moment, and happen all the same.
             known.doubt(&self.keys, Instant::now() + client.timeout() + settings.search_lag);
         }
@@ -291,7 +297,7 @@ impl Sync<'_> {
                         known.learn_lead(company_id, lead);
                     }
                     if let Some(contact) = contact {
-                        learn_contact(&contact, *found == Found::Nobody);
+                        learn_contact(&contact, resolved.found == Found::Nobody && resolved.conflicts == 0);
                     }
                     Effect::Created
                 })
@@ -303,7 +309,7 @@ impl Sync<'_> {
             }),
             Step::UpdateLead { id, changes } => client.update_lead(id, changes).await.map(|()| {
                 tracing::debug!(lead.id = %id, "updated a Lead");
-                if let (Found::InLead { adopted: true, .. }, Some(company_id)) = (found, &person.company_id) {
+                if let Some(company_id) = person.company_id.as_deref().filter(|_| adopts) {
                     known.learn_lead(company_id, id.clone());
                 }
                 Effect::Updated
@@ -313,7 +319,7 @@ impl Sync<'_> {
                 Effect::Updated
             }),
         };
-        if step.creates() {
+        if matters {
             match &result {
                 Err(error) if error.outcome_unknown() => {
                     known.doubt(&self.keys, Instant::now() + settings.search_lag);

@@ -11,7 +11,7 @@ use lapin::{BasicProperties, Channel, Confirmation, Connection, PublisherConfirm
 use super::BrokerError;
 
 /// How long a confirm may take. During an alarm the broker takes nothing; the original is held then.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// AMQP's mark for a message that survives a restart of the broker.
 const PERSISTENT: u8 = 2;

@@ -20,9 +20,9 @@ use std::time::{Duration, Instant};
 use futures_util::{FutureExt, Stream, StreamExt, stream};
 use jiff::Timestamp;
 use lapin::message::Delivery;
-use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions};
+use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions};
 use lapin::types::FieldTable;
-use lapin::{Channel, Connection, Event};
+use lapin::{BasicProperties, Channel, Connection, Event};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
@@ -35,6 +35,7 @@ use crate::lanes::{Lanes, Ticket};
 use crate::metrics::Metrics;
 use crate::outcome::{DeadLetter, Outcome, PauseCause, Reason, Stage};
 use crate::panics;
+use crate::retry::Pauses;
 use crate::state::{State, Status};
 use crate::worker::{Job, Prepared, Worker};
 
@@ -108,8 +109,9 @@ impl Session {
     }
 
     async fn consume(&self, mut link: Link, shutdown: &CancellationToken) -> (End, Report) {
-        // What a predecessor created until now may be missing from search for this long.
-        let trusted_from = Instant::now() + self.worker.settings().search_lag;
+        // A predecessor may have worked until our first delivery: what it created can be missing from
+        // search for this long after it. A standby may have waited for hours before.
+        let mut trusted_from = None;
         let stop = CancellationToken::new();
         let mut lanes: Lanes<Key, Incoming> = Lanes::default();
         let mut tasks = JoinSet::new();
@@ -120,13 +122,9 @@ impl Session {
             while tasks.len() < self.concurrency
                 && let Some((ticket, incoming)) = lanes.start()
             {
-                tasks.spawn(self.clone().task(
-                    ticket,
-                    incoming,
-                    link.publisher.clone(),
-                    trusted_from,
-                    stop.clone(),
-                ));
+                let trusted_from = trusted_from.unwrap_or_else(Instant::now);
+                let publisher = link.publisher.clone();
+                tasks.spawn(self.clone().task(ticket, incoming, publisher, trusted_from, stop.clone()));
             }
             self.metrics.load(tasks.len(), lanes.waiting());
             tokio::select! {
@@ -141,6 +139,7 @@ impl Session {
                 delivery = link.deliveries.next() => match delivery {
                     Some(Ok(delivery)) => {
                         received += 1;
+                        trusted_from.get_or_insert_with(|| Instant::now() + self.worker.settings().search_lag);
                         self.receive(delivery, &mut lanes);
                     }
                     Some(Err(error)) => break End::Lost(error.into()),
@@ -161,7 +160,12 @@ impl Session {
                     let _ = finished(done, &mut lanes, &mut report);
                 }
             };
-            let _ = tokio::time::timeout(self.grace, finish).await;
+            let finish = tokio::time::timeout(self.grace, finish);
+            // Without a connection the standby is at work already.
+            tokio::select! {
+                _ = finish => {}
+                _ = link.trouble.next() => {}
+            }
         }
         stop.cancel();
         while let Some(done) = tasks.join_next().await {
@@ -179,7 +183,9 @@ impl Session {
     fn receive(&self, delivery: Delivery, lanes: &mut Lanes<Key, Incoming>) {
         self.status.set(State::Consuming);
         let envelope = Envelope::of(&delivery, Timestamp::now());
-        let prepared = self.worker.prepare(&delivery.data);
+        let prepare = AssertUnwindSafe(|| self.worker.prepare(&delivery.data));
+        let prepared = std::panic::catch_unwind(prepare)
+            .unwrap_or_else(|_| Prepared::Settled(Outcome::Dead(defect(Stage::Map))));
         let keys = match &prepared {
             Prepared::Job(job) => job.keys(),
             Prepared::Settled(_) => Vec::new(),
@@ -215,7 +221,7 @@ impl Session {
                 }
             };
             log(&outcome, started.elapsed());
-            let done = self.settle(&delivery, &envelope, &outcome, &publisher).await;
+            let done = self.settle(&delivery, &envelope, &outcome, &publisher, &stop).await;
             if matches!(done, Done::Settled) {
                 self.metrics.settled(&outcome, started.elapsed());
             }
@@ -228,18 +234,7 @@ impl Session {
     /// Does the work; a panic costs only this message.
     async fn guarded(&self, job: &Job, attempts: u32, trusted_from: Instant) -> Outcome {
         let work = AssertUnwindSafe(self.worker.run(job, attempts, trusted_from));
-        work.catch_unwind().await.unwrap_or_else(|_| {
-            Outcome::Dead(DeadLetter {
-                reason: Reason::Internal,
-                stage: Stage::Write,
-                error: format!(
-                    "close-sync {} panicked at {}",
-                    env!("CARGO_PKG_VERSION"),
-                    panics::last_location()
-                ),
-                field: None,
-            })
-        })
+        work.catch_unwind().await.unwrap_or_else(|_| Outcome::Dead(defect(Stage::Write)))
     }
 
     /// Publishes the successor, if there is one, then acks.
@@ -249,25 +244,29 @@ impl Session {
         envelope: &Envelope,
         outcome: &Outcome,
         publisher: &Publisher,
+        stop: &CancellationToken,
     ) -> Done {
         let settings = &self.settings;
         let succeeded = match outcome {
-            Outcome::Synced(_) | Outcome::Skipped(_) => Ok(()),
+            Outcome::Synced(_) | Outcome::Skipped(_) => Some(Ok(())),
             Outcome::Delayed { level, charged, .. } => {
-                let Some(delay) = settings.delays.get(*level) else {
-                    return give_back(delivery).await;
-                };
+                // The configuration asks for one delay at least.
+                let Some(delay) = settings.delays.get(*level) else { return Done::HandedBack };
                 let properties = envelope.for_delay(envelope.attempts + u32::from(*charged));
-                publisher.publish(&settings.retry_exchange(), &delay.name, &delivery.data, properties).await
+                let exchange = settings.retry_exchange();
+                self.publish(publisher, &exchange, &delay.name, &delivery.data, properties, stop).await
             }
             Outcome::Dead(dead) => {
                 let properties = envelope.for_dead_letter(dead, Timestamp::now());
-                publisher.publish(&settings.dead(), &envelope.routing_key, &delivery.data, properties).await
+                // A fanout needs no key; the producer's is in a header, where any length fits.
+                self.publish(publisher, &settings.dead(), "", &delivery.data, properties, stop).await
             }
             Outcome::Paused(cause) => return Done::Paused(*cause),
         };
-        if let Err(error) = succeeded {
-            return Done::Failed(error);
+        match succeeded {
+            Some(Ok(())) => {}
+            Some(Err(error)) => return Done::Failed(error),
+            None => return Done::HandedBack,
         }
         match delivery.ack(BasicAckOptions::default()).await {
             Ok(true) => Done::Settled,
@@ -278,6 +277,33 @@ impl Session {
             }
             Err(error) => Done::Failed(error.into()),
         }
+    }
+
+    /// Publishes a successor. The original is held for as long as it takes: during an alarm the broker
+    /// takes nothing, and a full queue refuses. `None` when the session ends meanwhile.
+    async fn publish(
+        &self,
+        publisher: &Publisher,
+        exchange: &str,
+        key: &str,
+        body: &[u8],
+        properties: BasicProperties,
+        stop: &CancellationToken,
+    ) -> Option<Result<(), BrokerError>> {
+        let mut pauses = Pauses::reconnect();
+        let held = async {
+            loop {
+                let sent = publisher.send(exchange, key, body, properties.clone()).await?;
+                match sent.confirmed().await {
+                    Err(BrokerError::Unconfirmed(why)) => {
+                        tracing::warn!(exchange, why, "a message is held until RabbitMQ takes its successor");
+                        tokio::time::sleep(pauses.next_pause().unwrap_or_default()).await;
+                    }
+                    settled => return settled,
+                }
+            }
+        };
+        stop.run_until_cancelled(held).await
     }
 }
 
@@ -303,13 +329,10 @@ fn finished(
     }
 }
 
-/// Without delay queues, what waits for budget goes back to the front of the queue.
-async fn give_back(delivery: &Delivery) -> Done {
-    let options = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
-    match delivery.nack(options).await {
-        Ok(_) => Done::HandedBack,
-        Err(error) => Done::Failed(error.into()),
-    }
+/// What a caught panic makes of its message.
+fn defect(stage: Stage) -> DeadLetter {
+    let error = format!("close-sync {} panicked at {}", env!("CARGO_PKG_VERSION"), panics::last_location());
+    DeadLetter { reason: Reason::Internal, stage, error, field: None }
 }
 
 /// One line per message, where it is settled.

@@ -9,7 +9,7 @@ use lapin::BasicProperties;
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, BufReader};
 
 use super::{Failure, INPUT};
-use crate::amqp::publisher::{Publisher, Sent};
+use crate::amqp::publisher::{self, Publisher, Sent};
 use crate::amqp::{self, BrokerError, Settings};
 use crate::domain::event::Event;
 
@@ -99,7 +99,7 @@ async fn publish_lines(
                 continue;
             }
         };
-        let key = event.as_ref().and_then(|event| event.text("type")).unwrap_or("identify");
+        let key = kind(event.as_ref());
         let properties = properties(event.as_ref());
         let sent = publisher.send(&settings.exchange, key, body, properties).await;
         under_way
@@ -121,7 +121,9 @@ async fn confirm(
     bar: &ProgressBar,
 ) -> Result<(), Failure> {
     if let Some((number, sent)) = under_way.pop_front() {
-        let confirmed = sent.confirmed().await;
+        let confirmed = tokio::time::timeout(publisher::PATIENCE, sent.confirmed()).await;
+        let confirmed =
+            confirmed.unwrap_or(Err(BrokerError::Unconfirmed("no answer in time, is an alarm raised?")));
         confirmed.map_err(|error| explain(&error, number, counts.published, settings))?;
         counts.published += 1;
         bar.set_message(format!("{} published", counts.published));
@@ -145,16 +147,19 @@ fn explain(error: &BrokerError, line: usize, published: u64, settings: &Settings
     ))
 }
 
+/// The event's type, which is also the routing key. AMQP bounds both to 255 bytes.
+fn kind(event: Option<&Event>) -> &str {
+    event.and_then(|event| event.text("type")).filter(|kind| kind.len() <= 255).unwrap_or("identify")
+}
+
 fn properties(event: Option<&Event>) -> BasicProperties {
     let message_id = event.and_then(Event::message_id).map(str::to_owned);
     let message_id =
         message_id.filter(|id| id.len() <= 255).unwrap_or_else(|| uuid::Uuid::now_v7().to_string());
-    let kind =
-        event.and_then(|event| event.text("type")).filter(|kind| kind.len() <= 255).unwrap_or("identify");
     let time = event.and_then(Event::time).unwrap_or_else(Timestamp::now);
     BasicProperties::default()
         .with_message_id(message_id.into())
-        .with_type(kind.into())
+        .with_type(kind(event).into())
         .with_timestamp(u64::try_from(time.as_second()).unwrap_or(0))
         .with_content_type("application/json".into())
         .with_app_id("close-sync publish".into())

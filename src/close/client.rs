@@ -200,6 +200,15 @@ pub(super) enum Lookup<'a> {
     },
 }
 
+/// What a search for Contacts found.
+#[derive(Clone, Debug, Default)]
+pub struct Hits {
+    /// The oldest, at most a page of them.
+    pub contacts: Vec<Contact>,
+    /// Whether there are more than fit the page.
+    pub more: bool,
+}
+
 type Observer = Box<dyn Fn(Call) + Send + Sync>;
 
 /// A client of one Close organization. Clones share connections, gates and budget.
@@ -232,6 +241,8 @@ impl Client {
         let http = reqwest::Client::builder()
             .user_agent(concat!("close-sync/", env!("CARGO_PKG_VERSION")))
             .timeout(settings.timeout)
+            // Of its own, so that a call that was never sent is known as such.
+            .connect_timeout(settings.timeout / 2)
             // A redirect may lose the body of a POST (close-api.md §1).
             .redirect(reqwest::redirect::Policy::none())
             .build()?;
@@ -269,7 +280,7 @@ impl Client {
 
     /// Leads that may have the company id: candidates, to be compared again.
     pub async fn find_leads(&self, field: &FieldId, company_id: &str) -> Result<Vec<Lead>, CloseError> {
-        let rows = self.search(Lookup::Lead { field, company_id }).await?;
+        let (rows, _) = self.search(Lookup::Lead { field, company_id }).await?;
         Ok(rows.iter().filter_map(wire::read_lead).collect())
     }
 
@@ -278,23 +289,17 @@ impl Client {
         &self,
         user: Option<(&FieldId, &str)>,
         email: Option<&str>,
-    ) -> Result<Vec<Contact>, CloseError> {
-        let rows = self.search(Lookup::Contact { user, email }).await?;
-        Ok(rows.iter().filter_map(wire::read_contact).collect())
+    ) -> Result<Hits, CloseError> {
+        let (rows, more) = self.search(Lookup::Contact { user, email }).await?;
+        Ok(Hits { contacts: rows.iter().filter_map(wire::read_contact).collect(), more })
     }
 
-    /// One page is enough: it is sorted by age and the oldest ten are wanted. Only a flood of false
-    /// candidates could hide a true one, and `exact_value` keeps that out.
-    async fn search(&self, lookup: Lookup<'_>) -> Result<Vec<Value>, CloseError> {
+    /// One page, oldest first, and whether there are more.
+    async fn search(&self, lookup: Lookup<'_>) -> Result<(Vec<Value>, bool), CloseError> {
         let ask = async |mode| {
             let body = wire::search_body(&lookup, mode);
             let page: wire::SearchPage = self.request(Endpoint::Search, "data/search/", Some(body)).await?;
-            if page.cursor.is_some() {
-                tracing::warn!(
-                    "a look-up found more records than fit one page; only the oldest are considered"
-                );
-            }
-            Ok(page.data)
+            Ok((page.data, page.cursor.is_some()))
         };
         if self.0.phrase_only.load(Ordering::Relaxed) {
             return ask(TextMode::Phrase).await;
@@ -404,7 +409,9 @@ impl Client {
             404 => Err(CloseError::NotFound),
             429 => {
                 let told = answer.limit.filter(|limit| limit.remaining == 0).map(|limit| limit.reset);
-                permit.refused(told.or(answer.retry_after).unwrap_or(gate::DEFAULT_WAIT));
+                let wait = told.or(answer.retry_after).unwrap_or(gate::DEFAULT_WAIT);
+                // Whole seconds may be rounded down to none.
+                permit.refused(wait.max(gate::SHORTEST_WAIT));
                 Ok(None)
             }
             status @ 500..=599 => Err(CloseError::Transient(Fault::Status(status))),

@@ -27,6 +27,9 @@ const LONGEST_WAIT: Duration = Duration::from_mins(5);
 /// Wait this long after a 429 that does not say how long (close-api.md §2, Close's own client).
 pub const DEFAULT_WAIT: Duration = Duration::from_secs(2);
 
+/// Wait at least this long after a 429.
+pub const SHORTEST_WAIT: Duration = Duration::from_millis(250);
+
 impl RateLimit {
     /// Reads the headers of an answer: the present `RateLimit: limit=…, remaining=…, reset=…` with
     /// `,` or `;`, else the older `ratelimit-*` and `x-rate-limit-*` triples. Anything malformed

@@ -10,5 +10,5 @@ mod error;
 pub mod gate;
 mod wire;
 
-pub use client::{Call, Client, CustomField, Endpoint, Settings, StatusClass, User};
+pub use client::{Call, Client, CustomField, Endpoint, Hits, Settings, StatusClass, User};
 pub use error::{CloseError, Fault, FieldError, Rejection};

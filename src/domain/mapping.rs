@@ -300,8 +300,7 @@ fn channel_value(channel: Channel, value: &Value) -> Result<String, DropReason> 
     let value = text(value).ok_or(DropReason::NotAValue)?;
     match channel {
         Channel::Email => {
-            let plausible =
-                value.chars().count() <= MAX_EMAIL && email_address::EmailAddress::is_valid(&value);
+            let plausible = value.chars().count() <= MAX_EMAIL && is_address(&value);
             plausible.then_some(value).ok_or(DropReason::InvalidEmail)
         }
         Channel::Phone => {
@@ -316,6 +315,12 @@ fn channel_value(channel: Channel, value: &Value) -> Result<String, DropReason> 
             }
         }
     }
+}
+
+/// An address alone, as Close takes it: without a name in front.
+fn is_address(text: &str) -> bool {
+    let options = email_address::Options::default().without_display_text().without_domain_literal();
+    email_address::EmailAddress::parse_with_options(text, options).is_ok()
 }
 
 /// An id the record is found by, which is also stored on it. Always text: a text field refuses
@@ -452,7 +457,7 @@ pub(crate) mod tests {
     #[test]
     fn a_bad_value_does_not_cost_the_rest() {
         let desired = desired(json!({"userId": "u", "traits": {
-            "email": "not an email", "phone": "n/a", "website": "http://", "title": ["CEO"], "plan": {"a": 1},
+            "email": "Jane <jane@example.test>", "phone": "n/a", "website": "http://", "title": ["CEO"], "plan": {"a": 1},
             "name": "Jane",
         }}));
         let dropped: Vec<_> =
