@@ -6,7 +6,9 @@
 mod check;
 mod dead_letters;
 mod docs;
+mod duplicates;
 mod failures;
+mod pauses;
 mod publish;
 mod restarts;
 mod rules;

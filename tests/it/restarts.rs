@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use close_sync::simulator::{Effect, Fault, Settings, When};
+use close_sync::simulator::{Effect, Fault, FaultBody, Settings, When};
+use lapin::BasicProperties;
 use serde_json::{Value, json};
 
 use crate::support::{Bench, Node, identify};
@@ -26,8 +27,8 @@ fn assert_each_once(bench: &Bench, count: usize) {
 /// the message nor make the Lead again, although search does not list it yet.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_half_done_at_a_crash_is_neither_lost_nor_doubled() {
-    let settings = Settings { search_lag: "1s".parse().unwrap(), ..Settings::fast() };
-    let bench = Bench::with(settings).await.set("CLOSE_SEARCH_LAG", "2s");
+    let settings = Settings { search_lag: "4s".parse().unwrap(), ..Settings::fast() };
+    let bench = Bench::with(settings).await.set("CLOSE_SEARCH_LAG", "5s");
     let held = Effect::Timeout { ms: 60_000, when: When::AfterCommit };
     bench.simulator.fault(Fault::new(held).on("POST", "/lead/").times(1));
     let worker = bench.worker().await;
@@ -100,6 +101,32 @@ async fn a_standby_takes_over_when_the_active_worker_dies() {
     assert_eq!(standby.ready().await.1["state"], "consuming");
     assert_each_once(&bench, 5);
     standby.terminate().await;
+}
+
+/// While the broker takes nothing, a message that has to be dead-lettered is held, and then is so once.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_alarm_of_the_broker_is_waited_out() {
+    let node = Node::start().await;
+    let bench = Bench::on(&node.url, Settings::fast()).await;
+    // Publishes once, so that the alarm concerns its connection.
+    let worker = bench.worker().await;
+    bench.publish_bytes(b"nonsense", BasicProperties::default()).await;
+    worker.settled(1).await;
+
+    bench.simulator.fault(Fault::new(Effect::Latency { ms: 8000 }).on("POST", "/data/"));
+    let refused = Effect::Status { code: 400, body: FaultBody::Text, when: When::BeforeCommit };
+    bench.simulator.fault(Fault::new(refused).on("POST", "/lead/"));
+    bench.publish(&people(1)).await;
+    worker.until("looking up", async |_| bench.simulator.request_count("POST", "/data/") == 1).await;
+    node.alarm(true).await;
+    worker.until("blocked", async |worker| worker.logged("RabbitMQ raised an alarm") == 1).await;
+    worker.until("refused", async |worker| worker.logged("dead-lettered") == 2).await;
+    assert_eq!(worker.metrics().await.outcome("dead"), 1, "held");
+    node.alarm(false).await;
+    worker.settled(2).await;
+    bench.depth_becomes(".dead", 2).await;
+    assert_eq!(worker.metrics().await.count("broker_connection_losses_total"), 0);
+    worker.terminate().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -28,10 +28,30 @@ impl Node {
         self.run("kill").await;
     }
 
+    /// Raises the memory alarm, or clears it: the broker takes no messages then.
+    pub(crate) async fn alarm(&self, on: bool) {
+        let limit: &[&str] = if on {
+            &["set_vm_memory_high_watermark", "0.0000001"]
+        } else {
+            &["set_vm_memory_high_watermark", "0.6"]
+        };
+        self.run_with("ctl", limit).await;
+    }
+
     async fn run(&self, verb: &'static str) -> String {
+        self.run_with(verb, &[]).await
+    }
+
+    async fn run_with(&self, verb: &'static str, arguments: &'static [&'static str]) -> String {
         let directory = self.directory.path().to_owned();
         tokio::task::spawn_blocking(move || {
-            let output = Command::new(script()).arg(verb).arg("--dir").arg(directory).output().unwrap();
+            let output = Command::new(script())
+                .arg(verb)
+                .arg("--dir")
+                .arg(directory)
+                .args(arguments)
+                .output()
+                .unwrap();
             assert!(output.status.success(), "{verb}: {}", String::from_utf8_lossy(&output.stderr));
             String::from_utf8(output.stdout).unwrap().trim().to_owned()
         })

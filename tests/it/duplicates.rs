@@ -1,0 +1,125 @@
+//! One Lead per company, one Contact per person: lost answers, lagging search, a change of workers.
+
+use close_sync::simulator::{Effect, Fault, FaultBody, Settings, When};
+use serde_json::{Value, json};
+
+use crate::support::{Bench, identify};
+
+fn status(code: u16, when: When) -> Effect {
+    Effect::Status { code, body: FaultBody::default(), when }
+}
+
+/// Search that never catches up with what happens during a test.
+fn blind() -> Settings {
+    Settings { search_lag: "1h".parse().unwrap(), ..Settings::fast() }
+}
+
+fn in_company(user: &str, company: &str) -> Value {
+    identify(user, json!({"company": {"id": company}}))
+}
+
+/// The answer to a creation is lost in every way it can be: never are there two.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_answer_doubles_nothing() {
+    let lost: [(&str, Effect); 4] = [
+        ("connection", Effect::DropConnection { when: When::AfterCommit }),
+        ("time-out", Effect::Timeout { ms: 3000, when: When::AfterCommit }),
+        ("502", status(502, When::AfterCommit)),
+        ("500 before", status(500, When::BeforeCommit)),
+    ];
+    for (name, effect) in lost {
+        let settings = Settings { search_lag: "500ms".parse().unwrap(), ..Settings::fast() };
+        let bench = Bench::with(settings).await.set("CLOSE_SEARCH_LAG", "3s").set("CLOSE_TIMEOUT", "500ms");
+        let bench = bench.set("RETRY_IN_PLACE", "30s");
+        bench.lead(Some("there"), json!([]));
+        bench.simulator.fault(Fault::new(effect.clone()).on("POST", "/lead/").times(1));
+        bench.simulator.fault(Fault::new(effect).on("POST", "/contact/").times(1));
+        let events = [
+            identify("u1", json!({"company": {"id": "new"}})),
+            identify("u2", json!({"company": {"id": "there"}})),
+        ];
+        bench.sync(&events).await;
+        let companies: Vec<_> =
+            bench.simulator.leads().iter().map(|lead| lead["custom.cf_leadcompanyid"].clone()).collect();
+        assert_eq!(companies, [json!("there"), json!("new")], "{name}");
+        assert_eq!(bench.simulator.contacts().len(), 2, "{name}");
+    }
+}
+
+/// The message whose creation was never answered is given up for now; the next one about the same
+/// person must not make the record a second time.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_doubt_about_a_lost_answer_outlives_its_message() {
+    let settings = Settings { search_lag: "1s".parse().unwrap(), ..Settings::fast() };
+    let bench = Bench::with(settings).await.set("CLOSE_SEARCH_LAG", "2s").set("RETRY_IN_PLACE", "0s");
+    let worker = bench.worker().await;
+    // Past the guard of the start.
+    bench.publish(&[identify("u0", json!({}))]).await;
+    worker.settled(1).await;
+
+    bench.simulator.fault(Fault::new(status(502, When::AfterCommit)).on("POST", "/lead/").times(1));
+    bench.publish(&[identify("u1", json!({"title": "One"})), identify("u1", json!({"title": "Two"}))]).await;
+    let metrics = worker.settled(4).await;
+    assert_eq!(metrics.outcome("delayed"), 1);
+    assert_eq!((bench.simulator.leads().len(), bench.simulator.contacts().len()), (2, 2), "{}", worker.log());
+    worker.terminate().await;
+}
+
+/// Only memory knows the company's Lead here: its adoption was answered by a 504, and search is blind.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lead_whose_adoption_was_never_answered_is_the_companys_all_the_same() {
+    let bench = Bench::with(blind()).await.set("RETRY_IN_PLACE", "20s");
+    bench.lead(None, json!([{"name": "Jane", "custom.cf_contactuserid": "u1"}]));
+    bench.simulator.index_now();
+    bench.simulator.fault(Fault::new(status(504, When::AfterCommit)).on("PUT", "/lead/").times(1));
+    bench.sync(&[in_company("u1", "acme"), in_company("u2", "acme")]).await;
+    let lead = bench.the_lead();
+    assert_eq!(lead["custom.cf_leadcompanyid"], "acme");
+    assert_eq!(lead["contacts"].as_array().unwrap().len(), 2);
+}
+
+/// A standby has been connected for longer than search lags. What the active worker created just
+/// before it died is guarded against from the standby's first delivery on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_that_takes_over_doubles_nothing() {
+    let settings = Settings { search_lag: "2s".parse().unwrap(), ..Settings::fast() };
+    let bench = Bench::with(settings).await.set("CLOSE_SEARCH_LAG", "3s");
+    let active = bench.worker().await;
+    let standby = bench.worker().await;
+    // The active one's first creation waits for search; the standby grows older than that.
+    bench.publish(&[in_company("u0", "first")]).await;
+    active.settled(1).await;
+
+    bench.publish(&[in_company("u1", "acme")]).await;
+    active.settled(2).await;
+    active.kill().await;
+    bench.publish(&[in_company("u2", "acme")]).await;
+    let metrics = standby.settled(1).await;
+    assert_eq!(metrics.outcomes(), [("added", 1)].into());
+    assert_eq!(bench.simulator.leads().len(), 2);
+    standby.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_person_behind_a_hundred_others_with_the_same_email_is_found() {
+    let bench = Bench::new().await;
+    let shared =
+        |n: u32| json!({"custom.cf_contactuserid": format!("u{n}"), "emails": [{"email": "info@x.test"}]});
+    for n in 0..120 {
+        bench.lead(None, json!([shared(n)]));
+    }
+    let metrics = bench.sync(&[identify("u119", json!({"email": "info@x.test", "title": "Found"}))]).await;
+    assert_eq!(metrics.outcomes(), [("updated", 1)].into());
+    assert_eq!(bench.simulator.contacts().len(), 120);
+}
+
+/// An event that names only an email means every Contact that has it, also those of others.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_remembered_of_an_email_is_complete() {
+    let bench = Bench::new().await;
+    bench.lead(None, json!([{"custom.cf_contactuserid": "u1", "emails": [{"email": "shared@x.test"}]}]));
+    let by_email = json!({"type": "identify", "traits": {"email": "shared@x.test", "title": "Both"}});
+    bench.sync(&[identify("u2", json!({"email": "shared@x.test"})), by_email]).await;
+    let titles: Vec<_> = bench.simulator.contacts().iter().map(|contact| contact["title"].clone()).collect();
+    assert_eq!(titles, ["Both", "Both"]);
+}
