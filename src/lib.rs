@@ -21,6 +21,7 @@
 //!   lanes             it waits until no earlier unfinished message shares a key with it
 //!   worker::run       resolve          memory, search, reading by id -> Found  (domain::matching)
 //!                     domain::plan     Desired + Found -> steps, or nothing to do
+//!                     claims           the records of the plan, so that nobody else writes to them
 //!                     close::client    the steps, each through the rate gate of its endpoint group
 //!                     retry            after a failure: again, later, dead letter, or pause
 //!   amqp::session     publishes the successor if there is one, waits for the confirm, then acks
@@ -34,7 +35,8 @@
 //! - [`outcome`]: the closed lists of what can become of a message; [`retry`]: what follows a failure.
 //! - [`lanes`]: who may run now. Pure.
 //! - [`close`]: the only place that knows Close's HTTP API, with the rate gate in front of it.
-//! - [`known`], `resolve`, [`preflight`]: what Close has; [`worker`]: one message, the spine.
+//! - [`known`], `resolve`, [`preflight`]: what Close has; [`claims`]: records being written to;
+//!   [`worker`]: one message, the spine.
 //! - [`metrics`], [`state`], [`panics`], [`http`]: what operators see.
 //! - [`amqp`]: the only place that knows lapin.
 //! - [`config`]: raw settings to typed ones; lower modules own their settings and never import it.
@@ -64,6 +66,7 @@ pub mod domain;
 pub mod lanes;
 pub mod outcome;
 
+pub mod claims;
 pub mod close;
 pub mod known;
 pub mod preflight;

@@ -16,6 +16,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::claims::Claims;
 use crate::close::{Client, CloseError};
 use crate::domain::event::{Event, Malformed};
 use crate::domain::mapping::{Desired, Dropped, Key, Mapping};
@@ -54,6 +55,7 @@ struct Inner {
     settings: Settings,
     client: Client,
     known: Known,
+    claims: Claims,
     metrics: Metrics,
 }
 
@@ -85,7 +87,13 @@ pub enum Prepared {
 impl Worker {
     /// A worker for one Close organization.
     pub fn new(settings: Settings, client: Client, metrics: Metrics) -> Self {
-        Self(Arc::new(Inner { settings, client, known: Known::default(), metrics }))
+        Self(Arc::new(Inner {
+            settings,
+            client,
+            known: Known::default(),
+            claims: Claims::default(),
+            metrics,
+        }))
     }
 
     /// The client it works with, for probes.
@@ -210,9 +218,9 @@ struct Sync<'a> {
 impl Sync<'_> {
     /// Looks up, plans, writes; stops at the first failure.
     async fn once(&self) -> Result<Outcome, Failure> {
-        let Inner { settings, client, known, metrics } = &*self.worker.0;
+        let Inner { settings, client, known, claims, metrics } = &*self.worker.0;
         let close = Resolver { client, known, keys: &settings.mapping.keys, switches: &settings.switches };
-        let (resolved, plan) = loop {
+        let (resolved, plan, _claim) = loop {
             let asked = Instant::now();
             let look_up = |error| Failure { stage: Stage::LookUp, error };
             let resolved = close.resolve(self.desired).await.map_err(look_up)?;
@@ -221,11 +229,14 @@ impl Sync<'_> {
             // An adopted Lead was chosen because the company was not found: that needs proof as well.
             let adopts = matches!(resolved.found, Found::InLead { adopted: true, .. });
             let needs_proof = adopts || plan.creates();
-            let Some(trusted_from) = trusted_from.filter(|from| needs_proof && asked < *from) else {
-                break (resolved, plan);
-            };
-            metrics.lag_guard_waited();
-            tokio::time::sleep_until(trusted_from.into()).await;
+            if let Some(trusted_from) = trusted_from.filter(|from| needs_proof && asked < *from) {
+                metrics.lag_guard_waited();
+                tokio::time::sleep_until(trusted_from.into()).await;
+                continue;
+            }
+            if let Some(claim) = claims.take(plan.records(), asked).await {
+                break (resolved, plan, claim);
+            }
         };
 
         let mut effect = Effect::Unchanged;

@@ -152,6 +152,18 @@ impl Plan {
     }
 }
 
+impl Plan {
+    /// The ids of the records that would be changed.
+    pub fn records(&self) -> Vec<String> {
+        let id = |step: &Step| match step {
+            Step::UpdateLead { id, .. } => Some(id.to_string()),
+            Step::UpdateContact { id, .. } => Some(id.to_string()),
+            Step::CreateLead { .. } | Step::CreateContact { .. } => None,
+        };
+        self.steps.iter().filter_map(id).collect()
+    }
+}
+
 impl Step {
     /// Whether the step makes a record, and so must never be repeated blindly.
     pub fn creates(&self) -> bool {

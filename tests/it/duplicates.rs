@@ -123,3 +123,22 @@ async fn what_is_remembered_of_an_email_is_complete() {
     let titles: Vec<_> = bench.simulator.contacts().iter().map(|contact| contact["title"].clone()).collect();
     assert_eq!(titles, ["Both", "Both"]);
 }
+
+/// Two events mean one Contact by different keys, so no lane keeps them apart: neither undoes the other.
+#[tokio::test(flavor = "multi_thread")]
+async fn events_that_meet_at_one_contact_lose_nothing() {
+    let bench = Bench::new().await;
+    bench.lead(None, json!([{"custom.cf_contactuserid": "u1", "emails": [{"email": "j@x.test"}]}]));
+    // Both have read before either has written.
+    bench.simulator.fault(Fault::new(Effect::Latency { ms: 300 }).on("PUT", "/contact/"));
+    let by_email = |phone: &str| json!({"type": "identify", "traits": {"email": "j@x.test", "phone": phone}});
+    let events = [
+        identify("u1", json!({"phone": "+49301111"})),
+        by_email("+49302222"),
+        identify("u1", json!({"phone": "+49303333"})),
+    ];
+    bench.sync(&events).await;
+    let mut phones = crate::support::values(&bench.simulator.contacts()[0], "phones", "phone");
+    phones.sort();
+    assert_eq!(phones, ["+49301111", "+49302222", "+49303333"]);
+}
