@@ -6,6 +6,8 @@
 //! A replay is published and confirmed before its dead letter is acked: a crash in between
 //! duplicates a message, it never loses one.
 
+use std::time::Duration;
+
 use jiff::Timestamp;
 use lapin::message::Delivery;
 use lapin::options::{BasicAckOptions, BasicGetOptions, BasicNackOptions};
@@ -85,6 +87,8 @@ fn by_content(body: &[u8]) -> String {
 pub enum Verb {
     /// Give it back.
     Keep,
+    /// Give it back and look no further.
+    Stop,
     /// Send it through the work queue again.
     Replay,
     /// Delete it.
@@ -94,12 +98,19 @@ pub enum Verb {
 /// What a walk did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Walked {
-    /// Given back.
-    pub kept: usize,
+    /// In the queue at the start.
+    pub found: usize,
     /// Sent through the work queue again.
     pub replayed: usize,
     /// Deleted.
     pub discarded: usize,
+}
+
+impl Walked {
+    /// What is left of the messages found.
+    pub fn remaining(&self) -> usize {
+        self.found - self.replayed - self.discarded
+    }
 }
 
 /// Goes through the dead-letter queue once, oldest first, and does what `decide` says of each.
@@ -113,13 +124,18 @@ pub async fn walk(
     progress: impl FnMut(u32),
 ) -> Result<Walked, BrokerError> {
     let connection = settings.connect("close-sync dlq").await?;
-    let walked = walk_on(&connection, settings, decide, progress).await;
+    // Of its own: an alarm of the broker must not hold up giving back what was looked at.
+    let publishing = settings.connect("close-sync dlq replay").await?;
+    let walked = walk_on(&connection, &publishing, settings, decide, progress).await;
     close(&connection).await;
+    // Closing a blocked connection waits for the end of the alarm.
+    let _ = tokio::time::timeout(Duration::from_secs(5), close(&publishing)).await;
     walked
 }
 
 async fn walk_on(
     connection: &Connection,
+    publishing: &Connection,
     settings: &Settings,
     mut decide: impl FnMut(&DeadLetter) -> Verb,
     mut progress: impl FnMut(u32),
@@ -128,8 +144,9 @@ async fn walk_on(
         return Ok(Walked::default());
     };
     let channel = connection.create_channel().await?;
-    let publisher = Publisher::new(connection).await?;
-    let mut walked = Walked::default();
+    let publisher = Publisher::new(publishing).await?;
+    let mut walked =
+        Walked { found: usize::try_from(depth.ready).unwrap_or(usize::MAX), ..Walked::default() };
     let mut kept = Vec::new();
     let mut result = Ok(());
     // As many as there were at the start: what arrives or fails again meanwhile is for the next walk.
@@ -137,9 +154,12 @@ async fn walk_on(
         let Some(delivery) = get(&channel, &settings.dead()).await? else { break };
         let done = match decide(&DeadLetter::read(&delivery)) {
             Verb::Keep => {
-                walked.kept += 1;
                 kept.push(delivery);
                 Ok(())
+            }
+            Verb::Stop => {
+                kept.push(delivery);
+                break;
             }
             Verb::Discard => {
                 walked.discarded += 1;

@@ -32,16 +32,56 @@ const DELIVERY_LIMIT: i64 = 1_000_000;
 pub async fn declare(connection: &Connection, settings: &Settings) -> Result<(), BrokerError> {
     // A channel of its own: a failed declaration kills the channel and whoever consumes on it.
     let channel = connection.create_channel().await?;
+    for (name, kind) in exchanges(settings) {
+        exchange(&channel, &name, kind, false).await?;
+    }
+    for (name, arguments) in queues(settings) {
+        queue(&channel, &name, arguments).await?;
+    }
     let (retry, dead) = (settings.retry_exchange(), settings.dead());
-
-    exchange(&channel, &settings.exchange, ExchangeKind::Topic).await?;
-    exchange(&channel, &retry, ExchangeKind::Direct).await?;
-    exchange(&channel, &dead, ExchangeKind::Fanout).await?;
-
-    queue(&channel, &dead, &[("x-delivery-limit", DELIVERY_LIMIT.into())]).await?;
     bind(&channel, &dead, &dead, "").await?;
+    bind(&channel, &settings.queue, &settings.exchange, "#").await?;
+    bind(&channel, &settings.queue, &retry, NOW).await?;
+    for delay in &settings.delays {
+        bind(&channel, &settings.delay_queue(delay), &retry, &delay.name).await?;
+    }
+    let _ = channel.close(200, "declared".into()).await;
+    Ok(())
+}
 
-    let work = [
+/// Compares what exists with what would be declared. Creates nothing.
+///
+/// # Errors
+/// [`BrokerError::Conflict`] when something exists with other properties.
+pub async fn compare(connection: &Connection, settings: &Settings) -> Result<(), BrokerError> {
+    for (name, kind) in exchanges(settings) {
+        let channel = connection.create_channel().await?;
+        match exchange(&channel, &name, kind.clone(), true).await {
+            // Declaring again what exists changes nothing, and names what differs.
+            Ok(()) => exchange(&channel, &name, kind, false).await?,
+            Err(BrokerError::Missing(_)) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    for (name, arguments) in queues(settings) {
+        if depth(connection, &name).await?.is_some() {
+            queue(&connection.create_channel().await?, &name, arguments).await?;
+        }
+    }
+    Ok(())
+}
+
+fn exchanges(settings: &Settings) -> [(String, ExchangeKind); 3] {
+    [
+        (settings.exchange.clone(), ExchangeKind::Topic),
+        (settings.retry_exchange(), ExchangeKind::Direct),
+        (settings.dead(), ExchangeKind::Fanout),
+    ]
+}
+
+fn queues(settings: &Settings) -> Vec<(String, FieldTable)> {
+    let (retry, dead) = (settings.retry_exchange(), settings.dead());
+    let work = arguments(&[
         // One worker at a time, the others stand by (design.md §4).
         ("x-single-active-consumer", true.into()),
         ("x-delivery-limit", DELIVERY_LIMIT.into()),
@@ -50,30 +90,27 @@ pub async fn declare(connection: &Connection, settings: &Settings) -> Result<(),
         ("x-dead-letter-strategy", "at-least-once".into()),
         // Without it, at-least-once silently falls back to at-most-once.
         ("x-overflow", "reject-publish".into()),
-    ];
-    queue(&channel, &settings.queue, &work).await?;
-    bind(&channel, &settings.queue, &settings.exchange, "#").await?;
-    bind(&channel, &settings.queue, &retry, NOW).await?;
-
-    for delay in &settings.delays {
-        let name = settings.delay_queue(delay);
-        queue(&channel, &name, &delay_arguments(delay, &retry)).await?;
-        bind(&channel, &name, &retry, &delay.name).await?;
-    }
-    let _ = channel.close(200, "declared".into()).await;
-    Ok(())
-}
-
-fn delay_arguments<'a>(delay: &Delay, retry: &'a str) -> [(&'static str, Argument<'a>); 5] {
-    let millis = i64::try_from(delay.duration.as_millis()).unwrap_or(i64::MAX);
+    ]);
+    let delay = |delay: &Delay| {
+        let millis = i64::try_from(delay.duration.as_millis()).unwrap_or(i64::MAX);
+        arguments(&[
+            ("x-message-ttl", millis.into()),
+            ("x-dead-letter-exchange", retry.as_str().into()),
+            // Without it the old key is kept and the message runs in circles here.
+            ("x-dead-letter-routing-key", NOW.into()),
+            ("x-dead-letter-strategy", "at-least-once".into()),
+            ("x-overflow", "reject-publish".into()),
+        ])
+    };
+    let delays = settings.delays.iter().map(|each| (settings.delay_queue(each), delay(each)));
+    // The dead-letter queue first: nothing may be rejected into nowhere.
     [
-        ("x-message-ttl", millis.into()),
-        ("x-dead-letter-exchange", retry.into()),
-        // Without it the old key is kept and the message runs in circles here.
-        ("x-dead-letter-routing-key", NOW.into()),
-        ("x-dead-letter-strategy", "at-least-once".into()),
-        ("x-overflow", "reject-publish".into()),
+        (dead.clone(), arguments(&[("x-delivery-limit", DELIVERY_LIMIT.into())])),
+        (settings.queue.clone(), work),
     ]
+    .into_iter()
+    .chain(delays)
+    .collect()
 }
 
 /// Messages ready and messages being worked on, and whether a queue has consumers.
@@ -102,21 +139,30 @@ pub async fn depth(connection: &Connection, queue: &str) -> Result<Option<Depth>
     }
 }
 
-async fn exchange(channel: &Channel, name: &str, kind: ExchangeKind) -> Result<(), BrokerError> {
-    let options = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
+async fn exchange(
+    channel: &Channel,
+    name: &str,
+    kind: ExchangeKind,
+    passive: bool,
+) -> Result<(), BrokerError> {
+    let options = ExchangeDeclareOptions { durable: true, passive, ..ExchangeDeclareOptions::default() };
     let declared = channel.exchange_declare(name.into(), kind, options, FieldTable::default()).await;
     declared.map_err(|error| BrokerError::from_lapin(&error, &format!("exchange `{name}`")))
 }
 
-async fn queue(channel: &Channel, name: &str, arguments: &[(&str, Argument<'_>)]) -> Result<(), BrokerError> {
+async fn queue(channel: &Channel, name: &str, arguments: FieldTable) -> Result<(), BrokerError> {
+    let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+    let declared = channel.queue_declare(name.into(), options, arguments).await;
+    declared.map(drop).map_err(|error| BrokerError::from_lapin(&error, &format!("queue `{name}`")))
+}
+
+fn arguments(arguments: &[(&str, Argument<'_>)]) -> FieldTable {
     let mut table = FieldTable::default();
     table.insert("x-queue-type".into(), Argument::Text("quorum").into());
     for (key, value) in arguments {
         table.insert((*key).into(), (*value).into());
     }
-    let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
-    let declared = channel.queue_declare(name.into(), options, table).await;
-    declared.map(drop).map_err(|error| BrokerError::from_lapin(&error, &format!("queue `{name}`")))
+    table
 }
 
 async fn bind(channel: &Channel, queue: &str, exchange: &str, key: &str) -> Result<(), BrokerError> {

@@ -131,6 +131,7 @@ async fn depths(
     let connection = settings.connect("close-sync check").await?;
     let work = topology::depth(&connection, &settings.queue).await?;
     let dead = topology::depth(&connection, &settings.dead()).await?;
+    topology::compare(&connection, settings).await?;
     amqp::close(&connection).await;
     Ok((work, dead))
 }

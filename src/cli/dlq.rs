@@ -86,15 +86,18 @@ impl Filter {
             && (self.id.is_empty() || self.id.contains(&letter.id))
     }
 
-    /// A decision for each letter: `verb` for those meant, the others are kept.
-    fn decide(&self, verb: Verb) -> impl FnMut(&DeadLetter) -> Verb {
+    /// Asks `matching` about those meant; the others are kept.
+    fn decide(&self, mut matching: impl FnMut(&DeadLetter) -> Verb) -> impl FnMut(&DeadLetter) -> Verb {
         let mut left = self.limit.unwrap_or(usize::MAX);
         move |letter| {
-            if left == 0 || !self.matches(letter) {
+            if left == 0 {
+                return Verb::Stop;
+            }
+            if !self.matches(letter) {
                 return Verb::Keep;
             }
             left -= 1;
-            verb
+            matching(letter)
         }
     }
 }
@@ -103,13 +106,11 @@ pub(super) async fn dlq(command: Command, settings: Settings) -> Result<(), Fail
     match command {
         Command::List { filter, json } => {
             let mut letters = Vec::new();
-            each(&settings, |letter| {
-                if filter.matches(letter) && letters.len() < filter.limit.unwrap_or(usize::MAX) {
-                    letters.push(DeadLetter { body: Vec::new(), ..letter.clone() });
-                }
+            let decide = filter.decide(|letter| {
+                letters.push(DeadLetter { body: Vec::new(), ..letter.clone() });
                 Verb::Keep
-            })
-            .await?;
+            });
+            each(&settings, decide).await?;
             if json {
                 anstream::println!("{}", serde_json::to_string_pretty(&letters).unwrap_or_default());
             } else {
@@ -120,10 +121,11 @@ pub(super) async fn dlq(command: Command, settings: Settings) -> Result<(), Fail
         Command::Show { id, json } => {
             let mut found = None;
             each(&settings, |letter| {
-                if letter.id == id {
-                    found = Some(letter.clone());
+                if letter.id != id {
+                    return Verb::Keep;
                 }
-                Verb::Keep
+                found = Some(letter.clone());
+                Verb::Stop
             })
             .await?;
             match found {
@@ -142,10 +144,10 @@ pub(super) async fn dlq(command: Command, settings: Settings) -> Result<(), Fail
             if dry_run {
                 anstream::println!(
                     "would replay {matched} of {}; run without --dry-run to do it",
-                    walked.kept
+                    walked.remaining()
                 );
             } else {
-                anstream::println!("replayed {}, {} remain", walked.replayed, walked.kept);
+                anstream::println!("replayed {}, {} remain", walked.replayed, walked.remaining());
             }
             nothing_if(matched == 0)
         }
@@ -153,12 +155,12 @@ pub(super) async fn dlq(command: Command, settings: Settings) -> Result<(), Fail
             let verb = if yes { Verb::Discard } else { Verb::Keep };
             let (matched, walked) = act(&settings, &which.filter, verb).await?;
             if yes {
-                anstream::println!("discarded {}, {} remain", walked.discarded, walked.kept);
+                anstream::println!("discarded {}, {} remain", walked.discarded, walked.remaining());
                 return nothing_if(matched == 0);
             }
             Err(Failure::Input(format!(
                 "this would delete {matched} of {} dead letters for good; add --yes to do it",
-                walked.kept
+                walked.remaining()
             )))
         }
     }
@@ -175,13 +177,11 @@ fn nothing_if(nothing: bool) -> Result<(), Failure> {
 
 async fn act(settings: &Settings, filter: &Filter, verb: Verb) -> Result<(usize, Walked), Failure> {
     let mut matched = 0;
-    let mut decide = filter.decide(verb);
-    let mut count = filter.decide(Verb::Discard);
-    let walked = each(settings, |letter| {
-        matched += usize::from(count(letter) == Verb::Discard);
-        decide(letter)
-    })
-    .await?;
+    let decide = filter.decide(|_| {
+        matched += 1;
+        verb
+    });
+    let walked = each(settings, decide).await?;
     Ok((matched, walked))
 }
 

@@ -109,6 +109,10 @@ async fn run_refuses_a_queue_that_is_not_ours() {
         .queue_declare(bench.queue.as_str().into(), options, FieldTable::default())
         .await
         .unwrap();
+    let check = bench.run(&["check"], b"").await;
+    let found = String::from_utf8(check.stdout).unwrap();
+    assert!(check.status.code() == Some(78) && found.contains("inequivalent arg"), "{found}");
+
     let worker = bench.starting_worker();
     assert_eq!(worker.ended().await.code(), Some(78));
     worker.until("told", async |worker| worker.logged("error:") == 1).await;
