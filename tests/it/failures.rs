@@ -1,9 +1,19 @@
 //! Each class of failure (design.md §6): what becomes of the message, and that nothing is doubled.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use close_sync::amqp::session::{End, Session};
+use close_sync::close::{Client, Endpoint};
+use close_sync::config::{Config, Need};
+use close_sync::metrics::Metrics;
 use close_sync::simulator::{Effect, Fault, FaultBody, Limits, Rate, Settings, When};
+use close_sync::state::{State, Status};
+use close_sync::worker::Worker;
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable};
 use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
 
 use crate::support::{Bench, identify};
 
@@ -153,6 +163,48 @@ async fn a_long_wait_for_budget_goes_on_in_a_delay_queue_without_an_attempt() {
     assert!(worker.metrics().await.outcome("delayed") >= 2);
     assert_eq!(worker.logged("\"attempt\":2"), 0, "{}", worker.log());
     worker.terminate().await;
+}
+
+/// A defect of ours, planted into what is told of calls: it costs the message it hits, and only that.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_panic_costs_one_message_and_not_the_worker() {
+    let bench = Bench::new().await;
+    let config = Config::load(None, &bench.environment(), Need::All).unwrap();
+    let metrics = Metrics::new().unwrap();
+    let planted = AtomicBool::new(true);
+    let client = Client::new(config.close, move |call| {
+        let hit = call.endpoint == Endpoint::CreateLead && planted.swap(false, Ordering::Relaxed);
+        assert!(!hit, "Secretname");
+    });
+    let session = Session {
+        settings: Arc::new(config.amqp),
+        worker: Worker::new(config.worker, client.unwrap(), metrics.clone()),
+        metrics: metrics.clone(),
+        status: Status::default(),
+        concurrency: 1,
+        grace: config.grace,
+    };
+    let shutdown = CancellationToken::new();
+    let running = tokio::spawn({
+        let (session, shutdown) = (session.clone(), shutdown.clone());
+        async move { session.run(&shutdown).await }
+    });
+    while session.status.get() != State::StandingBy {
+        tokio::task::yield_now().await;
+    }
+    bench.publish(&[identify("u1", json!({})), identify("u2", json!({}))]).await;
+    while bench.simulator.contacts().len() < 2 || bench.depth(".dead").await < 1 {
+        tokio::task::yield_now().await;
+    }
+    shutdown.cancel();
+    let (end, report) = running.await.unwrap();
+    assert!(matches!(end, End::Stopped) && report.settled == 2, "{end:?} {report:?}");
+    let (_, headers, _) = bench.take_dead_letter().await;
+    assert_eq!(headers["x-close-sync-reason"], "internal");
+    assert!(
+        headers["x-close-sync-error"].contains("panicked at")
+            && !headers["x-close-sync-error"].contains("Secret")
+    );
 }
 
 /// A header of ours that somebody else filled must not stop the worker.

@@ -3,7 +3,7 @@
 mod node;
 mod worker;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::process::Output;
 use std::time::{Duration, Instant};
 
@@ -86,6 +86,11 @@ impl Bench {
     pub(crate) fn unset(mut self, variable: &str) -> Self {
         self.environment.remove(variable);
         self
+    }
+
+    /// The environment of its processes.
+    pub(crate) fn environment(&self) -> HashMap<String, String> {
+        self.environment.clone().into_iter().collect()
     }
 
     /// Starts a worker and waits until it is ready.
