@@ -12,8 +12,8 @@ use anyhow::Context;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::amqp::BrokerError;
 use crate::amqp::session::{End, Report, Session};
+use crate::amqp::{self, BrokerError, topology};
 use crate::close::Client;
 use crate::config::Config;
 use crate::http;
@@ -81,6 +81,14 @@ async fn supervise(session: &Session, shutdown: &CancellationToken) -> Result<Re
     let mut reconnects = Pauses::reconnect();
     let mut probes = Pauses::probe();
     let mut lost = false;
+    // Before anything about Close: producers may publish from now on, whatever state Close is in.
+    match shutdown.run_until_cancelled(declare(session)).await {
+        Some(Err(error @ BrokerError::Conflict { .. })) => {
+            return Err(RunError::Configuration(error.to_string()));
+        }
+        Some(Err(error)) => tracing::warn!(%error, "nothing is declared in RabbitMQ yet"),
+        Some(Ok(())) | None => {}
+    }
     // Close may make the checks wait; being asked to stop ends them.
     let checked = shutdown.run_until_cancelled(refuse_or_pause(session)).await;
     if let Some(cause) = checked.unwrap_or(Ok(None))? {
@@ -107,7 +115,6 @@ async fn supervise(session: &Session, shutdown: &CancellationToken) -> Result<Re
             }
             End::Lost(error) => {
                 session.status.set(State::Connecting);
-                session.metrics.connection_lost();
                 let wait = reconnects.next_pause().unwrap_or_default();
                 // One line per incident, not per try.
                 if lost {
@@ -122,6 +129,13 @@ async fn supervise(session: &Session, shutdown: &CancellationToken) -> Result<Re
     }
     session.status.set(State::Stopping);
     Ok(total)
+}
+
+async fn declare(session: &Session) -> Result<(), BrokerError> {
+    let connection = session.settings.connect("close-sync declare").await?;
+    topology::declare(&connection, &session.settings).await?;
+    amqp::close(&connection).await;
+    Ok(())
 }
 
 /// The checks at start. A mistake in the configuration ends the program; what may pass does not.

@@ -31,6 +31,8 @@ pub const DEFAULTS: &str = include_str!("config.default.toml");
 
 /// Keys whose values are never shown.
 const SECRETS: [&str; 2] = ["close.api_key", "amqp.url"];
+/// What a file that cannot be parsed is told.
+const NO_TOML: &str = "is no TOML";
 /// Tables whose keys are the user's.
 const OPEN: [&str; 2] = ["mapping.lead.custom", "mapping.contact.custom"];
 
@@ -159,7 +161,7 @@ impl Config {
                 let line = error.span().map_or(1, |span| text[..span.start].lines().count().max(1));
                 let key = format!("{}, line {line}", name.unwrap_or("configuration file"));
                 // Only the parser's words: the line itself may hold a secret.
-                problems.push(Problem { key, message: format!("is no TOML: {}", error.message()) });
+                problems.push(Problem { key, message: format!("{NO_TOML}: {}", error.message()) });
             }
         }
         overlay_environment(&mut settings, "", environment, &mut problems);
@@ -365,7 +367,11 @@ impl Reader<'_> {
             (matches!(url.scheme(), "http" | "https") && url.has_host()).then_some(url)
         });
         let api_key = self.text("close.api_key");
-        if api_key.is_empty() && need == Need::All {
+        let told = self
+            .problems
+            .iter()
+            .any(|problem| problem.key == "close.api_key" || problem.message.starts_with(NO_TOML));
+        if api_key.is_empty() && need == Need::All && !told {
             self.problem("close.api_key", "is not set: make a key in Close (Settings > API Keys)");
         }
         if api_key.contains(|c: char| c.is_whitespace() || c == ':') {

@@ -156,7 +156,9 @@ impl Reason {
             Self::NoIdentity => {
                 "have the producer send `userId` or a valid `traits.email`, and discard this one"
             }
-            Self::Rejected => "mend the field Close named, in Close or in the mapping, and replay",
+            Self::Rejected => {
+                "mend the field Close named (if none, look at the body), in Close or in the mapping, and replay"
+            }
             Self::Forbidden => "give the API key's user the permission in Close, and replay",
             Self::NotFound => "replay: the record was deleted or merged while the message was worked on",
             Self::Exhausted => "replay once Close answers again",

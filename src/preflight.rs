@@ -69,7 +69,7 @@ impl Obstacle {
             Self::Close(CloseError::Unauthorized) => Some(PauseCause::Unauthorized),
             Self::Close(CloseError::PlanLimit) => Some(PauseCause::PlanLimit),
             Self::Close(CloseError::Forbidden) => Some(PauseCause::Forbidden),
-            Self::Close(CloseError::Unreachable) => Some(PauseCause::Unreachable),
+            Self::Close(CloseError::Unreachable(_)) => Some(PauseCause::Unreachable),
             Self::Close(CloseError::NotFound | CloseError::Rejected(_) | CloseError::Transient(_)) => None,
         }
     }

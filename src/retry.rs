@@ -108,7 +108,7 @@ pub fn settle(failure: &Failure, history: History, pause: Option<Duration>, poli
         CloseError::NotFound if history.looked_again => dead(Reason::NotFound, None),
         CloseError::NotFound => Verdict::Again(Duration::ZERO),
         // Nothing was sent, and the next message would fare no better.
-        CloseError::Unreachable => {
+        CloseError::Unreachable(_) => {
             pause.map_or(Verdict::Settle(Outcome::Paused(PauseCause::Unreachable)), Verdict::Again)
         }
         CloseError::Transient(fault) => match pause {
@@ -157,8 +157,8 @@ mod tests {
             (rejected, 0, false, true, "dead rejected"),
             (CloseError::NotFound, 0, false, false, "again in 0s"),
             (CloseError::NotFound, 0, true, true, "dead not_found"),
-            (CloseError::Unreachable, 9, false, true, "again in 1s"),
-            (CloseError::Unreachable, 9, false, false, "pause unreachable"),
+            (CloseError::Unreachable(String::new()), 9, false, true, "again in 1s"),
+            (CloseError::Unreachable(String::new()), 9, false, false, "pause unreachable"),
             (timeout.clone(), 4, false, true, "again in 1s"),
             (timeout.clone(), 0, false, false, "delay 0"),
             (timeout.clone(), 3, false, false, "delay 3"),
@@ -183,7 +183,7 @@ mod tests {
             Just(CloseError::PlanLimit),
             Just(CloseError::Forbidden),
             Just(CloseError::NotFound),
-            Just(CloseError::Unreachable),
+            Just(CloseError::Unreachable(String::new())),
             (400u16..430).prop_map(|status| CloseError::Rejected(Rejection {
                 status,
                 fields: vec![],

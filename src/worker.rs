@@ -192,7 +192,7 @@ impl Worker {
             // Before a message pays for it.
             CloseError::NotFound => history.looked_again,
             CloseError::Transient(_) => last_try,
-            CloseError::Unauthorized | CloseError::PlanLimit | CloseError::Unreachable => false,
+            CloseError::Unauthorized | CloseError::PlanLimit | CloseError::Unreachable(_) => false,
         };
         if !suspicious {
             return None;

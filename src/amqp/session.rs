@@ -105,6 +105,9 @@ impl Session {
         tracing::info!(queue = self.settings.queue, "connected to RabbitMQ, waiting for messages");
         let ended = self.consume(link, shutdown).await;
         self.metrics.connected(false);
+        if matches!(ended.0, End::Lost(_)) {
+            self.metrics.connection_lost();
+        }
         ended
     }
 

@@ -71,6 +71,17 @@ pub async fn compare(connection: &Connection, settings: &Settings) -> Result<(),
     Ok(())
 }
 
+/// Whether the exchange producers publish to is there.
+///
+/// # Errors
+/// [`BrokerError::Missing`] when it is not.
+pub async fn expect_exchange(connection: &Connection, settings: &Settings) -> Result<(), BrokerError> {
+    let channel = connection.create_channel().await?;
+    exchange(&channel, &settings.exchange, ExchangeKind::Topic, true).await?;
+    let _ = channel.close(200, "looked".into()).await;
+    Ok(())
+}
+
 fn exchanges(settings: &Settings) -> [(String, ExchangeKind); 3] {
     [
         (settings.exchange.clone(), ExchangeKind::Topic),

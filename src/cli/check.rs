@@ -5,7 +5,7 @@ use serde::Serialize;
 use super::{CONFIGURATION, Failure, UNAVAILABLE};
 use crate::amqp::{self, BrokerError, topology};
 use crate::close::Client;
-use crate::config::{Config, Problems, masked};
+use crate::config::{Config, Need, Problems, masked};
 use crate::preflight::{self, Obstacle};
 
 /// Check the configuration, RabbitMQ, the API key and the lookup fields.
@@ -20,6 +20,13 @@ pub(super) struct Args {
     /// Print the findings as a JSON list.
     #[arg(long, conflicts_with = "print_config")]
     json: bool,
+}
+
+impl Args {
+    /// Settings can be printed before there is a key.
+    pub(super) fn need(&self) -> Need {
+        if self.print_config { Need::Broker } else { Need::All }
+    }
 }
 
 #[derive(Serialize)]
@@ -41,7 +48,7 @@ enum Verdict {
     Unavailable,
 }
 
-pub(super) async fn check(args: Args, config: Result<Config, Problems>) -> Result<(), Failure> {
+pub(super) async fn check(args: &Args, config: Result<Config, Problems>) -> Result<(), Failure> {
     if args.print_config {
         anstream::print!("{}", config?.show());
         return Ok(());
@@ -110,7 +117,7 @@ async fn broker(config: &Config) -> Finding {
         Ok((Some(work), dead)) => {
             let dead = dead.map_or(0, |depth| depth.ready);
             let detail = format!(
-                "queue `{}`: {} messages, consumers: {}, dead letters: {dead}",
+                "queue `{}`: {} messages ready, consumers: {}, dead letters: {dead}",
                 settings.queue, work.ready, work.consumers,
             );
             finding(Verdict::Ok, subject, detail)

@@ -110,11 +110,11 @@ pub(super) async fn dlq(command: Command, settings: Settings) -> Result<(), Fail
                 letters.push(DeadLetter { body: Vec::new(), ..letter.clone() });
                 Verb::Keep
             });
-            each(&settings, decide).await?;
+            let walked = each(&settings, decide).await?;
             if json {
                 anstream::println!("{}", serde_json::to_string_pretty(&letters).unwrap_or_default());
             } else {
-                list(&letters);
+                list(&letters, walked.found);
             }
             Ok(())
         }
@@ -198,9 +198,12 @@ async fn each(settings: &Settings, decide: impl FnMut(&DeadLetter) -> Verb) -> R
     Ok(walked?)
 }
 
-fn list(letters: &[DeadLetter]) {
+fn list(letters: &[DeadLetter], found: usize) {
     if letters.is_empty() {
-        anstream::println!("no dead letters");
+        match found {
+            0 => anstream::println!("no dead letters"),
+            found => anstream::println!("none of {found} dead letters matches"),
+        }
         return;
     }
     let now = Timestamp::now();

@@ -28,8 +28,8 @@ use crate::{http, panics};
 #[command(after_long_help = "Settings come from a TOML file and the environment; `close-sync check` tells \
     what is missing, `close-sync check --print-config` what is in force.\n\n\
     Try it without a Close account: `close-sync simulate` starts a fake Close and prints how to use it.\n\n\
-    Exit codes: 0 done, 2 wrong usage or input, 69 RabbitMQ or Close is not there, 78 the configuration \
-    cannot work.")]
+    Exit codes: 0 done, 2 wrong usage or input, 69 something needed is not there (RabbitMQ, Close, a free \
+    port) or stopped by a second signal, 78 the configuration cannot work.")]
 struct Cli {
     /// A TOML file with settings that differ from the defaults.
     #[arg(long, short, global = true, value_name = "FILE", env = "CLOSE_SYNC_CONFIG")]
@@ -88,8 +88,13 @@ impl From<BrokerError> for Failure {
     fn from(error: BrokerError) -> Self {
         match error {
             BrokerError::Conflict { .. } => Self::Configuration(error.to_string()),
-            BrokerError::Unreachable(_) | BrokerError::Refused(_) => Self::Unavailable(format!(
-                "{error}\nhint: set `amqp.url` (AMQP_URL) to a broker that is running"
+            BrokerError::Unreachable(_) => Self::Unavailable(format!(
+                "{error}
+hint: set `amqp.url` (AMQP_URL) to a broker that is running"
+            )),
+            BrokerError::Refused(_) => Self::Unavailable(format!(
+                "{error}
+hint: check user, password and vhost in `amqp.url` (AMQP_URL); the vhost `/` is written `%2f`"
             )),
             BrokerError::Missing(_)
             | BrokerError::Forbidden(_)
@@ -137,7 +142,7 @@ impl Cli {
         let load = |need| Config::load(self.config.as_deref(), &config::environment(), need);
         match self.command {
             Command::Run => run(load(Need::All)?).await,
-            Command::Check(args) => check::check(args, load(Need::All)).await,
+            Command::Check(args) => check::check(&args, load(args.need())).await,
             Command::Publish(args) => publish::publish(args, load(Need::Broker)?.amqp).await,
             Command::Dlq(command) => dlq::dlq(command, load(Need::Broker)?.amqp).await,
             Command::Simulate(args) => simulate::simulate(args).await,

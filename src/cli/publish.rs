@@ -10,14 +10,16 @@ use tokio::io::{AsyncBufRead, AsyncBufReadExt, BufReader};
 
 use super::{Failure, INPUT};
 use crate::amqp::publisher::{self, Publisher, Sent};
-use crate::amqp::{self, BrokerError, Settings};
-use crate::domain::event::Event;
+use crate::amqp::{self, BrokerError, Settings, topology};
+use crate::domain::event::{Event, Malformed};
 
 /// Publish events, one JSON object per line, as a producer would.
 ///
 /// Each message is persistent, mandatory and confirmed, in the order of the lines, and carries
 /// `message_id` (the event's `messageId`, else a new one), `type`, `timestamp` and `content_type`. A
-/// line that is no JSON object is not published but reported with its number; the exit code is 2 then.
+/// line that is no JSON object, or has an envelope of the wrong shape, is not published but reported
+/// with its number; the exit code is 2 then. Whether an event names somebody depends on the worker's
+/// mapping and is not checked here.
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// A file with one JSON object per line, or `-` for standard input.
@@ -34,6 +36,10 @@ const WINDOW: usize = 100;
 pub(super) async fn publish(args: Args, settings: Settings) -> Result<(), Failure> {
     let (input, bar) = open(&args.file).await?;
     let connection = settings.connect("close-sync publish").await?;
+    // Publishing into nowhere would end the channel, with an error that does not say why.
+    topology::expect_exchange(&connection, &settings)
+        .await
+        .map_err(|error| Failure::Unavailable(explain(&error, &settings)))?;
     let publisher = Publisher::new(&connection).await?;
     let result = publish_lines(input, &settings, &publisher, args.unchecked, &bar).await;
     bar.finish_and_clear();
@@ -95,7 +101,15 @@ async fn publish_lines(
             Err(_) if unchecked => None,
             Err(malformed) => {
                 counts.bad += 1;
-                bar.suspend(|| anstream::eprintln!("line {number}: {malformed}"));
+                let told = match malformed {
+                    Malformed::NotJson { column, .. } => format!("line {number}, column {column}: not JSON"),
+                    Malformed::TooLarge { .. }
+                    | Malformed::NotAnObject { .. }
+                    | Malformed::WrongShape { .. } => {
+                        format!("line {number}: {malformed}")
+                    }
+                };
+                bar.suspend(|| anstream::eprintln!("{told}"));
                 continue;
             }
         };
@@ -103,7 +117,7 @@ async fn publish_lines(
         let properties = properties(event.as_ref());
         let sent = publisher.send(&settings.exchange, key, body, properties).await;
         under_way
-            .push_back((number, sent.map_err(|error| explain(&error, number, counts.published, settings))?));
+            .push_back((number, sent.map_err(|error| stopped(&error, number, counts.published, settings))?));
         if under_way.len() >= WINDOW {
             confirm(&mut under_way, &mut counts, settings, bar).await?;
         }
@@ -124,15 +138,23 @@ async fn confirm(
         let confirmed = tokio::time::timeout(publisher::PATIENCE, sent.confirmed()).await;
         let confirmed =
             confirmed.unwrap_or(Err(BrokerError::Unconfirmed("no answer in time, is an alarm raised?")));
-        confirmed.map_err(|error| explain(&error, number, counts.published, settings))?;
+        confirmed.map_err(|error| stopped(&error, number, counts.published, settings))?;
         counts.published += 1;
         bar.set_message(format!("{} published", counts.published));
     }
     Ok(())
 }
 
-/// Where it stopped, and what to do.
-fn explain(error: &BrokerError, line: usize, published: u64, settings: &Settings) -> Failure {
+/// Where it stopped.
+fn stopped(error: &BrokerError, line: usize, published: u64, settings: &Settings) -> Failure {
+    let message = explain(error, settings);
+    Failure::Unavailable(format!(
+        "line {line}: {message}\n{published} events before it were published; this one and later ones perhaps"
+    ))
+}
+
+/// What to do.
+fn explain(error: &BrokerError, settings: &Settings) -> String {
     let nowhere_to_go = matches!(error, BrokerError::Missing(_) | BrokerError::Unroutable { .. });
     let hint = if nowhere_to_go {
         format!(
@@ -142,9 +164,7 @@ fn explain(error: &BrokerError, line: usize, published: u64, settings: &Settings
     } else {
         String::new()
     };
-    Failure::Unavailable(format!(
-        "line {line}: {error}\n{published} events before it were published; this one and later ones perhaps{hint}"
-    ))
+    format!("{error}{hint}")
 }
 
 /// The event's type, which is also the routing key. AMQP bounds both to 255 bytes.

@@ -460,7 +460,9 @@ struct Answer {
 
 fn fault(error: &reqwest::Error) -> CloseError {
     if error.is_connect() {
-        CloseError::Unreachable
+        // The innermost cause says most: refused, no such host, a bad certificate.
+        let causes = std::iter::successors(std::error::Error::source(error), |cause| cause.source());
+        CloseError::Unreachable(causes.last().map_or_else(|| "no connection".to_owned(), ToString::to_string))
     } else if error.is_timeout() {
         CloseError::Transient(Fault::Timeout)
     } else {

@@ -23,8 +23,8 @@ pub enum CloseError {
     #[error("{0}")]
     Rejected(Rejection),
     /// No connection to Close could be made; nothing was sent.
-    #[error("Close cannot be reached")]
-    Unreachable,
+    #[error("Close cannot be reached: {0}")]
+    Unreachable(String),
     /// May pass by itself.
     #[error("{0}")]
     Transient(Fault),
@@ -60,7 +60,7 @@ impl CloseError {
             | Self::Forbidden
             | Self::NotFound
             | Self::Rejected(_)
-            | Self::Unreachable => false,
+            | Self::Unreachable(_) => false,
         }
     }
 }
@@ -205,8 +205,11 @@ mod tests {
             CloseError::Transient(Fault::Status(502)),
             CloseError::Transient(Fault::Status(504)),
         ];
-        let known =
-            [CloseError::Transient(Fault::Status(503)), CloseError::Unreachable, CloseError::NotFound];
+        let known = [
+            CloseError::Transient(Fault::Status(503)),
+            CloseError::Unreachable(String::new()),
+            CloseError::NotFound,
+        ];
         assert!(unknown.iter().all(CloseError::outcome_unknown));
         assert!(!known.iter().any(CloseError::outcome_unknown));
     }

@@ -19,7 +19,7 @@ async fn events_arrive_in_order_with_their_properties_and_bad_lines_are_named() 
     assert_eq!(
         String::from_utf8(output.stderr).unwrap(),
         format!(
-            "line 3: not JSON: line 1, column 2\nline 5: not a JSON object but a list\n\
+            "line 3, column 2: not JSON\nline 5: not a JSON object but a list\n\
              published 2 events to `{}`\n2 lines were not published, see above\n",
             bench.exchange
         )
