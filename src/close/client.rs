@@ -19,6 +19,7 @@ use url::Url;
 use super::error::{CloseError, Fault, Rejection};
 use super::gate::{self, Gate, RateLimit};
 use super::wire::{self, Members, TextMode};
+use super::{CustomField, Hits, Lookup, User};
 use crate::domain::plan::ContactValues;
 use crate::domain::record::{Contact, ContactId, FieldId, Fields, Lead, LeadId};
 
@@ -161,52 +162,6 @@ pub struct Call {
     pub took: Duration,
     /// Waiting for budget before it.
     pub waited: Duration,
-}
-
-/// The owner of the API key, as `GET /me/` tells.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct User {
-    /// The name of the organization the key belongs to.
-    pub organization: String,
-}
-
-/// A custom field of Leads or Contacts.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CustomField {
-    /// Its id.
-    pub id: FieldId,
-    /// Its name, as people see it.
-    pub name: String,
-    /// Its type: `text`, `number`, `choices` and so on (close-api.md §7).
-    pub kind: String,
-}
-
-/// What to search for.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Lookup<'a> {
-    /// Leads with a company id.
-    Lead {
-        /// The field that stores it.
-        field: &'a FieldId,
-        /// The id.
-        company_id: &'a str,
-    },
-    /// Contacts with a user id or an email: either is enough.
-    Contact {
-        /// The field that stores the user id, and the id.
-        user: Option<(&'a FieldId, &'a str)>,
-        /// The email.
-        email: Option<&'a str>,
-    },
-}
-
-/// What a search for Contacts found.
-#[derive(Clone, Debug, Default)]
-pub struct Hits {
-    /// The oldest, at most a page of them.
-    pub contacts: Vec<Contact>,
-    /// Whether there are more than fit the page.
-    pub more: bool,
 }
 
 type Observer = Box<dyn Fn(Call) + Send + Sync>;

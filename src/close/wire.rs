@@ -3,7 +3,7 @@
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::client::{CustomField, Lookup, User};
+use super::{CustomField, Lookup, User};
 use crate::domain::plan::ContactValues;
 use crate::domain::record::{
     Channel, Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists, fold_email,
