@@ -227,8 +227,7 @@ impl Sync<'_> {
             let plan = plan(self.desired, &resolved.found, settings.switches);
             let trusted_from = known.doubtful_until(&self.keys).max(Some(self.trusted_from));
             // An adopted Lead was chosen because the company was not found: that needs proof as well.
-            let adopts = matches!(resolved.found, Found::InLead { adopted: true, .. });
-            let needs_proof = adopts || plan.creates();
+            let needs_proof = resolved.found.adopts() || plan.creates();
             if let Some(trusted_from) = trusted_from.filter(|from| needs_proof && asked < *from) {
                 metrics.lag_guard_waited();
                 tokio::time::sleep_until(trusted_from.into()).await;
@@ -293,8 +292,7 @@ impl Sync<'_> {
         let learn_contact = |id: &ContactId, only: bool| {
             person.person().for_each(|key| known.learn_created(key, id.clone(), only));
         };
-        let adopts = matches!(step, Step::UpdateLead { .. })
-            && matches!(resolved.found, Found::InLead { adopted: true, .. });
+        let adopts = resolved.found.adopts() && matches!(step, Step::UpdateLead { .. });
         let matters = adopts || step.creates();
         if matters {
             // Before the call: it may be dropped at any moment, and happen all the same.

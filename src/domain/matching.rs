@@ -100,6 +100,13 @@ pub enum Found {
     Nobody,
 }
 
+impl Found {
+    /// Whether a Lead is about to be given a company id because no Lead was found by it.
+    pub fn adopts(&self) -> bool {
+        matches!(self, Self::InLead { adopted: true, .. })
+    }
+}
+
 /// Decides between adopting a Lead and making a new one (rule 3, last two cases): the person was
 /// found under `people`'s Leads, oldest Contact first, and no Lead was found by company id.
 ///
