@@ -16,13 +16,14 @@ use crate::amqp::session::{End, Report, Session};
 use crate::amqp::{self, BrokerError, topology};
 use crate::close::Client;
 use crate::config::Config;
+use crate::domain::mapping::{Mapping, Rules};
 use crate::http;
 use crate::metrics::Metrics;
 use crate::outcome::PauseCause;
 use crate::preflight::{self, Obstacle};
 use crate::retry::Pauses;
 use crate::state::{State, Status};
-use crate::worker::Worker;
+use crate::worker::{Worker, tell_unknown};
 
 /// Why `run` ended without being asked to.
 #[derive(Debug, thiserror::Error)]
@@ -57,20 +58,51 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<Report, 
         Client::new(config.close, move |call| metrics.called(call))
             .context("TLS cannot be set up: are CA certificates installed (Debian: ca-certificates)?")?
     };
-    let session = Session {
-        settings: Arc::new(config.amqp),
-        worker: Worker::new(config.worker, client, metrics.clone()),
-        metrics,
-        status,
-        concurrency: config.concurrency,
-        grace: config.grace,
+    let destination = Destination { client, rules: config.rules, status, metrics };
+    let settings = Arc::new(config.amqp);
+    let result = async {
+        // Before anything about Close: producers may publish from now on, whatever state Close is in.
+        match shutdown.run_until_cancelled(declare(&settings)).await {
+            Some(Err(error @ BrokerError::Conflict { .. })) => {
+                return Err(RunError::Configuration(error.to_string()));
+            }
+            Some(Err(error)) => tracing::warn!(%error, "nothing is declared in RabbitMQ yet"),
+            Some(Ok(())) | None => {}
+        }
+        let Some(mapping) = destination.mapping(&shutdown).await? else { return Ok(Report::default()) };
+        let Destination { client, rules, status, metrics } = destination;
+        let worker = Worker::new(config.worker, &rules, mapping, client, metrics.clone());
+        let refresh = tokio::spawn(refresh(worker.clone(), config.schema_refresh));
+        let session = Session {
+            settings,
+            worker,
+            metrics,
+            status,
+            concurrency: config.concurrency,
+            grace: config.grace,
+        };
+        let result = supervise(&session, &shutdown).await;
+        refresh.abort();
+        result
     };
-    let result = supervise(&session, &shutdown).await;
+    let result = result.await;
 
     stop_http.cancel();
     // A scraper that keeps its connection open must not hold up the exit.
     let _ = tokio::time::timeout(Duration::from_secs(1), server).await;
     result
+}
+
+/// Looks at the fields in Close from time to time.
+async fn refresh(worker: Worker, every: Duration) {
+    loop {
+        tokio::time::sleep(every).await;
+        if let Err(obstacles) = worker.look_again().await {
+            // The next message that meets it pauses consumption; this is no message's business.
+            let obstacle = obstacles.first().map(ToString::to_string);
+            tracing::warn!(obstacle, "the fields in Close cannot be looked at; the mapping stays as it is");
+        }
+    }
 }
 
 /// A session that stood this long was a good one, also without messages.
@@ -81,19 +113,6 @@ async fn supervise(session: &Session, shutdown: &CancellationToken) -> Result<Re
     let mut reconnects = Pauses::reconnect();
     let mut probes = Pauses::probe();
     let mut lost = false;
-    // Before anything about Close: producers may publish from now on, whatever state Close is in.
-    match shutdown.run_until_cancelled(declare(session)).await {
-        Some(Err(error @ BrokerError::Conflict { .. })) => {
-            return Err(RunError::Configuration(error.to_string()));
-        }
-        Some(Err(error)) => tracing::warn!(%error, "nothing is declared in RabbitMQ yet"),
-        Some(Ok(())) | None => {}
-    }
-    // Close may make the checks wait; being asked to stop ends them.
-    let checked = shutdown.run_until_cancelled(refuse_or_pause(session)).await;
-    if let Some(cause) = checked.unwrap_or(Ok(None))? {
-        pause(session, cause, &mut probes, shutdown).await;
-    }
     while !shutdown.is_cancelled() {
         let began = Instant::now();
         let (end, report) = session.run(shutdown).await;
@@ -109,7 +128,10 @@ async fn supervise(session: &Session, shutdown: &CancellationToken) -> Result<Re
         }
         match end {
             End::Stopped => break,
-            End::Paused(cause) => pause(session, cause, &mut probes, shutdown).await,
+            End::Paused(cause) => {
+                let probe = async || session.worker.look_again().await;
+                pause(&session.status, &session.metrics, cause, &mut probes, probe, shutdown).await;
+            }
             End::Lost(error @ BrokerError::Conflict { .. }) => {
                 return Err(RunError::Configuration(error.to_string()));
             }
@@ -131,64 +153,88 @@ async fn supervise(session: &Session, shutdown: &CancellationToken) -> Result<Re
     Ok(total)
 }
 
-async fn declare(session: &Session) -> Result<(), BrokerError> {
-    let connection = session.settings.connect("close-sync declare").await?;
-    topology::declare(&connection, &session.settings).await?;
+async fn declare(settings: &amqp::Settings) -> Result<(), BrokerError> {
+    let connection = settings.connect("close-sync declare").await?;
+    topology::declare(&connection, settings).await?;
     amqp::close(&connection).await;
     Ok(())
 }
 
-/// The checks at start. A mistake in the configuration ends the program; what may pass does not.
-async fn refuse_or_pause(session: &Session) -> Result<Option<PauseCause>, RunError> {
-    let keys = &session.worker.settings().mapping.keys;
-    match preflight::all(session.worker.client(), keys).await {
-        Ok(ready) => {
-            tracing::info!(organization = ready.user.organization, "Close accepts the API key");
-            Ok(None)
-        }
-        Err(obstacles) => {
-            let lines: Vec<_> = obstacles.iter().map(ToString::to_string).collect();
-            tracing::error!(obstacle = lines.join("; "), "Close cannot be worked with");
-            match obstacles.first().and_then(Obstacle::pause_cause) {
-                None => Ok(Some(PauseCause::Unreachable)),
-                Some(cause @ (PauseCause::Unreachable | PauseCause::PlanLimit)) => Ok(Some(cause)),
-                Some(PauseCause::LookupField) => Err(RunError::Configuration(lines.join("\n"))),
-                Some(PauseCause::Unauthorized | PauseCause::Forbidden) => {
-                    Err(RunError::Configuration(format!(
-                        "{}: set `close.api_key` (CLOSE_API_KEY) to a key that is valid in Close",
-                        lines.join("\n")
-                    )))
-                }
+/// A Close organization that is not known to be in order yet.
+struct Destination {
+    client: Client,
+    rules: Rules,
+    status: Status,
+    metrics: Metrics,
+}
+
+impl Destination {
+    /// The checks at start. A mistake in the configuration ends the program; what may pass is waited
+    /// for. `None` when asked to stop meanwhile.
+    async fn mapping(&self, shutdown: &CancellationToken) -> Result<Option<Mapping>, RunError> {
+        // Close may make the checks wait; being asked to stop ends them.
+        let check = async || preflight::run(&self.client, &self.rules).await;
+        let cause = match shutdown.run_until_cancelled(check()).await {
+            None => return Ok(None),
+            Some(Ok(ready)) => {
+                tracing::info!(organization = ready.organization, "Close accepts the API key");
+                tell_unknown(&ready.mapping);
+                return Ok(Some(ready.mapping));
             }
-        }
+            Some(Err(obstacles)) => cause_or_refusal(&obstacles)?,
+        };
+        let probe = async || {
+            let ready = check().await?;
+            tell_unknown(&ready.mapping);
+            Ok(ready.mapping)
+        };
+        Ok(pause(&self.status, &self.metrics, cause, &mut Pauses::probe(), probe, shutdown).await)
     }
 }
 
-/// Probes Close until it can be worked with again.
-async fn pause(session: &Session, mut cause: PauseCause, probes: &mut Pauses, shutdown: &CancellationToken) {
-    let keys = &session.worker.settings().mapping.keys;
+fn cause_or_refusal(obstacles: &[Obstacle]) -> Result<PauseCause, RunError> {
+    let lines: Vec<_> = obstacles.iter().map(ToString::to_string).collect();
+    tracing::error!(obstacle = lines.join("; "), "Close cannot be worked with");
+    match obstacles.first().and_then(Obstacle::pause_cause) {
+        None => Ok(PauseCause::Unreachable),
+        Some(cause @ (PauseCause::Unreachable | PauseCause::PlanLimit)) => Ok(cause),
+        Some(PauseCause::LookupField) => Err(RunError::Configuration(lines.join("\n"))),
+        Some(PauseCause::Unauthorized | PauseCause::Forbidden) => Err(RunError::Configuration(format!(
+            "{}: set `close.api_key` (CLOSE_API_KEY) to a key that is valid in Close",
+            lines.join("\n")
+        ))),
+    }
+}
+
+/// Probes Close until it can be worked with again; `None` when asked to stop meanwhile.
+async fn pause<T>(
+    status: &Status,
+    metrics: &Metrics,
+    mut cause: PauseCause,
+    probes: &mut Pauses,
+    probe: impl AsyncFn() -> Result<T, Vec<Obstacle>>,
+    shutdown: &CancellationToken,
+) -> Option<T> {
     tracing::error!(
         cause = cause.label(),
         "paused: messages stay in the queue until Close can be worked with"
     );
-    loop {
-        session.status.set(State::Paused(cause));
-        session.metrics.paused(Some(cause));
+    let found = loop {
+        status.set(State::Paused(cause));
+        metrics.paused(Some(cause));
         let wait = probes.next_pause().unwrap_or_default();
-        if shutdown.run_until_cancelled(tokio::time::sleep(wait)).await.is_none() {
-            return;
-        }
-        let probe = shutdown.run_until_cancelled(preflight::run(session.worker.client(), keys)).await;
-        match probe {
-            None => return,
-            Some(Ok(_)) => break,
-            Some(Err(obstacle)) => {
-                tracing::debug!(%obstacle, "still paused");
-                cause = obstacle.pause_cause().unwrap_or(cause);
+        shutdown.run_until_cancelled(tokio::time::sleep(wait)).await?;
+        match shutdown.run_until_cancelled(probe()).await? {
+            Ok(found) => break found,
+            Err(obstacles) => {
+                let obstacle = obstacles.first();
+                tracing::debug!(obstacle = obstacle.map(ToString::to_string), "still paused");
+                cause = obstacle.and_then(Obstacle::pause_cause).unwrap_or(cause);
             }
         }
-    }
-    session.metrics.paused(None);
-    session.status.set(State::Connecting);
+    };
+    metrics.paused(None);
+    status.set(State::Connecting);
     tracing::info!("Close can be worked with again: going on");
+    Some(found)
 }

@@ -20,9 +20,11 @@ use url::Url;
 
 use crate::amqp::{self, Delay};
 use crate::close;
-use crate::domain::mapping::{KeyFields, Mapping, Rule, Source, WriteRule};
+use crate::domain::mapping::{Anonymous, FreeMail, RecordRules, Rule, Rules, Trigger, WriteRule};
 use crate::domain::plan::Switches;
-use crate::domain::record::{Channel, Field, FieldId};
+use crate::domain::record::{Channel, Field};
+use crate::domain::schema::FieldRef;
+use crate::domain::source::{Alternative, Normalize, Source};
 use crate::retry::Policy;
 use crate::worker;
 
@@ -35,6 +37,8 @@ const SECRETS: [&str; 2] = ["close.api_key", "amqp.url"];
 const NO_TOML: &str = "is no TOML";
 /// Tables whose keys are the user's.
 const OPEN: [&str; 2] = ["mapping.lead.custom", "mapping.contact.custom"];
+/// The keys of a mapping rule.
+const RULE: [&str; 4] = ["from", "write", "normalize", "values"];
 
 /// The validated settings.
 #[derive(Clone, Debug)]
@@ -45,6 +49,10 @@ pub struct Config {
     pub close: close::Settings,
     /// The work on messages.
     pub worker: worker::Settings,
+    /// What goes where.
+    pub rules: Rules,
+    /// How often custom fields, statuses and users are looked at again.
+    pub schema_refresh: Duration,
     /// Messages worked on at the same time.
     pub concurrency: usize,
     /// How long messages in hand may take to finish on shutdown.
@@ -220,7 +228,11 @@ fn join(path: &str, key: &str) -> String {
 
 /// Whether a table is one value to the user: a mapping rule, or a table with the user's own keys.
 fn is_leaf(path: &str, value: &Value) -> bool {
-    value.as_table().is_none_or(|table| OPEN.contains(&path) || table.contains_key("from"))
+    value.as_table().is_none_or(|table| OPEN.contains(&path) || is_rule(table))
+}
+
+fn is_rule(table: &Table) -> bool {
+    table.contains_key("from")
 }
 
 /// Lays a layer over the settings: only known keys, only of the known type.
@@ -236,6 +248,8 @@ fn overlay(settings: &mut Table, layer: Table, path: &str, problems: &mut Vec<Pr
             (Some(Value::Table(inner)), Value::Table(value)) if OPEN.contains(&path.as_str()) => {
                 *inner = value;
             }
+            // Its keys are looked at where it is read.
+            (Some(Value::Table(inner)), Value::Table(value)) if is_rule(inner) => inner.extend(value),
             (Some(Value::Table(inner)), Value::Table(value)) => overlay(inner, value, &path, problems),
             (Some(current), value) if current.same_type(&value) => *current = value,
             (Some(current), value) => {
@@ -272,7 +286,7 @@ fn overlay_environment(
             (Value::Table(inner), Some(Value::Table(value))) if OPEN.contains(&path.as_str()) => {
                 *inner = value;
             }
-            (Value::Table(inner), Some(Value::Table(value))) => overlay(inner, value, &path, problems),
+            (Value::Table(inner), Some(Value::Table(value))) => inner.extend(value),
             (current, Some(value)) if current.same_type(&value) => *current = value,
             (current, _) => {
                 let message = format!("\"{text}\" is not {} in TOML's notation", kind(current));
@@ -320,6 +334,9 @@ impl Reader<'_> {
         let amqp = self.amqp();
         let close = self.close(need);
         let worker = self.worker();
+        let rules = self.mapping();
+        // Two calls of the schema's group each time; Close counts them.
+        let schema_refresh = self.duration("close.schema_refresh", Duration::from_secs(10));
         let concurrency = self.number("worker.concurrency", 1, 1024);
         let grace = self.duration("worker.grace", Duration::ZERO);
         let http_addr =
@@ -334,6 +351,8 @@ impl Reader<'_> {
             amqp: amqp?,
             close: close?,
             worker: worker?,
+            rules: rules?,
+            schema_refresh: schema_refresh?,
             concurrency: usize::try_from(concurrency?).ok()?,
             grace: grace?,
             http_addr: http_addr?,
@@ -382,7 +401,6 @@ impl Reader<'_> {
     }
 
     fn worker(&mut self) -> Option<worker::Settings> {
-        let mapping = self.mapping();
         let switches =
             leaf(self.settings, "switches").and_then(|table| table.clone().try_into::<Switches>().ok());
         let in_place = self.duration("retry.in_place", Duration::ZERO);
@@ -394,7 +412,6 @@ impl Reader<'_> {
             self.problem("retry.in_place", "must be shorter than `worker.hold`");
         }
         Some(worker::Settings {
-            mapping: mapping?,
             switches: switches?,
             retry: Policy {
                 in_place: in_place?,
@@ -406,35 +423,52 @@ impl Reader<'_> {
         })
     }
 
-    fn mapping(&mut self) -> Option<Mapping> {
-        let keys = KeyFields {
-            company: self.field_id("close.lead_company_id_field"),
-            user: self.field_id("close.contact_user_id_field"),
+    fn mapping(&mut self) -> Option<Rules> {
+        let trigger = self.text("mapping.trigger");
+        let trigger = Trigger::parse(&trigger).map_err(|message| self.problem("mapping.trigger", &message));
+        let anonymous = self.parsed("mapping.anonymous", "one of `dead_letter`, `skip`", |text| match text {
+            "dead_letter" => Some(Anonymous::DeadLetter),
+            "skip" => Some(Anonymous::Skip),
+            _ => None,
+        });
+        let free_mail: Option<Vec<String>> = leaf(self.settings, "mapping.free_mail_domains")
+            .and_then(Value::as_array)
+            .and_then(|list| list.iter().map(|item| item.as_str().map(str::to_lowercase)).collect());
+        if free_mail.is_none() {
+            self.problem(
+                "mapping.free_mail_domains",
+                "must be a list of domains like `[\"gmail.com\", \"yahoo.*\"]`",
+            );
+        }
+        let lead = RecordRules {
+            fields: self.rules(
+                "mapping.lead",
+                &[("name", Field::Name), ("description", Field::Description), ("status_id", Field::Status)],
+            ),
+            custom: self.custom_rules("mapping.lead.custom"),
+            key: self.field("close.lead_company_id_field"),
+            id: self.id_source("mapping.company_id"),
         };
-        let company_id = self.source("mapping.company_id");
-        let user_id = self.source("mapping.user_id");
-        let mut lead = self.rules(
-            "mapping.lead",
-            &[("name", Field::Name), ("description", Field::Description), ("status_id", Field::Status)],
-        );
-        lead.extend(self.custom_rules("mapping.lead.custom"));
-        let mut contact = self.rules("mapping.contact", &[("name", Field::Name), ("title", Field::Title)]);
-        contact.extend(self.custom_rules("mapping.contact.custom"));
+        let contact = RecordRules {
+            fields: self.rules("mapping.contact", &[("name", Field::Name), ("title", Field::Title)]),
+            custom: self.custom_rules("mapping.contact.custom"),
+            key: self.field("close.contact_user_id_field"),
+            id: self.id_source("mapping.user_id"),
+        };
         let channels = self.rules(
             "mapping.contact",
             &[("email", Channel::Email), ("phone", Channel::Phone), ("url", Channel::Url)],
         );
-        for (path, fields, key) in
-            [("mapping.lead.custom", &lead, &keys.company), ("mapping.contact.custom", &contact, &keys.user)]
-        {
-            if let Some(id) = key
-                && fields.contains_key(&Field::Custom(id.clone()))
+        for (path, rules) in [("mapping.lead.custom", &lead), ("mapping.contact.custom", &contact)] {
+            if let Some(key) = &rules.key
+                && rules.custom.contains_key(key)
             {
                 let message = "is a lookup field, filled from `mapping.company_id` or `mapping.user_id`: remove it here";
-                self.problem(&join(path, id.as_str()), message);
+                self.problem(&join(path, key.as_str()), message);
             }
         }
-        Some(Mapping { lead, contact, channels, company_id: company_id?, user_id: user_id?, keys })
+        let free_mail = FreeMail(free_mail?);
+        Some(Rules { trigger: trigger.ok()?, anonymous: anonymous?, lead, contact, channels, free_mail })
     }
 
     fn rules<T: Ord + Clone>(&mut self, path: &str, fields: &[(&str, T)]) -> BTreeMap<T, Rule> {
@@ -442,29 +476,21 @@ impl Reader<'_> {
         fields.iter().filter_map(rule).collect()
     }
 
-    fn custom_rules(&mut self, path: &str) -> BTreeMap<Field, Rule> {
+    fn custom_rules(&mut self, path: &str) -> BTreeMap<FieldRef, Rule> {
         let table = leaf(self.settings, path).and_then(Value::as_table).cloned().unwrap_or_default();
         let mut rules = BTreeMap::new();
-        for id in table.keys() {
-            let key = join(path, id);
-            match parse_field_id(id) {
-                Some(id) => rules.extend(self.rule(&key).map(|rule| (Field::Custom(id), rule))),
-                None => self.problem(&key, "must be named by the id of a custom field, `cf_...`"),
+        for name in table.keys() {
+            let key = join(path, name);
+            match field_ref(name) {
+                Some(field) => rules.extend(self.rule(&key).map(|rule| (field, rule))),
+                None => self.problem(&key, NO_FIELD),
             }
         }
         rules
     }
 
     fn rule(&mut self, path: &str) -> Option<Rule> {
-        for key in leaf(self.settings, path).and_then(Value::as_table).into_iter().flat_map(Table::keys) {
-            if !["from", "write"].contains(&key.as_str()) {
-                self.problems.push(Problem {
-                    key: join(path, key),
-                    message: "is no setting (known here: from, write)".into(),
-                });
-            }
-        }
-        let source = self.source(path)?;
+        let source = self.source(path, &RULE)?;
         let write = match leaf(self.settings, &join(path, "write")).map(|value| value.clone().try_into()) {
             None => WriteRule::default(),
             Some(Ok(write)) => write,
@@ -476,23 +502,50 @@ impl Reader<'_> {
         Some(Rule { source, write })
     }
 
-    fn source(&mut self, path: &str) -> Option<Source> {
-        let key = join(path, "from");
-        let Some(from) = leaf(self.settings, &key).and_then(Value::as_array) else {
+    /// Where an id comes from. It is always written: the record is found by it.
+    fn id_source(&mut self, path: &str) -> Source {
+        let known: Vec<&str> = RULE.into_iter().filter(|key| *key != "write").collect();
+        self.source(path, &known).unwrap_or_default()
+    }
+
+    fn source(&mut self, path: &str, known: &[&str]) -> Option<Source> {
+        let rule = leaf(self.settings, path).and_then(Value::as_table);
+        for key in rule.into_iter().flat_map(Table::keys) {
+            if !known.contains(&key.as_str()) {
+                self.problems.push(Problem {
+                    key: join(path, key),
+                    message: format!("is no setting (known here: {})", known.join(", ")),
+                });
+            }
+        }
+        let from = join(path, "from");
+        let Some(alternatives) = rule.and_then(|rule| rule.get("from")).and_then(Value::as_array) else {
             self.problem(path, "must be a table like `{ from = [\"$.traits.title\"] }`");
             return None;
         };
-        let alternatives: Option<Vec<Vec<&str>>> = from
+        let alternatives: Vec<_> = alternatives
             .iter()
-            .map(|item| match item.as_array() {
-                Some(parts) => parts.iter().map(Value::as_str).collect(),
-                None => Some(vec![item.as_str()?]),
-            })
+            .filter_map(|item| alternative(item).map_err(|message| self.problem(&from, &message)).ok())
             .collect();
-        let source = alternatives
-            .ok_or_else(|| "must be a list of JSONPaths, each in quotes".to_owned())
-            .and_then(Source::new);
-        source.map_err(|message| self.problem(&key, &message)).ok()
+
+        let key = join(path, "normalize");
+        let normalize = rule.and_then(|rule| rule.get("normalize"));
+        let normalize = normalize.map_or(Some(Vec::new()), |list| {
+            let word = |item: &Value| Normalize::ALL.into_iter().find(|n| Some(n.label()) == item.as_str());
+            list.as_array()?.iter().map(word).collect()
+        });
+        if normalize.is_none() {
+            let words = Normalize::ALL.map(|word| format!("`{}`", word.label())).join(", ");
+            self.problem(&key, &format!("must be a list of {words}"));
+        }
+        let values = rule.and_then(|rule| rule.get("values"));
+        let values = values.map_or(Some(BTreeMap::new()), |table| {
+            table.as_table()?.iter().map(|(from, to)| Some((from.clone(), scalar(to)?))).collect()
+        });
+        if values.is_none() {
+            self.problem(&join(path, "values"), "must be a table like `{ true = \"Yes\", false = \"No\" }`");
+        }
+        Some(Source::new(alternatives).normalized(normalize?).translated(values?))
     }
 
     fn delays(&mut self) -> Option<Vec<Delay>> {
@@ -526,18 +579,16 @@ impl Reader<'_> {
         Some(delays)
     }
 
-    fn field_id(&mut self, path: &str) -> Option<FieldId> {
+    fn field(&mut self, path: &str) -> Option<FieldRef> {
         let text = self.text(path);
         if text.is_empty() {
             return None;
         }
-        let id = parse_field_id(&text);
-        if id.is_none() {
-            let message =
-                format!("\"{text}\" is no id of a custom field: it looks like `cf_...`, without `custom.`");
-            self.problem(path, &message);
+        let field = field_ref(&text);
+        if field.is_none() {
+            self.problem(path, &format!("\"{text}\" {NO_FIELD}"));
         }
-        id
+        field
     }
 
     /// A name for the broker: AMQP bounds names to 255 bytes, and suffixes are added to ours.
@@ -586,11 +637,41 @@ fn duration(text: &str) -> Option<Duration> {
     text.parse::<jiff::SignedDuration>().ok()?.try_into().ok()
 }
 
-/// Ids begin with `cf_`; older ones with a letter in front (close-api.md §1).
-fn parse_field_id(text: &str) -> Option<FieldId> {
-    let (prefix, rest) = text.split_once("cf_")?;
-    let plain = |text: &str| text.chars().all(|c| c.is_ascii_alphanumeric());
-    (prefix.len() <= 1 && plain(prefix) && !rest.is_empty() && plain(rest)).then(|| FieldId::new(text))
+const NO_FIELD: &str = "must be the id of a custom field, `cf_...`, or its name, without `custom.`";
+
+/// The id or name of a custom field.
+fn field_ref(text: &str) -> Option<FieldRef> {
+    let text = text.trim();
+    (!text.is_empty() && !text.starts_with("custom.")).then(|| FieldRef::new(text))
+}
+
+/// One item of `from`.
+fn alternative(item: &Value) -> Result<Alternative, String> {
+    let constant = |table: &Table| scalar(table.get("value").filter(|_| table.len() == 1)?);
+    match item {
+        Value::String(text) => Alternative::parse(text),
+        Value::Table(table) if constant(table).is_some() => {
+            Ok(Alternative::constant(constant(table).unwrap_or_default()))
+        }
+        Value::Array(_) => {
+            Err("has a list in its list: several values are joined by a template like `\"{$.traits.a} {$.traits.b}\"`".into())
+        }
+        Value::Table(_) | Value::Integer(_) | Value::Float(_) | Value::Boolean(_) | Value::Datetime(_) => {
+            Err("must be a list of JSONPaths, templates, or constants like `{ value = \"Customer\" }`".into())
+        }
+    }
+}
+
+/// A single value, in JSON.
+fn scalar(value: &Value) -> Option<serde_json::Value> {
+    match value {
+        Value::String(text) => Some(text.as_str().into()),
+        Value::Integer(number) => Some((*number).into()),
+        Value::Float(number) => serde_json::Number::from_f64(*number).map(Into::into),
+        Value::Boolean(flag) => Some((*flag).into()),
+        Value::Datetime(moment) => Some(moment.to_string().into()),
+        Value::Array(_) | Value::Table(_) => None,
+    }
 }
 
 #[cfg(test)]
@@ -619,7 +700,7 @@ mod tests {
         let config = load("", &[("CLOSE_API_KEY", "api_k")]).unwrap();
         assert_eq!(config.amqp.delays.len(), 4);
         assert_eq!(config.amqp.retry_exchange(), "close-sync.retry");
-        assert_eq!(config.worker.mapping.keys, KeyFields::default());
+        assert_eq!((&config.rules.lead.key, &config.rules.contact.key), (&None, &None));
         assert!(Config::from_parts("", None, &HashMap::new(), Need::Broker).is_ok());
     }
 
@@ -641,11 +722,12 @@ mod tests {
         assert_eq!(config.amqp.delays[1].duration, Duration::from_mins(1));
         assert!(!config.worker.switches.allow_creating_new_leads);
         assert!(config.worker.switches.allow_creating_new_contacts);
-        let mapping = &config.worker.mapping;
-        assert_eq!(mapping.lead[&Field::Custom(FieldId::new("cf_1"))].write, WriteRule::Always);
-        assert_eq!(mapping.contact[&Field::Title].write, WriteRule::IfEmpty);
-        assert_eq!(mapping.lead[&Field::Name].source, Source::new([vec!["$.context.groupId"]]).unwrap());
-        assert_eq!(mapping.keys.company, Some(FieldId::new("cf_company")));
+        let Rules { lead, contact, .. } = &config.rules;
+        assert_eq!(lead.custom[&FieldRef::new("cf_1")].write, WriteRule::Always);
+        assert_eq!(contact.fields[&Field::Title].write, WriteRule::IfEmpty);
+        let group = Alternative::parse("$.context.groupId").unwrap();
+        assert_eq!(lead.fields[&Field::Name].source, Source::new([group]));
+        assert_eq!(lead.key, Some(FieldRef::new("cf_company")));
     }
 
     #[test]

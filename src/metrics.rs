@@ -12,8 +12,8 @@ use prometheus::{
 };
 
 use crate::close::{Call, Endpoint, StatusClass};
-use crate::domain::mapping::{DropReason, Dropped};
 use crate::domain::plan::Refusal;
+use crate::domain::values::{DropReason, Dropped};
 use crate::outcome::{Effect, Outcome, PauseCause, Reason, Skip, Stage};
 
 /// The metrics of one worker. Clones share them.
@@ -352,6 +352,6 @@ mod tests {
         }
         metrics.settled(&Outcome::Delayed { level: 0, charged: true, cause: String::new() }, Duration::ZERO);
         assert_eq!(series(metrics.page()), before);
-        assert!(metrics.page().contains("close_sync_messages_settled_total{outcome=\"skipped\"} 7"));
+        assert!(metrics.page().contains("close_sync_messages_settled_total{outcome=\"skipped\"} 8"));
     }
 }

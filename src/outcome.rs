@@ -45,6 +45,8 @@ pub enum Effect {
 pub enum Skip {
     /// The event is not for Close.
     Event(NotForClose),
+    /// The event names nobody, and the configuration lets such events go.
+    Anonymous,
     /// The switches forbid every step.
     Switch(Refusal),
 }
@@ -52,7 +54,7 @@ pub enum Skip {
 impl Skip {
     /// All reasons, for metrics.
     pub fn all() -> impl Iterator<Item = Self> {
-        [Self::Event(NotForClose::EventType), Self::Event(NotForClose::Integrations)]
+        [Self::Event(NotForClose::Trigger), Self::Event(NotForClose::Integrations), Self::Anonymous]
             .into_iter()
             .chain(Refusal::ALL.into_iter().map(Self::Switch))
     }
@@ -60,8 +62,9 @@ impl Skip {
     /// The label in logs and metrics.
     pub fn label(self) -> &'static str {
         match self {
-            Self::Event(NotForClose::EventType) => "event_type",
+            Self::Event(NotForClose::Trigger) => "trigger",
             Self::Event(NotForClose::Integrations) => "integrations",
+            Self::Anonymous => "anonymous",
             Self::Switch(refusal) => refusal.label(),
         }
     }
@@ -93,6 +96,8 @@ pub struct DeadLetter {
     pub error: String,
     /// The field of Close it is about, if Close named one.
     pub field: Option<String>,
+    /// How far it came, [`crate::domain::decision::Decision::summary`].
+    pub decision: Option<String>,
 }
 
 impl DeadLetter {

@@ -3,52 +3,54 @@
 //! The order is the rules' (`design.md` §2): the company's Lead first, the person inside it; only
 //! without such a Lead the person anywhere. Search and memory give ids; the records themselves are
 //! then read by id, because search lags behind and reading does not (close-api.md §6).
+//!
+//! What was asked and what was made of the answers is noted in a [`Decision`] on the way.
 
 use std::collections::BTreeMap;
 
-use crate::close::{Client, CloseError};
+use crate::close::{CloseError, Records};
+use crate::domain::decision::{Candidate, Decision, LookUp};
 use crate::domain::mapping::{Desired, Identity, Key, KeyFields, WriteRule};
-use crate::domain::matching::{self, Found, Likeness, MAX_CONTACTS, compare, pick_people};
+use crate::domain::matching::{
+    self, Found, Likeness, MAX_CONTACTS, People, Verdict, company_leads, compare, judge_lead, pick_people,
+};
 use crate::domain::plan::Switches;
 use crate::domain::record::{Contact, ContactId, Lead, LeadId};
 use crate::known::Known;
 
-/// Looks records up.
-#[derive(Clone, Copy)]
-pub(crate) struct Resolver<'a> {
-    pub(crate) client: &'a Client,
+/// Looks records up for one message.
+pub(crate) struct Resolver<'a, R> {
+    pub(crate) records: &'a R,
     pub(crate) known: &'a Known,
     pub(crate) keys: &'a KeyFields,
-    pub(crate) switches: &'a Switches,
+    pub(crate) switches: Switches,
+    pub(crate) decision: &'a mut Decision,
 }
 
-/// The records found, and how many Contacts were left alone because they are someone else's.
-pub(crate) struct Resolved {
-    pub(crate) found: Found,
-    pub(crate) conflicts: usize,
-}
-
-impl Resolver<'_> {
-    pub(crate) async fn resolve(self, desired: &Desired) -> Result<Resolved, CloseError> {
+impl<R: Records> Resolver<'_, R> {
+    pub(crate) async fn resolve(&mut self, desired: &Desired) -> Result<Found, CloseError> {
         let person = &desired.identity;
         if let Some(company_id) = &person.company_id
             && let Some((lead, members)) = self.company(company_id).await?
         {
             let inside = pick_people(members, person, self.keys);
+            self.judge_people(&inside, false);
             // Whether the person is elsewhere too matters only if a duplicate would be forbidden.
             let elsewhere = inside.contacts.is_empty()
                 && !self.switches.allow_creating_duplicate_contacts
                 && !self.person(person).await?.contacts.is_empty();
-            let found = Found::InLead { lead, contacts: inside.contacts, adopted: false, elsewhere };
-            return Ok(Resolved { found, conflicts: inside.conflicts });
+            return Ok(Found::InLead { lead, contacts: inside.contacts, adopted: false, elsewhere });
         }
 
-        let people = self.person(person).await?;
-        let conflicts = people.conflicts;
-        let found = match &person.company_id {
-            _ if people.contacts.is_empty() => Found::Nobody,
+        let people = self.person(person).await?.contacts;
+        Ok(match &person.company_id {
+            _ if people.is_empty() => Found::Nobody,
             Some(company_id) => {
-                let found = matching::adopt(self.with_leads(people.contacts).await?, company_id, self.keys);
+                let people = self.with_leads(people).await?;
+                for lead in people.iter().filter_map(|(_, lead)| lead.as_ref()) {
+                    self.judge(lead.id.as_str(), judge_lead(lead, company_id, self.keys));
+                }
+                let found = matching::adopt(people, company_id, self.keys);
                 // The company's Lead, which search does not know yet.
                 if let Found::InLead { lead, adopted: false, .. } = &found {
                     self.known.learn_lead(company_id, lead.id.clone());
@@ -56,50 +58,66 @@ impl Resolver<'_> {
                 found
             }
             None if desired.lead.values().any(|wanted| wanted.write != WriteRule::OnCreate) => {
-                Found::Anywhere { people: self.with_leads(people.contacts).await? }
+                Found::Anywhere { people: self.with_leads(people).await? }
             }
-            None => Found::Anywhere {
-                people: people.contacts.into_iter().map(|contact| (contact, None)).collect(),
-            },
-        };
-        Ok(Resolved { found, conflicts })
+            None => Found::Anywhere { people: people.into_iter().map(|contact| (contact, None)).collect() },
+        })
     }
 
     /// The company's Lead with its Contacts, by memory, else by search.
-    async fn company(self, company_id: &str) -> Result<Option<(Lead, Vec<Contact>)>, CloseError> {
+    async fn company(&mut self, company_id: &str) -> Result<Option<(Lead, Vec<Contact>)>, CloseError> {
         let Some(field) = &self.keys.company else { return Ok(None) };
         if let Some(id) = self.known.lead(company_id) {
-            match self.client.lead(&id).await {
-                Ok((lead, members)) if lead.custom(field) == Some(company_id) => {
-                    return Ok(Some((lead, members)));
-                }
-                Ok(_) | Err(CloseError::NotFound) => self.known.forget_lead(company_id),
-                Err(error) => return Err(error),
+            self.decision.look_ups.push(LookUp::RememberedLead);
+            match self.company_lead(&id, company_id).await? {
+                Some(found) => return Ok(Some(found)),
+                None => self.known.forget_lead(company_id),
             }
         }
-        let mut candidates = self.client.find_leads(field, company_id).await?;
+        let hits = self.records.find_leads(field, company_id).await?;
+        self.decision.look_ups.push(LookUp::SearchedLeads(hits.len()));
+        for stranger in hits.iter().filter(|lead| lead.custom(field) != Some(company_id)) {
+            self.judge(stranger.id.as_str(), judge_lead(stranger, company_id, self.keys));
+        }
         // The oldest of them that is still there and still the company's.
-        while let Some(candidate) = matching::pick_lead(candidates.clone(), company_id, self.keys) {
-            match self.client.lead(&candidate.id).await {
-                Ok((lead, members)) if lead.custom(field) == Some(company_id) => {
-                    self.known.learn_lead(company_id, lead.id.clone());
-                    return Ok(Some((lead, members)));
-                }
-                Ok(_) | Err(CloseError::NotFound) => candidates.retain(|other| other.id != candidate.id),
-                Err(error) => return Err(error),
+        let mut candidates = company_leads(hits, company_id, self.keys).into_iter();
+        while let Some(candidate) = candidates.next() {
+            if let Some(found) = self.company_lead(&candidate.id, company_id).await? {
+                self.known.learn_lead(company_id, found.0.id.clone());
+                candidates.for_each(|younger| self.judge(younger.id.as_str(), Verdict::YoungerLead));
+                return Ok(Some(found));
             }
         }
         Ok(None)
     }
 
+    /// The Lead with its Contacts, if it is there and the company's.
+    async fn company_lead(
+        &mut self,
+        id: &LeadId,
+        company_id: &str,
+    ) -> Result<Option<(Lead, Vec<Contact>)>, CloseError> {
+        let answer = self.records.lead(id).await;
+        self.decision.look_ups.push(LookUp::ReadLead(id.to_string()));
+        let verdict = match &answer {
+            Ok((lead, _)) => judge_lead(lead, company_id, self.keys),
+            Err(CloseError::NotFound) => Verdict::Gone,
+            Err(_) => return answer.map(Some),
+        };
+        self.judge(id.as_str(), verdict);
+        Ok(answer.ok().filter(|_| verdict == Verdict::SameCompany))
+    }
+
     /// The person's Contacts, wherever they are: by memory if it is complete, else by search and
     /// memory together.
-    async fn person(self, person: &Identity) -> Result<matching::People, CloseError> {
+    async fn person(&mut self, person: &Identity) -> Result<People, CloseError> {
         // The user id decides before the email does, so knowing all of its Contacts is enough.
         let first = person.person().next().map(|key| self.known.contacts(&key)).unwrap_or_default();
         if first.complete {
+            self.decision.look_ups.push(LookUp::RememberedContacts(first.ids.len()));
             let people = self.read(first.ids, person).await?;
             if !people.contacts.is_empty() {
+                self.judge_people(&people, true);
                 return Ok(people);
             }
         }
@@ -107,16 +125,23 @@ impl Resolver<'_> {
         ids.extend(self.search_person(person).await?);
         ids.sort();
         ids.dedup();
-        self.read(ids, person).await
+        let people = self.read(ids, person).await?;
+        self.judge_people(&people, true);
+        Ok(people)
     }
 
     /// Those of the Contacts that are the person, as they are now.
-    async fn read(self, ids: Vec<ContactId>, person: &Identity) -> Result<matching::People, CloseError> {
+    async fn read(&mut self, ids: Vec<ContactId>, person: &Identity) -> Result<People, CloseError> {
         let mut current = Vec::with_capacity(ids.len());
         for id in ids {
-            match self.client.contact(&id).await {
+            let answer = self.records.contact(&id).await;
+            self.decision.look_ups.push(LookUp::ReadContact(id.to_string()));
+            match answer {
                 Ok(contact) => current.push(contact),
-                Err(CloseError::NotFound) => person.person().for_each(|key| self.known.forget_contacts(&key)),
+                Err(CloseError::NotFound) => {
+                    self.judge(id.as_str(), Verdict::Gone);
+                    person.person().for_each(|key| self.known.forget_contacts(&key));
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -125,14 +150,25 @@ impl Resolver<'_> {
 
     /// Ids of the oldest Contacts that search holds for the person, remembered by the key they were
     /// found by.
-    async fn search_person(self, person: &Identity) -> Result<Vec<ContactId>, CloseError> {
+    async fn search_person(&mut self, person: &Identity) -> Result<Vec<ContactId>, CloseError> {
         let user = self.keys.user.as_ref().zip(person.user_id.as_deref());
-        let hits = self.client.find_contacts(user, person.email.as_deref()).await?;
+        let hits = self.records.find_contacts(user, person.email.as_deref()).await?;
+        self.decision.look_ups.push(LookUp::SearchedContacts(hits.contacts.len()));
         let mut candidates = hits.contacts;
         let is_user = |contact: &Contact| compare(contact, person, self.keys) == Likeness::SameUser;
         // An email many people share fills the page; the person may be on the next one.
         if hits.more && user.is_some() && !candidates.iter().any(is_user) {
-            candidates.extend(self.client.find_contacts(user, None).await?.contacts);
+            let hits = self.records.find_contacts(user, None).await?;
+            self.decision.look_ups.push(LookUp::SearchedContacts(hits.contacts.len()));
+            candidates.extend(hits.contacts);
+        }
+        // Who is left alone and who is one too many is told here: they are not read.
+        let verdicts = pick_people(candidates.clone(), person, self.keys).verdicts;
+        let unread = verdicts.into_iter().filter(|(_, verdict)| {
+            matches!(verdict, Verdict::TooMany | Verdict::UserIdDecides | Verdict::NotThePerson)
+        });
+        for (id, verdict) in unread.collect::<Vec<_>>() {
+            self.judge(id.as_str(), verdict);
         }
         candidates.sort_by(|a, b| (&a.date_created, &a.id).cmp(&(&b.date_created, &b.id)));
         let with = |likeness: Likeness| -> Vec<ContactId> {
@@ -155,11 +191,16 @@ impl Resolver<'_> {
     }
 
     /// Each Contact with its Lead, every Lead read once.
-    async fn with_leads(self, contacts: Vec<Contact>) -> Result<Vec<(Contact, Option<Lead>)>, CloseError> {
+    async fn with_leads(
+        &mut self,
+        contacts: Vec<Contact>,
+    ) -> Result<Vec<(Contact, Option<Lead>)>, CloseError> {
         let mut leads: BTreeMap<LeadId, Lead> = BTreeMap::new();
         for id in contacts.iter().filter_map(|contact| contact.lead_id.as_ref()) {
             if !leads.contains_key(id) {
-                leads.insert(id.clone(), self.client.lead(id).await?.0);
+                let answer = self.records.lead(id).await;
+                self.decision.look_ups.push(LookUp::ReadLead(id.to_string()));
+                leads.insert(id.clone(), answer?.0);
             }
         }
         let lead_of = |contact: &Contact| contact.lead_id.as_ref().and_then(|id| leads.get(id)).cloned();
@@ -170,5 +211,23 @@ impl Resolver<'_> {
                 (contact, lead)
             })
             .collect())
+    }
+
+    /// Notes what was made of Contacts. Of a Lead's members, strangers are no candidates.
+    fn judge_people(&mut self, people: &People, strangers: bool) {
+        for (id, verdict) in &people.verdicts {
+            if strangers || *verdict != Verdict::NotThePerson {
+                self.judge(id.as_str(), *verdict);
+            }
+        }
+    }
+
+    /// Notes what was made of a record; the last word counts.
+    fn judge(&mut self, id: &str, verdict: Verdict) {
+        let candidates = &mut self.decision.candidates;
+        match candidates.iter_mut().find(|candidate| candidate.id == id) {
+            Some(candidate) => candidate.verdict = verdict,
+            None => candidates.push(Candidate { id: id.to_owned(), verdict }),
+        }
     }
 }

@@ -91,7 +91,13 @@ pub enum Verdict {
 pub fn settle(failure: &Failure, history: History, pause: Option<Duration>, policy: &Policy) -> Verdict {
     let dead = |reason, field: Option<String>| {
         let error = failure.error.to_string();
-        Verdict::Settle(Outcome::Dead(DeadLetter { reason, stage: failure.stage, error, field }))
+        Verdict::Settle(Outcome::Dead(DeadLetter {
+            reason,
+            stage: failure.stage,
+            error,
+            field,
+            decision: None,
+        }))
     };
     match &failure.error {
         CloseError::Unauthorized => Verdict::Settle(Outcome::Paused(PauseCause::Unauthorized)),

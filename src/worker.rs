@@ -11,30 +11,37 @@
 //! about a lost answer belongs to the keys, not to the message: the next message about the same person
 //! has it too. In the normal case the guard costs nothing.
 //!
+//! **The mapping** is resolved against what custom fields there are, and again when that may have
+//! changed: from time to time, after a pause, and when Close says that a field does not exist. The
+//! lookup fields stay those of the start.
+//!
+//! **A rehearsal** is a run that sends no writes; everything else is the same code.
+//!
 //! This module never sees lapin.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use tokio::sync::Mutex;
+
 use crate::claims::Claims;
-use crate::close::{Client, CloseError};
+use crate::close::{Client, CloseError, FieldError};
+use crate::domain::decision::Decision;
 use crate::domain::event::{Event, Malformed};
-use crate::domain::mapping::{Desired, Dropped, Key, Mapping};
+use crate::domain::mapping::{Anonymous, Desired, Key, KeyFields, Mapping, NoIdentity, Rules};
 use crate::domain::matching::Found;
 use crate::domain::plan::{Step, Switches, plan};
 use crate::domain::record::{ContactId, FieldId};
 use crate::known::Known;
 use crate::metrics::Metrics;
 use crate::outcome::{DeadLetter, Effect, Failure, Outcome, PauseCause, Reason, Skip, Stage};
-use crate::preflight;
-use crate::resolve::{Resolved, Resolver};
+use crate::preflight::{self, Obstacle};
+use crate::resolve::Resolver;
 use crate::retry::{self, History, Pauses, Policy, Verdict};
 
 /// How messages are worked on.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// What goes where.
-    pub mapping: Mapping,
     /// What may be done.
     pub switches: Switches,
     /// How failures are retried.
@@ -54,10 +61,18 @@ pub struct Worker(Arc<Inner>);
 struct Inner {
     settings: Settings,
     client: Client,
+    rules: Rules,
+    keys: KeyFields,
+    mapping: RwLock<Arc<Mapping>>,
+    /// When the mapping was resolved.
+    resolved: Mutex<Instant>,
     known: Known,
     claims: Claims,
     metrics: Metrics,
 }
+
+/// A mapping resolved a moment ago is not resolved again because Close refuses a field.
+const FRESH: Duration = Duration::from_secs(10);
 
 /// A message that needs Close.
 #[derive(Clone, Debug)]
@@ -85,25 +100,69 @@ pub enum Prepared {
 }
 
 impl Worker {
-    /// A worker for one Close organization.
-    pub fn new(settings: Settings, client: Client, metrics: Metrics) -> Self {
+    /// A worker for one Close organization. `mapping` is what the rules were resolved to.
+    pub fn new(
+        settings: Settings,
+        rules: &Rules,
+        mapping: Mapping,
+        client: Client,
+        metrics: Metrics,
+    ) -> Self {
         Self(Arc::new(Inner {
             settings,
             client,
+            rules: rules.pinned(&mapping.keys),
+            keys: mapping.keys.clone(),
+            mapping: RwLock::new(Arc::new(mapping)),
+            resolved: Mutex::new(Instant::now()),
             known: Known::default(),
             claims: Claims::default(),
             metrics,
         }))
     }
 
-    /// The client it works with, for probes.
-    pub fn client(&self) -> &Client {
-        &self.0.client
-    }
-
     /// The settings it works by.
     pub fn settings(&self) -> &Settings {
         &self.0.settings
+    }
+
+    /// The mapping in force.
+    pub fn mapping(&self) -> Arc<Mapping> {
+        self.0.mapping.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Asks Close whether it can be worked with, and what fields there are now.
+    ///
+    /// # Errors
+    /// Everything that stands in the way; the mapping then stays as it is.
+    pub async fn look_again(&self) -> Result<(), Vec<Obstacle>> {
+        let mut resolved = self.0.resolved.lock().await;
+        self.resolve(&mut resolved).await
+    }
+
+    async fn resolve(&self, resolved: &mut Instant) -> Result<(), Vec<Obstacle>> {
+        let mapping = preflight::run(&self.0.client, &self.0.rules).await?.mapping;
+        *resolved = Instant::now();
+        let mut current = self.0.mapping.write().unwrap_or_else(PoisonError::into_inner);
+        if mapping.unknown != current.unknown {
+            tell_unknown(&mapping);
+        }
+        if mapping != **current {
+            tracing::info!("the fields in Close have changed; the mapping follows");
+            *current = Arc::new(mapping);
+        }
+        Ok(())
+    }
+
+    /// Close says that a field does not exist.
+    async fn miss_field(&self) {
+        let mut resolved = self.0.resolved.lock().await;
+        if resolved.elapsed() > FRESH
+            && let Err(obstacles) = self.resolve(&mut resolved).await
+        {
+            let obstacle = obstacles.first().map(ToString::to_string);
+            tracing::warn!(obstacle, "the fields in Close cannot be looked at");
+        }
     }
 
     /// Decodes and maps the body of a message. Pure.
@@ -112,16 +171,21 @@ impl Worker {
             Ok(event) => event,
             Err(malformed) => return Prepared::Settled(Outcome::Dead(undecodable(&malformed))),
         };
-        if let Some(reason) = event.not_for_close() {
+        let mapping = self.mapping();
+        if let Some(reason) = mapping.not_for_close(&event) {
             return Prepared::Settled(Outcome::Skipped(Skip::Event(reason)));
         }
-        match self.0.settings.mapping.apply(&event) {
+        match mapping.apply(&event) {
             Ok(desired) => Prepared::Job(Job { desired, event_time: event.time() }),
+            Err(NoIdentity::Anonymous) if mapping.anonymous() == Anonymous::Skip => {
+                Prepared::Settled(Outcome::Skipped(Skip::Anonymous))
+            }
             Err(no_identity) => Prepared::Settled(Outcome::Dead(DeadLetter {
                 reason: Reason::NoIdentity,
                 stage: Stage::Map,
                 error: no_identity.to_string(),
                 field: None,
+                decision: None,
             })),
         }
     }
@@ -131,10 +195,11 @@ impl Worker {
     ///
     /// May be dropped at any moment: what was sent to Close may then still happen, which is why a new
     /// session has to come with a new `trusted_from`.
-    pub async fn run(&self, job: &Job, attempts: u32, trusted_from: Instant) -> Outcome {
+    pub async fn run(&self, job: &Job, attempts: u32, trusted_from: Instant) -> (Outcome, Decision) {
         let hold = self.0.settings.hold;
-        let settled = tokio::time::timeout(hold, self.retry_in_place(job, attempts, trusted_from)).await;
-        settled.unwrap_or_else(|_| {
+        let mut sync = self.sync(job, trusted_from, Mode::Write);
+        let settled = tokio::time::timeout(hold, sync.retry_in_place(attempts)).await;
+        let outcome = settled.unwrap_or_else(|_| {
             // A creation may have been cut short: its doubt begins now.
             let Inner { known, client, settings, .. } = &*self.0;
             if known.doubtful_until(&job.keys()).is_some() {
@@ -142,43 +207,35 @@ impl Worker {
             }
             let cause = format!("held for {} s, waiting for Close's rate limits", hold.as_secs());
             Outcome::Delayed { level: 0, charged: false, cause }
-        })
+        });
+        if let (Outcome::Synced(_), Some(time)) = (&outcome, job.event_time) {
+            self.0.metrics.written(time);
+        }
+        sync.conclude(outcome)
     }
 
-    async fn retry_in_place(&self, job: &Job, attempts: u32, trusted_from: Instant) -> Outcome {
-        let policy = &self.0.settings.retry;
-        let mut pauses = Pauses::in_place(policy);
-        let sync = Sync { worker: self, desired: &job.desired, keys: job.keys(), trusted_from };
-        let mut history = History { attempts, looked_again: false };
-        loop {
-            let failure = match sync.once().await {
-                Ok(outcome) => {
-                    if let (Outcome::Synced(_), Some(time)) = (&outcome, job.event_time) {
-                        self.0.metrics.written(time);
-                    }
-                    return outcome;
-                }
-                Err(failure) => failure,
-            };
-            let pause = pauses.next_pause();
-            if let Some(cause) = self.systemic(&failure, history, pause.is_none()).await {
-                return Outcome::Paused(cause);
-            }
-            match retry::settle(&failure, history, pause, policy) {
-                Verdict::Settle(outcome) => return outcome,
-                Verdict::Again(pause) => {
-                    tracing::debug!(stage = failure.stage.label(), error = %failure.error, ?pause, "trying again");
-                    self.0.metrics.retried(failure.stage);
-                    history.looked_again |= failure.error == CloseError::NotFound;
-                    tokio::time::sleep(pause).await;
-                }
-            }
+    /// What [`Worker::run`] would do now, short of what Close would say to it. Writes nothing.
+    pub async fn rehearse(&self, job: &Job) -> (Outcome, Decision) {
+        let mut sync = self.sync(job, Instant::now(), Mode::Rehearse);
+        let outcome = sync.retry_in_place(0).await;
+        sync.conclude(outcome)
+    }
+
+    fn sync<'a>(&'a self, job: &'a Job, trusted_from: Instant, mode: Mode) -> Sync<'a> {
+        Sync {
+            worker: self,
+            client: self.0.client.counting(),
+            desired: &job.desired,
+            keys: job.keys(),
+            trusted_from,
+            mode,
+            decision: Decision::default(),
         }
     }
 
     /// A failure may be about this message or about everything. When it could be the latter, ask.
     async fn systemic(&self, failure: &Failure, history: History, last_try: bool) -> Option<PauseCause> {
-        let keys = &self.0.settings.mapping.keys;
+        let keys = &self.0.keys;
         let about_keys = |path: &[String]| {
             let last = path.last().and_then(|name| name.strip_prefix("custom."));
             last.is_some()
@@ -198,56 +255,133 @@ impl Worker {
             return None;
         }
         // An answer that says neither is no reason to give the message up.
-        let obstacle = preflight::run(&self.0.client, keys).await.err()?;
-        Some(obstacle.pause_cause().unwrap_or(PauseCause::Unreachable))
+        let obstacles = self.look_again().await.err()?;
+        Some(obstacles.first().and_then(Obstacle::pause_cause).unwrap_or(PauseCause::Unreachable))
+    }
+}
+
+/// Says which rules have no field, once.
+pub fn tell_unknown(mapping: &Mapping) {
+    for unknown in &mapping.unknown {
+        tracing::error!(
+            setting = unknown.setting,
+            "{}: its values are left out until there is one (create it in Close, or mend the setting)",
+            unknown.reason
+        );
     }
 }
 
 fn undecodable(malformed: &Malformed) -> DeadLetter {
-    DeadLetter { reason: Reason::Malformed, stage: Stage::Decode, error: malformed.to_string(), field: None }
+    DeadLetter {
+        reason: Reason::Malformed,
+        stage: Stage::Decode,
+        error: malformed.to_string(),
+        field: None,
+        decision: None,
+    }
+}
+
+/// Whether writes are sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    Write,
+    Rehearse,
 }
 
 /// The tries of one message.
 struct Sync<'a> {
     worker: &'a Worker,
+    /// Counts the calls of this message.
+    client: Client,
     desired: &'a Desired,
     keys: Vec<Key>,
     trusted_from: Instant,
+    mode: Mode,
+    /// Of the last try.
+    decision: Decision,
 }
 
 impl Sync<'_> {
+    /// Tries until it is settled, or patience in place is used up.
+    async fn retry_in_place(&mut self, attempts: u32) -> Outcome {
+        let Inner { settings, metrics, .. } = &*self.worker.0;
+        let mut pauses = Pauses::in_place(&settings.retry);
+        let mut history = History { attempts, looked_again: false };
+        loop {
+            let failure = match self.once().await {
+                Ok(outcome) => return outcome,
+                Err(failure) => failure,
+            };
+            let pause = pauses.next_pause();
+            if let Some(cause) = self.worker.systemic(&failure, history, pause.is_none()).await {
+                return Outcome::Paused(cause);
+            }
+            match retry::settle(&failure, history, pause, &settings.retry) {
+                Verdict::Settle(outcome) => return outcome,
+                Verdict::Again(pause) => {
+                    tracing::debug!(stage = failure.stage.label(), error = %failure.error, ?pause, "trying again");
+                    metrics.retried(failure.stage);
+                    history.looked_again |= failure.error == CloseError::NotFound;
+                    tokio::time::sleep(pause).await;
+                }
+            }
+        }
+    }
+
+    /// The outcome with its reasons.
+    fn conclude(self, mut outcome: Outcome) -> (Outcome, Decision) {
+        let mut decision = self.decision;
+        decision.calls = self.client.calls();
+        if let Outcome::Dead(dead) = &mut outcome {
+            dead.decision = Some(decision.summary());
+        }
+        (outcome, decision)
+    }
+
     /// Looks up, plans, writes; stops at the first failure.
-    async fn once(&self) -> Result<Outcome, Failure> {
-        let Inner { settings, client, known, claims, metrics } = &*self.worker.0;
-        let close = Resolver { client, known, keys: &settings.mapping.keys, switches: &settings.switches };
-        let (resolved, plan, _claim) = loop {
+    async fn once(&mut self) -> Result<Outcome, Failure> {
+        let Inner { settings, known, claims, metrics, keys, .. } = &*self.worker.0;
+        let desired = self.desired;
+        let (found, steps, _claim) = loop {
             let asked = Instant::now();
+            self.decision = Decision { dropped: desired.dropped.clone(), ..Decision::default() };
+            let mut close = Resolver {
+                records: &self.client,
+                known,
+                keys,
+                switches: settings.switches,
+                decision: &mut self.decision,
+            };
             let look_up = |error| Failure { stage: Stage::LookUp, error };
-            let resolved = close.resolve(self.desired).await.map_err(look_up)?;
-            let plan = plan(self.desired, &resolved.found, settings.switches);
+            let found = close.resolve(desired).await.map_err(look_up)?;
+            let plan = plan(desired, &found, settings.switches);
+            let (steps, changed, creates) = (plan.steps.clone(), plan.changed(), plan.creates());
+            self.decision.case = Some(found.case());
+            self.decision.dropped.extend(plan.dropped());
+            self.decision.plan = plan;
             let trusted_from = known.doubtful_until(&self.keys).max(Some(self.trusted_from));
             // An adopted Lead was chosen because the company was not found: that needs proof as well.
-            let needs_proof = resolved.found.adopts() || plan.creates();
+            let needs_proof = found.adopts() || creates;
             if let Some(trusted_from) = trusted_from.filter(|from| needs_proof && asked < *from) {
                 metrics.lag_guard_waited();
                 tokio::time::sleep_until(trusted_from.into()).await;
                 continue;
             }
-            if let Some(claim) = claims.take(plan.records(), asked).await {
-                break (resolved, plan, claim);
+            if let Some(claim) = claims.take(changed, asked).await {
+                break (found, steps, claim);
             }
         };
 
         let mut effect = Effect::Unchanged;
-        let mut dropped: Vec<Dropped> = self.desired.dropped.clone();
-        for step in &plan.steps {
-            let done = self.write(step, &resolved, &mut dropped).await;
+        for step in &steps {
+            let done = match self.mode {
+                Mode::Write => self.write(step, &found).await,
+                Mode::Rehearse => Ok(effect_of(step)),
+            };
             effect = effect.min(done.map_err(|error| Failure { stage: Stage::Write, error })?);
         }
-        metrics.decided(&dropped, &plan.refused, resolved.conflicts);
-        for dropped in &dropped {
-            tracing::info!(field = dropped.field, reason = dropped.reason.label(), "a value was left out");
-        }
+        let Decision { dropped, plan, .. } = &self.decision;
+        metrics.decided(dropped, &plan.refused, self.decision.conflicts());
         Ok(match plan.refused.first() {
             Some(refusal) if effect == Effect::Unchanged => Outcome::Skipped(Skip::Switch(*refusal)),
             Some(_) | None => Outcome::Synced(effect),
@@ -255,21 +389,15 @@ impl Sync<'_> {
     }
 
     /// Carries out one step. When Close refuses optional values, once more without them.
-    async fn write(
-        &self,
-        step: &Step,
-        resolved: &Resolved,
-        dropped: &mut Vec<Dropped>,
-    ) -> Result<Effect, CloseError> {
-        let refused = match self.send(step, resolved).await {
+    async fn write(&mut self, step: &Step, found: &Found) -> Result<Effect, CloseError> {
+        let refused = match self.send(step, found).await {
             Err(CloseError::Rejected(rejection)) => rejection,
             done => return done,
         };
-        let keys = &self.worker.0.settings.mapping.keys;
         let mut rest = step.clone();
         let mut spared = Vec::new();
         for field in &refused.fields {
-            match rest.without(&field.path, self.desired, keys) {
+            match rest.without(&field.path, self.desired, &self.worker.0.keys) {
                 Some((smaller, without)) => {
                     rest = smaller;
                     spared.push(without);
@@ -280,19 +408,23 @@ impl Sync<'_> {
         if spared.is_empty() {
             return Err(CloseError::Rejected(refused));
         }
-        let done = if rest.is_empty() { Effect::Unchanged } else { self.send(&rest, resolved).await? };
-        dropped.append(&mut spared);
+        let done = if rest.is_empty() { Effect::Unchanged } else { self.send(&rest, found).await? };
+        self.decision.dropped.append(&mut spared);
+        if refused.fields.iter().any(FieldError::no_such_field) {
+            self.worker.miss_field().await;
+        }
         Ok(done)
     }
 
     /// One call, and what it teaches.
-    async fn send(&self, step: &Step, resolved: &Resolved) -> Result<Effect, CloseError> {
-        let Inner { client, known, settings, .. } = &*self.worker.0;
+    async fn send(&self, step: &Step, found: &Found) -> Result<Effect, CloseError> {
+        let Inner { known, settings, .. } = &*self.worker.0;
+        let client = &self.client;
         let person = &self.desired.identity;
         let learn_contact = |id: &ContactId, only: bool| {
             person.person().for_each(|key| known.learn_created(key, id.clone(), only));
         };
-        let adopts = resolved.found.adopts() && matches!(step, Step::UpdateLead { .. });
+        let adopts = found.adopts() && matches!(step, Step::UpdateLead { .. });
         let matters = adopts || step.creates();
         if matters {
             // Before the call: it may be dropped at any moment, and happen all the same.
@@ -306,26 +438,23 @@ impl Sync<'_> {
                         known.learn_lead(company_id, lead);
                     }
                     if let Some(contact) = contact {
-                        learn_contact(&contact, resolved.found == Found::Nobody && resolved.conflicts == 0);
+                        let only = *found == Found::Nobody && self.decision.conflicts() == 0;
+                        learn_contact(&contact, only);
                     }
-                    Effect::Created
                 })
             }
             Step::CreateContact { lead, contact } => client.create_contact(lead, contact).await.map(|id| {
                 tracing::debug!(lead.id = %lead, contact.id = %id, "added a Contact");
                 learn_contact(&id, false);
-                Effect::Added
             }),
             Step::UpdateLead { id, changes } => client.update_lead(id, changes).await.map(|()| {
                 tracing::debug!(lead.id = %id, "updated a Lead");
                 if let Some(company_id) = person.company_id.as_deref().filter(|_| adopts) {
                     known.learn_lead(company_id, id.clone());
                 }
-                Effect::Updated
             }),
             Step::UpdateContact { id, changes } => client.update_contact(id, changes).await.map(|()| {
                 tracing::debug!(contact.id = %id, "updated a Contact");
-                Effect::Updated
             }),
         };
         if matters {
@@ -333,9 +462,17 @@ impl Sync<'_> {
                 Err(error) if error.outcome_unknown() => {
                     known.doubt(&self.keys, Instant::now() + settings.search_lag);
                 }
-                Ok(_) | Err(_) => known.settle_doubt(&self.keys),
+                Ok(()) | Err(_) => known.settle_doubt(&self.keys),
             }
         }
-        result
+        result.map(|()| effect_of(step))
+    }
+}
+
+fn effect_of(step: &Step) -> Effect {
+    match step {
+        Step::CreateLead { .. } => Effect::Created,
+        Step::CreateContact { .. } => Effect::Added,
+        Step::UpdateLead { .. } | Step::UpdateContact { .. } => Effect::Updated,
     }
 }

@@ -33,11 +33,13 @@ pub const STAGE: &str = "x-close-sync-stage";
 pub const ERROR: &str = "x-close-sync-error";
 /// When it was dead-lettered, RFC 3339.
 pub const FAILED_AT: &str = "x-close-sync-failed-at";
+/// How far it came: what was found, which rule decided, what was to be written; without personal data.
+pub const DECISION: &str = "x-close-sync-decision";
 /// Equal for messages that failed alike.
 pub const FINGERPRINT: &str = "x-close-sync-fingerprint";
 
 /// Headers about one failure: gone when the message is replayed.
-const OF_A_FAILURE: [&str; 7] = [ATTEMPTS, ID, REASON, STAGE, ERROR, FAILED_AT, FINGERPRINT];
+const OF_A_FAILURE: [&str; 8] = [ATTEMPTS, ID, REASON, STAGE, ERROR, DECISION, FAILED_AT, FINGERPRINT];
 
 /// Headers the broker adds, which must not be sent back to it (rabbitmq.md §3.3).
 fn of_the_broker(name: &str) -> bool {
@@ -87,7 +89,7 @@ impl Envelope {
 
     /// Properties for the dead-letter queue. The last attempt counts.
     pub fn for_dead_letter(&self, dead: &DeadLetter, now: Timestamp) -> BasicProperties {
-        self.successor(vec![
+        let mut ours: Vec<(_, Header)> = vec![
             (ATTEMPTS, (i64::from(self.attempts) + 1).into()),
             (ID, uuid::Uuid::now_v7().to_string().into()),
             (REASON, dead.reason.label().to_owned().into()),
@@ -95,7 +97,9 @@ impl Envelope {
             (ERROR, dead.error.clone().into()),
             (FAILED_AT, now.to_string().into()),
             (FINGERPRINT, dead.fingerprint().into()),
-        ])
+        ];
+        ours.extend(dead.decision.clone().map(|decision| (DECISION, decision.into())));
+        self.successor(ours)
     }
 
     fn successor(&self, ours: Vec<(&'static str, Header)>) -> BasicProperties {

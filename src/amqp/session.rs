@@ -30,6 +30,7 @@ use tracing::Instrument;
 use super::headers::Envelope;
 use super::publisher::Publisher;
 use super::{BrokerError, LAST_ACKS, Settings, close, topology};
+use crate::domain::decision::Decision;
 use crate::domain::mapping::Key;
 use crate::lanes::{Lanes, Ticket};
 use crate::metrics::Metrics;
@@ -213,17 +214,17 @@ impl Session {
         );
         let work = async {
             let started = Instant::now();
-            let outcome = match prepared {
-                Prepared::Settled(outcome) => outcome,
+            let (outcome, decision) = match prepared {
+                Prepared::Settled(outcome) => (outcome, None),
                 Prepared::Job(job) => {
                     let work = self.guarded(&job, envelope.attempts, trusted_from);
                     match stop.run_until_cancelled(work).await {
-                        Some(outcome) => outcome,
+                        Some((outcome, decision)) => (outcome, Some(decision)),
                         None => return Done::HandedBack,
                     }
                 }
             };
-            log(&outcome, started.elapsed());
+            log(&outcome, decision.as_ref(), started.elapsed());
             let done = self.settle(&delivery, &envelope, &outcome, &publisher, &stop).await;
             if matches!(done, Done::Settled) {
                 self.metrics.settled(&outcome, started.elapsed());
@@ -235,9 +236,10 @@ impl Session {
     }
 
     /// Does the work; a panic costs only this message.
-    async fn guarded(&self, job: &Job, attempts: u32, trusted_from: Instant) -> Outcome {
+    async fn guarded(&self, job: &Job, attempts: u32, trusted_from: Instant) -> (Outcome, Decision) {
         let work = AssertUnwindSafe(self.worker.run(job, attempts, trusted_from));
-        work.catch_unwind().await.unwrap_or_else(|_| Outcome::Dead(defect(Stage::Write)))
+        let died = |_| (Outcome::Dead(defect(Stage::Write)), Decision::default());
+        work.catch_unwind().await.unwrap_or_else(died)
     }
 
     /// Publishes the successor, if there is one, then acks.
@@ -335,15 +337,16 @@ fn finished(
 /// What a caught panic makes of its message.
 fn defect(stage: Stage) -> DeadLetter {
     let error = format!("close-sync {} panicked at {}", env!("CARGO_PKG_VERSION"), panics::last_location());
-    DeadLetter { reason: Reason::Internal, stage, error, field: None }
+    DeadLetter { reason: Reason::Internal, stage, error, field: None, decision: None }
 }
 
 /// One line per message, where it is settled.
-fn log(outcome: &Outcome, took: Duration) {
+fn log(outcome: &Outcome, decision: Option<&Decision>, took: Duration) {
+    let decision = decision.map(Decision::summary);
     let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
     match outcome {
-        Outcome::Synced(effect) => tracing::info!(outcome = effect.label(), took_ms, "synced"),
-        Outcome::Skipped(skip) => tracing::info!(reason = skip.label(), took_ms, "skipped"),
+        Outcome::Synced(effect) => tracing::info!(outcome = effect.label(), decision, took_ms, "synced"),
+        Outcome::Skipped(skip) => tracing::info!(reason = skip.label(), decision, took_ms, "skipped"),
         Outcome::Delayed { level, charged, cause } => {
             tracing::warn!(level, charged, cause, took_ms, "failed for now, waiting in a delay queue");
         }
@@ -351,6 +354,7 @@ fn log(outcome: &Outcome, took: Duration) {
             reason = dead.reason.label(),
             stage = dead.stage.label(),
             error = dead.error,
+            decision = dead.decision,
             took_ms,
             "dead-lettered"
         ),

@@ -6,7 +6,7 @@ use super::{CONFIGURATION, Failure, UNAVAILABLE};
 use crate::amqp::{self, BrokerError, topology};
 use crate::close::Client;
 use crate::config::{Config, Need, Problems, masked};
-use crate::preflight::{self, Obstacle};
+use crate::preflight::{self, Obstacle, Ready};
 
 /// Check the configuration, RabbitMQ, the API key and the lookup fields.
 ///
@@ -96,12 +96,10 @@ async fn look(config: &Config) -> Vec<Finding> {
     let mut findings = vec![finding(Verdict::Ok, "configuration", "every setting is valid")];
     findings.push(broker(config).await);
     findings.extend(close(config).await);
-    for (setting, without) in [
-        ("close.lead_company_id_field", "Leads are never looked up by company"),
-        ("close.contact_user_id_field", "people are matched by email only"),
+    for (setting, key, without) in [
+        ("close.lead_company_id_field", &config.rules.lead.key, "Leads are never looked up by company"),
+        ("close.contact_user_id_field", &config.rules.contact.key, "people are matched by email only"),
     ] {
-        let keys = &config.worker.mapping.keys;
-        let key = if setting.contains("lead") { &keys.company } else { &keys.user };
         if key.is_none() {
             findings.push(finding(Verdict::Note, setting, format!("is not set: {without}")));
         }
@@ -157,13 +155,34 @@ async fn close(config: &Config) -> Vec<Finding> {
             )];
         }
     };
-    match preflight::all(&client, &config.worker.mapping.keys).await {
+    match preflight::run(&client, &config.rules).await {
         Ok(ready) => {
-            let detail = format!("accepts the API key, of the organization \"{}\"", ready.user.organization);
-            let fields = ready.fields.into_iter().map(|(setting, name, id)| {
-                finding(Verdict::Ok, setting, format!("custom field \"{name}\" ({id}) is of type text"))
+            let detail = format!("accepts the API key, of the organization \"{}\"", ready.organization);
+            let Ready { mapping, .. } = &ready;
+            let keys = [
+                ("close.lead_company_id_field", &mapping.keys.company),
+                ("close.contact_user_id_field", &mapping.keys.user),
+            ];
+            let keys = keys.into_iter().filter_map(|(setting, id)| {
+                let id = id.as_ref()?;
+                let name = mapping.name(id).unwrap_or_default();
+                Some(finding(Verdict::Ok, setting, format!("custom field \"{name}\" ({id}) is of type text")))
             });
-            std::iter::once(finding(Verdict::Ok, subject, detail)).chain(fields).collect()
+            let fields = mapping.custom().map(|(setting, field)| {
+                let several = if field.multiple { ", several values" } else { "" };
+                let detail =
+                    format!("custom field \"{}\" ({}), {}{several}", field.name, field.id, field.kind.word());
+                finding(Verdict::Ok, setting, detail)
+            });
+            let unknown = mapping.unknown.iter().map(|unknown| {
+                let detail = format!("{}: its values would be left out", unknown.reason);
+                finding(Verdict::Wrong, &unknown.setting, detail)
+            });
+            std::iter::once(finding(Verdict::Ok, subject, detail))
+                .chain(keys)
+                .chain(fields)
+                .chain(unknown)
+                .collect()
         }
         Err(obstacles) => obstacles.iter().map(|obstacle| of_obstacle(obstacle, &subject)).collect(),
     }
@@ -172,9 +191,7 @@ async fn close(config: &Config) -> Vec<Finding> {
 fn of_obstacle(obstacle: &Obstacle, close: &str) -> Finding {
     use crate::outcome::PauseCause::{Forbidden, LookupField, PlanLimit, Unauthorized, Unreachable};
     match (obstacle, obstacle.pause_cause()) {
-        (Obstacle::NoSuchField { setting, .. } | Obstacle::WrongType { setting, .. }, _) => {
-            finding(Verdict::Wrong, *setting, obstacle.to_string())
-        }
+        (Obstacle::Field(key), _) => finding(Verdict::Wrong, key.setting(), obstacle.to_string()),
         (Obstacle::Close(_), Some(Unauthorized | Forbidden)) => {
             let detail =
                 format!("{obstacle}: set `close.api_key` (CLOSE_API_KEY) to a key that is valid in Close");

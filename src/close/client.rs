@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use reqwest::{Method, StatusCode, header};
@@ -19,9 +19,10 @@ use url::Url;
 use super::error::{CloseError, Fault, Rejection};
 use super::gate::{self, Gate, RateLimit};
 use super::wire::{self, Members, TextMode};
-use super::{CustomField, Hits, Lookup, User};
+use super::{Hits, Lookup, Organization, Records};
 use crate::domain::plan::ContactValues;
 use crate::domain::record::{Contact, ContactId, FieldId, Fields, Lead, LeadId};
+use crate::domain::schema::{CustomField, User};
 
 /// How to reach Close.
 #[derive(Clone, Debug)]
@@ -41,6 +42,8 @@ pub enum Endpoint {
     Me,
     /// `GET /custom_field_schema/…/`.
     Schema,
+    /// `GET /user/`.
+    Users,
     /// `POST /data/search/`, by far the scarcest.
     Search,
     /// `GET /lead/…/`.
@@ -59,9 +62,10 @@ pub enum Endpoint {
 
 impl Endpoint {
     /// All groups, for metrics and gates.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Me,
         Self::Schema,
+        Self::Users,
         Self::Search,
         Self::ReadLead,
         Self::CreateLead,
@@ -76,6 +80,7 @@ impl Endpoint {
         match self {
             Self::Me => "me",
             Self::Schema => "schema",
+            Self::Users => "users",
             Self::Search => "search",
             Self::ReadLead => "read_lead",
             Self::CreateLead => "create_lead",
@@ -88,7 +93,7 @@ impl Endpoint {
 
     fn method(self) -> Method {
         match self {
-            Self::Me | Self::Schema | Self::ReadLead | Self::ReadContact => Method::GET,
+            Self::Me | Self::Schema | Self::Users | Self::ReadLead | Self::ReadContact => Method::GET,
             Self::Search | Self::CreateLead | Self::CreateContact => Method::POST,
             Self::UpdateLead | Self::UpdateContact => Method::PUT,
         }
@@ -168,7 +173,10 @@ type Observer = Box<dyn Fn(Call) + Send + Sync>;
 
 /// A client of one Close organization. Clones share connections, gates and budget.
 #[derive(Clone)]
-pub struct Client(Arc<Inner>);
+pub struct Client {
+    inner: Arc<Inner>,
+    calls: Arc<AtomicU32>,
+}
 
 struct Inner {
     http: reqwest::Client,
@@ -204,16 +212,27 @@ impl Client {
         let gates = Endpoint::ALL.into_iter().map(|endpoint| (endpoint, Gate::default())).collect();
         let inner =
             Inner { http, settings, gates, observe: Box::new(observe), phrase_only: AtomicBool::new(false) };
-        Ok(Self(Arc::new(inner)))
+        Ok(Self { inner: Arc::new(inner), calls: Arc::default() })
     }
 
     /// How long one call may take.
     pub fn timeout(&self) -> Duration {
-        self.0.settings.timeout
+        self.inner.settings.timeout
+    }
+
+    /// The same client, counting its calls anew.
+    #[must_use]
+    pub fn counting(&self) -> Self {
+        Self { inner: self.inner.clone(), calls: Arc::default() }
+    }
+
+    /// Calls made, those answered with 429 included.
+    pub fn calls(&self) -> u32 {
+        self.calls.load(Ordering::Relaxed)
     }
 
     /// Whose key this is; also the credential check.
-    pub async fn me(&self) -> Result<User, CloseError> {
+    pub async fn me(&self) -> Result<Organization, CloseError> {
         let me: wire::Me = self.request(Endpoint::Me, "me/", None).await?;
         Ok(me.into())
     }
@@ -233,20 +252,18 @@ impl Client {
         Ok(schema.fields.into_iter().map(CustomField::from).collect())
     }
 
-    /// Leads that may have the company id: candidates, to be compared again.
-    pub async fn find_leads(&self, field: &FieldId, company_id: &str) -> Result<Vec<Lead>, CloseError> {
-        let (rows, _) = self.search(Lookup::Lead { field, company_id }).await?;
-        Ok(rows.iter().filter_map(wire::read_lead).collect())
-    }
-
-    /// Contacts that may be the person: candidates, to be compared again.
-    pub async fn find_contacts(
-        &self,
-        user: Option<(&FieldId, &str)>,
-        email: Option<&str>,
-    ) -> Result<Hits, CloseError> {
-        let (rows, more) = self.search(Lookup::Contact { user, email }).await?;
-        Ok(Hits { contacts: rows.iter().filter_map(wire::read_contact).collect(), more })
+    /// The members of the organization.
+    pub async fn users(&self) -> Result<Vec<User>, CloseError> {
+        let mut users = Vec::new();
+        loop {
+            let path = format!("user/?_limit={}&_skip={}", wire::PAGE, users.len());
+            let page: wire::Users = self.request(Endpoint::Users, &path, None).await?;
+            let (more, empty) = (page.has_more, page.data.is_empty());
+            users.extend(page.data.into_iter().map(User::from));
+            if !more || empty {
+                return Ok(users);
+            }
+        }
     }
 
     /// One page, oldest first, and whether there are more.
@@ -256,40 +273,17 @@ impl Client {
             let page: wire::SearchPage = self.request(Endpoint::Search, "data/search/", Some(body)).await?;
             Ok((page.data, page.cursor.is_some()))
         };
-        if self.0.phrase_only.load(Ordering::Relaxed) {
+        if self.inner.phrase_only.load(Ordering::Relaxed) {
             return ask(TextMode::Phrase).await;
         }
         match ask(TextMode::ExactValue).await {
             Err(CloseError::Rejected(rejection)) if rejection.status == 400 => {
                 let rows = ask(TextMode::Phrase).await?;
-                self.0.phrase_only.store(true, Ordering::Relaxed);
+                self.inner.phrase_only.store(true, Ordering::Relaxed);
                 Ok(rows)
             }
             answer => answer,
         }
-    }
-
-    /// A Lead with all its Contacts, as they are now.
-    pub async fn lead(&self, id: &LeadId) -> Result<(Lead, Vec<Contact>), CloseError> {
-        let answer: Value = self.request(Endpoint::ReadLead, &format!("lead/{id}/"), None).await?;
-        let lead = wire::read_lead(&answer).ok_or(CloseError::Transient(Fault::Garbled))?;
-        let contacts = match wire::read_members(&answer) {
-            Members::Whole(contacts) => contacts,
-            Members::Ids(ids) => {
-                let mut contacts = Vec::with_capacity(ids.len());
-                for id in ids {
-                    contacts.push(self.contact(&id).await?);
-                }
-                contacts
-            }
-        };
-        Ok((lead, contacts))
-    }
-
-    /// A Contact as it is now.
-    pub async fn contact(&self, id: &ContactId) -> Result<Contact, CloseError> {
-        let answer: Value = self.request(Endpoint::ReadContact, &format!("contact/{id}/"), None).await?;
-        wire::read_contact(&answer).ok_or(CloseError::Transient(Fault::Garbled))
     }
 
     /// Creates a Lead and its Contact in one call. Never repeat it blindly.
@@ -348,11 +342,12 @@ impl Client {
         path: &str,
         body: Option<&Value>,
     ) -> Result<Option<Vec<u8>>, CloseError> {
-        let (mut permit, waited) = self.0.gates[&endpoint].enter().await;
+        let (mut permit, waited) = self.inner.gates[&endpoint].enter().await;
+        self.calls.fetch_add(1, Ordering::Relaxed);
         let started = Instant::now();
         let result = self.exchange(endpoint, path, body).await;
         let status = result.as_ref().map_or(StatusClass::NoAnswer, |answer| StatusClass::of(answer.status));
-        (self.0.observe)(Call { endpoint, status, took: started.elapsed(), waited });
+        (self.inner.observe)(Call { endpoint, status, took: started.elapsed(), waited });
 
         let answer = result?;
         permit.told(answer.limit);
@@ -380,12 +375,12 @@ impl Client {
         path: &str,
         body: Option<&Value>,
     ) -> Result<Answer, CloseError> {
-        let url = self.0.settings.url.join(path).map_err(|_| CloseError::NotFound)?;
+        let url = self.inner.settings.url.join(path).map_err(|_| CloseError::NotFound)?;
         let mut request = self
-            .0
+            .inner
             .http
             .request(endpoint.method(), url)
-            .basic_auth(self.0.settings.api_key.expose_secret(), Some(""))
+            .basic_auth(self.inner.settings.api_key.expose_secret(), Some(""))
             .header(header::ACCEPT, "application/json");
         if let Some(body) = body {
             request = request.json(body);
@@ -403,6 +398,43 @@ impl Client {
             body.extend_from_slice(&chunk);
         }
         Ok(Answer { status, limit, retry_after, body })
+    }
+}
+
+impl Records for Client {
+    async fn find_leads(&self, field: &FieldId, company_id: &str) -> Result<Vec<Lead>, CloseError> {
+        let (rows, _) = self.search(Lookup::Lead { field, company_id }).await?;
+        Ok(rows.iter().filter_map(wire::read_lead).collect())
+    }
+
+    async fn find_contacts(
+        &self,
+        user: Option<(&FieldId, &str)>,
+        email: Option<&str>,
+    ) -> Result<Hits, CloseError> {
+        let (rows, more) = self.search(Lookup::Contact { user, email }).await?;
+        Ok(Hits { contacts: rows.iter().filter_map(wire::read_contact).collect(), more })
+    }
+
+    async fn lead(&self, id: &LeadId) -> Result<(Lead, Vec<Contact>), CloseError> {
+        let answer: Value = self.request(Endpoint::ReadLead, &format!("lead/{id}/"), None).await?;
+        let lead = wire::read_lead(&answer).ok_or(CloseError::Transient(Fault::Garbled))?;
+        let contacts = match wire::read_members(&answer) {
+            Members::Whole(contacts) => contacts,
+            Members::Ids(ids) => {
+                let mut contacts = Vec::with_capacity(ids.len());
+                for id in ids {
+                    contacts.push(self.contact(&id).await?);
+                }
+                contacts
+            }
+        };
+        Ok((lead, contacts))
+    }
+
+    async fn contact(&self, id: &ContactId) -> Result<Contact, CloseError> {
+        let answer: Value = self.request(Endpoint::ReadContact, &format!("contact/{id}/"), None).await?;
+        wire::read_contact(&answer).ok_or(CloseError::Transient(Fault::Garbled))
     }
 }
 

@@ -85,6 +85,15 @@ pub struct FieldError {
     pub message: &'static str,
 }
 
+const NO_SUCH_FIELD: &str = "the custom field does not exist";
+
+impl FieldError {
+    /// Whether Close says that it does not have the custom field.
+    pub fn no_such_field(&self) -> bool {
+        self.message == NO_SUCH_FIELD
+    }
+}
+
 impl fmt::Display for Rejection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Close refused the request ({})", self.status)?;
@@ -115,7 +124,7 @@ const KNOWN: [(&str, &str); 15] = [
     ("value cannot be changed", "the value cannot be changed"),
     ("object does not exist", "the object does not exist"),
     ("could not parse", "the value could not be parsed"),
-    ("the custom field", "the custom field does not exist"),
+    ("the custom field", NO_SUCH_FIELD),
     ("invalid request", "invalid request"),
     ("the request contains invalid json", "the request contains invalid JSON"),
 ];

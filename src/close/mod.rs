@@ -10,27 +10,43 @@ mod error;
 pub mod gate;
 mod wire;
 
-use crate::domain::record::{Contact, FieldId};
+use crate::domain::record::{Contact, ContactId, FieldId, Lead, LeadId};
+use crate::domain::schema::Status;
 
 pub use client::{Call, Client, Endpoint, Settings, StatusClass};
 pub use error::{CloseError, Fault, FieldError, Rejection};
 
-/// The owner of the API key, as `GET /me/` tells.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct User {
-    /// The name of the organization the key belongs to.
-    pub organization: String,
+/// Reading of Leads and Contacts. Behind a trait, so that the decisions that depend on what is read
+/// can be tried on records in memory as well.
+pub trait Records: Sync {
+    /// Leads that may have the company id: candidates, to be compared again.
+    fn find_leads(
+        &self,
+        field: &FieldId,
+        company_id: &str,
+    ) -> impl Future<Output = Result<Vec<Lead>, CloseError>> + Send;
+
+    /// Contacts that may be the person: candidates, to be compared again.
+    fn find_contacts(
+        &self,
+        user: Option<(&FieldId, &str)>,
+        email: Option<&str>,
+    ) -> impl Future<Output = Result<Hits, CloseError>> + Send;
+
+    /// A Lead with all its Contacts, as they are now.
+    fn lead(&self, id: &LeadId) -> impl Future<Output = Result<(Lead, Vec<Contact>), CloseError>> + Send;
+
+    /// A Contact as it is now.
+    fn contact(&self, id: &ContactId) -> impl Future<Output = Result<Contact, CloseError>> + Send;
 }
 
-/// A custom field of Leads or Contacts.
+/// The organization of the API key, as `GET /me/` tells.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CustomField {
-    /// Its id.
-    pub id: FieldId,
-    /// Its name, as people see it.
+pub struct Organization {
+    /// Its name.
     pub name: String,
-    /// Its type: `text`, `number`, `choices` and so on (close-api.md §7).
-    pub kind: String,
+    /// Its lead statuses, in its own order. Empty when Close did not tell.
+    pub statuses: Vec<Status>,
 }
 
 /// What to search for.

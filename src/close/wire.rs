@@ -3,11 +3,12 @@
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::{CustomField, Lookup, User};
+use super::{Lookup, Organization};
 use crate::domain::plan::ContactValues;
 use crate::domain::record::{
     Channel, Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists, fold_email,
 };
+use crate::domain::schema::{CustomField, FieldKind, Status, User};
 
 /// Keys of a record that map to a [`Field`]; custom fields are flat `custom.cf_…` keys beside them.
 fn fields(object: &Value, plain: &[Field]) -> Fields {
@@ -123,7 +124,7 @@ impl TextMode {
 }
 
 /// Page size of a search; 200 is the assumed maximum, 100 is safe (close-api.md §12, 12).
-const PAGE: usize = 100;
+pub(super) const PAGE: usize = 100;
 
 /// The body of a search: records of one kind that satisfy any of the conditions, oldest first.
 pub(super) fn search_body(lookup: &Lookup<'_>, mode: TextMode) -> Value {
@@ -194,29 +195,73 @@ pub(super) struct SchemaField {
     name: String,
     #[serde(rename = "type")]
     kind: String,
+    choices: Option<Vec<String>>,
+    #[serde(default)]
+    accepts_multiple_values: bool,
 }
 
 impl From<SchemaField> for CustomField {
     fn from(field: SchemaField) -> Self {
-        Self { id: FieldId::new(field.id), name: field.name, kind: field.kind }
+        Self {
+            id: FieldId::new(field.id),
+            name: field.name,
+            kind: FieldKind::read(&field.kind, field.choices.unwrap_or_default()),
+            multiple: field.accepts_multiple_values,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+pub(super) struct Users {
+    pub(super) data: Vec<Member>,
+    #[serde(default)]
+    pub(super) has_more: bool,
+}
+
+/// A user (<https://developer.close.com/api/resources/users/list>).
+#[derive(Deserialize)]
+pub(super) struct Member {
+    id: String,
+    #[serde(default)]
+    first_name: Option<String>,
+    #[serde(default)]
+    last_name: Option<String>,
+    #[serde(default)]
+    email: Option<String>,
+}
+
+impl From<Member> for User {
+    fn from(Member { id, first_name, last_name, email }: Member) -> Self {
+        let name = [first_name, last_name].into_iter().flatten().collect::<Vec<_>>().join(" ");
+        Self { id, name: name.trim().to_owned(), email: email.unwrap_or_default() }
     }
 }
 
 #[derive(Deserialize)]
 pub(super) struct Me {
     #[serde(default)]
-    organizations: Vec<Organization>,
+    organizations: Vec<MyOrganization>,
+}
+
+#[derive(Default, Deserialize)]
+struct MyOrganization {
+    #[serde(default)]
+    name: String,
+    #[serde(default)]
+    lead_statuses: Vec<LeadStatus>,
 }
 
 #[derive(Deserialize)]
-struct Organization {
-    #[serde(default)]
-    name: String,
+struct LeadStatus {
+    id: String,
+    label: String,
 }
 
-impl From<Me> for User {
+impl From<Me> for Organization {
     fn from(me: Me) -> Self {
-        Self { organization: me.organizations.into_iter().next().map(|org| org.name).unwrap_or_default() }
+        let MyOrganization { name, lead_statuses } = me.organizations.into_iter().next().unwrap_or_default();
+        let status = |LeadStatus { id, label }| Status { id, label };
+        Self { name, statuses: lead_statuses.into_iter().map(status).collect() }
     }
 }
 

@@ -54,8 +54,8 @@ pub enum Malformed {
 /// Why an event is not for Close. Skipping is an outcome, not a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum NotForClose {
-    /// `type` is not `identify`.
-    EventType,
+    /// The trigger does not hold: by default, `type` is not `identify`.
+    Trigger,
     /// `integrations` excludes Close.
     Integrations,
 }
@@ -93,23 +93,17 @@ impl Event {
         ["timestamp", "receivedAt", "sentAt"].iter().find_map(|key| self.text(key)?.parse().ok())
     }
 
-    /// Whether the event is for Close at all (`design.md` §2, rule 9).
-    ///
-    /// A missing `type` counts as `identify`: producers that publish nothing else often leave it
-    /// out. A missing `integrations` means everyone gets the event.
-    pub fn not_for_close(&self) -> Option<NotForClose> {
-        if self.text("type").is_some_and(|kind| kind != "identify") {
-            return Some(NotForClose::EventType);
-        }
-        let integrations = self.body.get("integrations")?;
+    /// Whether the event's `integrations` exclude Close (`design.md` §2, rule 9). Without any, everyone
+    /// gets the event.
+    pub fn excludes_close(&self) -> bool {
+        let Some(integrations) = self.body.get("integrations") else { return false };
         // Options for an integration, `"Close": {…}`, mean that it is switched on.
         let switch = |name: &str| match integrations.get(name) {
             None | Some(Value::Null) => None,
             Some(Value::Bool(on)) => Some(*on),
             Some(_) => Some(true),
         };
-        let wanted = switch("Close").or(switch("All")).unwrap_or(true);
-        (!wanted).then_some(NotForClose::Integrations)
+        !switch("Close").or(switch("All")).unwrap_or(true)
     }
 }
 
@@ -169,25 +163,21 @@ mod tests {
     }
 
     #[test]
-    fn integrations_and_type_decide_whether_close_gets_it() {
-        use NotForClose::{EventType, Integrations};
+    fn integrations_decide_whether_close_gets_it() {
         let cases = [
-            (json!({}), None),
-            (json!({"type": "identify"}), None),
-            (json!({"type": "track"}), Some(EventType)),
-            (json!({"type": "Identify"}), Some(EventType)),
-            (json!({"integrations": {}}), None),
-            (json!({"integrations": {"All": true}}), None),
-            (json!({"integrations": {"All": false}}), Some(Integrations)),
-            (json!({"integrations": {"Close": false}}), Some(Integrations)),
-            (json!({"integrations": {"All": true, "Close": false}}), Some(Integrations)),
-            (json!({"integrations": {"All": false, "Close": true}}), None),
-            (json!({"integrations": {"All": false, "Close": {"status": "x"}}}), None),
-            (json!({"integrations": {"All": false, "Close": null}}), Some(Integrations)),
-            (json!({"integrations": {"Salesforce": false}}), None),
+            (json!({}), false),
+            (json!({"integrations": {}}), false),
+            (json!({"integrations": {"All": true}}), false),
+            (json!({"integrations": {"All": false}}), true),
+            (json!({"integrations": {"Close": false}}), true),
+            (json!({"integrations": {"All": true, "Close": false}}), true),
+            (json!({"integrations": {"All": false, "Close": true}}), false),
+            (json!({"integrations": {"All": false, "Close": {"status": "x"}}}), false),
+            (json!({"integrations": {"All": false, "Close": null}}), true),
+            (json!({"integrations": {"Salesforce": false}}), false),
         ];
-        for (body, expected) in cases {
-            assert_eq!(event(body.clone()).not_for_close(), expected, "{body}");
+        for (body, excluded) in cases {
+            assert_eq!(event(body.clone()).excludes_close(), excluded, "{body}");
         }
     }
 
@@ -212,7 +202,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _ = Event::decode(&bytes, 150).map(|event| (event.not_for_close(), event.time()));
+            let _ = Event::decode(&bytes, 150).map(|event| (event.excludes_close(), event.time()));
         }
     }
 }

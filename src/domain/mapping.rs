@@ -1,76 +1,34 @@
 //! From an event to the records we want: which value goes where, and who the event is about.
 //!
-//! The rules come from the configuration and are checked once, at start; applying them to an event
-//! cannot fail except for want of an identity. A value that cannot be used (an object where text is
-//! needed, an address that is none) is left out and reported in [`Desired::dropped`]: one bad
-//! optional value must not cost the rest of the event.
+//! [`Rules`] are what the configuration says. Custom fields are named in them by id or by name, and what
+//! a field takes depends on its type, so they are resolved against the organization's [`Schema`] to a
+//! [`Mapping`] before the first event, and again whenever the schema may have changed. Applying a
+//! mapping to an event cannot fail except for want of an identity. A value that cannot be used is left
+//! out and reported in [`Desired::dropped`]: one bad optional value must not cost the rest.
+//!
+//! **Identity.** Ids are compared exactly, after outer blanks; a number is its digits. Emails are
+//! compared without outer blanks and case; a plus tag makes another address. A company is found by its
+//! id alone, so a `company` that is plain text is a name and no more. An event without user id and
+//! email is anonymous: a dead letter, or skipped, as configured. An event whose only identity is an
+//! email that is none is always a dead letter: its producer has a defect.
+//!
+//! **A field that Close does not have** costs its values, reported as `unknown_field`, and not the
+//! sync: someone may delete a field while we run. Only the lookup fields are beyond sparing.
+//!
+//! **A Lead made for an event without a company name** is called after the person, else after the
+//! domain of the email unless that is a free-mail provider's, else after the email, so that nobody
+//! finds a list of Leads called "Untitled". An existing Lead is never renamed to that.
 
 use std::collections::BTreeMap;
 
 use jsonpath_rust::parser::model::JpQuery;
-use jsonpath_rust::parser::parse_json_path;
-use jsonpath_rust::query::{QueryRef, js_path_process};
 use serde_json::Value;
 
-use super::event::Event;
+use super::event::{Event, NotForClose};
 use super::record::{Channel, Field, FieldId, fold_email};
-
-/// Longest name and title Close takes, in characters (close-api.md §5).
-const MAX_TEXT: usize = 1000;
-/// Longest email address Close takes, in characters (close-api.md §3).
-const MAX_EMAIL: usize = 254;
-
-/// Where a value comes from: the first alternative that yields one wins.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Source(Vec<Vec<JpQuery>>);
-
-impl Source {
-    /// Builds a source from alternatives. An alternative is one JSONPath (RFC 9535), or several
-    /// whose texts are joined with a blank.
-    ///
-    /// # Errors
-    /// The path that does not parse, with the parser's reason.
-    pub fn new<'a>(alternatives: impl IntoIterator<Item = Vec<&'a str>>) -> Result<Self, String> {
-        let parse = |path: &str| {
-            parse_json_path(path).map_err(|_| format!("`{path}` is no JSONPath (try `$.traits.title`)"))
-        };
-        alternatives
-            .into_iter()
-            .map(|paths| paths.into_iter().map(parse).collect::<Result<Vec<_>, _>>())
-            .collect::<Result<Vec<_>, _>>()
-            .map(Self)
-    }
-
-    /// The value for this event. Null and blank text count as absent.
-    fn pick(&self, event: &Event) -> Option<Value> {
-        self.0.iter().find_map(|paths| match paths.as_slice() {
-            [path] => first(path, event).cloned(),
-            parts => {
-                let texts: Vec<_> = parts.iter().filter_map(|part| text(first(part, event)?)).collect();
-                (!texts.is_empty()).then(|| Value::String(texts.join(" ")))
-            }
-        })
-    }
-}
-
-fn first<'a>(path: &JpQuery, event: &'a Event) -> Option<&'a Value> {
-    let found = js_path_process(path, &event.body).ok()?;
-    found.into_iter().map(QueryRef::val).find(|value| match value {
-        Value::Null => false,
-        Value::String(text) => !text.trim().is_empty(),
-        Value::Bool(_) | Value::Number(_) | Value::Array(_) | Value::Object(_) => true,
-    })
-}
-
-/// A value as trimmed text; lists and objects have none.
-fn text(value: &Value) -> Option<String> {
-    match value {
-        Value::String(text) => Some(text.trim().to_owned()).filter(|text| !text.is_empty()),
-        Value::Number(number) => Some(number.to_string()),
-        Value::Bool(flag) => Some(flag.to_string()),
-        Value::Null | Value::Array(_) | Value::Object(_) => None,
-    }
-}
+use super::schema::{CustomField, Dangling, FieldKind, FieldRef, Schema, Status, User};
+use super::source::{self, Picked, Source};
+use super::values::{self, DropReason, Dropped};
 
 /// When a wanted value may be written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
@@ -94,21 +52,319 @@ pub struct Rule {
     pub write: WriteRule,
 }
 
-/// The whole mapping.
+/// A condition on the event.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Mapping {
-    /// Fields of the Lead.
-    pub lead: BTreeMap<Field, Rule>,
-    /// Fields of the Contact.
-    pub contact: BTreeMap<Field, Rule>,
+pub struct Trigger(JpQuery);
+
+impl Trigger {
+    /// Reads a condition in the notation of JSONPath's filters, `$.type == 'identify'`.
+    ///
+    /// # Errors
+    /// What is wrong with it, in words for the person who wrote it.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        // A filter needs something to filter: it selects every part of an event for which it holds, so
+        // all of them or none when it speaks of the event as a whole.
+        source::path(&format!("$[?{text}]"))
+            .map(Self)
+            .map_err(|_| format!("`{text}` is no condition (try `$.type == 'identify' && $.traits.email`)"))
+    }
+
+    fn holds(&self, event: &Event) -> bool {
+        !source::nodes(&self.0, &event.body).is_empty()
+    }
+}
+
+/// What becomes of an event that names nobody.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Anonymous {
+    /// It is dead-lettered.
+    #[default]
+    DeadLetter,
+    /// It is skipped and counted.
+    Skip,
+}
+
+/// Domains that say nothing about a company, `gmail.com` or `yahoo.*`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FreeMail(pub Vec<String>);
+
+impl FreeMail {
+    fn has(&self, domain: &str) -> bool {
+        self.0.iter().any(|known| match known.strip_suffix(".*") {
+            Some(provider) => domain.strip_prefix(provider).is_some_and(|rest| rest.starts_with('.')),
+            None => domain == known,
+        })
+    }
+}
+
+/// What the configuration says about one kind of record.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RecordRules {
+    /// The fields every organization has.
+    pub fields: BTreeMap<Field, Rule>,
+    /// Custom fields.
+    pub custom: BTreeMap<FieldRef, Rule>,
+    /// The custom field that stores the id the record is found by. Without it, it is not found by id.
+    pub key: Option<FieldRef>,
+    /// Where that id comes from.
+    pub id: Source,
+}
+
+/// What the configuration says.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rules {
+    /// Which events are for Close.
+    pub trigger: Trigger,
+    /// What becomes of those that name nobody.
+    pub anonymous: Anonymous,
+    /// Leads; their id is the company id.
+    pub lead: RecordRules,
+    /// Contacts; their id is the user id.
+    pub contact: RecordRules,
     /// Lists of the Contact. [`Channel::Email`] is also how people are found.
     pub channels: BTreeMap<Channel, Rule>,
-    /// Where the company id comes from.
-    pub company_id: Source,
-    /// Where the user id comes from.
-    pub user_id: Source,
+    /// Domains no Lead is called after.
+    pub free_mail: FreeMail,
+}
+
+/// A lookup field that cannot serve, which no message can be worked on without.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadKey {
+    /// It does not exist.
+    #[error(
+        "no {records} custom field has the id or name `{field}`{}: create one of type text in Close (Settings > \
+         Custom Fields) and set `{setting}` to its id",
+        suggest(.similar)
+    )]
+    Missing {
+        /// The key of the configuration.
+        setting: &'static str,
+        /// What it says.
+        field: String,
+        /// `Lead` or `Contact`.
+        records: &'static str,
+        /// Text fields that do exist.
+        similar: Vec<String>,
+    },
+    /// Several fields have this name.
+    #[error("several {records} custom fields have the name `{field}`: set `{setting}` to the id of one")]
+    Ambiguous {
+        /// The key of the configuration.
+        setting: &'static str,
+        /// What it says.
+        field: String,
+        /// `Lead` or `Contact`.
+        records: &'static str,
+    },
+    /// It has a type that cannot hold any id.
+    #[error(
+        "the {records} custom field `{id}` (\"{name}\") is of type {kind}, but ids are looked up as text: create \
+         one of type text in Close (Settings > Custom Fields) and set `{setting}` to its id"
+    )]
+    WrongType {
+        /// The key of the configuration.
+        setting: &'static str,
+        /// Its id.
+        id: FieldId,
+        /// Its name in Close.
+        name: String,
+        /// `Lead` or `Contact`.
+        records: &'static str,
+        /// The type it has.
+        kind: String,
+    },
+    /// A mapping rule fills it with something else.
+    #[error(
+        "`{rule}` is the lookup field `{setting}`, which is filled from `mapping.company_id` or `mapping.user_id`: \
+         remove the rule"
+    )]
+    AlsoMapped {
+        /// The key of the configuration.
+        setting: &'static str,
+        /// The key of the rule.
+        rule: String,
+    },
+}
+
+impl BadKey {
+    /// The key of the configuration it is about.
+    pub fn setting(&self) -> &'static str {
+        match self {
+            Self::Missing { setting, .. }
+            | Self::Ambiguous { setting, .. }
+            | Self::WrongType { setting, .. }
+            | Self::AlsoMapped { setting, .. } => setting,
+        }
+    }
+}
+
+fn suggest(similar: &[String]) -> String {
+    if similar.is_empty() { String::new() } else { format!(" (of type text are: {})", similar.join(", ")) }
+}
+
+/// A rule whose custom field is not there: its values are left out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unknown {
+    /// The key of the configuration, `mapping.lead.custom.Plan`.
+    pub setting: String,
+    /// Why.
+    pub reason: Dangling,
+}
+
+/// The words of the configuration for one kind of record.
+struct Words {
+    records: &'static str,
+    setting: &'static str,
+    table: &'static str,
+}
+
+const LEAD: Words =
+    Words { records: "Lead", setting: "close.lead_company_id_field", table: "mapping.lead.custom" };
+const CONTACT: Words =
+    Words { records: "Contact", setting: "close.contact_user_id_field", table: "mapping.contact.custom" };
+
+impl Rules {
+    /// Finds the custom fields the rules name.
+    ///
+    /// # Errors
+    /// Every lookup field that cannot serve; the list is never empty.
+    pub fn resolve(&self, schema: &Schema) -> Result<Mapping, Vec<BadKey>> {
+        let (mut unknown, mut bad) = (Vec::new(), Vec::new());
+        let company = self.lead.key(&schema.lead, &LEAD, &mut bad);
+        let user = self.contact.key(&schema.contact, &CONTACT, &mut bad);
+        if !bad.is_empty() {
+            return Err(bad);
+        }
+        Ok(Mapping {
+            lead: self.lead.targets(schema, &schema.lead, &LEAD, &mut unknown),
+            contact: self.contact.targets(schema, &schema.contact, &CONTACT, &mut unknown),
+            keys: KeyFields { company, user },
+            users: schema.users.clone(),
+            names: schema
+                .lead
+                .iter()
+                .chain(&schema.contact)
+                .map(|f| (f.id.clone(), f.name.clone()))
+                .collect(),
+            unknown,
+            rules: self.clone(),
+        })
+    }
+
+    /// The same rules with the lookup fields named by id. They are not to change while we run: another
+    /// field of the same name holds no ids, and everyone would be created again.
+    #[must_use]
+    pub fn pinned(&self, keys: &KeyFields) -> Self {
+        let by_id = |id: &Option<FieldId>| id.as_ref().map(|id| FieldRef::new(id.as_str()));
+        let mut rules = self.clone();
+        (rules.lead.key, rules.contact.key) = (by_id(&keys.company), by_id(&keys.user));
+        rules
+    }
+
+    /// Whether a custom field is filled that holds members of the organization.
+    pub fn wants_users(&self, schema: &Schema) -> bool {
+        let wants = |rules: &RecordRules, fields: &[CustomField]| {
+            rules.custom.keys().any(|rule| rule.find(fields).is_ok_and(|field| field.kind == FieldKind::User))
+        };
+        wants(&self.lead, &schema.lead) || wants(&self.contact, &schema.contact)
+    }
+
+    /// Whether custom fields of Leads are needed, and of Contacts.
+    pub fn needs(&self) -> (bool, bool) {
+        let needs = |rules: &RecordRules| rules.key.is_some() || !rules.custom.is_empty();
+        (needs(&self.lead), needs(&self.contact))
+    }
+}
+
+impl RecordRules {
+    fn key(&self, fields: &[CustomField], words: &Words, bad: &mut Vec<BadKey>) -> Option<FieldId> {
+        let Words { records, setting, table } = *words;
+        let reference = self.key.as_ref()?;
+        let field = || reference.as_str().to_owned();
+        match reference.find(fields) {
+            Err(Dangling::Missing) => {
+                let similar = fields.iter().filter(|field| field.kind == FieldKind::Text);
+                let similar = similar.map(|field| format!("`{}` \"{}\"", field.id, field.name)).collect();
+                bad.push(BadKey::Missing { setting, field: field(), records, similar });
+            }
+            Err(Dangling::Ambiguous) => bad.push(BadKey::Ambiguous { setting, field: field(), records }),
+            Ok(CustomField { id, name, kind, multiple: _ }) if *kind != FieldKind::Text => {
+                let kind = kind.word().to_owned();
+                bad.push(BadKey::WrongType { setting, id: id.clone(), name: name.clone(), records, kind });
+            }
+            Ok(key) => {
+                let is_key = |rule: &&FieldRef| rule.find(fields).is_ok_and(|field| field.id == key.id);
+                if let Some(rule) = self.custom.keys().find(is_key) {
+                    bad.push(BadKey::AlsoMapped { setting, rule: format!("{table}.{}", rule.as_str()) });
+                }
+                return Some(key.id.clone());
+            }
+        }
+        None
+    }
+
+    fn targets(
+        &self,
+        schema: &Schema,
+        fields: &[CustomField],
+        words: &Words,
+        unknown: &mut Vec<Unknown>,
+    ) -> Vec<Target> {
+        let plain = self.fields.iter().map(|(field, rule)| {
+            let takes = match field {
+                Field::Name | Field::Title | Field::Custom(_) => Takes::Line,
+                Field::Description => Takes::Text,
+                Field::Status => Takes::Status(schema.statuses.clone()),
+            };
+            Target { field: field.clone(), takes, rule: rule.clone() }
+        });
+        let mut targets: Vec<Target> = plain.collect();
+        for (reference, rule) in &self.custom {
+            let (id, takes) = match reference.find(fields) {
+                Ok(field) => (field.id.clone(), Takes::Custom(field.clone())),
+                Err(reason) => {
+                    let setting = format!("{}.{}", words.table, reference.as_str());
+                    unknown.push(Unknown { setting, reason });
+                    (FieldId::new(reference.as_str()), Takes::Nothing)
+                }
+            };
+            targets.push(Target { field: Field::Custom(id), takes, rule: rule.clone() });
+        }
+        targets
+    }
+}
+
+/// The rules, with every field known.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mapping {
+    rules: Rules,
+    lead: Vec<Target>,
+    contact: Vec<Target>,
+    users: Vec<User>,
+    names: BTreeMap<FieldId, String>,
     /// Where Close keeps the two ids.
     pub keys: KeyFields,
+    /// Rules whose field is not there.
+    pub unknown: Vec<Unknown>,
+}
+
+/// A field with its rule.
+#[derive(Clone, Debug, PartialEq)]
+struct Target {
+    field: Field,
+    takes: Takes,
+    rule: Rule,
+}
+
+/// What a field takes.
+#[derive(Clone, Debug, PartialEq)]
+enum Takes {
+    Line,
+    Text,
+    Status(Vec<Status>),
+    Custom(CustomField),
+    /// Close does not have the field.
+    Nothing,
 }
 
 /// The custom fields, both of type text, in which Close keeps the ids records are found by.
@@ -179,175 +435,181 @@ pub struct Desired {
     pub dropped: Vec<Dropped>,
 }
 
-/// A mapped value that was left out.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Dropped {
-    /// The field of Close it was meant for, `custom.cf_…`.
-    pub field: String,
-    /// Why.
-    pub reason: DropReason,
-}
+impl Desired {
+    /// The name the Lead is to have.
+    pub fn lead_name(&self) -> Option<String> {
+        text_of(&self.lead)
+    }
 
-/// Why a value was left out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum DropReason {
-    /// A list or object where one value is needed.
-    NotAValue,
-    /// No email address.
-    InvalidEmail,
-    /// A phone without a digit.
-    InvalidPhone,
-    /// Nothing a URL can be made of.
-    InvalidUrl,
-    /// Close refused it.
-    Refused,
-}
-
-impl DropReason {
-    /// All reasons, for metrics.
-    pub const ALL: [Self; 5] =
-        [Self::NotAValue, Self::InvalidEmail, Self::InvalidPhone, Self::InvalidUrl, Self::Refused];
-
-    /// The label in logs and metrics.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::NotAValue => "not_a_value",
-            Self::InvalidEmail => "invalid_email",
-            Self::InvalidPhone => "invalid_phone",
-            Self::InvalidUrl => "invalid_url",
-            Self::Refused => "refused_by_close",
-        }
+    /// The name the Contact is to have.
+    pub fn contact_name(&self) -> Option<String> {
+        text_of(&self.contact)
     }
 }
 
-/// The event names nobody: no user id with a field to store it, and no usable email.
+fn text_of(wanted: &BTreeMap<Field, Wanted>) -> Option<String> {
+    wanted.get(&Field::Name).and_then(|wanted| wanted.value.as_str()).map(str::to_owned)
+}
+
+/// The event names nobody who could be looked up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the event has neither a user id that can be looked up nor a usable email")]
-pub struct NoIdentity;
+pub enum NoIdentity {
+    /// Neither a user id nor an email.
+    #[error("the event has neither a user id nor an email")]
+    Anonymous,
+    /// There is a user id, but no field to look it up by.
+    #[error("the event has a user id and no email, and `close.contact_user_id_field` is not set")]
+    NoUserField,
+    /// There is an email that is none, and no user id.
+    #[error("the event has no user id, and its email is no email address")]
+    BadEmail,
+}
 
 impl Mapping {
+    /// Whether the event is for Close: what the trigger and its own `integrations` say.
+    pub fn not_for_close(&self, event: &Event) -> Option<NotForClose> {
+        if !self.rules.trigger.holds(event) {
+            return Some(NotForClose::Trigger);
+        }
+        event.excludes_close().then_some(NotForClose::Integrations)
+    }
+
+    /// The custom fields that are filled by a rule, with the key of the rule.
+    pub fn custom(&self) -> impl Iterator<Item = (String, CustomField)> {
+        let of = |targets: &[Target], table: &'static str| {
+            let custom = targets.iter().filter_map(|target| match &target.takes {
+                Takes::Custom(field) => Some(field.clone()),
+                Takes::Line | Takes::Text | Takes::Status(_) | Takes::Nothing => None,
+            });
+            custom.map(|field| (format!("{table}.{}", field.id), field)).collect::<Vec<_>>()
+        };
+        of(&self.lead, LEAD.table).into_iter().chain(of(&self.contact, CONTACT.table))
+    }
+
+    /// What becomes of events that name nobody.
+    pub fn anonymous(&self) -> Anonymous {
+        self.rules.anonymous
+    }
+
+    /// The name of a custom field in Close.
+    pub fn name(&self, field: &FieldId) -> Option<&str> {
+        self.names.get(field).map(String::as_str)
+    }
+
     /// What the event wants of Close.
     pub fn apply(&self, event: &Event) -> Result<Desired, NoIdentity> {
+        let Rules { lead, contact, channels, .. } = &self.rules;
         let mut desired = Desired::default();
-        for (field, rule) in &self.lead {
-            take(&mut desired.lead, &mut desired.dropped, field, rule, event);
+        for target in &self.lead {
+            let wanted = self.take(target, event, &mut desired.dropped);
+            desired.lead.extend(wanted.map(|wanted| (target.field.clone(), wanted)));
         }
-        for (field, rule) in &self.contact {
-            take(&mut desired.contact, &mut desired.dropped, field, rule, event);
+        for target in &self.contact {
+            let wanted = self.take(target, event, &mut desired.dropped);
+            desired.contact.extend(wanted.map(|wanted| (target.field.clone(), wanted)));
         }
-        for (&channel, rule) in &self.channels {
-            let Some(value) = rule.source.pick(event) else { continue };
-            match channel_value(channel, &value) {
-                Ok(text) => {
-                    desired.channels.insert(channel, Wanted { value: text.into(), write: rule.write });
-                }
-                Err(reason) => desired.dropped.push(Dropped { field: channel.to_string(), reason }),
+        for (&channel, rule) in channels {
+            let read = match channel {
+                Channel::Email => values::email,
+                Channel::Phone => values::phone,
+                Channel::Url => values::url,
+            };
+            let text = pick(&rule.source, event, read);
+            if let Some(text) = noted(text, channel.list(), &mut desired.dropped) {
+                desired.channels.insert(channel, Wanted { value: text.into(), write: rule.write });
             }
         }
 
+        let email = desired.channels.get(&Channel::Email).and_then(|wanted| wanted.value.as_str());
+        let email = email.map(fold_email);
+        let company_id = noted(pick(&lead.id, event, values::id), "company_id", &mut desired.dropped);
+        let user_id = noted(pick(&contact.id, event, values::id), "user_id", &mut desired.dropped);
+        let has_user_id = user_id.is_some();
         desired.identity = Identity {
-            company_id: key(&self.company_id, self.keys.company.as_ref(), event, &mut desired.lead),
-            user_id: key(&self.user_id, self.keys.user.as_ref(), event, &mut desired.contact),
-            email: desired
-                .channels
-                .get(&Channel::Email)
-                .and_then(|wanted| wanted.value.as_str())
-                .map(fold_email),
+            company_id: self
+                .keys
+                .company
+                .as_ref()
+                .and_then(|field| store(field, company_id, &mut desired.lead)),
+            user_id: self.keys.user.as_ref().and_then(|field| store(field, user_id, &mut desired.contact)),
+            email,
         };
         if desired.identity.user_id.is_none() && desired.identity.email.is_none() {
-            return Err(NoIdentity);
+            let bad_email = desired.dropped.iter().any(|dropped| dropped.field == Channel::Email.list());
+            return Err(match (has_user_id, bad_email) {
+                (true, _) => NoIdentity::NoUserField,
+                (false, true) => NoIdentity::BadEmail,
+                (false, false) => NoIdentity::Anonymous,
+            });
         }
-        name_new_leads(&mut desired);
+        name_new_leads(&mut desired, &self.rules.free_mail);
         Ok(desired)
     }
-}
 
-/// Maps one field, or notes why it cannot be.
-fn take(
-    wanted: &mut BTreeMap<Field, Wanted>,
-    dropped: &mut Vec<Dropped>,
-    field: &Field,
-    rule: &Rule,
-    event: &Event,
-) {
-    let Some(value) = rule.source.pick(event) else { return };
-    let value = match field {
-        Field::Custom(_) => custom_value(value),
-        Field::Name | Field::Description | Field::Status | Field::Title => {
-            text(&value).map(|text| Value::String(text.chars().take(MAX_TEXT).collect()))
-        }
-    };
-    match value {
-        Some(value) => {
-            wanted.insert(field.clone(), Wanted { value, write: rule.write });
-        }
-        None => dropped.push(Dropped { field: field.to_string(), reason: DropReason::NotAValue }),
+    fn take(&self, target: &Target, event: &Event, dropped: &mut Vec<Dropped>) -> Option<Wanted> {
+        let source = &target.rule.source;
+        let value = match &target.takes {
+            Takes::Line => pick(source, event, values::line),
+            Takes::Text => pick(source, event, values::long_text),
+            Takes::Status(statuses) => pick(source, event, |found| values::status(found, statuses)),
+            Takes::Nothing => pick(source, event, |_| Err(DropReason::UnknownField)),
+            Takes::Custom(field) => pick(source, event, |found| {
+                let (value, reason) = values::custom(found, field, &self.users);
+                if let (Some(_), Some(reason)) = (&value, reason) {
+                    dropped.push(Dropped { field: target.field.to_string(), reason });
+                }
+                value.ok_or(reason.unwrap_or(DropReason::NotAValue))
+            }),
+        };
+        let value = noted(value, &target.field.to_string(), dropped)?;
+        Some(Wanted { value, write: target.rule.write })
     }
 }
 
-/// Custom fields take any JSON but objects (close-api.md §5).
-fn custom_value(value: Value) -> Option<Value> {
-    match value {
-        Value::String(text) => Some(Value::String(text.trim().to_owned())),
-        Value::Array(items) if items.iter().any(|item| item.is_object() || item.is_array()) => None,
-        Value::Object(_) | Value::Null => None,
-        Value::Bool(_) | Value::Number(_) | Value::Array(_) => Some(value),
-    }
-}
-
-/// An address, number or page as it is sent.
-fn channel_value(channel: Channel, value: &Value) -> Result<String, DropReason> {
-    let value = text(value).ok_or(DropReason::NotAValue)?;
-    match channel {
-        Channel::Email => {
-            let plausible = value.chars().count() <= MAX_EMAIL && is_address(&value);
-            plausible.then_some(value).ok_or(DropReason::InvalidEmail)
-        }
-        Channel::Phone => {
-            value.contains(|c: char| c.is_ascii_digit()).then_some(value).ok_or(DropReason::InvalidPhone)
-        }
-        // Close would add the scheme itself, but its schema asks for a URI (close-api.md §5).
-        Channel::Url => {
-            let whole = if value.contains("://") { value } else { format!("http://{value}") };
-            match url::Url::parse(&whole) {
-                Ok(url) if url.has_host() => Ok(whole),
-                Ok(_) | Err(_) => Err(DropReason::InvalidUrl),
-            }
-        }
-    }
-}
-
-/// An address alone, as Close takes it: without a name in front.
-fn is_address(text: &str) -> bool {
-    let options = email_address::Options::default().without_display_text().without_domain_literal();
-    email_address::EmailAddress::parse_with_options(text, options).is_ok()
-}
-
-/// An id the record is found by, which is also stored on it. Always text: a text field refuses
-/// numbers (close-api.md §7).
-fn key(
+/// What a source finds in an event, as the field takes it. `None`: the event says nothing about it.
+fn pick<T>(
     source: &Source,
-    field: Option<&FieldId>,
     event: &Event,
-    wanted: &mut BTreeMap<Field, Wanted>,
-) -> Option<String> {
-    let field = field?;
-    let id = text(&source.pick(event)?)?;
+    read: impl FnOnce(&[Value]) -> Result<T, DropReason>,
+) -> Option<Result<T, DropReason>> {
+    match source.pick(event) {
+        Picked::Nothing => None,
+        Picked::Object => Some(Err(DropReason::NotAValue)),
+        Picked::Values(found) => Some(read(&found)),
+    }
+}
+
+/// Notes what cannot be used.
+fn noted<T>(value: Option<Result<T, DropReason>>, field: &str, dropped: &mut Vec<Dropped>) -> Option<T> {
+    match value? {
+        Ok(value) => Some(value),
+        Err(reason) => {
+            dropped.push(Dropped { field: field.to_owned(), reason });
+            None
+        }
+    }
+}
+
+/// An id the record is found by is also stored on it. Always text: a text field refuses numbers
+/// (close-api.md §7).
+fn store(field: &FieldId, id: Option<String>, wanted: &mut BTreeMap<Field, Wanted>) -> Option<String> {
+    let id = id?;
     let value = Value::String(id.clone());
     wanted.insert(Field::Custom(field.clone()), Wanted { value, write: WriteRule::Always });
     Some(id)
 }
 
-/// A Lead made for an event without a company name is called after the person, else the email, so
-/// that nobody finds a list of Leads called "Untitled". An existing Lead is never renamed to that.
-fn name_new_leads(desired: &mut Desired) {
+/// Gives a Lead that may have to be made a name.
+fn name_new_leads(desired: &mut Desired, free_mail: &FreeMail) {
     if desired.lead.contains_key(&Field::Name) {
         return;
     }
-    let person = desired.contact.get(&Field::Name).or(desired.channels.get(&Channel::Email));
-    if let Some(person) = person {
-        let name = Wanted { value: person.value.clone(), write: WriteRule::OnCreate };
-        desired.lead.insert(Field::Name, name);
+    let person = desired.contact.get(&Field::Name).map(|wanted| wanted.value.clone());
+    let email = desired.channels.get(&Channel::Email).map(|wanted| wanted.value.clone());
+    let domain = email.as_ref().and_then(Value::as_str).and_then(source::domain);
+    let domain = domain.filter(|domain| !free_mail.has(domain)).map(Value::String);
+    if let Some(value) = person.or(domain).or(email) {
+        desired.lead.insert(Field::Name, Wanted { value, write: WriteRule::OnCreate });
     }
 }
 
@@ -357,38 +619,72 @@ pub(crate) mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::domain::source::Alternative;
 
-    fn rule(paths: &[&[&str]]) -> Rule {
-        Rule {
-            source: Source::new(paths.iter().map(|path| path.to_vec())).unwrap(),
-            write: WriteRule::Always,
+    fn rule(paths: &[&str]) -> Rule {
+        Rule { source: source(paths), write: WriteRule::Always }
+    }
+
+    fn source(paths: &[&str]) -> Source {
+        Source::new(paths.iter().map(|path| Alternative::parse(path).unwrap()))
+    }
+
+    /// The default rules, with a field for the plan.
+    pub(crate) fn rules() -> Rules {
+        Rules {
+            trigger: Trigger::parse("$.type == 'identify' || !$.type").unwrap(),
+            anonymous: Anonymous::default(),
+            lead: RecordRules {
+                fields: [(Field::Name, rule(&["$.traits.company.name", "$.traits.company"]))].into(),
+                custom: [(FieldRef::new("Plan"), rule(&["$.traits.plan"]))].into(),
+                key: Some(FieldRef::new("cf_company")),
+                id: source(&["$.traits.company.id"]),
+            },
+            contact: RecordRules {
+                fields: [
+                    (
+                        Field::Name,
+                        rule(&[
+                            "$.traits.name",
+                            "{$.traits.firstName} {$.traits.lastName}",
+                            "$.traits.lastName",
+                        ]),
+                    ),
+                    (Field::Title, rule(&["$.traits.title"])),
+                ]
+                .into(),
+                custom: BTreeMap::new(),
+                key: Some(FieldRef::new("cf_user")),
+                id: source(&["$.userId"]),
+            },
+            channels: [
+                (Channel::Email, rule(&["$.traits.email"])),
+                (Channel::Phone, rule(&["$.traits.phone"])),
+                (Channel::Url, rule(&["$.traits.website"])),
+            ]
+            .into(),
+            free_mail: FreeMail(vec!["gmail.com".into(), "yahoo.*".into()]),
         }
     }
 
-    /// The default mapping, with a company field and a user field.
-    pub(crate) fn mapping() -> Mapping {
-        let plan = Field::Custom(FieldId::new("cf_plan"));
-        Mapping {
-            lead: [(Field::Name, rule(&[&["$.traits.company.name"]])), (plan, rule(&[&["$.traits.plan"]]))]
-                .into(),
-            contact: [
-                (Field::Name, rule(&[&["$.traits.name"], &["$.traits.firstName", "$.traits.lastName"]])),
-                (Field::Title, rule(&[&["$.traits.title"]])),
-            ]
-            .into(),
-            channels: [
-                (Channel::Email, rule(&[&["$.traits.email"]])),
-                (Channel::Phone, rule(&[&["$.traits.phone"]])),
-                (Channel::Url, rule(&[&["$.traits.website"]])),
-            ]
-            .into(),
-            company_id: rule(&[&["$.traits.company.id"]]).source,
-            user_id: rule(&[&["$.userId"]]).source,
-            keys: KeyFields {
-                company: Some(FieldId::new("cf_company")),
-                user: Some(FieldId::new("cf_user")),
-            },
+    fn field(id: &str, name: &str, kind: FieldKind) -> CustomField {
+        CustomField { id: FieldId::new(id), name: name.into(), kind, multiple: false }
+    }
+
+    pub(crate) fn schema() -> Schema {
+        Schema {
+            lead: vec![
+                field("cf_company", "Company ID", FieldKind::Text),
+                field("cf_plan", "Plan", FieldKind::Text),
+                field("cf_seats", "Seats", FieldKind::Number),
+            ],
+            contact: vec![field("cf_user", "User ID", FieldKind::Text)],
+            ..Schema::default()
         }
+    }
+
+    pub(crate) fn mapping() -> Mapping {
+        rules().resolve(&schema()).unwrap()
     }
 
     pub(crate) fn desired(event: Value) -> Desired {
@@ -420,8 +716,18 @@ pub(crate) mod tests {
         assert_eq!((company.value, company.write), (json!("Acme"), WriteRule::Always));
         let jane = lead_name(json!({"userId": "u", "traits": {"name": "Jane", "email": "j@example.test"}}));
         assert_eq!((jane.value, jane.write), (json!("Jane"), WriteRule::OnCreate));
-        let email = lead_name(json!({"userId": "u", "traits": {"email": "j@example.test"}}));
-        assert_eq!(email.value, json!("j@example.test"));
+        for (email, name) in [
+            ("j@Acme.test", "acme.test"),
+            ("j@gmail.com", "j@gmail.com"),
+            ("j@yahoo.co.uk", "j@yahoo.co.uk"),
+            ("j@yahoo-shop.test", "yahoo-shop.test"),
+        ] {
+            let lead = lead_name(json!({"userId": "u", "traits": {"email": email}}));
+            assert_eq!((lead.value, lead.write), (json!(name), WriteRule::OnCreate));
+        }
+        let text = lead_name(json!({"userId": "u", "traits": {"company": " Acme "}}));
+        assert_eq!((text.value, text.write), (json!("Acme"), WriteRule::Always));
+        assert!(desired(json!({"userId": "u", "traits": {"company": {"id": 1}}})).dropped.is_empty());
     }
 
     #[test]
@@ -443,21 +749,103 @@ pub(crate) mod tests {
             ),
             (json!({"userId": "u", "traits": {"company": {"id": 7}}}), known(Some("7"), Some("u"), None)),
             (json!({"userId": "u", "traits": {"company": "Acme"}}), known(None, Some("u"), None)),
-            (json!({"userId": "", "traits": {"email": "nobody"}}), Err(NoIdentity)),
-            (json!({"anonymousId": "a", "traits": {"company": {"id": "c"}}}), Err(NoIdentity)),
+            (json!({"userId": "u", "traits": {"company": {"id": 7.0}}}), known(Some("7"), Some("u"), None)),
+            (json!({"userId": "", "traits": {"email": "nobody"}}), Err(NoIdentity::BadEmail)),
+            (json!({"anonymousId": "a", "traits": {"company": {"id": "c"}}}), Err(NoIdentity::Anonymous)),
         ];
         for (event, expected) in cases {
             assert_eq!(identity(event.clone()), expected, "{event}");
         }
-        let mut without_field = mapping();
-        without_field.keys.user = None;
-        assert_eq!(without_field.apply(&Event { body: json!({"userId": "u"}) }), Err(NoIdentity));
+        let mut without_field = rules();
+        without_field.contact.key = None;
+        let mapping = without_field.resolve(&schema()).unwrap();
+        assert_eq!(mapping.apply(&Event { body: json!({"userId": "u"}) }), Err(NoIdentity::NoUserField));
+    }
+
+    #[test]
+    fn the_trigger_and_the_event_decide_whether_it_is_for_close() {
+        let wanted = |trigger: &str, body: Value| {
+            let rules = Rules { trigger: Trigger::parse(trigger).unwrap(), ..rules() };
+            rules.resolve(&schema()).unwrap().not_for_close(&Event { body })
+        };
+        let default = "$.type == 'identify' || !$.type";
+        let paying = "$.type == 'track' && $.event == 'Upgraded' && $.traits.plan != 'free'";
+        let cases = [
+            (default, json!({"type": "identify"}), None),
+            (default, json!({"userId": "u"}), None),
+            (default, json!({"type": "track"}), Some(NotForClose::Trigger)),
+            (default, json!({"type": "Identify"}), Some(NotForClose::Trigger)),
+            (
+                default,
+                json!({"type": "identify", "integrations": {"All": false}}),
+                Some(NotForClose::Integrations),
+            ),
+            (paying, json!({"type": "track", "event": "Upgraded", "traits": {"plan": "pro"}}), None),
+            (
+                paying,
+                json!({"type": "track", "event": "Upgraded", "traits": {"plan": "free"}}),
+                Some(NotForClose::Trigger),
+            ),
+        ];
+        for (trigger, body, expected) in cases {
+            assert_eq!(wanted(trigger, body.clone()), expected, "{trigger}: {body}");
+        }
+        assert!(
+            Trigger::parse("type = identify").unwrap_err().starts_with("`type = identify` is no condition")
+        );
+    }
+
+    #[test]
+    fn lookup_fields_must_serve_and_other_fields_may_be_missing() {
+        let bad = |change: fn(&mut Rules, &mut Schema)| {
+            let (mut rules, mut schema) = (rules(), schema());
+            change(&mut rules, &mut schema);
+            match rules.resolve(&schema) {
+                Ok(mapping) => {
+                    mapping.unknown.into_iter().map(|u| format!("{}: {}", u.setting, u.reason)).collect()
+                }
+                Err(bad) => bad.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            }
+            .join("; ")
+        };
+        assert_eq!(bad(|_, _| ()), "");
+        assert_eq!(bad(|rules, _| rules.lead.key = Some(FieldRef::new("Company ID"))), "");
+        assert!(
+            bad(|_, schema| schema.contact.clear())
+                .starts_with("no Contact custom field has the id or name `cf_user`:")
+        );
+        assert!(
+            bad(|_, schema| schema.lead[0].kind = FieldKind::Number)
+                .contains("`cf_company` (\"Company ID\") is of type number")
+        );
+        assert!(
+            bad(|rules, _| rules.lead.key = Some(FieldRef::new("Plan")))
+                .starts_with("`mapping.lead.custom.Plan` is the lookup field")
+        );
+        let double = |rules: &mut Rules, schema: &mut Schema| {
+            schema.lead.push(field("cf_other", "Company ID", FieldKind::Text));
+            rules.lead.key = Some(FieldRef::new("Company ID"));
+        };
+        assert!(bad(double).starts_with("several Lead custom fields have the name `Company ID`"));
+        assert_eq!(
+            bad(|_, schema| schema.lead.truncate(1)),
+            "mapping.lead.custom.Plan: no custom field has this id or name"
+        );
+
+        let mut fewer = schema();
+        fewer.lead.truncate(1);
+        let event = Event { body: json!({"userId": "u", "traits": {"plan": "pro"}}) };
+        let desired = rules().resolve(&fewer).unwrap().apply(&event).unwrap();
+        assert_eq!(
+            desired.dropped,
+            [Dropped { field: "custom.Plan".into(), reason: DropReason::UnknownField }]
+        );
     }
 
     #[test]
     fn a_bad_value_does_not_cost_the_rest() {
         let desired = desired(json!({"userId": "u", "traits": {
-            "email": "Jane <jane@example.test>", "phone": "n/a", "website": "http://", "title": ["CEO"], "plan": {"a": 1},
+            "email": "Jane <jane@example.test>", "phone": "n/a", "website": "http://", "title": ["CEO"], "plan": {"a": 1}, "company": {"id": {}},
             "name": "Jane",
         }}));
         let dropped: Vec<_> =
@@ -470,6 +858,7 @@ pub(crate) mod tests {
                 ("emails", "invalid_email"),
                 ("phones", "invalid_phone"),
                 ("urls", "invalid_url"),
+                ("company_id", "not_a_value"),
             ]
         );
         assert_eq!(desired.contact[&Field::Name].value, json!("Jane"));
@@ -481,7 +870,7 @@ pub(crate) mod tests {
             desired(json!({"userId": 5, "traits": {"name": "é".repeat(2000), "company": {"id": 9}}}));
         assert_eq!(desired.contact[&Field::Custom(FieldId::new("cf_user"))].value, json!("5"));
         assert_eq!(desired.lead[&Field::Custom(FieldId::new("cf_company"))].value, json!("9"));
-        assert_eq!(desired.contact[&Field::Name].value, json!("é".repeat(MAX_TEXT)));
+        assert_eq!(desired.contact[&Field::Name].value, json!("é".repeat(values::MAX_TEXT)));
     }
 
     /// Any JSON of little depth.
@@ -520,7 +909,7 @@ pub(crate) mod tests {
                 let fits = if field.to_string() == "custom.cf_plan" {
                     !wanted.value.is_object() && !wanted.value.is_null()
                 } else {
-                    text.is_some_and(|text| !text.is_empty() && text.chars().count() <= MAX_TEXT)
+                    text.is_some_and(|text| !text.is_empty() && text.chars().count() <= values::MAX_TEXT)
                 };
                 prop_assert!(fits, "{field}: {wanted:?}");
             }
@@ -528,11 +917,5 @@ pub(crate) mod tests {
                 prop_assert!(wanted.value.as_str().is_some_and(|text| !text.is_empty()), "{channel}: {wanted:?}");
             }
         }
-    }
-
-    #[test]
-    fn a_wrong_path_is_named() {
-        let error = Source::new([vec!["$.traits["]]).unwrap_err();
-        assert_eq!(error, "`$.traits[` is no JSONPath (try `$.traits.title`)");
     }
 }

@@ -2,10 +2,23 @@
 //!
 //! Search is a hint: it analyses text, lags behind writes and may list what is gone (close-api.md
 //! §6). Everything that comes back is compared again here, ids exactly, emails case-folded, before
-//! it is believed.
+//! it is believed. Each candidate gets a [`Verdict`], so that a choice can be explained.
+//!
+//! **Corners, decided.**
+//!
+//! - The user id decides before the email: Contacts that carry the event's user id are the person, and
+//!   a Contact that has only the email is then left alone. The email is appended to the former, though
+//!   it stays with the latter too: which of them is wrong, only people can tell.
+//! - A Contact with the email and another user id is somebody else's, even if it is the only one:
+//!   shared addresses (`info@`) are common, and overwriting a person is worse than a second Contact.
+//!   Without a user id in the event, the email alone decides and any Contact that has it is meant.
+//! - Several Contacts are all updated, at most ten, oldest first. Several Leads with one company id:
+//!   the oldest. Dates may be equal and Close leaves their order open, so ids break the tie
+//!   (close-api.md §12, 13).
+//! - A second or later address of a Contact counts like its first.
 
 use super::mapping::{Identity, KeyFields};
-use super::record::{Channel, Contact, Lead};
+use super::record::{Channel, Contact, ContactId, Lead};
 
 /// At most this many Contacts are updated for one event (`design.md` §2, rule 4).
 pub const MAX_CONTACTS: usize = 10;
@@ -21,6 +34,69 @@ pub enum Likeness {
     Conflict,
     /// Neither.
     Stranger,
+}
+
+/// What was made of a candidate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The Lead carries the company id.
+    SameCompany,
+    /// The Lead carries the company id, but an older one does too.
+    YoungerLead,
+    /// The Lead carries another company id.
+    OtherCompany,
+    /// The Lead carries no company id.
+    NoCompany,
+    /// The Contact carries the user id.
+    SameUser,
+    /// The Contact has the email.
+    SameEmail,
+    /// The Contact has the email, but others carry the user id, which decides.
+    UserIdDecides,
+    /// The Contact has the email and another user id: it is somebody else's.
+    SomebodyElse,
+    /// The Contact has neither the user id nor the email: search is only a hint.
+    NotThePerson,
+    /// The Contact is the person, but ten older ones are too.
+    TooMany,
+    /// It was deleted or merged away since search saw it.
+    Gone,
+}
+
+impl Verdict {
+    /// The label in logs and in JSON.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::SameCompany => "same_company",
+            Self::YoungerLead => "younger_lead",
+            Self::OtherCompany => "other_company",
+            Self::NoCompany => "no_company",
+            Self::SameUser => "same_user",
+            Self::SameEmail => "same_email",
+            Self::UserIdDecides => "user_id_decides",
+            Self::SomebodyElse => "somebody_else",
+            Self::NotThePerson => "not_the_person",
+            Self::TooMany => "too_many",
+            Self::Gone => "gone",
+        }
+    }
+
+    /// The verdict in words.
+    pub fn words(self) -> &'static str {
+        match self {
+            Self::SameCompany => "carries the company id",
+            Self::YoungerLead => "carries the company id, but an older Lead does too",
+            Self::OtherCompany => "carries another company id",
+            Self::NoCompany => "carries no company id",
+            Self::SameUser => "carries the user id",
+            Self::SameEmail => "has the email",
+            Self::UserIdDecides => "has the email, but another Contact carries the user id, which decides",
+            Self::SomebodyElse => "has the email, but another user id: somebody else's, left alone",
+            Self::NotThePerson => "has neither the user id nor the email",
+            Self::TooMany => "is the person too, but at most ten Contacts are updated, oldest first",
+            Self::Gone => "was deleted or merged away",
+        }
+    }
 }
 
 /// Compares a Contact with the person an event is about.
@@ -42,36 +118,50 @@ pub fn compare(contact: &Contact, person: &Identity, keys: &KeyFields) -> Likene
 pub struct People {
     /// Oldest first, at most [`MAX_CONTACTS`].
     pub contacts: Vec<Contact>,
-    /// Contacts with the email that belong to another user id.
-    pub conflicts: usize,
+    /// What was made of each candidate, oldest first.
+    pub verdicts: Vec<(ContactId, Verdict)>,
 }
 
 /// Picks the person's Contacts: those with the user id, else those with the email.
-pub fn pick_people(candidates: Vec<Contact>, person: &Identity, keys: &KeyFields) -> People {
-    let (mut by_user, mut by_email, mut conflicts) = (Vec::new(), Vec::new(), 0);
+pub fn pick_people(mut candidates: Vec<Contact>, person: &Identity, keys: &KeyFields) -> People {
+    candidates.sort_by(|a, b| (&a.date_created, &a.id).cmp(&(&b.date_created, &b.id)));
+    candidates.dedup_by(|a, b| a.id == b.id);
+    let likeness = |contact: &Contact| compare(contact, person, keys);
+    let by_user = candidates.iter().any(|contact| likeness(contact) == Likeness::SameUser);
+    let mut people = People::default();
     for contact in candidates {
-        match compare(&contact, person, keys) {
-            Likeness::SameUser => by_user.push(contact),
-            Likeness::SameEmail => by_email.push(contact),
-            Likeness::Conflict => conflicts += 1,
-            Likeness::Stranger => {}
+        let verdict = match likeness(&contact) {
+            Likeness::SameEmail if by_user => Verdict::UserIdDecides,
+            Likeness::Conflict => Verdict::SomebodyElse,
+            Likeness::Stranger => Verdict::NotThePerson,
+            Likeness::SameUser | Likeness::SameEmail if people.contacts.len() == MAX_CONTACTS => {
+                Verdict::TooMany
+            }
+            Likeness::SameUser => Verdict::SameUser,
+            Likeness::SameEmail => Verdict::SameEmail,
+        };
+        people.verdicts.push((contact.id.clone(), verdict));
+        if matches!(verdict, Verdict::SameUser | Verdict::SameEmail) {
+            people.contacts.push(contact);
         }
     }
-    let mut contacts = if by_user.is_empty() { by_email } else { by_user };
-    contacts.sort_by(|a, b| (&a.date_created, &a.id).cmp(&(&b.date_created, &b.id)));
-    contacts.dedup_by(|a, b| a.id == b.id);
-    contacts.truncate(MAX_CONTACTS);
-    People { contacts, conflicts }
+    people
 }
 
-/// Picks the company's Lead: exactly this id, and the oldest when there are several. Equal dates
-/// are possible and Close leaves their order open (close-api.md §12, 13), so ids decide.
-pub fn pick_lead(candidates: Vec<Lead>, company_id: &str, keys: &KeyFields) -> Option<Lead> {
-    let field = keys.company.as_ref()?;
+/// How a Lead relates to a company.
+pub fn judge_lead(lead: &Lead, company_id: &str, keys: &KeyFields) -> Verdict {
+    match keys.company.as_ref().and_then(|field| lead.custom(field)) {
+        Some(id) if id == company_id => Verdict::SameCompany,
+        Some(_) => Verdict::OtherCompany,
+        None => Verdict::NoCompany,
+    }
+}
+
+/// The Leads that carry exactly this company id, oldest first: the first one is the company's.
+pub fn company_leads(mut candidates: Vec<Lead>, company_id: &str, keys: &KeyFields) -> Vec<Lead> {
+    candidates.retain(|lead| judge_lead(lead, company_id, keys) == Verdict::SameCompany);
+    candidates.sort_by(|a, b| (&a.date_created, &a.id).cmp(&(&b.date_created, &b.id)));
     candidates
-        .into_iter()
-        .filter(|lead| lead.custom(field) == Some(company_id))
-        .min_by(|a, b| (&a.date_created, &a.id).cmp(&(&b.date_created, &b.id)))
 }
 
 /// What Close has for an event, in terms of the rules.
@@ -100,7 +190,68 @@ pub enum Found {
     Nobody,
 }
 
+/// Which of the rules decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Case {
+    /// The company has a Lead and the person is in it.
+    PersonInLead,
+    /// The company has a Lead, and the person is not in it.
+    NewInLead,
+    /// The company has none, but the person is under a Lead without company: it becomes the company's.
+    AdoptedLead,
+    /// The person is known under Leads of other companies only.
+    OtherCompany,
+    /// The event names no company, and the person is known.
+    KnownPerson,
+    /// Neither the company nor the person is known.
+    Nobody,
+}
+
+impl Case {
+    /// The label in logs and in JSON.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::PersonInLead => "person_in_company_lead",
+            Self::NewInLead => "new_in_company_lead",
+            Self::AdoptedLead => "lead_adopted",
+            Self::OtherCompany => "person_of_other_company",
+            Self::KnownPerson => "known_person",
+            Self::Nobody => "nobody_known",
+        }
+    }
+
+    /// The rule in words.
+    pub fn words(self) -> &'static str {
+        match self {
+            Self::PersonInLead => "the company has a Lead and the person is in it: both are updated",
+            Self::NewInLead => "the company has a Lead, the person is not in it: a Contact is added",
+            Self::AdoptedLead => {
+                "no Lead has the company id, but the person is under a Lead without one: that Lead becomes the company's"
+            }
+            Self::OtherCompany => {
+                "no Lead has the company id, and the person is known only under other companies: a new Lead with a Contact"
+            }
+            Self::KnownPerson => {
+                "the event has no company id that is looked up, the person is known: their Contacts and Leads are updated"
+            }
+            Self::Nobody => "neither the company nor the person is known: a new Lead with a Contact",
+        }
+    }
+}
+
 impl Found {
+    /// Which of the rules decided.
+    pub fn case(&self) -> Case {
+        match self {
+            Self::InLead { adopted: true, .. } => Case::AdoptedLead,
+            Self::InLead { contacts, .. } if contacts.is_empty() => Case::NewInLead,
+            Self::InLead { .. } => Case::PersonInLead,
+            Self::Anywhere { .. } => Case::KnownPerson,
+            Self::OtherCompany => Case::OtherCompany,
+            Self::Nobody => Case::Nobody,
+        }
+    }
+
     /// Whether a Lead is about to be given a company id because no Lead was found by it.
     pub fn adopts(&self) -> bool {
         matches!(self, Self::InLead { adopted: true, .. })
@@ -205,9 +356,13 @@ pub(crate) mod tests {
             dated("lead_0", Some("A"), "2020-01-01"),
             dated("lead_1", Some("a-1"), "2020-01-01"),
         ];
-        assert_eq!(pick_lead(candidates.clone(), "a", &keys()).unwrap().id.as_str(), "lead_a");
-        assert_eq!(pick_lead(candidates.clone(), "b", &keys()), None);
-        assert_eq!(pick_lead(candidates, "a", &KeyFields::default()), None);
+        let leads = company_leads(candidates.clone(), "a", &keys());
+        assert_eq!(
+            leads.iter().map(|lead| lead.id.as_str()).collect::<Vec<_>>(),
+            ["lead_a", "lead_b", "lead_c"]
+        );
+        assert_eq!(company_leads(candidates.clone(), "b", &keys()), []);
+        assert_eq!(company_leads(candidates, "a", &KeyFields::default()), []);
     }
 
     #[test]

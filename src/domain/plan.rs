@@ -15,9 +15,12 @@
 
 use std::collections::BTreeMap;
 
-use super::mapping::{Desired, DropReason, Dropped, Wanted, WriteRule};
+use serde_json::Value;
+
+use super::mapping::{Desired, KeyFields, Wanted, WriteRule};
 use super::matching::Found;
-use super::record::{Channel, Contact, ContactId, Entry, Field, Fields, Lead, LeadId, Lists};
+use super::record::{Channel, Contact, ContactId, Entry, Field, Fields, Lead, LeadId, Lists, same};
+use super::values::{DropReason, Dropped};
 
 /// Most entries Close keeps in one list of a Contact (close-api.md §5).
 const MAX_ENTRIES: usize = 100;
@@ -136,13 +139,92 @@ impl Refusal {
     }
 }
 
-/// The steps, and what was left out and why.
+/// A record the plan is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RecordRef {
+    /// The Lead to be made.
+    NewLead,
+    /// The Contact to be made, in this Lead or in the one that is made with it.
+    NewContact(Option<LeadId>),
+    /// A Lead there is.
+    Lead(LeadId),
+    /// A Contact there is.
+    Contact(ContactId),
+}
+
+/// What becomes of one record, field by field.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RecordPlan {
+    /// The record.
+    pub record: RecordRef,
+    /// Its name in Close, or the one it gets.
+    pub name: Option<String>,
+    /// The switch that forbids to write any of it.
+    pub refused: Option<Refusal>,
+    /// Every field the event has a value for.
+    pub fields: Vec<FieldPlan>,
+}
+
+impl RecordPlan {
+    /// The fields that are written, if nothing forbids it.
+    pub fn written(&self) -> impl Iterator<Item = &FieldPlan> {
+        self.fields.iter().filter(|field| matches!(field.verdict, FieldVerdict::Set | FieldVerdict::Appended))
+    }
+}
+
+/// What becomes of one field.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FieldPlan {
+    /// The field, by the key Close has for it.
+    pub field: String,
+    /// What it holds; a list for emails, phones and urls.
+    pub before: Option<Value>,
+    /// What the event says.
+    pub wanted: Value,
+    /// What is done.
+    pub verdict: FieldVerdict,
+}
+
+/// What is done with one field.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FieldVerdict {
+    /// The value is written.
+    Set,
+    /// The value is added to a list.
+    Appended,
+    /// Close has it already.
+    Same,
+    /// The rule is `if_empty`, and there is a value.
+    NotEmpty,
+    /// The rule is `on_create`, and the record exists.
+    OnlyOnCreate,
+    /// The list holds as many entries as Close takes.
+    ListFull,
+}
+
+impl FieldVerdict {
+    /// The label in JSON.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Set => "set",
+            Self::Appended => "appended",
+            Self::Same => "same",
+            Self::NotEmpty => "not_empty",
+            Self::OnlyOnCreate => "only_on_create",
+            Self::ListFull => "list_full",
+        }
+    }
+}
+
+/// The steps, and how they came about.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Plan {
     /// Writes, in order.
     pub steps: Vec<Step>,
     /// Writes the switches forbade.
     pub refused: Vec<Refusal>,
+    /// Every record that was considered, in the order of the steps.
+    pub records: Vec<RecordPlan>,
 }
 
 impl Plan {
@@ -150,17 +232,22 @@ impl Plan {
     pub fn creates(&self) -> bool {
         self.steps.iter().any(Step::creates)
     }
-}
 
-impl Plan {
     /// The ids of the records that would be changed.
-    pub fn records(&self) -> Vec<String> {
+    pub fn changed(&self) -> Vec<String> {
         let id = |step: &Step| match step {
             Step::UpdateLead { id, .. } => Some(id.to_string()),
             Step::UpdateContact { id, .. } => Some(id.to_string()),
             Step::CreateLead { .. } | Step::CreateContact { .. } => None,
         };
         self.steps.iter().filter_map(id).collect()
+    }
+
+    /// Values that have no room in Close.
+    pub fn dropped(&self) -> impl Iterator<Item = Dropped> {
+        let full = self.records.iter().flat_map(|record| &record.fields);
+        full.filter(|field| field.verdict == FieldVerdict::ListFull)
+            .map(|field| Dropped { field: field.field.clone(), reason: DropReason::ListFull })
     }
 }
 
@@ -206,62 +293,62 @@ pub fn plan(desired: &Desired, found: &Found, switches: Switches) -> Plan {
 
 impl Plan {
     fn create_lead(&mut self, desired: &Desired, duplicate: bool, switches: Switches) {
-        if !switches.allow_creating_new_leads {
-            return self.refuse(Refusal::CreateLead);
-        }
-        let contact = match refuse_contact(duplicate, switches) {
-            None => Some(new_contact(desired)),
-            Some(refusal) => {
-                self.refuse(refusal);
-                None
-            }
-        };
-        if contact.is_some() || desired.identity.company_id.is_some() {
-            self.steps.push(Step::CreateLead { lead: all(&desired.lead), contact });
+        let no_lead = (!switches.allow_creating_new_leads).then_some(Refusal::CreateLead);
+        let no_contact = no_lead.or(refuse_contact(duplicate, switches));
+        // Alone, it could never be found again.
+        let no_lead = no_lead.or(no_contact.filter(|_| desired.identity.company_id.is_none()));
+        let (lead, lead_fields) = field_changes(&desired.lead, None);
+        let (contact, contact_fields) = contact_changes(desired, None);
+        self.consider(RecordRef::NewLead, desired.lead_name(), no_lead, lead_fields);
+        self.consider(RecordRef::NewContact(None), desired.contact_name(), no_contact, contact_fields);
+        if no_lead.is_none() {
+            self.steps.push(Step::CreateLead { lead, contact: no_contact.is_none().then_some(contact) });
         }
     }
 
     fn create_contact(&mut self, desired: &Desired, lead: &Lead, duplicate: bool, switches: Switches) {
-        match refuse_contact(duplicate, switches) {
-            Some(refusal) => self.refuse(refusal),
-            None => {
-                self.steps.push(Step::CreateContact { lead: lead.id.clone(), contact: new_contact(desired) });
-            }
+        let refused = refuse_contact(duplicate, switches);
+        let (contact, fields) = contact_changes(desired, None);
+        self.consider(RecordRef::NewContact(Some(lead.id.clone())), desired.contact_name(), refused, fields);
+        if refused.is_none() {
+            self.steps.push(Step::CreateContact { lead: lead.id.clone(), contact });
         }
     }
 
     fn update_lead(&mut self, desired: &Desired, lead: &Lead, switches: Switches) {
-        let changes = field_changes(&desired.lead, &lead.fields);
-        if changes.is_empty() {
-            return;
-        }
-        if switches.allow_updating_existing_leads {
+        let (changes, fields) = field_changes(&desired.lead, Some(&lead.fields));
+        let refused =
+            (!switches.allow_updating_existing_leads && !changes.is_empty()).then_some(Refusal::UpdateLead);
+        self.consider(RecordRef::Lead(lead.id.clone()), name(&lead.fields), refused, fields);
+        if refused.is_none() && !changes.is_empty() {
             self.steps.push(Step::UpdateLead { id: lead.id.clone(), changes });
-        } else {
-            self.refuse(Refusal::UpdateLead);
         }
     }
 
     fn update_contact(&mut self, desired: &Desired, contact: &Contact, switches: Switches) {
-        let changes = ContactValues {
-            fields: field_changes(&desired.contact, &contact.fields),
-            lists: list_changes(&desired.channels, contact),
-        };
-        if changes.is_empty() {
-            return;
-        }
-        if switches.allow_updating_existing_contacts {
+        let (changes, fields) = contact_changes(desired, Some(contact));
+        let refused = (!switches.allow_updating_existing_contacts && !changes.is_empty())
+            .then_some(Refusal::UpdateContact);
+        self.consider(RecordRef::Contact(contact.id.clone()), name(&contact.fields), refused, fields);
+        if refused.is_none() && !changes.is_empty() {
             self.steps.push(Step::UpdateContact { id: contact.id.clone(), changes });
-        } else {
-            self.refuse(Refusal::UpdateContact);
         }
     }
 
-    fn refuse(&mut self, refusal: Refusal) {
-        if !self.refused.contains(&refusal) {
-            self.refused.push(refusal);
-        }
+    fn consider(
+        &mut self,
+        record: RecordRef,
+        name: Option<String>,
+        refused: Option<Refusal>,
+        fields: Vec<FieldPlan>,
+    ) {
+        self.refused.extend(refused.filter(|refusal| !self.refused.contains(refusal)));
+        self.records.push(RecordPlan { record, name, refused, fields });
     }
+}
+
+fn name(fields: &Fields) -> Option<String> {
+    fields.get(&Field::Name).and_then(Value::as_str).map(str::to_owned)
 }
 
 fn refuse_contact(duplicate: bool, switches: Switches) -> Option<Refusal> {
@@ -274,56 +361,61 @@ fn refuse_contact(duplicate: bool, switches: Switches) -> Option<Refusal> {
     }
 }
 
-/// Every write rule lets a value into a new record.
-fn all(wanted: &BTreeMap<Field, Wanted>) -> Fields {
-    wanted.iter().map(|(field, wanted)| (field.clone(), wanted.value.clone())).collect()
-}
-
-fn new_contact(desired: &Desired) -> ContactValues {
-    let entry = |channel: Channel, wanted: &Wanted| Entry {
-        value: wanted.value.as_str().unwrap_or_default().to_owned(),
-        kind: channel.default_kind().to_owned(),
-    };
-    ContactValues {
-        fields: all(&desired.contact),
-        lists: desired
-            .channels
-            .iter()
-            .map(|(&channel, wanted)| (channel, vec![entry(channel, wanted)]))
-            .collect(),
-    }
-}
-
-fn field_changes(wanted: &BTreeMap<Field, Wanted>, current: &Fields) -> Fields {
-    wanted
-        .iter()
-        .filter(|(field, wanted)| match (wanted.write, current.get(field)) {
-            (WriteRule::OnCreate, _) | (WriteRule::IfEmpty, Some(_)) => false,
-            (WriteRule::IfEmpty, None) => true,
-            (WriteRule::Always, current) => current != Some(&wanted.value),
-        })
-        .map(|(field, wanted)| (field.clone(), wanted.value.clone()))
-        .collect()
-}
-
-/// Lists that grow by the wanted entry; existing entries keep their place. A full list stays.
-fn list_changes(wanted: &BTreeMap<Channel, Wanted>, contact: &Contact) -> Lists {
-    let mut lists = Lists::new();
-    for (&channel, wanted) in wanted {
-        let Some(value) = wanted.value.as_str() else { continue };
-        let current = contact.list(channel);
-        let permitted = match wanted.write {
-            WriteRule::Always => true,
-            WriteRule::IfEmpty => current.is_empty(),
-            WriteRule::OnCreate => false,
+/// What has to be set, and why each field is or is not. Without a record, everything: every write
+/// rule lets a value into a new one.
+fn field_changes(wanted: &BTreeMap<Field, Wanted>, record: Option<&Fields>) -> (Fields, Vec<FieldPlan>) {
+    let (mut changes, mut plans) = (Fields::new(), Vec::new());
+    for (field, wanted) in wanted {
+        let before = record.and_then(|fields| fields.get(field));
+        let verdict = match (wanted.write, record, before) {
+            (_, None, _) => FieldVerdict::Set,
+            (_, Some(_), Some(before)) if same(before, &wanted.value) => FieldVerdict::Same,
+            (WriteRule::OnCreate, Some(_), _) => FieldVerdict::OnlyOnCreate,
+            (WriteRule::IfEmpty, Some(_), Some(_)) => FieldVerdict::NotEmpty,
+            (WriteRule::IfEmpty, Some(_), None) | (WriteRule::Always, Some(_), _) => FieldVerdict::Set,
         };
-        if permitted && current.len() < MAX_ENTRIES && !contact.has(channel, value) {
-            let mut grown = current.to_vec();
-            grown.push(Entry { value: value.to_owned(), kind: channel.default_kind().to_owned() });
-            lists.insert(channel, grown);
+        if verdict == FieldVerdict::Set {
+            changes.insert(field.clone(), wanted.value.clone());
         }
+        plans.push(FieldPlan {
+            field: field.to_string(),
+            before: before.cloned(),
+            wanted: wanted.value.clone(),
+            verdict,
+        });
     }
-    lists
+    (changes, plans)
+}
+
+/// The same for a Contact, whose lists grow by the wanted entry: existing entries keep their place.
+fn contact_changes(desired: &Desired, contact: Option<&Contact>) -> (ContactValues, Vec<FieldPlan>) {
+    let (fields, mut plans) = field_changes(&desired.contact, contact.map(|contact| &contact.fields));
+    let mut lists = Lists::new();
+    for (&channel, wanted) in &desired.channels {
+        let Some(value) = wanted.value.as_str() else { continue };
+        let current = contact.map_or(&[][..], |contact| contact.list(channel));
+        let verdict = match wanted.write {
+            _ if contact.is_some_and(|contact| contact.has(channel, value)) => FieldVerdict::Same,
+            WriteRule::OnCreate if contact.is_some() => FieldVerdict::OnlyOnCreate,
+            WriteRule::IfEmpty if !current.is_empty() => FieldVerdict::NotEmpty,
+            WriteRule::OnCreate | WriteRule::IfEmpty | WriteRule::Always if current.len() >= MAX_ENTRIES => {
+                FieldVerdict::ListFull
+            }
+            WriteRule::OnCreate | WriteRule::IfEmpty | WriteRule::Always => FieldVerdict::Appended,
+        };
+        if verdict == FieldVerdict::Appended {
+            let entry = Entry { value: value.to_owned(), kind: channel.default_kind().to_owned() };
+            lists.insert(channel, current.iter().cloned().chain([entry]).collect());
+        }
+        let before: Vec<Value> = current.iter().map(|entry| entry.value.clone().into()).collect();
+        plans.push(FieldPlan {
+            field: channel.to_string(),
+            before: (!before.is_empty()).then_some(before.into()),
+            wanted: wanted.value.clone(),
+            verdict,
+        });
+    }
+    (ContactValues { fields, lists }, plans)
 }
 
 impl Step {
@@ -331,12 +423,7 @@ impl Step {
     /// to it in Close's `field-errors`, `["contacts", "0", "phones", "0", "phone"]` (close-api.md
     /// §3). `None` when the value cannot be spared: an id records are found by, the only identity of
     /// a new Contact, or nothing of ours.
-    pub fn without(
-        &self,
-        path: &[String],
-        desired: &Desired,
-        keys: &super::mapping::KeyFields,
-    ) -> Option<(Self, Dropped)> {
+    pub fn without(&self, path: &[String], desired: &Desired, keys: &KeyFields) -> Option<(Self, Dropped)> {
         let mut step = self.clone();
         let inner: Vec<&str> = path.iter().map(String::as_str).collect();
         let name = match (&mut step, inner.as_slice()) {
@@ -394,7 +481,7 @@ fn remove(fields: &mut Fields, name: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     use super::*;
     use crate::domain::mapping::tests::desired;
@@ -511,7 +598,7 @@ mod tests {
     fn write_rules_guard_fields_and_lists() {
         let current: Fields = [(Field::Title, json!("CEO"))].into();
         let wanted = |field: Field, write| [(field, Wanted { value: json!("new"), write })].into();
-        let changed = |field, write| !field_changes(&wanted(field, write), &current).is_empty();
+        let changed = |field, write| !field_changes(&wanted(field, write), Some(&current)).0.is_empty();
         assert!(changed(Field::Title, WriteRule::Always));
         assert!(!changed(Field::Title, WriteRule::IfEmpty));
         assert!(!changed(Field::Title, WriteRule::OnCreate));
@@ -520,7 +607,8 @@ mod tests {
 
         let grows = |email: Option<&str>, write| {
             let wanted = [(Channel::Email, Wanted { value: json!("n@x.test"), write })].into();
-            !list_changes(&wanted, &contact("c", "l", None, email)).is_empty()
+            let desired = Desired { channels: wanted, ..Desired::default() };
+            !contact_changes(&desired, Some(&contact("c", "l", None, email))).0.lists.is_empty()
         };
         assert!(grows(Some("o@x.test"), WriteRule::Always));
         assert!(!grows(Some("o@x.test"), WriteRule::IfEmpty));
@@ -531,7 +619,10 @@ mod tests {
         let entry = |n| Entry { value: format!("{n}@x.test"), kind: "office".into() };
         full.lists.insert(Channel::Email, (0..MAX_ENTRIES).map(entry).collect());
         let wanted = [(Channel::Email, Wanted { value: json!("n@x.test"), write: WriteRule::Always })].into();
-        assert!(list_changes(&wanted, &full).is_empty());
+        let desired = Desired { channels: wanted, ..Desired::default() };
+        let (changes, fields) = contact_changes(&desired, Some(&full));
+        assert!(changes.lists.is_empty());
+        assert_eq!(fields[0].verdict, FieldVerdict::ListFull);
     }
 
     #[test]
@@ -691,7 +782,7 @@ mod tests {
 
         #[test]
         fn existing_entries_are_never_removed_or_reordered(event in some_event(), contact in some_contact()) {
-            let lists = list_changes(&desired(event).channels, &contact);
+            let lists = contact_changes(&desired(event), Some(&contact)).0.lists;
             for (channel, grown) in lists {
                 prop_assert!(grown.starts_with(contact.list(channel)));
                 prop_assert_eq!(grown.len(), contact.list(channel).len() + 1);

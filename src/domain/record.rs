@@ -74,6 +74,18 @@ impl fmt::Display for Field {
 /// Values by field. A field that is absent has no value, or is not to be touched.
 pub type Fields = BTreeMap<Field, Value>;
 
+/// Whether two values of a field mean the same: numbers by value, lists in any order, as Close does not
+/// say that it keeps it.
+pub fn same(one: &Value, other: &Value) -> bool {
+    match (one, other) {
+        (Value::Number(one), Value::Number(other)) => one == other || one.as_f64() == other.as_f64(),
+        (Value::Array(one), Value::Array(other)) => {
+            one.len() == other.len() && one.iter().all(|item| other.iter().any(|its| same(item, its)))
+        }
+        (one, other) => one == other,
+    }
+}
+
 /// A list on a Contact that grows and is never trimmed by us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Channel {

@@ -1,0 +1,115 @@
+//! Why a message did what it did: one value that tells all of it (`design.md` P7).
+//!
+//! The same record feeds the log line and the dead-letter header, as [`Decision::summary`], which has
+//! nothing personal in it, and `close-sync plan`, which shows it whole.
+
+use std::fmt::Write as _;
+
+use super::matching::{Case, Verdict};
+use super::plan::{FieldPlan, Plan, RecordPlan, RecordRef};
+use super::values::Dropped;
+
+/// Longest summary, in characters: it travels in a header.
+const MAX_SUMMARY: usize = 1000;
+
+/// One message: what was asked, what was believed, which rule decided, what follows from it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Decision {
+    /// What was asked, in order, and what came back.
+    pub look_ups: Vec<LookUp>,
+    /// The records that came into question.
+    pub candidates: Vec<Candidate>,
+    /// The rule that decided. None when the look-up failed before that.
+    pub case: Option<Case>,
+    /// What follows from it.
+    pub plan: Plan,
+    /// Values left out.
+    pub dropped: Vec<Dropped>,
+    /// Calls to Close, all tries together.
+    pub calls: u32,
+}
+
+/// One question.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LookUp {
+    /// The company's Lead was remembered from an earlier message.
+    RememberedLead,
+    /// All of the person's Contacts were remembered.
+    RememberedContacts(usize),
+    /// Leads were searched for by company id.
+    SearchedLeads(usize),
+    /// Contacts were searched for by user id and email.
+    SearchedContacts(usize),
+    /// A Lead was read, with its Contacts.
+    ReadLead(String),
+    /// A Contact was read.
+    ReadContact(String),
+}
+
+impl LookUp {
+    /// In words, for people and logs.
+    pub fn words(&self) -> String {
+        match self {
+            Self::RememberedLead => "remembered the company's Lead".into(),
+            Self::RememberedContacts(found) => format!("remembered the person's Contacts: {found}"),
+            Self::SearchedLeads(found) => format!("searched Leads by company id: {found} found"),
+            Self::SearchedContacts(found) => {
+                format!("searched Contacts by user id and email: {found} found")
+            }
+            Self::ReadLead(id) => format!("read {id}"),
+            Self::ReadContact(id) => format!("read {id}"),
+        }
+    }
+}
+
+/// A record that came into question.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// Its id.
+    pub id: String,
+    /// What was made of it.
+    pub verdict: Verdict,
+}
+
+impl Decision {
+    /// Contacts with the event's email that were left alone.
+    pub fn conflicts(&self) -> usize {
+        self.candidates.iter().filter(|candidate| candidate.verdict == Verdict::SomebodyElse).count()
+    }
+
+    /// All of it in one line without personal data: ids of records and names of fields, no values.
+    pub fn summary(&self) -> String {
+        let mut parts = vec![self.case.map_or("undecided", Case::label).to_owned()];
+        let mut part = |title: &str, items: Vec<String>| {
+            if !items.is_empty() {
+                parts.push(format!("{title}: {}", items.join(", ")));
+            }
+        };
+        part(
+            "candidates",
+            self.candidates.iter().map(|c| format!("{} {}", c.id, c.verdict.label())).collect(),
+        );
+        part("steps", self.plan.records.iter().filter_map(step).collect());
+        part("refused", self.plan.refused.iter().map(|refusal| refusal.label().to_owned()).collect());
+        part("dropped", self.dropped.iter().map(|d| format!("{} {}", d.field, d.reason.label())).collect());
+        let mut summary = parts.join("; ");
+        let _ = write!(summary, "; calls: {}", self.calls);
+        summary.chars().take(MAX_SUMMARY).collect()
+    }
+}
+
+fn step(record: &RecordPlan) -> Option<String> {
+    let fields: Vec<&str> = record.written().map(|field: &FieldPlan| field.field.as_str()).collect();
+    let fields = fields.join(" ");
+    if record.refused.is_some() {
+        return None;
+    }
+    match &record.record {
+        RecordRef::NewLead => Some(format!("create lead ({fields})")),
+        RecordRef::NewContact(None) => Some(format!("with contact ({fields})")),
+        RecordRef::NewContact(Some(lead)) => Some(format!("add contact to {lead} ({fields})")),
+        RecordRef::Lead(_) | RecordRef::Contact(_) if fields.is_empty() => None,
+        RecordRef::Lead(id) => Some(format!("update {id} ({fields})")),
+        RecordRef::Contact(id) => Some(format!("update {id} ({fields})")),
+    }
+}

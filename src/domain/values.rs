@@ -1,0 +1,416 @@
+//! What the fields of Close take, and how a producer's value is brought into that form.
+//!
+//! Nothing is sent that Close is known to refuse: one refused value fails the whole call (close-api.md
+//! §5). A value is turned into what the field takes where that is sensible, and left out with a
+//! [`DropReason`] where it is not. The result has the notation Close gives it back in, so that
+//! planning again finds nothing to change.
+//!
+//! | field | takes |
+//! | --- | --- |
+//! | text | text; numbers and booleans as text |
+//! | number | numbers; text that is one; true as 1, false as 0 |
+//! | date | `2026-01-31`; a moment's day as it was written; seconds or milliseconds since 1970 |
+//! | datetime | RFC 3339, UTC without an offset; a day's midnight; seconds or milliseconds since 1970 |
+//! | choices | a choice, in any case; true and false as `true`/`yes` and `false`/`no`, whichever is a choice |
+//! | user | the id, full name or email of a member |
+//! | contact, custom object | an id |
+//! | several values | a list or a single value; items that do not fit are left out |
+
+use jiff::Timestamp;
+use jiff::civil::Date;
+use jiff::tz::TimeZone;
+use serde_json::Value;
+
+use super::schema::{CustomField, FieldKind, Status, User};
+use super::source::{flat, single_spaces, text, whole};
+
+/// Longest name and title Close takes, in characters (close-api.md §5).
+pub const MAX_TEXT: usize = 1000;
+/// Longest email address Close takes, in characters (close-api.md §3).
+const MAX_EMAIL: usize = 254;
+
+/// A mapped value that was left out.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Dropped {
+    /// The field of Close it was meant for, `custom.cf_…`.
+    pub field: String,
+    /// Why.
+    pub reason: DropReason,
+}
+
+/// Why a value was left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum DropReason {
+    /// A list or object where one value is needed.
+    NotAValue,
+    /// No email address.
+    InvalidEmail,
+    /// A phone without a digit.
+    InvalidPhone,
+    /// Nothing a URL can be made of.
+    InvalidUrl,
+    /// No number.
+    NotANumber,
+    /// No date.
+    NotADate,
+    /// None of the field's choices, or no lead status.
+    NotAChoice,
+    /// No member of the Close organization.
+    NoSuchUser,
+    /// No id of the kind of record the field refers to.
+    NotAnId,
+    /// Close does not have the custom field.
+    UnknownField,
+    /// The Contact's list holds as many entries as Close takes.
+    ListFull,
+    /// Close refused it.
+    Refused,
+}
+
+impl DropReason {
+    /// All reasons, for metrics.
+    pub const ALL: [Self; 12] = [
+        Self::NotAValue,
+        Self::InvalidEmail,
+        Self::InvalidPhone,
+        Self::InvalidUrl,
+        Self::NotANumber,
+        Self::NotADate,
+        Self::NotAChoice,
+        Self::NoSuchUser,
+        Self::NotAnId,
+        Self::UnknownField,
+        Self::ListFull,
+        Self::Refused,
+    ];
+
+    /// The label in logs and metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::NotAValue => "not_a_value",
+            Self::InvalidEmail => "invalid_email",
+            Self::InvalidPhone => "invalid_phone",
+            Self::InvalidUrl => "invalid_url",
+            Self::NotANumber => "not_a_number",
+            Self::NotADate => "not_a_date",
+            Self::NotAChoice => "not_a_choice",
+            Self::NoSuchUser => "no_such_user",
+            Self::NotAnId => "not_an_id",
+            Self::UnknownField => "unknown_field",
+            Self::ListFull => "list_full",
+            Self::Refused => "refused_by_close",
+        }
+    }
+}
+
+impl serde::Serialize for DropReason {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.label())
+    }
+}
+
+/// The first of several values, when one is needed.
+fn one(values: &[Value]) -> Result<String, DropReason> {
+    values.first().and_then(text).ok_or(DropReason::NotAValue)
+}
+
+/// A name or title: one line, cut to what Close takes.
+pub fn line(values: &[Value]) -> Result<Value, DropReason> {
+    let text = single_spaces(&one(values)?);
+    Ok(Value::String(text.chars().take(MAX_TEXT).collect()))
+}
+
+/// Text of any length.
+pub fn long_text(values: &[Value]) -> Result<Value, DropReason> {
+    one(values).map(Value::String)
+}
+
+/// An id records are found by.
+pub fn id(values: &[Value]) -> Result<String, DropReason> {
+    match values.first() {
+        Some(value @ (Value::String(_) | Value::Number(_))) => text(value).ok_or(DropReason::NotAValue),
+        Some(Value::Null | Value::Bool(_) | Value::Array(_) | Value::Object(_)) | None => {
+            Err(DropReason::NotAValue)
+        }
+    }
+}
+
+/// A lead status by id or label. When Close did not tell its statuses, an id is handed on.
+pub fn status(values: &[Value], statuses: &[Status]) -> Result<Value, DropReason> {
+    let wanted = one(values)?;
+    let by_id = statuses.iter().find(|status| status.id == wanted);
+    let known = by_id.or_else(|| statuses.iter().find(|status| same_word(&status.label, &wanted)));
+    match known {
+        Some(status) => Ok(status.id.clone().into()),
+        None if statuses.is_empty() && wanted.starts_with("stat_") => Ok(wanted.into()),
+        None => Err(DropReason::NotAChoice),
+    }
+}
+
+/// An email address alone, as Close takes it: without a name in front.
+pub fn email(values: &[Value]) -> Result<String, DropReason> {
+    let address = one(values)?;
+    let options = email_address::Options::default().without_display_text().without_domain_literal();
+    let plausible = address.chars().count() <= MAX_EMAIL
+        && email_address::EmailAddress::parse_with_options(&address, options).is_ok();
+    plausible.then_some(address).ok_or(DropReason::InvalidEmail)
+}
+
+/// A phone number. Close parses and rewrites it; it needs a digit (close-api.md §5).
+pub fn phone(values: &[Value]) -> Result<String, DropReason> {
+    let phone = one(values)?;
+    phone.contains(|c: char| c.is_ascii_digit()).then_some(phone).ok_or(DropReason::InvalidPhone)
+}
+
+/// A web page. Close would add the scheme itself, but its schema asks for a URI (close-api.md §5).
+pub fn url(values: &[Value]) -> Result<String, DropReason> {
+    let page = one(values)?;
+    let whole = if page.contains("://") { page } else { format!("http://{page}") };
+    match url::Url::parse(&whole) {
+        Ok(url) if url.has_host() => Ok(whole),
+        Ok(_) | Err(_) => Err(DropReason::InvalidUrl),
+    }
+}
+
+/// What a custom field takes of the values, and why something was left out: both at once when only
+/// some items of a list fit.
+pub fn custom(values: &[Value], field: &CustomField, users: &[User]) -> (Option<Value>, Option<DropReason>) {
+    if !field.multiple {
+        return match values.first().ok_or(DropReason::NotAValue).and_then(|value| item(value, field, users)) {
+            Ok(value) => (Some(value), None),
+            Err(reason) => (None, Some(reason)),
+        };
+    }
+    let (mut fitting, mut reason) = (Vec::new(), None);
+    for value in flat(values) {
+        match item(value, field, users) {
+            Ok(value) if !fitting.contains(&value) => fitting.push(value),
+            Ok(_) => {}
+            Err(why) => reason = Some(why),
+        }
+    }
+    ((!fitting.is_empty()).then_some(Value::Array(fitting)), reason)
+}
+
+fn item(value: &Value, field: &CustomField, users: &[User]) -> Result<Value, DropReason> {
+    let word = || text(value).ok_or(DropReason::NotAValue);
+    match &field.kind {
+        FieldKind::Text | FieldKind::Textarea | FieldKind::Hidden => word().map(Value::String),
+        FieldKind::Number => number(value),
+        FieldKind::Date => date(value).map(|date| date.to_string().into()),
+        FieldKind::Datetime => moment(value).map(|moment| notation(moment).into()),
+        FieldKind::Choices(choices) => choice(value, choices),
+        FieldKind::User => {
+            let wanted = word()?;
+            let user = users.iter().find(|user| {
+                user.id == wanted || same_word(&user.email, &wanted) || same_word(&user.name, &wanted)
+            });
+            user.map(|user| user.id.clone().into()).ok_or(DropReason::NoSuchUser)
+        }
+        FieldKind::Contact => reference(&word()?, "cont_"),
+        FieldKind::CustomObject => reference(&word()?, "co_"),
+        FieldKind::Other(_) if value.is_object() || value.is_array() => Err(DropReason::NotAValue),
+        FieldKind::Other(_) => Ok(value.clone()),
+    }
+}
+
+fn same_word(one: &str, other: &str) -> bool {
+    one.trim().to_lowercase() == other.trim().to_lowercase()
+}
+
+fn reference(id: &str, prefix: &str) -> Result<Value, DropReason> {
+    id.starts_with(prefix).then(|| id.into()).ok_or(DropReason::NotAnId)
+}
+
+fn number(value: &Value) -> Result<Value, DropReason> {
+    let number = match value {
+        Value::Number(number) => Some(number.clone()),
+        Value::Bool(flag) => Some(i64::from(*flag).into()),
+        // JSON's own grammar, so that neither "inf" nor "0x1F" passes.
+        Value::String(text) => serde_json::from_str(text.trim_start_matches('+')).ok(),
+        Value::Null | Value::Array(_) | Value::Object(_) => return Err(DropReason::NotAValue),
+    };
+    let number = number.ok_or(DropReason::NotANumber)?;
+    Ok(whole(&number).map_or_else(|| Value::Number(number), Value::from))
+}
+
+fn choice(value: &Value, choices: &[String]) -> Result<Value, DropReason> {
+    let wanted = text(value).ok_or(DropReason::NotAValue)?;
+    let among = |word: &str| {
+        let exact = choices.iter().find(|choice| *choice == word);
+        exact.or_else(|| choices.iter().find(|choice| same_word(choice, word)))
+    };
+    let other = match value {
+        Value::Bool(true) => Some("yes"),
+        Value::Bool(false) => Some("no"),
+        Value::Null | Value::Number(_) | Value::String(_) | Value::Array(_) | Value::Object(_) => None,
+    };
+    let found = among(&wanted).or_else(|| among(other?));
+    found.map(|choice| choice.clone().into()).ok_or(DropReason::NotAChoice)
+}
+
+fn date(value: &Value) -> Result<Date, DropReason> {
+    if let Value::String(text) = value {
+        // A moment's day is the one its writer meant, whatever the offset.
+        let day = text.get(..10).filter(|_| text.parse::<Timestamp>().is_ok()).unwrap_or(text);
+        if let Ok(day) = day.parse::<Date>() {
+            return Ok(day);
+        }
+    }
+    moment(value).map(|moment| TimeZone::UTC.to_datetime(moment).date())
+}
+
+fn moment(value: &Value) -> Result<Timestamp, DropReason> {
+    let found = match value {
+        Value::String(text) => text
+            .parse::<Timestamp>()
+            .ok()
+            .or_else(|| TimeZone::UTC.to_timestamp(text.parse().ok()?).ok())
+            .or_else(|| since_1970(serde_json::from_str(text).ok()?)),
+        Value::Number(number) => number.as_f64().and_then(since_1970),
+        Value::Null | Value::Bool(_) | Value::Array(_) | Value::Object(_) => {
+            return Err(DropReason::NotAValue);
+        }
+    };
+    found.ok_or(DropReason::NotADate)
+}
+
+/// Seconds, or milliseconds when the seconds would be past the year 5138.
+fn since_1970(number: f64) -> Option<Timestamp> {
+    const MILLISECONDS: f64 = 1e11;
+    let milliseconds = if number.abs() < MILLISECONDS { number * 1000.0 } else { number };
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "a float too large ends at the limit, which is no moment"
+    )]
+    Timestamp::from_millisecond(milliseconds.round() as i64).ok()
+}
+
+/// Close's notation of moments: UTC, six digits, of which it keeps milliseconds (close-api.md §1).
+fn notation(moment: Timestamp) -> String {
+    let moment = Timestamp::from_millisecond(moment.as_millisecond()).unwrap_or(moment);
+    moment.strftime("%Y-%m-%dT%H:%M:%S.%6f+00:00").to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::domain::record::FieldId;
+
+    fn taken(kind: FieldKind, multiple: bool, value: Value) -> Result<Value, &'static str> {
+        let field = CustomField { id: FieldId::new("cf_1"), name: "F".into(), kind, multiple };
+        let ada = User { id: "user_ada".into(), name: "Ada Account".into(), email: "ada@close.test".into() };
+        match custom(&[value], &field, &[ada]) {
+            (Some(value), None) => Ok(value),
+            (None, Some(reason)) => Err(reason.label()),
+            (Some(value), Some(reason)) => Ok(json!([value, reason.label()])),
+            (None, None) => unreachable!(),
+        }
+    }
+
+    #[test]
+    fn every_type_takes_what_can_sensibly_be_turned_into_it() {
+        use FieldKind::{Choices, Contact, CustomObject, Date, Datetime, Number, Other, Text, User};
+        let plans = || Choices(vec!["Free".into(), "Pro".into(), "2".into()]);
+        let yes_no = || Choices(vec!["Yes".into(), "No".into()]);
+        let cases = [
+            (Text, json!(7), Ok(json!("7"))),
+            (Text, json!(7.50), Ok(json!("7.5"))),
+            (Text, json!(true), Ok(json!("true"))),
+            (Text, json!(["a"]), Err("not_a_value")),
+            (Number, json!(5.0), Ok(json!(5))),
+            (Number, json!("12.5"), Ok(json!(12.5))),
+            (Number, json!("+3"), Ok(json!(3))),
+            (Number, json!(true), Ok(json!(1))),
+            (Number, json!("1,000"), Err("not_a_number")),
+            (Number, json!("NaN"), Err("not_a_number")),
+            (Number, json!([1]), Err("not_a_value")),
+            (Date, json!("2026-01-31"), Ok(json!("2026-01-31"))),
+            (Date, json!("2026-01-31T23:30:00-05:00"), Ok(json!("2026-01-31"))),
+            (Date, json!("2026-01-31T23:30:00.000Z"), Ok(json!("2026-01-31"))),
+            (Date, json!(1_769_900_400), Ok(json!("2026-01-31"))),
+            (Date, json!("31.01.2026"), Err("not_a_date")),
+            (Date, json!("2026-02-30"), Err("not_a_date")),
+            (Date, json!(false), Err("not_a_value")),
+            (Datetime, json!("2026-01-31T10:00:00+01:00"), Ok(json!("2026-01-31T09:00:00.000000+00:00"))),
+            (Datetime, json!("2026-01-31T10:00:00.123456Z"), Ok(json!("2026-01-31T10:00:00.123000+00:00"))),
+            (Datetime, json!("2026-01-31T10:00:00"), Ok(json!("2026-01-31T10:00:00.000000+00:00"))),
+            (Datetime, json!("2026-01-31"), Ok(json!("2026-01-31T00:00:00.000000+00:00"))),
+            (Datetime, json!(1_769_900_400), Ok(json!("2026-01-31T23:00:00.000000+00:00"))),
+            (Datetime, json!(1_769_900_400_000_i64), Ok(json!("2026-01-31T23:00:00.000000+00:00"))),
+            (Datetime, json!("1769900400"), Ok(json!("2026-01-31T23:00:00.000000+00:00"))),
+            (Datetime, json!("soon"), Err("not_a_date")),
+            (Datetime, json!(1e300), Err("not_a_date")),
+            (plans(), json!("Pro"), Ok(json!("Pro"))),
+            (plans(), json!(" pRO"), Ok(json!("Pro"))),
+            (plans(), json!(2), Ok(json!("2"))),
+            (plans(), json!("Gold"), Err("not_a_choice")),
+            (yes_no(), json!(true), Ok(json!("Yes"))),
+            (yes_no(), json!(false), Ok(json!("No"))),
+            (Choices(vec!["True".into()]), json!(true), Ok(json!("True"))),
+            (User, json!("user_ada"), Ok(json!("user_ada"))),
+            (User, json!("ada account"), Ok(json!("user_ada"))),
+            (User, json!("ADA@close.test"), Ok(json!("user_ada"))),
+            (User, json!("Bob"), Err("no_such_user")),
+            (Contact, json!("cont_1"), Ok(json!("cont_1"))),
+            (Contact, json!("Jane"), Err("not_an_id")),
+            (CustomObject, json!("co_1"), Ok(json!("co_1"))),
+            (Other("emoji".into()), json!(5), Ok(json!(5))),
+            (Other("emoji".into()), json!([5]), Err("not_a_value")),
+        ];
+        for (kind, value, expected) in cases {
+            assert_eq!(taken(kind.clone(), false, value.clone()), expected, "{kind:?} {value}");
+        }
+    }
+
+    #[test]
+    fn a_list_loses_only_what_does_not_fit() {
+        let colours = || FieldKind::Choices(vec!["red".into(), "blue".into()]);
+        let cases = [
+            (json!(["red", "Blue", "red"]), Ok(json!(["red", "blue"]))),
+            (json!("red"), Ok(json!(["red"]))),
+            (json!(["red", "pink"]), Ok(json!([["red"], "not_a_choice"]))),
+            (json!(["pink", {"a": 1}]), Err("not_a_value")),
+        ];
+        for (value, expected) in cases {
+            assert_eq!(taken(colours(), true, value.clone()), expected, "{value}");
+        }
+    }
+
+    #[test]
+    fn a_status_goes_by_id_or_label() {
+        let statuses = [Status { id: "stat_1".into(), label: "Potential".into() }];
+        let status = |value: &str, statuses| super::status(&[json!(value)], statuses);
+        assert_eq!(status("stat_1", &statuses), Ok(json!("stat_1")));
+        assert_eq!(status("potential", &statuses), Ok(json!("stat_1")));
+        assert_eq!(status("stat_2", &statuses), Err(DropReason::NotAChoice));
+        assert_eq!(status("stat_2", &[]), Ok(json!("stat_2")));
+        assert_eq!(status("Potential", &[]), Err(DropReason::NotAChoice));
+    }
+
+    #[test]
+    fn addresses_phones_and_pages_are_checked_before_they_are_sent() {
+        let emails = [
+            ("jane@example.test", true),
+            ("jane+crm@example.test", true),
+            ("jäne@exämple.test", true),
+            ("Jane <jane@example.test>", false),
+            ("jane@[127.0.0.1]", false),
+            ("jane", false),
+            ("@example.test", false),
+        ];
+        for (address, good) in emails {
+            assert_eq!(email(&[json!(address)]).is_ok(), good, "{address}");
+        }
+        assert!(email(&[json!(format!("{}@example.test", "j".repeat(250)))]).is_err());
+        assert_eq!(phone(&[json!(493_012_345)]).as_deref(), Ok("493012345"));
+        assert_eq!(phone(&[json!("n/a")]), Err(DropReason::InvalidPhone));
+        assert_eq!(url(&[json!("acme.test/a")]).as_deref(), Ok("http://acme.test/a"));
+        assert_eq!(url(&[json!("http://")]), Err(DropReason::InvalidUrl));
+        assert_eq!(id(&[json!(true)]), Err(DropReason::NotAValue));
+        assert_eq!(line(&[json!("Jane\n Doe")]), Ok(json!("Jane Doe")));
+        assert_eq!(line(&[json!("é".repeat(2000))]), Ok(json!("é".repeat(MAX_TEXT))));
+    }
+}
