@@ -113,7 +113,10 @@ impl Problems {
     pub fn lines(&self) -> impl Iterator<Item = (String, &str)> {
         let defaults: Table = toml::from_str(DEFAULTS).unwrap_or_default();
         self.0.iter().map(move |problem| {
-            let known = leaf(&defaults, &problem.key).is_some_and(|value| is_leaf(&problem.key, value));
+            let in_rule = problem.key.rsplit_once('.').and_then(|(table, _)| leaf(&defaults, table));
+            let in_rule = in_rule.and_then(Value::as_table).is_some_and(is_rule);
+            let known =
+                !in_rule && leaf(&defaults, &problem.key).is_some_and(|value| is_leaf(&problem.key, value));
             let variable = if known { format!(" ({})", variable(&problem.key)) } else { String::new() };
             (format!("{}{variable}", problem.key), problem.message.as_str())
         })

@@ -98,7 +98,7 @@ impl<R: Records> Resolver<'_, R> {
         company_id: &str,
     ) -> Result<Option<(Lead, Vec<Contact>)>, CloseError> {
         let answer = self.records.lead(id).await;
-        self.decision.look_ups.push(LookUp::ReadLead(id.to_string()));
+        self.decision.look_ups.push(LookUp::Read(id.to_string()));
         let verdict = match &answer {
             Ok((lead, _)) => judge_lead(lead, company_id, self.keys),
             Err(CloseError::NotFound) => Verdict::Gone,
@@ -135,7 +135,7 @@ impl<R: Records> Resolver<'_, R> {
         let mut current = Vec::with_capacity(ids.len());
         for id in ids {
             let answer = self.records.contact(&id).await;
-            self.decision.look_ups.push(LookUp::ReadContact(id.to_string()));
+            self.decision.look_ups.push(LookUp::Read(id.to_string()));
             match answer {
                 Ok(contact) => current.push(contact),
                 Err(CloseError::NotFound) => {
@@ -199,7 +199,7 @@ impl<R: Records> Resolver<'_, R> {
         for id in contacts.iter().filter_map(|contact| contact.lead_id.as_ref()) {
             if !leads.contains_key(id) {
                 let answer = self.records.lead(id).await;
-                self.decision.look_ups.push(LookUp::ReadLead(id.to_string()));
+                self.decision.look_ups.push(LookUp::Read(id.to_string()));
                 leads.insert(id.clone(), answer?.0);
             }
         }

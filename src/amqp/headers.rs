@@ -237,6 +237,7 @@ mod tests {
             stage: Stage::Write,
             error: "no".into(),
             field: Some("phones".into()),
+            decision: Some("nobody_known; calls: 3".into()),
         };
         let properties = envelope.for_dead_letter(&dead, now);
         assert_eq!(text(&properties, REASON).as_deref(), Some("rejected"));

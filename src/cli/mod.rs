@@ -1,11 +1,12 @@
 //! The command line: what each command is called, what it prints, how it exits.
 //!
 //! Data goes to standard output, everything else to standard error, so that a script can pipe the
-//! first. Exit codes: 0 done, 2 wrong usage or input, 69 something needed is not there, 78 the
-//! configuration cannot work.
+//! first. Exit codes: 0 done, 1 what was checked does not hold, 2 wrong usage or input, 69 something
+//! needed is not there, 78 the configuration cannot work.
 
 mod check;
 mod dlq;
+mod plan;
 mod publish;
 mod simulate;
 
@@ -28,7 +29,7 @@ use crate::{http, panics};
 #[command(after_long_help = "Settings come from a TOML file and the environment; `close-sync check` tells \
     what is missing, `close-sync check --print-config` what is in force.\n\n\
     Try it without a Close account: `close-sync simulate` starts a fake Close and prints how to use it.\n\n\
-    Exit codes: 0 done, 2 wrong usage or input, 69 something needed is not there (RabbitMQ, Close, a free \
+    Exit codes: 0 done, 1 what was checked does not hold (plan --strict), 2 wrong usage or input, 69 something needed is not there (RabbitMQ, Close, a free \
     port) or stopped by a second signal, 78 the configuration cannot work.")]
 struct Cli {
     /// A TOML file with settings that differ from the defaults.
@@ -45,6 +46,8 @@ enum Command {
     Run,
     /// Check the configuration, RabbitMQ, the API key and the lookup fields.
     Check(check::Args),
+    /// Show what events would do to Close, and why, without writing anything.
+    Plan(plan::Args),
     /// Publish events, one JSON object per line, as a producer would.
     Publish(publish::Args),
     /// Look at dead letters, replay or discard them.
@@ -69,6 +72,8 @@ enum Failure {
     Told(u8),
 }
 
+/// What was checked does not hold.
+const UNFIT: u8 = 1;
 /// `EX_USAGE` by convention of the shell.
 const INPUT: u8 = 2;
 /// `EX_UNAVAILABLE` of sysexits.
@@ -143,6 +148,7 @@ impl Cli {
         match self.command {
             Command::Run => run(load(Need::All)?).await,
             Command::Check(args) => check::check(&args, load(args.need())).await,
+            Command::Plan(args) => plan::plan(args, load(Need::All)?).await,
             Command::Publish(args) => publish::publish(args, load(Need::Broker)?.amqp).await,
             Command::Dlq(command) => dlq::dlq(command, load(Need::Broker)?.amqp).await,
             Command::Simulate(args) => simulate::simulate(args).await,

@@ -40,10 +40,8 @@ pub enum LookUp {
     SearchedLeads(usize),
     /// Contacts were searched for by user id and email.
     SearchedContacts(usize),
-    /// A Lead was read, with its Contacts.
-    ReadLead(String),
-    /// A Contact was read.
-    ReadContact(String),
+    /// A record was read by its id; a Lead comes with its Contacts.
+    Read(String),
 }
 
 impl LookUp {
@@ -56,8 +54,7 @@ impl LookUp {
             Self::SearchedContacts(found) => {
                 format!("searched Contacts by user id and email: {found} found")
             }
-            Self::ReadLead(id) => format!("read {id}"),
-            Self::ReadContact(id) => format!("read {id}"),
+            Self::Read(id) => format!("read {id}"),
         }
     }
 }

@@ -22,7 +22,7 @@
 use std::collections::BTreeMap;
 
 use jsonpath_rust::parser::model::JpQuery;
-use serde_json::Value;
+use serde_json::{Map, Value, json};
 
 use super::event::{Event, NotForClose};
 use super::record::{Channel, Field, FieldId, fold_email};
@@ -70,7 +70,10 @@ impl Trigger {
     }
 
     fn holds(&self, event: &Event) -> bool {
-        !source::nodes(&self.0, &event.body).is_empty()
+        let empty = event.body.as_object().is_some_and(Map::is_empty);
+        // An empty event has no part for the filter to select; this one says as little.
+        let body = if empty { &json!({"": null}) } else { &event.body };
+        !source::nodes(&self.0, body).is_empty()
     }
 }
 
@@ -616,7 +619,6 @@ fn name_new_leads(desired: &mut Desired, free_mail: &FreeMail) {
 #[cfg(test)]
 pub(crate) mod tests {
     use proptest::prelude::*;
-    use serde_json::json;
 
     use super::*;
     use crate::domain::source::Alternative;
@@ -773,6 +775,7 @@ pub(crate) mod tests {
         let cases = [
             (default, json!({"type": "identify"}), None),
             (default, json!({"userId": "u"}), None),
+            (default, json!({}), None),
             (default, json!({"type": "track"}), Some(NotForClose::Trigger)),
             (default, json!({"type": "Identify"}), Some(NotForClose::Trigger)),
             (

@@ -367,12 +367,12 @@ fn field_changes(wanted: &BTreeMap<Field, Wanted>, record: Option<&Fields>) -> (
     let (mut changes, mut plans) = (Fields::new(), Vec::new());
     for (field, wanted) in wanted {
         let before = record.and_then(|fields| fields.get(field));
-        let verdict = match (wanted.write, record, before) {
-            (_, None, _) => FieldVerdict::Set,
-            (_, Some(_), Some(before)) if same(before, &wanted.value) => FieldVerdict::Same,
-            (WriteRule::OnCreate, Some(_), _) => FieldVerdict::OnlyOnCreate,
-            (WriteRule::IfEmpty, Some(_), Some(_)) => FieldVerdict::NotEmpty,
-            (WriteRule::IfEmpty, Some(_), None) | (WriteRule::Always, Some(_), _) => FieldVerdict::Set,
+        let verdict = match (wanted.write, before) {
+            _ if record.is_none() => FieldVerdict::Set,
+            (_, Some(before)) if same(before, &wanted.value) => FieldVerdict::Same,
+            (WriteRule::OnCreate, _) => FieldVerdict::OnlyOnCreate,
+            (WriteRule::IfEmpty, Some(_)) => FieldVerdict::NotEmpty,
+            (WriteRule::IfEmpty, None) | (WriteRule::Always, _) => FieldVerdict::Set,
         };
         if verdict == FieldVerdict::Set {
             changes.insert(field.clone(), wanted.value.clone());
@@ -620,8 +620,8 @@ mod tests {
         full.lists.insert(Channel::Email, (0..MAX_ENTRIES).map(entry).collect());
         let wanted = [(Channel::Email, Wanted { value: json!("n@x.test"), write: WriteRule::Always })].into();
         let desired = Desired { channels: wanted, ..Desired::default() };
-        let (changes, fields) = contact_changes(&desired, Some(&full));
-        assert!(changes.lists.is_empty());
+        let (values, fields) = contact_changes(&desired, Some(&full));
+        assert!(values.lists.is_empty());
         assert_eq!(fields[0].verdict, FieldVerdict::ListFull);
     }
 

@@ -265,7 +265,9 @@ impl Source {
                     values = vec![texts.join(", ").into()];
                 }
             } else {
-                values.iter_mut().for_each(|value| each(value, &|text| normalized(text, *normalize).into()));
+                for value in &mut values {
+                    each(value, &|text| normalized(text, *normalize).into());
+                }
             }
         }
         if !self.values.is_empty() {
@@ -285,7 +287,9 @@ pub(super) fn flat(values: &[Value]) -> impl Iterator<Item = &Value> {
 /// Changes a text, or every text in a list.
 fn each(value: &mut Value, change: &impl Fn(&str) -> Value) {
     if let Some(items) = value.as_array_mut() {
-        items.iter_mut().for_each(|item| each(item, change));
+        for item in items {
+            each(item, change);
+        }
     } else if let Some(text) = value.as_str() {
         *value = change(text);
     }
@@ -310,7 +314,7 @@ pub(super) fn single_spaces(text: &str) -> String {
 /// The domain of an email address or a web page.
 pub(super) fn domain(text: &str) -> Option<String> {
     let host = match text.rsplit_once('@') {
-        Some((_, domain)) if !domain.contains('/') => domain.to_owned(),
+        Some((_, domain)) if !text.contains('/') => domain.to_owned(),
         Some(_) | None => {
             let whole = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
             url::Url::parse(&whole).ok()?.host_str()?.trim_start_matches("www.").to_owned()
@@ -321,7 +325,9 @@ pub(super) fn domain(text: &str) -> Option<String> {
 
 fn translate(value: &mut Value, values: &BTreeMap<String, Value>) {
     if let Some(items) = value.as_array_mut() {
-        items.iter_mut().for_each(|item| translate(item, values));
+        for item in items {
+            translate(item, values);
+        }
     } else if let Some(other) = text(value).and_then(|text| values.get(&text)) {
         *value = other.clone();
     }

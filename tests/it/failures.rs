@@ -7,6 +7,7 @@ use close_sync::amqp::session::{End, Session};
 use close_sync::close::{Client, Endpoint};
 use close_sync::config::{Config, Need};
 use close_sync::metrics::Metrics;
+use close_sync::preflight;
 use close_sync::simulator::{Effect, Fault, FaultBody, Limits, Rate, Settings, When};
 use close_sync::state::{State, Status};
 use close_sync::worker::Worker;
@@ -77,9 +78,14 @@ async fn one_bad_optional_value_does_not_cost_the_rest() {
     let event = |plan: &str, name: &str| {
         identify("u1", json!({"plan": plan, "name": name, "phone": "n/a", "company": {"id": "acme"}}))
     };
-    let metrics = bench.sync(&[event("platinum", "First"), event("gold", "Second")]).await;
+    // A choice that was removed since the fields were looked at.
+    let body = json!({"errors": [], "field-errors": {"custom.cf_leadplan": "Not a valid choice."}});
+    let refusal = Effect::Status { code: 400, body: FaultBody::Exactly(body), when: When::BeforeCommit };
+    bench.simulator.fault(Fault::new(refusal).on("POST", "/lead/").times(1));
+    let metrics = bench.sync(&[event("pro", "First"), event("gold", "Second")]).await;
     assert_eq!(metrics.outcomes(), [("created", 1), ("updated", 1)].into());
-    assert_eq!(metrics.count("fields_dropped_total{reason=\"refused_by_close\"}"), 2);
+    assert_eq!(metrics.count("fields_dropped_total{reason=\"refused_by_close\"}"), 1);
+    assert_eq!(metrics.count("fields_dropped_total{reason=\"not_a_choice\"}"), 1);
     assert_eq!(metrics.count("fields_dropped_total{reason=\"invalid_phone\"}"), 2);
     let lead = bench.the_lead();
     assert_eq!((&lead["contacts"][0]["name"], &lead["custom.cf_leadplan"]), (&json!("Second"), &Value::Null));
@@ -181,9 +187,11 @@ async fn a_panic_costs_one_message_and_not_the_worker() {
         let hit = call.endpoint == Endpoint::CreateLead && planted.swap(false, Ordering::Relaxed);
         assert!(!hit, "Secretname");
     });
+    let client = client.unwrap();
+    let mapping = preflight::run(&client, &config.rules).await.unwrap().mapping;
     let session = Session {
         settings: Arc::new(config.amqp),
-        worker: Worker::new(config.worker, client.unwrap(), metrics.clone()),
+        worker: Worker::new(config.worker, &config.rules, mapping, client, metrics.clone()),
         metrics: metrics.clone(),
         status: Status::default(),
         concurrency: 1,

@@ -9,6 +9,7 @@ mod docs;
 mod duplicates;
 mod failures;
 mod pauses;
+mod plan;
 mod publish;
 mod restarts;
 mod rules;

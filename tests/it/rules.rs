@@ -97,7 +97,11 @@ async fn without_a_company_the_person_is_found_anywhere_by_user_id_then_by_email
     let contacts = &leads[0]["contacts"];
     assert_eq!((&contacts[0]["title"], &contacts[1]["title"]), (&json!("CTO"), &json!("CFO")));
     assert_eq!(contacts[1][USER], json!("u2"));
-    assert_eq!(leads[1]["name"], json!("three@x.test"), "a Lead is named after the person, else the email");
+    assert_eq!(
+        leads[1]["name"],
+        json!("x.test"),
+        "a Lead is named after the person, else the email's domain"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -242,7 +246,7 @@ async fn events_that_are_not_for_close_are_skipped_and_counted() {
         ])
         .await;
     assert_eq!(metrics.outcomes(), [("created", 1), ("skipped", 3)].into());
-    assert_eq!(metrics.count("messages_skipped_total{reason=\"event_type\"}"), 1);
+    assert_eq!(metrics.count("messages_skipped_total{reason=\"trigger\"}"), 1);
     assert_eq!(metrics.count("messages_skipped_total{reason=\"integrations\"}"), 2);
 }
 
