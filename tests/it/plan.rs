@@ -7,7 +7,7 @@ use crate::support::{Bench, identify};
 const USER: &str = "custom.cf_contactuserid";
 
 fn lines(events: &[Value]) -> Vec<u8> {
-    events.iter().map(|event| format!("{event}\n")).collect::<String>().into_bytes()
+    events.iter().flat_map(|event| [event.to_string(), "\n".to_owned()]).collect::<String>().into_bytes()
 }
 
 /// A transcript with ids replaced in the order they are met.
