@@ -126,6 +126,12 @@ impl Simulator {
         self.shared.world().book.all(Kind::Contact)
     }
 
+    /// The ids and labels of the lead statuses, in the organisation's own order.
+    pub fn lead_statuses(&self) -> Vec<(String, String)> {
+        let world = self.shared.world();
+        world.book.schema.statuses.iter().map(|status| (status.id.clone(), status.label.clone())).collect()
+    }
+
     /// Makes a lead as `POST /lead/` would, visible to search at once. The error is the body of the 400.
     pub fn add_lead(&self, body: Value) -> Result<Value, Value> {
         self.add(Kind::Lead, body)

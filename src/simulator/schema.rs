@@ -139,6 +139,15 @@ pub(super) struct Status {
     pub(super) label: String,
 }
 
+impl Status {
+    /// A status whose id tests can foresee.
+    fn of(label: &str) -> Self {
+        let letters = label.chars().filter(|letter| letter.is_alphanumeric());
+        let id = format!("stat_{}", letters.flat_map(char::to_lowercase).collect::<String>());
+        Self { id, label: label.to_owned() }
+    }
+}
+
 /// What writes are checked against.
 #[derive(Debug)]
 pub(super) struct Schema {
@@ -159,11 +168,7 @@ impl Schema {
         Self {
             organization_id: ids.make("orga"),
             user_id: ids.make("user"),
-            statuses: settings
-                .statuses
-                .iter()
-                .map(|label| Status { id: ids.make("stat"), label: label.clone() })
-                .collect(),
+            statuses: settings.statuses.iter().map(|label| Status::of(label)).collect(),
             fields: settings.custom_fields.clone(),
             country: settings.country.clone(),
             strict_contact_keys: settings.strict_contact_keys,

@@ -46,7 +46,8 @@ pub struct Settings {
     pub country: Country,
     /// Bodies above this size are answered with 413.
     pub max_body_bytes: usize,
-    /// Labels of the lead statuses, in the organisation's own order; new leads get the first.
+    /// Labels of the lead statuses, in the organisation's own order; new leads get the first. The ids are
+    /// `stat_` and the lower-cased letters and digits of the label, such as `stat_badfit`.
     pub statuses: Vec<String>,
     /// The custom fields that exist from the start.
     pub custom_fields: Vec<CustomField>,

@@ -445,6 +445,20 @@ async fn fields_statuses_and_me_can_be_read() {
 }
 
 #[tokio::test]
+async fn lead_statuses_have_foreseeable_ids() {
+    let statuses = ["Potential", "Bad Fit", "Won (2026)"].map(String::from).into();
+    let (simulator, client) = start(Settings { statuses, ..Settings::fast() }).await;
+    let expected =
+        [("stat_potential", "Potential"), ("stat_badfit", "Bad Fit"), ("stat_won2026", "Won (2026)")];
+    assert_eq!(simulator.lead_statuses(), expected.map(|(id, label)| (id.to_owned(), label.to_owned())));
+    let listed = client.get("status/lead/").await.json();
+    let ids: Vec<_> = listed["data"].as_array().unwrap().iter().map(|status| &status["id"]).collect();
+    assert_eq!(ids, ["stat_badfit", "stat_potential", "stat_won2026"], "not in the organisation's order");
+    let lead = client.post("lead/", json!({"status_id": "stat_badfit"})).await.json();
+    assert_eq!(lead["status_label"], "Bad Fit");
+}
+
+#[tokio::test]
 async fn lists_page_and_filter() {
     let (simulator, client) = start(Settings::fast()).await;
     let lead = simulator.add_lead(json!({"contacts": [{"name": "a"}, {"name": "b"}]})).unwrap();
