@@ -237,7 +237,7 @@ impl Book {
     }
 
     fn find(&self, kind: Kind, id: &str) -> Result<&Record, Refusal> {
-        self.records.get(id).filter(|record| record.kind == kind).ok_or(Refusal::Missing(kind))
+        self.records.get(id).filter(|record| record.kind == kind).ok_or(Refusal::Missing(kind.title()))
     }
 
     fn checked_contact(&self, body: &Object) -> Result<Patch, Refusal> {
@@ -383,7 +383,7 @@ impl Book {
         now: Timestamp,
     ) {
         rest["request_id"] = json!(request);
-        rest["user_id"] = json!(self.schema.user_id);
+        rest["user_id"] = json!(self.schema.user.id);
         rest["organization_id"] = json!(self.schema.organization_id);
         rest["oauth_client_id"] = Value::Null;
         let lag = self.event_lag.draw(self.ids.share());
@@ -405,10 +405,10 @@ impl Book {
         let mut put = |key: &str, field: Value| drop(value.insert(key.to_owned(), field));
         put("id", json!(record.id));
         put("organization_id", json!(self.schema.organization_id));
-        put("created_by", json!(self.schema.user_id));
-        put("updated_by", json!(self.schema.user_id));
-        put("created_by_name", json!(Schema::USER_NAME));
-        put("updated_by_name", json!(Schema::USER_NAME));
+        put("created_by", json!(self.schema.user.id));
+        put("updated_by", json!(self.schema.user.id));
+        put("created_by_name", json!(self.schema.user.name()));
+        put("updated_by_name", json!(self.schema.user.name()));
         put("date_created", json!(iso(record.created)));
         put("date_updated", json!(iso(record.updated)));
         put("integration_links", json!([]));
@@ -562,7 +562,7 @@ mod tests {
         let destination = lead(&mut book, json!({"name": "d", "contacts": [{"name": "Joe"}]}));
         let jane = contact_ids(&book, &source)[0].clone();
         book.merge(&source, &destination, at(3)).unwrap();
-        assert_eq!(book.get(Kind::Lead, &source), Err(Refusal::Missing(Kind::Lead)));
+        assert_eq!(book.get(Kind::Lead, &source), Err(Refusal::Missing("Lead")));
         let merged = book.get(Kind::Lead, &destination).unwrap();
         assert_eq!(merged["contact_ids"][1], jane);
         assert_eq!(merged.get("custom.cf_leadcompanyid"), None);
@@ -580,7 +580,7 @@ mod tests {
         book.delete(Kind::Lead, &id, at(2)).unwrap();
         assert!(book.all(Kind::Contact).is_empty());
         assert_eq!(events(&book)[..3], ["lead.deleted", "contact.deleted", "contact.deleted"]);
-        assert_eq!(book.delete(Kind::Lead, &id, at(3)), Err(Refusal::Missing(Kind::Lead)));
+        assert_eq!(book.delete(Kind::Lead, &id, at(3)), Err(Refusal::Missing("Lead")));
     }
 
     #[test]

@@ -148,9 +148,12 @@ fn checked(field: &CustomField, value: &Value, schema: &Schema) -> Result<Value,
         }
         FieldKind::Choices if field.choices.iter().any(|choice| choice == text) => Ok(json!(text)),
         FieldKind::Choices => Err(format!("{NOT_A_CHOICE} '{text}' is not one of the choices.")),
-        FieldKind::User if text == schema.user_id || text == Schema::USER_NAME => Ok(json!(schema.user_id)),
+        FieldKind::User => {
+            let user = schema.users().find(|user| text == user.id || text == user.name());
+            Ok(json!(user.ok_or(NO_SUCH_OBJECT)?.id))
+        }
         FieldKind::Contact if text.starts_with("cont_") => Ok(json!(text)),
         FieldKind::CustomObject if text.starts_with("co_") => Ok(json!(text)),
-        FieldKind::User | FieldKind::Contact | FieldKind::CustomObject => Err(NO_SUCH_OBJECT.into()),
+        FieldKind::Contact | FieldKind::CustomObject => Err(NO_SUCH_OBJECT.into()),
     }
 }

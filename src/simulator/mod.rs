@@ -55,7 +55,7 @@ use self::{
 pub use self::{
     faults::{Effect, Fault, FaultBody, When},
     limits::{Limits, Rate},
-    schema::{CustomField, FieldKind, Owner},
+    schema::{CustomField, FieldKind, Owner, User},
     settings::{BusyBody, Country, CreatedLead, ExactValue, HeaderStyle, Lag, MissingSlash, Settings},
     world::Request,
 };

@@ -197,7 +197,7 @@ impl Reader<'_> {
             "term" => Ok(Test::OneOf(list("values")?)),
             "reference" => Ok(Test::OneOf(list("object_ids")?)),
             "boolean" => Ok(Test::OneOf(vec![condition["value"].clone()])),
-            "current_user" => Ok(Test::OneOf(vec![json!(self.schema.user_id)])),
+            "current_user" => Ok(Test::OneOf(vec![json!(self.schema.user.id)])),
             "exists" => Ok(Test::Exists),
             "number_range" => {
                 let names = [

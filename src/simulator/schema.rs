@@ -1,4 +1,4 @@
-//! What an organisation has besides its records: its user, lead statuses and custom fields.
+//! What an organisation has besides its records: its users, lead statuses and custom fields.
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -7,7 +7,34 @@ use serde_json::{Value, json};
 use super::{
     ids::{Ids, iso},
     settings::{Country, Settings},
+    validate::Refusal,
 };
+
+/// A member of the organisation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct User {
+    /// `user_` and more.
+    pub id: String,
+    /// The given name.
+    pub first_name: String,
+    /// The family name.
+    pub last_name: String,
+    /// The address they sign in with.
+    pub email: String,
+}
+
+impl User {
+    /// A user of this name.
+    pub fn new(id: &str, first_name: &str, last_name: &str, email: &str) -> Self {
+        let [id, first_name, last_name, email] = [id, first_name, last_name, email].map(str::to_owned);
+        Self { id, first_name, last_name, email }
+    }
+
+    /// The full name, by which user fields know them too.
+    pub fn name(&self) -> String {
+        format!("{} {}", self.first_name, self.last_name)
+    }
+}
 
 /// A custom field, as configured at the start or made through the API (close-api.md §7).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -152,7 +179,9 @@ impl Status {
 #[derive(Debug)]
 pub(super) struct Schema {
     pub(super) organization_id: String,
-    pub(super) user_id: String,
+    /// Whom the key acts as.
+    pub(super) user: User,
+    more_users: Vec<User>,
     pub(super) statuses: Vec<Status>,
     pub(super) fields: Vec<CustomField>,
     pub(super) country: Country,
@@ -161,13 +190,11 @@ pub(super) struct Schema {
 }
 
 impl Schema {
-    /// The exact name of the only user.
-    pub(super) const USER_NAME: &str = "Sim Ulator";
-
     pub(super) fn new(settings: &Settings, ids: &mut Ids, founded: Timestamp) -> Self {
         Self {
             organization_id: ids.make("orga"),
-            user_id: ids.make("user"),
+            user: settings.user.clone(),
+            more_users: settings.more_users.clone(),
             statuses: settings.statuses.iter().map(|label| Status::of(label)).collect(),
             fields: settings.custom_fields.clone(),
             country: settings.country.clone(),
@@ -196,33 +223,56 @@ impl Schema {
         self.statuses.iter().find(|status| status.id == id).map(|status| status.label.as_str())
     }
 
+    /// All users, the key's own first.
+    pub(super) fn users(&self) -> impl Iterator<Item = &User> {
+        std::iter::once(&self.user).chain(&self.more_users)
+    }
+
     /// `GET /me/` (close-api.md §1).
     pub(super) fn me(&self) -> Value {
         let statuses: Vec<Value> =
             self.statuses.iter().map(|s| json!({"id": s.id, "label": s.label})).collect();
         let founded = iso(self.founded);
-        json!({
-            "id": self.user_id,
-            "email": "sim@close.test",
-            "first_name": "Sim",
-            "last_name": "Ulator",
-            "image": null,
+        let mut me = self.user_item(&self.user);
+        me["last_used_timezone"] = Value::Null;
+        me["email_accounts"] = json!([]);
+        me["phone_numbers"] = json!([]);
+        me["memberships"] = json!([{"id": "memb_simulator", "organization_id": self.organization_id}]);
+        me["organizations"] = json!([{
+            "id": self.organization_id,
+            "name": "Simulated organisation",
             "date_created": founded,
             "date_updated": founded,
-            "last_used_timezone": null,
-            "email_accounts": [],
-            "phone_numbers": [],
-            "memberships": [{"id": "memb_simulator", "organization_id": self.organization_id}],
-            "organizations": [{
-                "id": self.organization_id,
-                "name": "Simulated organisation",
-                "date_created": founded,
-                "date_updated": founded,
-                "created_by": null,
-                "updated_by": null,
-                "lead_statuses": statuses,
-                "pipelines": [],
-            }],
+            "created_by": null,
+            "updated_by": null,
+            "lead_statuses": statuses,
+            "pipelines": [],
+        }]);
+        me
+    }
+
+    /// `GET /user/`: the members of the organisation (<https://developer.close.com/api/resources/users/list>).
+    pub(super) fn user_list(&self) -> Vec<Value> {
+        self.users().map(|user| self.user_item(user)).collect()
+    }
+
+    /// `GET /user/{id}/` (<https://developer.close.com/api/resources/users/get>).
+    pub(super) fn user_by_id(&self, id: &str) -> Result<Value, Refusal> {
+        let user = self.users().find(|user| user.id == id).ok_or(Refusal::Missing("User"))?;
+        Ok(self.user_item(user))
+    }
+
+    fn user_item(&self, user: &User) -> Value {
+        let founded = iso(self.founded);
+        json!({
+            "id": user.id,
+            "first_name": user.first_name,
+            "last_name": user.last_name,
+            "email": user.email,
+            "image": null,
+            "organizations": [self.organization_id],
+            "date_created": founded,
+            "date_updated": founded,
         })
     }
 
@@ -269,8 +319,8 @@ impl Schema {
             "referenced_custom_type_id": null,
             "back_reference_is_visible": false,
             "organization_id": self.organization_id,
-            "created_by": self.user_id,
-            "updated_by": self.user_id,
+            "created_by": self.user.id,
+            "updated_by": self.user.id,
             "date_created": founded,
             "date_updated": founded,
         });

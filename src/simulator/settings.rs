@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::{
     limits::Limits,
-    schema::{CustomField, FieldKind, Owner},
+    schema::{CustomField, FieldKind, Owner, User},
 };
 
 /// How the simulated organisation behaves and what it holds at the start.
@@ -46,6 +46,10 @@ pub struct Settings {
     pub country: Country,
     /// Bodies above this size are answered with 413.
     pub max_body_bytes: usize,
+    /// Whom the keys act as.
+    pub user: User,
+    /// Further users of the organisation.
+    pub more_users: Vec<User>,
     /// Labels of the lead statuses, in the organisation's own order; new leads get the first. The ids are
     /// `stat_` and the lower-cased letters and digits of the label, such as `stat_badfit`.
     pub statuses: Vec<String>,
@@ -70,6 +74,8 @@ impl Default for Settings {
             lists_from_index: false,
             country: Country::default(),
             max_body_bytes: 1 << 20,
+            user: User::new("user_simulator", "Sim", "Ulator", "sim@close.test"),
+            more_users: vec![User::new("user_adaaccount", "Ada", "Account", "ada@close.test")],
             statuses: ["Potential", "Bad Fit", "Qualified", "Customer"].map(String::from).into(),
             custom_fields: vec![
                 CustomField::new("cf_leadcompanyid", "Company ID", FieldKind::Text, Owner::Lead),

@@ -459,6 +459,45 @@ async fn lead_statuses_have_foreseeable_ids() {
 }
 
 #[tokio::test]
+async fn users_can_be_listed_and_read() {
+    let (_simulator, client) = start(Settings::fast()).await;
+    let users = client.get("user/").await.json();
+    let names = |user: &Value| {
+        ["id", "first_name", "last_name", "email"].map(|key| user[key].as_str().unwrap().to_owned())
+    };
+    let [sim, ada] = [&users["data"][0], &users["data"][1]];
+    assert_eq!(names(sim), ["user_simulator", "Sim", "Ulator", "sim@close.test"]);
+    assert_eq!(names(ada), ["user_adaaccount", "Ada", "Account", "ada@close.test"]);
+    assert_eq!((users["data"].as_array().unwrap().len(), &users["has_more"]), (2, &json!(false)));
+    assert_eq!(client.get("me/?_fields=id").await.json()["id"], sim["id"]);
+    let page = client.get("user/?_skip=1&_limit=1&_fields=id").await.json();
+    assert_eq!(page, json!({"data": [{"id": "user_adaaccount"}], "has_more": false}));
+    assert_eq!(client.get("user/?_limit=1").await.json()["has_more"], true);
+    assert_eq!(client.get("user/user_adaaccount/").await.json(), *ada);
+    let missing = client.get("user/user_x/").await;
+    assert_eq!(missing.status, 404);
+    assert_eq!(missing.json(), json!({"error": "Empty query: User matching query does not exist."}));
+    assert_eq!(client.get("user/?email=ada@close.test").await.status, 400);
+    assert_eq!(client.post("user/", json!({})).await.status, 405);
+    assert_eq!(client.delete("user/user_adaaccount/").await.status, 405);
+}
+
+#[tokio::test]
+async fn an_organisation_may_have_other_users() {
+    let settings = Settings {
+        user: User::new("user_joe", "Joe", "Doe", "joe@acme.test"),
+        more_users: Vec::new(),
+        custom_fields: vec![CustomField::new("cf_owner", "Owner", FieldKind::User, Owner::Lead)],
+        ..Settings::fast()
+    };
+    let (simulator, client) = start(settings).await;
+    assert_eq!(client.get("user/?_fields=id").await.json()["data"], json!([{"id": "user_joe"}]));
+    let lead = simulator.add_lead(json!({"custom.cf_owner": "Joe Doe"})).unwrap();
+    assert_eq!((&lead["custom.cf_owner"], &lead["created_by_name"]), (&json!("user_joe"), &json!("Joe Doe")));
+    assert!(simulator.add_lead(json!({"custom.cf_owner": "Ada Account"})).is_err());
+}
+
+#[tokio::test]
 async fn lists_page_and_filter() {
     let (simulator, client) = start(Settings::fast()).await;
     let lead = simulator.add_lead(json!({"contacts": [{"name": "a"}, {"name": "b"}]})).unwrap();

@@ -24,8 +24,8 @@ pub(super) const NOT_A_MOMENT: &str = "Could not parse datetime";
 /// Why a request is refused, in the terms of close-api.md §3.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Refusal {
-    /// The object of the path does not exist: 404.
-    Missing(Kind),
+    /// The object of the path, a `Lead` or the like, does not exist: 404.
+    Missing(&'static str),
     /// One of the leads of a merge does not exist: 404 that blames the source either way.
     NoMergeSource,
     /// The request makes no sense: 400.
@@ -50,8 +50,7 @@ impl Refusal {
 
     pub(super) fn body(&self) -> Value {
         match self {
-            Self::Missing(kind) => {
-                let title = kind.title();
+            Self::Missing(title) => {
                 json!({"error": format!("Empty query: {title} matching query does not exist.")})
             }
             Self::NoMergeSource => json!({"errors": ["Source lead does not exist."]}),
@@ -483,7 +482,6 @@ mod tests {
 
     #[test]
     fn custom_values_by_type() {
-        let user = schema().user_id;
         for (field, value, expected) in [
             ("cf_leadcompanyid", json!("x"), Ok(json!("x"))),
             ("Company ID", json!("x"), Ok(json!("x"))),
@@ -507,8 +505,11 @@ mod tests {
             ("cf_tags", json!("a"), Ok(json!(["a"]))),
             ("cf_tags", json!([]), Ok(json!(null))),
             ("cf_tags", json!(["a", "z"]), Err("Not a valid choice. 'z' is not one of the choices.")),
-            ("cf_owner", json!("Sim Ulator"), Ok(json!(user))),
-            ("cf_owner", json!(user), Ok(json!(user))),
+            ("cf_owner", json!("Sim Ulator"), Ok(json!("user_simulator"))),
+            ("cf_owner", json!("user_simulator"), Ok(json!("user_simulator"))),
+            ("cf_owner", json!("Ada Account"), Ok(json!("user_adaaccount"))),
+            ("cf_owner", json!("user_adaaccount"), Ok(json!("user_adaaccount"))),
+            ("cf_owner", json!("Ada"), Err(NO_SUCH_OBJECT)),
             ("cf_owner", json!("sim ulator"), Err(NO_SUCH_OBJECT)),
             ("cf_hidden", json!("x"), Ok(json!("x"))),
             ("cf_leadplan.add", json!("pro"), Err("This field does not accept multiple values.")),

@@ -256,6 +256,8 @@ impl World {
         let segments: Vec<&str> = call.path.trim_matches('/').split('/').collect();
         match (call.method.as_str(), segments.as_slice()) {
             ("GET", ["me"]) => Ok(fields_of(call, self.book.schema.me())).into(),
+            ("GET", ["user"]) => self.users(call).into(),
+            ("GET", ["user", id]) => self.book.schema.user_by_id(id).map(|user| fields_of(call, user)).into(),
             ("GET", ["event"]) => self.book.events.page(&call.query, now).into(),
             ("GET", ["status", "lead"]) => Ok(self.book.schema.statuses()).into(),
             ("POST", ["data", "search"]) => self.with_body(call, |world, body| world.search(body, now)),
@@ -321,16 +323,18 @@ impl World {
         page(call, self.book.schema.custom_fields(owner)).into()
     }
 
-    /// A list, newest first. Unsupported filters are refused rather than ignored, lest everything be taken
-    /// for a match.
+    fn users(&self, call: &Call) -> Result<Value, Refusal> {
+        check_parameters(call, &[])?;
+        page(call, self.book.schema.user_list())
+    }
+
+    /// A list, newest first.
     fn list(&self, call: &Call, kind: Kind) -> Result<Value, Refusal> {
-        const KNOWN: [&str; 4] = ["_limit", "_skip", "_fields", "lead_id"];
-        let strange = |name: &str| !KNOWN.contains(&name) || (name == "lead_id" && kind == Kind::Lead);
-        if let Some((name, _)) = call.query.iter().find(|(name, _)| strange(name)) {
-            return Err(Refusal::Malformed(format!(
-                "The simulator does not know the parameter {name} here."
-            )));
-        }
+        let filters: &[&str] = match kind {
+            Kind::Lead => &[],
+            Kind::Contact => &["lead_id"],
+        };
+        check_parameters(call, filters)?;
         let mut records = if self.settings.lists_from_index {
             let documents = self.book.index.documents().filter(|document| document.kind == kind);
             let mut records: Vec<Value> = documents.map(|document| (*document.value).clone()).collect();
@@ -343,11 +347,7 @@ impl World {
         if let Some(lead_id) = parameter(call, "lead_id") {
             records.retain(|contact| contact["lead_id"] == *lead_id);
         }
-        let mut page = page(call, records)?;
-        if let Some(data) = page["data"].as_array_mut() {
-            *data = data.drain(..).map(|record| fields_of(call, record)).collect();
-        }
-        Ok(page)
+        page(call, records)
     }
 
     fn search(&mut self, body: &Object, now: Timestamp) -> Result<Value, Refusal> {
@@ -390,17 +390,29 @@ fn wrong_method() -> Answer {
 /// 405 for the places that exist, 404 for the others.
 fn wrong_place(segments: &[&str]) -> Answer {
     match segments {
-        ["me" | "event"]
+        ["me" | "event" | "user"]
         | ["status", "lead"]
         | ["data", "search"]
         | ["lead", "merge"]
-        | ["custom_field" | "custom_field_schema", _] => wrong_method(),
+        | ["user" | "custom_field" | "custom_field_schema", _] => wrong_method(),
         _ => not_found(),
     }
 }
 
 fn parameter<'a>(call: &'a Call, name: &str) -> Option<&'a String> {
     call.query.iter().find(|(known, _)| known == name).map(|(_, value)| value)
+}
+
+/// Refuses unsupported filters rather than ignoring them, lest everything be taken for a match.
+fn check_parameters(call: &Call, filters: &[&str]) -> Result<(), Refusal> {
+    const EVERYWHERE: [&str; 3] = ["_limit", "_skip", "_fields"];
+    let strange = |name: &str| !EVERYWHERE.contains(&name) && !filters.contains(&name);
+    match call.query.iter().find(|(name, _)| strange(name)) {
+        Some((name, _)) => {
+            Err(Refusal::Malformed(format!("The simulator does not know the parameter {name} here.")))
+        }
+        None => Ok(()),
+    }
 }
 
 /// The record with nothing but the fields asked for.
@@ -427,6 +439,7 @@ fn page(call: &Call, mut rows: Vec<Value>) -> Result<Value, Refusal> {
     rows.drain(..skip.min(rows.len()));
     let has_more = rows.len() > limit;
     rows.truncate(limit);
+    let rows: Vec<Value> = rows.into_iter().map(|row| fields_of(call, row)).collect();
     Ok(json!({"data": rows, "has_more": has_more}))
 }
 
