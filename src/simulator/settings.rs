@@ -77,20 +77,32 @@ impl Default for Settings {
             user: User::new("user_simulator", "Sim", "Ulator", "sim@close.test"),
             more_users: vec![User::new("user_adaaccount", "Ada", "Account", "ada@close.test")],
             statuses: ["Potential", "Bad Fit", "Qualified", "Customer"].map(String::from).into(),
-            custom_fields: vec![
-                CustomField::new("cf_leadcompanyid", "Company ID", FieldKind::Text, Owner::Lead),
-                CustomField::new("cf_contactuserid", "User ID", FieldKind::Text, Owner::Contact),
-                CustomField::new("cf_leadplan", "Plan", FieldKind::Choices, Owner::Lead).choices([
-                    "free",
-                    "pro",
-                    "enterprise",
-                ]),
-                CustomField::new("cf_leadseats", "Seats", FieldKind::Number, Owner::Lead),
-                CustomField::new("cf_leadnumericid", "Numeric company id", FieldKind::Number, Owner::Lead),
-                CustomField::new("cf_contactsyncedat", "Synced at", FieldKind::Datetime, Owner::Contact),
-            ],
+            custom_fields: default_fields(),
         }
     }
+}
+
+/// Fields of all types but the rare ones. The usage text suggests the first text field of each owner.
+fn default_fields() -> Vec<CustomField> {
+    let lead = |id, name, kind| CustomField::new(id, name, kind, Owner::Lead);
+    let contact = |id, name, kind| CustomField::new(id, name, kind, Owner::Contact);
+    vec![
+        lead("cf_leadcompanyid", "Company ID", FieldKind::Text),
+        contact("cf_contactuserid", "User ID", FieldKind::Text),
+        lead("cf_leadplan", "Plan", FieldKind::Choices).choices(["free", "pro", "enterprise"]),
+        lead("cf_leadseats", "Seats", FieldKind::Number),
+        lead("cf_leadnumericid", "Numeric company id", FieldKind::Number),
+        contact("cf_contactsyncedat", "Synced at", FieldKind::Datetime),
+        lead("cf_leadowner", "Account owner", FieldKind::User),
+        lead("cf_leadtags", "Tags", FieldKind::Choices).choices(["red", "green", "blue"]).multiple(),
+        lead("cf_leadsince", "Customer since", FieldKind::Date),
+        lead("cf_leadactive", "Active", FieldKind::Choices).choices(["Yes", "No"]),
+        lead("cf_leadnotes", "Notes", FieldKind::Textarea),
+        contact("cf_contactrole", "Role", FieldKind::Choices).choices(["Buyer", "User", "Champion"]),
+        contact("cf_contactscore", "Score", FieldKind::Number),
+        contact("cf_contactborn", "Born", FieldKind::Date),
+        contact("cf_contactreferrer", "Referrer", FieldKind::Contact),
+    ]
 }
 
 impl Settings {

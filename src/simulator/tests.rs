@@ -413,17 +413,20 @@ async fn dropping_the_last_handle_stops_it() {
 
 #[tokio::test]
 async fn fields_statuses_and_me_can_be_read() {
-    let mut settings = Settings::fast();
-    settings.custom_fields.push(CustomField::new("cf_shared", "Region", FieldKind::Text, Owner::Shared));
-    let (_simulator, client) = start(settings).await;
+    let custom_fields = vec![
+        CustomField::new("cf_lead", "Segment", FieldKind::Text, Owner::Lead),
+        CustomField::new("cf_contact", "Rank", FieldKind::Number, Owner::Contact),
+        CustomField::new("cf_shared", "Region", FieldKind::Text, Owner::Shared),
+    ];
+    let (_simulator, client) = start(Settings { custom_fields, ..Settings::fast() }).await;
     let ids = |list: &Value| -> Vec<String> {
         list.as_array().unwrap().iter().map(|item| item["id"].as_str().unwrap().to_owned()).collect()
     };
     let own = client.get("custom_field/contact/").await.json();
-    assert_eq!(ids(&own["data"]), ["cf_contactuserid", "cf_contactsyncedat"]);
+    assert_eq!(ids(&own["data"]), ["cf_contact"]);
     let all = client.get("custom_field_schema/contact/").await.json();
-    assert_eq!(ids(&all["fields"]), ["cf_contactuserid", "cf_contactsyncedat", "cf_shared"]);
-    assert_eq!(all["fields"][2]["associations"].as_array().unwrap().len(), 2);
+    assert_eq!(ids(&all["fields"]), ["cf_contact", "cf_shared"]);
+    assert_eq!(all["fields"][1]["associations"].as_array().unwrap().len(), 2);
     assert_eq!(ids(&client.get("custom_field/shared/").await.json()["data"]), ["cf_shared"]);
 
     let made = client
@@ -456,6 +459,35 @@ async fn lead_statuses_have_foreseeable_ids() {
     assert_eq!(ids, ["stat_badfit", "stat_potential", "stat_won2026"], "not in the organisation's order");
     let lead = client.post("lead/", json!({"status_id": "stat_badfit"})).await.json();
     assert_eq!(lead["status_label"], "Bad Fit");
+}
+
+#[tokio::test]
+async fn the_default_fields_cover_the_types() {
+    let (simulator, _client) = start(Settings::fast()).await;
+    let jane = simulator.add_contact(json!({"name": "Jane"})).unwrap();
+    for (id, value) in [
+        ("cf_leadcompanyid", json!("acme-1")),
+        ("cf_leadplan", json!("pro")),
+        ("cf_leadseats", json!(5)),
+        ("cf_leadnumericid", json!(7)),
+        ("cf_leadowner", json!("user_adaaccount")),
+        ("cf_leadtags", json!(["red", "blue"])),
+        ("cf_leadsince", json!("2026-01-31")),
+        ("cf_leadactive", json!("Yes")),
+        ("cf_leadnotes", json!("two\nlines")),
+        ("cf_contactuserid", json!("u-1")),
+        ("cf_contactsyncedat", json!("2026-01-31T00:00:00.000000+00:00")),
+        ("cf_contactrole", json!("Buyer")),
+        ("cf_contactscore", json!(0.5)),
+        ("cf_contactborn", json!("1990-12-31")),
+        ("cf_contactreferrer", jane["id"].clone()),
+    ] {
+        let key = format!("custom.{id}");
+        let body = json!({key.as_str(): value});
+        let made =
+            if id.starts_with("cf_lead") { simulator.add_lead(body) } else { simulator.add_contact(body) };
+        assert_eq!(made.map(|record| record[&key].clone()), Ok(value), "{id}");
+    }
 }
 
 #[tokio::test]
