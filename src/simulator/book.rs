@@ -8,6 +8,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
 use super::{
+    custom,
     events::{Event, EventLog},
     ids::{Ids, iso},
     index::{Document, Index},
@@ -185,22 +186,42 @@ impl Book {
                 serde_json::from_value(choices.clone()).map_err(|_| invalid("choices", NOT_TEXT))?
             }
         };
-        let multiple = body.get("accepts_multiple_values") == Some(&json!(true));
-        if multiple && !kind.may_be_multiple() {
-            return Err(invalid("accepts_multiple_values", NOT_A_CHOICE));
-        }
-        if kind == FieldKind::Choices && choices.is_empty() {
-            return Err(invalid("choices", REQUIRED));
-        }
-        if self.schema.fields.iter().any(|field| field.name == name && field.owner == owner) {
-            return Err(invalid("name", "A Custom Field with this name already exists."));
-        }
         let mut field = CustomField::new(&self.ids.make("cf"), name, kind, owner);
         field.choices = choices;
-        field.accepts_multiple_values = multiple;
+        field.accepts_multiple_values = body.get("accepts_multiple_values") == Some(&json!(true));
         let item = self.schema.item(&field);
-        self.schema.fields.push(field);
+        self.add_field(field)?;
         Ok(item)
+    }
+
+    /// Adds a custom field under an id that is free.
+    pub(super) fn add_field(&mut self, field: CustomField) -> Result<(), Refusal> {
+        self.check_field(&field)?;
+        if self.schema.fields.iter().any(|other| other.id == field.id) {
+            let text = "A Custom Field with this id already exists.";
+            return Err(Refusal::Invalid(FieldErrors::one("id", text)));
+        }
+        self.schema.fields.push(field);
+        Ok(())
+    }
+
+    /// Replaces the custom field of the same id. Values that it does not take now are gone; the real Close
+    /// says no more than that it does not return them (close-api.md §7).
+    pub(super) fn change_field(&mut self, field: CustomField, now: Timestamp) -> Result<(), Refusal> {
+        self.check_field(&field)?;
+        let id = field.id.clone();
+        let mut fields = self.schema.fields.iter_mut();
+        *fields.find(|old| old.id == id).ok_or(Refusal::Missing("CustomField"))? = field;
+        self.revise_values(&id, now);
+        Ok(())
+    }
+
+    /// Deletes a custom field with its values (close-api.md §7), and says whether there was one.
+    pub(super) fn remove_field(&mut self, id: &str, now: Timestamp) -> bool {
+        let n_before = self.schema.fields.len();
+        self.schema.fields.retain(|field| field.id != id);
+        self.revise_values(id, now);
+        self.schema.fields.len() < n_before
     }
 
     /// A record in full.
@@ -243,6 +264,39 @@ impl Book {
     fn checked_contact(&self, body: &Object) -> Result<Patch, Refusal> {
         let exists = |id: &str| self.find(Kind::Lead, id).is_ok();
         validate::contact(body, &self.schema, exists).map_err(Refusal::Invalid)
+    }
+
+    fn check_field(&self, field: &CustomField) -> Result<(), Refusal> {
+        let invalid = |key: &str, text: &str| Err(Refusal::Invalid(FieldErrors::one(key, text)));
+        if field.accepts_multiple_values && !field.kind.may_be_multiple() {
+            return invalid("accepts_multiple_values", NOT_A_CHOICE);
+        }
+        if field.kind == FieldKind::Choices && field.choices.is_empty() {
+            return invalid("choices", REQUIRED);
+        }
+        let rivals = |other: &&CustomField| other.owner == field.owner && other.id != field.id;
+        if self.schema.fields.iter().filter(rivals).any(|other| other.name == field.name) {
+            return invalid("name", "A Custom Field with this name already exists.");
+        }
+        Ok(())
+    }
+
+    /// Makes the values of a custom field what the field, now changed or deleted, takes.
+    fn revise_values(&mut self, field_id: &str, now: Timestamp) {
+        let mut holders = Vec::new();
+        for record in self.records.values_mut() {
+            let Some(held) = record.custom.remove(field_id) else { continue };
+            let field = self.schema.fields_of(record.kind).find(|field| field.id == field_id);
+            if let Some(value) = field.and_then(|field| custom::kept(field, &held, &self.schema)) {
+                record.custom.insert(field_id.to_owned(), value);
+            }
+            holders.push(record.id.clone());
+        }
+        // The lags are drawn in this order.
+        holders.sort_unstable();
+        for id in holders {
+            self.show(&id, now);
+        }
     }
 
     /// Puts a new record into the book, and a contact into its lead.
@@ -590,5 +644,80 @@ mod tests {
         let old = lead(&mut book, json!({"date_created": "1969-01-01"}));
         let ids: Vec<Value> = book.all(Kind::Lead).iter().map(|lead| lead["id"].clone()).collect();
         assert_eq!(ids, [old, new], "oldest first");
+    }
+
+    #[test]
+    fn a_changed_field_keeps_the_values_it_takes() {
+        let field = |kind, owner| CustomField::new("cf_x", "X", kind, owner);
+        let text = field(FieldKind::Text, Owner::Lead);
+        let letter = field(FieldKind::Choices, Owner::Lead).choices(["a", "b", "c"]);
+        let letters = letter.clone().multiple();
+        for (before, held, after, kept) in [
+            (&text, json!("x"), CustomField { name: "Y".into(), ..text.clone() }, json!("x")),
+            (&text, json!("x"), field(FieldKind::Number, Owner::Lead), json!(null)),
+            (&text, json!("2026-01-31"), field(FieldKind::Date, Owner::Lead), json!("2026-01-31")),
+            (&text, json!("Ada Account"), field(FieldKind::User, Owner::Lead), json!("user_adaaccount")),
+            (&text, json!("x"), field(FieldKind::Text, Owner::Shared), json!("x")),
+            (&text, json!("x"), field(FieldKind::Text, Owner::Contact), json!(null)),
+            (&letter, json!("c"), letter.clone().choices(["a", "b"]), json!(null)),
+            (&letter, json!("a"), letters.clone(), json!(["a"])),
+            (&letters, json!(["a", "b", "c"]), letters.clone().choices(["c", "b"]), json!(["b", "c"])),
+            (&letters, json!(["b", "c"]), letters.clone().choices(["a"]), json!(null)),
+            (&letters, json!(["b", "c"]), letter.clone(), json!("b")),
+        ] {
+            let settings = Settings { custom_fields: vec![before.clone()], ..Settings::fast() };
+            let mut book = Book::new(&settings, Ids::new(Uuid::nil()), at(0));
+            let id = lead(&mut book, json!({"custom.cf_x": held}));
+            book.change_field(after.clone(), at(2)).unwrap();
+            let lead = book.get(Kind::Lead, &id).unwrap();
+            assert_eq!(lead["custom.cf_x"], kept, "{held} of {before:?} in {after:?}");
+            book.index.catch_up(at(2));
+            assert_eq!(book.index.get(&id).unwrap().value["custom.cf_x"], kept);
+        }
+    }
+
+    #[test]
+    fn a_deleted_field_takes_its_values_along() {
+        let mut book = book();
+        let id = lead(&mut book, json!({"custom.cf_leadseats": 5, "custom.cf_leadplan": "pro"}));
+        assert!(book.remove_field("cf_leadseats", at(2)));
+        assert!(!book.remove_field("cf_leadseats", at(2)));
+        let lead = book.get(Kind::Lead, &id).unwrap();
+        assert_eq!((lead.get("custom.cf_leadseats"), &lead["custom"]), (None, &json!({"Plan": "pro"})));
+        assert_eq!(lead["date_updated"], lead["date_created"], "it is no change of the lead");
+        let seats = map(json!({"custom.cf_leadseats": 6}));
+        assert!(book.update(Kind::Lead, &id, &seats, at(3)).is_err());
+        book.add_field(CustomField::new("cf_leadseats", "Seats", FieldKind::Number, Owner::Lead)).unwrap();
+        let lead = book.get(Kind::Lead, &id).unwrap();
+        assert_eq!(lead.get("custom.cf_leadseats"), None, "the new field starts empty");
+    }
+
+    #[test]
+    fn fields_that_make_no_sense_are_refused() {
+        let new = |id: &str, name: &str, kind| CustomField::new(id, name, kind, Owner::Lead);
+        let wrong = |key: &str, text: &str| Err(Refusal::Invalid(FieldErrors::one(key, text)));
+        for (field, refused) in [
+            (
+                new("cf_leadseats", "X", FieldKind::Text).multiple(),
+                wrong("accepts_multiple_values", NOT_A_CHOICE),
+            ),
+            (new("cf_leadseats", "X", FieldKind::Choices), wrong("choices", REQUIRED)),
+            (
+                new("cf_leadseats", "Plan", FieldKind::Number),
+                wrong("name", "A Custom Field with this name already exists."),
+            ),
+        ] {
+            assert_eq!(book().add_field(field.clone()), refused, "{field:?}");
+            assert_eq!(book().change_field(field, at(1)), refused);
+        }
+        let known = new("cf_leadplan", "Plan", FieldKind::Text);
+        assert_eq!(
+            book().add_field(known.clone()),
+            wrong("id", "A Custom Field with this id already exists.")
+        );
+        assert_eq!(book().change_field(known, at(1)), Ok(()));
+        let unknown = CustomField { owner: Owner::Contact, ..new("cf_x", "Plan", FieldKind::Text) };
+        assert_eq!(book().add_field(unknown.clone()), Ok(()), "another owner may use the name");
+        assert_eq!(book().change_field(unknown, at(1)), Err(Refusal::Missing("CustomField")));
     }
 }

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use super::{
     faults::Fault,
     limits::Group,
-    schema::Kind,
+    schema::{CustomField, Kind},
     server::Shared,
     settings::Lag,
     validate::{Object, Refusal},
@@ -31,6 +31,8 @@ pub(super) fn router() -> Router<Arc<Shared>> {
         .route("/_sim/records/{id}", delete(remove))
         .route("/_sim/requests", get(requests))
         .route("/_sim/faults", get(faults).post(add_fault).delete(clear_faults))
+        .route("/_sim/fields", get(fields).post(add_field).put(change_field))
+        .route("/_sim/fields/{id}", delete(remove_field))
         .route("/_sim/merge", post(merge))
         .route("/_sim/index", post(index))
         .route("/_sim/settings", put(settings))
@@ -130,6 +132,27 @@ async fn add_fault(State(shared): Sim, body: String) -> Result<StatusCode, Refus
 async fn clear_faults(State(shared): Sim) -> StatusCode {
     shared.world().faults.clear();
     StatusCode::NO_CONTENT
+}
+
+async fn fields(State(shared): Sim) -> Json<Vec<CustomField>> {
+    Json(shared.world().book.schema.fields.clone())
+}
+
+async fn add_field(State(shared): Sim, body: String) -> Result<StatusCode, Refused> {
+    let field: CustomField = read(&body)?;
+    shared.world().book.add_field(field)?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn change_field(State(shared): Sim, body: String) -> Result<StatusCode, Refused> {
+    let field: CustomField = read(&body)?;
+    shared.world().book.change_field(field, Timestamp::now())?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn remove_field(State(shared): Sim, Path(id): Path<String>) -> StatusCode {
+    let removed = shared.world().book.remove_field(&id, Timestamp::now());
+    if removed { StatusCode::NO_CONTENT } else { StatusCode::NOT_FOUND }
 }
 
 #[derive(Deserialize)]

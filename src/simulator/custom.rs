@@ -126,6 +126,18 @@ fn list(field: &CustomField, value: &Value, schema: &Schema) -> Result<Vec<Value
     items.iter().map(|item| checked(field, item, schema)).collect()
 }
 
+/// What a field keeps of the values it held before it was changed: those it would take now.
+pub(super) fn kept(field: &CustomField, held: &Value, schema: &Schema) -> Option<Value> {
+    let items = held.as_array().map_or(std::slice::from_ref(held), Vec::as_slice);
+    let mut valid = items.iter().filter_map(|item| checked(field, item, schema).ok());
+    if field.accepts_multiple_values {
+        let valid: Vec<Value> = valid.collect();
+        (!valid.is_empty()).then(|| valid.into())
+    } else {
+        valid.next()
+    }
+}
+
 /// One value in the form it is given back in, or why the field does not take it.
 fn checked(field: &CustomField, value: &Value, schema: &Schema) -> Result<Value, String> {
     if field.kind == FieldKind::Number {

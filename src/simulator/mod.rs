@@ -161,6 +161,24 @@ impl Simulator {
         merged.map_err(|refusal| refusal.body())
     }
 
+    /// Adds a custom field. It is refused if its id or name is taken, or if its choices or its multiplicity
+    /// do not suit its type. The error is the body of the 400.
+    pub fn add_field(&self, field: CustomField) -> Result<(), Value> {
+        self.shared.world().book.add_field(field).map_err(|refusal| refusal.body())
+    }
+
+    /// Replaces the custom field of the same id: its name, type, choices or owner. Values that the field
+    /// does not take any more are lost. It is refused as a new one would be, and if there is no such field.
+    pub fn change_field(&self, field: CustomField) -> Result<(), Value> {
+        let changed = self.shared.world().book.change_field(field, Timestamp::now());
+        changed.map_err(|refusal| refusal.body())
+    }
+
+    /// Deletes a custom field with its values. Whether there was one.
+    pub fn remove_field(&self, id: &str) -> bool {
+        self.shared.world().book.remove_field(id, Timestamp::now())
+    }
+
     /// Lets search see everything written so far.
     pub fn index_now(&self) {
         self.shared.world().book.index.catch_up_fully();

@@ -37,17 +37,24 @@ impl User {
 }
 
 /// A custom field, as configured at the start or made through the API (close-api.md §7).
-#[derive(Debug, Clone, PartialEq, Eq)]
+///
+/// As JSON, for `/_sim/fields`: `{"id": "cf_x", "name": "X", "type": "text", "owner": "lead"}`, and perhaps
+/// `choices` and `accepts_multiple_values`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct CustomField {
     /// `cf_` and more.
     pub id: String,
     /// The label salespeople see; writes may use it in place of the id.
     pub name: String,
     /// What values it takes.
+    #[serde(rename = "type")]
     pub kind: FieldKind,
     /// The allowed values of a choices field.
+    #[serde(default)]
     pub choices: Vec<String>,
     /// Whether it holds a list.
+    #[serde(default)]
     pub accepts_multiple_values: bool,
     /// Which objects have it.
     pub owner: Owner,
@@ -118,7 +125,8 @@ impl FieldKind {
 }
 
 /// The objects that have a custom field.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Owner {
     /// Leads only.
     Lead,

@@ -491,6 +491,57 @@ async fn the_default_fields_cover_the_types() {
 }
 
 #[tokio::test]
+async fn fields_come_change_and_go() {
+    let (simulator, client) = start(Settings::fast()).await;
+    let region = CustomField::new("cf_region", "Region", FieldKind::Text, Owner::Lead);
+    simulator.add_field(region.clone()).unwrap();
+    assert!(simulator.add_field(region.clone()).is_err(), "the id is taken");
+    let lead = simulator.add_lead(json!({"custom.Region": "North"})).unwrap();
+    let path = format!("lead/{}/?_fields=custom", lead["id"].as_str().unwrap());
+
+    simulator.change_field(CustomField { name: "Area".into(), ..region.clone() }).unwrap();
+    let renamed = json!({"custom": {"Area": "North"}, "custom.cf_region": "North"});
+    assert_eq!(client.get(&path).await.json(), renamed);
+    simulator.change_field(CustomField { kind: FieldKind::Number, ..region.clone() }).unwrap();
+    assert_eq!(client.get(&path).await.json(), json!({"custom": {}}));
+    let schema = client.get("custom_field_schema/lead/").await.json();
+    let of_region = |field: &&Value| field["id"] == "cf_region";
+    assert_eq!(schema["fields"].as_array().unwrap().iter().find(of_region).unwrap()["type"], "number");
+
+    assert!(simulator.remove_field("cf_region"));
+    assert!(!simulator.remove_field("cf_region"));
+    assert!(simulator.change_field(region).is_err(), "there is none");
+    assert!(simulator.add_lead(json!({"custom.Region": "North"})).is_err());
+}
+
+#[tokio::test]
+async fn fields_are_controlled_over_http() {
+    let custom_fields = vec![CustomField::new("cf_a", "A", FieldKind::Text, Owner::Shared)];
+    let (simulator, client) = start(Settings { custom_fields, ..Settings::fast() }).await;
+    let a = json!({"id": "cf_a", "name": "A", "type": "text", "choices": [], "accepts_multiple_values": false,
+        "owner": "shared"});
+    let b = json!({"id": "cf_b", "name": "B", "type": "choices", "choices": ["x"],
+        "accepts_multiple_values": true, "owner": "contact"});
+    assert_eq!(client.control(Method::POST, "fields", b.clone()).await.status, 204);
+    assert_eq!(client.control(Method::GET, "fields", json!(null)).await.json(), json!([a, b]));
+    let jane = simulator.add_contact(json!({"custom.B": "x"})).unwrap();
+    assert_eq!(jane["custom.cf_b"], json!(["x"]));
+
+    let changed = json!({"id": "cf_b", "name": "B", "type": "text", "owner": "contact"});
+    assert_eq!(client.control(Method::PUT, "fields", changed).await.status, 204);
+    assert_eq!(simulator.contacts()[0]["custom.cf_b"], "x");
+    assert_eq!(client.control(Method::DELETE, "fields/cf_b", json!(null)).await.status, 204);
+    assert_eq!(simulator.contacts()[0].get("custom.cf_b"), None);
+
+    assert_eq!(client.control(Method::DELETE, "fields/cf_b", json!(null)).await.status, 404);
+    assert_eq!(client.control(Method::PUT, "fields", b).await.status, 404);
+    for bad in [a, json!({"id": "cf_c"}), json!({"id": "cf_c", "name": "C", "type": "odd", "owner": "lead"})]
+    {
+        assert_eq!(client.control(Method::POST, "fields", bad).await.status, 400);
+    }
+}
+
+#[tokio::test]
 async fn users_can_be_listed_and_read() {
     let (_simulator, client) = start(Settings::fast()).await;
     let users = client.get("user/").await.json();
