@@ -581,6 +581,42 @@ async fn an_organisation_may_have_other_users() {
 }
 
 #[tokio::test]
+async fn leads_are_added_with_fields_by_name_and_with_their_age() {
+    let (simulator, client) = start(Settings::fast()).await;
+    let body = json!({
+        "name": "Acme", "status_id": "stat_customer", "date_created": "2020-01-31T00:00:00Z",
+        "custom.Company ID": "acme-1", "custom.cf_leadseats": 5, "custom.Account owner": "Ada Account",
+        "contacts": [{"name": "Jane", "custom.User ID": "u-1", "custom.Role": "Buyer",
+            "date_created": "2021-01-31"}],
+    });
+    let lead = simulator.add_lead(body).unwrap();
+    assert_eq!(
+        search::select(&lead, &["status_label", "date_created", "custom"]),
+        *json!({
+            "status_label": "Customer",
+            "date_created": "2020-01-31T00:00:00.000000+00:00",
+            "custom": {"Company ID": "acme-1", "Seats": 5, "Account owner": "user_adaaccount"},
+            "custom.cf_leadcompanyid": "acme-1",
+            "custom.cf_leadseats": 5,
+            "custom.cf_leadowner": "user_adaaccount",
+        })
+        .as_object()
+        .unwrap()
+    );
+    assert_eq!(
+        search::select(&lead["contacts"][0], &["date_created", "custom"]),
+        *json!({
+            "date_created": "2021-01-31T00:00:00.000000+00:00",
+            "custom.cf_contactuserid": "u-1",
+            "custom.cf_contactrole": "Buyer",
+        })
+        .as_object()
+        .unwrap()
+    );
+    assert_eq!(client.leads_of("acme-1").await, [lead["id"].as_str().unwrap()]);
+}
+
+#[tokio::test]
 async fn lists_page_and_filter() {
     let (simulator, client) = start(Settings::fast()).await;
     let lead = simulator.add_lead(json!({"contacts": [{"name": "a"}, {"name": "b"}]})).unwrap();
