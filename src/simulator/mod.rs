@@ -237,6 +237,14 @@ impl Simulator {
             // Writing to a string can not fail.
             let _ = writeln!(text, "  {owner:<8} {kind:<9} {:<20} {}", field.id, field.name);
         }
+        text.push_str("\nUsers:\n");
+        for user in world.book.schema.users() {
+            let _ = writeln!(text, "  {:<20} {}", user.id, user.name());
+        }
+        text.push_str("\nLead statuses:\n");
+        for status in &world.book.schema.statuses {
+            let _ = writeln!(text, "  {:<20} {}", status.id, status.label);
+        }
         let text_field = |owner: Owner| {
             let mut texts =
                 fields.iter().filter(|field| field.owner == owner && field.kind == FieldKind::Text);
@@ -259,6 +267,10 @@ impl Simulator {
              \x20 # one lead is created, but the answer is lost\n\
              \x20 curl {controls}/faults -d '{{\"method\": \"POST\", \"path\": \"/lead/\", \"times\": 1, \
              \"effect\": {{\"drop_connection\": {{\"when\": \"after_commit\"}}}}}}'\n\
+             \x20 # a custom field appears, and is gone again\n\
+             \x20 curl {controls}/fields -d '{{\"id\": \"cf_region\", \"name\": \"Region\", \
+             \"type\": \"text\", \"owner\": \"lead\"}}'\n\
+             \x20 curl -X DELETE {controls}/fields/cf_region\n\
              \x20 # search falls behind; the key is revoked; peace again\n\
              \x20 curl -X PUT {controls}/settings -d '{{\"search_lag\": \"1s..10s\"}}'\n\
              \x20 curl -X PUT {controls}/settings -d '{{\"api_key\": \"another\"}}'\n\

@@ -684,6 +684,8 @@ async fn usage_names_everything_a_person_needs() {
         "export CLOSE_API_KEY=api_simulator.key".into(),
         "export CLOSE_LEAD_COMPANY_ID_FIELD=cf_leadcompanyid".into(),
         "export CLOSE_CONTACT_USER_ID_FIELD=cf_contactuserid".into(),
+        "  user_adaaccount      Ada Account".into(),
+        "  stat_badfit          Bad Fit".into(),
     ] {
         assert!(usage.contains(&line), "{usage}");
     }
@@ -691,4 +693,7 @@ async fn usage_names_everything_a_person_needs() {
         let read: Result<Fault, _> = serde_json::from_str(fault.1.trim_end_matches('\''));
         assert!(read.is_ok(), "{read:?}");
     }
+    let field = usage.lines().find_map(|line| line.split_once("/fields -d '")).unwrap().1;
+    let field: CustomField = serde_json::from_str(field.trim_end_matches('\'')).unwrap();
+    simulator.add_field(field).unwrap();
 }
