@@ -100,7 +100,7 @@ def main():
     server.lock, server.requests = threading.Lock(), []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
-    # Events carry the locale and time zone of nobody.
+    # Times without a zone do not depend on where this runs.
     environment = {**os.environ, "CAPTURE_URL": url, "NO_PROXY": "127.0.0.1", "TZ": "UTC"}
     subprocess.run(command, env=environment, check=True, timeout=120)
     server.shutdown()
