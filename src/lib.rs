@@ -41,7 +41,8 @@
 //! - [`amqp`]: the only place that knows lapin.
 //! - [`config`]: raw settings to typed ones; lower modules own their settings and never import it.
 //! - [`app`]: supervision and shutdown; [`cli`]: the commands.
-//! - [`simulator`]: a stateful fake Close. Test equipment: nothing in the worker knows that it exists.
+//! - [`simulator`]: a stateful fake Close; [`scenario`]: events played on it. Test equipment: nothing in
+//!   the worker knows that it exists.
 //!
 //! # Invariants
 //!
@@ -83,4 +84,5 @@ pub mod amqp;
 pub mod app;
 pub mod cli;
 pub mod config;
+pub mod scenario;
 pub mod simulator;

@@ -165,7 +165,7 @@ async fn close(config: &Config) -> Vec<Finding> {
             ];
             let keys = keys.into_iter().filter_map(|(setting, id)| {
                 let id = id.as_ref()?;
-                let name = mapping.name(id).unwrap_or_default();
+                let name = mapping.label(&format!("custom.{id}"));
                 Some(finding(Verdict::Ok, setting, format!("custom field \"{name}\" ({id}) is of type text")))
             });
             let fields = mapping.custom().map(|(setting, field)| {

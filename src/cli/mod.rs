@@ -9,6 +9,7 @@ mod dlq;
 mod plan;
 mod publish;
 mod simulate;
+mod test;
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -20,7 +21,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::amqp::BrokerError;
 use crate::app::{self, RunError};
-use crate::config::{self, Config, LogFormat, Need, Problems};
+use crate::config::{self, Config, Layers, LogFormat, Need, Problems};
 use crate::{http, panics};
 
 /// Keeps the Close CRM in step with identify events from RabbitMQ.
@@ -29,7 +30,7 @@ use crate::{http, panics};
 #[command(after_long_help = "Settings come from a TOML file and the environment; `close-sync check` tells \
     what is missing, `close-sync check --print-config` what is in force.\n\n\
     Try it without a Close account: `close-sync simulate` starts a fake Close and prints how to use it.\n\n\
-    Exit codes: 0 done, 1 what was checked does not hold (plan --strict), 2 wrong usage or input, 69 something needed is not there (RabbitMQ, Close, a free \
+    Exit codes: 0 done, 1 what was checked does not hold (plan --strict, test), 2 wrong usage or input, 69 something needed is not there (RabbitMQ, Close, a free \
     port) or stopped by a second signal, 78 the configuration cannot work.")]
 struct Cli {
     /// A TOML file with settings that differ from the defaults.
@@ -48,6 +49,8 @@ enum Command {
     Check(check::Args),
     /// Show what events would do to Close, and why, without writing anything.
     Plan(plan::Args),
+    /// Test a mapping: play the events of a file on a fake Close and compare what comes of them.
+    Test(test::Args),
     /// Publish events, one JSON object per line, as a producer would.
     Publish(publish::Args),
     /// Look at dead letters, replay or discard them.
@@ -149,6 +152,9 @@ impl Cli {
             Command::Run => run(load(Need::All)?).await,
             Command::Check(args) => check::check(&args, load(args.need())).await,
             Command::Plan(args) => plan::plan(args, load(Need::All)?).await,
+            Command::Test(args) => {
+                test::test(args, Layers::load(self.config.as_deref(), &config::environment())?).await
+            }
             Command::Publish(args) => publish::publish(args, load(Need::Broker)?.amqp).await,
             Command::Dlq(command) => dlq::dlq(command, load(Need::Broker)?.amqp).await,
             Command::Simulate(args) => simulate::simulate(args).await,

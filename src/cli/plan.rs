@@ -14,11 +14,11 @@ use super::{Failure, UNFIT};
 use crate::close::Client;
 use crate::config::Config;
 use crate::domain::decision::{self, Decision, LookUp};
-use crate::domain::event::Event;
+use crate::domain::event::{self, Event};
 use crate::domain::mapping::{Key, Mapping};
 use crate::domain::matching::Case;
-use crate::domain::plan::{FieldPlan, FieldVerdict, RecordPlan, RecordRef, Refusal};
-use crate::domain::record::{FieldId, LeadId};
+use crate::domain::plan::{RecordPlan, RecordRef, Refusal};
+use crate::domain::record::LeadId;
 use crate::domain::values::Dropped;
 use crate::metrics::Metrics;
 use crate::outcome::Outcome;
@@ -99,15 +99,7 @@ async fn read(file: &Path) -> Result<Vec<Vec<u8>>, Failure> {
     } else {
         bytes = tokio::fs::read(file).await.map_err(unreadable)?;
     }
-    Ok(match serde_json::from_slice(&bytes) {
-        Ok(Value::Array(events)) => events.iter().map(|event| event.to_string().into_bytes()).collect(),
-        Ok(_) => vec![bytes],
-        // One per line; a line that is no JSON is a malformed event and will be shown as such.
-        Err(_) => {
-            let lines = bytes.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
-            lines.filter(|line| !line.is_empty()).map(<[u8]>::to_vec).collect()
-        }
-    })
+    Ok(event::split(&bytes))
 }
 
 /// A worker without a broker.
@@ -222,7 +214,7 @@ struct Field<'a> {
     event: &'a Value,
     verdict: &'static str,
     #[serde(skip)]
-    plan: &'a FieldPlan,
+    change: String,
 }
 
 impl<'a> Report<'a> {
@@ -279,11 +271,6 @@ impl<'a> Record<'a> {
             RecordRef::Lead(id) => (if writes { "update lead" } else { "lead" }, Some(id.as_str())),
             RecordRef::Contact(id) => (if writes { "update contact" } else { "contact" }, Some(id.as_str())),
         };
-        let label = |field: &FieldPlan| {
-            let id = field.field.strip_prefix("custom.").map(FieldId::new);
-            let name = id.and_then(|id| mapping.name(&id).map(str::to_owned));
-            name.unwrap_or_else(|| field.field.clone())
-        };
         Self {
             action,
             id,
@@ -294,11 +281,11 @@ impl<'a> Record<'a> {
                 .iter()
                 .map(|field| Field {
                     key: &field.field,
-                    label: label(field),
+                    label: mapping.label(&field.field),
                     before: field.before.as_ref(),
                     event: &field.wanted,
                     verdict: field.verdict.label(),
-                    plan: field,
+                    change: decision::change(field, mapping),
                 })
                 .collect(),
         }
@@ -356,20 +343,6 @@ fn print_record(record: &Record<'_>) {
     let forbidden = record.forbidden.map(|switch| format!(": not done, {switch}")).unwrap_or_default();
     anstream::println!("  {BOLD}{}{BOLD:#}{name}{id}{forbidden}", record.action);
     for field in &record.fields {
-        let wanted = field.event;
-        let before = field.before.map(Value::to_string).unwrap_or_default();
-        let text = match field.plan.verdict {
-            FieldVerdict::Set if field.before.is_some() => format!("{before} -> {wanted}"),
-            FieldVerdict::Set => format!("{wanted}"),
-            FieldVerdict::Appended if field.before.is_some() => format!("{before} + {wanted}"),
-            FieldVerdict::Appended => format!("+ {wanted}"),
-            FieldVerdict::Same => format!("{wanted} already"),
-            FieldVerdict::NotEmpty => format!("{before} stays (if_empty)"),
-            FieldVerdict::OnlyOnCreate => {
-                format!("{} stays (on_create)", if before.is_empty() { "empty" } else { &before })
-            }
-            FieldVerdict::ListFull => format!("{wanted} has no room: the list is full"),
-        };
-        anstream::println!("    {:<16} {text}", field.label);
+        anstream::println!("    {:<16} {}", field.label, field.change);
     }
 }

@@ -5,8 +5,11 @@
 
 use std::fmt::Write as _;
 
+use serde_json::Value;
+
+use super::mapping::Mapping;
 use super::matching::{Case, Verdict};
-use super::plan::{FieldPlan, Plan, RecordPlan, RecordRef};
+use super::plan::{FieldPlan, FieldVerdict, Plan, RecordPlan, RecordRef};
 use super::values::Dropped;
 
 /// Longest summary, in characters: it travels in a header.
@@ -92,6 +95,25 @@ impl Decision {
         let mut summary = parts.join("; ");
         let _ = write!(summary, "; calls: {}", self.calls);
         summary.chars().take(MAX_SUMMARY).collect()
+    }
+}
+
+/// What becomes of a field, in words with its values: for eyes that may see them.
+pub fn change(field: &FieldPlan, mapping: &Mapping) -> String {
+    let shown = |value: &Value| mapping.shown(&field.field, value).to_string();
+    let wanted = shown(&field.wanted);
+    let before = field.before.as_ref().map(shown);
+    match (field.verdict, before) {
+        (FieldVerdict::Set, Some(before)) => format!("{before} -> {wanted}"),
+        (FieldVerdict::Set, None) => wanted,
+        (FieldVerdict::Appended, Some(before)) => format!("{before} + {wanted}"),
+        (FieldVerdict::Appended, None) => format!("+ {wanted}"),
+        (FieldVerdict::Same, _) => format!("{wanted} already"),
+        (FieldVerdict::NotEmpty, before) => format!("{} stays (if_empty)", before.unwrap_or_default()),
+        (FieldVerdict::OnlyOnCreate, before) => {
+            format!("{} stays (on_create)", before.unwrap_or_else(|| "empty".into()))
+        }
+        (FieldVerdict::ListFull, _) => format!("{wanted} has no room: the list is full"),
     }
 }
 

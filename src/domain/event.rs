@@ -132,6 +132,19 @@ fn kind(value: &Value) -> &'static str {
     }
 }
 
+/// The bytes of each event in a text: one event, a list of events, or one per line.
+pub fn split(text: &[u8]) -> Vec<Vec<u8>> {
+    match serde_json::from_slice(text) {
+        Ok(Value::Array(events)) => events.iter().map(|event| event.to_string().into_bytes()).collect(),
+        Ok(_) => vec![text.to_vec()],
+        // One per line; a line that is no JSON is a malformed event and will be shown as such.
+        Err(_) => {
+            let lines = text.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
+            lines.filter(|line| !line.is_empty()).map(<[u8]>::to_vec).collect()
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

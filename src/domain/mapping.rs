@@ -494,9 +494,34 @@ impl Mapping {
         self.rules.anonymous
     }
 
-    /// The name of a custom field in Close.
-    pub fn name(&self, field: &FieldId) -> Option<&str> {
-        self.names.get(field).map(String::as_str)
+    /// What people call a field, given the key Close has for it: a custom field's name.
+    pub fn label(&self, key: &str) -> String {
+        let name = key.strip_prefix("custom.").and_then(|id| self.names.get(&FieldId::new(id)));
+        match key {
+            "status_id" => "status".to_owned(),
+            _ => name.cloned().unwrap_or_else(|| key.to_owned()),
+        }
+    }
+
+    /// A value as people read it, in JSON: statuses and users by name.
+    pub fn shown(&self, key: &str, value: &Value) -> Value {
+        let targets = self.lead.iter().chain(&self.contact);
+        let takes =
+            targets.filter(|target| target.field.to_string() == key).map(|target| &target.takes).next();
+        let name = |id: &str| match takes? {
+            Takes::Status(statuses) => {
+                statuses.iter().find(|status| status.id == id).map(|status| &status.label)
+            }
+            Takes::Custom(CustomField { kind: FieldKind::User, .. }) => {
+                self.users.iter().find(|user| user.id == id).map(|user| &user.name)
+            }
+            Takes::Custom(_) | Takes::Line | Takes::Text | Takes::Nothing => None,
+        };
+        match value {
+            Value::String(id) => name(id).map_or_else(|| value.clone(), |name| name.as_str().into()),
+            Value::Array(items) => items.iter().map(|item| self.shown(key, item)).collect(),
+            Value::Null | Value::Bool(_) | Value::Number(_) | Value::Object(_) => value.clone(),
+        }
     }
 
     /// What the event wants of Close.

@@ -132,6 +132,11 @@ impl Simulator {
         world.book.schema.statuses.iter().map(|status| (status.id.clone(), status.label.clone())).collect()
     }
 
+    /// The custom fields there are, in the order they came.
+    pub fn fields(&self) -> Vec<CustomField> {
+        self.shared.world().book.schema.fields.clone()
+    }
+
     /// Makes a lead as `POST /lead/` would, visible to search at once. The error is the body of the 400.
     pub fn add_lead(&self, body: Value) -> Result<Value, Value> {
         self.add(Kind::Lead, body)
