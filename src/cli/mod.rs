@@ -45,18 +45,13 @@ struct Cli {
 enum Command {
     /// Consume events and keep Close in step, until SIGTERM or SIGINT.
     Run,
-    /// Check the configuration, RabbitMQ, the API key and the lookup fields.
     Check(check::Args),
-    /// Show what events would do to Close, and why, without writing anything.
     Plan(plan::Args),
-    /// Test a mapping: play the events of a file on a fake Close and compare what comes of them.
     Test(test::Args),
-    /// Publish events, one JSON object per line, as a producer would.
     Publish(publish::Args),
     /// Look at dead letters, replay or discard them.
     #[command(subcommand)]
     Dlq(dlq::Command),
-    /// Serve a fake Close on loopback, for first steps and tests.
     Simulate(simulate::Args),
     /// Ask the worker at `http.addr` whether it is alive, for container health checks.
     Healthcheck,
