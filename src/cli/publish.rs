@@ -105,6 +105,7 @@ async fn publish_lines(
                     Malformed::NotJson { column, .. } => format!("line {number}, column {column}: not JSON"),
                     Malformed::TooLarge { .. }
                     | Malformed::NotAnObject { .. }
+                    | Malformed::Batch
                     | Malformed::WrongShape { .. } => {
                         format!("line {number}: {malformed}")
                     }

@@ -4,6 +4,11 @@
 //! bounded size whose parts have the shapes the specification gives them, and leaves everything
 //! else in [`Event::body`] for the mapping to pick from. A message it refuses can never succeed, so
 //! the reasons in [`Malformed`] are dead-letter reasons and carry no content of the message.
+//!
+//! Two flaws are mended, because the public SDKs send them and the rest of the event is sound: half of a
+//! character outside the basic plane, left over when a program cuts text in the middle of an emoji, and a
+//! byte-order mark. `NaN`, which the Python SDKs send for an empty cell of a data frame, is no JSON and stays
+//! refused.
 
 use serde_json::{Map, Value};
 
@@ -39,6 +44,9 @@ pub enum Malformed {
         /// What it is instead.
         found: &'static str,
     },
+    /// What an SDK sends to its server: several events in one.
+    #[error("a batch of events: publish each of them as a message of its own")]
+    Batch,
     /// A part of the envelope has a shape it cannot have.
     #[error("`{key}` must be {expected}, not {found}")]
     WrongShape {
@@ -66,11 +74,16 @@ impl Event {
         if bytes.len() > limit {
             return Err(Malformed::TooLarge { size: bytes.len(), limit });
         }
-        let body: Value = serde_json::from_slice(bytes)
+        let text = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(bytes);
+        let body: Value = serde_json::from_slice(text)
+            .or_else(|error| serde_json::from_slice(&whole_characters(text)).map_err(|_| error))
             .map_err(|error| Malformed::NotJson { line: error.line(), column: error.column() })?;
         let Value::Object(envelope) = &body else {
             return Err(Malformed::NotAnObject { found: kind(&body) });
         };
+        if envelope.get("batch").is_some_and(Value::is_array) && !envelope.contains_key("type") {
+            return Err(Malformed::Batch);
+        }
         expect(envelope, "type", "text", Value::is_string)?;
         expect(envelope, "traits", "an object", Value::is_object)?;
         expect(envelope, "integrations", "an object", Value::is_object)?;
@@ -105,6 +118,35 @@ impl Event {
         };
         !switch("Close").or(switch("All")).unwrap_or(true)
     }
+}
+
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
+/// JSON with every escaped surrogate that has no partner replaced by U+FFFD, as browsers do.
+fn whole_characters(json: &[u8]) -> Vec<u8> {
+    let unit = |at: usize| -> Option<u16> {
+        let digits = json.get(at..at + 6)?.strip_prefix(b"\\u")?;
+        u16::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()
+    };
+    let mut whole = Vec::with_capacity(json.len());
+    let mut at = 0;
+    while at < json.len() {
+        let length = match (unit(at), unit(at + 6)) {
+            (Some(0xD800..=0xDBFF), Some(0xDC00..=0xDFFF)) => 12,
+            (Some(0xD800..=0xDFFF), _) => {
+                whole.extend_from_slice(b"\\ufffd");
+                at += 6;
+                continue;
+            }
+            // The backslash takes the next byte with it.
+            _ if json[at] == b'\\' => 2,
+            _ => 1,
+        };
+        let end = json.len().min(at + length);
+        whole.extend_from_slice(&json[at..end]);
+        at = end;
+    }
+    whole
 }
 
 /// Refuses a key that is present, not null, and of another shape than expected.
@@ -158,7 +200,11 @@ mod tests {
 
     #[test]
     fn what_is_no_event_is_refused_with_the_reason() {
-        let cases: [(&[u8], &str); 9] = [
+        let cases: [(&[u8], &str); 10] = [
+            (
+                b"{\"batch\":[],\"sentAt\":\"\"}",
+                "a batch of events: publish each of them as a message of its own",
+            ),
             (b"", "not JSON: line 1, column 0"),
             (b"{\"type\":", "not JSON: line 1, column 8"),
             (b"\xff\xfe", "not JSON: line 1, column 1"),
@@ -209,6 +255,24 @@ mod tests {
         ];
         for (body, expected) in cases {
             assert_eq!(event(body).time().map(|time| time.to_string()).as_deref(), expected);
+        }
+    }
+
+    #[test]
+    fn what_sdks_break_is_mended_and_nothing_else() {
+        let name = |json: &str| Event::decode(json.as_bytes(), 100).map(|event| event.body["n"].clone());
+        let cases = [
+            (r#"{"n":"Hal \ud83c"}"#, "Hal \u{fffd}"),
+            (r#"{"n":"\udf4e Hal"}"#, "\u{fffd} Hal"),
+            (r#"{"n":"\ud83c\ud83c\udf4e"}"#, "\u{fffd}\u{1f34e}"),
+            (r#"{"n":"\\ud83c \ud83c"}"#, "\\ud83c \u{fffd}"),
+            ("\u{feff}{\"n\":\"a\"}", "a"),
+        ];
+        for (json, expected) in cases {
+            assert_eq!(name(json), Ok(expected.into()), "{json}");
+        }
+        for json in [r#"{"n":"\ud83c"#, r#"{"n":"\ud8"}"#, r#"{"n":NaN}"#] {
+            assert!(matches!(name(json), Err(Malformed::NotJson { .. })), "{json}");
         }
     }
 

@@ -659,7 +659,7 @@ pub(crate) mod tests {
     /// The default rules, with a field for the plan.
     pub(crate) fn rules() -> Rules {
         Rules {
-            trigger: Trigger::parse("$.type == 'identify' || !$.type").unwrap(),
+            trigger: Trigger::parse("$.type == 'identify' || (!$.type && !$.event)").unwrap(),
             anonymous: Anonymous::default(),
             lead: RecordRules {
                 fields: [(Field::Name, rule(&["$.traits.company.name", "$.traits.company"]))].into(),
@@ -795,13 +795,14 @@ pub(crate) mod tests {
             let rules = Rules { trigger: Trigger::parse(trigger).unwrap(), ..rules() };
             rules.resolve(&schema()).unwrap().not_for_close(&Event { body })
         };
-        let default = "$.type == 'identify' || !$.type";
+        let default = "$.type == 'identify' || (!$.type && !$.event)";
         let paying = "$.type == 'track' && $.event == 'Upgraded' && $.traits.plan != 'free'";
         let cases = [
             (default, json!({"type": "identify"}), None),
             (default, json!({"userId": "u"}), None),
             (default, json!({}), None),
             (default, json!({"type": "track"}), Some(NotForClose::Trigger)),
+            (default, json!({"event": "Upgraded"}), Some(NotForClose::Trigger)),
             (default, json!({"type": "Identify"}), Some(NotForClose::Trigger)),
             (
                 default,

@@ -9,6 +9,7 @@ mod docs;
 mod duplicates;
 mod failures;
 mod pauses;
+mod payloads;
 mod plan;
 mod publish;
 mod restarts;
