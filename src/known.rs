@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use moka::sync::Cache;
 
-use crate::domain::mapping::Key;
+use crate::domain::mapping::{Identity, Key};
 use crate::domain::record::{ContactId, LeadId};
 
 /// How long an entry is used.
@@ -33,6 +33,15 @@ pub struct Contacts {
     pub ids: Vec<ContactId>,
     /// Whether a search has found that these are all: then another search can be spared.
     pub complete: bool,
+}
+
+/// The records a step made.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Made {
+    /// The Lead that is the company's from now on.
+    pub lead: Option<LeadId>,
+    /// The person's new Contact.
+    pub contact: Option<ContactId>,
 }
 
 impl Default for Known {
@@ -74,12 +83,17 @@ impl Known {
         }
     }
 
-    /// Remembers a Contact just created. `only`: nobody else was found by this key.
-    pub fn learn_created(&self, key: Key, id: ContactId, only: bool) {
-        let mut contacts = self.contacts(&key);
-        contacts.complete |= only;
-        contacts.ids.push(id);
-        self.people.insert(key, contacts);
+    /// Remembers what was just made for a person. `only`: no Contact has their keys but this one.
+    pub fn learn_made(&self, person: &Identity, made: Made, only: bool) {
+        if let Some((company_id, lead)) = person.company_id.as_ref().zip(made.lead) {
+            self.learn_lead(company_id, lead);
+        }
+        for (key, contact) in person.person().filter_map(|key| Some((key, made.contact.clone()?))) {
+            let mut contacts = self.contacts(&key);
+            contacts.complete |= only;
+            contacts.ids.push(contact);
+            self.people.insert(key, contacts);
+        }
     }
 
     /// A record with these keys may have been created without our knowing: until then, nothing found
@@ -116,13 +130,15 @@ mod tests {
     fn a_created_contact_joins_what_is_known_and_an_empty_answer_is_no_knowledge() {
         let known = Known::default();
         let key = || Key::Email("j@x.test".into());
-        let id = ContactId::new;
+        let person = Identity { email: Some("j@x.test".into()), ..Identity::default() };
+        let id = |id: &str| ContactId::new(id);
+        let made = |contact: &str| Made { lead: None, contact: Some(id(contact)) };
         known.learn_contacts(key(), vec![]);
         assert_eq!(known.contacts(&key()), Contacts::default());
-        known.learn_created(key(), id("cont_1"), false);
+        known.learn_made(&person, made("cont_1"), false);
         assert_eq!(known.contacts(&key()), Contacts { ids: vec![id("cont_1")], complete: false });
         known.learn_contacts(key(), vec![id("cont_0")]);
-        known.learn_created(key(), id("cont_2"), false);
+        known.learn_made(&person, made("cont_2"), false);
         assert_eq!(
             known.contacts(&key()),
             Contacts { ids: vec![id("cont_0"), id("cont_2")], complete: true }

@@ -86,3 +86,5 @@ pub mod cli;
 pub mod config;
 pub mod scenario;
 pub mod simulator;
+#[cfg(test)]
+mod worlds;

@@ -3,7 +3,7 @@
 
 use crate::close::CloseError;
 use crate::domain::event::NotForClose;
-use crate::domain::plan::Refusal;
+use crate::domain::plan::{Plan, Refusal, Step};
 
 /// What the broker edge has to do with a delivery.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,7 +70,26 @@ impl Skip {
     }
 }
 
+impl Outcome {
+    /// What became of a message whose plan was carried out as far as the switches allow.
+    pub fn of(plan: &Plan, effect: Effect) -> Self {
+        match plan.refused.first() {
+            Some(refusal) if effect == Effect::Unchanged => Self::Skipped(Skip::Switch(*refusal)),
+            Some(_) | None => Self::Synced(effect),
+        }
+    }
+}
+
 impl Effect {
+    /// What a step does, once Close has accepted it.
+    pub fn of(step: &Step) -> Self {
+        match step {
+            Step::CreateLead { .. } => Self::Created,
+            Step::CreateContact { .. } => Self::Added,
+            Step::UpdateLead { .. } | Step::UpdateContact { .. } => Self::Updated,
+        }
+    }
+
     /// All effects, for metrics.
     pub const ALL: [Self; 4] = [Self::Created, Self::Added, Self::Updated, Self::Unchanged];
 

@@ -4,9 +4,7 @@
 //! without such a Lead the person anywhere. Search and memory give ids; the records themselves are
 //! then read by id, because search lags behind and reading does not (close-api.md §6).
 //!
-//! What was asked and what was made of the answers is noted in a [`Decision`] on the way.
-
-use std::collections::BTreeMap;
+//! What was asked, what was made of the answers and what follows is noted in a [`Decision`] on the way.
 
 use crate::close::{CloseError, Records};
 use crate::domain::decision::{Candidate, Decision, LookUp};
@@ -14,7 +12,7 @@ use crate::domain::mapping::{Desired, Identity, Key, KeyFields, WriteRule};
 use crate::domain::matching::{
     self, Found, Likeness, MAX_CONTACTS, People, Verdict, company_leads, compare, judge_lead, pick_people,
 };
-use crate::domain::plan::Switches;
+use crate::domain::plan::{Switches, plan};
 use crate::domain::record::{Contact, ContactId, Lead, LeadId};
 use crate::known::Known;
 
@@ -28,7 +26,18 @@ pub(crate) struct Resolver<'a, R> {
 }
 
 impl<R: Records> Resolver<'_, R> {
-    pub(crate) async fn resolve(&mut self, desired: &Desired) -> Result<Found, CloseError> {
+    /// What Close has, and what has to be done; the latter is in the decision.
+    pub(crate) async fn decide(&mut self, desired: &Desired) -> Result<Found, CloseError> {
+        *self.decision = Decision { dropped: desired.dropped.clone(), ..Decision::default() };
+        let found = self.resolve(desired).await?;
+        let plan = plan(desired, &found, self.switches);
+        self.decision.case = Some(found.case());
+        self.decision.dropped.extend(plan.dropped());
+        self.decision.plan = plan;
+        Ok(found)
+    }
+
+    async fn resolve(&mut self, desired: &Desired) -> Result<Found, CloseError> {
         let person = &desired.identity;
         if let Some(company_id) = &person.company_id
             && let Some((lead, members)) = self.company(company_id).await?
@@ -43,25 +52,47 @@ impl<R: Records> Resolver<'_, R> {
         }
 
         let people = self.person(person).await?.contacts;
-        Ok(match &person.company_id {
-            _ if people.is_empty() => Found::Nobody,
-            Some(company_id) => {
-                let people = self.with_leads(people).await?;
-                for lead in people.iter().filter_map(|(_, lead)| lead.as_ref()) {
-                    self.judge(lead.id.as_str(), judge_lead(lead, company_id, self.keys));
-                }
-                let found = matching::adopt(people, company_id, self.keys);
-                // The company's Lead, which search does not know yet.
-                if let Found::InLead { lead, adopted: false, .. } = &found {
-                    self.known.learn_lead(company_id, lead.id.clone());
-                }
-                found
-            }
-            None if desired.lead.values().any(|wanted| wanted.write != WriteRule::OnCreate) => {
-                Found::Anywhere { people: self.with_leads(people).await? }
-            }
-            None => Found::Anywhere { people: people.into_iter().map(|contact| (contact, None)).collect() },
-        })
+        if people.is_empty() {
+            return Ok(Found::Nobody);
+        }
+        if let Some(company_id) = &person.company_id {
+            return self.adopt(&people, company_id, person).await;
+        }
+        let wants_lead = desired.lead.values().any(|wanted| wanted.write != WriteRule::OnCreate);
+        let leads = if wants_lead { self.leads_of(&people).await? } else { Vec::new() };
+        let lead_of = |contact: &Contact| {
+            let mut leads = leads.iter().map(|(lead, _)| lead);
+            leads.find(|lead| Some(&lead.id) == contact.lead_id.as_ref()).cloned()
+        };
+        let people = people.iter().map(|contact| (contact.clone(), lead_of(contact))).collect();
+        Ok(Found::Anywhere { people })
+    }
+
+    /// No Lead was found by company id, but the person was: under these, which one is the company's?
+    async fn adopt(
+        &mut self,
+        people: &[Contact],
+        company_id: &str,
+        person: &Identity,
+    ) -> Result<Found, CloseError> {
+        let mut leads = self.leads_of(people).await?;
+        for (lead, _) in &leads {
+            self.judge(lead.id.as_str(), judge_lead(lead, company_id, self.keys));
+        }
+        let Some(chosen) = matching::adopt(leads.iter().map(|(lead, _)| lead), company_id, self.keys) else {
+            return Ok(Found::OtherCompany);
+        };
+        let (lead, members) = leads.swap_remove(chosen);
+        let adopted = judge_lead(&lead, company_id, self.keys) == Verdict::NoCompany;
+        if !adopted {
+            // The company's Lead, which search does not know yet.
+            self.known.learn_lead(company_id, lead.id.clone());
+        }
+        // All of its members, as they are looked at once the Lead is the company's: the ten who were found
+        // may have been elsewhere.
+        let inside = pick_people(members, person, self.keys);
+        self.judge_people(&inside, false);
+        Ok(Found::InLead { lead, contacts: inside.contacts, adopted, elsewhere: false })
     }
 
     /// The company's Lead with its Contacts, by memory, else by search.
@@ -190,27 +221,17 @@ impl<R: Records> Resolver<'_, R> {
         Ok([by_user, by_email].concat())
     }
 
-    /// Each Contact with its Lead, every Lead read once.
-    async fn with_leads(
-        &mut self,
-        contacts: Vec<Contact>,
-    ) -> Result<Vec<(Contact, Option<Lead>)>, CloseError> {
-        let mut leads: BTreeMap<LeadId, Lead> = BTreeMap::new();
+    /// The Leads of Contacts with all their members, in the order of the Contacts, each read once.
+    async fn leads_of(&mut self, contacts: &[Contact]) -> Result<Vec<(Lead, Vec<Contact>)>, CloseError> {
+        let mut leads: Vec<(Lead, Vec<Contact>)> = Vec::new();
         for id in contacts.iter().filter_map(|contact| contact.lead_id.as_ref()) {
-            if !leads.contains_key(id) {
+            if !leads.iter().any(|(lead, _)| lead.id == *id) {
                 let answer = self.records.lead(id).await;
                 self.decision.look_ups.push(LookUp::Read(id.to_string()));
-                leads.insert(id.clone(), answer?.0);
+                leads.push(answer?);
             }
         }
-        let lead_of = |contact: &Contact| contact.lead_id.as_ref().and_then(|id| leads.get(id)).cloned();
-        Ok(contacts
-            .into_iter()
-            .map(|contact| {
-                let lead = lead_of(&contact);
-                (contact, lead)
-            })
-            .collect())
+        Ok(leads)
     }
 
     /// Notes what was made of Contacts. Of a Lead's members, strangers are no candidates.

@@ -30,9 +30,9 @@ use crate::domain::decision::Decision;
 use crate::domain::event::{Event, Malformed};
 use crate::domain::mapping::{Anonymous, Desired, Key, KeyFields, Mapping, NoIdentity, Rules};
 use crate::domain::matching::Found;
-use crate::domain::plan::{Step, Switches, plan};
-use crate::domain::record::{ContactId, FieldId};
-use crate::known::Known;
+use crate::domain::plan::{Step, Switches};
+use crate::domain::record::FieldId;
+use crate::known::{Known, Made};
 use crate::metrics::Metrics;
 use crate::outcome::{DeadLetter, Effect, Failure, Outcome, PauseCause, Reason, Skip, Stage};
 use crate::preflight::{self, Obstacle};
@@ -87,6 +87,11 @@ impl Job {
     /// What the message is about. Messages that share a key must run one after the other.
     pub fn keys(&self) -> Vec<Key> {
         self.desired.identity.keys()
+    }
+
+    /// What it wants.
+    pub fn desired(&self) -> &Desired {
+        &self.desired
     }
 }
 
@@ -344,7 +349,6 @@ impl Sync<'_> {
         let desired = self.desired;
         let (found, steps, _claim) = loop {
             let asked = Instant::now();
-            self.decision = Decision { dropped: desired.dropped.clone(), ..Decision::default() };
             let mut close = Resolver {
                 records: &self.client,
                 known,
@@ -353,12 +357,9 @@ impl Sync<'_> {
                 decision: &mut self.decision,
             };
             let look_up = |error| Failure { stage: Stage::LookUp, error };
-            let found = close.resolve(desired).await.map_err(look_up)?;
-            let plan = plan(desired, &found, settings.switches);
+            let found = close.decide(desired).await.map_err(look_up)?;
+            let plan = &self.decision.plan;
             let (steps, changed, creates) = (plan.steps.clone(), plan.changed(), plan.creates());
-            self.decision.case = Some(found.case());
-            self.decision.dropped.extend(plan.dropped());
-            self.decision.plan = plan;
             let trusted_from = known.doubtful_until(&self.keys).max(Some(self.trusted_from));
             // An adopted Lead was chosen because the company was not found: that needs proof as well.
             let needs_proof = found.adopts() || creates;
@@ -376,16 +377,13 @@ impl Sync<'_> {
         for step in &steps {
             let done = match self.mode {
                 Mode::Write => self.write(step, &found).await,
-                Mode::Rehearse => Ok(effect_of(step)),
+                Mode::Rehearse => Ok(Effect::of(step)),
             };
             effect = effect.min(done.map_err(|error| Failure { stage: Stage::Write, error })?);
         }
         let Decision { dropped, plan, .. } = &self.decision;
         metrics.decided(dropped, &plan.refused, self.decision.conflicts());
-        Ok(match plan.refused.first() {
-            Some(refusal) if effect == Effect::Unchanged => Outcome::Skipped(Skip::Switch(*refusal)),
-            Some(_) | None => Outcome::Synced(effect),
-        })
+        Ok(Outcome::of(plan, effect))
     }
 
     /// Carries out one step. When Close refuses optional values, once more without them.
@@ -420,10 +418,6 @@ impl Sync<'_> {
     async fn send(&self, step: &Step, found: &Found) -> Result<Effect, CloseError> {
         let Inner { known, settings, .. } = &*self.worker.0;
         let client = &self.client;
-        let person = &self.desired.identity;
-        let learn_contact = |id: &ContactId, only: bool| {
-            person.person().for_each(|key| known.learn_created(key, id.clone(), only));
-        };
         let adopts = found.adopts() && matches!(step, Step::UpdateLead { .. });
         let matters = adopts || step.creates();
         if matters {
@@ -431,48 +425,32 @@ impl Sync<'_> {
             known.doubt(&self.keys, Instant::now() + client.timeout() + settings.search_lag);
         }
         let result = match step {
-            Step::CreateLead { lead, contact } => {
-                client.create_lead(lead, contact.as_ref()).await.map(|(lead, contact)| {
-                    tracing::debug!(lead.id = %lead, "created a Lead");
-                    if let Some(company_id) = &person.company_id {
-                        known.learn_lead(company_id, lead);
-                    }
-                    if let Some(contact) = contact {
-                        let only = *found == Found::Nobody && self.decision.conflicts() == 0;
-                        learn_contact(&contact, only);
-                    }
-                })
+            Step::CreateLead { lead, contact } => client
+                .create_lead(lead, contact.as_ref())
+                .await
+                .map(|(lead, contact)| Made { lead: Some(lead), contact }),
+            Step::CreateContact { lead, contact } => {
+                client.create_contact(lead, contact).await.map(|id| Made { lead: None, contact: Some(id) })
             }
-            Step::CreateContact { lead, contact } => client.create_contact(lead, contact).await.map(|id| {
-                tracing::debug!(lead.id = %lead, contact.id = %id, "added a Contact");
-                learn_contact(&id, false);
-            }),
-            Step::UpdateLead { id, changes } => client.update_lead(id, changes).await.map(|()| {
-                tracing::debug!(lead.id = %id, "updated a Lead");
-                if let Some(company_id) = person.company_id.as_deref().filter(|_| adopts) {
-                    known.learn_lead(company_id, id.clone());
-                }
-            }),
-            Step::UpdateContact { id, changes } => client.update_contact(id, changes).await.map(|()| {
-                tracing::debug!(contact.id = %id, "updated a Contact");
-            }),
+            Step::UpdateLead { id, changes } => client
+                .update_lead(id, changes)
+                .await
+                .map(|()| Made { lead: adopts.then(|| id.clone()), contact: None }),
+            Step::UpdateContact { id, changes } => {
+                client.update_contact(id, changes).await.map(|()| Made::default())
+            }
         };
         if matters {
             match &result {
                 Err(error) if error.outcome_unknown() => {
                     known.doubt(&self.keys, Instant::now() + settings.search_lag);
                 }
-                Ok(()) | Err(_) => known.settle_doubt(&self.keys),
+                Ok(_) | Err(_) => known.settle_doubt(&self.keys),
             }
         }
-        result.map(|()| effect_of(step))
-    }
-}
-
-fn effect_of(step: &Step) -> Effect {
-    match step {
-        Step::CreateLead { .. } => Effect::Created,
-        Step::CreateContact { .. } => Effect::Added,
-        Step::UpdateLead { .. } | Step::UpdateContact { .. } => Effect::Updated,
+        let made = result?;
+        tracing::debug!(step = step.label(), ?made, "written");
+        known.learn_made(&self.desired.identity, made, self.decision.nobody_else());
+        Ok(Effect::of(step))
     }
 }

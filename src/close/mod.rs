@@ -5,6 +5,8 @@
 //! in front of every call; a 429 never leaves this module, the call waits for the window it was told
 //! and goes again.
 
+#[cfg(test)]
+pub(crate) mod book;
 mod client;
 mod error;
 pub mod gate;

@@ -77,6 +77,11 @@ impl Decision {
         self.candidates.iter().filter(|candidate| candidate.verdict == Verdict::SomebodyElse).count()
     }
 
+    /// Whether nobody was found who has one of the person's keys.
+    pub fn nobody_else(&self) -> bool {
+        self.case == Some(Case::Nobody) && self.conflicts() == 0
+    }
+
     /// All of it in one line without personal data: ids of records and names of fields, no values.
     pub fn summary(&self) -> String {
         let mut parts = vec![self.case.map_or("undecided", Case::label).to_owned()];

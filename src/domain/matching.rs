@@ -258,31 +258,19 @@ impl Found {
     }
 }
 
-/// Decides between adopting a Lead and making a new one (rule 3, last two cases): the person was
-/// found under `people`'s Leads, oldest Contact first, and no Lead was found by company id.
+/// Which Lead becomes the company's, or turns out to be it, of those a person was found under, their
+/// oldest Contact's first; none was found by company id (rule 3, last two cases).
 ///
-/// Exactly one Lead is adopted, however many the person is under: adopting two would give one
-/// company two Leads. A Lead that already carries the id (search had not caught up) comes first.
-pub fn adopt(people: Vec<(Contact, Option<Lead>)>, company_id: &str, keys: &KeyFields) -> Found {
-    let company = |lead: &Lead| keys.company.as_ref().and_then(|field| lead.custom(field)).map(str::to_owned);
-    let leads = || people.iter().filter_map(|(_, lead)| lead.as_ref());
-    let chosen = leads()
-        .find(|lead| company(lead).as_deref() == Some(company_id))
-        .or_else(|| leads().find(|lead| company(lead).is_none()))
-        .cloned();
-    match chosen {
-        None => Found::OtherCompany,
-        Some(lead) => Found::InLead {
-            adopted: company(&lead).is_none(),
-            contacts: people
-                .into_iter()
-                .map(|(contact, _)| contact)
-                .filter(|contact| contact.lead_id.as_ref() == Some(&lead.id))
-                .collect(),
-            elsewhere: false,
-            lead,
-        },
-    }
+/// One is adopted, however many the person is under: adopting two would give one company two Leads. A
+/// Lead that already carries the id (search had not caught up) comes first. `None`: all are other
+/// companies', and a new Lead has to be made.
+pub fn adopt<'a>(
+    leads: impl Iterator<Item = &'a Lead> + Clone,
+    company_id: &str,
+    keys: &KeyFields,
+) -> Option<usize> {
+    let first = |wanted: Verdict| leads.clone().position(|lead| judge_lead(lead, company_id, keys) == wanted);
+    first(Verdict::SameCompany).or_else(|| first(Verdict::NoCompany))
 }
 
 #[cfg(test)]
@@ -367,30 +355,16 @@ pub(crate) mod tests {
 
     #[test]
     fn one_lead_is_adopted_and_others_companies_are_left_alone() {
-        let under = |contact_id: &str, id: &str, company: Option<&str>| {
-            (contact(contact_id, id, Some("u"), None), Some(lead(id, company)))
-        };
-        let home = |people| match adopt(people, "acme", &keys()) {
-            Found::InLead { lead, contacts, adopted, .. } => {
-                Some((lead.id.to_string(), contacts.len(), adopted))
-            }
-            Found::OtherCompany => None,
-            Found::Anywhere { .. } | Found::Nobody => unreachable!(),
-        };
-        assert_eq!(home(vec![under("c1", "l1", Some("x"))]), None);
-        assert_eq!(
-            home(vec![under("c1", "l1", None), under("c2", "l2", None)]),
-            Some(("l1".into(), 1, true))
-        );
-        assert_eq!(
-            home(vec![
-                under("c1", "l1", None),
-                under("c2", "l2", Some("acme")),
-                under("c3", "l2", Some("acme"))
-            ]),
-            Some(("l2".into(), 2, false))
-        );
-        assert_eq!(home(vec![(contact("c1", "l1", None, None), None)]), None);
+        let home = |leads: &[Lead]| adopt(leads.iter(), "acme", &keys()).map(|at| leads[at].id.to_string());
+        let cases = [
+            (vec![lead("l1", Some("x"))], None),
+            (vec![lead("l1", Some("x")), lead("l2", None), lead("l3", None)], Some("l2")),
+            (vec![lead("l1", None), lead("l2", Some("acme"))], Some("l2")),
+            (vec![], None),
+        ];
+        for (leads, expected) in cases {
+            assert_eq!(home(&leads).as_deref(), expected, "{leads:?}");
+        }
     }
 
     proptest! {

@@ -252,6 +252,16 @@ impl Plan {
 }
 
 impl Step {
+    /// What it does, for logs.
+    pub fn label(&self) -> &'static str {
+        match self {
+            Self::CreateLead { .. } => "create_lead",
+            Self::CreateContact { .. } => "create_contact",
+            Self::UpdateLead { .. } => "update_lead",
+            Self::UpdateContact { .. } => "update_contact",
+        }
+    }
+
     /// Whether the step makes a record, and so must never be repeated blindly.
     pub fn creates(&self) -> bool {
         match self {

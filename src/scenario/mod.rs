@@ -27,7 +27,7 @@ use crate::preflight::{self, Ready};
 use crate::simulator::{CustomField, Owner, Settings, Simulator, User};
 use crate::worker::{Prepared, Worker};
 
-use seed::{LeadSeed, Seed};
+use seed::{LeadSeed, Planted, Seed};
 
 /// One file of scenarios that share an organization and settings.
 #[derive(Clone, Debug, Deserialize)]
@@ -161,6 +161,17 @@ impl Suite {
     /// # Errors
     /// [`Unplayable::Seed`], and [`Unplayable::Settings`] when the lookup fields are not told.
     pub async fn stage(&self, scenario: &Scenario, base: &Layers) -> Result<Simulator, Unplayable> {
+        let (simulator, planted) = self.plant(scenario, base).await?;
+        planted.bury(&simulator).map_err(Unplayable::Seed)?;
+        Ok(simulator)
+    }
+
+    /// The same, before anything was merged or deleted.
+    pub(crate) async fn plant(
+        &self,
+        scenario: &Scenario,
+        base: &Layers,
+    ) -> Result<(Simulator, Planted), Unplayable> {
         let seed = |message: String| Unplayable::Seed(message);
         // The key and the URL are not known yet, and the lookup fields need neither.
         let config = self
@@ -191,8 +202,8 @@ impl Suite {
                 .map_err(|refused| seed(format!("custom field \"{}\": {refused}", field.name)))?;
         }
         let seeds = Seed { simulator: &simulator, fields: &fields };
-        seeds.plant(&scenario.leads).map_err(seed)?;
-        Ok(simulator)
+        let planted = seeds.plant(&scenario.leads).map_err(seed)?;
+        Ok((simulator, planted))
     }
 
     /// Plays a scenario.
@@ -217,7 +228,7 @@ impl Suite {
 }
 
 /// A worker on the simulated Close.
-async fn worker(config: Config) -> Result<Worker, Unplayable> {
+pub(crate) async fn worker(config: Config) -> Result<Worker, Unplayable> {
     let failed = |error: &dyn std::fmt::Display| Unplayable::Worker(error.to_string());
     let client = Client::new(config.close, |_| {}).map_err(|error| failed(&error))?;
     let metrics = Metrics::new().map_err(|error| failed(&error))?;

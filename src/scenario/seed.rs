@@ -57,8 +57,29 @@ pub(super) struct Seed<'a> {
 /// Longer than any scenario.
 const NOT_YET_IN_SEARCH: Lag = Lag::Fixed(Duration::from_hours(1));
 
+/// What was planted, and what of it is to go.
+pub(crate) struct Planted {
+    merged: Vec<(String, String)>,
+    deleted: Vec<String>,
+}
+
+impl Planted {
+    /// Merges and deletes what the scenario says was merged or deleted just now.
+    pub(crate) fn bury(self, simulator: &Simulator) -> Result<(), String> {
+        simulator.set_search_lag(NOT_YET_IN_SEARCH);
+        for (id, into) in self.merged {
+            simulator.merge(&id, &into).map_err(|refused| refused.to_string())?;
+        }
+        for id in self.deleted {
+            simulator.delete(&id);
+        }
+        simulator.set_search_lag(Lag::NONE);
+        Ok(())
+    }
+}
+
 impl Seed<'_> {
-    pub(super) fn plant(&self, leads: &[LeadSeed]) -> Result<(), String> {
+    pub(super) fn plant(&self, leads: &[LeadSeed]) -> Result<Planted, String> {
         let mut ids = BTreeMap::new();
         let (mut deleted, mut merged) = (Vec::new(), Vec::new());
         let mut serial = 0;
@@ -66,26 +87,26 @@ impl Seed<'_> {
             let id =
                 self.record(Kind::Lead, None, lead.body(), &lead.custom, lead.created.as_ref(), &mut serial)?;
             for contact in &lead.contacts {
-                let body = contact.body();
                 let created = contact.created.as_ref();
-                let contact_id =
-                    self.record(Kind::Contact, Some(&id), body, &contact.custom, created, &mut serial)?;
+                let contact_id = self.record(
+                    Kind::Contact,
+                    Some(&id),
+                    contact.body(),
+                    &contact.custom,
+                    created,
+                    &mut serial,
+                )?;
                 deleted.extend(contact.deleted.then_some(contact_id));
             }
             deleted.extend(lead.deleted.then(|| id.clone()));
-            merged.extend(lead.merged_into.as_ref().map(|into| (id.clone(), into.clone())));
-            ids.insert(lead.name.clone().unwrap_or_default(), id);
+            merged.extend(lead.merged_into.as_deref().map(|into| (id.clone(), into)));
+            ids.insert(lead.name.as_deref().unwrap_or_default(), id);
         }
-        self.simulator.set_search_lag(NOT_YET_IN_SEARCH);
-        for (id, into) in merged {
-            let into = ids.get(&into).ok_or_else(|| format!("no Lead is called \"{into}\" to merge into"))?;
-            self.simulator.merge(&id, into).map_err(|refused| refused.to_string())?;
-        }
-        for id in deleted {
-            self.simulator.delete(&id);
-        }
-        self.simulator.set_search_lag(Lag::NONE);
-        Ok(())
+        let known = |(id, into): (String, &str)| {
+            let into = ids.get(into).ok_or_else(|| format!("no Lead is called \"{into}\" to merge into"))?;
+            Ok((id, into.clone()))
+        };
+        Ok(Planted { merged: merged.into_iter().map(known).collect::<Result<_, String>>()?, deleted })
     }
 
     fn record(

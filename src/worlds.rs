@@ -1,0 +1,368 @@
+//! The laws of matching, tried on whole worlds in memory: look up, decide, carry out, and look again.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+
+use futures_util::FutureExt;
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use crate::close::CloseError;
+use crate::close::book::Book;
+use crate::config::Layers;
+use crate::domain::decision::Decision;
+use crate::domain::event::{self, Event};
+use crate::domain::mapping::tests::{rules, schema};
+use crate::domain::mapping::{Desired, Mapping, WriteRule};
+use crate::domain::matching::MAX_CONTACTS;
+use crate::domain::plan::{Step, Switches};
+use crate::domain::record::{
+    Channel, Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists,
+};
+use crate::known::Known;
+use crate::outcome::{Effect, Outcome};
+use crate::resolve::Resolver;
+use crate::scenario::{self, Scenario, Suite, Told, told};
+use crate::worker::Prepared;
+
+/// What the worker does with a message, short of failures: a record that vanished is looked for once more.
+pub(crate) fn decide(
+    book: &Book,
+    known: &Known,
+    mapping: &Mapping,
+    switches: Switches,
+    desired: &Desired,
+) -> Result<Decision, CloseError> {
+    let mut decision = Decision::default();
+    let mut resolver =
+        Resolver { records: book, known, keys: &mapping.keys, switches, decision: &mut decision };
+    let mut decided = || resolver.decide(desired).now_or_never().expect("memory answers at once").map(drop);
+    match decided() {
+        Err(CloseError::NotFound) => decided()?,
+        first => first?,
+    }
+    Ok(decision)
+}
+
+fn sync(book: &mut Book, known: &Known, world: &World, desired: &Desired) -> Decision {
+    let decision = decide(book, known, &world.mapping, world.switches, desired).unwrap();
+    for step in &decision.plan.steps {
+        let made = book.apply(step);
+        known.learn_made(&desired.identity, made, decision.nobody_else());
+    }
+    decision
+}
+
+/// Records, and the rules they are treated by.
+#[derive(Clone, Debug)]
+struct World {
+    book: Book,
+    mapping: Mapping,
+    switches: Switches,
+}
+
+fn maybe(values: &'static [&'static str]) -> impl Strategy<Value = Option<&'static str>> {
+    proptest::option::of(proptest::sample::select(values))
+}
+
+const COMPANIES: &[&str] = &["acme", "Acme", "77"];
+const USERS: &[&str] = &["u1", "u2", "U1"];
+const EMAILS: &[&str] =
+    &["jane@acme.test", "Jane@Acme.test", "jane+crm@acme.test", "info@acme.test", "bob@gmail.com"];
+const PHONES: &[&str] = &["+1 800 444 5555", "800 444-5555", "n/a", "+49 30 1234567"];
+const NAMES: &[&str] = &["Jane", "Bob", " ", "\u{202e}Jane\u{0}"];
+const DATES: &[&str] = &["2026-01-01", "2026-01-02"];
+
+fn lists() -> impl Strategy<Value = Lists> {
+    let entries = |channel: Channel, values: &'static [&'static str]| {
+        proptest::sample::subsequence(values, 0..=values.len()).prop_map(move |values| {
+            let entry = |value: &&str| Entry { value: (*value).to_owned(), kind: "home".into() };
+            (channel, values.iter().map(entry).collect::<Vec<_>>())
+        })
+    };
+    (entries(Channel::Email, EMAILS), entries(Channel::Phone, PHONES))
+        .prop_map(|(emails, phones)| [emails, phones].into_iter().collect())
+}
+
+fn fields(key: &str, id: Option<&str>, name: Option<&str>) -> Fields {
+    let id = id.map(|id| (Field::Custom(FieldId::new(key)), json!(id)));
+    id.into_iter().chain(name.map(|name| (Field::Name, json!(name)))).collect()
+}
+
+fn book() -> impl Strategy<Value = Book> {
+    let leads =
+        proptest::collection::vec((maybe(COMPANIES), maybe(NAMES), proptest::sample::select(DATES)), 1..5);
+    let contact = (
+        maybe(USERS),
+        maybe(NAMES),
+        lists(),
+        proptest::sample::select(DATES),
+        any::<proptest::sample::Index>(),
+    );
+    (leads, proptest::collection::vec(contact, 0..25)).prop_map(|(leads, contacts)| {
+        let mut book = Book::default();
+        for (number, (company, name, date)) in leads.iter().enumerate() {
+            let id = LeadId::new(format!("lead_{number}"));
+            let lead = Lead {
+                id: id.clone(),
+                date_created: (*date).into(),
+                fields: fields("cf_company", *company, *name),
+            };
+            book.leads.insert(id, lead);
+        }
+        for (number, (user, name, lists, date, lead)) in contacts.into_iter().enumerate() {
+            let id = ContactId::new(format!("cont_{number:02}"));
+            let lead_id = Some(LeadId::new(format!("lead_{}", lead.index(leads.len()))));
+            let fields = fields("cf_user", user, name);
+            book.contacts
+                .insert(id.clone(), Contact { id, lead_id, date_created: date.into(), fields, lists });
+        }
+        book
+    })
+}
+
+fn world() -> impl Strategy<Value = World> {
+    let write = proptest::sample::select(&[WriteRule::Always, WriteRule::IfEmpty, WriteRule::OnCreate][..]);
+    let switch = || proptest::bool::weighted(0.8);
+    let switches = (switch(), switch(), switch(), switch(), switch());
+    let keys = (proptest::bool::weighted(0.9), proptest::bool::weighted(0.9));
+    (book(), proptest::collection::vec(write, 8), switches, keys).prop_map(|(book, writes, on, keys)| {
+        let mut rules = rules();
+        let mut writes = writes.into_iter().cycle();
+        let all = rules.lead.fields.values_mut().chain(rules.lead.custom.values_mut());
+        let all = all.chain(rules.contact.fields.values_mut()).chain(rules.channels.values_mut());
+        all.for_each(|rule| rule.write = writes.next().unwrap());
+        rules.lead.key.take_if(|_| !keys.0);
+        rules.contact.key.take_if(|_| !keys.1);
+        let switches = Switches {
+            allow_creating_new_leads: on.0,
+            allow_updating_existing_leads: on.1,
+            allow_creating_new_contacts: on.2,
+            allow_updating_existing_contacts: on.3,
+            allow_creating_duplicate_contacts: on.4,
+        };
+        World { book, mapping: rules.resolve(&schema()).unwrap(), switches }
+    })
+}
+
+fn event() -> impl Strategy<Value = Value> {
+    let plan = maybe(&["free", "pro"]);
+    (maybe(USERS), maybe(EMAILS), maybe(COMPANIES), maybe(NAMES), maybe(PHONES), plan).prop_map(
+        |(user, email, company, name, phone, plan)| {
+            json!({"userId": user, "traits": {
+                "email": email, "name": name, "phone": phone, "plan": plan, "company": {"id": company, "name": name},
+            }})
+        },
+    )
+}
+
+/// Any JSON, with the keys the mapping looks at among its keys.
+fn any_json() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        any::<f64>().prop_map(|number| json!(number)),
+        ".{0,20}".prop_map(Value::from),
+        proptest::sample::select([EMAILS, PHONES, NAMES, COMPANIES].concat()).prop_map(Value::from),
+    ];
+    leaf.prop_recursive(4, 64, 8, |inner| {
+        let keys = [
+            "userId",
+            "traits",
+            "company",
+            "id",
+            "name",
+            "email",
+            "phone",
+            "website",
+            "plan",
+            "title",
+            "type",
+            "integrations",
+            "x",
+        ];
+        let key = proptest::sample::select(keys.to_vec()).prop_map(str::to_owned);
+        prop_oneof![
+            proptest::collection::vec(inner.clone(), 0..6).prop_map(Value::from),
+            proptest::collection::btree_map(key, inner, 0..10).prop_map(|map| json!(map)),
+        ]
+    })
+}
+
+fn kinds(decision: &Decision) -> Vec<&'static str> {
+    decision.plan.steps.iter().map(Step::label).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    #[test]
+    fn a_second_time_there_is_nothing_to_do(world in world(), events in proptest::collection::vec(event(), 1..4)) {
+        let (mut book, known) = (world.book.clone(), Known::default());
+        for event in events {
+            let Ok(desired) = world.mapping.apply(&Event { body: event }) else { continue };
+            sync(&mut book, &known, &world, &desired);
+            // Whether the worker remembers, or was restarted since.
+            for known in [&known, &Known::default()] {
+                let again = decide(&book, known, &world.mapping, world.switches, &desired).unwrap();
+                prop_assert_eq!(&again.plan.steps, &[]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_sync_adds_and_never_takes_away(world in world(), event in event()) {
+        let Ok(desired) = world.mapping.apply(&Event { body: event }) else { return Ok(()) };
+        let mut book = world.book.clone();
+        let decision = sync(&mut book, &Known::default(), &world, &desired);
+
+        for (id, before) in &world.book.contacts {
+            let after = &book.contacts[id];
+            prop_assert_eq!(&after.lead_id, &before.lead_id);
+            for (channel, entries) in &before.lists {
+                prop_assert!(after.list(*channel).starts_with(entries), "{:?}", after);
+            }
+            prop_assert!(before.fields.keys().all(|field| after.fields.contains_key(field)));
+        }
+        let kept = |id| book.leads.contains_key(id);
+        prop_assert!(world.book.leads.keys().all(kept));
+
+        let touched: BTreeSet<String> = decision.plan.changed().into_iter().collect();
+        prop_assert_eq!(touched.len(), decision.plan.changed().len(), "a record is written twice");
+        let contacts = kinds(&decision).iter().filter(|kind| **kind == "update_contact").count();
+        prop_assert!(contacts <= MAX_CONTACTS);
+        prop_assert!(book.leads.len() <= world.book.leads.len() + 1);
+        prop_assert!(book.contacts.len() <= world.book.contacts.len() + 1);
+    }
+
+    #[test]
+    fn a_company_gets_no_second_lead_and_a_lead_no_second_contact(world in world(), events in proptest::collection::vec(event(), 1..6)) {
+        let (mut book, known) = (world.book.clone(), Known::default());
+        for event in events {
+            let Ok(desired) = world.mapping.apply(&Event { body: event }) else { continue };
+            sync(&mut book, &known, &world, &desired);
+        }
+        let Mapping { keys, .. } = &world.mapping;
+        let companies = |book: &Book| count(book.leads.values().filter_map(|lead| {
+            lead.custom(keys.company.as_ref()?).map(str::to_owned)
+        }));
+        let before = companies(&world.book);
+        for (company, number) in companies(&book) {
+            prop_assert!(number <= before.get(&company).copied().unwrap_or(1), "{} {}", company, number);
+        }
+        // Contacts there were before may share a user id: those with only the email turn out to be one person.
+        let people = |book: &Book, new: bool| count(book.contacts.values().filter_map(|contact| {
+            let user = contact.custom(keys.user.as_ref()?)?.to_owned();
+            (new != world.book.contacts.contains_key(&contact.id)).then(|| (user, contact.lead_id.clone()))
+        }));
+        let before = people(&world.book, false);
+        for (person, number) in people(&book, true) {
+            prop_assert!(number == 1 && !before.contains_key(&person), "{:?}", person);
+        }
+    }
+
+    #[test]
+    fn a_switch_that_is_off_means_no_call_of_that_kind(world in world(), event in event()) {
+        let Ok(desired) = world.mapping.apply(&Event { body: event }) else { return Ok(()) };
+        let decision = decide(&world.book, &Known::default(), &world.mapping, world.switches, &desired).unwrap();
+        let Switches {
+            allow_creating_new_leads,
+            allow_updating_existing_leads,
+            allow_creating_new_contacts,
+            allow_updating_existing_contacts,
+            allow_creating_duplicate_contacts,
+        } = world.switches;
+        let with_contact = decision.plan.steps.iter().any(|step| {
+            matches!(step, Step::CreateContact { .. } | Step::CreateLead { contact: Some(_), .. })
+        });
+        let kinds = kinds(&decision);
+        prop_assert!(allow_creating_new_leads || !kinds.contains(&"create_lead"));
+        prop_assert!(allow_updating_existing_leads || !kinds.contains(&"update_lead"));
+        prop_assert!(allow_creating_new_contacts || !with_contact);
+        prop_assert!(allow_updating_existing_contacts || !kinds.contains(&"update_contact"));
+        let person = desired.identity;
+        let known = world.book.contacts.values().any(|contact| {
+            let user = world.mapping.keys.user.as_ref().and_then(|field| contact.custom(field));
+            user.is_some() && user == person.user_id.as_deref()
+        });
+        prop_assert!(allow_creating_duplicate_contacts || !known || !with_contact);
+    }
+
+    #[test]
+    fn no_json_makes_the_mapping_panic(body in any_json()) {
+        if let Ok(event) = Event::decode(body.to_string().as_bytes(), 1 << 20) {
+            let mapping = rules().resolve(&schema()).unwrap();
+            let _ = (mapping.not_for_close(&event), mapping.apply(&event).map(|desired| desired.identity.keys()));
+        }
+    }
+}
+
+fn count<T: Ord>(items: impl Iterator<Item = T>) -> BTreeMap<T, usize> {
+    let mut counts = BTreeMap::new();
+    items.for_each(|item| *counts.entry(item).or_default() += 1);
+    counts
+}
+
+/// Where the project's own scenarios are.
+fn scenario_files() -> Vec<PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/scenarios");
+    let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    files
+}
+
+#[tokio::test]
+async fn every_scenario_comes_out_in_memory_as_it_says() {
+    let base = Layers::load(None, &HashMap::new()).unwrap();
+    let (mut number, mut wrong) = (0, Vec::new());
+    for file in scenario_files() {
+        let suite = Suite::load(&file).unwrap();
+        for scenario in &suite.scenarios {
+            number += 1;
+            let difference = in_memory(&suite, scenario, &base).await;
+            if !difference.is_empty() {
+                wrong.push(format!("{}: {}\n{difference}", file.display(), scenario.title));
+            }
+        }
+    }
+    assert!(number >= 80, "{number} scenarios");
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// How a scenario played on the records alone differs from what it says.
+async fn in_memory(suite: &Suite, scenario: &Scenario, base: &Layers) -> String {
+    let (simulator, planted) = suite.plant(scenario, base).await.unwrap();
+    let book = || Book::read(&simulator.leads(), &simulator.contacts());
+    let before = book();
+    planted.bury(&simulator).unwrap();
+    let mut book = book().after(&before);
+
+    let config = suite.config(scenario, base, &simulator).unwrap();
+    let switches = config.worker.switches;
+    let worker = scenario::worker(config).await.unwrap();
+    let (mapping, known) = (worker.mapping(), Known::default());
+    let mut told = Vec::new();
+    for event in event::split(scenario.event.as_bytes()) {
+        let (outcome, decision) = match worker.prepare(&event) {
+            Prepared::Settled(outcome) => (outcome, Decision::default()),
+            Prepared::Job(job) => {
+                let desired = job.desired();
+                let decision = decide(&book, &known, &mapping, switches, desired).unwrap();
+                for step in &decision.plan.steps {
+                    known.learn_made(&desired.identity, book.apply(step), decision.nobody_else());
+                }
+                let again = decide(&book, &known, &mapping, switches, desired).unwrap();
+                assert_eq!(again.plan.steps, [], "{}: twice", scenario.title);
+                let effect = decision.plan.steps.iter().map(Effect::of).min();
+                (Outcome::of(&decision.plan, effect.unwrap_or(Effect::Unchanged)), decision)
+            }
+        };
+        told.push(told::decision(&outcome, &decision, &mapping, |id| book.name(id)));
+    }
+    // The records are the simulator's to tell.
+    let told = Told { decision: told.join("\n"), records: String::new() };
+    let mut scenario = scenario.clone();
+    scenario.records = None;
+    scenario.difference(&told)
+}
