@@ -26,7 +26,8 @@ pub struct RateLimit {
 const LONGEST_WAIT: Duration = Duration::from_mins(5);
 /// Wait this long after a 429 that does not say how long (close-api.md §2, Close's own client).
 pub const DEFAULT_WAIT: Duration = Duration::from_secs(2);
-
+/// How soon to ask again while nothing is told of a new window.
+const ASK_AGAIN: Duration = Duration::from_millis(50);
 /// Wait at least this long after a 429.
 pub const SHORTEST_WAIT: Duration = Duration::from_millis(250);
 
@@ -72,11 +73,29 @@ pub struct Window {
     in_flight: u32,
 }
 
+/// What is known of one window of Close's.
+///
+/// An answer tells its end only within the time the call took: Close counted somewhere between the
+/// sending and the answer. Two answers speak of one window when these spans overlap.
 #[derive(Debug)]
 struct Budget {
     limit: u32,
     left: u32,
-    resets_at: Instant,
+    /// It had begun by then.
+    began: Instant,
+    /// It does not end before.
+    earliest_end: Instant,
+    /// It has ended by then. `None` until an answer tells.
+    latest_end: Option<Instant>,
+}
+
+impl Budget {
+    /// The next window, of which nothing is told yet: full, but for the calls that are still under way and
+    /// may land in it.
+    fn next(&self, now: Instant, in_flight: u32) -> Self {
+        let left = self.limit.saturating_sub(in_flight);
+        Self { limit: self.limit, left, began: now, earliest_end: now, latest_end: None }
+    }
 }
 
 impl Window {
@@ -89,14 +108,16 @@ impl Window {
             self.closed_until = None;
         }
         if let Some(budget) = &mut self.budget {
-            if now >= budget.resets_at {
-                // A new window: full, but for the calls that are still under way and may land in it.
-                budget.left = budget.limit.saturating_sub(self.in_flight);
-                // Until an answer says when it ends, more calls than the limit are held a moment.
-                budget.resets_at = now + Duration::from_secs(1);
+            let over = match budget.latest_end {
+                Some(end) => now >= end,
+                // Its first answer tells when it ends. Where no call is under way, none will.
+                None => self.in_flight == 0,
+            };
+            if over {
+                *budget = budget.next(now, self.in_flight);
             }
             if budget.left == 0 {
-                return Err(budget.resets_at);
+                return Err(budget.latest_end.unwrap_or(now + ASK_AGAIN));
             }
             budget.left -= 1;
         }
@@ -104,20 +125,25 @@ impl Window {
         Ok(())
     }
 
-    /// A call ended, perhaps with news about the budget.
-    pub fn done(&mut self, now: Instant, told: Option<RateLimit>) {
+    /// A call that was sent at `sent` ended, perhaps with news about the budget.
+    pub fn done(&mut self, sent: Instant, now: Instant, told: Option<RateLimit>) {
         self.in_flight = self.in_flight.saturating_sub(1);
-        if let Some(told) = told {
-            let left = told.remaining.saturating_sub(self.in_flight);
-            let resets_at = now + told.reset;
-            self.budget = Some(match self.budget.take() {
-                // Answers overtake each other: within one window the budget only shrinks.
-                Some(known) if now < known.resets_at && same_moment(known.resets_at, resets_at) => {
-                    Budget { limit: told.limit, left: left.min(known.left), resets_at }
-                }
-                Some(_) | None => Budget { limit: told.limit, left, resets_at },
-            });
-        }
+        let Some(RateLimit { limit, remaining, reset }) = told else { return };
+        let left = remaining.saturating_sub(self.in_flight);
+        let (earliest_end, latest_end) = (sent + reset, now + reset);
+        self.budget = Some(match self.budget.take() {
+            // Late news of a window that is over.
+            Some(known) if latest_end < known.earliest_end || earliest_end <= known.began => known,
+            // Answers overtake each other: within one window the budget only shrinks.
+            Some(known) if known.latest_end.is_none_or(|end| earliest_end <= end) => Budget {
+                limit,
+                left: left.min(known.left),
+                began: known.began,
+                earliest_end: known.earliest_end.max(earliest_end),
+                latest_end: Some(known.latest_end.map_or(latest_end, |end| end.min(latest_end))),
+            },
+            Some(_) | None => Budget { limit, left, began: sent, earliest_end, latest_end: Some(latest_end) },
+        });
     }
 
     /// Close refused a call with 429. `remaining` may well be above zero: hidden limits exist
@@ -126,12 +152,6 @@ impl Window {
         let until = now + wait.min(LONGEST_WAIT);
         self.closed_until = Some(self.closed_until.map_or(until, |known| known.max(until)));
     }
-}
-
-/// Two answers of one window give its end with the jitter of the network.
-fn same_moment(one: Instant, other: Instant) -> bool {
-    let apart = if one > other { one - other } else { other - one };
-    apart < Duration::from_millis(500)
 }
 
 /// The wait in front of the calls of one endpoint group.
@@ -145,7 +165,10 @@ impl Gate {
         loop {
             let admitted = self.window(|window| window.admit(Instant::now()));
             match admitted {
-                Ok(()) => return (Permit { gate: self.clone(), told: None }, start.elapsed()),
+                Ok(()) => {
+                    let permit = Permit { gate: self.clone(), sent: Instant::now(), told: None };
+                    return (permit, start.elapsed());
+                }
                 Err(at) => tokio::time::sleep_until(at.into()).await,
             }
         }
@@ -161,6 +184,7 @@ impl Gate {
 #[derive(Debug)]
 pub struct Permit {
     gate: Gate,
+    sent: Instant,
     told: Option<RateLimit>,
 }
 
@@ -178,7 +202,7 @@ impl Permit {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.gate.window(|window| window.done(Instant::now(), self.told));
+        self.gate.window(|window| window.done(self.sent, Instant::now(), self.told));
     }
 }
 
@@ -229,10 +253,10 @@ mod tests {
         let second = Duration::from_secs(1);
         let mut window = Window::default();
         window.admit(start).unwrap();
-        window.done(start, Some(RateLimit { limit: 2, remaining: 1, reset: 8 * second }));
+        window.done(start, start, Some(RateLimit { limit: 2, remaining: 1, reset: 8 * second }));
         assert_eq!(window.admit(start), Ok(()));
         assert_eq!(window.admit(start + second), Err(start + 8 * second));
-        window.done(start + second, None);
+        window.done(start, start + second, None);
         assert_eq!(window.admit(start + 8 * second), Ok(()));
         window.refused(start + 8 * second, 3 * second);
         assert_eq!(window.admit(start + 9 * second), Err(start + 11 * second));
@@ -247,7 +271,7 @@ mod tests {
         for _ in 0..3 {
             window.admit(start).unwrap();
         }
-        window.done(start, Some(told));
+        window.done(start, start, Some(told));
         assert!(window.admit(start).is_err(), "two are left and two are under way");
     }
 
@@ -263,15 +287,14 @@ mod tests {
             let length = Duration::from_secs(2);
             let mut window = Window::default();
             let (mut now, mut window_start, mut used) = (start, start, 0);
-            let mut answers: Vec<(Instant, RateLimit)> = Vec::new();
+            let mut answers: Vec<(Instant, Instant, RateLimit)> = Vec::new();
             let mut known = false;
             for (gap, delay) in gaps {
                 now += Duration::from_millis(gap);
-                answers.sort_by_key(|(at, _)| *at);
-                while answers.first().is_some_and(|(at, _)| *at <= now) {
-                    let (at, told) = answers.remove(0);
-                    let reset = (start + told.reset).saturating_duration_since(at);
-                    window.done(at, Some(RateLimit { reset, ..told }));
+                answers.sort_by_key(|(at, ..)| *at);
+                while answers.first().is_some_and(|(at, ..)| *at <= now) {
+                    let (at, sent, told) = answers.remove(0);
+                    window.done(sent, at, Some(told));
                     known = true;
                 }
                 // Nothing is known before the first answer: only one call at a time until then.
@@ -285,11 +308,9 @@ mod tests {
                     }
                     used += 1;
                     prop_assert!(used <= limit, "call {used} of {limit}");
-                    let resets_at = window_start + length;
-                    answers.push((
-                        now + Duration::from_millis(delay),
-                        RateLimit { limit, remaining: limit - used, reset: resets_at - start },
-                    ));
+                    let reset = window_start + length - now;
+                    let told = RateLimit { limit, remaining: limit - used, reset };
+                    answers.push((now + Duration::from_millis(delay), now, told));
                 }
             }
         }
