@@ -70,6 +70,8 @@ const USERS: &[&str] = &["u1", "u2", "U1"];
 const EMAILS: &[&str] =
     &["jane@acme.test", "Jane@Acme.test", "jane+crm@acme.test", "info@acme.test", "bob@gmail.com"];
 const PHONES: &[&str] = &["+1 800 444 5555", "800 444-5555", "n/a", "+49 30 1234567"];
+/// As Close keeps them; the last one is older than its checks.
+const KEPT_PHONES: &[&str] = &["+18004445555", "+49301234567", "n/a"];
 const NAMES: &[&str] = &["Jane", "Bob", " ", "\u{202e}Jane\u{0}"];
 const DATES: &[&str] = &["2026-01-01", "2026-01-02"];
 
@@ -80,7 +82,7 @@ fn lists() -> impl Strategy<Value = Lists> {
             (channel, values.iter().map(entry).collect::<Vec<_>>())
         })
     };
-    (entries(Channel::Email, EMAILS), entries(Channel::Phone, PHONES))
+    (entries(Channel::Email, EMAILS), entries(Channel::Phone, KEPT_PHONES))
         .prop_map(|(emails, phones)| [emails, phones].into_iter().collect())
 }
 

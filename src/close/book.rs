@@ -1,5 +1,6 @@
 //! Close's records in memory, for tests of what is decided from them: reading as [`super::Client`] does
-//! it, search with its harsher readings, and the effect of steps. No HTTP, no clock.
+//! it, search with its harsher readings, and the effect of steps. No HTTP, no clock. How Close rewrites
+//! phones and pages, it asks the simulator.
 
 use std::collections::BTreeMap;
 
@@ -7,8 +8,11 @@ use serde_json::Value;
 
 use super::{CloseError, Hits, Records, wire};
 use crate::domain::plan::{ContactValues, Step};
-use crate::domain::record::{Channel, Contact, ContactId, Field, FieldId, Lead, LeadId, fold_email};
+use crate::domain::record::{
+    Channel, Contact, ContactId, Entry, Field, FieldId, Lead, LeadId, Lists, fold_email,
+};
 use crate::known::Made;
+use crate::simulator::{Country, formats};
 
 /// All records, and what search shows of them.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -70,7 +74,7 @@ impl Book {
             Step::UpdateContact { id, changes } => {
                 let contact = self.contacts.get_mut(id).unwrap();
                 contact.fields.extend(changes.fields.clone());
-                contact.lists.extend(changes.lists.clone());
+                contact.lists.extend(kept(&changes.lists));
             }
         }
         made
@@ -79,7 +83,8 @@ impl Book {
     fn add(&mut self, lead: LeadId, values: &ContactValues) -> ContactId {
         let (id, date_created) = self.next("cont");
         let id = ContactId::new(id);
-        let ContactValues { fields, lists } = values.clone();
+        let ContactValues { fields, lists } = values;
+        let (fields, lists) = (fields.clone(), kept(lists));
         let contact = Contact { id: id.clone(), lead_id: Some(lead), date_created, fields, lists };
         self.contacts.insert(id.clone(), contact);
         id
@@ -89,6 +94,23 @@ impl Book {
         self.made += 1;
         (format!("{prefix}_new{}", self.made), format!("2027-01-01T00:00:{:02}.000000+00:00", self.made))
     }
+}
+
+/// Lists as Close keeps them: phones and pages rewritten.
+fn kept(lists: &Lists) -> Lists {
+    let mut kept = lists.clone();
+    for (channel, entries) in &mut kept {
+        for Entry { value, .. } in entries {
+            let rewritten = match channel {
+                Channel::Email => formats::email(value).map(str::to_owned),
+                Channel::Phone => formats::phone(value, &Country::default()).map(|phone| phone.number),
+                Channel::Url => formats::url(value),
+            };
+            // What stands there already is not looked at again.
+            *value = rewritten.unwrap_or_else(|| value.clone());
+        }
+    }
+    kept
 }
 
 /// Search folds case and blanks of a text: a hit can still be a different id (close-api.md §6).

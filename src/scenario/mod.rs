@@ -211,7 +211,8 @@ impl Suite {
     /// # Errors
     /// Why it could not be played. That something else came of it than expected is no error.
     pub async fn play(&self, scenario: &Scenario, base: &Layers) -> Result<Told, Unplayable> {
-        let simulator = self.stage(scenario, base).await?;
+        let (simulator, planted) = self.plant(scenario, base).await?;
+        planted.bury(&simulator).map_err(Unplayable::Seed)?;
         let config = self.config(scenario, base, &simulator)?;
         let worker = worker(config).await?;
         let mut decisions = Vec::new();
@@ -220,7 +221,8 @@ impl Suite {
                 Prepared::Settled(outcome) => (outcome, Decision::default()),
                 Prepared::Job(job) => worker.run(&job, 0, Instant::now()).await,
             };
-            let name = |id: &str| told::name(&simulator, id);
+            let names = told::names(&simulator);
+            let name = |id: &str| names.get(id).or_else(|| planted.name(id)).cloned();
             decisions.push(told::decision(&outcome, &decision, &worker.mapping(), name));
         }
         Ok(Told { decision: decisions.join("\n"), records: told::records(&simulator) })

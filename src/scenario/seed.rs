@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use super::told;
 use crate::domain::record::Channel;
 use crate::simulator::{CustomField, Lag, Owner, Simulator};
 
@@ -61,20 +62,27 @@ const NOT_YET_IN_SEARCH: Lag = Lag::Fixed(Duration::from_hours(1));
 pub(crate) struct Planted {
     merged: Vec<(String, String)>,
     deleted: Vec<String>,
+    /// By id: what is gone has no name in Close any more.
+    names: BTreeMap<String, String>,
 }
 
 impl Planted {
     /// Merges and deletes what the scenario says was merged or deleted just now.
-    pub(crate) fn bury(self, simulator: &Simulator) -> Result<(), String> {
+    pub(crate) fn bury(&self, simulator: &Simulator) -> Result<(), String> {
         simulator.set_search_lag(NOT_YET_IN_SEARCH);
-        for (id, into) in self.merged {
-            simulator.merge(&id, &into).map_err(|refused| refused.to_string())?;
+        for (id, into) in &self.merged {
+            simulator.merge(id, into).map_err(|refused| refused.to_string())?;
         }
-        for id in self.deleted {
-            simulator.delete(&id);
+        for id in &self.deleted {
+            simulator.delete(id);
         }
         simulator.set_search_lag(Lag::NONE);
         Ok(())
+    }
+
+    /// What a record was called.
+    pub(super) fn name(&self, id: &str) -> Option<&String> {
+        self.names.get(id)
     }
 }
 
@@ -106,7 +114,8 @@ impl Seed<'_> {
             let into = ids.get(into).ok_or_else(|| format!("no Lead is called \"{into}\" to merge into"))?;
             Ok((id, into.clone()))
         };
-        Ok(Planted { merged: merged.into_iter().map(known).collect::<Result<_, String>>()?, deleted })
+        let merged = merged.into_iter().map(known).collect::<Result<_, String>>()?;
+        Ok(Planted { merged, deleted, names: told::names(self.simulator) })
     }
 
     fn record(

@@ -12,6 +12,7 @@
 //! The first line is the outcome, its reason, and the rule that decided; then what is written, record by
 //! record, with the value before where there was one; then the records and values that were not.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use serde_json::Value;
@@ -103,11 +104,12 @@ fn quoted(name: Option<&str>) -> String {
     name.map_or_else(|| "without name".to_owned(), |name| Value::from(name).to_string())
 }
 
-/// What a record of the simulated Close is called.
-pub(super) fn name(close: &Simulator, id: &str) -> Option<String> {
+/// What the records of the simulated Close are called, by id.
+pub(super) fn names(close: &Simulator) -> BTreeMap<String, String> {
     let records = close.leads().into_iter().chain(close.contacts());
-    let record = records.into_iter().find(|record| record["id"] == id)?;
-    record["name"].as_str().filter(|name| !name.is_empty()).map(str::to_owned)
+    let text =
+        |record: &Value, key: &str| record[key].as_str().filter(|text| !text.is_empty()).map(str::to_owned);
+    records.filter_map(|record| text(&record, "id").zip(text(&record, "name"))).collect()
 }
 
 /// All records of the simulated Close, oldest first.

@@ -4,7 +4,7 @@ use super::settings::Country;
 
 /// The trimmed address, if it is one. Stricter than the standards, like the regular expression Close uses
 /// (close-api.md §3): ASCII, no quotes, and a domain with a dot and an alphabetic end.
-pub(super) fn email(text: &str) -> Option<&str> {
+pub(crate) fn email(text: &str) -> Option<&str> {
     let address = text.trim();
     let (local, domain) = address.rsplit_once('@')?;
     let local_is_good = !local.is_empty()
@@ -28,7 +28,7 @@ fn is_domain(domain: &str) -> bool {
 }
 
 /// The address with a scheme, which is added when it is missing (close-api.md §3).
-pub(super) fn url(text: &str) -> Option<String> {
+pub(crate) fn url(text: &str) -> Option<String> {
     let text = text.trim();
     let full = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
     let parsed = url::Url::parse(&full).ok()?;
@@ -42,18 +42,18 @@ pub(super) fn url(text: &str) -> Option<String> {
 
 /// A phone number as Close keeps it.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Phone {
+pub(crate) struct Phone {
     /// `+` and digits.
-    pub(super) number: String,
+    pub(crate) number: String,
     /// The country, if the number is a plausible one there.
-    pub(super) country: Option<String>,
+    pub(crate) country: Option<String>,
     /// The number as shown to people.
-    pub(super) formatted: String,
+    pub(crate) formatted: String,
 }
 
 /// Rewrites a number the way Close does: what has no `+` gets the prefix of the default country, however
 /// short it is (close-api.md §5). Only a number without digits is refused, or one longer than E.164 allows.
-pub(super) fn phone(text: &str, default: &Country) -> Option<Phone> {
+pub(crate) fn phone(text: &str, default: &Country) -> Option<Phone> {
     let text = text.trim();
     let digits: String = text.chars().filter(char::is_ascii_digit).collect();
     let code = default.calling_code.as_str();

@@ -23,7 +23,7 @@ mod control;
 mod custom;
 mod events;
 mod faults;
-mod formats;
+pub(crate) mod formats;
 mod ids;
 mod index;
 mod limits;
