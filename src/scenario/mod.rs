@@ -16,6 +16,7 @@ use std::time::Instant;
 
 use serde::Deserialize;
 use toml::Table;
+use uuid::Uuid;
 
 use crate::close::Client;
 use crate::config::{Config, Layers, Need};
@@ -152,8 +153,13 @@ impl Suite {
         layers.read(Need::All).map_err(|problems| Unplayable::Settings(problems.to_string()))
     }
 
+    /// The settings of a scenario without those below: the file's, with its own over them.
+    pub fn settings(&self, scenario: &Scenario) -> Table {
+        merged(self.settings.clone(), scenario.settings.clone())
+    }
+
     fn layers(&self, scenario: &Scenario, base: &Layers) -> Layers {
-        base.clone().over(self.settings.clone()).over(scenario.settings.clone())
+        base.clone().over(self.settings(scenario))
     }
 
     /// A Close that holds what the scenario says.
@@ -189,7 +195,8 @@ impl Suite {
                 fields.push(FieldSeed::lookup(key, owner, name).field());
             }
         }
-        let mut settings = Settings { custom_fields: Vec::new(), ..Settings::fast() };
+        // The same ids each time: they break the tie of records made at the same moment.
+        let mut settings = Settings { custom_fields: Vec::new(), seed: Uuid::nil(), ..Settings::fast() };
         if !self.statuses.is_empty() {
             settings.statuses.clone_from(&self.statuses);
         }
@@ -263,6 +270,18 @@ impl Scenario {
         }
         text
     }
+}
+
+/// One table over another.
+fn merged(mut below: Table, above: Table) -> Table {
+    for (key, value) in above {
+        let value = match (below.remove(&key), value) {
+            (Some(toml::Value::Table(below)), toml::Value::Table(above)) => merged(below, above).into(),
+            (_, value) => value,
+        };
+        below.insert(key, value);
+    }
+    below
 }
 
 /// Without blanks at the ends of lines and blank lines at both ends.

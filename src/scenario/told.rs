@@ -112,7 +112,7 @@ pub(super) fn names(close: &Simulator) -> BTreeMap<String, String> {
     records.filter_map(|record| text(&record, "id").zip(text(&record, "name"))).collect()
 }
 
-/// All records of the simulated Close, oldest first.
+/// All records of the simulated Close: Leads oldest first, each with its Contacts in the order they came.
 ///
 /// ```text
 /// lead "Acme"
@@ -126,7 +126,6 @@ pub(super) fn names(close: &Simulator) -> BTreeMap<String, String> {
 pub fn records(close: &Simulator) -> String {
     let statuses = close.lead_statuses();
     let fields = close.fields();
-    let contacts = close.contacts();
     let mut text = String::new();
     let custom = |text: &mut String, record: &Value, indent: &str| {
         for field in &fields {
@@ -146,7 +145,7 @@ pub fn records(close: &Simulator) -> String {
             let _ = writeln!(text, "  description: {}", lead["description"]);
         }
         custom(&mut text, &lead, "  ");
-        for contact in contacts.iter().filter(|contact| contact["lead_id"] == lead["id"]) {
+        for contact in lead["contacts"].as_array().into_iter().flatten() {
             let _ = writeln!(
                 text,
                 "  contact {}",

@@ -43,7 +43,6 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use uuid::Uuid;
 
 use self::{
     connection::{Door, Scissors},
@@ -85,7 +84,8 @@ impl Simulator {
     pub async fn start(settings: Settings, addr: SocketAddr) -> io::Result<Self> {
         let listener = TcpListener::bind(addr).await?;
         let addr = listener.local_addr()?;
-        let world = World::new(settings, Ids::new(Uuid::now_v7()), Timestamp::now());
+        let ids = Ids::new(settings.seed);
+        let world = World::new(settings, ids, Timestamp::now());
         let shared = Arc::new(Shared::new(world));
         let running = Running { stop: CancellationToken::new(), tasks: TaskTracker::new() };
         let stop = running.stop.clone();

@@ -7,6 +7,7 @@ use std::{fmt, str::FromStr, time::Duration};
 
 use jiff::SignedDuration;
 use serde::Deserialize;
+use uuid::Uuid;
 
 use super::{
     limits::Limits,
@@ -55,6 +56,9 @@ pub struct Settings {
     pub statuses: Vec<String>,
     /// The custom fields that exist from the start.
     pub custom_fields: Vec<CustomField>,
+    /// What ids and drawn numbers follow from: two simulators with one seed give the same ids in the same
+    /// order. Different at every start unless set.
+    pub seed: Uuid,
 }
 
 impl Default for Settings {
@@ -78,6 +82,7 @@ impl Default for Settings {
             more_users: vec![User::new("user_adaaccount", "Ada", "Account", "ada@close.test")],
             statuses: ["Potential", "Bad Fit", "Qualified", "Customer"].map(String::from).into(),
             custom_fields: default_fields(),
+            seed: Uuid::now_v7(),
         }
     }
 }

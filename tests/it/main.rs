@@ -14,4 +14,6 @@ mod plan;
 mod publish;
 mod restarts;
 mod rules;
+mod scenarios;
+mod schema;
 mod support;

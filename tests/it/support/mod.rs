@@ -37,15 +37,17 @@ impl Bench {
     }
 
     pub(crate) async fn with(settings: Settings) -> Self {
-        let url = env("CLOSE_SYNC_TEST_AMQP_URL").unwrap_or_else(|| {
-            panic!("these tests need a broker: run `tests/run`, or set CLOSE_SYNC_TEST_AMQP_URL to one")
-        });
-        Self::on(&url, settings).await
+        Self::on(&shared_broker(), settings).await
     }
 
     /// On a broker of one's own.
     pub(crate) async fn on(amqp_url: &str, settings: Settings) -> Self {
         let simulator = Simulator::start(settings, "127.0.0.1:0".parse().unwrap()).await.unwrap();
+        Self::around(simulator, amqp_url)
+    }
+
+    /// With a Close that is there already.
+    pub(crate) fn around(simulator: Simulator, amqp_url: &str) -> Self {
         let name = format!("t-{}", uuid::Uuid::now_v7().simple());
         let exchange = format!("{name}-identify");
         let environment = [
@@ -244,6 +246,13 @@ impl Bench {
             .map(|request| format!("{} {}", request.method, request.path.split('/').nth(1).unwrap()))
             .collect()
     }
+}
+
+/// The broker `tests/run` starts for all tests.
+pub(crate) fn shared_broker() -> String {
+    env("CLOSE_SYNC_TEST_AMQP_URL").unwrap_or_else(|| {
+        panic!("these tests need a broker: run `tests/run`, or set CLOSE_SYNC_TEST_AMQP_URL to one")
+    })
 }
 
 /// An event about a person.

@@ -1,0 +1,70 @@
+//! Custom fields that come and go in Close while the worker runs.
+
+use close_sync::simulator::{CustomField, FieldKind, Owner};
+use serde_json::{Value, json};
+
+use crate::support::{Bench, Worker, identify};
+
+const RULES: &str = "{ Region = { from = [\"$.traits.region\"] } }";
+
+fn region() -> CustomField {
+    CustomField::new("cf_leadregion", "Region", FieldKind::Text, Owner::Lead)
+}
+
+/// Publishes an event that was not there before and tells how often values were left out, and why.
+async fn dropped(bench: &Bench, worker: &Worker, number: usize) -> (u32, u32) {
+    let company = json!({"id": format!("c{number}")});
+    bench.publish(&[identify(&format!("u{number}"), json!({"region": "north", "company": company}))]).await;
+    let metrics = worker.settled(number).await;
+    assert_eq!(metrics.outcome("created"), u32::try_from(number).unwrap());
+    let count = |reason| metrics.count(&format!("fields_dropped_total{{reason=\"{reason}\"}}"));
+    (count("refused_by_close"), count("unknown_field"))
+}
+
+fn newest_region(bench: &Bench) -> Value {
+    bench.simulator.leads().last().unwrap()["custom.cf_leadregion"].clone()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_field_made_while_the_worker_runs_is_filled_from_the_next_look_on() {
+    let bench = Bench::new().await.set("MAPPING_LEAD_CUSTOM", RULES).set("CLOSE_SCHEMA_REFRESH", "10s");
+    let worker = bench.worker().await;
+    assert_eq!(dropped(&bench, &worker, 1).await, (0, 1), "there is no such field yet");
+
+    bench.simulator.add_field(region()).unwrap();
+    worker.until("following", async |worker| worker.logged("the mapping follows") == 1).await;
+    assert_eq!(dropped(&bench, &worker, 2).await, (0, 1), "nothing more is left out");
+    assert_eq!(newest_region(&bench), "north");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_field_deleted_while_the_worker_runs_costs_its_values_and_no_message() {
+    let bench = Bench::new().await.set("MAPPING_LEAD_CUSTOM", RULES);
+    bench.simulator.add_field(region()).unwrap();
+    let worker = bench.worker().await;
+    assert_eq!(dropped(&bench, &worker, 1).await, (0, 0));
+
+    bench.simulator.remove_field("cf_leadregion");
+    // Close refuses the field until the worker looks again, which it does at most every ten seconds.
+    let mut sent = 1;
+    worker
+        .until("looking again", async |worker| {
+            sent += 1;
+            let (refused, _) = dropped(&bench, worker, sent).await;
+            assert_eq!(refused as usize, sent - 1);
+            worker.logged("the mapping follows") == 1
+        })
+        .await;
+    let (refused, unknown) = dropped(&bench, &worker, sent + 1).await;
+    assert_eq!((refused as usize, unknown), (sent - 1, 1), "no more attempts to write it");
+    assert_eq!(worker.logged("its values are left out"), 1, "told once");
+
+    // It is made again under the same name: another id, found by the next look.
+    bench.simulator.add_field(CustomField { id: "cf_leadregion2".into(), ..region() }).unwrap();
+    worker.kill().await;
+    let worker = bench.worker().await;
+    bench.publish(&[identify("u1", json!({"region": "south", "company": {"id": "c1"}}))]).await;
+    worker.settled(1).await;
+    let written = bench.simulator.leads().into_iter().filter(|lead| lead["custom.cf_leadregion2"] == "south");
+    assert_eq!(written.count(), 1);
+}
