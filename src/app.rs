@@ -23,7 +23,7 @@ use crate::outcome::PauseCause;
 use crate::preflight::{self, Obstacle};
 use crate::retry::Pauses;
 use crate::state::{State, Status};
-use crate::worker::{Worker, tell_unknown};
+use crate::worker::{Worker, tell_flaws};
 
 /// Why `run` ended without being asked to.
 #[derive(Debug, thiserror::Error)]
@@ -178,14 +178,14 @@ impl Destination {
             None => return Ok(None),
             Some(Ok(ready)) => {
                 tracing::info!(organization = ready.organization, "Close accepts the API key");
-                tell_unknown(&ready.mapping);
+                tell_flaws(&ready.mapping);
                 return Ok(Some(ready.mapping));
             }
             Some(Err(obstacles)) => cause_or_refusal(&obstacles)?,
         };
         let probe = async || {
             let ready = check().await?;
-            tell_unknown(&ready.mapping);
+            tell_flaws(&ready.mapping);
             Ok(ready.mapping)
         };
         Ok(pause(&self.status, &self.metrics, cause, &mut Pauses::probe(), probe, shutdown).await)

@@ -35,12 +35,12 @@ pub struct Contacts {
     pub complete: bool,
 }
 
-/// The records a step made.
+/// The records a step made, or gave the keys of a person or a company.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Made {
     /// The Lead that is the company's from now on.
     pub lead: Option<LeadId>,
-    /// The person's new Contact.
+    /// The person's Contact.
     pub contact: Option<ContactId>,
 }
 
@@ -75,12 +75,24 @@ impl Known {
         self.people.get(key).unwrap_or_default()
     }
 
-    /// Remembers what a search found for a person. An empty answer is not remembered: it proves
-    /// nothing (close-api.md §6).
+    /// Remembers what a search found for a person, beside what is remembered already: search does not
+    /// list what was made a moment ago. An empty answer is not remembered: it proves nothing
+    /// (close-api.md §6).
     pub fn learn_contacts(&self, key: Key, ids: Vec<ContactId>) {
         if !ids.is_empty() {
-            self.people.insert(key, Contacts { ids, complete: true });
+            self.add(key, ids, true);
         }
+    }
+
+    fn add(&self, key: Key, ids: Vec<ContactId>, complete: bool) {
+        let mut contacts = self.contacts(&key);
+        contacts.complete |= complete;
+        for id in ids {
+            if !contacts.ids.contains(&id) {
+                contacts.ids.push(id);
+            }
+        }
+        self.people.insert(key, contacts);
     }
 
     /// Remembers what was just made for a person. `only`: no Contact has their keys but this one.
@@ -88,11 +100,8 @@ impl Known {
         if let Some((company_id, lead)) = person.company_id.as_ref().zip(made.lead) {
             self.learn_lead(company_id, lead);
         }
-        for (key, contact) in person.person().filter_map(|key| Some((key, made.contact.clone()?))) {
-            let mut contacts = self.contacts(&key);
-            contacts.complete |= only;
-            contacts.ids.push(contact);
-            self.people.insert(key, contacts);
+        if let Some(contact) = made.contact {
+            person.person().for_each(|key| self.add(key, vec![contact.clone()], only));
         }
     }
 
@@ -139,9 +148,12 @@ mod tests {
         assert_eq!(known.contacts(&key()), Contacts { ids: vec![id("cont_1")], complete: false });
         known.learn_contacts(key(), vec![id("cont_0")]);
         known.learn_made(&person, made("cont_2"), false);
+        known.learn_made(&person, made("cont_1"), false);
+        let ids = vec![id("cont_1"), id("cont_0"), id("cont_2")];
         assert_eq!(
             known.contacts(&key()),
-            Contacts { ids: vec![id("cont_0"), id("cont_2")], complete: true }
+            Contacts { ids, complete: true },
+            "search may not list cont_1 yet"
         );
         known.forget_contacts(&key());
         assert_eq!(known.contacts(&key()), Contacts::default());

@@ -152,13 +152,20 @@ impl<R: Records> Resolver<'_, R> {
                 return Ok(people);
             }
         }
-        let mut ids: Vec<_> = person.person().flat_map(|key| self.known.contacts(&key).ids).collect();
-        ids.extend(self.search_person(person).await?);
-        ids.sort();
-        ids.dedup();
-        let people = self.read(ids, person).await?;
-        self.judge_people(&people, true);
-        Ok(people)
+        let (by_user, by_email) = self.search_person(person).await?;
+        // Those with the user id decide; who has only the email is read where none of them is left.
+        for (key, found) in [(person.user(), by_user), (person.email(), by_email)] {
+            let remembered = key.map(|key| self.known.contacts(&key).ids);
+            let mut ids = [found, remembered.unwrap_or_default()].concat();
+            ids.sort();
+            ids.dedup();
+            let people = self.read(ids, person).await?;
+            self.judge_people(&people, true);
+            if !people.contacts.is_empty() {
+                return Ok(people);
+            }
+        }
+        Ok(People::default())
     }
 
     /// Those of the Contacts that are the person, as they are now.
@@ -179,9 +186,12 @@ impl<R: Records> Resolver<'_, R> {
         Ok(pick_people(current, person, self.keys))
     }
 
-    /// Ids of the oldest Contacts that search holds for the person, remembered by the key they were
-    /// found by.
-    async fn search_person(&mut self, person: &Identity) -> Result<Vec<ContactId>, CloseError> {
+    /// Ids of the oldest Contacts that search holds for the person's user id and for the email, remembered
+    /// by the key they were found by.
+    async fn search_person(
+        &mut self,
+        person: &Identity,
+    ) -> Result<(Vec<ContactId>, Vec<ContactId>), CloseError> {
         let user = self.keys.user.as_ref().zip(person.user_id.as_deref());
         let hits = self.records.find_contacts(user, person.email.as_deref()).await?;
         self.decision.look_ups.push(LookUp::SearchedContacts(hits.contacts.len()));
@@ -193,10 +203,13 @@ impl<R: Records> Resolver<'_, R> {
             self.decision.look_ups.push(LookUp::SearchedContacts(hits.contacts.len()));
             candidates.extend(hits.contacts);
         }
-        // Who is left alone and who is one too many is told here: they are not read.
+        // Who is left alone and who is one too many is told here: not all of them are read.
         let verdicts = pick_people(candidates.clone(), person, self.keys).verdicts;
         let unread = verdicts.into_iter().filter(|(_, verdict)| {
-            matches!(verdict, Verdict::TooMany | Verdict::UserIdDecides | Verdict::NotThePerson)
+            matches!(
+                verdict,
+                Verdict::TooMany | Verdict::UserIdDecides | Verdict::SomebodyElse | Verdict::NotThePerson
+            )
         });
         for (id, verdict) in unread.collect::<Vec<_>>() {
             self.judge(id.as_str(), verdict);
@@ -218,7 +231,7 @@ impl<R: Records> Resolver<'_, R> {
         {
             self.known.learn_contacts(Key::Email(email.clone()), by_email.clone());
         }
-        Ok([by_user, by_email].concat())
+        Ok((by_user, by_email))
     }
 
     /// The Leads of Contacts with all their members, in the order of the Contacts, each read once.

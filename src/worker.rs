@@ -149,8 +149,8 @@ impl Worker {
         let mapping = preflight::run(&self.0.client, &self.0.rules).await?.mapping;
         *resolved = Instant::now();
         let mut current = self.0.mapping.write().unwrap_or_else(PoisonError::into_inner);
-        if mapping.unknown != current.unknown {
-            tell_unknown(&mapping);
+        if (&mapping.unknown, mapping.misfits()) != (&current.unknown, current.misfits()) {
+            tell_flaws(&mapping);
         }
         if mapping != **current {
             tracing::info!("the fields in Close have changed; the mapping follows");
@@ -265,13 +265,21 @@ impl Worker {
     }
 }
 
-/// Says which rules have no field, once.
-pub fn tell_unknown(mapping: &Mapping) {
+/// Says which rules have no field, and which constants their fields do not take.
+pub fn tell_flaws(mapping: &Mapping) {
     for unknown in &mapping.unknown {
         tracing::error!(
             setting = unknown.setting,
             "{}: its values are left out until there is one (create it in Close, or mend the setting)",
             unknown.reason
+        );
+    }
+    for misfit in mapping.misfits() {
+        tracing::error!(
+            setting = misfit.setting,
+            "{} is left out: {} (`close-sync check` lists what fits)",
+            misfit.value,
+            misfit.reason.words()
         );
     }
 }
@@ -386,29 +394,30 @@ impl Sync<'_> {
         Ok(Outcome::of(plan, effect))
     }
 
-    /// Carries out one step. When Close refuses optional values, once more without them.
+    /// Carries out one step. When Close refuses optional values, again without them: each time with fewer,
+    /// as Close may tell of one only when another is gone.
     async fn write(&mut self, step: &Step, found: &Found) -> Result<Effect, CloseError> {
-        let refused = match self.send(step, found).await {
-            Err(CloseError::Rejected(rejection)) => rejection,
-            done => return done,
-        };
         let mut rest = step.clone();
-        let mut spared = Vec::new();
-        for field in &refused.fields {
-            match rest.without(&field.path, self.desired, &self.worker.0.keys) {
-                Some((smaller, without)) => {
-                    rest = smaller;
-                    spared.push(without);
-                }
-                None => return Err(CloseError::Rejected(refused)),
+        let mut field_is_gone = false;
+        let done = loop {
+            if rest.is_empty() {
+                break Effect::Unchanged;
             }
-        }
-        if spared.is_empty() {
-            return Err(CloseError::Rejected(refused));
-        }
-        let done = if rest.is_empty() { Effect::Unchanged } else { self.send(&rest, found).await? };
-        self.decision.dropped.append(&mut spared);
-        if refused.fields.iter().any(FieldError::no_such_field) {
+            let refused = match self.send(&rest, found).await {
+                Err(CloseError::Rejected(refused)) => refused,
+                Err(error) => return Err(error),
+                Ok(effect) => break effect,
+            };
+            let paths = refused.fields.iter().map(|field| field.path.as_slice());
+            let Some((smaller, spared)) = rest.spare(paths, self.desired, &self.worker.0.keys) else {
+                return Err(CloseError::Rejected(refused));
+            };
+            let dropped = self.decision.plan.refuse(&spared);
+            self.decision.dropped.extend(dropped);
+            field_is_gone |= refused.fields.iter().any(FieldError::no_such_field);
+            rest = smaller;
+        };
+        if field_is_gone {
             self.worker.miss_field().await;
         }
         Ok(done)
@@ -436,9 +445,11 @@ impl Sync<'_> {
                 .update_lead(id, changes)
                 .await
                 .map(|()| Made { lead: adopts.then(|| id.clone()), contact: None }),
-            Step::UpdateContact { id, changes } => {
-                client.update_contact(id, changes).await.map(|()| Made::default())
-            }
+            // It may carry the user id or the email from now on, which search does not know yet.
+            Step::UpdateContact { id, changes } => client
+                .update_contact(id, changes)
+                .await
+                .map(|()| Made { lead: None, contact: Some(id.clone()) }),
         };
         if matters {
             match &result {

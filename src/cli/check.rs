@@ -2,13 +2,13 @@
 
 use serde::Serialize;
 
-use super::{CONFIGURATION, Failure, UNAVAILABLE};
+use super::{CONFIGURATION, Failure, UNAVAILABLE, there_are};
 use crate::amqp::{self, BrokerError, topology};
 use crate::close::Client;
 use crate::config::{Config, Need, Problems, masked};
 use crate::preflight::{self, Obstacle, Ready};
 
-/// Check the configuration, RabbitMQ, the API key and the lookup fields.
+/// Check the configuration, RabbitMQ, the API key, the lookup fields and what the mapping names in Close.
 ///
 /// Each finding is a line. Nothing is changed, neither in RabbitMQ nor in Close. Exits with 78 when
 /// the configuration cannot work, with 69 when RabbitMQ or Close is not there.
@@ -178,10 +178,16 @@ async fn close(config: &Config) -> Vec<Finding> {
                 let detail = format!("{}: its values would be left out", unknown.reason);
                 finding(Verdict::Wrong, &unknown.setting, detail)
             });
+            let misfits = mapping.misfits().into_iter().map(|misfit| {
+                let fits = there_are(&misfit.choices);
+                let detail = format!("{} would be left out: {}{fits}", misfit.value, misfit.reason.words());
+                finding(Verdict::Wrong, misfit.setting, detail)
+            });
             std::iter::once(finding(Verdict::Ok, subject, detail))
                 .chain(keys)
                 .chain(fields)
                 .chain(unknown)
+                .chain(misfits)
                 .collect()
         }
         Err(obstacles) => obstacles.iter().map(|obstacle| of_obstacle(obstacle, &subject)).collect(),

@@ -57,6 +57,19 @@ enum Command {
     Healthcheck,
 }
 
+/// The end of a sentence that lists what there is; nothing when it cannot be listed.
+fn there_are(choices: &[String]) -> String {
+    if choices.is_empty() { String::new() } else { format!(" (there are: {})", choices.join(", ")) }
+}
+
+/// A number of things.
+fn count(number: impl Into<u64>, one: &str, several: &str) -> String {
+    match number.into() {
+        1 => format!("1 {one}"),
+        number => format!("{number} {several}"),
+    }
+}
+
 /// Why a command did not do what it was asked for.
 #[derive(Debug)]
 enum Failure {

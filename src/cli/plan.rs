@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde_json::Value;
 use tokio::io::AsyncReadExt;
 
-use super::{Failure, UNFIT};
+use super::{Failure, UNFIT, count, there_are};
 use crate::close::Client;
 use crate::config::Config;
 use crate::domain::decision::{self, Decision, LookUp};
@@ -19,7 +19,7 @@ use crate::domain::mapping::{Key, Mapping};
 use crate::domain::matching::Case;
 use crate::domain::plan::{RecordPlan, RecordRef, Refusal};
 use crate::domain::record::LeadId;
-use crate::domain::values::Dropped;
+use crate::domain::values::{DropReason, Dropped};
 use crate::metrics::Metrics;
 use crate::outcome::Outcome;
 use crate::preflight::{self, Obstacle};
@@ -55,7 +55,7 @@ pub(super) async fn plan(args: Args, config: Config) -> Result<(), Failure> {
     let mapping = worker.mapping();
 
     let mut counts: Vec<(&'static str, usize)> = Vec::new();
-    let (mut calls, mut dead) = (0, false);
+    let (mut calls, mut left_out, mut dead) = (0, 0, false);
     let mut earlier = Earlier::default();
     let bar = progress(events.len());
     // One after the other, so that the same file tells the same twice.
@@ -65,7 +65,8 @@ pub(super) async fn plan(args: Args, config: Config) -> Result<(), Failure> {
         report.message_id =
             Event::decode(event, usize::MAX).ok().and_then(|event| event.message_id().map(str::to_owned));
         report.after = earlier.note(number, &keys, &decision);
-        calls += report.calls;
+        calls += u64::from(report.calls);
+        left_out += report.left_out.len() as u64;
         dead |= report.outcome == DEAD;
         match counts.iter_mut().find(|(outcome, _)| *outcome == report.outcome) {
             Some((_, count)) => *count += 1,
@@ -81,12 +82,11 @@ pub(super) async fn plan(args: Args, config: Config) -> Result<(), Failure> {
         bar.inc(1);
     }
     bar.finish_and_clear();
-    let number = events.len();
     let counts: Vec<_> = counts.iter().map(|(outcome, count)| format!("{count} {outcome}")).collect();
-    anstream::eprintln!(
-        "{number} events: {}; {calls} calls to Close, nothing was written",
-        if counts.is_empty() { "none".to_owned() } else { counts.join(", ") }
-    );
+    let mut parts = vec![if counts.is_empty() { "none".to_owned() } else { counts.join(", ") }];
+    parts.extend((left_out > 0).then(|| format!("{} left out", count(left_out, "value", "values"))));
+    parts.push(format!("{} to Close, nothing was written", count(calls, "call", "calls")));
+    anstream::eprintln!("{}: {}", count(events.len() as u64, "event", "events"), parts.join("; "));
     if args.strict && dead { Err(Failure::Told(UNFIT)) } else { Ok(()) }
 }
 
@@ -117,6 +117,10 @@ async fn worker(config: Config) -> Result<Worker, Failure> {
     })?;
     for unknown in &ready.mapping.unknown {
         anstream::eprintln!("note: {}: {}, its values are left out", unknown.setting, unknown.reason);
+    }
+    for misfit in ready.mapping.misfits() {
+        let (reason, fits) = (misfit.reason.words(), there_are(&misfit.choices));
+        anstream::eprintln!("note: {}: {} is left out, {reason}{fits}", misfit.setting, misfit.value);
     }
     Ok(Worker::new(config.worker, &config.rules, ready.mapping, client, metrics))
 }
@@ -179,7 +183,7 @@ struct Report<'a> {
     look_ups: Vec<String>,
     candidates: Vec<Candidate<'a>>,
     records: Vec<Record<'a>>,
-    left_out: &'a [Dropped],
+    left_out: Vec<LeftOut<'a>>,
     calls: u32,
     /// Earlier events of the file that would change the same records first.
     after: Vec<usize>,
@@ -191,6 +195,15 @@ struct Candidate<'a> {
     verdict: &'static str,
     #[serde(skip)]
     in_words: &'static str,
+}
+
+#[derive(Serialize)]
+struct LeftOut<'a> {
+    field: &'a str,
+    reason: &'static str,
+    value: Option<&'a Value>,
+    #[serde(skip)]
+    in_words: String,
 }
 
 #[derive(Serialize)]
@@ -255,10 +268,37 @@ impl<'a> Report<'a> {
             look_ups: decision.look_ups.iter().map(LookUp::words).collect(),
             candidates: decision.candidates.iter().map(candidate).collect(),
             records: decision.plan.records.iter().map(|record| Record::new(record, mapping)).collect(),
-            left_out: &decision.dropped,
+            left_out: decision.dropped.iter().map(|dropped| LeftOut::new(dropped, mapping)).collect(),
             calls: decision.calls,
             after: Vec::new(),
         })
+    }
+}
+
+impl<'a> LeftOut<'a> {
+    fn new(dropped: &'a Dropped, mapping: &Mapping) -> Self {
+        let Dropped { field, reason, value } = dropped;
+        let shown = value.as_ref().map_or_else(|| "an object".to_owned(), Value::to_string);
+        let label = mapping.label(field);
+        let of = if label == *field { String::new() } else { format!(" ({field})") };
+        let fits = match reason {
+            DropReason::NotAChoice | DropReason::NoSuchUser => there_are(&mapping.choices(field)),
+            DropReason::NotAValue => match value {
+                Some(Value::Array(_)) => " (`normalize = [\"join\"]` makes a list one text)".to_owned(),
+                _ => String::new(),
+            },
+            DropReason::InvalidEmail
+            | DropReason::InvalidPhone
+            | DropReason::InvalidUrl
+            | DropReason::NotANumber
+            | DropReason::NotADate
+            | DropReason::NotAnId
+            | DropReason::UnknownField
+            | DropReason::ListFull
+            | DropReason::Refused => String::new(),
+        };
+        let in_words = format!("{label}{of}: {shown}, {}{fits}", reason.words());
+        Self { field, reason: reason.label(), value: value.as_ref(), in_words }
     }
 }
 
@@ -325,8 +365,8 @@ fn print(report: &Report<'_>) {
     for record in &report.records {
         print_record(record);
     }
-    for dropped in report.left_out {
-        line("left out", &format!("{}: {}", dropped.field, dropped.reason.label()));
+    for left_out in &report.left_out {
+        line("left out", &left_out.in_words);
     }
     for earlier in &report.after {
         line("note", &format!("event {earlier} would change the same records first"));
@@ -334,7 +374,9 @@ fn print(report: &Report<'_>) {
 }
 
 fn print_record(record: &Record<'_>) {
-    let name = record.name.map(|name| format!(" \"{name}\"")).unwrap_or_default();
+    let is_new = record.action.starts_with("create");
+    let nameless = if is_new { " without name" } else { "" };
+    let name = record.name.map_or_else(|| nameless.to_owned(), |name| format!(" \"{name}\""));
     let id = match (record.action, record.id) {
         (_, None) => String::new(),
         ("create contact", Some(lead)) => format!(" in {lead}"),

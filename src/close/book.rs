@@ -21,6 +21,8 @@ pub(crate) struct Book {
     pub(crate) contacts: BTreeMap<ContactId, Contact>,
     /// Records that are gone and still found.
     gone: (Vec<Lead>, Vec<Contact>),
+    /// What search shows instead of all that.
+    frozen: Option<(Vec<Lead>, Vec<Contact>)>,
     made: usize,
 }
 
@@ -44,6 +46,27 @@ impl Book {
             before.contacts.values().filter(|contact| !self.contacts.contains_key(&contact.id)).cloned(),
         );
         self
+    }
+
+    /// The same, with search showing nothing of what is written from now on.
+    pub(crate) fn with_frozen_search(mut self) -> Self {
+        self.frozen =
+            Some((self.leads.values().cloned().collect(), self.contacts.values().cloned().collect()));
+        self
+    }
+
+    fn shown_leads(&self) -> Vec<&Lead> {
+        match &self.frozen {
+            Some((leads, _)) => leads.iter().collect(),
+            None => self.leads.values().chain(&self.gone.0).collect(),
+        }
+    }
+
+    fn shown_contacts(&self) -> Vec<&Contact> {
+        match &self.frozen {
+            Some((_, contacts)) => contacts.iter().collect(),
+            None => self.contacts.values().chain(&self.gone.1).collect(),
+        }
     }
 
     /// What a record is called, there or gone.
@@ -75,6 +98,7 @@ impl Book {
                 let contact = self.contacts.get_mut(id).unwrap();
                 contact.fields.extend(changes.fields.clone());
                 contact.lists.extend(kept(&changes.lists));
+                made.contact = Some(id.clone());
             }
         }
         made
@@ -120,7 +144,7 @@ fn alike(theirs: Option<&str>, wanted: &str) -> bool {
 
 impl Records for Book {
     async fn find_leads(&self, field: &FieldId, company_id: &str) -> Result<Vec<Lead>, CloseError> {
-        let all = self.leads.values().chain(&self.gone.0);
+        let all = self.shown_leads().into_iter();
         let mut hits: Vec<Lead> = all.filter(|lead| alike(lead.custom(field), company_id)).cloned().collect();
         hits.sort_by(|a, b| a.date_created.cmp(&b.date_created));
         Ok(hits)
@@ -138,8 +162,7 @@ impl Records for Book {
                     emails.iter().any(|entry| fold_email(&entry.value) == fold_email(email))
                 })
         };
-        let mut contacts: Vec<Contact> =
-            self.contacts.values().chain(&self.gone.1).filter(wanted).cloned().collect();
+        let mut contacts: Vec<Contact> = self.shown_contacts().into_iter().filter(wanted).cloned().collect();
         contacts.sort_by(|a, b| a.date_created.cmp(&b.date_created));
         let more = contacts.len() > wire::PAGE;
         contacts.truncate(wire::PAGE);

@@ -12,7 +12,9 @@ use crate::domain::schema::FieldRef;
 use crate::domain::source::{Alternative, Normalize, Source};
 
 /// The keys of a mapping rule.
-const RULE: [&str; 4] = ["from", "write", "normalize", "values"];
+const RULE: [&str; 5] = ["from", "or_on_create", "write", "normalize", "values"];
+/// Those that say when a value is written, which is no question for an id records are found by.
+const WRITING: [&str; 2] = ["or_on_create", "write"];
 
 impl Reader<'_> {
     pub(super) fn mapping(&mut self) -> Option<Rules> {
@@ -31,6 +33,17 @@ impl Reader<'_> {
                 "mapping.free_mail_domains",
                 "must be a list of domains like `[\"gmail.com\", \"yahoo.*\"]`",
             );
+        }
+        for domain in free_mail.iter().flatten() {
+            let name = domain.strip_suffix(".*").unwrap_or(domain);
+            let fits =
+                !name.is_empty() && !name.contains(['@', '*', ' ']) && (name != domain || name.contains('.'));
+            if !fits {
+                let message = format!(
+                    "\"{domain}\" matches no domain: write `gmail.com`, or `yahoo.*` for every yahoo"
+                );
+                self.problem("mapping.free_mail_domains", &message);
+            }
         }
         let lead = RecordRules {
             fields: self.rules(
@@ -82,7 +95,10 @@ impl Reader<'_> {
     }
 
     fn rule(&mut self, path: &str) -> Option<Rule> {
-        let source = self.source(path, &RULE)?;
+        let source = self.source(path, "from", &RULE)?;
+        let has_more = leaf(self.settings, &join(path, "or_on_create")).is_some();
+        let or_on_create =
+            if has_more { self.source(path, "or_on_create", &RULE)? } else { Source::default() };
         let write = match leaf(self.settings, &join(path, "write")).map(|value| value.clone().try_into()) {
             None => WriteRule::default(),
             Some(Ok(write)) => write,
@@ -91,16 +107,17 @@ impl Reader<'_> {
                 return None;
             }
         };
-        Some(Rule { source, write })
+        Some(Rule { source, write, or_on_create })
     }
 
     /// Where an id comes from. It is always written: the record is found by it.
     fn id_source(&mut self, path: &str) -> Source {
-        let known: Vec<&str> = RULE.into_iter().filter(|key| *key != "write").collect();
-        self.source(path, &known).unwrap_or_default()
+        let known: Vec<&str> = RULE.into_iter().filter(|key| !WRITING.contains(key)).collect();
+        self.source(path, "from", &known).unwrap_or_default()
     }
 
-    fn source(&mut self, path: &str, known: &[&str]) -> Option<Source> {
+    /// The alternatives a rule has under `key`, with what it does to values.
+    fn source(&mut self, path: &str, key: &str, known: &[&str]) -> Option<Source> {
         let rule = leaf(self.settings, path).and_then(Value::as_table);
         for key in rule.into_iter().flat_map(Table::keys) {
             if !known.contains(&key.as_str()) {
@@ -110,9 +127,9 @@ impl Reader<'_> {
                 });
             }
         }
-        let from = join(path, "from");
-        let Some(alternatives) = rule.and_then(|rule| rule.get("from")).and_then(Value::as_array) else {
-            self.problem(path, "must be a table like `{ from = [\"$.traits.title\"] }`");
+        let from = join(path, key);
+        let Some(alternatives) = rule.and_then(|rule| rule.get(key)).and_then(Value::as_array) else {
+            self.problem(path, &format!("must be a table like `{{ {key} = [\"$.traits.title\"] }}`"));
             return None;
         };
         let alternatives: Vec<_> = alternatives

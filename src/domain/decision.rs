@@ -3,8 +3,6 @@
 //! The same record feeds the log line and the dead-letter header, as [`Decision::summary`], which has
 //! nothing personal in it, and `close-sync plan`, which shows it whole.
 
-use std::fmt::Write as _;
-
 use serde_json::Value;
 
 use super::mapping::Mapping;
@@ -14,6 +12,8 @@ use super::values::Dropped;
 
 /// Longest summary, in characters: it travels in a header.
 const MAX_SUMMARY: usize = 1000;
+/// Most candidates in it.
+const MAX_CANDIDATES: usize = 5;
 
 /// One message: what was asked, what was believed, which rule decided, what follows from it.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -90,16 +90,20 @@ impl Decision {
                 parts.push(format!("{title}: {}", items.join(", ")));
             }
         };
-        part(
-            "candidates",
-            self.candidates.iter().map(|c| format!("{} {}", c.id, c.verdict.label())).collect(),
-        );
         part("steps", self.plan.records.iter().filter_map(step).collect());
         part("refused", self.plan.refused.iter().map(|refusal| refusal.label().to_owned()).collect());
         part("dropped", self.dropped.iter().map(|d| format!("{} {}", d.field, d.reason.label())).collect());
-        let mut summary = parts.join("; ");
-        let _ = write!(summary, "; calls: {}", self.calls);
-        summary.chars().take(MAX_SUMMARY).collect()
+        parts.push(format!("calls: {}", self.calls));
+        // Last: there may be many, and what does not fit is cut.
+        let mut candidates: Vec<String> =
+            self.candidates.iter().map(|c| format!("{} {}", c.id, c.verdict.label())).collect();
+        let more = candidates.len().saturating_sub(MAX_CANDIDATES);
+        candidates.truncate(MAX_CANDIDATES);
+        candidates.extend((more > 0).then(|| format!("and {more} more")));
+        if !candidates.is_empty() {
+            parts.push(format!("candidates: {}", candidates.join(", ")));
+        }
+        parts.join("; ").chars().take(MAX_SUMMARY).collect()
     }
 }
 
@@ -114,11 +118,14 @@ pub fn change(field: &FieldPlan, mapping: &Mapping) -> String {
         (FieldVerdict::Appended, Some(before)) => format!("{before} + {wanted}"),
         (FieldVerdict::Appended, None) => format!("+ {wanted}"),
         (FieldVerdict::Same, _) => format!("{wanted} already"),
-        (FieldVerdict::NotEmpty, before) => format!("{} stays (if_empty)", before.unwrap_or_default()),
+        (FieldVerdict::NotEmpty, before) => {
+            format!("{} stays (if_empty), not {wanted}", before.unwrap_or_default())
+        }
         (FieldVerdict::OnlyOnCreate, before) => {
-            format!("{} stays (on_create)", before.unwrap_or_else(|| "empty".into()))
+            format!("{} stays (on_create), not {wanted}", before.unwrap_or_else(|| "empty".into()))
         }
         (FieldVerdict::ListFull, _) => format!("{wanted} has no room: the list is full"),
+        (FieldVerdict::Refused, _) => format!("{wanted} was refused by Close"),
     }
 }
 

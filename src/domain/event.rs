@@ -182,7 +182,11 @@ pub fn split(text: &[u8]) -> Vec<Vec<u8>> {
         // One per line; a line that is no JSON is a malformed event and will be shown as such.
         Err(_) => {
             let lines = text.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
-            lines.filter(|line| !line.is_empty()).map(<[u8]>::to_vec).collect()
+            let lines: Vec<&[u8]> = lines.filter(|line| !line.is_empty()).collect();
+            let is_object = |line: &&[u8]| serde_json::from_slice::<Map<String, Value>>(line).is_ok();
+            // Unless none of them is: then it is one event over several lines, with a mistake in it.
+            let whole = lines.len() > 1 && !lines.iter().any(is_object);
+            if whole { vec![text.to_vec()] } else { lines.into_iter().map(<[u8]>::to_vec).collect() }
         }
     }
 }
@@ -196,6 +200,23 @@ mod tests {
 
     fn event(body: Value) -> Event {
         Event::decode(body.to_string().as_bytes(), 1 << 20).unwrap()
+    }
+
+    #[test]
+    fn a_text_is_one_event_or_a_list_or_lines() {
+        let cases: [(&str, &[&str]); 6] = [
+            ("{\"a\":1}", &["{\"a\":1}"]),
+            ("[{\"a\":1}, {}]", &["{\"a\":1}", "{}"]),
+            ("{}\n\n{\"a\":1}\n", &["{}", "{\"a\":1}"]),
+            ("{}\nnonsense\n", &["{}", "nonsense"]),
+            ("{\n  \"a\": 1,\n}\n", &["{\n  \"a\": 1,\n}\n"]),
+            ("\n", &[]),
+        ];
+        for (text, events) in cases {
+            let split: Vec<String> =
+                split(text.as_bytes()).into_iter().map(|event| String::from_utf8(event).unwrap()).collect();
+            assert_eq!(split, events, "{text}");
+        }
     }
 
     #[test]

@@ -10,7 +10,9 @@
 //! compared without outer blanks and case; a plus tag makes another address. A company is found by its
 //! id alone, so a `company` that is plain text is a name and no more. An event without user id and
 //! email is anonymous: a dead letter, or skipped, as configured. An event whose only identity is an
-//! email that is none is always a dead letter: its producer has a defect.
+//! email that is none, or a user id that is a list, is always a dead letter: its producer has a defect.
+//! So has one whose company id cannot be used; what it says about the company then goes into new Leads
+//! only, as there is no telling whose name that would be.
 //!
 //! **A field that Close does not have** costs its values, reported as `unknown_field`, and not the
 //! sync: someone may delete a field while we run. Only the lookup fields are beyond sparing.
@@ -28,7 +30,11 @@ use super::event::{Event, NotForClose};
 use super::record::{Channel, Field, FieldId, fold_email};
 use super::schema::{CustomField, Dangling, FieldKind, FieldRef, Schema, Status, User};
 use super::source::{self, Picked, Source};
-use super::values::{self, DropReason, Dropped};
+use super::values::{self, DropReason, Dropped, Unfit};
+
+/// What an unusable id is reported as.
+const COMPANY_ID: &str = "company_id";
+const USER_ID: &str = "user_id";
 
 /// When a wanted value may be written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
@@ -50,6 +56,19 @@ pub struct Rule {
     pub source: Source,
     /// When it may be written.
     pub write: WriteRule,
+    /// Where else it comes from for a record that has to be made: better than nothing, and no reason to
+    /// change what a record has.
+    pub or_on_create: Source,
+}
+
+impl Rule {
+    /// What it finds in an event, and when that may be written.
+    fn pick(&self, event: &Event) -> (Picked, WriteRule) {
+        match self.source.pick(event) {
+            Picked::Nothing => (self.or_on_create.pick(event), WriteRule::OnCreate),
+            found => (found, self.write),
+        }
+    }
 }
 
 /// A condition on the event.
@@ -62,6 +81,9 @@ impl Trigger {
     /// # Errors
     /// What is wrong with it, in words for the person who wrote it.
     pub fn parse(text: &str) -> Result<Self, String> {
+        if speaks_of_parts(text) {
+            return Err(format!("`{text}` speaks of a part of the event: write `$` for the event, not `@`"));
+        }
         // A filter needs something to filter: it selects every part of an event for which it holds, so
         // all of them or none when it speaks of the event as a whole.
         source::path(&format!("$[?{text}]"))
@@ -75,6 +97,22 @@ impl Trigger {
         let body = if empty { &json!({"": null}) } else { &event.body };
         !source::nodes(&self.0, body).is_empty()
     }
+}
+
+/// Whether a condition says `@` outside of the brackets of a filter within it, where `@` is a part of the
+/// event and not the event: `@.type == 'identify'` is easily written and never holds.
+fn speaks_of_parts(condition: &str) -> bool {
+    let (mut depth, mut quote) = (0_usize, None);
+    condition.chars().any(|c| {
+        match (quote, c) {
+            (Some(open), _) => quote = quote.filter(|_| c != open),
+            (None, '\'' | '"') => quote = Some(c),
+            (None, '[') => depth += 1,
+            (None, ']') => depth = depth.saturating_sub(1),
+            (None, _) => {}
+        }
+        c == '@' && quote.is_none() && depth == 0
+    })
 }
 
 /// What becomes of an event that names nobody.
@@ -205,13 +243,37 @@ fn suggest(similar: &[String]) -> String {
     if similar.is_empty() { String::new() } else { format!(" (of type text are: {})", similar.join(", ")) }
 }
 
-/// A rule whose custom field is not there: its values are left out.
+/// A rule with a constant its field does not take.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Misfit {
+    /// The key of the configuration.
+    pub setting: String,
+    /// The constant.
+    pub value: Value,
+    /// Why.
+    pub reason: DropReason,
+    /// What the field takes, if that can be listed.
+    pub choices: Vec<String>,
+}
+
+/// A rule that has no custom field of its own: its values are left out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unknown {
     /// The key of the configuration, `mapping.lead.custom.Plan`.
     pub setting: String,
     /// Why.
-    pub reason: Dangling,
+    pub reason: NoField,
+}
+
+/// Why a rule has no custom field of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoField {
+    /// Its name leads to none.
+    #[error(transparent)]
+    Dangling(#[from] Dangling),
+    /// Two rules name one field, by its id and by its name.
+    #[error("another rule fills the same custom field: remove one of them")]
+    Taken,
 }
 
 /// The words of the configuration for one kind of record.
@@ -323,13 +385,17 @@ impl RecordRules {
         });
         let mut targets: Vec<Target> = plain.collect();
         for (reference, rule) in &self.custom {
+            let mut leads_nowhere = |reason: NoField| {
+                let setting = format!("{}.{}", words.table, reference.as_str());
+                unknown.push(Unknown { setting, reason });
+                (FieldId::new(reference.as_str()), Takes::Nothing)
+            };
             let (id, takes) = match reference.find(fields) {
-                Ok(field) => (field.id.clone(), Takes::Custom(field.clone())),
-                Err(reason) => {
-                    let setting = format!("{}.{}", words.table, reference.as_str());
-                    unknown.push(Unknown { setting, reason });
-                    (FieldId::new(reference.as_str()), Takes::Nothing)
+                Ok(field) if targets.iter().any(|target| target.field == Field::Custom(field.id.clone())) => {
+                    leads_nowhere(NoField::Taken)
                 }
+                Ok(field) => (field.id.clone(), Takes::Custom(field.clone())),
+                Err(dangling) => leads_nowhere(dangling.into()),
             };
             targets.push(Target { field: Field::Custom(id), takes, rule: rule.clone() });
         }
@@ -402,10 +468,19 @@ pub enum Key {
 }
 
 impl Identity {
+    /// The key the user id makes.
+    pub fn user(&self) -> Option<Key> {
+        self.user_id.clone().map(Key::User)
+    }
+
+    /// The key the email makes.
+    pub fn email(&self) -> Option<Key> {
+        self.email.clone().map(Key::Email)
+    }
+
     /// The keys of the person: user id first, as it decides before the email.
     pub fn person(&self) -> impl Iterator<Item = Key> {
-        let user = self.user_id.clone().map(Key::User);
-        user.into_iter().chain(self.email.clone().map(Key::Email))
+        self.user().into_iter().chain(self.email())
     }
 
     /// All keys.
@@ -466,6 +541,9 @@ pub enum NoIdentity {
     /// There is an email that is none, and no user id.
     #[error("the event has no user id, and its email is no email address")]
     BadEmail,
+    /// There is a user id that cannot be used, and no email.
+    #[error("the event has no email, and its user id is no text or whole number")]
+    BadUserId,
 }
 
 impl Mapping {
@@ -487,6 +565,47 @@ impl Mapping {
             custom.map(|field| (format!("{table}.{}", field.id), field)).collect::<Vec<_>>()
         };
         of(&self.lead, LEAD.table).into_iter().chain(of(&self.contact, CONTACT.table))
+    }
+
+    /// Constants of the rules that their fields do not take: every event would lose them.
+    pub fn misfits(&self) -> Vec<Misfit> {
+        let of = |targets: &[Target], table: &str| {
+            let mut misfits = Vec::new();
+            for Target { field, takes, rule } in targets {
+                let constants = rule.source.constants().chain(rule.or_on_create.constants());
+                for value in constants {
+                    let (_, Some((reason, _))) = self.read(takes, std::slice::from_ref(value)) else {
+                        continue;
+                    };
+                    let key = field.to_string().replacen("custom.", "", 1);
+                    let table = if matches!(field, Field::Custom(_)) {
+                        format!("{table}.custom")
+                    } else {
+                        table.into()
+                    };
+                    let setting = format!("{table}.{key}");
+                    misfits.push(Misfit {
+                        setting,
+                        value: value.clone(),
+                        reason,
+                        choices: takes.choices(&self.users),
+                    });
+                }
+            }
+            misfits
+        };
+        // A field that is not there is told of already.
+        let mut misfits = of(&self.lead, "mapping.lead");
+        misfits.extend(of(&self.contact, "mapping.contact"));
+        misfits.retain(|misfit| misfit.reason != DropReason::UnknownField);
+        misfits
+    }
+
+    /// What a field takes, given the key Close has for it, if that can be listed.
+    pub fn choices(&self, key: &str) -> Vec<String> {
+        let targets = self.lead.iter().chain(&self.contact);
+        let mut targets = targets.filter(|target| target.field.to_string() == key);
+        targets.next().map(|target| target.takes.choices(&self.users)).unwrap_or_default()
     }
 
     /// What becomes of events that name nobody.
@@ -542,16 +661,23 @@ impl Mapping {
                 Channel::Phone => values::phone,
                 Channel::Url => values::url,
             };
-            let text = pick(&rule.source, event, read);
-            if let Some(text) = noted(text, channel.list(), &mut desired.dropped) {
-                desired.channels.insert(channel, Wanted { value: text.into(), write: rule.write });
+            let (found, write) = rule.pick(event);
+            if let Some(text) = usable(found, channel.list(), read, &mut desired.dropped) {
+                desired.channels.insert(channel, Wanted { value: text.into(), write });
             }
         }
 
         let email = desired.channels.get(&Channel::Email).and_then(|wanted| wanted.value.as_str());
         let email = email.map(fold_email);
-        let company_id = noted(pick(&lead.id, event, values::id), "company_id", &mut desired.dropped);
-        let user_id = noted(pick(&contact.id, event, values::id), "user_id", &mut desired.dropped);
+        let mut id =
+            |source: &Source, name| usable(source.pick(event), name, values::id, &mut desired.dropped);
+        let (company_id, user_id) = (id(&lead.id, COMPANY_ID), id(&contact.id, USER_ID));
+        let lost = |name: &str| desired.dropped.iter().any(|dropped| dropped.field == name);
+        let (lost_company_id, lost_user_id, lost_email) =
+            (lost(COMPANY_ID), lost(USER_ID), lost(Channel::Email.list()));
+        if lost_company_id && self.keys.company.is_some() {
+            desired.lead.values_mut().for_each(|wanted| wanted.write = WriteRule::OnCreate);
+        }
         let has_user_id = user_id.is_some();
         desired.identity = Identity {
             company_id: self
@@ -563,11 +689,11 @@ impl Mapping {
             email,
         };
         if desired.identity.user_id.is_none() && desired.identity.email.is_none() {
-            let bad_email = desired.dropped.iter().any(|dropped| dropped.field == Channel::Email.list());
-            return Err(match (has_user_id, bad_email) {
-                (true, _) => NoIdentity::NoUserField,
-                (false, true) => NoIdentity::BadEmail,
-                (false, false) => NoIdentity::Anonymous,
+            return Err(match () {
+                () if has_user_id => NoIdentity::NoUserField,
+                () if lost_user_id => NoIdentity::BadUserId,
+                () if lost_email => NoIdentity::BadEmail,
+                () => NoIdentity::Anonymous,
             });
         }
         name_new_leads(&mut desired, &self.rules.free_mail);
@@ -575,47 +701,67 @@ impl Mapping {
     }
 
     fn take(&self, target: &Target, event: &Event, dropped: &mut Vec<Dropped>) -> Option<Wanted> {
-        let source = &target.rule.source;
-        let value = match &target.takes {
-            Takes::Line => pick(source, event, values::line),
-            Takes::Text => pick(source, event, values::long_text),
-            Takes::Status(statuses) => pick(source, event, |found| values::status(found, statuses)),
-            Takes::Nothing => pick(source, event, |_| Err(DropReason::UnknownField)),
-            Takes::Custom(field) => pick(source, event, |found| {
-                let (value, reason) = values::custom(found, field, &self.users);
-                if let (Some(_), Some(reason)) = (&value, reason) {
-                    dropped.push(Dropped { field: target.field.to_string(), reason });
-                }
-                value.ok_or(reason.unwrap_or(DropReason::NotAValue))
-            }),
+        let (found, write) = target.rule.pick(event);
+        let (value, unfit) = match found {
+            Picked::Nothing => return None,
+            Picked::Object => (None, Some((DropReason::NotAValue, None))),
+            Picked::Values(found) => self.read(&target.takes, &found),
         };
-        let value = noted(value, &target.field.to_string(), dropped)?;
-        Some(Wanted { value, write: target.rule.write })
+        dropped.extend(unfit.map(|unfit| left_out(&target.field.to_string(), unfit)));
+        Some(Wanted { value: value?, write })
     }
-}
 
-/// What a source finds in an event, as the field takes it. `None`: the event says nothing about it.
-fn pick<T>(
-    source: &Source,
-    event: &Event,
-    read: impl FnOnce(&[Value]) -> Result<T, DropReason>,
-) -> Option<Result<T, DropReason>> {
-    match source.pick(event) {
-        Picked::Nothing => None,
-        Picked::Object => Some(Err(DropReason::NotAValue)),
-        Picked::Values(found) => Some(read(&found)),
-    }
-}
-
-/// Notes what cannot be used.
-fn noted<T>(value: Option<Result<T, DropReason>>, field: &str, dropped: &mut Vec<Dropped>) -> Option<T> {
-    match value? {
-        Ok(value) => Some(value),
-        Err(reason) => {
-            dropped.push(Dropped { field: field.to_owned(), reason });
-            None
+    /// What a field takes of values; of a list, perhaps a part.
+    fn read(&self, takes: &Takes, found: &[Value]) -> (Option<Value>, Option<Unfit>) {
+        let whole = match takes {
+            Takes::Line => values::line(found),
+            Takes::Text => values::long_text(found),
+            Takes::Status(statuses) => values::status(found, statuses),
+            Takes::Nothing => Err(DropReason::UnknownField),
+            Takes::Custom(field) => return values::custom(found, field, &self.users),
+        };
+        match whole {
+            Ok(value) => (Some(value), None),
+            Err(reason) => (None, Some((reason, found.first().cloned()))),
         }
     }
+}
+
+impl Takes {
+    /// All it takes, if that can be listed.
+    fn choices(&self, users: &[User]) -> Vec<String> {
+        match self {
+            Self::Status(statuses) => statuses.iter().map(|status| status.label.clone()).collect(),
+            Self::Custom(CustomField { kind: FieldKind::Choices(choices), .. }) => choices.clone(),
+            Self::Custom(CustomField { kind: FieldKind::User, .. }) => {
+                users.iter().map(|user| user.name.clone()).collect()
+            }
+            Self::Custom(_) | Self::Line | Self::Text | Self::Nothing => Vec::new(),
+        }
+    }
+}
+
+/// What can be used of what was found, noting what cannot. `None` also when the event says nothing.
+fn usable<T>(
+    found: Picked,
+    field: &str,
+    read: impl FnOnce(&[Value]) -> Result<T, DropReason>,
+    dropped: &mut Vec<Dropped>,
+) -> Option<T> {
+    let unfit = match found {
+        Picked::Nothing => return None,
+        Picked::Object => (DropReason::NotAValue, None),
+        Picked::Values(found) => match read(&found) {
+            Ok(value) => return Some(value),
+            Err(reason) => (reason, found.into_iter().next()),
+        },
+    };
+    dropped.push(left_out(field, unfit));
+    None
+}
+
+fn left_out(field: &str, (reason, value): Unfit) -> Dropped {
+    Dropped { field: field.to_owned(), reason, value }
 }
 
 /// An id the record is found by is also stored on it. Always text: a text field refuses numbers
@@ -649,7 +795,7 @@ pub(crate) mod tests {
     use crate::domain::source::Alternative;
 
     fn rule(paths: &[&str]) -> Rule {
-        Rule { source: source(paths), write: WriteRule::Always }
+        Rule { source: source(paths), write: WriteRule::Always, or_on_create: Source::default() }
     }
 
     fn source(paths: &[&str]) -> Source {
@@ -867,7 +1013,11 @@ pub(crate) mod tests {
         let desired = rules().resolve(&fewer).unwrap().apply(&event).unwrap();
         assert_eq!(
             desired.dropped,
-            [Dropped { field: "custom.Plan".into(), reason: DropReason::UnknownField }]
+            [Dropped {
+                field: "custom.Plan".into(),
+                reason: DropReason::UnknownField,
+                value: Some(json!("pro")),
+            }]
         );
     }
 

@@ -185,6 +185,12 @@ pub struct FieldPlan {
     pub verdict: FieldVerdict,
 }
 
+impl FieldPlan {
+    fn dropped(&self, reason: DropReason) -> Dropped {
+        Dropped { field: self.field.clone(), reason, value: Some(self.wanted.clone()) }
+    }
+}
+
 /// What is done with one field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FieldVerdict {
@@ -200,6 +206,8 @@ pub enum FieldVerdict {
     OnlyOnCreate,
     /// The list holds as many entries as Close takes.
     ListFull,
+    /// Close refused the value; the rest was written without it.
+    Refused,
 }
 
 impl FieldVerdict {
@@ -212,6 +220,7 @@ impl FieldVerdict {
             Self::NotEmpty => "not_empty",
             Self::OnlyOnCreate => "only_on_create",
             Self::ListFull => "list_full",
+            Self::Refused => "refused_by_close",
         }
     }
 }
@@ -245,9 +254,23 @@ impl Plan {
 
     /// Values that have no room in Close.
     pub fn dropped(&self) -> impl Iterator<Item = Dropped> {
-        let full = self.records.iter().flat_map(|record| &record.fields);
-        full.filter(|field| field.verdict == FieldVerdict::ListFull)
-            .map(|field| Dropped { field: field.field.clone(), reason: DropReason::ListFull })
+        let fields = self.records.iter().flat_map(|record| &record.fields);
+        let full = fields.filter(|field| field.verdict == FieldVerdict::ListFull);
+        full.map(|field| field.dropped(DropReason::ListFull))
+    }
+
+    /// Notes that Close refused values, and tells which.
+    pub fn refuse(&mut self, spared: &[Spared]) -> Vec<Dropped> {
+        let mut dropped = Vec::new();
+        for Spared { record, field } in spared {
+            let records = self.records.iter_mut().filter(|plan| plan.record == *record);
+            let fields = records.flat_map(|record| &mut record.fields);
+            for plan in fields.filter(|plan| plan.field == *field) {
+                plan.verdict = FieldVerdict::Refused;
+                dropped.push(plan.dropped(DropReason::Refused));
+            }
+        }
+        dropped
     }
 }
 
@@ -428,33 +451,80 @@ fn contact_changes(desired: &Desired, contact: Option<&Contact>) -> (ContactValu
     (ContactValues { fields, lists }, plans)
 }
 
+/// A value Close refused, taken out of a step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Spared {
+    /// The record it was meant for.
+    pub record: RecordRef,
+    /// The field, by the key Close has for it.
+    pub field: String,
+}
+
 impl Step {
-    /// Takes out the value Close refused, so that the rest can still be written. `path` is the way
-    /// to it in Close's `field-errors`, `["contacts", "0", "phones", "0", "phone"]` (close-api.md
-    /// §3). `None` when the value cannot be spared: an id records are found by, the only identity of
-    /// a new Contact, or nothing of ours.
-    pub fn without(&self, path: &[String], desired: &Desired, keys: &KeyFields) -> Option<(Self, Dropped)> {
+    /// Takes out what Close refused, so that the rest can still be written. `paths` are the ways to it in
+    /// Close's `field-errors`, `["contacts", "0", "phones", "0", "phone"]` (close-api.md §3); several may
+    /// lead to one field. `None` when something cannot be spared: an id records are found by, the only
+    /// identity of a new Contact, or nothing of ours.
+    pub fn spare<'a>(
+        &self,
+        paths: impl IntoIterator<Item = &'a [String]>,
+        desired: &Desired,
+        keys: &KeyFields,
+    ) -> Option<(Self, Vec<Spared>)> {
         let mut step = self.clone();
-        let inner: Vec<&str> = path.iter().map(String::as_str).collect();
-        let name = match (&mut step, inner.as_slice()) {
-            (Self::CreateLead { contact: Some(contact), .. }, ["contacts", _, name, ..]) => {
-                contact.spare(name, true, desired)?
+        let mut spared: Vec<Spared> = Vec::new();
+        for path in paths {
+            let (record, name) = self.refers(path)?;
+            let field = if name == "status" { "status_id" } else { name };
+            if spared.iter().any(|spared| spared.record == record && spared.field == field) {
+                continue;
             }
-            (Self::CreateContact { contact, .. }, [name, ..]) => contact.spare(name, true, desired)?,
-            (Self::UpdateContact { changes, .. }, [name, ..]) => changes.spare(name, false, desired)?,
-            (
-                Self::CreateLead { lead: fields, .. } | Self::UpdateLead { changes: fields, .. },
-                [name, ..],
-            ) => remove(fields, name)?,
-            (_, []) => return None,
-        };
-        let key = |field: &Option<super::record::FieldId>| {
-            field.as_ref().is_some_and(|id| Field::Custom(id.clone()).to_string() == name)
-        };
-        if key(&keys.company) || key(&keys.user) {
-            return None;
+            let is_key = [&keys.company, &keys.user]
+                .into_iter()
+                .flatten()
+                .any(|id| Field::Custom(id.clone()).to_string() == field);
+            let only_identity =
+                self.creates() && field == Channel::Email.list() && desired.identity.user_id.is_none();
+            if is_key || only_identity || !step.remove(&record, field) {
+                return None;
+            }
+            spared.push(Spared { record, field: field.to_owned() });
         }
-        Some((step, Dropped { field: name, reason: DropReason::Refused }))
+        (!spared.is_empty()).then_some((step, spared))
+    }
+
+    /// The record and the name in it that a path of Close's leads to.
+    fn refers<'a>(&self, path: &'a [String]) -> Option<(RecordRef, &'a str)> {
+        let (first, rest) = path.split_first()?;
+        let record = match self {
+            Self::CreateLead { contact: Some(_), .. } if first == "contacts" => {
+                return Some((RecordRef::NewContact(None), rest.get(1)?));
+            }
+            Self::CreateLead { .. } => RecordRef::NewLead,
+            Self::CreateContact { lead, .. } => RecordRef::NewContact(Some(lead.clone())),
+            Self::UpdateLead { id, .. } => RecordRef::Lead(id.clone()),
+            Self::UpdateContact { id, .. } => RecordRef::Contact(id.clone()),
+        };
+        Some((record, first))
+    }
+
+    /// Removes a field or list; tells whether it was there.
+    fn remove(&mut self, record: &RecordRef, name: &str) -> bool {
+        let (fields, lists) = match (self, record) {
+            (Self::CreateLead { contact: Some(contact), .. }, RecordRef::NewContact(_))
+            | (Self::CreateContact { contact, .. } | Self::UpdateContact { changes: contact, .. }, _) => {
+                (&mut contact.fields, Some(&mut contact.lists))
+            }
+            (Self::CreateLead { lead: fields, .. } | Self::UpdateLead { changes: fields, .. }, _) => {
+                (fields, None)
+            }
+        };
+        let channel = Channel::ALL.into_iter().find(|channel| channel.list() == name);
+        if let Some((channel, lists)) = channel.zip(lists) {
+            return lists.remove(&channel).is_some();
+        }
+        let field = fields.keys().find(|field| field.to_string() == name).cloned();
+        field.is_some_and(|field| fields.remove(&field).is_some())
     }
 
     /// Whether nothing is left to write.
@@ -465,27 +535,6 @@ impl Step {
             Self::UpdateContact { changes, .. } => changes.is_empty(),
         }
     }
-}
-
-impl ContactValues {
-    fn spare(&mut self, name: &str, is_new: bool, desired: &Desired) -> Option<String> {
-        let Some(channel) = Channel::ALL.into_iter().find(|channel| channel.list() == name) else {
-            return remove(&mut self.fields, name);
-        };
-        let only_identity = is_new && channel == Channel::Email && desired.identity.user_id.is_none();
-        if only_identity {
-            return None;
-        }
-        self.lists.remove(&channel).map(|_| channel.to_string())
-    }
-}
-
-/// Removes a field by the key Close used for it; an unknown status is reported as `status`, whatever
-/// was sent (close-api.md §3).
-fn remove(fields: &mut Fields, name: &str) -> Option<String> {
-    let name = if name == "status" { "status_id" } else { name };
-    let field = fields.keys().find(|field| field.to_string() == name)?.clone();
-    fields.remove(&field).map(|_| field.to_string())
 }
 
 #[cfg(test)]
@@ -639,22 +688,30 @@ mod tests {
     fn a_refused_value_is_spared_unless_it_is_an_identity() {
         let desired = event();
         let create = &plan(&desired, &Found::Nobody, Switches::default()).steps[0];
-        let without = |path: &str| {
-            let path: Vec<_> = path.split(' ').map(str::to_owned).collect();
-            create.without(&path, &desired, &keys()).map(|(_, dropped)| dropped.field)
+        let without = |create: &Step, desired: &Desired, paths: &[&str]| {
+            let paths: Vec<Vec<String>> =
+                paths.iter().map(|path| path.split(' ').map(str::to_owned).collect()).collect();
+            let (_, spared) = create.spare(paths.iter().map(Vec::as_slice), desired, &keys())?;
+            Some(spared.into_iter().map(|spared| spared.field).collect::<Vec<_>>().join(" "))
         };
-        assert_eq!(without("contacts 0 phones 0 phone").as_deref(), Some("phones"));
-        assert_eq!(without("contacts 0 emails 0 email").as_deref(), Some("emails"));
-        assert_eq!(without("custom.cf_plan").as_deref(), Some("custom.cf_plan"));
-        assert_eq!(without("custom.cf_company"), None);
-        assert_eq!(without("contacts 0 custom.cf_user"), None);
-        assert_eq!(without("lead"), None);
+        let cases: [(&[&str], _); 9] = [
+            (&["contacts 0 phones 0 phone"], Some("phones")),
+            (&["contacts 0 emails 0 email"], Some("emails")),
+            (&["custom.cf_plan"], Some("custom.cf_plan")),
+            (&["contacts 0 phones 0 phone", "name", "contacts 0 phones 1 phone"], Some("phones name")),
+            (&["name", "contacts 0 name"], Some("name name")),
+            (&["name", "custom.cf_company"], None),
+            (&["contacts 0 custom.cf_user"], None),
+            (&["lead"], None),
+            (&[], None),
+        ];
+        for (paths, spared) in cases {
+            assert_eq!(without(create, &desired, paths).as_deref(), spared, "{paths:?}");
+        }
 
         let by_email = self::desired(json!({"traits": {"email": "jane@example.test"}}));
         let create = &plan(&by_email, &Found::Nobody, Switches::default()).steps[0];
-        assert!(
-            create.without(&["contacts".into(), "0".into(), "emails".into()], &by_email, &keys()).is_none()
-        );
+        assert_eq!(without(create, &by_email, &["contacts 0 emails"]), None);
     }
 
     /// Carries out a plan the way Close would.

@@ -200,23 +200,29 @@ fn clean(text: &str) -> String {
 }
 
 /// A single value as text; lists and objects have none. A whole number has no decimals, however the
-/// producer wrote it: an id that is 42 in one event and 42.0 in another is one id.
+/// producer wrote it: an id that is 42 in one event and 42.0 in another is one id. A number beyond what
+/// is kept exactly has no text: two ids of 21 digits, sent as numbers, would become the same.
 pub(super) fn text(value: &Value) -> Option<String> {
     match value {
         Value::String(text) => Some(clean(text)).filter(|text| !text.is_empty()),
-        Value::Number(number) => Some(match whole(number) {
-            Some(whole) => whole.to_string(),
-            None => number.to_string(),
-        }),
+        Value::Number(number) => match whole(number) {
+            Some(whole) => Some(whole.to_string()),
+            None => is_exact(number).then(|| number.to_string()),
+        },
         Value::Bool(flag) => Some(flag.to_string()),
         Value::Null | Value::Array(_) | Value::Object(_) => None,
     }
 }
 
+/// 2^53: every whole number up to here is a float of its own.
+const EXACT: f64 = 9_007_199_254_740_992.0;
+
+fn is_exact(number: &serde_json::Number) -> bool {
+    number.is_u64() || number.as_f64().is_some_and(|float| float.abs() <= EXACT)
+}
+
 /// The number without decimals, if it is whole and small enough to be sure of it.
 pub(super) fn whole(number: &serde_json::Number) -> Option<i64> {
-    /// 2^53: every whole number up to here is a float of its own.
-    const EXACT: f64 = 9_007_199_254_740_992.0;
     number.as_i64().or_else(|| {
         let float = number.as_f64()?;
         #[expect(clippy::cast_possible_truncation, reason = "whole and within range")]
@@ -242,6 +248,18 @@ impl Source {
     pub fn translated(mut self, values: BTreeMap<String, Value>) -> Self {
         self.values = values;
         self
+    }
+
+    /// The values it may give whatever the event says: constants, and what values are replaced with.
+    pub fn constants(&self) -> impl Iterator<Item = &Value> {
+        let constants = self.alternatives.iter().filter_map(|alternative| match &alternative.0 {
+            Form::Constant(value) => Some(value),
+            Form::Path(_) | Form::Template(_) => None,
+        });
+        // A constant that is replaced is only a key.
+        constants
+            .filter(|value| text(value).is_none_or(|text| !self.values.contains_key(&text)))
+            .chain(self.values.values())
     }
 
     /// What the event says.

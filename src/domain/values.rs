@@ -9,7 +9,7 @@
 //! | --- | --- |
 //! | text | text; numbers and booleans as text |
 //! | number | numbers; text that is one; true as 1, false as 0 |
-//! | date | `2026-01-31`; a moment's day as it was written; seconds or milliseconds since 1970 |
+//! | date | `2026-01-31`; a moment's day as it was written; seconds or milliseconds since 1970, from 1973 on |
 //! | datetime | RFC 3339, UTC without an offset; a day's midnight; seconds or milliseconds since 1970 |
 //! | choices | a choice, in any case; true and false as `true`/`yes` and `false`/`no`, whichever is a choice |
 //! | user | the id, full name or email of a member |
@@ -30,13 +30,18 @@ pub const MAX_TEXT: usize = 1000;
 const MAX_EMAIL: usize = 254;
 
 /// A mapped value that was left out.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Dropped {
     /// The field of Close it was meant for, `custom.cf_…`.
     pub field: String,
     /// Why.
     pub reason: DropReason,
+    /// What was left out, for eyes that may see it. None when it was an object.
+    pub value: Option<Value>,
 }
+
+/// Why a field does not take a value, and which it was: of a list, the first item that does not fit.
+pub type Unfit = (DropReason, Option<Value>);
 
 /// Why a value was left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -45,13 +50,13 @@ pub enum DropReason {
     NotAValue,
     /// No email address.
     InvalidEmail,
-    /// A phone without a digit.
+    /// A phone without a digit, with letters, or too long.
     InvalidPhone,
     /// Nothing a URL can be made of.
     InvalidUrl,
     /// No number.
     NotANumber,
-    /// No date.
+    /// No date, or a number too far from today to be one.
     NotADate,
     /// None of the field's choices, or no lead status.
     NotAChoice,
@@ -101,6 +106,24 @@ impl DropReason {
             Self::Refused => "refused_by_close",
         }
     }
+
+    /// The reason in words.
+    pub fn words(self) -> &'static str {
+        match self {
+            Self::NotAValue => "a single value is needed",
+            Self::InvalidEmail => "no email address",
+            Self::InvalidPhone => "no phone number",
+            Self::InvalidUrl => "no web page",
+            Self::NotANumber => "no number",
+            Self::NotADate => "no date",
+            Self::NotAChoice => "none of the choices",
+            Self::NoSuchUser => "no user of the Close organization",
+            Self::NotAnId => "no id of such a record",
+            Self::UnknownField => "Close has no such field",
+            Self::ListFull => "the Contact's list is full",
+            Self::Refused => "Close refused it",
+        }
+    }
 }
 
 impl serde::Serialize for DropReason {
@@ -114,8 +137,11 @@ fn one(values: &[Value]) -> Result<String, DropReason> {
     values.first().and_then(text).ok_or(DropReason::NotAValue)
 }
 
-/// A name or title: one line, cut to what Close takes.
+/// A name or title: one line, cut to what Close takes. A boolean is a defect and nobody's name.
 pub fn line(values: &[Value]) -> Result<Value, DropReason> {
+    if values.first().is_some_and(Value::is_boolean) {
+        return Err(DropReason::NotAValue);
+    }
     let text = single_spaces(&one(values)?);
     Ok(Value::String(text.chars().take(MAX_TEXT).collect()))
 }
@@ -156,40 +182,52 @@ pub fn email(values: &[Value]) -> Result<String, DropReason> {
     plausible.then_some(address).ok_or(DropReason::InvalidEmail)
 }
 
-/// A phone number. Close parses and rewrites it; it needs a digit (close-api.md §5).
+/// Most digits of a phone number (ITU-T E.164).
+const MAX_PHONE_DIGITS: usize = 15;
+
+/// A phone number. Close parses and rewrites it (close-api.md §5), so what it might read in two ways
+/// is taken away first: an extension, and the zero of `+44 (0)20 …` that is not dialled from abroad.
+/// Otherwise the number read back would differ, and be appended again with every event.
 pub fn phone(values: &[Value]) -> Result<String, DropReason> {
-    let phone = one(values)?;
-    phone.contains(|c: char| c.is_ascii_digit()).then_some(phone).ok_or(DropReason::InvalidPhone)
+    let whole = one(values)?;
+    let number = whole.strip_prefix("tel:").unwrap_or(&whole);
+    let end = number.find(|c: char| c.is_alphabetic() || ";,#".contains(c)).unwrap_or(number.len());
+    let (number, extension) = number.split_at(end);
+    let number = number.trim_end();
+    let word: String = extension.chars().filter(|c| c.is_alphabetic()).collect();
+    let is_extension = ["", "x", "ext", "extension"].contains(&word.to_lowercase().as_str());
+    let number = if number.starts_with('+') { number.replacen("(0)", "", 1) } else { number.to_owned() };
+    let digits = number.chars().filter(char::is_ascii_digit).count();
+    let plausible = is_extension && (1..=MAX_PHONE_DIGITS).contains(&digits);
+    plausible.then_some(number).ok_or(DropReason::InvalidPhone)
 }
 
-/// A web page. Close would add the scheme itself, but its schema asks for a URI (close-api.md §5).
+/// A web page. Close would add the scheme itself, but its schema asks for a URI (close-api.md §5). A host
+/// without a dot, `n/a`, is none.
 pub fn url(values: &[Value]) -> Result<String, DropReason> {
     let page = one(values)?;
     let whole = if page.contains("://") { page } else { format!("http://{page}") };
     match url::Url::parse(&whole) {
-        Ok(url) if url.has_host() => Ok(whole),
+        Ok(url) if url.host_str().is_some_and(|host| host.contains(['.', ':'])) => Ok(whole),
         Ok(_) | Err(_) => Err(DropReason::InvalidUrl),
     }
 }
 
 /// What a custom field takes of the values, and why something was left out: both at once when only
 /// some items of a list fit.
-pub fn custom(values: &[Value], field: &CustomField, users: &[User]) -> (Option<Value>, Option<DropReason>) {
-    if !field.multiple {
-        return match values.first().ok_or(DropReason::NotAValue).and_then(|value| item(value, field, users)) {
-            Ok(value) => (Some(value), None),
-            Err(reason) => (None, Some(reason)),
-        };
-    }
-    let (mut fitting, mut reason) = (Vec::new(), None);
-    for value in flat(values) {
+pub fn custom(values: &[Value], field: &CustomField, users: &[User]) -> (Option<Value>, Option<Unfit>) {
+    let (mut fitting, mut unfit) = (Vec::new(), None);
+    let items: Vec<&Value> =
+        if field.multiple { flat(values).collect() } else { values.first().into_iter().collect() };
+    for value in items {
         match item(value, field, users) {
             Ok(value) if !fitting.contains(&value) => fitting.push(value),
             Ok(_) => {}
-            Err(why) => reason = Some(why),
+            Err(reason) => unfit = unfit.or_else(|| Some((reason, Some(value.clone())))),
         }
     }
-    ((!fitting.is_empty()).then_some(Value::Array(fitting)), reason)
+    let taken = if field.multiple && !fitting.is_empty() { Some(fitting.into()) } else { fitting.pop() };
+    (taken, unfit)
 }
 
 fn item(value: &Value, field: &CustomField, users: &[User]) -> Result<Value, DropReason> {
@@ -250,9 +288,9 @@ fn choice(value: &Value, choices: &[String]) -> Result<Value, DropReason> {
 }
 
 fn date(value: &Value) -> Result<Date, DropReason> {
-    if let Value::String(text) = value {
+    if let Some(text) = text(value).filter(|_| !value.is_boolean()) {
         // A moment's day is the one its writer meant, whatever the offset.
-        let day = text.get(..10).filter(|_| text.parse::<Timestamp>().is_ok()).unwrap_or(text);
+        let day = text.get(..10).filter(|_| text.parse::<Timestamp>().is_ok()).unwrap_or(&text);
         if let Ok(day) = day.parse::<Date>() {
             return Ok(day);
         }
@@ -261,29 +299,25 @@ fn date(value: &Value) -> Result<Date, DropReason> {
 }
 
 fn moment(value: &Value) -> Result<Timestamp, DropReason> {
-    let found = match value {
-        Value::String(text) => text
-            .parse::<Timestamp>()
-            .ok()
-            .or_else(|| TimeZone::UTC.to_timestamp(text.parse().ok()?).ok())
-            .or_else(|| since_1970(serde_json::from_str(text).ok()?)),
-        Value::Number(number) => number.as_f64().and_then(since_1970),
-        Value::Null | Value::Bool(_) | Value::Array(_) | Value::Object(_) => {
-            return Err(DropReason::NotAValue);
-        }
-    };
-    found.ok_or(DropReason::NotADate)
+    if value.is_boolean() || value.is_array() || value.is_object() {
+        return Err(DropReason::NotAValue);
+    }
+    let text = text(value).ok_or(DropReason::NotADate)?;
+    text.parse::<Timestamp>()
+        .ok()
+        .or_else(|| TimeZone::UTC.to_timestamp(text.parse().ok()?).ok())
+        .or_else(|| since_1970(serde_json::from_str(&text).ok()?))
+        .ok_or(DropReason::NotADate)
 }
 
-/// Seconds, or milliseconds when the seconds would be past the year 5138.
+/// Seconds or milliseconds, between 1973 and 2286 either way. Other numbers are years, days written
+/// together or defects, and a wrong date is worse than none.
 fn since_1970(number: f64) -> Option<Timestamp> {
-    const MILLISECONDS: f64 = 1e11;
-    let milliseconds = if number.abs() < MILLISECONDS { number * 1000.0 } else { number };
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "a float too large ends at the limit, which is no moment"
-    )]
-    Timestamp::from_millisecond(milliseconds.round() as i64).ok()
+    const SECONDS: std::ops::Range<f64> = 1e8..1e10;
+    let milliseconds = if SECONDS.contains(&number) { number * 1000.0 } else { number };
+    let plausible = (SECONDS.start * 1000.0..SECONDS.end * 1000.0).contains(&milliseconds);
+    #[expect(clippy::cast_possible_truncation, reason = "within range")]
+    plausible.then(|| Timestamp::from_millisecond(milliseconds.round() as i64).ok())?
 }
 
 /// Close's notation of moments: UTC, six digits, of which it keeps milliseconds (close-api.md §1).
@@ -304,8 +338,8 @@ mod tests {
         let ada = User { id: "user_ada".into(), name: "Ada Account".into(), email: "ada@close.test".into() };
         match custom(&[value], &field, &[ada]) {
             (Some(value), None) => Ok(value),
-            (None, Some(reason)) => Err(reason.label()),
-            (Some(value), Some(reason)) => Ok(json!([value, reason.label()])),
+            (None, Some((reason, _))) => Err(reason.label()),
+            (Some(value), Some((reason, _))) => Ok(json!([value, reason.label()])),
             (None, None) => unreachable!(),
         }
     }
@@ -332,6 +366,13 @@ mod tests {
             (Date, json!("2026-01-31T23:30:00.000Z"), Ok(json!("2026-01-31"))),
             (Date, json!(1_769_900_400), Ok(json!("2026-01-31"))),
             (Date, json!("31.01.2026"), Err("not_a_date")),
+            (Date, json!(20_240_115), Ok(json!("2024-01-15"))),
+            (Date, json!("20240115"), Ok(json!("2024-01-15"))),
+            (Date, json!(2024), Err("not_a_date")),
+            (Date, json!("12"), Err("not_a_date")),
+            (Date, json!(0), Err("not_a_date")),
+            (Date, json!(90_000_000_000_i64), Err("not_a_date")),
+            (Date, json!(-86_400), Err("not_a_date")),
             (Date, json!("2026-02-30"), Err("not_a_date")),
             (Date, json!(false), Err("not_a_value")),
             (Datetime, json!("2026-01-31T10:00:00+01:00"), Ok(json!("2026-01-31T09:00:00.000000+00:00"))),
@@ -372,7 +413,7 @@ mod tests {
             (json!(["red", "Blue", "red"]), Ok(json!(["red", "blue"]))),
             (json!("red"), Ok(json!(["red"]))),
             (json!(["red", "pink"]), Ok(json!([["red"], "not_a_choice"]))),
-            (json!(["pink", {"a": 1}]), Err("not_a_value")),
+            (json!([{"a": 1}, "pink"]), Err("not_a_value")),
         ];
         for (value, expected) in cases {
             assert_eq!(taken(colours(), true, value.clone()), expected, "{value}");
@@ -406,10 +447,29 @@ mod tests {
         }
         assert!(email(&[json!(format!("{}@example.test", "j".repeat(250)))]).is_err());
         assert_eq!(phone(&[json!(493_012_345)]).as_deref(), Ok("493012345"));
-        assert_eq!(phone(&[json!("n/a")]), Err(DropReason::InvalidPhone));
+        let phones = [
+            ("+44 (0)20 7946 0958", Some("+44 20 7946 0958")),
+            ("(020) 7946 0958", Some("(020) 7946 0958")),
+            ("+1 800 444-5555 ext. 12", Some("+1 800 444-5555")),
+            ("800 444 5555 x12", Some("800 444 5555")),
+            ("tel:+18004445555;ext=12", Some("+18004445555")),
+            ("1-800-FLOWERS", None),
+            ("n/a", None),
+            ("()", None),
+            ("call 800 444 5555", None),
+            ("+1234567890123456", None),
+        ];
+        for (text, number) in phones {
+            assert_eq!(phone(&[json!(text)]).ok().as_deref(), number, "{text}");
+        }
         assert_eq!(url(&[json!("acme.test/a")]).as_deref(), Ok("http://acme.test/a"));
         assert_eq!(url(&[json!("http://")]), Err(DropReason::InvalidUrl));
+        assert_eq!(url(&[json!("n/a")]), Err(DropReason::InvalidUrl));
+        assert_eq!(url(&[json!("http://[::1]/")]).as_deref(), Ok("http://[::1]/"));
         assert_eq!(id(&[json!(true)]), Err(DropReason::NotAValue));
+        assert_eq!(id(&[json!(u64::MAX)]).as_deref(), Ok("18446744073709551615"));
+        assert_eq!(id(&[serde_json::from_str("110169484474386276334").unwrap()]), Err(DropReason::NotAValue));
+        assert_eq!(line(&[json!(false)]), Err(DropReason::NotAValue));
         assert_eq!(line(&[json!("Jane\n Doe")]), Ok(json!("Jane Doe")));
         assert_eq!(line(&[json!("é".repeat(2000))]), Ok(json!("é".repeat(MAX_TEXT))));
     }

@@ -8,6 +8,7 @@ mod dead_letters;
 mod docs;
 mod duplicates;
 mod failures;
+mod fuzz;
 mod pauses;
 mod payloads;
 mod plan;

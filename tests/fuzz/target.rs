@@ -1,0 +1,82 @@
+//! What is fuzzed: from the bytes of a message to what it wants of Close.
+
+use std::path::Path;
+use std::sync::LazyLock;
+
+use close_sync::config::{Config, Layers, Need};
+use close_sync::domain::event::Event;
+use close_sync::domain::mapping::Mapping;
+use close_sync::domain::record::{Channel, FieldId};
+use close_sync::domain::schema::{CustomField, FieldKind, Schema, Status, User};
+
+/// Mappings that take every way a value can go: the defaults, and one with everything in it.
+static MAPPINGS: LazyLock<[Mapping; 2]> = LazyLock::new(|| {
+    let all = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fuzz/mapping.toml");
+    // As cargo-fuzz builds it, the package is this folder.
+    let alone = concat!(env!("CARGO_MANIFEST_DIR"), "/mapping.toml");
+    let file = [all, alone].map(Path::new).into_iter().find(|file| file.exists());
+    [None, file].map(|file| {
+        let environment = [("CLOSE_API_KEY".to_owned(), "api_fuzz.key".to_owned())].into();
+        let Config { rules, .. } = Layers::load(file, &environment).unwrap().read(Need::All).unwrap();
+        rules.resolve(&schema()).unwrap()
+    })
+});
+
+fn schema() -> Schema {
+    let field = |name: &str, kind, multiple| CustomField {
+        id: FieldId::new(format!("cf_{}", name.replace(' ', ""))),
+        name: name.to_owned(),
+        kind,
+        multiple,
+    };
+    let choices = || FieldKind::Choices(["Yes", "No", "free", "Größe L"].map(str::to_owned).into());
+    Schema {
+        lead: vec![
+            field("Company ID", FieldKind::Text, false),
+            field("Text", FieldKind::Text, false),
+            field("Number", FieldKind::Number, false),
+            field("Date", FieldKind::Date, false),
+            field("Time", FieldKind::Datetime, false),
+            field("Choice", choices(), false),
+            field("Choices", choices(), true),
+            field("Owner", FieldKind::User, false),
+        ],
+        contact: vec![
+            field("User ID", FieldKind::Text, false),
+            field("Notes", FieldKind::Textarea, false),
+            field("Twin", FieldKind::Contact, true),
+            field("Object", FieldKind::CustomObject, false),
+        ],
+        statuses: vec![Status { id: "stat_1".into(), label: "Potential".into() }],
+        users: vec![User { id: "user_1".into(), name: "Ada".into(), email: "ada@close.test".into() }],
+    }
+}
+
+/// Decodes and maps. Panics when that breaks a promise.
+pub(crate) fn decode_and_map(bytes: &[u8]) {
+    let Ok(event) = Event::decode(bytes, 1 << 20) else { return };
+    let _ = (event.time(), event.message_id());
+    for mapping in &*MAPPINGS {
+        let _ = mapping.not_for_close(&event);
+        let Ok(desired) = mapping.apply(&event) else { continue };
+        let identity = &desired.identity;
+        assert!(identity.user_id.is_some() || identity.email.is_some(), "about nobody: {desired:?}");
+        let ids = [&identity.company_id, &identity.user_id, &identity.email].into_iter().flatten();
+        ids.for_each(|id| assert!(!id.trim().is_empty() && id == id.trim(), "no id: {desired:?}"));
+        for (field, wanted) in desired.lead.iter().chain(&desired.contact) {
+            let value = &wanted.value;
+            // close-api.md §5: anything but an object, and an empty text would clear the field.
+            assert!(!value.is_object() && !value.is_null() && *value != "", "{field}: {value}");
+            let name = ["name", "title"].contains(&field.to_string().as_str());
+            let fits = value
+                .as_str()
+                .is_some_and(|text| text.chars().count() <= 1000 && !text.chars().any(char::is_control));
+            assert!(!name || fits, "{field}: {value}");
+        }
+        for (channel, wanted) in &desired.channels {
+            let value = wanted.value.as_str().unwrap();
+            assert!(!value.is_empty() && (*channel != Channel::Email || value.contains('@')), "{value}");
+        }
+        assert_eq!(mapping.apply(&event).as_ref(), Ok(&desired), "the same event maps to the same");
+    }
+}
