@@ -66,7 +66,7 @@ impl Rule {
     fn pick(&self, event: &Event) -> (Picked, WriteRule) {
         match self.source.pick(event) {
             Picked::Nothing => (self.or_on_create.pick(event), WriteRule::OnCreate),
-            found => (found, self.write),
+            found @ (Picked::Object | Picked::Values(_)) => (found, self.write),
         }
     }
 }
