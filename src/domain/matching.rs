@@ -15,6 +15,8 @@
 //! - Several Contacts are all updated, at most ten, oldest first. Several Leads with one company id:
 //!   the oldest. Dates may be equal and Close leaves their order open, so ids break the tie
 //!   (close-api.md §12, 13).
+//! - An event with an email and no user id means everybody who has the email, also people who have user
+//!   ids of their own: nothing says which of them, and leaving all alone would make one more.
 //! - A second or later address of a Contact counts like its first.
 
 use super::mapping::{Identity, KeyFields};
@@ -208,6 +210,16 @@ pub enum Case {
 }
 
 impl Case {
+    /// All of them, for the documentation.
+    pub const ALL: [Self; 6] = [
+        Self::PersonInLead,
+        Self::NewInLead,
+        Self::AdoptedLead,
+        Self::OtherCompany,
+        Self::KnownPerson,
+        Self::Nobody,
+    ];
+
     /// The label in logs and in JSON.
     pub fn label(self) -> &'static str {
         match self {

@@ -3,7 +3,10 @@
 use std::collections::BTreeSet;
 
 use close_sync::config::DEFAULTS;
-use close_sync::outcome::Reason;
+use close_sync::domain::matching::Case;
+use close_sync::domain::values::DropReason;
+use close_sync::outcome::{PauseCause, Reason};
+use close_sync::scenario::Suite;
 
 use crate::support::Bench;
 
@@ -43,6 +46,22 @@ fn the_table_of_settings_is_complete() {
             }
         }
     }
+}
+
+#[test]
+fn every_word_a_decision_is_told_in_is_explained() {
+    let labels = Case::ALL.map(Case::label).into_iter().chain(DropReason::ALL.map(DropReason::label));
+    for label in labels.chain(PauseCause::ALL.map(PauseCause::label)) {
+        assert!(README.contains(&format!("`{label}`")), "{label} is not in the README");
+    }
+}
+
+#[test]
+fn the_scenarios_are_counted() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/scenarios");
+    let files = std::fs::read_dir(folder).unwrap();
+    let number: usize = files.map(|file| Suite::load(&file.unwrap().path()).unwrap().scenarios.len()).sum();
+    assert!(README.contains(&format!("{number} more")), "{number} scenarios");
 }
 
 #[test]
