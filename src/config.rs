@@ -170,7 +170,13 @@ impl Reader<'_> {
             self.problem("close.api_key", "contains a blank, a line break or a colon, which no key has");
         }
         let timeout = self.duration("close.timeout", Duration::from_millis(1));
-        Some(close::Settings { url: url?, api_key: SecretString::from(api_key), timeout: timeout? })
+        let share = self.number("close.rate_limit_share", 1, 100);
+        Some(close::Settings {
+            url: url?,
+            api_key: SecretString::from(api_key),
+            timeout: timeout?,
+            share: f64::from(u8::try_from(share?).ok()?) / 100.0,
+        })
     }
 
     fn worker(&mut self) -> Option<worker::Settings> {

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 
 use crate::claims::Claims;
-use crate::close::{Client, CloseError, FieldError};
+use crate::close::{Client, CloseError, FieldError, Priority};
 use crate::domain::decision::Decision;
 use crate::domain::event::{Event, Malformed};
 use crate::domain::mapping::{Anonymous, Desired, Key, KeyFields, Mapping, NoIdentity, Rules};
@@ -92,6 +92,24 @@ impl Job {
     /// What it wants.
     pub fn desired(&self) -> &Desired {
         &self.desired
+    }
+}
+
+/// The circumstances in which a message is worked on.
+#[derive(Clone, Copy, Debug)]
+pub struct Turn {
+    /// Attempts made before.
+    pub attempts: u32,
+    /// Who goes first when rate budget is short.
+    pub priority: Priority,
+    /// What others created before this may not show up in search yet.
+    pub trusted_from: Instant,
+}
+
+impl Turn {
+    /// The first attempt, with nobody else at work.
+    pub fn first() -> Self {
+        Self { attempts: 0, priority: Priority::Live, trusted_from: Instant::now() }
     }
 }
 
@@ -195,15 +213,14 @@ impl Worker {
         }
     }
 
-    /// Makes Close agree with a message. `attempts` were made before; what others created before
-    /// `trusted_from` may not show up in search yet.
+    /// Makes Close agree with a message.
     ///
     /// May be dropped at any moment: what was sent to Close may then still happen, which is why a new
     /// session has to come with a new `trusted_from`.
-    pub async fn run(&self, job: &Job, attempts: u32, trusted_from: Instant) -> (Outcome, Decision) {
+    pub async fn run(&self, job: &Job, turn: Turn) -> (Outcome, Decision) {
         let hold = self.0.settings.hold;
-        let mut sync = self.sync(job, trusted_from, Mode::Write);
-        let settled = tokio::time::timeout(hold, sync.retry_in_place(attempts)).await;
+        let mut sync = self.sync(job, turn, Mode::Write);
+        let settled = tokio::time::timeout(hold, sync.retry_in_place()).await;
         let outcome = settled.unwrap_or_else(|_| {
             // A creation may have been cut short: its doubt begins now.
             let Inner { known, client, settings, .. } = &*self.0;
@@ -221,18 +238,18 @@ impl Worker {
 
     /// What [`Worker::run`] would do now, short of what Close would say to it. Writes nothing.
     pub async fn rehearse(&self, job: &Job) -> (Outcome, Decision) {
-        let mut sync = self.sync(job, Instant::now(), Mode::Rehearse);
-        let outcome = sync.retry_in_place(0).await;
+        let mut sync = self.sync(job, Turn::first(), Mode::Rehearse);
+        let outcome = sync.retry_in_place().await;
         sync.conclude(outcome)
     }
 
-    fn sync<'a>(&'a self, job: &'a Job, trusted_from: Instant, mode: Mode) -> Sync<'a> {
+    fn sync<'a>(&'a self, job: &'a Job, turn: Turn, mode: Mode) -> Sync<'a> {
         Sync {
             worker: self,
-            client: self.0.client.counting(),
+            client: self.0.client.for_message(turn.priority),
             desired: &job.desired,
             keys: job.keys(),
-            trusted_from,
+            turn,
             mode,
             decision: Decision::default(),
         }
@@ -308,7 +325,7 @@ struct Sync<'a> {
     client: Client,
     desired: &'a Desired,
     keys: Vec<Key>,
-    trusted_from: Instant,
+    turn: Turn,
     mode: Mode,
     /// Of the last try.
     decision: Decision,
@@ -316,10 +333,10 @@ struct Sync<'a> {
 
 impl Sync<'_> {
     /// Tries until it is settled, or patience in place is used up.
-    async fn retry_in_place(&mut self, attempts: u32) -> Outcome {
+    async fn retry_in_place(&mut self) -> Outcome {
         let Inner { settings, metrics, .. } = &*self.worker.0;
         let mut pauses = Pauses::in_place(&settings.retry);
-        let mut history = History { attempts, looked_again: false };
+        let mut history = History { attempts: self.turn.attempts, looked_again: false };
         loop {
             let failure = match self.once().await {
                 Ok(outcome) => return outcome,
@@ -368,7 +385,7 @@ impl Sync<'_> {
             let found = close.decide(desired).await.map_err(look_up)?;
             let plan = &self.decision.plan;
             let (steps, changed, creates) = (plan.steps.clone(), plan.changed(), plan.creates());
-            let trusted_from = known.doubtful_until(&self.keys).max(Some(self.trusted_from));
+            let trusted_from = known.doubtful_until(&self.keys).max(Some(self.turn.trusted_from));
             // An adopted Lead was chosen because the company was not found: that needs proof as well.
             let needs_proof = found.adopts() || creates;
             if let Some(trusted_from) = trusted_from.filter(|from| needs_proof && asked < *from) {

@@ -11,6 +11,7 @@ use lapin::BasicProperties;
 use lapin::message::Delivery;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 
+use crate::close::Priority;
 use crate::outcome::DeadLetter;
 
 /// Attempts made so far.
@@ -80,6 +81,15 @@ impl Envelope {
     /// The producer's id of the message, for logs.
     pub fn message_id(&self) -> &str {
         self.properties.message_id().as_ref().map_or("-", ShortString::as_str)
+    }
+
+    /// Who goes first: who comes for the first time, then who waited in a delay queue, then replays.
+    pub fn priority(&self) -> Priority {
+        match (number(&self.properties, REPLAYS), self.attempts) {
+            (Some(1..), _) => Priority::Replay,
+            (_, 0) => Priority::Live,
+            (_, _) => Priority::Retry,
+        }
     }
 
     /// Properties for a delay queue, after `attempts` attempts.

@@ -38,7 +38,7 @@ use crate::outcome::{DeadLetter, Outcome, PauseCause, Reason, Stage};
 use crate::panics;
 use crate::retry::Pauses;
 use crate::state::{State, Status};
-use crate::worker::{Job, Prepared, Worker};
+use crate::worker::{Job, Prepared, Turn, Worker};
 
 /// What a session works with.
 #[derive(Clone)]
@@ -126,9 +126,13 @@ impl Session {
             while tasks.len() < self.concurrency
                 && let Some((ticket, incoming)) = lanes.start()
             {
-                let trusted_from = trusted_from.unwrap_or_else(Instant::now);
+                let turn = Turn {
+                    attempts: incoming.envelope.attempts,
+                    priority: incoming.envelope.priority(),
+                    trusted_from: trusted_from.unwrap_or_else(Instant::now),
+                };
                 let publisher = link.publisher.clone();
-                tasks.spawn(self.clone().task(ticket, incoming, publisher, trusted_from, stop.clone()));
+                tasks.spawn(self.clone().task(ticket, incoming, publisher, turn, stop.clone()));
             }
             self.metrics.load(tasks.len(), lanes.waiting());
             tokio::select! {
@@ -203,7 +207,7 @@ impl Session {
         ticket: Ticket,
         incoming: Incoming,
         publisher: Publisher,
-        trusted_from: Instant,
+        turn: Turn,
         stop: CancellationToken,
     ) -> (Ticket, Done) {
         let Incoming { delivery, envelope, prepared } = incoming;
@@ -217,7 +221,7 @@ impl Session {
             let (outcome, decision) = match prepared {
                 Prepared::Settled(outcome) => (outcome, None),
                 Prepared::Job(job) => {
-                    let work = self.guarded(&job, envelope.attempts, trusted_from);
+                    let work = self.guarded(&job, turn);
                     match stop.run_until_cancelled(work).await {
                         Some((outcome, decision)) => (outcome, Some(decision)),
                         None => return Done::HandedBack,
@@ -236,8 +240,8 @@ impl Session {
     }
 
     /// Does the work; a panic costs only this message.
-    async fn guarded(&self, job: &Job, attempts: u32, trusted_from: Instant) -> (Outcome, Decision) {
-        let work = AssertUnwindSafe(self.worker.run(job, attempts, trusted_from));
+    async fn guarded(&self, job: &Job, turn: Turn) -> (Outcome, Decision) {
+        let work = AssertUnwindSafe(self.worker.run(job, turn));
         let died = |_| (Outcome::Dead(defect(Stage::Write)), Decision::default());
         work.catch_unwind().await.unwrap_or_else(died)
     }

@@ -17,7 +17,9 @@ use serde_json::Value;
 use url::Url;
 
 use super::error::{CloseError, Fault, Rejection};
-use super::gate::{self, Gate, RateLimit};
+use super::gate::{self, Gate, Priority};
+use super::limit::{self, RateLimit};
+use super::window::Standing;
 use super::wire::{self, Members, TextMode};
 use super::{Hits, Lookup, Organization, Records};
 use crate::domain::plan::ContactValues;
@@ -33,6 +35,8 @@ pub struct Settings {
     pub api_key: SecretString,
     /// How long one call may take.
     pub timeout: Duration,
+    /// The part of Close's rate limits that is spent, above 0 and at most 1; the rest is for others.
+    pub share: f64,
 }
 
 /// The endpoint groups Close counts calls by: path and method (close-api.md §2).
@@ -176,6 +180,7 @@ type Observer = Box<dyn Fn(Call) + Send + Sync>;
 pub struct Client {
     inner: Arc<Inner>,
     calls: Arc<AtomicU32>,
+    priority: Priority,
 }
 
 struct Inner {
@@ -209,10 +214,11 @@ impl Client {
             // A redirect may lose the body of a POST (close-api.md §1).
             .redirect(reqwest::redirect::Policy::none())
             .build()?;
-        let gates = Endpoint::ALL.into_iter().map(|endpoint| (endpoint, Gate::default())).collect();
+        let gate = |endpoint| (endpoint, Gate::new(settings.share));
+        let gates = Endpoint::ALL.into_iter().map(gate).collect();
         let inner =
             Inner { http, settings, gates, observe: Box::new(observe), phrase_only: AtomicBool::new(false) };
-        Ok(Self { inner: Arc::new(inner), calls: Arc::default() })
+        Ok(Self { inner: Arc::new(inner), calls: Arc::default(), priority: Priority::default() })
     }
 
     /// How long one call may take.
@@ -220,10 +226,15 @@ impl Client {
         self.inner.settings.timeout
     }
 
-    /// The same client, counting its calls anew.
+    /// The same client for one message: it counts its calls anew, and they go with this priority.
     #[must_use]
-    pub fn counting(&self) -> Self {
-        Self { inner: self.inner.clone(), calls: Arc::default() }
+    pub fn for_message(&self, priority: Priority) -> Self {
+        Self { inner: self.inner.clone(), calls: Arc::default(), priority }
+    }
+
+    /// What is left of Close's rate limits, of those it told.
+    pub fn standings(&self) -> impl Iterator<Item = (Endpoint, Standing)> {
+        self.inner.gates.iter().filter_map(|(endpoint, gate)| Some((*endpoint, gate.standing()?)))
     }
 
     /// Calls made, those answered with 429 included.
@@ -342,7 +353,7 @@ impl Client {
         path: &str,
         body: Option<&Value>,
     ) -> Result<Option<Vec<u8>>, CloseError> {
-        let (mut permit, waited) = self.inner.gates[&endpoint].enter().await;
+        let (mut permit, waited) = self.inner.gates[&endpoint].enter(self.priority).await;
         self.calls.fetch_add(1, Ordering::Relaxed);
         let started = Instant::now();
         let result = self.exchange(endpoint, path, body).await;
@@ -350,7 +361,7 @@ impl Client {
         (self.inner.observe)(Call { endpoint, status, took: started.elapsed(), waited });
 
         let answer = result?;
-        permit.told(answer.limit);
+        permit.answered(answer.limit);
         match answer.status.as_u16() {
             200..=299 => Ok(Some(answer.body)),
             401 => Err(CloseError::Unauthorized),
@@ -361,7 +372,7 @@ impl Client {
                 let told = answer.limit.filter(|limit| limit.remaining == 0).map(|limit| limit.reset);
                 let wait = told.or(answer.retry_after).unwrap_or(gate::DEFAULT_WAIT);
                 // Whole seconds may be rounded down to none.
-                permit.refused(wait.max(gate::SHORTEST_WAIT));
+                permit.refused(wait.max(gate::SHORTEST_WAIT), told.is_some());
                 Ok(None)
             }
             status @ 500..=599 => Err(CloseError::Transient(Fault::Status(status))),
@@ -388,7 +399,7 @@ impl Client {
         let mut response = request.send().await.map_err(|error| fault(&error))?;
         let headers = response.headers();
         let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-        let (limit, retry_after) = (RateLimit::read(header), header("retry-after").and_then(gate::seconds));
+        let (limit, retry_after) = (RateLimit::read(header), header("retry-after").and_then(limit::seconds));
         let status = response.status();
         let mut body = Vec::new();
         while let Some(chunk) = response.chunk().await.map_err(|error| fault(&error))? {

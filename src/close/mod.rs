@@ -1,15 +1,16 @@
 //! The only place that knows Close's HTTP API.
 //!
 //! [`Client`] has one short method per operation and speaks in records of [`crate::domain`].
-//! [`CloseError`] says what happened in terms a caller can act on. The rate gate in [`gate`] stands
-//! in front of every call; a 429 never leaves this module, the call waits for the window it was told
-//! and goes again.
+//! [`CloseError`] says what happened in terms a caller can act on. A rate gate stands in front of every
+//! call; a 429 never leaves this module, the call waits for the window it was told and goes again.
 
 #[cfg(test)]
 pub(crate) mod book;
 mod client;
 mod error;
-pub mod gate;
+mod gate;
+mod limit;
+mod window;
 mod wire;
 
 use crate::domain::record::{Contact, ContactId, FieldId, Lead, LeadId};
@@ -17,6 +18,8 @@ use crate::domain::schema::Status;
 
 pub use client::{Call, Client, Endpoint, Settings, StatusClass};
 pub use error::{CloseError, Fault, FieldError, Rejection};
+pub use gate::Priority;
+pub use window::Standing;
 
 /// Reading of Leads and Contacts. Behind a trait, so that the decisions that depend on what is read
 /// can be tried on records in memory as well.

@@ -12,7 +12,6 @@ mod seed;
 pub mod told;
 
 use std::path::Path;
-use std::time::Instant;
 
 use serde::Deserialize;
 use toml::Table;
@@ -26,7 +25,7 @@ use crate::domain::schema::FieldRef;
 use crate::metrics::Metrics;
 use crate::preflight::{self, Ready};
 use crate::simulator::{CustomField, Owner, Settings, Simulator, User};
-use crate::worker::{Prepared, Worker};
+use crate::worker::{Prepared, Turn, Worker};
 
 use seed::{LeadSeed, Planted, Seed};
 
@@ -226,7 +225,7 @@ impl Suite {
         for event in event::split(scenario.event.as_bytes()) {
             let (outcome, decision) = match worker.prepare(&event) {
                 Prepared::Settled(outcome) => (outcome, Decision::default()),
-                Prepared::Job(job) => worker.run(&job, 0, Instant::now()).await,
+                Prepared::Job(job) => worker.run(&job, Turn::first()).await,
             };
             let names = told::names(&simulator);
             let name = |id: &str| names.get(id).or_else(|| planted.name(id)).cloned();
