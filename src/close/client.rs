@@ -14,10 +14,12 @@ use reqwest::{Method, StatusCode, header};
 use secrecy::{ExposeSecret, SecretString};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use tokio::sync::oneshot;
 use url::Url;
 
 use super::error::{CloseError, Fault, Rejection};
-use super::gate::{self, Gate, Priority};
+use super::gate::{self, Gate, Permit, Priority};
+use super::joint::{Answer, Joint, Rows, Waiting};
 use super::limit::{self, RateLimit};
 use super::window::Standing;
 use super::wire::{self, Members, TextMode};
@@ -173,6 +175,9 @@ pub struct Call {
     pub waited: Duration,
 }
 
+/// Budget for one call, and how long was waited for it.
+type Entered = (Permit, Duration);
+
 type Observer = Box<dyn Fn(Call) + Send + Sync>;
 
 /// A client of one Close organization. Clones share connections, gates and budget.
@@ -188,6 +193,9 @@ struct Inner {
     settings: Settings,
     gates: HashMap<Endpoint, Gate>,
     observe: Observer,
+    /// Look-ups of Leads that wait, and of Contacts.
+    leads: Joint,
+    contacts: Joint,
     /// Close does not know `exact_value` (it is not documented): search by phrase from now on.
     phrase_only: AtomicBool,
 }
@@ -216,8 +224,15 @@ impl Client {
             .build()?;
         let gate = |endpoint| (endpoint, Gate::new(settings.share));
         let gates = Endpoint::ALL.into_iter().map(gate).collect();
-        let inner =
-            Inner { http, settings, gates, observe: Box::new(observe), phrase_only: AtomicBool::new(false) };
+        let inner = Inner {
+            http,
+            settings,
+            gates,
+            observe: Box::new(observe),
+            leads: Joint::default(),
+            contacts: Joint::default(),
+            phrase_only: AtomicBool::new(false),
+        };
         Ok(Self { inner: Arc::new(inner), calls: Arc::default(), priority: Priority::default() })
     }
 
@@ -277,11 +292,85 @@ impl Client {
         }
     }
 
+    /// Looks records up, together with whoever does so at the same time.
+    async fn look_up(&self, lookup: Lookup) -> Result<(Vec<Value>, bool), CloseError> {
+        let (answer, received) = oneshot::channel();
+        let joint = self.joint(&lookup);
+        let kind = lookup.clone();
+        if joint.add(Waiting { lookup, priority: self.priority, answer }) {
+            // Of its own: whoever began the search may give up, and others have joined it.
+            let client = self.clone();
+            tokio::spawn(async move { client.search_for_all(&kind).await });
+        }
+        // Nobody answers when the search panicked.
+        let rows = received.await.map_err(|_| CloseError::Transient(Fault::ConnectionLost))??;
+        self.calls.fetch_add(rows.calls, Ordering::Relaxed);
+        Ok((rows.found, rows.more))
+    }
+
+    fn joint(&self, lookup: &Lookup) -> &Joint {
+        match lookup {
+            Lookup::Lead { .. } => &self.inner.leads,
+            Lookup::Contact { .. } => &self.inner.contacts,
+        }
+    }
+
+    /// Searches until nobody waits for this kind of look-up.
+    async fn search_for_all(&self, kind: &Lookup) {
+        let duty = self.joint(kind).duty();
+        while let Some(priority) = duty.urgency() {
+            let client = self.for_message(priority);
+            // Who comes while we wait for budget joins.
+            let permit = client.enter(Endpoint::Search).await;
+            let (lookups, answers): (Vec<_>, Vec<_>) =
+                duty.next().into_iter().map(|waiting| (waiting.lookup, waiting.answer)).unzip();
+            if !lookups.is_empty() {
+                let found = client.search_jointly(&lookups, Some(permit)).await;
+                for (answer, mut found) in answers.into_iter().zip(found) {
+                    if let Ok(rows) = &mut found {
+                        rows.calls = client.calls.swap(0, Ordering::Relaxed);
+                    }
+                    // Who has given up meanwhile needs none.
+                    let _ = answer.send(found);
+                }
+            }
+        }
+    }
+
+    /// One search for all look-ups. When together they find more than a page, or Close refuses something
+    /// about one of them, each half searches again.
+    async fn search_jointly(&self, lookups: &[Lookup], permit: Option<Entered>) -> Vec<Answer> {
+        let answer = self.search(lookups, permit).await;
+        let too_many = match &answer {
+            Ok((_, more)) => *more,
+            Err(CloseError::Rejected(_)) => true,
+            Err(_) => false,
+        };
+        if too_many && lookups.len() > 1 {
+            let (one, other) = lookups.split_at(lookups.len() / 2);
+            let mut answers = Box::pin(self.search_jointly(one, None)).await;
+            answers.extend(Box::pin(self.search_jointly(other, None)).await);
+            return answers;
+        }
+        let alone = lookups.len() == 1;
+        let mine = |lookup: &Lookup| {
+            let (rows, more) = answer.clone()?;
+            let found = rows.into_iter().filter(|row| alone || wire::may_mean(lookup, row)).collect();
+            Ok(Rows { found, more, calls: 0 })
+        };
+        lookups.iter().map(mine).collect()
+    }
+
     /// One page, oldest first, and whether there are more.
-    async fn search(&self, lookup: Lookup<'_>) -> Result<(Vec<Value>, bool), CloseError> {
-        let ask = async |mode| {
-            let body = wire::search_body(&lookup, mode);
-            let page: wire::SearchPage = self.request(Endpoint::Search, "data/search/", Some(body)).await?;
+    async fn search(
+        &self,
+        lookups: &[Lookup],
+        mut permit: Option<Entered>,
+    ) -> Result<(Vec<Value>, bool), CloseError> {
+        let mut ask = async |mode| {
+            let body = wire::search_body(lookups, mode);
+            let page: wire::SearchPage =
+                self.request_with(permit.take(), Endpoint::Search, "data/search/", Some(body)).await?;
             Ok((page.data, page.cursor.is_some()))
         };
         if self.inner.phrase_only.load(Ordering::Relaxed) {
@@ -339,21 +428,41 @@ impl Client {
         path: &str,
         body: Option<Value>,
     ) -> Result<T, CloseError> {
+        self.request_with(None, endpoint, path, body).await
+    }
+
+    /// The same, with budget that was waited for already.
+    async fn request_with<T: DeserializeOwned>(
+        &self,
+        mut entered: Option<Entered>,
+        endpoint: Endpoint,
+        path: &str,
+        body: Option<Value>,
+    ) -> Result<T, CloseError> {
         loop {
-            if let Some(answer) = self.send(endpoint, path, body.as_ref()).await? {
+            let permit = match entered.take() {
+                Some(entered) => entered,
+                None => self.enter(endpoint).await,
+            };
+            if let Some(answer) = self.send(permit, endpoint, path, body.as_ref()).await? {
                 return serde_json::from_slice(&answer).map_err(|_| CloseError::Transient(Fault::Garbled));
             }
         }
     }
 
+    /// Waits for budget.
+    async fn enter(&self, endpoint: Endpoint) -> Entered {
+        self.inner.gates[&endpoint].enter(self.priority).await
+    }
+
     /// Sends once. `None` after a 429: the gate is closed for as long as Close said.
     async fn send(
         &self,
+        (mut permit, waited): Entered,
         endpoint: Endpoint,
         path: &str,
         body: Option<&Value>,
     ) -> Result<Option<Vec<u8>>, CloseError> {
-        let (mut permit, waited) = self.inner.gates[&endpoint].enter(self.priority).await;
         self.calls.fetch_add(1, Ordering::Relaxed);
         let started = Instant::now();
         let result = self.exchange(endpoint, path, body).await;
@@ -385,7 +494,7 @@ impl Client {
         endpoint: Endpoint,
         path: &str,
         body: Option<&Value>,
-    ) -> Result<Answer, CloseError> {
+    ) -> Result<Response, CloseError> {
         let url = self.inner.settings.url.join(path).map_err(|_| CloseError::NotFound)?;
         let mut request = self
             .inner
@@ -408,13 +517,14 @@ impl Client {
             }
             body.extend_from_slice(&chunk);
         }
-        Ok(Answer { status, limit, retry_after, body })
+        Ok(Response { status, limit, retry_after, body })
     }
 }
 
 impl Records for Client {
     async fn find_leads(&self, field: &FieldId, company_id: &str) -> Result<Vec<Lead>, CloseError> {
-        let (rows, _) = self.search(Lookup::Lead { field, company_id }).await?;
+        let lookup = Lookup::Lead { field: field.clone(), company_id: company_id.to_owned() };
+        let (rows, _) = self.look_up(lookup).await?;
         Ok(rows.iter().filter_map(wire::read_lead).collect())
     }
 
@@ -423,7 +533,11 @@ impl Records for Client {
         user: Option<(&FieldId, &str)>,
         email: Option<&str>,
     ) -> Result<Hits, CloseError> {
-        let (rows, more) = self.search(Lookup::Contact { user, email }).await?;
+        let lookup = Lookup::Contact {
+            user: user.map(|(field, id)| (field.clone(), id.to_owned())),
+            email: email.map(str::to_owned),
+        };
+        let (rows, more) = self.look_up(lookup).await?;
         Ok(Hits { contacts: rows.iter().filter_map(wire::read_contact).collect(), more })
     }
 
@@ -449,7 +563,7 @@ impl Records for Client {
     }
 }
 
-struct Answer {
+struct Response {
     status: StatusCode,
     limit: Option<RateLimit>,
     retry_after: Option<Duration>,

@@ -180,18 +180,18 @@ mod tests {
         let order = Arc::new(Mutex::new(Vec::new()));
         let enter = |priority, name: &'static str| {
             let (gate, order) = (gate.clone(), Arc::clone(&order));
-            let task = tokio::spawn(async move {
+            tokio::spawn(async move {
                 let _permit = gate.enter(priority).await;
                 order.lock().unwrap().push(name);
-            });
-            // It waits in its place before the next one comes.
-            async { (tokio::task::yield_now().await, task).1 }
+            })
         };
-        let replay = enter(Priority::Replay, "replay").await;
-        let given_up = enter(Priority::Live, "given up").await;
-        let retry = enter(Priority::Retry, "retry").await;
-        let live = enter(Priority::Live, "live").await;
-        let second = enter(Priority::Live, "second live").await;
+        let replay = enter(Priority::Replay, "replay");
+        let given_up = enter(Priority::Live, "given up");
+        let retry = enter(Priority::Retry, "retry");
+        let live = enter(Priority::Live, "live");
+        let second = enter(Priority::Live, "second live");
+        // All of them wait in their places now.
+        tokio::task::yield_now().await;
         given_up.abort();
         for task in [replay, retry, live, second] {
             task.await.unwrap();

@@ -9,6 +9,7 @@ pub(crate) mod book;
 mod client;
 mod error;
 mod gate;
+mod joint;
 mod limit;
 mod window;
 mod wire;
@@ -55,21 +56,21 @@ pub struct Organization {
 }
 
 /// What to search for.
-#[derive(Clone, Copy, Debug)]
-enum Lookup<'a> {
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Lookup {
     /// Leads with a company id.
     Lead {
         /// The field that stores it.
-        field: &'a FieldId,
+        field: FieldId,
         /// The id.
-        company_id: &'a str,
+        company_id: String,
     },
     /// Contacts with a user id or an email: either is enough.
     Contact {
         /// The field that stores the user id, and the id.
-        user: Option<(&'a FieldId, &'a str)>,
+        user: Option<(FieldId, String)>,
         /// The email.
-        email: Option<&'a str>,
+        email: Option<String>,
     },
 }
 

@@ -341,15 +341,15 @@ mod tests {
         }
     }
 
-    fn told(limit: u32, remaining: u32, reset: Duration) -> Option<RateLimit> {
-        Some(RateLimit { limit, remaining, reset })
+    fn told(limit: u32, remaining: u32, reset: Duration) -> RateLimit {
+        RateLimit { limit, remaining, reset }
     }
 
     /// A window that knows it is in the first moment of 8 s with `limit` calls, one of them made.
     fn fresh(limit: u32, start: Instant) -> Window {
         let mut window = Window::new(1.0);
         window.admit(start).unwrap();
-        window.done(start, start, true, told(limit, limit - 1, 8 * SECOND));
+        window.done(start, start, true, Some(told(limit, limit - 1, 8 * SECOND)));
         window
     }
 
@@ -399,9 +399,9 @@ mod tests {
         let mut window = Window::new(1.0);
         window.admit(start).unwrap();
         // Half a window is over, and others have spent 40 of 100.
-        window.done(start, start, true, told(100, 99, 8 * SECOND));
+        window.done(start, start, true, Some(told(100, 99, 8 * SECOND)));
         window.admit(start + 4 * SECOND).unwrap();
-        window.done(start + 4 * SECOND, start + 4 * SECOND, true, told(100, 58, 4 * SECOND));
+        window.done(start + 4 * SECOND, start + 4 * SECOND, true, Some(told(100, 58, 4 * SECOND)));
         let mut at = start + 4 * SECOND;
         let mut n_calls = 0;
         loop {
@@ -424,7 +424,7 @@ mod tests {
             let at = start + n * 8 * SECOND;
             window.admit(at).unwrap();
             // The organization's limit is told.
-            window.done(at, at, true, told(48, 40, 8 * SECOND));
+            window.done(at, at, true, Some(told(48, 40, 8 * SECOND)));
             limits.push(window.standing(at).unwrap().limit);
         }
         assert_eq!(limits, [16, 16, 16, 48, 48]);
@@ -443,7 +443,7 @@ mod tests {
         }
         let mut window = Window::new(0.8);
         window.admit(start).unwrap();
-        window.done(start, start, true, told(0, 0, 2 * SECOND));
+        window.done(start, start, true, Some(told(0, 0, 2 * SECOND)));
         assert_eq!(window.admit(start + SECOND), Err(start + 2 * SECOND));
         assert_eq!(window.admit(start + 2 * SECOND), Ok(()), "the limit may be another by now");
     }

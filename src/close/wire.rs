@@ -1,5 +1,7 @@
 //! Close's JSON, in and out. Nothing here is public past `close`.
 
+use std::collections::BTreeSet;
+
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -126,8 +128,9 @@ impl TextMode {
 /// Page size of a search; 200 is the assumed maximum, 100 is safe (close-api.md §12, 12).
 pub(super) const PAGE: usize = 100;
 
-/// The body of a search: records of one kind that satisfy any of the conditions, oldest first.
-pub(super) fn search_body(lookup: &Lookup<'_>, mode: TextMode) -> Value {
+/// The body of a search for records of one kind that any of the look-ups may mean, oldest first. The
+/// look-ups are all of one kind.
+pub(super) fn search_body(lookups: &[Lookup], mode: TextMode) -> Value {
     let text = |value: &str| json!({"type": "text", "mode": mode.word(), "value": value});
     let custom = |field: &FieldId, value: &str| {
         json!({
@@ -136,35 +139,37 @@ pub(super) fn search_body(lookup: &Lookup<'_>, mode: TextMode) -> Value {
             "condition": text(value),
         })
     };
-    let (kind, conditions, wanted) = match lookup {
-        Lookup::Lead { field, company_id } => (
-            "lead",
-            vec![custom(field, company_id)],
-            vec!["id".into(), "date_created".into(), format!("custom.{field}")],
-        ),
-        Lookup::Contact { user, email } => {
-            let by_user = user.map(|(field, id)| custom(field, id));
-            let by_email = email.map(|email| {
-                json!({
-                    "type": "has_related",
-                    "this_object_type": "contact",
-                    "related_object_type": "contact_email",
-                    "related_query": {
-                        "type": "field_condition",
-                        "field": {"type": "regular_field", "object_type": "contact_email", "field_name": "email"},
-                        "condition": text(&fold_email(email)),
-                    },
-                })
-            });
-            let keys = user.map(|(field, _)| format!("custom.{field}"));
-            let plain = ["id", "lead_id", "date_created", "emails"].map(str::to_owned);
-            (
-                "contact",
-                by_user.into_iter().chain(by_email).collect(),
-                plain.into_iter().chain(keys).collect(),
-            )
-        }
+    let with_email = |email: &str| {
+        json!({
+            "type": "has_related",
+            "this_object_type": "contact",
+            "related_object_type": "contact_email",
+            "related_query": {
+                "type": "field_condition",
+                "field": {"type": "regular_field", "object_type": "contact_email", "field_name": "email"},
+                "condition": text(&fold_email(email)),
+            },
+        })
     };
+    let (mut conditions, mut keys) = (Vec::new(), BTreeSet::new());
+    let mut kind = "lead";
+    for lookup in lookups {
+        match lookup {
+            Lookup::Lead { field, company_id } => {
+                conditions.push(custom(field, company_id));
+                keys.insert(format!("custom.{field}"));
+            }
+            Lookup::Contact { user, email } => {
+                kind = "contact";
+                conditions.extend(user.as_ref().map(|(field, id)| custom(field, id)));
+                conditions.extend(email.as_deref().map(with_email));
+                keys.extend(user.as_ref().map(|(field, _)| format!("custom.{field}")));
+            }
+        }
+    }
+    let plain: &[&str] =
+        if kind == "lead" { &["id", "date_created"] } else { &["id", "lead_id", "date_created", "emails"] };
+    let wanted: Vec<String> = plain.iter().map(|key| (*key).to_owned()).chain(keys).collect();
     json!({
         "query": {"type": "and", "queries": [
             {"type": "object_type", "object_type": kind},
@@ -176,6 +181,27 @@ pub(super) fn search_body(lookup: &Lookup<'_>, mode: TextMode) -> Value {
         }}],
         "_limit": PAGE,
     })
+}
+
+/// Whether a row of a search that several look-ups share may be meant by this one: as search folds texts,
+/// which is less exact than what is believed later.
+pub(super) fn may_mean(lookup: &Lookup, row: &Value) -> bool {
+    let fold = |text: &str| text.trim().to_lowercase();
+    let alike = |field: &FieldId, id: &str| {
+        row[format!("custom.{field}")].as_str().is_some_and(|theirs| fold(theirs) == fold(id))
+    };
+    match lookup {
+        Lookup::Lead { field, company_id } => alike(field, company_id),
+        Lookup::Contact { user, email } => {
+            let emails = row["emails"].as_array().into_iter().flatten();
+            user.as_ref().is_some_and(|(field, id)| alike(field, id))
+                || email.as_deref().is_some_and(|email| {
+                    emails
+                        .filter_map(|entry| entry["email"].as_str())
+                        .any(|theirs| fold(theirs) == fold(email))
+                })
+        }
+    }
 }
 
 #[derive(Deserialize)]

@@ -93,7 +93,7 @@ async fn one_bad_optional_value_does_not_cost_the_rest() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn calls_wait_for_the_budget_and_a_429_costs_no_attempt() {
-    let limits = Limits { search: Rate::new(4, 1), ..Limits::unlimited() };
+    let limits = Limits { lead: Rate::new(5, 1), search: Rate::new(5, 1), ..Limits::unlimited() };
     let bench = Bench::with(Settings { limits, ..Settings::fast() }).await.set("RETRY_IN_PLACE", "0s");
     let events: Vec<_> = (0..12).map(|n| identify(&format!("u{n}"), json!({}))).collect();
     // A hidden limit besides: 429 while the headers say that there is budget (close-api.md §2).
@@ -101,11 +101,14 @@ async fn calls_wait_for_the_budget_and_a_429_costs_no_attempt() {
     bench.simulator.fault(Fault::new(hidden).on("POST", "/lead/").times(2));
     let metrics = bench.sync(&events).await;
     assert_eq!(metrics.outcomes(), [("created", 12)].into());
-    assert!(metrics.get("gate_wait_seconds_sum{endpoint=\"search\"}") > 1.0);
-    // The first calls go out together, before anything is known; later ones know.
-    let refused = metrics.count("close_requests_total{endpoint=\"search\",status=\"rate_limited\"}");
-    assert!(refused <= 12, "{refused}");
+    assert!(metrics.get("gate_wait_seconds_sum{endpoint=\"create_lead\"}") > 1.0);
+    let refused = |endpoint| {
+        metrics.count(&format!("close_requests_total{{endpoint=\"{endpoint}\",status=\"rate_limited\"}}"))
+    };
+    assert_eq!((refused("create_lead"), refused("search")), (2, 0), "only the hidden limit struck");
     assert_eq!(bench.simulator.leads().len(), 12);
+    let searches = bench.simulator.request_count("POST", "/data/search/");
+    assert!(searches < 12, "{searches} searches for 12 look-ups that came together");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,0 +1,143 @@
+//! Look-ups that share a search: `POST /data/search/` is by far the scarcest call (close-api.md §2).
+//!
+//! The first look-up goes at once. Those that come while a search waits for budget or is under way gather,
+//! and go together in the next one: the busier we are, the more share a call, and nobody waits for company.
+//! Leads and Contacts are searched for separately: that one search can return both is not documented
+//! (close-api.md §6).
+
+use std::sync::{Mutex, PoisonError};
+
+use serde_json::Value;
+use tokio::sync::oneshot;
+
+use super::gate::Priority;
+use super::{CloseError, Lookup};
+
+/// Most look-ups that share a search: two conditions each, and some rows each must fit one page.
+const MOST: usize = 25;
+
+/// What a look-up gets: the rows that may be meant, whether there are more, and the calls made for it.
+pub(super) type Answer = Result<Rows, CloseError>;
+
+/// Rows of a search.
+#[derive(Clone, Debug)]
+pub(super) struct Rows {
+    /// The oldest, at most a page of them.
+    pub(super) found: Vec<Value>,
+    /// Whether there are more than fit the page.
+    pub(super) more: bool,
+    /// Calls made: the first of those who share them pays.
+    pub(super) calls: u32,
+}
+
+/// A look-up that waits for its search.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    pub(super) lookup: Lookup,
+    pub(super) priority: Priority,
+    pub(super) answer: oneshot::Sender<Answer>,
+}
+
+/// Look-ups of one kind that wait.
+#[derive(Debug, Default)]
+pub(super) struct Joint(Mutex<Pending>);
+
+#[derive(Debug, Default)]
+struct Pending {
+    waiting: Vec<Waiting>,
+    searching: bool,
+}
+
+/// The duty to search until nobody waits. Dropping it lays it down, also in a panic: who still waits is
+/// told by the loss of the other end.
+#[derive(Debug)]
+pub(super) struct Duty<'a>(&'a Joint);
+
+impl Joint {
+    /// Adds a look-up. True when nobody is searching: then the caller has to see that someone does.
+    pub(super) fn add(&self, waiting: Waiting) -> bool {
+        self.with(|pending| {
+            pending.waiting.push(waiting);
+            !std::mem::replace(&mut pending.searching, true)
+        })
+    }
+
+    /// Takes up the duty that [`Joint::add`] spoke of.
+    pub(super) fn duty(&self) -> Duty<'_> {
+        Duty(self)
+    }
+
+    fn with<T>(&self, with: impl FnOnce(&mut Pending) -> T) -> T {
+        with(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Duty<'_> {
+    /// How urgent the most urgent look-up is. `None` when nobody waits any more: the duty is done.
+    pub(super) fn urgency(&self) -> Option<Priority> {
+        self.0.with(|pending| {
+            pending.waiting.retain(|waiting| !waiting.answer.is_closed());
+            let urgency = pending.waiting.iter().map(|waiting| waiting.priority).min();
+            // In one breath with the look, or a look-up could be added in between and wait for nobody.
+            pending.searching = urgency.is_some();
+            urgency
+        })
+    }
+
+    /// Those who share the next search, the most urgent first.
+    pub(super) fn next(&self) -> Vec<Waiting> {
+        self.0.with(|pending| {
+            pending.waiting.retain(|waiting| !waiting.answer.is_closed());
+            pending.waiting.sort_by_key(|waiting| waiting.priority);
+            let number = pending.waiting.len().min(MOST);
+            pending.waiting.drain(..number).collect()
+        })
+    }
+}
+
+impl Drop for Duty<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.with(|pending| *pending = Pending::default());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::record::FieldId;
+
+    fn waiting(id: &str, priority: Priority) -> (Waiting, oneshot::Receiver<Answer>) {
+        let (answer, receiver) = oneshot::channel();
+        let lookup = Lookup::Lead { field: FieldId::new("cf_c"), company_id: id.into() };
+        (Waiting { lookup, priority, answer }, receiver)
+    }
+
+    #[test]
+    fn one_searches_and_the_others_join() {
+        let joint = Joint::default();
+        let mut receivers = Vec::new();
+        let mut add = |id: &str, priority| {
+            let (waiting, receiver) = waiting(id, priority);
+            receivers.push(receiver);
+            joint.add(waiting)
+        };
+        assert!(add("first", Priority::Live), "the first has to search");
+        let duty = joint.duty();
+        assert_eq!(duty.urgency(), Some(Priority::Live));
+        assert_eq!(duty.next().len(), 1);
+        for n in 0..30 {
+            assert!(!add(&n.to_string(), Priority::Replay), "others join");
+        }
+        assert!(!add("live", Priority::Live));
+        drop(receivers.remove(1));
+        let next = duty.next();
+        assert_eq!(next.len(), MOST);
+        assert_eq!(next[0].lookup, Lookup::Lead { field: FieldId::new("cf_c"), company_id: "live".into() });
+        assert_eq!(duty.next().len(), 5, "one of 31 has given up");
+        assert_eq!(duty.urgency(), None);
+        let (again, _receiver) = waiting("later", Priority::Live);
+        assert!(joint.add(again), "nobody searches any more");
+    }
+}

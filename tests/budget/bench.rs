@@ -1,0 +1,376 @@
+//! What a run of events costs of Close's rate limits, and how close the worker comes to the time it must take.
+//!
+//! The real worker on a real broker, against the simulator with Close's strict limits (close-api.md §2: search
+//! 16 calls in 8 s). A plain client that handles one message after the other is measured beside it. Run it by
+//! `tests/budget/run`.
+
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a measurement that cannot go on ends")]
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::{Duration, Instant};
+
+use close_sync::config::{Config, Need};
+use close_sync::simulator::{Lag, Limits, Settings, Simulator};
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::{BasicProperties, Connection, ConnectionProperties};
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+const PEOPLE: usize = 1000;
+const COMPANIES: usize = 300;
+const WINDOW: f64 = 8.0;
+
+/// The endpoint groups that matter, and Close's limit of calls in a window.
+const GROUPS: [(&str, &str, &str, f64); 6] = [
+    ("search", "POST", "/data/search/", 16.0),
+    ("read lead", "GET", "/lead/", 240.0),
+    ("read contact", "GET", "/contact/", 240.0),
+    ("create lead", "POST", "/lead/", 240.0),
+    ("create contact", "POST", "/contact/", 240.0),
+    ("update", "PUT", "/", 240.0),
+];
+
+/// The events, and the calls each group has to get for them.
+struct Work {
+    events: Vec<Value>,
+    needed: [f64; 6],
+}
+
+fn person(n: usize, company: usize, title: &str) -> Value {
+    json!({"type": "identify", "userId": format!("u{n}"), "traits": {
+        "name": format!("Person {n}"), "email": format!("p{n}@c{company}.test"), "title": title,
+        "company": {"id": format!("c{company}"), "name": format!("Company {company}")},
+    }})
+}
+
+/// 60 % unchanged repeats, 25 % changed, 10 % a new person in a known company, 5 % a new company; mixed.
+fn work(count: usize) -> Work {
+    let (mut events, mut needed) = (Vec::new(), [0.0; 6]);
+    for n in 0..count {
+        let known = n * 7919 % PEOPLE;
+        let company = known % COMPANIES;
+        // Every event has to look at its Lead, whatever it wants; a new company has none.
+        let (event, calls): (_, &[usize]) = match n * 37 % 20 {
+            0..12 => (person(known, company, "CEO"), &[1]),
+            12..17 => (person(known, company, &format!("CEO {n}")), &[1, 5]),
+            17..19 => (person(PEOPLE + n, company, "CEO"), &[1, 4]),
+            _ => (person(PEOPLE + n, COMPANIES + n, "CEO"), &[3]),
+        };
+        for group in calls {
+            needed[*group] += 1.0;
+        }
+        // Two look-ups, of which up to 25 share a search.
+        if calls == [3] {
+            needed[0] += 2.0 / 25.0;
+        }
+        events.push(event);
+    }
+    Work { events, needed }
+}
+
+/// A Close that has the people and companies.
+async fn close() -> Simulator {
+    let settings = Settings {
+        limits: Limits::documented(),
+        search_lag: Lag::Fixed(Duration::from_secs(2)),
+        ..Settings::default()
+    };
+    let simulator = Simulator::start(settings, "127.0.0.1:0".parse().unwrap()).await.unwrap();
+    for company in 0..COMPANIES {
+        let people = (0..PEOPLE).filter(|n| n % COMPANIES == company);
+        let contact = |n: usize| {
+            json!({"name": format!("Person {n}"), "title": "CEO", "custom.cf_contactuserid": format!("u{n}"),
+                   "emails": [{"email": format!("p{n}@c{company}.test"), "type": "office"}]})
+        };
+        let lead = json!({
+            "name": format!("Company {company}"), "custom.cf_leadcompanyid": format!("c{company}"),
+            "contacts": people.map(contact).collect::<Vec<_>>(),
+        });
+        simulator.add_lead(lead).unwrap();
+    }
+    simulator
+}
+
+/// What a run took.
+struct Figures {
+    name: String,
+    took: f64,
+    bound: f64,
+    events: f64,
+    calls: [f64; 6],
+    busy: f64,
+}
+
+impl Figures {
+    /// The time the calls that had to be made take, with `share` of each window.
+    fn bound(needed: &[f64; 6], share: f64) -> f64 {
+        let times = GROUPS.iter().zip(needed).map(|((_, _, _, limit), needed)| {
+            // The first window is there at once.
+            let allowed = (limit * share).floor();
+            ((needed / allowed).ceil() - 1.0).max(0.0) * WINDOW
+        });
+        times.fold(0.0, f64::max)
+    }
+
+    fn count(simulator: &Simulator, skip: usize) -> ([f64; 6], f64) {
+        let (mut calls, mut busy) = ([0.0; 6], 0.0);
+        for request in simulator.requests().into_iter().skip(skip) {
+            busy += f64::from(u8::from(request.status == Some(429)));
+            let group = GROUPS
+                .iter()
+                .position(|(_, method, path, _)| request.method == *method && request.path.starts_with(path));
+            if let Some(group) = group {
+                calls[group] += 1.0;
+            }
+        }
+        (calls, busy)
+    }
+
+    fn print(&self) {
+        let all: f64 = self.calls.iter().sum();
+        println!(
+            "{:<34} {:>7.0} s {:>7.0} s {:>6.2} {:>8.3} {:>8.3} {:>8.3} {:>8.3} {:>9.3} %",
+            self.name,
+            self.took,
+            self.bound,
+            self.took / self.bound,
+            self.calls[0] / self.events,
+            (self.calls[1] + self.calls[2]) / self.events,
+            (self.calls[3] + self.calls[4] + self.calls[5]) / self.events,
+            all / self.events,
+            100.0 * self.busy / all,
+        );
+        let used = GROUPS.iter().zip(self.calls).map(|((name, _, _, limit), calls)| {
+            format!("{name} {:.0} %", 100.0 * calls / (limit * (self.took / WINDOW).ceil()))
+        });
+        println!("{:<34} budget used: {}", "", used.collect::<Vec<_>>().join(", "));
+    }
+}
+
+/// A worker in this process.
+struct Worker {
+    http: String,
+    stop: CancellationToken,
+    thread: std::thread::JoinHandle<()>,
+    connection: Connection,
+    exchange: String,
+}
+
+impl Worker {
+    async fn start(amqp: &str, close: &Simulator, queue: &str, share: u32) -> Self {
+        // Free now, and nobody else here takes one.
+        let http = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+        let exchange = format!("{queue}-identify");
+        let environment: HashMap<String, String> = [
+            ("AMQP_URL", amqp),
+            ("AMQP_QUEUE", queue),
+            ("AMQP_EXCHANGE", &exchange),
+            ("CLOSE_API_URL", &close.url()),
+            ("CLOSE_API_KEY", "api_simulator.key"),
+            ("CLOSE_LEAD_COMPANY_ID_FIELD", "cf_leadcompanyid"),
+            ("CLOSE_CONTACT_USER_ID_FIELD", "cf_contactuserid"),
+            ("CLOSE_SEARCH_LAG", "5s"),
+            ("CLOSE_RATE_LIMIT_SHARE", &share.to_string()),
+            ("HTTP_ADDR", &http),
+        ]
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .into();
+        let config = Config::load(None, &environment, Need::All).unwrap();
+        let stop = CancellationToken::new();
+        let stopped = stop.clone();
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Runtime::new().unwrap();
+            runtime.block_on(close_sync::app::run(config, stopped)).unwrap();
+        });
+        let connection = Connection::connect(amqp, ConnectionProperties::default()).await.unwrap();
+        let worker = Self { http, stop, thread, connection, exchange };
+        while worker.metric("broker_connected").await < 1.0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        worker
+    }
+
+    async fn metric(&self, prefix: &str) -> f64 {
+        let Ok(answer) = reqwest::get(format!("http://{}/metrics", self.http)).await else { return 0.0 };
+        let page = answer.text().await.unwrap_or_default();
+        let wanted = format!("close_sync_{prefix}");
+        let lines = page.lines().filter(|line| line.starts_with(&wanted) && !line.contains("handed_back"));
+        lines.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
+    }
+
+    /// Publishes events and waits until all are settled.
+    async fn drain(&self, events: &[Value]) -> Duration {
+        let before = self.metric("messages_settled_total").await;
+        let channel = self.connection.create_channel().await.unwrap();
+        channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+        let start = Instant::now();
+        for event in events {
+            let body = event.to_string();
+            let properties = BasicProperties::default().with_delivery_mode(2);
+            let options = BasicPublishOptions::default();
+            channel
+                .basic_publish(
+                    self.exchange.as_str().into(),
+                    "bench".into(),
+                    options,
+                    body.as_bytes(),
+                    properties,
+                )
+                .await
+                .unwrap();
+        }
+        channel.wait_for_confirms().await.unwrap();
+        #[expect(clippy::cast_precision_loss, reason = "small counts")]
+        let wanted = before + events.len() as f64;
+        while self.metric("messages_settled_total").await < wanted {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        start.elapsed()
+    }
+
+    async fn end(self) {
+        self.stop.cancel();
+        tokio::task::spawn_blocking(|| self.thread.join()).await.unwrap().unwrap();
+        self.connection.close(200, "bye".into()).await.unwrap();
+    }
+}
+
+/// Someone else with the same key, who makes half the calls the limits allow.
+fn other(close: &Simulator) -> tokio::task::JoinHandle<()> {
+    let url = close.url();
+    tokio::spawn(async move {
+        let client = reqwest::Client::new();
+        let mut tick = tokio::time::interval(Duration::from_millis(500));
+        loop {
+            tick.tick().await;
+            let call = async |method: reqwest::Method, path: &str, body: Value| {
+                let request =
+                    client.request(method, format!("{url}{path}")).basic_auth("api_simulator.key", Some(""));
+                let _ = request.json(&body).send().await;
+            };
+            // Calls that are refused as wrong count like any other.
+            call(reqwest::Method::POST, "data/search/", json!({})).await;
+            for _ in 0..8 {
+                call(reqwest::Method::GET, "lead/lead_none/", Value::Null).await;
+                call(reqwest::Method::PUT, "contact/cont_none/", json!({})).await;
+            }
+        }
+    })
+}
+
+/// Look-up, look-up, write, write, one event after the other; on 429 it sleeps as long as it is told.
+async fn plain_client(close: &Simulator, events: &[Value]) -> Duration {
+    let client = reqwest::Client::new();
+    let url = close.url();
+    let call = async |method: reqwest::Method, path: &str, body: Value| -> Value {
+        loop {
+            let request = client.request(method.clone(), format!("{url}{path}"));
+            let answer = request.basic_auth("api_simulator.key", Some("")).json(&body).send().await.unwrap();
+            if answer.status() != 429 {
+                return answer.json().await.unwrap();
+            }
+            let wait = answer.headers()["retry-after"].to_str().unwrap().parse().unwrap();
+            tokio::time::sleep(Duration::from_secs(wait)).await;
+        }
+    };
+    let search = |kind: &str, field: &str, id: &Value| {
+        json!({"query": {"type": "and", "queries": [
+            {"type": "object_type", "object_type": kind},
+            {"type": "field_condition", "field": {"type": "custom_field", "custom_field_id": field},
+             "condition": {"type": "text", "mode": "exact_value", "value": id}}]},
+            "_fields": {kind: ["id"]}})
+    };
+    let start = Instant::now();
+    for event in events {
+        let traits = &event["traits"];
+        let lead = call(
+            reqwest::Method::POST,
+            "data/search/",
+            search("lead", "cf_leadcompanyid", &traits["company"]["id"]),
+        )
+        .await;
+        let contact = call(
+            reqwest::Method::POST,
+            "data/search/",
+            search("contact", "cf_contactuserid", &event["userId"]),
+        )
+        .await;
+        let body =
+            json!({"name": traits["company"]["name"], "custom.cf_leadcompanyid": traits["company"]["id"]});
+        let lead = match lead["data"][0]["id"].as_str() {
+            Some(id) => call(reqwest::Method::PUT, &format!("lead/{id}/"), body).await,
+            None => call(reqwest::Method::POST, "lead/", body).await,
+        };
+        let body = json!({"name": traits["name"], "title": traits["title"], "custom.cf_contactuserid": event["userId"],
+            "emails": [{"email": traits["email"], "type": "office"}], "lead_id": lead["id"]});
+        match contact["data"][0]["id"].as_str() {
+            Some(id) => call(reqwest::Method::PUT, &format!("contact/{id}/"), body).await,
+            None => call(reqwest::Method::POST, "contact/", body).await,
+        };
+    }
+    start.elapsed()
+}
+
+#[tokio::main]
+#[expect(clippy::cast_precision_loss, reason = "small counts")]
+async fn main() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let arguments: Vec<String> = std::env::args().collect();
+    let count = arguments.iter().find_map(|argument| argument.parse().ok()).unwrap_or(5000);
+    let amqp = arguments.iter().find(|argument| argument.starts_with("amqp")).unwrap().clone();
+    let work = work(count);
+    println!(
+        "{count} events, {PEOPLE} people, {COMPANIES} companies; limits of a window of 8 s: search 16, others 240\n"
+    );
+    println!(
+        "{:<34} {:>9} {:>9} {:>6} {:>8} {:>8} {:>8} {:>8} {:>11}",
+        "", "time", "bound", "ratio", "search", "reads", "writes", "calls", "429s"
+    );
+    println!(
+        "{:<34} {:>9} {:>9} {:>6} {:>8} {:>8} {:>8} {:>8} {:>11}",
+        "", "", "", "", "per event", "", "", "", "of calls"
+    );
+    let runs: BTreeMap<usize, (&str, u32, bool, bool, f64)> = [
+        (0, ("warm, share 100 %", 100, true, false, 1.0)),
+        (1, ("warm, share 80 %", 80, true, false, 0.8)),
+        (2, ("cold start, share 80 %", 80, false, false, 0.8)),
+        (3, ("cold, half taken by another, 80 %", 80, false, true, 0.5)),
+    ]
+    .into();
+    for (number, (name, share, warm, shared, bound)) in runs {
+        let close = close().await;
+        let worker = Worker::start(&amqp, &close, &format!("budget-{number}"), share).await;
+        if warm {
+            let everybody: Vec<Value> = (0..PEOPLE).map(|n| person(n, n % COMPANIES, "CEO")).collect();
+            worker.drain(&everybody).await;
+            // The next window is as full as any.
+            tokio::time::sleep(Duration::from_secs_f64(WINDOW)).await;
+        }
+        let before = close.requests().len();
+        let other = shared.then(|| other(&close));
+        let took = worker.drain(&work.events).await;
+        if let Some(other) = other {
+            other.abort();
+        }
+        let (calls, busy) = Figures::count(&close, before);
+        let bound = Figures::bound(&work.needed, bound);
+        Figures { name: name.to_owned(), took: took.as_secs_f64(), bound, events: count as f64, calls, busy }
+            .print();
+        worker.end().await;
+    }
+    // It is slow: a part has to do.
+    let part = &work.events[..count.min(60)];
+    let close = close().await;
+    let took = plain_client(&close, part).await;
+    let (calls, busy) = Figures::count(&close, 0);
+    let scale = count as f64 / part.len() as f64;
+    Figures {
+        name: format!("a plain client (from {} events)", part.len()),
+        took: took.as_secs_f64() * scale,
+        bound: Figures::bound(&work.needed, 1.0),
+        events: count as f64,
+        calls: calls.map(|calls| calls * scale),
+        busy: busy * scale,
+    }
+    .print();
+}
