@@ -3,19 +3,27 @@
 //! [`run`] takes settings and a reason to stop, so that a test stops it the way an operator does. It
 //! runs one session after the other: a lost broker is reconnected to with growing, jittered pauses
 //! and without end; while Close cannot be worked with there is no session at all, and Close is probed
-//! instead, so that messages wait in the queue without being touched (`design.md` P5).
+//! instead, so that messages wait in the queue without being touched (`design.md` P5). After that, the first
+//! session begins with one message at a time: Close is on trial, and what proves that it works is a message
+//! that succeeds.
+//!
+//! On SIGHUP the configuration is read again. One that is valid, and that Close agrees to, takes over: what is
+//! in hand is finished by the old one first. Otherwise the old one stays.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use futures_util::stream::BoxStream;
+use futures_util::{Stream, StreamExt, stream};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::amqp::session::{End, Report, Session};
 use crate::amqp::{self, BrokerError, topology};
 use crate::close::Client;
-use crate::config::Config;
+use crate::config::{Config, Problems};
 use crate::domain::mapping::{Mapping, Rules};
 use crate::http;
 use crate::metrics::Metrics;
@@ -36,12 +44,31 @@ pub enum RunError {
     Unavailable(#[from] anyhow::Error),
 }
 
-/// Runs the worker until `shutdown`, and tells what it did.
+/// What the worker is told while it runs.
+pub struct Orders {
+    /// To stop.
+    pub shutdown: CancellationToken,
+    /// To read the configuration again, at each item.
+    pub reload: BoxStream<'static, ()>,
+    /// How that is done.
+    pub load: Box<dyn Fn() -> Result<Config, Problems> + Send + Sync>,
+}
+
+impl From<CancellationToken> for Orders {
+    /// Only to stop.
+    fn from(shutdown: CancellationToken) -> Self {
+        let load = || unreachable!("nobody asks for it");
+        Self { shutdown, reload: stream::pending().boxed(), load: Box::new(load) }
+    }
+}
+
+/// Runs the worker until it is told to stop, and tells what it did.
 ///
 /// # Errors
 /// When it cannot start: what is wrong with Close's lookup fields or key, with the broker's objects,
 /// or with the HTTP address.
-pub async fn run(config: Config, shutdown: CancellationToken) -> Result<Report, RunError> {
+pub async fn run(config: Config, orders: impl Into<Orders>) -> Result<Report, RunError> {
+    let Orders { shutdown, reload, load } = orders.into();
     let metrics = Metrics::new().context("the metrics are defective")?;
     let status = Status::default();
     let addr = config.http_addr;
@@ -53,37 +80,26 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<Report, 
     let stop_http = CancellationToken::new();
     let server = tokio::spawn(http::serve(listener, metrics.clone(), status.clone(), stop_http.clone()));
 
-    let client = {
-        let metrics = metrics.clone();
-        Client::new(config.close, move |call| metrics.called(call))
-            .context("TLS cannot be set up: are CA certificates installed (Debian: ca-certificates)?")?
-    };
-    let destination = Destination { client, rules: config.rules, status, metrics };
-    let settings = Arc::new(config.amqp);
     let result = async {
         // Before anything about Close: producers may publish from now on, whatever state Close is in.
-        match shutdown.run_until_cancelled(declare(&settings)).await {
+        match shutdown.run_until_cancelled(declare(&config.amqp)).await {
             Some(Err(error @ BrokerError::Conflict { .. })) => {
                 return Err(RunError::Configuration(error.to_string()));
             }
             Some(Err(error)) => tracing::warn!(%error, "nothing is declared in RabbitMQ yet"),
             Some(Ok(())) | None => {}
         }
-        let Some(mapping) = destination.mapping(&shutdown).await? else { return Ok(Report::default()) };
-        let Destination { client, rules, status, metrics } = destination;
-        let worker = Worker::new(config.worker, &rules, mapping, client, metrics.clone());
-        let refresh = tokio::spawn(refresh(worker.clone(), config.schema_refresh));
-        let session = Session {
-            settings,
-            worker,
-            metrics,
-            status,
-            concurrency: config.concurrency,
-            grace: config.grace,
+        let destination = Destination {
+            client: client(&config, &metrics)?,
+            rules: config.rules.clone(),
+            status: status.clone(),
+            metrics: metrics.clone(),
         };
-        let result = supervise(&session, &shutdown).await;
-        refresh.abort();
-        result
+        let Some(mapping) = destination.mapping(&shutdown).await? else { return Ok(Report::default()) };
+        let assembly = Assembly { client: destination.client, config, mapping };
+        let reloads = reload.filter_map(|()| async { reloaded(&load, &metrics).await });
+        let supervisor = Supervisor::new(status.clone(), metrics.clone());
+        supervisor.run(assembly, std::pin::pin!(reloads), &shutdown).await
     };
     let result = result.await;
 
@@ -91,6 +107,50 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<Report, 
     // A scraper that keeps its connection open must not hold up the exit.
     let _ = tokio::time::timeout(Duration::from_secs(1), server).await;
     result
+}
+
+fn client(config: &Config, metrics: &Metrics) -> anyhow::Result<Client> {
+    let metrics = metrics.clone();
+    Client::new(config.close.clone(), move |call| metrics.called(call))
+        .context("TLS cannot be set up: are CA certificates installed (Debian: ca-certificates)?")
+}
+
+/// A configuration that Close agrees to, with what was made of it.
+struct Assembly {
+    config: Config,
+    client: Client,
+    mapping: Mapping,
+}
+
+/// Reads the configuration again. What is wrong with it is told, and `None`: the old one stays in force.
+async fn reloaded(
+    load: &(dyn Fn() -> Result<Config, Problems> + Send + Sync),
+    metrics: &Metrics,
+) -> Option<Assembly> {
+    let tried = async {
+        let config = load()?;
+        let client = client(&config, metrics)?;
+        let ready = preflight::run(&client, &config.rules).await.map_err(|obstacles| {
+            anyhow::anyhow!(obstacles.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
+        })?;
+        tell_flaws(&ready.mapping);
+        Ok::<_, anyhow::Error>(Assembly { config, client, mapping: ready.mapping })
+    };
+    match tried.await {
+        Ok(assembly) => {
+            tracing::info!(
+                "the configuration was read again and is taken over (`http.addr` and `log.format` at the next start)"
+            );
+            Some(assembly)
+        }
+        Err(error) => {
+            tracing::error!(
+                problem = format!("{error:#}"),
+                "the configuration was read again and cannot be used: the old one stays"
+            );
+            None
+        }
+    }
 }
 
 /// Looks at the fields in Close from time to time.
@@ -108,49 +168,125 @@ async fn refresh(worker: Worker, every: Duration) {
 /// A session that stood this long was a good one, also without messages.
 const STABLE: Duration = Duration::from_mins(1);
 
-async fn supervise(session: &Session, shutdown: &CancellationToken) -> Result<Report, RunError> {
-    let mut total = Report::default();
-    let mut reconnects = Pauses::reconnect();
-    let mut probes = Pauses::probe();
-    let mut lost = false;
-    while !shutdown.is_cancelled() {
+/// One session after the other, and what has to be remembered between them.
+struct Supervisor {
+    status: Status,
+    metrics: Metrics,
+    total: Report,
+    reconnects: Pauses,
+    probes: Pauses,
+    /// The broker was lost, and this has been told.
+    lost: bool,
+}
+
+impl Supervisor {
+    fn new(status: Status, metrics: Metrics) -> Self {
+        let (reconnects, probes) = (Pauses::reconnect(), Pauses::probe());
+        Self { status, metrics, total: Report::default(), reconnects, probes, lost: false }
+    }
+
+    /// Works by one configuration after the other.
+    async fn run(
+        mut self,
+        mut assembly: Assembly,
+        mut reloads: Pin<&mut (impl Stream<Item = Assembly> + Send)>,
+        shutdown: &CancellationToken,
+    ) -> Result<Report, RunError> {
+        loop {
+            let turn = shutdown.child_token();
+            let mut working = Box::pin(self.work(assembly, &turn));
+            let next = tokio::select! {
+                ended = &mut working => { ended?; None }
+                next = reloads.next() => {
+                    turn.cancel();
+                    working.await?;
+                    next
+                }
+            };
+            match next {
+                Some(next) => assembly = next,
+                None => break,
+            }
+        }
+        self.status.set(State::Stopping);
+        Ok(self.total)
+    }
+
+    /// Works until `turn` is over.
+    async fn work(&mut self, assembly: Assembly, turn: &CancellationToken) -> Result<(), RunError> {
+        let Assembly { config, client, mapping } = assembly;
+        self.metrics.watch(client.clone());
+        let worker = Worker::new(config.worker, &config.rules, mapping, client, self.metrics.clone());
+        let refresh = AbortOnDrop(tokio::spawn(refresh(worker.clone(), config.schema_refresh)));
+        let mut session = Session {
+            settings: Arc::new(config.amqp),
+            worker,
+            metrics: self.metrics.clone(),
+            status: self.status.clone(),
+            concurrency: config.concurrency,
+            grace: config.grace,
+            on_trial: None,
+        };
+        while !turn.is_cancelled() {
+            self.session(&mut session, turn).await?;
+        }
+        drop(refresh);
+        Ok(())
+    }
+
+    /// One session, and what has to pass before the next.
+    async fn session(&mut self, session: &mut Session, turn: &CancellationToken) -> Result<(), RunError> {
         let began = Instant::now();
-        let (end, report) = session.run(shutdown).await;
-        total.settled += report.settled;
-        total.handed_back += report.handed_back;
-        if report.settled > 0 {
-            probes.reset();
+        let (end, report) = session.run(turn).await;
+        self.total.settled += report.settled;
+        self.total.handed_back += report.handed_back;
+        if report.by_close > 0 {
+            self.probes.reset();
+            session.on_trial = None;
         }
         if report.settled > 0 || began.elapsed() > STABLE {
             // It worked, or stood by, for a while: what comes now is a new incident.
-            reconnects.reset();
-            lost = false;
+            self.reconnects.reset();
+            self.lost = false;
         }
         match end {
-            End::Stopped => break,
+            End::Stopped => {}
             End::Paused(cause) => {
                 let probe = async || session.worker.look_again().await;
-                pause(&session.status, &session.metrics, cause, &mut probes, probe, shutdown).await;
+                let again = session.on_trial.is_some();
+                let pause = Pause { status: &self.status, metrics: &self.metrics, again };
+                if let Some((cause, ())) = pause.until(cause, &mut self.probes, probe, turn).await {
+                    session.worker.put_close_on_trial();
+                    session.on_trial = Some(cause);
+                }
             }
             End::Lost(error @ BrokerError::Conflict { .. }) => {
                 return Err(RunError::Configuration(error.to_string()));
             }
             End::Lost(error) => {
-                session.status.set(State::Connecting);
-                let wait = reconnects.next_pause().unwrap_or_default();
+                self.status.set(State::Connecting);
+                let wait = self.reconnects.next_pause().unwrap_or_default();
                 // One line per incident, not per try.
-                if lost {
+                if self.lost {
                     tracing::debug!(%error, ?wait, "still no connection to RabbitMQ");
                 } else {
                     tracing::warn!(%error, "reconnecting to RabbitMQ until it works");
                 }
-                lost = true;
-                shutdown.run_until_cancelled(tokio::time::sleep(wait)).await;
+                self.lost = true;
+                turn.run_until_cancelled(tokio::time::sleep(wait)).await;
             }
         }
+        Ok(())
     }
-    session.status.set(State::Stopping);
-    Ok(total)
+}
+
+/// A task that ends with whoever wanted it.
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 async fn declare(settings: &amqp::Settings) -> Result<(), BrokerError> {
@@ -188,7 +324,10 @@ impl Destination {
             tell_flaws(&ready.mapping);
             Ok(ready.mapping)
         };
-        Ok(pause(&self.status, &self.metrics, cause, &mut Pauses::probe(), probe, shutdown).await)
+        let pause = Pause { status: &self.status, metrics: &self.metrics, again: false };
+        let found = pause.until(cause, &mut Pauses::probe(), probe, shutdown).await;
+        self.metrics.paused(None);
+        Ok(found.map(|(_, mapping)| mapping))
     }
 }
 
@@ -197,7 +336,7 @@ fn cause_or_refusal(obstacles: &[Obstacle]) -> Result<PauseCause, RunError> {
     tracing::error!(obstacle = lines.join("; "), "Close cannot be worked with");
     match obstacles.first().and_then(Obstacle::pause_cause) {
         None => Ok(PauseCause::Unreachable),
-        Some(cause @ (PauseCause::Unreachable | PauseCause::PlanLimit)) => Ok(cause),
+        Some(cause @ (PauseCause::Unreachable | PauseCause::Failing | PauseCause::PlanLimit)) => Ok(cause),
         Some(PauseCause::LookupField) => Err(RunError::Configuration(lines.join("\n"))),
         Some(PauseCause::Unauthorized | PauseCause::Forbidden) => Err(RunError::Configuration(format!(
             "{}: set `close.api_key` (CLOSE_API_KEY) to a key that is valid in Close",
@@ -206,35 +345,48 @@ fn cause_or_refusal(obstacles: &[Obstacle]) -> Result<PauseCause, RunError> {
     }
 }
 
-/// Probes Close until it can be worked with again; `None` when asked to stop meanwhile.
-async fn pause<T>(
-    status: &Status,
-    metrics: &Metrics,
-    mut cause: PauseCause,
-    probes: &mut Pauses,
-    probe: impl AsyncFn() -> Result<T, Vec<Obstacle>>,
-    shutdown: &CancellationToken,
-) -> Option<T> {
-    tracing::error!(
-        cause = cause.label(),
-        "paused: messages stay in the queue until Close can be worked with"
-    );
-    let found = loop {
-        status.set(State::Paused(cause));
-        metrics.paused(Some(cause));
-        let wait = probes.next_pause().unwrap_or_default();
-        shutdown.run_until_cancelled(tokio::time::sleep(wait)).await?;
-        match shutdown.run_until_cancelled(probe()).await? {
-            Ok(found) => break found,
-            Err(obstacles) => {
-                let obstacle = obstacles.first();
-                tracing::debug!(obstacle = obstacle.map(ToString::to_string), "still paused");
-                cause = obstacle.and_then(Obstacle::pause_cause).unwrap_or(cause);
-            }
+/// A time without consumption.
+struct Pause<'a> {
+    status: &'a Status,
+    metrics: &'a Metrics,
+    /// The last one ended a moment ago, and nothing has succeeded since: the same incident.
+    again: bool,
+}
+
+impl Pause<'_> {
+    /// Probes Close until it can be worked with again. Tells the cause that was last, and what the probe
+    /// found; `None` when `turn` was over meanwhile. The metric is left as it is where the probe alone does
+    /// not prove that messages succeed.
+    async fn until<T>(
+        &self,
+        mut cause: PauseCause,
+        probes: &mut Pauses,
+        probe: impl AsyncFn() -> Result<T, Vec<Obstacle>>,
+        turn: &CancellationToken,
+    ) -> Option<(PauseCause, T)> {
+        if self.again {
+            tracing::debug!(cause = cause.label(), "paused again");
+        } else {
+            self.metrics.pause_began(cause);
+            tracing::error!(
+                cause = cause.label(),
+                "paused: messages stay in the queue until Close can be worked with"
+            );
         }
-    };
-    metrics.paused(None);
-    status.set(State::Connecting);
-    tracing::info!("Close can be worked with again: going on");
-    Some(found)
+        let found = loop {
+            self.status.set(State::Paused(cause));
+            self.metrics.paused(Some(cause));
+            let wait = probes.next_pause().unwrap_or_default();
+            turn.run_until_cancelled(tokio::time::sleep(wait)).await?;
+            match turn.run_until_cancelled(probe()).await? {
+                Ok(found) => break found,
+                Err(obstacles) => {
+                    let obstacle = obstacles.first();
+                    tracing::debug!(obstacle = obstacle.map(ToString::to_string), "still paused");
+                    cause = obstacle.and_then(Obstacle::pause_cause).unwrap_or(cause);
+                }
+            }
+        };
+        Some((cause, found))
+    }
 }

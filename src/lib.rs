@@ -36,8 +36,8 @@
 //! - [`lanes`]: who may run now. Pure.
 //! - [`close`]: the only place that knows Close's HTTP API, with the rate gate in front of it.
 //! - [`known`], `resolve`, [`preflight`]: what Close has; [`claims`]: records being written to;
-//!   [`worker`]: one message, the spine.
-//! - [`metrics`], [`state`], [`panics`], [`http`]: what operators see.
+//!   [`breaker`]: whether it is Close that fails; [`worker`]: one message, the spine.
+//! - [`metrics`], [`state`], [`drain`], [`panics`], [`http`]: what operators see.
 //! - [`amqp`]: the only place that knows lapin.
 //! - [`config`]: raw settings to typed ones; lower modules own their settings and never import it.
 //! - [`app`]: supervision and shutdown; [`cli`]: the commands.
@@ -67,6 +67,7 @@ pub mod domain;
 pub mod lanes;
 pub mod outcome;
 
+pub mod breaker;
 pub mod claims;
 pub mod close;
 pub mod known;
@@ -74,6 +75,7 @@ pub mod preflight;
 mod resolve;
 pub mod retry;
 
+pub mod drain;
 pub mod http;
 pub mod metrics;
 pub mod panics;

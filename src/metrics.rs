@@ -4,20 +4,21 @@
 //! closed enums and every combination exists from the start, so that an alert sees zeros instead of
 //! nothing. Labels never carry anything of a message.
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use prometheus::{
-    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder,
+    Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
-use crate::close::{Call, Endpoint, StatusClass};
+use crate::close::{Call, Client, Endpoint, Standing, StatusClass};
 use crate::domain::plan::Refusal;
 use crate::domain::values::{DropReason, Dropped};
 use crate::outcome::{Effect, Outcome, PauseCause, Reason, Skip, Stage};
 
 /// The metrics of one worker. Clones share them.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Metrics {
     registry: Registry,
     settled: IntCounterVec,
@@ -34,8 +35,12 @@ pub struct Metrics {
     in_flight: IntGauge,
     waiting: IntGauge,
     paused: IntGaugeVec,
+    pauses: IntCounterVec,
     connected: IntGauge,
     connection_losses: IntCounter,
+    backlog: IntGauge,
+    drain_seconds: Gauge,
+    rate_limits: RateLimits,
     close_requests: IntCounterVec,
     close_request_seconds: HistogramVec,
     gate_wait_seconds: HistogramVec,
@@ -58,6 +63,7 @@ impl Metrics {
     ///
     /// # Errors
     /// When two of them have the same name, which a test excludes.
+    #[expect(clippy::too_many_lines, reason = "one entry for each metric, and nothing else")]
     pub fn new() -> prometheus::Result<Self> {
         let registry = Registry::new_custom(Some("close_sync".into()), None)?;
         let make = Maker(&registry);
@@ -131,9 +137,21 @@ impl Metrics {
                 "cause",
                 &PauseCause::ALL.map(PauseCause::label),
             )?,
+            pauses: make.counters(
+                "pauses_total",
+                "Pauses of consumption by their first cause",
+                "cause",
+                &PauseCause::ALL.map(PauseCause::label),
+            )?,
             connected: make.gauge("broker_connected", "1 while connected to RabbitMQ and consuming or standing by")?,
             connection_losses: make
                 .counter("broker_connection_losses_total", "Times the connection to RabbitMQ was lost")?,
+            backlog: make.gauge("backlog_messages", "Messages in the work queue, those in hand included")?,
+            drain_seconds: make.unknown(
+                "drain_seconds",
+                "Estimated time until the backlog is worked off; NaN while there is nothing to estimate it from",
+            )?,
+            rate_limits: RateLimits::new(&make)?,
             close_requests: make.requests()?,
             close_request_seconds: make.histograms(
                 "close_request_seconds",
@@ -151,8 +169,47 @@ impl Metrics {
         Ok(metrics)
     }
 
+    /// Whose rate limits are told of from now on.
+    pub fn watch(&self, client: Client) {
+        *self.rate_limits.close.lock().unwrap_or_else(PoisonError::into_inner) = Some(client);
+    }
+
+    /// What is left of Close's rate limits, of those it told.
+    pub fn standings(&self) -> Vec<(Endpoint, Standing)> {
+        let close = self.rate_limits.close.lock().unwrap_or_else(PoisonError::into_inner);
+        close.iter().flat_map(Client::standings).collect()
+    }
+
+    /// Messages in hand: being worked on, or received and waiting.
+    pub fn in_hand(&self) -> u32 {
+        u32::try_from(self.in_flight.get() + self.waiting.get()).unwrap_or(0)
+    }
+
+    /// Deliveries settled and calls made so far.
+    pub fn totals(&self) -> (u64, Vec<(Endpoint, u64)>) {
+        let calls = |endpoint: Endpoint| {
+            let by_status = StatusClass::ALL.map(|status| {
+                self.close_requests.with_label_values(&[endpoint.label(), status.label()]).get()
+            });
+            (endpoint, by_status.iter().sum())
+        };
+        (self.handling_seconds.get_sample_count(), Endpoint::ALL.map(calls).into())
+    }
+
+    /// The backlog, and how long it may take.
+    pub fn backlog(&self, messages: u32, drain: Option<Duration>) {
+        self.backlog.set(messages.into());
+        self.drain_seconds.set(drain.map_or(f64::NAN, |drain| drain.as_secs_f64()));
+    }
+
     /// The page Prometheus scrapes.
     pub fn page(&self) -> String {
+        for (endpoint, standing) in self.standings() {
+            let label = &[endpoint.label()];
+            self.rate_limits.limit.with_label_values(label).set(standing.limit.into());
+            self.rate_limits.remaining.with_label_values(label).set(standing.remaining.into());
+            self.rate_limits.reset.with_label_values(label).set(standing.reset.as_secs_f64());
+        }
         TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default()
     }
 
@@ -226,6 +283,11 @@ impl Metrics {
         self.waiting.set(i64::try_from(waiting).unwrap_or(i64::MAX));
     }
 
+    /// A pause begins.
+    pub fn pause_began(&self, cause: PauseCause) {
+        self.pauses.with_label_values(&[cause.label()]).inc();
+    }
+
     /// Consumption is paused for a cause, or for none.
     pub fn paused(&self, now: Option<PauseCause>) {
         for cause in PauseCause::ALL {
@@ -241,6 +303,35 @@ impl Metrics {
     /// The connection to the broker was lost.
     pub fn connection_lost(&self) {
         self.connection_losses.inc();
+    }
+}
+
+/// Close's rate limits, which are looked up when somebody asks.
+#[derive(Clone)]
+struct RateLimits {
+    limit: GaugeVec,
+    remaining: GaugeVec,
+    reset: GaugeVec,
+    close: Arc<Mutex<Option<Client>>>,
+}
+
+impl RateLimits {
+    fn new(make: &Maker<'_>) -> prometheus::Result<Self> {
+        Ok(Self {
+            limit: make.unknowns(
+                "rate_limit_calls",
+                "Calls Close allows in a window by endpoint group; NaN until it has told",
+            )?,
+            remaining: make.unknowns(
+                "rate_limit_remaining_calls",
+                "Calls left in the window of Close's rate limit; NaN until it has told",
+            )?,
+            reset: make.unknowns(
+                "rate_limit_reset_seconds",
+                "Time until the window of Close's rate limit is renewed; NaN until it has told",
+            )?,
+            close: Arc::default(),
+        })
     }
 }
 
@@ -273,6 +364,24 @@ impl Maker<'_> {
         let gauge = IntGauge::new(name, help)?;
         self.0.register(Box::new(gauge.clone()))?;
         Ok(gauge)
+    }
+
+    /// A gauge whose value is not known yet.
+    fn unknown(&self, name: &str, help: &str) -> prometheus::Result<Gauge> {
+        let gauge = Gauge::new(name, help)?;
+        gauge.set(f64::NAN);
+        self.0.register(Box::new(gauge.clone()))?;
+        Ok(gauge)
+    }
+
+    /// The same, by endpoint group.
+    fn unknowns(&self, name: &str, help: &str) -> prometheus::Result<GaugeVec> {
+        let gauges = GaugeVec::new(Opts::new(name, help), &["endpoint"])?;
+        for endpoint in Endpoint::ALL {
+            gauges.with_label_values(&[endpoint.label()]).set(f64::NAN);
+        }
+        self.0.register(Box::new(gauges.clone()))?;
+        Ok(gauges)
     }
 
     fn gauges(

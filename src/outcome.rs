@@ -27,6 +27,24 @@ pub enum Outcome {
     Paused(PauseCause),
 }
 
+impl Outcome {
+    /// Whether Close did its part: then nothing is wrong with it in general.
+    pub fn proves_close(&self) -> bool {
+        match self {
+            Self::Synced(_) | Self::Skipped(Skip::Switch(_)) => true,
+            Self::Dead(dead) => match dead.reason {
+                Reason::Rejected | Reason::NotFound => true,
+                Reason::Malformed
+                | Reason::NoIdentity
+                | Reason::Forbidden
+                | Reason::Exhausted
+                | Reason::Internal => false,
+            },
+            Self::Skipped(Skip::Event(_) | Skip::Anonymous) | Self::Delayed { .. } | Self::Paused(_) => false,
+        }
+    }
+}
+
 /// What a synced message did to Close.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Effect {
@@ -227,14 +245,30 @@ pub enum PauseCause {
     Forbidden,
     /// Close cannot be reached.
     Unreachable,
+    /// Close answers, but most messages fail.
+    Failing,
     /// A lookup field is gone or has another type.
     LookupField,
 }
 
 impl PauseCause {
     /// All causes, for metrics.
-    pub const ALL: [Self; 5] =
-        [Self::Unauthorized, Self::PlanLimit, Self::Forbidden, Self::Unreachable, Self::LookupField];
+    pub const ALL: [Self; 6] = [
+        Self::Unauthorized,
+        Self::PlanLimit,
+        Self::Forbidden,
+        Self::Unreachable,
+        Self::Failing,
+        Self::LookupField,
+    ];
+
+    /// Whether a probe of Close proves that the cause is gone. Otherwise only a message that succeeds does.
+    pub fn ends_with_probe(self) -> bool {
+        match self {
+            Self::Unauthorized | Self::Unreachable | Self::LookupField => true,
+            Self::PlanLimit | Self::Forbidden | Self::Failing => false,
+        }
+    }
 
     /// The label in logs, metrics and `/readyz`.
     pub fn label(self) -> &'static str {
@@ -243,6 +277,7 @@ impl PauseCause {
             Self::PlanLimit => "plan_limit",
             Self::Forbidden => "forbidden",
             Self::Unreachable => "unreachable",
+            Self::Failing => "failing",
             Self::LookupField => "lookup_field",
         }
     }

@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Mutex;
 
+use crate::breaker::Breaker;
 use crate::claims::Claims;
 use crate::close::{Client, CloseError, FieldError, Priority};
 use crate::domain::decision::Decision;
@@ -68,6 +69,7 @@ struct Inner {
     resolved: Mutex<Instant>,
     known: Known,
     claims: Claims,
+    breaker: std::sync::Mutex<Breaker>,
     metrics: Metrics,
 }
 
@@ -140,6 +142,7 @@ impl Worker {
             resolved: Mutex::new(Instant::now()),
             known: Known::default(),
             claims: Claims::default(),
+            breaker: std::sync::Mutex::default(),
             metrics,
         }))
     }
@@ -152,6 +155,20 @@ impl Worker {
     /// The mapping in force.
     pub fn mapping(&self) -> Arc<Mapping> {
         self.0.mapping.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Tells whether messages wait that could be worked on if there were more room.
+    pub fn backlog(&self, there_is: bool) {
+        self.0.client.backlog(there_is);
+    }
+
+    /// Consumption goes on after a pause: the first message tells whether it was long enough.
+    pub fn put_close_on_trial(&self) {
+        self.breaker(Breaker::put_on_trial);
+    }
+
+    fn breaker<T>(&self, with: impl FnOnce(&mut Breaker) -> T) -> T {
+        with(&mut self.0.breaker.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Asks Close whether it can be worked with, and what fields there are now.
@@ -337,11 +354,21 @@ impl Sync<'_> {
         let Inner { settings, metrics, .. } = &*self.worker.0;
         let mut pauses = Pauses::in_place(&settings.retry);
         let mut history = History { attempts: self.turn.attempts, looked_again: false };
+        let mut failed_before = false;
         loop {
             let failure = match self.once().await {
-                Ok(outcome) => return outcome,
+                Ok(outcome) => {
+                    self.worker.breaker(|breaker| breaker.note(Instant::now(), true));
+                    return outcome;
+                }
                 Err(failure) => failure,
             };
+            if failure.error.may_pass()
+                && !std::mem::replace(&mut failed_before, true)
+                && self.worker.breaker(|breaker| breaker.note(Instant::now(), false))
+            {
+                return Outcome::Paused(PauseCause::Failing);
+            }
             let pause = pauses.next_pause();
             if let Some(cause) = self.worker.systemic(&failure, history, pause.is_none()).await {
                 return Outcome::Paused(cause);

@@ -13,6 +13,7 @@
 //!
 //! When the connection is lost, work stops at once: the standby may already have the same messages.
 
+use std::convert::Infallible;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -32,6 +33,7 @@ use super::publisher::Publisher;
 use super::{BrokerError, LAST_ACKS, Settings, close, topology};
 use crate::domain::decision::Decision;
 use crate::domain::mapping::Key;
+use crate::drain::Drain;
 use crate::lanes::{Lanes, Ticket};
 use crate::metrics::Metrics;
 use crate::outcome::{DeadLetter, Outcome, PauseCause, Reason, Stage};
@@ -55,13 +57,24 @@ pub struct Session {
     pub concurrency: usize,
     /// How long messages in hand may take to finish on shutdown.
     pub grace: Duration,
+    /// Close could not be worked with before: begin with one message at a time, and with one more for each
+    /// that succeeds.
+    pub on_trial: Option<PauseCause>,
 }
+
+/// Where no message comes that could prove that Close works again, it is believed after this long.
+const LONGEST_TRIAL: Duration = Duration::from_mins(1);
+
+/// How often the backlog is looked at.
+const LOOKS_APART: Duration = Duration::from_secs(5);
 
 /// What a session did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Report {
     /// Deliveries settled.
     pub settled: u64,
+    /// Those of them that Close had a part in: it can be worked with.
+    pub by_close: u64,
     /// Deliveries received but not settled: they went back to the queue.
     pub handed_back: u64,
 }
@@ -86,7 +99,9 @@ struct Incoming {
 
 /// How a task ended.
 enum Done {
-    Settled,
+    Settled {
+        by_close: bool,
+    },
     /// Dropped by the end of the session, or acked too late: it comes again.
     HandedBack,
     Paused(PauseCause),
@@ -102,8 +117,10 @@ impl Session {
             None => return (End::Stopped, Report::default()),
         };
         self.metrics.connected(true);
-        self.status.set(State::StandingBy);
-        tracing::info!(queue = self.settings.queue, "connected to RabbitMQ, waiting for messages");
+        match self.on_trial.filter(|cause| !cause.ends_with_probe()) {
+            None => self.acquitted(),
+            Some(cause) => tracing::debug!(cause = cause.label(), "trying whether Close can be worked with"),
+        }
         let ended = self.consume(link, shutdown).await;
         self.metrics.connected(false);
         if matches!(ended.0, End::Lost(_)) {
@@ -121,9 +138,23 @@ impl Session {
         let mut tasks = JoinSet::new();
         let mut report = Report::default();
         let mut received = 0;
+        let mut on_trial = self.on_trial.is_some_and(|cause| !cause.ends_with_probe());
+        let no_messages = tokio::time::sleep(LONGEST_TRIAL);
+        tokio::pin!(no_messages);
+        let mut watch = Box::pin(watch(&link.consuming, &self.settings.queue, &self.metrics));
 
         let end = loop {
-            while tasks.len() < self.concurrency
+            let restarted = usize::try_from(report.by_close).unwrap_or(usize::MAX).saturating_add(1);
+            let at_once =
+                if self.on_trial.is_some() { self.concurrency.min(restarted) } else { self.concurrency };
+            if on_trial && report.by_close > 0 {
+                on_trial = false;
+                self.acquitted();
+            }
+            if !on_trial && received > 0 {
+                self.status.set(State::Consuming);
+            }
+            while tasks.len() < at_once
                 && let Some((ticket, incoming)) = lanes.start()
             {
                 let turn = Turn {
@@ -135,6 +166,7 @@ impl Session {
                 tasks.spawn(self.clone().task(ticket, incoming, publisher, turn, stop.clone()));
             }
             self.metrics.load(tasks.len(), lanes.waiting());
+            self.worker.backlog(tasks.len() == self.concurrency && lanes.waiting() >= self.concurrency);
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break End::Stopped,
@@ -143,6 +175,11 @@ impl Session {
                     Some(end) => break end,
                 },
                 Some(error) = link.trouble.next() => break End::Lost(error),
+                never = &mut watch => match never {},
+                () = &mut no_messages, if on_trial && received == 0 => {
+                    on_trial = false;
+                    self.acquitted();
+                }
                 // Never polled again after the end: it would hang (rabbitmq.md §0, 8).
                 delivery = link.deliveries.next() => match delivery {
                     Some(Ok(delivery)) => {
@@ -175,6 +212,7 @@ impl Session {
                 _ = link.trouble.next() => {}
             }
         }
+        drop(watch);
         stop.cancel();
         while let Some(done) = tasks.join_next().await {
             let _ = finished(done, &mut lanes, &mut report);
@@ -188,8 +226,18 @@ impl Session {
         (end, report)
     }
 
+    /// Nothing is known against Close.
+    fn acquitted(&self) {
+        self.metrics.paused(None);
+        self.status.set(State::StandingBy);
+        if self.on_trial.is_some() {
+            tracing::info!("Close can be worked with again: going on, slowly at first");
+        } else {
+            tracing::info!(queue = self.settings.queue, "connected to RabbitMQ, waiting for messages");
+        }
+    }
+
     fn receive(&self, delivery: Delivery, lanes: &mut Lanes<Key, Incoming>) {
-        self.status.set(State::Consuming);
         let envelope = Envelope::of(&delivery, Timestamp::now());
         let prepare = AssertUnwindSafe(|| self.worker.prepare(&delivery.data));
         let prepared = std::panic::catch_unwind(prepare)
@@ -230,7 +278,7 @@ impl Session {
             };
             log(&outcome, decision.as_ref(), started.elapsed());
             let done = self.settle(&delivery, &envelope, &outcome, &publisher, &stop).await;
-            if matches!(done, Done::Settled) {
+            if matches!(done, Done::Settled { .. }) {
                 self.metrics.settled(&outcome, started.elapsed());
             }
             done
@@ -278,7 +326,7 @@ impl Session {
             None => return Done::HandedBack,
         }
         match delivery.ack(BasicAckOptions::default()).await {
-            Ok(true) => Done::Settled,
+            Ok(true) => Done::Settled { by_close: outcome.proves_close() },
             // The channel of the delivery is gone; the broker delivers it again.
             Ok(false) => {
                 self.metrics.stale_ack();
@@ -328,13 +376,34 @@ fn finished(
     };
     lanes.finish(ticket);
     match done {
-        Done::Settled => {
+        Done::Settled { by_close } => {
             report.settled += 1;
+            report.by_close += u64::from(by_close);
             None
         }
         Done::HandedBack => None,
         Done::Paused(cause) => Some(End::Paused(cause)),
         Done::Failed(error) => Some(End::Lost(error)),
+    }
+}
+
+/// Looks at the backlog from time to time. A broker that does not answer is noticed elsewhere.
+async fn watch(connection: &Connection, queue: &str, metrics: &Metrics) -> Infallible {
+    let mut drain = Drain::default();
+    let mut tick = tokio::time::interval(LOOKS_APART);
+    let (mut settled, mut calls) = metrics.totals();
+    let (mut then, mut waited) = (Instant::now(), false);
+    loop {
+        tick.tick().await;
+        let Ok(Some(depth)) = topology::depth(connection, queue).await else { continue };
+        let (settled_now, calls_now) = metrics.totals();
+        let made =
+            calls.iter().zip(&calls_now).map(|((endpoint, before), (_, now))| (*endpoint, now - before));
+        let waits = depth.ready > 0;
+        drain.note(then.elapsed(), settled_now - settled, made, waited && waits);
+        let backlog = depth.ready.saturating_add(metrics.in_hand());
+        metrics.backlog(backlog, drain.estimate(backlog, metrics.standings()));
+        (settled, calls, then, waited) = (settled_now, calls_now, Instant::now(), waits);
     }
 }
 

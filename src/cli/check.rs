@@ -195,7 +195,7 @@ async fn close(config: &Config) -> Vec<Finding> {
 }
 
 fn of_obstacle(obstacle: &Obstacle, close: &str) -> Finding {
-    use crate::outcome::PauseCause::{Forbidden, LookupField, PlanLimit, Unauthorized, Unreachable};
+    use crate::outcome::PauseCause::{Failing, Forbidden, LookupField, PlanLimit, Unauthorized, Unreachable};
     match (obstacle, obstacle.pause_cause()) {
         (Obstacle::Field(key), _) => finding(Verdict::Wrong, key.setting(), obstacle.to_string()),
         (Obstacle::Close(_), Some(Unauthorized | Forbidden)) => {
@@ -203,7 +203,7 @@ fn of_obstacle(obstacle: &Obstacle, close: &str) -> Finding {
                 format!("{obstacle}: set `close.api_key` (CLOSE_API_KEY) to a key that is valid in Close");
             finding(Verdict::Wrong, close, detail)
         }
-        (Obstacle::Close(_), Some(PlanLimit | Unreachable | LookupField) | None) => {
+        (Obstacle::Close(_), Some(PlanLimit | Unreachable | Failing | LookupField) | None) => {
             finding(Verdict::Unavailable, close, obstacle.to_string())
         }
     }

@@ -16,11 +16,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use futures_util::stream::BoxStream;
+use futures_util::{StreamExt, stream};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
 use crate::amqp::BrokerError;
-use crate::app::{self, RunError};
+use crate::app::{self, Orders, RunError};
 use crate::config::{self, Config, Layers, LogFormat, Need, Problems};
 use crate::{http, panics};
 
@@ -43,7 +45,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Consume events and keep Close in step, until SIGTERM or SIGINT.
+    /// Consume events and keep Close in step, until SIGTERM or SIGINT. SIGHUP reads the configuration again.
     Run,
     Check(check::Args),
     Plan(plan::Args),
@@ -157,7 +159,12 @@ impl Cli {
     async fn run(self) -> Result<(), Failure> {
         let load = |need| Config::load(self.config.as_deref(), &config::environment(), need);
         match self.command {
-            Command::Run => run(load(Need::All)?).await,
+            Command::Run => {
+                let config = load(Need::All)?;
+                let path = self.config;
+                let load = move || Config::load(path.as_deref(), &config::environment(), Need::All);
+                run(config, Box::new(load)).await
+            }
             Command::Check(args) => check::check(&args, load(args.need())).await,
             Command::Plan(args) => plan::plan(args, load(Need::All)?).await,
             Command::Test(args) => {
@@ -177,12 +184,15 @@ impl Cli {
 }
 
 /// The worker, from the first log line to the last.
-async fn run(config: Config) -> Result<(), Failure> {
+async fn run(
+    config: Config,
+    load: Box<dyn Fn() -> Result<Config, Problems> + Send + Sync>,
+) -> Result<(), Failure> {
     start_logging(config.log_format);
     panics::install_hook();
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "close-sync starts");
-    let shutdown = shutdown_signal()?;
-    let report = app::run(config, shutdown).await?;
+    let orders = Orders { shutdown: shutdown_signal()?, reload: reload_signal()?, load };
+    let report = app::run(config, orders).await?;
     tracing::info!(settled = report.settled, handed_back = report.handed_back, "close-sync ends");
     Ok(())
 }
@@ -202,6 +212,16 @@ fn start_logging(format: LogFormat) {
     } else {
         builder.with_ansi(terminal).with_target(false).init();
     }
+}
+
+/// Every SIGHUP asks for the configuration to be read again.
+fn reload_signal() -> Result<BoxStream<'static, ()>, Failure> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let signal = signal(SignalKind::hangup())
+        .map_err(|error| Failure::Unavailable(format!("no signal handler: {error}")))?;
+    let next =
+        |mut signal: tokio::signal::unix::Signal| async move { signal.recv().await.map(|()| ((), signal)) };
+    Ok(stream::unfold(signal, next).boxed())
 }
 
 /// The first SIGTERM or SIGINT asks for a graceful stop, a second one ends the process at once: what

@@ -193,6 +193,8 @@ struct Inner {
     settings: Settings,
     gates: HashMap<Endpoint, Gate>,
     observe: Observer,
+    /// More messages wait than are worked on.
+    backlog: AtomicBool,
     /// Look-ups of Leads that wait, and of Contacts.
     leads: Joint,
     contacts: Joint,
@@ -229,6 +231,7 @@ impl Client {
             settings,
             gates,
             observe: Box::new(observe),
+            backlog: AtomicBool::new(false),
             leads: Joint::default(),
             contacts: Joint::default(),
             phrase_only: AtomicBool::new(false),
@@ -250,6 +253,11 @@ impl Client {
     /// What is left of Close's rate limits, of those it told.
     pub fn standings(&self) -> impl Iterator<Item = (Endpoint, Standing)> {
         self.inner.gates.iter().filter_map(|(endpoint, gate)| Some((*endpoint, gate.standing()?)))
+    }
+
+    /// Tells whether there is a backlog: then fewer calls matter more than quick ones.
+    pub fn backlog(&self, there_is: bool) {
+        self.inner.backlog.store(there_is, Ordering::Relaxed);
     }
 
     /// Calls made, those answered with 429 included.
@@ -308,6 +316,15 @@ impl Client {
         Ok((rows.found, rows.more))
     }
 
+    /// How far apart searches of one kind are: of two kinds that each keep it, half the budget is spent.
+    fn distance(&self) -> Duration {
+        let standing = self.inner.gates[&Endpoint::Search].standing();
+        match standing.filter(|_| self.inner.backlog.load(Ordering::Relaxed)) {
+            Some(standing) => Duration::from_secs_f64(4.0 / standing.rate.max(0.5)),
+            None => Duration::ZERO,
+        }
+    }
+
     fn joint(&self, lookup: &Lookup) -> &Joint {
         match lookup {
             Lookup::Lead { .. } => &self.inner.leads,
@@ -320,6 +337,7 @@ impl Client {
         let duty = self.joint(kind).duty();
         while let Some(priority) = duty.urgency() {
             let client = self.for_message(priority);
+            duty.gather(self.distance()).await;
             // Who comes while we wait for budget joins.
             let permit = client.enter(Endpoint::Search).await;
             let (lookups, answers): (Vec<_>, Vec<_>) =

@@ -48,6 +48,16 @@ pub enum Fault {
 }
 
 impl CloseError {
+    /// Whether it may pass by itself, whatever the message says.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Unreachable(_) | Self::Transient(_) => true,
+            Self::Unauthorized | Self::PlanLimit | Self::Forbidden | Self::NotFound | Self::Rejected(_) => {
+                false
+            }
+        }
+    }
+
     /// Whether a write may have happened although it failed. Close has no idempotency key, so such a
     /// POST must be looked up before it is repeated (close-api.md §10). A 503 is refused in front of
     /// the application and taken as not done, as Close's own client does (close-api.md §2).

@@ -1,14 +1,17 @@
 //! Look-ups that share a search: `POST /data/search/` is by far the scarcest call (close-api.md §2).
 //!
 //! The first look-up goes at once. Those that come while a search waits for budget or is under way gather,
-//! and go together in the next one: the busier we are, the more share a call, and nobody waits for company.
+//! and go together in the next one: the busier we are, the more share a call. Nobody waits for company while
+//! there is no backlog. While there is one, latency is nobody's concern and calls are: searches of one kind
+//! then keep a distance at which at most half the budget is spent, unless as many wait as fit one.
 //! Leads and Contacts are searched for separately: that one search can return both is not documented
 //! (close-api.md §6).
 
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
 use super::gate::Priority;
 use super::{CloseError, Lookup};
@@ -40,12 +43,17 @@ pub(super) struct Waiting {
 
 /// Look-ups of one kind that wait.
 #[derive(Debug, Default)]
-pub(super) struct Joint(Mutex<Pending>);
+pub(super) struct Joint {
+    pending: Mutex<Pending>,
+    /// As many wait as fit one search.
+    full: Notify,
+}
 
 #[derive(Debug, Default)]
 struct Pending {
     waiting: Vec<Waiting>,
     searching: bool,
+    last: Option<Instant>,
 }
 
 /// The duty to search until nobody waits. Dropping it lays it down, also in a panic: who still waits is
@@ -58,6 +66,9 @@ impl Joint {
     pub(super) fn add(&self, waiting: Waiting) -> bool {
         self.with(|pending| {
             pending.waiting.push(waiting);
+            if pending.waiting.len() >= MOST {
+                self.full.notify_one();
+            }
             !std::mem::replace(&mut pending.searching, true)
         })
     }
@@ -68,7 +79,7 @@ impl Joint {
     }
 
     fn with<T>(&self, with: impl FnOnce(&mut Pending) -> T) -> T {
-        with(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        with(&mut self.pending.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -84,9 +95,18 @@ impl Duty<'_> {
         })
     }
 
+    /// Waits until the last search is `distance` ago, or as many wait as fit one.
+    pub(super) async fn gather(&self, distance: Duration) {
+        let (last, full) = self.0.with(|pending| (pending.last, pending.waiting.len() >= MOST));
+        if let Some(last) = last.filter(|_| !full) {
+            let _ = tokio::time::timeout_at((last + distance).into(), self.0.full.notified()).await;
+        }
+    }
+
     /// Those who share the next search, the most urgent first.
     pub(super) fn next(&self) -> Vec<Waiting> {
         self.0.with(|pending| {
+            pending.last = Some(Instant::now());
             pending.waiting.retain(|waiting| !waiting.answer.is_closed());
             pending.waiting.sort_by_key(|waiting| waiting.priority);
             let number = pending.waiting.len().min(MOST);

@@ -18,8 +18,8 @@ pub(super) const LONGEST_WAIT: Duration = Duration::from_mins(5);
 
 impl RateLimit {
     /// Reads the headers of an answer: the present `RateLimit: limit=…, remaining=…, reset=…` with
-    /// `,` or `;`, else the older `ratelimit-*` and `x-rate-limit-*` triples. Anything malformed
-    /// counts as absent.
+    /// `,` or `;`, else of the older `ratelimit-*` and `x-rate-limit-*` triples, which came together in
+    /// 2022, the one of which less is left. Anything malformed counts as absent.
     pub(super) fn read<'a>(header: impl Fn(&str) -> Option<&'a str>) -> Option<Self> {
         if let Some(all) = header("ratelimit") {
             let item = |name: &str| {
@@ -30,10 +30,13 @@ impl RateLimit {
             };
             return Self::parse(item("limit")?, item("remaining")?, item("reset")?);
         }
-        ["ratelimit", "x-rate-limit"].iter().find_map(|prefix| {
+        let triple = |prefix: &str| {
             let part = |name: &str| header(&format!("{prefix}-{name}")).map(str::trim);
             Self::parse(part("limit")?, part("remaining")?, part("reset")?)
-        })
+        };
+        let left = |told: &Self| f64::from(told.remaining) / f64::from(told.limit.max(1));
+        let told = ["ratelimit", "x-rate-limit"].into_iter().filter_map(triple);
+        told.min_by(|one, other| left(one).total_cmp(&left(other)))
     }
 
     fn parse(limit: &str, remaining: &str, reset: &str) -> Option<Self> {
@@ -60,7 +63,7 @@ mod tests {
         let limit = |limit, remaining, millis| {
             Some(RateLimit { limit, remaining, reset: Duration::from_millis(millis) })
         };
-        let cases: [(&[(&str, &str)], _); 9] = [
+        let cases: [(&[(&str, &str)], _); 10] = [
             (&[("ratelimit", "limit=100, remaining=50, reset=5")], limit(100, 50, 5000)),
             (&[("ratelimit", "reset=0.25;remaining=0;limit=16")], limit(16, 0, 250)),
             (
@@ -74,6 +77,17 @@ mod tests {
                     ("x-rate-limit-reset", "13.5"),
                 ],
                 limit(600, 1, 13500),
+            ),
+            (
+                &[
+                    ("ratelimit-limit", "60"),
+                    ("ratelimit-remaining", "59"),
+                    ("ratelimit-reset", "1"),
+                    ("x-rate-limit-limit", "240"),
+                    ("x-rate-limit-remaining", "20"),
+                    ("x-rate-limit-reset", "3"),
+                ],
+                limit(240, 20, 3000),
             ),
             (&[("ratelimit", "limit=16, remaining=x, reset=1")], None),
             (&[("ratelimit", "limit=16")], None),

@@ -1,7 +1,7 @@
 //! From an event to the records we want: which value goes where, and who the event is about.
 //!
 //! [`Rules`] are what the configuration says. Custom fields are named in them by id or by name, and what
-//! a field takes depends on its type, so they are resolved against the organization's [`Schema`] to a
+//! a field takes depends on its type, so they are resolved against the organization's [`super::schema::Schema`] to a
 //! [`Mapping`] before the first event, and again whenever the schema may have changed. Applying a
 //! mapping to an event cannot fail except for want of an identity. A value that cannot be used is left
 //! out and reported in [`Desired::dropped`]: one bad optional value must not cost the rest.

@@ -112,9 +112,10 @@ impl Figures {
         times.fold(0.0, f64::max)
     }
 
-    fn count(simulator: &Simulator, skip: usize) -> ([f64; 6], f64) {
+    /// Calls by group and those answered with 429, as Close saw them.
+    fn count(simulator: &Simulator) -> ([f64; 6], f64) {
         let (mut calls, mut busy) = ([0.0; 6], 0.0);
-        for request in simulator.requests().into_iter().skip(skip) {
+        for request in simulator.requests() {
             busy += f64::from(u8::from(request.status == Some(429)));
             let group = GROUPS
                 .iter()
@@ -184,23 +185,39 @@ impl Worker {
         });
         let connection = Connection::connect(amqp, ConnectionProperties::default()).await.unwrap();
         let worker = Self { http, stop, thread, connection, exchange };
-        while worker.metric("broker_connected").await < 1.0 {
+        while worker.metric("broker_connected", "").await < 1.0 {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         worker
     }
 
-    async fn metric(&self, prefix: &str) -> f64 {
+    /// The sum of the samples whose lines begin so and contain that.
+    async fn metric(&self, prefix: &str, part: &str) -> f64 {
         let Ok(answer) = reqwest::get(format!("http://{}/metrics", self.http)).await else { return 0.0 };
         let page = answer.text().await.unwrap_or_default();
         let wanted = format!("close_sync_{prefix}");
-        let lines = page.lines().filter(|line| line.starts_with(&wanted) && !line.contains("handed_back"));
+        let lines = page
+            .lines()
+            .filter(|line| line.starts_with(&wanted) && line.contains(part) && !line.contains("handed_back"));
         lines.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
+    }
+
+    /// Calls of its own by group, and those answered with 429.
+    async fn calls(&self) -> ([f64; 6], f64) {
+        let mut calls = [0.0; 6];
+        for (group, endpoint) in
+            ["search", "read_lead", "read_contact", "create_lead", "create_contact", "update_"]
+                .into_iter()
+                .enumerate()
+        {
+            calls[group] = self.metric("close_requests_total", &format!("endpoint=\"{endpoint}")).await;
+        }
+        (calls, self.metric("close_requests_total", "rate_limited").await)
     }
 
     /// Publishes events and waits until all are settled.
     async fn drain(&self, events: &[Value]) -> Duration {
-        let before = self.metric("messages_settled_total").await;
+        let before = self.metric("messages_settled_total", "").await;
         let channel = self.connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
         let start = Instant::now();
@@ -222,7 +239,7 @@ impl Worker {
         channel.wait_for_confirms().await.unwrap();
         #[expect(clippy::cast_precision_loss, reason = "small counts")]
         let wanted = before + events.len() as f64;
-        while self.metric("messages_settled_total").await < wanted {
+        while self.metric("messages_settled_total", "").await < wanted {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
         start.elapsed()
@@ -240,7 +257,7 @@ fn other(close: &Simulator) -> tokio::task::JoinHandle<()> {
     let url = close.url();
     tokio::spawn(async move {
         let client = reqwest::Client::new();
-        let mut tick = tokio::time::interval(Duration::from_millis(500));
+        let mut tick = tokio::time::interval(Duration::from_secs(1));
         loop {
             tick.tick().await;
             let call = async |method: reqwest::Method, path: &str, body: Value| {
@@ -250,7 +267,7 @@ fn other(close: &Simulator) -> tokio::task::JoinHandle<()> {
             };
             // Calls that are refused as wrong count like any other.
             call(reqwest::Method::POST, "data/search/", json!({})).await;
-            for _ in 0..8 {
+            for _ in 0..15 {
                 call(reqwest::Method::GET, "lead/lead_none/", Value::Null).await;
                 call(reqwest::Method::PUT, "contact/cont_none/", json!({})).await;
             }
@@ -346,13 +363,15 @@ async fn main() {
             // The next window is as full as any.
             tokio::time::sleep(Duration::from_secs_f64(WINDOW)).await;
         }
-        let before = close.requests().len();
+        let before = worker.calls().await;
         let other = shared.then(|| other(&close));
         let took = worker.drain(&work.events).await;
         if let Some(other) = other {
             other.abort();
         }
-        let (calls, busy) = Figures::count(&close, before);
+        let after = worker.calls().await;
+        let calls = std::array::from_fn(|group| after.0[group] - before.0[group]);
+        let busy = after.1 - before.1;
         let bound = Figures::bound(&work.needed, bound);
         Figures { name: name.to_owned(), took: took.as_secs_f64(), bound, events: count as f64, calls, busy }
             .print();
@@ -362,7 +381,7 @@ async fn main() {
     let part = &work.events[..count.min(60)];
     let close = close().await;
     let took = plain_client(&close, part).await;
-    let (calls, busy) = Figures::count(&close, 0);
+    let (calls, busy) = Figures::count(&close);
     let scale = count as f64 / part.len() as f64;
     Figures {
         name: format!("a plain client (from {} events)", part.len()),

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use close_sync::simulator::{Effect, Fault, FaultBody, When};
+use close_sync::simulator::{Effect, Fault, FaultBody, Limits, Rate, Settings, When};
 use serde_json::{Value, json};
 
 use crate::support::{Bench, Worker, identify};
@@ -104,4 +104,124 @@ async fn an_unreachable_close_pauses_too() {
     let asked = Instant::now();
     worker.terminate().await;
     assert!(asked.elapsed() < Duration::from_secs(5));
+}
+
+/// The key works, everything but search works, and no message can be worked on.
+#[tokio::test(flavor = "multi_thread")]
+async fn most_messages_failing_pauses_and_costs_none_anything() {
+    let bench = Bench::new().await.set("RETRY_IN_PLACE", "1s");
+    let worker = bench.worker().await;
+    bench.simulator.fault(Fault::new(status(500)).on("POST", "/data/"));
+    bench.publish(&(0..200).map(|n| identify(&format!("u{n}"), json!({}))).collect::<Vec<_>>()).await;
+    paused(&worker, "failing").await;
+    worker.until("tried again", async |worker| worker.logged("paused again") >= 2).await;
+    assert_eq!(worker.ready().await.1["cause"], "failing", "also while it is tried whether Close works");
+    let metrics = worker.metrics().await;
+    assert_eq!(
+        (metrics.count("paused{cause=\"failing\"}"), metrics.count("pauses_total{cause=\"failing\"}")),
+        (1, 1)
+    );
+    assert_eq!(worker.logged("\"ERROR\""), 1, "one signal per incident");
+    // One message at a time is tried; before that, those that were in hand.
+    let searches = bench.simulator.request_count("POST", "/data/search/");
+    assert!(searches < 40, "{searches} searches while all of them fail");
+
+    bench.simulator.clear_faults();
+    let metrics = worker.settled(200).await;
+    assert_eq!(metrics.outcomes().get("created"), Some(&200));
+    assert_eq!((metrics.outcome("dead"), metrics.outcome("delayed")), (0, 0));
+    assert_eq!(metrics.count("paused{cause=\"failing\"}"), 0);
+    assert_eq!(bench.simulator.leads().len(), 200);
+    worker.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_always_fails_pauses_nothing() {
+    let bench = Bench::new().await.set("RETRY_IN_PLACE", "500ms");
+    let worker = bench.worker().await;
+    bench.simulator.fault(Fault::new(status(500)).on("POST", "/lead/").containing("poison"));
+    let name = |n| if n % 10 == 0 { format!("poison {n}") } else { format!("Person {n}") };
+    bench
+        .publish(&(0..50).map(|n| identify(&format!("u{n}"), json!({"name": name(n)}))).collect::<Vec<_>>())
+        .await;
+    // Two delays, each of which is a settled delivery too.
+    let metrics = worker.settled(50 + 10).await;
+    assert_eq!(metrics.outcomes(), [("created", 45), ("dead", 5), ("delayed", 10)].into());
+    assert_eq!(metrics.count("dead_letters_total{reason=\"exhausted\"}"), 5);
+    assert_eq!(worker.logged("paused"), 0);
+    worker.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_key_is_taken_over_on_sighup_and_a_bad_configuration_is_not() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("close-sync.toml");
+    let write = |text: &str| std::fs::write(&file, text).unwrap();
+    write("[close]\napi_key = \"api_simulator.key\"\n");
+    let bench = Bench::new().await.unset("CLOSE_API_KEY").set("CLOSE_SYNC_CONFIG", file.to_str().unwrap());
+    let worker = bench.worker().await;
+    bench.publish(&[identify("u1", json!({}))]).await;
+    worker.settled(1).await;
+
+    let problems = [
+        ("[close]\napi_key = \"api_hunter2.key\"\n", "Close does not accept the API key"),
+        ("[close\n", "is no TOML"),
+        ("[worker]\nconcurrency = 0\n", "worker.concurrency"),
+    ];
+    for (refused, (text, told)) in (1..).zip(problems) {
+        write(text);
+        worker.signal("HUP");
+        worker.until("refusing", async |worker| worker.logged("the old one stays") == refused).await;
+        assert!(worker.log().contains(told), "{told}: {}", worker.log());
+    }
+    assert_eq!(worker.logged("hunter2"), 0);
+    bench.publish(&[identify("u2", json!({}))]).await;
+    worker.settled(2).await;
+
+    bench.simulator.set_api_key("api_simulator.second");
+    bench.publish(&[identify("u3", json!({}))]).await;
+    paused(&worker, "unauthorized").await;
+    write("[close]\napi_key = \"api_simulator.second\"\n\n[switches]\nallow_creating_new_leads = false\n");
+    worker.signal("HUP");
+    let metrics = worker.settled(3).await;
+    assert_eq!((metrics.outcome("created"), metrics.outcome("skipped")), (2, 1), "all of it is taken over");
+    assert_eq!(metrics.count("paused{cause=\"unauthorized\"}"), 0);
+    worker.terminate().await;
+}
+
+/// Close is gone for a while with a long queue.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_outage_with_a_long_queue_costs_nothing_and_ends_without_429s() {
+    let limits = Limits { contact: Rate::new(1000, 1), lead: Rate::new(500, 1), ..Limits::unlimited() };
+    let bench = Bench::with(Settings { limits, ..Settings::fast() }).await;
+    let worker = bench.worker().await;
+    let person = |n: usize| identify(&format!("u{}", n % 100), json!({"title": format!("T{}", n % 3)}));
+    bench.publish(&(0..100).map(person).collect::<Vec<_>>()).await;
+    worker.settled(100).await;
+
+    bench.simulator.fault(Fault::new(Effect::DropConnection { when: When::BeforeCommit }));
+    bench.publish(&(0..10_000).map(person).collect::<Vec<_>>()).await;
+    worker.until("paused", async |worker| worker.ready().await.1["state"] == "paused").await;
+    bench.depth_becomes("", 10_000).await;
+    bench.simulator.clear_faults();
+
+    let start = Instant::now();
+    while worker.metrics().await.settled() < 10_100.0 {
+        assert!(start.elapsed() < Duration::from_mins(3), "{}", worker.metrics().await.settled());
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    let metrics = worker.metrics().await;
+    assert_eq!(
+        (metrics.outcome("dead"), metrics.outcome("delayed"), metrics.outcome("created")),
+        (0, 0, 100)
+    );
+    let refused: u32 = ["search", "read_contact", "read_lead", "update_contact"]
+        .map(|endpoint| {
+            metrics.count(&format!("close_requests_total{{endpoint=\"{endpoint}\",status=\"rate_limited\"}}"))
+        })
+        .iter()
+        .sum();
+    assert_eq!(refused, 0, "429s");
+    assert_eq!(bench.simulator.contacts().len(), 100);
+    worker.terminate().await;
 }

@@ -304,7 +304,7 @@ impl Metrics {
     }
 
     /// Everything settled for good or waiting in a delay queue; what was handed back is not.
-    fn settled(&self) -> f64 {
+    pub(crate) fn settled(&self) -> f64 {
         let all = self.0.iter().filter(|(name, _)| name.starts_with("close_sync_messages_settled_total"));
         all.filter(|(name, _)| !name.contains("handed_back")).map(|(_, value)| value).sum()
     }

@@ -1,0 +1,61 @@
+//! What operators see of Close's rate limits, and of the time a backlog takes.
+
+use std::time::Instant;
+
+use close_sync::simulator::{HeaderStyle, Limits, Rate, Settings};
+use serde_json::json;
+
+use crate::support::{Bench, identify};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_time_a_backlog_takes_is_foreseen() {
+    let limits = Limits { lead: Rate::new(50, 1), ..Limits::unlimited() };
+    let bench = Bench::with(Settings { limits, ..Settings::fast() }).await;
+    let worker = bench.worker().await;
+    let event =
+        |n: usize| identify(&format!("u{}", n % 20), json!({"company": {"id": format!("c{}", n % 20)}}));
+    bench.publish(&(0..20).map(event).collect::<Vec<_>>()).await;
+    let before = worker.settled(20).await;
+    assert_eq!(before.count("rate_limit_calls{endpoint=\"create_lead\"}"), 50);
+    assert!(before.get("rate_limit_calls{endpoint=\"update_lead\"}").is_nan(), "nothing is known of it");
+
+    // One read each, and 40 reads a second are ours.
+    bench.publish(&(0..600).map(event).collect::<Vec<_>>()).await;
+    let mut foreseen = None;
+    worker
+        .until("foreseeing", async |worker| {
+            let metrics = worker.metrics().await;
+            let (backlog, drain) = (metrics.get("backlog_messages"), metrics.get("drain_seconds"));
+            foreseen = (backlog > 200.0 && drain.is_finite()).then(|| (Instant::now(), drain));
+            foreseen.is_some()
+        })
+        .await;
+    let (at, drain) = foreseen.unwrap();
+    worker.settled(620).await;
+    let took = at.elapsed().as_secs_f64();
+    // The backlog was looked at up to five seconds before.
+    assert!((took - 1.0..took + 7.0).contains(&drain), "foreseen {drain} s, took {took} s");
+    worker.until("done", async |worker| worker.metrics().await.get("backlog_messages") == 0.0).await;
+    assert!(worker.metrics().await.get("drain_seconds") == 0.0);
+    worker.terminate().await;
+}
+
+/// Limits that bite, told in every form and in none: all messages get through, and hardly a call is refused.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_form_of_telling_limits_is_understood() {
+    for (style, most_refused) in [
+        (HeaderStyle::Comma, 0),
+        (HeaderStyle::Semicolon, 0),
+        (HeaderStyle::Legacy, 0),
+        (HeaderStyle::Proxy, 0),
+        (HeaderStyle::Absent, 60),
+    ] {
+        let limits = Limits { lead: Rate::new(20, 1), contact: Rate::new(20, 1), ..Limits::unlimited() };
+        let bench = Bench::with(Settings { limits, header_style: style, ..Settings::fast() }).await;
+        let events: Vec<_> = (0..60).map(|n| identify(&format!("u{n}"), json!({}))).collect();
+        let metrics = bench.sync(&events).await;
+        assert_eq!(metrics.outcomes(), [("created", 60)].into(), "{style:?}");
+        let refused = bench.simulator.requests().iter().filter(|request| request.status == Some(429)).count();
+        assert!(refused <= most_refused, "{style:?}: {refused} of the calls refused");
+    }
+}
