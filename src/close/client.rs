@@ -404,6 +404,15 @@ impl Client {
         }
     }
 
+    /// Reads a record. That it is gone makes another one be created, so it is asked twice: a gateway that
+    /// has lost its way answers 404 too.
+    async fn read(&self, endpoint: Endpoint, path: &str) -> Result<Value, CloseError> {
+        match self.request(endpoint, path, None).await {
+            Err(CloseError::NotFound) => self.request(endpoint, path, None).await,
+            answer => answer,
+        }
+    }
+
     /// Creates a Lead and its Contact in one call. Never repeat it blindly.
     pub async fn create_lead(
         &self,
@@ -560,7 +569,7 @@ impl Records for Client {
     }
 
     async fn lead(&self, id: &LeadId) -> Result<(Lead, Vec<Contact>), CloseError> {
-        let answer: Value = self.request(Endpoint::ReadLead, &format!("lead/{id}/"), None).await?;
+        let answer = self.read(Endpoint::ReadLead, &format!("lead/{id}/")).await?;
         let lead = wire::read_lead(&answer).ok_or(CloseError::Transient(Fault::Garbled))?;
         let contacts = match wire::read_members(&answer) {
             Members::Whole(contacts) => contacts,
@@ -576,7 +585,7 @@ impl Records for Client {
     }
 
     async fn contact(&self, id: &ContactId) -> Result<Contact, CloseError> {
-        let answer: Value = self.request(Endpoint::ReadContact, &format!("contact/{id}/"), None).await?;
+        let answer = self.read(Endpoint::ReadContact, &format!("contact/{id}/")).await?;
         wire::read_contact(&answer).ok_or(CloseError::Transient(Fault::Garbled))
     }
 }

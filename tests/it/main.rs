@@ -9,6 +9,7 @@ mod dead_letters;
 mod docs;
 mod duplicates;
 mod failures;
+mod faults;
 mod fuzz;
 mod pauses;
 mod payloads;
