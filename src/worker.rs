@@ -9,7 +9,8 @@
 //! missed: our own are remembered ([`crate::known`]); for those of a predecessor, and for a POST
 //! whose answer was lost, the guard waits until search must have caught up, and looks again. The doubt
 //! about a lost answer belongs to the keys, not to the message: the next message about the same person
-//! has it too. In the normal case the guard costs nothing.
+//! has it too. Before it waits, the guard asks the event log, which knows of a creation at once; only that
+//! it knows none proves nothing. In the normal case the guard costs nothing.
 //!
 //! **The mapping** is resolved against what custom fields there are, and again when that may have
 //! changed: from time to time, after a pause, and when Close says that a field does not exist. The
@@ -30,9 +31,9 @@ use crate::close::{Client, CloseError, FieldError, Priority};
 use crate::domain::decision::Decision;
 use crate::domain::event::{Event, Malformed};
 use crate::domain::mapping::{Anonymous, Desired, Key, KeyFields, Mapping, NoIdentity, Rules};
-use crate::domain::matching::Found;
+use crate::domain::matching::{self, Found, Likeness, compare, judge_lead};
 use crate::domain::plan::{Step, Switches};
-use crate::domain::record::FieldId;
+use crate::domain::record::{Contact, FieldId};
 use crate::known::{Known, Made};
 use crate::metrics::Metrics;
 use crate::outcome::{DeadLetter, Effect, Failure, Outcome, PauseCause, Reason, Skip, Stage};
@@ -399,6 +400,7 @@ impl Sync<'_> {
     async fn once(&mut self) -> Result<Outcome, Failure> {
         let Inner { settings, known, claims, metrics, keys, .. } = &*self.worker.0;
         let desired = self.desired;
+        let mut asked_the_log = false;
         let (found, steps, _claim) = loop {
             let asked = Instant::now();
             let mut close = Resolver {
@@ -417,6 +419,10 @@ impl Sync<'_> {
             let needs_proof = found.adopts() || creates;
             if let Some(trusted_from) = trusted_from.filter(|from| needs_proof && asked < *from) {
                 metrics.lag_guard_waited();
+                // A creation without an answer that happened is found sooner in the event log.
+                if !std::mem::replace(&mut asked_the_log, true) && self.find_in_event_log().await {
+                    continue;
+                }
                 tokio::time::sleep_until(trusted_from.into()).await;
                 continue;
             }
@@ -436,6 +442,30 @@ impl Sync<'_> {
         let Decision { dropped, plan, .. } = &self.decision;
         metrics.decided(dropped, &plan.refused, self.decision.conflicts());
         Ok(Outcome::of(plan, effect))
+    }
+
+    /// Whether the event log knows records of these keys that were made while search may not show them. They
+    /// are remembered. That it knows none proves nothing.
+    async fn find_in_event_log(&self) -> bool {
+        let Inner { known, keys, settings, client, .. } = &*self.worker.0;
+        // Twice the lag, for clocks that differ.
+        let ago = 2 * (client.timeout() + settings.search_lag) + Duration::from_mins(1);
+        let Ok(since) = jiff::Timestamp::now().checked_sub(ago) else { return false };
+        let Ok((leads, contacts)) = self.client.made_since(since).await else { return false };
+        let person = &self.desired.identity;
+        let lead = person.company_id.as_deref().and_then(|company_id| {
+            leads
+                .into_iter()
+                .find(|lead| judge_lead(lead, company_id, keys) == matching::Verdict::SameCompany)
+        });
+        let is_person = |contact: &Contact| {
+            matches!(compare(contact, person, keys), Likeness::SameUser | Likeness::SameEmail)
+        };
+        let contact = contacts.into_iter().find(is_person);
+        let found = lead.is_some() || contact.is_some();
+        let made = Made { lead: lead.map(|lead| lead.id), contact: contact.map(|contact| contact.id) };
+        known.learn_made(person, made, false);
+        found
     }
 
     /// Carries out one step. When Close refuses optional values, again without them: each time with fewer,

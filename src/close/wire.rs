@@ -211,6 +211,17 @@ pub(super) struct SearchPage {
 }
 
 #[derive(Deserialize)]
+pub(super) struct Events {
+    pub(super) data: Vec<Event>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct Event {
+    #[serde(default)]
+    pub(super) data: Value,
+}
+
+#[derive(Deserialize)]
 pub(super) struct Schema {
     pub(super) fields: Vec<SchemaField>,
 }

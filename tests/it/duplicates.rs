@@ -142,3 +142,26 @@ async fn events_that_meet_at_one_contact_lose_nothing() {
     phones.sort();
     assert_eq!(phones, ["+49301111", "+49302222", "+49303333"]);
 }
+
+/// Search does not show the record for an hour, but the event log does at once: no need to wait for search.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_event_log_tells_of_a_creation_whose_answer_was_lost() {
+    let bench = Bench::with(blind()).await.set("CLOSE_SEARCH_LAG", "8s").set("RETRY_IN_PLACE", "5s");
+    bench.lead(Some("there"), json!([]));
+    let worker = bench.worker().await;
+    // Past the guard of the start.
+    bench.publish(&[identify("u0", json!({}))]).await;
+    worker.settled(1).await;
+
+    let lost = Effect::DropConnection { when: When::AfterCommit };
+    bench.simulator.fault(Fault::new(lost.clone()).on("POST", "/lead/").times(1));
+    bench.simulator.fault(Fault::new(lost).on("POST", "/contact/").times(1));
+    let start = std::time::Instant::now();
+    bench.publish(&[in_company("u1", "new"), in_company("u2", "there"), in_company("u1", "new")]).await;
+    let metrics = worker.settled(4).await;
+    let took = start.elapsed();
+    assert!(took < std::time::Duration::from_secs(6), "{took:?}: it waited for search");
+    assert_eq!(metrics.outcomes(), [("created", 1), ("unchanged", 3)].into());
+    assert_eq!((bench.simulator.leads().len(), bench.simulator.contacts().len()), (3, 3));
+    worker.terminate().await;
+}
