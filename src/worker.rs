@@ -20,6 +20,8 @@
 //!
 //! This module never sees lapin.
 
+mod tries;
+
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -27,19 +29,19 @@ use tokio::sync::Mutex;
 
 use crate::breaker::Breaker;
 use crate::claims::Claims;
-use crate::close::{Client, CloseError, FieldError, Priority};
+use crate::close::{Client, CloseError, Priority};
 use crate::domain::decision::Decision;
 use crate::domain::event::{Event, Malformed};
 use crate::domain::mapping::{Anonymous, Desired, Key, KeyFields, Mapping, NoIdentity, Rules};
-use crate::domain::matching::{self, Found, Likeness, compare, judge_lead};
-use crate::domain::plan::{Step, Switches};
-use crate::domain::record::{Contact, FieldId};
-use crate::known::{Known, Made};
+use crate::domain::plan::Switches;
+use crate::domain::record::FieldId;
+use crate::known::Known;
 use crate::metrics::Metrics;
-use crate::outcome::{DeadLetter, Effect, Failure, Outcome, PauseCause, Reason, Skip, Stage};
+use crate::outcome::{DeadLetter, Failure, Outcome, PauseCause, Reason, Skip, Stage};
 use crate::preflight::{self, Obstacle};
-use crate::resolve::Resolver;
-use crate::retry::{self, History, Pauses, Policy, Verdict};
+use crate::retry::{History, Policy};
+
+use tries::{Mode, Tries};
 
 /// How messages are worked on.
 #[derive(Clone, Debug)]
@@ -237,8 +239,8 @@ impl Worker {
     /// session has to come with a new `trusted_from`.
     pub async fn run(&self, job: &Job, turn: Turn) -> (Outcome, Decision) {
         let hold = self.0.settings.hold;
-        let mut sync = self.sync(job, turn, Mode::Write);
-        let settled = tokio::time::timeout(hold, sync.retry_in_place()).await;
+        let mut tries = self.tries(job, turn, Mode::Write);
+        let settled = tokio::time::timeout(hold, tries.retry_in_place()).await;
         let outcome = settled.unwrap_or_else(|_| {
             // A creation may have been cut short: its doubt begins now.
             let Inner { known, client, settings, .. } = &*self.0;
@@ -251,18 +253,18 @@ impl Worker {
         if let (Outcome::Synced(_), Some(time)) = (&outcome, job.event_time) {
             self.0.metrics.written(time);
         }
-        sync.conclude(outcome)
+        tries.conclude(outcome)
     }
 
     /// What [`Worker::run`] would do now, short of what Close would say to it. Writes nothing.
     pub async fn rehearse(&self, job: &Job) -> (Outcome, Decision) {
-        let mut sync = self.sync(job, Turn::first(), Mode::Rehearse);
-        let outcome = sync.retry_in_place().await;
-        sync.conclude(outcome)
+        let mut tries = self.tries(job, Turn::first(), Mode::Rehearse);
+        let outcome = tries.retry_in_place().await;
+        tries.conclude(outcome)
     }
 
-    fn sync<'a>(&'a self, job: &'a Job, turn: Turn, mode: Mode) -> Sync<'a> {
-        Sync {
+    fn tries<'a>(&'a self, job: &'a Job, turn: Turn, mode: Mode) -> Tries<'a> {
+        Tries {
             worker: self,
             client: self.0.client.for_message(turn.priority),
             desired: &job.desired,
@@ -326,216 +328,5 @@ fn undecodable(malformed: &Malformed) -> DeadLetter {
         error: malformed.to_string(),
         field: None,
         decision: None,
-    }
-}
-
-/// Whether writes are sent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mode {
-    Write,
-    Rehearse,
-}
-
-/// The tries of one message.
-struct Sync<'a> {
-    worker: &'a Worker,
-    /// Counts the calls of this message.
-    client: Client,
-    desired: &'a Desired,
-    keys: Vec<Key>,
-    turn: Turn,
-    mode: Mode,
-    /// Of the last try.
-    decision: Decision,
-}
-
-impl Sync<'_> {
-    /// Tries until it is settled, or patience in place is used up.
-    async fn retry_in_place(&mut self) -> Outcome {
-        let Inner { settings, metrics, .. } = &*self.worker.0;
-        let mut pauses = Pauses::in_place(&settings.retry);
-        let mut history = History { attempts: self.turn.attempts, looked_again: false };
-        let mut failed_before = false;
-        loop {
-            let failure = match self.once().await {
-                Ok(outcome) => {
-                    self.worker.breaker(|breaker| breaker.note(Instant::now(), true));
-                    return outcome;
-                }
-                Err(failure) => failure,
-            };
-            if failure.error.may_pass()
-                && !std::mem::replace(&mut failed_before, true)
-                && self.worker.breaker(|breaker| breaker.note(Instant::now(), false))
-            {
-                return Outcome::Paused(PauseCause::Failing);
-            }
-            let pause = pauses.next_pause();
-            if let Some(cause) = self.worker.systemic(&failure, history, pause.is_none()).await {
-                return Outcome::Paused(cause);
-            }
-            match retry::settle(&failure, history, pause, &settings.retry) {
-                Verdict::Settle(outcome) => return outcome,
-                Verdict::Again(pause) => {
-                    tracing::debug!(stage = failure.stage.label(), error = %failure.error, ?pause, "trying again");
-                    metrics.retried(failure.stage);
-                    history.looked_again |= failure.error == CloseError::NotFound;
-                    tokio::time::sleep(pause).await;
-                }
-            }
-        }
-    }
-
-    /// The outcome with its reasons.
-    fn conclude(self, mut outcome: Outcome) -> (Outcome, Decision) {
-        let mut decision = self.decision;
-        decision.calls = self.client.calls();
-        if let Outcome::Dead(dead) = &mut outcome {
-            dead.decision = Some(decision.summary());
-        }
-        (outcome, decision)
-    }
-
-    /// Looks up, plans, writes; stops at the first failure.
-    async fn once(&mut self) -> Result<Outcome, Failure> {
-        let Inner { settings, known, claims, metrics, keys, .. } = &*self.worker.0;
-        let desired = self.desired;
-        let mut asked_the_log = false;
-        let (found, steps, _claim) = loop {
-            let asked = Instant::now();
-            let mut close = Resolver {
-                records: &self.client,
-                known,
-                keys,
-                switches: settings.switches,
-                decision: &mut self.decision,
-            };
-            let look_up = |error| Failure { stage: Stage::LookUp, error };
-            let found = close.decide(desired).await.map_err(look_up)?;
-            let plan = &self.decision.plan;
-            let (steps, changed, creates) = (plan.steps.clone(), plan.changed(), plan.creates());
-            let trusted_from = known.doubtful_until(&self.keys).max(Some(self.turn.trusted_from));
-            // An adopted Lead was chosen because the company was not found: that needs proof as well.
-            let needs_proof = found.adopts() || creates;
-            if let Some(trusted_from) = trusted_from.filter(|from| needs_proof && asked < *from) {
-                metrics.lag_guard_waited();
-                // A creation without an answer that happened is found sooner in the event log.
-                if !std::mem::replace(&mut asked_the_log, true) && self.find_in_event_log().await {
-                    continue;
-                }
-                tokio::time::sleep_until(trusted_from.into()).await;
-                continue;
-            }
-            if let Some(claim) = claims.take(changed, asked).await {
-                break (found, steps, claim);
-            }
-        };
-
-        let mut effect = Effect::Unchanged;
-        for step in &steps {
-            let done = match self.mode {
-                Mode::Write => self.write(step, &found).await,
-                Mode::Rehearse => Ok(Effect::of(step)),
-            };
-            effect = effect.min(done.map_err(|error| Failure { stage: Stage::Write, error })?);
-        }
-        let Decision { dropped, plan, .. } = &self.decision;
-        metrics.decided(dropped, &plan.refused, self.decision.conflicts());
-        Ok(Outcome::of(plan, effect))
-    }
-
-    /// Whether the event log knows records of these keys that were made while search may not show them. They
-    /// are remembered. That it knows none proves nothing.
-    async fn find_in_event_log(&self) -> bool {
-        let Inner { known, keys, settings, client, .. } = &*self.worker.0;
-        // Twice the lag, for clocks that differ.
-        let ago = 2 * (client.timeout() + settings.search_lag) + Duration::from_mins(1);
-        let Ok(since) = jiff::Timestamp::now().checked_sub(ago) else { return false };
-        let Ok((leads, contacts)) = self.client.made_since(since).await else { return false };
-        let person = &self.desired.identity;
-        let lead = person.company_id.as_deref().and_then(|company_id| {
-            leads
-                .into_iter()
-                .find(|lead| judge_lead(lead, company_id, keys) == matching::Verdict::SameCompany)
-        });
-        let is_person = |contact: &Contact| {
-            matches!(compare(contact, person, keys), Likeness::SameUser | Likeness::SameEmail)
-        };
-        let contact = contacts.into_iter().find(is_person);
-        let found = lead.is_some() || contact.is_some();
-        let made = Made { lead: lead.map(|lead| lead.id), contact: contact.map(|contact| contact.id) };
-        known.learn_made(person, made, false);
-        found
-    }
-
-    /// Carries out one step. When Close refuses optional values, again without them: each time with fewer,
-    /// as Close may tell of one only when another is gone.
-    async fn write(&mut self, step: &Step, found: &Found) -> Result<Effect, CloseError> {
-        let mut rest = step.clone();
-        let mut field_is_gone = false;
-        let done = loop {
-            if rest.is_empty() {
-                break Effect::Unchanged;
-            }
-            let refused = match self.send(&rest, found).await {
-                Err(CloseError::Rejected(refused)) => refused,
-                Err(error) => return Err(error),
-                Ok(effect) => break effect,
-            };
-            let paths = refused.fields.iter().map(|field| field.path.as_slice());
-            let Some((smaller, spared)) = rest.spare(paths, self.desired, &self.worker.0.keys) else {
-                return Err(CloseError::Rejected(refused));
-            };
-            let dropped = self.decision.plan.refuse(&spared);
-            self.decision.dropped.extend(dropped);
-            field_is_gone |= refused.fields.iter().any(FieldError::no_such_field);
-            rest = smaller;
-        };
-        if field_is_gone {
-            self.worker.miss_field().await;
-        }
-        Ok(done)
-    }
-
-    /// One call, and what it teaches.
-    async fn send(&self, step: &Step, found: &Found) -> Result<Effect, CloseError> {
-        let Inner { known, settings, .. } = &*self.worker.0;
-        let client = &self.client;
-        let adopts = found.adopts() && matches!(step, Step::UpdateLead { .. });
-        let matters = adopts || step.creates();
-        if matters {
-            // Before the call: it may be dropped at any moment, and happen all the same.
-            known.doubt(&self.keys, Instant::now() + client.timeout() + settings.search_lag);
-        }
-        let result = match step {
-            Step::CreateLead { lead, contact } => client
-                .create_lead(lead, contact.as_ref())
-                .await
-                .map(|(lead, contact)| Made { lead: Some(lead), contact }),
-            Step::CreateContact { lead, contact } => {
-                client.create_contact(lead, contact).await.map(|id| Made { lead: None, contact: Some(id) })
-            }
-            Step::UpdateLead { id, changes } => client
-                .update_lead(id, changes)
-                .await
-                .map(|()| Made { lead: adopts.then(|| id.clone()), contact: None }),
-            // It may carry the user id or the email from now on, which search does not know yet.
-            Step::UpdateContact { id, changes } => client
-                .update_contact(id, changes)
-                .await
-                .map(|()| Made { lead: None, contact: Some(id.clone()) }),
-        };
-        if matters {
-            match &result {
-                Err(error) if error.outcome_unknown() => {
-                    known.doubt(&self.keys, Instant::now() + settings.search_lag);
-                }
-                Ok(_) | Err(_) => known.settle_doubt(&self.keys),
-            }
-        }
-        let made = result?;
-        tracing::debug!(step = step.label(), ?made, "written");
-        known.learn_made(&self.desired.identity, made, self.decision.nobody_else());
-        Ok(Effect::of(step))
     }
 }

@@ -10,19 +10,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use reqwest::{Method, StatusCode, header};
+use reqwest::{StatusCode, header};
 use secrecy::{ExposeSecret, SecretString};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use tokio::sync::oneshot;
 use url::Url;
 
+use super::endpoint::{Call, Endpoint, StatusClass};
 use super::error::{CloseError, Fault, Rejection};
 use super::gate::{self, Gate, Permit, Priority};
-use super::joint::{Answer, Joint, Rows, Waiting};
+use super::joint::Joint;
 use super::limit::{self, RateLimit};
 use super::window::Standing;
-use super::wire::{self, Members, TextMode};
+use super::wire::{self, Members};
 use super::{Hits, Lookup, Organization, Records};
 use crate::domain::plan::ContactValues;
 use crate::domain::record::{Contact, ContactId, FieldId, Fields, Lead, LeadId};
@@ -41,171 +41,31 @@ pub struct Settings {
     pub share: f64,
 }
 
-/// The endpoint groups Close counts calls by: path and method (close-api.md §2).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Endpoint {
-    /// `GET /me/`.
-    Me,
-    /// `GET /custom_field_schema/…/`.
-    Schema,
-    /// `GET /user/`.
-    Users,
-    /// `POST /data/search/`, by far the scarcest.
-    Search,
-    /// `GET /event/`.
-    Events,
-    /// `GET /lead/…/`.
-    ReadLead,
-    /// `POST /lead/`.
-    CreateLead,
-    /// `PUT /lead/…/`.
-    UpdateLead,
-    /// `GET /contact/…/`.
-    ReadContact,
-    /// `POST /contact/`.
-    CreateContact,
-    /// `PUT /contact/…/`.
-    UpdateContact,
-}
-
-impl Endpoint {
-    /// All groups, for metrics and gates.
-    pub const ALL: [Self; 11] = [
-        Self::Me,
-        Self::Schema,
-        Self::Users,
-        Self::Search,
-        Self::Events,
-        Self::ReadLead,
-        Self::CreateLead,
-        Self::UpdateLead,
-        Self::ReadContact,
-        Self::CreateContact,
-        Self::UpdateContact,
-    ];
-
-    /// The label in logs and metrics.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Me => "me",
-            Self::Schema => "schema",
-            Self::Users => "users",
-            Self::Search => "search",
-            Self::Events => "events",
-            Self::ReadLead => "read_lead",
-            Self::CreateLead => "create_lead",
-            Self::UpdateLead => "update_lead",
-            Self::ReadContact => "read_contact",
-            Self::CreateContact => "create_contact",
-            Self::UpdateContact => "update_contact",
-        }
-    }
-
-    fn method(self) -> Method {
-        match self {
-            Self::Me | Self::Schema | Self::Users | Self::Events | Self::ReadLead | Self::ReadContact => {
-                Method::GET
-            }
-            Self::Search | Self::CreateLead | Self::CreateContact => Method::POST,
-            Self::UpdateLead | Self::UpdateContact => Method::PUT,
-        }
-    }
-}
-
-/// How a call ended, for metrics.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum StatusClass {
-    /// 2xx.
-    Ok,
-    /// 401, 402, 403.
-    Denied,
-    /// 404.
-    NotFound,
-    /// 429.
-    RateLimited,
-    /// Other 4xx, and anything else that is no success.
-    Refused,
-    /// 5xx.
-    ServerError,
-    /// No answer.
-    NoAnswer,
-}
-
-impl StatusClass {
-    /// All classes, for metrics.
-    pub const ALL: [Self; 7] = [
-        Self::Ok,
-        Self::Denied,
-        Self::NotFound,
-        Self::RateLimited,
-        Self::Refused,
-        Self::ServerError,
-        Self::NoAnswer,
-    ];
-
-    /// The label in metrics.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Ok => "ok",
-            Self::Denied => "denied",
-            Self::NotFound => "not_found",
-            Self::RateLimited => "rate_limited",
-            Self::Refused => "refused",
-            Self::ServerError => "server_error",
-            Self::NoAnswer => "no_answer",
-        }
-    }
-
-    fn of(status: StatusCode) -> Self {
-        match status.as_u16() {
-            200..=299 => Self::Ok,
-            401..=403 => Self::Denied,
-            404 => Self::NotFound,
-            429 => Self::RateLimited,
-            500..=599 => Self::ServerError,
-            _ => Self::Refused,
-        }
-    }
-}
-
-/// One call, as the metrics see it.
-#[derive(Clone, Copy, Debug)]
-pub struct Call {
-    /// The endpoint group.
-    pub endpoint: Endpoint,
-    /// How it ended.
-    pub status: StatusClass,
-    /// From sending to the end of the answer.
-    pub took: Duration,
-    /// Waiting for budget before it.
-    pub waited: Duration,
-}
-
 /// Budget for one call, and how long was waited for it.
-type Entered = (Permit, Duration);
+pub(super) type Entered = (Permit, Duration);
 
 type Observer = Box<dyn Fn(Call) + Send + Sync>;
 
 /// A client of one Close organization. Clones share connections, gates and budget.
 #[derive(Clone)]
 pub struct Client {
-    inner: Arc<Inner>,
-    calls: Arc<AtomicU32>,
-    priority: Priority,
+    pub(super) inner: Arc<Inner>,
+    pub(super) calls: Arc<AtomicU32>,
+    pub(super) priority: Priority,
 }
 
-struct Inner {
+pub(super) struct Inner {
     http: reqwest::Client,
     settings: Settings,
-    gates: HashMap<Endpoint, Gate>,
+    pub(super) gates: HashMap<Endpoint, Gate>,
     observe: Observer,
     /// More messages wait than are worked on.
-    backlog: AtomicBool,
+    pub(super) backlog: AtomicBool,
     /// Look-ups of Leads that wait, and of Contacts.
-    leads: Joint,
-    contacts: Joint,
+    pub(super) leads: Joint,
+    pub(super) contacts: Joint,
     /// Close does not know `exact_value` (it is not documented): search by phrase from now on.
-    phrase_only: AtomicBool,
+    pub(super) phrase_only: AtomicBool,
 }
 
 /// Bodies larger than this are not read to the end; a Lead with hundreds of Contacts stays below.
@@ -306,110 +166,6 @@ impl Client {
         }
     }
 
-    /// Looks records up, together with whoever does so at the same time.
-    async fn look_up(&self, lookup: Lookup) -> Result<(Vec<Value>, bool), CloseError> {
-        let (answer, received) = oneshot::channel();
-        let joint = self.joint(&lookup);
-        let kind = lookup.clone();
-        if joint.add(Waiting { lookup, priority: self.priority, answer }) {
-            // Of its own: whoever began the search may give up, and others have joined it.
-            let client = self.clone();
-            tokio::spawn(async move { client.search_for_all(&kind).await });
-        }
-        // Nobody answers when the search panicked.
-        let rows = received.await.map_err(|_| CloseError::Transient(Fault::ConnectionLost))??;
-        self.calls.fetch_add(rows.calls, Ordering::Relaxed);
-        Ok((rows.found, rows.more))
-    }
-
-    /// How far apart searches of one kind are: of two kinds that each keep it, half the budget is spent.
-    fn distance(&self) -> Duration {
-        let standing = self.inner.gates[&Endpoint::Search].standing();
-        match standing.filter(|_| self.inner.backlog.load(Ordering::Relaxed)) {
-            Some(standing) => Duration::from_secs_f64(4.0 / standing.rate.max(0.5)),
-            None => Duration::ZERO,
-        }
-    }
-
-    fn joint(&self, lookup: &Lookup) -> &Joint {
-        match lookup {
-            Lookup::Lead { .. } => &self.inner.leads,
-            Lookup::Contact { .. } => &self.inner.contacts,
-        }
-    }
-
-    /// Searches until nobody waits for this kind of look-up.
-    async fn search_for_all(&self, kind: &Lookup) {
-        let duty = self.joint(kind).duty();
-        while let Some(priority) = duty.urgency() {
-            let client = self.for_message(priority);
-            duty.gather(self.distance()).await;
-            // Who comes while we wait for budget joins.
-            let permit = client.enter(Endpoint::Search).await;
-            let (lookups, answers): (Vec<_>, Vec<_>) =
-                duty.next().into_iter().map(|waiting| (waiting.lookup, waiting.answer)).unzip();
-            if !lookups.is_empty() {
-                let found = client.search_jointly(&lookups, Some(permit)).await;
-                for (answer, mut found) in answers.into_iter().zip(found) {
-                    if let Ok(rows) = &mut found {
-                        rows.calls = client.calls.swap(0, Ordering::Relaxed);
-                    }
-                    // Who has given up meanwhile needs none.
-                    let _ = answer.send(found);
-                }
-            }
-        }
-    }
-
-    /// One search for all look-ups. When together they find more than a page, or Close refuses something
-    /// about one of them, each half searches again.
-    async fn search_jointly(&self, lookups: &[Lookup], permit: Option<Entered>) -> Vec<Answer> {
-        let answer = self.search(lookups, permit).await;
-        let too_many = match &answer {
-            Ok((_, more)) => *more,
-            Err(CloseError::Rejected(_)) => true,
-            Err(_) => false,
-        };
-        if too_many && lookups.len() > 1 {
-            let (one, other) = lookups.split_at(lookups.len() / 2);
-            let mut answers = Box::pin(self.search_jointly(one, None)).await;
-            answers.extend(Box::pin(self.search_jointly(other, None)).await);
-            return answers;
-        }
-        let alone = lookups.len() == 1;
-        let mine = |lookup: &Lookup| {
-            let (rows, more) = answer.clone()?;
-            let found = rows.into_iter().filter(|row| alone || wire::may_mean(lookup, row)).collect();
-            Ok(Rows { found, more, calls: 0 })
-        };
-        lookups.iter().map(mine).collect()
-    }
-
-    /// One page, oldest first, and whether there are more.
-    async fn search(
-        &self,
-        lookups: &[Lookup],
-        mut permit: Option<Entered>,
-    ) -> Result<(Vec<Value>, bool), CloseError> {
-        let mut ask = async |mode| {
-            let body = wire::search_body(lookups, mode);
-            let page: wire::SearchPage =
-                self.request_with(permit.take(), Endpoint::Search, "data/search/", Some(body)).await?;
-            Ok((page.data, page.cursor.is_some()))
-        };
-        if self.inner.phrase_only.load(Ordering::Relaxed) {
-            return ask(TextMode::Phrase).await;
-        }
-        match ask(TextMode::ExactValue).await {
-            Err(CloseError::Rejected(rejection)) if rejection.status == 400 => {
-                let rows = ask(TextMode::Phrase).await?;
-                self.inner.phrase_only.store(true, Ordering::Relaxed);
-                Ok(rows)
-            }
-            answer => answer,
-        }
-    }
-
     /// The Leads and Contacts made last, as the event log tells: it knows of them before search does
     /// (close-api.md §11). At most a page of each; whoever is not among them may exist all the same.
     pub async fn made_since(&self, since: jiff::Timestamp) -> Result<(Vec<Lead>, Vec<Contact>), CloseError> {
@@ -481,7 +237,7 @@ impl Client {
     }
 
     /// The same, with budget that was waited for already.
-    async fn request_with<T: DeserializeOwned>(
+    pub(super) async fn request_with<T: DeserializeOwned>(
         &self,
         mut entered: Option<Entered>,
         endpoint: Endpoint,
@@ -500,7 +256,7 @@ impl Client {
     }
 
     /// Waits for budget.
-    async fn enter(&self, endpoint: Endpoint) -> Entered {
+    pub(super) async fn enter(&self, endpoint: Endpoint) -> Entered {
         self.inner.gates[&endpoint].enter(self.priority).await
     }
 

@@ -7,17 +7,20 @@
 #[cfg(test)]
 pub(crate) mod book;
 mod client;
+mod endpoint;
 mod error;
 mod gate;
 mod joint;
 mod limit;
+mod search;
 mod window;
 mod wire;
 
 use crate::domain::record::{Contact, ContactId, FieldId, Lead, LeadId};
 use crate::domain::schema::Status;
 
-pub use client::{Call, Client, Endpoint, Settings, StatusClass};
+pub use client::{Client, Settings};
+pub use endpoint::{Call, Endpoint, StatusClass};
 pub use error::{CloseError, Fault, FieldError, Rejection};
 pub use gate::Priority;
 pub use window::Standing;

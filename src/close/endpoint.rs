@@ -1,0 +1,145 @@
+//! The endpoint groups Close counts calls by, and how calls end, for gates and metrics.
+
+use std::time::Duration;
+
+use reqwest::{Method, StatusCode};
+
+/// The endpoint groups Close counts calls by: path and method (close-api.md §2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Endpoint {
+    /// `GET /me/`.
+    Me,
+    /// `GET /custom_field_schema/…/`.
+    Schema,
+    /// `GET /user/`.
+    Users,
+    /// `POST /data/search/`, by far the scarcest.
+    Search,
+    /// `GET /event/`.
+    Events,
+    /// `GET /lead/…/`.
+    ReadLead,
+    /// `POST /lead/`.
+    CreateLead,
+    /// `PUT /lead/…/`.
+    UpdateLead,
+    /// `GET /contact/…/`.
+    ReadContact,
+    /// `POST /contact/`.
+    CreateContact,
+    /// `PUT /contact/…/`.
+    UpdateContact,
+}
+
+impl Endpoint {
+    /// All groups, for metrics and gates.
+    pub const ALL: [Self; 11] = [
+        Self::Me,
+        Self::Schema,
+        Self::Users,
+        Self::Search,
+        Self::Events,
+        Self::ReadLead,
+        Self::CreateLead,
+        Self::UpdateLead,
+        Self::ReadContact,
+        Self::CreateContact,
+        Self::UpdateContact,
+    ];
+
+    /// The label in logs and metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Me => "me",
+            Self::Schema => "schema",
+            Self::Users => "users",
+            Self::Search => "search",
+            Self::Events => "events",
+            Self::ReadLead => "read_lead",
+            Self::CreateLead => "create_lead",
+            Self::UpdateLead => "update_lead",
+            Self::ReadContact => "read_contact",
+            Self::CreateContact => "create_contact",
+            Self::UpdateContact => "update_contact",
+        }
+    }
+
+    pub(super) fn method(self) -> Method {
+        match self {
+            Self::Me | Self::Schema | Self::Users | Self::Events | Self::ReadLead | Self::ReadContact => {
+                Method::GET
+            }
+            Self::Search | Self::CreateLead | Self::CreateContact => Method::POST,
+            Self::UpdateLead | Self::UpdateContact => Method::PUT,
+        }
+    }
+}
+
+/// How a call ended, for metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum StatusClass {
+    /// 2xx.
+    Ok,
+    /// 401, 402, 403.
+    Denied,
+    /// 404.
+    NotFound,
+    /// 429.
+    RateLimited,
+    /// Other 4xx, and anything else that is no success.
+    Refused,
+    /// 5xx.
+    ServerError,
+    /// No answer.
+    NoAnswer,
+}
+
+impl StatusClass {
+    /// All classes, for metrics.
+    pub const ALL: [Self; 7] = [
+        Self::Ok,
+        Self::Denied,
+        Self::NotFound,
+        Self::RateLimited,
+        Self::Refused,
+        Self::ServerError,
+        Self::NoAnswer,
+    ];
+
+    /// The label in metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Denied => "denied",
+            Self::NotFound => "not_found",
+            Self::RateLimited => "rate_limited",
+            Self::Refused => "refused",
+            Self::ServerError => "server_error",
+            Self::NoAnswer => "no_answer",
+        }
+    }
+
+    pub(super) fn of(status: StatusCode) -> Self {
+        match status.as_u16() {
+            200..=299 => Self::Ok,
+            401..=403 => Self::Denied,
+            404 => Self::NotFound,
+            429 => Self::RateLimited,
+            500..=599 => Self::ServerError,
+            _ => Self::Refused,
+        }
+    }
+}
+
+/// One call, as the metrics see it.
+#[derive(Clone, Copy, Debug)]
+pub struct Call {
+    /// The endpoint group.
+    pub endpoint: Endpoint,
+    /// How it ended.
+    pub status: StatusClass,
+    /// From sending to the end of the answer.
+    pub took: Duration,
+    /// Waiting for budget before it.
+    pub waited: Duration,
+}

@@ -1,0 +1,120 @@
+//! Searching: one call for all look-ups that wait at the same time.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::sync::oneshot;
+
+use super::Lookup;
+use super::client::{Client, Entered};
+use super::endpoint::Endpoint;
+use super::error::{CloseError, Fault};
+use super::joint::{Answer, Joint, Rows, Waiting};
+use super::wire::{self, TextMode};
+
+impl Client {
+    /// Looks records up, together with whoever does so at the same time.
+    pub(super) async fn look_up(&self, lookup: Lookup) -> Result<(Vec<Value>, bool), CloseError> {
+        let (answer, received) = oneshot::channel();
+        let joint = self.joint(&lookup);
+        let kind = lookup.clone();
+        if joint.add(Waiting { lookup, priority: self.priority, answer }) {
+            // Of its own: whoever began the search may give up, and others have joined it.
+            let client = self.clone();
+            tokio::spawn(async move { client.search_for_all(&kind).await });
+        }
+        // Nobody answers when the search panicked.
+        let rows = received.await.map_err(|_| CloseError::Transient(Fault::ConnectionLost))??;
+        self.calls.fetch_add(rows.calls, Ordering::Relaxed);
+        Ok((rows.found, rows.more))
+    }
+
+    /// How far apart searches of one kind are: of two kinds that each keep it, half the budget is spent.
+    fn distance(&self) -> Duration {
+        let standing = self.inner.gates[&Endpoint::Search].standing();
+        match standing.filter(|_| self.inner.backlog.load(Ordering::Relaxed)) {
+            Some(standing) => Duration::from_secs_f64(4.0 / standing.rate.max(0.5)),
+            None => Duration::ZERO,
+        }
+    }
+
+    fn joint(&self, lookup: &Lookup) -> &Joint {
+        match lookup {
+            Lookup::Lead { .. } => &self.inner.leads,
+            Lookup::Contact { .. } => &self.inner.contacts,
+        }
+    }
+
+    /// Searches until nobody waits for this kind of look-up.
+    async fn search_for_all(&self, kind: &Lookup) {
+        let duty = self.joint(kind).duty();
+        while let Some(priority) = duty.urgency() {
+            let client = self.for_message(priority);
+            duty.gather(self.distance()).await;
+            // Who comes while we wait for budget joins.
+            let permit = client.enter(Endpoint::Search).await;
+            let (lookups, answers): (Vec<_>, Vec<_>) =
+                duty.next().into_iter().map(|waiting| (waiting.lookup, waiting.answer)).unzip();
+            if !lookups.is_empty() {
+                let found = client.search_jointly(&lookups, Some(permit)).await;
+                for (answer, mut found) in answers.into_iter().zip(found) {
+                    if let Ok(rows) = &mut found {
+                        rows.calls = client.calls.swap(0, Ordering::Relaxed);
+                    }
+                    // Who has given up meanwhile needs none.
+                    let _ = answer.send(found);
+                }
+            }
+        }
+    }
+
+    /// One search for all look-ups. When together they find more than a page, or Close refuses something
+    /// about one of them, each half searches again.
+    async fn search_jointly(&self, lookups: &[Lookup], permit: Option<Entered>) -> Vec<Answer> {
+        let answer = self.search(lookups, permit).await;
+        let too_many = match &answer {
+            Ok((_, more)) => *more,
+            Err(CloseError::Rejected(_)) => true,
+            Err(_) => false,
+        };
+        if too_many && lookups.len() > 1 {
+            let (one, other) = lookups.split_at(lookups.len() / 2);
+            let mut answers = Box::pin(self.search_jointly(one, None)).await;
+            answers.extend(Box::pin(self.search_jointly(other, None)).await);
+            return answers;
+        }
+        let alone = lookups.len() == 1;
+        let mine = |lookup: &Lookup| {
+            let (rows, more) = answer.clone()?;
+            let found = rows.into_iter().filter(|row| alone || wire::may_mean(lookup, row)).collect();
+            Ok(Rows { found, more, calls: 0 })
+        };
+        lookups.iter().map(mine).collect()
+    }
+
+    /// One page, oldest first, and whether there are more.
+    async fn search(
+        &self,
+        lookups: &[Lookup],
+        mut permit: Option<Entered>,
+    ) -> Result<(Vec<Value>, bool), CloseError> {
+        let mut ask = async |mode| {
+            let body = wire::search_body(lookups, mode);
+            let page: wire::SearchPage =
+                self.request_with(permit.take(), Endpoint::Search, "data/search/", Some(body)).await?;
+            Ok((page.data, page.cursor.is_some()))
+        };
+        if self.inner.phrase_only.load(Ordering::Relaxed) {
+            return ask(TextMode::Phrase).await;
+        }
+        match ask(TextMode::ExactValue).await {
+            Err(CloseError::Rejected(rejection)) if rejection.status == 400 => {
+                let rows = ask(TextMode::Phrase).await?;
+                self.inner.phrase_only.store(true, Ordering::Relaxed);
+                Ok(rows)
+            }
+            answer => answer,
+        }
+    }
+}
