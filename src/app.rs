@@ -4,14 +4,14 @@
 //! runs one session after the other: a lost broker is reconnected to with growing, jittered pauses
 //! and without end; while Close cannot be worked with there is no session at all, and Close is probed
 //! instead, so that messages wait in the queue without being touched (`design.md` P5). After that, the first
-//! session begins with one message at a time: Close is on trial, and what proves that it works is a message
+//! session begins with a few messages at a time: Close is on trial, and what proves that it works is a message
 //! that succeeds.
 //!
 //! On SIGHUP the configuration is read again. One that is valid, and that Close agrees to, takes over: what is
 //! in hand is finished by the old one first. Otherwise the old one stays.
 
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -95,13 +95,24 @@ pub async fn run(config: Config, orders: impl Into<Orders>) -> Result<Report, Ru
             status: status.clone(),
             metrics: metrics.clone(),
         };
-        let Some(mapping) = destination.mapping(&shutdown).await? else { return Ok(Report::default()) };
-        let assembly = Assembly { client: destination.client, config, mapping };
-        let reloads = reload.filter_map(|()| async { reloaded(&load, &metrics).await });
+        let amqp = std::sync::Mutex::new(config.amqp.clone());
+        let reloads = reload.filter_map(|()| async { reloaded(&load, &metrics, &amqp).await });
+        // Who asked once may ask again; the end of the stream means nothing.
+        let mut reloads = std::pin::pin!(reloads.chain(stream::pending()));
+        let assembly = tokio::select! {
+            mapping = destination.mapping(&shutdown) => match mapping? {
+                Some(mapping) => Assembly { client: destination.client, config, mapping },
+                None => return Ok(Report::default()),
+            },
+            // Mended while we wait for Close.
+            Some(assembly) = reloads.next() => assembly,
+        };
+        metrics.paused(None);
         let supervisor = Supervisor::new(status.clone(), metrics.clone());
-        supervisor.run(assembly, std::pin::pin!(reloads), &shutdown).await
+        supervisor.run(assembly, reloads, &shutdown).await
     };
     let result = result.await;
+    metrics.watch(None);
 
     stop_http.cancel();
     // A scraper that keeps its connection open must not hold up the exit.
@@ -126,9 +137,15 @@ struct Assembly {
 async fn reloaded(
     load: &(dyn Fn() -> Result<Config, Problems> + Send + Sync),
     metrics: &Metrics,
+    amqp: &std::sync::Mutex<amqp::Settings>,
 ) -> Option<Assembly> {
     let tried = async {
         let config = load()?;
+        // What worked before is not asked again: the broker may be away just now.
+        let is_new = !amqp.lock().unwrap_or_else(PoisonError::into_inner).is_same(&config.amqp);
+        if is_new {
+            declare(&config.amqp).await?;
+        }
         let client = client(&config, metrics)?;
         let ready = preflight::run(&client, &config.rules).await.map_err(|obstacles| {
             anyhow::anyhow!(obstacles.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
@@ -138,6 +155,7 @@ async fn reloaded(
     };
     match tried.await {
         Ok(assembly) => {
+            amqp.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&assembly.config.amqp);
             tracing::info!(
                 "the configuration was read again and is taken over (`http.addr` and `log.format` at the next start)"
             );
@@ -215,7 +233,7 @@ impl Supervisor {
     /// Works until `turn` is over.
     async fn work(&mut self, assembly: Assembly, turn: &CancellationToken) -> Result<(), RunError> {
         let Assembly { config, client, mapping } = assembly;
-        self.metrics.watch(client.clone());
+        self.metrics.watch(Some(client.clone()));
         let worker = Worker::new(config.worker, &config.rules, mapping, client, self.metrics.clone());
         let refresh = AbortOnDrop(tokio::spawn(refresh(worker.clone(), config.schema_refresh)));
         let mut session = Session {
@@ -240,7 +258,7 @@ impl Supervisor {
         let (end, report) = session.run(turn).await;
         self.total.settled += report.settled;
         self.total.handed_back += report.handed_back;
-        if report.by_close > 0 {
+        if report.acquitted {
             self.probes.reset();
             session.on_trial = None;
         }
@@ -326,7 +344,6 @@ impl Destination {
         };
         let pause = Pause { status: &self.status, metrics: &self.metrics, again: false };
         let found = pause.until(cause, &mut Pauses::probe(), probe, shutdown).await;
-        self.metrics.paused(None);
         Ok(found.map(|(_, mapping)| mapping))
     }
 }
@@ -368,11 +385,14 @@ impl Pause<'_> {
             tracing::debug!(cause = cause.label(), "paused again");
         } else {
             self.metrics.pause_began(cause);
+            self.metrics.no_drain();
             tracing::error!(
                 cause = cause.label(),
                 "paused: messages stay in the queue until Close can be worked with"
             );
         }
+        // What only a message proves to be gone is not gone because a probe met something else meanwhile.
+        let first = cause;
         let found = loop {
             self.status.set(State::Paused(cause));
             self.metrics.paused(Some(cause));
@@ -387,6 +407,6 @@ impl Pause<'_> {
                 }
             }
         };
-        Some((cause, found))
+        Some((if first.ends_with_probe() { cause } else { first }, found))
     }
 }

@@ -1,9 +1,11 @@
 //! Tells a fault of Close from a fault of a message: when most messages fail, it is not theirs.
 //!
 //! One error says nothing, and one message that fails again and again says little. So what counts is the
-//! share of messages that met a fault of the moment (a 5xx, a time-out, a lost connection) among those of the
-//! last minute. Above half of them, consumption pauses and no message pays for it (`design.md` P5). After a
-//! pause Close is on trial: the first message decides. Pure, with the time as input.
+//! share of messages that met a fault of the moment (a 5xx, a time-out, a lost connection) among those that
+//! were answered in the last minute; one that fails at first and succeeds later counts as both. Above half of
+//! them, consumption pauses and no message pays for it (`design.md` P5). After a pause Close is on trial:
+//! the first few messages decide, and one that succeeds acquits it. A single message convicts nobody: it
+//! may be the one that always fails, and would come first after every pause. Pure, with the time as input.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -14,6 +16,8 @@ const WINDOW: Duration = Duration::from_mins(1);
 const LEAST: usize = 10;
 /// Memory is bounded also when a minute has many messages.
 const MOST: usize = 1000;
+/// Messages that are tried at once after a pause; when all of them fail, it was too short.
+pub const JURY: usize = 3;
 
 /// How messages fared lately.
 #[derive(Debug, Default)]
@@ -25,7 +29,7 @@ pub struct Breaker {
 }
 
 impl Breaker {
-    /// A message succeeded, or failed for the first time. Tells whether it is time to pause.
+    /// A message was answered, or failed for the first time. Tells whether it is time to pause.
     pub fn note(&mut self, now: Instant, well: bool) -> bool {
         self.fared.push_back((now, well));
         self.failed += usize::from(!well);
@@ -38,12 +42,18 @@ impl Breaker {
             self.on_trial = false;
             return false;
         }
-        self.on_trial || (self.fared.len() >= LEAST && self.failed * 2 > self.fared.len())
+        let enough = if self.on_trial { JURY } else { LEAST };
+        self.fared.len() >= enough && self.failed * 2 > self.fared.len()
     }
 
-    /// Consumption goes on after a pause: what was before is forgotten, and the next message decides.
+    /// Consumption goes on after a pause: what was before is forgotten, and the next messages decide.
     pub fn put_on_trial(&mut self) {
         *self = Self { on_trial: true, ..Self::default() };
+    }
+
+    /// Nothing has been heard against Close for long enough.
+    pub fn acquit(&mut self) {
+        self.on_trial = false;
     }
 }
 
@@ -76,13 +86,20 @@ mod tests {
     }
 
     #[test]
-    fn after_a_pause_the_first_message_decides() {
+    fn after_a_pause_the_first_few_messages_decide() {
         let now = Instant::now();
         let mut breaker = Breaker::default();
         breaker.put_on_trial();
+        for _ in 1..JURY {
+            assert!(!breaker.note(now, false), "fewer may be those that always fail");
+        }
         assert!(breaker.note(now, false));
         breaker.put_on_trial();
         assert!(!breaker.note(now, true));
-        assert!(!breaker.note(now, false), "acquitted");
+        breaker.put_on_trial();
+        breaker.acquit();
+        for _ in 1..LEAST {
+            assert!(!breaker.note(now, false), "acquitted");
+        }
     }
 }

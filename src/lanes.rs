@@ -2,7 +2,8 @@
 //!
 //! Two messages about one person or one company never run at the same time, whichever of their keys
 //! they share; everything else runs in parallel (`design.md` P2, P3). Pure: the caller pushes entries
-//! in the order of the queue, asks for what may start, and tells what finished.
+//! in the order of the queue, asks for what may start, and tells what finished. Of those that may start,
+//! live messages go before retries and replays: they are worth more while they are fresh.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::hash::Hash;
@@ -13,17 +14,17 @@ pub struct Ticket(u64);
 
 /// Entries that wait or run, by key.
 #[derive(Debug)]
-pub struct Lanes<K, T> {
+pub struct Lanes<K, R, T> {
     next: u64,
     /// For each key the unfinished entries that have it, in order.
     queues: HashMap<K, VecDeque<Ticket>>,
     keys: HashMap<Ticket, Vec<K>>,
-    waiting: BTreeMap<Ticket, T>,
-    /// Waiting entries that are first in all their queues.
-    ready: BTreeSet<Ticket>,
+    waiting: BTreeMap<Ticket, (R, T)>,
+    /// Waiting entries that are first in all their queues, by rank and then by age.
+    ready: BTreeSet<(R, Ticket)>,
 }
 
-impl<K, T> Default for Lanes<K, T> {
+impl<K, R, T> Default for Lanes<K, R, T> {
     fn default() -> Self {
         Self {
             next: 0,
@@ -35,9 +36,9 @@ impl<K, T> Default for Lanes<K, T> {
     }
 }
 
-impl<K: Clone + Eq + Hash, T> Lanes<K, T> {
-    /// Adds an entry behind all others.
-    pub fn push(&mut self, keys: Vec<K>, entry: T) {
+impl<K: Clone + Eq + Hash, R: Copy + Ord, T> Lanes<K, R, T> {
+    /// Adds an entry behind all others. Of those that may run, the smallest rank goes first.
+    pub fn push(&mut self, keys: Vec<K>, rank: R, entry: T) {
         let ticket = Ticket(self.next);
         self.next += 1;
         for key in &keys {
@@ -47,14 +48,14 @@ impl<K: Clone + Eq + Hash, T> Lanes<K, T> {
             }
         }
         self.keys.insert(ticket, keys);
-        self.waiting.insert(ticket, entry);
+        self.waiting.insert(ticket, (rank, entry));
         self.note_if_ready(ticket);
     }
 
-    /// Takes the oldest entry that may run.
+    /// Takes the first entry that may run: of the smallest rank the oldest.
     pub fn start(&mut self) -> Option<(Ticket, T)> {
-        let ticket = self.ready.pop_first()?;
-        Some((ticket, self.waiting.remove(&ticket)?))
+        let (_, ticket) = self.ready.pop_first()?;
+        Some((ticket, self.waiting.remove(&ticket)?.1))
     }
 
     /// An entry that was started is done: those behind it may start.
@@ -78,10 +79,10 @@ impl<K: Clone + Eq + Hash, T> Lanes<K, T> {
 
     fn note_if_ready(&mut self, ticket: Ticket) {
         let first = |key| self.queues.get(key).and_then(VecDeque::front) == Some(&ticket);
-        if self.waiting.contains_key(&ticket)
+        if let Some((rank, _)) = self.waiting.get(&ticket)
             && self.keys.get(&ticket).is_some_and(|keys| keys.iter().all(first))
         {
-            self.ready.insert(ticket);
+            self.ready.insert((*rank, ticket));
         }
     }
 }
@@ -95,10 +96,10 @@ mod tests {
     #[test]
     fn an_entry_waits_for_every_earlier_one_it_shares_a_key_with() {
         let mut lanes = Lanes::default();
-        lanes.push(vec!["company a", "user 1"], 1);
-        lanes.push(vec!["user 1", "email x"], 2);
-        lanes.push(vec!["email x"], 3);
-        lanes.push(vec!["company b"], 4);
+        lanes.push(vec!["company a", "user 1"], 0, 1);
+        lanes.push(vec!["user 1", "email x"], 0, 2);
+        lanes.push(vec!["email x"], 0, 3);
+        lanes.push(vec!["company b"], 0, 4);
         let first = lanes.start().unwrap();
         assert_eq!((first.1, lanes.start().unwrap().1), (1, 4));
         assert!(lanes.start().is_none());
@@ -109,6 +110,17 @@ mod tests {
         assert_eq!(lanes.start().unwrap().1, 3);
     }
 
+    #[test]
+    fn of_those_that_may_run_the_smallest_rank_goes_first() {
+        let mut lanes = Lanes::default();
+        lanes.push(vec!["a"], 2, "replay");
+        lanes.push(vec!["b"], 1, "retry");
+        lanes.push(vec!["c"], 0, "live");
+        lanes.push(vec!["a"], 0, "live, behind the replay");
+        let order: Vec<_> = std::iter::from_fn(|| lanes.start()).map(|(_, name)| name).collect();
+        assert_eq!(order, ["live", "retry", "replay"]);
+    }
+
     proptest! {
         #[test]
         fn keys_never_overlap_order_per_key_holds_and_all_get_their_turn(
@@ -117,7 +129,8 @@ mod tests {
         ) {
             let mut lanes = Lanes::default();
             for (n, keys) in entries.iter().enumerate() {
-                lanes.push(keys.clone(), n);
+                // Ranks change who goes first, and no order within a key.
+                lanes.push(keys.clone(), n % 3, n);
             }
             let (mut running, mut order) = (Vec::new(), Vec::new());
             for pick in picks {

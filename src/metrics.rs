@@ -170,8 +170,19 @@ impl Metrics {
     }
 
     /// Whose rate limits are told of from now on.
-    pub fn watch(&self, client: Client) {
-        *self.rate_limits.close.lock().unwrap_or_else(PoisonError::into_inner) = Some(client);
+    pub fn watch(&self, client: Option<Client>) {
+        *self.rate_limits.close.lock().unwrap_or_else(PoisonError::into_inner) = client;
+        for endpoint in Endpoint::ALL {
+            let RateLimits { limit, remaining, reset, close: _ } = &self.rate_limits;
+            for gauge in [limit, remaining, reset] {
+                gauge.with_label_values(&[endpoint.label()]).set(f64::NAN);
+            }
+        }
+    }
+
+    /// Nobody works on the backlog: there is no saying how long it takes.
+    pub fn no_drain(&self) {
+        self.drain_seconds.set(f64::NAN);
     }
 
     /// What is left of Close's rate limits, of those it told.

@@ -170,6 +170,16 @@ impl Worker {
         self.breaker(Breaker::put_on_trial);
     }
 
+    /// Nothing is known against Close any more.
+    pub fn acquit_close(&self) {
+        self.breaker(Breaker::acquit);
+    }
+
+    /// Close did its part for a message.
+    fn answered(&self) {
+        self.breaker(|breaker| breaker.note(Instant::now(), true));
+    }
+
     fn breaker<T>(&self, with: impl FnOnce(&mut Breaker) -> T) -> T {
         with(&mut self.0.breaker.lock().unwrap_or_else(PoisonError::into_inner))
     }

@@ -12,7 +12,7 @@ use lapin::message::Delivery;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 
 use crate::close::Priority;
-use crate::outcome::DeadLetter;
+use crate::outcome::{DeadLetter, Reason};
 
 /// Attempts made so far.
 pub const ATTEMPTS: &str = "x-close-sync-attempt";
@@ -85,10 +85,11 @@ impl Envelope {
 
     /// Who goes first: who comes for the first time, then who waited in a delay queue, then replays.
     pub fn priority(&self) -> Priority {
-        match (number(&self.properties, REPLAYS), self.attempts) {
+        match (number(&self.properties, REPLAYS), text(&self.properties, FIRST_SEEN)) {
             (Some(1..), _) => Priority::Replay,
-            (_, 0) => Priority::Live,
-            (_, _) => Priority::Retry,
+            (_, None) => Priority::Live,
+            // It has been here before.
+            (_, Some(_)) => Priority::Retry,
         }
     }
 
@@ -104,12 +105,21 @@ impl Envelope {
             (ID, uuid::Uuid::now_v7().to_string().into()),
             (REASON, dead.reason.label().to_owned().into()),
             (STAGE, dead.stage.label().to_owned().into()),
-            (ERROR, dead.error.clone().into()),
+            (ERROR, self.error(dead, now).into()),
             (FAILED_AT, now.to_string().into()),
             (FINGERPRINT, dead.fingerprint().into()),
         ];
         ours.extend(dead.decision.clone().map(|decision| (DECISION, decision.into())));
         self.successor(ours)
+    }
+
+    /// What happened, and how long it was tried where that is why.
+    fn error(&self, dead: &DeadLetter, now: Timestamp) -> String {
+        if dead.reason != Reason::Exhausted {
+            return dead.error.clone();
+        }
+        let minutes = now.duration_since(self.first_seen).as_mins();
+        format!("{}; attempts: {}, in {minutes} minutes", dead.error, self.attempts + 1)
     }
 
     fn successor(&self, ours: Vec<(&'static str, Header)>) -> BasicProperties {

@@ -57,6 +57,15 @@ impl Settings {
         format!("{}.retry.{}", self.queue, delay.name)
     }
 
+    /// Whether both mean the same objects on the same broker.
+    pub fn is_same(&self, other: &Self) -> bool {
+        let names = |settings: &Self| {
+            let Self { url, exchange, queue, prefetch: _, delays } = settings;
+            (url.expose_secret().to_owned(), exchange.clone(), queue.clone(), delays.clone())
+        };
+        names(self) == names(other)
+    }
+
     /// The name of the dead-letter exchange and of its queue.
     pub fn dead(&self) -> String {
         format!("{}.dead", self.queue)

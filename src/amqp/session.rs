@@ -25,12 +25,15 @@ use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions};
 use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel, Connection, Event};
 use tokio::task::JoinSet;
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use super::headers::Envelope;
 use super::publisher::Publisher;
 use super::{BrokerError, LAST_ACKS, Settings, close, topology};
+use crate::breaker::JURY;
+use crate::close::Priority;
 use crate::domain::decision::Decision;
 use crate::domain::mapping::Key;
 use crate::drain::Drain;
@@ -57,12 +60,12 @@ pub struct Session {
     pub concurrency: usize,
     /// How long messages in hand may take to finish on shutdown.
     pub grace: Duration,
-    /// Close could not be worked with before: begin with one message at a time, and with one more for each
+    /// Close could not be worked with before: begin with a few messages at a time, and with one more for each
     /// that succeeds.
     pub on_trial: Option<PauseCause>,
 }
 
-/// Where no message comes that could prove that Close works again, it is believed after this long.
+/// Where no message comes that could prove that Close works again, it is believed after this long without any.
 const LONGEST_TRIAL: Duration = Duration::from_mins(1);
 
 /// How often the backlog is looked at.
@@ -75,6 +78,8 @@ pub struct Report {
     pub settled: u64,
     /// Those of them that Close had a part in: it can be worked with.
     pub by_close: u64,
+    /// Nothing is known against Close any more.
+    pub acquitted: bool,
     /// Deliveries received but not settled: they went back to the queue.
     pub handed_back: u64,
 }
@@ -117,9 +122,10 @@ impl Session {
             None => return (End::Stopped, Report::default()),
         };
         self.metrics.connected(true);
-        match self.on_trial.filter(|cause| !cause.ends_with_probe()) {
-            None => self.acquitted(),
-            Some(cause) => tracing::debug!(cause = cause.label(), "trying whether Close can be worked with"),
+        if let Some(cause) = self.unproven() {
+            tracing::debug!(cause = cause.label(), "trying whether Close can be worked with");
+        } else {
+            self.acquit();
         }
         let ended = self.consume(link, shutdown).await;
         self.metrics.connected(false);
@@ -134,22 +140,23 @@ impl Session {
         // search for this long after it. A standby may have waited for hours before.
         let mut trusted_from = None;
         let stop = CancellationToken::new();
-        let mut lanes: Lanes<Key, Incoming> = Lanes::default();
+        let mut lanes: Lanes<Key, Priority, Incoming> = Lanes::default();
         let mut tasks = JoinSet::new();
         let mut report = Report::default();
         let mut received = 0;
-        let mut on_trial = self.on_trial.is_some_and(|cause| !cause.ends_with_probe());
-        let no_messages = tokio::time::sleep(LONGEST_TRIAL);
-        tokio::pin!(no_messages);
+        let mut on_trial = self.unproven().is_some();
+        report.acquitted = !on_trial;
+        let nothing_in_hand = tokio::time::sleep(LONGEST_TRIAL);
+        tokio::pin!(nothing_in_hand);
         let mut watch = Box::pin(watch(&link.consuming, &self.settings.queue, &self.metrics));
 
         let end = loop {
-            let restarted = usize::try_from(report.by_close).unwrap_or(usize::MAX).saturating_add(1);
+            let restarted = usize::try_from(report.by_close).unwrap_or(usize::MAX).saturating_add(JURY);
             let at_once =
                 if self.on_trial.is_some() { self.concurrency.min(restarted) } else { self.concurrency };
             if on_trial && report.by_close > 0 {
-                on_trial = false;
-                self.acquitted();
+                (on_trial, report.acquitted) = (false, true);
+                self.acquit();
             }
             if !on_trial && received > 0 {
                 self.status.set(State::Consuming);
@@ -163,6 +170,7 @@ impl Session {
                     trusted_from: trusted_from.unwrap_or_else(Instant::now),
                 };
                 let publisher = link.publisher.clone();
+                nothing_in_hand.as_mut().reset(tokio::time::Instant::now() + LONGEST_TRIAL);
                 tasks.spawn(self.clone().task(ticket, incoming, publisher, turn, stop.clone()));
             }
             self.metrics.load(tasks.len(), lanes.waiting());
@@ -176,9 +184,9 @@ impl Session {
                 },
                 Some(error) = link.trouble.next() => break End::Lost(error),
                 never = &mut watch => match never {},
-                () = &mut no_messages, if on_trial && received == 0 => {
-                    on_trial = false;
-                    self.acquitted();
+                () = &mut nothing_in_hand, if on_trial && tasks.is_empty() => {
+                    (on_trial, report.acquitted) = (false, true);
+                    self.acquit();
                 }
                 // Never polled again after the end: it would hang (rabbitmq.md §0, 8).
                 delivery = link.deliveries.next() => match delivery {
@@ -226,8 +234,16 @@ impl Session {
         (end, report)
     }
 
-    /// Nothing is known against Close.
-    fn acquitted(&self) {
+    /// The cause of the last pause, if only a message that succeeds proves that it is gone.
+    fn unproven(&self) -> Option<PauseCause> {
+        self.on_trial.filter(|cause| !cause.ends_with_probe())
+    }
+
+    /// Nothing is known against Close any more.
+    fn acquit(&self) {
+        if self.unproven().is_some() {
+            self.worker.acquit_close();
+        }
         self.metrics.paused(None);
         self.status.set(State::StandingBy);
         if self.on_trial.is_some() {
@@ -237,7 +253,7 @@ impl Session {
         }
     }
 
-    fn receive(&self, delivery: Delivery, lanes: &mut Lanes<Key, Incoming>) {
+    fn receive(&self, delivery: Delivery, lanes: &mut Lanes<Key, Priority, Incoming>) {
         let envelope = Envelope::of(&delivery, Timestamp::now());
         let prepare = AssertUnwindSafe(|| self.worker.prepare(&delivery.data));
         let prepared = std::panic::catch_unwind(prepare)
@@ -246,7 +262,8 @@ impl Session {
             Prepared::Job(job) => job.keys(),
             Prepared::Settled(_) => Vec::new(),
         };
-        lanes.push(keys, Incoming { delivery, envelope, prepared });
+        let rank = envelope.priority();
+        lanes.push(keys, rank, Incoming { delivery, envelope, prepared });
     }
 
     /// Works on one delivery and settles it.
@@ -367,7 +384,7 @@ impl Session {
 /// Books a finished task; `Some` when the session has to end for it.
 fn finished(
     done: Result<(Ticket, Done), tokio::task::JoinError>,
-    lanes: &mut Lanes<Key, Incoming>,
+    lanes: &mut Lanes<Key, Priority, Incoming>,
     report: &mut Report,
 ) -> Option<End> {
     let Ok((ticket, done)) = done else {
@@ -391,6 +408,7 @@ fn finished(
 async fn watch(connection: &Connection, queue: &str, metrics: &Metrics) -> Infallible {
     let mut drain = Drain::default();
     let mut tick = tokio::time::interval(LOOKS_APART);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let (mut settled, mut calls) = metrics.totals();
     let (mut then, mut waited) = (Instant::now(), false);
     loop {
@@ -399,7 +417,8 @@ async fn watch(connection: &Connection, queue: &str, metrics: &Metrics) -> Infal
         let (settled_now, calls_now) = metrics.totals();
         let made =
             calls.iter().zip(&calls_now).map(|((endpoint, before), (_, now))| (*endpoint, now - before));
-        let waits = depth.ready > 0;
+        // A standby's backlog is another's work.
+        let waits = depth.ready > 0 && metrics.in_hand() > 0;
         drain.note(then.elapsed(), settled_now - settled, made, waited && waits);
         let backlog = depth.ready.saturating_add(metrics.in_hand());
         metrics.backlog(backlog, drain.estimate(backlog, metrics.standings()));

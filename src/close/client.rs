@@ -52,6 +52,8 @@ pub struct Client {
     pub(super) inner: Arc<Inner>,
     pub(super) calls: Arc<AtomicU32>,
     pub(super) priority: Priority,
+    /// The last failure was that of a search others shared, and one of them answers for it.
+    pub(super) excused: Arc<AtomicBool>,
 }
 
 pub(super) struct Inner {
@@ -102,7 +104,8 @@ impl Client {
             contacts: Joint::default(),
             phrase_only: AtomicBool::new(false),
         };
-        Ok(Self { inner: Arc::new(inner), calls: Arc::default(), priority: Priority::default() })
+        let (calls, priority, excused) = (Arc::default(), Priority::default(), Arc::default());
+        Ok(Self { inner: Arc::new(inner), calls, priority, excused })
     }
 
     /// How long one call may take.
@@ -113,7 +116,13 @@ impl Client {
     /// The same client for one message: it counts its calls anew, and they go with this priority.
     #[must_use]
     pub fn for_message(&self, priority: Priority) -> Self {
-        Self { inner: self.inner.clone(), calls: Arc::default(), priority }
+        Self { inner: self.inner.clone(), calls: Arc::default(), priority, excused: Arc::default() }
+    }
+
+    /// Whether the last failure is somebody else's to answer for: a search was shared, and one failed call is
+    /// not to look like many.
+    pub fn is_excused(&self) -> bool {
+        self.excused.swap(false, Ordering::Relaxed)
     }
 
     /// What is left of Close's rate limits, of those it told.

@@ -65,8 +65,13 @@ impl Gate {
             changed.as_mut().enable();
             match self.with(|state| state.ask(&place.at, Instant::now())) {
                 Answer::Go => {
-                    let permit =
-                        Permit { gate: self.clone(), sent: Instant::now(), told: None, answered: false };
+                    let permit = Permit {
+                        gate: self.clone(),
+                        sent: Instant::now(),
+                        told: None,
+                        answered: false,
+                        used: true,
+                    };
                     return (permit, start.elapsed());
                 }
                 Answer::NotYet(at) => {
@@ -145,9 +150,15 @@ pub(super) struct Permit {
     sent: Instant,
     told: Option<RateLimit>,
     answered: bool,
+    used: bool,
 }
 
 impl Permit {
+    /// No call is made after all.
+    pub(super) fn give_back(mut self) {
+        self.used = false;
+    }
+
     /// Notes that Close answered, and what the answer said about the budget.
     pub(super) fn answered(&mut self, limit: Option<RateLimit>) {
         self.answered = true;
@@ -156,13 +167,19 @@ impl Permit {
 
     /// Closes the gate: Close answered 429. `explained`: the window was used up.
     pub(super) fn refused(&self, wait: Duration, explained: bool) {
-        self.gate.change(|state| state.window.refused(Instant::now(), wait, explained));
+        self.gate.change(|state| state.window.refused(self.sent, Instant::now(), wait, explained));
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.gate.change(|state| state.window.done(self.sent, Instant::now(), self.answered, self.told));
+        self.gate.change(|state| {
+            if self.used {
+                state.window.done(self.sent, Instant::now(), self.answered, self.told);
+            } else {
+                state.window.give_back();
+            }
+        });
     }
 }
 

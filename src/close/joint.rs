@@ -19,8 +19,16 @@ use super::{CloseError, Lookup};
 /// Most look-ups that share a search: two conditions each, and some rows each must fit one page.
 const MOST: usize = 25;
 
-/// What a look-up gets: the rows that may be meant, whether there are more, and the calls made for it.
-pub(super) type Answer = Result<Rows, CloseError>;
+/// What a look-up gets.
+pub(super) type Answer = Result<Rows, Failed>;
+
+/// A search that failed.
+#[derive(Clone, Debug)]
+pub(super) struct Failed {
+    pub(super) error: CloseError,
+    /// Another look-up that shared the search answers for it.
+    pub(super) excused: bool,
+}
 
 /// Rows of a search.
 #[derive(Clone, Debug)]
@@ -97,10 +105,15 @@ impl Duty<'_> {
 
     /// Waits until the last search is `distance` ago, or as many wait as fit one.
     pub(super) async fn gather(&self, distance: Duration) {
-        let (last, full) = self.0.with(|pending| (pending.last, pending.waiting.len() >= MOST));
-        if let Some(last) = last.filter(|_| !full) {
-            let _ = tokio::time::timeout_at((last + distance).into(), self.0.full.notified()).await;
-        }
+        let is_full = || self.0.with(|pending| pending.waiting.len() >= MOST);
+        let Some(last) = self.0.with(|pending| pending.last) else { return };
+        let fill = async {
+            // It may have been filled, and emptied, long ago.
+            while !is_full() {
+                self.0.full.notified().await;
+            }
+        };
+        let _ = tokio::time::timeout_at((last + distance).into(), fill).await;
     }
 
     /// Those who share the next search, the most urgent first.

@@ -10,12 +10,15 @@ use super::Lookup;
 use super::client::{Client, Entered};
 use super::endpoint::Endpoint;
 use super::error::{CloseError, Fault};
-use super::joint::{Answer, Joint, Rows, Waiting};
+use super::joint::{Answer, Failed, Joint, Rows, Waiting};
 use super::wire::{self, TextMode};
+
+/// Rows, oldest first, and whether there are more.
+type Page = (Vec<Value>, bool);
 
 impl Client {
     /// Looks records up, together with whoever does so at the same time.
-    pub(super) async fn look_up(&self, lookup: Lookup) -> Result<(Vec<Value>, bool), CloseError> {
+    pub(super) async fn look_up(&self, lookup: Lookup) -> Result<Page, CloseError> {
         let (answer, received) = oneshot::channel();
         let joint = self.joint(&lookup);
         let kind = lookup.clone();
@@ -25,7 +28,11 @@ impl Client {
             tokio::spawn(async move { client.search_for_all(&kind).await });
         }
         // Nobody answers when the search panicked.
-        let rows = received.await.map_err(|_| CloseError::Transient(Fault::ConnectionLost))??;
+        let answer = received.await.map_err(|_| CloseError::Transient(Fault::ConnectionLost))?;
+        let rows = answer.map_err(|failed| {
+            self.excused.store(failed.excused, Ordering::Relaxed);
+            failed.error
+        })?;
         self.calls.fetch_add(rows.calls, Ordering::Relaxed);
         Ok((rows.found, rows.more))
     }
@@ -56,11 +63,16 @@ impl Client {
             let permit = client.enter(Endpoint::Search).await;
             let (lookups, answers): (Vec<_>, Vec<_>) =
                 duty.next().into_iter().map(|waiting| (waiting.lookup, waiting.answer)).unzip();
-            if !lookups.is_empty() {
-                let found = client.search_jointly(&lookups, Some(permit)).await;
+            if lookups.is_empty() {
+                // All have given up while we waited.
+                permit.0.give_back();
+            } else {
+                let found = client.search_jointly(&lookups, permit).await;
+                let mut answered_for = false;
                 for (answer, mut found) in answers.into_iter().zip(found) {
-                    if let Ok(rows) = &mut found {
-                        rows.calls = client.calls.swap(0, Ordering::Relaxed);
+                    match &mut found {
+                        Ok(rows) => rows.calls = client.calls.swap(0, Ordering::Relaxed),
+                        Err(failed) => failed.excused = std::mem::replace(&mut answered_for, true),
                     }
                     // Who has given up meanwhile needs none.
                     let _ = answer.send(found);
@@ -69,24 +81,33 @@ impl Client {
         }
     }
 
-    /// One search for all look-ups. When together they find more than a page, or Close refuses something
-    /// about one of them, each half searches again.
-    async fn search_jointly(&self, lookups: &[Lookup], permit: Option<Entered>) -> Vec<Answer> {
-        let answer = self.search(lookups, permit).await;
-        let too_many = match &answer {
+    /// One search for all look-ups.
+    async fn search_jointly(&self, lookups: &[Lookup], permit: Entered) -> Vec<Answer> {
+        let answer = self.search(lookups, Some(permit)).await;
+        self.share(lookups, answer).await
+    }
+
+    /// Gives each look-up its part of an answer. When together they found more than a page, or something about
+    /// one of them made the search fail, each half searches again, and so on; unless both halves fail for what
+    /// looks like a fault of Close.
+    async fn share(&self, lookups: &[Lookup], answer: Result<Page, CloseError>) -> Vec<Answer> {
+        let is_fault = |answer: &Result<Page, CloseError>| matches!(answer, Err(CloseError::Transient(_)));
+        let apart = match &answer {
             Ok((_, more)) => *more,
-            Err(CloseError::Rejected(_)) => true,
-            Err(_) => false,
+            Err(error) => matches!(error, CloseError::Rejected(_) | CloseError::Transient(_)),
         };
-        if too_many && lookups.len() > 1 {
+        if apart && lookups.len() > 1 {
             let (one, other) = lookups.split_at(lookups.len() / 2);
-            let mut answers = Box::pin(self.search_jointly(one, None)).await;
-            answers.extend(Box::pin(self.search_jointly(other, None)).await);
-            return answers;
+            let (of_one, of_other) = (self.search(one, None).await, self.search(other, None).await);
+            if !(is_fault(&of_one) && is_fault(&of_other)) {
+                let mut answers = Box::pin(self.share(one, of_one)).await;
+                answers.extend(Box::pin(self.share(other, of_other)).await);
+                return answers;
+            }
         }
         let alone = lookups.len() == 1;
         let mine = |lookup: &Lookup| {
-            let (rows, more) = answer.clone()?;
+            let (rows, more) = answer.clone().map_err(|error| Failed { error, excused: false })?;
             let found = rows.into_iter().filter(|row| alone || wire::may_mean(lookup, row)).collect();
             Ok(Rows { found, more, calls: 0 })
         };
@@ -94,11 +115,7 @@ impl Client {
     }
 
     /// One page, oldest first, and whether there are more.
-    async fn search(
-        &self,
-        lookups: &[Lookup],
-        mut permit: Option<Entered>,
-    ) -> Result<(Vec<Value>, bool), CloseError> {
+    async fn search(&self, lookups: &[Lookup], mut permit: Option<Entered>) -> Result<Page, CloseError> {
         let mut ask = async |mode| {
             let body = wire::search_body(lookups, mode);
             let page: wire::SearchPage =

@@ -1,16 +1,18 @@
 //! The budget of one endpoint group, as a pure state machine with the time as input.
 //!
-//! Close keeps a window per endpoint group, per key and per organization, and tells with most answers how
-//! much of the tighter one is left and when it is renewed (close-api.md §2). What it tells is older than
-//! what we know: calls under way are not in `remaining` yet, and are counted against it here. No limit is
-//! built in.
+//! Close keeps a window per endpoint group, one for the key and one for the organization, and tells with most
+//! answers how much of the tighter one is left and when it is renewed (close-api.md §2). They are told apart
+//! by their limits and kept as [`Bucket`]s of their own; a call goes when all of them agree. What Close tells
+//! is older than what we know: calls under way are not in `remaining` yet, and are counted against it here. No
+//! limit is built in.
 //!
 //! **A share.** Of each window only a share is ours to spend; the rest is for other integrations. When
-//! they spend more than that, what they are likely to spend until the window ends is left to them too.
+//! they spend more than that, what they are likely to spend until the window ends is left to them too. One call
+//! a window goes whatever is expected of others: to ask.
 //!
 //! **Pacing.** A quarter of what may be spent goes out as it is asked for, so that a message that comes
-//! alone never waits. The rest is spread evenly over most of the window: a backlog then moves steadily instead of
-//! bursting and stalling, and searches that wait have time to be joined.
+//! alone never waits. The rest is spread evenly over most of the window: a backlog then moves steadily instead
+//! of bursting and stalling, and searches that wait have time to be joined.
 //!
 //! **Hidden limits.** A 429 is obeyed whatever `remaining` says (close-api.md §2). When it is not explained
 //! by a window that is used up, calls are also spaced out, twice as far at each such refusal and closer
@@ -28,11 +30,12 @@ const FIRST_CALLS: u32 = 2;
 const BURST: f64 = 0.25;
 /// The rest is spread over this part of the window: its last call must not miss the end.
 const SPREAD: f64 = 0.9;
+/// Others may spend a little more than before.
+const CAUTION: f64 = 1.1;
 /// A window nobody told the length of.
 const PRESUMED_LENGTH: Duration = Duration::from_secs(1);
-/// After so many windows that told only of larger limits, the smaller one is taken for gone. Before that
-/// it may be the organization's that was told, while the key's is as it was.
-const WINDOWS_TO_RAISE: u32 = 3;
+/// A bucket Close has not told of for this long may be gone, or have another limit.
+const FORGOTTEN: Duration = Duration::from_mins(2);
 /// The closest and the widest spacing of calls after hidden limits struck.
 const SPACING: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(10));
 /// How long no refusal comes before calls move closer.
@@ -45,14 +48,11 @@ pub(super) struct Window {
     share: f64,
     /// Nothing goes out before: a 429 said so.
     closed_until: Option<Instant>,
-    /// Distance of calls, and when it was changed: a hidden limit struck.
+    /// Distance of calls, and when it was set: a hidden limit struck.
     spacing: Option<(Duration, Instant)>,
     last_admitted: Option<Instant>,
-    budget: Option<Budget>,
-    /// The longest time to a reset that was told: the length of a window, as far as known.
-    length: Duration,
-    /// What others spent in the last window.
-    others_before: u32,
+    /// The key's and the organization's, as far as told.
+    buckets: Vec<Bucket>,
     /// Calls under way.
     in_flight: u32,
     answered: bool,
@@ -60,29 +60,31 @@ pub(super) struct Window {
     untold: u32,
 }
 
-/// What is known of one window of Close's.
+/// One of Close's buckets, in its present window.
 ///
-/// An answer tells its end only within the time the call took: Close counted somewhere between the
+/// An answer tells the end of a window only within the time the call took: Close counted somewhere between the
 /// sending and the answer. Two answers speak of one window when these spans overlap.
 #[derive(Debug)]
-struct Budget {
+struct Bucket {
     limit: u32,
     /// Calls left, at least.
     left: u32,
     /// Calls of ours.
     used: u32,
-    /// Calls of others, at least.
+    /// Calls of others, at least, and in the window before.
     others: u32,
-    /// The smallest limit told in it.
-    told: Option<u32>,
-    /// Windows before it that told only of larger limits.
-    larger: u32,
+    others_before: u32,
     /// It had begun by then.
     began: Instant,
     /// It does not end before.
     earliest_end: Instant,
     /// It has ended by then. `None` until an answer tells.
     latest_end: Option<Instant>,
+    /// The longest times to a reset that were told in this window and in the last ones that were told of:
+    /// their maximum is the length of a window, as far as known.
+    resets: [Duration; 3],
+    /// When it was told of last.
+    told: Instant,
 }
 
 /// What is left of a budget, for whoever wants to know.
@@ -106,9 +108,7 @@ impl Window {
             closed_until: None,
             spacing: None,
             last_admitted: None,
-            budget: None,
-            length: Duration::ZERO,
-            others_before: 0,
+            buckets: Vec::new(),
             in_flight: 0,
             answered: false,
             untold: 0,
@@ -124,182 +124,202 @@ impl Window {
         if !self.answered && self.in_flight >= FIRST_CALLS {
             return Err(now + ASK_AGAIN);
         }
-        self.ease(now);
-        if let (Some((spacing, _)), Some(last)) = (self.spacing, self.last_admitted)
+        if let (Some(spacing), Some(last)) = (self.spacing(now), self.last_admitted)
             && now < last + spacing
         {
             return Err(last + spacing);
         }
-        self.renew(now);
-        if let Some(due) = self.due(now) {
+        self.buckets.retain(|bucket| now < bucket.told + FORGOTTEN);
+        let (share, in_flight) = (self.share, self.in_flight);
+        self.buckets.iter_mut().for_each(|bucket| bucket.renew(now, in_flight));
+        if let Some(due) = self.buckets.iter().filter_map(|bucket| bucket.due(now, share, in_flight)).max() {
             return Err(due);
         }
-        match &mut self.budget {
-            Some(budget) => {
-                budget.left = budget.left.saturating_sub(1);
-                budget.used += 1;
-            }
-            None => self.untold += 1,
+        for bucket in &mut self.buckets {
+            bucket.left = bucket.left.saturating_sub(1);
+            bucket.used += 1;
+        }
+        if self.buckets.is_empty() {
+            self.untold += 1;
         }
         self.last_admitted = Some(now);
         self.in_flight += 1;
         Ok(())
     }
 
+    /// A call that was admitted is not made.
+    pub(super) fn give_back(&mut self) {
+        self.in_flight = self.in_flight.saturating_sub(1);
+        for bucket in &mut self.buckets {
+            bucket.left += 1;
+            bucket.used = bucket.used.saturating_sub(1);
+        }
+    }
+
     /// A call that was sent at `sent` ended, perhaps with news about the budget. `answered`: with an answer.
     pub(super) fn done(&mut self, sent: Instant, now: Instant, answered: bool, told: Option<RateLimit>) {
         self.in_flight = self.in_flight.saturating_sub(1);
         self.answered |= answered;
-        let Some(RateLimit { limit, remaining, reset }) = told else { return };
-        self.length = self.length.max(reset);
-        let left = remaining.saturating_sub(self.in_flight);
-        let (earliest_end, latest_end) = (sent + reset, now + reset);
-        let news = |known: Budget| Budget {
-            limit: known.limit.min(limit),
-            left: left.min(known.left),
-            // As if all of ours were counted, those still under way too: phantoms would cost budget.
-            others: known.others.max(limit.saturating_sub(remaining).saturating_sub(known.used)),
-            told: Some(known.told.map_or(limit, |told| told.min(limit))),
-            earliest_end: known.earliest_end.max(earliest_end),
-            latest_end: Some(known.latest_end.map_or(latest_end, |end| end.min(latest_end))),
-            ..known
-        };
-        self.budget = Some(match self.budget.take() {
-            // Late news of a window that is over.
-            Some(known) if latest_end < known.earliest_end || earliest_end <= known.began => known,
-            // Answers overtake each other: within one window the budget only shrinks.
-            Some(known) if known.latest_end.is_none_or(|end| earliest_end <= end) => news(known),
-            // Close renewed it before we thought so: this call is in it, and those under way may be.
-            Some(known) => {
-                let next = self.next(&known, sent);
-                news(Budget { used: next.used + 1, ..next })
-            }
-            None => Budget {
-                limit,
-                left,
-                used: self.untold,
+        let Some(told) = told else { return };
+        match self.buckets.iter_mut().find(|bucket| bucket.limit == told.limit) {
+            Some(bucket) => bucket.news(sent, now, told, self.in_flight),
+            None => self.buckets.push(Bucket {
+                limit: told.limit,
+                left: told.remaining.saturating_sub(self.in_flight),
+                // Of a second bucket it is not known how many fell into its window.
+                used: if self.buckets.is_empty() { self.untold } else { 0 },
                 others: 0,
-                told: Some(limit),
-                larger: 0,
+                others_before: 0,
                 began: sent,
-                earliest_end,
-                latest_end: Some(latest_end),
-            },
-        });
+                earliest_end: sent + told.reset,
+                latest_end: Some(now + told.reset),
+                resets: [told.reset; 3],
+                told: now,
+            }),
+        }
     }
 
-    /// Close refused a call with 429 and asked to wait. `explained`: by a window that is used up.
-    pub(super) fn refused(&mut self, now: Instant, wait: Duration, explained: bool) {
+    /// Close refused a call that was sent at `sent` with 429, and asked to wait. `explained`: by a window that
+    /// is used up.
+    pub(super) fn refused(&mut self, sent: Instant, now: Instant, wait: Duration, explained: bool) {
         let until = now + wait.min(LONGEST_WAIT);
         self.closed_until = Some(self.closed_until.map_or(until, |known| known.max(until)));
-        if !explained {
+        // Calls that were under way when the last refusal came tell nothing new.
+        let is_news = self.spacing.is_none_or(|(_, set)| sent >= set);
+        if !explained && is_news {
             let (closest, widest) = SPACING;
-            let pace = self
-                .budget
-                .as_ref()
-                .filter(|budget| budget.used > 0)
-                .map(|budget| now.saturating_duration_since(budget.began) / budget.used);
-            let spacing = self.spacing.map(|(spacing, _)| spacing).or(pace).unwrap_or_default();
+            let paces = self.buckets.iter().filter(|bucket| bucket.used > 0);
+            let pace = paces.map(|bucket| now.saturating_duration_since(bucket.began) / bucket.used).max();
+            let spacing = self.spacing(now).or(pace).unwrap_or_default();
             self.spacing = Some(((spacing * 2).clamp(closest, widest), now));
         }
     }
 
-    /// What is left, if anything was told.
+    /// What is left of the narrowest bucket, if anything was told.
     pub(super) fn standing(&self, now: Instant) -> Option<Standing> {
-        let budget = self.budget.as_ref()?;
-        let end = budget.latest_end.filter(|end| now < *end);
-        let length = self.length.max(PRESUMED_LENGTH).as_secs_f64();
-        let others = f64::from(budget.others.max(self.others_before));
-        let allowed = (f64::from(budget.limit) * self.share).min(f64::from(budget.limit) - others).max(1.0);
-        let spaced = self.spacing.map(|(spacing, _)| 1.0 / spacing.as_secs_f64());
+        let spaced = self.spacing(now).map(|spacing| 1.0 / spacing.as_secs_f64());
+        let standings = self.buckets.iter().map(|bucket| bucket.standing(now, self.share));
+        let narrowest = standings.min_by(|one, other| one.rate.total_cmp(&other.rate))?;
         Some(Standing {
-            limit: budget.limit,
-            remaining: if end.is_some() { budget.left } else { budget.limit },
-            reset: end.map_or(Duration::ZERO, |end| end - now),
-            rate: spaced.map_or(allowed / length, |spaced| spaced.min(allowed / length)),
+            rate: spaced.map_or(narrowest.rate, |spaced| spaced.min(narrowest.rate)),
+            ..narrowest
         })
     }
 
-    /// Calls move closer again while no hidden limit strikes.
-    fn ease(&mut self, now: Instant) {
-        while let Some((spacing, changed)) = self.spacing
-            && now >= changed + EASE_AFTER
-        {
-            let closer = spacing.mul_f64(0.7);
-            self.spacing = (closer > SPACING.0).then_some((closer, changed + EASE_AFTER));
+    /// The distance of calls now: they move closer while no hidden limit strikes.
+    fn spacing(&self, now: Instant) -> Option<Duration> {
+        let (spacing, set) = self.spacing?;
+        let eased = now.saturating_duration_since(set).as_secs() / EASE_AFTER.as_secs();
+        let closer = spacing.mul_f64(0.7_f64.powi(i32::try_from(eased).unwrap_or(i32::MAX)));
+        (eased == 0 || closer > SPACING.0).then_some(closer)
+    }
+}
+
+impl Bucket {
+    fn length(&self) -> Duration {
+        self.resets.iter().max().copied().unwrap_or_default().max(PRESUMED_LENGTH)
+    }
+
+    fn end(&self) -> Instant {
+        self.latest_end.unwrap_or(self.began + self.length())
+    }
+
+    /// Takes in what an answer says.
+    fn news(&mut self, sent: Instant, now: Instant, told: RateLimit, in_flight: u32) {
+        let (earliest_end, latest_end) = (sent + told.reset, now + told.reset);
+        self.told = now;
+        // Late news of a window that is over.
+        if latest_end < self.earliest_end || earliest_end <= self.began {
+            return;
         }
+        // Close renewed it before we thought so: this call is in it, and those under way may be.
+        if self.latest_end.is_some_and(|end| earliest_end > end) {
+            self.next(sent, in_flight);
+            self.used += 1;
+        }
+        // Answers overtake each other: within one window the budget only shrinks.
+        self.left = self.left.min(told.remaining.saturating_sub(in_flight));
+        // As if all of ours were counted, those still under way too: phantoms would cost budget.
+        let others = told.limit.saturating_sub(told.remaining).saturating_sub(self.used);
+        self.others = self.others.max(others);
+        self.earliest_end = self.earliest_end.max(earliest_end);
+        self.latest_end = Some(self.latest_end.map_or(latest_end, |end| end.min(latest_end)));
+        self.resets[0] = self.resets[0].max(told.reset);
     }
 
     /// Begins the next window when this one is over.
-    fn renew(&mut self, now: Instant) {
-        let Some(budget) = self.budget.take() else { return };
-        let over = match budget.latest_end {
+    fn renew(&mut self, now: Instant, in_flight: u32) {
+        let over = match self.latest_end {
             Some(end) => now >= end,
-            // Its first answer tells when it ends. Where no call is under way, none will.
-            None => self.in_flight == 0,
+            // Its first answer tells when it ends; it may be that of a call under way.
+            None => in_flight == 0 && now >= self.end(),
         };
-        self.budget = Some(if over {
-            // A window that told nothing says nothing about others either.
-            if budget.told.is_some() {
-                self.others_before = budget.others;
-            }
-            self.next(&budget, now)
-        } else {
-            budget
-        });
+        if over {
+            self.next(now, in_flight);
+        }
     }
 
-    /// The window after this one, of which nothing is told yet: full, but for the calls that are still under
-    /// way and may land in it.
-    fn next(&self, budget: &Budget, now: Instant) -> Budget {
-        let larger = match budget.told {
-            Some(told) if told > budget.limit => budget.larger + 1,
-            Some(_) => 0,
-            None => budget.larger,
-        };
-        let (limit, larger) = match budget.told {
-            Some(told) if larger >= WINDOWS_TO_RAISE => (told, 0),
-            Some(_) | None => (budget.limit, larger),
-        };
-        // One call must be left to ask with, also where Close told of none.
-        let least = u32::from(self.in_flight == 0);
-        Budget {
-            limit,
-            left: limit.saturating_sub(self.in_flight).max(least),
-            used: self.in_flight,
-            others: 0,
-            told: None,
-            larger,
-            began: now,
-            earliest_end: now,
-            latest_end: None,
+    /// The next window, of which nothing is told yet: full, but for the calls that are still under way and may
+    /// land in it.
+    fn next(&mut self, now: Instant, in_flight: u32) {
+        if self.latest_end.is_some() {
+            self.others_before = self.others;
+            self.resets = [Duration::ZERO, self.resets[0], self.resets[1]];
         }
+        self.left = self.limit.saturating_sub(in_flight);
+        self.used = in_flight;
+        self.others = 0;
+        (self.began, self.earliest_end, self.latest_end) = (now, now, None);
+    }
+
+    /// What is ours of a window.
+    fn ours(&self, share: f64) -> f64 {
+        (f64::from(self.limit) * share).floor().max(1.0)
     }
 
     /// When the next call may go, unless it may go now.
-    fn due(&self, now: Instant) -> Option<Instant> {
-        let budget = self.budget.as_ref()?;
-        let end = budget.latest_end.unwrap_or(budget.began + self.length.max(PRESUMED_LENGTH));
-        let whole = end.saturating_duration_since(budget.began).max(Duration::from_millis(1));
-        let gone = now.saturating_duration_since(budget.began).as_secs_f64() / whole.as_secs_f64();
+    fn due(&self, now: Instant, share: f64, in_flight: u32) -> Option<Instant> {
+        // Nothing is told of this window: one call goes to ask, also where Close told of none to spend.
+        if self.latest_end.is_none() && self.used == 0 && in_flight == 0 {
+            return None;
+        }
+        let end = self.end();
+        let whole = end.saturating_duration_since(self.began).max(Duration::from_millis(1));
+        let gone = now.saturating_duration_since(self.began).as_secs_f64() / whole.as_secs_f64();
+        let soon = now + Duration::from_millis(1);
 
-        let ours = ((f64::from(budget.limit) * self.share).floor()).max(1.0);
-        let expected = f64::from(budget.others.max(self.others_before)) * (1.0 - gone).clamp(0.0, 1.0);
-        let spendable = (ours - f64::from(budget.used)).min(f64::from(budget.left) - expected.ceil());
+        let used = f64::from(self.used);
+        let others = f64::from(self.others.max(self.others_before)) * CAUTION;
+        // Since it was told what is left, they have spent more already.
+        let looked = self.told.max(self.began).min(now);
+        let rest = end.saturating_duration_since(looked).as_secs_f64() / whole.as_secs_f64();
+        let expected = others * rest.min(1.0);
+        let spendable = (self.ours(share) - used).min(f64::from(self.left) - expected.ceil());
         if spendable < 1.0 {
             // Others may spend less than expected: looked at again before the end.
-            let nothing_left = budget.left == 0 || f64::from(budget.used) >= ours;
+            let nothing_left = self.left == 0 || used >= self.ours(share);
             let again = if nothing_left { end } else { (now + ASK_AGAIN).min(end) };
-            return Some(again.max(now + Duration::from_millis(1)));
+            return Some(if again > now { again } else { now + ASK_AGAIN });
         }
-        let used = f64::from(budget.used);
         let all = used + spendable;
         let burst = (all * BURST).ceil();
         if used + 1.0 <= burst + (all - burst) * (gone / SPREAD) {
             return None;
         }
         let at = SPREAD * (used + 1.0 - burst) / (all - burst);
-        Some((budget.began + whole.mul_f64(at.clamp(0.0, 1.0))).max(now + Duration::from_millis(1)))
+        Some((self.began + whole.mul_f64(at.clamp(0.0, 1.0))).max(soon))
+    }
+
+    fn standing(&self, now: Instant, share: f64) -> Standing {
+        let end = self.latest_end.filter(|end| now < *end);
+        let others = f64::from(self.others.max(self.others_before));
+        let allowed = self.ours(share).min(f64::from(self.limit) - others).max(1.0);
+        Standing {
+            limit: self.limit,
+            remaining: if end.is_some() { self.left } else { self.limit },
+            reset: end.map_or(Duration::ZERO, |end| end - now),
+            rate: allowed / self.length().as_secs_f64(),
+        }
     }
 }
 
@@ -381,16 +401,16 @@ mod tests {
             window.admit(start).unwrap();
             window.done(start, start, true, None);
         }
-        window.refused(start + SECOND, 3 * SECOND, false);
+        window.refused(start, start + SECOND, 3 * SECOND, false);
+        window.refused(start, start + SECOND, 3 * SECOND, false);
         assert_eq!(window.admit(start + 2 * SECOND), Err(start + 4 * SECOND));
         assert_eq!(window.admit(start + 4 * SECOND), Ok(()));
         // Ten calls in a second met a limit: five a second it is.
         let next = window.admit(start + 4 * SECOND).unwrap_err() - (start + 4 * SECOND);
         assert_eq!(next, Duration::from_millis(200));
-        window.refused(start + 5 * SECOND, Duration::ZERO, false);
-        assert_eq!(window.spacing.unwrap().0, Duration::from_millis(400));
-        assert_eq!(window.admit(start + 90 * SECOND), Ok(()));
-        assert_eq!(window.spacing, None, "forgotten when none came for long");
+        window.refused(start + 4 * SECOND, start + 5 * SECOND, Duration::ZERO, false);
+        assert_eq!(window.spacing(start + 5 * SECOND), Some(Duration::from_millis(400)));
+        assert_eq!(window.spacing(start + 90 * SECOND), None, "forgotten when none came for long");
     }
 
     #[test]
@@ -412,22 +432,70 @@ mod tests {
             }
             window.done(at, at, true, None);
         }
-        assert!((38..=58).contains(&n_calls), "{n_calls}: 58 were left, some 20 of them for others at first");
+        assert!((34..=58).contains(&n_calls), "{n_calls}: 58 were left, some 20 of them for others at first");
     }
 
     #[test]
-    fn the_smaller_of_two_limits_is_kept_until_it_is_gone() {
+    fn a_bucket_is_kept_until_it_is_not_told_of_for_long() {
         let start = Instant::now();
         let mut window = fresh(16, start);
         let mut limits = Vec::new();
-        for n in 1..=5 {
+        for n in 1..=16 {
             let at = start + n * 8 * SECOND;
             window.admit(at).unwrap();
             // The organization's limit is told.
             window.done(at, at, true, Some(told(48, 40, 8 * SECOND)));
             limits.push(window.standing(at).unwrap().limit);
         }
-        assert_eq!(limits, [16, 16, 16, 48, 48]);
+        assert_eq!((limits[0], limits[13], limits[15]), (16, 16, 48));
+    }
+
+    /// Close's two buckets, of different phase, of which it tells the one that is closer to its end; others
+    /// spend from the second.
+    #[test]
+    fn the_keys_and_the_organizations_window_are_kept_apart() {
+        for (limit, theirs_per_window, phase) in
+            [(16, 0, 3), (16, 37, 0), (16, 41, 3), (240, 550, 3), (240, 700, 5)]
+        {
+            let start = Instant::now();
+            let step = Duration::from_millis(10);
+            let mut organization = Close::new(start, 3 * limit, 8 * SECOND);
+            let start = start + phase * SECOND;
+            let mut key = Close::new(start, limit, 8 * SECOND);
+            let mut window = Window::new(0.8);
+            let mut answers: Vec<(Instant, Instant, RateLimit)> = Vec::new();
+            let (mut ours, mut refused, mut theirs, mut owed) = (0_u32, 0_u32, 0_u32, 0.0);
+            let n_windows = 40;
+            for tick in 0..(n_windows * 800) {
+                let now = start + step * tick;
+                owed += f64::from(theirs_per_window) / 800.0;
+                while owed >= 1.0 {
+                    owed -= 1.0;
+                    theirs += u32::from(organization.call(now).0);
+                }
+                while answers.first().is_some_and(|(at, ..)| *at <= now) {
+                    let (at, sent, told) = answers.remove(0);
+                    window.done(sent, at, true, Some(told));
+                }
+                while window.admit(now).is_ok() {
+                    let ((good_key, of_key), (good, of_organization)) =
+                        (key.call(now), organization.call(now));
+                    let left = |told: &RateLimit| f64::from(told.remaining) / f64::from(told.limit);
+                    let told = if left(&of_key) <= left(&of_organization) { of_key } else { of_organization };
+                    if good_key && good {
+                        ours += 1;
+                    } else {
+                        refused += 1;
+                        window.refused(now, now, told.reset, told.remaining == 0);
+                    }
+                    answers.push((now + 5 * step, now, told));
+                }
+            }
+            let free = (3 * limit * n_windows).saturating_sub(theirs).min(limit * n_windows * 4 / 5);
+            let name = format!("limit {limit}, others {theirs_per_window}, phase {phase}");
+            assert!(refused * 100 <= ours.max(100), "{name}: {refused} of {ours} refused");
+            assert!(ours * 10 >= free * 7, "{name}: {ours} of {free} that were free");
+        }
     }
 
     #[test]
@@ -446,6 +514,46 @@ mod tests {
         window.done(start, start, true, Some(told(0, 0, 2 * SECOND)));
         assert_eq!(window.admit(start + SECOND), Err(start + 2 * SECOND));
         assert_eq!(window.admit(start + 2 * SECOND), Ok(()), "the limit may be another by now");
+    }
+
+    /// Somebody else spends a share that changes every few windows, from nothing to two thirds.
+    #[test]
+    fn others_who_come_and_go_cost_hardly_a_refusal_and_are_made_up_for() {
+        let start = Instant::now();
+        let step = Duration::from_millis(10);
+        let mut close = Close::new(start, 240, 8 * SECOND);
+        let mut window = Window::new(1.0);
+        let mut answers: Vec<(Instant, Instant, RateLimit)> = Vec::new();
+        let (mut ours, mut refused, mut theirs) = (0_u32, 0_u32, 0_u32);
+        let shares = [0.0, 0.3, 0.66, 0.1, 0.5, 0.0, 0.66, 0.25];
+        let mut owed = 0.0;
+        for tick in 0..(shares.len() * 4 * 800) {
+            let now = start + step * u32::try_from(tick).unwrap();
+            // They spread their calls evenly, 240 times their share in a window.
+            owed += shares[tick / 3200] * 240.0 / 800.0;
+            while owed >= 1.0 {
+                owed -= 1.0;
+                theirs += u32::from(close.call(now).0);
+            }
+            while answers.first().is_some_and(|(at, ..)| *at <= now) {
+                let (at, sent, told) = answers.remove(0);
+                window.done(sent, at, true, Some(told));
+            }
+            while window.admit(now).is_ok() {
+                let (good, told) = close.call(now);
+                if good {
+                    ours += 1;
+                } else {
+                    refused += 1;
+                    window.refused(now, now, told.reset, true);
+                }
+                answers.push((now + 10 * step, now, told));
+            }
+        }
+        let all = u32::try_from(shares.len()).unwrap() * 4 * 240;
+        let free = all - theirs;
+        assert!(refused * 500 <= ours, "{refused} of {ours} refused");
+        assert!(ours * 10 >= free * 9, "{ours} of {free} that others left");
     }
 
     proptest! {
@@ -555,7 +663,7 @@ mod tests {
                     });
                     window.done(sent, now, true, limit);
                     if refused {
-                        window.refused(now, Duration::from_millis(gap), false);
+                        window.refused(now, now, Duration::from_millis(gap), false);
                     }
                 }
                 let _ = window.standing(now);

@@ -44,23 +44,34 @@ impl Tries<'_> {
         loop {
             let failure = match self.once().await {
                 Ok(outcome) => {
-                    self.worker.breaker(|breaker| breaker.note(Instant::now(), true));
+                    self.worker.answered();
                     return outcome;
                 }
                 Err(failure) => failure,
             };
-            if failure.error.may_pass()
-                && !std::mem::replace(&mut failed_before, true)
-                && self.worker.breaker(|breaker| breaker.note(Instant::now(), false))
-            {
-                return Outcome::Paused(PauseCause::Failing);
+            let votes = !self.client.is_excused() && !failed_before;
+            if failure.error.may_pass() && votes {
+                failed_before = true;
+                if self.worker.breaker(|breaker| breaker.note(Instant::now(), false)) {
+                    let is_gone = matches!(failure.error, CloseError::Unreachable(_));
+                    return Outcome::Paused(if is_gone {
+                        PauseCause::Unreachable
+                    } else {
+                        PauseCause::Failing
+                    });
+                }
             }
             let pause = pauses.next_pause();
             if let Some(cause) = self.worker.systemic(&failure, history, pause.is_none()).await {
                 return Outcome::Paused(cause);
             }
             match retry::settle(&failure, history, pause, &settings.retry) {
-                Verdict::Settle(outcome) => return outcome,
+                Verdict::Settle(outcome) => {
+                    if outcome.proves_close() {
+                        self.worker.answered();
+                    }
+                    return outcome;
+                }
                 Verdict::Again(pause) => {
                     tracing::debug!(stage = failure.stage.label(), error = %failure.error, ?pause, "trying again");
                     metrics.retried(failure.stage);

@@ -59,3 +59,40 @@ async fn every_form_of_telling_limits_is_understood() {
         assert!(refused <= most_refused, "{style:?}: {refused} of the calls refused");
     }
 }
+
+/// Search read the strict way and the loose one, the key's limit and the organization's: none is exceeded.
+#[tokio::test(flavor = "multi_thread")]
+async fn limits_are_kept_in_every_reading() {
+    for (search, organization_multiple, name) in [
+        (Rate::new(16, 8), 3, "16 in 8 s"),
+        (Rate::new(16, 1), 3, "16 in 1 s"),
+        (Rate::new(16, 2), 1, "the organization's, shared with another key"),
+    ] {
+        let other = "api_simulator.other";
+        let limits = Limits { search, organization_multiple, ..Limits::unlimited() };
+        let settings = Settings { limits, more_api_keys: vec![other.to_owned()], ..Settings::fast() };
+        let bench = Bench::with(settings).await;
+        // Another key of the organization spends a quarter of what one key may.
+        let url = format!("{}data/search/", bench.simulator.url());
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let client = reqwest::Client::new();
+        let pace = std::time::Duration::from_secs(search.window.into()) / 4;
+        let others = tokio::spawn(async move {
+            let mut tick = tokio::time::interval(pace);
+            loop {
+                tick.tick().await;
+                let _ = client.post(&url).basic_auth(other, Some("")).json(&json!({})).send().await;
+            }
+        });
+        let worker = bench.worker().await;
+        for n in 0..60 {
+            bench.publish(&[identify(&format!("u{n}"), json!({}))]).await;
+        }
+        let metrics = worker.settled(60).await;
+        others.abort();
+        assert_eq!(metrics.outcomes(), [("created", 60)].into(), "{name}");
+        let refused = metrics.count("close_requests_total{endpoint=\"search\",status=\"rate_limited\"}");
+        assert_eq!(refused, 0, "{name}");
+        worker.terminate().await;
+    }
+}

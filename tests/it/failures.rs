@@ -136,7 +136,7 @@ async fn a_longer_fault_goes_through_the_delay_queues_and_then_to_the_dead_lette
     assert_eq!(headers["x-close-sync-reason"], "exhausted");
     assert_eq!(headers["x-close-sync-attempt"], "3");
     assert_eq!(headers["x-close-sync-routing-key"], "users", "not the key of the way back");
-    assert_eq!(headers["x-close-sync-error"], "Close answered 500");
+    assert_eq!(headers["x-close-sync-error"], "Close answered 500; attempts: 3, in 0 minutes");
     worker.terminate().await;
 }
 

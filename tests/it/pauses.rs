@@ -106,12 +106,12 @@ async fn an_unreachable_close_pauses_too() {
     assert!(asked.elapsed() < Duration::from_secs(5));
 }
 
-/// The key works, everything but search works, and no message can be worked on.
+/// The key works, everything but creating works, and no message can be worked on.
 #[tokio::test(flavor = "multi_thread")]
 async fn most_messages_failing_pauses_and_costs_none_anything() {
-    let bench = Bench::new().await.set("RETRY_IN_PLACE", "1s");
+    let bench = Bench::new().await.set("RETRY_IN_PLACE", "1s").set("WORKER_CONCURRENCY", "16");
     let worker = bench.worker().await;
-    bench.simulator.fault(Fault::new(status(500)).on("POST", "/data/"));
+    bench.simulator.fault(Fault::new(status(500)).on("POST", "/lead/"));
     bench.publish(&(0..200).map(|n| identify(&format!("u{n}"), json!({}))).collect::<Vec<_>>()).await;
     paused(&worker, "failing").await;
     worker.until("tried again", async |worker| worker.logged("paused again") >= 2).await;
@@ -122,9 +122,10 @@ async fn most_messages_failing_pauses_and_costs_none_anything() {
         (1, 1)
     );
     assert_eq!(worker.logged("\"ERROR\""), 1, "one signal per incident");
-    // One message at a time is tried; before that, those that were in hand.
-    let searches = bench.simulator.request_count("POST", "/data/search/");
-    assert!(searches < 40, "{searches} searches while all of them fail");
+    // Those that were in hand, and then three at a time.
+    let tried = bench.simulator.request_count("POST", "/lead/");
+    let trials = worker.logged("paused again");
+    assert!(tried <= 16 + 3 * (trials + 1), "{tried} attempts to create in {trials} trials");
 
     bench.simulator.clear_faults();
     let metrics = worker.settled(200).await;
@@ -152,6 +153,55 @@ async fn a_message_that_always_fails_pauses_nothing() {
     worker.terminate().await;
 }
 
+/// After a pause a message that always fails is the first one that is tried.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_always_fails_does_not_hold_up_the_end_of_a_pause() {
+    let bench = Bench::new().await.set("RETRY_IN_PLACE", "300ms");
+    let worker = bench.worker().await;
+    bench.simulator.fault(Fault::new(status(500)));
+    let name = |n| if n == 0 { "poison".to_owned() } else { format!("Person {n}") };
+    bench
+        .publish(&(0..20).map(|n| identify(&format!("u{n}"), json!({"name": name(n)}))).collect::<Vec<_>>())
+        .await;
+    worker.until("paused", async |worker| worker.ready().await.1["state"] == "paused").await;
+    bench.simulator.clear_faults();
+    bench.simulator.fault(Fault::new(status(500)).on("POST", "/lead/").containing("poison"));
+    let metrics = worker.settled(19 + 2 + 1).await;
+    assert_eq!((metrics.outcome("created"), metrics.outcome("dead")), (19, 1));
+    worker.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_failed_search_that_many_share_pauses_nothing() {
+    let bench = Bench::new().await;
+    let worker = bench.worker().await;
+    bench.publish(&[identify("first", json!({}))]).await;
+    worker.settled(1).await;
+    // The first look-up holds up the others, so that they share a search, which fails.
+    bench.simulator.fault(Fault::new(Effect::Latency { ms: 1000 }).on("POST", "/data/").times(1));
+    bench.simulator.fault(Fault::new(status(500)).on("POST", "/data/").times(1));
+    bench.publish(&(0..16).map(|n| identify(&format!("u{n}"), json!({}))).collect::<Vec<_>>()).await;
+    let metrics = worker.settled(17).await;
+    assert_eq!(metrics.outcomes(), [("created", 17)].into());
+    assert_eq!(worker.logged("paused"), 0);
+    worker.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_configuration_mended_while_the_start_waits_for_close_is_taken_over() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("close-sync.toml");
+    std::fs::write(&file, "[close]\napi_url = \"http://127.0.0.1:1/api/v1/\"\n").unwrap();
+    let bench = Bench::new().await.unset("CLOSE_API_URL").set("CLOSE_SYNC_CONFIG", file.to_str().unwrap());
+    let worker = bench.starting_worker();
+    paused(&worker, "unreachable").await;
+    std::fs::write(&file, format!("[close]\napi_url = \"{}\"\n", bench.simulator.url())).unwrap();
+    worker.signal("HUP");
+    worker.until("ready", async |worker| worker.ready().await.0 == 200).await;
+    assert_eq!(worker.metrics().await.count("paused{cause=\"unreachable\"}"), 0);
+    worker.terminate().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_new_key_is_taken_over_on_sighup_and_a_bad_configuration_is_not() {
     let directory = tempfile::tempdir().unwrap();
@@ -159,6 +209,11 @@ async fn a_new_key_is_taken_over_on_sighup_and_a_bad_configuration_is_not() {
     let write = |text: &str| std::fs::write(&file, text).unwrap();
     write("[close]\napi_key = \"api_simulator.key\"\n");
     let bench = Bench::new().await.unset("CLOSE_API_KEY").set("CLOSE_SYNC_CONFIG", file.to_str().unwrap());
+    let broker = format!("[amqp]\nurl = \"{}\"\n", bench.amqp_url);
+    let bench = bench.unset("AMQP_URL");
+    let write =
+        |text: &str| write(&if text.contains("amqp") { text.to_owned() } else { format!("{broker}{text}") });
+    write("[close]\napi_key = \"api_simulator.key\"\n");
     let worker = bench.worker().await;
     bench.publish(&[identify("u1", json!({}))]).await;
     worker.settled(1).await;
@@ -167,6 +222,10 @@ async fn a_new_key_is_taken_over_on_sighup_and_a_bad_configuration_is_not() {
         ("[close]\napi_key = \"api_hunter2.key\"\n", "Close does not accept the API key"),
         ("[close\n", "is no TOML"),
         ("[worker]\nconcurrency = 0\n", "worker.concurrency"),
+        (
+            "[close]\napi_key = \"api_simulator.key\"\n[amqp]\nurl = \"amqp://127.0.0.1:1/%2f\"\n",
+            "RabbitMQ cannot be reached",
+        ),
     ];
     for (refused, (text, told)) in (1..).zip(problems) {
         write(text);
