@@ -371,8 +371,9 @@ async fn main() {
         }
         let after = worker.calls().await;
         // Whoever gives messages up is fast.
-        assert_eq!(worker.metric("messages_settled_total", "dead").await, 0.0, "dead letters");
-        assert_eq!(worker.metric("messages_settled_total", "delayed").await, 0.0, "delayed");
+        for given_up in ["dead", "delayed"] {
+            assert!(worker.metric("messages_settled_total", given_up).await < 1.0, "{given_up}");
+        }
         let calls = std::array::from_fn(|group| after.0[group] - before.0[group]);
         let busy = after.1 - before.1;
         let bound = Figures::bound(&work.needed, bound);
