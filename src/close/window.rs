@@ -34,7 +34,7 @@ const SPREAD: f64 = 0.9;
 const CAUTION: f64 = 1.1;
 /// A window nobody told the length of.
 const PRESUMED_LENGTH: Duration = Duration::from_secs(1);
-/// A bucket Close has not told of for this long may be gone, or have another limit.
+/// A bucket Close has not told of for this long while it told of others may be gone, or have another limit.
 const FORGOTTEN: Duration = Duration::from_mins(2);
 /// The closest and the widest spacing of calls after hidden limits struck.
 const SPACING: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(10));
@@ -129,7 +129,8 @@ impl Window {
         {
             return Err(last + spacing);
         }
-        self.buckets.retain(|bucket| now < bucket.told + FORGOTTEN);
+        let latest = self.buckets.iter().map(|bucket| bucket.told).max();
+        self.buckets.retain(|bucket| latest.is_none_or(|latest| latest < bucket.told + FORGOTTEN));
         let (share, in_flight) = (self.share, self.in_flight);
         self.buckets.iter_mut().for_each(|bucket| bucket.renew(now, in_flight));
         if let Some(due) = self.buckets.iter().filter_map(|bucket| bucket.due(now, share, in_flight)).max() {
@@ -448,6 +449,9 @@ mod tests {
             limits.push(window.standing(at).unwrap().limit);
         }
         assert_eq!((limits[0], limits[13], limits[15]), (16, 16, 48));
+        let much_later = start + 10_000 * SECOND;
+        window.admit(much_later).unwrap();
+        assert_eq!(window.standing(much_later).unwrap().limit, 48, "silence forgets nothing");
     }
 
     /// Close's two buckets, of different phase, of which it tells the one that is closer to its end; others
