@@ -67,24 +67,20 @@ impl Client {
                 // All have given up while we waited.
                 permit.0.give_back();
             } else {
-                let found = client.search_jointly(&lookups, permit).await;
-                let mut answered_for = false;
-                for (answer, mut found) in answers.into_iter().zip(found) {
+                let page = client.search(&lookups, Some(permit)).await;
+                let found = client.share(&lookups, page).await;
+                let calls = client.calls();
+                for (number, (answer, mut found)) in (0..).zip(answers.into_iter().zip(found)) {
                     match &mut found {
-                        Ok(rows) => rows.calls = client.calls.swap(0, Ordering::Relaxed),
-                        Err(failed) => failed.excused = std::mem::replace(&mut answered_for, true),
+                        Ok(rows) => rows.calls = if number == 0 { calls } else { 0 },
+                        // As many answer for a failure as there were calls that failed.
+                        Err(failed) => failed.excused = number >= calls,
                     }
                     // Who has given up meanwhile needs none.
                     let _ = answer.send(found);
                 }
             }
         }
-    }
-
-    /// One search for all look-ups.
-    async fn search_jointly(&self, lookups: &[Lookup], permit: Entered) -> Vec<Answer> {
-        let answer = self.search(lookups, Some(permit)).await;
-        self.share(lookups, answer).await
     }
 
     /// Gives each look-up its part of an answer. When together they found more than a page, or something about
