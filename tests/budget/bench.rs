@@ -335,6 +335,8 @@ async fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     let count = arguments.iter().find_map(|argument| argument.parse().ok()).unwrap_or(5000);
     let amqp = arguments.iter().find(|argument| argument.starts_with("amqp")).unwrap().clone();
+    let only =
+        arguments.iter().find_map(|argument| argument.strip_prefix("only=")).unwrap_or_default().to_owned();
     let work = work(count);
     println!(
         "{count} events, {PEOPLE} people, {COMPANIES} companies; limits of a window of 8 s: search 16, others 240\n"
@@ -355,6 +357,9 @@ async fn main() {
     ]
     .into();
     for (number, (name, share, warm, shared, bound)) in runs {
+        if !name.contains(&only) {
+            continue;
+        }
         let close = close().await;
         let worker = Worker::start(&amqp, &close, &format!("budget-{number}"), share).await;
         if warm {
@@ -380,6 +385,9 @@ async fn main() {
         Figures { name: name.to_owned(), took: took.as_secs_f64(), bound, events: count as f64, calls, busy }
             .print();
         worker.end().await;
+    }
+    if !only.is_empty() {
+        return;
     }
     // It is slow: a part has to do.
     let part = &work.events[..count.min(60)];
