@@ -133,12 +133,16 @@ struct Assembly {
     mapping: Mapping,
 }
 
+/// How long a new configuration may take to be checked.
+const CHECK_TIME: Duration = Duration::from_secs(30);
+
 /// Reads the configuration again. What is wrong with it is told, and `None`: the old one stays in force.
 async fn reloaded(
     load: &(dyn Fn() -> Result<Config, Problems> + Send + Sync),
     metrics: &Metrics,
     amqp: &std::sync::Mutex<amqp::Settings>,
 ) -> Option<Assembly> {
+    tracing::info!("reading the configuration again, and asking Close about it");
     let tried = async {
         let config = load()?;
         // What worked before is not asked again: the broker may be away just now.
@@ -147,7 +151,9 @@ async fn reloaded(
             declare(&config.amqp).await?;
         }
         let client = client(&config, metrics)?;
-        let ready = preflight::run(&client, &config.rules).await.map_err(|obstacles| {
+        let asked = tokio::time::timeout(CHECK_TIME, preflight::run(&client, &config.rules));
+        let asked = asked.await.context("Close did not answer in time, or let us wait for rate limits")?;
+        let ready = asked.map_err(|obstacles| {
             anyhow::anyhow!(obstacles.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
         })?;
         tell_flaws(&ready.mapping);
@@ -157,7 +163,8 @@ async fn reloaded(
         Ok(assembly) => {
             amqp.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&assembly.config.amqp);
             tracing::info!(
-                "the configuration was read again and is taken over (`http.addr` and `log.format` at the next start)"
+                "the configuration was read again and is taken over (`http.addr` and `log.format` at the next start; \
+                 variables of the environment still win over the file)"
             );
             Some(assembly)
         }
@@ -272,7 +279,8 @@ impl Supervisor {
             End::Paused(cause) => {
                 let probe = async || session.worker.look_again().await;
                 let again = session.on_trial.is_some();
-                let pause = Pause { status: &self.status, metrics: &self.metrics, again };
+                let last_failure = session.worker.last_failure();
+                let pause = Pause { status: &self.status, metrics: &self.metrics, again, last_failure };
                 if let Some((cause, ())) = pause.until(cause, &mut self.probes, probe, turn).await {
                     session.worker.put_close_on_trial();
                     session.on_trial = Some(cause);
@@ -342,7 +350,7 @@ impl Destination {
             tell_flaws(&ready.mapping);
             Ok(ready.mapping)
         };
-        let pause = Pause { status: &self.status, metrics: &self.metrics, again: false };
+        let pause = Pause { status: &self.status, metrics: &self.metrics, again: false, last_failure: None };
         let found = pause.until(cause, &mut Pauses::probe(), probe, shutdown).await;
         Ok(found.map(|(_, mapping)| mapping))
     }
@@ -368,6 +376,8 @@ struct Pause<'a> {
     metrics: &'a Metrics,
     /// The last one ended a moment ago, and nothing has succeeded since: the same incident.
     again: bool,
+    /// What went wrong last.
+    last_failure: Option<String>,
 }
 
 impl Pause<'_> {
@@ -388,6 +398,8 @@ impl Pause<'_> {
             self.metrics.no_drain();
             tracing::error!(
                 cause = cause.label(),
+                last_failure = self.last_failure,
+                remedy = cause.remedy(),
                 "paused: messages stay in the queue until Close can be worked with"
             );
         }

@@ -11,15 +11,18 @@ use std::time::Duration;
 use crate::close::{Endpoint, Standing};
 
 /// How much the latest measurement counts.
-const WEIGHT: f64 = 0.3;
+const WEIGHT: f64 = 0.5;
 /// Fewer messages say nothing about the calls one takes.
-const LEAST: u64 = 5;
+const LEAST: u64 = 20;
+/// Times a speed has to be measured before it counts: the first includes the start.
+const WARM: u32 = 2;
 
 /// What was measured so far.
 #[derive(Debug, Default)]
 pub struct Drain {
     calls: BTreeMap<Endpoint, f64>,
     speed: Option<f64>,
+    measured: u32,
 }
 
 impl Drain {
@@ -43,8 +46,11 @@ impl Drain {
         }
         if busy && !took.is_zero() {
             let latest = ratio(settled, took.as_secs_f64());
-            let known = self.speed.get_or_insert(latest);
-            *known += WEIGHT * (latest - *known);
+            self.measured += 1;
+            if self.measured >= WARM {
+                let known = self.speed.get_or_insert(latest);
+                *known += WEIGHT * (latest - *known);
+            }
         }
     }
 
@@ -92,6 +98,8 @@ mod tests {
         let loose = [(Endpoint::Search, standing(16.0)), (Endpoint::ReadLead, standing(10.0))];
         assert_eq!(drain.estimate(1000, loose), Some(100 * second), "one read each, ten a second");
 
+        drain.note(10 * second, 20, [(Endpoint::Search, 2), (Endpoint::ReadLead, 20)], true);
+        assert_eq!(drain.estimate(1000, budget()), Some(50 * second), "the first speed includes the start");
         drain.note(10 * second, 50, [(Endpoint::Search, 5), (Endpoint::ReadLead, 50)], true);
         assert_eq!(drain.estimate(1000, budget()), Some(200 * second), "it has been five a second");
         drain.note(10 * second, 1, [(Endpoint::Search, 30)], false);
@@ -101,6 +109,7 @@ mod tests {
     #[test]
     fn a_standstill_is_no_estimate() {
         let mut drain = Drain::default();
+        drain.note(Duration::from_secs(10), 0, [], true);
         drain.note(Duration::from_secs(10), 0, [], true);
         assert_eq!(drain.estimate(5, []), None);
     }

@@ -58,6 +58,13 @@ impl<K: Clone + Eq + Hash, R: Copy + Ord, T> Lanes<K, R, T> {
         Some((ticket, self.waiting.remove(&ticket)?.1))
     }
 
+    /// Takes any entry that may run, by a number that was drawn.
+    pub fn start_any(&mut self, drawn: usize) -> Option<(Ticket, T)> {
+        let place = *self.ready.iter().nth(drawn % self.ready.len().max(1))?;
+        self.ready.remove(&place);
+        Some((place.1, self.waiting.remove(&place.1)?.1))
+    }
+
     /// An entry that was started is done: those behind it may start.
     pub fn finish(&mut self, ticket: Ticket) {
         for key in self.keys.remove(&ticket).unwrap_or_default() {
@@ -119,6 +126,11 @@ mod tests {
         lanes.push(vec!["a"], 0, "live, behind the replay");
         let order: Vec<_> = std::iter::from_fn(|| lanes.start()).map(|(_, name)| name).collect();
         assert_eq!(order, ["live", "retry", "replay"]);
+
+        let mut lanes = Lanes::default();
+        (0..5).for_each(|n| lanes.push(vec![n], 0, n));
+        let drawn: Vec<_> = [3, 7, 0, 5, 9, 1].into_iter().map_while(|n| lanes.start_any(n)).collect();
+        assert_eq!(drawn.into_iter().map(|(_, n)| n).collect::<Vec<_>>(), [3, 4, 0, 2, 1]);
     }
 
     proptest! {

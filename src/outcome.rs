@@ -270,6 +270,22 @@ impl PauseCause {
         }
     }
 
+    /// What an operator can do.
+    pub fn remedy(self) -> &'static str {
+        match self {
+            Self::Unauthorized => {
+                "set `close.api_key` to a key that is valid in Close, then send SIGHUP or restart"
+            }
+            Self::PlanLimit => "extend the plan of the Close organization, or free what is counted",
+            Self::Forbidden => "let the user of the API key read and write Leads and Contacts in Close",
+            Self::Unreachable => "check the network, and whether Close is down (its status page)",
+            Self::Failing => {
+                "check whether Close is down (its status page); if only certain messages fail, stop those who publish them"
+            }
+            Self::LookupField => "`close-sync check` tells what is wrong with the lookup fields",
+        }
+    }
+
     /// The label in logs, metrics and `/readyz`.
     pub fn label(self) -> &'static str {
         match self {

@@ -73,6 +73,7 @@ struct Inner {
     known: Known,
     claims: Claims,
     breaker: std::sync::Mutex<Breaker>,
+    last_failure: std::sync::Mutex<Option<String>>,
     metrics: Metrics,
 }
 
@@ -146,6 +147,7 @@ impl Worker {
             known: Known::default(),
             claims: Claims::default(),
             breaker: std::sync::Mutex::default(),
+            last_failure: std::sync::Mutex::default(),
             metrics,
         }))
     }
@@ -168,6 +170,11 @@ impl Worker {
     /// Consumption goes on after a pause: the first message tells whether it was long enough.
     pub fn put_close_on_trial(&self) {
         self.breaker(Breaker::put_on_trial);
+    }
+
+    /// What went wrong last, without anything of the message.
+    pub fn last_failure(&self) -> Option<String> {
+        self.0.last_failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Nothing is known against Close any more.

@@ -68,6 +68,8 @@ pub struct Session {
 /// Where no message comes that could prove that Close works again, it is believed after this long without any.
 const LONGEST_TRIAL: Duration = Duration::from_mins(1);
 
+/// How long messages are received before some are drawn.
+const TIME_TO_DRAW: Duration = Duration::from_millis(200);
 /// How often the backlog is looked at.
 const LOOKS_APART: Duration = Duration::from_secs(5);
 
@@ -148,6 +150,11 @@ impl Session {
         report.acquitted = !on_trial;
         let nothing_in_hand = tokio::time::sleep(LONGEST_TRIAL);
         tokio::pin!(nothing_in_hand);
+        // After a pause the messages that are tried are drawn from those in hand: the first in line may be
+        // those that always fail, and would be the first every time.
+        let mut drawing = on_trial;
+        let in_hand = tokio::time::sleep(TIME_TO_DRAW);
+        tokio::pin!(in_hand);
         let mut watch = Box::pin(watch(&link.consuming, &self.settings.queue, &self.metrics));
 
         let end = loop {
@@ -161,8 +168,10 @@ impl Session {
             if !on_trial && received > 0 {
                 self.status.set(State::Consuming);
             }
-            while tasks.len() < at_once
-                && let Some((ticket, incoming)) = lanes.start()
+            while !drawing
+                && tasks.len() < at_once
+                && let Some((ticket, incoming)) =
+                    if at_once < self.concurrency { lanes.start_any(draw()) } else { lanes.start() }
             {
                 let turn = Turn {
                     attempts: incoming.envelope.attempts,
@@ -184,6 +193,7 @@ impl Session {
                 },
                 Some(error) = link.trouble.next() => break End::Lost(error),
                 never = &mut watch => match never {},
+                () = &mut in_hand, if drawing && received > 0 => drawing = false,
                 () = &mut nothing_in_hand, if on_trial && tasks.is_empty() => {
                     (on_trial, report.acquitted) = (false, true);
                     self.acquit();
@@ -192,6 +202,9 @@ impl Session {
                 delivery = link.deliveries.next() => match delivery {
                     Some(Ok(delivery)) => {
                         received += 1;
+                        if received == 1 {
+                            in_hand.as_mut().reset(tokio::time::Instant::now() + TIME_TO_DRAW);
+                        }
                         trusted_from.get_or_insert_with(|| Instant::now() + self.worker.settings().search_lag);
                         self.receive(delivery, &mut lanes);
                     }
@@ -424,6 +437,13 @@ async fn watch(connection: &Connection, queue: &str, metrics: &Metrics) -> Infal
         metrics.backlog(backlog, drain.estimate(backlog, metrics.standings()));
         (settled, calls, then, waited) = (settled_now, calls_now, Instant::now(), waits);
     }
+}
+
+/// A number nobody foresees.
+fn draw() -> usize {
+    // The lower half of such an id is random.
+    let (_, random) = uuid::Uuid::now_v7().as_u64_pair();
+    usize::try_from(random >> 8).unwrap_or_default()
 }
 
 /// What a caught panic makes of its message.

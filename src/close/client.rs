@@ -60,6 +60,8 @@ pub(super) struct Inner {
     http: reqwest::Client,
     settings: Settings,
     pub(super) gates: HashMap<Endpoint, Gate>,
+    /// Calls answered with 429 since the last that was not.
+    refused_in_a_row: HashMap<Endpoint, AtomicU32>,
     observe: Observer,
     /// More messages wait than are worked on.
     pub(super) backlog: AtomicBool,
@@ -69,6 +71,9 @@ pub(super) struct Inner {
     /// Close does not know `exact_value` (it is not documented): search by phrase from now on.
     pub(super) phrase_only: AtomicBool,
 }
+
+/// So many calls answered with 429 in a row are worth a line.
+const MANY_REFUSALS: u32 = 5;
 
 /// Bodies larger than this are not read to the end; a Lead with hundreds of Contacts stays below.
 const MAX_ANSWER: usize = 32 << 20;
@@ -98,6 +103,10 @@ impl Client {
             http,
             settings,
             gates,
+            refused_in_a_row: Endpoint::ALL
+                .into_iter()
+                .map(|endpoint| (endpoint, AtomicU32::new(0)))
+                .collect(),
             observe: Box::new(observe),
             backlog: AtomicBool::new(false),
             leads: Joint::default(),
@@ -285,6 +294,11 @@ impl Client {
 
         let answer = result?;
         permit.answered(answer.limit);
+        if answer.status != StatusCode::TOO_MANY_REQUESTS
+            && self.inner.refused_in_a_row[&endpoint].swap(0, Ordering::Relaxed) >= MANY_REFUSALS
+        {
+            tracing::info!(endpoint = endpoint.label(), "Close takes calls again");
+        }
         match answer.status.as_u16() {
             200..=299 => Ok(Some(answer.body)),
             401 => Err(CloseError::Unauthorized),
@@ -296,6 +310,10 @@ impl Client {
                 let wait = told.or(answer.retry_after).unwrap_or(gate::DEFAULT_WAIT);
                 // Whole seconds may be rounded down to none.
                 permit.refused(wait.max(gate::SHORTEST_WAIT), told.is_some());
+                let in_a_row = &self.inner.refused_in_a_row[&endpoint];
+                if in_a_row.fetch_add(1, Ordering::Relaxed) + 1 == MANY_REFUSALS {
+                    tracing::warn!(endpoint = endpoint.label(), "Close answers call after call with 429");
+                }
                 Ok(None)
             }
             status @ 500..=599 => Err(CloseError::Transient(Fault::Status(status))),

@@ -589,7 +589,7 @@ mod tests {
             for tick in 0..n_windows * 800 {
                 let now = start + step * tick;
                 if (tick * 10) % 1000 == phase {
-                    (0..15).for_each(|_| drop(close.call(now)));
+                    (0..15).for_each(|_| _ = close.call(now));
                 }
                 while answers.first().is_some_and(|(at, ..)| *at <= now) {
                     let (at, sent, told) = answers.remove(0);

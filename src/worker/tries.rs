@@ -1,5 +1,6 @@
 //! The tries of one message: look up, plan, write, and start over from the look-up when something failed.
 
+use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use super::{Inner, Turn, Worker};
@@ -49,6 +50,8 @@ impl Tries<'_> {
                 }
                 Err(failure) => failure,
             };
+            let told = format!("{}: {}", failure.stage.label(), failure.error);
+            *self.worker.0.last_failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(told);
             let votes = !self.client.is_excused() && !failed_before;
             if failure.error.may_pass() && votes {
                 failed_before = true;

@@ -171,6 +171,22 @@ async fn a_message_that_always_fails_does_not_hold_up_the_end_of_a_pause() {
     worker.terminate().await;
 }
 
+/// They are first in line and enough to pause consumption; the others get through all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_messages_that_always_fail_do_not_keep_the_others() {
+    let bench = Bench::new().await.set("RETRY_IN_PLACE", "1s").set("WORKER_CONCURRENCY", "16");
+    bench.simulator.fault(Fault::new(status(500)).on("POST", "/lead/").containing("poison"));
+    let name = |n| if n < 15 { format!("poison {n}") } else { format!("Person {n}") };
+    let worker = bench.worker().await;
+    bench
+        .publish(&(0..55).map(|n| identify(&format!("u{n}"), json!({"name": name(n)}))).collect::<Vec<_>>())
+        .await;
+    worker
+        .until("done with the others", async |worker| worker.metrics().await.outcome("created") == 40)
+        .await;
+    worker.kill().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn one_failed_search_that_many_share_pauses_nothing() {
     let bench = Bench::new().await;
