@@ -9,7 +9,7 @@
 //! missed: our own are remembered ([`crate::known`]); for those of a predecessor, and for a POST
 //! whose answer was lost, the guard waits until search must have caught up, and looks again. The doubt
 //! about a lost answer belongs to the keys, not to the message: the next message about the same person
-//! has it too. Before it waits, the guard asks the event log, which knows of a creation at once; only that
+//! has it too. About such a doubt the guard asks the event log, which knows of a creation at once; only that
 //! it knows none proves nothing. In the normal case the guard costs nothing.
 //!
 //! **The mapping** is resolved against what custom fields there are, and again when that may have

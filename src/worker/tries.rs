@@ -113,13 +113,16 @@ impl Tries<'_> {
             let found = close.decide(desired).await.map_err(look_up)?;
             let plan = &self.decision.plan;
             let (steps, changed, creates) = (plan.steps.clone(), plan.changed(), plan.creates());
-            let trusted_from = known.doubtful_until(&self.keys).max(Some(self.turn.trusted_from));
+            let doubt = known.doubtful_until(&self.keys).filter(|until| asked < *until);
+            let trusted_from = doubt.max(Some(self.turn.trusted_from));
             // An adopted Lead was chosen because the company was not found: that needs proof as well.
             let needs_proof = found.adopts() || creates;
             if let Some(trusted_from) = trusted_from.filter(|from| needs_proof && asked < *from) {
                 metrics.lag_guard_waited();
                 // A creation without an answer that happened is found sooner in the event log.
-                if !std::mem::replace(&mut asked_the_log, true) && self.find_in_event_log().await {
+                // After a start there is nothing to look for in particular, and many would ask.
+                let ask = doubt.is_some() && !std::mem::replace(&mut asked_the_log, true);
+                if ask && self.find_in_event_log().await {
                     continue;
                 }
                 tokio::time::sleep_until(trusted_from.into()).await;
