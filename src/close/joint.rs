@@ -64,8 +64,8 @@ struct Pending {
     last: Option<Instant>,
 }
 
-/// The duty to search until nobody waits. Dropping it lays it down, also in a panic: who still waits is
-/// told by the loss of the other end.
+/// The duty to search until nobody waits. It is done when [`Duty::urgency`] says so; a panic lays it down,
+/// and who still waits is told by the loss of the other end.
 #[derive(Debug)]
 pub(super) struct Duty<'a>(&'a Joint);
 

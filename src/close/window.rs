@@ -347,6 +347,8 @@ impl Bucket {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -380,6 +382,43 @@ mod tests {
             self.used = self.limit.min(self.used + 1);
             let reset = self.began + self.length - now;
             (good, RateLimit { limit: self.limit, remaining: self.limit - self.used, reset })
+        }
+    }
+
+    /// Endless demand on a window, in steps of 10 ms.
+    struct Demand {
+        window: Window,
+        delay: Duration,
+        answers: VecDeque<(Instant, Instant, RateLimit)>,
+        ours: u32,
+        refused: u32,
+    }
+
+    const STEP: Duration = Duration::from_millis(10);
+    /// Steps of a window of 8 s.
+    const STEPS: u32 = 800;
+
+    impl Demand {
+        /// `delay`: how long an answer takes.
+        fn new(share: f64, delay: Duration) -> Self {
+            Self { window: Window::new(share), delay, answers: VecDeque::new(), ours: 0, refused: 0 }
+        }
+
+        /// Takes the answers that are due and makes every call that may be made.
+        fn step(&mut self, now: Instant, mut call: impl FnMut() -> (bool, RateLimit)) {
+            while let Some((at, sent, told)) = self.answers.pop_front_if(|(at, ..)| *at <= now) {
+                self.window.done(sent, at, true, Some(told));
+            }
+            while self.window.admit(now).is_ok() {
+                let (good, told) = call();
+                if good {
+                    self.ours += 1;
+                } else {
+                    self.refused += 1;
+                    self.window.refused(now, now, told.reset, told.remaining == 0);
+                }
+                self.answers.push_back((now + self.delay, now, told));
+            }
         }
     }
 
@@ -486,39 +525,27 @@ mod tests {
             [(16, 0, 3), (16, 37, 0), (16, 41, 3), (240, 550, 3), (240, 700, 5)]
         {
             let start = Instant::now();
-            let step = Duration::from_millis(10);
             let mut organization = Close::new(start, 3 * limit, 8 * SECOND);
             let start = start + phase * SECOND;
             let mut key = Close::new(start, limit, 8 * SECOND);
-            let mut window = Window::new(0.8);
-            let mut answers: Vec<(Instant, Instant, RateLimit)> = Vec::new();
-            let (mut ours, mut refused, mut theirs, mut owed) = (0_u32, 0_u32, 0_u32, 0.0);
-            let n_windows = 40;
-            for tick in 0..(n_windows * 800) {
-                let now = start + step * tick;
-                owed += f64::from(theirs_per_window) / 800.0;
+            let mut demand = Demand::new(0.8, 5 * STEP);
+            let (mut theirs, mut owed, n_windows) = (0_u32, 0.0, 40);
+            for tick in 0..n_windows * STEPS {
+                let now = start + STEP * tick;
+                owed += f64::from(theirs_per_window) / f64::from(STEPS);
                 while owed >= 1.0 {
                     owed -= 1.0;
                     theirs += u32::from(organization.call(now).0);
                 }
-                while answers.first().is_some_and(|(at, ..)| *at <= now) {
-                    let (at, sent, told) = answers.remove(0);
-                    window.done(sent, at, true, Some(told));
-                }
-                while window.admit(now).is_ok() {
+                demand.step(now, || {
                     let ((good_key, of_key), (good, of_organization)) =
                         (key.call(now), organization.call(now));
                     let left = |told: &RateLimit| f64::from(told.remaining) / f64::from(told.limit);
                     let told = if left(&of_key) <= left(&of_organization) { of_key } else { of_organization };
-                    if good_key && good {
-                        ours += 1;
-                    } else {
-                        refused += 1;
-                        window.refused(now, now, told.reset, told.remaining == 0);
-                    }
-                    answers.push((now + 5 * step, now, told));
-                }
+                    (good_key && good, told)
+                });
             }
+            let Demand { ours, refused, .. } = demand;
             let free = (3 * limit * n_windows).saturating_sub(theirs).min(limit * n_windows * 4 / 5);
             let name = format!("limit {limit}, others {theirs_per_window}, phase {phase}");
             assert!(refused * 100 <= ours.max(100), "{name}: {refused} of {ours} refused");
@@ -548,36 +575,24 @@ mod tests {
     #[test]
     fn others_who_come_and_go_cost_hardly_a_refusal_and_are_made_up_for() {
         let start = Instant::now();
-        let step = Duration::from_millis(10);
         let mut close = Close::new(start, 240, 8 * SECOND);
-        let mut window = Window::new(1.0);
-        let mut answers: Vec<(Instant, Instant, RateLimit)> = Vec::new();
-        let (mut ours, mut refused, mut theirs) = (0_u32, 0_u32, 0_u32);
+        let mut demand = Demand::new(1.0, 10 * STEP);
         let shares = [0.0, 0.3, 0.66, 0.1, 0.5, 0.0, 0.66, 0.25];
-        let mut owed = 0.0;
-        for tick in 0..(shares.len() * 4 * 800) {
-            let now = start + step * u32::try_from(tick).unwrap();
+        let (mut theirs, mut owed) = (0_u32, 0.0);
+        for (share, tick) in (0..).zip(shares).flat_map(|(number, share)| {
+            // Four windows each.
+            (number * 4 * STEPS..(number + 1) * 4 * STEPS).map(move |tick| (share, tick))
+        }) {
+            let now = start + STEP * tick;
             // They spread their calls evenly, 240 times their share in a window.
-            owed += shares[tick / 3200] * 240.0 / 800.0;
+            owed += share * 240.0 / f64::from(STEPS);
             while owed >= 1.0 {
                 owed -= 1.0;
                 theirs += u32::from(close.call(now).0);
             }
-            while answers.first().is_some_and(|(at, ..)| *at <= now) {
-                let (at, sent, told) = answers.remove(0);
-                window.done(sent, at, true, Some(told));
-            }
-            while window.admit(now).is_ok() {
-                let (good, told) = close.call(now);
-                if good {
-                    ours += 1;
-                } else {
-                    refused += 1;
-                    window.refused(now, now, told.reset, true);
-                }
-                answers.push((now + 10 * step, now, told));
-            }
+            demand.step(now, || close.call(now));
         }
+        let Demand { ours, refused, .. } = demand;
         let all = u32::try_from(shares.len()).unwrap() * 4 * 240;
         let free = all - theirs;
         assert!(refused * 500 <= ours, "{refused} of {ours} refused");
@@ -589,29 +604,16 @@ mod tests {
     fn bursts_of_others_cost_hardly_a_refusal() {
         for phase in [0, 150, 470, 730, 990] {
             let start = Instant::now();
-            let step = Duration::from_millis(10);
             let mut close = Close::new(start, 240, 8 * SECOND);
-            let mut window = Window::new(0.8);
-            let mut answers: Vec<(Instant, Instant, RateLimit)> = Vec::new();
-            let (mut ours, mut refused, n_windows) = (0_u32, 0_u32, 40);
-            for tick in 0..n_windows * 800 {
-                let now = start + step * tick;
+            let (mut demand, n_windows) = (Demand::new(0.8, 2 * STEP), 40);
+            for tick in 0..n_windows * STEPS {
+                let now = start + STEP * tick;
                 if (tick * 10) % 1000 == phase {
                     (0..15).for_each(|_| _ = close.call(now));
                 }
-                while answers.first().is_some_and(|(at, ..)| *at <= now) {
-                    let (at, sent, told) = answers.remove(0);
-                    window.done(sent, at, true, Some(told));
-                }
-                while window.admit(now).is_ok() {
-                    let (good, told) = close.call(now);
-                    *(if good { &mut ours } else { &mut refused }) += 1;
-                    if !good {
-                        window.refused(now, now, told.reset, true);
-                    }
-                    answers.push((now + 2 * step, now, told));
-                }
+                demand.step(now, || close.call(now));
             }
+            let Demand { ours, refused, .. } = demand;
             assert!(refused * 1000 <= ours, "{phase}: {refused} of {ours} refused");
             assert!(ours * 100 >= 120 * n_windows * 85, "{phase}: {ours} of {}", 120 * n_windows);
         }
