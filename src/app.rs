@@ -24,7 +24,8 @@ use crate::amqp::session::{End, Report, Session};
 use crate::amqp::{self, BrokerError, topology};
 use crate::close::Client;
 use crate::config::{Config, Problems};
-use crate::domain::mapping::{Mapping, Rules};
+use crate::detours::Detours;
+use crate::domain::mapping::{Key, Mapping, Rules};
 use crate::http;
 use crate::metrics::Metrics;
 use crate::outcome::PauseCause;
@@ -252,17 +253,23 @@ impl Supervisor {
             grace: config.grace,
             on_trial: None,
         };
+        let mut detours = Detours::default();
         while !turn.is_cancelled() {
-            self.session(&mut session, turn).await?;
+            self.session(&mut session, &mut detours, turn).await?;
         }
         drop(refresh);
         Ok(())
     }
 
     /// One session, and what has to pass before the next.
-    async fn session(&mut self, session: &mut Session, turn: &CancellationToken) -> Result<(), RunError> {
+    async fn session(
+        &mut self,
+        session: &mut Session,
+        detours: &mut Detours<Key>,
+        turn: &CancellationToken,
+    ) -> Result<(), RunError> {
         let began = Instant::now();
-        let (end, report) = session.run(turn).await;
+        let (end, report) = session.run(detours, turn).await;
         self.total.settled += report.settled;
         self.total.handed_back += report.handed_back;
         if report.acquitted {

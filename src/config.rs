@@ -187,6 +187,7 @@ impl Reader<'_> {
         let max_message_bytes = self.number("worker.max_message_bytes", 1, 1 << 30);
         let search_lag = self.duration("close.search_lag", Duration::ZERO);
         let hold = self.duration("worker.hold", Duration::from_secs(1));
+        let merge = leaf(self.settings, "worker.merge").and_then(Value::as_bool);
         if in_place.zip(hold).is_some_and(|(in_place, hold)| in_place >= hold) {
             self.problem("retry.in_place", "must be shorter than `worker.hold`");
         }
@@ -199,6 +200,7 @@ impl Reader<'_> {
             max_message_bytes: usize::try_from(max_message_bytes?).ok()?,
             search_lag: search_lag?,
             hold: hold?,
+            merge: merge?,
         })
     }
 

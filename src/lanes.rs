@@ -18,8 +18,9 @@ pub struct Lanes<K, R, T> {
     next: u64,
     /// For each key the unfinished entries that have it, in order.
     queues: HashMap<K, VecDeque<Ticket>>,
-    keys: HashMap<Ticket, Vec<K>>,
-    waiting: BTreeMap<Ticket, (R, T)>,
+    /// Keys and ranks of the unfinished entries.
+    places: HashMap<Ticket, (Vec<K>, R)>,
+    waiting: BTreeMap<Ticket, T>,
     /// Waiting entries that are first in all their queues, by rank and then by age.
     ready: BTreeSet<(R, Ticket)>,
 }
@@ -29,7 +30,7 @@ impl<K, R, T> Default for Lanes<K, R, T> {
         Self {
             next: 0,
             queues: HashMap::new(),
-            keys: HashMap::new(),
+            places: HashMap::new(),
             waiting: BTreeMap::new(),
             ready: BTreeSet::new(),
         }
@@ -47,27 +48,50 @@ impl<K: Clone + Eq + Hash, R: Copy + Ord, T> Lanes<K, R, T> {
                 queue.push_back(ticket);
             }
         }
-        self.keys.insert(ticket, keys);
-        self.waiting.insert(ticket, (rank, entry));
+        self.places.insert(ticket, (keys, rank));
+        self.waiting.insert(ticket, entry);
         self.note_if_ready(ticket);
     }
 
     /// Takes the first entry that may run: of the smallest rank the oldest.
     pub fn start(&mut self) -> Option<(Ticket, T)> {
         let (_, ticket) = self.ready.pop_first()?;
-        Some((ticket, self.waiting.remove(&ticket)?.1))
+        Some((ticket, self.waiting.remove(&ticket)?))
     }
 
     /// Takes any entry that may run, by a number that was drawn.
     pub fn start_any(&mut self, drawn: usize) -> Option<(Ticket, T)> {
         let place = *self.ready.iter().nth(drawn % self.ready.len().max(1))?;
         self.ready.remove(&place);
-        Some((place.1, self.waiting.remove(&place.1)?.1))
+        Some((place.1, self.waiting.remove(&place.1)?))
+    }
+
+    /// Takes the entry that comes next in all its queues behind those of `run`, which were started together,
+    /// if `joins` agrees: it may run with them.
+    pub fn start_behind(&mut self, run: &[Ticket], joins: impl Fn(&[K], &T) -> bool) -> Option<(Ticket, T)> {
+        let next = |key| self.queues.get(key)?.iter().find(|ticket| !run.contains(ticket)).copied();
+        let ticket = self.keys(*run.first()?).iter().filter_map(next).find(|ticket| {
+            let keys = self.keys(*ticket);
+            let is_next = keys.iter().all(|key| next(key) == Some(*ticket));
+            is_next && self.waiting.get(ticket).is_some_and(|entry| joins(keys, entry))
+        })?;
+        Some((ticket, self.waiting.remove(&ticket)?))
+    }
+
+    /// An entry that was started has to wait again, at the place it had.
+    pub fn put_back(&mut self, ticket: Ticket, entry: T) {
+        self.waiting.insert(ticket, entry);
+        self.note_if_ready(ticket);
+    }
+
+    /// The keys of an entry that is not finished.
+    pub fn keys(&self, ticket: Ticket) -> &[K] {
+        self.places.get(&ticket).map_or(&[], |(keys, _)| keys)
     }
 
     /// An entry that was started is done: those behind it may start.
     pub fn finish(&mut self, ticket: Ticket) {
-        for key in self.keys.remove(&ticket).unwrap_or_default() {
+        for key in self.places.remove(&ticket).map(|(keys, _)| keys).unwrap_or_default() {
             let Some(queue) = self.queues.get_mut(&key) else { continue };
             queue.retain(|other| *other != ticket);
             match queue.front().copied() {
@@ -86,8 +110,9 @@ impl<K: Clone + Eq + Hash, R: Copy + Ord, T> Lanes<K, R, T> {
 
     fn note_if_ready(&mut self, ticket: Ticket) {
         let first = |key| self.queues.get(key).and_then(VecDeque::front) == Some(&ticket);
-        if let Some((rank, _)) = self.waiting.get(&ticket)
-            && self.keys.get(&ticket).is_some_and(|keys| keys.iter().all(first))
+        if let Some((keys, rank)) = self.places.get(&ticket)
+            && self.waiting.contains_key(&ticket)
+            && keys.iter().all(first)
         {
             self.ready.insert((*rank, ticket));
         }
@@ -133,6 +158,37 @@ mod tests {
         assert_eq!(drawn.into_iter().map(|(_, n)| n).collect::<Vec<_>>(), [3, 4, 0, 2, 1]);
     }
 
+    #[test]
+    fn who_comes_next_in_all_queues_may_run_along() {
+        let mut lanes = Lanes::default();
+        for (name, keys) in [
+            ("jane", vec!["acme", "jane"]),
+            ("jane again", vec!["acme", "jane"]),
+            ("bob", vec!["acme", "bob"]),
+            ("jane, behind bob", vec!["acme", "jane"]),
+        ] {
+            lanes.push(keys, 0, name);
+        }
+        let first = lanes.start().unwrap();
+        let jane = |_: &[&str], name: &&str| name.starts_with("jane");
+        assert_eq!(lanes.start_behind(&[first.0], |_, _| false), None);
+        let second = lanes.start_behind(&[first.0], jane).unwrap();
+        assert_eq!(second.1, "jane again");
+        let run = [first.0, second.0];
+        assert_eq!(lanes.start_behind(&run, jane), None, "bob is in between");
+
+        // It did not work: one after the other, in the order they had.
+        lanes.put_back(second.0, "jane again");
+        lanes.put_back(first.0, "jane");
+        let mut order = Vec::new();
+        while let Some((ticket, name)) = lanes.start() {
+            assert_eq!(lanes.start(), None);
+            order.push(name);
+            lanes.finish(ticket);
+        }
+        assert_eq!(order, ["jane", "jane again", "bob", "jane, behind bob"]);
+    }
+
     proptest! {
         #[test]
         fn keys_never_overlap_order_per_key_holds_and_all_get_their_turn(
@@ -164,7 +220,7 @@ mod tests {
                 let mine: Vec<_> = order.iter().filter(|n| entries[**n].contains(&key)).collect();
                 prop_assert!(mine.is_sorted());
             }
-            prop_assert!(lanes.queues.is_empty() && lanes.keys.is_empty());
+            prop_assert!(lanes.queues.is_empty() && lanes.places.is_empty());
         }
     }
 }

@@ -63,10 +63,13 @@
 //! Facts about Close, RabbitMQ and lapin are cited as `close-api.md §n`, `rabbitmq.md §n` and
 //! `design.md §n`: the project's collected notes on them, with sources.
 
+pub mod desk;
+pub mod detours;
 pub mod domain;
 pub mod lanes;
 pub mod outcome;
 
+pub mod applied;
 pub mod breaker;
 pub mod claims;
 pub mod close;

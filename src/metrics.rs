@@ -13,8 +13,9 @@ use prometheus::{
 };
 
 use crate::close::{Call, Client, Endpoint, Standing, StatusClass};
+use crate::domain::decision::Decision;
 use crate::domain::plan::Refusal;
-use crate::domain::values::{DropReason, Dropped};
+use crate::domain::values::DropReason;
 use crate::outcome::{Effect, Outcome, PauseCause, Reason, Skip, Stage};
 
 /// The metrics of one worker. Clones share them.
@@ -32,6 +33,9 @@ pub struct Metrics {
     steps_refused: IntCounterVec,
     conflicts: IntCounter,
     stale_acks: IntCounter,
+    yields: IntCounter,
+    merged: IntCounter,
+    stale_values: IntCounter,
     in_flight: IntGauge,
     waiting: IntGauge,
     paused: IntGaugeVec,
@@ -125,6 +129,18 @@ impl Metrics {
             stale_acks: make.counter(
                 "stale_acks_total",
                 "Deliveries settled after their channel was gone: they come again",
+            )?,
+            yields: make.counter(
+                "messages_yielded_total",
+                "Messages sent to a delay queue because an earlier one of the same person or company waits there",
+            )?,
+            merged: make.counter(
+                "messages_merged_total",
+                "Messages whose values were written together with those of an earlier one of the same person",
+            )?,
+            stale_values: make.counter(
+                "stale_values_total",
+                "Values not written because Close holds one of a newer event",
             )?,
             in_flight: make.gauge("messages_in_flight", "Messages being worked on")?,
             waiting: make.gauge(
@@ -267,20 +283,32 @@ impl Metrics {
         self.retries.with_label_values(&[stage.label()]).inc();
     }
 
+    /// A message follows an earlier one into a delay queue.
+    pub fn yielded(&self) {
+        self.yields.inc();
+    }
+
     /// A creation waits for search to catch up.
     pub fn lag_guard_waited(&self) {
         self.lag_guard_waits.inc();
     }
 
     /// What a finished plan left out.
-    pub fn decided(&self, dropped: &[Dropped], refused: &[Refusal], conflicts: usize) {
-        for dropped in dropped {
+    pub fn decided(&self, decision: &Decision) {
+        for dropped in &decision.dropped {
             self.fields_dropped.with_label_values(&[dropped.reason.label()]).inc();
         }
-        for refusal in refused {
+        for refusal in &decision.plan.refused {
             self.steps_refused.with_label_values(&[refusal.label()]).inc();
         }
-        self.conflicts.inc_by(u64::try_from(conflicts).unwrap_or(u64::MAX));
+        let count = |number: usize| u64::try_from(number).unwrap_or(u64::MAX);
+        self.conflicts.inc_by(count(decision.conflicts()));
+        self.stale_values.inc_by(count(decision.plan.stale().count()));
+    }
+
+    /// So many messages were written together with an earlier one.
+    pub fn merged(&self, messages: usize) {
+        self.merged.inc_by(u64::try_from(messages).unwrap_or(u64::MAX));
     }
 
     /// An ack came too late: the channel of the delivery was gone.
@@ -470,7 +498,10 @@ mod tests {
             metrics.settled(&Outcome::Paused(cause), Duration::ZERO);
             metrics.paused(Some(cause));
         }
-        metrics.settled(&Outcome::Delayed { level: 0, charged: true, cause: String::new() }, Duration::ZERO);
+        metrics.settled(
+            &Outcome::Delayed { level: 0, obstacle: crate::outcome::Obstruction::Behind },
+            Duration::ZERO,
+        );
         assert_eq!(series(metrics.page()), before);
         assert!(metrics.page().contains("close_sync_messages_settled_total{outcome=\"skipped\"} 8"));
     }

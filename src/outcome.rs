@@ -1,6 +1,9 @@
 //! What can become of a message: closed lists, with the labels that logs, metrics and dead-letter
 //! headers share.
 
+use std::fmt;
+use std::time::Duration;
+
 use crate::close::CloseError;
 use crate::domain::event::NotForClose;
 use crate::domain::plan::{Plan, Refusal, Step};
@@ -16,10 +19,8 @@ pub enum Outcome {
     Delayed {
         /// Which of the configured delays.
         level: usize,
-        /// Whether the message has used up an attempt. Waiting for budget uses none.
-        charged: bool,
         /// What stood in the way.
-        cause: String,
+        obstacle: Obstruction,
     },
     /// Can't succeed: publish to the dead-letter queue, then ack.
     Dead(DeadLetter),
@@ -41,6 +42,39 @@ impl Outcome {
                 | Reason::Internal => false,
             },
             Self::Skipped(Skip::Event(_) | Skip::Anonymous) | Self::Delayed { .. } | Self::Paused(_) => false,
+        }
+    }
+}
+
+/// Why a message waits in a delay queue.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Obstruction {
+    /// It failed, which has used up an attempt.
+    Failed(String),
+    /// The rate limits did not let it through for as long as it may be held.
+    NoBudget(Duration),
+    /// An earlier message that shares a key waits there.
+    Behind,
+}
+
+impl Obstruction {
+    /// Whether the message has used up an attempt.
+    pub fn charged(&self) -> bool {
+        match self {
+            Self::Failed(_) => true,
+            Self::NoBudget(_) | Self::Behind => false,
+        }
+    }
+}
+
+impl fmt::Display for Obstruction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Failed(why) => f.write_str(why),
+            Self::NoBudget(held) => {
+                write!(f, "held for {} s, waiting for Close's rate limits", held.as_secs())
+            }
+            Self::Behind => f.write_str("an earlier message of the same person or company waits there"),
         }
     }
 }

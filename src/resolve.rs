@@ -6,39 +6,59 @@
 //!
 //! What was asked, what was made of the answers and what follows is noted in a [`Decision`] on the way.
 
+use crate::applied::Applied;
 use crate::close::{CloseError, Records};
+use crate::domain::age::Ages;
 use crate::domain::decision::{Candidate, Decision, LookUp};
 use crate::domain::mapping::{Desired, Identity, Key, KeyFields, WriteRule};
 use crate::domain::matching::{
     self, Found, Likeness, MAX_CONTACTS, People, Verdict, company_leads, compare, judge_lead, pick_people,
 };
-use crate::domain::plan::{Switches, plan};
+use crate::domain::plan::Switches;
 use crate::domain::record::{Contact, ContactId, Lead, LeadId};
+use crate::domain::together::Together;
 use crate::known::Known;
 
 /// Looks records up for one message.
 pub(crate) struct Resolver<'a, R> {
     pub(crate) records: &'a R,
     pub(crate) known: &'a Known,
+    pub(crate) applied: &'a Applied,
     pub(crate) keys: &'a KeyFields,
     pub(crate) switches: Switches,
     pub(crate) decision: &'a mut Decision,
 }
 
+/// What was found, and what follows from it.
+pub(crate) struct Decided {
+    pub(crate) found: Found,
+    /// How old that is.
+    pub(crate) ages: Ages,
+    pub(crate) together: Together,
+}
+
 impl<R: Records> Resolver<'_, R> {
-    /// What Close has, and what has to be done; the latter is in the decision.
-    pub(crate) async fn decide(&mut self, desired: &Desired) -> Result<Found, CloseError> {
-        *self.decision = Decision { dropped: desired.dropped.clone(), ..Decision::default() };
-        let found = self.resolve(desired).await?;
-        let plan = plan(desired, &found, self.switches);
+    /// What Close has for an event and those that go along with it, and what has to be done. The decision is
+    /// about the first.
+    pub(crate) async fn decide(
+        &mut self,
+        first: &Desired,
+        others: &[&Desired],
+    ) -> Result<Decided, CloseError> {
+        *self.decision = Decision { dropped: first.dropped.clone(), ..Decision::default() };
+        let for_leads =
+            |event: &&Desired| event.lead.values().any(|wanted| wanted.write != WriteRule::OnCreate);
+        let wants_lead = for_leads(&first) || others.iter().any(for_leads);
+        let found = self.resolve(&first.identity, wants_lead).await?;
+        let ages = self.applied.ages(&found, &first.stamps);
+        let together = Together::plan(first, others, &found, self.switches, &ages);
         self.decision.case = Some(found.case());
-        self.decision.dropped.extend(plan.dropped());
-        self.decision.plan = plan;
-        Ok(found)
+        self.decision.plan = together.plans.first().cloned().unwrap_or_default();
+        self.decision.dropped.extend(self.decision.plan.dropped());
+        Ok(Decided { found, ages, together })
     }
 
-    async fn resolve(&mut self, desired: &Desired) -> Result<Found, CloseError> {
-        let person = &desired.identity;
+    async fn resolve(&mut self, person: &Identity, wants_lead: bool) -> Result<Found, CloseError> {
         if let Some(company_id) = &person.company_id
             && let Some((lead, members)) = self.company(company_id).await?
         {
@@ -58,7 +78,6 @@ impl<R: Records> Resolver<'_, R> {
         if let Some(company_id) = &person.company_id {
             return self.adopt(&people, company_id, person).await;
         }
-        let wants_lead = desired.lead.values().any(|wanted| wanted.write != WriteRule::OnCreate);
         let leads = if wants_lead { self.leads_of(&people).await? } else { Vec::new() };
         let lead_of = |contact: &Contact| {
             let mut leads = leads.iter().map(|(lead, _)| lead);

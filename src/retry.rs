@@ -15,7 +15,7 @@ use backoff::backoff::Backoff as _;
 use backoff::{ExponentialBackoff, ExponentialBackoffBuilder};
 
 use crate::close::CloseError;
-use crate::outcome::{DeadLetter, Failure, Outcome, PauseCause, Reason, Stage};
+use crate::outcome::{DeadLetter, Failure, Obstruction, Outcome, PauseCause, Reason, Stage};
 
 /// How patient we are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -120,9 +120,10 @@ pub fn settle(failure: &Failure, history: History, pause: Option<Duration>, poli
         CloseError::Transient(fault) => match pause {
             Some(pause) => Verdict::Again(pause),
             None => match usize::try_from(history.attempts) {
-                Ok(level) if level < policy.delays.len() => {
-                    Verdict::Settle(Outcome::Delayed { level, charged: true, cause: fault.to_string() })
-                }
+                Ok(level) if level < policy.delays.len() => Verdict::Settle(Outcome::Delayed {
+                    level,
+                    obstacle: Obstruction::Failed(fault.to_string()),
+                }),
                 Ok(_) | Err(_) => dead(Reason::Exhausted, None),
             },
         },
@@ -211,8 +212,8 @@ mod tests {
                 let looked_again = error == CloseError::NotFound;
                 match settle(&Failure { stage: Stage::Write, error }, history, None, &policy) {
                     Verdict::Again(_) => history.looked_again |= looked_again,
-                    Verdict::Settle(Outcome::Delayed { level, charged, .. }) => {
-                        prop_assert!(charged && level < delays);
+                    Verdict::Settle(Outcome::Delayed { level, obstacle }) => {
+                        prop_assert!(obstacle.charged() && level < delays);
                         history = History { attempts: history.attempts + 1, looked_again: false };
                     }
                     Verdict::Settle(Outcome::Paused(_)) => history.looked_again = false,

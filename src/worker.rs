@@ -25,8 +25,10 @@ mod tries;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use tokio::sync::Mutex;
 
+use crate::applied::Applied;
 use crate::breaker::Breaker;
 use crate::claims::Claims;
 use crate::close::{Client, CloseError, Priority};
@@ -37,7 +39,7 @@ use crate::domain::plan::Switches;
 use crate::domain::record::FieldId;
 use crate::known::Known;
 use crate::metrics::Metrics;
-use crate::outcome::{DeadLetter, Failure, Outcome, PauseCause, Reason, Skip, Stage};
+use crate::outcome::{DeadLetter, Failure, Obstruction, Outcome, PauseCause, Reason, Skip, Stage};
 use crate::preflight::{self, Obstacle};
 use crate::retry::{History, Policy};
 
@@ -56,6 +58,8 @@ pub struct Settings {
     pub search_lag: Duration,
     /// The longest a delivery is held, waiting for budget included.
     pub hold: Duration,
+    /// Whether messages about one person that wait in line are written in one go.
+    pub merge: bool,
 }
 
 /// Works on messages. Clones share everything.
@@ -71,6 +75,7 @@ struct Inner {
     /// When the mapping was resolved.
     resolved: Mutex<Instant>,
     known: Known,
+    applied: Applied,
     claims: Claims,
     breaker: std::sync::Mutex<Breaker>,
     last_failure: std::sync::Mutex<Option<String>>,
@@ -86,7 +91,7 @@ pub struct Job {
     /// What it wants.
     desired: Desired,
     /// When it happened at the producer, for the metrics.
-    event_time: Option<jiff::Timestamp>,
+    event_time: Option<Timestamp>,
 }
 
 impl Job {
@@ -119,6 +124,22 @@ impl Turn {
     }
 }
 
+/// When a message came, for want of a better time of its event.
+#[derive(Clone, Copy, Debug)]
+pub struct Arrival {
+    /// When it was published, if its properties say so.
+    pub sent: Option<Timestamp>,
+    /// When it was received for the first time. No event is later than that, whatever it says.
+    pub received: Timestamp,
+}
+
+impl Arrival {
+    /// A message that comes now.
+    pub fn now() -> Self {
+        Self { sent: None, received: Timestamp::now() }
+    }
+}
+
 /// What a message needs.
 #[derive(Clone, Debug)]
 pub enum Prepared {
@@ -145,6 +166,7 @@ impl Worker {
             mapping: RwLock::new(Arc::new(mapping)),
             resolved: Mutex::new(Instant::now()),
             known: Known::default(),
+            applied: Applied::default(),
             claims: Claims::default(),
             breaker: std::sync::Mutex::default(),
             last_failure: std::sync::Mutex::default(),
@@ -226,7 +248,7 @@ impl Worker {
     }
 
     /// Decodes and maps the body of a message. Pure.
-    pub fn prepare(&self, body: &[u8]) -> Prepared {
+    pub fn prepare(&self, body: &[u8], arrival: Arrival) -> Prepared {
         let event = match Event::decode(body, self.0.settings.max_message_bytes) {
             Ok(event) => event,
             Err(malformed) => return Prepared::Settled(Outcome::Dead(undecodable(&malformed))),
@@ -236,7 +258,11 @@ impl Worker {
             return Prepared::Settled(Outcome::Skipped(Skip::Event(reason)));
         }
         match mapping.apply(&event) {
-            Ok(desired) => Prepared::Job(Job { desired, event_time: event.time() }),
+            Ok(mut desired) => {
+                let at = event.time().or(arrival.sent).unwrap_or(arrival.received);
+                desired.at = Some(at.min(arrival.received));
+                Prepared::Job(Job { desired, event_time: event.time() })
+            }
             Err(NoIdentity::Anonymous) if mapping.anonymous() == Anonymous::Skip => {
                 Prepared::Settled(Outcome::Skipped(Skip::Anonymous))
             }
@@ -255,36 +281,76 @@ impl Worker {
     /// May be dropped at any moment: what was sent to Close may then still happen, which is why a new
     /// session has to come with a new `trusted_from`.
     pub async fn run(&self, job: &Job, turn: Turn) -> (Outcome, Decision) {
+        let mut tries = self.tries(job, &[], turn, Mode::Write);
         let hold = self.0.settings.hold;
-        let mut tries = self.tries(job, turn, Mode::Write);
         let settled = tokio::time::timeout(hold, tries.retry_in_place()).await;
         let outcome = settled.unwrap_or_else(|_| {
-            // A creation may have been cut short: its doubt begins now.
-            let Inner { known, client, settings, .. } = &*self.0;
-            if known.doubtful_until(&job.keys()).is_some() {
-                known.doubt(&job.keys(), Instant::now() + client.timeout() + settings.search_lag);
-            }
-            let cause = format!("held for {} s, waiting for Close's rate limits", hold.as_secs());
-            Outcome::Delayed { level: 0, charged: false, cause }
+            self.cut_short(job);
+            Outcome::Delayed { level: 0, obstacle: Obstruction::NoBudget(hold) }
         });
-        if let (Outcome::Synced(_), Some(time)) = (&outcome, job.event_time) {
-            self.0.metrics.written(time);
+        if let Outcome::Synced(_) = outcome {
+            self.written(job);
         }
         tries.conclude(outcome)
     }
 
+    /// Whether `next`, which comes right behind `first`, may be worked on with it.
+    pub fn goes_along(&self, first: &Job, next: &Job) -> bool {
+        let Settings { merge, switches, .. } = &self.0.settings;
+        *merge && next.desired.goes_along(&first.desired, *switches)
+    }
+
+    /// Makes Close agree with several messages at once, each of which goes along with the first. Tried once:
+    /// `None` when anything stood in the way; then they have to be run one after the other.
+    ///
+    /// May be dropped like [`Worker::run`].
+    pub async fn run_together(&self, jobs: &[&Job], turn: Turn) -> Option<Vec<(Outcome, Decision)>> {
+        let (first, others) = jobs.split_first()?;
+        let mut tries = self.tries(first, others, turn, Mode::Write);
+        let Ok(ended) = tokio::time::timeout(self.0.settings.hold, tries.once()).await else {
+            self.cut_short(first);
+            return None;
+        };
+        let done = ended
+            .inspect_err(
+                |failure| tracing::debug!(error = %failure.error, "failed together, going on one by one"),
+            )
+            .ok()?;
+        self.answered();
+        self.0.metrics.merged(others.len());
+        for job in jobs {
+            self.written(job);
+        }
+        Some(std::iter::once(tries.conclude(done.outcome)).chain(done.others).collect())
+    }
+
+    /// A creation may have been dropped under way: its doubt begins now.
+    fn cut_short(&self, job: &Job) {
+        let Inner { known, client, settings, .. } = &*self.0;
+        if known.doubtful_until(&job.keys()).is_some() {
+            known.doubt(&job.keys(), Instant::now() + client.timeout() + settings.search_lag);
+        }
+    }
+
+    fn written(&self, job: &Job) {
+        if let Some(time) = job.event_time {
+            self.0.metrics.written(time);
+        }
+    }
+
     /// What [`Worker::run`] would do now, short of what Close would say to it. Writes nothing.
     pub async fn rehearse(&self, job: &Job) -> (Outcome, Decision) {
-        let mut tries = self.tries(job, Turn::first(), Mode::Rehearse);
+        let mut tries = self.tries(job, &[], Turn::first(), Mode::Rehearse);
         let outcome = tries.retry_in_place().await;
         tries.conclude(outcome)
     }
 
-    fn tries<'a>(&'a self, job: &'a Job, turn: Turn, mode: Mode) -> Tries<'a> {
+    fn tries<'a>(&'a self, job: &'a Job, others: &[&'a Job], turn: Turn, mode: Mode) -> Tries<'a> {
         Tries {
             worker: self,
             client: self.0.client.for_message(turn.priority),
             desired: &job.desired,
+            others: others.iter().map(|job| &job.desired).collect(),
             keys: job.keys(),
             turn,
             mode,

@@ -4,12 +4,15 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use futures_util::FutureExt;
+use jiff::Timestamp;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
+use crate::applied::Applied;
 use crate::close::CloseError;
 use crate::close::book::Book;
 use crate::config::Layers;
+use crate::domain::age;
 use crate::domain::decision::Decision;
 use crate::domain::event::{self, Event};
 use crate::domain::mapping::tests::{rules, schema};
@@ -19,46 +22,67 @@ use crate::domain::plan::{Step, Switches};
 use crate::domain::record::{
     Channel, Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists,
 };
-use crate::known::Known;
+use crate::domain::schema::FieldRef;
+use crate::known::{Known, Made};
 use crate::outcome::{Effect, Outcome};
-use crate::resolve::Resolver;
+use crate::resolve::{Decided, Resolver};
 use crate::scenario::{self, Scenario, Suite, Told, told};
-use crate::worker::Prepared;
+use crate::worker::{Arrival, Prepared};
 
-/// What the worker does with a message, short of failures: a record that vanished is looked for once more.
-pub(crate) fn decide(
-    book: &Book,
-    known: &Known,
-    mapping: &Mapping,
-    switches: Switches,
-    desired: &Desired,
-) -> Result<Decision, CloseError> {
-    let mut decision = Decision::default();
-    let mut resolver =
-        Resolver { records: book, known, keys: &mapping.keys, switches, decision: &mut decision };
-    let mut decided = || resolver.decide(desired).now_or_never().expect("memory answers at once").map(drop);
-    match decided() {
-        Err(CloseError::NotFound) => decided()?,
-        first => first?,
-    }
-    Ok(decision)
+/// What the worker remembers from one message to the next.
+#[derive(Default)]
+pub(crate) struct Memory {
+    known: Known,
+    applied: Applied,
 }
 
-fn sync(book: &mut Book, known: &Known, world: &World, desired: &Desired) -> Decision {
-    let decision = decide(book, known, &world.mapping, world.switches, desired).unwrap();
-    carry_out(book, known, desired, &decision);
-    decision
+/// What the worker decides about messages that go together, short of failures: a record that vanished is looked
+/// for once more.
+fn decide(
+    book: &Book,
+    Memory { known, applied }: &Memory,
+    mapping: &Mapping,
+    switches: Switches,
+    events: &[&Desired],
+) -> Result<(Decision, Decided), CloseError> {
+    let mut decision = Decision::default();
+    let mut resolver =
+        Resolver { records: book, known, applied, keys: &mapping.keys, switches, decision: &mut decision };
+    let (first, others) = events.split_first().expect("an event");
+    let mut decided = || resolver.decide(first, others).now_or_never().expect("memory answers at once");
+    let decided = match decided() {
+        Err(CloseError::NotFound) => decided(),
+        first => first,
+    }?;
+    Ok((decision, decided))
+}
+
+fn sync(book: &mut Book, memory: &Memory, world: &World, events: &[&Desired]) -> (Decision, Decided) {
+    let decided = decide(book, memory, &world.mapping, world.switches, events).unwrap();
+    carry_out(book, memory, events, &decided);
+    decided
 }
 
 /// Writes, and remembers what the worker would.
-fn carry_out(book: &mut Book, known: &Known, desired: &Desired, decision: &Decision) {
-    for step in &decision.plan.steps {
+fn carry_out(
+    book: &mut Book,
+    Memory { known, applied }: &Memory,
+    events: &[&Desired],
+    (decision, Decided { ages, together, .. }): &(Decision, Decided),
+) {
+    let (mut new, mut ages) = (Made::default(), ages.clone());
+    for step in &together.steps {
         let mut made = book.apply(step);
+        if step.creates() {
+            new = made.clone();
+        }
         if let (Some(Case::AdoptedLead), Step::UpdateLead { id, .. }) = (decision.case, step) {
             made.lead = Some(id.clone());
         }
-        known.learn_made(&desired.identity, made, decision.nobody_else());
+        known.learn_made(&events[0].identity, made, decision.nobody_else());
     }
+    events.iter().zip(&together.plans).for_each(|(event, plan)| age::note(&mut ages, plan, event));
+    applied.remember(ages, &new);
 }
 
 /// Records, and the rules they are treated by.
@@ -135,7 +159,7 @@ fn world() -> impl Strategy<Value = World> {
     let write = proptest::sample::select(&[WriteRule::Always, WriteRule::IfEmpty, WriteRule::OnCreate][..]);
     let switch = || proptest::bool::weighted(0.8);
     let switches = (switch(), switch(), switch(), switch(), switch());
-    let keys = (proptest::bool::weighted(0.9), proptest::bool::weighted(0.9));
+    let keys = (proptest::bool::weighted(0.9), proptest::bool::weighted(0.9), any::<bool>());
     (book(), proptest::collection::vec(write, 8), switches, keys).prop_map(|(book, writes, on, keys)| {
         let mut rules = rules();
         let mut writes = writes.into_iter().cycle();
@@ -144,6 +168,8 @@ fn world() -> impl Strategy<Value = World> {
         all.for_each(|rule| rule.write = writes.next().unwrap());
         rules.lead.key.take_if(|_| !keys.0);
         rules.contact.key.take_if(|_| !keys.1);
+        rules.lead.stamp = keys.2.then(|| FieldRef::new("cf_lead_at"));
+        rules.contact.stamp = keys.2.then(|| FieldRef::new("cf_contact_at"));
         let switches = Switches {
             allow_creating_new_leads: on.0,
             allow_updating_existing_leads: on.1,
@@ -209,14 +235,14 @@ proptest! {
 
     #[test]
     fn a_second_time_there_is_nothing_to_do(world in world(), events in proptest::collection::vec(event(), 1..4)) {
-        let (mut book, known) = (world.book.clone(), Known::default());
+        let (mut book, memory) = (world.book.clone(), Memory::default());
         for event in events {
             let Ok(desired) = world.mapping.apply(&Event { body: event }) else { continue };
-            sync(&mut book, &known, &world, &desired);
+            sync(&mut book, &memory, &world, &[&desired]);
             // Whether the worker remembers, or was restarted since.
-            for known in [&known, &Known::default()] {
-                let again = decide(&book, known, &world.mapping, world.switches, &desired).unwrap();
-                prop_assert_eq!(&again.plan.steps, &[]);
+            for memory in [&memory, &Memory::default()] {
+                let again = decide(&book, memory, &world.mapping, world.switches, &[&desired]).unwrap();
+                prop_assert_eq!(&again.1.together.steps, &[]);
             }
         }
     }
@@ -225,7 +251,7 @@ proptest! {
     fn a_sync_adds_and_never_takes_away(world in world(), event in event()) {
         let Ok(desired) = world.mapping.apply(&Event { body: event }) else { return Ok(()) };
         let mut book = world.book.clone();
-        let decision = sync(&mut book, &Known::default(), &world, &desired);
+        let (decision, decided) = sync(&mut book, &Memory::default(), &world, &[&desired]);
 
         for (id, before) in &world.book.contacts {
             let after = &book.contacts[id];
@@ -238,8 +264,9 @@ proptest! {
         let kept = |id| book.leads.contains_key(id);
         prop_assert!(world.book.leads.keys().all(kept));
 
-        let touched: BTreeSet<String> = decision.plan.changed().into_iter().collect();
-        prop_assert_eq!(touched.len(), decision.plan.changed().len(), "a record is written twice");
+        let changed = decided.together.changed();
+        let touched: BTreeSet<&String> = changed.iter().collect();
+        prop_assert_eq!(touched.len(), changed.len(), "a record is written twice");
         let contacts = kinds(&decision).iter().filter(|kind| **kind == "update_contact").count();
         prop_assert!(contacts <= MAX_CONTACTS);
         prop_assert!(book.leads.len() <= world.book.leads.len() + 1);
@@ -252,15 +279,15 @@ proptest! {
     ) {
         // Also while search shows nothing of what we do: we remember.
         let book = world.book.clone();
-        let (mut book, known) = (if lags { book.with_frozen_search() } else { book }, Known::default());
+        let (mut book, memory) = (if lags { book.with_frozen_search() } else { book }, Memory::default());
         for event in events {
             let Ok(desired) = world.mapping.apply(&Event { body: event }) else { continue };
             let is_known = book.contacts.values().any(|contact| {
                 matches!(compare(contact, &desired.identity, &world.mapping.keys), Likeness::SameUser | Likeness::SameEmail)
             });
-            let decision = sync(&mut book, &known, &world, &desired);
+            let (decision, decided) = sync(&mut book, &memory, &world, &[&desired]);
             let about_the_person_alone = desired.identity.company_id.is_none();
-            prop_assert!(!(is_known && about_the_person_alone && decision.plan.creates()), "{}", decision.summary());
+            prop_assert!(!(is_known && about_the_person_alone && decided.together.creates()), "{}", decision.summary());
         }
         let Mapping { keys, .. } = &world.mapping;
         let companies = |book: &Book| count(book.leads.values().filter_map(|lead| {
@@ -282,9 +309,108 @@ proptest! {
     }
 
     #[test]
+    fn together_or_one_after_the_other_makes_no_difference(
+        world in world(), first in event(), events in proptest::collection::vec((event(), 0i64..9), 1..6),
+        before in proptest::option::of(event()),
+    ) {
+        let mapped = |event: &Value, at: i64| {
+            let mut desired = world.mapping.apply(&Event { body: event.clone() }).ok()?;
+            desired.at = Timestamp::from_second(1_000_000_000 + at).ok();
+            Some(desired)
+        };
+        let Some(first) = mapped(&first, 4) else { return Ok(()) };
+        // The same person; what they say differs.
+        let same = |(event, at): (Value, i64)| {
+            let (mut event, identity) = (event, &first.identity);
+            event["userId"] = json!(identity.user_id);
+            let email = event["traits"]["email"].is_string() || identity.user_id.is_none();
+            event["traits"]["email"] = if email { json!(identity.email) } else { Value::Null };
+            event["traits"]["company"]["id"] = json!(identity.company_id);
+            mapped(&event, at)
+        };
+        let others: Vec<Desired> = events.into_iter().filter_map(same).collect();
+        let others: Vec<&Desired> = others.iter().filter(|other| other.goes_along(&first, world.switches)).collect();
+        let all: Vec<&Desired> = std::iter::once(&first).chain(others).collect();
+
+        // What Close holds may be of an event from in between.
+        let start = || {
+            let (mut book, memory) = (world.book.clone(), Memory::default());
+            if let Some(before) = before.as_ref().and_then(|event| mapped(event, 4)) {
+                sync(&mut book, &memory, &world, &[&before]);
+            }
+            (book, memory)
+        };
+        let (mut one_by_one, memory) = start();
+        for event in &all {
+            sync(&mut one_by_one, &memory, &world, &[event]);
+        }
+        let (mut at_once, memory) = start();
+        let (_, decided) = sync(&mut at_once, &memory, &world, &all);
+        let changed = decided.together.changed();
+        prop_assert_eq!(changed.iter().collect::<BTreeSet<_>>().len(), changed.len(), "a record is written twice");
+        prop_assert_eq!(&one_by_one.leads, &at_once.leads);
+        prop_assert_eq!(&one_by_one.contacts, &at_once.contacts);
+        // And what is known afterwards is the same as well.
+        for event in &all {
+            let again = decide(&at_once, &memory, &world.mapping, world.switches, &[event]).unwrap();
+            let steps = again.1.together.steps;
+            let before = decide(&one_by_one, &memory, &world.mapping, world.switches, &[event]).unwrap();
+            prop_assert_eq!(steps, before.1.together.steps);
+        }
+    }
+
+    #[test]
+    fn the_order_of_arrival_makes_no_difference_to_what_is_set(
+        events in proptest::collection::vec(event(), 1..6).prop_shuffle(), arrival in any::<u64>(), stores in any::<bool>(),
+    ) {
+        let mut rules = rules();
+        if stores {
+            rules.lead.stamp = Some(FieldRef::new("cf_lead_at"));
+            rules.contact.stamp = Some(FieldRef::new("cf_contact_at"));
+        }
+        let mapping = rules.resolve(&schema()).unwrap();
+        let world = World { book: Book::default(), mapping, switches: Switches::default() };
+        // One person, known from the start; each event says something else.
+        let mut late: Vec<Desired> = (1..).zip(&events).map(|(at, event)| {
+            let mut event = event.clone();
+            event["userId"] = json!("u1");
+            event["traits"]["company"]["id"] = json!("acme");
+            let mut desired = world.mapping.apply(&Event { body: event }).unwrap();
+            desired.at = Timestamp::from_second(1_000_000_000 + at).ok();
+            desired
+        }).collect();
+        let person = json!({"userId": "u1", "traits": {"name": "Who", "plan": "none", "company": {"id": "acme", "name": "What"}}});
+        let mut person = world.mapping.apply(&Event { body: person }).unwrap();
+        person.at = Timestamp::from_second(1_000_000_000).ok();
+
+        let play = |events: &[Desired]| {
+            let (mut book, memory) = (Book::default(), Memory::default());
+            for event in std::iter::once(&person).chain(events) {
+                sync(&mut book, &memory, &world, &[event]);
+            }
+            // An event that changes nothing is not stored.
+            let values = |mut fields: Fields| {
+                fields.retain(|field, _| !field.to_string().ends_with("_at"));
+                fields
+            };
+            let leads: Vec<Fields> = book.leads.into_values().map(|lead| values(lead.fields)).collect();
+            let contacts = book.contacts.into_values().map(|contact| values(contact.fields));
+            (leads, contacts.collect::<Vec<_>>())
+        };
+        let in_order = play(&late);
+        let turn = usize::try_from(arrival).unwrap_or_default() % late.len();
+        late.rotate_left(turn);
+        if arrival % 2 == 0 {
+            late.reverse();
+        }
+        prop_assert_eq!(play(&late), in_order);
+    }
+
+    #[test]
     fn a_switch_that_is_off_means_no_call_of_that_kind(world in world(), event in event()) {
         let Ok(desired) = world.mapping.apply(&Event { body: event }) else { return Ok(()) };
-        let decision = decide(&world.book, &Known::default(), &world.mapping, world.switches, &desired).unwrap();
+        let (decision, _) =
+            decide(&world.book, &Memory::default(), &world.mapping, world.switches, &[&desired]).unwrap();
         let Switches {
             allow_creating_new_leads,
             allow_updating_existing_leads,
@@ -360,17 +486,18 @@ async fn in_memory(suite: &Suite, scenario: &Scenario, base: &Layers) -> String 
     let config = suite.config(scenario, base, &simulator).unwrap();
     let switches = config.worker.switches;
     let worker = scenario::worker(config).await.unwrap();
-    let (mapping, known) = (worker.mapping(), Known::default());
+    let (mapping, memory) = (worker.mapping(), Memory::default());
     let mut told = Vec::new();
     for event in event::split(scenario.event.as_bytes()) {
-        let (outcome, decision) = match worker.prepare(&event) {
+        let (outcome, decision) = match worker.prepare(&event, Arrival::now()) {
             Prepared::Settled(outcome) => (outcome, Decision::default()),
             Prepared::Job(job) => {
                 let desired = job.desired();
-                let decision = decide(&book, &known, &mapping, switches, desired).unwrap();
-                carry_out(&mut book, &known, desired, &decision);
-                let again = decide(&book, &known, &mapping, switches, desired).unwrap();
-                assert_eq!(again.plan.steps, [], "{}: twice", scenario.title);
+                let decided = decide(&book, &memory, &mapping, switches, &[desired]).unwrap();
+                carry_out(&mut book, &memory, &[desired], &decided);
+                let again = decide(&book, &memory, &mapping, switches, &[desired]).unwrap();
+                assert_eq!(again.1.together.steps, [], "{}: twice", scenario.title);
+                let decision = decided.0;
                 let effect = decision.plan.steps.iter().map(Effect::of).min();
                 (Outcome::of(&decision.plan, effect.unwrap_or(Effect::Unchanged)), decision)
             }

@@ -10,12 +10,15 @@ use jiff::Timestamp;
 use lapin::BasicProperties;
 use lapin::message::Delivery;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
+use uuid::Uuid;
 
 use crate::close::Priority;
 use crate::outcome::{DeadLetter, Reason};
 
 /// Attempts made so far.
 pub const ATTEMPTS: &str = "x-close-sync-attempt";
+/// By this a message is known that comes back from a delay queue.
+pub const DETOUR: &str = "x-close-sync-detour";
 /// When close-sync first received the message, RFC 3339.
 pub const FIRST_SEEN: &str = "x-close-sync-first-seen";
 /// The exchange the producer published to.
@@ -40,7 +43,8 @@ pub const DECISION: &str = "x-close-sync-decision";
 pub const FINGERPRINT: &str = "x-close-sync-fingerprint";
 
 /// Headers about one failure: gone when the message is replayed.
-const OF_A_FAILURE: [&str; 8] = [ATTEMPTS, ID, REASON, STAGE, ERROR, DECISION, FAILED_AT, FINGERPRINT];
+const OF_A_FAILURE: [&str; 9] =
+    [ATTEMPTS, DETOUR, ID, REASON, STAGE, ERROR, DECISION, FAILED_AT, FINGERPRINT];
 
 /// Headers the broker adds, which must not be sent back to it (rabbitmq.md §3.3).
 fn of_the_broker(name: &str) -> bool {
@@ -55,8 +59,12 @@ fn of_the_broker(name: &str) -> bool {
 pub struct Envelope {
     /// Attempts before this one.
     pub attempts: u32,
+    /// By this it is known since it first left for a delay queue.
+    pub detour: Option<Uuid>,
     /// When it was first received.
     pub first_seen: Timestamp,
+    /// When it was published, as its producer says, to the second.
+    pub sent: Option<Timestamp>,
     /// The exchange the producer published to.
     pub exchange: String,
     /// The producer's routing key.
@@ -71,7 +79,9 @@ impl Envelope {
         let number = number(&properties, ATTEMPTS);
         Self {
             attempts: u32::try_from(number.unwrap_or(0)).unwrap_or(0),
+            detour: text(&properties, DETOUR).and_then(|text| text.parse().ok()),
             first_seen: text(&properties, FIRST_SEEN).and_then(|text| text.parse().ok()).unwrap_or(now),
+            sent: properties.timestamp().and_then(|s| Timestamp::from_second(i64::try_from(s).ok()?).ok()),
             exchange: text(&properties, EXCHANGE).unwrap_or_else(|| delivery.exchange.to_string()),
             routing_key: text(&properties, ROUTING_KEY).unwrap_or_else(|| delivery.routing_key.to_string()),
             properties,
@@ -93,16 +103,16 @@ impl Envelope {
         }
     }
 
-    /// Properties for a delay queue, after `attempts` attempts.
-    pub fn for_delay(&self, attempts: u32) -> BasicProperties {
-        self.successor(vec![(ATTEMPTS, i64::from(attempts).into())])
+    /// Properties for a delay queue, after `attempts` attempts; by `detour` it will be known.
+    pub fn for_delay(&self, attempts: u32, detour: Uuid) -> BasicProperties {
+        self.successor(vec![(ATTEMPTS, i64::from(attempts).into()), (DETOUR, detour.to_string().into())])
     }
 
     /// Properties for the dead-letter queue. The last attempt counts.
     pub fn for_dead_letter(&self, dead: &DeadLetter, now: Timestamp) -> BasicProperties {
         let mut ours: Vec<(_, Header)> = vec![
             (ATTEMPTS, (i64::from(self.attempts) + 1).into()),
-            (ID, uuid::Uuid::now_v7().to_string().into()),
+            (ID, Uuid::now_v7().to_string().into()),
             (REASON, dead.reason.label().to_owned().into()),
             (STAGE, dead.stage.label().to_owned().into()),
             (ERROR, self.error(dead, now).into()),
@@ -245,11 +255,12 @@ mod tests {
             ("x-delivery-count", AMQPValue::LongLongInt(3)),
             ("x-first-death-queue", AMQPValue::LongString("q".into())),
         ]);
-        let delayed = Envelope::of(&first, now).for_delay(1);
+        let detour = Uuid::now_v7();
+        let delayed = Envelope::of(&first, now).for_delay(1, detour);
         let mut second = Delivery::mock(2, "close-sync.retry".into(), "now".into(), true, vec![]);
         second.properties = delayed;
         let envelope = Envelope::of(&second, "2030-01-01T00:00:00Z".parse().unwrap());
-        assert_eq!((envelope.attempts, envelope.first_seen), (1, now));
+        assert_eq!((envelope.attempts, envelope.first_seen, envelope.detour), (1, now, Some(detour)));
         assert_eq!((envelope.exchange.as_str(), envelope.routing_key.as_str()), ("identify", "users"));
 
         let dead = DeadLetter {
@@ -269,6 +280,7 @@ mod tests {
 
         let replay = for_replay(&properties);
         assert_eq!((number(&replay, ATTEMPTS), text(&replay, REASON), text(&replay, ID)), (None, None, None));
+        assert_eq!(text(&replay, DETOUR), None);
         assert_eq!(
             (number(&replay, REPLAYS), text(&replay, EXCHANGE).as_deref()),
             (Some(1), Some("identify"))

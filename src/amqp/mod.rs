@@ -13,6 +13,7 @@ pub mod dead_letters;
 pub mod headers;
 pub mod publisher;
 pub mod session;
+mod task;
 pub mod topology;
 
 use std::time::Duration;

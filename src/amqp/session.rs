@@ -1,10 +1,10 @@
 //! One session: from connecting to the first thing that ends it.
 //!
-//! A delivery is received, prepared, put into its lanes and, when its turn has come, worked on in a
-//! task of its own. The task also settles it: the successor (delay queue, dead-letter queue) is
-//! published and confirmed first, then the delivery is acked. A crash between the two duplicates a
-//! message, it never loses one; and because a message that changes nothing sends nothing, a
-//! duplicate does no harm.
+//! A delivery is received, prepared, laid on the [`Desk`] and, when its turn has come, worked on in a
+//! task of its own, perhaps with others about the same person. The task (`task.rs`) also settles it: the
+//! successor (delay queue, dead-letter queue) is published and confirmed first, then the delivery is acked.
+//! A crash between the two duplicates a message, it never loses one; and because a message that changes
+//! nothing sends nothing, a duplicate does no harm.
 //!
 //! **How a session ends.** Never by `basic.cancel`: under single active consumer that would start
 //! the standby while we still hold messages (rabbitmq.md §0, 6). Reading stops, what runs is finished
@@ -14,36 +14,31 @@
 //! When the connection is lost, work stops at once: the standby may already have the same messages.
 
 use std::convert::Infallible;
-use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures_util::{FutureExt, Stream, StreamExt, stream};
-use jiff::Timestamp;
-use lapin::message::Delivery;
-use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions};
+use futures_util::{Stream, StreamExt, stream};
+use lapin::options::{BasicConsumeOptions, BasicQosOptions};
 use lapin::types::FieldTable;
-use lapin::{BasicProperties, Channel, Connection, Event};
-use tokio::task::JoinSet;
+use lapin::{Channel, Connection, Event};
+use tokio::task::{JoinError, JoinSet};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
-use tracing::Instrument;
 
-use super::headers::Envelope;
 use super::publisher::Publisher;
+use super::task::{Done, Ended, Incoming};
 use super::{BrokerError, LAST_ACKS, Settings, close, topology};
 use crate::breaker::JURY;
 use crate::close::Priority;
-use crate::domain::decision::Decision;
+use crate::desk::{Desk, Next};
+use crate::detours::Detours;
 use crate::domain::mapping::Key;
 use crate::drain::Drain;
-use crate::lanes::{Lanes, Ticket};
+use crate::lanes::Ticket;
 use crate::metrics::Metrics;
-use crate::outcome::{DeadLetter, Outcome, PauseCause, Reason, Stage};
-use crate::panics;
-use crate::retry::Pauses;
+use crate::outcome::PauseCause;
 use crate::state::{State, Status};
-use crate::worker::{Job, Prepared, Turn, Worker};
+use crate::worker::{Turn, Worker};
 
 /// What a session works with.
 #[derive(Clone)]
@@ -97,27 +92,10 @@ pub enum End {
     Lost(BrokerError),
 }
 
-/// A delivery on its way through the session.
-struct Incoming {
-    delivery: Delivery,
-    envelope: Envelope,
-    prepared: Prepared,
-}
-
-/// How a task ended.
-enum Done {
-    Settled {
-        by_close: bool,
-    },
-    /// Dropped by the end of the session, or acked too late: it comes again.
-    HandedBack,
-    Paused(PauseCause),
-    Failed(BrokerError),
-}
-
 impl Session {
-    /// Runs until something ends it. `shutdown` asks for a graceful end.
-    pub async fn run(&self, shutdown: &CancellationToken) -> (End, Report) {
+    /// Runs until something ends it. `shutdown` asks for a graceful end; `detours` are those of the sessions
+    /// before.
+    pub async fn run(&self, detours: &mut Detours<Key>, shutdown: &CancellationToken) -> (End, Report) {
         let link = match shutdown.run_until_cancelled(Link::open(&self.settings)).await {
             Some(Ok(link)) => link,
             Some(Err(error)) => return (End::Lost(error), Report::default()),
@@ -129,7 +107,7 @@ impl Session {
         } else {
             self.acquit();
         }
-        let ended = self.consume(link, shutdown).await;
+        let ended = self.consume(link, detours, shutdown).await;
         self.metrics.connected(false);
         if matches!(ended.0, End::Lost(_)) {
             self.metrics.connection_lost();
@@ -137,32 +115,37 @@ impl Session {
         ended
     }
 
-    async fn consume(&self, mut link: Link, shutdown: &CancellationToken) -> (End, Report) {
+    async fn consume(
+        &self,
+        mut link: Link,
+        detours: &mut Detours<Key>,
+        shutdown: &CancellationToken,
+    ) -> (End, Report) {
         // A predecessor may have worked until our first delivery: what it created can be missing from
         // search for this long after it. A standby may have waited for hours before.
         let mut trusted_from = None;
         let stop = CancellationToken::new();
-        let mut lanes: Lanes<Key, Priority, Incoming> = Lanes::default();
+        let mut in_hand = InHand { desk: Desk::new(detours), messages: 0, report: Report::default() };
         let mut tasks = JoinSet::new();
-        let mut report = Report::default();
         let mut received = 0;
         let mut on_trial = self.unproven().is_some();
-        report.acquitted = !on_trial;
+        in_hand.report.acquitted = !on_trial;
         let nothing_in_hand = tokio::time::sleep(LONGEST_TRIAL);
         tokio::pin!(nothing_in_hand);
         // After a pause the messages that are tried are drawn from those in hand: the first in line may be
         // those that always fail, and would be the first every time.
         let mut drawing = on_trial;
-        let in_hand = tokio::time::sleep(TIME_TO_DRAW);
-        tokio::pin!(in_hand);
+        let time_to_draw = tokio::time::sleep(TIME_TO_DRAW);
+        tokio::pin!(time_to_draw);
         let mut watch = Box::pin(watch(&link.consuming, &self.settings.queue, &self.metrics));
 
         let end = loop {
-            let restarted = usize::try_from(report.by_close).unwrap_or(usize::MAX).saturating_add(JURY);
+            let restarted =
+                usize::try_from(in_hand.report.by_close).unwrap_or(usize::MAX).saturating_add(JURY);
             let at_once =
                 if self.on_trial.is_some() { self.concurrency.min(restarted) } else { self.concurrency };
-            if on_trial && report.by_close > 0 {
-                (on_trial, report.acquitted) = (false, true);
+            if on_trial && in_hand.report.by_close > 0 {
+                (on_trial, in_hand.report.acquitted) = (false, true);
                 self.acquit();
             }
             if !on_trial && received > 0 {
@@ -170,32 +153,32 @@ impl Session {
             }
             while !drawing
                 && tasks.len() < at_once
-                && let Some((ticket, incoming)) =
-                    if at_once < self.concurrency { lanes.start_any(draw()) } else { lanes.start() }
+                && let Some(run) = in_hand.next(at_once < self.concurrency, self)
             {
                 let turn = Turn {
-                    attempts: incoming.envelope.attempts,
-                    priority: incoming.envelope.priority(),
+                    attempts: run[0].1.envelope.attempts,
+                    priority: run[0].1.envelope.priority(),
                     trusted_from: trusted_from.unwrap_or_else(Instant::now),
                 };
                 let publisher = link.publisher.clone();
                 nothing_in_hand.as_mut().reset(tokio::time::Instant::now() + LONGEST_TRIAL);
-                tasks.spawn(self.clone().task(ticket, incoming, publisher, turn, stop.clone()));
+                tasks.spawn(self.clone().work(run, publisher, turn, stop.clone()));
             }
-            self.metrics.load(tasks.len(), lanes.waiting());
-            self.worker.backlog(tasks.len() == self.concurrency && lanes.waiting() >= self.concurrency);
+            let waiting = in_hand.desk.waiting();
+            self.metrics.load(in_hand.messages, waiting);
+            self.worker.backlog(tasks.len() == self.concurrency && waiting >= self.concurrency);
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break End::Stopped,
-                Some(done) = tasks.join_next() => match finished(done, &mut lanes, &mut report) {
+                Some(ended) = tasks.join_next() => match in_hand.book(ended) {
                     None => {}
                     Some(end) => break end,
                 },
                 Some(error) = link.trouble.next() => break End::Lost(error),
                 never = &mut watch => match never {},
-                () = &mut in_hand, if drawing && received > 0 => drawing = false,
+                () = &mut time_to_draw, if drawing && received > 0 => drawing = false,
                 () = &mut nothing_in_hand, if on_trial && tasks.is_empty() => {
-                    (on_trial, report.acquitted) = (false, true);
+                    (on_trial, in_hand.report.acquitted) = (false, true);
                     self.acquit();
                 }
                 // Never polled again after the end: it would hang (rabbitmq.md §0, 8).
@@ -203,10 +186,10 @@ impl Session {
                     Some(Ok(delivery)) => {
                         received += 1;
                         if received == 1 {
-                            in_hand.as_mut().reset(tokio::time::Instant::now() + TIME_TO_DRAW);
+                            time_to_draw.as_mut().reset(tokio::time::Instant::now() + TIME_TO_DRAW);
                         }
                         trusted_from.get_or_insert_with(|| Instant::now() + self.worker.settings().search_lag);
-                        self.receive(delivery, &mut lanes);
+                        in_hand.receive(Incoming::of(delivery, self));
                     }
                     Some(Err(error)) => break End::Lost(error.into()),
                     None => break End::Lost(BrokerError::Cancelled),
@@ -217,13 +200,13 @@ impl Session {
         if matches!(end, End::Stopped) {
             self.status.set(State::Stopping);
             tracing::info!(
-                in_hand = tasks.len(),
+                in_hand = in_hand.messages,
                 grace_s = self.grace.as_secs(),
                 "stopping: finishing what is in hand"
             );
             let finish = async {
-                while let Some(done) = tasks.join_next().await {
-                    let _ = finished(done, &mut lanes, &mut report);
+                while let Some(ended) = tasks.join_next().await {
+                    let _ = in_hand.book(ended);
                 }
             };
             let finish = tokio::time::timeout(self.grace, finish);
@@ -235,9 +218,10 @@ impl Session {
         }
         drop(watch);
         stop.cancel();
-        while let Some(done) = tasks.join_next().await {
-            let _ = finished(done, &mut lanes, &mut report);
+        while let Some(ended) = tasks.join_next().await {
+            let _ = in_hand.book(ended);
         }
+        let mut report = in_hand.report;
         report.handed_back = received - report.settled;
         self.metrics.load(0, 0);
         self.metrics.handed_back(report.handed_back);
@@ -265,155 +249,67 @@ impl Session {
             tracing::info!(queue = self.settings.queue, "connected to RabbitMQ, waiting for messages");
         }
     }
-
-    fn receive(&self, delivery: Delivery, lanes: &mut Lanes<Key, Priority, Incoming>) {
-        let envelope = Envelope::of(&delivery, Timestamp::now());
-        let prepare = AssertUnwindSafe(|| self.worker.prepare(&delivery.data));
-        let prepared = std::panic::catch_unwind(prepare)
-            .unwrap_or_else(|_| Prepared::Settled(Outcome::Dead(defect(Stage::Map))));
-        let keys = match &prepared {
-            Prepared::Job(job) => job.keys(),
-            Prepared::Settled(_) => Vec::new(),
-        };
-        let rank = envelope.priority();
-        lanes.push(keys, rank, Incoming { delivery, envelope, prepared });
-    }
-
-    /// Works on one delivery and settles it.
-    async fn task(
-        self,
-        ticket: Ticket,
-        incoming: Incoming,
-        publisher: Publisher,
-        turn: Turn,
-        stop: CancellationToken,
-    ) -> (Ticket, Done) {
-        let Incoming { delivery, envelope, prepared } = incoming;
-        let span = tracing::info_span!(
-            "message",
-            message_id = envelope.message_id(),
-            attempt = envelope.attempts + 1
-        );
-        let work = async {
-            let started = Instant::now();
-            let (outcome, decision) = match prepared {
-                Prepared::Settled(outcome) => (outcome, None),
-                Prepared::Job(job) => {
-                    let work = self.guarded(&job, turn);
-                    match stop.run_until_cancelled(work).await {
-                        Some((outcome, decision)) => (outcome, Some(decision)),
-                        None => return Done::HandedBack,
-                    }
-                }
-            };
-            log(&outcome, decision.as_ref(), started.elapsed());
-            let done = self.settle(&delivery, &envelope, &outcome, &publisher, &stop).await;
-            if matches!(done, Done::Settled { .. }) {
-                self.metrics.settled(&outcome, started.elapsed());
-            }
-            done
-        };
-        let done = work.instrument(span).await;
-        (ticket, done)
-    }
-
-    /// Does the work; a panic costs only this message.
-    async fn guarded(&self, job: &Job, turn: Turn) -> (Outcome, Decision) {
-        let work = AssertUnwindSafe(self.worker.run(job, turn));
-        let died = |_| (Outcome::Dead(defect(Stage::Write)), Decision::default());
-        work.catch_unwind().await.unwrap_or_else(died)
-    }
-
-    /// Publishes the successor, if there is one, then acks.
-    async fn settle(
-        &self,
-        delivery: &Delivery,
-        envelope: &Envelope,
-        outcome: &Outcome,
-        publisher: &Publisher,
-        stop: &CancellationToken,
-    ) -> Done {
-        let settings = &self.settings;
-        let succeeded = match outcome {
-            Outcome::Synced(_) | Outcome::Skipped(_) => Some(Ok(())),
-            Outcome::Delayed { level, charged, .. } => {
-                // The configuration asks for one delay at least.
-                let Some(delay) = settings.delays.get(*level) else { return Done::HandedBack };
-                let properties = envelope.for_delay(envelope.attempts + u32::from(*charged));
-                let exchange = settings.retry_exchange();
-                self.publish(publisher, &exchange, &delay.name, &delivery.data, properties, stop).await
-            }
-            Outcome::Dead(dead) => {
-                let properties = envelope.for_dead_letter(dead, Timestamp::now());
-                // A fanout needs no key; the producer's is in a header, where any length fits.
-                self.publish(publisher, &settings.dead(), "", &delivery.data, properties, stop).await
-            }
-            Outcome::Paused(cause) => return Done::Paused(*cause),
-        };
-        match succeeded {
-            Some(Ok(())) => {}
-            Some(Err(error)) => return Done::Failed(error),
-            None => return Done::HandedBack,
-        }
-        match delivery.ack(BasicAckOptions::default()).await {
-            Ok(true) => Done::Settled { by_close: outcome.proves_close() },
-            // The channel of the delivery is gone; the broker delivers it again.
-            Ok(false) => {
-                self.metrics.stale_ack();
-                Done::HandedBack
-            }
-            Err(error) => Done::Failed(error.into()),
-        }
-    }
-
-    /// Publishes a successor. The original is held for as long as it takes: during an alarm the broker
-    /// takes nothing, and a full queue refuses. `None` when the session ends meanwhile.
-    async fn publish(
-        &self,
-        publisher: &Publisher,
-        exchange: &str,
-        key: &str,
-        body: &[u8],
-        properties: BasicProperties,
-        stop: &CancellationToken,
-    ) -> Option<Result<(), BrokerError>> {
-        let mut pauses = Pauses::reconnect();
-        let held = async {
-            loop {
-                let sent = publisher.send(exchange, key, body, properties.clone()).await?;
-                match sent.confirmed().await {
-                    Err(BrokerError::Unconfirmed(why)) => {
-                        tracing::warn!(exchange, why, "a message is held until RabbitMQ takes its successor");
-                        tokio::time::sleep(pauses.next_pause().unwrap_or_default()).await;
-                    }
-                    settled => return settled,
-                }
-            }
-        };
-        stop.run_until_cancelled(held).await
-    }
 }
 
-/// Books a finished task; `Some` when the session has to end for it.
-fn finished(
-    done: Result<(Ticket, Done), tokio::task::JoinError>,
-    lanes: &mut Lanes<Key, Priority, Incoming>,
-    report: &mut Report,
-) -> Option<End> {
-    let Ok((ticket, done)) = done else {
-        // Work on a message is guarded against panics; this one was in settling it.
-        return Some(End::Lost(BrokerError::Lost("settling a message panicked".into())));
-    };
-    lanes.finish(ticket);
-    match done {
-        Done::Settled { by_close } => {
-            report.settled += 1;
-            report.by_close += u64::from(by_close);
-            None
+/// What a session has received and not settled.
+struct InHand<'a> {
+    desk: Desk<'a, Key, Priority, Incoming>,
+    /// Those that are worked on.
+    messages: usize,
+    report: Report,
+}
+
+impl InHand<'_> {
+    fn receive(&mut self, incoming: Incoming) {
+        let (keys, rank, id) = (incoming.keys(), incoming.envelope.priority(), incoming.envelope.detour);
+        self.desk.receive(keys, rank, id, incoming);
+    }
+
+    /// What is to be worked on next, one message at least; with `draw`, any one.
+    fn next(&mut self, draw: bool, session: &Session) -> Option<Vec<(Ticket, Incoming)>> {
+        let along = |first: &Incoming, next: &Incoming| next.goes_along(first, &session.worker);
+        let next = if draw { self.desk.any(random()) } else { self.desk.next(along) }?;
+        let run = match next {
+            Next::Work(run) => run,
+            Next::Yield(ticket, incoming, level) => {
+                session.metrics.yielded();
+                vec![(ticket, incoming.behind(level))]
+            }
+        };
+        self.messages += run.len();
+        Some(run)
+    }
+
+    /// Books what became of messages; `Some` when the session has to end for it. Those that were not settled
+    /// keep their place, so that nobody behind them goes on.
+    fn book(&mut self, ended: Result<Ended, JoinError>) -> Option<End> {
+        let each = match ended {
+            Ok(Ended::Each(each)) => each,
+            Ok(Ended::Apart(run)) => {
+                self.messages -= run.len();
+                for (ticket, incoming) in run {
+                    self.desk.put_back(ticket, incoming);
+                }
+                return None;
+            }
+            // Work on a message is guarded against panics; this one was in settling it.
+            Err(_) => return Some(End::Lost(BrokerError::Lost("settling a message panicked".into()))),
+        };
+        self.messages -= each.len();
+        let mut end = None;
+        for (ticket, done) in each {
+            match done {
+                Done::Settled { by_close, fate } => {
+                    self.report.settled += 1;
+                    self.report.by_close += u64::from(by_close);
+                    self.desk.finish(ticket, fate);
+                }
+                Done::HandedBack => {}
+                Done::Paused(cause) => end = end.or(Some(End::Paused(cause))),
+                Done::Failed(error) => end = end.or(Some(End::Lost(error))),
+            }
         }
-        Done::HandedBack => None,
-        Done::Paused(cause) => Some(End::Paused(cause)),
-        Done::Failed(error) => Some(End::Lost(error)),
+        end
     }
 }
 
@@ -440,38 +336,10 @@ async fn watch(connection: &Connection, queue: &str, metrics: &Metrics) -> Infal
 }
 
 /// A number nobody foresees.
-fn draw() -> usize {
+fn random() -> usize {
     // The lower half of such an id is random.
     let (_, random) = uuid::Uuid::now_v7().as_u64_pair();
     usize::try_from(random >> 8).unwrap_or_default()
-}
-
-/// What a caught panic makes of its message.
-fn defect(stage: Stage) -> DeadLetter {
-    let error = format!("close-sync {} panicked at {}", env!("CARGO_PKG_VERSION"), panics::last_location());
-    DeadLetter { reason: Reason::Internal, stage, error, field: None, decision: None }
-}
-
-/// One line per message, where it is settled.
-fn log(outcome: &Outcome, decision: Option<&Decision>, took: Duration) {
-    let decision = decision.map(Decision::summary);
-    let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
-    match outcome {
-        Outcome::Synced(effect) => tracing::info!(outcome = effect.label(), decision, took_ms, "synced"),
-        Outcome::Skipped(skip) => tracing::info!(reason = skip.label(), decision, took_ms, "skipped"),
-        Outcome::Delayed { level, charged, cause } => {
-            tracing::warn!(level, charged, cause, took_ms, "failed for now, waiting in a delay queue");
-        }
-        Outcome::Dead(dead) => tracing::warn!(
-            reason = dead.reason.label(),
-            stage = dead.stage.label(),
-            error = dead.error,
-            decision = dead.decision,
-            took_ms,
-            "dead-lettered"
-        ),
-        Outcome::Paused(cause) => tracing::debug!(cause = cause.label(), took_ms, "handed back"),
-    }
 }
 
 /// The connections of a session and what comes out of them.

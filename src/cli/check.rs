@@ -160,13 +160,16 @@ async fn close(config: &Config) -> Vec<Finding> {
             let detail = format!("accepts the API key, of the organization \"{}\"", ready.organization);
             let Ready { mapping, .. } = &ready;
             let keys = [
-                ("close.lead_company_id_field", &mapping.keys.company),
-                ("close.contact_user_id_field", &mapping.keys.user),
+                ("close.lead_company_id_field", &mapping.keys.company, "text"),
+                ("close.contact_user_id_field", &mapping.keys.user, "text"),
+                ("close.lead_synced_at_field", &mapping.stamps.lead, "datetime"),
+                ("close.contact_synced_at_field", &mapping.stamps.contact, "datetime"),
             ];
-            let keys = keys.into_iter().filter_map(|(setting, id)| {
+            let keys = keys.into_iter().filter_map(|(setting, id, kind)| {
                 let id = id.as_ref()?;
                 let name = mapping.label(&format!("custom.{id}"));
-                Some(finding(Verdict::Ok, setting, format!("custom field \"{name}\" ({id}) is of type text")))
+                let detail = format!("custom field \"{name}\" ({id}) is of type {kind}");
+                Some(finding(Verdict::Ok, setting, detail))
             });
             let fields = mapping.custom().map(|(setting, field)| {
                 let several = if field.multiple { ", several values" } else { "" };

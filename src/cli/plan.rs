@@ -23,7 +23,7 @@ use crate::domain::values::{DropReason, Dropped};
 use crate::metrics::Metrics;
 use crate::outcome::Outcome;
 use crate::preflight::{self, Obstacle};
-use crate::worker::{Prepared, Worker};
+use crate::worker::{Arrival, Prepared, Worker};
 
 /// Show what events would do to Close, and why, without writing anything.
 ///
@@ -137,7 +137,7 @@ fn progress(events: usize) -> ProgressBar {
 }
 
 async fn rehearse(worker: &Worker, event: &[u8]) -> (Vec<Key>, Outcome, Decision) {
-    match worker.prepare(event) {
+    match worker.prepare(event, Arrival::now()) {
         Prepared::Settled(outcome) => (Vec::new(), outcome, Decision::default()),
         Prepared::Job(job) => {
             let (outcome, decision) = worker.rehearse(&job).await;
@@ -241,8 +241,8 @@ impl<'a> Report<'a> {
             Outcome::Synced(effect) => (effect.label(), None, None),
             Outcome::Skipped(skip) => ("skipped", Some(skip.label()), None),
             Outcome::Dead(dead) => (DEAD, Some(dead.reason.label()), Some(dead.error.clone())),
-            Outcome::Delayed { cause, .. } => {
-                return Err(Failure::Unavailable(format!("event {number} could not be planned: {cause}")));
+            Outcome::Delayed { obstacle, .. } => {
+                return Err(Failure::Unavailable(format!("event {number} could not be planned: {obstacle}")));
             }
             Outcome::Paused(cause) => {
                 return Err(Failure::Unavailable(format!(

@@ -5,7 +5,7 @@
 
 use serde_json::Value;
 
-use super::mapping::Mapping;
+use super::mapping::{Desired, Mapping};
 use super::matching::{Case, Verdict};
 use super::plan::{FieldPlan, FieldVerdict, Plan, RecordPlan, RecordRef};
 use super::values::Dropped;
@@ -72,6 +72,13 @@ pub struct Candidate {
 }
 
 impl Decision {
+    /// The decision about another event, which was looked up together with this one.
+    #[must_use]
+    pub fn of_another(&self, event: &Desired, plan: Plan) -> Self {
+        let dropped = event.dropped.iter().cloned().chain(plan.dropped()).collect();
+        Self { case: self.case, plan, dropped, ..Self::default() }
+    }
+
     /// Contacts with the event's email that were left alone.
     pub fn conflicts(&self) -> usize {
         self.candidates.iter().filter(|candidate| candidate.verdict == Verdict::SomebodyElse).count()
@@ -91,6 +98,7 @@ impl Decision {
             }
         };
         part("steps", self.plan.records.iter().filter_map(step).collect());
+        part("stale", self.plan.stale().map(str::to_owned).collect());
         part("refused", self.plan.refused.iter().map(|refusal| refusal.label().to_owned()).collect());
         part("dropped", self.dropped.iter().map(|d| format!("{} {}", d.field, d.reason.label())).collect());
         parts.push(format!("calls: {}", self.calls));
@@ -123,6 +131,9 @@ pub fn change(field: &FieldPlan, mapping: &Mapping) -> String {
         }
         (FieldVerdict::OnlyOnCreate, before) => {
             format!("{} stays (on_create), not {wanted}", before.unwrap_or_else(|| "empty".into()))
+        }
+        (FieldVerdict::Stale, before) => {
+            format!("{} stays, it is of a newer event, not {wanted}", before.unwrap_or_default())
         }
         (FieldVerdict::ListFull, _) => format!("{wanted} has no room: the list is full"),
         (FieldVerdict::Refused, _) => format!("{wanted} was refused by Close"),

@@ -29,6 +29,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
+use super::age::Stamps;
 use super::event::{Event, NotForClose};
 use super::record::{Channel, Field, FieldId, fold_email};
 use super::schema::{CustomField, FieldKind, Status, User};
@@ -54,6 +55,8 @@ pub struct Mapping {
     names: BTreeMap<FieldId, String>,
     /// Where Close keeps the two ids.
     pub keys: KeyFields,
+    /// Where Close keeps the time of the last event.
+    pub stamps: Stamps,
     /// Rules whose field is not there.
     pub unknown: Vec<Unknown>,
 }
@@ -177,7 +180,7 @@ impl Mapping {
     /// What the event wants of Close.
     pub fn apply(&self, event: &Event) -> Result<Desired, NoIdentity> {
         let Rules { lead, contact, channels, .. } = &self.rules;
-        let mut desired = Desired::default();
+        let mut desired = Desired { stamps: self.stamps.clone(), ..Desired::default() };
         for target in &self.lead {
             let wanted = self.take(target, event, &mut desired.dropped);
             desired.lead.extend(wanted.map(|wanted| (target.field.clone(), wanted)));
@@ -346,6 +349,7 @@ pub(crate) mod tests {
                 custom: [(FieldRef::new("Plan"), rule(&["$.traits.plan"]))].into(),
                 key: Some(FieldRef::new("cf_company")),
                 id: source(&["$.traits.company.id"]),
+                stamp: None,
             },
             contact: RecordRules {
                 fields: [
@@ -363,6 +367,7 @@ pub(crate) mod tests {
                 custom: BTreeMap::new(),
                 key: Some(FieldRef::new("cf_user")),
                 id: source(&["$.userId"]),
+                stamp: None,
             },
             channels: [
                 (Channel::Email, rule(&["$.traits.email"])),
@@ -384,8 +389,12 @@ pub(crate) mod tests {
                 field("cf_company", "Company ID", FieldKind::Text),
                 field("cf_plan", "Plan", FieldKind::Text),
                 field("cf_seats", "Seats", FieldKind::Number),
+                field("cf_lead_at", "Synced at", FieldKind::Datetime),
             ],
-            contact: vec![field("cf_user", "User ID", FieldKind::Text)],
+            contact: vec![
+                field("cf_user", "User ID", FieldKind::Text),
+                field("cf_contact_at", "Synced at", FieldKind::Datetime),
+            ],
             ..Schema::default()
         }
     }

@@ -264,6 +264,17 @@ impl Found {
         }
     }
 
+    /// The Leads and Contacts there are.
+    pub fn records(&self) -> (impl Iterator<Item = &Lead>, impl Iterator<Item = &Contact>) {
+        let (lead, contacts, people) = match self {
+            Self::InLead { lead, contacts, .. } => (Some(lead), contacts.as_slice(), &[][..]),
+            Self::Anywhere { people } => (None, &[][..], people.as_slice()),
+            Self::OtherCompany | Self::Nobody => (None, &[][..], &[][..]),
+        };
+        let leads = lead.into_iter().chain(people.iter().filter_map(|(_, lead)| lead.as_ref()));
+        (leads, contacts.iter().chain(people.iter().map(|(contact, _)| contact)))
+    }
+
     /// Whether a Lead is about to be given a company id because no Lead was found by it.
     pub fn adopts(&self) -> bool {
         matches!(self, Self::InLead { adopted: true, .. })

@@ -17,9 +17,11 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
+use super::age::{self, Age, Ages, Stamps};
 use super::mapping::{Desired, KeyFields, Wanted, WriteRule};
 use super::matching::Found;
-use super::record::{Channel, Contact, ContactId, Entry, Field, Fields, Lead, LeadId, Lists, same};
+use super::record::{Channel, Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists, same};
+use super::together::{NEW_CONTACT, NEW_LEAD};
 use super::values::{DropReason, Dropped};
 
 /// Most entries Close keeps in one list of a Contact (close-api.md §5).
@@ -152,6 +154,26 @@ pub enum RecordRef {
     Contact(ContactId),
 }
 
+impl RecordRef {
+    /// Its id; of a record to be made a name for it.
+    pub fn id(&self) -> &str {
+        match self {
+            Self::NewLead => NEW_LEAD,
+            Self::NewContact(_) => NEW_CONTACT,
+            Self::Lead(id) => id.as_str(),
+            Self::Contact(id) => id.as_str(),
+        }
+    }
+
+    /// The field that stores the time of the last event.
+    pub fn stamp<'a>(&self, stamps: &'a Stamps) -> Option<&'a FieldId> {
+        match self {
+            Self::NewLead | Self::Lead(_) => stamps.lead.as_ref(),
+            Self::NewContact(_) | Self::Contact(_) => stamps.contact.as_ref(),
+        }
+    }
+}
+
 /// What becomes of one record, field by field.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RecordPlan {
@@ -181,6 +203,8 @@ pub struct FieldPlan {
     pub before: Option<Value>,
     /// What the event says.
     pub wanted: Value,
+    /// When that may be written.
+    pub write: WriteRule,
     /// What is done.
     pub verdict: FieldVerdict,
 }
@@ -206,6 +230,8 @@ pub enum FieldVerdict {
     OnlyOnCreate,
     /// The list holds as many entries as Close takes.
     ListFull,
+    /// A newer event has told about the field ([`super::age`]).
+    Stale,
     /// Close refused the value; the rest was written without it.
     Refused,
 }
@@ -220,6 +246,7 @@ impl FieldVerdict {
             Self::NotEmpty => "not_empty",
             Self::OnlyOnCreate => "only_on_create",
             Self::ListFull => "list_full",
+            Self::Stale => "stale",
             Self::Refused => "refused_by_close",
         }
     }
@@ -237,26 +264,17 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Whether a record would be created: then "not found" has to be beyond doubt.
-    pub fn creates(&self) -> bool {
-        self.steps.iter().any(Step::creates)
-    }
-
-    /// The ids of the records that would be changed.
-    pub fn changed(&self) -> Vec<String> {
-        let id = |step: &Step| match step {
-            Step::UpdateLead { id, .. } => Some(id.to_string()),
-            Step::UpdateContact { id, .. } => Some(id.to_string()),
-            Step::CreateLead { .. } | Step::CreateContact { .. } => None,
-        };
-        self.steps.iter().filter_map(id).collect()
-    }
-
     /// Values that have no room in Close.
     pub fn dropped(&self) -> impl Iterator<Item = Dropped> {
         let fields = self.records.iter().flat_map(|record| &record.fields);
         let full = fields.filter(|field| field.verdict == FieldVerdict::ListFull);
         full.map(|field| field.dropped(DropReason::ListFull))
+    }
+
+    /// Values that are older than what Close holds.
+    pub fn stale(&self) -> impl Iterator<Item = &str> {
+        let fields = self.records.iter().flat_map(|record| &record.fields);
+        fields.filter(|field| field.verdict == FieldVerdict::Stale).map(|field| field.field.as_str())
     }
 
     /// Notes that Close refused values, and tells which.
@@ -294,19 +312,20 @@ impl Step {
     }
 }
 
-/// The steps that turn `found` into `desired`. Empty when nothing differs.
-pub fn plan(desired: &Desired, found: &Found, switches: Switches) -> Plan {
+/// The steps that turn `found` into `desired`. Empty when nothing differs. `ages` tell what is newer in what was
+/// found.
+pub fn plan(desired: &Desired, found: &Found, switches: Switches, ages: &Ages) -> Plan {
     let mut plan = Plan::default();
     match found {
         Found::Nobody => plan.create_lead(desired, false, switches),
         Found::OtherCompany => plan.create_lead(desired, true, switches),
         Found::InLead { lead, contacts, elsewhere, adopted: _ } => {
-            plan.update_lead(desired, lead, switches);
+            plan.update_lead(desired, lead, switches, ages);
             if contacts.is_empty() {
                 plan.create_contact(desired, lead, *elsewhere, switches);
             }
             for contact in contacts {
-                plan.update_contact(desired, contact, switches);
+                plan.update_contact(desired, contact, switches, ages);
             }
         }
         Found::Anywhere { people } => {
@@ -314,10 +333,10 @@ pub fn plan(desired: &Desired, found: &Found, switches: Switches) -> Plan {
             leads.sort_by_key(|lead| &lead.id);
             leads.dedup_by_key(|lead| &lead.id);
             for lead in leads {
-                plan.update_lead(desired, lead, switches);
+                plan.update_lead(desired, lead, switches, ages);
             }
             for (contact, _) in people {
-                plan.update_contact(desired, contact, switches);
+                plan.update_contact(desired, contact, switches, ages);
             }
         }
     }
@@ -330,8 +349,8 @@ impl Plan {
         let no_contact = no_lead.or(refuse_contact(duplicate, switches));
         // Alone, it could never be found again.
         let no_lead = no_lead.or(no_contact.filter(|_| desired.identity.company_id.is_none()));
-        let (lead, lead_fields) = field_changes(&desired.lead, None);
-        let (contact, contact_fields) = contact_changes(desired, None);
+        let (lead, lead_fields) = lead_changes(desired, None, None);
+        let (contact, contact_fields) = contact_changes(desired, None, None);
         self.consider(RecordRef::NewLead, desired.lead_name(), no_lead, lead_fields);
         self.consider(RecordRef::NewContact(None), desired.contact_name(), no_contact, contact_fields);
         if no_lead.is_none() {
@@ -341,15 +360,15 @@ impl Plan {
 
     fn create_contact(&mut self, desired: &Desired, lead: &Lead, duplicate: bool, switches: Switches) {
         let refused = refuse_contact(duplicate, switches);
-        let (contact, fields) = contact_changes(desired, None);
+        let (contact, fields) = contact_changes(desired, None, None);
         self.consider(RecordRef::NewContact(Some(lead.id.clone())), desired.contact_name(), refused, fields);
         if refused.is_none() {
             self.steps.push(Step::CreateContact { lead: lead.id.clone(), contact });
         }
     }
 
-    fn update_lead(&mut self, desired: &Desired, lead: &Lead, switches: Switches) {
-        let (changes, fields) = field_changes(&desired.lead, Some(&lead.fields));
+    fn update_lead(&mut self, desired: &Desired, lead: &Lead, switches: Switches, ages: &Ages) {
+        let (changes, fields) = lead_changes(desired, Some(lead), ages.get(lead.id.as_str()));
         let refused =
             (!switches.allow_updating_existing_leads && !changes.is_empty()).then_some(Refusal::UpdateLead);
         self.consider(RecordRef::Lead(lead.id.clone()), name(&lead.fields), refused, fields);
@@ -358,8 +377,8 @@ impl Plan {
         }
     }
 
-    fn update_contact(&mut self, desired: &Desired, contact: &Contact, switches: Switches) {
-        let (changes, fields) = contact_changes(desired, Some(contact));
+    fn update_contact(&mut self, desired: &Desired, contact: &Contact, switches: Switches, ages: &Ages) {
+        let (changes, fields) = contact_changes(desired, Some(contact), ages.get(contact.id.as_str()));
         let refused = (!switches.allow_updating_existing_contacts && !changes.is_empty())
             .then_some(Refusal::UpdateContact);
         self.consider(RecordRef::Contact(contact.id.clone()), name(&contact.fields), refused, fields);
@@ -396,33 +415,71 @@ fn refuse_contact(duplicate: bool, switches: Switches) -> Option<Refusal> {
 
 /// What has to be set, and why each field is or is not. Without a record, everything: every write
 /// rule lets a value into a new one.
-fn field_changes(wanted: &BTreeMap<Field, Wanted>, record: Option<&Fields>) -> (Fields, Vec<FieldPlan>) {
+fn field_changes(
+    wanted: &BTreeMap<Field, Wanted>,
+    record: Option<&Fields>,
+    is_newer: impl Fn(&str) -> bool,
+) -> (Fields, Vec<FieldPlan>) {
     let (mut changes, mut plans) = (Fields::new(), Vec::new());
     for (field, wanted) in wanted {
-        let before = record.and_then(|fields| fields.get(field));
+        let (key, before) = (field.to_string(), record.and_then(|fields| fields.get(field)));
         let verdict = match (wanted.write, before) {
             _ if record.is_none() => FieldVerdict::Set,
             (_, Some(before)) if same(before, &wanted.value) => FieldVerdict::Same,
             (WriteRule::OnCreate, _) => FieldVerdict::OnlyOnCreate,
             (WriteRule::IfEmpty, Some(_)) => FieldVerdict::NotEmpty,
+            (WriteRule::Always, Some(_)) if is_newer(&key) => FieldVerdict::Stale,
             (WriteRule::IfEmpty, None) | (WriteRule::Always, _) => FieldVerdict::Set,
         };
         if verdict == FieldVerdict::Set {
             changes.insert(field.clone(), wanted.value.clone());
         }
+        let Wanted { value, write } = wanted.clone();
+        plans.push(FieldPlan { field: key, before: before.cloned(), wanted: value, write, verdict });
+    }
+    (changes, plans)
+}
+
+/// Lets a record that is changed store when the event was.
+fn stamp(
+    desired: &Desired,
+    field: Option<&FieldId>,
+    record: Option<&Fields>,
+    changes: &mut Fields,
+    plans: &mut Vec<FieldPlan>,
+) {
+    if let Some((field, wanted)) = age::news(record, field, desired.at) {
+        let before = record.and_then(|fields| fields.get(&field)).cloned();
         plans.push(FieldPlan {
             field: field.to_string(),
-            before: before.cloned(),
-            wanted: wanted.value.clone(),
-            verdict,
+            before,
+            wanted: wanted.clone(),
+            write: WriteRule::Always,
+            verdict: FieldVerdict::Set,
         });
+        changes.insert(field, wanted);
+    }
+}
+
+fn lead_changes(desired: &Desired, lead: Option<&Lead>, age: Option<&Age>) -> (Fields, Vec<FieldPlan>) {
+    let record = lead.map(|lead| &lead.fields);
+    let is_newer = |field: &str| age.is_some_and(|age| age.is_newer(field, desired.at));
+    let (mut changes, mut plans) = field_changes(&desired.lead, record, is_newer);
+    if record.is_none() || !changes.is_empty() {
+        stamp(desired, desired.stamps.lead.as_ref(), record, &mut changes, &mut plans);
     }
     (changes, plans)
 }
 
 /// The same for a Contact, whose lists grow by the wanted entry: existing entries keep their place.
-fn contact_changes(desired: &Desired, contact: Option<&Contact>) -> (ContactValues, Vec<FieldPlan>) {
-    let (fields, mut plans) = field_changes(&desired.contact, contact.map(|contact| &contact.fields));
+fn contact_changes(
+    desired: &Desired,
+    contact: Option<&Contact>,
+    age: Option<&Age>,
+) -> (ContactValues, Vec<FieldPlan>) {
+    let record = contact.map(|contact| &contact.fields);
+    let is_newer = |field: &str| age.is_some_and(|age| age.is_newer(field, desired.at));
+    let (mut fields, mut plans) = field_changes(&desired.contact, record, is_newer);
     let mut lists = Lists::new();
     for (&channel, wanted) in &desired.channels {
         let Some(value) = wanted.value.as_str() else { continue };
@@ -445,8 +502,12 @@ fn contact_changes(desired: &Desired, contact: Option<&Contact>) -> (ContactValu
             field: channel.to_string(),
             before: (!before.is_empty()).then_some(before.into()),
             wanted: wanted.value.clone(),
+            write: wanted.write,
             verdict,
         });
+    }
+    if record.is_none() || !fields.is_empty() || !lists.is_empty() {
+        stamp(desired, desired.stamps.contact.as_ref(), record, &mut fields, &mut plans);
     }
     (ContactValues { fields, lists }, plans)
 }
@@ -559,7 +620,7 @@ mod tests {
     fn plan_of(found: &Found, off: fn(&mut Switches)) -> (Vec<&'static str>, Vec<Refusal>) {
         let mut switches = Switches::default();
         off(&mut switches);
-        let plan = plan(&event(), found, switches);
+        let plan = plan(&event(), found, switches, &Ages::new());
         let kinds = plan.steps.iter().map(|step| match step {
             Step::CreateLead { contact: Some(_), .. } => "lead+contact",
             Step::CreateLead { contact: None, .. } => "lead",
@@ -636,7 +697,7 @@ mod tests {
     fn a_lead_alone_needs_a_company_id() {
         let nameless = desired(json!({"userId": "u"}));
         let switches = Switches { allow_creating_new_contacts: false, ..Switches::default() };
-        let plan = plan(&nameless, &Found::Nobody, switches);
+        let plan = plan(&nameless, &Found::Nobody, switches, &Ages::new());
         assert_eq!((plan.steps.len(), plan.refused.as_slice()), (0, [Refusal::CreateContact].as_slice()));
     }
 
@@ -645,7 +706,7 @@ mod tests {
         let mut jane = contact("c", "l", Some("u"), Some("JANE@example.test"));
         jane.lists.insert(Channel::Phone, vec![Entry { value: "+441234".into(), kind: "mobile".into() }]);
         let found = Found::Anywhere { people: vec![(jane, None)] };
-        let plan = plan(&event(), &found, Switches::default());
+        let plan = plan(&event(), &found, Switches::default(), &Ages::new());
         let Some(Step::UpdateContact { changes, .. }) = plan.steps.first() else { panic!("{plan:?}") };
         assert!(!changes.lists.contains_key(&Channel::Email));
         let phones: Vec<_> =
@@ -657,7 +718,8 @@ mod tests {
     fn write_rules_guard_fields_and_lists() {
         let current: Fields = [(Field::Title, json!("CEO"))].into();
         let wanted = |field: Field, write| [(field, Wanted { value: json!("new"), write })].into();
-        let changed = |field, write| !field_changes(&wanted(field, write), Some(&current)).0.is_empty();
+        let changed =
+            |field, write| !field_changes(&wanted(field, write), Some(&current), |_| false).0.is_empty();
         assert!(changed(Field::Title, WriteRule::Always));
         assert!(!changed(Field::Title, WriteRule::IfEmpty));
         assert!(!changed(Field::Title, WriteRule::OnCreate));
@@ -667,7 +729,7 @@ mod tests {
         let grows = |email: Option<&str>, write| {
             let wanted = [(Channel::Email, Wanted { value: json!("n@x.test"), write })].into();
             let desired = Desired { channels: wanted, ..Desired::default() };
-            !contact_changes(&desired, Some(&contact("c", "l", None, email))).0.lists.is_empty()
+            !contact_changes(&desired, Some(&contact("c", "l", None, email)), None).0.lists.is_empty()
         };
         assert!(grows(Some("o@x.test"), WriteRule::Always));
         assert!(!grows(Some("o@x.test"), WriteRule::IfEmpty));
@@ -679,7 +741,7 @@ mod tests {
         full.lists.insert(Channel::Email, (0..MAX_ENTRIES).map(entry).collect());
         let wanted = [(Channel::Email, Wanted { value: json!("n@x.test"), write: WriteRule::Always })].into();
         let desired = Desired { channels: wanted, ..Desired::default() };
-        let (values, fields) = contact_changes(&desired, Some(&full));
+        let (values, fields) = contact_changes(&desired, Some(&full), None);
         assert!(values.lists.is_empty());
         assert_eq!(fields[0].verdict, FieldVerdict::ListFull);
     }
@@ -687,7 +749,7 @@ mod tests {
     #[test]
     fn a_refused_value_is_spared_unless_it_is_an_identity() {
         let desired = event();
-        let create = &plan(&desired, &Found::Nobody, Switches::default()).steps[0];
+        let create = &plan(&desired, &Found::Nobody, Switches::default(), &Ages::new()).steps[0];
         let without = |create: &Step, desired: &Desired, paths: &[&str]| {
             let paths: Vec<Vec<String>> =
                 paths.iter().map(|path| path.split(' ').map(str::to_owned).collect()).collect();
@@ -710,7 +772,7 @@ mod tests {
         }
 
         let by_email = self::desired(json!({"traits": {"email": "jane@example.test"}}));
-        let create = &plan(&by_email, &Found::Nobody, Switches::default()).steps[0];
+        let create = &plan(&by_email, &Found::Nobody, Switches::default(), &Ages::new()).steps[0];
         assert_eq!(without(create, &by_email, &["contacts 0 emails"]), None);
     }
 
@@ -841,15 +903,15 @@ mod tests {
                 allow_creating_duplicate_contacts: on(4),
             };
             let desired = desired(event);
-            let first = plan(&desired, &found, switches);
+            let first = plan(&desired, &found, switches, &Ages::new());
             let after = apply(&first, &found);
-            let second = plan(&desired, &after, switches);
+            let second = plan(&desired, &after, switches, &Ages::new());
             prop_assert!(second.steps.is_empty(), "{first:#?}\n{second:#?}");
         }
 
         #[test]
         fn existing_entries_are_never_removed_or_reordered(event in some_event(), contact in some_contact()) {
-            let lists = contact_changes(&desired(event), Some(&contact)).0.lists;
+            let lists = contact_changes(&desired(event), Some(&contact), None).0.lists;
             for (channel, grown) in lists {
                 prop_assert!(grown.starts_with(contact.list(channel)));
                 prop_assert_eq!(grown.len(), contact.list(channel).len() + 1);
@@ -861,7 +923,7 @@ mod tests {
     fn an_adopted_lead_gets_the_company_id() {
         let found =
             Found::InLead { lead: lead("l", None), contacts: vec![], adopted: true, elsewhere: false };
-        let plan = plan(&event(), &found, Switches::default());
+        let plan = plan(&event(), &found, Switches::default(), &Ages::new());
         let Some(Step::UpdateLead { changes, .. }) = plan.steps.first() else { panic!("{plan:?}") };
         assert_eq!(changes[&Field::Custom(FieldId::new("cf_company"))], json!("acme"));
     }

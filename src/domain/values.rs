@@ -321,7 +321,7 @@ fn since_1970(number: f64) -> Option<Timestamp> {
 }
 
 /// Close's notation of moments: UTC, six digits, of which it keeps milliseconds (close-api.md §1).
-fn notation(moment: Timestamp) -> String {
+pub(super) fn notation(moment: Timestamp) -> String {
     let moment = Timestamp::from_millisecond(moment.as_millisecond()).unwrap_or(moment);
     moment.strftime("%Y-%m-%dT%H:%M:%S.%6f+00:00").to_string()
 }

@@ -25,7 +25,7 @@ use crate::domain::schema::FieldRef;
 use crate::metrics::Metrics;
 use crate::preflight::{self, Ready};
 use crate::simulator::{CustomField, Owner, Settings, Simulator, User};
-use crate::worker::{Prepared, Turn, Worker};
+use crate::worker::{Arrival, Prepared, Turn, Worker};
 
 use seed::{LeadSeed, Planted, Seed};
 
@@ -223,7 +223,7 @@ impl Suite {
         let worker = worker(config).await?;
         let mut decisions = Vec::new();
         for event in event::split(scenario.event.as_bytes()) {
-            let (outcome, decision) = match worker.prepare(&event) {
+            let (outcome, decision) = match worker.prepare(&event, Arrival::now()) {
                 Prepared::Settled(outcome) => (outcome, Decision::default()),
                 Prepared::Job(job) => worker.run(&job, Turn::first()).await,
             };

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::{Inner, Turn, Worker};
 use crate::close::{Client, CloseError, FieldError};
+use crate::domain::age;
 use crate::domain::decision::Decision;
 use crate::domain::mapping::{Desired, Key};
 use crate::domain::matching::{self, Found, Likeness, compare, judge_lead};
@@ -12,7 +13,7 @@ use crate::domain::plan::Step;
 use crate::domain::record::Contact;
 use crate::known::Made;
 use crate::outcome::{Effect, Failure, Outcome, PauseCause, Stage};
-use crate::resolve::Resolver;
+use crate::resolve::{Decided, Resolver};
 use crate::retry::{self, History, Pauses, Verdict};
 
 /// Whether writes are sent.
@@ -22,12 +23,20 @@ pub(super) enum Mode {
     Rehearse,
 }
 
+/// What became of a message, and of those that went along.
+pub(super) struct Done {
+    pub(super) outcome: Outcome,
+    pub(super) others: Vec<(Outcome, Decision)>,
+}
+
 /// The tries of one message.
 pub(super) struct Tries<'a> {
     pub(super) worker: &'a Worker,
     /// Counts the calls of this message.
     pub(super) client: Client,
     pub(super) desired: &'a Desired,
+    /// Those that are worked on together with it.
+    pub(super) others: Vec<&'a Desired>,
     pub(super) keys: Vec<Key>,
     pub(super) turn: Turn,
     pub(super) mode: Mode,
@@ -44,9 +53,9 @@ impl Tries<'_> {
         let mut failed_before = false;
         loop {
             let failure = match self.once().await {
-                Ok(outcome) => {
+                Ok(done) => {
                     self.worker.answered();
-                    return outcome;
+                    return done.outcome;
                 }
                 Err(failure) => failure,
             };
@@ -96,27 +105,26 @@ impl Tries<'_> {
     }
 
     /// Looks up, plans, writes; stops at the first failure.
-    async fn once(&mut self) -> Result<Outcome, Failure> {
-        let Inner { settings, known, claims, metrics, keys, .. } = &*self.worker.0;
+    pub(super) async fn once(&mut self) -> Result<Done, Failure> {
+        let Inner { settings, known, applied, claims, metrics, keys, .. } = &*self.worker.0;
         let desired = self.desired;
         let mut asked_the_log = false;
-        let (found, steps, _claim) = loop {
+        let (Decided { found, mut ages, together }, _claim) = loop {
             let asked = Instant::now();
             let mut close = Resolver {
                 records: &self.client,
                 known,
+                applied,
                 keys,
                 switches: settings.switches,
                 decision: &mut self.decision,
             };
             let look_up = |error| Failure { stage: Stage::LookUp, error };
-            let found = close.decide(desired).await.map_err(look_up)?;
-            let plan = &self.decision.plan;
-            let (steps, changed, creates) = (plan.steps.clone(), plan.changed(), plan.creates());
+            let decided = close.decide(desired, &self.others).await.map_err(look_up)?;
             let doubt = known.doubtful_until(&self.keys).filter(|until| asked < *until);
             let trusted_from = doubt.max(Some(self.turn.trusted_from));
             // An adopted Lead was chosen because the company was not found: that needs proof as well.
-            let needs_proof = found.adopts() || creates;
+            let needs_proof = decided.found.adopts() || decided.together.creates();
             if let Some(trusted_from) = trusted_from.filter(|from| needs_proof && asked < *from) {
                 metrics.lag_guard_waited();
                 // A creation without an answer that happened is found sooner in the event log.
@@ -128,22 +136,37 @@ impl Tries<'_> {
                 tokio::time::sleep_until(trusted_from.into()).await;
                 continue;
             }
-            if let Some(claim) = claims.take(changed, asked).await {
-                break (found, steps, claim);
+            if let Some(claim) = claims.take(decided.together.changed(), asked).await {
+                break (decided, claim);
             }
         };
 
-        let mut effect = Effect::Unchanged;
-        for step in &steps {
+        let (mut effect, mut made) = (Effect::Unchanged, Made::default());
+        for step in &together.steps {
             let done = match self.mode {
-                Mode::Write => self.write(step, &found).await,
+                Mode::Write => self.write(step, &found, &mut made).await,
                 Mode::Rehearse => Ok(Effect::of(step)),
             };
             effect = effect.min(done.map_err(|error| Failure { stage: Stage::Write, error })?);
         }
-        let Decision { dropped, plan, .. } = &self.decision;
-        metrics.decided(dropped, &plan.refused, self.decision.conflicts());
-        Ok(Outcome::of(plan, effect))
+        let others = self.others.iter().zip(together.plans.into_iter().skip(1));
+        let others: Vec<Decision> =
+            others.map(|(event, plan)| self.decision.of_another(event, plan)).collect();
+        if self.mode == Mode::Write {
+            age::note(&mut ages, &self.decision.plan, desired);
+            let noted = others.iter().zip(&self.others);
+            noted.for_each(|(decision, event)| age::note(&mut ages, &decision.plan, event));
+            applied.remember(ages, &made);
+        }
+        for decision in std::iter::once(&self.decision).chain(&others) {
+            metrics.decided(decision);
+        }
+        let outcome = Outcome::of(&self.decision.plan, effect);
+        let as_planned = |decision: Decision| {
+            let effect = decision.plan.steps.iter().map(Effect::of).min().unwrap_or(Effect::Unchanged);
+            (Outcome::of(&decision.plan, effect), decision)
+        };
+        Ok(Done { outcome, others: others.into_iter().map(as_planned).collect() })
     }
 
     /// Whether the event log knows records of these keys that were made while search may not show them. They
@@ -172,7 +195,7 @@ impl Tries<'_> {
 
     /// Carries out one step. When Close refuses optional values, again without them: each time with fewer,
     /// as Close may tell of one only when another is gone.
-    async fn write(&mut self, step: &Step, found: &Found) -> Result<Effect, CloseError> {
+    async fn write(&mut self, step: &Step, found: &Found, made: &mut Made) -> Result<Effect, CloseError> {
         let mut rest = step.clone();
         let mut field_is_gone = false;
         let done = loop {
@@ -180,9 +203,15 @@ impl Tries<'_> {
                 break Effect::Unchanged;
             }
             let refused = match self.send(&rest, found).await {
-                Err(CloseError::Rejected(refused)) => refused,
+                // Whose value it was, their own tries tell.
+                Err(CloseError::Rejected(refused)) if self.others.is_empty() => refused,
                 Err(error) => return Err(error),
-                Ok(effect) => break effect,
+                Ok(written) => {
+                    if step.creates() {
+                        *made = written;
+                    }
+                    break Effect::of(step);
+                }
             };
             let paths = refused.fields.iter().map(|field| field.path.as_slice());
             let Some((smaller, spared)) = rest.spare(paths, self.desired, &self.worker.0.keys) else {
@@ -200,7 +229,7 @@ impl Tries<'_> {
     }
 
     /// One call, and what it teaches.
-    async fn send(&self, step: &Step, found: &Found) -> Result<Effect, CloseError> {
+    async fn send(&self, step: &Step, found: &Found) -> Result<Made, CloseError> {
         let Inner { known, settings, .. } = &*self.worker.0;
         let client = &self.client;
         let adopts = found.adopts() && matches!(step, Step::UpdateLead { .. });
@@ -237,7 +266,7 @@ impl Tries<'_> {
         }
         let made = result?;
         tracing::debug!(step = step.label(), ?made, "written");
-        known.learn_made(&self.desired.identity, made, self.decision.nobody_else());
-        Ok(Effect::of(step))
+        known.learn_made(&self.desired.identity, made.clone(), self.decision.nobody_else());
+        Ok(made)
     }
 }

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use close_sync::amqp::session::{End, Session};
 use close_sync::close::{Client, Endpoint};
 use close_sync::config::{Config, Need};
+use close_sync::detours::Detours;
 use close_sync::metrics::Metrics;
 use close_sync::preflight;
 use close_sync::simulator::{Effect, Fault, FaultBody, Limits, Rate, Settings, When};
@@ -204,7 +205,7 @@ async fn a_panic_costs_one_message_and_not_the_worker() {
     let shutdown = CancellationToken::new();
     let running = tokio::spawn({
         let (session, shutdown) = (session.clone(), shutdown.clone());
-        async move { session.run(&shutdown).await }
+        async move { session.run(&mut Detours::default(), &shutdown).await }
     });
     while session.status.get() != State::StandingBy {
         tokio::task::yield_now().await;

@@ -15,7 +15,7 @@ use close_sync::outcome::Outcome;
 use close_sync::preflight;
 use close_sync::scenario::told;
 use close_sync::simulator::{Effect, Fault, FaultBody, Settings, Simulator, When};
-use close_sync::worker::{Prepared, Turn, Worker};
+use close_sync::worker::{Arrival, Prepared, Turn, Worker};
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
 
@@ -135,13 +135,15 @@ async fn play(kind: &Kind, fault: Option<Fault>) -> Run {
 
     let mut attempts = 0;
     let end = loop {
-        let Prepared::Job(job) = worker.prepare(kind.event.to_string().as_bytes()) else { panic!("no job") };
+        let Prepared::Job(job) = worker.prepare(kind.event.to_string().as_bytes(), Arrival::now()) else {
+            panic!("no job")
+        };
         let turn = Turn { attempts, priority: Priority::Live, trusted_from: Instant::now() };
         match worker.run(&job, turn).await.0 {
             Outcome::Synced(_) => break SYNCED.to_owned(),
             Outcome::Dead(dead) => break dead.reason.label().to_owned(),
             Outcome::Skipped(skip) => break format!("skipped {}", skip.label()),
-            Outcome::Delayed { charged, .. } => attempts += u32::from(charged),
+            Outcome::Delayed { obstacle, .. } => attempts += u32::from(obstacle.charged()),
             Outcome::Paused(_) => {
                 while worker.look_again().await.is_err() {}
                 worker.put_close_on_trial();

@@ -2,9 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use jiff::Timestamp;
 use serde_json::Value;
 
 use super::WriteRule;
+use crate::domain::age::Stamps;
+use crate::domain::plan::Switches;
 use crate::domain::record::{Channel, Field, FieldId};
 use crate::domain::values::Dropped;
 
@@ -75,6 +78,10 @@ pub struct Wanted {
 pub struct Desired {
     /// Whom it is about.
     pub identity: Identity,
+    /// When it happened. Nothing is too old if that is not known.
+    pub at: Option<Timestamp>,
+    /// Where records store that.
+    pub stamps: Stamps,
     /// Values for the Lead, the company id among them.
     pub lead: BTreeMap<Field, Wanted>,
     /// Values for the Contact, the user id among them.
@@ -86,6 +93,20 @@ pub struct Desired {
 }
 
 impl Desired {
+    /// Whether this event comes to the same records as `first`, the one right before it, once that is applied:
+    /// then both can be worked on together. So it does if it names the same company and the same user, or
+    /// without a user id the same email. Beside a user id the email may be missing, as `first` has then left the
+    /// user id on a Contact; only switches can keep it from that.
+    pub fn goes_along(&self, first: &Self, switches: Switches) -> bool {
+        let (one, other) = (&first.identity, &self.identity);
+        let leaves_user_id = switches.allow_creating_new_contacts
+            && switches.allow_updating_existing_contacts
+            && switches.allow_creating_duplicate_contacts;
+        let same_email = one.email == other.email;
+        let less = other.user_id.is_some() && other.email.is_none() && leaves_user_id;
+        one.company_id == other.company_id && one.user_id == other.user_id && (same_email || less)
+    }
+
     /// The name the Lead is to have.
     pub fn lead_name(&self) -> Option<String> {
         text_of(&self.lead)

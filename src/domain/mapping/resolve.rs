@@ -3,6 +3,7 @@
 use serde_json::Value;
 
 use super::{KeyFields, Mapping, RecordRules, Rules, Takes, Target};
+use crate::domain::age::Stamps;
 use crate::domain::record::{Field, FieldId};
 use crate::domain::schema::{CustomField, Dangling, FieldKind, FieldRef, Schema};
 use crate::domain::values::DropReason;
@@ -113,19 +114,31 @@ pub enum NoField {
     /// Two rules name one field, by its id and by its name.
     #[error("another rule fills the same custom field: remove one of them")]
     Taken,
+    /// It cannot store a time.
+    #[error("the custom field is not of type datetime")]
+    NoTime,
 }
 
 /// The words of the configuration for one kind of record.
 pub(super) struct Words {
     records: &'static str,
     setting: &'static str,
+    stamp: &'static str,
     pub(super) table: &'static str,
 }
 
-pub(super) const LEAD: Words =
-    Words { records: "Lead", setting: "close.lead_company_id_field", table: "mapping.lead.custom" };
-pub(super) const CONTACT: Words =
-    Words { records: "Contact", setting: "close.contact_user_id_field", table: "mapping.contact.custom" };
+pub(super) const LEAD: Words = Words {
+    records: "Lead",
+    setting: "close.lead_company_id_field",
+    stamp: "close.lead_synced_at_field",
+    table: "mapping.lead.custom",
+};
+pub(super) const CONTACT: Words = Words {
+    records: "Contact",
+    setting: "close.contact_user_id_field",
+    stamp: "close.contact_synced_at_field",
+    table: "mapping.contact.custom",
+};
 
 impl Rules {
     /// Finds the custom fields the rules name.
@@ -139,9 +152,16 @@ impl Rules {
         if !bad.is_empty() {
             return Err(bad);
         }
+        let lead = self.lead.targets(schema, &schema.lead, &LEAD, &mut unknown);
+        let contact = self.contact.targets(schema, &schema.contact, &CONTACT, &mut unknown);
+        let stamps = Stamps {
+            lead: self.lead.stamp(&schema.lead, &lead, &LEAD, &mut unknown),
+            contact: self.contact.stamp(&schema.contact, &contact, &CONTACT, &mut unknown),
+        };
         Ok(Mapping {
-            lead: self.lead.targets(schema, &schema.lead, &LEAD, &mut unknown),
-            contact: self.contact.targets(schema, &schema.contact, &CONTACT, &mut unknown),
+            lead,
+            contact,
+            stamps,
             keys: KeyFields { company, user },
             users: schema.users.clone(),
             names: schema
@@ -175,14 +195,15 @@ impl Rules {
 
     /// Whether custom fields of Leads are needed, and of Contacts.
     pub fn needs(&self) -> (bool, bool) {
-        let needs = |rules: &RecordRules| rules.key.is_some() || !rules.custom.is_empty();
+        let needs =
+            |rules: &RecordRules| rules.key.is_some() || rules.stamp.is_some() || !rules.custom.is_empty();
         (needs(&self.lead), needs(&self.contact))
     }
 }
 
 impl RecordRules {
     fn key(&self, fields: &[CustomField], words: &Words, bad: &mut Vec<BadKey>) -> Option<FieldId> {
-        let Words { records, setting, table } = *words;
+        let Words { records, setting, table, stamp: _ } = *words;
         let reference = self.key.as_ref()?;
         let field = || reference.as_str().to_owned();
         match reference.find(fields) {
@@ -205,6 +226,28 @@ impl RecordRules {
             }
         }
         None
+    }
+
+    /// The field for the time. Without it the sync goes on; only what others applied cannot be told apart.
+    fn stamp(
+        &self,
+        fields: &[CustomField],
+        targets: &[Target],
+        words: &Words,
+        unknown: &mut Vec<Unknown>,
+    ) -> Option<FieldId> {
+        let found = self.stamp.as_ref()?.find(fields).map_err(NoField::from);
+        let found = found.and_then(|field| {
+            let id = Field::Custom(field.id.clone());
+            if targets.iter().any(|target| target.field == id) {
+                Err(NoField::Taken)
+            } else if field.kind == FieldKind::Datetime && !field.multiple {
+                Ok(field.id.clone())
+            } else {
+                Err(NoField::NoTime)
+            }
+        });
+        found.map_err(|reason| unknown.push(Unknown { setting: words.stamp.into(), reason })).ok()
     }
 
     fn targets(

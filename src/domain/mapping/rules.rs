@@ -123,6 +123,8 @@ pub struct RecordRules {
     pub key: Option<FieldRef>,
     /// Where that id comes from.
     pub id: Source,
+    /// The custom field that stores when the last event was that was applied to the record.
+    pub stamp: Option<FieldRef>,
 }
 
 /// What the configuration says.

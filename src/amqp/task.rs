@@ -1,0 +1,273 @@
+//! Messages on their way from the desk to being settled.
+//!
+//! The order within is what nothing is lost by: the successor is published and confirmed, then the delivery is
+//! acked.
+
+use std::panic::AssertUnwindSafe;
+use std::time::{Duration, Instant};
+
+use futures_util::FutureExt;
+use jiff::Timestamp;
+use lapin::BasicProperties;
+use lapin::message::Delivery;
+use lapin::options::BasicAckOptions;
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
+use uuid::Uuid;
+
+use super::BrokerError;
+use super::headers::Envelope;
+use super::publisher::Publisher;
+use super::session::Session;
+use crate::desk::Fate;
+use crate::domain::decision::Decision;
+use crate::domain::mapping::Key;
+use crate::lanes::Ticket;
+use crate::outcome::{DeadLetter, Obstruction, Outcome, PauseCause, Reason, Stage};
+use crate::panics;
+use crate::retry::Pauses;
+use crate::worker::{Arrival, Job, Prepared, Turn, Worker};
+
+/// A delivery on its way through the session.
+pub(super) struct Incoming {
+    pub(super) delivery: Delivery,
+    pub(super) envelope: Envelope,
+    pub(super) prepared: Prepared,
+    /// Worked on with others it failed: the next time it is by itself.
+    pub(super) alone: bool,
+}
+
+/// How work ended.
+pub(super) enum Ended {
+    /// Each message by itself.
+    Each(Vec<(Ticket, Done)>),
+    /// Together they did not succeed: they have to be worked on one by one.
+    Apart(Vec<(Ticket, Incoming)>),
+}
+
+/// How one delivery ended.
+pub(super) enum Done {
+    Settled {
+        by_close: bool,
+        fate: Fate,
+    },
+    /// Dropped by the end of the session, or acked too late: it comes again.
+    HandedBack,
+    Paused(PauseCause),
+    Failed(BrokerError),
+}
+
+impl Incoming {
+    fn span(&self) -> tracing::Span {
+        let Envelope { attempts, .. } = &self.envelope;
+        tracing::info_span!("message", message_id = self.envelope.message_id(), attempt = attempts + 1)
+    }
+
+    /// Receives a delivery: decodes and maps it.
+    pub(super) fn of(delivery: Delivery, session: &Session) -> Self {
+        let envelope = Envelope::of(&delivery, Timestamp::now());
+        let arrival = Arrival { sent: envelope.sent, received: envelope.first_seen };
+        let prepare = AssertUnwindSafe(|| session.worker.prepare(&delivery.data, arrival));
+        let prepared = std::panic::catch_unwind(prepare)
+            .unwrap_or_else(|_| Prepared::Settled(Outcome::Dead(defect(Stage::Map))));
+        Self { delivery, envelope, prepared, alone: false }
+    }
+
+    /// It has to follow an earlier message into the delay queue of this level.
+    pub(super) fn behind(self, level: usize) -> Self {
+        let yields = Outcome::Delayed { level, obstacle: Obstruction::Behind };
+        Self { prepared: Prepared::Settled(yields), ..self }
+    }
+
+    /// Messages that share one of these run one after the other. None if it needs no Close.
+    pub(super) fn keys(&self) -> Vec<Key> {
+        match &self.prepared {
+            Prepared::Job(job) => job.keys(),
+            Prepared::Settled(_) => Vec::new(),
+        }
+    }
+
+    fn job(&self) -> Option<&Job> {
+        match &self.prepared {
+            Prepared::Job(job) => Some(job),
+            Prepared::Settled(_) => None,
+        }
+    }
+
+    /// Whether it may be worked on with `first`, right behind which it comes.
+    pub(super) fn goes_along(&self, first: &Self, worker: &Worker) -> bool {
+        let jobs = first.job().zip(self.job()).filter(|_| !first.alone && !self.alone);
+        jobs.is_some_and(|(first, next)| worker.goes_along(first, next))
+    }
+}
+
+impl Session {
+    /// Works on messages, and settles each.
+    pub(super) async fn work(
+        self,
+        run: Vec<(Ticket, Incoming)>,
+        publisher: Publisher,
+        turn: Turn,
+        stop: CancellationToken,
+    ) -> Ended {
+        let started = Instant::now();
+        let Some((_, first)) = run.first() else { return Ended::Each(Vec::new()) };
+        let span = first.span();
+        let work = async {
+            match &first.prepared {
+                Prepared::Settled(outcome) => Some(vec![(outcome.clone(), None)]),
+                Prepared::Job(job) if run.len() == 1 => Some(vec![self.guarded(job, turn).await]),
+                Prepared::Job(_) => self.together(&run, turn).await,
+            }
+        };
+        let outcomes = match stop.run_until_cancelled(work.instrument(span)).await {
+            Some(Some(outcomes)) => outcomes,
+            Some(None) => {
+                let alone = |(ticket, incoming)| (ticket, Incoming { alone: true, ..incoming });
+                return Ended::Apart(run.into_iter().map(alone).collect());
+            }
+            None => {
+                return Ended::Each(run.into_iter().map(|(ticket, _)| (ticket, Done::HandedBack)).collect());
+            }
+        };
+        let mut ended = Vec::with_capacity(run.len());
+        for ((ticket, incoming), (outcome, decision)) in run.into_iter().zip(outcomes) {
+            let settle = async {
+                log(&outcome, decision.as_ref(), started.elapsed());
+                let done = self.settle(&incoming, &outcome, &publisher, &stop).await;
+                if matches!(done, Done::Settled { .. }) {
+                    self.metrics.settled(&outcome, started.elapsed());
+                }
+                done
+            };
+            ended.push((ticket, settle.instrument(incoming.span()).await));
+        }
+        Ended::Each(ended)
+    }
+
+    /// Does the work on one message; a panic costs only this one.
+    async fn guarded(&self, job: &Job, turn: Turn) -> (Outcome, Option<Decision>) {
+        let work = AssertUnwindSafe(self.worker.run(job, turn));
+        let died = |_| (Outcome::Dead(defect(Stage::Write)), Decision::default());
+        let (outcome, decision) = work.catch_unwind().await.unwrap_or_else(died);
+        (outcome, Some(decision))
+    }
+
+    /// Does the work on several. `None` when anything stood in the way, a panic too.
+    async fn together(
+        &self,
+        run: &[(Ticket, Incoming)],
+        turn: Turn,
+    ) -> Option<Vec<(Outcome, Option<Decision>)>> {
+        let jobs: Vec<&Job> = run.iter().filter_map(|(_, incoming)| incoming.job()).collect();
+        let work = AssertUnwindSafe(self.worker.run_together(&jobs, turn));
+        let done = work.catch_unwind().await.ok()??;
+        Some(done.into_iter().map(|(outcome, decision)| (outcome, Some(decision))).collect())
+    }
+
+    /// Publishes the successor, if there is one, then acks.
+    async fn settle(
+        &self,
+        Incoming { delivery, envelope, .. }: &Incoming,
+        outcome: &Outcome,
+        publisher: &Publisher,
+        stop: &CancellationToken,
+    ) -> Done {
+        let settings = &self.settings;
+        let mut fate = Fate::Over;
+        let succeeded = match outcome {
+            Outcome::Synced(_) | Outcome::Skipped(_) => Some(Ok(())),
+            Outcome::Delayed { level, obstacle } => {
+                // The configuration asks for one delay at least.
+                let Some(delay) = settings.delays.get(*level) else { return Done::HandedBack };
+                let id = envelope.detour.unwrap_or_else(Uuid::now_v7);
+                fate = Fate::Away { id, level: *level };
+                let properties = envelope.for_delay(envelope.attempts + u32::from(obstacle.charged()), id);
+                let exchange = settings.retry_exchange();
+                self.publish(publisher, &exchange, &delay.name, &delivery.data, properties, stop).await
+            }
+            Outcome::Dead(dead) => {
+                let properties = envelope.for_dead_letter(dead, Timestamp::now());
+                // A fanout needs no key; the producer's is in a header, where any length fits.
+                self.publish(publisher, &settings.dead(), "", &delivery.data, properties, stop).await
+            }
+            Outcome::Paused(cause) => return Done::Paused(*cause),
+        };
+        match succeeded {
+            Some(Ok(())) => {}
+            Some(Err(error)) => return Done::Failed(error),
+            None => return Done::HandedBack,
+        }
+        match delivery.ack(BasicAckOptions::default()).await {
+            Ok(true) => Done::Settled { by_close: outcome.proves_close(), fate },
+            // The channel of the delivery is gone; the broker delivers it again.
+            Ok(false) => {
+                self.metrics.stale_ack();
+                Done::HandedBack
+            }
+            Err(error) => Done::Failed(error.into()),
+        }
+    }
+
+    /// Publishes a successor. The original is held for as long as it takes: during an alarm the broker
+    /// takes nothing, and a full queue refuses. `None` when the session ends meanwhile.
+    async fn publish(
+        &self,
+        publisher: &Publisher,
+        exchange: &str,
+        key: &str,
+        body: &[u8],
+        properties: BasicProperties,
+        stop: &CancellationToken,
+    ) -> Option<Result<(), BrokerError>> {
+        let mut pauses = Pauses::reconnect();
+        let held = async {
+            loop {
+                let sent = publisher.send(exchange, key, body, properties.clone()).await?;
+                match sent.confirmed().await {
+                    Err(BrokerError::Unconfirmed(why)) => {
+                        tracing::warn!(exchange, why, "a message is held until RabbitMQ takes its successor");
+                        tokio::time::sleep(pauses.next_pause().unwrap_or_default()).await;
+                    }
+                    settled => return settled,
+                }
+            }
+        };
+        stop.run_until_cancelled(held).await
+    }
+}
+
+/// What a caught panic makes of its message.
+fn defect(stage: Stage) -> DeadLetter {
+    let error = format!("close-sync {} panicked at {}", env!("CARGO_PKG_VERSION"), panics::last_location());
+    DeadLetter { reason: Reason::Internal, stage, error, field: None, decision: None }
+}
+
+/// One line per message, where it is settled.
+fn log(outcome: &Outcome, decision: Option<&Decision>, took: Duration) {
+    let decision = decision.map(Decision::summary);
+    let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+    match outcome {
+        Outcome::Synced(effect) => tracing::info!(outcome = effect.label(), decision, took_ms, "synced"),
+        Outcome::Skipped(skip) => tracing::info!(reason = skip.label(), decision, took_ms, "skipped"),
+        Outcome::Delayed { level, obstacle: Obstruction::Behind } => {
+            tracing::info!(
+                level,
+                "follows an earlier message of the same person or company into a delay queue"
+            );
+        }
+        Outcome::Delayed { level, obstacle } => {
+            let charged = obstacle.charged();
+            tracing::warn!(level, charged, cause = %obstacle, took_ms, "failed for now, waiting in a delay queue");
+        }
+        Outcome::Dead(dead) => tracing::warn!(
+            reason = dead.reason.label(),
+            stage = dead.stage.label(),
+            error = dead.error,
+            decision = dead.decision,
+            took_ms,
+            "dead-lettered"
+        ),
+        Outcome::Paused(cause) => tracing::debug!(cause = cause.label(), took_ms, "handed back"),
+    }
+}

@@ -1,0 +1,136 @@
+//! The order of the work: which messages may be worked on now, and which go together.
+//!
+//! [`Lanes`] keep messages apart that share a key, [`Detours`] see to it that nobody overtakes one that waits
+//! in a delay queue. Pure: a session tells what it receives and what it has finished, and asks what to do
+//! next; so does the test that plays whole histories in virtual time.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+
+use uuid::Uuid;
+
+use crate::detours::Detours;
+use crate::lanes::{Lanes, Ticket};
+
+/// Most messages that are worked on together: what they change becomes one write.
+const MOST_TOGETHER: usize = 100;
+
+/// What was received and is not settled, in order.
+#[derive(Debug)]
+pub struct Desk<'a, K, R, T> {
+    lanes: Lanes<K, R, Message<T>>,
+    detours: &'a mut Detours<K>,
+    /// The ids of messages that are worked on and were away before.
+    were_away: HashMap<Ticket, Uuid>,
+}
+
+#[derive(Debug)]
+struct Message<T> {
+    /// Its id, if it comes from a delay queue.
+    id: Option<Uuid>,
+    entry: T,
+}
+
+/// What to do next.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Next<T> {
+    /// Work on these; where there are several, together.
+    Work(Vec<(Ticket, T)>),
+    /// Send this one to the delay queue of this level, uncharged: an earlier one that shares a key waits there.
+    Yield(Ticket, T, usize),
+}
+
+/// What became of a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It is settled.
+    Over,
+    /// It waits in a delay queue.
+    Away {
+        /// By this it will be known when it comes back.
+        id: Uuid,
+        /// The queue, by its place among the delays.
+        level: usize,
+    },
+}
+
+impl<'a, K: Clone + Eq + Hash, R: Copy + Ord, T> Desk<'a, K, R, T> {
+    /// A desk for a new session: everything that was not settled will be received again. What waits in delay
+    /// queues stays known from one session to the next.
+    pub fn new(detours: &'a mut Detours<K>) -> Self {
+        detours.start_over();
+        Self { lanes: Lanes::default(), detours, were_away: HashMap::new() }
+    }
+
+    /// Takes in a message, behind all others. `id` as given by [`Fate::Away`], if it comes from a delay queue.
+    pub fn receive(&mut self, keys: Vec<K>, rank: R, id: Option<Uuid>, entry: T) {
+        if let Some(id) = id {
+            self.detours.come_back(id);
+        }
+        self.lanes.push(keys, rank, Message { id, entry });
+    }
+
+    /// What to do next, if there is anything that may be done now. Later messages that `go_along` with the
+    /// first are worked on with it.
+    pub fn next(&mut self, go_along: impl Fn(&T, &T) -> bool) -> Option<Next<T>> {
+        let (ticket, first) = self.lanes.start()?;
+        let (first, behind) = self.begin(ticket, first);
+        if let Some(level) = behind {
+            return Some(Next::Yield(ticket, first, level));
+        }
+        let (mut tickets, mut run) = (vec![ticket], vec![(ticket, first)]);
+        while run.len() < MOST_TOGETHER {
+            let joins = |keys: &[K], message: &Message<T>| {
+                go_along(&run[0].1, &message.entry) && self.detours.behind(message.id, keys).is_none()
+            };
+            let Some((ticket, message)) = self.lanes.start_behind(&tickets, joins) else { break };
+            tickets.push(ticket);
+            run.push((ticket, self.begin(ticket, message).0));
+        }
+        Some(Next::Work(run))
+    }
+
+    /// The same with any message that may be worked on, by a number that was drawn, and alone.
+    pub fn any(&mut self, drawn: usize) -> Option<Next<T>> {
+        let (ticket, message) = self.lanes.start_any(drawn)?;
+        let (entry, behind) = self.begin(ticket, message);
+        Some(match behind {
+            Some(level) => Next::Yield(ticket, entry, level),
+            None => Next::Work(vec![(ticket, entry)]),
+        })
+    }
+
+    fn begin(&mut self, ticket: Ticket, message: Message<T>) -> (T, Option<usize>) {
+        let Message { id, entry } = message;
+        let behind = self.detours.behind(id, self.lanes.keys(ticket));
+        if let Some(id) = id {
+            self.detours.begin(id);
+            self.were_away.insert(ticket, id);
+        }
+        (entry, behind)
+    }
+
+    /// A message is done with: those behind it may go on.
+    pub fn finish(&mut self, ticket: Ticket, fate: Fate) {
+        let was_away = self.were_away.remove(&ticket);
+        match (fate, was_away) {
+            (Fate::Away { id, level }, _) => {
+                self.detours.leave(id, self.lanes.keys(ticket).to_vec(), level);
+            }
+            (Fate::Over, Some(id)) => self.detours.forget(id),
+            (Fate::Over, None) => {}
+        }
+        self.lanes.finish(ticket);
+    }
+
+    /// A message has to wait again, where it was.
+    pub fn put_back(&mut self, ticket: Ticket, entry: T) {
+        let id = self.were_away.remove(&ticket);
+        self.lanes.put_back(ticket, Message { id, entry });
+    }
+
+    /// How many messages wait for their turn.
+    pub fn waiting(&self) -> usize {
+        self.lanes.waiting()
+    }
+}
