@@ -95,12 +95,12 @@ async fn contacts(State(shared): Sim) -> Json<Vec<Value>> {
 
 async fn add_lead(State(shared): Sim, body: String) -> Result<Json<Value>, Refused> {
     let body: Object = read(&body)?;
-    Ok(Json(seed(&mut shared.world(), Kind::Lead, &body)?))
+    Ok(Json(seed(&mut shared.world(), Kind::Lead, &body, Timestamp::now())?))
 }
 
 async fn add_contact(State(shared): Sim, body: String) -> Result<Json<Value>, Refused> {
     let body: Object = read(&body)?;
-    Ok(Json(seed(&mut shared.world(), Kind::Contact, &body)?))
+    Ok(Json(seed(&mut shared.world(), Kind::Contact, &body, Timestamp::now())?))
 }
 
 async fn remove(State(shared): Sim, Path(id): Path<String>) -> StatusCode {
@@ -193,8 +193,7 @@ async fn settings(State(shared): Sim, body: String) -> Result<StatusCode, Refuse
 }
 
 /// Makes a record as a POST would, and lets search see it at once.
-pub(super) fn seed(world: &mut World, kind: Kind, body: &Object) -> Result<Value, Refusal> {
-    let now = Timestamp::now();
+pub(super) fn seed(world: &mut World, kind: Kind, body: &Object, now: Timestamp) -> Result<Value, Refusal> {
     let lag = std::mem::replace(&mut world.book.search_lag, Lag::NONE);
     let made = match kind {
         Kind::Lead => world.book.create_lead(body, now),

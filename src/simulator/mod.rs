@@ -10,10 +10,11 @@
 //! opportunities, activities, webhooks, bulk actions, `X-HTTP-Method-Override`, and merges of fields. What it
 //! does not know it refuses, rather than pretending.
 //!
-//! Nothing in the worker may know that it exists: it is reached by its URL and in no other way.
+//! Nothing in the worker may know that it exists: it is reached by its URL and in no other way. Tests that
+//! bring their own time ask it as [`Offline`], without HTTP.
 //!
-//! Layout, from the wire inwards: `server` and `connection` are HTTP and TCP; `control` is `/_sim/`; `world`
-//! answers calls; `book` keeps the records, `index` and `events` what others see of them and when;
+//! Layout, from the wire inwards: `server` and `connection` are HTTP and TCP; `control` is `/_sim/`;
+//! `offline` is the way in without a wire; `world` answers calls; `book` keeps the records, `index` and `events` what others see of them and when;
 //! `validate`, `custom` and `formats` check what is written; `query` and `search` read. From `world` on
 //! nothing does IO or looks at a clock.
 
@@ -27,6 +28,7 @@ pub(crate) mod formats;
 mod ids;
 mod index;
 mod limits;
+mod offline;
 mod query;
 mod schema;
 mod search;
@@ -54,6 +56,7 @@ use self::{
 pub use self::{
     faults::{Effect, Fault, FaultBody, When},
     limits::{Limits, Rate},
+    offline::{Offline, Reply},
     schema::{CustomField, FieldKind, Owner, User},
     settings::{BusyBody, Country, CreatedLead, ExactValue, HeaderStyle, Lag, MissingSlash, Settings},
     world::Request,
@@ -151,7 +154,8 @@ impl Simulator {
         let Value::Object(body) = body else {
             return Err(json!({"error": "JSON data must be a dict."}));
         };
-        control::seed(&mut self.shared.world(), kind, &body).map_err(|refusal| refusal.body())
+        control::seed(&mut self.shared.world(), kind, &body, Timestamp::now())
+            .map_err(|refusal| refusal.body())
     }
 
     /// Deletes a lead with its contacts, or a contact, as somebody else would: search shows it for a while.

@@ -19,7 +19,7 @@ use super::{
     connection::Scissors,
     control,
     faults::{Effect, When},
-    world::{Admission, Answer, Call, Decision, Payload, World},
+    world::{Admission, Answer, Call, Decision, World},
 };
 
 const BASE: &str = "/api/v1";
@@ -106,13 +106,12 @@ async fn serve(shared: &Arc<Shared>, call: &Arc<Call>, effect: Option<Effect>) -
 async fn read(request: Request, max_body_bytes: usize) -> Call {
     let (parts, body) = request.into_parts();
     let header = |name: HeaderName| parts.headers.get(name).and_then(|value| value.to_str().ok());
-    let query = parts.uri.query().unwrap_or_default().as_bytes();
     let path = parts.uri.path();
     Call {
         method: parts.method.as_str().to_owned(),
         // What lies outside of the API keeps its full path, and is not found there.
         path: path.strip_prefix(BASE).unwrap_or(path).to_owned(),
-        query: url::form_urlencoded::parse(query).into_owned().collect(),
+        query: Call::parameters(parts.uri.query().unwrap_or_default()),
         key: header(header::AUTHORIZATION).and_then(basic_user).unwrap_or_default(),
         is_json: header(header::CONTENT_TYPE).is_some_and(|kind| kind.starts_with("application/json")),
         is_chunked: parts.headers.contains_key(header::TRANSFER_ENCODING),
@@ -124,13 +123,8 @@ async fn read(request: Request, max_body_bytes: usize) -> Call {
 }
 
 fn write(answer: Answer) -> Response {
-    let (kind, body) = match answer.payload {
-        Payload::Json(value) => ("application/json", Body::from(value.to_string())),
-        Payload::Empty => ("application/json", Body::empty()),
-        Payload::Text(text) => ("text/plain; charset=utf-8", Body::from(text)),
-        Payload::Html(text) => ("text/html; charset=utf-8", Body::from(text)),
-    };
-    let mut response = Response::new(body);
+    let (kind, body) = answer.payload.written();
+    let mut response = Response::new(Body::from(body));
     let status = StatusCode::from_u16(answer.status).ok().filter(|status| !status.is_informational());
     *response.status_mut() = status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let headers: &mut HeaderMap = response.headers_mut();

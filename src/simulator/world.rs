@@ -34,6 +34,13 @@ pub(super) struct Call {
     pub(super) body: Option<String>,
 }
 
+impl Call {
+    /// The parameters of a query.
+    pub(super) fn parameters(query: &str) -> Vec<(String, String)> {
+        url::form_urlencoded::parse(query.as_bytes()).into_owned().collect()
+    }
+}
+
 /// The answer to a call.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Answer {
@@ -50,6 +57,18 @@ pub(super) enum Payload {
     Empty,
     Text(&'static str),
     Html(&'static str),
+}
+
+impl Payload {
+    /// What it is called, and its text.
+    pub(super) fn written(&self) -> (&'static str, String) {
+        match self {
+            Self::Json(value) => ("application/json", value.to_string()),
+            Self::Empty => ("application/json", String::new()),
+            Self::Text(text) => ("text/plain; charset=utf-8", (*text).to_owned()),
+            Self::Html(text) => ("text/html; charset=utf-8", (*text).to_owned()),
+        }
+    }
 }
 
 impl Answer {

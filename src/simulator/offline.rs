@@ -1,0 +1,129 @@
+//! The simulator without a server and without a clock: for tests that bring the calls and the time.
+
+use jiff::Timestamp;
+use serde_json::Value;
+
+use super::{
+    control,
+    ids::Ids,
+    schema::Kind,
+    settings::Settings,
+    validate::Object,
+    world::{Admission, Call, Decision, World},
+};
+
+/// A simulated organization that is asked directly. Pure: the same settings, calls and moments give the
+/// same answers, ids included, when [`Settings::seed`] is set.
+///
+/// Calls that get lost, and answers that do, are the business of whoever carries them: there is no script of
+/// faults here.
+#[derive(Debug)]
+pub struct Offline {
+    world: World,
+}
+
+/// What comes back from a call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reply {
+    /// The status.
+    pub status: u16,
+    /// Headers: those that tell the rate limits, mostly.
+    pub headers: Vec<(&'static str, String)>,
+    /// The body, which is JSON unless something is wrong.
+    pub body: String,
+}
+
+impl Offline {
+    /// An organization as its settings tell, made at this moment.
+    pub fn new(settings: Settings, now: Timestamp) -> Self {
+        let ids = Ids::new(settings.seed);
+        Self { world: World::new(settings, ids, now) }
+    }
+
+    /// Lets a call take effect, now. `path` is below `/api/v1/` and may have a query; a body is sent as JSON.
+    pub fn ask(
+        &mut self,
+        key: &str,
+        method: &str,
+        path: &str,
+        body: Option<&Value>,
+        now: Timestamp,
+    ) -> Reply {
+        let (path, query) = path.split_once('?').unwrap_or((path, ""));
+        let call = Call {
+            method: method.to_owned(),
+            path: format!("/{path}"),
+            query: Call::parameters(query),
+            key: key.to_owned(),
+            is_json: body.is_some(),
+            is_chunked: false,
+            body: Some(body.map(ToString::to_string).unwrap_or_default()),
+        };
+        let world = &mut self.world;
+        let Admission { number, headers, decision } = world.admit(&call, now);
+        let answer = match decision {
+            Decision::Turned(answer) => answer,
+            Decision::Through(_) => world.serve(&call, now),
+        };
+        world.requests.answered(number, answer.status);
+        let answer = answer.with(headers);
+        Reply { status: answer.status, headers: answer.headers, body: answer.payload.written().1 }
+    }
+
+    /// Makes a lead as `POST /lead/` would, visible to search at once.
+    ///
+    /// # Errors
+    /// The body of the 400.
+    pub fn add_lead(&mut self, body: &Object, now: Timestamp) -> Result<Value, Value> {
+        control::seed(&mut self.world, Kind::Lead, body, now).map_err(|refusal| refusal.body())
+    }
+
+    /// All leads with their contacts as they are, whatever search shows; oldest first.
+    pub fn leads(&self) -> Vec<Value> {
+        self.world.book.all(Kind::Lead)
+    }
+
+    /// All contacts as they are, oldest first.
+    pub fn contacts(&self) -> Vec<Value> {
+        self.world.book.all(Kind::Contact)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use serde_json::json;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::simulator::Lag;
+
+    #[test]
+    fn the_same_calls_at_the_same_moments_get_the_same_answers() {
+        let start: Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
+        let play = || {
+            let lag = Lag::Between(Duration::from_secs(1), Duration::from_secs(9));
+            let settings = Settings { seed: Uuid::nil(), search_lag: lag, ..Settings::default() };
+            let mut close = Offline::new(settings, start);
+            let search = json!({"query": {"type": "object_type", "object_type": "lead"},
+                "results_limit": 10, "_fields": {"lead": ["id"]}});
+            let found = |close: &mut Offline, seconds| {
+                let now = start + Duration::from_secs(seconds);
+                close.ask("api_simulator.key", "POST", "data/search/", Some(&search), now)
+            };
+            let made = close.ask("api_simulator.key", "POST", "lead/", Some(&json!({"name": "Acme"})), start);
+            let (soon, late) = (found(&mut close, 1), found(&mut close, 9));
+            let wrong = close.ask("another key", "GET", "me/?_fields=id", None, start);
+            assert_eq!((close.leads().len(), wrong.status), (1, 401));
+            let rows = |reply: &Reply| {
+                let page: Value = serde_json::from_str(&reply.body).unwrap();
+                page["data"].as_array().unwrap().len()
+            };
+            assert_eq!((rows(&soon), rows(&late)), (0, 1), "search lags");
+            assert!(made.headers.iter().any(|(name, _)| *name == "ratelimit"));
+            [made, soon, late, wrong]
+        };
+        assert_eq!(play(), play());
+    }
+}
