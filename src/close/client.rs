@@ -8,12 +8,13 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use reqwest::{StatusCode, header};
-use secrecy::{ExposeSecret, SecretString};
+use reqwest::StatusCode;
+use secrecy::SecretString;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use tokio::time::Instant;
 use url::Url;
 
 use super::endpoint::{Call, Endpoint, StatusClass};
@@ -21,6 +22,7 @@ use super::error::{CloseError, Fault, Rejection};
 use super::gate::{self, Gate, Permit, Priority};
 use super::joint::Joint;
 use super::limit::{self, RateLimit};
+use super::transport::{Http, Transport};
 use super::window::Standing;
 use super::wire::{self, Members};
 use super::{Hits, Lookup, Organization, Records};
@@ -57,8 +59,8 @@ pub struct Client {
 }
 
 pub(super) struct Inner {
-    http: reqwest::Client,
-    settings: Settings,
+    transport: Box<dyn Transport>,
+    timeout: Duration,
     pub(super) gates: HashMap<Endpoint, Gate>,
     /// Calls answered with 429 since the last that was not.
     refused_in_a_row: HashMap<Endpoint, AtomicU32>,
@@ -75,11 +77,8 @@ pub(super) struct Inner {
 /// So many calls answered with 429 in a row are worth a line.
 const MANY_REFUSALS: u32 = 5;
 
-/// Bodies larger than this are not read to the end; a Lead with hundreds of Contacts stays below.
-const MAX_ANSWER: usize = 32 << 20;
-
 impl Client {
-    /// Makes a client. `observe` is told of every call.
+    /// Makes a client that reaches Close over HTTPS. `observe` is told of every call.
     ///
     /// # Errors
     /// When the TLS set-up of the machine is unusable.
@@ -87,21 +86,23 @@ impl Client {
         settings: Settings,
         observe: impl Fn(Call) + Send + Sync + 'static,
     ) -> Result<Self, reqwest::Error> {
-        // One TLS stack for the process; a second installation is refused and harmless.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let http = reqwest::Client::builder()
-            .user_agent(concat!("close-sync/", env!("CARGO_PKG_VERSION")))
-            .timeout(settings.timeout)
-            // Of its own, so that a call that was never sent is known as such.
-            .connect_timeout(settings.timeout / 2)
-            // A redirect may lose the body of a POST (close-api.md §1).
-            .redirect(reqwest::redirect::Policy::none())
-            .build()?;
-        let gate = |endpoint| (endpoint, Gate::new(settings.share));
+        let Settings { timeout, share, .. } = settings;
+        Ok(Self::with_transport(Http::new(settings)?, timeout, share, observe))
+    }
+
+    /// The same over another transport, which ends each call after `timeout` at the latest. `share` is that
+    /// of the [`Settings`].
+    pub fn with_transport(
+        transport: impl Transport + 'static,
+        timeout: Duration,
+        share: f64,
+        observe: impl Fn(Call) + Send + Sync + 'static,
+    ) -> Self {
+        let gate = |endpoint| (endpoint, Gate::new(share));
         let gates = Endpoint::ALL.into_iter().map(gate).collect();
         let inner = Inner {
-            http,
-            settings,
+            transport: Box::new(transport),
+            timeout,
             gates,
             refused_in_a_row: Endpoint::ALL
                 .into_iter()
@@ -114,12 +115,12 @@ impl Client {
             phrase_only: AtomicBool::new(false),
         };
         let (calls, priority, excused) = (Arc::default(), Priority::default(), Arc::default());
-        Ok(Self { inner: Arc::new(inner), calls, priority, excused })
+        Self { inner: Arc::new(inner), calls, priority, excused }
     }
 
     /// How long one call may take.
     pub fn timeout(&self) -> Duration {
-        self.inner.settings.timeout
+        self.inner.timeout
     }
 
     /// The same client for one message: it counts its calls anew, and they go with this priority.
@@ -288,12 +289,14 @@ impl Client {
     ) -> Result<Option<Vec<u8>>, CloseError> {
         self.calls.fetch_add(1, Ordering::Relaxed);
         let started = Instant::now();
-        let result = self.exchange(endpoint, path, body).await;
+        let result = self.inner.transport.send(endpoint.method(), path, body).await;
         let status = result.as_ref().map_or(StatusClass::NoAnswer, |answer| StatusClass::of(answer.status));
         (self.inner.observe)(Call { endpoint, status, took: started.elapsed(), waited });
 
         let answer = result?;
-        permit.answered(answer.limit);
+        let header = |name: &str| answer.headers.get(name).and_then(|value| value.to_str().ok());
+        let limit = RateLimit::read(header);
+        permit.answered(limit);
         if answer.status != StatusCode::TOO_MANY_REQUESTS
             && self.inner.refused_in_a_row[&endpoint].swap(0, Ordering::Relaxed) >= MANY_REFUSALS
         {
@@ -306,8 +309,9 @@ impl Client {
             403 => Err(CloseError::Forbidden),
             404 => Err(CloseError::NotFound),
             429 => {
-                let told = answer.limit.filter(|limit| limit.remaining == 0).map(|limit| limit.reset);
-                let wait = told.or(answer.retry_after).unwrap_or(gate::DEFAULT_WAIT);
+                let told = limit.filter(|limit| limit.remaining == 0).map(|limit| limit.reset);
+                let retry_after = || header("retry-after").and_then(limit::seconds);
+                let wait = told.or_else(retry_after).unwrap_or(gate::DEFAULT_WAIT);
                 // Whole seconds may be rounded down to none.
                 permit.refused(wait.max(gate::SHORTEST_WAIT), told.is_some());
                 let in_a_row = &self.inner.refused_in_a_row[&endpoint];
@@ -319,37 +323,6 @@ impl Client {
             status @ 500..=599 => Err(CloseError::Transient(Fault::Status(status))),
             status => Err(CloseError::Rejected(Rejection::read(status, &answer.body))),
         }
-    }
-
-    async fn exchange(
-        &self,
-        endpoint: Endpoint,
-        path: &str,
-        body: Option<&Value>,
-    ) -> Result<Response, CloseError> {
-        let url = self.inner.settings.url.join(path).map_err(|_| CloseError::NotFound)?;
-        let mut request = self
-            .inner
-            .http
-            .request(endpoint.method(), url)
-            .basic_auth(self.inner.settings.api_key.expose_secret(), Some(""))
-            .header(header::ACCEPT, "application/json");
-        if let Some(body) = body {
-            request = request.json(body);
-        }
-        let mut response = request.send().await.map_err(|error| fault(&error))?;
-        let headers = response.headers();
-        let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-        let (limit, retry_after) = (RateLimit::read(header), header("retry-after").and_then(limit::seconds));
-        let status = response.status();
-        let mut body = Vec::new();
-        while let Some(chunk) = response.chunk().await.map_err(|error| fault(&error))? {
-            if body.len() + chunk.len() > MAX_ANSWER {
-                return Err(CloseError::Transient(Fault::Garbled));
-            }
-            body.extend_from_slice(&chunk);
-        }
-        Ok(Response { status, limit, retry_after, body })
     }
 }
 
@@ -392,24 +365,5 @@ impl Records for Client {
     async fn contact(&self, id: &ContactId) -> Result<Contact, CloseError> {
         let answer = self.read(Endpoint::ReadContact, &format!("contact/{id}/")).await?;
         wire::read_contact(&answer).ok_or(CloseError::Transient(Fault::Garbled))
-    }
-}
-
-struct Response {
-    status: StatusCode,
-    limit: Option<RateLimit>,
-    retry_after: Option<Duration>,
-    body: Vec<u8>,
-}
-
-fn fault(error: &reqwest::Error) -> CloseError {
-    if error.is_connect() {
-        // The innermost cause says most: refused, no such host, a bad certificate.
-        let causes = std::iter::successors(std::error::Error::source(error), |cause| cause.source());
-        CloseError::Unreachable(causes.last().map_or_else(|| "no connection".to_owned(), ToString::to_string))
-    } else if error.is_timeout() {
-        CloseError::Transient(Fault::Timeout)
-    } else {
-        CloseError::Transient(Fault::ConnectionLost)
     }
 }

@@ -13,6 +13,7 @@ mod gate;
 mod joint;
 mod limit;
 mod search;
+mod transport;
 mod window;
 mod wire;
 
@@ -23,6 +24,7 @@ pub use client::{Client, Settings};
 pub use endpoint::{Call, Endpoint, StatusClass};
 pub use error::{CloseError, Fault, FieldError, Rejection};
 pub use gate::Priority;
+pub use transport::{Answer, Transport};
 pub use window::Standing;
 
 /// Reading of Leads and Contacts. Behind a trait, so that the decisions that depend on what is read
