@@ -8,7 +8,9 @@
 //! may be the one that always fails, and would come first after every pause. Pure, with the time as input.
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 /// How far back it looks.
 const WINDOW: Duration = Duration::from_mins(1);

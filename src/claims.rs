@@ -8,10 +8,11 @@
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use moka::sync::Cache;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 /// Longer than any message is held between reading and writing, a wait for budget included.
 const REMEMBERED: Duration = Duration::from_hours(1);

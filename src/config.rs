@@ -26,7 +26,7 @@ use crate::amqp::{self, Delay};
 use crate::close;
 use crate::domain::mapping::Rules;
 use crate::domain::plan::Switches;
-use crate::retry::Policy;
+use crate::retry::{self, Policy};
 use crate::worker;
 
 pub use layers::{DEFAULTS, Layers, Problems, environment, masked};
@@ -195,6 +195,7 @@ impl Reader<'_> {
             switches: switches?,
             retry: Policy {
                 in_place: in_place?,
+                jitter: retry::JITTER,
                 delays: delays?.into_iter().map(|delay| delay.duration).collect(),
             },
             max_message_bytes: usize::try_from(max_message_bytes?).ok()?,

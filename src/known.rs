@@ -6,9 +6,10 @@
 //! merged. An entry lives ten minutes at most, so that a record somebody made by hand in Close is
 //! found by the search that follows.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use moka::sync::Cache;
+use tokio::time::Instant;
 
 use crate::domain::mapping::{Identity, Key};
 use crate::domain::record::{ContactId, LeadId};

@@ -11,51 +11,71 @@
 
 use std::time::Duration;
 
+use backoff::Clock;
 use backoff::backoff::Backoff as _;
-use backoff::{ExponentialBackoff, ExponentialBackoffBuilder};
+use backoff::exponential::{ExponentialBackoff, ExponentialBackoffBuilder};
+use tokio::time::Instant;
 
 use crate::close::CloseError;
 use crate::outcome::{DeadLetter, Failure, Obstruction, Outcome, PauseCause, Reason, Stage};
 
 /// How patient we are.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Policy {
     /// Total time a delivery is held for retries in place.
     pub in_place: Duration,
+    /// How far the pauses in place stray from their length, as a part of it: messages that failed together
+    /// do not try again together.
+    pub jitter: f64,
     /// The delay queues, shortest first: their number is the number of further attempts.
     pub delays: Vec<Duration>,
 }
 
+/// How far pauses stray from their length, as a part of it.
+pub const JITTER: f64 = 0.5;
+
 /// Jittered pauses that grow.
 #[derive(Debug)]
-pub struct Pauses(ExponentialBackoff);
+pub struct Pauses(ExponentialBackoff<TokioClock>);
+
+/// The same clock as that of the pauses themselves: tests stop both.
+#[derive(Debug, Default)]
+struct TokioClock;
+
+impl Clock for TokioClock {
+    fn now(&self) -> std::time::Instant {
+        Instant::now().into_std()
+    }
+}
 
 impl Pauses {
-    /// Pauses from `first` to `longest`, each ± 50 %, ending after `total` when given.
-    pub fn new(first: Duration, longest: Duration, total: Option<Duration>) -> Self {
-        let arithmetic = ExponentialBackoffBuilder::new()
+    /// Pauses from `first` to `longest`, each ± `jitter` of it, ending after `total` when given.
+    fn new(first: Duration, longest: Duration, jitter: f64, total: Option<Duration>) -> Self {
+        let mut arithmetic = ExponentialBackoffBuilder::new()
             .with_initial_interval(first)
             .with_max_interval(longest)
             .with_multiplier(2.0)
-            .with_randomization_factor(0.5)
+            .with_randomization_factor(jitter)
             .with_max_elapsed_time(total)
             .build();
+        // It begins by the system's clock.
+        arithmetic.reset();
         Self(arithmetic)
     }
 
     /// The pauses between tries in place.
     pub fn in_place(policy: &Policy) -> Self {
-        Self::new(Duration::from_millis(250), Duration::from_secs(8), Some(policy.in_place))
+        Self::new(Duration::from_millis(250), Duration::from_secs(8), policy.jitter, Some(policy.in_place))
     }
 
     /// The pauses between connections to the broker: without end (rabbitmq.md §5.2).
     pub fn reconnect() -> Self {
-        Self::new(Duration::from_millis(200), Duration::from_secs(30), None)
+        Self::new(Duration::from_millis(200), Duration::from_secs(30), JITTER, None)
     }
 
     /// The pauses between probes while consumption is paused: without end.
     pub fn probe() -> Self {
-        Self::new(Duration::from_secs(1), Duration::from_mins(1), None)
+        Self::new(Duration::from_secs(1), Duration::from_mins(1), JITTER, None)
     }
 
     /// The next pause; `None` when the total is used up.
@@ -138,7 +158,7 @@ mod tests {
     use crate::close::{Fault, Rejection};
 
     fn policy() -> Policy {
-        Policy { in_place: Duration::from_secs(30), delays: vec![Duration::from_secs(30); 4] }
+        Policy { in_place: Duration::from_secs(30), jitter: JITTER, delays: vec![Duration::from_secs(30); 4] }
     }
 
     fn verdict(error: CloseError, attempts: u32, looked_again: bool, pause: bool) -> String {
@@ -205,7 +225,7 @@ mod tests {
         /// one attempt more than there are delays, or a pause, which charges nothing.
         #[test]
         fn every_sequence_of_failures_ends(errors in proptest::collection::vec(some_error(), 200), delays in 0usize..6) {
-            let policy = Policy { in_place: Duration::ZERO, delays: vec![Duration::from_secs(1); delays] };
+            let policy = Policy { in_place: Duration::ZERO, jitter: JITTER, delays: vec![Duration::from_secs(1); delays] };
             let mut history = History::default();
             let mut ended = false;
             for error in errors {
@@ -231,7 +251,7 @@ mod tests {
         #[test]
         fn pauses_grow_within_their_window(first in 1u64..1000, longest in 1000u64..60_000) {
             let (first, longest) = (Duration::from_millis(first), Duration::from_millis(longest));
-            let mut pauses = Pauses::new(first, longest, None);
+            let mut pauses = Pauses::new(first, longest, JITTER, None);
             for _ in 0..40 {
                 let pause = pauses.next_pause().unwrap();
                 prop_assert!(pause >= first / 2 && pause <= longest * 3 / 2 + Duration::from_millis(1));

@@ -23,10 +23,11 @@
 mod tries;
 
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::sync::Mutex;
+use tokio::time::Instant;
 
 use crate::applied::Applied;
 use crate::breaker::Breaker;

@@ -15,14 +15,14 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::{Stream, StreamExt, stream};
 use lapin::options::{BasicConsumeOptions, BasicQosOptions};
 use lapin::types::FieldTable;
 use lapin::{Channel, Connection, Event};
 use tokio::task::{JoinError, JoinSet};
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use super::publisher::Publisher;
@@ -161,7 +161,7 @@ impl Session {
                     trusted_from: trusted_from.unwrap_or_else(Instant::now),
                 };
                 let publisher = link.publisher.clone();
-                nothing_in_hand.as_mut().reset(tokio::time::Instant::now() + LONGEST_TRIAL);
+                nothing_in_hand.as_mut().reset(Instant::now() + LONGEST_TRIAL);
                 tasks.spawn(self.clone().work(run, publisher, turn, stop.clone()));
             }
             let waiting = in_hand.desk.waiting();
@@ -186,7 +186,7 @@ impl Session {
                     Some(Ok(delivery)) => {
                         received += 1;
                         if received == 1 {
-                            time_to_draw.as_mut().reset(tokio::time::Instant::now() + TIME_TO_DRAW);
+                            time_to_draw.as_mut().reset(Instant::now() + TIME_TO_DRAW);
                         }
                         trusted_from.get_or_insert_with(|| Instant::now() + self.worker.settings().search_lag);
                         in_hand.receive(Incoming::of(delivery, self));

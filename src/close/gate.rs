@@ -6,9 +6,10 @@
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use super::limit::RateLimit;
 use super::window::{Standing, Window};
@@ -76,7 +77,8 @@ impl Gate {
                 }
                 Answer::NotYet(at) => {
                     tokio::select! {
-                        () = tokio::time::sleep_until(at.into()) => {}
+                        biased;
+                        () = tokio::time::sleep_until(at) => {}
                         () = changed => {}
                     }
                 }

@@ -8,10 +8,11 @@
 //! (close-api.md §6).
 
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::Value;
 use tokio::sync::{Notify, oneshot};
+use tokio::time::Instant;
 
 use super::gate::Priority;
 use super::{CloseError, Lookup};
@@ -113,7 +114,7 @@ impl Duty<'_> {
                 self.0.full.notified().await;
             }
         };
-        let _ = tokio::time::timeout_at((last + distance).into(), fill).await;
+        let _ = tokio::time::timeout_at(last + distance, fill).await;
     }
 
     /// Those who share the next search, the most urgent first.

@@ -18,7 +18,9 @@
 //! by a window that is used up, calls are also spaced out, twice as far at each such refusal and closer
 //! again while none comes.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::limit::{LONGEST_WAIT, RateLimit};
 

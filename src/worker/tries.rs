@@ -1,7 +1,9 @@
 //! The tries of one message: look up, plan, write, and start over from the look-up when something failed.
 
 use std::sync::PoisonError;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::{Inner, Turn, Worker};
 use crate::close::{Client, CloseError, FieldError};
@@ -133,7 +135,7 @@ impl Tries<'_> {
                 if ask && self.find_in_event_log().await {
                     continue;
                 }
-                tokio::time::sleep_until(trusted_from.into()).await;
+                tokio::time::sleep_until(trusted_from).await;
                 continue;
             }
             if let Some(claim) = claims.take(decided.together.changed(), asked).await {

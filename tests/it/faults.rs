@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write as _;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use close_sync::close::{Client, Priority};
 use close_sync::config::{Config, Need};
@@ -18,6 +18,7 @@ use close_sync::simulator::{Effect, Fault, FaultBody, Settings, Simulator, When}
 use close_sync::worker::{Arrival, Prepared, Turn, Worker};
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use crate::support::identify;
 
