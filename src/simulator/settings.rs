@@ -98,6 +98,7 @@ fn default_fields() -> Vec<CustomField> {
         lead("cf_leadseats", "Seats", FieldKind::Number),
         lead("cf_leadnumericid", "Numeric company id", FieldKind::Number),
         contact("cf_contactsyncedat", "Synced at", FieldKind::Datetime),
+        lead("cf_leadsyncedat", "Synced at", FieldKind::Datetime),
         lead("cf_leadowner", "Account owner", FieldKind::User),
         lead("cf_leadtags", "Tags", FieldKind::Choices).choices(["red", "green", "blue"]).multiple(),
         lead("cf_leadsince", "Customer since", FieldKind::Date),

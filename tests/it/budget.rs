@@ -10,7 +10,8 @@ use crate::support::{Bench, identify};
 #[tokio::test(flavor = "multi_thread")]
 async fn the_time_a_backlog_takes_is_foreseen() {
     let limits = Limits { lead: Rate::new(50, 1), ..Limits::unlimited() };
-    let bench = Bench::with(Settings { limits, ..Settings::fast() }).await;
+    // Merged, these events would cost next to nothing.
+    let bench = Bench::with(Settings { limits, ..Settings::fast() }).await.set("WORKER_MERGE", "false");
     let worker = bench.worker().await;
     let event =
         |n: usize| identify(&format!("u{}", n % 20), json!({"company": {"id": format!("c{}", n % 20)}}));

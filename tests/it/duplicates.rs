@@ -59,8 +59,8 @@ async fn the_doubt_about_a_lost_answer_outlives_its_message() {
 
     bench.simulator.fault(Fault::new(status(502, When::AfterCommit)).on("POST", "/lead/").times(1));
     bench.publish(&[identify("u1", json!({"title": "One"})), identify("u1", json!({"title": "Two"}))]).await;
-    let metrics = worker.settled(4).await;
-    assert_eq!(metrics.outcome("delayed"), 1);
+    let metrics = worker.settled(5).await;
+    assert_eq!(metrics.outcome("delayed"), 2, "the second follows the first");
     assert_eq!((bench.simulator.leads().len(), bench.simulator.contacts().len()), (2, 2), "{}", worker.log());
     worker.terminate().await;
 }
