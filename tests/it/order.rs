@@ -38,7 +38,7 @@ async fn one_person_identified_a_hundred_times_is_one_contact() {
         let settings = Settings { search_lag: "10s".parse().unwrap(), ..Settings::fast() };
         let bench = Bench::with(settings).await.set("WORKER_MERGE", merge);
         // All of them wait in line when the first is done.
-        bench.simulator.fault(Fault::new(Effect::Latency { ms: 500 }).on("POST", "/lead/").times(1));
+        bench.simulator.fault(Fault::new(Effect::Latency { ms: 2000 }).on("POST", "/lead/").times(1));
         let events: Vec<_> = (0..100)
             .map(|n| {
                 let phone = format!("+49301234{}", 100 + n % 3);
@@ -57,7 +57,7 @@ async fn one_person_identified_a_hundred_times_is_one_contact() {
         assert_eq!(values(contact, "phones", "phone"), ["+49301234100", "+49301234101", "+49301234102"]);
         if merge == "true" {
             let merged = metrics.count("messages_merged_total");
-            assert!(merged > 50, "{merged} merged");
+            assert!(merged > 20, "{merged} merged");
             let writes = u32::try_from(bench.writes().len()).unwrap();
             assert_eq!(writes, 1 + 2 * (99 - merged), "a Lead and a Contact each time");
         } else {
