@@ -17,7 +17,7 @@ use crate::domain::matching::{
 use crate::domain::plan::Switches;
 use crate::domain::record::{Contact, ContactId, Lead, LeadId};
 use crate::domain::together::Together;
-use crate::known::Known;
+use crate::known::{Known, Made};
 
 /// Looks records up for one message.
 pub(crate) struct Resolver<'a, R> {
@@ -64,6 +64,7 @@ impl<R: Records> Resolver<'_, R> {
         {
             let inside = pick_people(members, person, self.keys);
             self.judge_people(&inside, false);
+            self.remember(&inside.contacts, person);
             // Whether the person is elsewhere too matters only if a duplicate would be forbidden.
             let elsewhere = inside.contacts.is_empty()
                 && !self.switches.allow_creating_duplicate_contacts
@@ -75,6 +76,7 @@ impl<R: Records> Resolver<'_, R> {
         if people.is_empty() {
             return Ok(Found::Nobody);
         }
+        self.remember(&people, person);
         if let Some(company_id) = &person.company_id {
             return self.adopt(&people, company_id, person).await;
         }
@@ -111,6 +113,7 @@ impl<R: Records> Resolver<'_, R> {
         // may have been elsewhere.
         let inside = pick_people(members, person, self.keys);
         self.judge_people(&inside, false);
+        self.remember(&inside.contacts, person);
         Ok(Found::InLead { lead, contacts: inside.contacts, adopted, elsewhere: false })
     }
 
@@ -264,6 +267,15 @@ impl<R: Records> Resolver<'_, R> {
             }
         }
         Ok(leads)
+    }
+
+    /// Remembers Contacts as the person's. When the answer to a write of ours was lost, memory does not know
+    /// that they are, and may believe to have all of them.
+    fn remember(&self, contacts: &[Contact], person: &Identity) {
+        for contact in contacts {
+            let made = Made { lead: None, contact: Some(contact.id.clone()) };
+            self.known.learn_made(person, made, false);
+        }
     }
 
     /// Notes what was made of Contacts. Of a Lead's members, strangers are no candidates.
