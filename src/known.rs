@@ -79,9 +79,10 @@ impl Known {
     /// Remembers what a search found for a person, beside what is remembered already: search does not
     /// list what was made a moment ago. An empty answer is not remembered: it proves nothing
     /// (close-api.md §6).
-    pub fn learn_contacts(&self, key: Key, ids: Vec<ContactId>) {
+    /// `all`: it cannot have missed one.
+    pub fn learn_contacts(&self, key: Key, ids: Vec<ContactId>, all: bool) {
         if !ids.is_empty() {
-            self.add(key, ids, true);
+            self.add(key, ids, all);
         }
     }
 
@@ -143,11 +144,11 @@ mod tests {
         let person = Identity { email: Some("j@x.test".into()), ..Identity::default() };
         let id = |id: &str| ContactId::new(id);
         let made = |contact: &str| Made { lead: None, contact: Some(id(contact)) };
-        known.learn_contacts(key(), vec![]);
+        known.learn_contacts(key(), vec![], true);
         assert_eq!(known.contacts(&key()), Contacts::default());
         known.learn_made(&person, made("cont_1"), false);
         assert_eq!(known.contacts(&key()), Contacts { ids: vec![id("cont_1")], complete: false });
-        known.learn_contacts(key(), vec![id("cont_0")]);
+        known.learn_contacts(key(), vec![id("cont_0")], true);
         known.learn_made(&person, made("cont_2"), false);
         known.learn_made(&person, made("cont_1"), false);
         let ids = vec![id("cont_1"), id("cont_0"), id("cont_2")];

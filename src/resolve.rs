@@ -26,6 +26,8 @@ pub(crate) struct Resolver<'a, R> {
     pub(crate) applied: &'a Applied,
     pub(crate) keys: &'a KeyFields,
     pub(crate) switches: Switches,
+    /// Search cannot have missed a creation: what it finds is all there is.
+    pub(crate) trusted: bool,
     pub(crate) decision: &'a mut Decision,
 }
 
@@ -246,12 +248,12 @@ impl<R: Records> Resolver<'_, R> {
         // that names only the email.
         let by_email = [with(Likeness::SameEmail), with(Likeness::Conflict)].concat();
         if let Some(user_id) = &person.user_id {
-            self.known.learn_contacts(Key::User(user_id.clone()), by_user.clone());
+            self.known.learn_contacts(Key::User(user_id.clone()), by_user.clone(), self.trusted);
         }
         if let Some(email) = &person.email
             && by_user.is_empty()
         {
-            self.known.learn_contacts(Key::Email(email.clone()), by_email.clone());
+            self.known.learn_contacts(Key::Email(email.clone()), by_email.clone(), self.trusted);
         }
         Ok((by_user, by_email))
     }

@@ -46,8 +46,15 @@ fn decide(
     events: &[&Desired],
 ) -> Result<(Decision, Decided), CloseError> {
     let mut decision = Decision::default();
-    let mut resolver =
-        Resolver { records: book, known, applied, keys: &mapping.keys, switches, decision: &mut decision };
+    let mut resolver = Resolver {
+        records: book,
+        known,
+        applied,
+        keys: &mapping.keys,
+        switches,
+        trusted: true,
+        decision: &mut decision,
+    };
     let (first, others) = events.split_first().expect("an event");
     let mut decided = || resolver.decide(first, others).now_or_never().expect("memory answers at once");
     let decided = match decided() {

@@ -113,21 +113,24 @@ impl Tries<'_> {
         let mut asked_the_log = false;
         let (Decided { found, mut ages, together }, _claim) = loop {
             let asked = Instant::now();
+            let doubt = known.doubtful_until(&self.keys).filter(|until| asked < *until);
+            let trusted_from = doubt.max(Some(self.turn.trusted_from)).filter(|from| asked < *from);
             let mut close = Resolver {
                 records: &self.client,
                 known,
                 applied,
                 keys,
+                trusted: trusted_from.is_none(),
                 switches: settings.switches,
                 decision: &mut self.decision,
             };
             let look_up = |error| Failure { stage: Stage::LookUp, error };
             let decided = close.decide(desired, &self.others).await.map_err(look_up)?;
-            let doubt = known.doubtful_until(&self.keys).filter(|until| asked < *until);
-            let trusted_from = doubt.max(Some(self.turn.trusted_from));
-            // An adopted Lead was chosen because the company was not found: that needs proof as well.
-            let needs_proof = decided.found.adopts() || decided.together.creates();
-            if let Some(trusted_from) = trusted_from.filter(|from| needs_proof && asked < *from) {
+            // An adopted Lead was chosen because the company was not found: that needs proof as well. And where
+            // all Contacts of a person are changed, none may be missing.
+            let is_anywhere = matches!(decided.found, Found::Anywhere { .. });
+            let needs_proof = decided.found.adopts() || decided.together.creates() || is_anywhere;
+            if let Some(trusted_from) = trusted_from.filter(|_| needs_proof) {
                 metrics.lag_guard_waited();
                 // A creation without an answer that happened is found sooner in the event log.
                 // After a start there is nothing to look for in particular, and many would ask.
