@@ -107,6 +107,12 @@ impl Known {
         }
     }
 
+    /// Forgets all records: somebody else may have made more of them meanwhile. Doubts stay.
+    pub fn forget_records(&self) {
+        self.leads.invalidate_all();
+        self.people.invalidate_all();
+    }
+
     /// A record with these keys may have been created without our knowing: until then, nothing found
     /// by search is proof that it was not.
     pub fn doubt(&self, keys: &[Key], until: Instant) {

@@ -185,6 +185,12 @@ impl Worker {
         self.0.mapping.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// The first message of a session has come. Another worker may have been at work since the last one: what
+    /// is remembered need not be all there is.
+    pub fn take_over(&self) {
+        self.0.known.forget_records();
+    }
+
     /// Tells whether messages wait that could be worked on if there were more room.
     pub fn backlog(&self, there_is: bool) {
         self.0.client.backlog(there_is);

@@ -187,6 +187,7 @@ impl Session {
                         received += 1;
                         if received == 1 {
                             time_to_draw.as_mut().reset(Instant::now() + TIME_TO_DRAW);
+                            self.worker.take_over();
                         }
                         trusted_from.get_or_insert_with(|| Instant::now() + self.worker.settings().search_lag);
                         in_hand.receive(Incoming::of(delivery, self));
