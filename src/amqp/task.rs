@@ -199,7 +199,10 @@ impl Session {
             Some(Err(error)) => return Done::Failed(error),
             None => return Done::HandedBack,
         }
-        match delivery.ack(BasicAckOptions::default()).await {
+        // Of a connection that says nothing any more, an ack may never return.
+        let acked = stop.run_until_cancelled(delivery.ack(BasicAckOptions::default())).await;
+        let Some(acked) = acked else { return Done::HandedBack };
+        match acked {
             Ok(true) => Done::Settled { by_close: outcome.proves_close(), fate },
             // The channel of the delivery is gone; the broker delivers it again.
             Ok(false) => {
