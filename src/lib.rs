@@ -75,6 +75,7 @@ pub mod claims;
 pub mod close;
 pub mod known;
 pub mod preflight;
+pub mod pulse;
 mod resolve;
 pub mod retry;
 

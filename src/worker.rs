@@ -42,6 +42,7 @@ use crate::known::Known;
 use crate::metrics::Metrics;
 use crate::outcome::{DeadLetter, Failure, Obstruction, Outcome, PauseCause, Reason, Skip, Stage};
 use crate::preflight::{self, Obstacle};
+use crate::pulse::Pulse;
 use crate::retry::{History, Policy};
 
 use tries::{Mode, Tries};
@@ -189,6 +190,11 @@ impl Worker {
     /// is remembered need not be all there is.
     pub fn take_over(&self) {
         self.0.known.forget_records();
+    }
+
+    /// Whether the process has stood still: then nothing is sent any more.
+    pub fn pulse(&self) -> &Pulse {
+        self.0.client.pulse()
     }
 
     /// Tells whether messages wait that could be worked on if there were more room.

@@ -126,6 +126,9 @@ pub enum BrokerError {
     /// The connection or a channel ended.
     #[error("the connection to RabbitMQ was lost: {0}")]
     Lost(String),
+    /// This process was frozen: the queue may be another worker's by now.
+    #[error("the process stood still for {} s: another worker may have taken over", .0.as_secs())]
+    StoodStill(Duration),
     /// The consumer was cancelled: its queue was deleted, or the broker gave up on it.
     #[error("RabbitMQ cancelled the consumer (was the queue deleted?)")]
     Cancelled,

@@ -37,6 +37,7 @@ use crate::drain::Drain;
 use crate::lanes::Ticket;
 use crate::metrics::Metrics;
 use crate::outcome::PauseCause;
+use crate::pulse::Pulse;
 use crate::state::{State, Status};
 use crate::worker::{Turn, Worker};
 
@@ -125,8 +126,7 @@ impl Session {
         // search for this long after it. A standby may have waited for hours before.
         let mut trusted_from = None;
         let stop = CancellationToken::new();
-        let mut in_hand = InHand { desk: Desk::new(detours), messages: 0, report: Report::default() };
-        let mut tasks = JoinSet::new();
+        let mut in_hand = InHand::new(Desk::new(detours));
         let mut received = 0;
         let mut on_trial = self.unproven().is_some();
         in_hand.report.acquitted = !on_trial;
@@ -137,13 +137,14 @@ impl Session {
         let mut drawing = on_trial;
         let time_to_draw = tokio::time::sleep(TIME_TO_DRAW);
         tokio::pin!(time_to_draw);
+        let pulse = self.worker.pulse();
+        pulse.watch(link.patience());
+        let mut beat = tokio::time::interval(Pulse::APART);
+        beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut watch = Box::pin(watch(&link.consuming, &self.settings.queue, &self.metrics));
 
         let end = loop {
-            let restarted =
-                usize::try_from(in_hand.report.by_close).unwrap_or(usize::MAX).saturating_add(JURY);
-            let at_once =
-                if self.on_trial.is_some() { self.concurrency.min(restarted) } else { self.concurrency };
+            let at_once = self.at_once(&in_hand.report);
             if on_trial && in_hand.report.by_close > 0 {
                 (on_trial, in_hand.report.acquitted) = (false, true);
                 self.acquit();
@@ -152,7 +153,7 @@ impl Session {
                 self.status.set(State::Consuming);
             }
             while !drawing
-                && tasks.len() < at_once
+                && in_hand.tasks.len() < at_once
                 && let Some(run) = in_hand.next(at_once < self.concurrency, self)
             {
                 let turn = Turn {
@@ -162,22 +163,25 @@ impl Session {
                 };
                 let publisher = link.publisher.clone();
                 nothing_in_hand.as_mut().reset(Instant::now() + LONGEST_TRIAL);
-                tasks.spawn(self.clone().work(run, publisher, turn, stop.clone()));
+                in_hand.tasks.spawn(self.clone().work(run, publisher, turn, stop.clone()));
             }
-            let waiting = in_hand.desk.waiting();
+            let (busy, waiting) = (in_hand.tasks.len() == self.concurrency, in_hand.desk.waiting());
             self.metrics.load(in_hand.messages, waiting);
-            self.worker.backlog(tasks.len() == self.concurrency && waiting >= self.concurrency);
+            self.worker.backlog(busy && waiting >= self.concurrency);
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break End::Stopped,
-                Some(ended) = tasks.join_next() => match in_hand.book(ended) {
+                _ = beat.tick() => if let Some(gap) = pulse.beat() {
+                    break End::Lost(BrokerError::StoodStill(gap));
+                },
+                Some(ended) = in_hand.tasks.join_next() => match in_hand.book(ended) {
                     None => {}
                     Some(end) => break end,
                 },
                 Some(error) = link.trouble.next() => break End::Lost(error),
                 never = &mut watch => match never {},
                 () = &mut time_to_draw, if drawing && received > 0 => drawing = false,
-                () = &mut nothing_in_hand, if on_trial && tasks.is_empty() => {
+                () = &mut nothing_in_hand, if on_trial && in_hand.tasks.is_empty() => {
                     (on_trial, in_hand.report.acquitted) = (false, true);
                     self.acquit();
                 }
@@ -205,23 +209,16 @@ impl Session {
                 grace_s = self.grace.as_secs(),
                 "stopping: finishing what is in hand"
             );
-            let finish = async {
-                while let Some(ended) = tasks.join_next().await {
-                    let _ = in_hand.book(ended);
-                }
-            };
-            let finish = tokio::time::timeout(self.grace, finish);
             // Without a connection the standby is at work already.
             tokio::select! {
-                _ = finish => {}
+                _ = tokio::time::timeout(self.grace, in_hand.finish()) => {}
                 _ = link.trouble.next() => {}
             }
         }
         drop(watch);
         stop.cancel();
-        while let Some(ended) = tasks.join_next().await {
-            let _ = in_hand.book(ended);
-        }
+        in_hand.finish().await;
+        pulse.rest();
         let mut report = in_hand.report;
         report.handed_back = received - report.settled;
         self.metrics.load(0, 0);
@@ -230,6 +227,12 @@ impl Session {
         // broker that says nothing any more is not waited for.
         let _ = tokio::time::timeout(Duration::from_secs(5), link.close()).await;
         (end, report)
+    }
+
+    /// How many messages may be worked on now: after a pause with one more for each that succeeds.
+    fn at_once(&self, report: &Report) -> usize {
+        let restarted = usize::try_from(report.by_close).unwrap_or(usize::MAX).saturating_add(JURY);
+        if self.on_trial.is_some() { self.concurrency.min(restarted) } else { self.concurrency }
     }
 
     /// The cause of the last pause, if only a message that succeeds proves that it is gone.
@@ -255,12 +258,17 @@ impl Session {
 /// What a session has received and not settled.
 struct InHand<'a> {
     desk: Desk<'a, Key, Priority, Incoming>,
+    tasks: JoinSet<Ended>,
     /// Those that are worked on.
     messages: usize,
     report: Report,
 }
 
-impl InHand<'_> {
+impl<'a> InHand<'a> {
+    fn new(desk: Desk<'a, Key, Priority, Incoming>) -> Self {
+        Self { desk, tasks: JoinSet::new(), messages: 0, report: Report::default() }
+    }
+
     fn receive(&mut self, incoming: Incoming) {
         let (keys, rank, id) = (incoming.keys(), incoming.envelope.priority(), incoming.envelope.detour);
         self.desk.receive(keys, rank, id, incoming);
@@ -279,6 +287,13 @@ impl InHand<'_> {
         };
         self.messages += run.len();
         Some(run)
+    }
+
+    /// Waits until nothing is worked on any more.
+    async fn finish(&mut self) {
+        while let Some(ended) = self.tasks.join_next().await {
+            let _ = self.book(ended);
+        }
     }
 
     /// Books what became of messages; `Some` when the session has to end for it. Those that were not settled
@@ -371,6 +386,14 @@ impl Link {
             )
             .await?;
         Ok(Self { consuming, publishing, channel, publisher, deliveries, trouble })
+    }
+
+    /// How long the process may stand still: the broker gives its queue away after three heartbeats.
+    fn patience(&self) -> Duration {
+        match self.consuming.configuration().heartbeat() {
+            0 => Duration::from_secs(20),
+            heartbeat => 2 * Duration::from_secs(heartbeat.into()),
+        }
     }
 
     async fn close(self) {

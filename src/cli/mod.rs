@@ -117,6 +117,7 @@ hint: check user, password and vhost in `amqp.url` (AMQP_URL); the vhost `/` is 
             BrokerError::Missing(_)
             | BrokerError::Forbidden(_)
             | BrokerError::Lost(_)
+            | BrokerError::StoodStill(_)
             | BrokerError::Cancelled
             | BrokerError::Unroutable { .. }
             | BrokerError::Unconfirmed(_) => Self::Unavailable(error.to_string()),

@@ -29,6 +29,7 @@ use super::{Hits, Lookup, Organization, Records};
 use crate::domain::plan::ContactValues;
 use crate::domain::record::{Contact, ContactId, FieldId, Fields, Lead, LeadId};
 use crate::domain::schema::{CustomField, User};
+use crate::pulse::Pulse;
 
 /// How to reach Close.
 #[derive(Clone, Debug)]
@@ -65,6 +66,7 @@ pub(super) struct Inner {
     /// Calls answered with 429 since the last that was not.
     refused_in_a_row: HashMap<Endpoint, AtomicU32>,
     observe: Observer,
+    pulse: Pulse,
     /// More messages wait than are worked on.
     pub(super) backlog: AtomicBool,
     /// Look-ups of Leads that wait, and of Contacts.
@@ -109,6 +111,7 @@ impl Client {
                 .map(|endpoint| (endpoint, AtomicU32::new(0)))
                 .collect(),
             observe: Box::new(observe),
+            pulse: Pulse::default(),
             backlog: AtomicBool::new(false),
             leads: Joint::default(),
             contacts: Joint::default(),
@@ -138,6 +141,11 @@ impl Client {
     /// What is left of Close's rate limits, of those it told.
     pub fn standings(&self) -> impl Iterator<Item = (Endpoint, Standing)> {
         self.inner.gates.iter().filter_map(|(endpoint, gate)| Some((*endpoint, gate.standing()?)))
+    }
+
+    /// Its gaps keep calls from being sent.
+    pub fn pulse(&self) -> &Pulse {
+        &self.inner.pulse
     }
 
     /// Tells whether there is a backlog: then fewer calls matter more than quick ones.
@@ -287,6 +295,10 @@ impl Client {
         path: &str,
         body: Option<&Value>,
     ) -> Result<Option<Vec<u8>>, CloseError> {
+        if !self.inner.pulse.is_regular() {
+            // The session ends for it, and drops this.
+            std::future::pending::<()>().await;
+        }
         self.calls.fetch_add(1, Ordering::Relaxed);
         let started = Instant::now();
         let result = self.inner.transport.send(endpoint.method(), path, body).await;

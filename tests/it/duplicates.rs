@@ -165,3 +165,65 @@ async fn the_event_log_tells_of_a_creation_whose_answer_was_lost() {
     assert_eq!((bench.simulator.leads().len(), bench.simulator.contacts().len()), (3, 3));
     worker.terminate().await;
 }
+
+/// The leader is frozen right before it creates a Lead; a standby takes over and creates it; the leader wakes up.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_was_frozen_sends_nothing_when_it_wakes_up() {
+    let settings = Settings { search_lag: "1h".parse().unwrap(), ..Settings::fast() };
+    let bench = Bench::with(settings).await;
+    let url = format!("{}?heartbeat=1", bench.amqp_url);
+    let bench = bench.set("AMQP_URL", &url);
+    let leader = bench.worker().await;
+    bench.publish(&[in_company("u0", "first")]).await;
+    leader.settled(1).await;
+    let standby = bench.worker().await;
+
+    bench.simulator.fault(Fault::new(Effect::Latency { ms: 500 }).on("POST", "/data/").times(1));
+    let before = bench.simulator.request_count("POST", "/data/");
+    bench.publish(&[in_company("u1", "acme")]).await;
+    let looking = async |_: &crate::support::Worker| bench.simulator.request_count("POST", "/data/") > before;
+    leader.until("looking up", looking).await;
+    leader.signal("STOP");
+    standby.settled(1).await;
+    assert_eq!(bench.simulator.leads().len(), 2);
+
+    leader.signal("CONT");
+    leader.until("aware of it", async |leader| leader.logged("the process stood still") == 1).await;
+    leader.until("standing by", async |leader| leader.ready().await.1["state"] == "standing_by").await;
+    assert_eq!(bench.simulator.leads().len(), 2, "{}", leader.log());
+    standby.terminate().await;
+    leader.terminate().await;
+}
+
+/// Two stand by, the leader is killed while it writes: one of them goes on, and nothing is doubled.
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_standbys_one_goes_on_when_the_leader_is_killed() {
+    let settings = Settings { search_lag: "2s".parse().unwrap(), ..Settings::fast() };
+    let bench = Bench::with(settings).await.set("CLOSE_SEARCH_LAG", "3s").set("WORKER_CONCURRENCY", "4");
+    let workers = [bench.worker().await, bench.worker().await, bench.worker().await];
+    bench.simulator.fault(Fault::new(Effect::Latency { ms: 100 }).on("POST", "/lead/"));
+    let events: Vec<_> =
+        (0..40).map(|n| in_company(&format!("u{}", n % 20), &format!("c{}", n % 10))).collect();
+    bench.publish(&events).await;
+    workers[0].until("writing", async |_| bench.simulator.leads().len() >= 3).await;
+    workers[0].kill().await;
+
+    bench.depth_becomes("", 0).await;
+    let mut active = 0;
+    for standby in &workers[1..] {
+        let idle =
+            async |worker: &crate::support::Worker| worker.metrics().await.count("messages_in_flight") == 0;
+        standby.until("done", idle).await;
+        active += u32::from(standby.metrics().await.settled() > 0.0);
+    }
+    assert_eq!(active, 1);
+    let mut companies: Vec<_> =
+        bench.simulator.leads().iter().map(|lead| lead["custom.cf_leadcompanyid"].to_string()).collect();
+    companies.sort();
+    companies.dedup();
+    assert_eq!((companies.len(), bench.simulator.leads().len()), (10, 10), "one Lead a company");
+    assert_eq!(bench.simulator.contacts().len(), 20, "one Contact a person");
+    for standby in &workers[1..] {
+        standby.terminate().await;
+    }
+}
