@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::hash::Hash;
 
+use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::detours::Detours;
@@ -111,11 +112,11 @@ impl<'a, K: Clone + Eq + Hash, R: Copy + Ord, T> Desk<'a, K, R, T> {
     }
 
     /// A message is done with: those behind it may go on.
-    pub fn finish(&mut self, ticket: Ticket, fate: Fate) {
+    pub fn finish(&mut self, ticket: Ticket, fate: Fate, now: Instant) {
         let was_away = self.were_away.remove(&ticket);
         match (fate, was_away) {
             (Fate::Away { id, level }, _) => {
-                self.detours.leave(id, self.lanes.keys(ticket).to_vec(), level);
+                self.detours.leave(id, self.lanes.keys(ticket).to_vec(), level, now);
             }
             (Fate::Over, Some(id)) => self.detours.forget(id),
             (Fate::Over, None) => {}

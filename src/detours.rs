@@ -10,19 +10,24 @@
 //! behind all it has to be behind, though it may come back before the others and have to leave again.
 //!
 //! **What is lost.** A delay queue gives back in the order it took. When a message comes back, those that left
-//! for the same queue before it and are still away will not come: someone purged the queue, or they were
-//! settled in the moment a session ended. They are forgotten; nobody waits for them for ever.
+//! for the same queue well before it and are still away will not come: someone purged the queue, or they were
+//! settled in the moment a session ended. They are forgotten; nobody waits for them for ever. *Well* before, as
+//! messages that leave at the same time are not known to leave in the order in which the queue takes them.
 //!
 //! Pure. The memory ends with the process: after a restart an older message may come after a newer one, and is
 //! then kept from overwriting it by its time ([`crate::domain::age`]).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::Hash;
+use std::time::Duration;
 
+use tokio::time::Instant;
 use uuid::Uuid;
 
 /// Most messages that are remembered. One takes some 500 bytes; with more away, the oldest may be overtaken.
 const CAPACITY: usize = 20_000;
+/// So much later has one to have left that shows another to be lost. The broker confirms within moments.
+const WELL_BEFORE: Duration = Duration::from_secs(10);
 
 /// Messages in delay queues, by key. A queue is known by its level, the place among the configured delays.
 #[derive(Debug)]
@@ -31,7 +36,7 @@ pub struct Detours<K> {
     /// Of those that are away, by number.
     by_key: HashMap<K, BTreeSet<(u64, Uuid)>>,
     /// What each queue holds, in the order it took it.
-    queues: HashMap<usize, BTreeMap<u64, Uuid>>,
+    queues: HashMap<usize, BTreeMap<u64, (Uuid, Instant)>>,
     next: u64,
 }
 
@@ -42,6 +47,7 @@ struct Detour<K> {
     level: usize,
     /// Its place in the queue.
     place: u64,
+    left: Instant,
 }
 
 impl<K> Default for Detours<K> {
@@ -59,8 +65,8 @@ impl<K: Clone + Eq + Hash> Detours<K> {
         self.messages.get(id).map(|detour| detour.level)
     }
 
-    /// A message has left for a delay queue.
-    pub fn leave(&mut self, id: Uuid, keys: Vec<K>, level: usize) {
+    /// A message has left for a delay queue, now.
+    pub fn leave(&mut self, id: Uuid, keys: Vec<K>, level: usize, now: Instant) {
         self.next += 1;
         let place = self.next;
         let number = self.messages.get(&id).map_or(place, |detour| detour.number);
@@ -74,20 +80,18 @@ impl<K: Clone + Eq + Hash> Detours<K> {
         for key in &keys {
             self.by_key.entry(key.clone()).or_default().insert((number, id));
         }
-        self.queues.entry(level).or_default().insert(place, id);
-        self.messages.insert(id, Detour { number, keys, level, place });
+        self.queues.entry(level).or_default().insert(place, (id, now));
+        self.messages.insert(id, Detour { number, keys, level, place, left: now });
     }
 
     /// A message has come back, and waits for its turn. Until then it is as good as away: one that waits
     /// before it still has to yield.
     pub fn come_back(&mut self, id: Uuid) {
-        let Some(Detour { level, place, .. }) = self.messages.get(&id) else { return };
-        let (level, place) = (*level, *place);
-        let Some(queue) = self.queues.get_mut(&level) else { return };
-        let later = queue.split_off(&place);
-        let lost = std::mem::replace(queue, later);
-        queue.remove(&place);
-        for id in lost.into_values() {
+        let Some(Detour { level, place, left, .. }) = self.messages.get(&id) else { return };
+        let Some(queue) = self.queues.get_mut(level) else { return };
+        queue.remove(place);
+        let lost = queue.values().take_while(|(_, before)| *before + WELL_BEFORE <= *left);
+        for id in lost.map(|(id, _)| *id).collect::<Vec<_>>() {
             self.forget(id);
         }
     }
@@ -119,7 +123,7 @@ impl<K: Clone + Eq + Hash> Detours<K> {
     /// and will come as if for the first time.
     pub fn start_over(&mut self) {
         for (id, detour) in &self.messages {
-            self.queues.entry(detour.level).or_default().insert(detour.place, *id);
+            self.queues.entry(detour.level).or_default().insert(detour.place, (*id, detour.left));
             for key in &detour.keys {
                 self.by_key.entry(key.clone()).or_default().insert((detour.number, *id));
             }
@@ -137,10 +141,10 @@ mod tests {
 
     #[test]
     fn later_messages_yield_and_earlier_ones_do_not() {
-        let mut detours = Detours::default();
+        let (mut detours, now) = (Detours::default(), Instant::now());
         assert_eq!(detours.behind(None, &["jane"]), None);
-        detours.leave(id(1), vec!["jane", "acme"], 0);
-        detours.leave(id(2), vec!["acme", "bob"], 0);
+        detours.leave(id(1), vec!["jane", "acme"], 0, now);
+        detours.leave(id(2), vec!["acme", "bob"], 0, now);
         assert_eq!(detours.behind(None, &["jane"]), Some(0));
         assert_eq!(detours.behind(None, &["bob"]), Some(0), "behind one that is itself behind another");
         assert_eq!(detours.behind(None, &["kim"]), None);
@@ -151,12 +155,12 @@ mod tests {
         assert_eq!(detours.behind(None, &["jane"]), Some(0), "its turn has not come yet");
         detours.begin(id(1));
         assert_eq!(detours.behind(None, &["jane"]), None, "lanes keep them in order from here on");
-        detours.leave(id(1), vec!["jane", "acme"], 1);
+        detours.leave(id(1), vec!["jane", "acme"], 1, now);
         assert_eq!(detours.behind(Some(id(2)), &["acme", "bob"]), Some(1));
         assert_eq!(detours.behind(None, &["acme"]), Some(0), "behind the second, wherever the first is");
         detours.come_back(id(2));
         detours.begin(id(2));
-        detours.leave(id(2), vec!["acme", "bob"], 1);
+        detours.leave(id(2), vec!["acme", "bob"], 1, now);
         assert_eq!(detours.behind(None, &["bob"]), Some(1));
         for n in [1, 2] {
             detours.come_back(id(n));
@@ -169,11 +173,15 @@ mod tests {
 
     #[test]
     fn nobody_waits_for_what_is_lost() {
-        let mut detours = Detours::default();
-        detours.leave(id(1), vec!["jane"], 0);
-        detours.leave(id(2), vec!["jane"], 0);
-        detours.leave(id(3), vec!["jane"], 1);
-        // The queue was purged between the first and the second.
+        let (mut detours, now) = (Detours::default(), Instant::now());
+        detours.leave(id(1), vec!["jane"], 0, now);
+        detours.leave(id(2), vec!["jane"], 0, now + WELL_BEFORE / 2);
+        detours.leave(id(3), vec!["jane"], 1, now);
+        detours.come_back(id(2));
+        assert_eq!(detours.behind(Some(id(2)), &["jane"]), Some(0), "they may have left in another order");
+        // The queue was purged after the first.
+        detours.begin(id(2));
+        detours.leave(id(2), vec!["jane"], 0, now + WELL_BEFORE);
         detours.come_back(id(2));
         assert_eq!(detours.behind(Some(id(2)), &["jane"]), None);
         detours.begin(id(2));
@@ -185,16 +193,16 @@ mod tests {
         detours.begin(id(3));
         detours.start_over();
         assert_eq!(detours.behind(None, &["jane"]), Some(1));
-        detours.leave(id(4), vec!["jane"], 1);
+        detours.leave(id(4), vec!["jane"], 1, now + WELL_BEFORE);
         detours.come_back(id(4));
         assert_eq!(detours.behind(Some(id(4)), &["jane"]), None);
     }
 
     #[test]
     fn there_is_a_limit() {
-        let mut detours = Detours::default();
+        let (mut detours, now) = (Detours::default(), Instant::now());
         for n in 0..=CAPACITY {
-            detours.leave(id(n as u128), vec![n], 0);
+            detours.leave(id(n as u128), vec![n], 0, now);
         }
         assert_eq!((detours.messages.len(), detours.queues[&0].len()), (CAPACITY, CAPACITY));
         assert_eq!((detours.behind(None, &[0]), detours.behind(None, &[1])), (None, Some(0)));

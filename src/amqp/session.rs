@@ -318,7 +318,7 @@ impl<'a> InHand<'a> {
                 Done::Settled { by_close, fate } => {
                     self.report.settled += 1;
                     self.report.by_close += u64::from(by_close);
-                    self.desk.finish(ticket, fate);
+                    self.desk.finish(ticket, fate, Instant::now());
                 }
                 Done::HandedBack => {}
                 Done::Paused(cause) => end = end.or(Some(End::Paused(cause))),

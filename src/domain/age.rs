@@ -65,8 +65,8 @@ pub fn note(ages: &mut Ages, plan: &Plan, event: &Desired) {
                 FieldVerdict::Set if stamp.is_some_and(|stamp| is_key_of(field, stamp)) => {
                     age.stored = wanted.as_str().and_then(|text| text.parse().ok());
                 }
-                // What is for new records only says nothing about this one.
-                FieldVerdict::Same if *write == WriteRule::OnCreate => {}
+                // A name for want of a better one is nothing the event has told.
+                FieldVerdict::Set | FieldVerdict::Same if *write == WriteRule::OnCreate => {}
                 FieldVerdict::Set | FieldVerdict::Same => {
                     let newest = age.fields.entry(field.clone()).or_insert(at);
                     *newest = at.max(*newest);

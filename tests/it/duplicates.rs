@@ -227,3 +227,52 @@ async fn of_two_standbys_one_goes_on_when_the_leader_is_killed() {
         standby.terminate().await;
     }
 }
+
+/// The answer to a creation was lost and the person found inside the Lead: the Contact is known from then on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_contact_found_inside_a_lead_is_remembered() {
+    let bench = Bench::new().await.set("RETRY_IN_PLACE", "20s");
+    bench.lead(Some("there"), json!([]));
+    let lost = Effect::DropConnection { when: When::AfterCommit };
+    bench.simulator.fault(Fault::new(lost).on("POST", "/contact/").times(1));
+    let title = identify("u1", json!({"title": "Everywhere"}));
+    bench.sync(&[in_company("u1", "new"), in_company("u1", "there"), title]).await;
+    let titles: Vec<_> = bench.simulator.contacts().iter().map(|contact| contact["title"].clone()).collect();
+    assert_eq!(titles, ["Everywhere", "Everywhere"]);
+}
+
+/// The same, and search is blind: a Contact without user id that has the email must not become the person.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_else_becomes_a_person_who_is_inside_a_lead() {
+    let bench = Bench::with(blind()).await.set("RETRY_IN_PLACE", "20s");
+    bench.lead(None, json!([{"name": "A form", "emails": [{"email": "j@x.test"}]}]));
+    bench.lead(Some("there"), json!([]));
+    bench.simulator.index_now();
+    let lost = Effect::DropConnection { when: When::AfterCommit };
+    bench.simulator.fault(Fault::new(lost).on("POST", "/contact/").times(1));
+    let events = [
+        identify("u1", json!({"email": "j@x.test", "company": {"id": "there"}})),
+        identify("u1", json!({"email": "j@x.test"})),
+    ];
+    bench.sync(&events).await;
+    let users: Vec<_> =
+        bench.simulator.contacts().iter().map(|contact| contact["custom.cf_contactuserid"].clone()).collect();
+    assert_eq!(users.iter().filter(|user| **user == "u1").count(), 1, "{users:?}");
+}
+
+/// What the predecessor made a moment ago is not in search yet: an event about the person waits for it too.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_takeover_all_contacts_of_a_person_are_updated() {
+    let settings = Settings { search_lag: "2s".parse().unwrap(), ..Settings::fast() };
+    let bench = Bench::with(settings).await.set("CLOSE_SEARCH_LAG", "3s");
+    bench.lead(Some("old"), json!([{"name": "Jane", "custom.cf_contactuserid": "u1"}]));
+    bench.lead(Some("there"), json!([]));
+    bench.simulator.index_now();
+    let active = bench.worker().await;
+    bench.publish(&[in_company("u1", "there")]).await;
+    active.settled(1).await;
+    active.kill().await;
+    bench.sync(&[identify("u1", json!({"title": "Everywhere"}))]).await;
+    let titles: Vec<_> = bench.simulator.contacts().iter().map(|contact| contact["title"].clone()).collect();
+    assert_eq!(titles, ["Everywhere", "Everywhere"]);
+}

@@ -11,6 +11,7 @@ mod duplicates;
 mod failures;
 mod faults;
 mod fuzz;
+mod model;
 mod order;
 mod pauses;
 mod payloads;

@@ -6,7 +6,7 @@ use close_sync::simulator::{Effect, Fault, FaultBody, Settings, When};
 use lapin::BasicProperties;
 use serde_json::{Value, json};
 
-use crate::support::{Bench, Node, identify};
+use crate::support::{Bench, Node, Proxy, identify};
 
 fn people(count: usize) -> Vec<Value> {
     (0..count).map(|n| identify(&format!("u{n}"), json!({"company": {"id": format!("c{n}")}}))).collect()
@@ -152,5 +152,24 @@ async fn a_broker_that_dies_and_comes_back_costs_nothing() {
     assert_each_once(&bench, 60);
     assert!(worker.metrics().await.get("broker_connection_losses_total") > 0.0);
     assert_eq!(worker.logged("reconnecting to RabbitMQ"), 1, "one line per incident");
+    worker.terminate().await;
+}
+
+/// A connection that breaks while messages are acked: the session ends all the same, and the next begins.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_lost_between_acks_is_replaced() {
+    let bench = Bench::new().await;
+    let proxy = Proxy::start(&bench.amqp_url).await;
+    let bench = bench.set("AMQP_URL", &proxy.url);
+    let worker = bench.worker().await;
+    for round in 0..20 {
+        // Nothing to write: acks come as fast as they can.
+        let people: Vec<_> = (0..150).map(|n| identify(&format!("u{n}"), json!({}))).collect();
+        let before = bench.simulator.requests().len();
+        bench.publish(&people).await;
+        worker.until("working", async |_| bench.simulator.requests().len() > before + 20).await;
+        proxy.cut_one(round);
+        bench.depth_becomes("", 0).await;
+    }
     worker.terminate().await;
 }

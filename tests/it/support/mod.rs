@@ -1,6 +1,7 @@
 //! A bench for one test: its own simulator, its own queues on the shared broker, workers as processes.
 
 mod node;
+mod proxy;
 mod worker;
 
 use std::collections::{BTreeMap, HashMap};
@@ -8,13 +9,17 @@ use std::process::Output;
 use std::time::{Duration, Instant};
 
 use close_sync::amqp::headers;
-use close_sync::simulator::{Settings, Simulator};
-use lapin::options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions};
+use close_sync::simulator::{Fault, Settings, Simulator};
+use lapin::options::{
+    BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeleteOptions, QueueDeclareOptions,
+    QueueDeleteOptions,
+};
 use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
 use serde_json::{Value, json};
 
 pub(crate) use node::Node;
+pub(crate) use proxy::Proxy;
 pub(crate) use worker::Worker;
 
 /// Nothing a test waits for takes longer, even on a busy machine.
@@ -27,7 +32,7 @@ pub(crate) struct Bench {
     pub(crate) queue: String,
     pub(crate) exchange: String,
     environment: BTreeMap<String, String>,
-    channel: tokio::sync::OnceCell<Channel>,
+    channel: tokio::sync::Mutex<Option<Channel>>,
 }
 
 impl Bench {
@@ -74,7 +79,7 @@ impl Bench {
                 .iter()
                 .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
                 .collect(),
-            channel: tokio::sync::OnceCell::new(),
+            channel: tokio::sync::Mutex::default(),
         }
     }
 
@@ -210,15 +215,37 @@ impl Bench {
         (message.data.clone(), texts.collect(), properties.clone())
     }
 
-    pub(crate) async fn channel(&self) -> &Channel {
-        self.channel
-            .get_or_init(async || {
-                let connection = connect(&self.amqp_url).await;
-                let channel = connection.create_channel().await.unwrap();
-                channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
-                channel
-            })
-            .await
+    /// A channel of the test's own, a new one after its connection was lost.
+    pub(crate) async fn channel(&self) -> Channel {
+        let mut channel = self.channel.lock().await;
+        if let Some(open) = channel.as_ref().filter(|channel| channel.status().connected()) {
+            return open.clone();
+        }
+        let connection = connect(&self.amqp_url).await;
+        let new = connection.create_channel().await.unwrap();
+        new.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+        channel.insert(new).clone()
+    }
+
+    /// Removes what its workers declared, for tests that make many benches.
+    pub(crate) async fn clean_up(&self, delays: &[&str]) {
+        let channel = self.channel().await;
+        let mut queues = vec![self.queue.clone(), format!("{}.dead", self.queue)];
+        queues.extend(delays.iter().map(|delay| format!("{}.retry.{delay}", self.queue)));
+        for queue in queues {
+            channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await.unwrap();
+        }
+        for exchange in
+            [self.exchange.clone(), format!("{}.retry", self.queue), format!("{}.dead", self.queue)]
+        {
+            channel.exchange_delete(exchange.into(), ExchangeDeleteOptions::default()).await.unwrap();
+        }
+    }
+
+    /// The faults of the simulator that have not struck as often as they may.
+    pub(crate) async fn faults_left(&self) -> Vec<Fault> {
+        let url = format!("http://{}/_sim/faults", self.simulator.addr());
+        reqwest::get(url).await.unwrap().json().await.unwrap()
     }
 
     /// The only Lead there is.

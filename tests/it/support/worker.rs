@@ -59,6 +59,11 @@ impl Worker {
         self.log.lock().unwrap().join("\n")
     }
 
+    /// The log lines after so many.
+    pub(crate) fn log_after(&self, lines: usize) -> Vec<String> {
+        self.log.lock().unwrap()[lines..].to_vec()
+    }
+
     /// How many log lines contain a text.
     pub(crate) fn logged(&self, text: &str) -> usize {
         self.log.lock().unwrap().iter().filter(|line| line.contains(text)).count()

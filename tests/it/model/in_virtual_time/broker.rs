@@ -1,0 +1,189 @@
+//! A quorum queue with a single active consumer, as far as a worker can tell: messages in order, a window of
+//! unacked ones, and what was not acked back at the front in its order when its consumer is gone. Delay
+//! queues give back at the tail; what is dead stays dead.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use tokio::sync::mpsc;
+use uuid::Uuid;
+
+/// A message on its way. Copies of it have the same number.
+#[derive(Clone, Debug)]
+pub(super) struct Message {
+    pub(super) number: usize,
+    pub(super) body: Vec<u8>,
+    pub(super) attempts: u32,
+    /// As the headers tell: by what it is known since it left for a delay queue.
+    pub(super) detour: Option<Uuid>,
+}
+
+/// A message in a consumer's hands.
+#[derive(Debug)]
+pub(super) struct Delivery {
+    pub(super) tag: u64,
+    pub(super) message: Message,
+}
+
+/// One consumer's channel; a new one for each session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Channel(u64);
+
+#[derive(Debug)]
+struct Consumer {
+    channel: Channel,
+    deliveries: mpsc::UnboundedSender<Delivery>,
+    unacked: BTreeMap<u64, Message>,
+    /// Acks that are still on their way, in their order.
+    acks: VecDeque<u64>,
+}
+
+/// The queues.
+#[derive(Debug, Default)]
+pub(super) struct Broker {
+    prefetch: usize,
+    next: u64,
+    ready: VecDeque<Message>,
+    /// The first one is active, the others stand by.
+    consumers: Vec<Consumer>,
+    /// Copies in delay queues.
+    delayed: usize,
+    /// How often each message was put in and taken out: it has to come out as often as it was put in.
+    put_in: BTreeMap<usize, u32>,
+    acked: BTreeMap<usize, u32>,
+    /// Messages that were given up, and why.
+    pub(super) dead: Vec<(usize, &'static str)>,
+}
+
+impl Broker {
+    pub(super) fn new(prefetch: usize) -> Self {
+        Self { prefetch, ..Self::default() }
+    }
+
+    /// Puts a message at the tail, for the first time.
+    pub(super) fn publish(&mut self, message: Message) {
+        *self.put_in.entry(message.number).or_default() += 1;
+        self.ready.push_back(message);
+        self.pump();
+    }
+
+    /// A copy waits in a delay queue.
+    pub(super) fn delay(&mut self, number: usize) {
+        *self.put_in.entry(number).or_default() += 1;
+        self.delayed += 1;
+    }
+
+    /// It has waited long enough.
+    pub(super) fn comes_back(&mut self, message: Message) {
+        self.delayed -= 1;
+        self.ready.push_back(message);
+        self.pump();
+    }
+
+    /// Adds a consumer, which is active once those before it are gone.
+    pub(super) fn subscribe(&mut self) -> (Channel, mpsc::UnboundedReceiver<Delivery>) {
+        let (deliveries, received) = mpsc::unbounded_channel();
+        let channel = Channel(self.next());
+        self.consumers.push(Consumer {
+            channel,
+            deliveries,
+            unacked: BTreeMap::new(),
+            acks: VecDeque::new(),
+        });
+        self.pump();
+        (channel, received)
+    }
+
+    /// Who is active, if anybody.
+    pub(super) fn active(&self) -> Option<Channel> {
+        self.consumers.first().map(|consumer| consumer.channel)
+    }
+
+    /// A consumer sends an ack, which takes its time.
+    pub(super) fn ack_sent(&mut self, channel: Channel, tag: u64) {
+        if let Some(consumer) = self.consumer(channel) {
+            consumer.acks.push_back(tag);
+        }
+    }
+
+    /// The first ack that is on its way arrives; none when the channel is gone.
+    pub(super) fn ack_arrives(&mut self, channel: Channel) -> Option<usize> {
+        let consumer = self.consumer(channel)?;
+        let tag = consumer.acks.pop_front()?;
+        let message = consumer.unacked.remove(&tag).expect("an ack for a delivery that is not acked yet");
+        *self.acked.entry(message.number).or_default() += 1;
+        self.pump();
+        Some(message.number)
+    }
+
+    /// A consumer is gone. Acks on their way arrive or do not.
+    pub(super) fn unsubscribe(&mut self, channel: Channel, acks_arrive: bool) {
+        while acks_arrive && self.ack_arrives(channel).is_some() {}
+        let Some(at) = self.consumers.iter().position(|consumer| consumer.channel == channel) else { return };
+        let gone = self.consumers.remove(at);
+        for (_, message) in gone.unacked.into_iter().rev() {
+            self.ready.push_front(message);
+        }
+        self.pump();
+    }
+
+    /// Nothing is left to do.
+    pub(super) fn is_empty(&self) -> bool {
+        self.delayed == 0
+            && self.ready.is_empty()
+            && self.consumers.iter().all(|consumer| consumer.unacked.is_empty())
+    }
+
+    /// Messages that did not come out as often as they were put in.
+    pub(super) fn unsettled(&self) -> Vec<usize> {
+        let missing =
+            |(number, times): (&usize, &u32)| (self.acked.get(number) != Some(times)).then_some(*number);
+        self.put_in.iter().filter_map(missing).collect()
+    }
+
+    fn next(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    fn consumer(&mut self, channel: Channel) -> Option<&mut Consumer> {
+        self.consumers.iter_mut().find(|consumer| consumer.channel == channel)
+    }
+
+    fn pump(&mut self) {
+        let Self { prefetch, next, ready, consumers, .. } = self;
+        let Some(active) = consumers.first_mut() else { return };
+        while active.unacked.len() < *prefetch
+            && let Some(message) = ready.pop_front()
+        {
+            *next += 1;
+            active.unacked.insert(*next, message.clone());
+            // Whoever does not listen any more is about to be noticed as gone.
+            let _ = active.deliveries.send(Delivery { tag: *next, message });
+        }
+    }
+}
+
+#[test]
+fn what_is_not_acked_comes_back_in_order_and_goes_to_the_next() {
+    let mut broker = Broker::new(2);
+    let message = |number| Message { number, body: Vec::new(), attempts: 0, detour: None };
+    (0..4).for_each(|number| broker.publish(message(number)));
+    let (first, mut to_first) = broker.subscribe();
+    let (second, mut to_second) = broker.subscribe();
+    let numbers = |received: &mut mpsc::UnboundedReceiver<Delivery>| -> Vec<(u64, usize)> {
+        std::iter::from_fn(|| received.try_recv().ok())
+            .map(|delivery| (delivery.tag, delivery.message.number))
+            .collect()
+    };
+    let got = numbers(&mut to_first);
+    assert_eq!(got.iter().map(|(_, number)| *number).collect::<Vec<_>>(), [0, 1]);
+    broker.ack_sent(first, got[1].0);
+    assert_eq!(broker.ack_arrives(first), Some(1));
+    assert_eq!(numbers(&mut to_first).len(), 1);
+    broker.ack_sent(first, got[0].0);
+    broker.unsubscribe(first, false);
+    assert_eq!(broker.active(), Some(second));
+    let got = numbers(&mut to_second);
+    assert_eq!(got.iter().map(|(_, number)| *number).collect::<Vec<_>>(), [0, 2]);
+    assert_eq!((broker.unsettled(), broker.is_empty()), (vec![0, 2, 3], false));
+}
