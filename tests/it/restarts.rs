@@ -6,7 +6,7 @@ use close_sync::simulator::{Effect, Fault, FaultBody, Settings, When};
 use lapin::BasicProperties;
 use serde_json::{Value, json};
 
-use crate::support::{Bench, Node, Proxy, identify};
+use crate::support::{Bench, Node, Proxy, Worker, identify};
 
 fn people(count: usize) -> Vec<Value> {
     (0..count).map(|n| identify(&format!("u{n}"), json!({"company": {"id": format!("c{n}")}}))).collect()
@@ -50,7 +50,11 @@ async fn sigterm_finishes_what_is_in_hand_and_hands_the_rest_back() {
     bench.simulator.fault(Fault::new(Effect::Latency { ms: 300 }).on("POST", "/lead/"));
     let worker = bench.worker().await;
     bench.publish(&people(20)).await;
-    worker.until("working", async |worker| worker.metrics().await.count("messages_in_flight") == 4).await;
+    let all_in_hand = async |worker: &Worker| {
+        let metrics = worker.metrics().await;
+        (metrics.count("messages_in_flight"), metrics.count("messages_waiting")) == (4, 16)
+    };
+    worker.until("working", all_in_hand).await;
     worker.terminate().await;
 
     let leads = bench.simulator.leads().len();

@@ -193,7 +193,9 @@ impl Life {
                     let each = match ended.unwrap() {
                         Ended::Each(each) => each,
                         Ended::Apart(run) => {
-                            run.into_iter().for_each(|(ticket, incoming)| desk.put_back(ticket, incoming));
+                            for (ticket, incoming) in run {
+                                desk.put_back(ticket, incoming);
+                            }
                             continue;
                         }
                     };
