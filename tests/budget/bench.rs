@@ -6,7 +6,7 @@
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a measurement that cannot go on ends")]
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use close_sync::config::{Config, Need};
@@ -28,6 +28,56 @@ const GROUPS: [(&str, &str, &str, f64); 6] = [
     ("create lead", "POST", "/lead/", 240.0),
     ("create contact", "POST", "/contact/", 240.0),
     ("update", "PUT", "/", 240.0),
+];
+
+/// What keeps records single and values in order.
+const GUARDS_ON: [(&str, &str); 4] = [
+    ("CLOSE_SEARCH_LAG", "5s"),
+    ("WORKER_MERGE", "true"),
+    ("CLOSE_LEAD_SYNCED_AT_FIELD", "cf_leadsyncedat"),
+    ("CLOSE_CONTACT_SYNCED_AT_FIELD", "cf_contactsyncedat"),
+];
+const GUARDS_OFF: [(&str, &str); 4] = [
+    ("CLOSE_SEARCH_LAG", "0s"),
+    ("WORKER_MERGE", "false"),
+    ("CLOSE_LEAD_SYNCED_AT_FIELD", ""),
+    ("CLOSE_CONTACT_SYNCED_AT_FIELD", ""),
+];
+
+/// A row of the table.
+struct Row {
+    name: &'static str,
+    /// Of the rate limits, in percent.
+    share: u32,
+    /// The worker knows everybody.
+    warm: bool,
+    /// Another client takes half.
+    shared: bool,
+    /// What is left for us at best.
+    bound: f64,
+    guards: bool,
+}
+
+const ROWS: [Row; 5] = [
+    Row { name: "warm, share 100 %", share: 100, warm: true, shared: false, bound: 1.0, guards: true },
+    Row { name: "warm, share 80 %", share: 80, warm: true, shared: false, bound: 0.8, guards: true },
+    Row {
+        name: "warm, share 80 %, guards off",
+        share: 80,
+        warm: true,
+        shared: false,
+        bound: 0.8,
+        guards: false,
+    },
+    Row { name: "cold start, share 80 %", share: 80, warm: false, shared: false, bound: 0.8, guards: true },
+    Row {
+        name: "cold, half taken by another, 80 %",
+        share: 80,
+        warm: false,
+        shared: true,
+        bound: 0.5,
+        guards: true,
+    },
 ];
 
 /// The events, and the calls each group has to get for them.
@@ -158,7 +208,7 @@ struct Worker {
 }
 
 impl Worker {
-    async fn start(amqp: &str, close: &Simulator, queue: &str, share: u32) -> Self {
+    async fn start(amqp: &str, close: &Simulator, queue: &str, row: &Row) -> Self {
         // Free now, and nobody else here takes one.
         let http = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
         let exchange = format!("{queue}-identify");
@@ -170,12 +220,13 @@ impl Worker {
             ("CLOSE_API_KEY", "api_simulator.key"),
             ("CLOSE_LEAD_COMPANY_ID_FIELD", "cf_leadcompanyid"),
             ("CLOSE_CONTACT_USER_ID_FIELD", "cf_contactuserid"),
-            ("CLOSE_SEARCH_LAG", "5s"),
-            ("CLOSE_RATE_LIMIT_SHARE", &share.to_string()),
+            ("CLOSE_RATE_LIMIT_SHARE", &row.share.to_string()),
             ("HTTP_ADDR", &http),
         ]
+        .into_iter()
+        .chain(if row.guards { GUARDS_ON } else { GUARDS_OFF })
         .map(|(key, value)| (key.to_owned(), value.to_owned()))
-        .into();
+        .collect();
         let config = Config::load(None, &environment, Need::All).unwrap();
         let stop = CancellationToken::new();
         let stopped = stop.clone();
@@ -349,27 +400,17 @@ async fn main() {
         "{:<34} {:>9} {:>9} {:>6} {:>8} {:>8} {:>8} {:>8} {:>11}",
         "", "", "", "", "per event", "", "", "", "of calls"
     );
-    let runs: BTreeMap<usize, (&str, u32, bool, bool, f64)> = [
-        (0, ("warm, share 100 %", 100, true, false, 1.0)),
-        (1, ("warm, share 80 %", 80, true, false, 0.8)),
-        (2, ("cold start, share 80 %", 80, false, false, 0.8)),
-        (3, ("cold, half taken by another, 80 %", 80, false, true, 0.5)),
-    ]
-    .into();
-    for (number, (name, share, warm, shared, bound)) in runs {
-        if !name.contains(&only) {
-            continue;
-        }
+    for (number, row) in ROWS.iter().enumerate().filter(|(_, row)| row.name.contains(&only)) {
         let close = close().await;
-        let worker = Worker::start(&amqp, &close, &format!("budget-{number}"), share).await;
-        if warm {
+        let worker = Worker::start(&amqp, &close, &format!("budget-{number}"), row).await;
+        if row.warm {
             let everybody: Vec<Value> = (0..PEOPLE).map(|n| person(n, n % COMPANIES, "CEO")).collect();
             worker.drain(&everybody).await;
             // The next window is as full as any.
             tokio::time::sleep(Duration::from_secs_f64(WINDOW)).await;
         }
         let before = worker.calls().await;
-        let other = shared.then(|| other(&close));
+        let other = row.shared.then(|| other(&close));
         let took = worker.drain(&work.events).await;
         if let Some(other) = other {
             other.abort();
@@ -381,9 +422,16 @@ async fn main() {
         }
         let calls = std::array::from_fn(|group| after.0[group] - before.0[group]);
         let busy = after.1 - before.1;
-        let bound = Figures::bound(&work.needed, bound);
-        Figures { name: name.to_owned(), took: took.as_secs_f64(), bound, events: count as f64, calls, busy }
-            .print();
+        let bound = Figures::bound(&work.needed, row.bound);
+        Figures {
+            name: row.name.to_owned(),
+            took: took.as_secs_f64(),
+            bound,
+            events: count as f64,
+            calls,
+            busy,
+        }
+        .print();
         worker.end().await;
     }
     if !only.is_empty() {

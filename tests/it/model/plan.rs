@@ -68,7 +68,8 @@ impl What {
 const REQUESTS_PER_EVENT: usize = 4;
 
 impl Plan {
-    pub(crate) fn generate(history: &History, own_broker: bool) -> Self {
+    /// With `one_process`, no worker is replaced by one that does not know what it knew.
+    pub(crate) fn generate(history: &History, own_broker: bool, one_process: bool) -> Self {
         // Another stream than that of the history.
         let mut random = fastrand::Rng::with_seed(history.seed.wrapping_add(1).wrapping_mul(0x9e37_79b9));
         let lag = [0, 0, 200, 500, 1000, 1500, 3000][random.usize(..7)];
@@ -85,7 +86,7 @@ impl Plan {
         let delays = !own_broker && random.u8(..4) == 0;
         let disturbances = if delays { 0 } else { random.usize(..=4) };
         for _ in 0..disturbances {
-            let what = match random.u8(..10) {
+            let what = match random.u8(if one_process { 6..10 } else { 0..10 }) {
                 0..4 => What::Kill,
                 4..6 => What::Handover,
                 6..8 => What::Cut,
@@ -100,7 +101,7 @@ impl Plan {
         Self {
             lag: Duration::from_millis(lag),
             concurrency: [1, 2, 4, 16, 64][random.usize(..5)],
-            standby: random.u8(..3) == 0,
+            standby: random.u8(..3) == 0 && !one_process,
             own_broker,
             delays,
             faults: (0..random.usize(..=8)).map(|_| fault(&mut random)).collect(),

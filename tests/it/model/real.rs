@@ -64,8 +64,11 @@ struct Run {
 }
 
 async fn run(seed: u64) -> Run {
-    let history = History::generate(seed, Shape::default());
-    let plan = Plan::generate(&history, seed % BROKERS_APART == BROKERS_APART - 1);
+    // Of every other history some messages come once more long after. Which values are newer, only the process that
+    // applied them knows for certain.
+    let (usual, is_late) = (Shape::default(), seed % 2 == 1);
+    let history = History::generate(seed, Shape { late: if is_late { usual.late } else { 0 }, ..usual });
+    let plan = Plan::generate(&history, seed % BROKERS_APART == BROKERS_APART - 1, is_late);
     // The end of one history is not the end of all.
     let (faults, ended) = match AssertUnwindSafe(perform(&history, &plan)).catch_unwind().await {
         Ok(played) => (played.faults.clone(), judge(&history, &played)),
