@@ -18,9 +18,11 @@
 //!   amqp::session     receives the delivery
 //!   worker::prepare   domain::event    bytes -> Event, or a dead letter
 //!                     domain::mapping  Event -> Desired: wanted values, and who it is about
-//!   lanes             it waits until no earlier unfinished message shares a key with it
+//!   desk              it waits until no earlier unfinished message shares a key with it (lanes), follows one
+//!                     that waits in a delay queue (detours), or is worked on together with the one before it
 //!   worker::run       resolve          memory, search, reading by id -> Found  (domain::matching)
-//!                     domain::plan     Desired + Found -> steps, or nothing to do
+//!                     domain::plan     Desired + Found -> steps, or nothing to do; older values stay out
+//!                                      (domain::age), several events become one write (domain::together)
 //!                     claims           the records of the plan, so that nobody else writes to them
 //!                     close::client    the steps, each through the rate gate of its endpoint group
 //!                     retry            after a failure: again, later, dead letter, or pause
@@ -33,10 +35,11 @@
 //!
 //! - [`domain`]: the decisions, as pure functions of values.
 //! - [`outcome`]: the closed lists of what can become of a message; [`retry`]: what follows a failure.
-//! - [`lanes`]: who may run now. Pure.
+//! - [`lanes`], [`detours`], [`desk`]: who may run now, and with whom. Pure.
 //! - [`close`]: the only place that knows Close's HTTP API, with the rate gate in front of it.
-//! - [`known`], `resolve`, [`preflight`]: what Close has; [`claims`]: records being written to;
-//!   [`breaker`]: whether it is Close that fails; [`worker`]: one message, the spine.
+//! - [`known`], `resolve`, [`preflight`]: what Close has; [`applied`]: how old that is; [`claims`]: records
+//!   being written to; [`breaker`]: whether it is Close that fails; [`pulse`]: whether it was us who stood still;
+//!   [`worker`]: one message, the spine.
 //! - [`metrics`], [`state`], [`drain`], [`panics`], [`http`]: what operators see.
 //! - [`amqp`]: the only place that knows lapin.
 //! - [`config`]: raw settings to typed ones; lower modules own their settings and never import it.
@@ -46,7 +49,7 @@
 //!
 //! # Invariants
 //!
-//! 1. Nothing in [`domain`], [`lanes`] and [`outcome`] does IO, reads a clock or is `async`. [`retry`]'s
+//! 1. Nothing in [`domain`], [`desk`] and what it is made of, and [`outcome`] does IO, reads a clock or is `async`. [`retry`]'s
 //!    decision is pure too; its pauses read the clock inside `backoff`.
 //! 2. [`worker`] never sees lapin; [`domain`] never sees HTTP, Close's JSON or raw settings.
 //! 3. A delivery is settled once, and only after its successor is confirmed. A crash duplicates a
@@ -55,10 +58,12 @@
 //!    steps.
 //! 5. A POST is never repeated without looking whether it happened. "Not found" is believed only when
 //!    the answer cannot have missed a creation.
-//! 6. What is not the message's fault costs the message nothing: consumption pauses, messages wait.
-//! 7. No global state but the panic hook and the TLS provider: two workers run side by side in one
+//! 6. Messages that share a key apply in the order they were published, and none writes over what a newer event
+//!    has told.
+//! 7. What is not the message's fault costs the message nothing: consumption pauses, messages wait.
+//! 8. No global state but the panic hook and the TLS provider: two workers run side by side in one
 //!    process.
-//! 8. No personal data in logs, labels, error headers or panic messages.
+//! 9. No personal data in logs, labels, error headers or panic messages.
 //!
 //! Facts about Close, RabbitMQ and lapin are cited as `close-api.md §n`, `rabbitmq.md §n` and
 //! `design.md §n`: the project's collected notes on them, with sources.

@@ -3,8 +3,8 @@
 //! A worker that cannot reach the broker notices, and stops. One that is frozen (a suspended machine, SIGSTOP, a
 //! node without memory) notices nothing: the broker hands its queue to the standby after three heartbeats
 //! (rabbitmq.md §2.2), and when it wakes up it would go on with what it decided long ago, before it hears that its
-//! connection is gone. So a session beats, and every call to Close looks at the pulse before it is sent. After a
-//! gap nothing is sent any more, whoever wakes up first: the call that looks, or the beat that ends the session.
+//! connection is gone. So a session beats, and every change to Close looks at the pulse before it is sent. After a
+//! gap none is sent any more, whoever wakes up first: the call that looks, or the beat that ends the session.
 //!
 //! Two clocks, as the monotonic one stands still while a machine is suspended.
 
@@ -36,7 +36,7 @@ impl Pulse {
         self.with(|beat| *beat = Some(Beat { at, on_the_wall, limit, stood_still: None }));
     }
 
-    /// Nobody beats any more, and calls need no pulse.
+    /// Nobody beats any more, and changes need no pulse.
     pub fn rest(&self) {
         self.with(|beat| *beat = None);
     }
@@ -51,7 +51,7 @@ impl Pulse {
         })
     }
 
-    /// Whether a call may be sent.
+    /// Whether a change may be sent.
     pub fn is_regular(&self) -> bool {
         self.with(|beat| beat.as_mut().is_none_or(|beat| beat.look().is_none()))
     }

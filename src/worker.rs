@@ -9,8 +9,12 @@
 //! missed: our own are remembered ([`crate::known`]); for those of a predecessor, and for a POST
 //! whose answer was lost, the guard waits until search must have caught up, and looks again. The doubt
 //! about a lost answer belongs to the keys, not to the message: the next message about the same person
-//! has it too. About such a doubt the guard asks the event log, which knows of a creation at once; only that
+//! has it too. An event without company means all of a person's Contacts, so it waits as well before it believes
+//! to know them. About such a doubt the guard asks the event log, which knows of a creation at once; only that
 //! it knows none proves nothing. In the normal case the guard costs nothing.
+//!
+//! **The stale guard** ([`crate::domain::age`]) leaves out what is older than what Close holds; **merging**
+//! ([`crate::domain::together`]) writes in one go what several messages about one person want.
 //!
 //! **The mapping** is resolved against what custom fields there are, and again when that may have
 //! changed: from time to time, after a pause, and when Close says that a field does not exist. The

@@ -138,7 +138,8 @@ impl Envelope {
             (EXCHANGE, self.exchange.clone().into()),
             (ROUTING_KEY, self.routing_key.clone().into()),
         ];
-        with_headers(&self.properties, |_| true, origin.into_iter().chain(ours))
+        // Of a detour it is told anew.
+        with_headers(&self.properties, |name| name != DETOUR, origin.into_iter().chain(ours))
     }
 }
 

@@ -143,7 +143,7 @@ impl Client {
         self.inner.gates.iter().filter_map(|(endpoint, gate)| Some((*endpoint, gate.standing()?)))
     }
 
-    /// Its gaps keep calls from being sent.
+    /// Its gaps keep changes from being sent.
     pub fn pulse(&self) -> &Pulse {
         &self.inner.pulse
     }
@@ -295,7 +295,7 @@ impl Client {
         path: &str,
         body: Option<&Value>,
     ) -> Result<Option<Vec<u8>>, CloseError> {
-        if !self.inner.pulse.is_regular() {
+        if endpoint.writes() && !self.inner.pulse.is_regular() {
             // The session ends for it, and drops this.
             std::future::pending::<()>().await;
         }

@@ -73,6 +73,20 @@ impl Endpoint {
             Self::UpdateLead | Self::UpdateContact => Method::PUT,
         }
     }
+
+    /// Whether a call changes anything.
+    pub(super) fn writes(self) -> bool {
+        match self {
+            Self::CreateLead | Self::CreateContact | Self::UpdateLead | Self::UpdateContact => true,
+            Self::Me
+            | Self::Schema
+            | Self::Users
+            | Self::Events
+            | Self::ReadLead
+            | Self::ReadContact
+            | Self::Search => false,
+        }
+    }
 }
 
 /// How a call ended, for metrics.

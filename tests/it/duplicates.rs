@@ -191,7 +191,12 @@ async fn a_worker_that_was_frozen_sends_nothing_when_it_wakes_up() {
     leader.until("aware of it", async |leader| leader.logged("the process stood still") == 1).await;
     leader.until("standing by", async |leader| leader.ready().await.1["state"] == "standing_by").await;
     assert_eq!(bench.simulator.leads().len(), 2, "{}", leader.log());
+    // It is as good as new.
     standby.terminate().await;
+    let before = leader.metrics().await.settled();
+    bench.publish(&[in_company("u2", "new")]).await;
+    leader.until("at work again", async |leader| leader.metrics().await.settled() > before).await;
+    assert_eq!(bench.simulator.leads().len(), 3);
     leader.terminate().await;
 }
 
