@@ -135,3 +135,68 @@ impl<'a, K: Clone + Eq + Hash, R: Copy + Ord, T> Desk<'a, K, R, T> {
         self.lanes.waiting()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Tried<'a> = Desk<'a, &'static str, u8, &'static str>;
+
+    fn same_person(first: &&str, next: &&str) -> bool {
+        first.split(' ').next() == next.split(' ').next()
+    }
+
+    fn run(next: Option<Next<&'static str>>) -> Vec<(Ticket, &'static str)> {
+        match next {
+            Some(Next::Work(run)) => run,
+            other @ (Some(Next::Yield(..)) | None) => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_waits_for_one_person_goes_together_and_apart_when_that_fails() {
+        let mut detours = Detours::default();
+        let mut desk = Tried::new(&mut detours);
+        desk.receive(vec!["acme", "jane"], 0, None, "jane 1");
+        desk.receive(vec!["acme", "jane"], 0, None, "jane 2");
+        desk.receive(vec!["acme", "bob"], 0, None, "bob");
+        desk.receive(vec!["acme", "jane"], 0, None, "jane 3");
+        let together = run(desk.next(same_person));
+        assert_eq!(together.iter().map(|(_, name)| *name).collect::<Vec<_>>(), ["jane 1", "jane 2"]);
+        assert_eq!(desk.next(same_person), None);
+        for (ticket, name) in together {
+            desk.put_back(ticket, name);
+        }
+        let now = Instant::now();
+        for name in ["jane 1", "jane 2", "bob", "jane 3"] {
+            let alone = run(desk.next(|_, _| false));
+            assert_eq!(alone[0].1, name);
+            desk.finish(alone[0].0, Fate::Over, now);
+        }
+        assert_eq!(desk.waiting(), 0);
+    }
+
+    #[test]
+    fn who_waits_in_a_delay_queue_is_followed_and_comes_first_when_it_is_back() {
+        let mut detours = Detours::default();
+        let (first, second) = (Uuid::from_u128(1), Uuid::from_u128(2));
+        let now = Instant::now();
+        let mut desk = Tried::new(&mut detours);
+        desk.receive(vec!["jane"], 0, None, "jane 1");
+        desk.receive(vec!["jane"], 0, None, "jane 2");
+        let alone = run(desk.next(|_, _| false));
+        desk.finish(alone[0].0, Fate::Away { id: first, level: 3 }, now);
+        let Some(Next::Yield(ticket, "jane 2", 3)) = desk.next(same_person) else { panic!("it overtakes") };
+        desk.finish(ticket, Fate::Away { id: second, level: 3 }, now);
+
+        // Both are back, and a third comes; the session ends, and they come again.
+        for _ in 0..2 {
+            desk = Tried::new(&mut detours);
+            desk.receive(vec!["jane"], 1, Some(first), "jane 1");
+            desk.receive(vec!["jane"], 1, Some(second), "jane 2");
+            desk.receive(vec!["jane"], 0, None, "jane 3");
+            let names: Vec<_> = run(desk.next(same_person)).into_iter().map(|(_, name)| name).collect();
+            assert_eq!(names, ["jane 1", "jane 2", "jane 3"]);
+        }
+    }
+}

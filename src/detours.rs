@@ -14,7 +14,7 @@
 //! settled in the moment a session ended. They are forgotten; nobody waits for them for ever. *Well* before, as
 //! messages that leave at the same time are not known to leave in the order in which the queue takes them.
 //!
-//! Pure. The memory ends with the process: after a restart an older message may come after a newer one, and is
+//! Pure. The memory ends with the process, or when the configuration is read again: after that an older message may come after a newer one, and is
 //! then kept from overwriting it by its time ([`crate::domain::age`]).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
