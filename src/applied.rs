@@ -3,10 +3,12 @@
 //! A bounded memory behind [`crate::domain::age`]. A record that fell out of it counts as new as the time it
 //! stores, if it stores one.
 
+use jiff::Timestamp;
 use moka::sync::Cache;
 
 use crate::domain::age::{self, Age, Ages, Stamps};
 use crate::domain::matching::Found;
+use crate::domain::plan::Step;
 use crate::domain::record::{FieldId, Fields};
 use crate::domain::together::{NEW_CONTACT, NEW_LEAD};
 use crate::known::Made;
@@ -16,11 +18,15 @@ const CAPACITY: u64 = 50_000;
 
 /// The memory. Clones share it.
 #[derive(Clone, Debug)]
-pub struct Applied(Cache<String, Age>);
+pub struct Applied {
+    ages: Cache<String, Age>,
+    /// Times sent with records to be made: whose answer was lost is known by what it stores.
+    sent: Cache<Timestamp, ()>,
+}
 
 impl Default for Applied {
     fn default() -> Self {
-        Self(Cache::new(CAPACITY))
+        Self { ages: Cache::new(CAPACITY), sent: Cache::new(CAPACITY) }
     }
 }
 
@@ -29,10 +35,13 @@ impl Applied {
     pub fn ages(&self, found: &Found, stamps: &Stamps) -> Ages {
         let age = |id: &str, fields: &Fields, stamp: Option<&FieldId>| {
             let stored = age::stored(fields, stamp);
-            match self.0.get(id) {
+            let made_by_us = || stored.is_some_and(|stored| self.sent.contains_key(&stored));
+            match self.ages.get(id) {
                 Some(age) if age.stored == stored => age,
+                Some(age) if stored.is_some() && age.sent == stored => Age { stored, ..age },
                 // Someone else has written since, nobody knows what.
                 Some(age) => Age { stored, record: stored, ..age },
+                None if made_by_us() => Age { stored, ..Age::default() },
                 None => Age { stored, record: stored, ..Age::default() },
             }
         };
@@ -45,6 +54,31 @@ impl Applied {
         leads.chain(contacts).collect()
     }
 
+    /// These steps are about to be carried out. Also if nobody answers, the times they store are ours.
+    pub fn intend(&self, steps: &[Step], ages: &Ages, stamps: &Stamps) {
+        let (of_lead, of_contact) = (stamps.lead.as_ref(), stamps.contact.as_ref());
+        let change = |id: &str, sent: Option<Timestamp>| {
+            if sent.is_some() {
+                let age = ages.get(id).cloned().unwrap_or_default();
+                self.ages.insert(id.to_owned(), Age { sent, ..age });
+            }
+        };
+        let create = |sent: Option<Timestamp>| sent.into_iter().for_each(|sent| self.sent.insert(sent, ()));
+        for step in steps {
+            match step {
+                Step::CreateLead { lead, contact } => {
+                    create(age::stored(lead, of_lead));
+                    create(contact.as_ref().and_then(|contact| age::stored(&contact.fields, of_contact)));
+                }
+                Step::CreateContact { contact, .. } => create(age::stored(&contact.fields, of_contact)),
+                Step::UpdateLead { id, changes } => change(id.as_str(), age::stored(changes, of_lead)),
+                Step::UpdateContact { id, changes } => {
+                    change(id.as_str(), age::stored(&changes.fields, of_contact));
+                }
+            }
+        }
+    }
+
     /// Remembers the ages of records; those that are new have got an id by now.
     pub fn remember(&self, ages: Ages, made: &Made) {
         for (id, age) in ages {
@@ -54,7 +88,7 @@ impl Applied {
                 _ => Some(id),
             };
             if let Some(id) = id {
-                self.0.insert(id, age);
+                self.ages.insert(id, age);
             }
         }
     }

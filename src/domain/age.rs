@@ -37,6 +37,8 @@ pub struct Stamps {
 pub struct Age {
     /// The time the record stores.
     pub stored: Option<Timestamp>,
+    /// The time that was sent to it last: it may store that although nobody answered.
+    pub sent: Option<Timestamp>,
     /// What others wrote is at most as new as this, and all of it may be.
     pub record: Option<Timestamp>,
     /// The newest event that told about a field, by the key Close has for it.

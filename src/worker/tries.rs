@@ -146,6 +146,9 @@ impl Tries<'_> {
             }
         };
 
+        if self.mode == Mode::Write {
+            applied.intend(&together.steps, &ages, &desired.stamps);
+        }
         let (mut effect, mut made) = (Effect::Unchanged, Made::default());
         for step in &together.steps {
             let done = match self.mode {

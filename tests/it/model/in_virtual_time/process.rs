@@ -283,7 +283,7 @@ async fn work(
         world.tell(format_args!("process {process}: {number} ends: {outcome:?}, {}", decision.summary()));
         let mut fate = Fate::Over;
         match &outcome {
-            Outcome::Synced(_) | Outcome::Skipped(_) => {}
+            Outcome::Synced(_) | Outcome::Skipped(_) => world.settled(number),
             Outcome::Delayed { level, obstacle } => {
                 let delay = worker.settings().retry.delays[*level];
                 let attempts = message.attempts + u32::from(obstacle.charged());

@@ -1,7 +1,7 @@
 //! What surrounds the workers of one history: the time, Close and the way to it, the broker, and a trace of
 //! what happened.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -40,7 +40,9 @@ pub(super) struct World {
     random: Mutex<fastrand::Rng>,
     trace: Mutex<Vec<String>>,
     /// The newest event whose title or name a record was given, and where an older one came after it.
-    told: Mutex<HashMap<String, u32>>,
+    told: Mutex<HashMap<String, usize>>,
+    /// Messages that are done with.
+    settled: Mutex<HashSet<usize>>,
     undone: Mutex<Vec<String>>,
 }
 
@@ -59,6 +61,7 @@ impl World {
             random: Mutex::new(fastrand::Rng::with_seed(seed)),
             trace: Mutex::default(),
             told: Mutex::default(),
+            settled: Mutex::default(),
             undone: Mutex::default(),
             plan,
         })
@@ -92,13 +95,20 @@ impl World {
         self.trace.lock().unwrap().push(line);
     }
 
+    /// A message is done with: what it told has to stay.
+    pub(super) fn settled(&self, number: usize) {
+        self.settled.lock().unwrap().insert(number);
+    }
+
     /// Notes which event a change tells about: what a record was given by a newer one is not to be undone.
     fn changed(&self, path: &str, body: &Value) {
         let text = body["title"].as_str().or(body["name"].as_str());
         let Some(number) = text.and_then(|text| text.get(1..)?.parse().ok()) else { return };
         let newest = self.told.lock().unwrap().insert(path.to_owned(), number);
-        if newest.is_some_and(|newest| newest > number) {
-            self.undone.lock().unwrap().push(format!("{path}: {newest:?} undone by {number}"));
+        // One that is not done with will be written again.
+        let lasts = |newest: &usize| *newest > number && self.settled.lock().unwrap().contains(newest);
+        if let Some(newest) = newest.filter(lasts) {
+            self.undone.lock().unwrap().push(format!("{path}: {newest} undone by {number}"));
         }
     }
 
