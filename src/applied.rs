@@ -8,7 +8,6 @@ use moka::sync::Cache;
 
 use crate::domain::age::{self, Age, Ages, Stamps};
 use crate::domain::matching::Found;
-use crate::domain::plan::Step;
 use crate::domain::record::{FieldId, Fields};
 use crate::domain::together::{NEW_CONTACT, NEW_LEAD};
 use crate::known::Made;
@@ -19,61 +18,63 @@ const CAPACITY: u64 = 50_000;
 /// The memory. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Applied {
-    ages: Cache<String, Age>,
-    /// Times sent with records to be made: whose answer was lost is known by what it stores.
-    sent: Cache<Timestamp, ()>,
+    records: Cache<String, Memory>,
+    /// Records that were to be made, by their kind and the time they store: if nobody answered, they are known by it.
+    made: Cache<(&'static str, Timestamp), Age>,
+}
+
+/// What is remembered of a record.
+#[derive(Clone, Debug, Default)]
+struct Memory {
+    age: Age,
+    /// How old it is if a change happened that was never answered.
+    intended: Option<Age>,
 }
 
 impl Default for Applied {
     fn default() -> Self {
-        Self { ages: Cache::new(CAPACITY), sent: Cache::new(CAPACITY) }
+        Self { records: Cache::new(CAPACITY), made: Cache::new(CAPACITY) }
     }
 }
 
 impl Applied {
-    /// The ages of the records that were found.
+    /// The ages of the records that were found. A record that stores another time than is remembered was written
+    /// to by someone else, nobody knows what.
     pub fn ages(&self, found: &Found, stamps: &Stamps) -> Ages {
-        let age = |id: &str, fields: &Fields, stamp: Option<&FieldId>| {
+        let age = |kind: &'static str, id: &str, fields: &Fields, stamp: Option<&FieldId>| {
             let stored = age::stored(fields, stamp);
-            let made_by_us = || stored.is_some_and(|stored| self.sent.contains_key(&stored));
-            match self.ages.get(id) {
-                Some(age) if age.stored == stored => age,
-                Some(age) if stored.is_some() && age.sent == stored => Age { stored, ..age },
-                // Someone else has written since, nobody knows what.
-                Some(age) => Age { stored, record: stored, ..age },
-                None if made_by_us() => Age { stored, ..Age::default() },
-                None => Age { stored, record: stored, ..Age::default() },
+            let is_it = |age: &Age| age.stored == stored;
+            let Some(Memory { age, intended }) = self.records.get(id) else {
+                let made = stored.and_then(|stored| self.made.get(&(kind, stored)));
+                return made.unwrap_or(Age { stored, record: stored, ..Age::default() });
+            };
+            if is_it(&age) {
+                return age;
             }
+            intended.filter(is_it).unwrap_or(Age { stored, record: stored, ..age })
         };
         let (leads, contacts) = found.records();
-        let leads = leads.map(|lead| (&lead.id, age(lead.id.as_str(), &lead.fields, stamps.lead.as_ref())));
-        let leads = leads.map(|(id, age)| (id.to_string(), age));
+        let leads = leads.map(|lead| {
+            let id = lead.id.as_str();
+            (id.to_owned(), age(NEW_LEAD, id, &lead.fields, stamps.lead.as_ref()))
+        });
         let contacts = contacts.map(|contact| {
-            (contact.id.to_string(), age(contact.id.as_str(), &contact.fields, stamps.contact.as_ref()))
+            let id = contact.id.as_str();
+            (id.to_owned(), age(NEW_CONTACT, id, &contact.fields, stamps.contact.as_ref()))
         });
         leads.chain(contacts).collect()
     }
 
-    /// These steps are about to be carried out. Also if nobody answers, the times they store are ours.
-    pub fn intend(&self, steps: &[Step], ages: &Ages, stamps: &Stamps) {
-        let (of_lead, of_contact) = (stamps.lead.as_ref(), stamps.contact.as_ref());
-        let change = |id: &str, sent: Option<Timestamp>| {
-            if sent.is_some() {
-                let age = ages.get(id).cloned().unwrap_or_default();
-                self.ages.insert(id.to_owned(), Age { sent, ..age });
-            }
-        };
-        let create = |sent: Option<Timestamp>| sent.into_iter().for_each(|sent| self.sent.insert(sent, ()));
-        for step in steps {
-            match step {
-                Step::CreateLead { lead, contact } => {
-                    create(age::stored(lead, of_lead));
-                    create(contact.as_ref().and_then(|contact| age::stored(&contact.fields, of_contact)));
-                }
-                Step::CreateContact { contact, .. } => create(age::stored(&contact.fields, of_contact)),
-                Step::UpdateLead { id, changes } => change(id.as_str(), age::stored(changes, of_lead)),
-                Step::UpdateContact { id, changes } => {
-                    change(id.as_str(), age::stored(&changes.fields, of_contact));
+    /// The records are about to be changed, after which their ages are `intended`.
+    pub fn intend(&self, ages: &Ages, intended: Ages) {
+        for (id, intended) in intended {
+            match (id.as_str(), intended.stored) {
+                (NEW_LEAD, Some(stored)) => self.made.insert((NEW_LEAD, stored), intended),
+                (NEW_CONTACT, Some(stored)) => self.made.insert((NEW_CONTACT, stored), intended),
+                (NEW_LEAD | NEW_CONTACT, None) => {}
+                _ => {
+                    let age = self.with(&id, ages.get(&id).cloned().unwrap_or_default());
+                    self.records.insert(id, Memory { age, intended: Some(intended) });
                 }
             }
         }
@@ -88,8 +89,14 @@ impl Applied {
                 _ => Some(id),
             };
             if let Some(id) = id {
-                self.ages.insert(id, age);
+                let age = self.with(&id, age);
+                self.records.insert(id, Memory { age, intended: None });
             }
         }
+    }
+
+    /// Others who changed nothing may have looked at the record at the same time.
+    fn with(&self, id: &str, age: Age) -> Age {
+        self.records.get(id).map_or(age.clone(), |memory| memory.age.join(age))
     }
 }

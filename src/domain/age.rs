@@ -37,8 +37,6 @@ pub struct Stamps {
 pub struct Age {
     /// The time the record stores.
     pub stored: Option<Timestamp>,
-    /// The time that was sent to it last: it may store that although nobody answered.
-    pub sent: Option<Timestamp>,
     /// What others wrote is at most as new as this, and all of it may be.
     pub record: Option<Timestamp>,
     /// The newest event that told about a field, by the key Close has for it.
@@ -50,6 +48,18 @@ impl Age {
     pub fn is_newer(&self, field: &str, at: Option<Timestamp>) -> bool {
         let newest = self.record.max(self.fields.get(field).copied());
         at.is_some_and(|at| newest.is_some_and(|newest| newest > at))
+    }
+
+    /// What two know of a record together.
+    #[must_use]
+    pub fn join(mut self, other: Self) -> Self {
+        self.stored = self.stored.max(other.stored);
+        self.record = self.record.max(other.record);
+        for (field, at) in other.fields {
+            let newest = self.fields.entry(field).or_insert(at);
+            *newest = at.max(*newest);
+        }
+        self
     }
 }
 

@@ -147,7 +147,10 @@ impl Tries<'_> {
         };
 
         if self.mode == Mode::Write {
-            applied.intend(&together.steps, &ages, &desired.stamps);
+            let mut intended = ages.clone();
+            let events = std::iter::once(&desired).chain(&self.others).zip(&together.plans);
+            events.for_each(|(event, plan)| age::note(&mut intended, plan, event));
+            applied.intend(&ages, intended);
         }
         let (mut effect, mut made) = (Effect::Unchanged, Made::default());
         for step in &together.steps {
