@@ -37,8 +37,8 @@ struct Message<T> {
 pub enum Next<T> {
     /// Work on these; where there are several, together.
     Work(Vec<(Ticket, T)>),
-    /// Send this one to the delay queue of this level, uncharged: an earlier one that shares a key waits there.
-    Yield(Ticket, T, usize),
+    /// Send this one to a delay queue, uncharged: earlier ones that share a key are in delay queues until then.
+    Yield(Ticket, T, Instant),
 }
 
 /// What became of a message.
@@ -50,8 +50,8 @@ pub enum Fate {
     Away {
         /// By this it will be known when it comes back.
         id: Uuid,
-        /// The queue, by its place among the delays.
-        level: usize,
+        /// When.
+        due: Instant,
     },
 }
 
@@ -76,8 +76,8 @@ impl<'a, K: Clone + Eq + Hash, R: Copy + Ord, T> Desk<'a, K, R, T> {
     pub fn next(&mut self, go_along: impl Fn(&T, &T) -> bool) -> Option<Next<T>> {
         let (ticket, first) = self.lanes.start()?;
         let (first, behind) = self.begin(ticket, first);
-        if let Some(level) = behind {
-            return Some(Next::Yield(ticket, first, level));
+        if let Some(due) = behind {
+            return Some(Next::Yield(ticket, first, due));
         }
         let (mut tickets, mut run) = (vec![ticket], vec![(ticket, first)]);
         while run.len() < MOST_TOGETHER {
@@ -96,12 +96,12 @@ impl<'a, K: Clone + Eq + Hash, R: Copy + Ord, T> Desk<'a, K, R, T> {
         let (ticket, message) = self.lanes.start_any(drawn)?;
         let (entry, behind) = self.begin(ticket, message);
         Some(match behind {
-            Some(level) => Next::Yield(ticket, entry, level),
+            Some(due) => Next::Yield(ticket, entry, due),
             None => Next::Work(vec![(ticket, entry)]),
         })
     }
 
-    fn begin(&mut self, ticket: Ticket, message: Message<T>) -> (T, Option<usize>) {
+    fn begin(&mut self, ticket: Ticket, message: Message<T>) -> (T, Option<Instant>) {
         let Message { id, entry } = message;
         let behind = self.detours.behind(id, self.lanes.keys(ticket));
         if let Some(id) = id {
@@ -112,11 +112,11 @@ impl<'a, K: Clone + Eq + Hash, R: Copy + Ord, T> Desk<'a, K, R, T> {
     }
 
     /// A message is done with: those behind it may go on.
-    pub fn finish(&mut self, ticket: Ticket, fate: Fate, now: Instant) {
+    pub fn finish(&mut self, ticket: Ticket, fate: Fate) {
         let was_away = self.were_away.remove(&ticket);
         match (fate, was_away) {
-            (Fate::Away { id, level }, _) => {
-                self.detours.leave(id, self.lanes.keys(ticket).to_vec(), level, now);
+            (Fate::Away { id, due }, _) => {
+                self.detours.leave(id, self.lanes.keys(ticket).to_vec(), due);
             }
             (Fate::Over, Some(id)) => self.detours.forget(id),
             (Fate::Over, None) => {}
@@ -167,11 +167,10 @@ mod tests {
         for (ticket, name) in together {
             desk.put_back(ticket, name);
         }
-        let now = Instant::now();
         for name in ["jane 1", "jane 2", "bob", "jane 3"] {
             let alone = run(desk.next(|_, _| false));
             assert_eq!(alone[0].1, name);
-            desk.finish(alone[0].0, Fate::Over, now);
+            desk.finish(alone[0].0, Fate::Over);
         }
         assert_eq!(desk.waiting(), 0);
     }
@@ -180,14 +179,17 @@ mod tests {
     fn who_waits_in_a_delay_queue_is_followed_and_comes_first_when_it_is_back() {
         let mut detours = Detours::default();
         let (first, second) = (Uuid::from_u128(1), Uuid::from_u128(2));
-        let now = Instant::now();
+        let due = Instant::now();
         let mut desk = Tried::new(&mut detours);
         desk.receive(vec!["jane"], 0, None, "jane 1");
         desk.receive(vec!["jane"], 0, None, "jane 2");
         let alone = run(desk.next(|_, _| false));
-        desk.finish(alone[0].0, Fate::Away { id: first, level: 3 }, now);
-        let Some(Next::Yield(ticket, "jane 2", 3)) = desk.next(same_person) else { panic!("it overtakes") };
-        desk.finish(ticket, Fate::Away { id: second, level: 3 }, now);
+        desk.finish(alone[0].0, Fate::Away { id: first, due });
+        let Some(Next::Yield(ticket, "jane 2", until)) = desk.next(same_person) else {
+            panic!("it overtakes")
+        };
+        assert_eq!(until, due);
+        desk.finish(ticket, Fate::Away { id: second, due });
 
         // Both are back, and a third comes; the session ends, and they come again.
         for _ in 0..2 {

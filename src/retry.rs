@@ -90,6 +90,14 @@ impl Pauses {
     }
 }
 
+impl Policy {
+    /// The delay for a message that has to wait for others until then: the longest that is not too long, as it
+    /// can wait again.
+    pub fn level_for(&self, wait: Duration) -> usize {
+        self.delays.iter().rposition(|delay| *delay <= wait).unwrap_or(0)
+    }
+}
+
 /// What a delivery has been through.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct History {

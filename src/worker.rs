@@ -405,11 +405,7 @@ impl Worker {
 /// Says which rules have no field, and which constants their fields do not take.
 pub fn tell_flaws(mapping: &Mapping) {
     for unknown in &mapping.unknown {
-        tracing::error!(
-            setting = unknown.setting,
-            "{}: its values are left out until there is one (create it in Close, or mend the setting)",
-            unknown.reason
-        );
+        tracing::error!(setting = unknown.setting, "{}", unknown.told());
     }
     for misfit in mapping.misfits() {
         tracing::error!(

@@ -280,8 +280,10 @@ impl<'a> InHand<'a> {
         let next = if draw { self.desk.any(random()) } else { self.desk.next(along) }?;
         let run = match next {
             Next::Work(run) => run,
-            Next::Yield(ticket, incoming, level) => {
+            Next::Yield(ticket, incoming, until) => {
                 session.metrics.yielded();
+                let wait = until.saturating_duration_since(Instant::now());
+                let level = session.worker.settings().retry.level_for(wait);
                 vec![(ticket, incoming.behind(level))]
             }
         };
@@ -318,7 +320,7 @@ impl<'a> InHand<'a> {
                 Done::Settled { by_close, fate } => {
                     self.report.settled += 1;
                     self.report.by_close += u64::from(by_close);
-                    self.desk.finish(ticket, fate, Instant::now());
+                    self.desk.finish(ticket, fate);
                 }
                 Done::HandedBack => {}
                 Done::Paused(cause) => end = end.or(Some(End::Paused(cause))),

@@ -134,7 +134,7 @@ impl Session {
         let mut ended = Vec::with_capacity(run.len());
         for ((ticket, incoming), (outcome, decision)) in run.into_iter().zip(outcomes) {
             let settle = async {
-                log(&outcome, decision.as_ref(), started.elapsed());
+                self.log(&outcome, decision.as_ref(), started.elapsed());
                 let done = self.settle(&incoming, &outcome, &publisher, &stop).await;
                 if matches!(done, Done::Settled { .. }) {
                     self.metrics.settled(&outcome, started.elapsed());
@@ -166,6 +166,36 @@ impl Session {
         Some(done.into_iter().map(|(outcome, decision)| (outcome, Some(decision))).collect())
     }
 
+    /// One line per message, where it is settled.
+    fn log(&self, outcome: &Outcome, decision: Option<&Decision>, took: Duration) {
+        let decision = decision.map(Decision::summary);
+        let delay = |level: usize| self.settings.delays.get(level).map(|delay| delay.name.as_str());
+        let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+        match outcome {
+            Outcome::Synced(effect) => tracing::info!(outcome = effect.label(), decision, took_ms, "synced"),
+            Outcome::Skipped(skip) => tracing::info!(reason = skip.label(), decision, took_ms, "skipped"),
+            Outcome::Delayed { level, obstacle: Obstruction::Behind } => {
+                tracing::info!(
+                    level,
+                    "follows an earlier message of the same person or company into a delay queue"
+                );
+            }
+            Outcome::Delayed { level, obstacle } => {
+                let charged = obstacle.charged();
+                tracing::warn!(delay = delay(*level), charged, cause = %obstacle, took_ms, "failed for now, waiting in a delay queue");
+            }
+            Outcome::Dead(dead) => tracing::warn!(
+                reason = dead.reason.label(),
+                stage = dead.stage.label(),
+                error = dead.error,
+                decision = dead.decision,
+                took_ms,
+                "dead-lettered"
+            ),
+            Outcome::Paused(cause) => tracing::debug!(cause = cause.label(), took_ms, "handed back"),
+        }
+    }
+
     /// Publishes the successor, if there is one, then acks.
     async fn settle(
         &self,
@@ -182,10 +212,12 @@ impl Session {
                 // The configuration asks for one delay at least.
                 let Some(delay) = settings.delays.get(*level) else { return Done::HandedBack };
                 let id = envelope.detour.unwrap_or_else(Uuid::now_v7);
-                fate = Fate::Away { id, level: *level };
                 let properties = envelope.for_delay(envelope.attempts + u32::from(obstacle.charged()), id);
                 let exchange = settings.retry_exchange();
-                self.publish(publisher, &exchange, &delay.name, &delivery.data, properties, stop).await
+                let sent =
+                    self.publish(publisher, &exchange, &delay.name, &delivery.data, properties, stop).await;
+                fate = Fate::Away { id, due: Instant::now() + delay.duration };
+                sent
             }
             Outcome::Dead(dead) => {
                 let properties = envelope.for_dead_letter(dead, Timestamp::now());
@@ -245,33 +277,4 @@ impl Session {
 fn defect(stage: Stage) -> DeadLetter {
     let error = format!("close-sync {} panicked at {}", env!("CARGO_PKG_VERSION"), panics::last_location());
     DeadLetter { reason: Reason::Internal, stage, error, field: None, decision: None }
-}
-
-/// One line per message, where it is settled.
-fn log(outcome: &Outcome, decision: Option<&Decision>, took: Duration) {
-    let decision = decision.map(Decision::summary);
-    let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
-    match outcome {
-        Outcome::Synced(effect) => tracing::info!(outcome = effect.label(), decision, took_ms, "synced"),
-        Outcome::Skipped(skip) => tracing::info!(reason = skip.label(), decision, took_ms, "skipped"),
-        Outcome::Delayed { level, obstacle: Obstruction::Behind } => {
-            tracing::info!(
-                level,
-                "follows an earlier message of the same person or company into a delay queue"
-            );
-        }
-        Outcome::Delayed { level, obstacle } => {
-            let charged = obstacle.charged();
-            tracing::warn!(level, charged, cause = %obstacle, took_ms, "failed for now, waiting in a delay queue");
-        }
-        Outcome::Dead(dead) => tracing::warn!(
-            reason = dead.reason.label(),
-            stage = dead.stage.label(),
-            error = dead.error,
-            decision = dead.decision,
-            took_ms,
-            "dead-lettered"
-        ),
-        Outcome::Paused(cause) => tracing::debug!(cause = cause.label(), took_ms, "handed back"),
-    }
 }

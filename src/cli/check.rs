@@ -177,10 +177,10 @@ async fn close(config: &Config) -> Vec<Finding> {
                     format!("custom field \"{}\" ({}), {}{several}", field.name, field.id, field.kind.word());
                 finding(Verdict::Ok, setting, detail)
             });
-            let unknown = mapping.unknown.iter().map(|unknown| {
-                let detail = format!("{}: its values would be left out", unknown.reason);
-                finding(Verdict::Wrong, &unknown.setting, detail)
-            });
+            let unknown = mapping
+                .unknown
+                .iter()
+                .map(|unknown| finding(Verdict::Wrong, &unknown.setting, unknown.told()));
             let misfits = mapping.misfits().into_iter().map(|misfit| {
                 let fits = there_are(&misfit.choices);
                 let detail = format!("{} would be left out: {}{fits}", misfit.value, misfit.reason.words());

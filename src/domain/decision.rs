@@ -30,6 +30,8 @@ pub struct Decision {
     pub dropped: Vec<Dropped>,
     /// Calls to Close, all tries together.
     pub calls: u32,
+    /// It was looked up and written together with an earlier message.
+    pub merged: bool,
 }
 
 /// One question.
@@ -76,7 +78,7 @@ impl Decision {
     #[must_use]
     pub fn of_another(&self, event: &Desired, plan: Plan) -> Self {
         let dropped = event.dropped.iter().cloned().chain(plan.dropped()).collect();
-        Self { case: self.case, plan, dropped, ..Self::default() }
+        Self { case: self.case, plan, dropped, merged: true, ..Self::default() }
     }
 
     /// Contacts with the event's email that were left alone.
@@ -92,6 +94,7 @@ impl Decision {
     /// All of it in one line without personal data: ids of records and names of fields, no values.
     pub fn summary(&self) -> String {
         let mut parts = vec![self.case.map_or("undecided", Case::label).to_owned()];
+        parts.extend(self.merged.then(|| "with the message before it".to_owned()));
         let mut part = |title: &str, items: Vec<String>| {
             if !items.is_empty() {
                 parts.push(format!("{title}: {}", items.join(", ")));

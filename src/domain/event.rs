@@ -12,6 +12,8 @@
 
 use serde_json::{Map, Value};
 
+use super::values;
+
 /// A decoded event. Its shape is known; what it means is decided by the mapping.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Event {
@@ -101,9 +103,11 @@ impl Event {
         self.text("messageId")
     }
 
-    /// When it happened at the producer: `timestamp`, else `receivedAt`, else `sentAt`.
+    /// When it happened at the producer: `timestamp`, else `receivedAt`, else `sentAt`, in any form a datetime
+    /// field takes.
     pub fn time(&self) -> Option<jiff::Timestamp> {
-        ["timestamp", "receivedAt", "sentAt"].iter().find_map(|key| self.text(key)?.parse().ok())
+        let keys = ["timestamp", "receivedAt", "sentAt"];
+        keys.iter().find_map(|key| values::moment(self.body.get(key)?).ok())
     }
 
     /// Whether the event's `integrations` exclude Close (`design.md` §2, rule 9). Without any, everyone

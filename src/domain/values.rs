@@ -298,7 +298,7 @@ fn date(value: &Value) -> Result<Date, DropReason> {
     moment(value).map(|moment| TimeZone::UTC.to_datetime(moment).date())
 }
 
-fn moment(value: &Value) -> Result<Timestamp, DropReason> {
+pub(super) fn moment(value: &Value) -> Result<Timestamp, DropReason> {
     if value.is_boolean() || value.is_array() || value.is_object() {
         return Err(DropReason::NotAValue);
     }

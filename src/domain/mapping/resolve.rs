@@ -105,6 +105,18 @@ pub struct Unknown {
     pub reason: NoField,
 }
 
+impl Unknown {
+    /// Why, and what follows from it.
+    pub fn told(&self) -> String {
+        let follows = if self.setting == LEAD.stamp || self.setting == CONTACT.stamp {
+            "until that is mended, an older event may overwrite a newer one after a restart"
+        } else {
+            "its values are left out until there is one (create it in Close, or mend the setting)"
+        };
+        format!("{}: {follows}", self.reason)
+    }
+}
+
 /// Why a rule has no custom field of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NoField {
@@ -112,7 +124,7 @@ pub enum NoField {
     #[error(transparent)]
     Dangling(#[from] Dangling),
     /// Two rules name one field, by its id and by its name.
-    #[error("another rule fills the same custom field: remove one of them")]
+    #[error("another rule fills the same custom field, remove one of them")]
     Taken,
     /// It cannot store a time.
     #[error("the custom field is not of type datetime")]

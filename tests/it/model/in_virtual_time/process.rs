@@ -174,7 +174,11 @@ impl Life {
                 let run = match next {
                     None => break,
                     Some(Next::Work(run)) => run,
-                    Some(Next::Yield(ticket, incoming, level)) => vec![(ticket, incoming.behind(level))],
+                    Some(Next::Yield(ticket, incoming, until)) => {
+                        let wait = until.saturating_duration_since(Instant::now());
+                        let level = self.worker.settings().retry.level_for(wait);
+                        vec![(ticket, incoming.behind(level))]
+                    }
                 };
                 let message = &run[0].1.delivery.message;
                 let turn = Turn {
@@ -206,7 +210,7 @@ impl Life {
                                     self.worker.acquit_close();
                                 }
                                 by_close += usize::from(yes);
-                                desk.finish(ticket, fate, Instant::now());
+                                desk.finish(ticket, fate);
                             }
                             Done::Paused(cause) => return (Some(cause), by_close > 0),
                         }
@@ -288,8 +292,8 @@ async fn work(
                 let delay = worker.settings().retry.delays[*level];
                 let attempts = message.attempts + u32::from(obstacle.charged());
                 let id = message.detour.unwrap_or_else(|| world.random(|r| Uuid::from_u128(r.u128(..))));
-                fate = Fate::Away { id, level: *level };
                 world.delay(Message { attempts, detour: Some(id), ..message }, delay).await;
+                fate = Fate::Away { id, due: Instant::now() + delay };
             }
             Outcome::Dead(dead) => {
                 world.travel().await;
