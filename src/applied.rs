@@ -4,6 +4,7 @@
 //! stores, if it stores one.
 
 use jiff::Timestamp;
+use moka::policy::EvictionPolicy;
 use moka::sync::Cache;
 
 use crate::domain::age::{self, Age, Ages, Stamps};
@@ -33,7 +34,12 @@ struct Memory {
 
 impl Default for Applied {
     fn default() -> Self {
-        Self { records: Cache::new(CAPACITY), made: Cache::new(CAPACITY) }
+        // The newest matter, however often the others were asked for.
+        let lru = EvictionPolicy::lru;
+        Self {
+            records: Cache::builder().max_capacity(CAPACITY).eviction_policy(lru()).build(),
+            made: Cache::builder().max_capacity(CAPACITY).eviction_policy(lru()).build(),
+        }
     }
 }
 
@@ -89,6 +95,10 @@ impl Applied {
                 _ => Some(id),
             };
             if let Some(id) = id {
+                // Answered: it is known by its id.
+                for kind in [NEW_LEAD, NEW_CONTACT] {
+                    age.stored.inspect(|stored| self.made.invalidate(&(kind, *stored)));
+                }
                 let age = self.with(&id, age);
                 self.records.insert(id, Memory { age, intended: None });
             }

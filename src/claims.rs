@@ -10,6 +10,7 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use moka::policy::EvictionPolicy;
 use moka::sync::Cache;
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -34,7 +35,11 @@ impl Default for Claims {
     fn default() -> Self {
         Self(Arc::new(Inner {
             taken: Mutex::default(),
-            written: Cache::builder().max_capacity(CAPACITY).time_to_live(REMEMBERED).build(),
+            written: Cache::builder()
+                .max_capacity(CAPACITY)
+                .eviction_policy(EvictionPolicy::lru())
+                .time_to_live(REMEMBERED)
+                .build(),
             released: Notify::new(),
         }))
     }

@@ -15,22 +15,25 @@
 //! Pure. The memory ends with the process, or when the configuration is read again: after that an older
 //! message may come after a newer one, and is then kept from overwriting it by its time ([`crate::domain::age`]).
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::Hash;
 use std::time::Duration;
 
 use tokio::time::Instant;
 use uuid::Uuid;
 
-/// Most messages that are remembered. One takes some 500 bytes; with more away, the oldest may be overtaken.
+/// Most messages that are remembered. One takes some 500 bytes; with more away, the oldest are forgotten and may be
+/// overtaken.
 const CAPACITY: usize = 20_000;
-/// So much later has one to be due that shows another to be lost. The broker confirms within moments.
-const WELL_BEFORE: Duration = Duration::from_secs(10);
+/// So much later has one to be due that shows another to be lost: queues have leaders of their own, which may be
+/// away for a while.
+const WELL_BEFORE: Duration = Duration::from_mins(1);
 
 /// Messages in delay queues, by key.
 #[derive(Debug)]
 pub struct Detours<K> {
     messages: HashMap<Uuid, Detour<K>>,
+    by_number: BTreeMap<u64, Uuid>,
     /// Of those whose turn has not come again, by number.
     by_key: HashMap<K, BTreeSet<(u64, Uuid)>>,
     /// When those that are away are due.
@@ -47,14 +50,22 @@ struct Detour<K> {
 
 impl<K> Default for Detours<K> {
     fn default() -> Self {
-        Self { messages: HashMap::new(), by_key: HashMap::new(), due: BTreeSet::new(), next: 0 }
+        Self {
+            messages: HashMap::new(),
+            by_number: BTreeMap::new(),
+            by_key: HashMap::new(),
+            due: BTreeSet::new(),
+            next: 0,
+        }
     }
 }
 
 impl<K: Clone + Eq + Hash> Detours<K> {
     /// When a message may be back at the earliest, because earlier ones that share a key are away.
     pub fn behind(&self, message: Option<Uuid>, keys: &[K]) -> Option<Instant> {
-        let number = message.and_then(|id| self.messages.get(&id)).map_or(u64::MAX, |detour| detour.number);
+        // One that was away and is forgotten left before all that are remembered.
+        let known = |id| self.messages.get(&id).map_or(0, |detour| detour.number);
+        let number = message.map_or(u64::MAX, known);
         let earlier = |key| {
             let mut earlier = self.by_key.get(key)?.range(..(number, Uuid::nil()));
             // The first may be away for an hour, those after it follow for a while.
@@ -71,15 +82,15 @@ impl<K: Clone + Eq + Hash> Detours<K> {
         let number = self.messages.get(&id).map_or(self.next, |detour| detour.number);
         self.forget(id);
         if self.messages.len() >= CAPACITY
-            && let Some(oldest) = self.messages.iter().min_by_key(|(_, detour)| detour.number)
+            && let Some((_, oldest)) = self.by_number.pop_first()
         {
-            let oldest = *oldest.0;
             self.forget(oldest);
         }
         for key in &keys {
             self.by_key.entry(key.clone()).or_default().insert((number, id));
         }
         self.due.insert((due, id));
+        self.by_number.insert(number, id);
         self.messages.insert(id, Detour { number, keys, due });
     }
 
@@ -113,6 +124,7 @@ impl<K: Clone + Eq + Hash> Detours<K> {
         self.begin(id);
         if let Some(detour) = self.messages.remove(&id) {
             self.due.remove(&(detour.due, id));
+            self.by_number.remove(&detour.number);
         }
     }
 
@@ -201,5 +213,7 @@ mod tests {
         }
         assert_eq!((detours.messages.len(), detours.due.len()), (CAPACITY, CAPACITY));
         assert_eq!((detours.behind(None, &[0]), detours.behind(None, &[1])), (None, Some(now)));
+        // The one that was forgotten is back: it was before all others, and does not go round for ever.
+        assert_eq!(detours.behind(Some(id(0)), &[0, 1, 2]), None);
     }
 }

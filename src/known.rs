@@ -8,6 +8,7 @@
 
 use std::time::Duration;
 
+use moka::policy::EvictionPolicy;
 use moka::sync::Cache;
 use tokio::time::Instant;
 
@@ -47,10 +48,19 @@ pub struct Made {
 
 impl Default for Known {
     fn default() -> Self {
+        // What was learnt last matters most, however often the rest was asked for.
         Self {
-            leads: Cache::builder().max_capacity(CAPACITY).time_to_live(LIFETIME).build(),
-            people: Cache::builder().max_capacity(CAPACITY).time_to_live(LIFETIME).build(),
-            doubts: Cache::new(CAPACITY),
+            leads: Cache::builder()
+                .max_capacity(CAPACITY)
+                .eviction_policy(EvictionPolicy::lru())
+                .time_to_live(LIFETIME)
+                .build(),
+            people: Cache::builder()
+                .max_capacity(CAPACITY)
+                .eviction_policy(EvictionPolicy::lru())
+                .time_to_live(LIFETIME)
+                .build(),
+            doubts: Cache::builder().max_capacity(CAPACITY).eviction_policy(EvictionPolicy::lru()).build(),
         }
     }
 }

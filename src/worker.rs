@@ -335,10 +335,13 @@ impl Worker {
             .ok()?;
         self.answered();
         self.0.metrics.merged(others.len());
-        for job in jobs {
-            self.written(job);
+        let outcomes: Vec<_> = std::iter::once(tries.conclude(done.outcome)).chain(done.others).collect();
+        for (job, (outcome, _)) in jobs.iter().zip(&outcomes) {
+            if let Outcome::Synced(_) = outcome {
+                self.written(job);
+            }
         }
-        Some(std::iter::once(tries.conclude(done.outcome)).chain(done.others).collect())
+        Some(outcomes)
     }
 
     /// A creation may have been dropped under way: its doubt begins now.

@@ -63,7 +63,7 @@ pub struct Envelope {
     pub detour: Option<Uuid>,
     /// When it was first received.
     pub first_seen: Timestamp,
-    /// When it was published, as its producer says, to the second.
+    /// When it was published, as its producer says: the end of that second.
     pub sent: Option<Timestamp>,
     /// The exchange the producer published to.
     pub exchange: String,
@@ -81,7 +81,9 @@ impl Envelope {
             attempts: u32::try_from(number.unwrap_or(0)).unwrap_or(0),
             detour: text(&properties, DETOUR).and_then(|text| text.parse().ok()),
             first_seen: text(&properties, FIRST_SEEN).and_then(|text| text.parse().ok()).unwrap_or(now),
-            sent: properties.timestamp().and_then(|s| Timestamp::from_second(i64::try_from(s).ok()?).ok()),
+            sent: properties
+                .timestamp()
+                .and_then(|s| Timestamp::new(i64::try_from(s).ok()?, 999_999_999).ok()),
             exchange: text(&properties, EXCHANGE).unwrap_or_else(|| delivery.exchange.to_string()),
             routing_key: text(&properties, ROUTING_KEY).unwrap_or_else(|| delivery.routing_key.to_string()),
             properties,

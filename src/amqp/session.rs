@@ -22,7 +22,7 @@ use lapin::options::{BasicConsumeOptions, BasicQosOptions};
 use lapin::types::FieldTable;
 use lapin::{Channel, Connection, Event};
 use tokio::task::{JoinError, JoinSet};
-use tokio::time::{Instant, MissedTickBehavior};
+use tokio::time::{Instant, Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use super::publisher::Publisher;
@@ -203,17 +203,7 @@ impl Session {
         };
 
         if matches!(end, End::Stopped) {
-            self.status.set(State::Stopping);
-            tracing::info!(
-                in_hand = in_hand.messages,
-                grace_s = self.grace.as_secs(),
-                "stopping: finishing what is in hand"
-            );
-            // Without a connection the standby is at work already.
-            tokio::select! {
-                _ = tokio::time::timeout(self.grace, in_hand.finish()) => {}
-                _ = link.trouble.next() => {}
-            }
+            self.wind_down(&mut in_hand, &mut link.trouble, &mut beat).await;
         }
         drop(watch);
         stop.cancel();
@@ -227,6 +217,24 @@ impl Session {
         // broker that says nothing any more is not waited for.
         let _ = tokio::time::timeout(Duration::from_secs(5), link.close()).await;
         (end, report)
+    }
+
+    /// Finishes what is worked on, as far as the grace period and the connection allow.
+    async fn wind_down(&self, in_hand: &mut InHand<'_>, trouble: &mut Trouble, beat: &mut Interval) {
+        self.status.set(State::Stopping);
+        let grace_s = self.grace.as_secs();
+        tracing::info!(in_hand = in_hand.messages, grace_s, "stopping: finishing what is in hand");
+        let stands_still = async {
+            while self.worker.pulse().beat().is_none() {
+                beat.tick().await;
+            }
+        };
+        // Without a connection the standby is at work already.
+        tokio::select! {
+            _ = tokio::time::timeout(self.grace, in_hand.finish()) => {}
+            _ = trouble.next() => {}
+            () = stands_still => {}
+        }
     }
 
     /// How many messages may be worked on now: after a pause with one more for each that succeeds.
@@ -360,6 +368,9 @@ fn random() -> usize {
     usize::try_from(random >> 8).unwrap_or_default()
 }
 
+/// The end of a connection, when it comes.
+type Trouble = stream::BoxStream<'static, BrokerError>;
+
 /// The connections of a session and what comes out of them.
 struct Link {
     consuming: Connection,
@@ -367,7 +378,7 @@ struct Link {
     channel: Channel,
     publisher: Publisher,
     deliveries: lapin::Consumer,
-    trouble: stream::BoxStream<'static, BrokerError>,
+    trouble: Trouble,
 }
 
 impl Link {

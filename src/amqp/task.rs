@@ -175,9 +175,9 @@ impl Session {
             Outcome::Synced(effect) => tracing::info!(outcome = effect.label(), decision, took_ms, "synced"),
             Outcome::Skipped(skip) => tracing::info!(reason = skip.label(), decision, took_ms, "skipped"),
             Outcome::Delayed { level, obstacle: Obstruction::Behind } => {
-                tracing::info!(
-                    level,
-                    "follows an earlier message of the same person or company into a delay queue"
+                tracing::debug!(
+                    delay = delay(*level),
+                    "waits for an earlier message of the same person or company in a delay queue"
                 );
             }
             Outcome::Delayed { level, obstacle } => {
@@ -210,7 +210,9 @@ impl Session {
             Outcome::Synced(_) | Outcome::Skipped(_) => Some(Ok(())),
             Outcome::Delayed { level, obstacle } => {
                 // The configuration asks for one delay at least.
-                let Some(delay) = settings.delays.get(*level) else { return Done::HandedBack };
+                let Some(delay) = settings.delays.get(*level) else {
+                    return Done::Failed(BrokerError::Missing(format!("there is no delay queue {level}")));
+                };
                 let id = envelope.detour.unwrap_or_else(Uuid::now_v7);
                 let properties = envelope.for_delay(envelope.attempts + u32::from(obstacle.charged()), id);
                 let exchange = settings.retry_exchange();

@@ -2,8 +2,8 @@
 //!
 //! A message may be late: it waited in a delay queue, or was dead-lettered and replayed after days. Its values
 //! are then compared by the time of their event with what was applied since, field by field: what a newer event
-//! has said about a field stays, everything else is written as if it came in time. So the result is the one
-//! the messages would have had in the order of their events. Lists only grow, and do not need this.
+//! has said about a field stays, everything else is written as if it came in time. So fields that are always
+//! written end as they would have in the order of the events. Lists only grow, and do not need this.
 //!
 //! **What is known.** What this process has applied, it remembers per field ([`crate::applied`]). Of what others
 //! applied, a predecessor before a restart say, a record tells only when the last event was, and only if a custom
@@ -68,8 +68,14 @@ pub type Ages = HashMap<String, Age>;
 
 /// Notes what an event has told about the records it was applied to: also where they held it already.
 pub fn note(ages: &mut Ages, plan: &Plan, event: &Desired) {
+    note_some(ages, plan, event, |_| true);
+}
+
+/// The same for those of the records, by id, that it was applied to so far.
+pub fn note_some(ages: &mut Ages, plan: &Plan, event: &Desired, which: impl Fn(&str) -> bool) {
     let Some(at) = event.at else { return };
-    for plan in plan.records.iter().filter(|plan| plan.refused.is_none()) {
+    let records = plan.records.iter().filter(|plan| plan.refused.is_none() && which(plan.record.id()));
+    for plan in records {
         let stamp = plan.record.stamp(&event.stamps);
         let age = ages.entry(plan.record.id().to_owned()).or_default();
         for FieldPlan { field, wanted, verdict, write, .. } in &plan.fields {

@@ -303,6 +303,15 @@ impl Step {
         }
     }
 
+    /// The id of the record it changes.
+    pub fn changes(&self) -> Option<&str> {
+        match self {
+            Self::UpdateLead { id, .. } => Some(id.as_str()),
+            Self::UpdateContact { id, .. } => Some(id.as_str()),
+            Self::CreateLead { .. } | Self::CreateContact { .. } => None,
+        }
+    }
+
     /// Whether the step makes a record, and so must never be repeated blindly.
     pub fn creates(&self) -> bool {
         match self {

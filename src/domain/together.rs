@@ -57,12 +57,7 @@ impl Together {
 
     /// The ids of the records that would be changed.
     pub fn changed(&self) -> Vec<String> {
-        let id = |step: &Step| match step {
-            Step::UpdateLead { id, .. } => Some(id.to_string()),
-            Step::UpdateContact { id, .. } => Some(id.to_string()),
-            Step::CreateLead { .. } | Step::CreateContact { .. } => None,
-        };
-        self.steps.iter().filter_map(id).collect()
+        self.steps.iter().filter_map(Step::changes).map(str::to_owned).collect()
     }
 }
 

@@ -11,7 +11,7 @@ use crate::domain::age;
 use crate::domain::decision::Decision;
 use crate::domain::mapping::{Desired, Key};
 use crate::domain::matching::{self, Found, Likeness, compare, judge_lead};
-use crate::domain::plan::Step;
+use crate::domain::plan::{Plan, Step};
 use crate::domain::record::Contact;
 use crate::known::Made;
 use crate::outcome::{Effect, Failure, Outcome, PauseCause, Stage};
@@ -159,6 +159,15 @@ impl Tries<'_> {
                 Mode::Rehearse => Ok(Effect::of(step)),
             };
             effect = effect.min(done.map_err(|error| Failure { stage: Stage::Write, error })?);
+            if self.mode == Mode::Write {
+                // What is written is told, also if a later step fails.
+                let written = |id: &str| step.changes() == Some(id);
+                age::note_some(&mut ages, &self.decision.plan, desired, written);
+                let others = self.others.iter().zip(together.plans.iter().skip(1));
+                others.for_each(|(event, plan)| age::note_some(&mut ages, plan, event, written));
+                let its = ages.iter().filter(|(id, _)| written(id));
+                applied.remember(its.map(|(id, age)| (id.clone(), age.clone())).collect(), &Made::default());
+            }
         }
         let others = self.others.iter().zip(together.plans.into_iter().skip(1));
         let others: Vec<Decision> =
@@ -172,12 +181,15 @@ impl Tries<'_> {
         for decision in std::iter::once(&self.decision).chain(&others) {
             metrics.decided(decision);
         }
-        let outcome = Outcome::of(&self.decision.plan, effect);
-        let as_planned = |decision: Decision| {
-            let effect = decision.plan.steps.iter().map(Effect::of).min().unwrap_or(Effect::Unchanged);
-            (Outcome::of(&decision.plan, effect), decision)
+        // Of several, each has done what it planned: nothing was refused.
+        let as_planned = |plan: &Plan| {
+            let effect = plan.steps.iter().map(Effect::of).min().unwrap_or(Effect::Unchanged);
+            Outcome::of(plan, effect)
         };
-        Ok(Done { outcome, others: others.into_iter().map(as_planned).collect() })
+        let plan = &self.decision.plan;
+        let outcome = if others.is_empty() { Outcome::of(plan, effect) } else { as_planned(plan) };
+        let others = others.into_iter().map(|decision| (as_planned(&decision.plan), decision));
+        Ok(Done { outcome, others: others.collect() })
     }
 
     /// Whether the event log knows records of these keys that were made while search may not show them. They

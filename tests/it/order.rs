@@ -185,3 +185,23 @@ async fn an_event_from_the_future_freezes_nothing() {
     }
     worker.terminate().await;
 }
+
+/// The Lead was changed, the Contact was refused, the message is a dead letter: what it told the Lead stays.
+#[tokio::test(flavor = "multi_thread")]
+async fn half_of_a_message_that_failed_is_not_undone_by_an_older_one() {
+    let bench = Bench::new().await;
+    let company = |name: &str| json!({"id": "acme", "name": name});
+    let worker = bench.worker().await;
+    bench.publish(&[at(1, "u1", json!({"title": "First", "company": company("First")}))]).await;
+    worker.settled(1).await;
+    let refuses = Effect::Status { code: 400, body: FaultBody::Text, when: When::BeforeCommit };
+    bench.simulator.fault(Fault::new(refuses).on("PUT", "/contact/").times(1));
+    bench.publish(&[at(3, "u1", json!({"title": "New", "company": company("New")}))]).await;
+    worker.settled(2).await;
+    bench.publish(&[at(2, "u1", json!({"title": "Old", "company": company("Old")}))]).await;
+    let metrics = worker.settled(3).await;
+    assert_eq!(metrics.outcomes(), [("created", 1), ("dead", 1), ("updated", 1)].into());
+    let lead = bench.the_lead();
+    assert_eq!((&lead["name"], &lead["contacts"][0]["title"]), (&json!("New"), &json!("Old")));
+    worker.terminate().await;
+}

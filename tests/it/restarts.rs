@@ -177,3 +177,17 @@ async fn a_connection_lost_between_acks_is_replaced() {
     }
     worker.terminate().await;
 }
+
+/// The grace period is longer than a worker may stand still: it does not stand still, and writes.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_in_hand_is_written_also_late_in_the_grace_period() {
+    let bench = Bench::new().await;
+    let url = format!("{}?heartbeat=1", bench.amqp_url);
+    let bench = bench.set("AMQP_URL", &url);
+    bench.simulator.fault(Fault::new(Effect::Latency { ms: 4000 }).on("POST", "/data/"));
+    let worker = bench.worker().await;
+    bench.publish(&people(1)).await;
+    worker.until("looking up", async |_| bench.simulator.request_count("POST", "/data/") == 1).await;
+    worker.terminate().await;
+    assert_each_once(&bench, 1);
+}

@@ -1,5 +1,6 @@
 //! A worker process as `amqp::session` and `app` make one of a [`Desk`] and a [`Worker`]: it consumes, works,
-//! settles, and pauses when Close cannot be worked with.
+//! settles, and pauses when Close cannot be worked with. It is a copy of that loop, without its grace period, its
+//! pulse and what it shows to operators: these are tried with real parts.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
