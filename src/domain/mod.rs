@@ -5,7 +5,7 @@
 //! reading order, as a message meets them: [`event`] decodes it, [`mapping`] turns it into the
 //! records we want (by [`source`], where values come from, and [`values`], what fields take),
 //! [`matching`] picks the records that are meant, [`plan`] lists the steps between (by [`age`] leaving what is
-//! newer), [`together`] draws the steps of several events together, [`decision`] tells all of it. [`record`] and [`schema`] have the words everyone shares.
+//! newer), [`together`] draws the steps of several events together, [`spare`] takes out what Close refused, [`decision`] tells all of it. [`record`] and [`schema`] have the words everyone shares.
 
 pub mod age;
 pub mod decision;
@@ -16,5 +16,6 @@ pub mod plan;
 pub mod record;
 pub mod schema;
 pub mod source;
+pub mod spare;
 pub mod together;
 pub mod values;

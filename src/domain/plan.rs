@@ -18,9 +18,10 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 use super::age::{self, Age, Ages, Stamps};
-use super::mapping::{Desired, KeyFields, Wanted, WriteRule};
+use super::mapping::{Desired, Wanted, WriteRule};
 use super::matching::Found;
-use super::record::{Channel, Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists, same};
+use super::record::{Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists, same};
+use super::spare::Spared;
 use super::together::{NEW_CONTACT, NEW_LEAD};
 use super::values::{DropReason, Dropped};
 
@@ -303,6 +304,15 @@ impl Step {
         }
     }
 
+    /// Whether nothing is left to write.
+    pub fn is_empty(&self) -> bool {
+        match self {
+            Self::CreateLead { .. } | Self::CreateContact { .. } => false,
+            Self::UpdateLead { changes, .. } => changes.is_empty(),
+            Self::UpdateContact { changes, .. } => changes.is_empty(),
+        }
+    }
+
     /// The id of the record it changes.
     pub fn changes(&self) -> Option<&str> {
         match self {
@@ -521,92 +531,6 @@ fn contact_changes(
     (ContactValues { fields, lists }, plans)
 }
 
-/// A value Close refused, taken out of a step.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Spared {
-    /// The record it was meant for.
-    pub record: RecordRef,
-    /// The field, by the key Close has for it.
-    pub field: String,
-}
-
-impl Step {
-    /// Takes out what Close refused, so that the rest can still be written. `paths` are the ways to it in
-    /// Close's `field-errors`, `["contacts", "0", "phones", "0", "phone"]` (close-api.md §3); several may
-    /// lead to one field. `None` when something cannot be spared: an id records are found by, the only
-    /// identity of a new Contact, or nothing of ours.
-    pub fn spare<'a>(
-        &self,
-        paths: impl IntoIterator<Item = &'a [String]>,
-        desired: &Desired,
-        keys: &KeyFields,
-    ) -> Option<(Self, Vec<Spared>)> {
-        let mut step = self.clone();
-        let mut spared: Vec<Spared> = Vec::new();
-        for path in paths {
-            let (record, name) = self.refers(path)?;
-            let field = if name == "status" { "status_id" } else { name };
-            if spared.iter().any(|spared| spared.record == record && spared.field == field) {
-                continue;
-            }
-            let is_key = [&keys.company, &keys.user]
-                .into_iter()
-                .flatten()
-                .any(|id| Field::Custom(id.clone()).to_string() == field);
-            let only_identity =
-                self.creates() && field == Channel::Email.list() && desired.identity.user_id.is_none();
-            if is_key || only_identity || !step.remove(&record, field) {
-                return None;
-            }
-            spared.push(Spared { record, field: field.to_owned() });
-        }
-        (!spared.is_empty()).then_some((step, spared))
-    }
-
-    /// The record and the name in it that a path of Close's leads to.
-    fn refers<'a>(&self, path: &'a [String]) -> Option<(RecordRef, &'a str)> {
-        let (first, rest) = path.split_first()?;
-        let record = match self {
-            Self::CreateLead { contact: Some(_), .. } if first == "contacts" => {
-                return Some((RecordRef::NewContact(None), rest.get(1)?));
-            }
-            Self::CreateLead { .. } => RecordRef::NewLead,
-            Self::CreateContact { lead, .. } => RecordRef::NewContact(Some(lead.clone())),
-            Self::UpdateLead { id, .. } => RecordRef::Lead(id.clone()),
-            Self::UpdateContact { id, .. } => RecordRef::Contact(id.clone()),
-        };
-        Some((record, first))
-    }
-
-    /// Removes a field or list; tells whether it was there.
-    fn remove(&mut self, record: &RecordRef, name: &str) -> bool {
-        let (fields, lists) = match (self, record) {
-            (Self::CreateLead { contact: Some(contact), .. }, RecordRef::NewContact(_))
-            | (Self::CreateContact { contact, .. } | Self::UpdateContact { changes: contact, .. }, _) => {
-                (&mut contact.fields, Some(&mut contact.lists))
-            }
-            (Self::CreateLead { lead: fields, .. } | Self::UpdateLead { changes: fields, .. }, _) => {
-                (fields, None)
-            }
-        };
-        let channel = Channel::ALL.into_iter().find(|channel| channel.list() == name);
-        if let Some((channel, lists)) = channel.zip(lists) {
-            return lists.remove(&channel).is_some();
-        }
-        let field = fields.keys().find(|field| field.to_string() == name).cloned();
-        field.is_some_and(|field| fields.remove(&field).is_some())
-    }
-
-    /// Whether nothing is left to write.
-    pub fn is_empty(&self) -> bool {
-        match self {
-            Self::CreateLead { .. } | Self::CreateContact { .. } => false,
-            Self::UpdateLead { changes, .. } => changes.is_empty(),
-            Self::UpdateContact { changes, .. } => changes.is_empty(),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -615,7 +539,7 @@ mod tests {
     use super::*;
     use crate::domain::mapping::tests::desired;
     use crate::domain::matching::tests::{contact, keys, lead};
-    use crate::domain::record::FieldId;
+    use crate::domain::record::{Channel, FieldId};
 
     fn event() -> Desired {
         desired(json!({"userId": "u", "traits": {
