@@ -99,7 +99,7 @@ async fn nobody_overtakes_a_message_in_a_delay_queue() {
     // Bob does not wait.
     worker.until("done with Bob", async |worker| worker.metrics().await.outcome("created") == 2).await;
     assert_eq!(bench.simulator.contacts()[0]["title"], json!("Title 0"));
-    bench.publish(&[identify("jane", json!({"title": "Last"}))]).await;
+    bench.publish(&[identify("jane", json!({"email": "jane@x.test", "title": "Last"}))]).await;
 
     worker
         .until("done with Jane", async |worker| {

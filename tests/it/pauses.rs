@@ -109,7 +109,7 @@ async fn an_unreachable_close_pauses_too() {
 /// The key works, everything but creating works, and no message can be worked on.
 #[tokio::test(flavor = "multi_thread")]
 async fn most_messages_failing_pauses_and_costs_none_anything() {
-    let bench = Bench::new().await.set("RETRY_IN_PLACE", "1s").set("WORKER_CONCURRENCY", "16");
+    let bench = Bench::new().await.set("RETRY_IN_PLACE", "3s").set("WORKER_CONCURRENCY", "16");
     let worker = bench.worker().await;
     bench.simulator.fault(Fault::new(status(500)).on("POST", "/lead/"));
     bench.publish(&(0..200).map(|n| identify(&format!("u{n}"), json!({}))).collect::<Vec<_>>()).await;
