@@ -128,9 +128,15 @@ async fn most_messages_failing_pauses_and_costs_none_anything() {
     assert!(tried <= 16 + 3 * (trials + 1), "{tried} attempts to create in {trials} trials");
 
     bench.simulator.clear_faults();
-    let metrics = worker.settled(200).await;
-    assert_eq!(metrics.outcomes().get("created"), Some(&200));
-    assert_eq!((metrics.outcome("dead"), metrics.outcome("delayed")), (0, 0));
+    let done = async |worker: &Worker| {
+        let metrics = worker.metrics().await;
+        metrics.outcome("created") + metrics.outcome("unchanged") == 200
+    };
+    worker.until("done", done).await;
+    let metrics = worker.metrics().await;
+    // One that fails alone in a trial may use up its patience before others tell that it is not its fault.
+    assert_eq!(metrics.outcome("dead"), 0);
+    assert!(metrics.outcome("delayed") <= 3, "{} delayed", metrics.outcome("delayed"));
     assert_eq!(metrics.count("paused{cause=\"failing\"}"), 0);
     assert_eq!(bench.simulator.leads().len(), 200);
     worker.terminate().await;
