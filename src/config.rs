@@ -5,6 +5,10 @@
 //! mistakes are collected and told at once, naming key, value and remedy; values of secret keys are
 //! never repeated.
 //!
+//! One process can serve several Close organizations: `[destinations.<name>]` holds what each has otherwise than
+//! the rest of the file, by the same keys, so that one organization needs none of it. A table by name and not a
+//! list, because the name makes the variables (`DESTINATIONS_EMEA_CLOSE_API_KEY`), labels and queues.
+//!
 //! `layers` lays them over one another; this file and `mapping` read the result.
 //!
 //! This is the only module that reads raw settings or the environment. The modules below own their
@@ -35,6 +39,20 @@ use layers::{NO_TOML, Problem, SECRETS, leaf};
 /// The validated settings.
 #[derive(Clone, Debug)]
 pub struct Config {
+    /// The Close organizations this process keeps in step, one at least.
+    pub destinations: Vec<Destination>,
+    /// Where metrics and health are served.
+    pub http_addr: SocketAddr,
+    /// How log lines look.
+    pub log_format: LogFormat,
+    effective: Table,
+}
+
+/// The settings of one Close organization.
+#[derive(Clone, Debug)]
+pub struct Destination {
+    /// Its name, where several are configured.
+    pub name: Option<String>,
     /// The broker.
     pub amqp: amqp::Settings,
     /// Close.
@@ -49,11 +67,6 @@ pub struct Config {
     pub concurrency: usize,
     /// How long messages in hand may take to finish on shutdown.
     pub grace: Duration,
-    /// Where metrics and health are served.
-    pub http_addr: SocketAddr,
-    /// How log lines look.
-    pub log_format: LogFormat,
-    effective: Table,
 }
 
 /// How log lines look.
@@ -89,6 +102,19 @@ impl Config {
         Layers::load(file, environment)?.read(need)
     }
 
+    /// The only destination.
+    ///
+    /// # Errors
+    /// When there are several, with their names.
+    pub fn single(mut self) -> Result<Destination, Vec<String>> {
+        match (self.destinations.pop(), self.destinations.is_empty()) {
+            (Some(destination), true) => Ok(destination),
+            (last, _) => {
+                Err(self.destinations.into_iter().chain(last).filter_map(|each| each.name).collect())
+            }
+        }
+    }
+
     /// The settings in force as TOML, secrets masked.
     pub fn show(&self) -> String {
         toml::to_string(&self.effective).unwrap_or_default()
@@ -101,17 +127,13 @@ struct Reader<'a> {
     problems: &'a mut Vec<Problem>,
 }
 
-impl Reader<'_> {
-    /// All settings, or `None` if anything is wrong. Every key is looked at either way.
-    fn read(mut self, need: Need) -> Option<Config> {
-        let amqp = self.amqp();
-        let close = self.close(need);
-        let worker = self.worker();
-        let rules = self.mapping();
-        // Two calls of the schema's group each time; Close counts them.
-        let schema_refresh = self.duration("close.schema_refresh", Duration::from_secs(10));
-        let concurrency = self.number("worker.concurrency", 1, 1024);
-        let grace = self.duration("worker.grace", Duration::ZERO);
+impl<'a> Reader<'a> {
+    fn of(settings: &'a Table, problems: &'a mut Vec<Problem>) -> Self {
+        Self { settings, problems }
+    }
+
+    /// What concerns the whole process.
+    fn process(mut self) -> Option<(SocketAddr, LogFormat)> {
         let http_addr =
             self.parsed("http.addr", "an address and port like `127.0.0.1:9090`", |text| text.parse().ok());
         let log_format = self.parsed("log.format", "one of `auto`, `text`, `json`", |text| match text {
@@ -120,7 +142,21 @@ impl Reader<'_> {
             "json" => Some(LogFormat::Json),
             _ => None,
         });
-        Some(Config {
+        http_addr.zip(log_format)
+    }
+
+    /// A destination, or `None` if anything is wrong. Every key is looked at either way.
+    fn destination(mut self, name: Option<&str>, need: Need) -> Option<Destination> {
+        let amqp = self.amqp();
+        let close = self.close(need);
+        let worker = self.worker();
+        let rules = self.mapping();
+        // Two calls of the schema's group each time; Close counts them.
+        let schema_refresh = self.duration("close.schema_refresh", Duration::from_secs(10));
+        let concurrency = self.number("worker.concurrency", 1, 1024);
+        let grace = self.duration("worker.grace", Duration::ZERO);
+        Some(Destination {
+            name: name.map(str::to_owned),
             amqp: amqp?,
             close: close?,
             worker: worker?,
@@ -128,9 +164,6 @@ impl Reader<'_> {
             schema_refresh: schema_refresh?,
             concurrency: usize::try_from(concurrency?).ok()?,
             grace: grace?,
-            http_addr: http_addr?,
-            log_format: log_format?,
-            effective: Table::new(),
         })
     }
 
@@ -162,7 +195,7 @@ impl Reader<'_> {
         let told = self
             .problems
             .iter()
-            .any(|problem| problem.key == "close.api_key" || problem.message.starts_with(NO_TOML));
+            .any(|problem| problem.key.ends_with("close.api_key") || problem.message.starts_with(NO_TOML));
         if api_key.is_empty() && need == Need::All && !told {
             self.problem("close.api_key", "is not set: make a key in Close (Settings > API Keys)");
         }
@@ -297,6 +330,10 @@ mod tests {
         Layers::new(text, "close-sync.toml", &environment).read(Need::All)
     }
 
+    fn single(text: &str, environment: &[(&str, &str)]) -> Destination {
+        load(text, environment).unwrap().single().unwrap()
+    }
+
     fn problems(text: &str, environment: &[(&str, &str)]) -> String {
         load(text, environment).unwrap_err().to_string()
     }
@@ -308,7 +345,7 @@ mod tests {
             "the configuration has 1 problem\n  close.api_key (CLOSE_API_KEY): is not set: make a key in Close \
              (Settings > API Keys)"
         );
-        let config = load("", &[("CLOSE_API_KEY", "api_k")]).unwrap();
+        let config = single("", &[("CLOSE_API_KEY", "api_k")]);
         assert_eq!(config.amqp.delays.len(), 4);
         assert_eq!(config.amqp.retry_exchange(), "close-sync.retry");
         assert_eq!((&config.rules.lead.key, &config.rules.contact.key), (&None, &None));
@@ -327,7 +364,7 @@ mod tests {
             ("MAPPING_LEAD_NAME", "{ from = [\"$.context.groupId\"] }"),
             ("CLOSE_LEAD_COMPANY_ID_FIELD", "cf_company"),
         ];
-        let config = load(file, &environment).unwrap();
+        let config = single(file, &environment);
         assert_eq!(config.close.api_key.expose_secret(), "api_environment");
         assert_eq!(config.close.url.as_str(), "http://x.test/");
         assert_eq!(config.amqp.delays[1].duration, Duration::from_mins(1));
@@ -352,6 +389,64 @@ mod tests {
                     cf_w = { from = ['$.b'], write = 'never' }";
         insta::assert_snapshot!(problems(file, &[("WORKER_CONCURRENCY", "many"), ("HTTP_ADDR", "9090")]));
         insta::assert_snapshot!(problems("[close]\napi_key = \"api_secret", &[("CLOSE_API_KEY", "k")]));
+    }
+
+    /// Two organizations that share most settings.
+    const TWO: &str = "[close]\nsearch_lag = '5s'\nlead_company_id_field = 'cf_shared'\n\
+                       [destinations.emea]\nclose.api_key = 'api_emea'\namqp.prefetch = 50\n\
+                       [destinations.apac]\nclose = { api_key = 'api_file', lead_company_id_field = 'cf_own' }\n\
+                       amqp.queue = 'asia'\nmapping.lead.name = { from = ['$.name'] }";
+
+    #[test]
+    fn destinations_have_what_all_share_and_what_is_their_own() {
+        let environment = [
+            ("CLOSE_SEARCH_LAG", "7s"),
+            ("AMQP_PREFETCH", "99"),
+            ("DESTINATIONS_APAC_CLOSE_API_KEY", "api_apac"),
+        ];
+        let config = load(TWO, &environment).unwrap();
+        let told: Vec<_> = config
+            .destinations
+            .iter()
+            .map(|each| {
+                let (lag, key) = (each.worker.search_lag.as_secs(), each.close.api_key.expose_secret());
+                let field = each.rules.lead.key.as_ref().unwrap().clone();
+                (each.name.as_deref().unwrap(), each.amqp.queue.as_str(), each.amqp.prefetch, key, field, lag)
+            })
+            .collect();
+        assert_eq!(
+            told,
+            [
+                ("apac", "asia", 99, "api_apac", FieldRef::new("cf_own"), 7),
+                ("emea", "close-sync-emea", 50, "api_emea", FieldRef::new("cf_shared"), 7),
+            ]
+        );
+        assert_eq!(config.clone().single().unwrap_err(), ["apac", "emea"]);
+
+        let layers = Layers::new(TWO, "close-sync.toml", &HashMap::new());
+        let emea = layers.clone().only(Some("emea")).unwrap().read(Need::All).unwrap().single().unwrap();
+        assert_eq!((emea.name.as_deref(), emea.amqp.prefetch), (Some("emea"), 50));
+        assert!(layers.only(Some("emae")).unwrap_err().to_string().contains("there are: apac, emea"));
+
+        // What is shown can be read again, and says the same.
+        let shown = load(TWO, &environment).unwrap().show();
+        assert!(!shown.contains("api_emea") && !shown.contains("api_apac"), "{shown}");
+        let keys = [("DESTINATIONS_APAC_CLOSE_API_KEY", "1"), ("DESTINATIONS_EMEA_CLOSE_API_KEY", "2")];
+        assert_eq!(load(&shown, &keys).unwrap().show(), shown);
+        let own = shown.split_once("[destinations.emea.amqp]").unwrap().1;
+        assert!(
+            own.starts_with("\nprefetch = 50\nqueue = \"close-sync-emea\"\n\n[destinations.emea.close]"),
+            "{own}"
+        );
+    }
+
+    #[test]
+    fn mistakes_of_destinations_name_whose_they_are_and_what_two_must_not_share() {
+        let file = "[retry]\ndelays = []\n[destinations.a]\namqp.prefetch = 0\nhttp.addr = 'x'\n\
+                    [destinations.Bad-Name]\nclose.api_key = 'api_c'\nclose.timeout = 'soon'";
+        insta::assert_snapshot!(problems(file, &[("DESTINATIONS_A_WORKER_MERGE", "perhaps")]));
+        let file = "[close]\napi_key = 'api_shared'\n[destinations.a]\n[destinations.b]\namqp.queue = 'close-sync-a.dead'";
+        insta::assert_snapshot!(problems(file, &[]));
     }
 
     #[test]

@@ -14,35 +14,29 @@ use axum::{Json, Router};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::metrics::Metrics;
-use crate::state::{Readiness, Status};
+use crate::board::Board;
 
 /// Serves until `shutdown`.
 ///
 /// # Errors
 /// When serving fails; binding is the caller's, so that it can tell where.
-pub async fn serve(
-    listener: TcpListener,
-    metrics: Metrics,
-    status: Status,
-    shutdown: CancellationToken,
-) -> std::io::Result<()> {
+pub async fn serve(listener: TcpListener, board: Board, shutdown: CancellationToken) -> std::io::Result<()> {
     let router = Router::new()
         .route("/metrics", get(page))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
-        .with_state((metrics, status));
+        .with_state(board);
     axum::serve(listener, router).with_graceful_shutdown(shutdown.cancelled_owned()).await
 }
 
-async fn page(Shared((metrics, _)): Shared<(Metrics, Status)>) -> impl IntoResponse {
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], metrics.page())
+async fn page(Shared(board): Shared<Board>) -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], board.page())
 }
 
-async fn ready(Shared((_, status)): Shared<(Metrics, Status)>) -> impl IntoResponse {
-    let readiness = Readiness::from(status.get());
-    let code = if readiness.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (code, Json(readiness))
+async fn ready(Shared(board): Shared<Board>) -> impl IntoResponse {
+    let answer = board.readiness();
+    let code = if answer.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (code, Json(answer))
 }
 
 /// Asks a running worker whether it is alive, for container health checks.

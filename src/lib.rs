@@ -40,10 +40,10 @@
 //! - [`known`], `resolve`, [`preflight`]: what Close has; [`applied`]: how old that is; [`claims`]: records
 //!   being written to; [`breaker`]: whether it is Close that fails; [`pulse`]: whether it was us who stood still;
 //!   [`worker`]: one message, the spine.
-//! - [`metrics`], [`state`], [`drain`], [`panics`], [`http`]: what operators see.
+//! - [`metrics`], [`state`], [`board`], [`drain`], [`panics`], [`http`]: what operators see.
 //! - [`amqp`]: the only place that knows lapin.
 //! - [`config`]: raw settings to typed ones; lower modules own their settings and never import it.
-//! - [`app`]: supervision and shutdown; [`cli`]: the commands.
+//! - [`app`]: supervision and shutdown of one destination or several; [`cli`]: the commands.
 //! - [`simulator`]: a stateful fake Close; [`scenario`]: events played on it. Test equipment: nothing in
 //!   the worker knows that it exists.
 //!
@@ -84,6 +84,7 @@ pub mod pulse;
 mod resolve;
 pub mod retry;
 
+pub mod board;
 pub mod drain;
 pub mod http;
 pub mod metrics;

@@ -1,12 +1,14 @@
 //! Every metric, in one place: names, labels, and the methods that record them.
 //!
-//! A registry of our own, so that two workers can live in one process. All label values come from
+//! A registry for each destination, so that several can live in one process. All label values come from
 //! closed enums and every combination exists from the start, so that an alert sees zeros instead of
 //! nothing. Labels never carry anything of a message.
 
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use prometheus::proto::MetricFamily;
 use prometheus::{
     Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, TextEncoder,
@@ -17,8 +19,24 @@ use crate::domain::decision::Decision;
 use crate::domain::plan::Refusal;
 use crate::domain::values::DropReason;
 use crate::outcome::{Effect, Outcome, PauseCause, Reason, Skip, Stage};
+use crate::state::BrokerTrouble;
 
-/// The metrics of one worker. Clones share them.
+/// The page Prometheus scrapes: one family for each name, whoever has it.
+pub fn page<'a>(all: impl IntoIterator<Item = &'a Metrics>) -> String {
+    let mut families: BTreeMap<String, MetricFamily> = BTreeMap::new();
+    for mut family in all.into_iter().flat_map(Metrics::gather) {
+        match families.get_mut(family.name()) {
+            None => drop(families.insert(family.name().to_owned(), family)),
+            Some(known) => {
+                let metrics = known.take_metric().into_iter().chain(family.take_metric()).collect();
+                known.set_metric(metrics);
+            }
+        }
+    }
+    TextEncoder::new().encode_to_string(&families.into_values().collect::<Vec<_>>()).unwrap_or_default()
+}
+
+/// The metrics of one destination. Clones share them.
 #[derive(Clone)]
 pub struct Metrics {
     registry: Registry,
@@ -41,7 +59,10 @@ pub struct Metrics {
     paused: IntGaugeVec,
     pauses: IntCounterVec,
     connected: IntGauge,
-    connection_losses: IntCounter,
+    connection_losses: IntCounterVec,
+    broker_trouble: IntGaugeVec,
+    broker_alarm: IntGauge,
+    successors_held: IntGauge,
     backlog: IntGauge,
     drain_seconds: Gauge,
     rate_limits: RateLimits,
@@ -63,13 +84,14 @@ const HANDLING_BUCKETS: [f64; 10] = [0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 10.0, 30.0,
 const AGE_BUCKETS: [f64; 10] = [0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 86400.0];
 
 impl Metrics {
-    /// All metrics, at zero.
+    /// All metrics, at zero; with a label for the destination if it has a name.
     ///
     /// # Errors
     /// When two of them have the same name, which a test excludes.
     #[expect(clippy::too_many_lines, reason = "one entry for each metric, and nothing else")]
-    pub fn new() -> prometheus::Result<Self> {
-        let registry = Registry::new_custom(Some("close_sync".into()), None)?;
+    pub fn new(destination: Option<&str>) -> prometheus::Result<Self> {
+        let labels = destination.map(|name| HashMap::from([("destination".to_owned(), name.to_owned())]));
+        let registry = Registry::new_custom(Some("close_sync".into()), labels)?;
         let make = Maker(&registry);
         let metrics = Self {
             settled: make.counters(
@@ -160,8 +182,24 @@ impl Metrics {
                 &PauseCause::ALL.map(PauseCause::label),
             )?,
             connected: make.gauge("broker_connected", "1 while connected to RabbitMQ and consuming or standing by")?,
-            connection_losses: make
-                .counter("broker_connection_losses_total", "Times the connection to RabbitMQ was lost")?,
+            connection_losses: make.counters(
+                "broker_connection_losses_total",
+                "Times the connection to RabbitMQ was lost by cause",
+                "cause",
+                &BrokerTrouble::ALL.map(BrokerTrouble::label),
+            )?,
+            broker_trouble: make.gauges(
+                "broker_trouble",
+                "1 while there is no connection to RabbitMQ for this cause",
+                "cause",
+                &BrokerTrouble::ALL.map(BrokerTrouble::label),
+            )?,
+            broker_alarm: make
+                .gauge("broker_alarm", "1 while RabbitMQ takes no messages for want of memory or disk")?,
+            successors_held: make.gauge(
+                "successors_held",
+                "Messages held because RabbitMQ does not take their successor for a delay or dead-letter queue",
+            )?,
             backlog: make.gauge("backlog_messages", "Messages in the work queue, those in hand included")?,
             drain_seconds: make.unknown(
                 "drain_seconds",
@@ -229,15 +267,14 @@ impl Metrics {
         self.drain_seconds.set(drain.map_or(f64::NAN, |drain| drain.as_secs_f64()));
     }
 
-    /// The page Prometheus scrapes.
-    pub fn page(&self) -> String {
+    fn gather(&self) -> Vec<MetricFamily> {
         for (endpoint, standing) in self.standings() {
             let label = &[endpoint.label()];
             self.rate_limits.limit.with_label_values(label).set(standing.limit.into());
             self.rate_limits.remaining.with_label_values(label).set(standing.remaining.into());
             self.rate_limits.reset.with_label_values(label).set(standing.reset.as_secs_f64());
         }
-        TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default()
+        self.registry.gather()
     }
 
     /// A call to Close ended.
@@ -334,14 +371,45 @@ impl Metrics {
         }
     }
 
-    /// The connection to the broker stands.
+    /// The connection to the broker stands, or does not any more.
     pub fn connected(&self, up: bool) {
         self.connected.set(up.into());
+        if up {
+            self.broker_trouble(None);
+        }
     }
 
     /// The connection to the broker was lost.
-    pub fn connection_lost(&self) {
-        self.connection_losses.inc();
+    pub fn connection_lost(&self, why: BrokerTrouble) {
+        self.connection_losses.with_label_values(&[why.label()]).inc();
+    }
+
+    /// Why there is no connection to the broker, if there is none.
+    pub fn broker_trouble(&self, now: Option<BrokerTrouble>) {
+        for trouble in BrokerTrouble::ALL {
+            self.broker_trouble.with_label_values(&[trouble.label()]).set((Some(trouble) == now).into());
+        }
+    }
+
+    /// The broker raised an alarm, or cleared it.
+    pub fn broker_alarm(&self, raised: bool) {
+        self.broker_alarm.set(raised.into());
+    }
+
+    /// A successor is not taken by the broker; as long as the guard lives.
+    pub fn successor_held(&self) -> impl Drop + use<> {
+        let held = self.successors_held.clone();
+        held.inc();
+        OnDrop(move || held.dec())
+    }
+}
+
+/// Does something at its end.
+struct OnDrop<F: Fn()>(F);
+
+impl<F: Fn()> Drop for OnDrop<F> {
+    fn drop(&mut self) {
+        self.0();
     }
 }
 
@@ -485,9 +553,9 @@ mod tests {
 
     #[test]
     fn every_label_is_there_from_the_start_and_every_outcome_has_one() {
-        let metrics = Metrics::new().unwrap();
+        let metrics = Metrics::new(None).unwrap();
         let series = |page: String| page.lines().filter(|line| !line.starts_with('#')).count();
-        let before = series(metrics.page());
+        let before = series(page([&metrics]));
         for effect in Effect::ALL {
             metrics.settled(&Outcome::Synced(effect), Duration::ZERO);
         }
@@ -502,7 +570,7 @@ mod tests {
             &Outcome::Delayed { level: 0, obstacle: crate::outcome::Obstruction::Behind },
             Duration::ZERO,
         );
-        assert_eq!(series(metrics.page()), before);
-        assert!(metrics.page().contains("close_sync_messages_settled_total{outcome=\"skipped\"} 8"));
+        assert_eq!(series(page([&metrics])), before);
+        assert!(page([&metrics]).contains("close_sync_messages_settled_total{outcome=\"skipped\"} 8"));
     }
 }

@@ -1,7 +1,8 @@
-//! What the worker is doing, for `/readyz` and whoever asks.
+//! What a worker is doing, for `/readyz` and whoever asks.
 
 use std::sync::Arc;
 
+use jiff::Timestamp;
 use serde::Serialize;
 use tokio::sync::watch;
 
@@ -10,8 +11,8 @@ use crate::outcome::PauseCause;
 /// The state of a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// No connection to the broker yet, or no more.
-    Connecting,
+    /// No connection to the broker yet, or no more, and why if it was tried.
+    Connecting(Option<BrokerTrouble>),
     /// Registered with the queue; no delivery yet. Either there are no messages, or another worker is
     /// the active one: AMQP 0-9-1 does not tell (rabbitmq.md §3.6).
     StandingBy,
@@ -21,51 +22,126 @@ pub enum State {
     Paused(PauseCause),
     /// Asked to stop.
     Stopping,
+    /// It cannot work as it is configured; others in the same process go on.
+    Failed,
+}
+
+/// Why there is no connection to the broker, or none that is of use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BrokerTrouble {
+    /// Nobody answers.
+    Unreachable,
+    /// Wrong user, password or vhost, or a right that was taken away.
+    Refused,
+    /// The user lacks a permission on something of ours.
+    Forbidden,
+    /// An exchange or queue does not exist.
+    Missing,
+    /// An exchange or queue has other properties.
+    Conflict,
+    /// The queue was deleted under the consumer, or the broker gave up on it.
+    Cancelled,
+    /// The connection or a channel ended.
+    Lost,
+    /// This process was frozen.
+    StoodStill,
+}
+
+impl BrokerTrouble {
+    /// All of them.
+    pub const ALL: [Self; 8] = [
+        Self::Unreachable,
+        Self::Refused,
+        Self::Forbidden,
+        Self::Missing,
+        Self::Conflict,
+        Self::Cancelled,
+        Self::Lost,
+        Self::StoodStill,
+    ];
+
+    /// As metrics and `/readyz` tell it.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Unreachable => "unreachable",
+            Self::Refused => "refused",
+            Self::Forbidden => "forbidden",
+            Self::Missing => "missing",
+            Self::Conflict => "conflict",
+            Self::Cancelled => "cancelled",
+            Self::Lost => "lost",
+            Self::StoodStill => "stood_still",
+        }
+    }
 }
 
 /// The state as `/readyz` tells it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Readiness {
     /// Whether messages are, or would be, worked on.
     pub ready: bool,
     /// The state.
     pub state: &'static str,
-    /// Why, when paused.
+    /// Why, from a closed list, when not connected or paused.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cause: Option<&'static str>,
+    /// What went wrong last, for people.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
+    /// RabbitMQ's reason not to take messages, while it has one: what needs no successor is settled, the rest
+    /// is held.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alarm: Option<String>,
+    /// Since when it is in this state.
+    pub since: Timestamp,
 }
 
-impl From<State> for Readiness {
-    fn from(state: State) -> Self {
-        let (ready, state, cause) = match state {
-            State::Connecting => (false, "connecting", None),
-            State::StandingBy => (true, "standing_by", None),
-            State::Consuming => (true, "consuming", None),
-            State::Paused(cause) => (false, "paused", Some(cause.label())),
-            State::Stopping => (false, "stopping", None),
-        };
-        Self { ready, state, cause }
-    }
+#[derive(Clone, Debug)]
+struct Standing {
+    state: State,
+    detail: Option<String>,
+    alarm: Option<String>,
+    since: Timestamp,
 }
 
 /// The state of one worker, to be set and read from anywhere. Clones share it.
 #[derive(Clone, Debug)]
-pub struct Status(Arc<watch::Sender<State>>);
+pub struct Status(Arc<watch::Sender<Standing>>);
 
 impl Default for Status {
     fn default() -> Self {
-        Self(Arc::new(watch::Sender::new(State::Connecting)))
+        let (state, since) = (State::Connecting(None), Timestamp::now());
+        Self(Arc::new(watch::Sender::new(Standing { state, detail: None, alarm: None, since })))
     }
 }
 
 impl Status {
-    /// Moves on to a state.
-    pub fn set(&self, state: State) {
-        self.0.send_if_modified(|current| std::mem::replace(current, state) != state);
+    /// Moves on to a state, for a reason.
+    pub fn set(&self, state: State, detail: Option<String>) {
+        self.0.send_modify(|standing| {
+            if standing.state != state {
+                (standing.state, standing.since) = (state, Timestamp::now());
+            }
+            standing.detail = detail;
+        });
+    }
+
+    /// The broker raised an alarm, or cleared it.
+    pub fn alarm(&self, reason: Option<String>) {
+        self.0.send_modify(|standing| standing.alarm = reason);
     }
 
     /// The state now.
-    pub fn get(&self) -> State {
-        *self.0.borrow()
+    pub fn readiness(&self) -> Readiness {
+        let Standing { state, detail, alarm, since } = self.0.borrow().clone();
+        let (ready, state, cause) = match state {
+            State::Connecting(cause) => (false, "connecting", cause.map(BrokerTrouble::label)),
+            State::StandingBy => (true, "standing_by", None),
+            State::Consuming => (true, "consuming", None),
+            State::Paused(cause) => (false, "paused", Some(cause.label())),
+            State::Stopping => (false, "stopping", None),
+            State::Failed => (false, "failed", None),
+        };
+        Readiness { ready: ready && alarm.is_none(), state, cause, detail, alarm, since }
     }
 }

@@ -42,6 +42,9 @@ pub const DECISION: &str = "x-close-sync-decision";
 /// Equal for messages that failed alike.
 pub const FINGERPRINT: &str = "x-close-sync-fingerprint";
 
+/// The producer's place in a trace, as W3C Trace Context has it.
+pub const TRACEPARENT: &str = "traceparent";
+
 /// Headers about one failure: gone when the message is replayed.
 const OF_A_FAILURE: [&str; 9] =
     [ATTEMPTS, DETOUR, ID, REASON, STAGE, ERROR, DECISION, FAILED_AT, FINGERPRINT];
@@ -69,7 +72,49 @@ pub struct Envelope {
     pub exchange: String,
     /// The producer's routing key.
     pub routing_key: String,
+    /// The trace it belongs to, if its producer tells.
+    pub trace: Option<TraceParent>,
     properties: BasicProperties,
+}
+
+/// Where a message stands in a trace: the header `traceparent` of W3C Trace Context, version 00. Successors keep
+/// the header as it is, so that a trace goes on through delay queues and replays.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TraceParent(String);
+
+impl TraceParent {
+    /// Reads the header; whatever has another form is not passed on into logs.
+    pub fn parse(text: &str) -> Option<Self> {
+        let parts: Vec<&str> = text.split('-').collect();
+        let hex = |part: &str, digits: usize| {
+            part.len() == digits && part.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+        };
+        let told = |part: &str, digits| hex(part, digits) && part.bytes().any(|b| b != b'0');
+        match parts[..] {
+            // A later version may append parts; the four keep their meaning.
+            [version, trace, span, flags, ..]
+                if hex(version, 2)
+                    && version != "ff"
+                    && (version != "00" || parts.len() == 4)
+                    && told(trace, 32)
+                    && told(span, 16)
+                    && hex(flags, 2) =>
+            {
+                Some(Self(text.to_owned()))
+            }
+            _ => None,
+        }
+    }
+
+    /// The id of the trace, 32 digits.
+    pub fn trace_id(&self) -> &str {
+        &self.0[3..35]
+    }
+
+    /// The id of the producer's span, 16 digits.
+    pub fn span_id(&self) -> &str {
+        &self.0[36..52]
+    }
 }
 
 impl Envelope {
@@ -86,6 +131,7 @@ impl Envelope {
                 .and_then(|s| Timestamp::new(i64::try_from(s).ok()?, 999_999_999).ok()),
             exchange: text(&properties, EXCHANGE).unwrap_or_else(|| delivery.exchange.to_string()),
             routing_key: text(&properties, ROUTING_KEY).unwrap_or_else(|| delivery.routing_key.to_string()),
+            trace: text(&properties, TRACEPARENT).and_then(|text| TraceParent::parse(&text)),
             properties,
         }
     }
@@ -93,6 +139,11 @@ impl Envelope {
     /// The producer's id of the message, for logs.
     pub fn message_id(&self) -> &str {
         self.properties.message_id().as_ref().map_or("-", ShortString::as_str)
+    }
+
+    /// The producer's id of what the message belongs to, for logs.
+    pub fn correlation_id(&self) -> Option<&str> {
+        self.properties.correlation_id().as_ref().map(ShortString::as_str)
     }
 
     /// Who goes first: who comes for the first time, then who waited in a delay queue, then replays.
@@ -248,6 +299,28 @@ mod tests {
             .with_message_id("m-1".into())
             .with_expiration("1000".into());
         delivery
+    }
+
+    #[test]
+    fn a_trace_is_known_by_its_form() {
+        let (trace, span) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
+        for good in [format!("00-{trace}-{span}-01"), format!("cc-{trace}-{span}-00-later")] {
+            let parsed = TraceParent::parse(&good).unwrap();
+            assert_eq!((parsed.trace_id(), parsed.span_id()), (trace, span));
+        }
+        let zeros = "0".repeat(32);
+        for bad in [
+            String::new(),
+            format!("00-{trace}-{span}"),
+            format!("00-{trace}-{span}-01-more"),
+            format!("ff-{trace}-{span}-01"),
+            format!("00-{}-{span}-01", trace.to_uppercase()),
+            format!("00-{zeros}-{span}-01"),
+            format!("00-{trace}-{}-01", &zeros[..16]),
+            format!("00-{trace}-jane@example.com-01"),
+        ] {
+            assert_eq!(TraceParent::parse(&bad), None, "{bad}");
+        }
     }
 
     #[test]

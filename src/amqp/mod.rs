@@ -22,6 +22,8 @@ use lapin::types::ShortString;
 use lapin::{Connection, ConnectionProperties, ErrorKind};
 use secrecy::{ExposeSecret, SecretString};
 
+use crate::state::BrokerTrouble;
+
 /// The broker, and the names of what is ours on it.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -65,6 +67,13 @@ impl Settings {
             (url.expose_secret().to_owned(), exchange.clone(), queue.clone(), delays.clone())
         };
         names(self) == names(other)
+    }
+
+    /// Whether the objects of one cannot be told from those of the other.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        let within = |a: &str, b: &str| a == b || a.strip_prefix(b).is_some_and(|rest| rest.starts_with('.'));
+        self.url.expose_secret() == other.url.expose_secret()
+            && (within(&self.queue, &other.queue) || within(&other.queue, &self.queue))
     }
 
     /// The name of the dead-letter exchange and of its queue.
@@ -146,6 +155,20 @@ pub enum BrokerError {
 }
 
 impl BrokerError {
+    /// What it is as a reason to have no session.
+    pub fn trouble(&self) -> BrokerTrouble {
+        match self {
+            Self::Unreachable(_) => BrokerTrouble::Unreachable,
+            Self::Refused(_) => BrokerTrouble::Refused,
+            Self::Conflict { .. } => BrokerTrouble::Conflict,
+            Self::Missing(_) | Self::Unroutable { .. } => BrokerTrouble::Missing,
+            Self::Forbidden(_) => BrokerTrouble::Forbidden,
+            Self::Lost(_) | Self::Unconfirmed(_) => BrokerTrouble::Lost,
+            Self::StoodStill(_) => BrokerTrouble::StoodStill,
+            Self::Cancelled => BrokerTrouble::Cancelled,
+        }
+    }
+
     /// Reads lapin's error; `object` is what was being declared or checked, if anything.
     fn from_lapin(error: &lapin::Error, object: &str) -> Self {
         let ErrorKind::ProtocolError(amqp) = error.kind() else {

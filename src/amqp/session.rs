@@ -14,6 +14,7 @@
 //! When the connection is lost, work stops at once: the standby may already have the same messages.
 
 use std::convert::Infallible;
+use std::ops::AddAssign;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -44,6 +45,8 @@ use crate::worker::{Turn, Worker};
 /// What a session works with.
 #[derive(Clone)]
 pub struct Session {
+    /// The destination's name, where there are several.
+    pub destination: Option<Arc<str>>,
     /// The broker.
     pub settings: Arc<Settings>,
     /// Who does the work.
@@ -82,6 +85,16 @@ pub struct Report {
     pub handed_back: u64,
 }
 
+impl AddAssign for Report {
+    fn add_assign(&mut self, more: Self) {
+        let Self { settled, by_close, acquitted, handed_back } = self;
+        *settled += more.settled;
+        *by_close += more.by_close;
+        *acquitted |= more.acquitted;
+        *handed_back += more.handed_back;
+    }
+}
+
 /// Why a session ended.
 #[derive(Debug)]
 pub enum End {
@@ -110,8 +123,8 @@ impl Session {
         }
         let ended = self.consume(link, detours, shutdown).await;
         self.metrics.connected(false);
-        if matches!(ended.0, End::Lost(_)) {
-            self.metrics.connection_lost();
+        if let End::Lost(error) = &ended.0 {
+            self.metrics.connection_lost(error.trouble());
         }
         ended
     }
@@ -150,7 +163,7 @@ impl Session {
                 self.acquit();
             }
             if !on_trial && received > 0 {
-                self.status.set(State::Consuming);
+                self.status.set(State::Consuming, None);
             }
             while !drawing
                 && in_hand.tasks.len() < at_once
@@ -178,7 +191,10 @@ impl Session {
                     None => {}
                     Some(end) => break end,
                 },
-                Some(error) = link.trouble.next() => break End::Lost(error),
+                Some(happened) = link.happenings.next() => match happened {
+                    Happening::Ended(error) => break End::Lost(error),
+                    Happening::Alarm(reason) => self.alarm(reason),
+                },
                 never = &mut watch => match never {},
                 () = &mut time_to_draw, if drawing && received > 0 => drawing = false,
                 () = &mut nothing_in_hand, if on_trial && in_hand.tasks.is_empty() => {
@@ -203,7 +219,7 @@ impl Session {
         };
 
         if matches!(end, End::Stopped) {
-            self.wind_down(&mut in_hand, &mut link.trouble, &mut beat).await;
+            self.wind_down(&mut in_hand, &mut link.happenings, &mut beat).await;
         }
         drop(watch);
         stop.cancel();
@@ -213,6 +229,8 @@ impl Session {
         report.handed_back = received - report.settled;
         self.metrics.load(0, 0);
         self.metrics.handed_back(report.handed_back);
+        // Of the next connection the broker tells anew.
+        self.alarm(None);
         // Closed, not dropped, also when only half of it is lost: dropping a consumer cancels it. A
         // broker that says nothing any more is not waited for.
         let _ = tokio::time::timeout(Duration::from_secs(5), link.close()).await;
@@ -220,8 +238,8 @@ impl Session {
     }
 
     /// Finishes what is worked on, as far as the grace period and the connection allow.
-    async fn wind_down(&self, in_hand: &mut InHand<'_>, trouble: &mut Trouble, beat: &mut Interval) {
-        self.status.set(State::Stopping);
+    async fn wind_down(&self, in_hand: &mut InHand<'_>, happenings: &mut Happenings, beat: &mut Interval) {
+        self.status.set(State::Stopping, None);
         let grace_s = self.grace.as_secs();
         tracing::info!(in_hand = in_hand.messages, grace_s, "stopping: finishing what is in hand");
         let stands_still = async {
@@ -229,12 +247,23 @@ impl Session {
                 beat.tick().await;
             }
         };
+        let ends = async {
+            while let Some(Happening::Alarm(reason)) = happenings.next().await {
+                self.alarm(reason);
+            }
+        };
         // Without a connection the standby is at work already.
         tokio::select! {
             _ = tokio::time::timeout(self.grace, in_hand.finish()) => {}
-            _ = trouble.next() => {}
+            () = ends => {}
             () = stands_still => {}
         }
+    }
+
+    /// The broker takes no messages for a reason, or takes them again. What needs no successor goes on.
+    fn alarm(&self, reason: Option<String>) {
+        self.metrics.broker_alarm(reason.is_some());
+        self.status.alarm(reason);
     }
 
     /// How many messages may be worked on now: after a pause with one more for each that succeeds.
@@ -254,7 +283,7 @@ impl Session {
             self.worker.acquit_close();
         }
         self.metrics.paused(None);
-        self.status.set(State::StandingBy);
+        self.status.set(State::StandingBy, None);
         if self.on_trial.is_some() {
             tracing::info!("Close can be worked with again: going on, slowly at first");
         } else {
@@ -368,8 +397,15 @@ fn random() -> usize {
     usize::try_from(random >> 8).unwrap_or_default()
 }
 
-/// The end of a connection, when it comes.
-type Trouble = stream::BoxStream<'static, BrokerError>;
+/// What happens to a connection by itself.
+enum Happening {
+    /// It ended.
+    Ended(BrokerError),
+    /// The broker raised an alarm for this reason, or cleared it.
+    Alarm(Option<String>),
+}
+
+type Happenings = stream::BoxStream<'static, Happening>;
 
 /// The connections of a session and what comes out of them.
 struct Link {
@@ -378,7 +414,7 @@ struct Link {
     channel: Channel,
     publisher: Publisher,
     deliveries: lapin::Consumer,
-    trouble: Trouble,
+    happenings: Happenings,
 }
 
 impl Link {
@@ -389,7 +425,7 @@ impl Link {
         let publisher = Publisher::new(&publishing).await?;
         let channel = consuming.create_channel().await?;
         channel.basic_qos(settings.prefetch, BasicQosOptions::default()).await?;
-        let trouble = stream::select(trouble(&consuming), trouble(&publishing)).boxed();
+        let happenings = stream::select(happenings(&consuming), happenings(&publishing)).boxed();
         let deliveries = channel
             .basic_consume(
                 settings.queue.as_str().into(),
@@ -398,7 +434,7 @@ impl Link {
                 FieldTable::default(),
             )
             .await?;
-        Ok(Self { consuming, publishing, channel, publisher, deliveries, trouble })
+        Ok(Self { consuming, publishing, channel, publisher, deliveries, happenings })
     }
 
     /// How long the process may stand still: the broker gives its queue away after three heartbeats.
@@ -417,22 +453,22 @@ impl Link {
     }
 }
 
-/// The end of a connection, as an event. Alarms are logged and waited out.
-#[expect(clippy::wildcard_enum_match_arm, reason = "lapin may add events; only the end matters here")]
-fn trouble(connection: &Connection) -> impl Stream<Item = BrokerError> + Send + 'static {
+/// What happens to a connection, as events.
+#[expect(clippy::wildcard_enum_match_arm, reason = "lapin may add events; only these matter here")]
+fn happenings(connection: &Connection) -> impl Stream<Item = Happening> + Send + 'static {
     connection.events_listener().filter_map(|event| {
-        let error = match event {
-            Event::Error(error) => Some(error.into()),
+        let happening = match event {
+            Event::Error(error) => Some(Happening::Ended(error.into())),
             Event::ConnectionBlocked(reason) => {
                 tracing::warn!(reason, "RabbitMQ raised an alarm: nothing can be published until it clears");
-                None
+                Some(Happening::Alarm(Some(reason)))
             }
             Event::ConnectionUnblocked => {
                 tracing::info!("RabbitMQ's alarm cleared");
-                None
+                Some(Happening::Alarm(None))
             }
             _ => None,
         };
-        std::future::ready(error)
+        std::future::ready(happening)
     })
 }

@@ -17,7 +17,7 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 use super::BrokerError;
-use super::headers::Envelope;
+use super::headers::{Envelope, TraceParent};
 use super::publisher::Publisher;
 use super::session::Session;
 use crate::desk::Fate;
@@ -59,9 +59,17 @@ pub(super) enum Done {
 }
 
 impl Incoming {
-    fn span(&self) -> tracing::Span {
-        let Envelope { attempts, .. } = &self.envelope;
-        tracing::info_span!("message", message_id = self.envelope.message_id(), attempt = attempts + 1)
+    fn span(&self, session: &Session) -> tracing::Span {
+        let Envelope { attempts, trace, .. } = &self.envelope;
+        tracing::info_span!(
+            "message",
+            destination = session.destination.as_deref(),
+            message_id = self.envelope.message_id(),
+            correlation_id = self.envelope.correlation_id(),
+            trace_id = trace.as_ref().map(TraceParent::trace_id),
+            parent_span_id = trace.as_ref().map(TraceParent::span_id),
+            attempt = attempts + 1,
+        )
     }
 
     /// Receives a delivery: decodes and maps it.
@@ -113,7 +121,7 @@ impl Session {
     ) -> Ended {
         let started = Instant::now();
         let Some((_, first)) = run.first() else { return Ended::Each(Vec::new()) };
-        let span = first.span();
+        let span = first.span(&self);
         let work = async {
             match &first.prepared {
                 Prepared::Settled(outcome) => Some(vec![(outcome.clone(), None)]),
@@ -141,7 +149,7 @@ impl Session {
                 }
                 done
             };
-            ended.push((ticket, settle.instrument(incoming.span()).await));
+            ended.push((ticket, settle.instrument(incoming.span(&self)).await));
         }
         Ended::Each(ended)
     }
@@ -247,8 +255,9 @@ impl Session {
         }
     }
 
-    /// Publishes a successor. The original is held for as long as it takes: during an alarm the broker
-    /// takes nothing, and a full queue refuses. `None` when the session ends meanwhile.
+    /// Publishes a successor. The original is held for as long as it takes: during an alarm the broker takes
+    /// nothing, a full queue refuses, and an exchange without its binding leads nowhere. `None` when the session
+    /// ends meanwhile.
     async fn publish(
         &self,
         publisher: &Publisher,
@@ -260,11 +269,15 @@ impl Session {
     ) -> Option<Result<(), BrokerError>> {
         let mut pauses = Pauses::reconnect();
         let held = async {
+            let mut held = None;
             loop {
                 let sent = publisher.send(exchange, key, body, properties.clone()).await?;
                 match sent.confirmed().await {
-                    Err(BrokerError::Unconfirmed(why)) => {
-                        tracing::warn!(exchange, why, "a message is held until RabbitMQ takes its successor");
+                    Err(error @ (BrokerError::Unconfirmed(_) | BrokerError::Unroutable { .. })) => {
+                        if held.is_none() {
+                            tracing::warn!(exchange, %error, "held until RabbitMQ takes the successor");
+                        }
+                        held.get_or_insert_with(|| self.metrics.successor_held());
                         tokio::time::sleep(pauses.next_pause().unwrap_or_default()).await;
                     }
                     settled => return settled,

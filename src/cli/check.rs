@@ -5,7 +5,7 @@ use serde::Serialize;
 use super::{CONFIGURATION, Failure, UNAVAILABLE, there_are};
 use crate::amqp::{self, BrokerError, topology};
 use crate::close::Client;
-use crate::config::{Config, Need, Problems, masked};
+use crate::config::{Config, Destination, Need, Problems, masked};
 use crate::preflight::{self, Obstacle, Ready};
 
 /// Check the configuration, RabbitMQ, the API key, the lookup fields and what the mapping names in Close.
@@ -31,6 +31,8 @@ impl Args {
 
 #[derive(Serialize)]
 struct Finding {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    destination: Option<String>,
     status: Verdict,
     subject: String,
     detail: String,
@@ -76,7 +78,7 @@ pub(super) async fn check(args: &Args, config: Result<Config, Problems>) -> Resu
 }
 
 fn finding(status: Verdict, subject: impl Into<String>, detail: impl Into<String>) -> Finding {
-    Finding { status, subject: subject.into(), detail: detail.into() }
+    Finding { destination: None, status, subject: subject.into(), detail: detail.into() }
 }
 
 fn print(finding: &Finding) {
@@ -88,13 +90,22 @@ fn print(finding: &Finding) {
         Verdict::Unavailable => (Red, "missing"),
     };
     let style = color.on_default();
-    let Finding { subject, detail, .. } = finding;
-    anstream::println!("{style}{word:<8}{style:#}{subject}: {detail}");
+    let Finding { destination, subject, detail, status: _ } = finding;
+    let whose = destination.as_ref().map(|name| format!("{name}: ")).unwrap_or_default();
+    anstream::println!("{style}{word:<8}{style:#}{whose}{subject}: {detail}");
 }
 
 async fn look(config: &Config) -> Vec<Finding> {
     let mut findings = vec![finding(Verdict::Ok, "configuration", "every setting is valid")];
-    findings.push(broker(config).await);
+    for destination in &config.destinations {
+        let found = look_at(destination).await.into_iter();
+        findings.extend(found.map(|finding| Finding { destination: destination.name.clone(), ..finding }));
+    }
+    findings
+}
+
+async fn look_at(config: &Destination) -> Vec<Finding> {
+    let mut findings = vec![broker(config).await];
     findings.extend(close(config).await);
     for (setting, key, without) in [
         ("close.lead_company_id_field", &config.rules.lead.key, "Leads are never looked up by company"),
@@ -107,7 +118,7 @@ async fn look(config: &Config) -> Vec<Finding> {
     findings
 }
 
-async fn broker(config: &Config) -> Finding {
+async fn broker(config: &Destination) -> Finding {
     use secrecy::ExposeSecret;
     let settings = &config.amqp;
     let subject = format!("RabbitMQ at {}", masked(settings.url.expose_secret()));
@@ -141,7 +152,7 @@ async fn depths(
     Ok((work, dead))
 }
 
-async fn close(config: &Config) -> Vec<Finding> {
+async fn close(config: &Destination) -> Vec<Finding> {
     let subject = format!("Close at {}", config.close.url);
     let client = match Client::new(config.close.clone(), |_| {}) {
         Ok(client) => client,

@@ -23,7 +23,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::amqp::BrokerError;
 use crate::app::{self, Orders, RunError};
-use crate::config::{self, Config, Layers, LogFormat, Need, Problems};
+use crate::config::{self, Config, Destination, Layers, LogFormat, Need, Problems};
 use crate::{http, panics};
 
 /// Keeps the Close CRM in step with identify events from RabbitMQ.
@@ -38,6 +38,10 @@ struct Cli {
     /// A TOML file with settings that differ from the defaults.
     #[arg(long, short, global = true, value_name = "FILE", env = "CLOSE_SYNC_CONFIG")]
     config: Option<PathBuf>,
+
+    /// One of the destinations, where several are configured: `run` and `check` take all of them without it.
+    #[arg(long, global = true, value_name = "NAME")]
+    destination: Option<String>,
 
     #[command(subcommand)]
     command: Command,
@@ -158,30 +162,38 @@ pub fn main() -> ExitCode {
 
 impl Cli {
     async fn run(self) -> Result<(), Failure> {
-        let load = |need| Config::load(self.config.as_deref(), &config::environment(), need);
-        match self.command {
+        let Self { config, destination, command } = self;
+        let layers =
+            move || Layers::load(config.as_deref(), &config::environment())?.only(destination.as_deref());
+        match command {
             Command::Run => {
-                let config = load(Need::All)?;
-                let path = self.config;
-                let load = move || Config::load(path.as_deref(), &config::environment(), Need::All);
-                run(config, Box::new(load)).await
+                run(layers()?.read(Need::All)?, Box::new(move || layers()?.read(Need::All))).await
             }
-            Command::Check(args) => check::check(&args, load(args.need())).await,
-            Command::Plan(args) => plan::plan(args, load(Need::All)?).await,
-            Command::Test(args) => {
-                test::test(args, Layers::load(self.config.as_deref(), &config::environment())?).await
+            Command::Check(args) => {
+                let config = layers().and_then(|layers| layers.read(args.need()));
+                check::check(&args, config).await
             }
-            Command::Publish(args) => publish::publish(args, load(Need::Broker)?.amqp).await,
-            Command::Dlq(command) => dlq::dlq(command, load(Need::Broker)?.amqp).await,
+            Command::Plan(args) => plan::plan(args, single(layers()?.read(Need::All)?)?).await,
+            Command::Test(args) => test::test(args, layers()?).await,
+            Command::Publish(args) => {
+                publish::publish(args, single(layers()?.read(Need::Broker)?)?.amqp).await
+            }
+            Command::Dlq(command) => dlq::dlq(command, single(layers()?.read(Need::Broker)?)?.amqp).await,
             Command::Simulate(args) => simulate::simulate(args).await,
             Command::Healthcheck => {
-                let addr = load(Need::Broker)?.http_addr;
+                let addr = layers()?.read(Need::Broker)?.http_addr;
                 http::probe(addr).await.map_err(|error| {
                     Failure::Unavailable(format!("no worker answers at {addr} (`http.addr`): {error:#}"))
                 })
             }
         }
     }
+}
+
+fn single(config: Config) -> Result<Destination, Failure> {
+    config.single().map_err(|names| {
+        Failure::Input(format!("which destination? name one with `--destination`{}", there_are(&names)))
+    })
 }
 
 /// The worker, from the first log line to the last.

@@ -12,7 +12,7 @@ use tokio::io::AsyncReadExt;
 
 use super::{Failure, UNFIT, count, there_are};
 use crate::close::Client;
-use crate::config::Config;
+use crate::config::Destination;
 use crate::domain::decision::{self, Decision, LookUp};
 use crate::domain::event::{self, Event};
 use crate::domain::mapping::{Key, Mapping};
@@ -49,7 +49,7 @@ pub(super) struct Args {
     strict: bool,
 }
 
-pub(super) async fn plan(args: Args, config: Config) -> Result<(), Failure> {
+pub(super) async fn plan(args: Args, config: Destination) -> Result<(), Failure> {
     let events = read(&args.file).await?;
     let worker = worker(config).await?;
     let mapping = worker.mapping();
@@ -103,10 +103,10 @@ async fn read(file: &Path) -> Result<Vec<Vec<u8>>, Failure> {
 }
 
 /// A worker without a broker.
-async fn worker(config: Config) -> Result<Worker, Failure> {
+async fn worker(config: Destination) -> Result<Worker, Failure> {
     let unavailable = |error: &dyn std::fmt::Display| Failure::Unavailable(error.to_string());
     let client = Client::new(config.close, |_| {}).map_err(|error| unavailable(&error))?;
-    let metrics = Metrics::new().map_err(|error| unavailable(&error))?;
+    let metrics = Metrics::new(None).map_err(|error| unavailable(&error))?;
     let ready = preflight::run(&client, &config.rules).await.map_err(|obstacles| {
         let told = obstacles.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
         if obstacles.iter().any(|obstacle| matches!(obstacle, Obstacle::Field(_))) {

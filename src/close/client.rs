@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use reqwest::StatusCode;
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::time::Instant;
@@ -42,6 +42,13 @@ pub struct Settings {
     pub timeout: Duration,
     /// The part of Close's rate limits that is spent, above 0 and at most 1; the rest is for others.
     pub share: f64,
+}
+
+impl Settings {
+    /// Whether both have the same key, and so the same organization.
+    pub fn is_same_key(&self, other: &Self) -> bool {
+        self.url == other.url && self.api_key.expose_secret() == other.api_key.expose_secret()
+    }
 }
 
 /// Budget for one call, and how long was waited for it.

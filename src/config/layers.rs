@@ -1,13 +1,16 @@
 //! The layers: laid over one another, checked against the defaults, with every mistake kept.
+//!
+//! What a destination says of itself is one more layer, over what all share: its table in the file, then its
+//! variables.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::path::Path;
 
 use toml::{Table, Value};
 use url::Url;
 
-use super::{Config, Need, Reader};
+use super::{Config, Destination, Need, Reader};
 
 /// The defaults, which are also the reference manual.
 pub const DEFAULTS: &str = include_str!("../config.default.toml");
@@ -17,7 +20,11 @@ pub(super) const SECRETS: [&str; 2] = ["close.api_key", "amqp.url"];
 /// What a file that cannot be parsed is told.
 pub(super) const NO_TOML: &str = "is no TOML";
 /// Tables whose keys are the user's.
-const OPEN: [&str; 2] = ["mapping.lead.custom", "mapping.contact.custom"];
+const OPEN: [&str; 3] = ["mapping.lead.custom", "mapping.contact.custom", DESTINATIONS];
+/// The table of destinations, by name.
+const DESTINATIONS: &str = "destinations";
+/// What a destination cannot have for itself.
+const OF_THE_PROCESS: [&str; 3] = ["http", "log", DESTINATIONS];
 
 /// Everything that is wrong with the settings.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -48,10 +55,10 @@ impl Problems {
     pub fn lines(&self) -> impl Iterator<Item = (String, &str)> {
         let defaults: Table = toml::from_str(DEFAULTS).unwrap_or_default();
         self.0.iter().map(move |problem| {
-            let in_rule = problem.key.rsplit_once('.').and_then(|(table, _)| leaf(&defaults, table));
+            let key = within(&problem.key).map_or(problem.key.as_str(), |(_, key)| key);
+            let in_rule = key.rsplit_once('.').and_then(|(table, _)| leaf(&defaults, table));
             let in_rule = in_rule.and_then(Value::as_table).is_some_and(is_rule);
-            let known =
-                !in_rule && leaf(&defaults, &problem.key).is_some_and(|value| is_leaf(&problem.key, value));
+            let known = !in_rule && leaf(&defaults, key).is_some_and(|value| is_leaf(key, value));
             let variable = if known { format!(" ({})", variable(&problem.key)) } else { String::new() };
             (format!("{}{variable}", problem.key), problem.message.as_str())
         })
@@ -71,10 +78,25 @@ fn variable(key: &str) -> String {
     key.replace('.', "_").to_uppercase()
 }
 
+/// The name of the destination and its key, of a key within one.
+fn within(key: &str) -> Option<(&str, &str)> {
+    key.strip_prefix(DESTINATIONS)?.strip_prefix('.')?.split_once('.')
+}
+
+impl Problem {
+    /// The same of a destination's own key.
+    fn of(self, name: &str) -> Self {
+        Self { key: format!("{DESTINATIONS}.{name}.{}", self.key), ..self }
+    }
+}
+
 /// The settings, laid over one another and not yet read.
 #[derive(Clone, Debug)]
 pub struct Layers {
-    settings: Table,
+    /// What concerns the process, and what its destinations have in common.
+    shared: Table,
+    /// The destinations by name, laid over what they share. Without any, `shared` is the only one.
+    destinations: BTreeMap<String, Table>,
     problems: Vec<Problem>,
 }
 
@@ -110,14 +132,44 @@ impl Layers {
             }
         }
         overlay_environment(&mut settings, "", environment, &mut problems);
-        Self { settings, problems }
+        let mut destinations = BTreeMap::new();
+        if let Some(Value::Table(layers)) = settings.remove(DESTINATIONS) {
+            for (name, layer) in layers {
+                destinations.insert(name.clone(), lay(&settings, &name, layer, environment, &mut problems));
+            }
+        }
+        Self { shared: settings, destinations, problems }
     }
 
-    /// One more layer, which wins over those below.
+    /// One more layer, which wins over those below, for every destination.
     #[must_use]
     pub fn over(mut self, layer: Table) -> Self {
-        overlay(&mut self.settings, layer, "", &mut self.problems);
+        overlay(&mut self.shared, layer.clone(), "", &mut self.problems);
+        for settings in self.destinations.values_mut() {
+            // Told of the layer once already.
+            overlay(settings, layer.clone(), "", &mut Vec::new());
+        }
         self
+    }
+
+    /// Only one of the destinations, if `name` names one.
+    ///
+    /// # Errors
+    /// When there is none of that name.
+    pub fn only(mut self, name: Option<&str>) -> Result<Self, Problems> {
+        let Some(name) = name else { return Ok(self) };
+        if !self.destinations.contains_key(name) {
+            let names: Vec<String> = self.destinations.into_keys().collect();
+            let message = match names.as_slice() {
+                [] => format!("\"{name}\" is none, the configuration has no `{DESTINATIONS}`"),
+                names => format!("\"{name}\" is none (there are: {})", names.join(", ")),
+            };
+            return Err(Problems(vec![Problem { key: "--destination".into(), message }]));
+        }
+        self.destinations.retain(|each, _| each == name);
+        // What is wrong with the others is no obstacle.
+        self.problems.retain(|problem| within(&problem.key).is_none_or(|(each, _)| each == name));
+        Ok(self)
     }
 
     /// The settings, validated.
@@ -125,10 +177,35 @@ impl Layers {
     /// # Errors
     /// All problems at once.
     pub fn read(self, need: Need) -> Result<Config, Problems> {
-        let Self { settings, mut problems } = self;
-        let config = Reader { settings: &settings, problems: &mut problems }.read(need);
-        match config {
-            Some(config) if problems.is_empty() => Ok(Config { effective: mask(settings), ..config }),
+        let Self { shared, destinations, mut problems } = self;
+        let process = Reader::of(&shared, &mut problems).process();
+        let read: Vec<Option<Destination>> = if destinations.is_empty() {
+            vec![Reader::of(&shared, &mut problems).destination(None, need)]
+        } else {
+            let one = |(name, settings): (&String, &Table)| {
+                let mut own = problems.clone();
+                let told = own.len();
+                let destination = Reader::of(settings, &mut own).destination(Some(name), need);
+                problems.extend(own.drain(told..).map(|problem| {
+                    let is_own = leaf(settings, &problem.key) != leaf(&shared, &problem.key);
+                    // A key it has in common with all others is told of once, but each needs one of its own.
+                    if is_own || problem.key == "close.api_key" { problem.of(name) } else { problem }
+                }));
+                destination
+            };
+            destinations.iter().map(one).collect()
+        };
+        let read: Option<Vec<Destination>> = read.into_iter().collect();
+        if let Some(read) = &read {
+            problems.extend(clashes(read));
+        }
+        match read.zip(process) {
+            Some((destinations_read, (http_addr, log_format))) if problems.is_empty() => Ok(Config {
+                destinations: destinations_read,
+                http_addr,
+                log_format,
+                effective: effective(shared, destinations),
+            }),
             _ => {
                 problems.sort_by(|a, b| a.key.cmp(&b.key));
                 problems.dedup();
@@ -136,6 +213,94 @@ impl Layers {
             }
         }
     }
+}
+
+/// The settings of a destination: what all share, what its table says, what its variables say.
+fn lay(
+    shared: &Table,
+    name: &str,
+    layer: Value,
+    environment: &HashMap<String, String>,
+    problems: &mut Vec<Problem>,
+) -> Table {
+    let mut settings = shared.clone();
+    settings.retain(|key, _| !OF_THE_PROCESS.contains(&key));
+    let key = format!("{DESTINATIONS}.{name}");
+    // It becomes part of variables and labels.
+    let fits = !name.is_empty() && name.chars().all(|c| matches!(c, 'a'..='z' | '0'..='9' | '_'));
+    if !fits {
+        let message = "is no name for a destination: use small letters, digits and `_`".to_owned();
+        problems.push(Problem { key: key.clone(), message });
+    }
+    // Its objects are its own also where it does not say so.
+    if let Some(Value::String(queue)) = leaf_mut(&mut settings, "amqp.queue") {
+        *queue = format!("{queue}-{name}");
+    }
+    let mut own = Vec::new();
+    if let Value::Table(layer) = layer {
+        overlay(&mut settings, layer, "", &mut own);
+    } else {
+        problems
+            .push(Problem { key: key.clone(), message: format!("must be a table, not {}", kind(&layer)) });
+    }
+    let prefix = format!("{}_", variable(&key));
+    let variables = environment
+        .iter()
+        .filter_map(|(name, value)| Some((name.strip_prefix(&prefix)?.to_owned(), value.clone())))
+        .collect();
+    overlay_environment(&mut settings, "", &variables, &mut own);
+    problems.extend(own.into_iter().map(|problem| problem.of(name)));
+    settings
+}
+
+/// What two destinations must not share: a queue, as there is one worker for each, and a key, as the rate limits
+/// and the order of the work belong to the organization.
+fn clashes(destinations: &[Destination]) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    let pairs = (1..destinations.len()).flat_map(|later| (0..later).map(move |earlier| (earlier, later)));
+    for (earlier, later) in pairs.map(|(a, b)| (&destinations[a], &destinations[b])) {
+        let (Some(name), Some(other)) = (&later.name, &earlier.name) else { continue };
+        let mut clash = |key: &str, message: String| {
+            problems.push(Problem { key: key.to_owned(), message }.of(name));
+        };
+        if earlier.amqp.overlaps(&later.amqp) {
+            let (queue, theirs) = (&later.amqp.queue, &earlier.amqp.queue);
+            clash(
+                "amqp.queue",
+                format!("\"{queue}\" gets in the way of \"{theirs}\" of destination `{other}`"),
+            );
+        }
+        if earlier.close.is_same_key(&later.close) {
+            clash(
+                "close.api_key",
+                format!("is the key of destination `{other}` too: each needs an organization of its own"),
+            );
+        }
+    }
+    problems
+}
+
+/// The settings in force, secrets hidden; of destinations what differs from what they share.
+fn effective(shared: Table, destinations: BTreeMap<String, Table>) -> Table {
+    let own = |(name, settings): (String, Table)| (name, Value::Table(mask(difference(settings, &shared))));
+    let destinations: Table = destinations.into_iter().map(own).collect();
+    let mut all = mask(shared.clone());
+    if !destinations.is_empty() {
+        all.insert(DESTINATIONS.into(), Value::Table(destinations));
+    }
+    all
+}
+
+/// What `table` has otherwise than `base`.
+fn difference(table: Table, base: &Table) -> Table {
+    let differs = |(key, value): (String, Value)| match (value, base.get(&key)) {
+        (value, Some(same)) if value == *same => None,
+        (Value::Table(inner), Some(Value::Table(base))) if !is_rule(&inner) => {
+            Some((key, Value::Table(difference(inner, base))))
+        }
+        (value, _) => Some((key, value)),
+    };
+    table.into_iter().filter_map(differs).collect()
 }
 
 /// The settings with their secrets hidden.

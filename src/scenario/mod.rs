@@ -18,7 +18,7 @@ use toml::Table;
 use uuid::Uuid;
 
 use crate::close::Client;
-use crate::config::{Config, Layers, Need};
+use crate::config::{Destination, Layers, Need};
 use crate::domain::decision::Decision;
 use crate::domain::event;
 use crate::domain::schema::FieldRef;
@@ -143,13 +143,13 @@ impl Suite {
         scenario: &Scenario,
         base: &Layers,
         close: &Simulator,
-    ) -> Result<Config, Unplayable> {
+    ) -> Result<Destination, Unplayable> {
         let mut at = Table::new();
         at.insert("api_url".into(), close.url().into());
         at.insert("api_key".into(), Settings::default().api_key.into());
         let close = Table::from_iter([("close".to_owned(), at.into())]);
         let layers = self.layers(scenario, base).over(close);
-        layers.read(Need::All).map_err(|problems| Unplayable::Settings(problems.to_string()))
+        read(layers, Need::All)
     }
 
     /// The settings of a scenario without those below: the file's, with its own over them.
@@ -179,10 +179,7 @@ impl Suite {
     ) -> Result<(Simulator, Planted), Unplayable> {
         let seed = |message: String| Unplayable::Seed(message);
         // The key and the URL are not known yet, and the lookup fields need neither.
-        let config = self
-            .layers(scenario, base)
-            .read(Need::Broker)
-            .map_err(|problems| Unplayable::Settings(problems.to_string()))?;
+        let config = read(self.layers(scenario, base), Need::Broker)?;
         let mut fields: Vec<CustomField> = self.fields.iter().map(FieldSeed::field).collect();
         let keys = [
             (&config.rules.lead.key, Owner::Lead, "Company ID"),
@@ -235,11 +232,21 @@ impl Suite {
     }
 }
 
+fn read(layers: Layers, need: Need) -> Result<Destination, Unplayable> {
+    let config = layers.read(need).map_err(|problems| Unplayable::Settings(problems.to_string()))?;
+    config.single().map_err(|names| {
+        Unplayable::Settings(format!(
+            "name one of several destinations with `--destination`: {}",
+            names.join(", ")
+        ))
+    })
+}
+
 /// A worker on the simulated Close.
-pub(crate) async fn worker(config: Config) -> Result<Worker, Unplayable> {
+pub(crate) async fn worker(config: Destination) -> Result<Worker, Unplayable> {
     let failed = |error: &dyn std::fmt::Display| Unplayable::Worker(error.to_string());
     let client = Client::new(config.close, |_| {}).map_err(|error| failed(&error))?;
-    let metrics = Metrics::new().map_err(|error| failed(&error))?;
+    let metrics = Metrics::new(None).map_err(|error| failed(&error))?;
     let Ready { mapping, .. } = preflight::run(&client, &config.rules).await.map_err(|obstacles| {
         let told: Vec<String> = obstacles.iter().map(ToString::to_string).collect();
         failed(&told.join("\n"))

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::LazyLock;
 
-use close_sync::config::{Config, Layers, Need};
+use close_sync::config::{Destination, Layers, Need};
 use close_sync::domain::event::Event;
 use close_sync::domain::mapping::Mapping;
 use close_sync::domain::record::{Channel, FieldId};
@@ -17,7 +17,8 @@ static MAPPINGS: LazyLock<[Mapping; 2]> = LazyLock::new(|| {
     let file = [all, alone].map(Path::new).into_iter().find(|file| file.exists());
     [None, file].map(|file| {
         let environment = [("CLOSE_API_KEY".to_owned(), "api_fuzz.key".to_owned())].into();
-        let Config { rules, .. } = Layers::load(file, &environment).unwrap().read(Need::All).unwrap();
+        let Destination { rules, .. } =
+            Layers::load(file, &environment).unwrap().read(Need::All).unwrap().single().unwrap();
         rules.resolve(&schema()).unwrap()
     })
 });

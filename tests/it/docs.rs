@@ -35,6 +35,7 @@ async fn the_table_of_metrics_is_complete() {
 fn the_table_of_settings_is_complete() {
     let defaults: toml::Table = toml::from_str(DEFAULTS).unwrap();
     for (section, keys) in &defaults {
+        assert!(README.contains(&format!("`{section}.")), "{section} is not in the README");
         for key in keys.as_table().unwrap().keys() {
             let full = format!("`{section}.{key}");
             assert!(README.contains(&full), "{full}` is not in the README");

@@ -10,7 +10,7 @@ use close_sync::detours::Detours;
 use close_sync::metrics::Metrics;
 use close_sync::preflight;
 use close_sync::simulator::{Effect, Fault, FaultBody, Limits, Rate, Settings, When};
-use close_sync::state::{State, Status};
+use close_sync::state::Status;
 use close_sync::worker::Worker;
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable};
@@ -184,8 +184,8 @@ async fn a_long_wait_for_budget_goes_on_in_a_delay_queue_without_an_attempt() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_panic_costs_one_message_and_not_the_worker() {
     let bench = Bench::new().await;
-    let config = Config::load(None, &bench.environment(), Need::All).unwrap();
-    let metrics = Metrics::new().unwrap();
+    let config = Config::load(None, &bench.environment(), Need::All).unwrap().single().unwrap();
+    let metrics = Metrics::new(None).unwrap();
     let planted = AtomicBool::new(true);
     let client = Client::new(config.close, move |call| {
         let hit = call.endpoint == Endpoint::CreateLead && planted.swap(false, Ordering::Relaxed);
@@ -194,6 +194,7 @@ async fn a_panic_costs_one_message_and_not_the_worker() {
     let client = client.unwrap();
     let mapping = preflight::run(&client, &config.rules).await.unwrap().mapping;
     let session = Session {
+        destination: None,
         settings: Arc::new(config.amqp),
         worker: Worker::new(config.worker, &config.rules, mapping, client, metrics.clone()),
         metrics: metrics.clone(),
@@ -207,7 +208,7 @@ async fn a_panic_costs_one_message_and_not_the_worker() {
         let (session, shutdown) = (session.clone(), shutdown.clone());
         async move { session.run(&mut Detours::default(), &shutdown).await }
     });
-    while session.status.get() != State::StandingBy {
+    while session.status.readiness().state != "standing_by" {
         tokio::task::yield_now().await;
     }
     bench.publish(&[identify("u1", json!({})), identify("u2", json!({}))]).await;

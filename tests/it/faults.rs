@@ -125,10 +125,10 @@ async fn play(kind: &Kind, fault: Option<Fault>) -> Run {
     ]
     .map(|(key, value)| (key.to_owned(), value.to_owned()))
     .into();
-    let config = Config::load(None, &environment, Need::All).unwrap();
+    let config = Config::load(None, &environment, Need::All).unwrap().single().unwrap();
     let client = Client::new(config.close, |_| {}).unwrap();
     let mapping = preflight::run(&client, &config.rules).await.unwrap().mapping;
-    let worker = Worker::new(config.worker, &config.rules, mapping, client, Metrics::new().unwrap());
+    let worker = Worker::new(config.worker, &config.rules, mapping, client, Metrics::new(None).unwrap());
     let before = close.requests().len();
     if let Some(fault) = fault {
         close.fault(fault.times(1));

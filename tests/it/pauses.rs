@@ -12,8 +12,7 @@ fn status(code: u16) -> Effect {
 }
 
 async fn paused(worker: &Worker, cause: &str) {
-    let expected = json!({"ready": false, "state": "paused", "cause": cause});
-    worker.until(&format!("paused: {cause}"), async |worker| worker.ready().await.1 == expected).await;
+    worker.until(&format!("paused: {cause}"), async |worker| worker.is("paused", Some(cause)).await).await;
 }
 
 /// What Close does to every message, why that pauses, and that all messages are synced once it stops.

@@ -31,7 +31,7 @@ fn defaults() -> Mapping {
         contact: vec![text("cf_user", "User ID")],
         ..Schema::default()
     };
-    Config::load(None, &environment, Need::All).unwrap().rules.resolve(&schema).unwrap()
+    Config::load(None, &environment, Need::All).unwrap().single().unwrap().rules.resolve(&schema).unwrap()
 }
 
 /// One line: what it is taken for.

@@ -94,7 +94,7 @@ async fn a_standby_takes_over_when_the_active_worker_dies() {
     bench.publish(&people(1)).await;
     active.settled(1).await;
     let standby = bench.worker().await;
-    assert_eq!(standby.ready().await.1, json!({"ready": true, "state": "standing_by"}));
+    assert!(standby.is("standing_by", None).await);
     bench.publish(&people(3)).await;
     active.settled(4).await;
     assert_eq!(standby.metrics().await.outcomes(), [].into(), "only one works");
@@ -125,11 +125,16 @@ async fn an_alarm_of_the_broker_is_waited_out() {
     node.alarm(true).await;
     worker.until("blocked", async |worker| worker.logged("RabbitMQ raised an alarm") == 1).await;
     worker.until("refused", async |worker| worker.logged("dead-lettered") == 2).await;
-    assert_eq!(worker.metrics().await.outcome("dead"), 1, "held");
+    let metrics = worker.metrics().await;
+    assert_eq!(metrics.outcome("dead"), 1, "held");
+    assert_eq!(metrics.count("broker_alarm"), 1);
+    let (status, told) = worker.ready().await;
+    assert_eq!((status, &told["state"], &told["alarm"]), (503, &json!("consuming"), &json!("low on memory")));
     node.alarm(false).await;
-    worker.settled(2).await;
+    let metrics = worker.settled(2).await;
+    assert_eq!(metrics.count("broker_alarm"), 0);
     bench.depth_becomes(".dead", 2).await;
-    assert_eq!(worker.metrics().await.count("broker_connection_losses_total"), 0);
+    assert_eq!(worker.metrics().await.count(r#"broker_connection_losses_total{cause="lost"}"#), 0);
     worker.terminate().await;
 }
 
@@ -143,18 +148,21 @@ async fn a_broker_that_dies_and_comes_back_costs_nothing() {
     worker.until("working", async |_| bench.simulator.leads().len() > 8).await;
 
     node.kill().await;
-    worker
-        .until("reconnecting", async |worker| {
-            worker.ready().await.1 == json!({"ready": false, "state": "connecting"})
-        })
-        .await;
+    worker.until("reconnecting", async |worker| worker.is("connecting", Some("unreachable")).await).await;
+    let metrics = worker.metrics().await;
+    assert_eq!(
+        (metrics.count("broker_connected"), metrics.count(r#"broker_trouble{cause="unreachable"}"#)),
+        (0, 1)
+    );
     assert_eq!(worker.page("/healthz").await.unwrap().0, 200, "it lives, restarting it would help nobody");
     node.start_again().await;
 
     worker.until("done", async |_| bench.simulator.leads().len() >= 60).await;
     bench.depth_becomes("", 0).await;
     assert_each_once(&bench, 60);
-    assert!(worker.metrics().await.get("broker_connection_losses_total") > 0.0);
+    let metrics = worker.metrics().await;
+    assert_eq!(metrics.count(r#"broker_connection_losses_total{cause="lost"}"#), 1);
+    assert_eq!(metrics.count(r#"broker_trouble{cause="unreachable"}"#), 0);
     assert_eq!(worker.logged("reconnecting to RabbitMQ"), 1, "one line per incident");
     worker.terminate().await;
 }

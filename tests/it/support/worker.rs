@@ -96,6 +96,12 @@ impl Worker {
         (status, serde_json::from_str(&body).unwrap_or_default())
     }
 
+    /// Whether `/readyz` tells this state and cause.
+    pub(crate) async fn is(&self, state: &str, cause: Option<&str>) -> bool {
+        let told = self.ready().await.1;
+        told["state"] == state && told.get("cause").and_then(Value::as_str) == cause
+    }
+
     pub(crate) async fn metrics(&self) -> Metrics {
         Metrics::parse(&self.page("/metrics").await.expect("the metrics page").1)
     }

@@ -66,7 +66,7 @@ static PARTS: LazyLock<Parts> = LazyLock::new(|| {
     ]
     .map(|(key, value)| (key.to_owned(), value.to_owned()))
     .into();
-    let mut config = Config::load(None, &environment, Need::All).unwrap();
+    let mut config = Config::load(None, &environment, Need::All).unwrap().single().unwrap();
     // Chance is in the network.
     config.worker.retry.jitter = 0.0;
     let rules = config.rules.clone();
@@ -76,7 +76,7 @@ static PARTS: LazyLock<Parts> = LazyLock::new(|| {
         let client = Client::with_transport(line, TIMEOUT, 1.0, |_| {});
         preflight::run(&client, &rules).await.unwrap().mapping
     });
-    Parts { settings: config.worker, rules: config.rules, mapping, metrics: Metrics::new().unwrap() }
+    Parts { settings: config.worker, rules: config.rules, mapping, metrics: Metrics::new(None).unwrap() }
 });
 
 /// Runs something in one thread and in its own time.

@@ -1,0 +1,343 @@
+//! One Close organization, from the first look at it until it is told to stop.
+//!
+//! One session follows the other: a lost broker is reconnected to with growing, jittered pauses and without end;
+//! while Close cannot be worked with there is no session at all, and Close is probed instead, so that messages
+//! wait in the queue without being touched (`design.md` P5). After that, the first session begins with a few
+//! messages at a time: Close is on trial, and what proves that it works is a message that succeeds.
+//!
+//! Settings that come while it runs are taken over if Close agrees to them: what is in hand is finished by the old
+//! ones first. Otherwise the old ones stay.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
+
+use super::RunError;
+use super::pause::Pause;
+use crate::amqp::session::{End, Report, Session};
+use crate::amqp::{self, BrokerError, topology};
+use crate::board::Seat;
+use crate::close::Client;
+use crate::config::Destination;
+use crate::detours::Detours;
+use crate::domain::mapping::{Key, Mapping, Rules};
+use crate::metrics::Metrics;
+use crate::outcome::PauseCause;
+use crate::preflight::{self, Obstacle};
+use crate::retry::Pauses;
+use crate::state::{State, Status};
+use crate::worker::{Worker, tell_flaws};
+
+/// Keeps a Close organization in step until `shutdown`, with the settings that `reloads` brings once they work.
+pub(super) async fn run(
+    settings: Destination,
+    reloads: mpsc::UnboundedReceiver<Destination>,
+    seat: Seat,
+    shutdown: &CancellationToken,
+) -> Result<Report, RunError> {
+    let Seat { metrics, status } = seat;
+    // Before anything about Close: producers may publish from now on, whatever state Close is in.
+    match shutdown.run_until_cancelled(declare(&settings.amqp)).await {
+        Some(Err(error @ BrokerError::Conflict { .. })) => {
+            return Err(RunError::Configuration(error.to_string()));
+        }
+        Some(Err(error)) => tracing::warn!(%error, "nothing is declared in RabbitMQ yet"),
+        Some(Ok(())) | None => {}
+    }
+    let preflight = Preflight {
+        client: client(&settings, &metrics)?,
+        rules: settings.rules.clone(),
+        status: status.clone(),
+        metrics: metrics.clone(),
+    };
+    let mut reloads = Reloads {
+        settings: reloads,
+        checking: None,
+        declared: settings.amqp.clone(),
+        metrics: metrics.clone(),
+    };
+    let assembly = tokio::select! {
+        mapping = preflight.mapping(shutdown) => match mapping? {
+            Some(mapping) => Assembly { client: preflight.client, settings, mapping },
+            None => return Ok(Report::default()),
+        },
+        // Mended while we wait for Close.
+        assembly = reloads.next() => assembly,
+    };
+    metrics.paused(None);
+    Supervisor::new(status, metrics.clone()).run(assembly, reloads, shutdown).await
+}
+
+fn client(settings: &Destination, metrics: &Metrics) -> anyhow::Result<Client> {
+    let metrics = metrics.clone();
+    Client::new(settings.close.clone(), move |call| metrics.called(call))
+        .context("TLS cannot be set up: are CA certificates installed (Debian: ca-certificates)?")
+}
+
+/// The checks at start.
+struct Preflight {
+    client: Client,
+    rules: Rules,
+    status: Status,
+    metrics: Metrics,
+}
+
+impl Preflight {
+    /// A mistake in the configuration is an error; what may pass is waited for. `None` when asked to stop
+    /// meanwhile.
+    async fn mapping(&self, shutdown: &CancellationToken) -> Result<Option<Mapping>, RunError> {
+        // Close may make the checks wait; being asked to stop ends them.
+        let check = || preflight::run(&self.client, &self.rules);
+        let cause = match shutdown.run_until_cancelled(check()).await {
+            None => return Ok(None),
+            Some(Ok(ready)) => {
+                tracing::info!(organization = ready.organization, "Close accepts the API key");
+                tell_flaws(&ready.mapping);
+                return Ok(Some(ready.mapping));
+            }
+            Some(Err(obstacles)) => cause_or_refusal(&obstacles)?,
+        };
+        let probe = || async {
+            let ready = check().await?;
+            tell_flaws(&ready.mapping);
+            Ok(ready.mapping)
+        };
+        let pause = Pause { status: &self.status, metrics: &self.metrics, again: false, last_failure: None };
+        let found = pause.until(cause, &mut Pauses::probe(), probe, shutdown).await;
+        Ok(found.map(|(_, mapping)| mapping))
+    }
+}
+
+fn cause_or_refusal(obstacles: &[Obstacle]) -> Result<PauseCause, RunError> {
+    let lines: Vec<_> = obstacles.iter().map(ToString::to_string).collect();
+    tracing::error!(obstacle = lines.join("; "), "Close cannot be worked with");
+    match obstacles.first().and_then(Obstacle::pause_cause) {
+        None => Ok(PauseCause::Unreachable),
+        Some(cause @ (PauseCause::Unreachable | PauseCause::Failing | PauseCause::PlanLimit)) => Ok(cause),
+        Some(PauseCause::LookupField) => Err(RunError::Configuration(lines.join("\n"))),
+        Some(PauseCause::Unauthorized | PauseCause::Forbidden) => Err(RunError::Configuration(format!(
+            "{}: set `close.api_key` (CLOSE_API_KEY) to a key that is valid in Close",
+            lines.join("\n")
+        ))),
+    }
+}
+
+/// Settings that Close agrees to, with what was made of them.
+struct Assembly {
+    settings: Destination,
+    client: Client,
+    mapping: Mapping,
+}
+
+/// How long new settings may take to be checked.
+const CHECK_TIME: Duration = Duration::from_secs(30);
+
+/// New settings, and how it is found out whether they work.
+struct Reloads {
+    settings: mpsc::UnboundedReceiver<Destination>,
+    /// Those being checked: what was cut short begins again.
+    checking: Option<Destination>,
+    /// What is declared: that is not asked again, the broker may be away just now.
+    declared: amqp::Settings,
+    metrics: Metrics,
+}
+
+impl Reloads {
+    /// Waits for settings that work. What is wrong with others is told, and the old ones stay in force.
+    async fn next(&mut self) -> Assembly {
+        loop {
+            if self.checking.is_none() {
+                self.checking = self.settings.recv().await;
+            }
+            // Nobody is left who could bring any.
+            let Some(settings) = self.checking.clone() else { std::future::pending().await };
+            let checked = self.check(settings).await;
+            self.checking = None;
+            match checked {
+                Ok(assembly) => {
+                    self.declared.clone_from(&assembly.settings.amqp);
+                    tracing::info!(
+                        "the configuration was read again and is taken over (`http.addr` and `log.format` at the \
+                         next start; variables of the environment still win over the file)"
+                    );
+                    return assembly;
+                }
+                Err(error) => tracing::error!(
+                    problem = format!("{error:#}"),
+                    "the configuration was read again and cannot be used: the old one stays"
+                ),
+            }
+        }
+    }
+
+    async fn check(&self, settings: Destination) -> anyhow::Result<Assembly> {
+        if !self.declared.is_same(&settings.amqp) {
+            declare(&settings.amqp).await?;
+        }
+        let client = client(&settings, &self.metrics)?;
+        let asked = tokio::time::timeout(CHECK_TIME, preflight::run(&client, &settings.rules));
+        let asked = asked.await.context("Close did not answer in time, or let us wait for rate limits")?;
+        let ready = asked.map_err(|obstacles| {
+            anyhow::anyhow!(obstacles.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
+        })?;
+        tell_flaws(&ready.mapping);
+        Ok(Assembly { settings, client, mapping: ready.mapping })
+    }
+}
+
+/// A session that stood this long was a good one, also without messages.
+const STABLE: Duration = Duration::from_mins(1);
+
+/// One session after the other, and what has to be remembered between them.
+struct Supervisor {
+    status: Status,
+    metrics: Metrics,
+    total: Report,
+    reconnects: Pauses,
+    probes: Pauses,
+    /// The broker was lost, and this has been told.
+    lost: bool,
+}
+
+impl Supervisor {
+    fn new(status: Status, metrics: Metrics) -> Self {
+        let (reconnects, probes) = (Pauses::reconnect(), Pauses::probe());
+        Self { status, metrics, total: Report::default(), reconnects, probes, lost: false }
+    }
+
+    /// Works by one configuration after the other.
+    async fn run(
+        mut self,
+        mut assembly: Assembly,
+        mut reloads: Reloads,
+        shutdown: &CancellationToken,
+    ) -> Result<Report, RunError> {
+        loop {
+            let turn = shutdown.child_token();
+            let mut working = Box::pin(self.work(assembly, &turn));
+            let next = tokio::select! {
+                ended = &mut working => { ended?; None }
+                next = reloads.next() => {
+                    turn.cancel();
+                    working.await?;
+                    Some(next)
+                }
+            };
+            match next {
+                Some(next) => assembly = next,
+                None => break,
+            }
+        }
+        self.status.set(State::Stopping, None);
+        Ok(self.total)
+    }
+
+    /// Works until `turn` is over.
+    async fn work(&mut self, assembly: Assembly, turn: &CancellationToken) -> Result<(), RunError> {
+        let Assembly { settings, client, mapping } = assembly;
+        self.metrics.watch(Some(client.clone()));
+        let worker = Worker::new(settings.worker, &settings.rules, mapping, client, self.metrics.clone());
+        let refresh = refresh(worker.clone(), settings.schema_refresh);
+        let refresh = AbortOnDrop(tokio::spawn(refresh.in_current_span()));
+        let mut session = Session {
+            destination: settings.name.map(Into::into),
+            settings: Arc::new(settings.amqp),
+            worker,
+            metrics: self.metrics.clone(),
+            status: self.status.clone(),
+            concurrency: settings.concurrency,
+            grace: settings.grace,
+            on_trial: None,
+        };
+        let mut detours = Detours::default();
+        while !turn.is_cancelled() {
+            self.session(&mut session, &mut detours, turn).await?;
+        }
+        drop(refresh);
+        Ok(())
+    }
+
+    /// One session, and what has to pass before the next.
+    async fn session(
+        &mut self,
+        session: &mut Session,
+        detours: &mut Detours<Key>,
+        turn: &CancellationToken,
+    ) -> Result<(), RunError> {
+        let began = Instant::now();
+        let (end, report) = session.run(detours, turn).await;
+        self.total += report;
+        if report.acquitted {
+            self.probes.reset();
+            session.on_trial = None;
+        }
+        if report.settled > 0 || began.elapsed() > STABLE {
+            // It worked, or stood by, for a while: what comes now is a new incident.
+            self.reconnects.reset();
+            self.lost = false;
+        }
+        match end {
+            End::Stopped => {}
+            End::Paused(cause) => {
+                let probe = || session.worker.look_again();
+                let again = session.on_trial.is_some();
+                let last_failure = session.worker.last_failure();
+                let pause = Pause { status: &self.status, metrics: &self.metrics, again, last_failure };
+                if let Some((cause, ())) = pause.until(cause, &mut self.probes, probe, turn).await {
+                    session.worker.put_close_on_trial();
+                    session.on_trial = Some(cause);
+                }
+            }
+            End::Lost(error @ BrokerError::Conflict { .. }) => {
+                return Err(RunError::Configuration(error.to_string()));
+            }
+            End::Lost(error) => {
+                self.status.set(State::Connecting(Some(error.trouble())), Some(error.to_string()));
+                self.metrics.broker_trouble(Some(error.trouble()));
+                let wait = self.reconnects.next_pause().unwrap_or_default();
+                // One line per incident, not per try.
+                if self.lost {
+                    tracing::debug!(%error, ?wait, "still no connection to RabbitMQ");
+                } else {
+                    tracing::warn!(%error, "reconnecting to RabbitMQ until it works");
+                }
+                self.lost = true;
+                turn.run_until_cancelled(tokio::time::sleep(wait)).await;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Looks at the fields in Close from time to time.
+async fn refresh(worker: Worker, every: Duration) {
+    loop {
+        tokio::time::sleep(every).await;
+        if let Err(obstacles) = worker.look_again().await {
+            // The next message that meets it pauses consumption; this is no message's business.
+            let obstacle = obstacles.first().map(ToString::to_string);
+            tracing::warn!(obstacle, "the fields in Close cannot be looked at; the mapping stays as it is");
+        }
+    }
+}
+
+/// A task that ends with whoever wanted it.
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+async fn declare(settings: &amqp::Settings) -> Result<(), BrokerError> {
+    let connection = settings.connect("close-sync declare").await?;
+    topology::declare(&connection, settings).await?;
+    amqp::close(&connection).await;
+    Ok(())
+}

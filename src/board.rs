@@ -1,0 +1,89 @@
+//! What operators see of all destinations of a process: one page of metrics, one answer about readiness.
+//!
+//! Each destination has metrics of its own, told apart by the label `destination` where destinations have names.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use serde::Serialize;
+
+use crate::metrics::{self, Metrics};
+use crate::state::{Readiness, Status};
+
+/// The destinations. Clones share them.
+#[derive(Clone, Default)]
+pub struct Board(Arc<RwLock<BTreeMap<String, Seat>>>);
+
+/// What one destination shows.
+#[derive(Clone)]
+pub struct Seat {
+    /// Its numbers.
+    pub metrics: Metrics,
+    /// Its state.
+    pub status: Status,
+}
+
+/// What `/readyz` tells.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum Answer {
+    /// Of the only destination.
+    One(Readiness),
+    /// Of destinations by name.
+    Each {
+        /// Whether all are.
+        ready: bool,
+        /// Each by itself.
+        destinations: BTreeMap<String, Readiness>,
+    },
+}
+
+impl Answer {
+    /// Whether messages are, or would be, worked on for everybody.
+    pub fn is_ready(&self) -> bool {
+        match self {
+            Self::One(Readiness { ready, .. }) | Self::Each { ready, .. } => *ready,
+        }
+    }
+}
+
+/// The place of a destination without a name.
+const NAMELESS: &str = "";
+
+impl Board {
+    /// The place of a destination, the same as before if it had one.
+    ///
+    /// # Errors
+    /// Those of [`Metrics::new`].
+    pub fn seat(&self, name: Option<&str>) -> prometheus::Result<Seat> {
+        let mut seats = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let place = name.unwrap_or(NAMELESS);
+        if let Some(seat) = seats.get(place) {
+            return Ok(seat.clone());
+        }
+        let seat = Seat { metrics: Metrics::new(name)?, status: Status::default() };
+        Ok(seats.entry(place.to_owned()).or_insert(seat).clone())
+    }
+
+    /// A destination is gone for good.
+    pub fn leave(&self, name: Option<&str>) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).remove(name.unwrap_or(NAMELESS));
+    }
+
+    /// The page Prometheus scrapes.
+    pub fn page(&self) -> String {
+        let seats = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        metrics::page(seats.values().map(|seat| &seat.metrics))
+    }
+
+    /// What every destination is doing.
+    pub fn readiness(&self) -> Answer {
+        let seats = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(seat) = seats.get(NAMELESS) {
+            return Answer::One(seat.status.readiness());
+        }
+        let each = |(name, seat): (&String, &Seat)| (name.clone(), seat.status.readiness());
+        let destinations: BTreeMap<String, Readiness> = seats.iter().map(each).collect();
+        Answer::Each { ready: destinations.values().all(|each| each.ready), destinations }
+    }
+}
