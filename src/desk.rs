@@ -71,6 +71,13 @@ impl<'a, K: Clone + Eq + Hash, R: Copy + Ord, T> Desk<'a, K, R, T> {
         self.lanes.push(keys, rank, Message { id, entry });
     }
 
+    /// A message that is about nobody came: no other waits for it, and it needs no turn.
+    pub fn pass(&mut self, id: Option<Uuid>) {
+        if let Some(id) = id {
+            self.detours.forget(id);
+        }
+    }
+
     /// What to do next, if there is anything that may be done now. Later messages that `go_along` with the
     /// first are worked on with it.
     pub fn next(&mut self, go_along: impl Fn(&T, &T) -> bool) -> Option<Next<T>> {

@@ -1,8 +1,8 @@
 //! The only place that knows lapin.
 //!
 //! In reading order: [`topology`] is what exists on the broker and why each flag; [`headers`] what
-//! travels with a message; [`publisher`] publishes and waits for the confirm; [`session`] consumes
-//! until something ends it; [`dead_letters`] is the operator's side.
+//! travels with a message; [`publisher`] publishes and waits for the confirm; `link` holds the
+//! connections of a [`session`], which consumes until something ends it; [`dead_letters`] is the operator's side.
 //!
 //! Two connections, one consumes and one publishes: when the broker blocks a publishing connection
 //! (memory or disk alarm), acks on it would hang too (rabbitmq.md §0, 10). lapin's own recovery stays
@@ -11,6 +11,7 @@
 
 pub mod dead_letters;
 pub mod headers;
+mod link;
 pub mod publisher;
 pub mod session;
 mod task;

@@ -13,28 +13,24 @@
 //!
 //! When the connection is lost, work stops at once: the standby may already have the same messages.
 
-use std::convert::Infallible;
 use std::ops::AddAssign;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::{Stream, StreamExt, stream};
-use lapin::options::{BasicConsumeOptions, BasicQosOptions};
-use lapin::types::FieldTable;
-use lapin::{Channel, Connection, Event};
+use futures_util::StreamExt;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
+use super::link::{Happening, Happenings, Link, watch};
 use super::publisher::Publisher;
 use super::task::{Done, Ended, Incoming};
-use super::{BrokerError, LAST_ACKS, Settings, close, topology};
+use super::{BrokerError, Settings};
 use crate::breaker::JURY;
 use crate::close::Priority;
 use crate::desk::{Desk, Next};
 use crate::detours::Detours;
 use crate::domain::mapping::Key;
-use crate::drain::Drain;
 use crate::lanes::Ticket;
 use crate::metrics::Metrics;
 use crate::outcome::PauseCause;
@@ -69,9 +65,6 @@ const LONGEST_TRIAL: Duration = Duration::from_mins(1);
 
 /// How long messages are received before some are drawn.
 const TIME_TO_DRAW: Duration = Duration::from_millis(200);
-/// How often the backlog is looked at.
-const LOOKS_APART: Duration = Duration::from_secs(5);
-
 /// What a session did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Report {
@@ -154,7 +147,7 @@ impl Session {
         pulse.watch(link.patience());
         let mut beat = tokio::time::interval(Pulse::APART);
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut watch = Box::pin(watch(&link.consuming, &self.settings.queue, &self.metrics));
+        let mut watch = Box::pin(watch(&link.consuming, &self.settings, &self.metrics));
 
         let end = loop {
             let at_once = self.at_once(&in_hand.report);
@@ -179,7 +172,7 @@ impl Session {
                 in_hand.tasks.spawn(self.clone().work(run, publisher, turn, stop.clone()));
             }
             let (busy, waiting) = (in_hand.tasks.len() == self.concurrency, in_hand.desk.waiting());
-            self.metrics.load(in_hand.messages, waiting);
+            self.metrics.load(in_hand.messages + in_hand.passing.len(), waiting);
             self.worker.backlog(busy && waiting >= self.concurrency);
             tokio::select! {
                 biased;
@@ -187,9 +180,8 @@ impl Session {
                 _ = beat.tick() => if let Some(gap) = pulse.beat() {
                     break End::Lost(BrokerError::StoodStill(gap));
                 },
-                Some(ended) = in_hand.tasks.join_next() => match in_hand.book(ended) {
-                    None => {}
-                    Some(end) => break end,
+                Some(ended) = in_hand.next_end() => if let Some(end) = ended {
+                    break end;
                 },
                 Some(happened) = link.happenings.next() => match happened {
                     Happening::Ended(error) => break End::Lost(error),
@@ -210,7 +202,7 @@ impl Session {
                             self.worker.take_over();
                         }
                         trusted_from.get_or_insert_with(|| Instant::now() + self.worker.settings().search_lag);
-                        in_hand.receive(Incoming::of(delivery, self));
+                        in_hand.receive(Incoming::of(delivery, self), self, &link.publisher, &stop);
                     }
                     Some(Err(error)) => break End::Lost(error.into()),
                     None => break End::Lost(BrokerError::Cancelled),
@@ -298,15 +290,30 @@ struct InHand<'a> {
     tasks: JoinSet<Ended>,
     /// Those that are worked on.
     messages: usize,
+    /// Messages that need no Close. They take no place from those that do, and do not stay in memory until one is
+    /// free.
+    passing: JoinSet<Done>,
     report: Report,
 }
 
 impl<'a> InHand<'a> {
     fn new(desk: Desk<'a, Key, Priority, Incoming>) -> Self {
-        Self { desk, tasks: JoinSet::new(), messages: 0, report: Report::default() }
+        let (tasks, passing) = (JoinSet::new(), JoinSet::new());
+        Self { desk, tasks, messages: 0, passing, report: Report::default() }
     }
 
-    fn receive(&mut self, incoming: Incoming) {
+    fn receive(
+        &mut self,
+        incoming: Incoming,
+        session: &Session,
+        publisher: &Publisher,
+        stop: &CancellationToken,
+    ) {
+        if let Some(outcome) = incoming.outcome().cloned() {
+            self.desk.pass(incoming.envelope.detour);
+            self.passing.spawn(session.clone().pass(incoming, outcome, publisher.clone(), stop.clone()));
+            return;
+        }
         let (keys, rank, id) = (incoming.keys(), incoming.envelope.priority(), incoming.envelope.detour);
         self.desk.receive(keys, rank, id, incoming);
     }
@@ -328,11 +335,20 @@ impl<'a> InHand<'a> {
         Some(run)
     }
 
+    /// Waits for work to end, and for what it means: `Some` inside when the session has to end for it.
+    async fn next_end(&mut self) -> Option<Option<End>> {
+        tokio::select! {
+            Some(ended) = self.tasks.join_next() => Some(self.book(ended)),
+            Some(ended) = self.passing.join_next() => {
+                Some(ended.map_or_else(|_| Some(panicked()), |done| self.count(done)))
+            }
+            else => None,
+        }
+    }
+
     /// Waits until nothing is worked on any more.
     async fn finish(&mut self) {
-        while let Some(ended) = self.tasks.join_next().await {
-            let _ = self.book(ended);
-        }
+        while self.next_end().await.is_some() {}
     }
 
     /// Books what became of messages; `Some` when the session has to end for it. Those that were not settled
@@ -347,47 +363,36 @@ impl<'a> InHand<'a> {
                 }
                 return None;
             }
-            // Work on a message is guarded against panics; this one was in settling it.
-            Err(_) => return Some(End::Lost(BrokerError::Lost("settling a message panicked".into()))),
+            Err(_) => return Some(panicked()),
         };
         self.messages -= each.len();
         let mut end = None;
         for (ticket, done) in each {
-            match done {
-                Done::Settled { by_close, fate } => {
-                    self.report.settled += 1;
-                    self.report.by_close += u64::from(by_close);
-                    self.desk.finish(ticket, fate);
-                }
-                Done::HandedBack => {}
-                Done::Paused(cause) => end = end.or(Some(End::Paused(cause))),
-                Done::Failed(error) => end = end.or(Some(End::Lost(error))),
+            if let Done::Settled { fate, .. } = done {
+                self.desk.finish(ticket, fate);
             }
+            end = end.or(self.count(done));
         }
         end
     }
+
+    fn count(&mut self, done: Done) -> Option<End> {
+        match done {
+            Done::Settled { by_close, .. } => {
+                self.report.settled += 1;
+                self.report.by_close += u64::from(by_close);
+                None
+            }
+            Done::HandedBack => None,
+            Done::Paused(cause) => Some(End::Paused(cause)),
+            Done::Failed(error) => Some(End::Lost(error)),
+        }
+    }
 }
 
-/// Looks at the backlog from time to time. A broker that does not answer is noticed elsewhere.
-async fn watch(connection: &Connection, queue: &str, metrics: &Metrics) -> Infallible {
-    let mut drain = Drain::default();
-    let mut tick = tokio::time::interval(LOOKS_APART);
-    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let (mut settled, mut calls) = metrics.totals();
-    let (mut then, mut waited) = (Instant::now(), false);
-    loop {
-        tick.tick().await;
-        let Ok(Some(depth)) = topology::depth(connection, queue).await else { continue };
-        let (settled_now, calls_now) = metrics.totals();
-        let made =
-            calls.iter().zip(&calls_now).map(|((endpoint, before), (_, now))| (*endpoint, now - before));
-        // A standby's backlog is another's work.
-        let waits = depth.ready > 0 && metrics.in_hand() > 0;
-        drain.note(then.elapsed(), settled_now - settled, made, waited && waits);
-        let backlog = depth.ready.saturating_add(metrics.in_hand());
-        metrics.backlog(backlog, drain.estimate(backlog, metrics.standings()));
-        (settled, calls, then, waited) = (settled_now, calls_now, Instant::now(), waits);
-    }
+/// Work on a message is guarded against panics; this one was in settling it.
+fn panicked() -> End {
+    End::Lost(BrokerError::Lost("settling a message panicked".into()))
 }
 
 /// A number nobody foresees.
@@ -395,80 +400,4 @@ fn random() -> usize {
     // The lower half of such an id is random.
     let (_, random) = uuid::Uuid::now_v7().as_u64_pair();
     usize::try_from(random >> 8).unwrap_or_default()
-}
-
-/// What happens to a connection by itself.
-enum Happening {
-    /// It ended.
-    Ended(BrokerError),
-    /// The broker raised an alarm for this reason, or cleared it.
-    Alarm(Option<String>),
-}
-
-type Happenings = stream::BoxStream<'static, Happening>;
-
-/// The connections of a session and what comes out of them.
-struct Link {
-    consuming: Connection,
-    publishing: Connection,
-    channel: Channel,
-    publisher: Publisher,
-    deliveries: lapin::Consumer,
-    happenings: Happenings,
-}
-
-impl Link {
-    async fn open(settings: &Settings) -> Result<Self, BrokerError> {
-        let consuming = settings.connect("close-sync consume").await?;
-        let publishing = settings.connect("close-sync publish").await?;
-        topology::declare(&consuming, settings).await?;
-        let publisher = Publisher::new(&publishing).await?;
-        let channel = consuming.create_channel().await?;
-        channel.basic_qos(settings.prefetch, BasicQosOptions::default()).await?;
-        let happenings = stream::select(happenings(&consuming), happenings(&publishing)).boxed();
-        let deliveries = channel
-            .basic_consume(
-                settings.queue.as_str().into(),
-                "".into(),
-                BasicConsumeOptions::default(),
-                FieldTable::default(),
-            )
-            .await?;
-        Ok(Self { consuming, publishing, channel, publisher, deliveries, happenings })
-    }
-
-    /// How long the process may stand still: the broker gives its queue away after three heartbeats.
-    fn patience(&self) -> Duration {
-        match self.consuming.configuration().heartbeat() {
-            0 => Duration::from_secs(20),
-            heartbeat => 2 * Duration::from_secs(heartbeat.into()),
-        }
-    }
-
-    async fn close(self) {
-        tokio::time::sleep(LAST_ACKS).await;
-        let _ = self.channel.close(200, "bye".into()).await;
-        close(&self.consuming).await;
-        close(&self.publishing).await;
-    }
-}
-
-/// What happens to a connection, as events.
-#[expect(clippy::wildcard_enum_match_arm, reason = "lapin may add events; only these matter here")]
-fn happenings(connection: &Connection) -> impl Stream<Item = Happening> + Send + 'static {
-    connection.events_listener().filter_map(|event| {
-        let happening = match event {
-            Event::Error(error) => Some(Happening::Ended(error.into())),
-            Event::ConnectionBlocked(reason) => {
-                tracing::warn!(reason, "RabbitMQ raised an alarm: nothing can be published until it clears");
-                Some(Happening::Alarm(Some(reason)))
-            }
-            Event::ConnectionUnblocked => {
-                tracing::info!("RabbitMQ's alarm cleared");
-                Some(Happening::Alarm(None))
-            }
-            _ => None,
-        };
-        std::future::ready(happening)
-    })
 }

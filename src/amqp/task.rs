@@ -96,6 +96,14 @@ impl Incoming {
         }
     }
 
+    /// What becomes of it, if that is known already.
+    pub(super) fn outcome(&self) -> Option<&Outcome> {
+        match &self.prepared {
+            Prepared::Job(_) => None,
+            Prepared::Settled(outcome) => Some(outcome),
+        }
+    }
+
     fn job(&self) -> Option<&Job> {
         match &self.prepared {
             Prepared::Job(job) => Some(job),
@@ -141,17 +149,42 @@ impl Session {
         };
         let mut ended = Vec::with_capacity(run.len());
         for ((ticket, incoming), (outcome, decision)) in run.into_iter().zip(outcomes) {
-            let settle = async {
-                self.log(&outcome, decision.as_ref(), started.elapsed());
-                let done = self.settle(&incoming, &outcome, &publisher, &stop).await;
-                if matches!(done, Done::Settled { .. }) {
-                    self.metrics.settled(&outcome, started.elapsed());
-                }
-                done
-            };
-            ended.push((ticket, settle.instrument(incoming.span(&self)).await));
+            let done = self.end(&incoming, &outcome, decision.as_ref(), started, &publisher, &stop).await;
+            ended.push((ticket, done));
         }
         Ended::Each(ended)
+    }
+
+    /// Settles a message whose outcome is known without Close.
+    pub(super) async fn pass(
+        self,
+        incoming: Incoming,
+        outcome: Outcome,
+        publisher: Publisher,
+        stop: CancellationToken,
+    ) -> Done {
+        self.end(&incoming, &outcome, None, Instant::now(), &publisher, &stop).await
+    }
+
+    /// Tells what became of a message, and settles it.
+    async fn end(
+        &self,
+        incoming: &Incoming,
+        outcome: &Outcome,
+        decision: Option<&Decision>,
+        started: Instant,
+        publisher: &Publisher,
+        stop: &CancellationToken,
+    ) -> Done {
+        let settle = async {
+            self.log(outcome, decision, started.elapsed());
+            let done = self.settle(incoming, outcome, publisher, stop).await;
+            if matches!(done, Done::Settled { .. }) {
+                self.metrics.settled(outcome, started.elapsed());
+            }
+            done
+        };
+        settle.instrument(incoming.span(self)).await
     }
 
     /// Does the work on one message; a panic costs only this one.

@@ -1,0 +1,126 @@
+//! The connections of a session: how they are opened and closed, and what happens to them by itself.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use futures_util::{Stream, StreamExt, stream};
+use lapin::options::{BasicConsumeOptions, BasicQosOptions};
+use lapin::types::FieldTable;
+use lapin::{Channel, Connection, Event};
+use tokio::time::{Instant, MissedTickBehavior};
+
+use super::publisher::Publisher;
+use super::{BrokerError, LAST_ACKS, Settings, close, topology};
+use crate::drain::Drain;
+use crate::metrics::Metrics;
+
+/// How often the backlog is looked at.
+const LOOKS_APART: Duration = Duration::from_secs(5);
+/// How often everything is declared again, which changes nothing where nothing is missing.
+const DECLARED_APART: Duration = Duration::from_secs(15);
+
+/// What happens to a connection by itself.
+pub(super) enum Happening {
+    /// It ended.
+    Ended(BrokerError),
+    /// The broker raised an alarm for this reason, or cleared it.
+    Alarm(Option<String>),
+}
+
+/// As it comes.
+pub(super) type Happenings = stream::BoxStream<'static, Happening>;
+
+/// The connections of a session and what comes out of them.
+pub(super) struct Link {
+    pub(super) consuming: Connection,
+    publishing: Connection,
+    channel: Channel,
+    pub(super) publisher: Publisher,
+    pub(super) deliveries: lapin::Consumer,
+    pub(super) happenings: Happenings,
+}
+
+impl Link {
+    pub(super) async fn open(settings: &Settings) -> Result<Self, BrokerError> {
+        let consuming = settings.connect("close-sync consume").await?;
+        let publishing = settings.connect("close-sync publish").await?;
+        topology::declare(&consuming, settings).await?;
+        let publisher = Publisher::new(&publishing).await?;
+        let channel = consuming.create_channel().await?;
+        channel.basic_qos(settings.prefetch, BasicQosOptions::default()).await?;
+        let happenings = stream::select(happenings(&consuming), happenings(&publishing)).boxed();
+        let deliveries = channel
+            .basic_consume(
+                settings.queue.as_str().into(),
+                "".into(),
+                BasicConsumeOptions::default(),
+                FieldTable::default(),
+            )
+            .await?;
+        Ok(Self { consuming, publishing, channel, publisher, deliveries, happenings })
+    }
+
+    /// How long the process may stand still: the broker gives its queue away after three heartbeats.
+    pub(super) fn patience(&self) -> Duration {
+        match self.consuming.configuration().heartbeat() {
+            0 => Duration::from_secs(20),
+            heartbeat => 2 * Duration::from_secs(heartbeat.into()),
+        }
+    }
+
+    pub(super) async fn close(self) {
+        tokio::time::sleep(LAST_ACKS).await;
+        let _ = self.channel.close(200, "bye".into()).await;
+        close(&self.consuming).await;
+        close(&self.publishing).await;
+    }
+}
+
+/// What happens to a connection, as events.
+#[expect(clippy::wildcard_enum_match_arm, reason = "lapin may add events; only these matter here")]
+fn happenings(connection: &Connection) -> impl Stream<Item = Happening> + Send + 'static {
+    connection.events_listener().filter_map(|event| {
+        let happening = match event {
+            Event::Error(error) => Some(Happening::Ended(error.into())),
+            Event::ConnectionBlocked(reason) => {
+                tracing::warn!(reason, "RabbitMQ raised an alarm: nothing can be published until it clears");
+                Some(Happening::Alarm(Some(reason)))
+            }
+            Event::ConnectionUnblocked => {
+                tracing::info!("RabbitMQ's alarm cleared");
+                Some(Happening::Alarm(None))
+            }
+            _ => None,
+        };
+        std::future::ready(happening)
+    })
+}
+
+/// Looks at the backlog from time to time, and puts back what somebody deleted: without the exchange or a binding
+/// no message comes, and nothing would tell. A broker that does not answer is noticed elsewhere.
+pub(super) async fn watch(connection: &Connection, settings: &Settings, metrics: &Metrics) -> Infallible {
+    let mut drain = Drain::default();
+    let mut declared = Instant::now();
+    let mut tick = tokio::time::interval(LOOKS_APART);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let (mut settled, mut calls) = metrics.totals();
+    let (mut then, mut waited) = (Instant::now(), false);
+    loop {
+        tick.tick().await;
+        if declared.elapsed() > DECLARED_APART {
+            declared = Instant::now();
+            // What fails here fails at the next session, and is told then.
+            let _ = topology::declare(connection, settings).await;
+        }
+        let Ok(Some(depth)) = topology::depth(connection, &settings.queue).await else { continue };
+        let (settled_now, calls_now) = metrics.totals();
+        let made =
+            calls.iter().zip(&calls_now).map(|((endpoint, before), (_, now))| (*endpoint, now - before));
+        // A standby's backlog is another's work.
+        let waits = depth.ready > 0 && metrics.in_hand() > 0;
+        drain.note(then.elapsed(), settled_now - settled, made, waited && waits);
+        let backlog = depth.ready.saturating_add(metrics.in_hand());
+        metrics.backlog(backlog, drain.estimate(backlog, metrics.standings()));
+        (settled, calls, then, waited) = (settled_now, calls_now, Instant::now(), waits);
+    }
+}
