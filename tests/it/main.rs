@@ -5,6 +5,7 @@
 
 mod budget;
 mod check;
+mod cluster;
 mod dead_letters;
 mod docs;
 mod duplicates;

@@ -4,24 +4,9 @@ use std::time::{Duration, Instant};
 
 use close_sync::simulator::{Effect, Fault, FaultBody, Settings, When};
 use lapin::BasicProperties;
-use serde_json::{Value, json};
+use serde_json::json;
 
-use crate::support::{Bench, Node, Proxy, Worker, identify};
-
-fn people(count: usize) -> Vec<Value> {
-    (0..count).map(|n| identify(&format!("u{n}"), json!({"company": {"id": format!("c{n}")}}))).collect()
-}
-
-/// Every company once, every person once.
-fn assert_each_once(bench: &Bench, count: usize) {
-    let mut companies: Vec<_> =
-        bench.simulator.leads().iter().map(|lead| lead["custom.cf_leadcompanyid"].to_string()).collect();
-    companies.sort();
-    let before = companies.len();
-    companies.dedup();
-    assert_eq!((before, companies.len()), (count, count), "{companies:?}");
-    assert_eq!(bench.simulator.contacts().len(), count);
-}
+use crate::support::{Bench, Node, Proxy, Worker, identify, people};
 
 /// The Lead is made, the answer is under way, and the worker dies: its successor must neither lose
 /// the message nor make the Lead again, although search does not list it yet.
@@ -39,7 +24,7 @@ async fn a_message_half_done_at_a_crash_is_neither_lost_nor_doubled() {
     let successor = bench.worker().await;
     let metrics = successor.settled(1).await;
     assert_eq!(metrics.outcomes(), [("unchanged", 1)].into());
-    assert_each_once(&bench, 1);
+    bench.assert_each_once(1);
     assert_eq!(metrics.count("lag_guard_waits_total"), 1, "{}", successor.log());
     successor.terminate().await;
 }
@@ -70,7 +55,7 @@ async fn sigterm_finishes_what_is_in_hand_and_hands_the_rest_back() {
     bench.simulator.clear_faults();
     let successor = bench.worker().await;
     successor.settled(20 - leads).await;
-    assert_each_once(&bench, 20);
+    bench.assert_each_once(20);
     successor.terminate().await;
 }
 
@@ -103,7 +88,7 @@ async fn a_standby_takes_over_when_the_active_worker_dies() {
     bench.publish(&people(5)).await;
     standby.settled(5).await;
     assert_eq!(standby.ready().await.1["state"], "consuming");
-    assert_each_once(&bench, 5);
+    bench.assert_each_once(5);
     standby.terminate().await;
 }
 
@@ -159,7 +144,7 @@ async fn a_broker_that_dies_and_comes_back_costs_nothing() {
 
     worker.until("done", async |_| bench.simulator.leads().len() >= 60).await;
     bench.depth_becomes("", 0).await;
-    assert_each_once(&bench, 60);
+    bench.assert_each_once(60);
     let metrics = worker.metrics().await;
     assert_eq!(metrics.count(r#"broker_connection_losses_total{cause="lost"}"#), 1);
     assert_eq!(metrics.count(r#"broker_trouble{cause="unreachable"}"#), 0);
@@ -197,5 +182,5 @@ async fn what_is_in_hand_is_written_also_late_in_the_grace_period() {
     bench.publish(&people(1)).await;
     worker.until("looking up", async |_| bench.simulator.request_count("POST", "/data/") == 1).await;
     worker.terminate().await;
-    assert_each_once(&bench, 1);
+    bench.assert_each_once(1);
 }

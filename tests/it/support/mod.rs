@@ -264,6 +264,17 @@ impl Bench {
         self.simulator.add_lead(body).unwrap()
     }
 
+    /// Of so many [`people`], each company is there once and each person once.
+    pub(crate) fn assert_each_once(&self, count: usize) {
+        let leads = self.simulator.leads();
+        let mut companies: Vec<_> =
+            leads.iter().map(|lead| lead["custom.cf_leadcompanyid"].to_string()).collect();
+        companies.sort();
+        companies.dedup();
+        assert_eq!((leads.len(), companies.len()), (count, count), "{companies:?}");
+        assert_eq!(self.simulator.contacts().len(), count);
+    }
+
     /// Writes to Close so far.
     pub(crate) fn writes(&self) -> Vec<String> {
         let requests = self.simulator.requests();
@@ -285,6 +296,11 @@ pub(crate) fn shared_broker() -> String {
 /// An event about a person.
 pub(crate) fn identify(user: &str, traits: Value) -> Value {
     json!({"type": "identify", "userId": user, "traits": traits})
+}
+
+/// Events about so many people, each of a company of their own.
+pub(crate) fn people(count: usize) -> Vec<Value> {
+    (0..count).map(|n| identify(&format!("u{n}"), json!({"company": {"id": format!("c{n}")}}))).collect()
 }
 
 /// Values of a list of a Contact: `values(&contact, "emails", "email")`.

@@ -12,51 +12,54 @@ pub(crate) struct Node {
 
 impl Node {
     pub(crate) async fn start() -> Self {
+        Self::with(&[]).await
+    }
+
+    /// With more to say to `deploy/rabbitmq-node start`.
+    pub(crate) async fn with(options: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let mut node = Self { directory, url: String::new() };
-        node.url = node.run("start").await;
+        node.url = node.run("start", options).await;
         node
+    }
+
+    /// Three nodes that are one broker.
+    pub(crate) async fn cluster() -> [Self; 3] {
+        let first = Self::start().await;
+        let directory = first.directory.path().to_str().unwrap().to_owned();
+        // One after the other, as each has to find a cluster and not another beginner.
+        let second = Self::with(&["--join", &directory]).await;
+        let third = Self::with(&["--join", &directory]).await;
+        [first, second, third]
     }
 
     /// Starts it again, on the same port and data.
     pub(crate) async fn start_again(&self) {
-        self.run("start").await;
+        self.run("start", &[]).await;
     }
 
     /// Kills it with all its connections.
     pub(crate) async fn kill(&self) {
-        self.run("kill").await;
+        self.run("kill", &[]).await;
     }
 
     /// Raises the memory alarm, or clears it: the broker takes no messages then.
     pub(crate) async fn alarm(&self, on: bool) {
-        let limit: &[&str] = if on {
-            &["set_vm_memory_high_watermark", "0.0000001"]
-        } else {
-            &["set_vm_memory_high_watermark", "0.6"]
-        };
-        self.run_with("ctl", limit).await;
+        let limit = if on { "0.0000001" } else { "0.6" };
+        self.ctl(&["set_vm_memory_high_watermark", limit]).await;
     }
 
-    async fn run(&self, verb: &'static str) -> String {
-        self.run_with(verb, &[]).await
+    /// What `rabbitmqctl` prints.
+    pub(crate) async fn ctl(&self, arguments: &[&str]) -> String {
+        self.run("ctl", arguments).await
     }
 
-    async fn run_with(&self, verb: &'static str, arguments: &'static [&'static str]) -> String {
-        let directory = self.directory.path().to_owned();
-        tokio::task::spawn_blocking(move || {
-            let output = Command::new(script())
-                .arg(verb)
-                .arg("--dir")
-                .arg(directory)
-                .args(arguments)
-                .output()
-                .unwrap();
-            assert!(output.status.success(), "{verb}: {}", String::from_utf8_lossy(&output.stderr));
-            String::from_utf8(output.stdout).unwrap().trim().to_owned()
-        })
-        .await
-        .unwrap()
+    async fn run(&self, verb: &str, arguments: &[&str]) -> String {
+        let mut command = Command::new(script());
+        command.arg(verb).arg("--dir").arg(self.directory.path()).args(arguments);
+        let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
+        assert!(output.status.success(), "{verb}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
     }
 }
 
