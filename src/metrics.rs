@@ -63,6 +63,7 @@ pub struct Metrics {
     broker_trouble: IntGaugeVec,
     broker_alarm: IntGauge,
     successors_held: IntGauge,
+    broker: BrokerInfo,
     backlog: IntGauge,
     drain_seconds: Gauge,
     rate_limits: RateLimits,
@@ -182,6 +183,7 @@ impl Metrics {
                 &PauseCause::ALL.map(PauseCause::label),
             )?,
             connected: make.gauge("broker_connected", "1 while connected to RabbitMQ and consuming or standing by")?,
+            broker: BrokerInfo::new(&make)?,
             connection_losses: make.counters(
                 "broker_connection_losses_total",
                 "Times the connection to RabbitMQ was lost by cause",
@@ -379,6 +381,18 @@ impl Metrics {
         }
     }
 
+    /// Which version of RabbitMQ the connection is to. Whether that is news.
+    pub fn broker(&self, version: &str) -> bool {
+        let mut last = self.broker.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.as_deref() == Some(version) {
+            return false;
+        }
+        self.broker.info.reset();
+        self.broker.info.with_label_values(&[version]).set(1);
+        *last = Some(version.to_owned());
+        true
+    }
+
     /// The connection to the broker was lost.
     pub fn connection_lost(&self, why: BrokerTrouble) {
         self.connection_losses.with_label_values(&[why.label()]).inc();
@@ -410,6 +424,20 @@ struct OnDrop<F: Fn()>(F);
 impl<F: Fn()> Drop for OnDrop<F> {
     fn drop(&mut self) {
         self.0();
+    }
+}
+
+/// Which broker the connection was to last.
+#[derive(Clone)]
+struct BrokerInfo {
+    info: IntGaugeVec,
+    last: Arc<Mutex<Option<String>>>,
+}
+
+impl BrokerInfo {
+    fn new(make: &Maker<'_>) -> prometheus::Result<Self> {
+        let help = "1, labelled with the version of RabbitMQ, once connected";
+        Ok(Self { info: make.gauges("broker_info", help, "version", &[])?, last: Arc::default() })
     }
 }
 

@@ -9,6 +9,7 @@ use lapin::types::FieldTable;
 use lapin::{Channel, Connection, Event};
 use tokio::time::{Instant, MissedTickBehavior};
 
+use super::broker::Broker;
 use super::publisher::Publisher;
 use super::{BrokerError, LAST_ACKS, Settings, close, topology};
 use crate::drain::Drain;
@@ -32,6 +33,7 @@ pub(super) type Happenings = stream::BoxStream<'static, Happening>;
 
 /// The connections of a session and what comes out of them.
 pub(super) struct Link {
+    pub(super) broker: Broker,
     pub(super) consuming: Connection,
     publishing: Connection,
     channel: Channel,
@@ -42,7 +44,7 @@ pub(super) struct Link {
 
 impl Link {
     pub(super) async fn open(settings: &Settings) -> Result<Self, BrokerError> {
-        let consuming = settings.connect("close-sync consume").await?;
+        let (consuming, broker) = settings.meet("close-sync consume").await?;
         let publishing = settings.connect("close-sync publish").await?;
         topology::declare(&consuming, settings).await?;
         let publisher = Publisher::new(&publishing).await?;
@@ -57,7 +59,7 @@ impl Link {
                 FieldTable::default(),
             )
             .await?;
-        Ok(Self { consuming, publishing, channel, publisher, deliveries, happenings })
+        Ok(Self { broker, consuming, publishing, channel, publisher, deliveries, happenings })
     }
 
     /// How long the process may stand still: the broker gives its queue away after three heartbeats.

@@ -3,13 +3,16 @@
 //! In reading order: [`topology`] is what exists on the broker and why each flag; [`headers`] what
 //! travels with a message; [`publisher`] publishes and waits for the confirm; `link` holds the
 //! connections of a [`session`], which consumes until something ends it; [`dead_letters`] is the operator's side.
+//! [`broker`] knows the versions of RabbitMQ.
 //!
 //! Two connections, one consumes and one publishes: when the broker blocks a publishing connection
 //! (memory or disk alarm), acks on it would hang too (rabbitmq.md §0, 10). lapin's own recovery stays
 //! off, it gives up after a while and then hangs (rabbitmq.md §2.2); [`crate::app`] starts a new
 //! session instead.
 
+pub mod broker;
 pub mod dead_letters;
+mod greeting;
 pub mod headers;
 mod link;
 pub mod publisher;
@@ -24,6 +27,7 @@ use lapin::{Connection, ConnectionProperties, ErrorKind};
 use secrecy::{ExposeSecret, SecretString};
 
 use crate::state::BrokerTrouble;
+use broker::Broker;
 
 /// The broker, and the names of what is ours on it.
 #[derive(Clone, Debug)]
@@ -85,8 +89,13 @@ impl Settings {
     /// Opens a connection, visible in RabbitMQ's management under `name`.
     ///
     /// # Errors
-    /// [`BrokerError::Unreachable`] and [`BrokerError::Refused`].
+    /// [`BrokerError::Unreachable`], [`BrokerError::Refused`] and [`BrokerError::TooOld`].
     pub async fn connect(&self, name: &str) -> Result<Connection, BrokerError> {
+        Ok(self.meet(name).await?.0)
+    }
+
+    /// The same, and tells who answered.
+    pub async fn meet(&self, name: &str) -> Result<(Connection, Broker), BrokerError> {
         // lapin's time-out does not bound the handshake with a peer that says nothing (rabbitmq.md §2.2).
         const PATIENCE: Duration = Duration::from_secs(10);
         // RabbitMQ proposes 60 s. With 10 s a worker cut off notices after 20 s at most, and one
@@ -98,8 +107,12 @@ impl Settings {
             (false, false) => format!("{url}?heartbeat=10"),
         };
         let properties = ConnectionProperties::default().with_connection_name(name.into());
-        match tokio::time::timeout(PATIENCE, Connection::connect(&url, properties)).await {
-            Ok(Ok(connection)) => Ok(connection),
+        match tokio::time::timeout(PATIENCE, greeting::connect(&url, properties)).await {
+            Ok(Ok((connection, broker))) if broker.is_too_old() => {
+                close(&connection).await;
+                Err(BrokerError::TooOld(broker))
+            }
+            Ok(Ok(met)) => Ok(met),
             Ok(Err(error)) if error.is_amqp_error() => Err(BrokerError::Refused(error.to_string())),
             Ok(Err(error)) => Err(BrokerError::Unreachable(error.to_string())),
             Err(_) => Err(BrokerError::Unreachable(format!("no answer within {} s", PATIENCE.as_secs()))),
@@ -116,6 +129,9 @@ pub enum BrokerError {
     /// The broker does not let us in: wrong user, password or vhost.
     #[error("RabbitMQ refuses the connection: {0}")]
     Refused(String),
+    /// It cannot have the queues that are needed.
+    #[error("{0} is too old: quorum queues with a time-to-live are there from {oldest} on", oldest = broker::OLDEST)]
+    TooOld(Broker),
     /// Something of ours exists with other properties.
     #[error(
         "RabbitMQ has {object} with other properties: {detail}. Delete it once it is empty, or give close-sync \
@@ -161,13 +177,18 @@ impl BrokerError {
         match self {
             Self::Unreachable(_) => BrokerTrouble::Unreachable,
             Self::Refused(_) => BrokerTrouble::Refused,
-            Self::Conflict { .. } => BrokerTrouble::Conflict,
+            Self::Conflict { .. } | Self::TooOld(_) => BrokerTrouble::Conflict,
             Self::Missing(_) | Self::Unroutable { .. } => BrokerTrouble::Missing,
             Self::Forbidden(_) => BrokerTrouble::Forbidden,
             Self::Lost(_) | Self::Unconfirmed(_) => BrokerTrouble::Lost,
             Self::StoodStill(_) => BrokerTrouble::StoodStill,
             Self::Cancelled => BrokerTrouble::Cancelled,
         }
+    }
+
+    /// Whether it stays like that until somebody changes the configuration or the broker.
+    pub fn is_lasting(&self) -> bool {
+        matches!(self, Self::Conflict { .. } | Self::TooOld(_))
     }
 
     /// Reads lapin's error; `object` is what was being declared or checked, if anything.

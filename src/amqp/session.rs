@@ -109,6 +109,10 @@ impl Session {
             None => return (End::Stopped, Report::default()),
         };
         self.metrics.connected(true);
+        if self.metrics.broker(&link.broker.version) {
+            let Link { broker, .. } = &link;
+            tracing::info!("{broker}: {}", broker.told());
+        }
         if let Some(cause) = self.unproven() {
             tracing::debug!(cause = cause.label(), "trying whether Close can be worked with");
         } else {

@@ -23,7 +23,7 @@ pub const NOW: &str = "now";
 
 /// "No limit" that every version understands: -1 drops on the first requeue on 3.10, and the default
 /// of 4.x drops messages after 20 lost connections, innocents included (rabbitmq.md §0, 2 and 3).
-const DELIVERY_LIMIT: i64 = 1_000_000;
+pub(super) const DELIVERY_LIMIT: i64 = 1_000_000;
 
 /// Declares everything. Idempotent.
 ///

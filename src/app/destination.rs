@@ -43,7 +43,7 @@ pub(super) async fn run(
     let Seat { metrics, status } = seat;
     // Before anything about Close: producers may publish from now on, whatever state Close is in.
     match shutdown.run_until_cancelled(declare(&settings.amqp)).await {
-        Some(Err(error @ BrokerError::Conflict { .. })) => {
+        Some(Err(error)) if error.is_lasting() => {
             return Err(RunError::Configuration(error.to_string()));
         }
         Some(Err(error)) => tracing::warn!(%error, "nothing is declared in RabbitMQ yet"),
@@ -293,7 +293,7 @@ impl Supervisor {
                     session.on_trial = Some(cause);
                 }
             }
-            End::Lost(error @ BrokerError::Conflict { .. }) => {
+            End::Lost(error) if error.is_lasting() => {
                 return Err(RunError::Configuration(error.to_string()));
             }
             End::Lost(error) => {

@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use super::{CONFIGURATION, Failure, UNAVAILABLE, there_are};
+use crate::amqp::broker::Broker;
 use crate::amqp::{self, BrokerError, topology};
 use crate::close::Client;
 use crate::config::{Config, Destination, Need, Problems, masked};
@@ -105,7 +106,7 @@ async fn look(config: &Config) -> Vec<Finding> {
 }
 
 async fn look_at(config: &Destination) -> Vec<Finding> {
-    let mut findings = vec![broker(config).await];
+    let mut findings = broker(config).await;
     findings.extend(close(config).await);
     for (setting, key, without) in [
         ("close.lead_company_id_field", &config.rules.lead.key, "Leads are never looked up by company"),
@@ -118,38 +119,41 @@ async fn look_at(config: &Destination) -> Vec<Finding> {
     findings
 }
 
-async fn broker(config: &Destination) -> Finding {
+async fn broker(config: &Destination) -> Vec<Finding> {
     use secrecy::ExposeSecret;
     let settings = &config.amqp;
     let subject = format!("RabbitMQ at {}", masked(settings.url.expose_secret()));
-    match depths(settings).await {
-        Ok((Some(work), dead)) => {
+    let (broker, depths) = match meet(settings).await {
+        Ok(found) => found,
+        Err(error) => {
+            let verdict = if error.is_lasting() { Verdict::Wrong } else { Verdict::Unavailable };
+            return vec![finding(verdict, subject, error.to_string())];
+        }
+    };
+    let detail = match depths {
+        (Some(work), dead) => {
             let dead = dead.map_or(0, |depth| depth.ready);
-            let detail = format!(
+            format!(
                 "queue `{}`: {} messages ready, consumers: {}, dead letters: {dead}",
                 settings.queue, work.ready, work.consumers,
-            );
-            finding(Verdict::Ok, subject, detail)
+            )
         }
-        Ok((None, _)) => {
-            let detail =
-                format!("reachable; queue `{}` does not exist yet, `run` declares it", settings.queue);
-            finding(Verdict::Ok, subject, detail)
-        }
-        Err(error @ BrokerError::Conflict { .. }) => finding(Verdict::Wrong, subject, error.to_string()),
-        Err(error) => finding(Verdict::Unavailable, subject, error.to_string()),
-    }
+        (None, _) => format!("reachable; queue `{}` does not exist yet, `run` declares it", settings.queue),
+    };
+    vec![finding(Verdict::Ok, subject, detail), finding(Verdict::Ok, broker.to_string(), broker.told())]
 }
 
-async fn depths(
-    settings: &amqp::Settings,
-) -> Result<(Option<topology::Depth>, Option<topology::Depth>), BrokerError> {
-    let connection = settings.connect("close-sync check").await?;
+/// How full a queue is that exists.
+type Depth = Option<topology::Depth>;
+
+/// Who the broker is, and how full the work queue and the dead-letter queue are.
+async fn meet(settings: &amqp::Settings) -> Result<(Broker, (Depth, Depth)), BrokerError> {
+    let (connection, broker) = settings.meet("close-sync check").await?;
     let work = topology::depth(&connection, &settings.queue).await?;
     let dead = topology::depth(&connection, &settings.dead()).await?;
     topology::compare(&connection, settings).await?;
     amqp::close(&connection).await;
-    Ok((work, dead))
+    Ok((broker, (work, dead)))
 }
 
 async fn close(config: &Destination) -> Vec<Finding> {

@@ -149,6 +149,9 @@ async fn a_broker_that_dies_and_comes_back_costs_nothing() {
     assert_eq!(metrics.count(r#"broker_connection_losses_total{cause="lost"}"#), 1);
     assert_eq!(metrics.count(r#"broker_trouble{cause="unreachable"}"#), 0);
     assert_eq!(worker.logged("reconnecting to RabbitMQ"), 1, "one line per incident");
+    let version = node.ctl(&["version"]).await;
+    assert_eq!(worker.logged(&format!("RabbitMQ {version}: quorum queues")), 1, "told when it is news");
+    assert_eq!(worker.metrics().await.count(&format!("broker_info{{version=\"{version}\"}}")), 1);
     worker.terminate().await;
 }
 

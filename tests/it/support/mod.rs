@@ -8,7 +8,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::process::Output;
 use std::time::{Duration, Instant};
 
+use close_sync::amqp::broker::Broker;
 use close_sync::amqp::headers;
+use close_sync::config::{Config, Need};
 use close_sync::simulator::{Fault, Settings, Simulator};
 use lapin::options::{
     BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeleteOptions, QueueDeclareOptions,
@@ -134,11 +136,23 @@ impl Bench {
             String::from_utf8(output.stderr).unwrap(),
         );
         let (_, host) = self.amqp_url.split_once('@').unwrap();
-        let broker = format!("amqp://guest:***@{host}");
-        text.replace(&broker, "BROKER")
+        let address = format!("amqp://guest:***@{host}");
+        let text = match self.broker().await {
+            Some(broker) => {
+                text.replace(&broker.to_string(), "RabbitMQ VERSION").replace(&broker.told(), "USES")
+            }
+            None => text,
+        };
+        text.replace(&address, "BROKER")
             .replace(&self.exchange, "EXCHANGE")
             .replace(&self.queue, "QUEUE")
             .replace(&self.simulator.addr().to_string(), "SIMULATOR")
+    }
+
+    /// Which broker its processes connect to, if it answers.
+    async fn broker(&self) -> Option<Broker> {
+        let config = Config::load(None, &self.environment(), Need::Broker).ok()?;
+        Some(config.single().ok()?.amqp.meet("test").await.ok()?.1)
     }
 
     /// Publishes events in order.
