@@ -156,7 +156,9 @@ pub enum BrokerError {
     #[error("the process stood still for {} s: another worker may have taken over", .0.as_secs())]
     StoodStill(Duration),
     /// The consumer was cancelled: its queue was deleted, or the broker gave up on it.
-    #[error("RabbitMQ cancelled the consumer (was the queue deleted?)")]
+    #[error(
+        "RabbitMQ cancelled the consumer: its queue was deleted, or a message was held beyond `consumer_timeout`"
+    )]
     Cancelled,
     /// No queue takes the message.
     #[error("no queue is bound to exchange `{exchange}` for key `{key}`: the message was not published")]

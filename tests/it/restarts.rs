@@ -155,6 +155,29 @@ async fn a_broker_that_dies_and_comes_back_costs_nothing() {
     worker.terminate().await;
 }
 
+/// Close answers so late that RabbitMQ takes the message away (rabbitmq.md §3.5): it is worked on again, and what
+/// the first try has done is found. On some versions that ends the channel, on some the consumer.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_held_for_too_long_is_neither_lost_nor_doubled() {
+    let node = Node::with(&["--advanced", QUICK_CONSUMER_TIMEOUT]).await;
+    let bench = Bench::on(&node.url, Settings::fast()).await.set("CLOSE_TIMEOUT", "1m");
+    let held = Effect::Timeout { ms: 60_000, when: When::AfterCommit };
+    bench.simulator.fault(Fault::new(held).on("POST", "/lead/").times(1));
+    let worker = bench.worker().await;
+    bench.publish(&people(5)).await;
+    let metrics = worker.settled(5).await;
+    assert_eq!(metrics.outcomes().get("unchanged"), Some(&1), "{metrics:?}");
+    assert_eq!((metrics.outcome("dead"), metrics.outcome("delayed")), (0, 0));
+    bench.assert_each_once(5);
+    assert_eq!(metrics.count("broker_connection_losses_total"), 1, "{}", worker.log());
+    bench.depth_becomes("", 0).await;
+    worker.terminate().await;
+}
+
+/// Ten seconds. Before RabbitMQ 4.3 it looks at each tick of a channel only (rabbitmq.md §1.2).
+const QUICK_CONSUMER_TIMEOUT: &str =
+    "[{rabbit, [{consumer_timeout, 10000}, {channel_tick_interval, 5000}]}].";
+
 /// A connection that breaks while messages are acked: the session ends all the same, and the next begins.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_lost_between_acks_is_replaced() {
