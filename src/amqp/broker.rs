@@ -24,7 +24,7 @@ impl fmt::Display for Version {
 }
 
 /// How a habit is told from one version on, and how before.
-const HABITS: [(Version, Option<&str>, &str); 3] = [
+const HABITS: [(Version, Option<&str>, &str); 4] = [
     // rabbitmq.md §3.2.
     (Version(4, 0), None, "its own delivery limit of 20 overruled"),
     // rabbitmq.md §3.5.
@@ -32,6 +32,12 @@ const HABITS: [(Version, Option<&str>, &str); 3] = [
         Version(4, 3),
         Some("a message held for too long ends the channel"),
         "a message held for too long ends the consumer",
+    ),
+    // Of a cluster; seen with three nodes. Before, they go to the next consumer at once.
+    (
+        Version(4, 3),
+        None,
+        "when the worker's node dies its messages wait for `consumer_disconnected_timeout`, 60 s by default",
     ),
     // rabbitmq.md §3.4.
     (Version(4, 3), None, "its delayed retry not used"),
@@ -124,6 +130,7 @@ mod tests {
             told("4.3.6"),
             format!(
                 "{always}; its own delivery limit of 20 overruled; a message held for too long ends the consumer; \
+                 when the worker's node dies its messages wait for `consumer_disconnected_timeout`, 60 s by default; \
                  its delayed retry not used"
             )
         );

@@ -18,17 +18,18 @@ use futures_util::Stream;
 use futures_util::io::{AsyncRead, AsyncWrite};
 use lapin::protocol::connection::AMQPMethod;
 use lapin::protocol::{AMQPClass, parse_class};
-use lapin::tcp::AMQPUriTcpExt;
+use lapin::tcp::{AMQPUriTcpExt, OwnedTLSConfig};
 use lapin::types::AMQPValue;
 use lapin::uri::AMQPUri;
 use lapin::{AsyncTcpStream, Connection, ConnectionProperties};
 
 use super::broker::Broker;
 
-/// Opens a connection as lapin does, and tells who answered.
+/// Opens a connection as [`Connection::connect_with_config`] does, and tells who answered.
 pub(super) async fn connect(
     url: &str,
     properties: ConnectionProperties,
+    tls: OwnedTLSConfig,
 ) -> lapin::Result<(Connection, Broker)> {
     let uri: AMQPUri = url.parse().map_err(io::Error::other)?;
     let tokio = Tokio::current();
@@ -36,7 +37,7 @@ pub(super) async fn connect(
     let heard = Heard::default();
     let ear = heard.clone();
     let open = async move |uri: AMQPUri, _| {
-        let stream = uri.connect_async(&Runtime::new(tokio.clone())).await?;
+        let stream = uri.connect_with_config_async(tls.as_ref(), &Runtime::new(tokio.clone())).await?;
         Ok(AsyncTcpStream::Plain(Overheard { stream, heard: ear.clone() }))
     };
     let connection = Connection::connector(uri, runtime, open, properties).await?;

@@ -22,6 +22,7 @@ pub mod topology;
 
 use std::time::Duration;
 
+use lapin::tcp::OwnedTLSConfig;
 use lapin::types::ShortString;
 use lapin::{Connection, ConnectionProperties, ErrorKind};
 use secrecy::{ExposeSecret, SecretString};
@@ -107,7 +108,9 @@ impl Settings {
             (false, false) => format!("{url}?heartbeat=10"),
         };
         let properties = ConnectionProperties::default().with_connection_name(name.into());
-        match tokio::time::timeout(PATIENCE, greeting::connect(&url, properties)).await {
+        match tokio::time::timeout(PATIENCE, greeting::connect(&url, properties, OwnedTLSConfig::default()))
+            .await
+        {
             Ok(Ok((connection, broker))) if broker.is_too_old() => {
                 close(&connection).await;
                 Err(BrokerError::TooOld(broker))

@@ -78,10 +78,8 @@ async fn when_its_node_dies_the_worker_goes_on_with_another() {
 
 /// Which node the worker consumes from.
 async fn connected_to(nodes: &[Node; 3]) -> usize {
-    let connections =
-        nodes[0].ctl(&["list_connections", "user_provided_name", "port", "--formatter", "json"]).await;
-    let connections: Vec<Value> = serde_json::from_str(&connections).unwrap();
-    let mut ours = connections.iter().filter(|each| each["user_provided_name"] == "close-sync consume");
-    let port = ours.next().unwrap()["port"].to_string();
+    let connections = nodes[0].ctl(&["list_connections", "port", "client_properties"]).await;
+    let ours = connections.lines().find(|line| line.contains("close-sync consume")).unwrap();
+    let port = ours.split_whitespace().next().unwrap();
     nodes.iter().position(|node| node.url.contains(&format!(":{port}/"))).unwrap()
 }
