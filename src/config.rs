@@ -26,7 +26,7 @@ use secrecy::SecretString;
 use toml::{Table, Value};
 use url::Url;
 
-use crate::amqp::{self, Delay};
+use crate::amqp::{self, Delay, topology};
 use crate::close;
 use crate::domain::mapping::Rules;
 use crate::domain::plan::Switches;
@@ -176,13 +176,36 @@ impl<'a> Reader<'a> {
         let queue = self.name("amqp.queue");
         let prefetch = self.number("amqp.prefetch", 1, u16::MAX.into());
         let delays = self.delays();
+        let binding_keys = self.binding_keys();
+        let topology = self.parsed("amqp.topology", "one of `declare`, `check`", |text| match text {
+            "declare" => Some(topology::Mode::Declare),
+            "check" => Some(topology::Mode::Check),
+            _ => None,
+        });
         Some(amqp::Settings {
             url: url?,
             exchange: exchange?,
             queue: queue?,
             prefetch: u16::try_from(prefetch?).ok()?,
             delays: delays?,
+            binding_keys: binding_keys?,
+            topology: topology?,
         })
+    }
+
+    fn binding_keys(&mut self) -> Option<Vec<String>> {
+        let list = leaf(self.settings, "amqp.binding_keys").and_then(Value::as_array)?;
+        // AMQP bounds keys to 255 bytes.
+        let key = |item: &Value| item.as_str().filter(|key| key.len() <= 255).map(str::to_owned);
+        let keys: Option<Vec<String>> = list.iter().map(key).collect();
+        let keys = keys.filter(|keys| !keys.is_empty());
+        if keys.is_none() {
+            self.problem(
+                "amqp.binding_keys",
+                "must be a list of routing keys, one at least, like `[\"#\"]` or `[\"users.*\", \"identify\"]`",
+            );
+        }
+        keys
     }
 
     fn close(&mut self, need: Need) -> Option<close::Settings> {

@@ -46,7 +46,7 @@ impl Link {
     pub(super) async fn open(settings: &Settings) -> Result<Self, BrokerError> {
         let (consuming, broker) = settings.meet("close-sync consume").await?;
         let publishing = settings.connect("close-sync publish").await?;
-        topology::declare(&consuming, settings).await?;
+        topology::prepare(&consuming, settings).await?;
         let publisher = Publisher::new(&publishing).await?;
         let channel = consuming.create_channel().await?;
         channel.basic_qos(settings.prefetch, BasicQosOptions::default()).await?;
@@ -109,10 +109,10 @@ pub(super) async fn watch(connection: &Connection, settings: &Settings, metrics:
     let (mut then, mut waited) = (Instant::now(), false);
     loop {
         tick.tick().await;
-        if declared.elapsed() > DECLARED_APART {
+        if settings.topology == topology::Mode::Declare && declared.elapsed() > DECLARED_APART {
             declared = Instant::now();
             // What fails here fails at the next session, and is told then.
-            let _ = topology::declare(connection, settings).await;
+            let _ = topology::prepare(connection, settings).await;
         }
         let Ok(Some(depth)) = topology::depth(connection, &settings.queue).await else { continue };
         let (settled_now, calls_now) = metrics.totals();

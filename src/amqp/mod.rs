@@ -43,6 +43,10 @@ pub struct Settings {
     pub prefetch: u16,
     /// The delay queues, shortest first.
     pub delays: Vec<Delay>,
+    /// The routing keys with which the work queue is bound to the exchange.
+    pub binding_keys: Vec<String>,
+    /// Who makes what has to exist.
+    pub topology: topology::Mode,
 }
 
 /// A delay queue: `<queue>.retry.<name>`.
@@ -69,8 +73,8 @@ impl Settings {
     /// Whether both mean the same objects on the same broker.
     pub fn is_same(&self, other: &Self) -> bool {
         let names = |settings: &Self| {
-            let Self { url, exchange, queue, prefetch: _, delays } = settings;
-            (url.expose_secret().to_owned(), exchange.clone(), queue.clone(), delays.clone())
+            let Self { url, exchange, queue, prefetch: _, delays, binding_keys, topology } = settings.clone();
+            (url.expose_secret().to_owned(), exchange, queue, delays, binding_keys, topology)
         };
         names(self) == names(other)
     }
@@ -149,9 +153,25 @@ pub enum BrokerError {
     /// An exchange or queue does not exist.
     #[error("RabbitMQ says: {0}")]
     Missing(String),
+    /// Exchanges or queues do not exist, and others are to make them.
+    #[error(
+        "RabbitMQ lacks {}. Have an administrator make this (deploy/rabbitmq/definitions.json holds it for import), \
+         or let close-sync do it: `amqp.topology = \"declare\"`",
+        .0.join("; ")
+    )]
+    Incomplete(Vec<String>),
     /// The user lacks a permission.
-    #[error("RabbitMQ does not permit this: {0}")]
+    #[error(
+        "RabbitMQ does not permit this: {0}. What each user needs is in the README, \"Broker permissions\""
+    )]
     Forbidden(String),
+    /// The user lacks the permission to declare.
+    #[error(
+        "RabbitMQ does not let us declare what we need: {0}. Give the user the permissions of `setup` (README, \
+         \"Broker permissions\"), or have an administrator import deploy/rabbitmq/definitions.json and set \
+         `amqp.topology = \"check\"`"
+    )]
+    MayNotDeclare(String),
     /// The connection or a channel ended.
     #[error("the connection to RabbitMQ was lost: {0}")]
     Lost(String),
@@ -183,8 +203,8 @@ impl BrokerError {
             Self::Unreachable(_) => BrokerTrouble::Unreachable,
             Self::Refused(_) => BrokerTrouble::Refused,
             Self::Conflict { .. } | Self::TooOld(_) => BrokerTrouble::Conflict,
-            Self::Missing(_) | Self::Unroutable { .. } => BrokerTrouble::Missing,
-            Self::Forbidden(_) => BrokerTrouble::Forbidden,
+            Self::Missing(_) | Self::Incomplete(_) | Self::Unroutable { .. } => BrokerTrouble::Missing,
+            Self::Forbidden(_) | Self::MayNotDeclare(_) => BrokerTrouble::Forbidden,
             Self::Lost(_) | Self::Unconfirmed(_) => BrokerTrouble::Lost,
             Self::StoodStill(_) => BrokerTrouble::StoodStill,
             Self::Cancelled => BrokerTrouble::Cancelled,
@@ -209,6 +229,11 @@ impl BrokerError {
             406 if !object.is_empty() => Self::Conflict { object: object.to_owned(), detail },
             _ => Self::Lost(detail),
         }
+    }
+
+    /// The same, said of a declaration: others can do it for us.
+    fn while_declaring(self) -> Self {
+        if let Self::Forbidden(detail) = self { Self::MayNotDeclare(detail) } else { self }
     }
 }
 

@@ -42,7 +42,14 @@ pub(super) async fn run(
 ) -> Result<Report, RunError> {
     let Seat { metrics, status } = seat;
     // Before anything about Close: producers may publish from now on, whatever state Close is in.
-    match shutdown.run_until_cancelled(declare(&settings.amqp)).await {
+    let declared = async {
+        match settings.amqp.topology {
+            topology::Mode::Declare => prepare(&settings.amqp).await,
+            // Nothing for us to do; the first session looks.
+            topology::Mode::Check => Ok(()),
+        }
+    };
+    match shutdown.run_until_cancelled(declared).await {
         Some(Err(error)) if error.is_lasting() => {
             return Err(RunError::Configuration(error.to_string()));
         }
@@ -177,7 +184,7 @@ impl Reloads {
 
     async fn check(&self, settings: Destination) -> anyhow::Result<Assembly> {
         if !self.declared.is_same(&settings.amqp) {
-            declare(&settings.amqp).await?;
+            prepare(&settings.amqp).await?;
         }
         let client = client(&settings, &self.metrics)?;
         let asked = tokio::time::timeout(CHECK_TIME, preflight::run(&client, &settings.rules));
@@ -335,9 +342,9 @@ impl Drop for AbortOnDrop {
     }
 }
 
-async fn declare(settings: &amqp::Settings) -> Result<(), BrokerError> {
-    let connection = settings.connect("close-sync declare").await?;
-    topology::declare(&connection, settings).await?;
+async fn prepare(settings: &amqp::Settings) -> Result<(), BrokerError> {
+    let connection = settings.connect("close-sync prepare").await?;
+    topology::prepare(&connection, settings).await?;
     amqp::close(&connection).await;
     Ok(())
 }

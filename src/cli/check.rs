@@ -126,7 +126,8 @@ async fn broker(config: &Destination) -> Vec<Finding> {
     let (broker, depths) = match meet(settings).await {
         Ok(found) => found,
         Err(error) => {
-            let verdict = if error.is_lasting() { Verdict::Wrong } else { Verdict::Unavailable };
+            let is_setup = matches!(error, BrokerError::Incomplete(_) | BrokerError::MayNotDeclare(_));
+            let verdict = if error.is_lasting() || is_setup { Verdict::Wrong } else { Verdict::Unavailable };
             return vec![finding(verdict, subject, error.to_string())];
         }
     };
@@ -149,9 +150,12 @@ type Depth = Option<topology::Depth>;
 /// Who the broker is, and how full the work queue and the dead-letter queue are.
 async fn meet(settings: &amqp::Settings) -> Result<(Broker, (Depth, Depth)), BrokerError> {
     let (connection, broker) = settings.meet("close-sync check").await?;
+    match settings.topology {
+        topology::Mode::Declare => topology::compare(&connection, settings).await?,
+        topology::Mode::Check => topology::prepare(&connection, settings).await?,
+    }
     let work = topology::depth(&connection, &settings.queue).await?;
     let dead = topology::depth(&connection, &settings.dead()).await?;
-    topology::compare(&connection, settings).await?;
     amqp::close(&connection).await;
     Ok((broker, (work, dead)))
 }

@@ -109,7 +109,10 @@ impl From<Problems> for Failure {
 impl From<BrokerError> for Failure {
     fn from(error: BrokerError) -> Self {
         match error {
-            BrokerError::Conflict { .. } | BrokerError::TooOld(_) => Self::Configuration(error.to_string()),
+            BrokerError::Conflict { .. }
+            | BrokerError::TooOld(_)
+            | BrokerError::Incomplete(_)
+            | BrokerError::MayNotDeclare(_) => Self::Configuration(error.to_string()),
             BrokerError::Unreachable(_) => Self::Unavailable(format!(
                 "{error}
 hint: set `amqp.url` (AMQP_URL) to a broker that is running"

@@ -157,13 +157,13 @@ fn stopped(error: &BrokerError, line: usize, published: u64, settings: &Settings
 /// What to do.
 fn explain(error: &BrokerError, settings: &Settings) -> String {
     let nowhere_to_go = matches!(error, BrokerError::Missing(_) | BrokerError::Unroutable { .. });
-    let hint = if nowhere_to_go {
-        format!(
+    let hint = match settings.topology {
+        _ if !nowhere_to_go => String::new(),
+        topology::Mode::Declare => format!(
             "\nhint: `close-sync run` declares exchange `{}` and its queue: start it once",
             settings.exchange
-        )
-    } else {
-        String::new()
+        ),
+        topology::Mode::Check => "\nhint: `close-sync check` tells what an administrator has to make".into(),
     };
     format!("{error}{hint}")
 }

@@ -23,3 +23,4 @@ mod rules;
 mod scenarios;
 mod schema;
 mod support;
+mod topology;

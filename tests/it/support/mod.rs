@@ -92,6 +92,13 @@ impl Bench {
         self
     }
 
+    /// With the objects on the broker that another bench has.
+    #[must_use]
+    pub(crate) fn like(mut self, other: &Self) -> Self {
+        (self.queue, self.exchange) = (other.queue.clone(), other.exchange.clone());
+        self.set("AMQP_QUEUE", &other.queue).set("AMQP_EXCHANGE", &other.exchange)
+    }
+
     pub(crate) fn unset(mut self, variable: &str) -> Self {
         self.environment.remove(variable);
         self
