@@ -153,7 +153,7 @@ impl Fleet {
         let stop = self.shutdown.child_token();
         let until = stop.clone();
         let run = async move {
-            let result = destination::run(destination, reloaded, seat.clone(), &until).await;
+            let result = Box::pin(destination::run(destination, reloaded, seat.clone(), &until)).await;
             seat.metrics.watch(None);
             if let Err(error) = &result {
                 seat.status.set(State::Failed, Some(error.to_string()));

@@ -26,6 +26,7 @@ use secrecy::SecretString;
 use toml::{Table, Value};
 use url::Url;
 
+use crate::amqp::connect::Nodes;
 use crate::amqp::{self, Delay, topology};
 use crate::close;
 use crate::domain::mapping::Rules;
@@ -33,7 +34,7 @@ use crate::domain::plan::Switches;
 use crate::retry::{self, Policy};
 use crate::worker;
 
-pub use layers::{DEFAULTS, Layers, Problems, environment, masked};
+pub use layers::{DEFAULTS, Layers, Problems, environment};
 use layers::{NO_TOML, Problem, SECRETS, leaf};
 
 /// The validated settings.
@@ -168,10 +169,9 @@ impl<'a> Reader<'a> {
     }
 
     fn amqp(&mut self) -> Option<amqp::Settings> {
-        let url = self.parsed("amqp.url", "a broker URL like `amqp://user:password@host:5672/%2f`", |text| {
-            let url = Url::parse(text).ok()?;
-            (matches!(url.scheme(), "amqp" | "amqps") && url.has_host()).then(|| SecretString::from(text))
-        });
+        let expected = "a broker URL like `amqp://user:password@host:5672/%2f`, or several separated by commas \
+                        (within a password, a comma is written `%2c`)";
+        let nodes = self.parsed("amqp.url", expected, Nodes::parse);
         let exchange = self.name("amqp.exchange");
         let queue = self.name("amqp.queue");
         let prefetch = self.number("amqp.prefetch", 1, u16::MAX.into());
@@ -183,7 +183,7 @@ impl<'a> Reader<'a> {
             _ => None,
         });
         Some(amqp::Settings {
-            url: url?,
+            nodes: nodes?,
             exchange: exchange?,
             queue: queue?,
             prefetch: u16::try_from(prefetch?).ok()?,
@@ -474,10 +474,9 @@ mod tests {
 
     #[test]
     fn what_is_shown_hides_secrets() {
-        let shown = load("", &[("CLOSE_API_KEY", "api_secret"), ("AMQP_URL", "amqp://u:hunter2@host/v")])
-            .unwrap()
-            .show();
-        assert!(shown.contains("url = \"amqp://u:***@host/v\""), "{shown}");
+        let urls = "amqp://u:hunter2@host/v, amqp://u:hunter2@other/v";
+        let shown = load("", &[("CLOSE_API_KEY", "api_secret"), ("AMQP_URL", urls)]).unwrap().show();
+        assert!(shown.contains("url = \"amqp://u:***@host/v,amqp://u:***@other/v\""), "{shown}");
         assert!(shown.contains("api_key = \"***\""), "{shown}");
         assert!(!shown.contains("secret") && !shown.contains("hunter2"));
     }

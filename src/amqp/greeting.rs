@@ -27,11 +27,10 @@ use super::broker::Broker;
 
 /// Opens a connection as [`Connection::connect_with_config`] does, and tells who answered.
 pub(super) async fn connect(
-    url: &str,
+    uri: AMQPUri,
     properties: ConnectionProperties,
     tls: OwnedTLSConfig,
 ) -> lapin::Result<(Connection, Broker)> {
-    let uri: AMQPUri = url.parse().map_err(io::Error::other)?;
     let tokio = Tokio::current();
     let runtime = Runtime::new(RuntimeParts::new(tokio.clone(), Listener(tokio.clone())));
     let heard = Heard::default();

@@ -1,9 +1,9 @@
 //! The only place that knows lapin.
 //!
-//! In reading order: [`topology`] is what exists on the broker and why each flag; [`headers`] what
-//! travels with a message; [`publisher`] publishes and waits for the confirm; `link` holds the
-//! connections of a [`session`], which consumes until something ends it; [`dead_letters`] is the operator's side.
-//! [`broker`] knows the versions of RabbitMQ.
+//! In reading order: [`connect`] is how to get to the broker, `greeting` and [`broker`] who answers;
+//! [`topology`] is what exists on the broker and why each flag; [`headers`] what travels with a message;
+//! [`publisher`] publishes and waits for the confirm; `link` holds the connections of a [`session`], which
+//! consumes until something ends it; [`dead_letters`] is the operator's side.
 //!
 //! Two connections, one consumes and one publishes: when the broker blocks a publishing connection
 //! (memory or disk alarm), acks on it would hang too (rabbitmq.md §0, 10). lapin's own recovery stays
@@ -11,6 +11,7 @@
 //! session instead.
 
 pub mod broker;
+pub mod connect;
 pub mod dead_letters;
 mod greeting;
 pub mod headers;
@@ -22,19 +23,18 @@ pub mod topology;
 
 use std::time::Duration;
 
-use lapin::tcp::OwnedTLSConfig;
 use lapin::types::ShortString;
-use lapin::{Connection, ConnectionProperties, ErrorKind};
-use secrecy::{ExposeSecret, SecretString};
+use lapin::{Connection, ErrorKind};
 
 use crate::state::BrokerTrouble;
 use broker::Broker;
+use connect::Nodes;
 
 /// The broker, and the names of what is ours on it.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// `amqp://user:password@host:port/vhost`, parsed once by the configuration.
-    pub url: SecretString,
+    /// Where it is.
+    pub nodes: Nodes,
     /// The exchange producers publish to.
     pub exchange: String,
     /// The work queue; the other names follow from it.
@@ -73,16 +73,17 @@ impl Settings {
     /// Whether both mean the same objects on the same broker.
     pub fn is_same(&self, other: &Self) -> bool {
         let names = |settings: &Self| {
-            let Self { url, exchange, queue, prefetch: _, delays, binding_keys, topology } = settings.clone();
-            (url.expose_secret().to_owned(), exchange, queue, delays, binding_keys, topology)
+            let Self { nodes: _, exchange, queue, prefetch: _, delays, binding_keys, topology } =
+                settings.clone();
+            (exchange, queue, delays, binding_keys, topology)
         };
-        names(self) == names(other)
+        self.nodes.is_same(&other.nodes) && names(self) == names(other)
     }
 
     /// Whether the objects of one cannot be told from those of the other.
     pub fn overlaps(&self, other: &Self) -> bool {
         let within = |a: &str, b: &str| a == b || a.strip_prefix(b).is_some_and(|rest| rest.starts_with('.'));
-        self.url.expose_secret() == other.url.expose_secret()
+        self.nodes.is_same(&other.nodes)
             && (within(&self.queue, &other.queue) || within(&other.queue, &self.queue))
     }
 
@@ -94,36 +95,14 @@ impl Settings {
     /// Opens a connection, visible in RabbitMQ's management under `name`.
     ///
     /// # Errors
-    /// [`BrokerError::Unreachable`], [`BrokerError::Refused`] and [`BrokerError::TooOld`].
+    /// Those of [`Nodes::connect`].
     pub async fn connect(&self, name: &str) -> Result<Connection, BrokerError> {
         Ok(self.meet(name).await?.0)
     }
 
     /// The same, and tells who answered.
     pub async fn meet(&self, name: &str) -> Result<(Connection, Broker), BrokerError> {
-        // lapin's time-out does not bound the handshake with a peer that says nothing (rabbitmq.md §2.2).
-        const PATIENCE: Duration = Duration::from_secs(10);
-        // RabbitMQ proposes 60 s. With 10 s a worker cut off notices after 20 s at most, and one
-        // heartbeat before its standby takes over (rabbitmq.md §2.2).
-        let url = self.url.expose_secret();
-        let url = match (url.contains("heartbeat="), url.contains('?')) {
-            (true, _) => url.to_owned(),
-            (false, true) => format!("{url}&heartbeat=10"),
-            (false, false) => format!("{url}?heartbeat=10"),
-        };
-        let properties = ConnectionProperties::default().with_connection_name(name.into());
-        match tokio::time::timeout(PATIENCE, greeting::connect(&url, properties, OwnedTLSConfig::default()))
-            .await
-        {
-            Ok(Ok((connection, broker))) if broker.is_too_old() => {
-                close(&connection).await;
-                Err(BrokerError::TooOld(broker))
-            }
-            Ok(Ok(met)) => Ok(met),
-            Ok(Err(error)) if error.is_amqp_error() => Err(BrokerError::Refused(error.to_string())),
-            Ok(Err(error)) => Err(BrokerError::Unreachable(error.to_string())),
-            Err(_) => Err(BrokerError::Unreachable(format!("no answer within {} s", PATIENCE.as_secs()))),
-        }
+        self.nodes.connect(name).await
     }
 }
 

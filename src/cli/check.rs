@@ -6,7 +6,7 @@ use super::{CONFIGURATION, Failure, UNAVAILABLE, there_are};
 use crate::amqp::broker::Broker;
 use crate::amqp::{self, BrokerError, topology};
 use crate::close::Client;
-use crate::config::{Config, Destination, Need, Problems, masked};
+use crate::config::{Config, Destination, Need, Problems};
 use crate::preflight::{self, Obstacle, Ready};
 
 /// Check the configuration, RabbitMQ, the API key, the lookup fields and what the mapping names in Close.
@@ -120,9 +120,8 @@ async fn look_at(config: &Destination) -> Vec<Finding> {
 }
 
 async fn broker(config: &Destination) -> Vec<Finding> {
-    use secrecy::ExposeSecret;
     let settings = &config.amqp;
-    let subject = format!("RabbitMQ at {}", masked(settings.url.expose_secret()));
+    let subject = format!("RabbitMQ at {}", settings.nodes.masked());
     let (broker, depths) = match meet(settings).await {
         Ok(found) => found,
         Err(error) => {

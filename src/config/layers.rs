@@ -8,9 +8,9 @@ use std::fmt;
 use std::path::Path;
 
 use toml::{Table, Value};
-use url::Url;
 
 use super::{Config, Destination, Need, Reader};
+use crate::amqp::connect::masked;
 
 /// The defaults, which are also the reference manual.
 pub const DEFAULTS: &str = include_str!("../config.default.toml");
@@ -314,19 +314,6 @@ fn mask(mut settings: Table) -> Table {
         *url = masked(url);
     }
     settings
-}
-
-/// A broker URL without its password.
-pub fn masked(url: &str) -> String {
-    Url::parse(url).map_or_else(
-        |_| "***".into(),
-        |mut url| {
-            if url.password().is_some() {
-                let _ = url.set_password(Some("***"));
-            }
-            url.to_string()
-        },
-    )
 }
 
 pub(super) fn join(path: &str, key: &str) -> String {

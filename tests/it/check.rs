@@ -21,7 +21,7 @@ async fn everything_in_order() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn each_bad_configuration_is_told_with_its_remedy() {
-    let cases: [(&str, &[(&str, &str)]); 8] = [
+    let cases: [(&str, &[(&str, &str)]); 9] = [
         ("no_key", &[("CLOSE_API_KEY", "")]),
         ("wrong_key", &[("CLOSE_API_KEY", "api_wrong.key")]),
         ("field_of_wrong_type", &[("CLOSE_LEAD_COMPANY_ID_FIELD", "cf_leadnumericid")]),
@@ -33,6 +33,10 @@ async fn each_bad_configuration_is_told_with_its_remedy() {
             ],
         ),
         ("no_broker", &[("AMQP_URL", "amqp://guest:secret@127.0.0.1:1/%2f")]),
+        (
+            "no_node",
+            &[("AMQP_URL", "amqp://guest:secret@127.0.0.1:1/%2f, amqp://guest:secret@127.0.0.1:2/%2f")],
+        ),
         ("no_close", &[("CLOSE_API_URL", "http://127.0.0.1:1/api/v1/")]),
         (
             "many_mistakes",

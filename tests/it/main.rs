@@ -13,6 +13,7 @@ mod failures;
 mod faults;
 mod fuzz;
 mod model;
+mod nodes;
 mod order;
 mod pauses;
 mod payloads;

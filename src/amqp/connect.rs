@@ -1,0 +1,209 @@
+//! Connecting: to which node, and how long it may take.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use lapin::tcp::OwnedTLSConfig;
+use lapin::uri::AMQPUri;
+use lapin::{Connection, ConnectionProperties};
+use secrecy::{ExposeSecret, SecretString};
+use url::Url;
+
+use super::broker::Broker;
+use super::{BrokerError, greeting};
+
+/// Where the broker is: one node, or the nodes of a cluster, any of which will do. Clones share which one worked last.
+#[derive(Clone, Debug)]
+pub struct Nodes {
+    nodes: Vec<SecretString>,
+    /// The index of the node that let us in last.
+    last: Arc<AtomicUsize>,
+}
+
+impl Nodes {
+    /// `amqp://user:password@host:port/vhost`, one or several separated by commas. `None` when one of them
+    /// is no such URL.
+    pub fn parse(urls: &str) -> Option<Self> {
+        let nodes: Option<Vec<_>> = split(urls)
+            .map(|url| {
+                let has_host = Url::parse(url).is_ok_and(|url| url.has_host());
+                (has_host && url.parse::<AMQPUri>().is_ok()).then(|| SecretString::from(url))
+            })
+            .collect();
+        Some(Self { nodes: nodes?, last: Arc::default() })
+    }
+
+    /// Whether both are the same nodes, and are logged in to as the same user.
+    pub fn is_same(&self, other: &Self) -> bool {
+        let urls = |all: &Self| all.nodes.iter().map(|url| url.expose_secret().to_owned()).collect();
+        let (ours, theirs): (Vec<_>, Vec<_>) = (urls(self), urls(other));
+        ours == theirs
+    }
+
+    /// The URLs without passwords.
+    pub fn masked(&self) -> String {
+        self.nodes.iter().map(|url| masked_one(url.expose_secret())).collect::<Vec<_>>().join(",")
+    }
+
+    /// Opens a connection, visible in RabbitMQ's management under `name`. The nodes are tried in turn,
+    /// beginning with the one that worked last.
+    ///
+    /// # Errors
+    /// [`BrokerError::Unreachable`] and [`BrokerError::Refused`], of all nodes the one that was the nearest;
+    /// [`BrokerError::TooOld`].
+    pub async fn connect(&self, name: &str) -> Result<(Connection, Broker), BrokerError> {
+        let first = self.last.load(Ordering::Relaxed);
+        let mut failures = Vec::new();
+        for index in (first..self.nodes.len()).chain(0..first) {
+            match self.connect_to(self.nodes[index].expose_secret(), name).await {
+                Ok((connection, broker)) if broker.is_too_old() => {
+                    super::close(&connection).await;
+                    return Err(BrokerError::TooOld(broker));
+                }
+                Ok(met) => {
+                    self.last.store(index, Ordering::Relaxed);
+                    return Ok(met);
+                }
+                Err(failure) => failures.push(failure),
+            }
+        }
+        Err(Failure::of_all(failures))
+    }
+
+    async fn connect_to(&self, url: &str, name: &str) -> Result<(Connection, Broker), Failure> {
+        // lapin's time-out does not bound the handshake with a peer that says nothing (rabbitmq.md §2.2).
+        const PATIENCE: Duration = Duration::from_secs(10);
+        // RabbitMQ proposes 60 s. With 10 s a worker cut off notices after 20 s at most, and one
+        // heartbeat before its standby takes over (rabbitmq.md §2.2).
+        const HEARTBEAT: u16 = 10;
+        let failure = |node: &str, kind, detail| Failure { node: node.to_owned(), kind, detail };
+        let mut uri: AMQPUri = url.parse().map_err(|error| failure("", Kind::Unreachable, error))?;
+        uri.query.heartbeat.get_or_insert(HEARTBEAT);
+        let node = format!("{}:{}", uri.authority.host, uri.authority.port);
+        let properties = ConnectionProperties::default().with_connection_name(name.into());
+        match tokio::time::timeout(PATIENCE, greeting::connect(uri, properties, OwnedTLSConfig::default()))
+            .await
+        {
+            Ok(Ok(met)) => Ok(met),
+            Ok(Err(error)) => {
+                let kind = if error.is_amqp_error() { Kind::Refused } else { Kind::Unreachable };
+                Err(failure(&node, kind, error.to_string()))
+            }
+            Err(_) => {
+                let detail = format!("no answer within {} s", PATIENCE.as_secs());
+                Err(failure(&node, Kind::Unreachable, detail))
+            }
+        }
+    }
+}
+
+/// Why a node did not let us in.
+struct Failure {
+    node: String,
+    kind: Kind,
+    detail: String,
+}
+
+/// How far we came: the later, the more it tells.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    Unreachable,
+    Refused,
+}
+
+impl Failure {
+    fn of_all(failures: Vec<Self>) -> BrokerError {
+        let kind = failures.iter().map(|failure| failure.kind).max();
+        let detail = match failures.as_slice() {
+            [Self { detail, .. }] => detail.clone(),
+            several => {
+                let each: Vec<_> =
+                    several.iter().map(|Self { node, detail, .. }| format!("{node}: {detail}")).collect();
+                format!("tried {} nodes; {}", several.len(), each.join("; "))
+            }
+        };
+        match kind {
+            Some(Kind::Refused) => BrokerError::Refused(detail),
+            Some(Kind::Unreachable) | None => BrokerError::Unreachable(detail),
+        }
+    }
+}
+
+/// Broker URLs without their passwords.
+pub fn masked(urls: &str) -> String {
+    split(urls).map(masked_one).collect::<Vec<_>>().join(",")
+}
+
+fn masked_one(url: &str) -> String {
+    Url::parse(url).map_or_else(
+        |_| "***".into(),
+        |mut url| {
+            if url.password().is_some() {
+                let _ = url.set_password(Some("***"));
+            }
+            url.to_string()
+        },
+    )
+}
+
+fn split(urls: &str) -> impl Iterator<Item = &str> {
+    urls.split(',').map(str::trim)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_url_of_a_list_has_to_be_one() {
+        let fits = |urls: &str| Nodes::parse(urls).is_some();
+        assert!(fits("amqp://u:p@a:1/%2f"));
+        assert!(fits("amqp://u:p@a:1/%2f, amqps://u:p%2cp@b/v?auth_mechanism=external"));
+        for wrong in [
+            "",
+            "amqp://a,",
+            "amqp://a,b:5672",
+            "http://a",
+            "amqp:///v",
+            "amqp://a?heartbeat=x",
+            "amqp://u:p,q@a",
+        ] {
+            assert!(!fits(wrong), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn every_password_of_a_list_is_hidden() {
+        let shown = "amqp://u:***@a/v,amqps://u:***@b:1/v?heartbeat=5,amqp://c";
+        let urls = "amqp://u:secret@a/v, amqps://u:secret@b:1/v?heartbeat=5,amqp://c";
+        assert_eq!(masked(urls), shown);
+        let nodes = Nodes::parse(urls).unwrap();
+        assert_eq!(nodes.masked(), shown);
+        assert!(!format!("{nodes:?}").contains("secret"));
+        // A comma in a password must not uncover a part of it.
+        assert_eq!(masked("amqp://u:sec,ret@a/v"), "***,***");
+    }
+
+    #[test]
+    fn the_same_nodes_are_the_same_broker() {
+        let nodes = |urls: &str| Nodes::parse(urls).unwrap();
+        assert!(nodes("amqp://u:p@a,amqp://u:p@b").is_same(&nodes("amqp://u:p@a, amqp://u:p@b")));
+        for other in ["amqp://u:p@a", "amqp://u:p@a,amqp://u:q@b"] {
+            assert!(!nodes("amqp://u:p@a,amqp://u:p@b").is_same(&nodes(other)), "{other}");
+        }
+    }
+
+    #[test]
+    fn of_several_failures_the_most_telling_one_counts() {
+        let failure =
+            |kind, node: &str| Failure { node: node.into(), kind, detail: format!("{node} is bad") };
+        let one = Failure::of_all(vec![failure(Kind::Unreachable, "a")]);
+        assert_eq!(one.to_string(), "RabbitMQ cannot be reached: a is bad");
+        let several = vec![failure(Kind::Refused, "a:1"), failure(Kind::Unreachable, "b:1")];
+        assert_eq!(
+            Failure::of_all(several).to_string(),
+            "RabbitMQ refuses the connection: tried 2 nodes; a:1: a:1 is bad; b:1: b:1 is bad"
+        );
+    }
+}
