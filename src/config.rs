@@ -27,6 +27,7 @@ use toml::{Table, Value};
 use url::Url;
 
 use crate::amqp::connect::Nodes;
+use crate::amqp::tls::{Files, Tls};
 use crate::amqp::{self, Delay, topology};
 use crate::close;
 use crate::domain::mapping::Rules;
@@ -172,6 +173,7 @@ impl<'a> Reader<'a> {
         let expected = "a broker URL like `amqp://user:password@host:5672/%2f`, or several separated by commas \
                         (within a password, a comma is written `%2c`)";
         let nodes = self.parsed("amqp.url", expected, Nodes::parse);
+        let tls = self.tls(nodes.as_ref());
         let exchange = self.name("amqp.exchange");
         let queue = self.name("amqp.queue");
         let prefetch = self.number("amqp.prefetch", 1, u16::MAX.into());
@@ -183,7 +185,7 @@ impl<'a> Reader<'a> {
             _ => None,
         });
         Some(amqp::Settings {
-            nodes: nodes?,
+            nodes: nodes?.with_tls(tls?),
             exchange: exchange?,
             queue: queue?,
             prefetch: u16::try_from(prefetch?).ok()?,
@@ -191,6 +193,25 @@ impl<'a> Reader<'a> {
             binding_keys: binding_keys?,
             topology: topology?,
         })
+    }
+
+    fn tls(&mut self, broker: Option<&Nodes>) -> Option<Tls> {
+        let [ca, cert, key] =
+            ["ca_file", "cert_file", "key_file"].map(|name| self.text(&format!("amqp.tls.{name}")));
+        let files = Files { ca: &ca, cert: &cert, key: &key };
+        if broker.is_some_and(|broker| !broker.is_encrypted()) {
+            for (name, _) in files.given() {
+                self.problem(
+                    &format!("amqp.tls.{name}"),
+                    "is of use with `amqps://` only: not all of `amqp.url` is",
+                );
+            }
+        }
+        let read = Tls::read(files);
+        for (name, message) in read.as_ref().err().into_iter().flatten() {
+            self.problem(&format!("amqp.tls.{name}"), message);
+        }
+        read.ok()
     }
 
     fn binding_keys(&mut self) -> Option<Vec<String>> {

@@ -4,19 +4,20 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use lapin::tcp::OwnedTLSConfig;
-use lapin::uri::AMQPUri;
+use lapin::uri::{AMQPScheme, AMQPUri};
 use lapin::{Connection, ConnectionProperties};
 use secrecy::{ExposeSecret, SecretString};
 use url::Url;
 
 use super::broker::Broker;
+use super::tls::{self, Tls};
 use super::{BrokerError, greeting};
 
 /// Where the broker is: one node, or the nodes of a cluster, any of which will do. Clones share which one worked last.
 #[derive(Clone, Debug)]
 pub struct Nodes {
-    nodes: Vec<SecretString>,
+    urls: Vec<SecretString>,
+    tls: Tls,
     /// The index of the node that let us in last.
     last: Arc<AtomicUsize>,
 }
@@ -25,38 +26,50 @@ impl Nodes {
     /// `amqp://user:password@host:port/vhost`, one or several separated by commas. `None` when one of them
     /// is no such URL.
     pub fn parse(urls: &str) -> Option<Self> {
-        let nodes: Option<Vec<_>> = split(urls)
+        let each: Option<Vec<_>> = split(urls)
             .map(|url| {
                 let has_host = Url::parse(url).is_ok_and(|url| url.has_host());
                 (has_host && url.parse::<AMQPUri>().is_ok()).then(|| SecretString::from(url))
             })
             .collect();
-        Some(Self { nodes: nodes?, last: Arc::default() })
+        Some(Self { urls: each?, tls: Tls::default(), last: Arc::default() })
+    }
+
+    /// With other things to trust than the system does, or with a client certificate.
+    #[must_use]
+    pub fn with_tls(self, tls: Tls) -> Self {
+        Self { tls, ..self }
+    }
+
+    /// Whether TLS is used with every node.
+    pub fn is_encrypted(&self) -> bool {
+        let uris = self.urls.iter().map(|url| url.expose_secret().parse::<AMQPUri>());
+        uris.into_iter().all(|uri| uri.is_ok_and(|uri| uri.scheme == AMQPScheme::AMQPS))
     }
 
     /// Whether both are the same nodes, and are logged in to as the same user.
     pub fn is_same(&self, other: &Self) -> bool {
-        let urls = |all: &Self| all.nodes.iter().map(|url| url.expose_secret().to_owned()).collect();
+        let urls = |all: &Self| all.urls.iter().map(|url| url.expose_secret().to_owned()).collect();
         let (ours, theirs): (Vec<_>, Vec<_>) = (urls(self), urls(other));
-        ours == theirs
+        ours == theirs && self.tls.is_same(&other.tls)
     }
 
     /// The URLs without passwords.
     pub fn masked(&self) -> String {
-        self.nodes.iter().map(|url| masked_one(url.expose_secret())).collect::<Vec<_>>().join(",")
+        self.urls.iter().map(|url| masked_one(url.expose_secret())).collect::<Vec<_>>().join(",")
     }
 
     /// Opens a connection, visible in RabbitMQ's management under `name`. The nodes are tried in turn,
     /// beginning with the one that worked last.
     ///
     /// # Errors
-    /// [`BrokerError::Unreachable`] and [`BrokerError::Refused`], of all nodes the one that was the nearest;
-    /// [`BrokerError::TooOld`].
+    /// [`BrokerError::Unreachable`], [`BrokerError::Tls`] and [`BrokerError::Refused`], whichever of the nodes
+    /// came the farthest; [`BrokerError::TooOld`].
     pub async fn connect(&self, name: &str) -> Result<(Connection, Broker), BrokerError> {
         let first = self.last.load(Ordering::Relaxed);
         let mut failures = Vec::new();
-        for index in (first..self.nodes.len()).chain(0..first) {
-            match self.connect_to(self.nodes[index].expose_secret(), name).await {
+        for index in (first..self.urls.len()).chain(0..first) {
+            match self.connect_to(self.urls[index].expose_secret(), name).await {
                 Ok((connection, broker)) if broker.is_too_old() => {
                     super::close(&connection).await;
                     return Err(BrokerError::TooOld(broker));
@@ -80,15 +93,19 @@ impl Nodes {
         let failure = |node: &str, kind, detail| Failure { node: node.to_owned(), kind, detail };
         let mut uri: AMQPUri = url.parse().map_err(|error| failure("", Kind::Unreachable, error))?;
         uri.query.heartbeat.get_or_insert(HEARTBEAT);
+        let encrypted = uri.scheme == AMQPScheme::AMQPS;
         let node = format!("{}:{}", uri.authority.host, uri.authority.port);
         let properties = ConnectionProperties::default().with_connection_name(name.into());
-        match tokio::time::timeout(PATIENCE, greeting::connect(uri, properties, OwnedTLSConfig::default()))
-            .await
-        {
+        let connect = greeting::connect(uri, properties, self.tls.for_lapin());
+        match tokio::time::timeout(PATIENCE, connect).await {
             Ok(Ok(met)) => Ok(met),
             Ok(Err(error)) => {
-                let kind = if error.is_amqp_error() { Kind::Refused } else { Kind::Unreachable };
-                Err(failure(&node, kind, error.to_string()))
+                let (kind, detail) = match encrypted.then(|| tls::explain(&error)).flatten() {
+                    Some(detail) => (Kind::Tls, detail),
+                    None if error.is_amqp_error() => (Kind::Refused, error.to_string()),
+                    None => (Kind::Unreachable, error.to_string()),
+                };
+                Err(failure(&node, kind, detail))
             }
             Err(_) => {
                 let detail = format!("no answer within {} s", PATIENCE.as_secs());
@@ -109,6 +126,7 @@ struct Failure {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
     Unreachable,
+    Tls,
     Refused,
 }
 
@@ -125,6 +143,7 @@ impl Failure {
         };
         match kind {
             Some(Kind::Refused) => BrokerError::Refused(detail),
+            Some(Kind::Tls) => BrokerError::Tls(detail),
             Some(Kind::Unreachable) | None => BrokerError::Unreachable(detail),
         }
     }

@@ -1,6 +1,6 @@
 //! The only place that knows lapin.
 //!
-//! In reading order: [`connect`] is how to get to the broker, `greeting` and [`broker`] who answers;
+//! In reading order: [`connect`] and [`tls`] are how to get to the broker, `greeting` and [`broker`] who answers;
 //! [`topology`] is what exists on the broker and why each flag; [`headers`] what travels with a message;
 //! [`publisher`] publishes and waits for the confirm; `link` holds the connections of a [`session`], which
 //! consumes until something ends it; [`dead_letters`] is the operator's side.
@@ -19,6 +19,7 @@ mod link;
 pub mod publisher;
 pub mod session;
 mod task;
+pub mod tls;
 pub mod topology;
 
 use std::time::Duration;
@@ -112,6 +113,9 @@ pub enum BrokerError {
     /// No connection.
     #[error("RabbitMQ cannot be reached: {0}")]
     Unreachable(String),
+    /// No agreement on TLS: we do not trust the broker, or it does not trust us.
+    #[error("TLS with RabbitMQ fails: {0}")]
+    Tls(String),
     /// The broker does not let us in: wrong user, password or vhost.
     #[error("RabbitMQ refuses the connection: {0}")]
     Refused(String),
@@ -179,7 +183,7 @@ impl BrokerError {
     /// What it is as a reason to have no session.
     pub fn trouble(&self) -> BrokerTrouble {
         match self {
-            Self::Unreachable(_) => BrokerTrouble::Unreachable,
+            Self::Unreachable(_) | Self::Tls(_) => BrokerTrouble::Unreachable,
             Self::Refused(_) => BrokerTrouble::Refused,
             Self::Conflict { .. } | Self::TooOld(_) => BrokerTrouble::Conflict,
             Self::Missing(_) | Self::Incomplete(_) | Self::Unroutable { .. } => BrokerTrouble::Missing,

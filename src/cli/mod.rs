@@ -121,7 +121,8 @@ hint: set `amqp.url` (AMQP_URL) to a broker that is running"
                 "{error}
 hint: check user, password and vhost in `amqp.url` (AMQP_URL); the vhost `/` is written `%2f`"
             )),
-            BrokerError::Missing(_)
+            BrokerError::Tls(_)
+            | BrokerError::Missing(_)
             | BrokerError::Forbidden(_)
             | BrokerError::Lost(_)
             | BrokerError::StoodStill(_)

@@ -24,4 +24,5 @@ mod rules;
 mod scenarios;
 mod schema;
 mod support;
+mod tls;
 mod topology;

@@ -363,6 +363,13 @@ impl Metrics {
         self.get(name) as u32
     }
 
+    /// All samples of a name together, whatever their labels.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small counts")]
+    pub(crate) fn sum(&self, name: &str) -> u32 {
+        let prefix = format!("close_sync_{name}{{");
+        self.0.iter().filter(|(name, _)| name.starts_with(&prefix)).map(|(_, value)| *value as u32).sum()
+    }
+
     pub(crate) fn outcome(&self, outcome: &str) -> u32 {
         self.count(&format!("messages_settled_total{{outcome=\"{outcome}\"}}"))
     }

@@ -23,6 +23,12 @@ impl Node {
         node
     }
 
+    /// Where it listens with TLS, for a node that does: host and port.
+    pub(crate) fn tls_addr(&self, host: &str) -> String {
+        let port = url::Url::parse(&self.url).unwrap().port().unwrap();
+        format!("{host}:{}", port + 3)
+    }
+
     /// Three nodes that are one broker.
     pub(crate) async fn cluster() -> [Self; 3] {
         // From 4.3 on, what a consumer had in hand waits for a minute when its node dies. Older versions do not
