@@ -169,7 +169,7 @@ async fn a_message_held_for_too_long_is_neither_lost_nor_doubled() {
     assert_eq!(metrics.outcomes().get("unchanged"), Some(&1), "{metrics:?}");
     assert_eq!((metrics.outcome("dead"), metrics.outcome("delayed")), (0, 0));
     bench.assert_each_once(5);
-    assert_eq!(metrics.count("broker_connection_losses_total"), 1, "{}", worker.log());
+    assert_eq!(metrics.sum("broker_connection_losses_total"), 1, "{}", worker.log());
     bench.depth_becomes("", 0).await;
     worker.terminate().await;
 }
