@@ -25,7 +25,7 @@ pub(crate) use proxy::Proxy;
 pub(crate) use worker::Worker;
 
 /// Nothing a test waits for takes longer, even on a busy machine.
-const PATIENCE: Duration = Duration::from_mins(1);
+pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
 
 /// One test's world.
 pub(crate) struct Bench {

@@ -53,6 +53,16 @@ impl Node {
         self.run("kill", &[]).await;
     }
 
+    /// Freezes it: connections stay open, and nothing answers.
+    pub(crate) async fn pause(&self) {
+        self.run("pause", &[]).await;
+    }
+
+    /// Lets it go on.
+    pub(crate) async fn resume(&self) {
+        self.run("resume", &[]).await;
+    }
+
     /// Raises the memory alarm, or clears it: the broker takes no messages then.
     pub(crate) async fn alarm(&self, on: bool) {
         let limit = if on { "0.0000001" } else { "0.6" };
