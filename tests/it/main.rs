@@ -18,6 +18,7 @@ mod nodes;
 mod order;
 mod pauses;
 mod payloads;
+mod permissions;
 mod plan;
 mod publish;
 mod restarts;

@@ -14,7 +14,7 @@ fn incidents(worker: &Worker) -> usize {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_only_looks_waits_until_everything_is_there() {
     let bench = Bench::new().await;
-    let only_looks = Bench::new().await.like(&bench).set("AMQP_TOPOLOGY", "check");
+    let only_looks = Bench::new().await.named(&bench.exchange, &bench.queue).set("AMQP_TOPOLOGY", "check");
     insta::assert_snapshot!("nothing_is_there", only_looks.transcript(&["check"], b"").await);
     let published = only_looks.run(&["publish", "-"], identify("u", json!({})).to_string().as_bytes()).await;
     let words = String::from_utf8(published.stderr).unwrap();

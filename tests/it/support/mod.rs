@@ -92,11 +92,11 @@ impl Bench {
         self
     }
 
-    /// With the objects on the broker that another bench has.
+    /// With these objects on the broker instead of its own.
     #[must_use]
-    pub(crate) fn like(mut self, other: &Self) -> Self {
-        (self.queue, self.exchange) = (other.queue.clone(), other.exchange.clone());
-        self.set("AMQP_QUEUE", &other.queue).set("AMQP_EXCHANGE", &other.exchange)
+    pub(crate) fn named(mut self, exchange: &str, queue: &str) -> Self {
+        (self.exchange, self.queue) = (exchange.to_owned(), queue.to_owned());
+        self.set("AMQP_EXCHANGE", exchange).set("AMQP_QUEUE", queue)
     }
 
     pub(crate) fn unset(mut self, variable: &str) -> Self {
