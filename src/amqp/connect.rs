@@ -43,8 +43,8 @@ impl Nodes {
 
     /// Whether TLS is used with every node.
     pub fn is_encrypted(&self) -> bool {
-        let uris = self.urls.iter().map(|url| url.expose_secret().parse::<AMQPUri>());
-        uris.into_iter().all(|uri| uri.is_ok_and(|uri| uri.scheme == AMQPScheme::AMQPS))
+        let uri = |url: &SecretString| url.expose_secret().parse::<AMQPUri>();
+        self.urls.iter().all(|url| uri(url).is_ok_and(|uri| uri.scheme == AMQPScheme::AMQPS))
     }
 
     /// Whether both are the same nodes, and are logged in to as the same user.
@@ -63,8 +63,8 @@ impl Nodes {
     /// beginning with the one that worked last.
     ///
     /// # Errors
-    /// [`BrokerError::Unreachable`], [`BrokerError::Tls`] and [`BrokerError::Refused`], whichever of the nodes
-    /// came the farthest; [`BrokerError::TooOld`].
+    /// [`NodesError::Unreachable`], [`NodesError::Tls`] and [`NodesError::Refused`], whichever of the nodes
+    /// came the farthest; [`NodesError::TooOld`].
     pub async fn connect(&self, name: &str) -> Result<(Connection, Broker), BrokerError> {
         let first = self.last.load(Ordering::Relaxed);
         let mut failures = Vec::new();
@@ -211,6 +211,16 @@ mod tests {
         for other in ["amqp://u:p@a", "amqp://u:p@a,amqp://u:q@b"] {
             assert!(!nodes("amqp://u:p@a,amqp://u:p@b").is_same(&nodes(other)), "{other}");
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_node_that_says_nothing_is_given_up_and_the_next_one_is_tried() {
+        let mute = [(); 2].map(|()| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+        let [one, other] = mute.each_ref().map(|mute| mute.local_addr().unwrap());
+        let broker = Nodes::parse(&format!("amqp://{one},amqp://{other}")).unwrap();
+        let error = broker.connect("test").await.err().unwrap();
+        let told = format!("tried 2 nodes; {one}: no answer within 10 s; {other}: no answer within 10 s");
+        assert_eq!(error.to_string(), format!("RabbitMQ cannot be reached: {told}"));
     }
 
     #[test]

@@ -46,12 +46,12 @@ fn definitions(settings: &amqp::Settings) -> String {
 }
 
 fn settings(bench: &Bench) -> amqp::Settings {
-    Config::load(None, &bench.environment(), Need::Broker).unwrap().amqp
+    Config::load(None, &bench.environment(), Need::Broker).unwrap().single().unwrap().amqp
 }
 
 #[test]
 fn the_definitions_are_what_a_worker_declares() {
-    let defaults = Config::load(None, &[].into(), Need::Broker).unwrap().amqp;
+    let defaults = Config::load(None, &[].into(), Need::Broker).unwrap().single().unwrap().amqp;
     let (file, wanted) = (std::fs::read_to_string(DEFINITIONS).unwrap(), definitions(&defaults));
     assert!(file == wanted, "{DEFINITIONS} has to be\n{wanted}");
 }
