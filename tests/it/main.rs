@@ -8,6 +8,7 @@ mod budget;
 mod check;
 mod cluster;
 mod dead_letters;
+mod destinations;
 mod docs;
 mod duplicates;
 mod failures;

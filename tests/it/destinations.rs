@@ -1,0 +1,157 @@
+//! Several Close organizations in one process.
+
+use close_sync::simulator::{Settings, Simulator};
+use lapin::BasicProperties;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::support::{Bench, Worker, identify};
+
+/// The organizations, and the file that tells of them.
+struct Two {
+    bench: Bench,
+    emea: Simulator,
+    apac: Simulator,
+    folder: TempDir,
+}
+
+impl Two {
+    async fn new() -> Self {
+        let start = || Simulator::start(Settings::fast(), "127.0.0.1:0".parse().unwrap());
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("close-sync.toml");
+        let bench =
+            Bench::new().await.unset("CLOSE_API_KEY").set("CLOSE_SYNC_CONFIG", file.to_str().unwrap());
+        Self { bench, emea: start().await.unwrap(), apac: start().await.unwrap(), folder }
+    }
+
+    fn write(&self, tables: &[String]) {
+        std::fs::write(self.folder.path().join("close-sync.toml"), tables.join("\n")).unwrap();
+    }
+}
+
+/// The table of an organization that takes the events of its region.
+fn table(name: &str, close: &Simulator, key: &str) -> String {
+    let url = close.url();
+    format!(
+        "[destinations.{name}]\nclose = {{ api_url = '{url}', api_key = '{key}' }}\n\
+         mapping.trigger = \"$.traits.region == '{name}'\""
+    )
+}
+
+const KEY: &str = "api_simulator.key";
+
+fn person(user: &str, region: &str) -> Value {
+    identify(user, json!({"region": region, "company": {"id": "acme"}}))
+}
+
+async fn state(worker: &Worker, destination: &str) -> Value {
+    worker.ready().await.1["destinations"][destination]["state"].clone()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_organization_is_kept_in_step_by_itself() {
+    let two = Two::new().await;
+    two.write(&[table("emea", &two.emea, KEY), table("apac", &two.apac, KEY)]);
+    let worker = two.bench.worker().await;
+    two.bench.publish(&[person("u1", "emea"), person("u2", "apac"), person("u3", "apac")]).await;
+    // Every event reaches both queues.
+    let metrics = worker.settled(6).await;
+    let created =
+        |name: &str| format!("messages_settled_total{{outcome=\"created\",destination=\"{name}\"}}");
+    assert_eq!((metrics.count(&created("emea")), metrics.count(&created("apac"))), (1, 1));
+    assert_eq!((two.emea.contacts().len(), two.apac.contacts().len()), (1, 2));
+    let log = worker.log();
+    let synced = log.lines().find(|line| line.contains(r#""outcome":"created""#)).unwrap();
+    assert!(synced.contains(r#""destination":""#), "{synced}");
+
+    // What is wrong with one concerns no other.
+    two.emea.set_api_key("api_another.key");
+    two.bench.publish(&[person("u1", "emea"), person("u4", "apac")]).await;
+    worker.until("paused", async |worker| state(worker, "emea").await == "paused").await;
+    worker.until("synced", async |_| two.apac.contacts().len() == 3).await;
+    let (status, told) = worker.ready().await;
+    assert_eq!(
+        (status, &told["ready"], &told["destinations"]["apac"]["state"]),
+        (503, &json!(false), &json!("consuming"))
+    );
+    assert_eq!(told["destinations"]["emea"]["cause"], "unauthorized");
+    let metrics = worker.metrics().await;
+    assert_eq!(metrics.count("paused{cause=\"unauthorized\",destination=\"emea\"}"), 1);
+    assert_eq!(metrics.count("paused{cause=\"unauthorized\",destination=\"apac\"}"), 0);
+
+    // The file is read again: one gets its key, one stops, one begins.
+    two.write(&[table("emea", &two.emea, "api_another.key"), table("latam", &two.apac, KEY)]);
+    worker.signal("HUP");
+    worker
+        .until("taken over", async |worker| {
+            let each =
+                (state(worker, "emea").await, state(worker, "latam").await, state(worker, "apac").await);
+            each == ("consuming".into(), "standing_by".into(), Value::Null)
+        })
+        .await;
+    assert_eq!(worker.ready().await.0, 200);
+    assert!(worker.metrics().await.names().all(|name| !name.contains("destination=\"apac\"")));
+    two.bench.publish(&[person("u5", "latam"), person("u6", "apac")]).await;
+    worker.until("synced", async |_| two.apac.contacts().len() == 4).await;
+    worker.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn commands_about_one_queue_ask_which() {
+    let two = Two::new().await;
+    two.write(&[table("emea", &two.emea, KEY), table("apac", &two.apac, KEY)]);
+    let worker = two.bench.worker().await;
+    two.bench.publish_bytes(b"nonsense", BasicProperties::default()).await;
+    worker.settled(2).await;
+    let asked = two.bench.run(&["dlq", "list"], b"").await;
+    let words = String::from_utf8(asked.stderr).unwrap();
+    assert!(
+        asked.status.code() == Some(2) && words.contains("`--destination` (there are: apac, emea)"),
+        "{words}"
+    );
+    two.bench.output(&["dlq", "discard", "--all", "--yes", "--destination", "emea"]).await;
+    for (name, left) in [("emea", 0), ("apac", 1)] {
+        let listed = two.bench.output(&["--destination", name, "dlq", "list", "--json"]).await;
+        assert_eq!(serde_json::from_str::<Vec<Value>>(&listed).unwrap().len(), left);
+    }
+    let checked = two.bench.output(&["check"]).await;
+    for line in ["emea: RabbitMQ at", "emea: Close at", "apac: RabbitMQ at", "apac: Close at"] {
+        assert!(checked.contains(line), "{line}: {checked}");
+    }
+    let unknown = two.bench.run(&["run", "--destination", "emae"], b"").await;
+    let words = String::from_utf8(unknown.stderr).unwrap();
+    assert!(unknown.status.code() == Some(78) && words.contains("there are: apac, emea"), "{words}");
+    worker.terminate().await;
+}
+
+/// One that cannot work ends by itself, and the program with the last.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_organization_that_cannot_work_does_not_stop_the_others() {
+    let two = Two::new().await;
+    two.write(&[table("emea", &two.emea, "api_wrong.key"), table("apac", &two.apac, KEY)]);
+    let worker = two.bench.starting_worker();
+    worker.until("failed", async |worker| state(worker, "emea").await == "failed").await;
+    two.bench.publish(&[person("u1", "apac")]).await;
+    worker.settled(1).await;
+    assert_eq!(two.apac.contacts().len(), 1);
+    let (status, told) = worker.ready().await;
+    assert!(
+        status == 503 && told["destinations"]["emea"]["detail"].to_string().contains("API key"),
+        "{told}"
+    );
+    // Mended while the other runs.
+    two.write(&[table("emea", &two.emea, KEY), table("apac", &two.apac, KEY)]);
+    worker.signal("HUP");
+    worker.until("ready", async |worker| worker.ready().await.0 == 200).await;
+    worker.terminate().await;
+
+    two.write(&[table("emea", &two.emea, "api_wrong.key"), table("apac", &two.apac, "api_wrong.key")]);
+    let worker = two.bench.starting_worker();
+    assert_eq!(worker.ended().await.code(), Some(78));
+    worker.until("told", async |worker| worker.logged("error:") == 1).await;
+    let log = worker.log();
+    for name in ["apac", "emea"] {
+        assert!(log.contains(&format!("destination `{name}`: Close does not accept the API key")), "{log}");
+    }
+}
