@@ -176,7 +176,7 @@ impl<'a> Reader<'a> {
         let tls = self.tls(nodes.as_ref());
         let exchange = self.name("amqp.exchange");
         let queue = self.name("amqp.queue");
-        let prefetch = self.number("amqp.prefetch", 1, u16::MAX.into());
+        let prefetch = self.prefetch();
         let delays = self.delays();
         let binding_keys = self.binding_keys();
         let topology = self.parsed("amqp.topology", "one of `declare`, `check`", |text| match text {
@@ -188,7 +188,7 @@ impl<'a> Reader<'a> {
             nodes: nodes?.with_tls(tls?),
             exchange: exchange?,
             queue: queue?,
-            prefetch: u16::try_from(prefetch?).ok()?,
+            prefetch: prefetch?,
             delays: delays?,
             binding_keys: binding_keys?,
             topology: topology?,
@@ -227,6 +227,22 @@ impl<'a> Reader<'a> {
             );
         }
         keys
+    }
+
+    fn prefetch(&mut self) -> Option<u16> {
+        // With less choice, lanes stand still behind the first of a person, and few can be merged.
+        const LEAST: i64 = 200;
+        let prefetch = self.number("amqp.prefetch", 0, u16::MAX.into())?;
+        let concurrency = leaf(self.settings, "worker.concurrency").and_then(Value::as_integer)?;
+        if prefetch == 0 {
+            return u16::try_from(concurrency.saturating_mul(3).max(LEAST)).ok();
+        }
+        if prefetch < concurrency {
+            let message =
+                format!("{prefetch} is less than `worker.concurrency`: {concurrency} can never be at work");
+            self.problem("amqp.prefetch", &message);
+        }
+        u16::try_from(prefetch).ok()
     }
 
     fn close(&mut self, need: Need) -> Option<close::Settings> {
@@ -390,7 +406,9 @@ mod tests {
              (Settings > API Keys)"
         );
         let config = single("", &[("CLOSE_API_KEY", "api_k")]);
-        assert_eq!(config.amqp.delays.len(), 4);
+        assert_eq!((config.amqp.delays.len(), config.amqp.prefetch), (4, 200));
+        let many = single("[worker]\nconcurrency = 500", &[("CLOSE_API_KEY", "api_k")]);
+        assert_eq!(many.amqp.prefetch, 1500);
         assert_eq!(config.amqp.retry_exchange(), "close-sync.retry");
         assert_eq!((&config.rules.lead.key, &config.rules.contact.key), (&None, &None));
         assert!(Config::load(None, &HashMap::new(), Need::Broker).is_ok());
@@ -426,7 +444,7 @@ mod tests {
     fn all_mistakes_are_told_at_once_and_no_secret_is_repeated() {
         let file = "typo = 1\n[close]\napi_key = 'api secret'\nlead_company_id_field = 'custom.cf_1'\n\
                     contact_user_id_field = 'cf_u'\ntimeout = 'soon'\n\
-                    [amqp]\nurl = 'http://user:hunter2@host'\nprefetch = 0\nqueue = ''\n\
+                    [amqp]\nurl = 'http://user:hunter2@host'\nprefetch = 70000\nqueue = ''\n\
                     [retry]\ndelays = ['2m', '30s']\n[switches]\nallow_creating_new_leads = 'no'\n\
                     [mapping.lead]\nname = { from = ['$.['], rite = 1 }\n\
                     [mapping.contact.custom]\nplan = { from = ['$.a'] }\ncf_u = { from = ['$.b'] }\n\
@@ -437,7 +455,7 @@ mod tests {
 
     /// Two organizations that share most settings.
     const TWO: &str = "[close]\nsearch_lag = '5s'\nlead_company_id_field = 'cf_shared'\n\
-                       [destinations.emea]\nclose.api_key = 'api_emea'\namqp.prefetch = 50\n\
+                       [destinations.emea]\nclose.api_key = 'api_emea'\namqp.prefetch = 150\n\
                        [destinations.apac]\nclose = { api_key = 'api_file', lead_company_id_field = 'cf_own' }\n\
                        amqp.queue = 'asia'\nmapping.lead.name = { from = ['$.name'] }";
 
@@ -462,14 +480,14 @@ mod tests {
             told,
             [
                 ("apac", "asia", 99, "api_apac", FieldRef::new("cf_own"), 7),
-                ("emea", "close-sync-emea", 50, "api_emea", FieldRef::new("cf_shared"), 7),
+                ("emea", "close-sync-emea", 150, "api_emea", FieldRef::new("cf_shared"), 7),
             ]
         );
         assert_eq!(config.clone().single().unwrap_err(), ["apac", "emea"]);
 
         let layers = Layers::new(TWO, "close-sync.toml", &HashMap::new());
         let emea = layers.clone().only(Some("emea")).unwrap().read(Need::All).unwrap().single().unwrap();
-        assert_eq!((emea.name.as_deref(), emea.amqp.prefetch), (Some("emea"), 50));
+        assert_eq!((emea.name.as_deref(), emea.amqp.prefetch), (Some("emea"), 150));
         assert!(layers.only(Some("emae")).unwrap_err().to_string().contains("there are: apac, emea"));
 
         // What is shown can be read again, and says the same.
@@ -479,14 +497,14 @@ mod tests {
         assert_eq!(load(&shown, &keys).unwrap().show(), shown);
         let own = shown.split_once("[destinations.emea.amqp]").unwrap().1;
         assert!(
-            own.starts_with("\nprefetch = 50\nqueue = \"close-sync-emea\"\n\n[destinations.emea.close]"),
+            own.starts_with("\nprefetch = 150\nqueue = \"close-sync-emea\"\n\n[destinations.emea.close]"),
             "{own}"
         );
     }
 
     #[test]
     fn mistakes_of_destinations_name_whose_they_are_and_what_two_must_not_share() {
-        let file = "[retry]\ndelays = []\n[destinations.a]\namqp.prefetch = 0\nhttp.addr = 'x'\n\
+        let file = "[retry]\ndelays = []\n[destinations.a]\namqp.prefetch = 1\nhttp.addr = 'x'\n\
                     [destinations.Bad-Name]\nclose.api_key = 'api_c'\nclose.timeout = 'soon'";
         insta::assert_snapshot!(problems(file, &[("DESTINATIONS_A_WORKER_MERGE", "perhaps")]));
         let file = "[close]\napi_key = 'api_shared'\n[destinations.a]\n[destinations.b]\namqp.queue = 'close-sync-a.dead'";

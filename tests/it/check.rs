@@ -2,7 +2,8 @@
 
 use close_sync::simulator::{Effect, Fault, FaultBody, When};
 
-use lapin::options::QueueDeclareOptions;
+use lapin::ExchangeKind;
+use lapin::options::{ExchangeDeclareOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
 
 use crate::support::Bench;
@@ -44,7 +45,7 @@ async fn each_bad_configuration_is_told_with_its_remedy() {
                 ("AMQP_URL", "secret"),
                 ("RETRY_DELAYS", "soon"),
                 ("CLOSE_TIMEOUT", "0"),
-                ("AMQP_PREFETCH", "0"),
+                ("AMQP_PREFETCH", "3"),
             ],
         ),
         ("no_file", &[("CLOSE_SYNC_CONFIG", "/nowhere/close-sync.toml")]),
@@ -124,6 +125,29 @@ async fn run_refuses_a_queue_that_is_not_ours() {
     let both = format!("received the value '{}.dead' of type 'longstr' but current is none", bench.queue);
     assert!(log.contains("inequivalent arg 'x-dead-letter-exchange'") && log.contains(&both), "{log}");
     assert!(log.contains("amqp.queue"), "{log}");
+}
+
+/// The same of an exchange that is of another kind.
+#[tokio::test(flavor = "multi_thread")]
+async fn run_refuses_an_exchange_that_is_not_ours() {
+    let bench = Bench::new().await;
+    let options = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
+    let channel = bench.channel().await;
+    let declared = channel.exchange_declare(
+        bench.exchange.as_str().into(),
+        ExchangeKind::Fanout,
+        options,
+        FieldTable::default(),
+    );
+    declared.await.unwrap();
+    let worker = bench.starting_worker();
+    assert_eq!(worker.ended().await.code(), Some(78));
+    worker.until("told", async |worker| worker.logged("error:") == 1).await;
+    let log = worker.log();
+    assert!(
+        log.contains("received 'topic' but current is 'fanout'") && log.contains("amqp.exchange"),
+        "{log}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -2,6 +2,7 @@
 
 use close_sync::simulator::{Effect, Fault, FaultBody, When};
 use lapin::BasicProperties;
+use lapin::types::FieldTable;
 use serde_json::{Value, json};
 
 use crate::support::{Bench, identify};
@@ -81,6 +82,19 @@ async fn a_replay_goes_through_the_work_queue_and_counts() {
     assert!(letters.iter().all(|letter| letter["replays"] == 1 && letter["attempts"] == 1), "{letters:#?}");
     assert!(letters.iter().all(|letter| letter["exchange"] == bench.exchange.as_str()), "{letters:#?}");
     worker.terminate().await;
+}
+
+/// No queue takes the replay: its dead letter stays.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replay_that_leads_nowhere_keeps_the_dead_letter() {
+    let bench = three().await;
+    let (queue, exchange) = (bench.queue.as_str().into(), format!("{}.retry", bench.queue).into());
+    bench.channel().await.queue_unbind(queue, exchange, "now".into(), FieldTable::default()).await.unwrap();
+    let before = list(&bench).await;
+    let replay = bench.run(&["dlq", "replay", "--all"], b"").await;
+    let words = String::from_utf8(replay.stderr).unwrap();
+    assert!(replay.status.code() == Some(69) && words.contains("no queue is bound to exchange"), "{words}");
+    assert_eq!(list(&bench).await, before, "in their order");
 }
 
 #[tokio::test(flavor = "multi_thread")]
