@@ -704,7 +704,7 @@ mod tests {
             let allowed = ((f64::from(limit) * share).floor() as u32).max(1);
             // The end of a window is known as late as an answer takes.
             let a_while = u64::from(allowed) * delay / (2000 * u64::from(length));
-            let late = u32::from(delay > 0) * (1 + (allowed / 20).max(u32::try_from(a_while).unwrap()));
+            let late = u32::from(delay > 0) * (1 + (allowed / 20).max(u32::try_from(a_while).unwrap()).max(1));
             for (number, spent) in spent.iter().enumerate().take(5).skip(1) {
                 prop_assert!(*spent + late >= allowed && *spent <= allowed, "{spent} of {allowed} in {number}");
             }
