@@ -26,6 +26,7 @@ mod restarts;
 mod rules;
 mod scenarios;
 mod schema;
+mod soak;
 mod support;
 mod tls;
 mod topology;

@@ -196,14 +196,19 @@ impl Bench {
 
     /// Messages ready in a queue whose name ends so: "", ".dead", ".retry.200ms".
     pub(crate) async fn depth(&self, suffix: &str) -> u32 {
-        let connection = connect(&self.amqp_url).await;
-        let channel = connection.create_channel().await.unwrap();
+        self.try_depth(suffix).await.unwrap()
+    }
+
+    /// The same of a broker that may be away.
+    pub(crate) async fn try_depth(&self, suffix: &str) -> lapin::Result<u32> {
+        let connection = connect(&self.amqp_url).await?;
+        let channel = connection.create_channel().await?;
         let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
         let name = format!("{}{suffix}", self.queue);
-        let queue = channel.queue_declare(name.into(), options, FieldTable::default()).await.unwrap();
+        let queue = channel.queue_declare(name.into(), options, FieldTable::default()).await?;
         let depth = queue.message_count();
-        connection.close(200, "".into()).await.unwrap();
-        depth
+        connection.close(200, "".into()).await?;
+        Ok(depth)
     }
 
     /// Waits until a queue holds that many messages.
@@ -238,14 +243,19 @@ impl Bench {
 
     /// A channel of the test's own, a new one after its connection was lost.
     pub(crate) async fn channel(&self) -> Channel {
+        self.try_channel().await.unwrap()
+    }
+
+    /// The same of a broker that may be away.
+    pub(crate) async fn try_channel(&self) -> lapin::Result<Channel> {
         let mut channel = self.channel.lock().await;
         if let Some(open) = channel.as_ref().filter(|channel| channel.status().connected()) {
-            return open.clone();
+            return Ok(open.clone());
         }
-        let connection = connect(&self.amqp_url).await;
-        let new = connection.create_channel().await.unwrap();
-        new.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
-        channel.insert(new).clone()
+        let connection = connect(&self.amqp_url).await?;
+        let new = connection.create_channel().await?;
+        new.confirm_select(ConfirmSelectOptions::default()).await?;
+        Ok(channel.insert(new).clone())
     }
 
     /// Removes what its workers declared, for tests that make many benches.
@@ -330,8 +340,8 @@ pub(crate) fn values(contact: &Value, list: &str, item: &str) -> Vec<String> {
     entries.iter().map(|entry| entry[item].as_str().unwrap().to_owned()).collect()
 }
 
-pub(crate) async fn connect(url: &str) -> Connection {
-    Connection::connect(url, ConnectionProperties::default()).await.unwrap()
+async fn connect(url: &str) -> lapin::Result<Connection> {
+    Connection::connect(url, ConnectionProperties::default()).await
 }
 
 /// The samples of a metrics page by name and labels.

@@ -1,9 +1,10 @@
-//! A way to the broker that can be cut.
+//! A way to the broker that can be cut, or fall silent.
 
 use std::sync::{Arc, Mutex};
 
-use tokio::io::copy_bidirectional;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 /// Passes TCP connections on to a broker. Ends with all of them when dropped.
@@ -11,6 +12,7 @@ pub(crate) struct Proxy {
     /// The broker's URL, by this way.
     pub(crate) url: String,
     connections: Arc<Mutex<Vec<CancellationToken>>>,
+    mute: watch::Sender<bool>,
     _stop: DropGuard,
 }
 
@@ -25,16 +27,23 @@ impl Proxy {
         let connections = Arc::new(Mutex::new(Vec::new()));
         let stop = CancellationToken::new();
         let open = Arc::clone(&connections);
+        let mute = watch::Sender::new(false);
+        let silence = mute.subscribe();
         let accept = async move |stop: CancellationToken| {
             while let Ok((client, _)) = listener.accept().await {
                 let cut = stop.child_token();
                 open.lock().unwrap().push(cut.clone());
-                tokio::spawn(pass(client, broker.clone(), cut));
+                tokio::spawn(pass(client, broker.clone(), silence.clone(), cut));
             }
         };
         let until = stop.clone();
         tokio::spawn(async move { until.run_until_cancelled(accept(until.clone())).await });
-        Self { url: url.to_string(), connections, _stop: stop.drop_guard() }
+        Self { url: url.to_string(), connections, mute, _stop: stop.drop_guard() }
+    }
+
+    /// Passes nothing on any more, or goes on: connections stay open, and nothing that was sent is lost.
+    pub(crate) fn mute(&self, mute: bool) {
+        self.mute.send_replace(mute);
     }
 
     /// Cuts all connections.
@@ -56,9 +65,30 @@ impl Proxy {
 }
 
 /// One connection, until either end closes it or it is cut.
-async fn pass(mut client: TcpStream, broker: String, cut: CancellationToken) {
-    if let Ok(mut broker) = TcpStream::connect(broker).await {
-        let _ = cut.run_until_cancelled(copy_bidirectional(&mut client, &mut broker)).await;
+async fn pass(client: TcpStream, broker: String, silence: watch::Receiver<bool>, cut: CancellationToken) {
+    if let Ok(broker) = TcpStream::connect(broker).await {
+        let ((from_client, to_client), (from_broker, to_broker)) = (client.into_split(), broker.into_split());
+        let both = async {
+            tokio::select! {
+                () = copy(from_client, to_broker, silence.clone()) => {}
+                () = copy(from_broker, to_client, silence) => {}
+            }
+        };
+        let _ = cut.run_until_cancelled(both).await;
     }
     cut.cancel();
+}
+
+/// Passes on what comes, when nobody asked for silence.
+async fn copy(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    mut silence: watch::Receiver<bool>,
+) {
+    let mut buffer = vec![0; 16 * 1024];
+    while let Ok(read @ 1..) = from.read(&mut buffer).await {
+        if silence.wait_for(|mute| !mute).await.is_err() || to.write_all(&buffer[..read]).await.is_err() {
+            return;
+        }
+    }
 }

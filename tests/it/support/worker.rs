@@ -125,6 +125,17 @@ impl Worker {
         self.metrics().await
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// The most memory it ever took, in KiB, while it lives.
+    pub(crate) fn peak_memory(&self) -> Option<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).ok()?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+        line.trim().strip_suffix(" kB")?.parse().ok()
+    }
+
     pub(crate) fn signal(&self, name: &str) {
         let status =
             std::process::Command::new("kill").args([&format!("-{name}"), &self.pid.to_string()]).status();
