@@ -166,6 +166,9 @@ pub enum BrokerError {
         "RabbitMQ cancelled the consumer: its queue was deleted, or a message was held beyond `consumer_timeout`"
     )]
     Cancelled,
+    /// The message is larger than the broker takes, which may be less than when it was published.
+    #[error("RabbitMQ takes no message so large: {0}")]
+    TooLarge(String),
     /// No queue takes the message.
     #[error("no queue is bound to exchange `{exchange}` for key `{key}`: the message was not published")]
     Unroutable {
@@ -188,7 +191,7 @@ impl BrokerError {
             Self::Conflict { .. } | Self::TooOld(_) => BrokerTrouble::Conflict,
             Self::Missing(_) | Self::Incomplete(_) | Self::Unroutable { .. } => BrokerTrouble::Missing,
             Self::Forbidden(_) | Self::MayNotDeclare(_) => BrokerTrouble::Forbidden,
-            Self::Lost(_) | Self::Unconfirmed(_) => BrokerTrouble::Lost,
+            Self::Lost(_) | Self::TooLarge(_) | Self::Unconfirmed(_) => BrokerTrouble::Lost,
             Self::StoodStill(_) => BrokerTrouble::StoodStill,
             Self::Cancelled => BrokerTrouble::Cancelled,
         }
@@ -209,6 +212,8 @@ impl BrokerError {
         match amqp.get_id() {
             404 => Self::Missing(detail),
             403 => Self::Forbidden(detail),
+            // `message size 3000000 larger than configured max size 1000000`, in every version.
+            406 if detail.contains("larger than configured max size") => Self::TooLarge(detail),
             406 if !object.is_empty() => Self::Conflict { object: object.to_owned(), detail },
             _ => Self::Lost(detail),
         }

@@ -10,7 +10,7 @@ use futures_util::FutureExt;
 use jiff::Timestamp;
 use lapin::BasicProperties;
 use lapin::message::Delivery;
-use lapin::options::BasicAckOptions;
+use lapin::options::{BasicAckOptions, BasicRejectOptions};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
@@ -265,7 +265,14 @@ impl Session {
             Outcome::Dead(dead) => {
                 let properties = envelope.for_dead_letter(dead, Timestamp::now());
                 // A fanout needs no key; the producer's is in a header, where any length fits.
-                self.publish(publisher, &settings.dead(), "", &delivery.data, properties, stop).await
+                let sent =
+                    self.publish(publisher, &settings.dead(), "", &delivery.data, properties, stop).await;
+                if let Some(Err(BrokerError::TooLarge(detail))) = &sent
+                    && detail.contains(&format!("message size {} ", delivery.data.len()))
+                {
+                    return reject(delivery, outcome, stop).await;
+                }
+                sent
             }
             Outcome::Paused(cause) => return Done::Paused(*cause),
         };
@@ -318,6 +325,22 @@ impl Session {
             }
         };
         stop.run_until_cancelled(held).await
+    }
+}
+
+/// Lets the broker dead-letter a message that it would not take from us again (its limit was lowered, or is lower
+/// since 4.0): the queue's own dead-letter exchange takes it, without the headers that tell why. Otherwise it would
+/// come back for ever, and end every session. This one ends too, by whatever is published next: its channel is gone.
+async fn reject(delivery: &Delivery, outcome: &Outcome, stop: &CancellationToken) -> Done {
+    tracing::warn!(
+        bytes = delivery.data.len(),
+        "too large to be published again: RabbitMQ dead-letters it without headers"
+    );
+    let options = BasicRejectOptions { requeue: false };
+    match stop.run_until_cancelled(delivery.reject(options)).await {
+        Some(Ok(true)) => Done::Settled { by_close: outcome.proves_close(), fate: Fate::Over },
+        Some(Ok(false)) | None => Done::HandedBack,
+        Some(Err(error)) => Done::Failed(error.into()),
     }
 }
 

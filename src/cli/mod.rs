@@ -127,6 +127,7 @@ hint: check user, password and vhost in `amqp.url` (AMQP_URL); the vhost `/` is 
             | BrokerError::Lost(_)
             | BrokerError::StoodStill(_)
             | BrokerError::Cancelled
+            | BrokerError::TooLarge(_)
             | BrokerError::Unroutable { .. }
             | BrokerError::Unconfirmed(_) => Self::Unavailable(error.to_string()),
         }

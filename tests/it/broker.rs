@@ -260,3 +260,24 @@ async fn a_trace_goes_on() {
     }
     worker.terminate().await;
 }
+
+/// A message larger than the broker takes any more, which it took before an upgrade: the broker dead-letters it, and
+/// those behind it go on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_cannot_be_published_again_blocks_nobody() {
+    let node = Node::start().await;
+    let bench = Bench::on(&node.url, Settings::fast()).await;
+    bench.worker().await.terminate().await;
+    bench.publish_bytes(&vec![b'x'; 3_000_000], BasicProperties::default()).await;
+    bench.publish(&people(3)).await;
+    node.ctl(&["eval", "application:set_env(rabbit, max_message_size, 2000000)."]).await;
+    // What a channel lets through is remembered.
+    node.ctl(&["eval", "persistent_term:put(max_message_size, 2000000)."]).await;
+    let worker = bench.worker().await;
+    bench.depth_becomes(".dead", 1).await;
+    worker.until("synced", async |_| bench.simulator.contacts().len() == 3).await;
+    bench.depth_becomes("", 0).await;
+    bench.assert_each_once(3);
+    assert_eq!(worker.logged("too large to be published again"), 1, "{}", worker.log());
+    worker.terminate().await;
+}

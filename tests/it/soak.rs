@@ -68,14 +68,16 @@ async fn nothing_is_lost_or_doubled_whatever_breaks() {
         journal.push((strike, began, Timestamp::now()));
         crew.look();
         say(&format!(
-            "{:>4} s  {:<28} published {}, settled {}",
+            "{:>4} s  {:<28} published {}, settled {}; {}",
             start.elapsed().as_secs(),
             strike.label(),
             producer.published(),
-            crew.settled.len()
+            crew.settled.len(),
+            crew.states().await
         ));
     }
     bench.simulator.clear_faults();
+    producer.finish(&bench).await;
     let busy_until = Timestamp::now();
     drain(&bench, &mut crew).await;
     let dead = bench.depth(".dead").await;
@@ -156,6 +158,13 @@ impl Producer {
         }
     }
 
+    /// Publishes what was not confirmed so far.
+    async fn finish(&mut self, bench: &Bench) {
+        while !self.pending.is_empty() {
+            self.batch(bench).await;
+        }
+    }
+
     async fn batch(&mut self, bench: &Bench) {
         if !self.tried(bench).await.unwrap_or(false) {
             tokio::time::sleep(Duration::from_millis(100)).await;
@@ -190,11 +199,11 @@ impl Producer {
             let (exchange, key) = (bench.exchange.as_str().into(), "users".into());
             confirms.push(channel.basic_publish(exchange, key, options, body.as_bytes(), properties).await?);
         }
-        // What is not confirmed is published again, in its order.
+        // What is not confirmed is published again, in its order; also when this is cut short.
         let mut unconfirmed = Vec::new();
-        for (event, confirm) in std::mem::take(&mut self.pending).into_iter().zip(confirms) {
+        for (event, confirm) in self.pending.iter().zip(confirms) {
             if !matches!(confirm.await, Ok(Confirmation::Ack(None))) {
-                unconfirmed.push(event);
+                unconfirmed.push(*event);
             }
         }
         self.pending = unconfirmed;

@@ -89,6 +89,17 @@ impl Crew {
         self.outcomes.clone()
     }
 
+    /// What the workers say they are doing.
+    pub(super) async fn states(&self) -> String {
+        let mut states = Vec::new();
+        for member in &self.members {
+            let told = member.worker.ready().await.1;
+            let words = ["state", "cause", "alarm"].iter().filter_map(|key| told[key].as_str());
+            states.push(words.collect::<Vec<_>>().join(" "));
+        }
+        states.join(", ")
+    }
+
     pub(super) async fn is_idle(&self) -> bool {
         for member in &self.members {
             let Some((200, page)) = member.worker.page("/metrics").await else { return false };
