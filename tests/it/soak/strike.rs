@@ -142,7 +142,10 @@ impl Strike {
             }
             Self::CloseIsBusy => {
                 let with_headers = random.bool();
-                hit(bench, random, Effect::RateLimited { retry_after: 0.5, with_headers });
+                // A few: each one that its headers do not explain makes the worker slower, as there may be a limit it
+                // does not know.
+                let busy = Effect::RateLimited { retry_after: 0.5, with_headers };
+                bench.simulator.fault(Fault::new(busy).times(random.u32(1..4)));
             }
         }
     }
