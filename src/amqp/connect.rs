@@ -63,8 +63,8 @@ impl Nodes {
     /// beginning with the one that worked last.
     ///
     /// # Errors
-    /// [`NodesError::Unreachable`], [`NodesError::Tls`] and [`NodesError::Refused`], whichever of the nodes
-    /// came the farthest; [`NodesError::TooOld`].
+    /// [`BrokerError::Unreachable`], [`BrokerError::Tls`] and [`BrokerError::Refused`], whichever of the nodes
+    /// came the farthest; [`BrokerError::TooOld`].
     pub async fn connect(&self, name: &str) -> Result<(Connection, Broker), BrokerError> {
         let first = self.last.load(Ordering::Relaxed);
         let mut failures = Vec::new();
