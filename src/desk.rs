@@ -208,4 +208,19 @@ mod tests {
             assert_eq!(names, ["jane 1", "jane 2", "jane 3"]);
         }
     }
+
+    #[test]
+    fn nobody_waits_for_a_message_that_turns_out_to_be_about_nobody() {
+        let mut detours = Detours::default();
+        let mut desk = Tried::new(&mut detours);
+        let id = Uuid::from_u128(1);
+        desk.receive(vec!["jane"], 0, None, "jane 1");
+        let due = Instant::now() + std::time::Duration::from_secs(30);
+        let first = run(desk.next(same_person));
+        desk.finish(first[0].0, Fate::Away { id, due });
+        // When it comes back, another configuration makes nothing of it.
+        desk.pass(Some(id));
+        desk.receive(vec!["jane"], 0, None, "jane 2");
+        assert_eq!(run(desk.next(same_person))[0].1, "jane 2");
+    }
 }

@@ -368,9 +368,7 @@ impl Metrics {
 
     /// Consumption is paused for a cause, or for none.
     pub fn paused(&self, now: Option<PauseCause>) {
-        for cause in PauseCause::ALL {
-            self.paused.with_label_values(&[cause.label()]).set((Some(cause) == now).into());
-        }
+        only(&self.paused, &PauseCause::ALL.map(PauseCause::label), now.map(PauseCause::label));
     }
 
     /// The connection to the broker stands, or does not any more.
@@ -400,9 +398,8 @@ impl Metrics {
 
     /// Why there is no connection to the broker, if there is none.
     pub fn broker_trouble(&self, now: Option<BrokerTrouble>) {
-        for trouble in BrokerTrouble::ALL {
-            self.broker_trouble.with_label_values(&[trouble.label()]).set((Some(trouble) == now).into());
-        }
+        let all = BrokerTrouble::ALL.map(BrokerTrouble::label);
+        only(&self.broker_trouble, &all, now.map(BrokerTrouble::label));
     }
 
     /// The broker raised an alarm, or cleared it.
@@ -415,6 +412,13 @@ impl Metrics {
         let held = self.successors_held.clone();
         held.inc();
         OnDrop(move || held.dec())
+    }
+}
+
+/// Of several gauges, the one that is 1, if any.
+fn only(gauges: &IntGaugeVec, labels: &[&str], now: Option<&str>) {
+    for label in labels {
+        gauges.with_label_values(&[label]).set((Some(*label) == now).into());
     }
 }
 
