@@ -21,6 +21,8 @@ use crate::support::{Bench, Node, env};
 mod crew;
 mod strike;
 
+/// Among all other tests; `tests/soak` takes minutes.
+const SECONDS: u64 = 20;
 /// Messages that wait, at most.
 const WAITING: u32 = 1500;
 /// Published one after the other before their confirms are awaited.
@@ -38,9 +40,8 @@ fn say(line: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "takes ten minutes: tests/soak"]
 async fn nothing_is_lost_or_doubled_whatever_breaks() {
-    let (seconds, seed) = (number("SOAK_SECONDS", 600), number("SOAK_SEED", 1));
+    let (seconds, seed) = (number("SOAK_SECONDS", SECONDS), number("SOAK_SEED", 1));
     let node = Node::start().await;
     let settings = Settings { search_lag: "0s..500ms".parse().unwrap(), ..Settings::fast() };
     let bench = Bench::on(&node.url, settings)
