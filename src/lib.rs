@@ -39,7 +39,7 @@
 //! - [`close`]: the only place that knows Close's HTTP API, with the rate gate in front of it.
 //! - [`known`], `resolve`, [`preflight`]: what Close has; [`applied`]: how old that is; [`claims`]: records
 //!   being written to; [`breaker`]: whether it is Close that fails; [`pulse`]: whether it was us who stood still;
-//!   [`worker`]: one message, the spine.
+//!   [`worker`]: one message, the spine; [`report`]: what it would do, told in [`words`].
 //! - [`metrics`], [`state`], [`board`], [`drain`], [`panics`], [`http`]: what operators see.
 //! - [`amqp`]: the only place that knows lapin.
 //! - [`config`]: raw settings to typed ones; lower modules own their settings and never import it.
@@ -91,6 +91,9 @@ pub mod metrics;
 pub mod panics;
 pub mod state;
 pub mod worker;
+
+pub mod report;
+pub mod words;
 
 pub mod amqp;
 pub mod app;

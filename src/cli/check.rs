@@ -2,12 +2,13 @@
 
 use serde::Serialize;
 
-use super::{CONFIGURATION, Failure, UNAVAILABLE, there_are};
+use super::{CONFIGURATION, Failure, UNAVAILABLE};
 use crate::amqp::broker::Broker;
 use crate::amqp::{self, BrokerError, topology};
 use crate::close::Client;
 use crate::config::{Config, Destination, Need, Problems};
 use crate::preflight::{self, Obstacle, Ready};
+use crate::words::there_are;
 
 /// Check the configuration, RabbitMQ, the API key, the lookup fields and what the mapping names in Close.
 ///

@@ -24,6 +24,7 @@ use tracing_subscriber::EnvFilter;
 use crate::amqp::BrokerError;
 use crate::app::{self, Orders, RunError};
 use crate::config::{self, Config, Destination, Layers, LogFormat, Need, Problems};
+use crate::words::there_are;
 use crate::{http, panics};
 
 /// Keeps the Close CRM in step with identify events from RabbitMQ.
@@ -61,19 +62,6 @@ enum Command {
     Simulate(simulate::Args),
     /// Ask the worker at `http.addr` whether it is alive, for container health checks.
     Healthcheck,
-}
-
-/// The end of a sentence that lists what there is; nothing when it cannot be listed.
-fn there_are(choices: &[String]) -> String {
-    if choices.is_empty() { String::new() } else { format!(" (there are: {})", choices.join(", ")) }
-}
-
-/// A number of things.
-fn count(number: impl Into<u64>, one: &str, several: &str) -> String {
-    match number.into() {
-        1 => format!("1 {one}"),
-        number => format!("{number} {several}"),
-    }
 }
 
 /// Why a command did not do what it was asked for.

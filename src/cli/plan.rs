@@ -7,23 +7,18 @@ use std::path::{Path, PathBuf};
 use anstyle::{AnsiColor, Style};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use serde_json::Value;
 use tokio::io::AsyncReadExt;
 
-use super::{Failure, UNFIT, count, there_are};
+use super::{Failure, UNFIT};
 use crate::close::Client;
 use crate::config::Destination;
-use crate::domain::decision::{self, Decision, LookUp};
 use crate::domain::event::{self, Event};
-use crate::domain::mapping::{Key, Mapping};
-use crate::domain::matching::Case;
-use crate::domain::plan::{RecordPlan, RecordRef, Refusal};
-use crate::domain::record::LeadId;
-use crate::domain::values::{DropReason, Dropped};
+use crate::domain::mapping::Key;
 use crate::metrics::Metrics;
-use crate::outcome::Outcome;
 use crate::preflight::{self, Obstacle};
-use crate::worker::{Arrival, Prepared, Worker};
+use crate::report::{self, DEAD, Record, Report};
+use crate::words::{count, there_are};
+use crate::worker::{Arrival, Worker};
 
 /// Show what events would do to Close, and why, without writing anything.
 ///
@@ -52,7 +47,6 @@ pub(super) struct Args {
 pub(super) async fn plan(args: Args, config: Destination) -> Result<(), Failure> {
     let events = read(&args.file).await?;
     let worker = worker(config).await?;
-    let mapping = worker.mapping();
 
     let mut counts: Vec<(&'static str, usize)> = Vec::new();
     let (mut calls, mut left_out, mut dead) = (0, 0, false);
@@ -60,11 +54,12 @@ pub(super) async fn plan(args: Args, config: Destination) -> Result<(), Failure>
     let bar = progress(events.len());
     // One after the other, so that the same file tells the same twice.
     for (number, event) in (1..).zip(&events) {
-        let (keys, outcome, decision) = rehearse(&worker, event).await;
-        let mut report = Report::new(number, &outcome, &decision, &mapping)?;
-        report.message_id =
+        let (keys, report) = report::rehearse(&worker, event, Arrival::now())
+            .await
+            .map_err(|why| Failure::Unavailable(format!("event {number} {why}")))?;
+        let message_id =
             Event::decode(event, usize::MAX).ok().and_then(|event| event.message_id().map(str::to_owned));
-        report.after = earlier.note(number, &keys, &decision);
+        let after = earlier.note(number, &keys, report.writes);
         calls += u64::from(report.calls);
         left_out += report.left_out.len() as u64;
         dead |= report.outcome == DEAD;
@@ -73,10 +68,11 @@ pub(super) async fn plan(args: Args, config: Destination) -> Result<(), Failure>
             None => counts.push((report.outcome, 1)),
         }
         bar.suspend(|| {
+            let numbered = Numbered { event: number, message_id, report, after };
             if args.json {
-                anstream::println!("{}", serde_json::to_string(&report).unwrap_or_default());
+                anstream::println!("{}", serde_json::to_string(&numbered).unwrap_or_default());
             } else {
-                print(&report);
+                numbered.print();
             }
         });
         bar.inc(1);
@@ -103,7 +99,7 @@ async fn read(file: &Path) -> Result<Vec<Vec<u8>>, Failure> {
 }
 
 /// A worker without a broker.
-async fn worker(config: Destination) -> Result<Worker, Failure> {
+pub(super) async fn worker(config: Destination) -> Result<Worker, Failure> {
     let unavailable = |error: &dyn std::fmt::Display| Failure::Unavailable(error.to_string());
     let client = Client::new(config.close, |_| {}).map_err(|error| unavailable(&error))?;
     let metrics = Metrics::new(None).map_err(|error| unavailable(&error))?;
@@ -136,206 +132,54 @@ fn progress(events: usize) -> ProgressBar {
     style.map_or(bar.clone(), |style| bar.with_style(style))
 }
 
-async fn rehearse(worker: &Worker, event: &[u8]) -> (Vec<Key>, Outcome, Decision) {
-    match worker.prepare(event, Arrival::now()) {
-        Prepared::Settled(outcome) => (Vec::new(), outcome, Decision::default()),
-        Prepared::Job(job) => {
-            let (outcome, decision) = worker.rehearse(&job).await;
-            (job.keys(), outcome, decision)
-        }
-    }
-}
-
 /// Events that would have written something, by their keys.
 #[derive(Default)]
 struct Earlier(HashMap<Key, usize>);
 
 impl Earlier {
     /// The earlier events that this one would meet the work of.
-    fn note(&mut self, number: usize, keys: &[Key], decision: &Decision) -> Vec<usize> {
+    fn note(&mut self, number: usize, keys: &[Key], writes: bool) -> Vec<usize> {
         let mut met: Vec<usize> = keys.iter().filter_map(|key| self.0.get(key)).copied().collect();
         met.sort_unstable();
         met.dedup();
-        if !decision.plan.steps.is_empty() {
+        if writes {
             self.0.extend(keys.iter().map(|key| (key.clone(), number)));
         }
         met
     }
 }
 
-const DEAD: &str = "dead-lettered";
-
-/// One event, as it is told.
+/// One event of a file.
 #[derive(Serialize)]
-struct Report<'a> {
+struct Numbered {
     event: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
     message_id: Option<String>,
-    outcome: &'static str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    reason: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    error: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    rule: Option<&'static str>,
-    #[serde(skip)]
-    rule_in_words: Option<&'static str>,
-    look_ups: Vec<String>,
-    candidates: Vec<Candidate<'a>>,
-    records: Vec<Record<'a>>,
-    left_out: Vec<LeftOut<'a>>,
-    calls: u32,
+    #[serde(flatten)]
+    report: Report,
     /// Earlier events of the file that would change the same records first.
     after: Vec<usize>,
-}
-
-#[derive(Serialize)]
-struct Candidate<'a> {
-    id: &'a str,
-    verdict: &'static str,
-    #[serde(skip)]
-    in_words: &'static str,
-}
-
-#[derive(Serialize)]
-struct LeftOut<'a> {
-    field: &'a str,
-    reason: &'static str,
-    value: Option<&'a Value>,
-    #[serde(skip)]
-    in_words: String,
-}
-
-#[derive(Serialize)]
-struct Record<'a> {
-    action: &'static str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    id: Option<&'a str>,
-    name: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    forbidden: Option<&'static str>,
-    fields: Vec<Field<'a>>,
-}
-
-#[derive(Serialize)]
-struct Field<'a> {
-    #[serde(rename = "field")]
-    key: &'a str,
-    #[serde(skip)]
-    label: String,
-    before: Option<&'a Value>,
-    event: &'a Value,
-    verdict: &'static str,
-    #[serde(skip)]
-    change: String,
-}
-
-impl<'a> Report<'a> {
-    fn new(
-        number: usize,
-        outcome: &Outcome,
-        decision: &'a Decision,
-        mapping: &Mapping,
-    ) -> Result<Self, Failure> {
-        let (outcome, reason, error) = match outcome {
-            Outcome::Synced(effect) => (effect.label(), None, None),
-            Outcome::Skipped(skip) => ("skipped", Some(skip.label()), None),
-            Outcome::Dead(dead) => (DEAD, Some(dead.reason.label()), Some(dead.error.clone())),
-            Outcome::Delayed { obstacle, .. } => {
-                return Err(Failure::Unavailable(format!("event {number} could not be planned: {obstacle}")));
-            }
-            Outcome::Paused(cause) => {
-                return Err(Failure::Unavailable(format!(
-                    "event {number} could not be planned, Close cannot be worked with: {}\n\
-                     hint: `close-sync check` tells more",
-                    cause.label()
-                )));
-            }
-        };
-        let candidate = |candidate: &'a decision::Candidate| Candidate {
-            id: &candidate.id,
-            verdict: candidate.verdict.label(),
-            in_words: candidate.verdict.words(),
-        };
-        Ok(Self {
-            event: number,
-            message_id: None,
-            outcome,
-            reason,
-            error,
-            rule: decision.case.map(Case::label),
-            rule_in_words: decision.case.map(Case::words),
-            look_ups: decision.look_ups.iter().map(LookUp::words).collect(),
-            candidates: decision.candidates.iter().map(candidate).collect(),
-            records: decision.plan.records.iter().map(|record| Record::new(record, mapping)).collect(),
-            left_out: decision.dropped.iter().map(|dropped| LeftOut::new(dropped, mapping)).collect(),
-            calls: decision.calls,
-            after: Vec::new(),
-        })
-    }
-}
-
-impl<'a> LeftOut<'a> {
-    fn new(dropped: &'a Dropped, mapping: &Mapping) -> Self {
-        let Dropped { field, reason, value } = dropped;
-        let shown = value.as_ref().map_or_else(|| "an object".to_owned(), Value::to_string);
-        let label = mapping.label(field);
-        let of = if label == *field { String::new() } else { format!(" ({field})") };
-        let fits = match reason {
-            DropReason::NotAChoice | DropReason::NoSuchUser => there_are(&mapping.choices(field)),
-            DropReason::NotAValue => match value {
-                Some(Value::Array(_)) => " (`normalize = [\"join\"]` makes a list one text)".to_owned(),
-                _ => String::new(),
-            },
-            DropReason::InvalidEmail
-            | DropReason::InvalidPhone
-            | DropReason::InvalidUrl
-            | DropReason::NotANumber
-            | DropReason::NotADate
-            | DropReason::NotAnId
-            | DropReason::UnknownField
-            | DropReason::ListFull
-            | DropReason::Refused => String::new(),
-        };
-        let in_words = format!("{label}{of}: {shown}, {}{fits}", reason.words());
-        Self { field, reason: reason.label(), value: value.as_ref(), in_words }
-    }
-}
-
-impl<'a> Record<'a> {
-    fn new(record: &'a RecordPlan, mapping: &Mapping) -> Self {
-        let writes = record.written().next().is_some();
-        let (action, id) = match &record.record {
-            RecordRef::NewLead => ("create lead", None),
-            RecordRef::NewContact(lead) => ("create contact", lead.as_ref().map(LeadId::as_str)),
-            RecordRef::Lead(id) => (if writes { "update lead" } else { "lead" }, Some(id.as_str())),
-            RecordRef::Contact(id) => (if writes { "update contact" } else { "contact" }, Some(id.as_str())),
-        };
-        Self {
-            action,
-            id,
-            name: record.name.as_deref(),
-            forbidden: record.refused.map(Refusal::label),
-            fields: record
-                .fields
-                .iter()
-                .map(|field| Field {
-                    key: &field.field,
-                    label: mapping.label(&field.field),
-                    before: field.before.as_ref(),
-                    event: &field.wanted,
-                    verdict: field.verdict.label(),
-                    change: decision::change(field, mapping),
-                })
-                .collect(),
-        }
-    }
 }
 
 const BOLD: Style = Style::new().bold();
 const DIM: Style = Style::new().dimmed();
 
-fn print(report: &Report<'_>) {
+impl Numbered {
+    fn print(&self) {
+        let id = self.message_id.as_ref().map(|id| format!(" {id}")).unwrap_or_default();
+        print(&format!("event {}{id}", self.event), &self.report);
+        for earlier in &self.after {
+            line("note", &format!("event {earlier} would change the same records first"));
+        }
+    }
+}
+
+fn line(title: &str, text: &str) {
+    anstream::println!("  {DIM}{title:<10}{DIM:#} {text}");
+}
+
+/// What would become of `what`, for a terminal.
+pub(super) fn print(what: &str, report: &Report) {
     let color = match report.outcome {
         DEAD => AnsiColor::Red,
         "skipped" | "unchanged" => AnsiColor::Yellow,
@@ -343,13 +187,7 @@ fn print(report: &Report<'_>) {
     };
     let color = color.on_default();
     let reason = report.reason.map(|reason| format!(" ({reason})")).unwrap_or_default();
-    let id = report.message_id.as_ref().map(|id| format!(" {id}")).unwrap_or_default();
-    anstream::println!(
-        "{BOLD}event {}{id}{BOLD:#}: {color}{}{color:#}{reason}",
-        report.event,
-        report.outcome
-    );
-    let line = |title: &str, text: &str| anstream::println!("  {DIM}{title:<10}{DIM:#} {text}");
+    anstream::println!("{BOLD}{what}{BOLD:#}: {color}{}{color:#}{reason}", report.outcome);
     if let Some(error) = &report.error {
         line("error", error);
     }
@@ -368,16 +206,13 @@ fn print(report: &Report<'_>) {
     for left_out in &report.left_out {
         line("left out", &left_out.in_words);
     }
-    for earlier in &report.after {
-        line("note", &format!("event {earlier} would change the same records first"));
-    }
 }
 
-fn print_record(record: &Record<'_>) {
+fn print_record(record: &Record) {
     let is_new = record.action.starts_with("create");
     let nameless = if is_new { " without name" } else { "" };
-    let name = record.name.map_or_else(|| nameless.to_owned(), |name| format!(" \"{name}\""));
-    let id = match (record.action, record.id) {
+    let name = record.name.as_ref().map_or_else(|| nameless.to_owned(), |name| format!(" \"{name}\""));
+    let id = match (record.action, &record.id) {
         (_, None) => String::new(),
         ("create contact", Some(lead)) => format!(" in {lead}"),
         (_, Some(id)) => format!(" {id}"),
