@@ -289,20 +289,12 @@ impl Metrics {
 
     /// A delivery was settled: its successor, if any, is confirmed, and it is acked.
     pub fn settled(&self, outcome: &Outcome, took: Duration) {
-        let label = match outcome {
-            Outcome::Synced(effect) => effect.label(),
-            Outcome::Skipped(skip) => {
-                self.skipped.with_label_values(&[skip.label()]).inc();
-                "skipped"
-            }
-            Outcome::Delayed { .. } => "delayed",
-            Outcome::Dead(dead) => {
-                self.dead_letters.with_label_values(&[dead.reason.label()]).inc();
-                "dead"
-            }
-            Outcome::Paused(_) => "handed_back",
-        };
-        self.settled.with_label_values(&[label]).inc();
+        match outcome {
+            Outcome::Skipped(skip) => self.skipped.with_label_values(&[skip.label()]).inc(),
+            Outcome::Dead(dead) => self.dead_letters.with_label_values(&[dead.reason.label()]).inc(),
+            Outcome::Synced(_) | Outcome::Delayed { .. } | Outcome::Paused(_) => {}
+        }
+        self.settled.with_label_values(&[outcome.label()]).inc();
         self.handling_seconds.observe(took.as_secs_f64());
     }
 

@@ -29,6 +29,17 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// The label in metrics and in what a replay is told.
+    pub fn label(&self) -> &'static str {
+        match self {
+            Self::Synced(effect) => effect.label(),
+            Self::Skipped(_) => "skipped",
+            Self::Delayed { .. } => "delayed",
+            Self::Dead(_) => "dead",
+            Self::Paused(_) => "handed_back",
+        }
+    }
+
     /// Whether Close did its part: then nothing is wrong with it in general.
     pub fn proves_close(&self) -> bool {
         match self {

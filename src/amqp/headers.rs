@@ -27,6 +27,12 @@ pub const EXCHANGE: &str = "x-close-sync-exchange";
 pub const ROUTING_KEY: &str = "x-close-sync-routing-key";
 /// Times the message was replayed from the dead-letter queue.
 pub const REPLAYS: &str = "x-close-sync-replays";
+/// The replay a message comes from: whoever replays it is told by this what became of it.
+pub const REPLAY: &str = "x-close-sync-replay";
+/// The body as its producer sent it, of a dead letter that was edited.
+pub const ORIGINAL: &str = "x-close-sync-original";
+/// When it was edited last, RFC 3339.
+pub const EDITED_AT: &str = "x-close-sync-edited-at";
 /// The id of a dead letter.
 pub const ID: &str = "x-close-sync-dead-letter-id";
 /// Why it was dead-lettered, [`crate::outcome::Reason::label`].
@@ -64,9 +70,11 @@ pub struct Envelope {
     pub attempts: u32,
     /// By this it is known since it first left for a delay queue.
     pub detour: Option<Uuid>,
+    /// The replay it comes from, if somebody waits to be told what becomes of it.
+    pub replay: Option<Uuid>,
     /// When it was first received.
     pub first_seen: Timestamp,
-    /// When it was published, as its producer says: the end of that second.
+    /// When it was published, [`sent`].
     pub sent: Option<Timestamp>,
     /// The exchange the producer published to.
     pub exchange: String,
@@ -122,13 +130,13 @@ impl Envelope {
     pub fn of(delivery: &Delivery, now: Timestamp) -> Self {
         let properties = delivery.properties.clone();
         let number = number(&properties, ATTEMPTS);
+        let id = |name| text(&properties, name).and_then(|text| text.parse().ok());
         Self {
             attempts: u32::try_from(number.unwrap_or(0)).unwrap_or(0),
-            detour: text(&properties, DETOUR).and_then(|text| text.parse().ok()),
+            detour: id(DETOUR),
+            replay: id(REPLAY),
             first_seen: text(&properties, FIRST_SEEN).and_then(|text| text.parse().ok()).unwrap_or(now),
-            sent: properties
-                .timestamp()
-                .and_then(|s| Timestamp::new(i64::try_from(s).ok()?, 999_999_999).ok()),
+            sent: sent(&properties),
             exchange: text(&properties, EXCHANGE).unwrap_or_else(|| delivery.exchange.to_string()),
             routing_key: text(&properties, ROUTING_KEY).unwrap_or_else(|| delivery.routing_key.to_string()),
             trace: text(&properties, TRACEPARENT).and_then(|text| TraceParent::parse(&text)),
@@ -161,11 +169,11 @@ impl Envelope {
         self.successor(vec![(ATTEMPTS, i64::from(attempts).into()), (DETOUR, detour.to_string().into())])
     }
 
-    /// Properties for the dead-letter queue. The last attempt counts.
-    pub fn for_dead_letter(&self, dead: &DeadLetter, now: Timestamp) -> BasicProperties {
+    /// Properties for the dead-letter queue, where it has this id. The last attempt counts.
+    pub fn for_dead_letter(&self, dead: &DeadLetter, id: Uuid, now: Timestamp) -> BasicProperties {
         let mut ours: Vec<(_, Header)> = vec![
             (ATTEMPTS, (i64::from(self.attempts) + 1).into()),
-            (ID, Uuid::now_v7().to_string().into()),
+            (ID, id.to_string().into()),
             (REASON, dead.reason.label().to_owned().into()),
             (STAGE, dead.stage.label().to_owned().into()),
             (ERROR, self.error(dead, now).into()),
@@ -197,9 +205,30 @@ impl Envelope {
 }
 
 /// Properties for a replay: as it came, with one more replay and no attempts.
-pub fn for_replay(properties: &BasicProperties) -> BasicProperties {
+pub fn for_replay(properties: &BasicProperties, replay: Uuid) -> BasicProperties {
     let replays = number(properties, REPLAYS).unwrap_or(0) + 1;
-    with_headers(properties, |name| !OF_A_FAILURE.contains(&name), [(REPLAYS, replays.into())])
+    let ours = [(REPLAYS, replays.into()), (REPLAY, replay.to_string().into())];
+    with_headers(properties, |name| !OF_A_FAILURE.contains(&name), ours)
+}
+
+/// Properties for a dead letter that goes back to where it was, by the same name. What the broker noted down about it
+/// is lost, so that it is told here how it failed.
+pub fn for_restoring(properties: &BasicProperties, id: &str, fingerprint: &str) -> BasicProperties {
+    let ours = [(ID, id.to_owned().into()), (FINGERPRINT, fingerprint.to_owned().into())];
+    with_headers(properties, |_| true, ours)
+}
+
+/// The same with another body in place of `original`. What its producer sent is kept over several edits.
+pub fn for_edited(properties: &BasicProperties, original: &[u8], now: Timestamp) -> BasicProperties {
+    let first = header(properties, ORIGINAL).is_none();
+    let original = first.then(|| (ORIGINAL, Header::Bytes(original.to_vec())));
+    let ours = original.into_iter().chain([(EDITED_AT, now.to_string().into())]);
+    with_headers(properties, |_| true, ours)
+}
+
+/// When a message was published, as its producer says: the end of that second.
+pub fn sent(properties: &BasicProperties) -> Option<Timestamp> {
+    properties.timestamp().and_then(|s| Timestamp::new(i64::try_from(s).ok()?, 999_999_999).ok())
 }
 
 /// A text header.
@@ -208,6 +237,15 @@ pub fn text(properties: &BasicProperties, name: &str) -> Option<String> {
     match header(properties, name)? {
         AMQPValue::LongString(text) => Some(text.to_string()),
         AMQPValue::ShortString(text) => Some(text.to_string()),
+        _ => None,
+    }
+}
+
+/// A header of any bytes.
+#[expect(clippy::wildcard_enum_match_arm, reason = "every other type of AMQP is something else")]
+pub fn bytes(properties: &BasicProperties, name: &str) -> Option<Vec<u8>> {
+    match header(properties, name)? {
+        AMQPValue::LongString(text) => Some(text.as_bytes().to_vec()),
         _ => None,
     }
 }
@@ -233,6 +271,7 @@ fn header<'a>(properties: &'a BasicProperties, name: &str) -> Option<&'a AMQPVal
 
 enum Header {
     Text(String),
+    Bytes(Vec<u8>),
     Number(i64),
 }
 
@@ -263,6 +302,7 @@ fn with_headers(
     for (name, value) in ours {
         let value = match value {
             Header::Text(text) => AMQPValue::LongString(text.into()),
+            Header::Bytes(bytes) => AMQPValue::LongString(bytes.into()),
             Header::Number(number) => AMQPValue::LongLongInt(number),
         };
         table.insert(name.into(), value);
@@ -346,7 +386,7 @@ mod tests {
             field: Some("phones".into()),
             decision: Some("nobody_known; calls: 3".into()),
         };
-        let properties = envelope.for_dead_letter(&dead, now);
+        let properties = envelope.for_dead_letter(&dead, Uuid::now_v7(), now);
         assert_eq!(text(&properties, REASON).as_deref(), Some("rejected"));
         assert_eq!(text(&properties, FINGERPRINT).as_deref(), Some("rejected:write:phones"));
         assert_eq!(number(&properties, ATTEMPTS), Some(2));
@@ -354,14 +394,16 @@ mod tests {
         assert_eq!(number(&properties, "x-delivery-count"), None);
         assert_eq!(properties.expiration(), &None);
 
-        let replay = for_replay(&properties);
+        let again = Uuid::now_v7();
+        let replay = for_replay(&properties, again);
+        assert_eq!(text(&replay, REPLAY), Some(again.to_string()));
         assert_eq!((number(&replay, ATTEMPTS), text(&replay, REASON), text(&replay, ID)), (None, None, None));
         assert_eq!(text(&replay, DETOUR), None);
         assert_eq!(
             (number(&replay, REPLAYS), text(&replay, EXCHANGE).as_deref()),
             (Some(1), Some("identify"))
         );
-        assert_eq!(number(&for_replay(&replay), REPLAYS), Some(2));
+        assert_eq!(number(&for_replay(&replay, Uuid::now_v7()), REPLAYS), Some(2));
         assert_eq!(replay.message_id().as_ref().map(ShortString::as_str), Some("m-1"));
     }
 }

@@ -17,6 +17,7 @@ mod greeting;
 pub mod headers;
 mod link;
 pub mod publisher;
+pub mod replayed;
 pub mod session;
 mod task;
 pub mod tls;
@@ -88,6 +89,16 @@ impl Settings {
             && (within(&self.queue, &other.queue) || within(&other.queue, &self.queue))
     }
 
+    /// Whoever has this queue, looks at the dead letters; exclusive, and gone with its connection.
+    pub(crate) fn desk(&self) -> String {
+        format!("{}.desk", self.queue)
+    }
+
+    /// Whoever has this queue, replays, and hears in it what becomes of the messages; exclusive as well.
+    pub(crate) fn replay(&self) -> String {
+        format!("{}.replay", self.queue)
+    }
+
     /// The name of the dead-letter exchange and of its queue.
     pub fn dead(&self) -> String {
         format!("{}.dead", self.queue)
@@ -143,6 +154,9 @@ pub enum BrokerError {
         .0.join("; ")
     )]
     Incomplete(Vec<String>),
+    /// Somebody else does what only one can do at a time.
+    #[error("{0}")]
+    Busy(&'static str),
     /// The user lacks a permission.
     #[error(
         "RabbitMQ does not permit this: {0}. What each user needs is in the README, \"Broker permissions\""
@@ -191,7 +205,7 @@ impl BrokerError {
             Self::Conflict { .. } | Self::TooOld(_) => BrokerTrouble::Conflict,
             Self::Missing(_) | Self::Incomplete(_) | Self::Unroutable { .. } => BrokerTrouble::Missing,
             Self::Forbidden(_) | Self::MayNotDeclare(_) => BrokerTrouble::Forbidden,
-            Self::Lost(_) | Self::TooLarge(_) | Self::Unconfirmed(_) => BrokerTrouble::Lost,
+            Self::Lost(_) | Self::TooLarge(_) | Self::Unconfirmed(_) | Self::Busy(_) => BrokerTrouble::Lost,
             Self::StoodStill(_) => BrokerTrouble::StoodStill,
             Self::Cancelled => BrokerTrouble::Cancelled,
         }

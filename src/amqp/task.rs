@@ -19,6 +19,7 @@ use uuid::Uuid;
 use super::BrokerError;
 use super::headers::{Envelope, TraceParent};
 use super::publisher::Publisher;
+use super::replayed::Told;
 use super::session::Session;
 use crate::desk::Fate;
 use crate::domain::decision::Decision;
@@ -178,9 +179,14 @@ impl Session {
     ) -> Done {
         let settle = async {
             self.log(outcome, decision, started.elapsed());
-            let done = self.settle(incoming, outcome, publisher, stop).await;
+            let id = Uuid::now_v7();
+            let done = self.settle(incoming, outcome, id, publisher, stop).await;
             if matches!(done, Done::Settled { .. }) {
                 self.metrics.settled(outcome, started.elapsed());
+                if let Some(replay) = incoming.envelope.replay {
+                    let told = Told::new(replay, outcome, id, &self.settings.delays);
+                    let _ = stop.run_until_cancelled(told.send(publisher, &self.settings)).await;
+                }
             }
             done
         };
@@ -237,11 +243,12 @@ impl Session {
         }
     }
 
-    /// Publishes the successor, if there is one, then acks.
+    /// Publishes the successor, if there is one, then acks. A dead letter gets this id.
     async fn settle(
         &self,
         Incoming { delivery, envelope, .. }: &Incoming,
         outcome: &Outcome,
+        id: Uuid,
         publisher: &Publisher,
         stop: &CancellationToken,
     ) -> Done {
@@ -254,16 +261,17 @@ impl Session {
                 let Some(delay) = settings.delays.get(*level) else {
                     return Done::Failed(BrokerError::Missing(format!("there is no delay queue {level}")));
                 };
-                let id = envelope.detour.unwrap_or_else(Uuid::now_v7);
-                let properties = envelope.for_delay(envelope.attempts + u32::from(obstacle.charged()), id);
+                let detour = envelope.detour.unwrap_or_else(Uuid::now_v7);
+                let attempts = envelope.attempts + u32::from(obstacle.charged());
+                let properties = envelope.for_delay(attempts, detour);
                 let exchange = settings.retry_exchange();
                 let sent =
                     self.publish(publisher, &exchange, &delay.name, &delivery.data, properties, stop).await;
-                fate = Fate::Away { id, due: Instant::now() + delay.duration };
+                fate = Fate::Away { id: detour, due: Instant::now() + delay.duration };
                 sent
             }
             Outcome::Dead(dead) => {
-                let properties = envelope.for_dead_letter(dead, Timestamp::now());
+                let properties = envelope.for_dead_letter(dead, id, Timestamp::now());
                 // A fanout needs no key; the producer's is in a header, where any length fits.
                 let sent =
                     self.publish(publisher, &settings.dead(), "", &delivery.data, properties, stop).await;

@@ -28,6 +28,10 @@ use super::{BrokerError, Delay, Settings};
 /// come in here: through `identify` they would reach every other queue bound to it as well.
 pub const NOW: &str = "now";
 
+/// The key of the retry exchange by which a worker tells whoever replays what became of a message. There is a
+/// queue for it only while somebody replays.
+pub(super) const REPLAYED: &str = "replayed";
+
 /// "No limit" that every version understands: -1 drops on the first requeue on 3.10, and the default
 /// of 4.x drops messages after 20 lost connections, innocents included (rabbitmq.md §0, 2 and 3).
 pub(super) const DELIVERY_LIMIT: i64 = 1_000_000;

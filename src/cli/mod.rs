@@ -12,12 +12,13 @@ mod simulate;
 mod test;
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use futures_util::stream::BoxStream;
 use futures_util::{StreamExt, stream};
+use tokio::io::AsyncReadExt;
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
@@ -56,12 +57,22 @@ enum Command {
     Plan(plan::Args),
     Test(test::Args),
     Publish(publish::Args),
-    /// Look at dead letters, replay or discard them.
     #[command(subcommand)]
     Dlq(dlq::Command),
     Simulate(simulate::Args),
     /// Ask the worker at `http.addr` whether it is alive, for container health checks.
     Healthcheck,
+}
+
+/// The bytes of a file, or of standard input if it is called `-`.
+async fn read(file: &Path) -> Result<Vec<u8>, Failure> {
+    let unreadable = |error| Failure::Input(format!("{} cannot be read: {error}", file.display()));
+    if file.as_os_str() != "-" {
+        return tokio::fs::read(file).await.map_err(unreadable);
+    }
+    let mut bytes = Vec::new();
+    tokio::io::stdin().read_to_end(&mut bytes).await.map_err(unreadable)?;
+    Ok(bytes)
 }
 
 /// Why a command did not do what it was asked for.
@@ -116,6 +127,7 @@ hint: check user, password and vhost in `amqp.url` (AMQP_URL); the vhost `/` is 
             | BrokerError::StoodStill(_)
             | BrokerError::Cancelled
             | BrokerError::TooLarge(_)
+            | BrokerError::Busy(_)
             | BrokerError::Unroutable { .. }
             | BrokerError::Unconfirmed(_) => Self::Unavailable(error.to_string()),
         }
@@ -171,7 +183,10 @@ impl Cli {
             Command::Publish(args) => {
                 publish::publish(args, single(layers()?.read(Need::Broker)?)?.amqp).await
             }
-            Command::Dlq(command) => dlq::dlq(command, single(layers()?.read(Need::Broker)?)?.amqp).await,
+            Command::Dlq(command) => {
+                let destination = single(layers()?.read(Need::Broker)?)?;
+                dlq::dlq(command, destination, || layers()?.read(Need::All)).await
+            }
             Command::Simulate(args) => simulate::simulate(args).await,
             Command::Healthcheck => {
                 let addr = layers()?.read(Need::Broker)?.http_addr;

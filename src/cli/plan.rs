@@ -2,14 +2,13 @@
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anstyle::{AnsiColor, Style};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use tokio::io::AsyncReadExt;
 
-use super::{Failure, UNFIT};
+use super::{Failure, UNFIT, read};
 use crate::close::Client;
 use crate::config::Destination;
 use crate::domain::event::{self, Event};
@@ -45,7 +44,7 @@ pub(super) struct Args {
 }
 
 pub(super) async fn plan(args: Args, config: Destination) -> Result<(), Failure> {
-    let events = read(&args.file).await?;
+    let events = event::split(&read(&args.file).await?);
     let worker = worker(config).await?;
 
     let mut counts: Vec<(&'static str, usize)> = Vec::new();
@@ -84,18 +83,6 @@ pub(super) async fn plan(args: Args, config: Destination) -> Result<(), Failure>
     parts.push(format!("{} to Close, nothing was written", count(calls, "call", "calls")));
     anstream::eprintln!("{}: {}", count(events.len() as u64, "event", "events"), parts.join("; "));
     if args.strict && dead { Err(Failure::Told(UNFIT)) } else { Ok(()) }
-}
-
-/// The bytes of each event.
-async fn read(file: &Path) -> Result<Vec<Vec<u8>>, Failure> {
-    let unreadable = |error| Failure::Input(format!("{} cannot be read: {error}", file.display()));
-    let mut bytes = Vec::new();
-    if file.as_os_str() == "-" {
-        tokio::io::stdin().read_to_end(&mut bytes).await.map_err(unreadable)?;
-    } else {
-        bytes = tokio::fs::read(file).await.map_err(unreadable)?;
-    }
-    Ok(event::split(&bytes))
 }
 
 /// A worker without a broker.

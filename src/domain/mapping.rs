@@ -39,7 +39,7 @@ use resolve::{CONTACT, LEAD};
 
 pub use desired::{Desired, Identity, Key, KeyFields, NoIdentity, Wanted};
 pub use resolve::{BadKey, Misfit, NoField, Unknown};
-pub use rules::{Anonymous, FreeMail, RecordRules, Rule, Rules, Trigger, WriteRule};
+pub use rules::{Anonymous, FreeMail, RecordRules, Rule, Rules, Trigger, Whom, WriteRule};
 
 /// What an unusable id is reported as.
 const COMPANY_ID: &str = "company_id";

@@ -113,7 +113,7 @@ async fn commands_about_one_queue_ask_which() {
     two.bench.output(&["dlq", "discard", "--all", "--yes", "--destination", "emea"]).await;
     for (name, left) in [("emea", 0), ("apac", 1)] {
         let listed = two.bench.output(&["--destination", name, "dlq", "list", "--json"]).await;
-        assert_eq!(serde_json::from_str::<Vec<Value>>(&listed).unwrap().len(), left);
+        assert_eq!(serde_json::from_str::<Value>(&listed).unwrap()["found"], left);
     }
     let checked = two.bench.output(&["check"]).await;
     for line in ["emea: RabbitMQ at", "emea: Close at", "apac: RabbitMQ at", "apac: Close at"] {

@@ -83,7 +83,7 @@ async fn nothing_is_lost_or_doubled_whatever_breaks() {
     drain(&bench, &mut crew).await;
     let dead = bench.depth(".dead").await;
     if dead > 0 {
-        bench.output(&["dlq", "replay", "--all"]).await;
+        bench.output(&["dlq", "replay", "--all", "--no-wait"]).await;
         drain(&bench, &mut crew).await;
     }
     let left = bench.depth(".dead").await;

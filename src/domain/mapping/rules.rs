@@ -6,9 +6,10 @@ use jsonpath_rust::parser::model::JpQuery;
 use serde_json::{Map, json};
 
 use crate::domain::event::Event;
-use crate::domain::record::{Channel, Field};
+use crate::domain::record::{Channel, Field, fold_email};
 use crate::domain::schema::FieldRef;
 use crate::domain::source::{self, Picked, Source};
+use crate::domain::values;
 
 /// When a wanted value may be written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
@@ -125,6 +126,35 @@ pub struct RecordRules {
     pub id: Source,
     /// The custom field that stores when the last event was that was applied to the record.
     pub stamp: Option<FieldRef>,
+}
+
+/// Whom an event is about, whether or not Close is asked for it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Whom {
+    /// The person's id.
+    pub user_id: Option<String>,
+    /// The company's id.
+    pub company_id: Option<String>,
+    /// The person's email, folded for comparison.
+    pub email: Option<String>,
+}
+
+impl Rules {
+    /// Whom the event in `body` is about; `None` if it is none.
+    pub fn whom(&self, body: &[u8]) -> Option<Whom> {
+        let event = Event::decode(body, usize::MAX).ok()?;
+        let found = |picked| match picked {
+            Picked::Values(found) => Some(found),
+            Picked::Nothing | Picked::Object => None,
+        };
+        let id = |source: &Source| found(source.pick(&event)).and_then(|found| values::id(&found).ok());
+        let email = self.channels.get(&Channel::Email).and_then(|rule| found(rule.pick(&event).0));
+        Some(Whom {
+            user_id: id(&self.contact.id),
+            company_id: id(&self.lead.id),
+            email: email.and_then(|found| values::email(&found).ok()).map(|email| fold_email(&email)),
+        })
+    }
 }
 
 /// What the configuration says.

@@ -119,7 +119,7 @@ impl<'a> Play<'a> {
                 let _ = writeln!(self.trouble, "{dead} dead letters, and no fault deserved one");
             }
             self.hire().await;
-            self.bench.output(&["dlq", "replay", "--all"]).await;
+            self.bench.output(&["dlq", "replay", "--all", "--no-wait"]).await;
             self.come_to_rest().await;
         }
         let dead = self.bench.depth(".dead").await;
@@ -191,7 +191,12 @@ impl<'a> Play<'a> {
         let proxy = Proxy::start(&self.bench.amqp_url).await;
         let mut environment: BTreeMap<_, _> = self.bench.environment().into_iter().collect();
         environment.insert("AMQP_URL".to_owned(), proxy.url.clone());
-        self.workers.push(Running { worker: Worker::start(&environment), proxy, alive: true, read: 0 });
+        self.workers.push(Running {
+            worker: Worker::start(&environment, &["run"]),
+            proxy,
+            alive: true,
+            read: 0,
+        });
     }
 
     /// Waits until the worker that came last is ready.

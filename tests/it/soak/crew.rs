@@ -48,7 +48,7 @@ impl Crew {
         let proxy = Proxy::start(&self.amqp_url).await;
         // Short, so that silence is noticed in a test's time.
         self.environment.insert("AMQP_URL".to_owned(), format!("{}?heartbeat=3", proxy.url));
-        self.members.push(Member { worker: Worker::start(&self.environment), proxy, read: 0 });
+        self.members.push(Member { worker: Worker::start(&self.environment, &["run"]), proxy, read: 0 });
     }
 
     /// The one that works, as far as can be told.

@@ -118,7 +118,12 @@ impl Bench {
 
     /// Starts a worker.
     pub(crate) fn starting_worker(&self) -> Worker {
-        Worker::start(&self.environment)
+        Worker::start(&self.environment, &["run"])
+    }
+
+    /// Starts another command, to be signalled.
+    pub(crate) fn starting(&self, arguments: &[&str]) -> Worker {
+        Worker::start(&self.environment, arguments)
     }
 
     /// Runs another command of the program to its end.

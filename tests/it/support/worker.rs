@@ -38,8 +38,8 @@ pub(crate) async fn run(environment: &BTreeMap<String, String>, arguments: &[&st
 }
 
 impl Worker {
-    pub(crate) fn start(environment: &BTreeMap<String, String>) -> Self {
-        let mut child = command(environment, &["run"]).stderr(Stdio::piped()).spawn().unwrap();
+    pub(crate) fn start(environment: &BTreeMap<String, String>, arguments: &[&str]) -> Self {
+        let mut child = command(environment, arguments).stderr(Stdio::piped()).spawn().unwrap();
         let pid = child.id().unwrap();
         let log = Arc::new(Mutex::new(Vec::new()));
         let lines = Arc::clone(&log);

@@ -1,0 +1,131 @@
+//! Putting dead letters back: edited, or from a file.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use jiff::Timestamp;
+use lapin::BasicProperties;
+
+use super::browse::{Fate, Operator, Watch};
+use super::letter::DeadLetter;
+use crate::amqp::publisher::{Publisher, Sent};
+use crate::amqp::{BrokerError, Settings, close, headers};
+
+/// The body of a producer is kept in a header: all of them have to fit into one frame of 128 KiB.
+pub const LARGEST_ORIGINAL: usize = 64 << 10;
+
+/// Puts another body in place of a dead letter's, keeping what its producer sent in a header. `false` if it is not
+/// there any more, or has another body than `seen`.
+///
+/// # Errors
+/// When the broker is gone, or does not take the message: then it stays as it was.
+pub async fn edit(
+    settings: &Settings,
+    seen: &DeadLetter,
+    body: &[u8],
+    watch: &mut Watch<'_>,
+) -> Result<bool, BrokerError> {
+    let operator = Operator::connect(settings, "close-sync dlq").await?;
+    let publishing = settings.connect("close-sync dlq publish").await?;
+    let publisher = Publisher::new(&publishing).await?;
+    let mut found = false;
+    let decide = |letter: &DeadLetter| {
+        let meant = !found && letter.id == seen.id && letter.body == seen.body;
+        found |= meant;
+        if meant { Fate::Hold } else { Fate::Back }
+    };
+    let mut hand = operator.sift(decide, watch).await?.hand;
+    let mut done = Ok(());
+    if let Some(held) = hand.next() {
+        let properties = headers::for_edited(&held.letter.restored(), &held.letter.body, Timestamp::now());
+        done = match publisher.publish(&settings.dead(), "", body, properties).await {
+            Ok(()) => held.remove().await,
+            Err(error) => {
+                hand.put_back(held);
+                Err(error)
+            }
+        };
+    }
+    hand.give_back().await?;
+    operator.leave().await;
+    close(&publishing).await;
+    done.map(|()| found)
+}
+
+/// What came of a file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Restored {
+    /// Put into the queue.
+    pub added: usize,
+    /// Put in place of one with the same id and another content.
+    pub replaced: usize,
+    /// In the queue already.
+    pub present: usize,
+}
+
+/// Publishes under way at once: enough to keep a broker busy (rabbitmq.md §2.4).
+const WINDOW: usize = 100;
+
+/// Puts dead letters into the queue. One that is there already stays; one with the same id and another content is
+/// replaced. So the same file can be restored twice, and a restoring that was cut short goes on.
+///
+/// # Errors
+/// When the broker is gone, or does not take a message: what was restored stays.
+pub async fn restore(
+    settings: &Settings,
+    letters: impl Iterator<Item = DeadLetter>,
+    watch: &mut Watch<'_>,
+) -> Result<Restored, BrokerError> {
+    let operator = Operator::connect(settings, "close-sync dlq").await?;
+    let publishing = settings.connect("close-sync dlq publish").await?;
+    let publisher = Publisher::new(&publishing).await?;
+    let mut present: HashMap<String, u64> = HashMap::new();
+    let look = |letter: &DeadLetter| {
+        present.insert(letter.id.clone(), content(letter));
+        Fate::Back
+    };
+    operator.sift(look, watch).await?.hand.give_back().await?;
+
+    let (mut restored, mut replaced) = (Restored::default(), HashSet::new());
+    let mut under_way: VecDeque<Sent> = VecDeque::with_capacity(WINDOW);
+    for letter in letters {
+        let new = content(&letter);
+        match present.insert(letter.id.clone(), new) {
+            Some(old) if old == new => {
+                restored.present += 1;
+                continue;
+            }
+            Some(old) => {
+                restored.replaced += 1;
+                replaced.insert((letter.id.clone(), old));
+            }
+            None => restored.added += 1,
+        }
+        let properties: BasicProperties = letter.restored();
+        under_way.push_back(publisher.send(&settings.dead(), "", &letter.body, properties).await?);
+        if under_way.len() == WINDOW
+            && let Some(first) = under_way.pop_front()
+        {
+            first.confirmed().await?;
+        }
+    }
+    for sent in under_way {
+        sent.confirmed().await?;
+    }
+    if !replaced.is_empty() {
+        let old = |letter: &DeadLetter| {
+            if replaced.contains(&(letter.id.clone(), content(letter))) { Fate::Remove } else { Fate::Back }
+        };
+        operator.sift(old, watch).await?.hand.give_back().await?;
+    }
+    operator.leave().await;
+    close(&publishing).await;
+    Ok(restored)
+}
+
+/// Equal for dead letters that would be restored alike.
+fn content(letter: &DeadLetter) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    letter.to_line().hash(&mut hasher);
+    hasher.finish()
+}

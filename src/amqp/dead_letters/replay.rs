@@ -1,0 +1,412 @@
+//! Replaying: dead letters through the work queue again, with proof.
+//!
+//! **One first.** The oldest dead letter meant is sent by itself, and the worker tells what became of it
+//! ([`crate::amqp::replayed`]). Only if it did not fail again, the others follow, a few under way at a time: live
+//! messages that come meanwhile stand behind a few, not behind thousands. Close's budget goes to live messages first
+//! anyway ([`crate::close::Priority`]). As soon as one fails in a way that is known already, it stops: whatever was
+//! to be mended is not.
+//!
+//! **In portions.** So many dead letters are in hand at a time that each is sent long before RabbitMQ would take
+//! them away (`consumer_timeout`, 30 minutes); the others are in the queue for everybody to see. What is in hand when
+//! the process is killed goes back, what was sent is in the work queue: replaying again goes on from there. A lost
+//! connection is made anew.
+//!
+//! **One replay at a time**: whoever comes second waits. What fails again meanwhile is a new dead letter, known by
+//! the replay it came from, and is left for the next replay. Older values do not overwrite newer ones: that is the
+//! worker's stale guard.
+
+use std::collections::{BTreeMap, HashSet};
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use lapin::options::{BasicConsumeOptions, QueueBindOptions};
+use lapin::types::FieldTable;
+use lapin::{Connection, Consumer};
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use super::browse::{Fate, Hand, Held, Operator, Step, claim};
+use super::select::Filter;
+use crate::amqp::publisher::Publisher;
+use crate::amqp::replayed::{Again, Told};
+use crate::amqp::topology::{NOW, REPLAYED};
+use crate::amqp::{BrokerError, Settings, close, headers, topology};
+use crate::retry::Pauses;
+
+/// What is to be replayed, and how.
+#[derive(Clone, Debug)]
+pub struct Order {
+    /// Which dead letters.
+    pub filter: Filter,
+    /// At most this many, oldest first.
+    pub limit: usize,
+    /// So many are under way at most.
+    pub at_once: usize,
+    /// Whether to go on when they fail again.
+    pub keep_going: bool,
+    /// How long to wait for news of those under way. `None`: send all at once, and wait for nothing.
+    pub patience: Option<Duration>,
+}
+
+/// How far a replay has come.
+#[derive(Clone, Debug, Default)]
+pub struct Progress {
+    /// What it is doing.
+    pub stage: Stage,
+    /// Dead letters that are meant.
+    pub matched: usize,
+    /// Those sent.
+    pub sent: usize,
+    /// Those under way.
+    pub under_way: usize,
+    /// Those with an end, by what became of them.
+    pub outcomes: BTreeMap<String, usize>,
+    /// Times one failed for now and waits in a delay queue.
+    pub delayed: usize,
+    /// The last of those that failed again.
+    pub again: Option<Again>,
+    /// Messages waiting in the work queue, if the broker tells us.
+    pub ahead: Option<u32>,
+}
+
+/// What a replay is doing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Stage {
+    /// Somebody else replays.
+    #[default]
+    Waiting,
+    /// Looking for the dead letters that are meant.
+    Looking,
+    /// One was sent; the rest waits for it.
+    Canary,
+    /// Sending.
+    Going,
+    /// All that was to be sent is; the last are under way.
+    Finishing,
+    /// The broker is gone, for now.
+    Reconnecting,
+    /// It has ended.
+    Over(End),
+}
+
+/// How a replay ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// Everything meant was sent.
+    Done,
+    /// The first one failed again: nothing else was sent.
+    CanaryFailed,
+    /// One failed in a way that is known already.
+    FailedAlike,
+    /// No news for too long.
+    Silent,
+    /// It was asked to.
+    Stopped,
+}
+
+impl Progress {
+    /// Those that failed again.
+    pub fn failed_again(&self) -> usize {
+        self.outcomes.get("dead").copied().unwrap_or(0)
+    }
+
+    /// Those with an end.
+    pub fn ended(&self) -> usize {
+        self.outcomes.values().sum()
+    }
+}
+
+/// Dead letters in hand at a time, at most.
+const PORTION: usize = 500;
+/// Their bytes.
+const PORTION_BYTES: usize = 32 << 20;
+/// How long those under way are waited for after the end.
+const LAST_NEWS: Duration = Duration::from_secs(30);
+/// How often the work queue is looked at while nothing is heard.
+const LOOKS_APART: Duration = Duration::from_secs(2);
+/// How long the broker may be gone.
+const RECONNECTING: Duration = Duration::from_mins(5);
+
+/// Replays, and tells how far it has come until `stop`.
+///
+/// # Errors
+/// When the broker is gone for five minutes, or does not take the messages: what was not confirmed is still, or again,
+/// in the dead-letter queue.
+pub async fn replay(
+    settings: &Settings,
+    order: Order,
+    progress: watch::Sender<Progress>,
+    stop: &CancellationToken,
+) -> Result<Progress, BrokerError> {
+    let mut replay = Replay {
+        settings,
+        order,
+        progress,
+        sent: HashSet::new(),
+        under_way: HashSet::new(),
+        known: HashSet::new(),
+        proven: false,
+        deadline: Instant::now(),
+    };
+    let (mut pauses, mut lost) = (Pauses::reconnect(), None);
+    loop {
+        let before = replay.sent.len();
+        match replay.session(stop).await {
+            Ok(end) => {
+                replay.tell(|progress| progress.stage = Stage::Over(end));
+                return Ok(replay.progress.borrow().clone());
+            }
+            Err(error) => {
+                if replay.sent.len() > before {
+                    (pauses, lost) = (Pauses::reconnect(), None);
+                }
+                let since = *lost.get_or_insert_with(Instant::now);
+                let gone = matches!(error, BrokerError::Lost(_) | BrokerError::Unreachable(_));
+                if !gone || replay.sent.is_empty() || since.elapsed() > RECONNECTING {
+                    return Err(error);
+                }
+                replay.tell(|progress| progress.stage = Stage::Reconnecting);
+                let pause = pauses.next_pause().unwrap_or_default();
+                stop.run_until_cancelled(tokio::time::sleep(pause)).await;
+            }
+        }
+    }
+}
+
+struct Replay<'a> {
+    settings: &'a Settings,
+    order: Order,
+    progress: watch::Sender<Progress>,
+    /// All replays of this run.
+    sent: HashSet<Uuid>,
+    /// Those nothing final was heard of.
+    under_way: HashSet<Uuid>,
+    /// Fingerprints of what was sent, and of what failed again.
+    known: HashSet<String>,
+    /// One has got through.
+    proven: bool,
+    /// News are awaited until then.
+    deadline: Instant,
+}
+
+impl Replay<'_> {
+    fn tell(&self, change: impl FnOnce(&mut Progress)) {
+        self.progress.send_modify(|progress| {
+            change(progress);
+            progress.under_way = self.under_way.len();
+            progress.sent = self.sent.len();
+        });
+    }
+
+    /// With one connection, until the end.
+    async fn session(&mut self, stop: &CancellationToken) -> Result<End, BrokerError> {
+        // Of messages sent over a lost connection nothing may be heard any more.
+        self.under_way.clear();
+        let operator = Operator::connect(self.settings, "close-sync replay").await?;
+        // Of its own: an alarm of the broker must not hold up giving back what is in hand.
+        let publishing = self.settings.connect("close-sync replay publish").await?;
+        let publisher = Publisher::new(&publishing).await?;
+        let mut line = Line { connection: &operator.connection, publisher, news: None };
+        let open = async {
+            if self.order.patience.is_some() {
+                line.news = Some(self.mailbox(&operator.connection).await?);
+            }
+            Ok::<_, BrokerError>(line)
+        };
+        let Some(line) = stop.run_until_cancelled(open).await else { return Ok(End::Stopped) };
+        let end = self.portions(&operator, &mut line?, stop).await;
+        operator.leave().await;
+        // Closing a blocked connection waits for the end of the alarm.
+        let _ = tokio::time::timeout(Duration::from_secs(5), close(&publishing)).await;
+        end
+    }
+
+    /// Where the worker tells what becomes of the messages. Whoever has it replays.
+    async fn mailbox(&self, connection: &Connection) -> Result<Consumer, BrokerError> {
+        const TURN: Duration = Duration::from_hours(24);
+        let name = self.settings.replay();
+        let busy = "another replay has been going on for a day";
+        let channel = claim(connection, &name, TURN, busy, &mut || {
+            self.tell(|progress| progress.stage = Stage::Waiting);
+        })
+        .await?;
+        let (exchange, none) = (self.settings.retry_exchange(), FieldTable::default());
+        let queue = name.as_str();
+        channel
+            .queue_bind(
+                queue.into(),
+                exchange.as_str().into(),
+                REPLAYED.into(),
+                QueueBindOptions::default(),
+                none,
+            )
+            .await?;
+        let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
+        Ok(channel.basic_consume(queue.into(), "".into(), options, FieldTable::default()).await?)
+    }
+
+    async fn portions(
+        &mut self,
+        operator: &Operator<'_>,
+        line: &mut Line<'_>,
+        stop: &CancellationToken,
+    ) -> Result<End, BrokerError> {
+        let end = loop {
+            let mut hand = self.take(operator).await?;
+            let ended = self.portion(&mut hand, line, stop).await;
+            // Also after an error: what is in hand has its place in the queue.
+            let given_back = hand.give_back().await;
+            let ended = ended?;
+            given_back?;
+            if let Some(end) = ended {
+                break end;
+            }
+        };
+        self.tell(|progress| progress.stage = Stage::Finishing);
+        let (mut end, mut until) = (end, Instant::now() + LAST_NEWS);
+        while !self.under_way.is_empty() {
+            let until_then = if end == End::Done { self.deadline } else { self.deadline.min(until) };
+            match self.hear(line, until_then, stop).await? {
+                // What fails last is as bad as what fails first.
+                Some(heard) if end == End::Done => (end, until) = (heard, Instant::now() + LAST_NEWS),
+                Some(End::Silent | End::Stopped) => break,
+                Some(End::Done | End::CanaryFailed | End::FailedAlike) | None => {}
+            }
+        }
+        Ok(end)
+    }
+
+    /// Takes a portion in hand; before one has got through, one.
+    async fn take(&mut self, operator: &Operator<'_>) -> Result<Hand, BrokerError> {
+        self.tell(|progress| progress.stage = Stage::Looking);
+        let left = self.order.limit.saturating_sub(self.sent.len());
+        let portion = match (self.proven, self.order.patience) {
+            (false, Some(_)) => left.min(1),
+            (true, _) | (_, None) => left.min(PORTION),
+        };
+        let (mut matched, mut held, mut bytes) = (0_usize, 0, 0);
+        let decide = |letter: &super::letter::DeadLetter| {
+            let ours = letter.replay().is_some_and(|replay| self.sent.contains(&replay));
+            if ours || !self.order.filter.matches(letter) {
+                return Fate::Back;
+            }
+            matched += 1;
+            if held == portion || (held > 0 && bytes + letter.size() > PORTION_BYTES) {
+                return Fate::Back;
+            }
+            held += 1;
+            bytes += letter.size();
+            Fate::Hold
+        };
+        let mut watch = |step| {
+            if step == Step::Waiting {
+                self.tell(|progress| progress.stage = Stage::Waiting);
+            }
+        };
+        let sifted = operator.sift(decide, &mut watch).await?;
+        let known = self.sent.len() + matched.min(left);
+        self.tell(|progress| progress.matched = known);
+        Ok(sifted.hand)
+    }
+
+    /// Sends what is in hand. `Some` when that was the last.
+    async fn portion(
+        &mut self,
+        hand: &mut Hand,
+        line: &mut Line<'_>,
+        stop: &CancellationToken,
+    ) -> Result<Option<End>, BrokerError> {
+        let mut empty = true;
+        while let Some(held) = hand.next() {
+            empty = false;
+            if stop.is_cancelled() {
+                hand.put_back(held);
+                return Ok(Some(End::Stopped));
+            }
+            let waits = line.news.is_some();
+            let canary = waits && !self.proven;
+            self.tell(|progress| progress.stage = if canary { Stage::Canary } else { Stage::Going });
+            let fits = if canary { 1 } else { self.order.at_once };
+            self.send(hand, held, line).await?;
+            while waits && self.under_way.len() >= fits {
+                if let Some(end) = self.hear(line, self.deadline, stop).await? {
+                    return Ok(Some(end));
+                }
+            }
+            self.proven = true;
+        }
+        Ok(empty.then_some(End::Done))
+    }
+
+    /// Sends one. What is not confirmed goes back.
+    async fn send(&mut self, hand: &mut Hand, held: Held, line: &Line<'_>) -> Result<(), BrokerError> {
+        let replay = Uuid::now_v7();
+        let exchange = self.settings.retry_exchange();
+        let properties = headers::for_replay(&held.letter.properties, replay);
+        if let Err(error) = line.publisher.publish(&exchange, NOW, &held.letter.body, properties).await {
+            hand.put_back(held);
+            return Err(error);
+        }
+        self.known.insert(held.letter.fingerprint.clone());
+        self.sent.insert(replay);
+        if let Some(patience) = self.order.patience {
+            self.under_way.insert(replay);
+            self.deadline = self.deadline.max(Instant::now() + patience);
+        }
+        self.tell(|_| {});
+        held.remove().await
+    }
+
+    /// Waits for news. `Some` when nothing more is to be sent for it.
+    async fn hear(
+        &mut self,
+        line: &mut Line<'_>,
+        until: Instant,
+        stop: &CancellationToken,
+    ) -> Result<Option<End>, BrokerError> {
+        let Some(news) = &mut line.news else { return Ok(None) };
+        let delivery = tokio::select! {
+            biased;
+            () = stop.cancelled() => return Ok(Some(End::Stopped)),
+            delivery = news.next() => delivery.ok_or(BrokerError::Cancelled)??,
+            () = tokio::time::sleep_until(until) => return Ok(Some(End::Silent)),
+            () = tokio::time::sleep(LOOKS_APART) => {
+                // Whoever may not look is not told.
+                let depth = topology::depth(line.connection, &self.settings.queue).await.ok().flatten();
+                self.tell(|progress| progress.ahead = depth.map(|depth| depth.ready));
+                return Ok(None);
+            }
+        };
+        let Ok(told) = serde_json::from_slice::<Told>(&delivery.data) else { return Ok(None) };
+        if !self.under_way.contains(&told.replay) {
+            return Ok(None);
+        }
+        let patience = self.order.patience.unwrap_or_default();
+        let comes_again = Duration::from_secs(told.comes_again_s.unwrap_or(0));
+        self.deadline = self.deadline.max(Instant::now() + patience + comes_again);
+        if told.comes_again_s.is_some() {
+            self.tell(|progress| progress.delayed += 1);
+            return Ok(None);
+        }
+        self.under_way.remove(&told.replay);
+        self.tell(|progress| *progress.outcomes.entry(told.outcome).or_default() += 1);
+        let Some(again) = told.dead_letter else { return Ok(None) };
+        let alike = !self.known.insert(again.fingerprint.clone());
+        self.tell(|progress| progress.again = Some(again));
+        Ok(match (self.order.keep_going, self.proven) {
+            (true, _) => None,
+            (false, false) => Some(End::CanaryFailed),
+            (false, true) => alike.then_some(End::FailedAlike),
+        })
+    }
+}
+
+/// The ways to the broker and back.
+struct Line<'a> {
+    connection: &'a Connection,
+    publisher: Publisher,
+    /// What became of the messages, if that is waited for.
+    news: Option<Consumer>,
+}

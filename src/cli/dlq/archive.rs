@@ -1,0 +1,85 @@
+//! `close-sync dlq export` and `import`.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use super::{Failure, Fate, Meant, bar, follow};
+use crate::amqp::dead_letters::letter::DeadLetter;
+use crate::amqp::dead_letters::mend;
+use crate::cli::read;
+use crate::config::Destination;
+use crate::words::count;
+
+#[derive(clap::Args)]
+pub(in crate::cli) struct Export {
+    #[command(flatten)]
+    meant: Meant,
+    /// Write to this new file, for the owner's eyes only, instead of standard output.
+    #[arg(long, short, value_name = "FILE")]
+    output: Option<PathBuf>,
+}
+
+/// Put dead letters from a file back into the queue.
+///
+/// One that is in the queue already stays as it is; one with the same id and another content takes its place. So an
+/// import can be repeated, and dead letters are edited by the thousand:
+/// `dlq export --reason rejected | jq -c '.body |= (fromjson | .traits.phone = null | tojson)' | dlq import -`
+#[derive(clap::Args)]
+pub(in crate::cli) struct Import {
+    /// A file that `export` wrote, or `-` for standard input.
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+}
+
+pub(super) async fn export(args: &Export, destination: &Destination) -> Result<(), Failure> {
+    let cannot = |error: std::io::Error| {
+        let target = args.output.as_ref().map_or("standard output".into(), |file| file.display().to_string());
+        Failure::Input(format!("{target} cannot be written: {error}"))
+    };
+    let mut file: Box<dyn Write + Send> = match &args.output {
+        Some(path) => Box::new(std::io::BufWriter::new(new_file(path).map_err(cannot)?)),
+        None => Box::new(std::io::BufWriter::new(std::io::stdout())),
+    };
+    let mut written = Ok(());
+    let write = |letter: &DeadLetter| {
+        if written.is_ok() {
+            written = writeln!(file, "{}", letter.to_line());
+        }
+        Fate::Back
+    };
+    let (matched, sifted) = args.meant.each(destination, write).await?;
+    written.and_then(|()| file.flush()).map_err(cannot)?;
+    anstream::eprintln!(
+        "exported {matched} of {}",
+        count(sifted.found as u64, "dead letter", "dead letters")
+    );
+    Ok(())
+}
+
+/// It holds personal data.
+fn new_file(path: &Path) -> std::io::Result<std::fs::File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
+}
+
+pub(super) async fn import(args: &Import, destination: &Destination) -> Result<(), Failure> {
+    let letters = parse(&read(&args.file).await?)?;
+    let bar = bar("{msg}{wide_bar} {pos} of {len}, {eta} left");
+    let restored = mend::restore(&destination.amqp, letters.into_iter(), &mut follow(&bar)).await;
+    bar.finish_and_clear();
+    let mend::Restored { added, replaced, present } = restored?;
+    anstream::println!("imported {added}, replaced {replaced}, {present} were there already");
+    Ok(())
+}
+
+/// All of them, before the first is put back: a file that is broken somewhere does nothing.
+fn parse(bytes: &[u8]) -> Result<Vec<DeadLetter>, Failure> {
+    let lines =
+        (1..).zip(bytes.split(|&byte| byte == b'\n')).filter(|(_, line)| !line.trim_ascii().is_empty());
+    let parse = |(number, line): (usize, &[u8])| {
+        let text = std::str::from_utf8(line).map_err(|error| error.to_string());
+        text.and_then(DeadLetter::from_line)
+            .map_err(|why| Failure::Input(format!("line {number}: {why}; nothing was imported")))
+    };
+    lines.map(parse).collect()
+}

@@ -1,0 +1,226 @@
+//! `close-sync dlq`: what to do about dead letters, from the first look to the last replay.
+
+mod archive;
+mod edit;
+mod list;
+mod replay;
+mod show;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use jiff::{SignedDuration, Timestamp};
+
+use super::{Failure, INPUT, UNFIT};
+use crate::amqp::Settings;
+use crate::amqp::dead_letters::browse::{Fate, Sifted, Step, sift};
+use crate::amqp::dead_letters::letter::DeadLetter;
+use crate::amqp::dead_letters::select::{About, Filter};
+use crate::config::{Config, Destination, Problems};
+use crate::domain::mapping::Rules;
+use crate::outcome::Reason;
+use crate::words::count;
+
+/// Look at dead letters, mend them, replay or discard them.
+///
+/// Begin with `list`: it tells what failed, how often and since when, and what to do about it. `show` one of them: it
+/// tells what would become of it now. `replay` sends one first, waits for what becomes of it, and then the rest.
+///
+/// Looking changes nothing: every dead letter goes back to its place, also when the command is killed. While one
+/// command looks, others wait for it.
+#[derive(clap::Subcommand)]
+pub(super) enum Command {
+    /// List what failed, the most frequent first, with what to do about it.
+    List(list::Args),
+    /// Show one dead letter whole, and what would become of it now. Personal data.
+    Show(show::Args),
+    /// Send dead letters through the work queue again: one first, then the rest.
+    Replay(replay::Args),
+    /// Change the body of a dead letter. What its producer sent is kept with it.
+    Edit(edit::Args),
+    /// Delete dead letters for good.
+    Discard {
+        #[command(flatten)]
+        which: Which,
+        /// Confirm: what is discarded cannot be brought back. Without it, only count.
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Print dead letters with all that is needed to restore them, one per line. They stay in the queue. Personal data.
+    Export(archive::Export),
+    /// Put dead letters from a file back into the queue.
+    Import(archive::Import),
+}
+
+/// Which dead letters: those that all of it holds for.
+#[derive(clap::Args)]
+pub(super) struct Meant {
+    /// Only this reason; may be given several times.
+    #[arg(long, value_name = "REASON", value_parser = Reason::ALL.map(Reason::label))]
+    reason: Vec<String>,
+    /// Only those that failed like this, `rejected:write:phones` or only its beginning; may be given several times.
+    #[arg(long, value_name = "WHAT")]
+    fingerprint: Vec<String>,
+    /// Only this id; may be given several times.
+    #[arg(long, value_name = "ID")]
+    id: Vec<String>,
+    /// Only events about this user id.
+    #[arg(long, value_name = "ID")]
+    user_id: Option<String>,
+    /// Only events about this company id.
+    #[arg(long, value_name = "ID")]
+    company_id: Option<String>,
+    /// Only events with this email.
+    #[arg(long, value_name = "EMAIL")]
+    email: Option<String>,
+    /// Only what failed since then: a time (2026-11-24T09:00:00Z), or so long ago (2h, 3d).
+    #[arg(long, value_name = "WHEN", value_parser = moment)]
+    since: Option<Timestamp>,
+    /// Only what failed until then.
+    #[arg(long, value_name = "WHEN", value_parser = moment)]
+    until: Option<Timestamp>,
+    /// At most this many, oldest first.
+    #[arg(long, value_name = "N")]
+    limit: Option<usize>,
+}
+
+/// Which dead letters, said on purpose.
+#[derive(clap::Args)]
+#[command(group = clap::ArgGroup::new("which").required(true).multiple(true).args([
+    "all", "reason", "fingerprint", "id", "user_id", "company_id", "email", "since", "until",
+]))]
+pub(super) struct Which {
+    #[command(flatten)]
+    meant: Meant,
+    /// All of them.
+    #[arg(long, conflicts_with_all = ["reason", "fingerprint", "id", "user_id", "company_id", "email", "since", "until"])]
+    all: bool,
+}
+
+/// A time, or how long ago.
+fn moment(text: &str) -> Result<Timestamp, String> {
+    if let Ok(time) = text.parse() {
+        return Ok(time);
+    }
+    let ago = || -> Result<Timestamp, jiff::Error> {
+        let span: jiff::Span = text.parse()?;
+        let hours: SignedDuration = span.to_duration(jiff::SpanRelativeTo::days_are_24_hours())?;
+        Timestamp::now().checked_sub(hours)
+    };
+    ago().map_err(|_| "neither a time (2026-11-24T09:00:00Z) nor how long ago (30m, 2h, 3d)".to_owned())
+}
+
+impl Meant {
+    fn filter(&self, rules: &Rules) -> Filter {
+        let Self { fingerprint, id, user_id, company_id, email, since, until, .. } = self;
+        let about = [user_id, company_id, email].iter().any(|named| named.is_some());
+        let about = about.then(|| About {
+            rules: rules.clone(),
+            user_id: user_id.clone(),
+            company_id: company_id.clone(),
+            email: email.clone(),
+        });
+        Filter {
+            reasons: Reason::ALL
+                .into_iter()
+                .filter(|known| self.reason.iter().any(|is| is == known.label()))
+                .collect(),
+            fingerprints: fingerprint.clone(),
+            ids: id.clone(),
+            since: *since,
+            until: *until,
+            about,
+        }
+    }
+
+    fn limit(&self) -> usize {
+        self.limit.unwrap_or(usize::MAX)
+    }
+
+    /// Looks at all, and does to those meant what `then` says.
+    async fn each(
+        &self,
+        Destination { amqp, rules, .. }: &Destination,
+        mut then: impl FnMut(&DeadLetter) -> Fate + Send,
+    ) -> Result<(usize, Sifted), Failure> {
+        let (filter, mut matched) = (self.filter(rules), 0);
+        let sifted = look(amqp, |letter| {
+            if matched == self.limit() || !filter.matches(letter) {
+                return Fate::Back;
+            }
+            matched += 1;
+            then(letter)
+        });
+        let sifted = sifted.await?;
+        Ok((matched, sifted))
+    }
+}
+
+/// Looks at all dead letters, with a progress bar on terminals.
+async fn look(
+    settings: &Settings,
+    decide: impl FnMut(&DeadLetter) -> Fate + Send,
+) -> Result<Sifted, Failure> {
+    let bar = bar("{msg}{wide_bar} {pos} of {len}, {eta} left");
+    let sifted = sift(settings, decide, &mut follow(&bar)).await;
+    bar.finish_and_clear();
+    Ok(sifted?)
+}
+
+fn follow(bar: &ProgressBar) -> impl FnMut(Step) + Send {
+    let mut told = false;
+    move |step| match step {
+        Step::Waiting if told => {}
+        Step::Waiting => {
+            told = true;
+            bar.suspend(|| anstream::eprintln!("another operator is looking at the dead letters; waiting"));
+        }
+        Step::Looked { of } => {
+            bar.set_length(of.into());
+            bar.inc(1);
+        }
+    }
+}
+
+/// Hidden by itself when standard error is no terminal.
+fn bar(template: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template(template);
+    ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+/// Acting on nothing is worth an exit code: a script has most likely misspelt an id.
+fn nothing_if(nothing: bool) -> Result<(), Failure> {
+    if nothing {
+        anstream::eprintln!("no dead letter matches; `close-sync dlq list` names them");
+        return Err(Failure::Told(INPUT));
+    }
+    Ok(())
+}
+
+/// `whole` is the configuration with all that the worker needs, if there is such.
+pub(super) async fn dlq(
+    command: Command,
+    destination: Destination,
+    whole: impl FnOnce() -> Result<Config, Problems>,
+) -> Result<(), Failure> {
+    match command {
+        Command::List(args) => list::list(&args, &destination).await,
+        Command::Show(args) => show::show(&args, &destination, whole).await,
+        Command::Replay(args) => replay::replay(&args, &destination).await,
+        Command::Edit(args) => edit::edit(&args, &destination).await,
+        Command::Discard { which, yes } => discard(&which, yes, &destination).await,
+        Command::Export(args) => archive::export(&args, &destination).await,
+        Command::Import(args) => archive::import(&args, &destination).await,
+    }
+}
+
+async fn discard(which: &Which, yes: bool, destination: &Destination) -> Result<(), Failure> {
+    let fate = if yes { Fate::Remove } else { Fate::Back };
+    let (matched, sifted) = which.meant.each(destination, |_| fate).await?;
+    if yes {
+        anstream::println!("discarded {}, {} remain", sifted.removed, sifted.found - sifted.removed);
+        return nothing_if(matched == 0);
+    }
+    Err(Failure::Input(format!(
+        "this would delete {matched} of {} for good; add --yes to do it, `close-sync dlq export` keeps a copy",
+        count(sifted.found as u64, "dead letter", "dead letters")
+    )))
+}

@@ -1,0 +1,235 @@
+//! `close-sync dlq replay`.
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use indicatif::ProgressBar;
+use serde::Serialize;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::{Failure, Fate, UNFIT, Which, bar, nothing_if};
+use crate::amqp::dead_letters::replay::{End, Order, Progress, Stage, replay as run};
+use crate::config::Destination;
+use crate::words::count;
+
+/// Send dead letters through the work queue again: one first, then the rest.
+///
+/// The oldest one meant is sent by itself. When the worker has told that it did not fail again, the others follow, a
+/// few at a time, so that live messages do not stand behind all of them. It stops as soon as one fails in a way that
+/// is known already.
+///
+/// Each is confirmed by the broker before its dead letter is removed. Interrupt it at any time, and run it again to
+/// go on: what was not sent is still there. An interruption may send a message twice, which changes nothing in Close.
+///
+/// Exits with 1 when dead letters failed again, with 69 when no news came from a worker.
+#[derive(clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a switch of the command line")]
+pub(in crate::cli) struct Args {
+    #[command(flatten)]
+    which: Which,
+    /// Only count what would be replayed.
+    #[arg(long)]
+    dry_run: bool,
+    /// At most so many under way at a time: live messages stand behind them.
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..))]
+    at_once: u16,
+    /// Go on when they fail again.
+    #[arg(long)]
+    keep_going: bool,
+    /// How long to wait for news of a worker.
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = time)]
+    wait: Duration,
+    /// Send all at once, without waiting for what becomes of the first or of any.
+    #[arg(long, conflicts_with_all = ["at_once", "keep_going", "wait"])]
+    no_wait: bool,
+    /// Print a JSON object with what became of them.
+    #[arg(long)]
+    json: bool,
+}
+
+fn time(text: &str) -> Result<Duration, String> {
+    let span: Result<jiff::SignedDuration, _> = text.parse();
+    let time = span.ok().and_then(|span| Duration::try_from(span).ok());
+    time.ok_or_else(|| "it is a time like 30s, 10m or 1h".to_owned())
+}
+
+pub(super) async fn replay(args: &Args, destination: &Destination) -> Result<(), Failure> {
+    let meant = &args.which.meant;
+    if args.dry_run {
+        let (matched, sifted) = meant.each(destination, |_| Fate::Back).await?;
+        anstream::println!("would replay {matched} of {}; run without --dry-run to do it", sifted.found);
+        return nothing_if(matched == 0);
+    }
+    let order = Order {
+        filter: meant.filter(&destination.rules),
+        limit: meant.limit(),
+        at_once: args.at_once.into(),
+        keep_going: args.keep_going,
+        patience: (!args.no_wait).then_some(args.wait),
+    };
+    let (told, progress) = watch::channel(Progress::default());
+    let stop = interrupted();
+    let shown = tokio::spawn(show(progress));
+    let ended = run(&destination.amqp, order, told, &stop).await;
+    let _ = shown.await;
+    let progress = ended?;
+    let Stage::Over(end) = &progress.stage else { return nothing_if(true) };
+    if args.json {
+        anstream::println!(
+            "{}",
+            serde_json::to_string_pretty(&Summary::of(&progress, end)).unwrap_or_default()
+        );
+    } else {
+        print(&progress, args.no_wait);
+    }
+    conclude(&progress, end)
+}
+
+/// The first interruption stops sending; a second one ends the process, which loses nothing either.
+fn interrupted() -> CancellationToken {
+    let stop = CancellationToken::new();
+    let asked = stop.clone();
+    tokio::spawn(async move {
+        while tokio::signal::ctrl_c().await.is_ok() {
+            if asked.is_cancelled() {
+                std::process::exit(UNFIT.into());
+            }
+            asked.cancel();
+        }
+    });
+    stop
+}
+
+/// Shows how far it has come: a bar on a terminal, otherwise a line for each stage.
+async fn show(mut progress: watch::Receiver<Progress>) {
+    let bar = bar("{msg} {wide_bar} {pos} of {len}, {per_sec}, {eta} left");
+    let mut before = None;
+    while progress.changed().await.is_ok() {
+        let now = progress.borrow_and_update().clone();
+        bar.set_length(now.matched as u64);
+        bar.set_position(now.ended() as u64);
+        bar.set_message(message(&now));
+        if before.as_ref() != Some(&now.stage) {
+            tell(&bar, &now);
+        }
+        before = Some(now.stage);
+    }
+    bar.finish_and_clear();
+}
+
+fn message(Progress { stage, ahead, .. }: &Progress) -> String {
+    let ahead =
+        ahead.filter(|ahead| *ahead > 0).map(|ahead| format!(" ({ahead} before it)")).unwrap_or_default();
+    match stage {
+        Stage::Waiting => "waiting for another operator".to_owned(),
+        Stage::Looking => "looking".to_owned(),
+        Stage::Canary => format!("the first{ahead}"),
+        Stage::Going => "replaying".to_owned(),
+        Stage::Finishing => "waiting for the last".to_owned(),
+        Stage::Reconnecting => "reconnecting".to_owned(),
+        Stage::Over(_) => String::new(),
+    }
+}
+
+/// What is worth a line.
+fn tell(bar: &ProgressBar, progress: &Progress) {
+    let line = match progress.stage {
+        Stage::Waiting => "another operator is at the dead letters; waiting".to_owned(),
+        Stage::Reconnecting => "the connection to RabbitMQ was lost; connecting again".to_owned(),
+        Stage::Canary if !std::io::stderr().is_terminal() => {
+            format!("sent the first of {}, waiting for what becomes of it", progress.matched)
+        }
+        Stage::Canary | Stage::Looking | Stage::Going | Stage::Finishing | Stage::Over(_) => return,
+    };
+    // `Waiting` is where it begins as well.
+    if progress.sent > 0 || progress.matched > 0 || progress.stage != Stage::Waiting {
+        bar.suspend(|| anstream::eprintln!("{line}"));
+    }
+}
+
+#[derive(Serialize)]
+struct Summary<'a> {
+    end: &'static str,
+    matched: usize,
+    replayed: usize,
+    outcomes: &'a std::collections::BTreeMap<String, usize>,
+    under_way: usize,
+    failed_again: usize,
+    last_failure: Option<&'a crate::amqp::replayed::Again>,
+}
+
+impl<'a> Summary<'a> {
+    fn of(progress: &'a Progress, end: &End) -> Self {
+        Self {
+            end: match end {
+                End::Done => "done",
+                End::CanaryFailed => "first_failed",
+                End::FailedAlike => "failed_alike",
+                End::Silent => "silent",
+                End::Stopped => "stopped",
+            },
+            matched: progress.matched,
+            replayed: progress.sent,
+            outcomes: &progress.outcomes,
+            under_way: progress.under_way,
+            failed_again: progress.failed_again(),
+            last_failure: progress.again.as_ref(),
+        }
+    }
+}
+
+fn print(progress: &Progress, no_wait: bool) {
+    let outcomes: Vec<_> =
+        progress.outcomes.iter().map(|(what, number)| format!("{number} {what}")).collect();
+    let mut parts = vec![format!("replayed {}", progress.sent)];
+    parts.extend((!outcomes.is_empty()).then(|| outcomes.join(", ")));
+    parts.extend((progress.under_way > 0 && !no_wait).then(|| format!("{} under way", progress.under_way)));
+    let rest = progress.matched.saturating_sub(progress.sent);
+    parts.extend((rest > 0).then(|| format!("{rest} not sent")));
+    anstream::println!("{}", parts.join("; "));
+}
+
+/// What to do next, and the exit code.
+fn conclude(progress: &Progress, end: &End) -> Result<(), Failure> {
+    if let Some(again) = &progress.again {
+        anstream::eprintln!(
+            "failed again: {}, {}\nhint: `close-sync dlq show {}` tells more",
+            again.fingerprint,
+            again.error,
+            again.id
+        );
+    }
+    match end {
+        End::Done if progress.matched == 0 => nothing_if(true),
+        End::Done if progress.failed_again() > 0 => Err(Failure::Told(UNFIT)),
+        End::Done => Ok(()),
+        End::CanaryFailed => {
+            anstream::eprintln!("the first one failed again, so nothing else was sent");
+            Err(Failure::Told(UNFIT))
+        }
+        End::FailedAlike => {
+            anstream::eprintln!(
+                "stopped, as what went wrong before goes wrong again (--keep-going does not stop)"
+            );
+            Err(Failure::Told(UNFIT))
+        }
+        End::Stopped => {
+            anstream::eprintln!("stopped; the same command goes on");
+            Err(Failure::Told(UNFIT))
+        }
+        End::Silent => {
+            let ahead = progress.ahead.filter(|ahead| *ahead > 0);
+            let line = ahead.map(|ahead| {
+                format!(" {} in the work queue.", count(ahead, "message waits", "messages wait"))
+            });
+            Err(Failure::Unavailable(format!(
+                "no worker told what became of {}: {} sent and will be worked on when their turn comes.{} Does a worker \
+                 run, and is it ready (`/readyz`)? `--wait` waits longer, `--no-wait` not at all",
+                count(progress.under_way as u64, "message", "messages"),
+                if progress.under_way == 1 { "it is" } else { "they are" },
+                line.unwrap_or_default()
+            )))
+        }
+    }
+}

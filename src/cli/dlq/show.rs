@@ -1,0 +1,131 @@
+//! `close-sync dlq show`.
+
+use serde_json::{Map, Value};
+
+use super::list::{plain_table, printable};
+use super::{Failure, Fate, look};
+use crate::amqp::dead_letters::letter::DeadLetter;
+use crate::amqp::dead_letters::select::reason_of;
+use crate::cli::{plan, single};
+use crate::config::{Config, Destination, Problems};
+use crate::outcome::Reason;
+use crate::report::{self, Report};
+
+#[derive(clap::Args)]
+pub(in crate::cli) struct Args {
+    /// The id, as `list` prints it.
+    id: String,
+    /// Do not ask Close what would become of it now.
+    #[arg(long)]
+    no_plan: bool,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) async fn show(
+    args: &Args,
+    destination: &Destination,
+    whole: impl FnOnce() -> Result<Config, Problems>,
+) -> Result<(), Failure> {
+    let letter = find(&args.id, destination).await?;
+    let plan = if args.no_plan { None } else { Some(plan(&letter, whole).await) };
+    if args.json {
+        anstream::println!("{}", serde_json::to_string_pretty(&as_json(&letter, plan)).unwrap_or_default());
+    } else {
+        print(&letter, plan);
+    }
+    Ok(())
+}
+
+/// The first dead letter of this id.
+pub(super) async fn find(id: &str, destination: &Destination) -> Result<DeadLetter, Failure> {
+    let mut found = None;
+    let seek = |letter: &DeadLetter| {
+        if found.is_none() && letter.id == id {
+            found = Some(letter.clone());
+        }
+        Fate::Back
+    };
+    look(&destination.amqp, seek).await?;
+    found.ok_or_else(|| {
+        Failure::Input(format!("there is no dead letter `{id}`; `close-sync dlq list` names them"))
+    })
+}
+
+/// What would become of it now, or why that is not known.
+async fn plan(
+    letter: &DeadLetter,
+    whole: impl FnOnce() -> Result<Config, Problems>,
+) -> Result<Report, String> {
+    let config = whole().map_err(|problems| problems.to_string())?;
+    let told = |failure| match failure {
+        Failure::Input(told) | Failure::Unavailable(told) | Failure::Configuration(told) => told,
+        Failure::Told(_) => String::new(),
+    };
+    let worker = plan::worker(single(config).map_err(told)?).await.map_err(told)?;
+    let rehearsed = report::rehearse(&worker, &letter.body, letter.arrival()).await;
+    rehearsed.map(|(_, report)| report).map_err(|why| why.to_string())
+}
+
+fn as_json(letter: &DeadLetter, plan: Option<Result<Report, String>>) -> Value {
+    let mut whole = serde_json::to_value(letter).unwrap_or_default();
+    let (properties, headers) = letter.carried();
+    whole["properties"] = properties.into();
+    whole["headers"] = headers.into();
+    whole["body"] = body(&letter.body).unwrap_or_else(Into::into);
+    if let Some(original) = letter.original() {
+        whole["original"] = body(&original).unwrap_or_else(Into::into);
+    }
+    match plan {
+        Some(Ok(report)) => whole["plan"] = serde_json::to_value(report).unwrap_or_default(),
+        Some(Err(why)) => whole["no_plan"] = why.into(),
+        None => {}
+    }
+    whole
+}
+
+/// The body as JSON, or else as text.
+fn body(bytes: &[u8]) -> Result<Value, String> {
+    serde_json::from_slice(bytes).map_err(|_| String::from_utf8_lossy(bytes).into_owned())
+}
+
+fn print(letter: &DeadLetter, plan: Option<Result<Report, String>>) {
+    let mut table = plain_table();
+    let whole = serde_json::to_value(letter).unwrap_or_default();
+    for (name, value) in whole.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null()) {
+        table.add_row([name.clone(), text(value)]);
+    }
+    if let Some(reason) = reason_of(&letter.fingerprint) {
+        table.add_row(["what to do", Reason::remedy(reason)]);
+    }
+    let (properties, headers) = letter.carried();
+    let told = |name: &str| name.starts_with("x-close-sync-") || name == "message_id";
+    for (kind, carried) in [("property", properties), ("header", headers)] {
+        let rest: Map<String, Value> = carried.into_iter().filter(|(name, _)| !told(name)).collect();
+        for (name, value) in rest {
+            table.add_row([format!("{kind} {}", printable(&name)), text(&value)]);
+        }
+    }
+    anstream::println!("{table}\n\n{}", pretty(&letter.body));
+    if let Some(original) = letter.original() {
+        anstream::println!("\nbefore it was edited:\n{}", pretty(&original));
+    }
+    match plan {
+        Some(Ok(report)) => {
+            anstream::println!();
+            plan::print("if it were replayed now", &report);
+        }
+        Some(Err(why)) => anstream::println!("\nwhat would become of it now is not known: {why}"),
+        None => {}
+    }
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), printable)
+}
+
+fn pretty(bytes: &[u8]) -> String {
+    let text = body(bytes).map(|body| serde_json::to_string_pretty(&body).unwrap_or_default());
+    printable(&text.unwrap_or_else(|text| text))
+}
