@@ -22,6 +22,7 @@ mod payloads;
 mod permissions;
 mod plan;
 mod publish;
+mod replays;
 mod restarts;
 mod rules;
 mod scenarios;

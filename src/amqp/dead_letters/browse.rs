@@ -1,13 +1,13 @@
 //! Taking dead letters off the queue, deciding on each, and giving back what is to stay.
 //!
-//! They are consumed, not fetched one by one: what a consumer holds goes back to its place when the process is
-//! killed, what `basic.get` holds is scrambled then (rabbitmq.md §5.4). The consumer may take exactly as many as
-//! were there at the start and is cancelled before the first is given back; they return in the order they came.
-//! Each look counts as a delivery, of which the queue allows a million.
+//! **In their places.** They are consumed, and go back when the channel is closed: so they return in the order they
+//! came, however the process ends. `basic.get` would scramble them, and so would giving back more than 32 at a time
+//! with `basic.nack` (rabbitmq.md §5.4; measured on 3.10.8). The consumer may take exactly as many as were there at
+//! the start and is cancelled after them. Each look counts as a delivery, of which the queue allows a million.
 //!
 //! **One at a time.** While one operator has taken everything, another would see an empty queue. So whoever looks
 //! holds an exclusive queue of a known name meanwhile, which RabbitMQ takes away with the connection: a killed
-//! process locks nobody out. A look at 10,000 takes seconds, and the others wait for it.
+//! process locks nobody out. A look at 10,000 takes a second, and the others wait for it.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use lapin::options::{
     BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions,
     QueueDeclareOptions, QueueDeleteOptions,
 };
-use lapin::types::{AMQPValue, FieldTable};
+use lapin::types::{AMQPValue, DeliveryTag, FieldTable};
 use lapin::{Acker, Channel, Connection, ErrorKind};
 use tokio::time::Instant;
 
@@ -51,28 +51,35 @@ pub enum Step {
 pub type Watch<'a> = dyn FnMut(Step) + Send + 'a;
 
 /// An operator's connection to the broker.
-pub struct Operator<'a> {
+pub(super) struct Operator<'a> {
     settings: &'a Settings,
     pub(super) connection: Connection,
 }
 
 /// What came of a look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sifted {
     /// Dead letters looked at.
     pub found: usize,
     /// Those deleted.
     pub removed: usize,
-    /// Those in hand.
-    pub(super) hand: Hand,
+    /// Somebody replays: what they have in hand was not among them.
+    pub replaying: bool,
 }
 
-/// Dead letters in hand, oldest first: nobody else sees them.
+/// All dead letters, while nobody else can look at any.
 pub(super) struct Hand {
-    channel: Channel,
+    sifted: Sifted,
+    /// Those held, oldest first.
     held: VecDeque<Held>,
+    /// Those that go back, in their order.
+    back: Vec<DeliveryTag>,
+    channel: Channel,
+    desk: Option<Channel>,
+    desk_name: String,
 }
 
-/// One of them.
+/// One that is held.
 pub(super) struct Held {
     pub(super) letter: DeadLetter,
     acker: Acker,
@@ -83,19 +90,20 @@ const QUIET: Duration = Duration::from_secs(5);
 /// How long another operator is waited for.
 const TURN: Duration = Duration::from_mins(2);
 
-/// Looks at all dead letters and does with each what `decide` says. Afterwards all that is to stay is back in its
-/// place; what was to be held is as well.
+/// Looks at all dead letters, and does with each what `decide` says.
 ///
 /// # Errors
-/// When the broker is gone: then everything is back, but what was deleted.
+/// When the broker is gone: then everything is in its place, but what was deleted.
 pub async fn sift(
     settings: &Settings,
     decide: impl FnMut(&DeadLetter) -> Fate + Send,
     watch: &mut Watch<'_>,
 ) -> Result<Sifted, BrokerError> {
     let operator = Operator::connect(settings, "close-sync dlq").await?;
-    let mut sifted = operator.sift(decide, watch).await?;
-    sifted.hand.give_back().await?;
+    let replaying = is_claimed(&operator.connection, &settings.replay()).await?;
+    let hand = operator.take(decide, watch).await?;
+    let sifted = Sifted { replaying, ..hand.sifted };
+    hand.close().await;
     operator.leave().await;
     Ok(sifted)
 }
@@ -106,124 +114,118 @@ impl<'a> Operator<'a> {
         Ok(Self { settings, connection: settings.connect(name).await? })
     }
 
-    /// Looks at all dead letters and does with each what `decide` says.
-    pub(super) async fn sift(
+    /// Takes all dead letters, and deletes those of which `decide` says so.
+    pub(super) async fn take(
         &self,
         decide: impl FnMut(&DeadLetter) -> Fate + Send,
         watch: &mut Watch<'_>,
-    ) -> Result<Sifted, BrokerError> {
+    ) -> Result<Hand, BrokerError> {
         let busy = "another operator has been looking at the dead letters for two minutes: try again later";
         let name = self.settings.desk();
         let desk = claim(&self.connection, &name, TURN, busy, &mut || watch(Step::Waiting)).await?;
-        let sifted = self.sift_alone(decide, watch).await;
-        // What was given back is there for the next one.
-        tokio::time::sleep(LAST_ACKS).await;
-        let _ = desk.queue_delete(name.into(), QueueDeleteOptions::default()).await;
-        let _ = desk.close(200, "done".into()).await;
-        sifted
+        let channel = self.connection.create_channel().await?;
+        let mut hand = Hand {
+            sifted: Sifted { found: 0, removed: 0, replaying: false },
+            held: VecDeque::new(),
+            back: Vec::new(),
+            channel,
+            desk: Some(desk),
+            desk_name: name,
+        };
+        match self.fill(&mut hand, decide, watch).await {
+            Ok(()) => Ok(hand),
+            Err(error) => {
+                hand.close().await;
+                Err(error)
+            }
+        }
     }
 
-    async fn sift_alone(
+    async fn fill(
         &self,
+        hand: &mut Hand,
         mut decide: impl FnMut(&DeadLetter) -> Fate + Send,
         watch: &mut Watch<'_>,
-    ) -> Result<Sifted, BrokerError> {
-        let channel = self.connection.create_channel().await?;
-        let ready =
-            topology::depth(&self.connection, &self.settings.dead()).await?.map_or(0, |depth| depth.ready);
-        let (mut fates, mut held) = (Vec::new(), Vec::new());
-        while let Some(left) = usize::try_from(ready).unwrap_or(usize::MAX).checked_sub(fates.len())
+    ) -> Result<(), BrokerError> {
+        let depth = topology::depth(&self.connection, &self.settings.dead()).await?;
+        let ready = depth.map_or(0, |depth| depth.ready);
+        let mut removed = Vec::new();
+        while let Some(left) = usize::try_from(ready).unwrap_or(usize::MAX).checked_sub(hand.sifted.found)
             && left > 0
         {
             // A consumer takes 65,535 at most, and has them until they are settled: the next one goes on from there.
             let credit = u16::try_from(left).unwrap_or(u16::MAX);
             let mut took = 0;
-            channel.basic_qos(credit, BasicQosOptions::default()).await?;
-            let (tag, options) = (format!("look-{}", fates.len()), BasicConsumeOptions::default());
-            let mut deliveries = channel
-                .basic_consume(
-                    self.settings.dead().into(),
-                    tag.as_str().into(),
-                    options,
-                    FieldTable::default(),
-                )
-                .await?;
+            hand.channel.basic_qos(credit, BasicQosOptions::default()).await?;
+            let (tag, options) = (format!("look-{}", hand.sifted.found), BasicConsumeOptions::default());
+            let queue = self.settings.dead();
+            let consume =
+                hand.channel.basic_consume(queue.into(), tag.as_str().into(), options, FieldTable::default());
+            let mut deliveries = consume.await?;
             while took < credit
                 && let Ok(delivery) = tokio::time::timeout(QUIET, deliveries.next()).await
             {
                 let delivery = delivery.ok_or(BrokerError::Cancelled)??;
                 took += 1;
                 let letter = DeadLetter::read(&delivery);
-                let fate = decide(&letter);
-                fates.push((delivery.delivery_tag, fate));
-                if fate == Fate::Hold {
-                    held.push(Held { letter, acker: delivery.acker });
+                match decide(&letter) {
+                    Fate::Back => hand.back.push(delivery.delivery_tag),
+                    Fate::Hold => hand.held.push_back(Held { letter, acker: delivery.acker }),
+                    Fate::Remove => removed.push(delivery.delivery_tag),
                 }
                 watch(Step::Looked { of: ready });
             }
+            hand.sifted.found += usize::from(took);
             // Before anything is given back: it would come again at once.
-            channel.basic_cancel(tag.as_str().into(), BasicCancelOptions::default()).await?;
+            hand.channel.basic_cancel(tag.as_str().into(), BasicCancelOptions::default()).await?;
             if took < credit {
                 break;
             }
         }
-        let removed = settle(&channel, &fates).await?;
-        // The queue's order is that of the last time they were dead-lettered, unless somebody was killed.
-        held.sort_by_key(|held| held.letter.failed_at);
-        Ok(Sifted { found: fates.len(), removed, hand: Hand { channel, held: held.into() } })
+        for tag in &removed {
+            hand.channel.basic_ack(*tag, BasicAckOptions::default()).await?;
+        }
+        hand.sifted.removed = removed.len();
+        hand.held.make_contiguous().sort_by_key(|held| held.letter.failed_at);
+        Ok(())
     }
 
-    /// Closes the connection, once what was given back has arrived.
+    /// Closes the connection.
     pub(super) async fn leave(&self) {
         close(&self.connection).await;
     }
 }
 
-/// Gives back and deletes. Tells how many were deleted.
-async fn settle(channel: &Channel, fates: &[(u64, Fate)]) -> Result<usize, BrokerError> {
-    let back = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
-    if let Some((last, _)) = fates.last()
-        && fates.iter().all(|(_, fate)| *fate == Fate::Back)
-    {
-        channel.basic_nack(*last, BasicNackOptions { multiple: true, ..back }).await?;
-        return Ok(0);
-    }
-    let mut removed = 0;
-    for (tag, fate) in fates {
-        match fate {
-            Fate::Back => channel.basic_nack(*tag, back).await?,
-            Fate::Remove => {
-                channel.basic_ack(*tag, BasicAckOptions::default()).await?;
-                removed += 1;
-            }
-            Fate::Hold => {}
-        }
-    }
-    Ok(removed)
-}
-
 impl Hand {
-    /// Takes the oldest.
+    /// Takes the oldest of those held.
     pub(super) fn next(&mut self) -> Option<Held> {
         self.held.pop_front()
     }
 
-    /// Puts one back among the others.
-    pub(super) fn put_back(&mut self, held: Held) {
-        self.held.push_front(held);
+    /// Gives back all that is not held, and lets others look: what is held, they do not see. Those given back may
+    /// have another order in the queue afterwards.
+    pub(super) async fn let_go(&mut self) -> Result<(), BrokerError> {
+        for tag in std::mem::take(&mut self.back) {
+            let back = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
+            self.channel.basic_nack(tag, back).await?;
+        }
+        self.leave_desk().await;
+        Ok(())
     }
 
-    /// Gives back all that is left.
-    pub(super) async fn give_back(&mut self) -> Result<(), BrokerError> {
-        let any = !self.held.is_empty();
-        while let Some(Held { acker, .. }) = self.held.pop_front() {
-            acker.nack(BasicNackOptions { requeue: true, ..BasicNackOptions::default() }).await?;
-        }
-        if any {
-            tokio::time::sleep(LAST_ACKS).await;
-        }
+    /// Gives back all that is left, and lets others look.
+    pub(super) async fn close(mut self) {
+        tokio::time::sleep(LAST_ACKS).await;
         let _ = self.channel.close(200, "done".into()).await;
-        Ok(())
+        self.leave_desk().await;
+    }
+
+    async fn leave_desk(&mut self) {
+        let Some(desk) = self.desk.take() else { return };
+        // What was given back is there for the next one.
+        tokio::time::sleep(LAST_ACKS).await;
+        let _ = desk.queue_delete(self.desk_name.as_str().into(), QueueDeleteOptions::default()).await;
+        let _ = desk.close(200, "done".into()).await;
     }
 }
 
@@ -264,6 +266,14 @@ pub(super) async fn claim(
             Err(error) => return Err(BrokerError::from_lapin(&error, &format!("queue `{name}`"))),
         }
     }
+}
+
+/// Whether another connection has such a queue.
+async fn is_claimed(connection: &Connection, name: &str) -> Result<bool, BrokerError> {
+    let channel = connection.create_channel().await?;
+    let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+    let looked = channel.queue_declare(name.into(), options, FieldTable::default()).await;
+    Ok(looked.is_err_and(|error| is_locked(&error)))
 }
 
 /// AMQP's reply code 405, resource locked.

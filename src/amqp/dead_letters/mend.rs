@@ -34,19 +34,16 @@ pub async fn edit(
         found |= meant;
         if meant { Fate::Hold } else { Fate::Back }
     };
-    let mut hand = operator.sift(decide, watch).await?.hand;
+    let mut hand = operator.take(decide, watch).await?;
     let mut done = Ok(());
     if let Some(held) = hand.next() {
         let properties = headers::for_edited(&held.letter.restored(), &held.letter.body, Timestamp::now());
         done = match publisher.publish(&settings.dead(), "", body, properties).await {
             Ok(()) => held.remove().await,
-            Err(error) => {
-                hand.put_back(held);
-                Err(error)
-            }
+            Err(error) => Err(error),
         };
     }
-    hand.give_back().await?;
+    hand.close().await;
     operator.leave().await;
     close(&publishing).await;
     done.map(|()| found)
@@ -84,7 +81,7 @@ pub async fn restore(
         present.insert(letter.id.clone(), content(letter));
         Fate::Back
     };
-    operator.sift(look, watch).await?.hand.give_back().await?;
+    operator.take(look, watch).await?.close().await;
 
     let (mut restored, mut replaced) = (Restored::default(), HashSet::new());
     let mut under_way: VecDeque<Sent> = VecDeque::with_capacity(WINDOW);
@@ -116,7 +113,7 @@ pub async fn restore(
         let old = |letter: &DeadLetter| {
             if replaced.contains(&(letter.id.clone(), content(letter))) { Fate::Remove } else { Fate::Back }
         };
-        operator.sift(old, watch).await?.hand.give_back().await?;
+        operator.take(old, watch).await?.close().await;
     }
     operator.leave().await;
     close(&publishing).await;

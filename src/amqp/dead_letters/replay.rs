@@ -6,8 +6,8 @@
 //! anyway ([`crate::close::Priority`]). As soon as one fails in a way that is known already, it stops: whatever was
 //! to be mended is not.
 //!
-//! **In portions.** So many dead letters are in hand at a time that each is sent long before RabbitMQ would take
-//! them away (`consumer_timeout`, 30 minutes); the others are in the queue for everybody to see. What is in hand when
+//! **In portions**, those first that failed first. So many are in hand at a time that each is sent long before RabbitMQ
+//! would take them away (`consumer_timeout`, 30 minutes); the others are in the queue for everybody to see. What is in hand when
 //! the process is killed goes back, what was sent is in the work queue: replaying again goes on from there. A lost
 //! connection is made anew.
 //!
@@ -15,10 +15,11 @@
 //! the replay it came from, and is left for the next replay. Older values do not overwrite newer ones: that is the
 //! worker's stale guard.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::time::Duration;
 
 use futures_util::StreamExt;
+use jiff::Timestamp;
 use lapin::options::{BasicConsumeOptions, QueueBindOptions};
 use lapin::types::FieldTable;
 use lapin::{Connection, Consumer};
@@ -28,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::browse::{Fate, Hand, Held, Operator, Step, claim};
+use super::letter::DeadLetter;
 use super::select::Filter;
 use crate::amqp::publisher::Publisher;
 use crate::amqp::replayed::{Again, Told};
@@ -74,11 +76,11 @@ pub struct Progress {
 /// What a replay is doing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Stage {
-    /// Somebody else replays.
-    #[default]
-    Waiting,
     /// Looking for the dead letters that are meant.
+    #[default]
     Looking,
+    /// Somebody else is at it.
+    Waiting,
     /// One was sent; the rest waits for it.
     Canary,
     /// Sending.
@@ -253,14 +255,16 @@ impl Replay<'_> {
         line: &mut Line<'_>,
         stop: &CancellationToken,
     ) -> Result<End, BrokerError> {
+        let mut times = self.times(operator).await?;
         let end = loop {
-            let mut hand = self.take(operator).await?;
-            let ended = self.portion(&mut hand, line, stop).await;
+            let mut hand = self.take(operator, &mut times).await?;
+            let sent = self.portion(&mut hand, line, stop).await;
             // Also after an error: what is in hand has its place in the queue.
-            let given_back = hand.give_back().await;
-            let ended = ended?;
-            given_back?;
-            if let Some(end) = ended {
+            hand.close().await;
+            if let Some(end) = sent? {
+                break end;
+            }
+            if let Some(end) = self.canary(line, stop).await? {
                 break end;
             }
         };
@@ -278,37 +282,66 @@ impl Replay<'_> {
         Ok(end)
     }
 
-    /// Takes a portion in hand; before one has got through, one.
-    async fn take(&mut self, operator: &Operator<'_>) -> Result<Hand, BrokerError> {
+    /// When those that are meant failed, the oldest first: in that order they are sent, whatever order the queue has.
+    async fn times(&self, operator: &Operator<'_>) -> Result<VecDeque<Option<Timestamp>>, BrokerError> {
         self.tell(|progress| progress.stage = Stage::Looking);
-        let left = self.order.limit.saturating_sub(self.sent.len());
-        let portion = match (self.proven, self.order.patience) {
-            (false, Some(_)) => left.min(1),
-            (true, _) | (_, None) => left.min(PORTION),
+        let mut times = Vec::new();
+        let note = |letter: &DeadLetter| {
+            times.extend(self.is_meant(letter).then_some(letter.failed_at));
+            Fate::Back
         };
-        let (mut matched, mut held, mut bytes) = (0_usize, 0, 0);
-        let decide = |letter: &super::letter::DeadLetter| {
-            let ours = letter.replay().is_some_and(|replay| self.sent.contains(&replay));
-            if ours || !self.order.filter.matches(letter) {
-                return Fate::Back;
-            }
-            matched += 1;
-            if held == portion || (held > 0 && bytes + letter.size() > PORTION_BYTES) {
+        operator.take(note, &mut self.watch()).await?.close().await;
+        times.sort_unstable();
+        times.truncate(self.order.limit.saturating_sub(self.sent.len()));
+        self.tell(|progress| progress.matched = self.sent.len() + times.len());
+        Ok(times.into())
+    }
+
+    /// Takes the next portion in hand, of those that failed at these `times`.
+    async fn take(
+        &self,
+        operator: &Operator<'_>,
+        times: &mut VecDeque<Option<Timestamp>>,
+    ) -> Result<Hand, BrokerError> {
+        let fits = times.len().min(if self.is_canary() { 1 } else { PORTION });
+        let portion: Vec<_> = times.drain(..fits).collect();
+        let (mut held, mut bytes) = (0, 0);
+        let decide = |letter: &DeadLetter| {
+            let next = portion.last().is_some_and(|last| letter.failed_at <= *last);
+            let full = held == portion.len() || (held > 0 && bytes > PORTION_BYTES);
+            if full || !next || !self.is_meant(letter) {
                 return Fate::Back;
             }
             held += 1;
             bytes += letter.size();
             Fate::Hold
         };
-        let mut watch = |step| {
+        let hand = operator.take(decide, &mut self.watch()).await?;
+        // Too large for one portion.
+        for time in portion.into_iter().skip(held).rev() {
+            times.push_front(time);
+        }
+        Ok(hand)
+    }
+
+    /// What failed again during this run is left for the next one.
+    fn is_meant(&self, letter: &DeadLetter) -> bool {
+        let ours = letter.replay().is_some_and(|replay| self.sent.contains(&replay));
+        !ours && self.order.filter.matches(letter)
+    }
+
+    fn watch(&self) -> impl FnMut(Step) + Send {
+        let progress = self.progress.clone();
+        move |step| {
             if step == Step::Waiting {
-                self.tell(|progress| progress.stage = Stage::Waiting);
+                progress.send_modify(|progress| progress.stage = Stage::Waiting);
             }
-        };
-        let sifted = operator.sift(decide, &mut watch).await?;
-        let known = self.sent.len() + matched.min(left);
-        self.tell(|progress| progress.matched = known);
-        Ok(sifted.hand)
+        }
+    }
+
+    /// Whether the next one is the first, which the rest waits for.
+    fn is_canary(&self) -> bool {
+        self.order.patience.is_some() && !self.proven
     }
 
     /// Sends what is in hand. `Some` when that was the last.
@@ -318,37 +351,48 @@ impl Replay<'_> {
         line: &mut Line<'_>,
         stop: &CancellationToken,
     ) -> Result<Option<End>, BrokerError> {
-        let mut empty = true;
-        while let Some(held) = hand.next() {
-            empty = false;
+        let Some(mut held) = hand.next() else { return Ok(Some(End::Done)) };
+        let stage = if self.is_canary() { Stage::Canary } else { Stage::Going };
+        self.tell(|progress| progress.stage = stage);
+        if !self.is_canary() {
+            hand.let_go().await?;
+        }
+        loop {
             if stop.is_cancelled() {
-                hand.put_back(held);
                 return Ok(Some(End::Stopped));
             }
-            let waits = line.news.is_some();
-            let canary = waits && !self.proven;
-            self.tell(|progress| progress.stage = if canary { Stage::Canary } else { Stage::Going });
-            let fits = if canary { 1 } else { self.order.at_once };
-            self.send(hand, held, line).await?;
-            while waits && self.under_way.len() >= fits {
+            self.send(held, line).await?;
+            let Some(next) = hand.next() else { return Ok(None) };
+            held = next;
+            while line.news.is_some() && self.under_way.len() >= self.order.at_once {
                 if let Some(end) = self.hear(line, self.deadline, stop).await? {
                     return Ok(Some(end));
                 }
             }
-            self.proven = true;
         }
-        Ok(empty.then_some(End::Done))
     }
 
-    /// Sends one. What is not confirmed goes back.
-    async fn send(&mut self, hand: &mut Hand, held: Held, line: &Line<'_>) -> Result<(), BrokerError> {
+    /// Waits for what becomes of the first.
+    async fn canary(
+        &mut self,
+        line: &mut Line<'_>,
+        stop: &CancellationToken,
+    ) -> Result<Option<End>, BrokerError> {
+        while self.is_canary() && !self.under_way.is_empty() {
+            if let Some(end) = self.hear(line, self.deadline, stop).await? {
+                return Ok(Some(end));
+            }
+        }
+        self.proven = true;
+        Ok(None)
+    }
+
+    /// Sends one. What is not confirmed goes back with the rest.
+    async fn send(&mut self, held: Held, line: &Line<'_>) -> Result<(), BrokerError> {
         let replay = Uuid::now_v7();
         let exchange = self.settings.retry_exchange();
         let properties = headers::for_replay(&held.letter.properties, replay);
-        if let Err(error) = line.publisher.publish(&exchange, NOW, &held.letter.body, properties).await {
-            hand.put_back(held);
-            return Err(error);
-        }
+        line.publisher.publish(&exchange, NOW, &held.letter.body, properties).await?;
         self.known.insert(held.letter.fingerprint.clone());
         self.sent.insert(replay);
         if let Some(patience) = self.order.patience {

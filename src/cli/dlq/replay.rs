@@ -142,10 +142,7 @@ fn tell(bar: &ProgressBar, progress: &Progress) {
         }
         Stage::Canary | Stage::Looking | Stage::Going | Stage::Finishing | Stage::Over(_) => return,
     };
-    // `Waiting` is where it begins as well.
-    if progress.sent > 0 || progress.matched > 0 || progress.stage != Stage::Waiting {
-        bar.suspend(|| anstream::eprintln!("{line}"));
-    }
+    bar.suspend(|| anstream::eprintln!("{line}"));
 }
 
 #[derive(Serialize)]
