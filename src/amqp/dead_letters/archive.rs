@@ -1,6 +1,6 @@
 //! Dead letters in a file: one JSON object per line, with everything that is needed to put them back as they were.
 //!
-//! A header that is text is a JSON string, a 64-bit number or a truth value is what it is in JSON, and any other type
+//! A header that is text is a JSON string, a 64-bit number, a truth value or nothing is what it is in JSON, and any other type
 //! of AMQP is an object that names it, `{"ShortInt": 5}`. A body that is UTF-8 is text, byte for byte; any other is
 //! in base64. What tells of the dead letter besides stands in front, for whoever reads or filters the file, and does not
 //! count when it is read back. What the broker notes down for itself is left out.
@@ -96,6 +96,7 @@ fn to_json(value: &AMQPValue) -> Value {
         },
         AMQPValue::LongLongInt(number) => (*number).into(),
         AMQPValue::Boolean(flag) => (*flag).into(),
+        AMQPValue::Void => Value::Null,
         other => serde_json::to_value(other).unwrap_or_default(),
     }
 }
