@@ -113,3 +113,73 @@ fn to_amqp(value: Value) -> Result<AMQPValue, serde_json::Error> {
         Value::Array(_) | Value::Object(_) => serde_json::from_value(value),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use lapin::types::{DecimalValue, FieldArray, ShortString};
+    use proptest::collection::{btree_map, vec};
+    use proptest::option;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn value() -> impl Strategy<Value = AMQPValue> {
+        let leaf = prop_oneof![
+            any::<bool>().prop_map(AMQPValue::Boolean),
+            any::<i8>().prop_map(AMQPValue::ShortShortInt),
+            any::<u8>().prop_map(AMQPValue::ShortShortUInt),
+            any::<i16>().prop_map(AMQPValue::ShortInt),
+            any::<u16>().prop_map(AMQPValue::ShortUInt),
+            any::<i32>().prop_map(AMQPValue::LongInt),
+            any::<u32>().prop_map(AMQPValue::LongUInt),
+            any::<i64>().prop_map(AMQPValue::LongLongInt),
+            any::<i16>().prop_map(|number| AMQPValue::Double(f64::from(number) / 8.0)),
+            (0..9_u8, any::<u32>())
+                .prop_map(|(scale, value)| AMQPValue::DecimalValue(DecimalValue { scale, value })),
+            "[a-z]{0,9}".prop_map(|text| AMQPValue::ShortString(ShortString::from(text))),
+            any::<String>().prop_map(|text| AMQPValue::LongString(text.into())),
+            vec(any::<u8>(), 0..9).prop_map(|bytes| AMQPValue::LongString(bytes.into())),
+            any::<u64>().prop_map(AMQPValue::Timestamp),
+            Just(AMQPValue::Void),
+        ];
+        leaf.prop_recursive(2, 8, 3, |inner| {
+            prop_oneof![
+                vec(inner.clone(), 0..3).prop_map(|items| AMQPValue::FieldArray(FieldArray::from(items))),
+                table(inner).prop_map(AMQPValue::FieldTable),
+            ]
+        })
+    }
+
+    fn table(value: impl Strategy<Value = AMQPValue>) -> impl Strategy<Value = FieldTable> {
+        btree_map("[a-z-]{1,6}", value, 0..4).prop_map(|entries| {
+            entries
+                .into_iter()
+                .map(|(name, value)| (name.into(), value))
+                .collect::<std::collections::BTreeMap<ShortString, _>>()
+                .into()
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn a_line_holds_everything(
+            headers in table(value()),
+            id in option::of("[a-z]{1,5}"),
+            priority in option::of(any::<u8>()),
+            timestamp in option::of(any::<u64>()),
+            body in prop_oneof![vec(any::<u8>(), 0..40), any::<String>().prop_map(String::into_bytes)],
+        ) {
+            let mut properties = BasicProperties::default().with_headers(headers);
+            if let Some(id) = id { properties = properties.with_message_id(id.into()); }
+            if let Some(priority) = priority { properties = properties.with_priority(priority); }
+            if let Some(timestamp) = timestamp { properties = properties.with_timestamp(timestamp); }
+            let letter = DeadLetter::of(properties, body);
+            let line = letter.to_line();
+            prop_assert!(!line.contains('\n'));
+            let read = DeadLetter::from_line(&line).unwrap();
+            prop_assert_eq!(&read.body, &letter.body);
+            prop_assert_eq!(read.restored(), letter.restored());
+            prop_assert_eq!(read.to_line(), line);
+        }
+    }
+}

@@ -32,9 +32,7 @@ pub(super) enum Command {
     List(list::Args),
     /// Show one dead letter whole, and what would become of it now. Personal data.
     Show(show::Args),
-    /// Send dead letters through the work queue again: one first, then the rest.
     Replay(replay::Args),
-    /// Change the body of a dead letter. What its producer sent is kept with it.
     Edit(edit::Args),
     /// Delete dead letters for good.
     Discard {
@@ -46,7 +44,6 @@ pub(super) enum Command {
     },
     /// Print dead letters with all that is needed to restore them, one per line. They stay in the queue. Personal data.
     Export(archive::Export),
-    /// Put dead letters from a file back into the queue.
     Import(archive::Import),
 }
 
