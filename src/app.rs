@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use crate::amqp::session::Report;
-use crate::board::Board;
+use crate::board::{Board, Seat};
 use crate::config::{Config, Destination, Problems};
 use crate::http;
 use crate::state::State;
@@ -112,8 +112,11 @@ struct Fleet {
 
 struct Running {
     name: Option<String>,
+    seat: Seat,
     reloads: mpsc::UnboundedSender<Destination>,
     stop: CancellationToken,
+    /// It is wanted again while it stops: with these settings, once it has ended. Two at once would share a seat.
+    then: Option<Destination>,
 }
 
 impl Fleet {
@@ -124,16 +127,21 @@ impl Fleet {
 
     /// Hands settings to the destinations that run, starts those that do not, and stops those that are gone.
     fn take_over(&mut self, destinations: Vec<Destination>) -> Result<(), RunError> {
-        for running in self.running.values() {
-            if destinations.iter().all(|destination| destination.name != running.name) {
+        let is_gone =
+            |name: &Option<String>| destinations.iter().all(|destination| destination.name != *name);
+        for running in self.running.values_mut().filter(|running| is_gone(&running.name)) {
+            running.then = None;
+            if !running.stop.is_cancelled() {
                 tracing::info!(destination = running.name, "is no destination any more: it stops");
                 running.stop.cancel();
             }
         }
-        self.failed.retain(|name, _| destinations.iter().any(|destination| destination.name == *name));
+        for (name, _) in self.failed.extract_if(.., |name, _| is_gone(name)) {
+            self.board.leave(name.as_deref());
+        }
         for destination in destinations {
-            let running = self.running.values().find(|running| running.name == destination.name);
-            match running.filter(|running| !running.stop.is_cancelled()) {
+            match self.running.values_mut().find(|running| running.name == destination.name) {
+                Some(running) if running.stop.is_cancelled() => running.then = Some(destination),
                 // The end of a task that does not listen any more is noticed elsewhere.
                 Some(running) => drop(running.reloads.send(destination)),
                 None => self.start(destination)?,
@@ -151,17 +159,10 @@ impl Fleet {
             .map_or_else(tracing::Span::none, |destination| tracing::info_span!("destination", destination));
         let (reloads, reloaded) = mpsc::unbounded_channel();
         let stop = self.shutdown.child_token();
-        let until = stop.clone();
-        let run = async move {
-            let result = Box::pin(destination::run(destination, reloaded, seat.clone(), &until)).await;
-            seat.metrics.watch(None);
-            if let Err(error) = &result {
-                seat.status.set(State::Failed, Some(error.to_string()));
-            }
-            result
-        };
+        let (its, until) = (seat.clone(), stop.clone());
+        let run = async move { Box::pin(destination::run(destination, reloaded, its, &until)).await };
         let task = self.tasks.spawn(run.instrument(span));
-        self.running.insert(task.id(), Running { name, reloads, stop });
+        self.running.insert(task.id(), Running { name, seat, reloads, stop, then: None });
         Ok(())
     }
 
@@ -171,20 +172,26 @@ impl Fleet {
             Ok((id, result)) => (id, result),
             Err(error) => (error.id(), Err(anyhow::anyhow!("a destination panicked").into())),
         };
-        let Running { name, .. } = self.running.remove(&id)?;
-        match result {
-            Ok(report) => {
-                self.total += report;
-                if self.running.values().all(|running| running.name != name) {
-                    self.board.leave(name.as_deref());
+        let Running { name, seat, stop, then, .. } = self.running.remove(&id)?;
+        seat.metrics.watch(None);
+        if let Ok(report) = &result {
+            self.total += *report;
+        }
+        match (then, result) {
+            (Some(destination), _) if !self.shutdown.is_cancelled() => {
+                if let Err(error) = self.start(destination) {
+                    return Some(Err(error));
                 }
             }
-            Err(error) => {
+            (_, Err(error)) if !stop.is_cancelled() => {
                 if !self.tasks.is_empty() {
                     tracing::error!(destination = name, problem = %error, "cannot work: the other destinations go on");
                 }
+                seat.status.set(State::Failed, Some(error.to_string()));
                 self.failed.insert(name, error);
             }
+            // It was asked to stop, whatever became of it.
+            (_, Ok(_) | Err(_)) => self.board.leave(name.as_deref()),
         }
         if !self.tasks.is_empty() {
             return None;

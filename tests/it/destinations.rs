@@ -1,6 +1,6 @@
 //! Several Close organizations in one process.
 
-use close_sync::simulator::{Settings, Simulator};
+use close_sync::simulator::{Effect, Fault, Settings, Simulator};
 use lapin::BasicProperties;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -57,9 +57,8 @@ async fn each_organization_is_kept_in_step_by_itself() {
     two.bench.publish(&[person("u1", "emea"), person("u2", "apac"), person("u3", "apac")]).await;
     // Every event reaches both queues.
     let metrics = worker.settled(6).await;
-    let created =
-        |name: &str| format!("messages_settled_total{{outcome=\"created\",destination=\"{name}\"}}");
-    assert_eq!((metrics.count(&created("emea")), metrics.count(&created("apac"))), (1, 1));
+    let created = |name: &str| metrics.outcome_of("created", name);
+    assert_eq!((created("emea"), created("apac")), (1, 1));
     assert_eq!((two.emea.contacts().len(), two.apac.contacts().len()), (1, 2));
     let log = worker.log();
     let synced = log.lines().find(|line| line.contains(r#""outcome":"created""#)).unwrap();
@@ -94,6 +93,34 @@ async fn each_organization_is_kept_in_step_by_itself() {
     assert!(worker.metrics().await.names().all(|name| !name.contains("destination=\"apac\"")));
     two.bench.publish(&[person("u5", "latam"), person("u6", "apac")]).await;
     worker.until("synced", async |_| two.apac.contacts().len() == 4).await;
+    worker.terminate().await;
+}
+
+/// One that is taken out of the file and put back while it still finishes what it has in hand.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_organization_that_is_wanted_again_while_it_stops_is_there_once() {
+    let two = Two::new().await;
+    let both = [table("emea", &two.emea, KEY), table("apac", &two.apac, KEY)];
+    two.write(&both);
+    two.emea.fault(Fault::new(Effect::Latency { ms: 3000 }).on("POST", "/lead/"));
+    let worker = two.bench.worker().await;
+    two.bench.publish(&[person("u1", "emea")]).await;
+    worker.until("writing", async |_| two.emea.request_count("POST", "/lead/") == 1).await;
+    two.write(&both[1..]);
+    worker.signal("HUP");
+    worker.until("stopping", async |worker| state(worker, "emea").await == "stopping").await;
+    two.write(&both);
+    for times in 2..5 {
+        worker.signal("HUP");
+        worker.until("read", async |worker| worker.logged("reading the configuration again") == times).await;
+    }
+    worker.until("done", async |worker| worker.metrics().await.outcome_of("created", "emea") == 1).await;
+    worker.until("ready", async |worker| worker.ready().await.0 == 200).await;
+    let checked = two.bench.output(&["check"]).await;
+    assert_eq!(checked.matches("0 messages ready, consumers: 1, dead letters: 0").count(), 2, "{checked}");
+    two.bench.publish(&[person("u2", "emea")]).await;
+    worker.until("done", async |worker| worker.metrics().await.outcome_of("added", "emea") == 1).await;
+    assert_eq!(two.emea.contacts().len(), 2);
     worker.terminate().await;
 }
 
@@ -140,7 +167,15 @@ async fn an_organization_that_cannot_work_does_not_stop_the_others() {
         status == 503 && told["destinations"]["emea"]["detail"].to_string().contains("API key"),
         "{told}"
     );
-    // Mended while the other runs.
+    // Given up while the other runs: it is no reason to be unready any more.
+    two.write(&[table("apac", &two.apac, KEY)]);
+    worker.signal("HUP");
+    worker.until("ready", async |worker| worker.ready().await.0 == 200).await;
+    assert!(worker.metrics().await.names().all(|name| !name.contains("destination=\"emea\"")));
+    // Wanted again, first with the mistake, then without.
+    two.write(&[table("emea", &two.emea, "api_wrong.key"), table("apac", &two.apac, KEY)]);
+    worker.signal("HUP");
+    worker.until("failed", async |worker| state(worker, "emea").await == "failed").await;
     two.write(&[table("emea", &two.emea, KEY), table("apac", &two.apac, KEY)]);
     worker.signal("HUP");
     worker.until("ready", async |worker| worker.ready().await.0 == 200).await;

@@ -389,6 +389,11 @@ impl Metrics {
         self.count(&format!("messages_settled_total{{outcome=\"{outcome}\"}}"))
     }
 
+    /// The same of one of several destinations.
+    pub(crate) fn outcome_of(&self, outcome: &str, destination: &str) -> u32 {
+        self.count(&format!("messages_settled_total{{outcome=\"{outcome}\",destination=\"{destination}\"}}"))
+    }
+
     /// Everything settled for good or waiting in a delay queue; what was handed back is not.
     pub(crate) fn settled(&self) -> f64 {
         let all = self.0.iter().filter(|(name, _)| name.starts_with("close_sync_messages_settled_total"));
