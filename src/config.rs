@@ -36,7 +36,7 @@ use crate::retry::{self, Policy};
 use crate::worker;
 
 pub use layers::{DEFAULTS, Layers, Problems, environment};
-use layers::{NO_TOML, Problem, SECRETS, leaf};
+use layers::{NO_TOML, Problem, SECRETS, leaf, within};
 
 /// The validated settings.
 #[derive(Clone, Debug)]
@@ -150,7 +150,7 @@ impl<'a> Reader<'a> {
     /// A destination, or `None` if anything is wrong. Every key is looked at either way.
     fn destination(mut self, name: Option<&str>, need: Need) -> Option<Destination> {
         let amqp = self.amqp();
-        let close = self.close(need);
+        let close = self.close(name, need);
         let worker = self.worker();
         let rules = self.mapping();
         // Two calls of the schema's group each time; Close counts them.
@@ -245,22 +245,25 @@ impl<'a> Reader<'a> {
         u16::try_from(prefetch).ok()
     }
 
-    fn close(&mut self, need: Need) -> Option<close::Settings> {
+    fn close(&mut self, name: Option<&str>, need: Need) -> Option<close::Settings> {
+        const KEY: &str = "close.api_key";
         let url = self.parsed("close.api_url", "a URL like `https://api.close.com/api/v1/`", |text| {
             let whole = if text.ends_with('/') { text.to_owned() } else { format!("{text}/") };
             let url = Url::parse(&whole).ok()?;
             (matches!(url.scheme(), "http" | "https") && url.has_host()).then_some(url)
         });
-        let api_key = self.text("close.api_key");
-        let told = self
-            .problems
-            .iter()
-            .any(|problem| problem.key.ends_with("close.api_key") || problem.message.starts_with(NO_TOML));
+        let api_key = self.text(KEY);
+        // Of the others' keys it does not tell.
+        let keys = [Some(KEY.to_owned()), name.map(|name| within(name, KEY))];
+        let told = |problem: &Problem| {
+            keys.iter().flatten().any(|key| problem.key == *key) || problem.message.starts_with(NO_TOML)
+        };
+        let told = self.problems.iter().any(told);
         if api_key.is_empty() && need == Need::All && !told {
-            self.problem("close.api_key", "is not set: make a key in Close (Settings > API Keys)");
+            self.problem(KEY, "is not set: make a key in Close (Settings > API Keys)");
         }
         if api_key.contains(|c: char| c.is_whitespace() || c == ':') {
-            self.problem("close.api_key", "contains a blank, a line break or a colon, which no key has");
+            self.problem(KEY, "contains a blank, a line break or a colon, which no key has");
         }
         let timeout = self.duration("close.timeout", Duration::from_millis(1));
         let share = self.number("close.rate_limit_share", 1, 100);
@@ -509,6 +512,24 @@ mod tests {
         insta::assert_snapshot!(problems(file, &[("DESTINATIONS_A_WORKER_MERGE", "perhaps")]));
         let file = "[close]\napi_key = 'api_shared'\n[destinations.a]\n[destinations.b]\namqp.queue = 'close-sync-a.dead'";
         insta::assert_snapshot!(problems(file, &[]));
+    }
+
+    #[test]
+    fn every_destination_without_a_key_is_told_of_once() {
+        let file = "[destinations.a]\n[destinations.b]\nclose.api_key = 1\n[destinations.c]";
+        let told = problems(file, &[]);
+        let lines: Vec<_> = told.lines().skip(1).map(|line| line.split(' ').nth(2).unwrap()).collect();
+        assert_eq!(lines, ["a", "b", "c"].map(|name| format!("destinations.{name}.close.api_key")), "{told}");
+        // Who needs the broker only needs none.
+        let layers = Layers::new("[destinations.a]\n[destinations.b]", "", &HashMap::new());
+        assert_eq!(layers.read(Need::Broker).unwrap().destinations.len(), 2);
+    }
+
+    #[test]
+    fn destinations_in_one_variable_are_not_repeated() {
+        let told = problems("", &[("DESTINATIONS", "{ emea = { close.api_key = 'api_secret' }")]);
+        assert!(told.contains("destinations (DESTINATIONS): the value is not a table"), "{told}");
+        assert!(!told.contains("secret"), "{told}");
     }
 
     #[test]

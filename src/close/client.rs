@@ -45,9 +45,10 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Whether both have the same key, and so the same organization.
+    /// Whether both have the same key, and so the same organization. Without a key there is none.
     pub fn is_same_key(&self, other: &Self) -> bool {
-        self.url == other.url && self.api_key.expose_secret() == other.api_key.expose_secret()
+        let [key, others] = [self, other].map(|settings| settings.api_key.expose_secret());
+        !key.is_empty() && self.url == other.url && key == others
     }
 }
 

@@ -55,7 +55,7 @@ impl Problems {
     pub fn lines(&self) -> impl Iterator<Item = (String, &str)> {
         let defaults: Table = toml::from_str(DEFAULTS).unwrap_or_default();
         self.0.iter().map(move |problem| {
-            let key = within(&problem.key).map_or(problem.key.as_str(), |(_, key)| key);
+            let key = split(&problem.key).map_or(problem.key.as_str(), |(_, key)| key);
             let in_rule = key.rsplit_once('.').and_then(|(table, _)| leaf(&defaults, table));
             let in_rule = in_rule.and_then(Value::as_table).is_some_and(is_rule);
             let known = !in_rule && leaf(&defaults, key).is_some_and(|value| is_leaf(key, value));
@@ -78,15 +78,20 @@ fn variable(key: &str) -> String {
     key.replace('.', "_").to_uppercase()
 }
 
+/// A destination's own key.
+pub(super) fn within(name: &str, key: &str) -> String {
+    format!("{DESTINATIONS}.{name}.{key}")
+}
+
 /// The name of the destination and its key, of a key within one.
-fn within(key: &str) -> Option<(&str, &str)> {
+fn split(key: &str) -> Option<(&str, &str)> {
     key.strip_prefix(DESTINATIONS)?.strip_prefix('.')?.split_once('.')
 }
 
 impl Problem {
     /// The same of a destination's own key.
     fn of(self, name: &str) -> Self {
-        Self { key: format!("{DESTINATIONS}.{name}.{}", self.key), ..self }
+        Self { key: within(name, &self.key), ..self }
     }
 }
 
@@ -168,7 +173,7 @@ impl Layers {
         }
         self.destinations.retain(|each, _| each == name);
         // What is wrong with the others is no obstacle.
-        self.problems.retain(|problem| within(&problem.key).is_none_or(|(each, _)| each == name));
+        self.problems.retain(|problem| split(&problem.key).is_none_or(|(each, _)| each == name));
         Ok(self)
     }
 
@@ -384,7 +389,9 @@ fn overlay_environment(
             (Value::Table(inner), Some(Value::Table(value))) => inner.extend(value),
             (current, Some(value)) if current.same_type(&value) => *current = value,
             (current, _) => {
-                let message = format!("\"{text}\" is not {} in TOML's notation", kind(current));
+                // Of destinations it holds their keys.
+                let shown = if path == DESTINATIONS { "the value".to_owned() } else { format!("\"{text}\"") };
+                let message = format!("{shown} is not {} in TOML's notation", kind(current));
                 problems.push(Problem { key: path, message });
             }
         }
