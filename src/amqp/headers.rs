@@ -4,7 +4,7 @@
 //! Attempts are counted in a header of our own: the broker's counts differ between versions and rise
 //! for innocents too (rabbitmq.md §0, 2 and 11). A successor keeps the producer's properties and
 //! headers; the broker's own marks are stripped, and so is `expiration`, which would make a message
-//! vanish from the dead-letter queue.
+//! vanish from the dead-letter queue. Headers of a size that leaves no room for ours stay behind.
 
 use jiff::Timestamp;
 use lapin::BasicProperties;
@@ -14,6 +14,9 @@ use uuid::Uuid;
 
 use crate::close::Priority;
 use crate::outcome::{DeadLetter, Reason};
+
+/// How the names of all headers of ours begin.
+const OURS: &str = "x-close-sync-";
 
 /// Attempts made so far.
 pub const ATTEMPTS: &str = "x-close-sync-attempt";
@@ -54,6 +57,10 @@ pub const TRACEPARENT: &str = "traceparent";
 /// Headers about one failure: gone when the message is replayed.
 const OF_A_FAILURE: [&str; 9] =
     [ATTEMPTS, DETOUR, ID, REASON, STAGE, ERROR, DECISION, FAILED_AT, FINGERPRINT];
+
+/// Most bytes of the producer's headers that a successor takes along. All headers travel in one frame, of 128 KiB by
+/// default, where ours and the broker's have to fit in too: one that is too large ends the connection, every time.
+const MOST_TAKEN_ALONG: usize = 64 * 1024;
 
 /// Headers the broker adds, which must not be sent back to it (rabbitmq.md §3.3).
 fn of_the_broker(name: &str) -> bool {
@@ -294,8 +301,11 @@ fn with_headers(
     ours: impl IntoIterator<Item = (&'static str, Header)>,
 ) -> BasicProperties {
     let mut table = FieldTable::default();
-    for (name, value) in properties.headers().iter().flat_map(FieldTable::inner) {
-        if keep(name.as_str()) && !of_the_broker(name.as_str()) {
+    let all = properties.headers().iter().flat_map(FieldTable::inner);
+    let kept: Vec<_> = all.filter(|(name, _)| keep(name.as_str()) && !of_the_broker(name.as_str())).collect();
+    let fit = kept.iter().map(|(name, value)| size(name, value)).sum::<usize>() <= MOST_TAKEN_ALONG;
+    for (name, value) in kept {
+        if fit || name.as_str().starts_with(OURS) || name.as_str() == TRACEPARENT {
             table.insert(name.clone(), value.clone());
         }
     }
@@ -321,6 +331,24 @@ fn with_headers(
         timestamp with_timestamp, kind with_type, app_id with_app_id
     );
     kept
+}
+
+/// The bytes of a header in a frame, or some more.
+#[expect(clippy::wildcard_enum_match_arm, reason = "every other type is small")]
+fn size(name: &ShortString, value: &AMQPValue) -> usize {
+    // Length of the name, type, and the largest of the small ones or a length.
+    const FRAME: usize = 1 + 1 + 8;
+    let inner = match value {
+        AMQPValue::LongString(text) => text.as_bytes().len(),
+        AMQPValue::ShortString(text) => text.as_str().len(),
+        AMQPValue::ByteArray(bytes) => bytes.len(),
+        AMQPValue::FieldArray(values) => {
+            values.as_slice().iter().map(|value| size(&ShortString::default(), value)).sum()
+        }
+        AMQPValue::FieldTable(table) => table.inner().iter().map(|(name, value)| size(name, value)).sum(),
+        _ => 0,
+    };
+    FRAME + name.as_str().len() + inner
 }
 
 #[cfg(test)]
@@ -361,6 +389,27 @@ mod tests {
         ] {
             assert_eq!(TraceParent::parse(&bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn headers_too_large_to_travel_with_ours_stay_behind() {
+        let now: Timestamp = "2026-01-02T03:04:05Z".parse().unwrap();
+        let successor = |bulk: usize| {
+            let bulk = AMQPValue::LongString("x".repeat(bulk).into());
+            let mut inner = FieldTable::default();
+            inner.insert("inner".into(), bulk);
+            let delivery = delivery(&[
+                (TRACEPARENT, AMQPValue::LongString("00-1".into())),
+                (REPLAYS, AMQPValue::LongLongInt(2)),
+                ("tenant", AMQPValue::LongString("a".into())),
+                ("baggage", AMQPValue::FieldTable(inner)),
+            ]);
+            let properties = Envelope::of(&delivery, now).for_delay(1, Uuid::now_v7());
+            let known = |name: &str| properties.headers().as_ref().unwrap().contains_key(name);
+            [TRACEPARENT, REPLAYS, ATTEMPTS, "tenant", "baggage"].map(known)
+        };
+        assert_eq!(successor(60_000), [true; 5]);
+        assert_eq!(successor(70_000), [true, true, true, false, false]);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use close_sync::amqp::headers::REASON;
 use close_sync::simulator::{Effect, Fault, FaultBody, Settings, When};
 use lapin::BasicProperties;
 use lapin::options::{BasicPublishOptions, ExchangeDeleteOptions, QueueDeleteOptions};
@@ -279,5 +280,22 @@ async fn a_message_that_cannot_be_published_again_blocks_nobody() {
     bench.depth_becomes("", 0).await;
     bench.assert_each_once(3);
     assert_eq!(worker.logged("too large to be published again"), 1, "{}", worker.log());
+    worker.terminate().await;
+}
+
+/// The producer's headers fill a frame: with ours, the successor's would not fit in, and end the connection each time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_with_headers_that_fill_a_frame_blocks_nobody() {
+    let bench = Bench::new().await;
+    let worker = bench.worker().await;
+    let mut headers = FieldTable::default();
+    headers.insert("baggage".into(), AMQPValue::LongString("x".repeat(130_800).into()));
+    bench.publish_bytes(b"nonsense", BasicProperties::default().with_headers(headers)).await;
+    bench.publish(&people(3)).await;
+    assert_eq!(worker.settled(4).await.outcomes(), [("created", 3), ("dead", 1)].into());
+    let (body, headers, _) = bench.take_dead_letter().await;
+    assert_eq!((body.as_slice(), headers[REASON].as_str()), (b"nonsense".as_slice(), "malformed"));
+    assert!(!headers.contains_key("baggage"));
+    assert_eq!(worker.metrics().await.sum("broker_connection_losses_total"), 0);
     worker.terminate().await;
 }

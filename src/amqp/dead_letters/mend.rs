@@ -11,8 +11,8 @@ use super::letter::DeadLetter;
 use crate::amqp::publisher::{Publisher, Sent};
 use crate::amqp::{BrokerError, Settings, close, headers};
 
-/// The body of a producer is kept in a header: all of them have to fit into one frame of 128 KiB.
-pub const LARGEST_ORIGINAL: usize = 64 << 10;
+/// The body of a producer is kept in a header, where the producer's own headers have to fit in, too.
+pub const LARGEST_ORIGINAL: usize = 32 << 10;
 
 /// Puts another body in place of a dead letter's, keeping what its producer sent in a header. `false` if it is not
 /// there any more, or has another body than `seen`.
