@@ -78,12 +78,14 @@ impl Link {
     }
 }
 
-/// What happens to a connection, as events.
+/// What happens to a connection, as events. lapin tells of the end of a channel as well: that is noticed by who uses
+/// it, and concerns nobody else.
 #[expect(clippy::wildcard_enum_match_arm, reason = "lapin may add events; only these matter here")]
 fn happenings(connection: &Connection) -> impl Stream<Item = Happening> + Send + 'static {
-    connection.events_listener().filter_map(|event| {
+    let status = connection.status().clone();
+    connection.events_listener().filter_map(move |event| {
         let happening = match event {
-            Event::Error(error) => Some(Happening::Ended(error.into())),
+            Event::Error(error) if !status.connected() => Some(Happening::Ended(error.into())),
             Event::ConnectionBlocked(reason) => {
                 tracing::warn!(reason, "RabbitMQ raised an alarm: nothing can be published until it clears");
                 Some(Happening::Alarm(Some(reason)))

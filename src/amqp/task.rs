@@ -338,7 +338,7 @@ impl Session {
 
 /// Lets the broker dead-letter a message that it would not take from us again (its limit was lowered, or is lower
 /// since 4.0): the queue's own dead-letter exchange takes it, without the headers that tell why. Otherwise it would
-/// come back for ever, and end every session. This one ends too, by whatever is published next: its channel is gone.
+/// come back for ever, and end every session. This one ends when something is published next, whose channel is gone.
 async fn reject(delivery: &Delivery, outcome: &Outcome, stop: &CancellationToken) -> Done {
     tracing::warn!(
         bytes = delivery.data.len(),

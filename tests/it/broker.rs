@@ -280,6 +280,12 @@ async fn a_message_that_cannot_be_published_again_blocks_nobody() {
     bench.depth_becomes("", 0).await;
     bench.assert_each_once(3);
     assert_eq!(worker.logged("too large to be published again"), 1, "{}", worker.log());
+    // The channel it was tried on is gone, and nobody needs it yet.
+    assert_eq!(worker.metrics().await.sum("broker_connection_losses_total"), 0);
+    bench.publish_bytes(b"nonsense", BasicProperties::default()).await;
+    bench.depth_becomes(".dead", 2).await;
+    bench.depth_becomes("", 0).await;
+    assert_eq!(worker.metrics().await.sum("broker_connection_losses_total"), 1);
     worker.terminate().await;
 }
 
