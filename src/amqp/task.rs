@@ -30,6 +30,9 @@ use crate::panics;
 use crate::retry::Pauses;
 use crate::worker::{Arrival, Job, Prepared, Turn, Worker};
 
+/// A confirm takes milliseconds. A message whose successor has none after this long counts as held.
+const PROMPT: Duration = Duration::from_secs(2);
+
 /// A delivery on its way through the session.
 pub(super) struct Incoming {
     pub(super) delivery: Delivery,
@@ -178,9 +181,9 @@ impl Session {
         stop: &CancellationToken,
     ) -> Done {
         let settle = async {
-            self.log(outcome, decision, started.elapsed());
             let id = Uuid::now_v7();
-            let done = self.settle(incoming, outcome, id, publisher, stop).await;
+            let told = || self.log(outcome, decision, started.elapsed());
+            let done = self.settle(incoming, outcome, id, told, publisher, stop).await;
             if matches!(done, Done::Settled { .. }) {
                 self.metrics.settled(outcome, started.elapsed());
                 if let Some(replay) = incoming.envelope.replay {
@@ -213,7 +216,7 @@ impl Session {
         Some(done.into_iter().map(|(outcome, decision)| (outcome, Some(decision))).collect())
     }
 
-    /// One line per message, where it is settled.
+    /// One line per message, when all is done but the ack.
     fn log(&self, outcome: &Outcome, decision: Option<&Decision>, took: Duration) {
         let decision = decision.map(Decision::summary);
         let delay = |level: usize| self.settings.delays.get(level).map(|delay| delay.name.as_str());
@@ -243,12 +246,13 @@ impl Session {
         }
     }
 
-    /// Publishes the successor, if there is one, then acks. A dead letter gets this id.
+    /// Publishes the successor, if there is one, lets it be told, then acks. A dead letter gets this id.
     async fn settle(
         &self,
         Incoming { delivery, envelope, .. }: &Incoming,
         outcome: &Outcome,
         id: Uuid,
+        told: impl Fn(),
         publisher: &Publisher,
         stop: &CancellationToken,
     ) -> Done {
@@ -278,14 +282,18 @@ impl Session {
                 if let Some(Err(BrokerError::TooLarge(detail))) = &sent
                     && detail.contains(&format!("message size {} ", delivery.data.len()))
                 {
+                    told();
                     return reject(delivery, outcome, stop).await;
                 }
                 sent
             }
-            Outcome::Paused(cause) => return Done::Paused(*cause),
+            Outcome::Paused(cause) => {
+                told();
+                return Done::Paused(*cause);
+            }
         };
         match succeeded {
-            Some(Ok(())) => {}
+            Some(Ok(())) => told(),
             Some(Err(error)) => return Done::Failed(error),
             None => return Done::HandedBack,
         }
@@ -316,23 +324,34 @@ impl Session {
         stop: &CancellationToken,
     ) -> Option<Result<(), BrokerError>> {
         let mut pauses = Pauses::reconnect();
-        let held = async {
+        let publishing = async {
             let mut held = None;
+            let mut note = |error: &BrokerError| {
+                held.get_or_insert_with(|| {
+                    tracing::warn!(exchange, %error, "held until RabbitMQ takes the successor");
+                    self.metrics.successor_held()
+                });
+            };
             loop {
-                let sent = publisher.send(exchange, key, body, properties.clone()).await?;
-                match sent.confirmed().await {
+                let sent = async {
+                    publisher.send(exchange, key, body, properties.clone()).await?.confirmed().await
+                };
+                tokio::pin!(sent);
+                let in_time = tokio::time::timeout(PROMPT, &mut sent).await;
+                if in_time.is_err() {
+                    note(&BrokerError::Unconfirmed("no answer so far, is an alarm raised?"));
+                }
+                let settled = if let Ok(settled) = in_time { settled } else { sent.await };
+                match settled {
                     Err(error @ (BrokerError::Unconfirmed(_) | BrokerError::Unroutable { .. })) => {
-                        if held.is_none() {
-                            tracing::warn!(exchange, %error, "held until RabbitMQ takes the successor");
-                        }
-                        held.get_or_insert_with(|| self.metrics.successor_held());
+                        note(&error);
                         tokio::time::sleep(pauses.next_pause().unwrap_or_default()).await;
                     }
                     settled => return settled,
                 }
             }
         };
-        stop.run_until_cancelled(held).await
+        stop.run_until_cancelled(publishing).await
     }
 }
 

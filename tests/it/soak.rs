@@ -230,7 +230,7 @@ impl Producer {
         let all = self.events.iter().enumerate();
         let ids =
             all.flat_map(|(person, count)| (1..=*count).map(move |number| format!("{person}-{number}")));
-        ids.filter(|id| !crew.settled.contains_key(id)).collect()
+        ids.filter(|id| !crew.done.contains(id)).collect()
     }
 
     /// Persons whose record does not say what their newest event said.

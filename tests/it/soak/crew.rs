@@ -1,6 +1,6 @@
 //! The two workers, and what they said they settled.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use serde_json::Value;
@@ -14,6 +14,8 @@ pub(super) struct Crew {
     members: Vec<Member>,
     /// When each message was settled for good, by its id; more than once if it came again.
     pub(super) settled: BTreeMap<String, Vec<Timestamp>>,
+    /// Those that Close has, or need not have. A dead letter may yet be lost: it is not among them until it was replayed.
+    pub(super) done: BTreeSet<String>,
     outcomes: BTreeMap<String, usize>,
     /// Of all, those that are gone included; KiB.
     pub(super) peak_memory: u64,
@@ -34,6 +36,7 @@ impl Crew {
             amqp_url: bench.amqp_url.clone(),
             members: Vec::new(),
             settled: BTreeMap::new(),
+            done: BTreeSet::new(),
             outcomes: BTreeMap::new(),
             peak_memory: 0,
         };
@@ -79,6 +82,9 @@ impl Crew {
             let lines = member.worker.log_after(member.read);
             member.read += lines.len();
             for (at, id, outcome) in lines.iter().filter_map(|line| settlement(line)) {
+                if !outcome.starts_with(DEAD) {
+                    self.done.insert(id.clone());
+                }
                 self.settled.entry(id).or_default().push(at);
                 *self.outcomes.entry(outcome).or_default() += 1;
             }
@@ -123,6 +129,8 @@ impl Crew {
     }
 }
 
+const DEAD: &str = "dead: ";
+
 /// What a log line says of a message that was settled for good.
 fn settlement(line: &str) -> Option<(Timestamp, String, String)> {
     let line: Value = serde_json::from_str(line).ok()?;
@@ -130,7 +138,7 @@ fn settlement(line: &str) -> Option<(Timestamp, String, String)> {
     let outcome = match what {
         "synced" => line["outcome"].as_str()?.to_owned(),
         "skipped" => what.to_owned(),
-        "dead-lettered" => format!("dead: {}", line["reason"].as_str()?),
+        "dead-lettered" => format!("{DEAD}{}", line["reason"].as_str()?),
         _ => return None,
     };
     let id = line["span"]["message_id"].as_str()?.to_owned();
