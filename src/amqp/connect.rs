@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use lapin::uri::{AMQPScheme, AMQPUri};
-use lapin::{Connection, ConnectionProperties};
+use lapin::{Connection, ConnectionProperties, ErrorKind};
 use secrecy::{ExposeSecret, SecretString};
 use url::Url;
 
@@ -90,6 +90,8 @@ impl Nodes {
         // RabbitMQ proposes 60 s. With 10 s a worker cut off notices after 20 s at most, and one
         // heartbeat before its standby takes over (rabbitmq.md §2.2).
         const HEARTBEAT: u16 = 10;
+        const NO_AMQP: &str =
+            "it does not speak AMQP: is this its port for TLS (`amqps://`), or for something else?";
         let failure = |node: &str, kind, detail| Failure { node: node.to_owned(), kind, detail };
         let mut uri: AMQPUri = url.parse().map_err(|error| failure("", Kind::Unreachable, error))?;
         uri.query.heartbeat.get_or_insert(HEARTBEAT);
@@ -100,10 +102,13 @@ impl Nodes {
         match tokio::time::timeout(PATIENCE, connect).await {
             Ok(Ok(met)) => Ok(met),
             Ok(Err(error)) => {
-                let (kind, detail) = match encrypted.then(|| tls::explain(&error)).flatten() {
-                    Some(detail) => (Kind::Tls, detail),
-                    None if error.is_amqp_error() => (Kind::Refused, error.to_string()),
-                    None => (Kind::Unreachable, error.to_string()),
+                let (kind, detail) = match (encrypted.then(|| tls::explain(&error)).flatten(), error.kind()) {
+                    (Some(detail), _) => (Kind::Tls, detail),
+                    (None, ErrorKind::ProtocolError(amqp)) => {
+                        (Kind::Refused, amqp.get_message().as_str().trim_end_matches('.').to_owned())
+                    }
+                    (None, ErrorKind::ParsingError(_)) => (Kind::Unreachable, NO_AMQP.to_owned()),
+                    (None, _) => (Kind::Unreachable, error.to_string()),
                 };
                 Err(failure(&node, kind, detail))
             }
@@ -134,7 +139,7 @@ impl Failure {
     fn of_all(failures: Vec<Self>) -> BrokerError {
         let kind = failures.iter().map(|failure| failure.kind).max();
         let detail = match failures.as_slice() {
-            [Self { detail, .. }] => detail.clone(),
+            [Self { node, detail, .. }] => format!("{node}: {detail}"),
             several => {
                 let each: Vec<_> =
                     several.iter().map(|Self { node, detail, .. }| format!("{node}: {detail}")).collect();
@@ -228,11 +233,12 @@ mod tests {
         let failure =
             |kind, node: &str| Failure { node: node.into(), kind, detail: format!("{node} is bad") };
         let one = Failure::of_all(vec![failure(Kind::Unreachable, "a")]);
-        assert_eq!(one.to_string(), "RabbitMQ cannot be reached: a is bad");
+        assert_eq!(one.to_string(), "RabbitMQ cannot be reached: a: a is bad");
         let several = vec![failure(Kind::Refused, "a:1"), failure(Kind::Unreachable, "b:1")];
         assert_eq!(
             Failure::of_all(several).to_string(),
-            "RabbitMQ refuses the connection: tried 2 nodes; a:1: a:1 is bad; b:1: b:1 is bad"
+            "RabbitMQ refuses the connection: tried 2 nodes; a:1: a:1 is bad; b:1: b:1 is bad. Check user, password and \
+             vhost in `amqp.url` (the vhost `/` is written `%2f`)"
         );
     }
 }

@@ -128,7 +128,10 @@ pub enum BrokerError {
     #[error("TLS with RabbitMQ fails: {0}")]
     Tls(String),
     /// The broker does not let us in: wrong user, password or vhost.
-    #[error("RabbitMQ refuses the connection: {0}")]
+    #[error(
+        "RabbitMQ refuses the connection: {0}. Check user, password and vhost in `amqp.url` (the vhost `/` is \
+         written `%2f`)"
+    )]
     Refused(String),
     /// It cannot have the queues that are needed.
     #[error("{0} is too old: quorum queues with a time-to-live are there from {oldest} on", oldest = broker::OLDEST)]
@@ -250,7 +253,9 @@ impl From<lapin::Error> for BrokerError {
 /// there is no event to wait for instead.
 const LAST_ACKS: Duration = Duration::from_millis(200);
 
-/// Closes a connection in order; a connection that is gone already is fine.
+/// Closes a connection in order; a connection that is gone already is fine. One that is blocked closes only when the
+/// alarm ends, and is not waited for.
 pub async fn close(connection: &Connection) {
-    let _ = connection.close(200, ShortString::from("bye")).await;
+    let close = connection.close(200, ShortString::from("bye"));
+    let _ = tokio::time::timeout(Duration::from_secs(5), close).await;
 }

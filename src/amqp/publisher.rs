@@ -13,6 +13,9 @@ use super::BrokerError;
 /// How long a confirm may take. During an alarm the broker takes nothing; the original is held then.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// It may have been taken, or will be once an alarm clears.
+pub const UNANSWERED: BrokerError = BrokerError::Unconfirmed("no answer in time, is an alarm raised?");
+
 /// AMQP's mark for a message that survives a restart of the broker.
 const PERSISTENT: u8 = 2;
 
@@ -38,9 +41,7 @@ impl Publisher {
     ) -> Result<(), BrokerError> {
         let publish = async { self.send(exchange, key, body, properties).await?.confirmed().await };
         // Giving up does not withdraw it: it may still be sent once an alarm clears.
-        tokio::time::timeout(PATIENCE, publish)
-            .await
-            .unwrap_or(Err(BrokerError::Unconfirmed("no answer in time, is an alarm raised?")))
+        tokio::time::timeout(PATIENCE, publish).await.unwrap_or(Err(UNANSWERED))
     }
 
     /// Publishes without waiting for the confirm: messages sent one after the other keep their order.

@@ -8,7 +8,7 @@ use crate::amqp::{self, BrokerError, topology};
 use crate::close::Client;
 use crate::config::{Config, Destination, Need, Problems};
 use crate::preflight::{self, Obstacle, Ready};
-use crate::words::there_are;
+use crate::words::{count, there_are};
 
 /// Check the configuration, RabbitMQ, the API key, the lookup fields and what the mapping names in Close.
 ///
@@ -127,7 +127,12 @@ async fn broker(config: &Destination) -> Vec<Finding> {
         Ok(found) => found,
         Err(error) => {
             let is_setup = matches!(error, BrokerError::Incomplete(_) | BrokerError::MayNotDeclare(_));
-            let verdict = if error.is_lasting() || is_setup { Verdict::Wrong } else { Verdict::Unavailable };
+            let is_refused = matches!(error, BrokerError::Refused(_));
+            let verdict = if error.is_lasting() || is_setup || is_refused {
+                Verdict::Wrong
+            } else {
+                Verdict::Unavailable
+            };
             return vec![finding(verdict, subject, error.to_string())];
         }
     };
@@ -135,8 +140,15 @@ async fn broker(config: &Destination) -> Vec<Finding> {
         (Some(work), dead) => {
             let dead = dead.map_or(0, |depth| depth.ready);
             format!(
-                "queue `{}`: {} messages ready, consumers: {}, dead letters: {dead}",
-                settings.queue, work.ready, work.consumers,
+                "queue `{}`: {} ready, {}, {}{}",
+                settings.queue,
+                count(work.ready, "message", "messages"),
+                count(work.consumers, "consumer", "consumers"),
+                count(dead, "dead letter", "dead letters"),
+                match settings.topology {
+                    topology::Mode::Declare => "",
+                    topology::Mode::Check => " (whether this user may read and write them, `run` tells)",
+                }
             )
         }
         (None, _) => format!("reachable; queue `{}` does not exist yet, `run` declares it", settings.queue),

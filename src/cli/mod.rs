@@ -41,7 +41,7 @@ struct Cli {
     #[arg(long, short, global = true, value_name = "FILE", env = "CLOSE_SYNC_CONFIG")]
     config: Option<PathBuf>,
 
-    /// One of the destinations, where several are configured: `run` and `check` take all of them without it.
+    /// Which destination, where several are configured; `run` and `check` take all of them without it.
     #[arg(long, global = true, value_name = "NAME")]
     destination: Option<String>,
 
@@ -99,6 +99,9 @@ const CONFIGURATION: u8 = 78;
 
 impl From<Problems> for Failure {
     fn from(problems: Problems) -> Self {
+        if let Some((_, message)) = problems.lines().find(|(key, _)| key == "--destination") {
+            return Self::Input(format!("--destination {message}"));
+        }
         Self::Configuration(format!(
             "{problems}\nhint: every setting with its default is in the README; `close-sync check` tests changes"
         ))
@@ -114,13 +117,10 @@ impl From<BrokerError> for Failure {
             | BrokerError::MayNotDeclare(_) => Self::Configuration(error.to_string()),
             BrokerError::Unreachable(_) => Self::Unavailable(format!(
                 "{error}
-hint: set `amqp.url` (AMQP_URL) to a broker that is running"
+hint: start it, or set `amqp.url` (AMQP_URL) to another"
             )),
-            BrokerError::Refused(_) => Self::Unavailable(format!(
-                "{error}
-hint: check user, password and vhost in `amqp.url` (AMQP_URL); the vhost `/` is written `%2f`"
-            )),
-            BrokerError::Tls(_)
+            BrokerError::Refused(_)
+            | BrokerError::Tls(_)
             | BrokerError::Missing(_)
             | BrokerError::Forbidden(_)
             | BrokerError::Lost(_)
@@ -181,7 +181,7 @@ impl Cli {
             Command::Plan(args) => plan::plan(args, single(layers()?.read(Need::All)?)?).await,
             Command::Test(args) => test::test(args, layers()?).await,
             Command::Publish(args) => {
-                publish::publish(args, single(layers()?.read(Need::Broker)?)?.amqp).await
+                publish::publish(args, shared(layers()?.read(Need::Broker)?)?.amqp).await
             }
             Command::Dlq(command) => {
                 let destination = single(layers()?.read(Need::Broker)?)?;
@@ -202,6 +202,18 @@ fn single(config: Config) -> Result<Destination, Failure> {
     config.single().map_err(|names| {
         Failure::Input(format!("which destination? name one with `--destination`{}", there_are(&names)))
     })
+}
+
+/// The only destination, or one of several for which events are published alike.
+fn shared(mut config: Config) -> Result<Destination, Failure> {
+    let alike = config.destinations.windows(2).all(|pair| {
+        let [one, other] = pair else { return true };
+        one.amqp.exchange == other.amqp.exchange && one.amqp.nodes.is_same(&other.amqp.nodes)
+    });
+    if alike {
+        config.destinations.truncate(1);
+    }
+    single(config)
 }
 
 /// The worker, from the first log line to the last.

@@ -12,11 +12,13 @@ use super::{Failure, INPUT};
 use crate::amqp::publisher::{self, Publisher, Sent};
 use crate::amqp::{self, BrokerError, Settings, topology};
 use crate::domain::event::{Event, Malformed};
+use crate::words::count;
 
 /// Publish events, one JSON object per line, as a producer would.
 ///
 /// Each message is persistent, mandatory and confirmed, in the order of the lines, and carries
-/// `message_id` (the event's `messageId`, else a new one), `type`, `timestamp` and `content_type`. A
+/// `message_id` (the event's `messageId`, else a new one), `type`, `timestamp` and `content_type`. Its routing
+/// key is the event's type, `identify` without one. A
 /// line that is no JSON object, or has an envelope of the wrong shape, is not published but reported
 /// with its number; the exit code is 2 then. Whether an event names somebody depends on the worker's
 /// mapping and is not checked here.
@@ -28,6 +30,14 @@ pub(super) struct Args {
     /// Publish every line as it is, also what is no event: to see what becomes of it.
     #[arg(long)]
     unchecked: bool,
+    /// The routing key of all of them, instead of each event's type.
+    #[arg(long, value_name = "KEY", value_parser = routing_key)]
+    routing_key: Option<String>,
+}
+
+/// AMQP bounds it.
+fn routing_key(text: &str) -> Result<String, String> {
+    if text.len() <= 255 { Ok(text.to_owned()) } else { Err("it has more than 255 bytes".to_owned()) }
 }
 
 /// Messages on their way at once: enough to keep a broker busy (rabbitmq.md §2.4).
@@ -41,13 +51,14 @@ pub(super) async fn publish(args: Args, settings: Settings) -> Result<(), Failur
         .await
         .map_err(|error| Failure::Unavailable(explain(&error, &settings)))?;
     let publisher = Publisher::new(&connection).await?;
-    let result = publish_lines(input, &settings, &publisher, args.unchecked, &bar).await;
+    let result = publish_lines(input, &settings, &publisher, &args, &bar).await;
     bar.finish_and_clear();
     amqp::close(&connection).await;
     let Counts { published, bad } = result?;
-    anstream::eprintln!("published {published} events to `{}`", settings.exchange);
+    let with = args.routing_key.map(|key| format!(" with routing key `{key}`")).unwrap_or_default();
+    anstream::eprintln!("published {} to `{}`{with}", count(published, "event", "events"), settings.exchange);
     if bad > 0 {
-        anstream::eprintln!("{bad} lines were not published, see above");
+        anstream::eprintln!("{} not published, see above", count(bad, "line was", "lines were"));
         return Err(Failure::Told(INPUT));
     }
     Ok(())
@@ -78,7 +89,7 @@ async fn publish_lines(
     mut input: Box<dyn AsyncBufRead + Unpin + Send>,
     settings: &Settings,
     publisher: &Publisher,
-    unchecked: bool,
+    args: &Args,
     bar: &ProgressBar,
 ) -> Result<Counts, Failure> {
     let mut counts = Counts::default();
@@ -98,7 +109,7 @@ async fn publish_lines(
         }
         let event = match Event::decode(body, usize::MAX) {
             Ok(event) => Some(event),
-            Err(_) if unchecked => None,
+            Err(_) if args.unchecked => None,
             Err(malformed) => {
                 counts.bad += 1;
                 let told = match malformed {
@@ -114,9 +125,10 @@ async fn publish_lines(
                 continue;
             }
         };
-        let key = kind(event.as_ref());
-        let properties = properties(event.as_ref());
-        let sent = publisher.send(&settings.exchange, key, body, properties).await;
+        let key = args.routing_key.as_deref().unwrap_or_else(|| kind(event.as_ref()));
+        let publish = publisher.send(&settings.exchange, key, body, properties(event.as_ref()));
+        let sent =
+            tokio::time::timeout(publisher::PATIENCE, publish).await.unwrap_or(Err(publisher::UNANSWERED));
         under_way
             .push_back((number, sent.map_err(|error| stopped(&error, number, counts.published, settings))?));
         if under_way.len() >= WINDOW {
@@ -137,9 +149,9 @@ async fn confirm(
 ) -> Result<(), Failure> {
     if let Some((number, sent)) = under_way.pop_front() {
         let confirmed = tokio::time::timeout(publisher::PATIENCE, sent.confirmed()).await;
-        let confirmed =
-            confirmed.unwrap_or(Err(BrokerError::Unconfirmed("no answer in time, is an alarm raised?")));
-        confirmed.map_err(|error| stopped(&error, number, counts.published, settings))?;
+        confirmed
+            .unwrap_or(Err(publisher::UNANSWERED))
+            .map_err(|error| stopped(&error, number, counts.published, settings))?;
         counts.published += 1;
         bar.set_message(format!("{} published", counts.published));
     }
@@ -150,15 +162,21 @@ async fn confirm(
 fn stopped(error: &BrokerError, line: usize, published: u64, settings: &Settings) -> Failure {
     let message = explain(error, settings);
     Failure::Unavailable(format!(
-        "line {line}: {message}\n{published} events before it were published; this one and later ones perhaps"
+        "line {line}: {message}\n{} published before it; this one and later ones perhaps",
+        count(published, "event was", "events were")
     ))
 }
 
 /// What to do.
 fn explain(error: &BrokerError, settings: &Settings) -> String {
-    let nowhere_to_go = matches!(error, BrokerError::Missing(_) | BrokerError::Unroutable { .. });
+    let unroutable = matches!(error, BrokerError::Unroutable { .. });
     let hint = match settings.topology {
-        _ if !nowhere_to_go => String::new(),
+        _ if unroutable => format!(
+            "\nhint: a worker that has run binds its queue with `amqp.binding_keys` ({}): does one of them match? \
+             `--routing-key` publishes with another key",
+            settings.binding_keys.join(", ")
+        ),
+        _ if !matches!(error, BrokerError::Missing(_)) => String::new(),
         topology::Mode::Declare => format!(
             "\nhint: `close-sync run` declares exchange `{}` and its queue: start it once",
             settings.exchange
@@ -168,7 +186,7 @@ fn explain(error: &BrokerError, settings: &Settings) -> String {
     format!("{error}{hint}")
 }
 
-/// The event's type, which is also the routing key. AMQP bounds both to 255 bytes.
+/// The event's type, which is also the routing key unless another is given. AMQP bounds both to 255 bytes.
 fn kind(event: Option<&Event>) -> &str {
     event.and_then(|event| event.text("type")).filter(|kind| kind.len() <= 255).unwrap_or("identify")
 }

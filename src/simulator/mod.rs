@@ -266,6 +266,7 @@ impl Simulator {
              \x20 export CLOSE_API_KEY={key}\n\
              \x20 export CLOSE_LEAD_COMPANY_ID_FIELD={lead}\n\
              \x20 export CLOSE_CONTACT_USER_ID_FIELD={contact}\n\
+             \x20 export CLOSE_SEARCH_LAG={lag}s          # how long the worker doubts what search does not show\n\
              \nLook inside:\n\
              \x20 curl {controls}/\n\
              \x20 curl {controls}/leads\n\
@@ -285,6 +286,8 @@ impl Simulator {
              \x20 curl -X PUT {controls}/settings -d '{{\"api_key\": \"another\"}}'\n\
              \x20 curl -X DELETE {controls}/faults\n",
             key = world.settings.api_key,
+            // With some time for the call.
+            lag = world.settings.search_lag.longest().as_secs() + 1,
             lead = text_field(Owner::Lead),
             contact = text_field(Owner::Contact),
         );

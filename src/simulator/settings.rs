@@ -134,6 +134,13 @@ impl Lag {
     /// No lag at all.
     pub const NONE: Self = Self::Fixed(Duration::ZERO);
 
+    /// The longest one.
+    pub(super) fn longest(self) -> Duration {
+        match self {
+            Self::Fixed(lag) | Self::Between(_, lag) => lag,
+        }
+    }
+
     /// The lag of one write, for a `share` between 0 and 1.
     pub(super) fn draw(self, share: f64) -> Duration {
         match self {

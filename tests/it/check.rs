@@ -64,8 +64,10 @@ async fn a_broker_that_does_not_let_us_in() {
     let wrong = bench.amqp_url.replace("guest:guest", "guest:hunter2");
     let output = bench.set("AMQP_URL", &wrong).run(&["check"], b"").await;
     let text = String::from_utf8(output.stdout).unwrap();
-    assert_eq!(output.status.code(), Some(69));
+    assert_eq!(output.status.code(), Some(78));
+    assert!(text.starts_with("ok") && text.contains("\nwrong   RabbitMQ at"), "{text}");
     assert!(text.contains("RabbitMQ refuses the connection") && text.contains("ACCESS_REFUSED"), "{text}");
+    assert!(text.contains("Check user, password and vhost in `amqp.url`"), "{text}");
     assert!(!text.contains("hunter2"), "{text}");
 }
 

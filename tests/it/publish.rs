@@ -87,6 +87,27 @@ async fn publishing_before_any_worker_says_what_to_do() {
 
 /// Which series exist, and what a scenario did to those that do not measure time.
 #[tokio::test(flavor = "multi_thread")]
+async fn a_routing_key_can_be_chosen() {
+    let bench = Bench::new().await.set("AMQP_BINDING_KEYS", "[\"emea.#\"]");
+    let worker = bench.worker().await;
+    let event = identify("u1", json!({})).to_string();
+    let publish = async |arguments: &[&str]| {
+        let output = bench.run(&[&["publish", "-"], arguments].concat(), event.as_bytes()).await;
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, words) = publish(&[]).await;
+    assert!(
+        code == Some(69) && words.contains("for key `identify`") && words.contains("(emea.#)"),
+        "{words}"
+    );
+    let (code, words) = publish(&["--routing-key", "emea.users"]).await;
+    let told = format!("published 1 event to `{}` with routing key `emea.users`\n", bench.exchange);
+    assert_eq!((code, words), (Some(0), told));
+    worker.settled(1).await;
+    worker.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_metrics_page_after_a_scenario() {
     let bench = Bench::new().await;
     let worker = bench.worker().await;

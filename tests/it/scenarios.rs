@@ -70,3 +70,15 @@ fn outcomes(decisions: &str) -> BTreeMap<&str, u32> {
     }
     outcomes
 }
+
+/// The file that `--help` shows can be taken from it, however narrow the terminal.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_file_to_start_from_works_as_it_is_shown() {
+    let bench = Bench::new().await.set("COLUMNS", "80");
+    let help = bench.output(&["test", "--help"]).await;
+    let (_, file) = help.split_once("A file is TOML:\n\n").unwrap();
+    let copy = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(copy.path(), file).unwrap();
+    let played = bench.output(&["test", copy.path().to_str().unwrap()]).await;
+    assert!(played.contains("An upgrade is written to the Lead"), "{played}");
+}

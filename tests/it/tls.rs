@@ -48,7 +48,11 @@ async fn check(bench: &Bench) -> String {
     let output = bench.run(&["check"], b"").await;
     let text = String::from_utf8(output.stdout).unwrap();
     let line = text.lines().find(|line| line.contains("RabbitMQ at")).unwrap();
-    let code = if line.starts_with("ok") { 0 } else { 69 };
+    let code = match line.split(' ').next() {
+        Some("ok") => 0,
+        Some("wrong") => 78,
+        _ => 69,
+    };
     assert_eq!(output.status.code(), Some(code), "{text}");
     line.to_owned()
 }

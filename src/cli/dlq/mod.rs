@@ -183,13 +183,10 @@ fn bar(template: &str) -> ProgressBar {
     ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
-/// Acting on nothing is worth an exit code: a script has most likely misspelt an id.
-fn nothing_if(nothing: bool) -> Result<(), Failure> {
-    if nothing {
-        anstream::eprintln!("no dead letter matches; `close-sync dlq list` names them");
-        return Err(Failure::Told(INPUT));
-    }
-    Ok(())
+/// Acting on nothing is worth an exit code where ids were named: most likely one is misspelt.
+fn nothing(meant: &Meant) -> Result<(), Failure> {
+    anstream::eprintln!("no dead letter matches; `close-sync dlq list` names them");
+    if meant.id.is_empty() { Ok(()) } else { Err(Failure::Told(INPUT)) }
 }
 
 /// `whole` is the configuration with all that the worker needs, if there is such.
@@ -212,9 +209,12 @@ pub(super) async fn dlq(
 async fn discard(which: &Which, yes: bool, destination: &Destination) -> Result<(), Failure> {
     let fate = if yes { Fate::Remove } else { Fate::Back };
     let (matched, sifted) = which.meant.each(destination, |_| fate).await?;
+    if matched == 0 {
+        return nothing(&which.meant);
+    }
     if yes {
         anstream::println!("discarded {}, {} remain", sifted.removed, sifted.found - sifted.removed);
-        return nothing_if(matched == 0);
+        return Ok(());
     }
     Err(Failure::Input(format!(
         "this would delete {matched} of {} for good; add --yes to do it, `close-sync dlq export` keeps a copy",

@@ -8,7 +8,7 @@ use serde::Serialize;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::{Failure, Fate, UNFIT, Which, bar, nothing_if};
+use super::{Failure, Fate, UNFIT, Which, bar, nothing};
 use crate::amqp::dead_letters::replay::{End, Order, Progress, Stage, replay as run};
 use crate::config::Destination;
 use crate::words::count;
@@ -58,8 +58,11 @@ pub(super) async fn replay(args: &Args, destination: &Destination) -> Result<(),
     let meant = &args.which.meant;
     if args.dry_run {
         let (matched, sifted) = meant.each(destination, |_| Fate::Back).await?;
+        if matched == 0 {
+            return nothing(meant);
+        }
         anstream::println!("would replay {matched} of {}; run without --dry-run to do it", sifted.found);
-        return nothing_if(matched == 0);
+        return Ok(());
     }
     let order = Order {
         filter: meant.filter(&destination.rules),
@@ -74,7 +77,10 @@ pub(super) async fn replay(args: &Args, destination: &Destination) -> Result<(),
     let ended = run(&destination.amqp, order, told, &stop).await;
     let _ = shown.await;
     let progress = ended?;
-    let Stage::Over(end) = &progress.stage else { return nothing_if(true) };
+    let Stage::Over(end) = &progress.stage else { return nothing(meant) };
+    if progress.matched == 0 && !args.json {
+        return nothing(meant);
+    }
     if args.json {
         anstream::println!(
             "{}",
@@ -198,7 +204,6 @@ fn conclude(progress: &Progress, end: &End) -> Result<(), Failure> {
         );
     }
     match end {
-        End::Done if progress.matched == 0 => nothing_if(true),
         End::Done if progress.failed_again() > 0 => Err(Failure::Told(UNFIT)),
         End::Done => Ok(()),
         End::CanaryFailed => {
