@@ -34,7 +34,7 @@ use crate::{http, panics};
 #[command(after_long_help = "Settings come from a TOML file and the environment; `close-sync check` tells \
     what is missing, `close-sync check --print-config` what is in force.\n\n\
     Try it without a Close account: `close-sync simulate` starts a fake Close and prints how to use it.\n\n\
-    Exit codes: 0 done, 1 what was checked does not hold (plan --strict, test), 2 wrong usage or input, 69 something needed is not there (RabbitMQ, Close, a free \
+    Exit codes: 0 done, 1 what was checked does not hold (plan --strict, test, dlq replay), 2 wrong usage or input, 69 something needed is not there (RabbitMQ, Close, a free \
     port) or stopped by a second signal, 78 the configuration cannot work.")]
 struct Cli {
     /// A TOML file with settings that differ from the defaults.
