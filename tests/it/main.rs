@@ -8,6 +8,7 @@ mod broker;
 mod budget;
 mod check;
 mod cluster;
+mod contract;
 mod dead_letters;
 mod destinations;
 mod docs;
