@@ -184,6 +184,19 @@ impl<'a> Reader<'a> {
             "check" => Some(topology::Mode::Check),
             _ => None,
         });
+        let outcomes = self.text("amqp.outcomes");
+        if outcomes.len() > 255 || outcomes.starts_with("amq.") {
+            self.problem(
+                "amqp.outcomes",
+                "must be the name of an exchange: at most 255 bytes, not beginning with `amq.`",
+            );
+        }
+        if !outcomes.is_empty() && [exchange.as_ref(), queue.as_ref()].contains(&Some(&outcomes)) {
+            self.problem(
+                "amqp.outcomes",
+                "must be another exchange than that of producers: the worker would read what it tells",
+            );
+        }
         Some(amqp::Settings {
             nodes: nodes?.with_tls(tls?),
             exchange: exchange?,
@@ -192,6 +205,7 @@ impl<'a> Reader<'a> {
             delays: delays?,
             binding_keys: binding_keys?,
             topology: topology?,
+            outcomes: (!outcomes.is_empty()).then_some(outcomes),
         })
     }
 

@@ -63,6 +63,7 @@ pub struct Metrics {
     broker_trouble: IntGaugeVec,
     broker_alarm: IntGauge,
     successors_held: IntGauge,
+    outcome_messages: IntCounterVec,
     broker: BrokerInfo,
     backlog: IntGauge,
     drain_seconds: Gauge,
@@ -198,6 +199,12 @@ impl Metrics {
             )?,
             broker_alarm: make
                 .gauge("broker_alarm", "1 while RabbitMQ takes no messages for want of memory or disk")?,
+            outcome_messages: make.counters(
+                "outcome_messages_total",
+                "Messages about what became of a message by whether somebody gets them",
+                "result",
+                &["routed", "unrouted", "lost"],
+            )?,
             successors_held: make.gauge(
                 "successors_held",
                 "Messages held because RabbitMQ does not take their successor for a delay or dead-letter queue",
@@ -296,6 +303,16 @@ impl Metrics {
         }
         self.settled.with_label_values(&[outcome.label()]).inc();
         self.handling_seconds.observe(took.as_secs_f64());
+    }
+
+    /// It was told what became of a message: whether a queue has it, if that is known.
+    pub fn told(&self, routed: Option<bool>) {
+        let result = match routed {
+            Some(true) => "routed",
+            Some(false) => "unrouted",
+            None => "lost",
+        };
+        self.outcome_messages.with_label_values(&[result]).inc();
     }
 
     /// A delivery went back to the queue unsettled.

@@ -131,6 +131,11 @@ impl Status {
         self.0.send_modify(|standing| standing.alarm = reason);
     }
 
+    /// Whether the broker takes no messages for now, as far as it told.
+    pub fn is_alarmed(&self) -> bool {
+        self.0.borrow().alarm.is_some()
+    }
+
     /// The state now.
     pub fn readiness(&self) -> Readiness {
         let Standing { state, detail, alarm, since } = self.0.borrow().clone();

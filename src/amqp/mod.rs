@@ -16,8 +16,8 @@ pub mod dead_letters;
 mod greeting;
 pub mod headers;
 mod link;
+pub mod news;
 pub mod publisher;
-pub mod replayed;
 pub mod session;
 mod task;
 pub mod tls;
@@ -49,6 +49,8 @@ pub struct Settings {
     pub binding_keys: Vec<String>,
     /// Who makes what has to exist.
     pub topology: topology::Mode,
+    /// The exchange where it is told what became of each message.
+    pub outcomes: Option<String>,
 }
 
 /// A delay queue: `<queue>.retry.<name>`.
@@ -75,9 +77,9 @@ impl Settings {
     /// Whether both mean the same objects on the same broker.
     pub fn is_same(&self, other: &Self) -> bool {
         let names = |settings: &Self| {
-            let Self { nodes: _, exchange, queue, prefetch: _, delays, binding_keys, topology } =
+            let Self { nodes: _, exchange, queue, prefetch: _, delays, binding_keys, topology, outcomes } =
                 settings.clone();
-            (exchange, queue, delays, binding_keys, topology)
+            (exchange, queue, delays, binding_keys, topology, outcomes)
         };
         self.nodes.is_same(&other.nodes) && names(self) == names(other)
     }

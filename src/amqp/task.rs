@@ -18,8 +18,8 @@ use uuid::Uuid;
 
 use super::BrokerError;
 use super::headers::{Envelope, TraceParent};
+use super::news::News;
 use super::publisher::Publisher;
-use super::replayed::Told;
 use super::session::Session;
 use crate::desk::Fate;
 use crate::domain::decision::Decision;
@@ -186,10 +186,8 @@ impl Session {
             let done = self.settle(incoming, outcome, id, told, publisher, stop).await;
             if matches!(done, Done::Settled { .. }) {
                 self.metrics.settled(outcome, started.elapsed());
-                if let Some(replay) = incoming.envelope.replay {
-                    let told = Told::new(replay, outcome, id, &self.settings.delays);
-                    let _ = stop.run_until_cancelled(told.send(publisher, &self.settings)).await;
-                }
+                let news = News { envelope: &incoming.envelope, outcome, decision, id };
+                let _ = stop.run_until_cancelled(self.spread(&news, publisher)).await;
             }
             done
         };

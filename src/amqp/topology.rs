@@ -6,6 +6,7 @@
 //! | `close-sync` | work queue, bound to `identify` (with `#`, or the keys configured) and to `close-sync.retry` with `now` |
 //! | `close-sync.retry`, `close-sync.retry.<delay>` | direct exchange and delay queues |
 //! | `close-sync.dead` | fanout exchange and dead-letter queue |
+//! | `amqp.outcomes` | if there is one: topic exchange where it is told what became of messages |
 //!
 //! All queues are quorum queues: durable, replicated in a cluster, and the only kind with
 //! at-least-once dead-lettering. Whatever must never be missing is an argument, not a policy: a delay
@@ -188,6 +189,7 @@ pub fn objects(settings: &Settings) -> Vec<Object> {
         ]
     };
     let delays = settings.delays.iter().map(|each| queue(settings.delay_queue(each), delay(each)));
+    let outcomes = settings.outcomes.iter().map(|name| exchange(name, Kind::Topic));
     [
         exchange(&settings.exchange, Kind::Topic),
         exchange(&retry, Kind::Direct),
@@ -198,6 +200,7 @@ pub fn objects(settings: &Settings) -> Vec<Object> {
     ]
     .into_iter()
     .chain(delays)
+    .chain(outcomes)
     .collect()
 }
 

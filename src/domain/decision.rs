@@ -3,11 +3,14 @@
 //! The same record feeds the log line and the dead-letter header, as [`Decision::summary`], which has
 //! nothing personal in it, and `close-sync plan`, which shows it whole.
 
+use std::collections::BTreeSet;
+
 use serde_json::Value;
 
 use super::mapping::{Desired, Mapping};
 use super::matching::{Case, Verdict};
 use super::plan::{FieldPlan, FieldVerdict, Plan, RecordPlan, RecordRef};
+use super::record::{ContactId, LeadId};
 use super::values::Dropped;
 
 /// Longest summary, in characters: it travels in a header.
@@ -32,6 +35,10 @@ pub struct Decision {
     pub calls: u32,
     /// It was looked up and written together with an earlier message.
     pub merged: bool,
+    /// The Lead that was created.
+    pub new_lead: Option<LeadId>,
+    /// The Contact that was created.
+    pub new_contact: Option<ContactId>,
 }
 
 /// One question.
@@ -78,7 +85,23 @@ impl Decision {
     #[must_use]
     pub fn of_another(&self, event: &Desired, plan: Plan) -> Self {
         let dropped = event.dropped.iter().cloned().chain(plan.dropped()).collect();
-        Self { case: self.case, plan, dropped, merged: true, ..Self::default() }
+        let (new_lead, new_contact) = (self.new_lead.clone(), self.new_contact.clone());
+        Self { case: self.case, plan, dropped, merged: true, new_lead, new_contact, ..Self::default() }
+    }
+
+    /// The ids of the Leads and of the Contacts it is about, new ones included.
+    pub fn records(&self) -> (BTreeSet<&str>, BTreeSet<&str>) {
+        let (mut leads, mut contacts) = (BTreeSet::new(), BTreeSet::new());
+        for record in &self.plan.records {
+            match &record.record {
+                RecordRef::Lead(id) | RecordRef::NewContact(Some(id)) => leads.insert(id.as_str()),
+                RecordRef::Contact(id) => contacts.insert(id.as_str()),
+                RecordRef::NewLead | RecordRef::NewContact(None) => false,
+            };
+        }
+        leads.extend(self.new_lead.as_ref().map(LeadId::as_str));
+        contacts.extend(self.new_contact.as_ref().map(ContactId::as_str));
+        (leads, contacts)
     }
 
     /// Contacts with the event's email that were left alone.

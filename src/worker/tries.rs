@@ -169,6 +169,7 @@ impl Tries<'_> {
                 applied.remember(its.map(|(id, age)| (id.clone(), age.clone())).collect(), &Made::default());
             }
         }
+        (self.decision.new_lead, self.decision.new_contact) = (made.lead.clone(), made.contact.clone());
         let others = self.others.iter().zip(together.plans.into_iter().skip(1));
         let others: Vec<Decision> =
             others.map(|(event, plan)| self.decision.of_another(event, plan)).collect();

@@ -19,6 +19,7 @@ mod fuzz;
 mod model;
 mod nodes;
 mod order;
+mod outcomes;
 mod pauses;
 mod payloads;
 mod permissions;

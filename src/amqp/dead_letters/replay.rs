@@ -1,7 +1,7 @@
 //! Replaying: dead letters through the work queue again, with proof.
 //!
 //! **One first.** The oldest dead letter meant is sent by itself, and the worker tells what became of it
-//! ([`crate::amqp::replayed`]). Only if it did not fail again, the others follow, a few under way at a time: live
+//! ([`crate::amqp::news`]). Only if it did not fail again, the others follow, a few under way at a time: live
 //! messages that come meanwhile stand behind a few, not behind thousands. Close's budget goes to live messages first
 //! anyway ([`crate::close::Priority`]). As soon as one fails in a way that is known already, it stops: whatever was
 //! to be mended is not.
@@ -31,8 +31,8 @@ use uuid::Uuid;
 use super::browse::{Fate, Hand, Held, Operator, Step, claim};
 use super::letter::DeadLetter;
 use super::select::Filter;
+use crate::amqp::news::{Again, Replayed};
 use crate::amqp::publisher::Publisher;
-use crate::amqp::replayed::{Again, Told};
 use crate::amqp::topology::{NOW, REPLAYED};
 use crate::amqp::{BrokerError, Settings, close, headers, topology};
 use crate::retry::Pauses;
@@ -422,7 +422,7 @@ impl Replay<'_> {
                 return Ok(None);
             }
         };
-        let Ok(told) = serde_json::from_slice::<Told>(&delivery.data) else { return Ok(None) };
+        let Ok(told) = serde_json::from_slice::<Replayed>(&delivery.data) else { return Ok(None) };
         if !self.under_way.contains(&told.replay) {
             return Ok(None);
         }

@@ -159,7 +159,7 @@ struct Summary<'a> {
     outcomes: &'a std::collections::BTreeMap<String, usize>,
     under_way: usize,
     failed_again: usize,
-    last_failure: Option<&'a crate::amqp::replayed::Again>,
+    last_failure: Option<&'a crate::amqp::news::Again>,
 }
 
 impl<'a> Summary<'a> {

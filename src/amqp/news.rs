@@ -1,0 +1,170 @@
+//! What became of a message, told to whoever wants to know, once it is settled.
+//!
+//! **Whoever replays** it: the message names the replay in a header, and a few words are published under that name to
+//! the retry exchange, with a key that leads to a queue only while somebody replays. So telling needs no permission that
+//! settling did not need.
+//!
+//! **Its producer**, if `amqp.outcomes` names an exchange: one message each, with the ids of the records in Close. The
+//! routing key is `synced.created`, `skipped.trigger`, `dead.rejected`, …: the outcome and its label.
+//!
+//! Both are a courtesy. A crash between settling and telling loses them, an alarm too (they are not held, so that Close
+//! is kept in step meanwhile), and a message that is delivered twice is told of twice. Nothing depends on them.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use lapin::BasicProperties;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::headers::Envelope;
+use super::publisher::Publisher;
+use super::session::Session;
+use super::topology::REPLAYED;
+use super::{BrokerError, Delay};
+use crate::domain::decision::Decision;
+use crate::outcome::Outcome;
+
+/// How long telling may take: the next message about the same person waits for it.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// What there is to tell about a message that was settled.
+pub(super) struct News<'a> {
+    pub(super) envelope: &'a Envelope,
+    pub(super) outcome: &'a Outcome,
+    pub(super) decision: Option<&'a Decision>,
+    /// The id of the dead letter it became, if it became one.
+    pub(super) id: Uuid,
+}
+
+/// What whoever replays is told.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Replayed {
+    /// The replay it came from.
+    pub(super) replay: Uuid,
+    /// [`Outcome::label`].
+    pub(super) outcome: String,
+    /// The dead letter it became.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) dead_letter: Option<Again>,
+    /// The delay it waits for, in seconds, before it is tried again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) comes_again_s: Option<u64>,
+}
+
+/// A dead letter that was made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Again {
+    /// Its id.
+    pub id: Uuid,
+    /// [`crate::outcome::DeadLetter::fingerprint`].
+    pub fingerprint: String,
+    /// What happened, without personal data.
+    pub error: String,
+}
+
+/// What a producer is told.
+#[derive(Debug, Serialize)]
+struct Told<'a> {
+    /// `synced`, `skipped` or `dead`.
+    outcome: &'static str,
+    /// What was done, or why not.
+    detail: &'static str,
+    /// The producer's ids of the message.
+    message_id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    correlation_id: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    destination: Option<&'a str>,
+    /// Ids of the records in Close it is about.
+    leads: BTreeSet<&'a str>,
+    contacts: BTreeSet<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dead_letter: Option<Again>,
+    at: Timestamp,
+}
+
+impl News<'_> {
+    fn dead_letter(&self) -> Option<Again> {
+        match self.outcome {
+            Outcome::Dead(dead) => {
+                Some(Again { id: self.id, fingerprint: dead.fingerprint(), error: dead.error.clone() })
+            }
+            Outcome::Synced(_) | Outcome::Skipped(_) | Outcome::Delayed { .. } | Outcome::Paused(_) => None,
+        }
+    }
+
+    fn replayed(&self, delays: &[Delay]) -> Option<Replayed> {
+        let comes_again_s = match self.outcome {
+            Outcome::Delayed { level, .. } => delays.get(*level).map(|delay| delay.duration.as_secs()),
+            Outcome::Synced(_) | Outcome::Skipped(_) | Outcome::Dead(_) | Outcome::Paused(_) => None,
+        };
+        Some(Replayed {
+            replay: self.envelope.replay?,
+            outcome: self.outcome.label().to_owned(),
+            dead_letter: self.dead_letter(),
+            comes_again_s,
+        })
+    }
+
+    /// `None` when it is not over yet.
+    fn told<'a>(&'a self, destination: Option<&'a str>) -> Option<Told<'a>> {
+        let (outcome, detail) = match self.outcome {
+            Outcome::Synced(effect) => ("synced", effect.label()),
+            Outcome::Skipped(skip) => ("skipped", skip.label()),
+            Outcome::Dead(dead) => ("dead", dead.reason.label()),
+            Outcome::Delayed { .. } | Outcome::Paused(_) => return None,
+        };
+        let (leads, contacts) = self.decision.map(Decision::records).unwrap_or_default();
+        Some(Told {
+            outcome,
+            detail,
+            message_id: self.envelope.message_id(),
+            correlation_id: self.envelope.correlation_id(),
+            destination,
+            leads,
+            contacts,
+            dead_letter: self.dead_letter(),
+            at: Timestamp::now(),
+        })
+    }
+}
+
+impl Session {
+    /// Tells everybody.
+    pub(super) async fn spread(&self, news: &News<'_>, publisher: &Publisher) {
+        if let Some(replayed) = news.replayed(&self.settings.delays) {
+            let body = serde_json::to_vec(&replayed).unwrap_or_default();
+            let exchange = self.settings.retry_exchange();
+            let send = publisher.publish(&exchange, REPLAYED, &body, BasicProperties::default());
+            // Nobody replays any more: it leads nowhere.
+            let _ = tokio::time::timeout(PATIENCE, send).await;
+        }
+        let told = news.told(self.destination.as_deref());
+        if let Some((exchange, told)) = self.settings.outcomes.as_ref().zip(told) {
+            self.metrics.told(self.tell(exchange, &told, publisher).await);
+        }
+    }
+
+    /// Whether a queue has it; `None` when that is not known.
+    async fn tell(&self, exchange: &str, told: &Told<'_>, publisher: &Publisher) -> Option<bool> {
+        if self.status.is_alarmed() {
+            return None;
+        }
+        let mut properties = BasicProperties::default()
+            .with_content_type("application/json".into())
+            .with_type("outcome".into())
+            .with_message_id(Uuid::now_v7().to_string().into());
+        if let Some(id) = told.correlation_id {
+            properties = properties.with_correlation_id(id.into());
+        }
+        let (key, body) = (format!("{}.{}", told.outcome, told.detail), serde_json::to_vec(told).ok()?);
+        let send = publisher.publish(exchange, &key, &body, properties);
+        match tokio::time::timeout(PATIENCE, send).await.ok()? {
+            Ok(()) => Some(true),
+            Err(BrokerError::Unroutable { .. }) => Some(false),
+            Err(_) => None,
+        }
+    }
+}
