@@ -6,6 +6,7 @@ use lapin::types::FieldTable;
 use lapin::{BasicProperties, Consumer};
 use serde_json::{Value, json};
 
+use crate::contract::Schema;
 use crate::support::{Bench, identify};
 
 /// A queue of the test's own that gets what this key lets through.
@@ -26,6 +27,8 @@ async fn listen(bench: &Bench, exchange: &str, key: &str) -> Consumer {
 async fn next(deliveries: &mut Consumer) -> (String, Option<String>, Value) {
     let delivery = deliveries.next().await.unwrap().unwrap();
     let mut body: Value = serde_json::from_slice(&delivery.data).unwrap();
+    let schema = Schema::of(include_str!("../../deploy/schema/outcome.json"));
+    assert!(schema.fits(&body), "{body}");
     assert!(body["at"].take().is_string());
     let correlation_id = delivery.properties.correlation_id().as_ref().map(ToString::to_string);
     (delivery.routing_key.to_string(), correlation_id, body)
