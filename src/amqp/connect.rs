@@ -11,7 +11,7 @@ use url::Url;
 
 use super::broker::Broker;
 use super::tls::{self, Tls};
-use super::{BrokerError, greeting};
+use super::{BrokerError, wire};
 
 /// Where the broker is: one node, or the nodes of a cluster, any of which will do. Clones share which one worked last.
 #[derive(Clone, Debug)]
@@ -98,7 +98,7 @@ impl Nodes {
         let encrypted = uri.scheme == AMQPScheme::AMQPS;
         let node = format!("{}:{}", uri.authority.host, uri.authority.port);
         let properties = ConnectionProperties::default().with_connection_name(name.into());
-        let connect = greeting::connect(uri, properties, self.tls.for_lapin());
+        let connect = wire::connect(uri, properties, self.tls.for_lapin());
         match tokio::time::timeout(PATIENCE, connect).await {
             Ok(Ok(met)) => Ok(met),
             Ok(Err(error)) => {

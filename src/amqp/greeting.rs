@@ -1,57 +1,26 @@
 //! What a broker says of itself when a connection opens.
 //!
-//! It is the broker's first frame; lapin reads it and keeps it to itself. So the frame is overheard on its way:
-//! the stream handed to lapin, behind TLS, remembers it. Asking on a connection of its own instead would leave a
-//! warning in the broker's log each time.
+//! It is the broker's first frame; lapin reads it and keeps it to itself. So the frame is overheard on its way, by
+//! the stream handed to lapin (`wire.rs`). Asking on a connection of its own instead would leave a warning in the
+//! broker's log each time.
 
-use std::io;
-use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll, ready};
-use std::time::{Duration, Instant};
 
-use async_rs::traits::Reactor;
-use async_rs::util::RuntimeParts;
-use async_rs::{Runtime, Tokio};
-use futures_util::Stream;
-use futures_util::io::{AsyncRead, AsyncWrite};
 use lapin::protocol::connection::AMQPMethod;
 use lapin::protocol::{AMQPClass, parse_class};
-use lapin::tcp::{AMQPUriTcpExt, OwnedTLSConfig};
 use lapin::types::AMQPValue;
-use lapin::uri::AMQPUri;
-use lapin::{AsyncTcpStream, Connection, ConnectionProperties};
 
 use super::broker::Broker;
 
-/// Opens a connection as [`Connection::connect_with_config`] does, and tells who answered.
-pub(super) async fn connect(
-    uri: AMQPUri,
-    properties: ConnectionProperties,
-    tls: OwnedTLSConfig,
-) -> lapin::Result<(Connection, Broker)> {
-    let tokio = Tokio::current();
-    let runtime = Runtime::new(RuntimeParts::new(tokio.clone(), Listener(tokio.clone())));
-    let heard = Heard::default();
-    let ear = heard.clone();
-    let open = async move |uri: AMQPUri, _| {
-        let stream = uri.connect_with_config_async(tls.as_ref(), &Runtime::new(tokio.clone())).await?;
-        Ok(AsyncTcpStream::Plain(Overheard { stream, heard: ear.clone() }))
-    };
-    let connection = Connection::connector(uri, runtime, open, properties).await?;
-    Ok((connection, heard.broker()))
-}
-
 /// The first frame, as far as it has arrived. Nothing after it is kept: that may be personal data.
 #[derive(Clone, Default)]
-struct Heard(Arc<Mutex<Vec<u8>>>);
+pub(super) struct Heard(Arc<Mutex<Vec<u8>>>);
 
 impl Heard {
     /// No greeting is longer.
     const MOST: usize = 64 * 1024;
 
-    fn note(&self, bytes: &[u8]) {
+    pub(super) fn note(&self, bytes: &[u8]) {
         let mut heard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         for byte in bytes {
             if heard.len() == Self::MOST || payload(&heard).is_some() {
@@ -61,7 +30,7 @@ impl Heard {
         }
     }
 
-    fn broker(&self) -> Broker {
+    pub(super) fn broker(&self) -> Broker {
         let heard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         payload(&heard).and_then(greeting).unwrap_or_default()
     }
@@ -81,79 +50,6 @@ fn greeting(payload: &[u8]) -> Option<Broker> {
         _ => String::new(),
     };
     Some(Broker { product: text("product"), version: text("version") })
-}
-
-/// A stream whose first frame is overheard.
-struct Overheard<S> {
-    stream: S,
-    heard: Heard,
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Overheard<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut [u8],
-    ) -> Poll<io::Result<usize>> {
-        let read = ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
-        self.heard.note(buffer.get(..read).unwrap_or_default());
-        Poll::Ready(Ok(read))
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Overheard<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buffer)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffers: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, buffers)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_close(cx)
-    }
-}
-
-/// Tokio, with such streams: lapin takes the type of its stream from the runtime.
-#[derive(Clone, Debug)]
-struct Listener(Tokio);
-
-impl Reactor for Listener {
-    type TcpStream = Overheard<AsyncTcpStream<<Tokio as Reactor>::TcpStream>>;
-    type Sleep = <Tokio as Reactor>::Sleep;
-
-    /// For sockets made by others: lapin has none.
-    fn register<H: Send + 'static>(
-        &self,
-        _: H,
-    ) -> io::Result<impl AsyncRead + AsyncWrite + Send + Unpin + 'static> {
-        Err::<Self::TcpStream, _>(io::ErrorKind::Unsupported.into())
-    }
-
-    fn sleep(&self, duration: Duration) -> Self::Sleep {
-        self.0.sleep(duration)
-    }
-
-    fn interval(&self, duration: Duration) -> impl Stream<Item = Instant> + Send + 'static {
-        self.0.interval(duration)
-    }
-
-    fn tcp_connect_addr(
-        &self,
-        address: SocketAddr,
-    ) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
-        let connecting = self.0.tcp_connect_addr(address);
-        async { Ok(Overheard { stream: AsyncTcpStream::Plain(connecting.await?), heard: Heard::default() }) }
-    }
 }
 
 #[cfg(test)]

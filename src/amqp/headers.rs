@@ -51,6 +51,9 @@ pub const DECISION: &str = "x-close-sync-decision";
 /// Equal for messages that failed alike.
 pub const FINGERPRINT: &str = "x-close-sync-fingerprint";
 
+/// What was made of headers that cannot be read (`frames.rs`). Stays behind: nobody could read it either.
+pub const SET_ASIDE: &str = "x-close-sync-set-aside";
+
 /// The producer's place in a trace, as W3C Trace Context has it.
 pub const TRACEPARENT: &str = "traceparent";
 
@@ -302,7 +305,8 @@ fn with_headers(
 ) -> BasicProperties {
     let mut table = FieldTable::default();
     let all = properties.headers().iter().flat_map(FieldTable::inner);
-    let kept: Vec<_> = all.filter(|(name, _)| keep(name.as_str()) && !of_the_broker(name.as_str())).collect();
+    let left_behind = |name: &str| of_the_broker(name) || name == SET_ASIDE;
+    let kept: Vec<_> = all.filter(|(name, _)| keep(name.as_str()) && !left_behind(name.as_str())).collect();
     let fit = kept.iter().map(|(name, value)| size(name, value)).sum::<usize>() <= MOST_TAKEN_ALONG;
     for (name, value) in kept {
         if fit || name.as_str().starts_with(OURS) || name.as_str() == TRACEPARENT {

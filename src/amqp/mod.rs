@@ -1,6 +1,7 @@
 //! The only place that knows lapin.
 //!
-//! In reading order: [`connect`] and [`tls`] are how to get to the broker, `greeting` and [`broker`] who answers;
+//! In reading order: [`connect`] and [`tls`] are how to get to the broker, `wire` is what lapin reads and writes there,
+//! `frames` what of it lapin would not survive; `greeting` and [`broker`] are who answers;
 //! [`topology`] is what exists on the broker and why each flag; [`headers`] what travels with a message;
 //! [`publisher`] publishes and waits for the confirm; `link` holds the connections of a [`session`], which
 //! consumes until something ends it; [`dead_letters`] is the operator's side.
@@ -13,6 +14,7 @@
 pub mod broker;
 pub mod connect;
 pub mod dead_letters;
+mod frames;
 mod greeting;
 pub mod headers;
 mod link;
@@ -22,6 +24,7 @@ pub mod session;
 mod task;
 pub mod tls;
 pub mod topology;
+mod wire;
 
 use std::time::Duration;
 

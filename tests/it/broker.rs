@@ -2,12 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use close_sync::amqp::headers::REASON;
+use close_sync::amqp::headers::{REASON, ROUTING_KEY, SET_ASIDE};
 use close_sync::simulator::{Effect, Fault, FaultBody, Settings, When};
 use lapin::BasicProperties;
 use lapin::options::{BasicPublishOptions, ExchangeDeleteOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable};
 
+use crate::support::producer::{Producer, long, nested, text};
 use crate::support::{Bench, Node, PATIENCE, Worker, people};
 
 /// Waits until the worker has lost its connection so often for this cause.
@@ -303,5 +304,58 @@ async fn a_message_with_headers_that_fill_a_frame_blocks_nobody() {
     assert_eq!((body.as_slice(), headers[REASON].as_str()), (b"nonsense".as_slice(), "malformed"));
     assert!(!headers.contains_key("baggage"));
     assert_eq!(worker.metrics().await.sum("broker_connection_losses_total"), 0);
+    worker.terminate().await;
+}
+
+/// Read as lapin does, a single such message ends the process, and the next one, and so on. Only properties with a
+/// message id and with headers are used here.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_lapin_could_not_read_blocks_nobody() {
+    let bench = Bench::new().await;
+    let worker = bench.worker().await;
+    let mut producer = Producer::connect(&bench.amqp_url).await;
+    let properties = |headers: &[u8], id: &[u8]| [&[0x20, 0x80], headers, &text(id)].concat();
+    let latin = long(&[text(b"Gr\xFC\xDFe").as_slice(), b"t\x01"].concat());
+    let people = people(4);
+    for (n, (headers, key, id)) in [
+        (nested(9000), b"users".as_slice(), b"m-0".as_slice()),
+        (nested(64), b"users", b"m-1"),
+        (latin, b"users", b"m-2"),
+        (nested(1), b"us\xE9rs", b"m-\xE9"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let body = people[n].to_string();
+        producer.publish(&bench.exchange, key, &properties(&headers, id), body.as_bytes()).await;
+        producer.publish(&bench.exchange, key, &properties(&headers, id), b"nonsense").await;
+        bench.publish(&[people[n].clone()]).await;
+    }
+    worker.settled(12).await;
+    bench.depth_becomes("", 0).await;
+    bench.assert_each_once(4);
+    let mut dead_letters = Vec::new();
+    for _ in 0..4 {
+        let (body, headers, properties) = bench.take_dead_letter().await;
+        assert_eq!((body.as_slice(), headers.contains_key(SET_ASIDE)), (b"nonsense".as_slice(), false));
+        dead_letters
+            .push((properties.message_id().clone().unwrap().to_string(), headers[ROUTING_KEY].clone()));
+    }
+    dead_letters.sort();
+    let expected = [("m-0", "users"), ("m-1", "users"), ("m-2", "users"), ("m-?", "us?rs")];
+    assert_eq!(dead_letters, expected.map(|(id, key)| (id.to_owned(), key.to_owned())));
+    let told = |text: &str| worker.logged(text);
+    assert_eq!((told("cannot be read"), told("not UTF-8")), (2, 6), "{}", worker.log());
+    assert_eq!(worker.metrics().await.sum("broker_connection_losses_total"), 0);
+
+    // Nor does it harm an operator who finds it among the dead letters.
+    let (dead, headers) = (format!("{}.dead", bench.queue), properties(&nested(9000), b"m-4"));
+    producer.publish(&dead, b"us\xE9rs", &headers, people[0].to_string().as_bytes()).await;
+    let listed: serde_json::Value =
+        serde_json::from_str(&bench.output(&["dlq", "list", "--json"]).await).unwrap();
+    assert_eq!(listed["dead_letters"].as_array().unwrap().len(), 1, "{listed}");
+    bench.output(&["dlq", "replay", "--all"]).await;
+    worker.settled(13).await;
+    assert_eq!(bench.depth(".dead").await, 0);
     worker.terminate().await;
 }

@@ -1,6 +1,7 @@
 //! A bench for one test: its own simulator, its own queues on the shared broker, workers as processes.
 
 mod node;
+pub(crate) mod producer;
 mod proxy;
 mod worker;
 
