@@ -5,13 +5,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use lapin::uri::{AMQPScheme, AMQPUri};
-use lapin::{Connection, ConnectionProperties, ErrorKind};
+use lapin::{ConnectionProperties, ErrorKind};
 use secrecy::{ExposeSecret, SecretString};
 use url::Url;
 
-use super::broker::Broker;
+use super::BrokerError;
 use super::tls::{self, Tls};
-use super::{BrokerError, wire};
+use super::wire::{self, Met};
 
 /// Where the broker is: one node, or the nodes of a cluster, any of which will do. Clones share which one worked last.
 #[derive(Clone, Debug)]
@@ -65,14 +65,14 @@ impl Nodes {
     /// # Errors
     /// [`BrokerError::Unreachable`], [`BrokerError::Tls`] and [`BrokerError::Refused`], whichever of the nodes
     /// came the farthest; [`BrokerError::TooOld`].
-    pub async fn connect(&self, name: &str) -> Result<(Connection, Broker), BrokerError> {
+    pub async fn connect(&self, name: &str) -> Result<Met, BrokerError> {
         let first = self.last.load(Ordering::Relaxed);
         let mut failures = Vec::new();
         for index in (first..self.urls.len()).chain(0..first) {
             match self.connect_to(self.urls[index].expose_secret(), name).await {
-                Ok((connection, broker)) if broker.is_too_old() => {
-                    super::close(&connection).await;
-                    return Err(BrokerError::TooOld(broker));
+                Ok(met) if met.broker.is_too_old() => {
+                    super::close(&met.connection).await;
+                    return Err(BrokerError::TooOld(met.broker));
                 }
                 Ok(met) => {
                     self.last.store(index, Ordering::Relaxed);
@@ -84,7 +84,7 @@ impl Nodes {
         Err(Failure::of_all(failures))
     }
 
-    async fn connect_to(&self, url: &str, name: &str) -> Result<(Connection, Broker), Failure> {
+    async fn connect_to(&self, url: &str, name: &str) -> Result<Met, Failure> {
         // lapin's time-out does not bound the handshake with a peer that says nothing (rabbitmq.md §2.2).
         const PATIENCE: Duration = Duration::from_secs(10);
         // RabbitMQ proposes 60 s. With 10 s a worker cut off notices after 20 s at most, and one

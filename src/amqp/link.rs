@@ -8,10 +8,11 @@ use lapin::options::{BasicConsumeOptions, BasicQosOptions};
 use lapin::types::FieldTable;
 use lapin::{Channel, Connection, Event};
 use tokio::time::{Instant, MissedTickBehavior};
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::broker::Broker;
 use super::publisher::Publisher;
-use super::{BrokerError, LAST_ACKS, Settings, close, topology};
+use super::{BrokerError, LAST_ACKS, Met, Settings, close, topology};
 use crate::drain::Drain;
 use crate::metrics::Metrics;
 
@@ -33,6 +34,9 @@ pub(super) type Happenings = stream::BoxStream<'static, Happening>;
 
 /// The connections of a session and what comes out of them.
 pub(super) struct Link {
+    /// Cut when they are dropped, which is after they were closed or had their time for it. First, so that what is
+    /// dropped with them has nothing to tell the broker any more.
+    _cut: [DropGuard; 2],
     pub(super) broker: Broker,
     pub(super) consuming: Connection,
     publishing: Connection,
@@ -44,8 +48,9 @@ pub(super) struct Link {
 
 impl Link {
     pub(super) async fn open(settings: &Settings) -> Result<Self, BrokerError> {
-        let (consuming, broker) = settings.meet("close-sync consume").await?;
-        let publishing = settings.connect("close-sync publish").await?;
+        let Met { connection: consuming, broker, cut } = settings.meet("close-sync consume").await?;
+        let Met { connection: publishing, cut: cut_publishing, .. } =
+            settings.meet("close-sync publish").await?;
         topology::prepare(&consuming, settings).await?;
         let publisher = Publisher::new(&publishing).await?;
         let channel = consuming.create_channel().await?;
@@ -59,7 +64,8 @@ impl Link {
                 FieldTable::default(),
             )
             .await?;
-        Ok(Self { broker, consuming, publishing, channel, publisher, deliveries, happenings })
+        let cut = [cut, cut_publishing].map(CancellationToken::drop_guard);
+        Ok(Self { _cut: cut, broker, consuming, publishing, channel, publisher, deliveries, happenings })
     }
 
     /// How long the process may stand still: the broker gives its queue away after three heartbeats.
@@ -70,6 +76,7 @@ impl Link {
         }
     }
 
+    /// Closes both in order. Of a connection that is blocked by an alarm this has no end.
     pub(super) async fn close(self) {
         tokio::time::sleep(LAST_ACKS).await;
         let _ = self.channel.close(200, "bye".into()).await;

@@ -34,6 +34,7 @@ use lapin::{Connection, ErrorKind};
 use crate::state::BrokerTrouble;
 use broker::Broker;
 use connect::Nodes;
+pub use wire::Met;
 
 /// The broker, and the names of what is ours on it.
 #[derive(Clone, Debug)]
@@ -114,11 +115,11 @@ impl Settings {
     /// # Errors
     /// Those of [`Nodes::connect`].
     pub async fn connect(&self, name: &str) -> Result<Connection, BrokerError> {
-        Ok(self.meet(name).await?.0)
+        Ok(self.meet(name).await?.connection)
     }
 
     /// The same, and tells who answered.
-    pub async fn meet(&self, name: &str) -> Result<(Connection, Broker), BrokerError> {
+    pub async fn meet(&self, name: &str) -> Result<Met, BrokerError> {
         self.nodes.connect(name).await
     }
 }

@@ -228,7 +228,7 @@ impl Session {
         // Of the next connection the broker tells anew.
         self.alarm(None);
         // Closed, not dropped, also when only half of it is lost: dropping a consumer cancels it. A
-        // broker that says nothing any more is not waited for.
+        // broker that says nothing any more, or to which lapin says nothing during an alarm, is not waited for.
         let _ = tokio::time::timeout(Duration::from_secs(5), link.close()).await;
         (end, report)
     }

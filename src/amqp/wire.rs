@@ -1,7 +1,8 @@
 //! The stream that lapin reads and writes: behind TLS, and between lapin and the broker.
 //!
 //! What the broker says of itself is overheard here (`greeting.rs`), and what lapin would not survive is altered
-//! (`frames.rs`).
+//! (`frames.rs`). And it can be cut: lapin writes nothing to a broker that raised an alarm, so that a connection it
+//! is to close in order then stays open, with its thread (rabbitmq.md §0, 10).
 
 use std::io;
 use std::net::SocketAddr;
@@ -17,27 +18,39 @@ use futures_util::io::{AsyncRead, AsyncWrite};
 use lapin::tcp::{AMQPUriTcpExt, OwnedTLSConfig};
 use lapin::uri::AMQPUri;
 use lapin::{AsyncTcpStream, Connection, ConnectionProperties};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use super::broker::Broker;
 use super::frames::Frames;
 use super::greeting::Heard;
+
+/// A connection, and who is at its other end.
+pub struct Met {
+    /// The connection.
+    pub connection: Connection,
+    /// Who answered.
+    pub broker: Broker,
+    /// Cuts the connection, which needs no answer of the broker. Nothing happens when it is dropped.
+    pub(super) cut: CancellationToken,
+}
 
 /// Opens a connection as [`Connection::connect_with_config`] does, and tells who answered.
 pub(super) async fn connect(
     uri: AMQPUri,
     properties: ConnectionProperties,
     tls: OwnedTLSConfig,
-) -> lapin::Result<(Connection, Broker)> {
+) -> lapin::Result<Met> {
     let tokio = Tokio::current();
     let runtime = Runtime::new(RuntimeParts::new(tokio.clone(), Wired(tokio.clone())));
     let heard = Heard::default();
-    let ear = heard.clone();
+    let cut = CancellationToken::new();
+    let (ear, scissors) = (heard.clone(), cut.clone());
     let open = async move |uri: AMQPUri, _| {
         let stream = uri.connect_with_config_async(tls.as_ref(), &Runtime::new(tokio.clone())).await?;
-        Ok(AsyncTcpStream::Plain(Wire::new(stream, ear.clone())))
+        Ok(AsyncTcpStream::Plain(Wire::new(stream, ear.clone(), scissors.clone())))
     };
     let connection = Connection::connector(uri, runtime, open, properties).await?;
-    Ok((connection, heard.broker()))
+    Ok(Met { connection, broker: heard.broker(), cut })
 }
 
 /// The stream, on its way to lapin.
@@ -45,17 +58,22 @@ struct Wire<S> {
     stream: S,
     heard: Heard,
     frames: Frames,
+    cut: Pin<Box<WaitForCancellationFutureOwned>>,
 }
 
 impl<S> Wire<S> {
-    fn new(stream: S, heard: Heard) -> Self {
-        Self { stream, heard, frames: Frames::default() }
+    fn new(stream: S, heard: Heard, cut: CancellationToken) -> Self {
+        Self { stream, heard, frames: Frames::default(), cut: Box::pin(cut.cancelled_owned()) }
     }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
-        let Self { stream, heard, frames } = self.get_mut();
+        let Self { stream, heard, frames, cut } = self.get_mut();
+        // lapin reads as long as a connection lives, also while it writes nothing.
+        if cut.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
         let read = ready!(frames.poll_read(stream, cx, buffer))?;
         heard.note(buffer.get(..read).unwrap_or_default());
         Poll::Ready(Ok(read))
@@ -113,6 +131,9 @@ impl Reactor for Wired {
         address: SocketAddr,
     ) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
         let connecting = self.0.tcp_connect_addr(address);
-        async { Ok(Wire::new(AsyncTcpStream::Plain(connecting.await?), Heard::default())) }
+        async {
+            let stream = AsyncTcpStream::Plain(connecting.await?);
+            Ok(Wire::new(stream, Heard::default(), CancellationToken::new()))
+        }
     }
 }

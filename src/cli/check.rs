@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::{CONFIGURATION, Failure, UNAVAILABLE};
 use crate::amqp::broker::Broker;
-use crate::amqp::{self, BrokerError, topology};
+use crate::amqp::{self, BrokerError, Met, topology};
 use crate::close::Client;
 use crate::config::{Config, Destination, Need, Problems};
 use crate::preflight::{self, Obstacle, Ready};
@@ -161,7 +161,7 @@ type Depth = Option<topology::Depth>;
 
 /// Who the broker is, and how full the work queue and the dead-letter queue are.
 async fn meet(settings: &amqp::Settings) -> Result<(Broker, (Depth, Depth)), BrokerError> {
-    let (connection, broker) = settings.meet("close-sync check").await?;
+    let Met { connection, broker, .. } = settings.meet("close-sync check").await?;
     match settings.topology {
         topology::Mode::Declare => topology::compare(&connection, settings).await?,
         topology::Mode::Check => topology::prepare(&connection, settings).await?,

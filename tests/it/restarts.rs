@@ -165,6 +165,33 @@ async fn an_alarm_of_the_broker_is_waited_out() {
     worker.terminate().await;
 }
 
+/// A connection that an alarm has blocked cannot be closed in order. Each session that ends meanwhile has one.
+#[tokio::test(flavor = "multi_thread")]
+async fn sessions_that_end_during_an_alarm_leave_no_connections_behind() {
+    let node = Node::start().await;
+    let bench = Bench::on(&node.url, Settings::fast()).await;
+    bench.worker().await.terminate().await;
+    bench.publish_bytes(b"nonsense", BasicProperties::default()).await;
+    node.alarm(true).await;
+    let worker = bench.starting_worker();
+    for sessions in 1.. {
+        // It has published a dead letter, and there is no answer.
+        worker.until("blocked", async |worker| worker.logged("raised an alarm") == sessions).await;
+        worker.until("two left", async |worker| worker.threads("lapin-io-loop") == 2).await;
+        if sessions == 3 {
+            break;
+        }
+        let connections = node.ctl(&["list_connections", "pid", "client_properties"]).await;
+        let consuming = connections.lines().find(|line| line.contains("close-sync consume")).unwrap();
+        node.ctl(&["close_connection", consuming.split_whitespace().next().unwrap(), "test"]).await;
+    }
+    node.alarm(false).await;
+    bench.depth_becomes("", 0).await;
+    // Those of the sessions before were on their way, and may arrive now as well.
+    assert!(bench.depth(".dead").await >= 1);
+    worker.terminate().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broker_that_dies_and_comes_back_costs_nothing() {
     let node = Node::start().await;

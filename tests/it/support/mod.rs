@@ -165,7 +165,7 @@ impl Bench {
     /// Which broker its processes connect to, if it answers.
     async fn broker(&self) -> Option<Broker> {
         let config = Config::load(None, &self.environment(), Need::Broker).ok()?;
-        Some(config.single().ok()?.amqp.meet("test").await.ok()?.1)
+        Some(config.single().ok()?.amqp.meet("test").await.ok()?.broker)
     }
 
     /// Publishes events in order.

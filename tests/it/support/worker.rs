@@ -136,6 +136,13 @@ impl Worker {
         line.trim().strip_suffix(" kB")?.parse().ok()
     }
 
+    /// How many of its threads have this name.
+    pub(crate) fn threads(&self, name: &str) -> usize {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid)).unwrap();
+        let names = tasks.filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).ok());
+        names.filter(|each| each.trim_end() == name).count()
+    }
+
     pub(crate) fn signal(&self, name: &str) {
         let status =
             std::process::Command::new("kill").args([&format!("-{name}"), &self.pid.to_string()]).status();
