@@ -12,7 +12,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::broker::Broker;
 use super::publisher::Publisher;
-use super::{BrokerError, LAST_ACKS, Met, Settings, close, topology};
+use super::{BrokerError, LAST_ACKS, Met, Settings, close, in_time, topology};
 use crate::drain::Drain;
 use crate::metrics::Metrics;
 
@@ -48,9 +48,14 @@ pub(super) struct Link {
 
 impl Link {
     pub(super) async fn open(settings: &Settings) -> Result<Self, BrokerError> {
-        let Met { connection: consuming, broker, cut } = settings.meet("close-sync consume").await?;
-        let Met { connection: publishing, cut: cut_publishing, .. } =
-            settings.meet("close-sync publish").await?;
+        let consuming = settings.meet("close-sync consume").await?;
+        let publishing = settings.meet("close-sync publish").await?;
+        in_time(Self::set_up(consuming, publishing, settings)).await
+    }
+
+    async fn set_up(consuming: Met, publishing: Met, settings: &Settings) -> Result<Self, BrokerError> {
+        let cut = [consuming.cut, publishing.cut];
+        let (broker, consuming, publishing) = (consuming.broker, consuming.connection, publishing.connection);
         topology::prepare(&consuming, settings).await?;
         let publisher = Publisher::new(&publishing).await?;
         let channel = consuming.create_channel().await?;
@@ -64,7 +69,7 @@ impl Link {
                 FieldTable::default(),
             )
             .await?;
-        let cut = [cut, cut_publishing].map(CancellationToken::drop_guard);
+        let cut = cut.map(CancellationToken::drop_guard);
         Ok(Self { _cut: cut, broker, consuming, publishing, channel, publisher, deliveries, happenings })
     }
 

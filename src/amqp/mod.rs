@@ -259,6 +259,18 @@ impl From<lapin::Error> for BrokerError {
 /// there is no event to wait for instead.
 const LAST_ACKS: Duration = Duration::from_millis(200);
 
+/// How long the broker may take to make, or to look at, what a session begins with.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What the broker answers, if it does: it may be alive, and a queue of it not (no majority of its nodes).
+///
+/// # Errors
+/// Those of what is asked; [`BrokerError::Lost`] where there is no answer.
+pub async fn in_time<T>(asked: impl Future<Output = Result<T, BrokerError>>) -> Result<T, BrokerError> {
+    let no_answer = |_| Err(BrokerError::Lost(format!("no answer within {} s", PATIENCE.as_secs())));
+    tokio::time::timeout(PATIENCE, asked).await.unwrap_or_else(no_answer)
+}
+
 /// Closes a connection in order; a connection that is gone already is fine. One that is blocked closes only when the
 /// alarm ends, and is not waited for.
 pub async fn close(connection: &Connection) {

@@ -344,7 +344,7 @@ impl Drop for AbortOnDrop {
 
 async fn prepare(settings: &amqp::Settings) -> Result<(), BrokerError> {
     let connection = settings.connect("close-sync prepare").await?;
-    topology::prepare(&connection, settings).await?;
+    amqp::in_time(topology::prepare(&connection, settings)).await?;
     amqp::close(&connection).await;
     Ok(())
 }

@@ -9,7 +9,7 @@ use lapin::options::{BasicPublishOptions, ExchangeDeleteOptions, QueueDeleteOpti
 use lapin::types::{AMQPValue, FieldTable};
 
 use crate::support::producer::{Producer, long, nested, text};
-use crate::support::{Bench, Node, PATIENCE, Worker, people};
+use crate::support::{Bench, Node, PATIENCE, Proxy, Worker, people};
 
 /// Waits until the worker has lost its connection so often for this cause.
 async fn lost(worker: &Worker, cause: &str, times: u32) {
@@ -207,6 +207,27 @@ async fn a_broker_that_falls_silent_is_noticed_by_its_heartbeats() {
     bench.assert_each_once(40);
     // Twice the heartbeat (rabbitmq.md §2.2), and a busy machine.
     assert!(noticed < Duration::from_secs(10), "{noticed:?}");
+    worker.terminate().await;
+}
+
+/// The head of `basic.qos`, which comes when a session has both connections, and before it consumes.
+const QOS: [u8; 8] = [0, 0, 0, 11, 0, 60, 0, 10];
+
+/// It answers no more, and is there: without heartbeats only patience ends.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_that_cannot_begin_is_given_up() {
+    let bench = Bench::new().await;
+    let proxy = Proxy::start(&bench.amqp_url).await;
+    let bench = bench.set("AMQP_URL", &format!("{}?heartbeat=0", proxy.url));
+    proxy.set_trap(&QOS);
+    let worker = bench.starting_worker();
+    proxy.sprung().await;
+    worker.until("given up", async |worker| worker.logged("no answer within 30 s") >= 1).await;
+    worker.until("back", async |worker| worker.is("standing_by", None).await).await;
+    proxy.release();
+    bench.publish(&people(1)).await;
+    worker.settled(1).await;
+    bench.assert_each_once(1);
     worker.terminate().await;
 }
 

@@ -7,12 +7,21 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+/// What is waited for among what clients send.
+enum Trap {
+    Off,
+    Set(Vec<u8>),
+    /// It came, and is held with all that its connection sends after it.
+    Sprung,
+}
+
 /// Passes TCP connections on to a broker. Ends with all of them when dropped.
 pub(crate) struct Proxy {
     /// The broker's URL, by this way.
     pub(crate) url: String,
     connections: Arc<Mutex<Vec<CancellationToken>>>,
     mute: watch::Sender<bool>,
+    trap: watch::Sender<Trap>,
     _stop: DropGuard,
 }
 
@@ -29,21 +38,40 @@ impl Proxy {
         let open = Arc::clone(&connections);
         let mute = watch::Sender::new(false);
         let silence = mute.subscribe();
+        let trap = watch::Sender::new(Trap::Off);
+        let traps = trap.clone();
         let accept = async move |stop: CancellationToken| {
             while let Ok((client, _)) = listener.accept().await {
                 let cut = stop.child_token();
                 open.lock().unwrap().push(cut.clone());
-                tokio::spawn(pass(client, broker.clone(), silence.clone(), cut));
+                tokio::spawn(pass(client, broker.clone(), silence.clone(), traps.clone(), cut));
             }
         };
         let until = stop.clone();
         tokio::spawn(async move { until.run_until_cancelled(accept(until.clone())).await });
-        Self { url: url.to_string(), connections, mute, _stop: stop.drop_guard() }
+        Self { url: url.to_string(), connections, mute, trap, _stop: stop.drop_guard() }
     }
 
     /// Passes nothing on any more, or goes on: connections stay open, and nothing that was sent is lost.
     pub(crate) fn mute(&self, mute: bool) {
         self.mute.send_replace(mute);
+    }
+
+    /// Holds the next such bytes, once.
+    pub(crate) fn set_trap(&self, bytes: &[u8]) {
+        self.trap.send_replace(Trap::Set(bytes.to_vec()));
+    }
+
+    /// Waits until they came.
+    pub(crate) async fn sprung(&self) {
+        let mut trap = self.trap.subscribe();
+        let sprung = trap.wait_for(|trap| matches!(trap, Trap::Sprung));
+        assert!(tokio::time::timeout(super::PATIENCE, sprung).await.is_ok(), "these bytes never came");
+    }
+
+    /// Passes on what is held.
+    pub(crate) fn release(&self) {
+        self.trap.send_replace(Trap::Off);
     }
 
     /// Cuts all connections.
@@ -65,13 +93,19 @@ impl Proxy {
 }
 
 /// One connection, until either end closes it or it is cut.
-async fn pass(client: TcpStream, broker: String, silence: watch::Receiver<bool>, cut: CancellationToken) {
+async fn pass(
+    client: TcpStream,
+    broker: String,
+    silence: watch::Receiver<bool>,
+    trap: watch::Sender<Trap>,
+    cut: CancellationToken,
+) {
     if let Ok(broker) = TcpStream::connect(broker).await {
         let ((from_client, to_client), (from_broker, to_broker)) = (client.into_split(), broker.into_split());
         let both = async {
             tokio::select! {
-                () = copy(from_client, to_broker, silence.clone()) => {}
-                () = copy(from_broker, to_client, silence) => {}
+                () = copy(from_client, to_broker, silence.clone(), Some(trap)) => {}
+                () = copy(from_broker, to_client, silence, None) => {}
             }
         };
         let _ = cut.run_until_cancelled(both).await;
@@ -84,11 +118,30 @@ async fn copy(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,
     mut silence: watch::Receiver<bool>,
+    trap: Option<watch::Sender<Trap>>,
 ) {
     let mut buffer = vec![0; 16 * 1024];
     while let Ok(read @ 1..) = from.read(&mut buffer).await {
+        if let Some(trap) = &trap {
+            hold(&buffer[..read], trap).await;
+        }
         if silence.wait_for(|mute| !mute).await.is_err() || to.write_all(&buffer[..read]).await.is_err() {
             return;
         }
+    }
+}
+
+/// Waits if these bytes spring the trap.
+async fn hold(bytes: &[u8], trap: &watch::Sender<Trap>) {
+    let springs = trap.send_if_modified(|trap| {
+        let springs =
+            matches!(&*trap, Trap::Set(wanted) if bytes.windows(wanted.len()).any(|part| part == wanted));
+        if springs {
+            *trap = Trap::Sprung;
+        }
+        springs
+    });
+    if springs {
+        let _ = trap.subscribe().wait_for(|trap| !matches!(trap, Trap::Sprung)).await;
     }
 }
