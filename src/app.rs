@@ -5,7 +5,7 @@
 //! ends, and the program with the last of them.
 //!
 //! On SIGHUP the configuration is read again. One that is valid is handed to each destination, which takes its part
-//! over if its Close agrees; new destinations begin, those that are gone stop.
+//! over if that says something new and its Close agrees; new destinations begin, those that are gone stop.
 
 mod destination;
 mod pause;
@@ -81,7 +81,7 @@ pub async fn run(config: Config, orders: impl Into<Orders>) -> Result<Report, Ru
         tokio::select! {
             ended = fleet.ended() => if let Some(result) = ended { break result },
             Some(()) = reload.next() => {
-                tracing::info!("reading the configuration again, and asking Close about it");
+                tracing::info!("reading the configuration again");
                 match load() {
                     Ok(config) => fleet.take_over(config.destinations)?,
                     Err(problems) => tracing::error!(

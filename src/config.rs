@@ -51,7 +51,7 @@ pub struct Config {
 }
 
 /// The settings of one Close organization.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Destination {
     /// Its name, where several are configured.
     pub name: Option<String>,
@@ -537,6 +537,41 @@ mod tests {
         // Who needs the broker only needs none.
         let layers = Layers::new("[destinations.a]\n[destinations.b]", "", &HashMap::new());
         assert_eq!(layers.read(Need::Broker).unwrap().destinations.len(), 2);
+    }
+
+    #[test]
+    fn what_is_read_again_is_the_same_unless_something_of_it_has_changed() {
+        let folder = tempfile::tempdir().unwrap();
+        let ca = folder.path().join("ca.pem");
+        let renew = || {
+            let key = rcgen::KeyPair::generate().unwrap();
+            let made = rcgen::CertificateParams::default().self_signed(&key).unwrap();
+            std::fs::write(&ca, made.pem()).unwrap();
+        };
+        renew();
+        let file = format!(
+            "[close]\napi_key = 'api_a'\n[amqp]\nurl = 'amqps://u:p@a'\ntls.ca_file = '{}'",
+            ca.display()
+        );
+        let one = single(&file, &[]);
+        assert_eq!(one, single(&format!("{file}\n[http]\naddr = '127.0.0.1:1'"), &[]), "of the process");
+        let others = [
+            ("CLOSE_API_KEY", "api_b"),
+            ("CLOSE_API_URL", "http://x.test"),
+            ("CLOSE_TIMEOUT", "1s"),
+            ("CLOSE_RATE_LIMIT_SHARE", "50"),
+            ("CLOSE_SCHEMA_REFRESH", "1m"),
+            ("AMQP_URL", "amqps://u:q@a"),
+            ("AMQP_PREFETCH", "300"),
+            ("WORKER_MERGE", "false"),
+            ("WORKER_GRACE", "1s"),
+            ("MAPPING_LEAD_NAME", "{ write = \"if_empty\" }"),
+        ];
+        for other in others {
+            assert_ne!(one, single(&file, &[other]), "{other:?}");
+        }
+        renew();
+        assert_ne!(one, single(&file, &[]), "a certificate was renewed where it was");
     }
 
     #[test]

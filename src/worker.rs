@@ -52,7 +52,7 @@ use crate::retry::{History, Policy};
 use tries::{Mode, Tries};
 
 /// How messages are worked on.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
     /// What may be done.
     pub switches: Switches,

@@ -47,13 +47,6 @@ impl Nodes {
         self.urls.iter().all(|url| uri(url).is_ok_and(|uri| uri.scheme == AMQPScheme::AMQPS))
     }
 
-    /// Whether both are the same nodes, and are logged in to as the same user.
-    pub fn is_same(&self, other: &Self) -> bool {
-        let urls = |all: &Self| all.urls.iter().map(|url| url.expose_secret().to_owned()).collect();
-        let (ours, theirs): (Vec<_>, Vec<_>) = (urls(self), urls(other));
-        ours == theirs && self.tls.is_same(&other.tls)
-    }
-
     /// The URLs without passwords.
     pub fn masked(&self) -> String {
         self.urls.iter().map(|url| masked_one(url.expose_secret())).collect::<Vec<_>>().join(",")
@@ -117,6 +110,15 @@ impl Nodes {
                 Err(failure(&node, Kind::Unreachable, detail))
             }
         }
+    }
+}
+
+/// Whether both are the same nodes, and are logged in to as the same user.
+impl PartialEq for Nodes {
+    fn eq(&self, other: &Self) -> bool {
+        let urls = |nodes: &Self| nodes.urls.iter().map(|url| url.expose_secret().to_owned()).collect();
+        let (ours, theirs): (Vec<_>, Vec<_>) = (urls(self), urls(other));
+        ours == theirs && self.tls == other.tls
     }
 }
 
@@ -212,9 +214,9 @@ mod tests {
     #[test]
     fn the_same_nodes_are_the_same_broker() {
         let nodes = |urls: &str| Nodes::parse(urls).unwrap();
-        assert!(nodes("amqp://u:p@a,amqp://u:p@b").is_same(&nodes("amqp://u:p@a, amqp://u:p@b")));
+        assert_eq!(nodes("amqp://u:p@a,amqp://u:p@b"), nodes("amqp://u:p@a, amqp://u:p@b"));
         for other in ["amqp://u:p@a", "amqp://u:p@a,amqp://u:q@b"] {
-            assert!(!nodes("amqp://u:p@a,amqp://u:p@b").is_same(&nodes(other)), "{other}");
+            assert_ne!(nodes("amqp://u:p@a,amqp://u:p@b"), nodes(other));
         }
     }
 

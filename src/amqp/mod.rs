@@ -37,7 +37,7 @@ use connect::Nodes;
 pub use wire::Met;
 
 /// The broker, and the names of what is ours on it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
     /// Where it is.
     pub nodes: Nodes,
@@ -80,19 +80,13 @@ impl Settings {
 
     /// Whether both mean the same objects on the same broker.
     pub fn is_same(&self, other: &Self) -> bool {
-        let names = |settings: &Self| {
-            let Self { nodes: _, exchange, queue, prefetch: _, delays, binding_keys, topology, outcomes } =
-                settings.clone();
-            (exchange, queue, delays, binding_keys, topology, outcomes)
-        };
-        self.nodes.is_same(&other.nodes) && names(self) == names(other)
+        Self { prefetch: other.prefetch, ..self.clone() } == *other
     }
 
     /// Whether the objects of one cannot be told from those of the other.
     pub fn overlaps(&self, other: &Self) -> bool {
         let within = |a: &str, b: &str| a == b || a.strip_prefix(b).is_some_and(|rest| rest.starts_with('.'));
-        self.nodes.is_same(&other.nodes)
-            && (within(&self.queue, &other.queue) || within(&other.queue, &self.queue))
+        self.nodes == other.nodes && (within(&self.queue, &other.queue) || within(&other.queue, &self.queue))
     }
 
     /// Whoever has this queue, looks at the dead letters; exclusive, and gone with its connection.

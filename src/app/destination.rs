@@ -5,8 +5,8 @@
 //! wait in the queue without being touched (`design.md` P5). After that, the first session begins with a few
 //! messages at a time: Close is on trial, and what proves that it works is a message that succeeds.
 //!
-//! Settings that come while it runs are taken over if Close agrees to them: what is in hand is finished by the old
-//! ones first. Otherwise the old ones stay.
+//! Settings that come while it runs are taken over if they are others and Close agrees to them: what is in hand is
+//! finished by the old ones first. Otherwise the old ones stay; the same ones again disturb nothing.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -62,12 +62,8 @@ pub(super) async fn run(
         status: status.clone(),
         metrics: metrics.clone(),
     };
-    let mut reloads = Reloads {
-        settings: reloads,
-        checking: None,
-        declared: settings.amqp.clone(),
-        metrics: metrics.clone(),
-    };
+    let mut reloads =
+        Reloads { settings: reloads, checking: None, in_force: settings.clone(), metrics: metrics.clone() };
     let assembly = tokio::select! {
         mapping = preflight.mapping(shutdown) => match mapping? {
             Some(mapping) => Assembly { client: preflight.client, settings, mapping },
@@ -141,6 +137,10 @@ struct Assembly {
     mapping: Mapping,
 }
 
+/// What may be missed in what was taken over.
+const NOT_YET: &str = "`http.addr` and `log.format` change with the next start only, and the environment still wins \
+                       over the file";
+
 /// How long new settings may take to be checked.
 const CHECK_TIME: Duration = Duration::from_secs(30);
 
@@ -149,13 +149,14 @@ struct Reloads {
     settings: mpsc::UnboundedReceiver<Destination>,
     /// Those being checked: what was cut short begins again.
     checking: Option<Destination>,
-    /// What is declared: that is not asked again, the broker may be away just now.
-    declared: amqp::Settings,
+    /// Those that were taken over last. What of the broker they have in common with new ones is declared, and not
+    /// asked again: it may be away just now.
+    in_force: Destination,
     metrics: Metrics,
 }
 
 impl Reloads {
-    /// Waits for settings that work. What is wrong with others is told, and the old ones stay in force.
+    /// Waits for other settings that work. What is wrong with them otherwise is told, and the old ones stay in force.
     async fn next(&mut self) -> Assembly {
         loop {
             if self.checking.is_none() {
@@ -163,15 +164,20 @@ impl Reloads {
             }
             // Nobody is left who could bring any.
             let Some(settings) = self.checking.clone() else { std::future::pending().await };
+            // Compared when their turn has come: those before them may have been taken over, or not.
+            if settings == self.in_force {
+                self.checking = None;
+                tracing::info!(
+                    "the configuration was read again and says nothing new: all stays as it is. {NOT_YET}"
+                );
+                continue;
+            }
             let checked = self.check(settings).await;
             self.checking = None;
             match checked {
                 Ok(assembly) => {
-                    self.declared.clone_from(&assembly.settings.amqp);
-                    tracing::info!(
-                        "the configuration was read again and is taken over (`http.addr` and `log.format` at the \
-                         next start; variables of the environment still win over the file)"
-                    );
+                    self.in_force.clone_from(&assembly.settings);
+                    tracing::info!("the configuration was read again and is taken over. {NOT_YET}");
                     return assembly;
                 }
                 Err(error) => tracing::error!(
@@ -183,7 +189,7 @@ impl Reloads {
     }
 
     async fn check(&self, settings: Destination) -> anyhow::Result<Assembly> {
-        if !self.declared.is_same(&settings.amqp) {
+        if !self.in_force.amqp.is_same(&settings.amqp) {
             prepare(&settings.amqp).await?;
         }
         let client = client(&settings, &self.metrics)?;

@@ -96,6 +96,54 @@ async fn each_organization_is_kept_in_step_by_itself() {
     worker.terminate().await;
 }
 
+/// The file is read again, and says something new of one of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_organization_of_which_nothing_new_is_said_goes_on_undisturbed() {
+    let two = Two::new().await;
+    let emea = table("emea", &two.emea, KEY);
+    two.write(&[emea.clone(), table("apac", &two.apac, KEY)]);
+    let worker = two.bench.worker().await;
+    two.bench.publish(&[person("u1", "emea"), person("u2", "apac")]).await;
+    worker.settled(4).await;
+    let searches = || [&two.emea, &two.apac].map(|close| close.request_count("POST", "/data/"));
+    // How often a destination has said something.
+    let said = |text: &str, name: &str| {
+        let of = format!("\"destination\":\"{name}\"");
+        worker.log().lines().filter(|line| line.contains(text) && line.contains(&of)).count()
+    };
+
+    // One has work in hand, which would have to be finished if it had to begin anew.
+    two.emea.fault(Fault::new(Effect::Latency { ms: 3000 }).on("POST", "/lead/").times(1));
+    let of_another = identify("u3", json!({"region": "emea", "company": {"id": "another"}}));
+    two.bench.publish(&[of_another]).await;
+    worker.until("writing", async |_| two.emea.request_count("POST", "/lead/") == 2).await;
+    let [emea_before, apac_before] = searches();
+    two.write(&[emea.clone(), table("apac", &two.apac, KEY) + "\nworker.concurrency = 8"]);
+    worker.signal("HUP");
+    worker.until("taken over", async |_| said("waiting for messages", "apac") == 2).await;
+    assert_eq!((said("says nothing new", "emea"), said("says nothing new", "apac")), (1, 0));
+    assert_eq!((said("is taken over", "emea"), said("is taken over", "apac")), (0, 1));
+    assert_eq!(state(&worker, "emea").await, "consuming");
+    assert_eq!((said("stopping", "emea"), said("waiting for messages", "emea")), (0, 1));
+    // It has not forgotten what it knows, as the other one has.
+    two.bench.publish(&[person("u1", "emea"), person("u2", "apac")]).await;
+    worker.settled(10).await;
+    let [emea_after, apac_after] = searches();
+    assert!(emea_after == emea_before && apac_after > apac_before, "{}", worker.log());
+
+    // What could not be taken over is tried each time, until the file says again what is in force.
+    two.write(&[table("emea", &two.emea, "api_wrong.key"), table("apac", &two.apac, KEY)]);
+    for times in 1..3 {
+        worker.signal("HUP");
+        worker.until("refused", async |_| said("the old one stays", "emea") == times).await;
+    }
+    two.write(&[emea, table("apac", &two.apac, KEY)]);
+    worker.signal("HUP");
+    worker.until("read", async |_| said("says nothing new", "emea") == 2).await;
+    assert_eq!(said("waiting for messages", "emea"), 1);
+    worker.terminate().await;
+}
+
 /// One that is taken out of the file and put back while it still finishes what it has in hand.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_organization_that_is_wanted_again_while_it_stops_is_there_once() {

@@ -242,6 +242,10 @@ async fn a_new_key_is_taken_over_on_sighup_and_a_bad_configuration_is_not() {
     bench.publish(&[identify("u1", json!({}))]).await;
     worker.settled(1).await;
 
+    worker.signal("HUP");
+    worker.until("read", async |worker| worker.logged("says nothing new") == 1).await;
+    assert_eq!(worker.logged("waiting for messages"), 1, "an unchanged file changes nothing");
+
     let problems = [
         ("[close]\napi_key = \"api_hunter2.key\"\n", "Close does not accept the API key"),
         ("[close\n", "is no TOML"),

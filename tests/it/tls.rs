@@ -72,16 +72,20 @@ async fn a_broker_is_believed_when_its_authority_and_its_name_are_known() {
     let url = format!("amqps://guest:guest@{}/%2f", node.tls_addr("127.0.0.1"));
     let bench = Bench::on(&node.url, Settings::fast()).await.set("AMQP_URL", &url);
 
-    // The authority is known to nobody: the worker keeps trying, and is mended while it does.
+    // The authority is known to nobody: the worker keeps trying, and is mended while it does. The file is another
+    // one then, although its name is the same.
     let told = check(&bench).await;
     assert!(told.contains("UnknownIssuer. Set `amqp.tls.ca_file` (AMQP_TLS_CA_FILE)"), "{told}");
-    let file = authority.path("close-sync.toml");
-    std::fs::write(&file, "").unwrap();
+    let (file, trusted) = (authority.path("close-sync.toml"), authority.path("trusted.pem"));
+    std::fs::write(&file, format!("[amqp.tls]\nca_file = '{trusted}'")).unwrap();
+    std::fs::copy(Authority::new("CA of somebody else").path("ca.pem"), &trusted).unwrap();
     let bench = bench.set("CLOSE_SYNC_CONFIG", &file);
     let worker = bench.starting_worker();
     worker.until("trying again", async |worker| worker.logged("still no connection") >= 2).await;
     assert_eq!(worker.logged("reconnecting to RabbitMQ until it works"), 1, "{}", worker.log());
-    std::fs::write(&file, format!("[amqp.tls]\nca_file = '{}'", authority.path("ca.pem"))).unwrap();
+    worker.signal("HUP");
+    worker.until("read", async |worker| worker.logged("says nothing new") == 1).await;
+    std::fs::copy(authority.path("ca.pem"), &trusted).unwrap();
     worker.signal("HUP");
     worker.until("ready", async |worker| worker.ready().await.0 == 200).await;
     worker.terminate().await;
