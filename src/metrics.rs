@@ -193,7 +193,7 @@ impl Metrics {
             )?,
             broker_trouble: make.gauges(
                 "broker_trouble",
-                "1 while there is no connection to RabbitMQ for this cause",
+                "1 while there is no connection to RabbitMQ for this cause, or one to a broker that lacks something",
                 "cause",
                 &BrokerTrouble::ALL.map(BrokerTrouble::label),
             )?,

@@ -82,7 +82,7 @@ pub struct Readiness {
     pub ready: bool,
     /// The state.
     pub state: &'static str,
-    /// Why, from a closed list, when not connected or paused.
+    /// Why, from a closed list, when not connected or paused, or when something of ours was deleted on the broker.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cause: Option<&'static str>,
     /// What went wrong last, for people.
@@ -101,6 +101,7 @@ struct Standing {
     state: State,
     detail: Option<String>,
     alarm: Option<String>,
+    lack: Option<String>,
     since: Timestamp,
 }
 
@@ -111,7 +112,7 @@ pub struct Status(Arc<watch::Sender<Standing>>);
 impl Default for Status {
     fn default() -> Self {
         let (state, since) = (State::Connecting(None), Timestamp::now());
-        Self(Arc::new(watch::Sender::new(Standing { state, detail: None, alarm: None, since })))
+        Self(Arc::new(watch::Sender::new(Standing { state, detail: None, alarm: None, lack: None, since })))
     }
 }
 
@@ -136,9 +137,14 @@ impl Status {
         self.0.borrow().alarm.is_some()
     }
 
+    /// Something that has to exist on the broker is not there, for people; or all of it is.
+    pub fn lacks(&self, what: Option<String>) {
+        self.0.send_modify(|standing| standing.lack = what);
+    }
+
     /// The state now.
     pub fn readiness(&self) -> Readiness {
-        let Standing { state, detail, alarm, since } = self.0.borrow().clone();
+        let Standing { state, detail, alarm, lack, since } = self.0.borrow().clone();
         let (ready, state, cause) = match state {
             State::Connecting(cause) => (false, "connecting", cause.map(BrokerTrouble::label)),
             State::StandingBy => (true, "standing_by", None),
@@ -147,6 +153,11 @@ impl Status {
             State::Stopping => (false, "stopping", None),
             State::Failed => (false, "failed", None),
         };
-        Readiness { ready: ready && alarm.is_none(), state, cause, detail, alarm, since }
+        // A pause is the greater trouble.
+        let (cause, detail) = match lack {
+            Some(lack) if ready => (Some(BrokerTrouble::Missing.label()), Some(lack)),
+            Some(_) | None => (cause, detail),
+        };
+        Readiness { ready: ready && cause.is_none() && alarm.is_none(), state, cause, detail, alarm, since }
     }
 }

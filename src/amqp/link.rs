@@ -18,8 +18,8 @@ use crate::metrics::Metrics;
 
 /// How often the backlog is looked at.
 const LOOKS_APART: Duration = Duration::from_secs(5);
-/// How often everything is declared again, which changes nothing where nothing is missing.
-const DECLARED_APART: Duration = Duration::from_secs(15);
+/// How often everything is declared again, which changes nothing where nothing is missing, or only looked at.
+const PREPARED_APART: Duration = Duration::from_secs(15);
 
 /// What happens to a connection by itself.
 pub(super) enum Happening {
@@ -114,19 +114,37 @@ fn happenings(connection: &Connection) -> impl Stream<Item = Happening> + Send +
 
 /// Looks at the backlog from time to time, and puts back what somebody deleted: without the exchange or a binding
 /// no message comes, and nothing would tell. A broker that does not answer is noticed elsewhere.
-pub(super) async fn watch(connection: &Connection, settings: &Settings, metrics: &Metrics) -> Infallible {
+///
+/// What must not be put back is told to `lacks` when that is news. The session goes on: the next one would wait for
+/// all of it, and with it those whose messages need none of it. A message that has to go to a queue that is gone is
+/// held, and without the work queue the session ends by itself.
+pub(super) async fn watch(
+    connection: &Connection,
+    settings: &Settings,
+    metrics: &Metrics,
+    lacks: impl Fn(Option<BrokerError>),
+) -> Infallible {
     let mut drain = Drain::default();
-    let mut declared = Instant::now();
+    let mut prepared = Instant::now();
+    let mut known = Vec::new();
     let mut tick = tokio::time::interval(LOOKS_APART);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let (mut settled, mut calls) = metrics.totals();
     let (mut then, mut waited) = (Instant::now(), false);
     loop {
         tick.tick().await;
-        if settings.topology == topology::Mode::Declare && declared.elapsed() > DECLARED_APART {
-            declared = Instant::now();
-            // What fails here fails at the next session, and is told then.
-            let _ = topology::prepare(connection, settings).await;
+        if prepared.elapsed() > PREPARED_APART {
+            prepared = Instant::now();
+            // What fails otherwise fails at the next session, and is told then.
+            let missing = match topology::prepare(connection, settings).await {
+                Ok(()) => Vec::new(),
+                Err(BrokerError::Incomplete(missing)) => missing,
+                Err(_) => known.clone(),
+            };
+            if missing != known {
+                known.clone_from(&missing);
+                lacks((!missing.is_empty()).then_some(BrokerError::Incomplete(missing)));
+            }
         }
         let Ok(Some(depth)) = topology::depth(connection, &settings.queue).await else { continue };
         let (settled_now, calls_now) = metrics.totals();

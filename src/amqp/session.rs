@@ -151,7 +151,8 @@ impl Session {
         pulse.watch(link.patience());
         let mut beat = tokio::time::interval(Pulse::APART);
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut watch = Box::pin(watch(&link.consuming, &self.settings, &self.metrics));
+        let watch = watch(&link.consuming, &self.settings, &self.metrics, |what| self.lacks(what.as_ref()));
+        let mut watch = Box::pin(watch);
 
         let end = loop {
             let at_once = self.at_once(&in_hand.report);
@@ -225,8 +226,9 @@ impl Session {
         report.handed_back = received - report.settled;
         self.metrics.load(0, 0);
         self.metrics.handed_back(report.handed_back);
-        // Of the next connection the broker tells anew.
+        // Of the next connection the broker tells anew, and the next session looks.
         self.alarm(None);
+        self.show_lack(None);
         // Closed, not dropped, also when only half of it is lost: dropping a consumer cancels it. A
         // broker that says nothing any more, or to which lapin says nothing during an alarm, is not waited for.
         let _ = tokio::time::timeout(Duration::from_secs(5), link.close()).await;
@@ -260,6 +262,21 @@ impl Session {
     fn alarm(&self, reason: Option<String>) {
         self.metrics.broker_alarm(reason.is_some());
         self.status.alarm(reason);
+    }
+
+    /// Something that has to exist was deleted, or all of it is there again. What does not need it goes on.
+    fn lacks(&self, what: Option<&BrokerError>) {
+        if let Some(error) = what {
+            tracing::error!(%error, "going on with what can be done without it");
+        } else {
+            tracing::info!("RabbitMQ has everything again");
+        }
+        self.show_lack(what);
+    }
+
+    fn show_lack(&self, what: Option<&BrokerError>) {
+        self.metrics.broker_trouble(what.map(BrokerError::trouble));
+        self.status.lacks(what.map(ToString::to_string));
     }
 
     /// How many messages may be worked on now: after a pause with one more for each that succeeds.

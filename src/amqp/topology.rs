@@ -43,7 +43,7 @@ pub enum Mode {
     /// The worker does, at the start of each session.
     Declare,
     /// Somebody else did. The worker declares nothing, which needs no right to configure, and looks
-    /// whether everything is there.
+    /// whether everything is there: a session begins once it is, and tells when it is not any more.
     Check,
 }
 

@@ -1,6 +1,6 @@
 //! What exists on the broker: who makes it, and what a worker says that may not.
 
-use lapin::options::{BasicPublishOptions, QueueDeleteOptions};
+use lapin::options::{BasicPublishOptions, ExchangeDeleteOptions, QueueDeleteOptions};
 use lapin::{BasicProperties, Confirmation};
 use serde_json::{Value, json};
 
@@ -38,9 +38,34 @@ async fn a_worker_that_only_looks_waits_until_everything_is_there() {
         "{check}"
     );
 
-    // It never makes anything, also while it works: what goes missing is named, and nothing else is.
+    // It never makes anything, also while it works: what goes missing is named, and nothing else is. What can be done
+    // without it goes on.
     let level = format!("{}.retry.400ms", bench.queue);
-    bench.channel().await.queue_delete(level.into(), QueueDeleteOptions::default()).await.unwrap();
+    let channel = bench.channel().await;
+    channel.queue_delete(level.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
+    channel.exchange_delete(bench.exchange.as_str().into(), ExchangeDeleteOptions::default()).await.unwrap();
+    waiting.until("telling", async |worker| worker.is("consuming", Some("missing")).await).await;
+    let (status, told) = waiting.ready().await;
+    let detail = told["detail"].as_str().unwrap();
+    assert_eq!(status, 503);
+    for missing in [format!("exchange `{}` (durable, topic)", bench.exchange), format!("queue `{level}`")] {
+        assert!(detail.contains(&missing), "{detail}");
+    }
+    assert_eq!(waiting.metrics().await.count(r#"broker_trouble{cause="missing"}"#), 1);
+    let event = identify("u2", json!({})).to_string();
+    let (to, options) = (bench.queue.as_str().into(), BasicPublishOptions::default());
+    let confirm = channel.basic_publish("".into(), to, options, event.as_bytes(), BasicProperties::default());
+    confirm.await.unwrap().await.unwrap();
+    assert_eq!(waiting.settled(2).await.outcomes(), [("created", 2)].into());
+    assert!(waiting.is("consuming", Some("missing")).await, "nobody has made it");
+
+    // An administrator mends it.
+    bench.worker().await.terminate().await;
+    waiting.until("ready", async |worker| worker.ready().await.0 == 200).await;
+    assert_eq!(waiting.metrics().await.count(r#"broker_trouble{cause="missing"}"#), 0);
+    assert_eq!((waiting.logged("going on with what can be done without it"), incidents(&waiting)), (1, 1));
+
+    channel.queue_delete(level.into(), QueueDeleteOptions::default()).await.unwrap();
     waiting.terminate().await;
     insta::assert_snapshot!("a_queue_is_missing", only_looks.transcript(&["check"], b"").await);
 }
