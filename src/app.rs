@@ -5,7 +5,8 @@
 //! ends, and the program with the last of them.
 //!
 //! On SIGHUP the configuration is read again. One that is valid is handed to each destination, which takes its part
-//! over if that says something new and its Close agrees; new destinations begin, those that are gone stop.
+//! over if that says something new and its Close agrees; new destinations begin, those that are gone stop. One that
+//! is gone and one that is new may be the same organization, renamed: the new one waits for the end of the other.
 
 mod destination;
 mod pause;
@@ -17,7 +18,7 @@ use anyhow::Context;
 use futures_util::stream::BoxStream;
 use futures_util::{StreamExt, stream};
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::{Id, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
@@ -105,6 +106,8 @@ struct Fleet {
     shutdown: CancellationToken,
     running: HashMap<Id, Running>,
     tasks: JoinSet<Result<Report, RunError>>,
+    /// Those that are wanted, but not at once with one that stops.
+    waiting: Vec<Destination>,
     total: Report,
     /// Why destinations ended without being asked to.
     failed: BTreeMap<Option<String>, RunError>,
@@ -114,39 +117,56 @@ struct Running {
     name: Option<String>,
     seat: Seat,
     reloads: mpsc::UnboundedSender<Destination>,
+    in_force: watch::Receiver<Destination>,
     stop: CancellationToken,
-    /// It is wanted again while it stops: with these settings, once it has ended. Two at once would share a seat.
-    then: Option<Destination>,
+}
+
+impl Running {
+    fn stops(&self) -> bool {
+        self.stop.is_cancelled()
+    }
 }
 
 impl Fleet {
     fn new(board: Board, shutdown: CancellationToken) -> Self {
         let (running, tasks) = (HashMap::new(), JoinSet::new());
-        Self { board, shutdown, running, tasks, total: Report::default(), failed: BTreeMap::new() }
+        let (waiting, failed) = (Vec::new(), BTreeMap::new());
+        Self { board, shutdown, running, tasks, waiting, total: Report::default(), failed }
     }
 
     /// Hands settings to the destinations that run, starts those that do not, and stops those that are gone.
     fn take_over(&mut self, destinations: Vec<Destination>) -> Result<(), RunError> {
         let is_gone =
             |name: &Option<String>| destinations.iter().all(|destination| destination.name != *name);
-        for running in self.running.values_mut().filter(|running| is_gone(&running.name)) {
-            running.then = None;
-            if !running.stop.is_cancelled() {
-                tracing::info!(destination = running.name, "is no destination any more: it stops");
-                running.stop.cancel();
-            }
+        for running in self.running.values().filter(|running| is_gone(&running.name) && !running.stops()) {
+            tracing::info!(destination = running.name, "is no destination any more: it stops");
+            running.stop.cancel();
         }
         for (name, _) in self.failed.extract_if(.., |name, _| is_gone(name)) {
             self.board.leave(name.as_deref());
         }
+        // Those that are still wanted are among the new ones.
+        self.waiting.clear();
         for destination in destinations {
-            match self.running.values_mut().find(|running| running.name == destination.name) {
-                Some(running) if running.stop.is_cancelled() => running.then = Some(destination),
+            let is_it = |running: &&Running| running.name == destination.name && !running.stops();
+            match self.running.values().find(is_it) {
                 // The end of a task that does not listen any more is noticed elsewhere.
                 Some(running) => drop(running.reloads.send(destination)),
-                None => self.start(destination)?,
+                None => self.start_or_wait(destination)?,
             }
         }
+        Ok(())
+    }
+
+    /// Starts a destination, once those have ended that stop and have something in common with it: two memories and
+    /// two budgets of one organization would know nothing of each other.
+    fn start_or_wait(&mut self, destination: Destination) -> Result<(), RunError> {
+        let excludes =
+            |running: &&Running| running.stops() && running.in_force.borrow().excludes(&destination);
+        let Some(first) = self.running.values().find(excludes) else { return self.start(destination) };
+        let (name, before) = (&destination.name, &first.name);
+        tracing::info!(destination = name, before, "waits until that one has finished what is in hand");
+        self.waiting.push(destination);
         Ok(())
     }
 
@@ -159,10 +179,11 @@ impl Fleet {
             .map_or_else(tracing::Span::none, |destination| tracing::info_span!("destination", destination));
         let (reloads, reloaded) = mpsc::unbounded_channel();
         let stop = self.shutdown.child_token();
+        let (settings, in_force) = watch::channel(destination);
         let (its, until) = (seat.clone(), stop.clone());
-        let run = async move { Box::pin(destination::run(destination, reloaded, its, &until)).await };
+        let run = async move { Box::pin(destination::run(settings, reloaded, its, &until)).await };
         let task = self.tasks.spawn(run.instrument(span));
-        self.running.insert(task.id(), Running { name, seat, reloads, stop, then: None });
+        self.running.insert(task.id(), Running { name, seat, reloads, in_force, stop });
         Ok(())
     }
 
@@ -172,26 +193,32 @@ impl Fleet {
             Ok((id, result)) => (id, result),
             Err(error) => (error.id(), Err(anyhow::anyhow!("a destination panicked").into())),
         };
-        let Running { name, seat, stop, then, .. } = self.running.remove(&id)?;
+        let Running { name, seat, stop, .. } = self.running.remove(&id)?;
         seat.metrics.watch(None);
         if let Ok(report) = &result {
             self.total += *report;
         }
-        match (then, result) {
-            (Some(destination), _) if !self.shutdown.is_cancelled() => {
-                if let Err(error) = self.start(destination) {
-                    return Some(Err(error));
-                }
-            }
-            (_, Err(error)) if !stop.is_cancelled() => {
+        match result {
+            Err(error) if !stop.is_cancelled() => {
                 if !self.tasks.is_empty() {
                     tracing::error!(destination = name, problem = %error, "cannot work: the other destinations go on");
                 }
                 seat.status.set(State::Failed, Some(error.to_string()));
-                self.failed.insert(name, error);
+                self.failed.insert(name.clone(), error);
             }
             // It was asked to stop, whatever became of it.
-            (_, Ok(_) | Err(_)) => self.board.leave(name.as_deref()),
+            Ok(_) | Err(_) => {}
+        }
+        if !self.shutdown.is_cancelled() {
+            for destination in std::mem::take(&mut self.waiting) {
+                if let Err(error) = self.start_or_wait(destination) {
+                    return Some(Err(error));
+                }
+            }
+        }
+        let is_there = |running: &Running| running.name == name;
+        if !self.failed.contains_key(&name) && !self.running.values().any(is_there) {
+            self.board.leave(name.as_deref());
         }
         if !self.tasks.is_empty() {
             return None;

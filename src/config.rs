@@ -71,6 +71,14 @@ pub struct Destination {
     pub grace: Duration,
 }
 
+impl Destination {
+    /// Whether both must not be worked for at once: they are shown under one name, spend one organization's budget,
+    /// or share objects on the broker.
+    pub fn excludes(&self, other: &Self) -> bool {
+        self.name == other.name || self.close.is_same_key(&other.close) || self.amqp.overlaps(&other.amqp)
+    }
+}
+
 /// How log lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
@@ -526,6 +534,20 @@ mod tests {
         insta::assert_snapshot!(problems(file, &[("DESTINATIONS_A_WORKER_MERGE", "perhaps")]));
         let file = "[close]\napi_key = 'api_shared'\n[destinations.a]\n[destinations.b]\namqp.queue = 'close-sync-a.dead'";
         insta::assert_snapshot!(problems(file, &[]));
+    }
+
+    #[test]
+    fn an_organization_under_another_name_is_the_same_one() {
+        let read = |name: &str, key: &str, queue: &str| {
+            single(&format!("[destinations.{name}]\nclose.api_key = '{key}'\namqp.queue = '{queue}'"), &[])
+        };
+        let emea = read("emea", "api_a", "q-a");
+        for same in
+            [read("emea", "api_b", "q-b"), read("europe", "api_a", "q-b"), read("europe", "api_b", "q-a")]
+        {
+            assert!(emea.excludes(&same) && same.excludes(&emea), "{same:?}");
+        }
+        assert!(!emea.excludes(&read("europe", "api_b", "q-b")));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
@@ -33,14 +33,16 @@ use crate::retry::Pauses;
 use crate::state::{State, Status};
 use crate::worker::{Worker, tell_flaws};
 
-/// Keeps a Close organization in step until `shutdown`, with the settings that `reloads` brings once they work.
+/// Keeps a Close organization in step until `shutdown`, with the settings that `reloads` brings once they work. Those
+/// that are worked by can be seen in `in_force`.
 pub(super) async fn run(
-    settings: Destination,
+    in_force: watch::Sender<Destination>,
     reloads: mpsc::UnboundedReceiver<Destination>,
     seat: Seat,
     shutdown: &CancellationToken,
 ) -> Result<Report, RunError> {
     let Seat { metrics, status } = seat;
+    let settings = in_force.borrow().clone();
     // Before anything about Close: producers may publish from now on, whatever state Close is in.
     let declared = async {
         match settings.amqp.topology {
@@ -62,8 +64,7 @@ pub(super) async fn run(
         status: status.clone(),
         metrics: metrics.clone(),
     };
-    let mut reloads =
-        Reloads { settings: reloads, checking: None, in_force: settings.clone(), metrics: metrics.clone() };
+    let mut reloads = Reloads { settings: reloads, checking: None, in_force, metrics: metrics.clone() };
     let assembly = tokio::select! {
         mapping = preflight.mapping(shutdown) => match mapping? {
             Some(mapping) => Assembly { client: preflight.client, settings, mapping },
@@ -149,9 +150,9 @@ struct Reloads {
     settings: mpsc::UnboundedReceiver<Destination>,
     /// Those being checked: what was cut short begins again.
     checking: Option<Destination>,
-    /// Those that were taken over last. What of the broker they have in common with new ones is declared, and not
-    /// asked again: it may be away just now.
-    in_force: Destination,
+    /// Those that are worked by. What of the broker they have in common with new ones is declared, and not asked
+    /// again: it may be away just now.
+    in_force: watch::Sender<Destination>,
     metrics: Metrics,
 }
 
@@ -165,7 +166,7 @@ impl Reloads {
             // Nobody is left who could bring any.
             let Some(settings) = self.checking.clone() else { std::future::pending().await };
             // Compared when their turn has come: those before them may have been taken over, or not.
-            if settings == self.in_force {
+            if settings == *self.in_force.borrow() {
                 self.checking = None;
                 tracing::info!(
                     "the configuration was read again and says nothing new: all stays as it is. {NOT_YET}"
@@ -176,7 +177,6 @@ impl Reloads {
             self.checking = None;
             match checked {
                 Ok(assembly) => {
-                    self.in_force.clone_from(&assembly.settings);
                     tracing::info!("the configuration was read again and is taken over. {NOT_YET}");
                     return assembly;
                 }
@@ -189,7 +189,8 @@ impl Reloads {
     }
 
     async fn check(&self, settings: Destination) -> anyhow::Result<Assembly> {
-        if !self.in_force.amqp.is_same(&settings.amqp) {
+        let declared = self.in_force.borrow().amqp.clone();
+        if !declared.is_same(&settings.amqp) {
             prepare(&settings.amqp).await?;
         }
         let client = client(&settings, &self.metrics)?;
@@ -231,6 +232,8 @@ impl Supervisor {
         shutdown: &CancellationToken,
     ) -> Result<Report, RunError> {
         loop {
+            // Only now: until here those before were worked by.
+            reloads.in_force.send_replace(assembly.settings.clone());
             let turn = shutdown.child_token();
             let mut working = Box::pin(self.work(assembly, &turn));
             let next = tokio::select! {

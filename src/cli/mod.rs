@@ -208,7 +208,7 @@ fn single(config: Config) -> Result<Destination, Failure> {
 fn shared(mut config: Config) -> Result<Destination, Failure> {
     let alike = config.destinations.windows(2).all(|pair| {
         let [one, other] = pair else { return true };
-        one.amqp.exchange == other.amqp.exchange && one.amqp.nodes.is_same(&other.amqp.nodes)
+        one.amqp.exchange == other.amqp.exchange && one.amqp.nodes == other.amqp.nodes
     });
     if alike {
         config.destinations.truncate(1);

@@ -172,6 +172,40 @@ async fn an_organization_that_is_wanted_again_while_it_stops_is_there_once() {
     worker.terminate().await;
 }
 
+/// Two at once would be two memories and two budgets of one organization.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_organization_that_is_renamed_begins_once_it_has_finished_under_its_old_name() {
+    let two = Two::new().await;
+    let (emea, apac) = (table("emea", &two.emea, KEY), table("apac", &two.apac, KEY));
+    two.write(&[emea.clone(), apac.clone()]);
+    two.emea.fault(Fault::new(Effect::Latency { ms: 3000 }).on("POST", "/lead/").times(1));
+    let worker = two.bench.worker().await;
+    two.bench.publish(&[person("u1", "emea")]).await;
+    worker.until("writing", async |_| two.emea.request_count("POST", "/lead/") == 1).await;
+    let europe = emea.replace("[destinations.emea]", "[destinations.europe]");
+    two.write(&[europe, apac]);
+    worker.signal("HUP");
+    worker.until("begun", async |worker| state(worker, "europe").await == "standing_by").await;
+
+    // In this order.
+    let log = worker.log();
+    let line = |text: &str, name: &str| {
+        let of = format!("\"destination\":\"{name}\"");
+        log.lines().position(|line| line.contains(text) && line.contains(&of)).unwrap()
+    };
+    let lines = [
+        line("waits until that one has finished", "europe"),
+        line(r#""outcome":"created""#, "emea"),
+        line("Close accepts the API key", "europe"),
+    ];
+    assert!(lines.is_sorted(), "{lines:?} {log}");
+    assert_eq!(worker.ready().await.0, 200);
+    assert_eq!(state(&worker, "emea").await, Value::Null);
+    two.bench.publish(&[person("u2", "emea")]).await;
+    worker.until("synced", async |_| two.emea.contacts().len() == 2).await;
+    worker.terminate().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn commands_about_one_queue_ask_which() {
     let two = Two::new().await;
