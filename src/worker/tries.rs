@@ -53,17 +53,21 @@ impl Tries<'_> {
         let mut pauses = Pauses::in_place(&settings.retry);
         let mut history = History { attempts: self.turn.attempts, looked_again: false };
         let mut failed_before = false;
+        // A rehearsal says nothing about the work: it is not counted, speaks for nobody and pauses nothing.
+        let works = self.mode == Mode::Write;
         loop {
             let failure = match self.once().await {
                 Ok(done) => {
-                    self.worker.answered();
+                    if works {
+                        self.worker.answered();
+                    }
                     return done.outcome;
                 }
                 Err(failure) => failure,
             };
             let told = format!("{}: {}", failure.stage.label(), failure.error);
             *self.worker.0.last_failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(told);
-            let votes = !self.client.is_excused() && !failed_before;
+            let votes = works && !self.client.is_excused() && !failed_before;
             if failure.error.may_pass() && votes {
                 failed_before = true;
                 if self.worker.breaker(|breaker| breaker.note(Instant::now(), false)) {
@@ -81,14 +85,16 @@ impl Tries<'_> {
             }
             match retry::settle(&failure, history, pause, &settings.retry) {
                 Verdict::Settle(outcome) => {
-                    if outcome.proves_close() {
+                    if works && outcome.proves_close() {
                         self.worker.answered();
                     }
                     return outcome;
                 }
                 Verdict::Again(pause) => {
                     tracing::debug!(stage = failure.stage.label(), error = %failure.error, ?pause, "trying again");
-                    metrics.retried(failure.stage);
+                    if works {
+                        metrics.retried(failure.stage);
+                    }
                     history.looked_again |= failure.error == CloseError::NotFound;
                     tokio::time::sleep(pause).await;
                 }
@@ -131,7 +137,9 @@ impl Tries<'_> {
             let is_anywhere = matches!(decided.found, Found::Anywhere { .. });
             let needs_proof = decided.found.adopts() || decided.together.creates() || is_anywhere;
             if let Some(trusted_from) = trusted_from.filter(|_| needs_proof) {
-                metrics.lag_guard_waited();
+                if self.mode == Mode::Write {
+                    metrics.lag_guard_waited();
+                }
                 // A creation without an answer that happened is found sooner in the event log.
                 // After a start there is nothing to look for in particular, and many would ask.
                 let ask = doubt.is_some() && !std::mem::replace(&mut asked_the_log, true);
@@ -178,9 +186,9 @@ impl Tries<'_> {
             let noted = others.iter().zip(&self.others);
             noted.for_each(|(decision, event)| age::note(&mut ages, &decision.plan, event));
             applied.remember(ages, &made);
-        }
-        for decision in std::iter::once(&self.decision).chain(&others) {
-            metrics.decided(decision);
+            for decision in std::iter::once(&self.decision).chain(&others) {
+                metrics.decided(decision);
+            }
         }
         // Of several, each has done what it planned: nothing was refused.
         let as_planned = |plan: &Plan| {
