@@ -3,33 +3,59 @@
 //! `/healthz` says only that the event loop turns: a worker that waits for a broker or for Close is
 //! alive, and restarting it would help nobody. `/readyz` tells what it is doing and why.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-use axum::extract::State as Shared;
+use axum::extract::{ConnectInfo, State as Shared};
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
-use axum::{Json, Router};
+use axum::serve::Listener;
+use axum::{Extension, Json, Router};
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+use tower_http::timeout::TimeoutLayer;
 
 use crate::board::Board;
 
+/// The longest a request's header may take to come, and a connection may be idle.
+const HEADER_TIME: Duration = Duration::from_secs(30);
+/// The longest a request may take, its body included.
+const REQUEST_TIME: Duration = Duration::from_mins(1);
+/// The longest a connection may last: one that only takes up room, by reading nothing of its answer say, is not
+/// kept for ever.
+const CONNECTION_TIME: Duration = Duration::from_mins(10);
+/// More connections at the same time are closed at once: the worker needs file descriptors of its own.
+const MOST_CONNECTIONS: usize = 256;
+
 /// Serves until `shutdown`.
-///
-/// # Errors
-/// When serving fails; binding is the caller's, so that it can tell where.
-pub async fn serve(listener: TcpListener, board: Board, shutdown: CancellationToken) -> std::io::Result<()> {
+pub async fn serve(mut listener: TcpListener, board: Board, shutdown: CancellationToken) {
     let router = Router::new()
-        .route("/metrics", get(page))
+        .route("/metrics", get(metrics))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
-        .with_state(board);
-    axum::serve(listener, router).with_graceful_shutdown(shutdown.cancelled_owned()).await
+        .with_state(board)
+        .layer(TimeoutLayer::with_status_code(StatusCode::REQUEST_TIMEOUT, REQUEST_TIME));
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIME);
+    let connections = GracefulShutdown::new();
+    // axum's own loop has no time limits, but its listener knows how to go on after an error.
+    while let Some((stream, peer)) = shutdown.run_until_cancelled(Listener::accept(&mut listener)).await {
+        if connections.count() >= MOST_CONNECTIONS {
+            continue;
+        }
+        let service = TowerToHyperService::new(router.clone().layer(Extension(ConnectInfo(peer))));
+        let served = connections.watch(http.serve_connection(TokioIo::new(stream), service));
+        tokio::spawn(tokio::time::timeout(CONNECTION_TIME, served));
+    }
+    connections.shutdown().await;
 }
 
-async fn page(Shared(board): Shared<Board>) -> impl IntoResponse {
+async fn metrics(Shared(board): Shared<Board>) -> impl IntoResponse {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], board.page())
 }
 
@@ -45,7 +71,7 @@ async fn ready(Shared(board): Shared<Board>) -> impl IntoResponse {
 /// What is wrong, for people.
 pub async fn probe(addr: SocketAddr) -> anyhow::Result<()> {
     // A worker bound to all addresses is asked over loopback.
-    let ip = if addr.ip().is_unspecified() { std::net::Ipv4Addr::LOCALHOST.into() } else { addr.ip() };
+    let ip = if addr.ip().is_unspecified() { Ipv4Addr::LOCALHOST.into() } else { addr.ip() };
     let url = format!("http://{}/healthz", SocketAddr::new(ip, addr.port()));
     let _ = rustls::crypto::ring::default_provider().install_default();
     let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(3)).build()?;
