@@ -73,7 +73,7 @@ pub async fn run(config: Config, orders: impl Into<Orders>) -> Result<Report, Ru
     tracing::info!(%bound, "serving /metrics, /healthz and /readyz");
     let board = Board::default();
     let stop_http = CancellationToken::new();
-    let server = tokio::spawn(http::serve(listener, board.clone(), stop_http.clone()));
+    let server = tokio::spawn(http::serve(listener, board.clone(), config.page, stop_http.clone()));
 
     let mut fleet = Fleet::new(board, shutdown);
     fleet.take_over(config.destinations)?;
@@ -195,6 +195,7 @@ impl Fleet {
         };
         let Running { name, seat, stop, .. } = self.running.remove(&id)?;
         seat.metrics.watch(None);
+        seat.access.close();
         if let Ok(report) = &result {
             self.total += *report;
         }

@@ -7,8 +7,10 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use serde::Serialize;
 
+use crate::amqp;
 use crate::metrics::{self, Metrics};
 use crate::state::{Readiness, Status};
+use crate::worker::Worker;
 
 /// The destinations. Clones share them.
 #[derive(Clone, Default)]
@@ -21,6 +23,49 @@ pub struct Seat {
     pub metrics: Metrics,
     /// Its state.
     pub status: Status,
+    /// What it works with.
+    pub access: Access,
+}
+
+/// What a destination works with, for others who want to look through the same eyes. Clones share it.
+#[derive(Clone, Default)]
+pub struct Access(Arc<RwLock<Hands>>);
+
+#[derive(Clone, Default)]
+struct Hands {
+    amqp: Option<Arc<amqp::Settings>>,
+    worker: Option<Worker>,
+}
+
+impl Access {
+    /// The destination runs, by these settings.
+    pub fn open(&self, settings: Arc<amqp::Settings>) {
+        self.change(|hands| hands.amqp = Some(settings));
+    }
+
+    /// Close lets itself be worked with.
+    pub fn work(&self, worker: Worker) {
+        self.change(|hands| hands.worker = Some(worker));
+    }
+
+    /// The destination does not run any more.
+    pub fn close(&self) {
+        self.change(|hands| *hands = Hands::default());
+    }
+
+    /// The broker, while the destination runs.
+    pub fn amqp(&self) -> Option<Arc<amqp::Settings>> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).amqp.clone()
+    }
+
+    /// Who works on messages, once Close was looked at and while the destination runs.
+    pub fn worker(&self) -> Option<Worker> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).worker.clone()
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Hands)) {
+        change(&mut self.0.write().unwrap_or_else(PoisonError::into_inner));
+    }
 }
 
 /// What `/readyz` tells.
@@ -61,13 +106,19 @@ impl Board {
         if let Some(seat) = seats.get(place) {
             return Ok(seat.clone());
         }
-        let seat = Seat { metrics: Metrics::new(name)?, status: Status::default() };
+        let seat =
+            Seat { metrics: Metrics::new(name)?, status: Status::default(), access: Access::default() };
         Ok(seats.entry(place.to_owned()).or_insert(seat).clone())
     }
 
     /// A destination is gone for good.
     pub fn leave(&self, name: Option<&str>) {
         self.0.write().unwrap_or_else(PoisonError::into_inner).remove(name.unwrap_or(NAMELESS));
+    }
+
+    /// Everybody who has a place, by name; the name of a destination without one is empty.
+    pub fn seats(&self) -> BTreeMap<String, Seat> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The page Prometheus scrapes.

@@ -32,6 +32,7 @@ use crate::amqp::{self, Delay, topology};
 use crate::close;
 use crate::domain::mapping::Rules;
 use crate::domain::plan::Switches;
+use crate::page;
 use crate::retry::{self, Policy};
 use crate::worker;
 
@@ -45,6 +46,8 @@ pub struct Config {
     pub destinations: Vec<Destination>,
     /// Where metrics and health are served.
     pub http_addr: SocketAddr,
+    /// The operator's page, if there is to be one.
+    pub page: Option<page::Settings>,
     /// How log lines look.
     pub log_format: LogFormat,
     effective: Table,
@@ -131,6 +134,13 @@ impl Config {
     }
 }
 
+/// What concerns the whole process.
+struct Process {
+    http_addr: SocketAddr,
+    page: Option<page::Settings>,
+    log_format: LogFormat,
+}
+
 /// Turns raw settings into typed ones. A value that does not fit is noted, and `None`.
 struct Reader<'a> {
     settings: &'a Table,
@@ -143,16 +153,62 @@ impl<'a> Reader<'a> {
     }
 
     /// What concerns the whole process.
-    fn process(mut self) -> Option<(SocketAddr, LogFormat)> {
+    fn process(mut self) -> Option<Process> {
         let http_addr =
             self.parsed("http.addr", "an address and port like `127.0.0.1:9090`", |text| text.parse().ok());
+        let page = self.page(http_addr);
         let log_format = self.parsed("log.format", "one of `auto`, `text`, `json`", |text| match text {
             "auto" => Some(LogFormat::Auto),
             "text" => Some(LogFormat::Text),
             "json" => Some(LogFormat::Json),
             _ => None,
         });
-        http_addr.zip(log_format)
+        let is_on = leaf(self.settings, "http.page").and_then(Value::as_bool)?;
+        Some(Process { http_addr: http_addr?, page: is_on.then_some(page?), log_format: log_format? })
+    }
+
+    /// The operator's page, whether it is on or off.
+    fn page(&mut self, addr: Option<SocketAddr>) -> Option<page::Settings> {
+        // Guessing one takes longer than anybody has.
+        const LEAST: usize = 16;
+        let is_on = leaf(self.settings, "http.page").and_then(Value::as_bool)?;
+        let token = self.text("http.page_token");
+        let is_open = addr.is_some_and(|addr| !addr.ip().is_loopback());
+        if !token.is_empty() && token.len() < LEAST {
+            self.problem(
+                "http.page_token",
+                &format!("is too short: make one with `openssl rand -hex {LEAST}`"),
+            );
+        }
+        if is_on && is_open && token.is_empty() {
+            self.problem(
+                "http.page_token",
+                &format!(
+                    "is not set, and others than this machine can reach `http.addr`: make one with \
+                     `openssl rand -hex {LEAST}`, or set `http.addr` (HTTP_ADDR) to `127.0.0.1:9090`"
+                ),
+            );
+        }
+        let hosts = self.page_hosts()?;
+        let token = (!token.is_empty()).then(|| SecretString::from(token));
+        Some(page::Settings { token, hosts })
+    }
+
+    fn page_hosts(&mut self) -> Option<Vec<String>> {
+        let list = leaf(self.settings, "http.page_hosts").and_then(Value::as_array)?;
+        let host = |item: &Value| {
+            let name = item.as_str()?.trim().to_ascii_lowercase();
+            // Without scheme, port and path.
+            url::Host::parse(&name).ok().map(|host| host.to_string()).filter(|host| *host == name)
+        };
+        let hosts: Option<Vec<String>> = list.iter().map(host).collect();
+        if hosts.is_none() {
+            self.problem(
+                "http.page_hosts",
+                "must be a list of host names without scheme and port, like `[\"sync.example.com\"]`",
+            );
+        }
+        hosts
     }
 
     /// A destination, or `None` if anything is wrong. Every key is looked at either way.
@@ -604,11 +660,29 @@ mod tests {
     }
 
     #[test]
+    fn a_page_that_others_can_reach_needs_a_token() {
+        let page = |environment: &[(&str, &str)]| {
+            let key = ("CLOSE_API_KEY", "api_key");
+            load("", &[&[key], environment].concat()).map(|config| config.page.is_some())
+        };
+        assert_eq!(page(&[]), Ok(false));
+        assert_eq!(page(&[("HTTP_PAGE", "true")]), Ok(true), "loopback");
+        let (open, token) = (("HTTP_ADDR", "0.0.0.0:9090"), ("HTTP_PAGE_TOKEN", "0123456789abcdef"));
+        assert_eq!(page(&[open]), Ok(false), "it is off");
+        assert_eq!(page(&[("HTTP_PAGE", "true"), open, token]), Ok(true));
+        let wrong = [open, ("HTTP_PAGE_TOKEN", "short"), ("HTTP_PAGE_HOSTS", "[\"http://x.test:80/\"]")];
+        let told = wrong.map(|wrong| page(&[("HTTP_PAGE", "true"), wrong]).unwrap_err().to_string());
+        insta::assert_snapshot!(told.join("\n"));
+    }
+
+    #[test]
     fn what_is_shown_hides_secrets() {
         let urls = "amqp://u:hunter2@host/v, amqp://u:hunter2@other/v";
-        let shown = load("", &[("CLOSE_API_KEY", "api_secret"), ("AMQP_URL", urls)]).unwrap().show();
+        let token = ("HTTP_PAGE_TOKEN", "secret-0123456789");
+        let shown = load("", &[("CLOSE_API_KEY", "api_secret"), ("AMQP_URL", urls), token]).unwrap().show();
         assert!(shown.contains("url = \"amqp://u:***@host/v,amqp://u:***@other/v\""), "{shown}");
         assert!(shown.contains("api_key = \"***\""), "{shown}");
+        assert!(shown.contains("page_token = \"***\""), "{shown}");
         assert!(!shown.contains("secret") && !shown.contains("hunter2"));
     }
 }

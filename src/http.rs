@@ -1,4 +1,5 @@
-//! What operators and orchestrators ask over HTTP: `/metrics`, `/healthz`, `/readyz`.
+//! What operators and orchestrators ask over HTTP: `/metrics`, `/healthz`, `/readyz`, and the operator's page
+//! ([`crate::page`]) where it is enabled.
 //!
 //! `/healthz` says only that the event loop turns: a worker that waits for a broker or for Close is
 //! alive, and restarting it would help nobody. `/readyz` tells what it is doing and why.
@@ -21,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tower_http::timeout::TimeoutLayer;
 
 use crate::board::Board;
+use crate::page;
 
 /// The longest a request's header may take to come, and a connection may be idle.
 const HEADER_TIME: Duration = Duration::from_secs(30);
@@ -32,13 +34,21 @@ const CONNECTION_TIME: Duration = Duration::from_mins(10);
 /// More connections at the same time are closed at once: the worker needs file descriptors of its own.
 const MOST_CONNECTIONS: usize = 256;
 
-/// Serves until `shutdown`.
-pub async fn serve(mut listener: TcpListener, board: Board, shutdown: CancellationToken) {
+/// Serves until `shutdown`, with the operator's page if it is given.
+pub async fn serve(
+    mut listener: TcpListener,
+    board: Board,
+    page: Option<page::Settings>,
+    shutdown: CancellationToken,
+) {
+    let bound = listener.local_addr().map_or(Ipv4Addr::LOCALHOST.into(), |addr| addr.ip());
+    let pages = page.map(|settings| page::router(settings, board.clone(), bound)).unwrap_or_default();
     let router = Router::new()
         .route("/metrics", get(metrics))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
         .with_state(board)
+        .merge(pages)
         .layer(TimeoutLayer::with_status_code(StatusCode::REQUEST_TIMEOUT, REQUEST_TIME));
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIME);

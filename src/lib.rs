@@ -40,8 +40,9 @@
 //! - [`known`], `resolve`, [`preflight`]: what Close has; [`applied`]: how old that is; [`claims`]: records
 //!   being written to; [`breaker`]: whether it is Close that fails; [`pulse`]: whether it was us who stood still;
 //!   [`worker`]: one message, the spine; [`report`]: what it would do, told in [`words`].
-//! - [`metrics`], [`state`], [`board`], [`drain`], [`panics`], [`http`]: what operators see.
+//! - [`metrics`], [`state`], [`pace`], [`drain`], [`panics`]: what is known of the work.
 //! - [`amqp`]: the only place that knows lapin.
+//! - [`board`], [`http`], [`page`]: what operators see, and what they can do about it.
 //! - [`config`]: raw settings to typed ones; lower modules own their settings and never import it.
 //! - [`app`]: supervision and shutdown of one destination or several; [`cli`]: the commands.
 //! - [`simulator`]: a stateful fake Close; [`scenario`]: events played on it. Test equipment: nothing in
@@ -84,10 +85,9 @@ pub mod pulse;
 mod resolve;
 pub mod retry;
 
-pub mod board;
 pub mod drain;
-pub mod http;
 pub mod metrics;
+pub mod pace;
 pub mod panics;
 pub mod state;
 pub mod worker;
@@ -96,6 +96,10 @@ pub mod report;
 pub mod words;
 
 pub mod amqp;
+pub mod board;
+pub mod http;
+pub mod page;
+
 pub mod app;
 pub mod cli;
 pub mod config;

@@ -13,12 +13,14 @@ use prometheus::{
     Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, TextEncoder,
 };
+use tokio::time::Instant;
 
 use crate::close::{Call, Client, Endpoint, Standing, StatusClass};
 use crate::domain::decision::Decision;
 use crate::domain::plan::Refusal;
 use crate::domain::values::DropReason;
 use crate::outcome::{Effect, Outcome, PauseCause, Reason, Skip, Stage};
+use crate::pace::Pace;
 use crate::state::BrokerTrouble;
 
 /// The page Prometheus scrapes: one family for each name, whoever has it.
@@ -71,6 +73,7 @@ pub struct Metrics {
     close_requests: IntCounterVec,
     close_request_seconds: HistogramVec,
     gate_wait_seconds: HistogramVec,
+    pace: Arc<Mutex<Pace>>,
 }
 
 /// What became of a delivery besides an effect on Close.
@@ -227,6 +230,7 @@ impl Metrics {
                 &WAIT_BUCKETS,
             )?,
             registry: registry.clone(),
+            pace: Arc::new(Mutex::new(Pace::new(Instant::now()))),
         };
         make.build_info()?;
         Ok(metrics)
@@ -270,6 +274,30 @@ impl Metrics {
         (self.handling_seconds.get_sample_count(), Endpoint::ALL.map(calls).into())
     }
 
+    /// The load, for people.
+    pub fn now(&self) -> Load {
+        let number = |gauge: &IntGauge| u64::try_from(gauge.get()).unwrap_or_default();
+        Load {
+            in_flight: number(&self.in_flight),
+            waiting: number(&self.waiting),
+            held: number(&self.successors_held),
+            backlog: number(&self.backlog),
+            drain: Duration::try_from_secs_f64(self.drain_seconds.get()).ok(),
+            rate: self.pace.lock().unwrap_or_else(PoisonError::into_inner).rate(Instant::now()),
+        }
+    }
+
+    /// What became of deliveries since the start, of what happened at all.
+    pub fn outcomes(&self) -> Vec<(&'static str, u64)> {
+        let labels = Effect::ALL.map(Effect::label).into_iter().chain(OTHERWISE_SETTLED);
+        counted(&self.settled, labels)
+    }
+
+    /// Messages dead-lettered since the start by reason, of those there were.
+    pub fn deaths(&self) -> Vec<(&'static str, u64)> {
+        counted(&self.dead_letters, Reason::ALL.map(Reason::label))
+    }
+
     /// The backlog, and how long it may take.
     pub fn backlog(&self, messages: u32, drain: Option<Duration>) {
         self.backlog.set(messages.into());
@@ -303,6 +331,7 @@ impl Metrics {
         }
         self.settled.with_label_values(&[outcome.label()]).inc();
         self.handling_seconds.observe(took.as_secs_f64());
+        self.pace.lock().unwrap_or_else(PoisonError::into_inner).note(Instant::now());
     }
 
     /// It was told what became of a message: whether a queue has it, if that is known.
@@ -422,6 +451,32 @@ impl Metrics {
         held.inc();
         OnDrop(move || held.dec())
     }
+}
+
+/// How much there is to do, and how fast it goes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Load {
+    /// Messages being worked on.
+    pub in_flight: u64,
+    /// Messages received that wait for their turn.
+    pub waiting: u64,
+    /// Messages whose successor RabbitMQ does not take.
+    pub held: u64,
+    /// Messages in the work queue, those in hand included.
+    pub backlog: u64,
+    /// How long they take, as far as that can be told.
+    pub drain: Option<Duration>,
+    /// Messages settled a second over the last minute.
+    pub rate: f64,
+}
+
+/// Counters that are not zero, with their labels.
+fn counted(
+    counters: &IntCounterVec,
+    labels: impl IntoIterator<Item = &'static str>,
+) -> Vec<(&'static str, u64)> {
+    let each = |label| (label, counters.with_label_values(&[label]).get());
+    labels.into_iter().map(each).filter(|(_, count)| *count > 0).collect()
 }
 
 /// Of several gauges, the one that is 1, if any.

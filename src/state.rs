@@ -73,6 +73,20 @@ impl BrokerTrouble {
             Self::StoodStill => "stood_still",
         }
     }
+
+    /// What an operator can do.
+    pub fn remedy(self) -> &'static str {
+        match self {
+            Self::Unreachable => "check that RabbitMQ runs and that `amqp.url` names it",
+            Self::Refused => "check user, password and vhost in `amqp.url`",
+            Self::Forbidden => "give the user the permissions the README names, \"Broker permissions\"",
+            Self::Missing => "`close-sync check` names what is missing; an administrator has to make it",
+            Self::Conflict => {
+                "delete the exchange or queue once it is empty, or give close-sync another name for it"
+            }
+            Self::Cancelled | Self::Lost | Self::StoodStill => "nothing: it connects again by itself",
+        }
+    }
 }
 
 /// The state as `/readyz` tells it.
@@ -85,6 +99,9 @@ pub struct Readiness {
     /// Why, from a closed list, when not connected or paused, or when something of ours was deleted on the broker.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cause: Option<&'static str>,
+    /// What an operator can do about it.
+    #[serde(skip)]
+    pub remedy: Option<&'static str>,
     /// What went wrong last, for people.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
@@ -145,19 +162,23 @@ impl Status {
     /// The state now.
     pub fn readiness(&self) -> Readiness {
         let Standing { state, detail, alarm, lack, since } = self.0.borrow().clone();
-        let (ready, state, cause) = match state {
-            State::Connecting(cause) => (false, "connecting", cause.map(BrokerTrouble::label)),
+        let (ready, label, cause) = match state {
+            State::Connecting(cause) => (false, "connecting", cause.map(|why| (why.label(), why.remedy()))),
             State::StandingBy => (true, "standing_by", None),
             State::Consuming => (true, "consuming", None),
-            State::Paused(cause) => (false, "paused", Some(cause.label())),
+            State::Paused(cause) => (false, "paused", Some((cause.label(), cause.remedy()))),
             State::Stopping => (false, "stopping", None),
             State::Failed => (false, "failed", None),
         };
         // A pause is the greater trouble.
         let (cause, detail) = match lack {
-            Some(lack) if ready => (Some(BrokerTrouble::Missing.label()), Some(lack)),
+            Some(lack) if ready => {
+                (Some((BrokerTrouble::Missing.label(), BrokerTrouble::Missing.remedy())), Some(lack))
+            }
             Some(_) | None => (cause, detail),
         };
-        Readiness { ready: ready && cause.is_none() && alarm.is_none(), state, cause, detail, alarm, since }
+        let (cause, remedy) = cause.unzip();
+        let ready = ready && cause.is_none() && alarm.is_none();
+        Readiness { ready, state: label, cause, remedy, detail, alarm, since }
     }
 }

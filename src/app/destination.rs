@@ -21,7 +21,7 @@ use super::RunError;
 use super::pause::Pause;
 use crate::amqp::session::{End, Report, Session};
 use crate::amqp::{self, BrokerError, topology};
-use crate::board::Seat;
+use crate::board::{Access, Seat};
 use crate::close::Client;
 use crate::config::Destination;
 use crate::detours::Detours;
@@ -41,8 +41,9 @@ pub(super) async fn run(
     seat: Seat,
     shutdown: &CancellationToken,
 ) -> Result<Report, RunError> {
-    let Seat { metrics, status } = seat;
+    let Seat { metrics, status, access } = seat;
     let settings = in_force.borrow().clone();
+    access.open(Arc::new(settings.amqp.clone()));
     // Before anything about Close: producers may publish from now on, whatever state Close is in.
     let declared = async {
         match settings.amqp.topology {
@@ -74,7 +75,7 @@ pub(super) async fn run(
         assembly = reloads.next() => assembly,
     };
     metrics.paused(None);
-    Supervisor::new(status, metrics.clone()).run(assembly, reloads, shutdown).await
+    Supervisor::new(status, metrics.clone(), access).run(assembly, reloads, shutdown).await
 }
 
 fn client(settings: &Destination, metrics: &Metrics) -> anyhow::Result<Client> {
@@ -139,7 +140,7 @@ struct Assembly {
 }
 
 /// What may be missed in what was taken over.
-const NOT_YET: &str = "`http.addr` and `log.format` change with the next start only, and the environment still wins \
+const NOT_YET: &str = "`http` and `log` change with the next start only, and the environment still wins \
                        over the file";
 
 /// How long new settings may take to be checked.
@@ -211,6 +212,7 @@ const STABLE: Duration = Duration::from_mins(1);
 struct Supervisor {
     status: Status,
     metrics: Metrics,
+    access: Access,
     total: Report,
     reconnects: Pauses,
     probes: Pauses,
@@ -219,9 +221,9 @@ struct Supervisor {
 }
 
 impl Supervisor {
-    fn new(status: Status, metrics: Metrics) -> Self {
+    fn new(status: Status, metrics: Metrics, access: Access) -> Self {
         let (reconnects, probes) = (Pauses::reconnect(), Pauses::probe());
-        Self { status, metrics, total: Report::default(), reconnects, probes, lost: false }
+        Self { status, metrics, access, total: Report::default(), reconnects, probes, lost: false }
     }
 
     /// Works by one configuration after the other.
@@ -258,11 +260,14 @@ impl Supervisor {
         let Assembly { settings, client, mapping } = assembly;
         self.metrics.watch(Some(client.clone()));
         let worker = Worker::new(settings.worker, &settings.rules, mapping, client, self.metrics.clone());
+        let amqp = Arc::new(settings.amqp);
+        self.access.open(Arc::clone(&amqp));
+        self.access.work(worker.clone());
         let refresh = refresh(worker.clone(), settings.schema_refresh);
         let refresh = AbortOnDrop(tokio::spawn(refresh.in_current_span()));
         let mut session = Session {
             destination: settings.name.map(Into::into),
-            settings: Arc::new(settings.amqp),
+            settings: amqp,
             worker,
             metrics: self.metrics.clone(),
             status: self.status.clone(),

@@ -16,7 +16,7 @@ use crate::amqp::connect::masked;
 pub const DEFAULTS: &str = include_str!("../config.default.toml");
 
 /// Keys whose values are never shown.
-pub(super) const SECRETS: [&str; 2] = ["close.api_key", "amqp.url"];
+pub(super) const SECRETS: [&str; 3] = ["close.api_key", "amqp.url", "http.page_token"];
 /// What a file that cannot be parsed is told.
 pub(super) const NO_TOML: &str = "is no TOML";
 /// Tables whose keys are the user's.
@@ -205,10 +205,11 @@ impl Layers {
             problems.extend(clashes(read));
         }
         match read.zip(process) {
-            Some((destinations_read, (http_addr, log_format))) if problems.is_empty() => Ok(Config {
+            Some((destinations_read, process)) if problems.is_empty() => Ok(Config {
                 destinations: destinations_read,
-                http_addr,
-                log_format,
+                http_addr: process.http_addr,
+                page: process.page,
+                log_format: process.log_format,
                 effective: effective(shared, destinations),
             }),
             _ => {
@@ -310,13 +311,13 @@ fn difference(table: Table, base: &Table) -> Table {
 
 /// The settings with their secrets hidden.
 fn mask(mut settings: Table) -> Table {
-    if let Some(Value::String(key)) = leaf_mut(&mut settings, "close.api_key")
-        && !key.is_empty()
-    {
-        *key = "***".into();
-    }
-    if let Some(Value::String(url)) = leaf_mut(&mut settings, "amqp.url") {
-        *url = masked(url);
+    for path in SECRETS {
+        match leaf_mut(&mut settings, path) {
+            // What is not secret of it helps.
+            Some(Value::String(url)) if path == "amqp.url" => *url = masked(url),
+            Some(Value::String(secret)) if !secret.is_empty() => *secret = "***".into(),
+            Some(_) | None => {}
+        }
     }
     settings
 }

@@ -20,6 +20,7 @@ mod model;
 mod nodes;
 mod order;
 mod outcomes;
+mod page;
 mod pauses;
 mod payloads;
 mod permissions;

@@ -64,13 +64,22 @@ impl Worker {
         self.log.lock().unwrap()[lines..].to_vec()
     }
 
+    /// The actions of operators: what, who, and about what.
+    pub(crate) fn audited(&self) -> Vec<[String; 3]> {
+        let lines = self.log.lock().unwrap();
+        let lines = lines.iter().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let field = |line: &Value, name: &str| line[name].as_str().unwrap_or_default().to_owned();
+        let told = lines.filter(|line| line.get("audit").is_some());
+        told.map(|line| ["audit", "who", "about"].map(|name| field(&line, name))).collect()
+    }
+
     /// How many log lines contain a text.
     pub(crate) fn logged(&self, text: &str) -> usize {
         self.log.lock().unwrap().iter().filter(|line| line.contains(text)).count()
     }
 
-    /// The address it serves HTTP on, from its own log.
-    async fn base(&self) -> String {
+    /// The address it serves HTTP on, from its own log: `http://127.0.0.1:1234`.
+    pub(crate) async fn base(&self) -> String {
         let start = Instant::now();
         loop {
             let bound = self.log.lock().unwrap().iter().find_map(|line| {

@@ -1,0 +1,183 @@
+//! What all pages have in common: the frame, the headers, and small parts.
+
+use std::time::Duration;
+
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use jiff::{SignedDuration, Timestamp, Unit};
+use maud::{DOCTYPE, Markup, html};
+
+use super::guard::{SEAL, Visitor};
+use super::{HOME, Place};
+
+/// Nothing but our own style, no frames, no forms that go elsewhere. `same-origin` and not `no-referrer`: with the
+/// latter, browsers send `Origin: null` along with our own forms.
+const HEADERS: [(HeaderName, HeaderValue); 8] = [
+    (
+        header::CONTENT_SECURITY_POLICY,
+        HeaderValue::from_static(
+            "default-src 'none'; style-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+        ),
+    ),
+    (header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
+    (header::X_FRAME_OPTIONS, HeaderValue::from_static("DENY")),
+    (header::REFERRER_POLICY, HeaderValue::from_static("same-origin")),
+    (header::CACHE_CONTROL, HeaderValue::from_static("no-store")),
+    (HeaderName::from_static("cross-origin-opener-policy"), HeaderValue::from_static("same-origin")),
+    (HeaderName::from_static("cross-origin-resource-policy"), HeaderValue::from_static("same-origin")),
+    (
+        HeaderName::from_static("permissions-policy"),
+        HeaderValue::from_static("camera=(), geolocation=(), microphone=()"),
+    ),
+];
+
+/// Adds what every answer says to browsers.
+pub(super) async fn headers(mut response: Response) -> Response {
+    response.headers_mut().extend(HEADERS);
+    response
+}
+
+/// A page of a destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Tab {
+    Live,
+    Test,
+}
+
+impl Tab {
+    const ALL: [Self; 2] = [Self::Live, Self::Test];
+
+    fn title(self) -> &'static str {
+        match self {
+            Self::Live => "Live",
+            Self::Test => "Test an event",
+        }
+    }
+
+    fn path(self) -> &'static str {
+        match self {
+            Self::Live => "",
+            Self::Test => "test",
+        }
+    }
+}
+
+/// What is around the content of a page.
+#[derive(Clone, Copy)]
+pub(super) struct Frame<'a> {
+    pub(super) title: &'a str,
+    pub(super) visitor: Option<&'a Visitor>,
+    /// Whose page it is, and which.
+    pub(super) of: Option<(&'a Place, Tab)>,
+    /// Loads itself again after so long.
+    pub(super) refresh: Option<Duration>,
+}
+
+impl Frame<'_> {
+    pub(super) fn around(&self, content: Markup) -> Markup {
+        let name = self.of.map_or("close-sync", |(place, _)| place.title());
+        html! {
+            (DOCTYPE)
+            html lang="en" {
+                head {
+                    meta charset="utf-8";
+                    meta name="viewport" content="width=device-width, initial-scale=1";
+                    meta name="color-scheme" content="light dark";
+                    @if let Some(refresh) = self.refresh {
+                        meta http-equiv="refresh" content=(refresh.as_secs());
+                    }
+                    title { (self.title) " · " (name) }
+                    link rel="stylesheet" href="/page/style.css";
+                }
+                body {
+                    a .skip href="#content" { "Skip to content" }
+                    header {
+                        p .brand { a href=(HOME) { "close-sync" } }
+                        @if let Some((place, tab)) = self.of { (navigation(place, tab)) }
+                        @if let Some(visitor) = self.visitor.filter(|visitor| visitor.has_session()) {
+                            form .who method="post" action="/page/sign-out" {
+                                (seal(visitor))
+                                span { (visitor.who) }
+                                button .quiet type="submit" { "Sign out" }
+                            }
+                        }
+                    }
+                    main #content tabindex="-1" {
+                        h1 {
+                            (self.title)
+                            @if let Some(name) = self.of.and_then(|(place, _)| place.name.as_deref()) {
+                                " " span .of { (name) }
+                            }
+                        }
+                        (content)
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn navigation(place: &Place, current: Tab) -> Markup {
+    html! {
+        nav aria-label="Pages" {
+            ul {
+                @for tab in Tab::ALL {
+                    li {
+                        a href=(place.path(tab.path())) aria-current=[(tab == current).then_some("page")] {
+                            (tab.title())
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What makes a form one of ours.
+pub(super) fn seal(visitor: &Visitor) -> Markup {
+    html! { input type="hidden" name=(SEAL) value=(visitor.seal); }
+}
+
+/// The form that asks who this is; afterwards it goes on to the page `to`.
+pub(super) fn sign_in(visitor: &Visitor, to: &str, wrong: Option<&str>) -> Markup {
+    let frame = Frame { title: "Sign in", visitor: None, of: None, refresh: None };
+    frame.around(html! {
+        @if let Some(wrong) = wrong { p .notice.bad role="alert" { (wrong) } }
+        form .card.narrow method="post" action="/page/sign-in" {
+            (seal(visitor))
+            input type="hidden" name="to" value=(to);
+            label for="who" { "Your name" }
+            input #who name="who" autocomplete="username" required maxlength="60" aria-describedby="why";
+            p #why .hint { "What you do here is noted in the log, under this name." }
+            label for="token" { "Token" }
+            input #token name="token" type="password" autocomplete="current-password" required;
+            p .hint { "The setting " code { "http.page_token" } " of close-sync." }
+            button type="submit" { "Sign in" }
+        }
+    })
+}
+
+/// A page that says why there is none.
+pub(super) fn error(status: StatusCode, why: &str) -> Response {
+    let frame = Frame { title: "That did not work", visitor: None, of: None, refresh: None };
+    let page = frame.around(html! {
+        p .notice.bad role="alert" { (why) }
+        p { a href=(HOME) { "To the first page" } }
+    });
+    (status, page).into_response()
+}
+
+/// How long ago that was, `2m 5s ago`, with the time itself to point at.
+pub(super) fn ago(time: Timestamp) -> Markup {
+    let since = Timestamp::now().duration_since(time).max(SignedDuration::ZERO);
+    html! { time datetime=(time) title=(time) { (span(since)) " ago" } }
+}
+
+/// A time for people, the two largest units of it.
+pub(super) fn span(duration: SignedDuration) -> String {
+    let smallest = match duration.as_secs() {
+        ..3600 => Unit::Second,
+        _ => Unit::Minute,
+    };
+    duration.round(smallest).map_or_else(|_| "long".into(), |rounded| format!("{rounded:#}"))
+}

@@ -1,0 +1,166 @@
+//! One dead letter whole: where it comes from, what was decided, its body, and what would become of it now.
+
+use std::sync::Arc;
+
+use axum::Extension;
+use axum::extract::{Form, Query};
+use maud::{Markup, html};
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::dead::{At, Meant, gone, unavailable};
+use super::guard::Visitor;
+use super::layout::{Broken, ago, seal};
+use super::mask::Sight;
+use super::trial;
+use crate::amqp::dead_letters::letter::DeadLetter;
+use crate::amqp::dead_letters::select::reason_of;
+use crate::outcome::Reason;
+
+#[derive(Deserialize)]
+pub(super) struct Which {
+    id: String,
+    /// What is asked for: `plan`, or `show` for personal data as well.
+    #[serde(default)]
+    ask: String,
+}
+
+/// What can be seen without asking for it. It is not rehearsed: whoever follows a link must not spend Close's budget.
+pub(super) async fn show(
+    at: At,
+    Extension(visitor): Extension<Visitor>,
+    Query(Which { id, .. }): Query<Which>,
+) -> Result<Markup, Broken> {
+    let letter = open(&at, id).await?;
+    Ok(page(&at, &visitor, &letter, Sight::Masked, html! {}))
+}
+
+/// What was asked for.
+pub(super) async fn reveal(
+    at: At,
+    Extension(visitor): Extension<Visitor>,
+    Form(Which { id, ask }): Form<Which>,
+) -> Result<Markup, Broken> {
+    let sight = Sight::asked(ask == "show");
+    let what = match sight {
+        Sight::Masked => "plan of a dead letter",
+        Sight::Personal => "personal data of a dead letter",
+    };
+    visitor.audit(what, at.place.name.as_deref(), Some(&id));
+    let letter = open(&at, id).await?;
+    let plan = trial::outlook(&at.place, &letter.body, letter.arrival(), sight).await;
+    let plan = html! {
+        section .card aria-labelledby="plan" {
+            h2 #plan { "What a replay would do now" }
+            @match plan {
+                Ok(plan) => { (plan) }
+                Err(why) => { p .notice.bad role="alert" { (why) } }
+            }
+        }
+    };
+    Ok(page(&at, &visitor, &letter, sight, plan))
+}
+
+async fn open(at: &At, id: String) -> Result<DeadLetter, Broken> {
+    at.bench.open(Arc::clone(&at.amqp), id).await.map_err(unavailable)?.ok_or_else(gone)
+}
+
+fn page(at: &At, visitor: &Visitor, letter: &DeadLetter, sight: Sight, plan: Markup) -> Markup {
+    let group = Meant::Group(letter.fingerprint.clone());
+    let this = Meant::Id(letter.id.clone());
+    at.frame("Dead letter", visitor).around(html! {
+        p {
+            a href=(at.place.path("dead")) { "All dead letters" } " › "
+            a href=(group.path(&at.place, "dead/group")) { (letter.fingerprint) }
+        }
+        section .card aria-labelledby="what" {
+            h2 #what { "What happened" }
+            @if let Some(error) = &letter.error { p { (error) } }
+            @if let Some(reason) = reason_of(&letter.fingerprint) {
+                p { strong { "What to do: " } (Reason::remedy(reason)) }
+            }
+            div .actions {
+                (this.actions(&at.place))
+                form method="post" action=(at.place.path("dead/message")) {
+                    (seal(visitor))
+                    input type="hidden" name="id" value=(letter.id);
+                    div .actions {
+                        button .quiet name="ask" value="plan" { "See what it would do" }
+                        @if sight == Sight::Masked {
+                            button .quiet name="ask" value="show" { "Show personal data" }
+                        }
+                    }
+                }
+            }
+        }
+        (plan)
+        section .card aria-labelledby="body" {
+            h2 #body { "Body" }
+            @if sight == Sight::Masked { p .hint { "Values are hidden." } }
+            pre tabindex="0" aria-labelledby="body" { (sight.body(&letter.body)) }
+            @if let Some(original) = letter.original() {
+                h3 { "Before it was edited" }
+                pre tabindex="0" { (sight.body(&original)) }
+            }
+        }
+        (facts(letter))
+        (carried(letter, sight))
+    })
+}
+
+fn facts(letter: &DeadLetter) -> Markup {
+    let times = [
+        ("First received", letter.first_seen),
+        ("Dead-lettered", letter.failed_at),
+        ("Edited", letter.edited_at),
+    ];
+    let texts = [
+        ("Id", Some(&letter.id)),
+        ("Message id", letter.message_id.as_ref()),
+        ("Decision", letter.decision.as_ref()),
+        ("Exchange", letter.exchange.as_ref()),
+        ("Routing key", letter.routing_key.as_ref()),
+    ];
+    html! {
+        section .card aria-labelledby="record" {
+            h2 #record { "Record" }
+            dl .facts {
+                @for (title, text) in texts {
+                    @if let Some(text) = text { dt { (title) } dd { code { (text) } } }
+                }
+                @for (title, time) in times {
+                    @if let Some(time) = time { dt { (title) } dd { (ago(time)) " " span .quiet { (time) } } }
+                }
+                @if let Some(attempts) = letter.attempts { dt { "Tries" } dd { (attempts) } }
+                dt { "Replays" }
+                dd { (letter.replays) }
+                dt { "Size" }
+                dd { (letter.body.len()) " bytes" }
+            }
+        }
+    }
+}
+
+/// What its producer sent along.
+fn carried(letter: &DeadLetter, sight: Sight) -> Markup {
+    let (properties, headers) = letter.carried();
+    let theirs: Vec<(String, Value)> = properties
+        .into_iter()
+        .filter(|(name, _)| name != "message_id")
+        .chain(headers.into_iter().filter(|(name, _)| !name.starts_with("x-close-sync-")))
+        .collect();
+    html! {
+        @if !theirs.is_empty() {
+            section .card aria-labelledby="headers" {
+                h2 #headers { "Properties and headers of the producer" }
+                dl .facts {
+                    @for (name, value) in theirs {
+                        @let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+                        dt { (name) }
+                        dd { code { (sight.of(&text)) } }
+                    }
+                }
+            }
+        }
+    }
+}

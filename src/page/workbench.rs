@@ -1,0 +1,265 @@
+//! The dead letters of one destination, as several pages and several operators work on them.
+//!
+//! A look takes all dead letters off the queue for a moment, so what it found is kept for some seconds: loading a
+//! page again is no work. A look goes on when whoever asked has gone, so that no message is in hand for longer than
+//! needed. Of each group only the oldest are kept.
+
+use std::collections::HashMap;
+use std::sync::{Arc, OnceLock, PoisonError};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use moka::sync::Cache;
+use tokio::sync::{Mutex, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::guard::Visitor;
+use crate::amqp::Settings;
+use crate::amqp::dead_letters::browse::{Fate, Sifted, sift};
+use crate::amqp::dead_letters::letter::DeadLetter;
+use crate::amqp::dead_letters::replay::{Order, Progress, replay};
+use crate::amqp::dead_letters::select::{Filter, Group, groups};
+
+/// How long what a look found is good for.
+const FRESH: Duration = Duration::from_secs(5);
+/// Dead letters of a group that are kept, oldest first.
+pub(super) const KEPT: usize = 1000;
+/// Dead letters that were opened, to be opened again.
+const OPENED: u64 = 16;
+/// How long a look is waited for: another operator may be at it.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// As `close-sync dlq replay` does it by default: so many under way, and so long without news of them.
+const AT_ONCE: usize = 32;
+const NEWS: Duration = Duration::from_mins(10);
+
+/// What a look found.
+#[derive(Default)]
+pub(super) struct Listing {
+    /// Dead letters in the queue.
+    pub(super) found: usize,
+    /// A replay is under way, and what it has in hand is not among them.
+    pub(super) replaying: bool,
+    /// What they have in common, the most frequent first.
+    pub(super) groups: Vec<Group>,
+    /// The oldest of each group, without their bodies.
+    letters: HashMap<String, Vec<DeadLetter>>,
+}
+
+impl Listing {
+    fn new(sifted: Sifted, mut letters: Vec<DeadLetter>) -> Self {
+        let groups = groups(&letters);
+        letters.sort_by_key(|letter| letter.failed_at);
+        let mut kept: HashMap<String, Vec<DeadLetter>> = HashMap::new();
+        for letter in letters {
+            let alike = kept.entry(letter.fingerprint.clone()).or_default();
+            if alike.len() < KEPT {
+                alike.push(letter);
+            }
+        }
+        Self { found: sifted.found, replaying: sifted.replaying, groups, letters: kept }
+    }
+
+    /// A group, and the oldest of its dead letters.
+    pub(super) fn group(&self, fingerprint: &str) -> Option<(&Group, &[DeadLetter])> {
+        let group = self.groups.iter().find(|group| group.fingerprint == fingerprint)?;
+        Some((group, self.letters.get(fingerprint).map(Vec::as_slice).unwrap_or_default()))
+    }
+}
+
+/// A replay that somebody started here.
+pub(super) struct Job {
+    /// What is replayed, for people.
+    pub(super) what: String,
+    pub(super) who: Arc<str>,
+    pub(super) since: Timestamp,
+    began: Instant,
+    progress: watch::Receiver<Progress>,
+    stop: CancellationToken,
+    failure: OnceLock<String>,
+}
+
+impl Job {
+    /// How far it has come.
+    pub(super) fn progress(&self) -> Progress {
+        self.progress.borrow().clone()
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        self.progress.has_changed().is_err()
+    }
+
+    /// Why it ended, if that was RabbitMQ's doing.
+    pub(super) fn failure(&self) -> Option<&str> {
+        self.failure.get().map(String::as_str)
+    }
+
+    /// Dead letters with an end a second, since it began.
+    pub(super) fn rate(&self) -> f64 {
+        let ended = u32::try_from(self.progress.borrow().ended()).unwrap_or(u32::MAX);
+        f64::from(ended) / self.began.elapsed().as_secs_f64().max(1.0)
+    }
+
+    /// Nothing more is sent.
+    pub(super) fn stop(&self) {
+        self.stop.cancel();
+    }
+}
+
+/// The tools and what lies there.
+pub(super) struct Workbench {
+    listing: Mutex<Option<(Instant, Arc<Listing>)>>,
+    opened: Cache<String, DeadLetter>,
+    job: std::sync::Mutex<Option<Arc<Job>>>,
+}
+
+impl Default for Workbench {
+    fn default() -> Self {
+        let opened = Cache::builder().max_capacity(OPENED).time_to_live(FRESH).build();
+        Self { listing: Mutex::default(), opened, job: std::sync::Mutex::default() }
+    }
+}
+
+impl Workbench {
+    /// What is in the queue, as of some seconds ago at most.
+    ///
+    /// # Errors
+    /// Why that cannot be told, for people.
+    pub(super) async fn listing(self: &Arc<Self>, amqp: Arc<Settings>) -> Result<Arc<Listing>, String> {
+        let bench = Arc::clone(self);
+        finish(async move {
+            let mut listing = bench.listing.lock().await;
+            if let Some((_, known)) = listing.as_ref().filter(|(looked, _)| looked.elapsed() < FRESH) {
+                return Ok(Arc::clone(known));
+            }
+            let mut letters = Vec::new();
+            let keep = |letter: &DeadLetter| {
+                letters.push(letter.without_body());
+                Fate::Back
+            };
+            let sifted = sift(&amqp, keep, &mut |_| {}).await.map_err(|error| error.to_string())?;
+            let found = Arc::new(Listing::new(sifted, letters));
+            *listing = Some((Instant::now(), Arc::clone(&found)));
+            Ok(found)
+        })
+        .await
+    }
+
+    /// One dead letter, whole.
+    ///
+    /// # Errors
+    /// Those of [`Workbench::listing`].
+    pub(super) async fn open(
+        self: &Arc<Self>,
+        amqp: Arc<Settings>,
+        id: String,
+    ) -> Result<Option<DeadLetter>, String> {
+        if let Some(known) = self.opened.get(&id) {
+            return Ok(Some(known));
+        }
+        let bench = Arc::clone(self);
+        finish(async move {
+            let mut found = None;
+            let seek = |letter: &DeadLetter| {
+                if found.is_none() && letter.id == id {
+                    found = Some(letter.clone());
+                }
+                Fate::Back
+            };
+            sift(&amqp, seek, &mut |_| {}).await.map_err(|error| error.to_string())?;
+            if let Some(letter) = &found {
+                bench.opened.insert(id, letter.clone());
+            }
+            Ok(found)
+        })
+        .await
+    }
+
+    /// Deletes those meant, and no more than `limit`. Tells how many.
+    ///
+    /// # Errors
+    /// Those of [`Workbench::listing`].
+    pub(super) async fn discard(
+        self: &Arc<Self>,
+        amqp: Arc<Settings>,
+        filter: Filter,
+        limit: usize,
+    ) -> Result<usize, String> {
+        let bench = Arc::clone(self);
+        finish(async move {
+            let mut left = limit;
+            let decide = |letter: &DeadLetter| {
+                if left == 0 || !filter.matches(letter) {
+                    return Fate::Back;
+                }
+                left -= 1;
+                Fate::Remove
+            };
+            let sifted = sift(&amqp, decide, &mut |_| {}).await;
+            bench.forget().await;
+            sifted.map(|sifted| sifted.removed).map_err(|error| error.to_string())
+        })
+        .await
+    }
+
+    /// Begins to replay those meant, until all are or `shutdown`. `false` if a replay is under way already.
+    pub(super) fn replay(
+        self: &Arc<Self>,
+        amqp: Arc<Settings>,
+        (filter, what): (Filter, String),
+        visitor: &Visitor,
+        shutdown: &CancellationToken,
+    ) -> bool {
+        let mut current = self.job.lock().unwrap_or_else(PoisonError::into_inner);
+        if current.as_ref().is_some_and(|job| !job.is_over()) {
+            return false;
+        }
+        let order =
+            Order { filter, limit: usize::MAX, at_once: AT_ONCE, keep_going: false, patience: Some(NEWS) };
+        let (told, progress) = watch::channel(Progress::default());
+        let job = Arc::new(Job {
+            what,
+            who: Arc::clone(&visitor.who),
+            since: Timestamp::now(),
+            began: Instant::now(),
+            progress,
+            stop: shutdown.child_token(),
+            failure: OnceLock::new(),
+        });
+        *current = Some(Arc::clone(&job));
+        let bench = Arc::clone(self);
+        tokio::spawn(async move {
+            if let Err(error) = replay(&amqp, order, told, &job.stop).await {
+                tracing::warn!(%error, "the replay an operator began on the page has failed");
+                let _ = job.failure.set(error.to_string());
+            }
+            bench.forget().await;
+        });
+        true
+    }
+
+    /// The last replay that was begun here.
+    pub(super) fn job(&self) -> Option<Arc<Job>> {
+        self.job.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What was found is not true any more.
+    async fn forget(&self) {
+        *self.listing.lock().await = None;
+        self.opened.invalidate_all();
+    }
+}
+
+/// Does it, whether or not whoever asked for it waits.
+async fn finish<T: Send + 'static>(
+    work: impl Future<Output = Result<T, String>> + Send + 'static,
+) -> Result<T, String> {
+    match tokio::time::timeout(PATIENCE, tokio::spawn(work)).await {
+        Ok(Ok(done)) => done,
+        Ok(Err(_)) => Err("A defect of close-sync, which the log tells of.".to_owned()),
+        Err(_) => Err(format!(
+            "It takes longer than {} s: another operator is at the dead letters, or RabbitMQ is slow. Load the page again.",
+            PATIENCE.as_secs()
+        )),
+    }
+}

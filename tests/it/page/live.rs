@@ -1,0 +1,68 @@
+//! What the page tells of the work.
+
+use close_sync::simulator::{Settings, Simulator};
+use reqwest::StatusCode;
+use reqwest::header::LOCATION;
+
+use super::{Browser, open};
+use crate::support::people;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_shows_what_is_going_on_without_a_script() {
+    let bench = open().await;
+    let worker = bench.worker().await;
+    let browser = Browser::of(&worker).await;
+    let home = browser.get("/page").await;
+    assert_eq!((home.status, home.header(LOCATION)), (StatusCode::SEE_OTHER, "/page/-"));
+    browser.get("/page/-").await.assert_has(&[
+        "standing by",
+        "Nothing was settled yet",
+        "http-equiv=\"refresh\"",
+    ]);
+    browser.get("/page/-?still=1").await.assert_lacks(&["http-equiv=\"refresh\""]);
+    bench.publish(&people(3)).await;
+    bench.publish_bytes(b"no event", lapin::BasicProperties::default()).await;
+    worker.settled(4).await;
+    let live = browser.get("/page/-").await;
+    live.assert_has(&[
+        r#"<span class="badge good">consuming</span>"#,
+        r#"<th scope="row">created</th><td class="number">3</td>"#,
+        r#"<th scope="row">malformed</th><td class="number">1</td>"#,
+        r#"<th scope="row">create_lead</th>"#,
+        "<dt>Settled a second</dt>",
+    ]);
+    // A pause tells why, and what to do.
+    bench.simulator.set_api_key("api_another.key");
+    bench.publish(&people(4)).await;
+    worker.until("paused", async |worker| worker.is("paused", Some("unauthorized")).await).await;
+    browser.get("/page/-").await.assert_has(&[
+        r#"<span class="badge bad">paused</span> <code>unauthorized</code>"#,
+        "set `close.api_key` to a key that is valid in Close",
+    ]);
+    worker.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_several_destinations_each_has_its_page() {
+    let apac = Simulator::start(Settings::fast(), "127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let bench = open().await.unset("CLOSE_API_KEY").set("DESTINATIONS", "{ emea = {}, apac = {} }");
+    let keys = ["EMEA", "APAC"].map(|name| format!("DESTINATIONS_{name}_CLOSE_API_KEY"));
+    let bench = bench.set(&keys[0], "api_simulator.key").set(&keys[1], "api_other.key");
+    apac.set_api_key("api_other.key");
+    let bench = bench.set("DESTINATIONS_APAC_CLOSE_API_URL", &apac.url());
+    let worker = bench.worker().await;
+    let browser = Browser::of(&worker).await;
+    let home = browser.get("/page").await;
+    assert_eq!(home.status, StatusCode::OK);
+    home.assert_has(&[r#"<a href="/page/apac">apac</a>"#, r#"<a href="/page/emea">emea</a>"#]);
+    bench.publish(&people(1)).await;
+    worker.until("synced", async |_| apac.contacts().len() == 1).await;
+    worker.until("told", async |_| browser.get("/page/apac").await.text.contains("created")).await;
+    browser.get("/page/apac/test").await.assert_has(&[r#"<span class="of">apac</span>"#]);
+    for nowhere in
+        ["/page/-", "/page/asia", "/page/..", "/page/apac/nothing", "/page/%00", "/page/apac%2ftest"]
+    {
+        assert_eq!(browser.get(nowhere).await.status, StatusCode::NOT_FOUND, "{nowhere}");
+    }
+    worker.terminate().await;
+}

@@ -1,0 +1,129 @@
+//! Clients that mean no good, or are broken.
+
+use std::time::Duration;
+
+use reqwest::StatusCode;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use super::{Browser, TOKEN, closed, open};
+use crate::support::{PATIENCE, Worker};
+
+async fn connect(worker: &Worker) -> TcpStream {
+    let base = worker.base().await;
+    TcpStream::connect(base.strip_prefix("http://").unwrap()).await.unwrap()
+}
+
+/// What comes back for these bytes until the connection ends.
+async fn raw(worker: &Worker, bytes: &str) -> String {
+    let mut stream = connect(worker).await;
+    stream.write_all(bytes.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    tokio::time::timeout(PATIENCE, stream.read_to_end(&mut answer)).await.unwrap().unwrap();
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_more_than_a_message_may_be_is_not_read() {
+    let bench = open().await.set("WORKER_MAX_MESSAGE_BYTES", "10000");
+    let worker = bench.worker().await;
+    let browser = Browser::of(&worker).await;
+    let huge = "x".repeat(200_000);
+    let page = browser.submit("/page/-/test", "/page/-/test", &[("event", &huge)]).await;
+    assert_eq!(page.status, StatusCode::PAYLOAD_TOO_LARGE);
+    // What a message may have goes through, in a notation that takes three times as much.
+    let event = format!("{:?}", "\u{1}".repeat(9000)).replace("\\u{1}", "%");
+    let page = browser.submit("/page/-/test", "/page/-/test", &[("event", &event)]).await;
+    assert_eq!(page.status, StatusCode::OK);
+    // A length that is a lie, and no length at all.
+    let head = "POST /page/-/test HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\
+                content-type: application/x-www-form-urlencoded\r\n";
+    let answer = raw(&worker, &format!("{head}content-length: 99999999999\r\n\r\nevent=x")).await;
+    assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
+    let chunk = format!("10000\r\n{}\r\n", "x".repeat(0x10000));
+    let mut stream = connect(&worker).await;
+    stream.write_all(format!("{head}transfer-encoding: chunked\r\n\r\n").as_bytes()).await.unwrap();
+    // The connection may end while there is still more.
+    while stream.write_all(chunk.as_bytes()).await.is_ok() {}
+    assert_eq!(browser.get("/page/-").await.status, StatusCode::OK);
+    worker.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nonsense_is_refused() {
+    let worker = closed().await.worker().await;
+    let get =
+        |path: &str, headers: &str| format!("GET {path} HTTP/1.1\r\nconnection: close\r\n{headers}\r\n");
+    for (request, status) in [
+        (get("/page/-", ""), 421),
+        (get("/page/-", "host: localhost\r\nhost: evil.example\r\n"), 421),
+        (get("http://evil.example/page/-", "host: localhost\r\n"), 421),
+        (get("/page/-", "host: \u{1f600}\r\n"), 421),
+        (get("/page/-", "host: localhost\r\n"), 401),
+        (get("/page/../metrics", "host: localhost\r\n"), 401),
+        (get("/page/%2e%2e/%2e%2e/etc/passwd", "host: localhost\r\n"), 401),
+        (get("/page/%0d%0aset-cookie:%20a=b", "host: localhost\r\n"), 401),
+        (get("/page/-", "host: localhost\r\nx-folded: a\r\n b\r\n"), 400),
+        (get("/page/-", &format!("host: localhost\r\ncookie: {}\r\n", "x".repeat(500_000))), 431),
+        (
+            format!(
+                "DELETE /page/- HTTP/1.1\r\nconnection: close\r\nhost: localhost\r\nauthorization: Bearer {TOKEN}\r\n\r\n"
+            ),
+            405,
+        ),
+    ] {
+        let answer = raw(&worker, &request).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{request:.200}: {answer}");
+        assert!(!answer.to_ascii_lowercase().contains("\r\nset-cookie: a=b"), "{answer}");
+    }
+    worker.terminate().await;
+}
+
+/// Some send a part of a request and then nothing, some do not read what they asked for.
+#[tokio::test(flavor = "multi_thread")]
+async fn slow_clients_are_nobodys_trouble() {
+    let worker = open().await.worker().await;
+    let mut slow = Vec::new();
+    for begun in ["GET /pa", "POST /page/-/test HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\nev"]
+    {
+        for _ in 0..40 {
+            let mut stream = connect(&worker).await;
+            stream.write_all(begun.as_bytes()).await.unwrap();
+            slow.push(stream);
+        }
+    }
+    for _ in 0..40 {
+        let mut stream = connect(&worker).await;
+        for _ in 0..100 {
+            stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+        }
+        slow.push(stream);
+    }
+    for path in ["/metrics", "/healthz", "/readyz", "/page/-"] {
+        let answered = tokio::time::timeout(Duration::from_secs(5), worker.page(path)).await;
+        assert_eq!(answered.unwrap().unwrap().0, 200, "{path}");
+    }
+    // They do not stay for ever.
+    let mut answer = Vec::new();
+    tokio::time::timeout(PATIENCE, slow[0].read_to_end(&mut answer)).await.expect("it is let go").unwrap();
+    worker.terminate().await;
+}
+
+/// Beyond a number nobody has use for, a connection is closed at once: the worker needs its own.
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_are_counted() {
+    let worker = open().await.worker().await;
+    let mut idle = Vec::new();
+    for _ in 0..300 {
+        idle.push(connect(&worker).await);
+    }
+    // The last are let go, the first are not.
+    let mut answer = [0; 1];
+    let last = tokio::time::timeout(PATIENCE, idle.last_mut().unwrap().read(&mut answer)).await;
+    assert!(matches!(last, Ok(Ok(0) | Err(_))), "{last:?}");
+    idle[0].write_all(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+    assert_eq!(idle[0].read(&mut answer).await.unwrap(), 1);
+    drop(idle);
+    worker.until("answering", async |worker| worker.page("/healthz").await.is_some()).await;
+    worker.terminate().await;
+}
