@@ -42,7 +42,9 @@ pub async fn serve(
     shutdown: CancellationToken,
 ) {
     let bound = listener.local_addr().map_or(Ipv4Addr::LOCALHOST.into(), |addr| addr.ip());
-    let pages = page.map(|settings| page::router(settings, board.clone(), bound)).unwrap_or_default();
+    let pages = page
+        .map(|settings| page::router(settings, board.clone(), bound, shutdown.clone()))
+        .unwrap_or_default();
     let router = Router::new()
         .route("/metrics", get(metrics))
         .route("/healthz", get(|| async { "ok\n" }))

@@ -26,6 +26,7 @@ use subtle::ConstantTimeEq;
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
+use super::layout::Broken;
 use super::{Office, Settings, layout};
 
 /// How long a session lasts at most, and without being used.
@@ -231,7 +232,7 @@ pub(super) async fn guard(
 ) -> Response {
     let guard = &office.0.guard;
     if let Err((status, why)) = guard.trusts(&request) {
-        return layout::error(status, why);
+        return Broken::new(status, why).into_response();
     }
     let is_open = matches!(request.uri().path(), "/page/style.css" | "/page/sign-in");
     let visitor = match guard.recognize(request.headers(), peer.ip()).await {
@@ -253,17 +254,18 @@ pub(super) async fn guard(
         let fits = usize::try_from(body.size_hint().lower()).is_ok_and(|least| least <= limit);
         let form = if fits { to_bytes(body, limit).await.ok() } else { None };
         let Some(form) = form else {
-            return layout::error(StatusCode::PAYLOAD_TOO_LARGE, "This is more than a message may have.");
+            return Broken::new(StatusCode::PAYLOAD_TOO_LARGE, "This is more than a message may have.")
+                .into_response();
         };
         let mut seals = url::form_urlencoded::parse(&form).filter(|(name, _)| name == SEAL);
         let is_sealed =
             seals.next().is_some_and(|(_, seal)| seal.as_bytes().ct_eq(visitor.seal.as_bytes()).into());
         if !is_sealed && !is_script {
-            return layout::error(
+            return Broken::new(
                 StatusCode::FORBIDDEN,
                 "The form is not from this page, or from before a restart or a new sign-in. Go back, load it again, and \
                  send it once more.",
-            );
+            ).into_response();
         }
         request = Request::from_parts(parts, Body::from(form));
     }

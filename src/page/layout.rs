@@ -1,11 +1,13 @@
 //! What all pages have in common: the frame, the headers, and small parts.
 
+use std::borrow::Cow;
 use std::time::Duration;
 
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use jiff::{SignedDuration, Timestamp, Unit};
 use maud::{DOCTYPE, Markup, html};
+use serde::Deserialize;
 
 use super::guard::{SEAL, Visitor};
 use super::{HOME, Place};
@@ -41,15 +43,17 @@ pub(super) async fn headers(mut response: Response) -> Response {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Tab {
     Live,
+    Dead,
     Test,
 }
 
 impl Tab {
-    const ALL: [Self; 2] = [Self::Live, Self::Test];
+    const ALL: [Self; 3] = [Self::Live, Self::Dead, Self::Test];
 
     fn title(self) -> &'static str {
         match self {
             Self::Live => "Live",
+            Self::Dead => "Dead letters",
             Self::Test => "Test an event",
         }
     }
@@ -57,6 +61,7 @@ impl Tab {
     fn path(self) -> &'static str {
         match self {
             Self::Live => "",
+            Self::Dead => "dead",
             Self::Test => "test",
         }
     }
@@ -157,14 +162,33 @@ pub(super) fn sign_in(visitor: &Visitor, to: &str, wrong: Option<&str>) -> Marku
     })
 }
 
-/// A page that says why there is none.
-pub(super) fn error(status: StatusCode, why: &str) -> Response {
-    let frame = Frame { title: "That did not work", visitor: None, of: None, refresh: None };
-    let page = frame.around(html! {
-        p .notice.bad role="alert" { (why) }
-        p { a href=(HOME) { "To the first page" } }
-    });
-    (status, page).into_response()
+/// A page that says why there is no other.
+#[derive(Debug)]
+pub(super) struct Broken {
+    status: StatusCode,
+    why: Cow<'static, str>,
+}
+
+impl Broken {
+    pub(super) fn new(status: StatusCode, why: impl Into<Cow<'static, str>>) -> Self {
+        Self { status, why: why.into() }
+    }
+
+    /// The page that is not there.
+    pub(super) fn nowhere() -> Self {
+        Self::new(StatusCode::NOT_FOUND, "There is no such page, or no such destination.")
+    }
+}
+
+impl IntoResponse for Broken {
+    fn into_response(self) -> Response {
+        let frame = Frame { title: "That did not work", visitor: None, of: None, refresh: None };
+        let page = frame.around(html! {
+            p .notice.bad role="alert" { (self.why) }
+            p { a href=(HOME) { "To the first page" } }
+        });
+        (self.status, page).into_response()
+    }
 }
 
 /// How long ago that was, `2m 5s ago`, with the time itself to point at.
@@ -180,4 +204,48 @@ pub(super) fn span(duration: SignedDuration) -> String {
         _ => Unit::Minute,
     };
     duration.round(smallest).map_or_else(|_| "long".into(), |rounded| format!("{rounded:#}"))
+}
+
+/// How a page that shows something live is to be shown.
+#[derive(Deserialize)]
+pub(super) struct Wishes {
+    /// Not to be loaded again.
+    still: Option<String>,
+}
+
+impl Wishes {
+    /// After how long it is loaded again, of a page for which that would be `every`.
+    pub(super) fn refresh(&self, every: Duration) -> Option<Duration> {
+        self.still.is_none().then_some(every)
+    }
+}
+
+/// Tells that a page is loaded again, and how to stop that.
+pub(super) fn follow(refresh: Option<Duration>, path: &str) -> Markup {
+    html! {
+        p .quiet {
+            @match refresh {
+                Some(every) => {
+                    "Loaded again every " (every.as_secs()) " s. " a href={ (path) "?still=1" } { "Stop that" }
+                }
+                None => { "As it was when you loaded it. " a href=(path) { "Follow it" } }
+            }
+        }
+    }
+}
+
+/// Counts with their labels, or the words for none.
+pub(super) fn counts(title: &str, none: &str, counts: &[(&str, u64)]) -> Markup {
+    html! {
+        @if counts.is_empty() { p { (none) } } @else {
+            table .counts {
+                caption { (title) }
+                tbody {
+                    @for (label, count) in counts {
+                        tr { th scope="row" { (label.replace('_', " ")) } td .number { (count) } }
+                    }
+                }
+            }
+        }
+    }
 }

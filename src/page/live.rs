@@ -6,41 +6,26 @@ use axum::Extension;
 use axum::extract::Query;
 use jiff::SignedDuration;
 use maud::{Markup, html};
-use serde::Deserialize;
 
 use super::Place;
 use super::guard::Visitor;
-use super::layout::{Frame, Tab, ago, span};
+use super::layout::{Frame, Tab, Wishes, ago, counts, follow, span};
 use crate::metrics::{Load, Metrics};
 use crate::state::Readiness;
 
 /// How often a page that shows something live is loaded again.
 const REFRESH: Duration = Duration::from_secs(5);
 
-/// How the page is to be shown.
-#[derive(Deserialize)]
-pub(super) struct Wishes {
-    /// Not to be loaded again.
-    still: Option<String>,
-}
-
 pub(super) async fn show(
     place: Place,
     Extension(visitor): Extension<Visitor>,
-    Query(Wishes { still }): Query<Wishes>,
+    Query(wishes): Query<Wishes>,
 ) -> Markup {
-    let refresh = still.is_none().then_some(REFRESH);
+    let refresh = wishes.refresh(REFRESH);
     let frame = Frame { title: "Live", visitor: Some(&visitor), of: Some((&place, Tab::Live)), refresh };
     let metrics = &place.seat.metrics;
     frame.around(html! {
-        p .quiet {
-            @match refresh {
-                Some(every) => {
-                    "Loaded again every " (every.as_secs()) " s. " a href="?still=1" { "Stop that" }
-                }
-                None => { "As it was when you loaded it. " a href=(place.path("")) { "Follow it" } }
-            }
-        }
+        (follow(refresh, &place.path("")))
         (state(&place.seat.status.readiness()))
         (load(metrics.now()))
         (budget(metrics))
@@ -175,21 +160,6 @@ fn so_far(metrics: &Metrics) -> Markup {
             (counts("Messages by outcome", "Nothing was settled yet.", &metrics.outcomes()))
             @let deaths = metrics.deaths();
             @if !deaths.is_empty() { (counts("Dead letters by reason", "", &deaths)) }
-        }
-    }
-}
-
-fn counts(title: &str, none: &str, counts: &[(&str, u64)]) -> Markup {
-    html! {
-        @if counts.is_empty() { p { (none) } } @else {
-            table .counts {
-                caption { (title) }
-                tbody {
-                    @for (label, count) in counts {
-                        tr { th scope="row" { (label.replace('_', " ")) } td .number { (count) } }
-                    }
-                }
-            }
         }
     }
 }

@@ -1,23 +1,30 @@
-//! The operator's page: what the worker is doing, and what an event would do, for people with a browser.
+//! The operator's page: what the worker is doing, its dead letters, and what an event would do, for people with a
+//! browser.
 //!
 //! It is off unless enabled. Everything is rendered here: there is no script, no asset from elsewhere, and pages
 //! that show something live ask to be loaded again, unless told not to. What changes or reveals anything is a POST.
 //!
 //! In reading order: `guard` is who may; `layout` what all pages look like; `mask` keeps personal data out of sight
-//! until somebody asks for it, which is audited; `live`, `trial` and `plan` are the pages.
+//! until somebody asks for it, which is audited. The pages are `live`, `trial` for a test event, and for dead letters
+//! `dead`, `message` and `progress`, which work at one `workbench`; `plan` tells what an event would do.
 //!
 //! Every action is one log line with a field `audit`: what was done, who did it, from which address. Such a line has
 //! nothing of a message but its id.
 
+mod dead;
 mod guard;
 mod layout;
 mod live;
 mod mask;
+mod message;
 mod plan;
+mod progress;
 mod trial;
+mod workbench;
 
+use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::extract::{Form, FromRequestParts, Path, State as Shared};
 use axum::http::request::Parts;
@@ -27,9 +34,12 @@ use axum::routing::{get, post};
 use axum::{Extension, Router, middleware};
 use secrecy::SecretString;
 use serde::Deserialize;
+use tokio_util::sync::CancellationToken;
 
 use crate::board::{Board, Seat};
 use guard::{Guard, Visitor};
+use layout::Broken;
+use workbench::Workbench;
 
 /// How the page is served.
 #[derive(Clone, Debug)]
@@ -47,14 +57,19 @@ struct Office(Arc<Inner>);
 struct Inner {
     board: Board,
     guard: Guard,
+    /// The dead letters by destination.
+    workbenches: Mutex<HashMap<String, Arc<Workbench>>>,
+    /// Nothing is begun or goes on after it.
+    shutdown: CancellationToken,
 }
 
 /// Where it begins. Everything else is below.
 const HOME: &str = "/page";
 
-/// The page, for a server bound to this address.
-pub fn router(settings: Settings, board: Board, bound: IpAddr) -> Router {
-    let office = Office(Arc::new(Inner { board, guard: Guard::new(settings, bound) }));
+/// The page, for a server bound to this address, until `shutdown`.
+pub fn router(settings: Settings, board: Board, bound: IpAddr, shutdown: CancellationToken) -> Router {
+    let (guard, workbenches) = (Guard::new(settings, bound), Mutex::default());
+    let office = Office(Arc::new(Inner { board, guard, workbenches, shutdown }));
     let guarded = middleware::from_fn_with_state(office.clone(), guard::guard);
     let pages = Router::new()
         .route("/", get(home))
@@ -62,8 +77,15 @@ pub fn router(settings: Settings, board: Board, bound: IpAddr) -> Router {
         .route("/sign-in", get(sign_in_form).post(sign_in))
         .route("/sign-out", post(sign_out))
         .route("/{place}", get(live::show))
+        .route("/{place}/dead", get(dead::list))
+        .route("/{place}/dead/group", get(dead::group))
+        .route("/{place}/dead/message", get(message::show).post(message::reveal))
+        .route("/{place}/dead/replay", get(dead::ask_to_replay).post(dead::replay))
+        .route("/{place}/dead/discard", get(dead::ask_to_discard).post(dead::discard))
+        .route("/{place}/dead/progress", get(progress::show))
+        .route("/{place}/dead/stop", post(progress::stop))
         .route("/{place}/test", get(trial::form).post(trial::rehearse))
-        .fallback(async || Nowhere);
+        .fallback(async || Broken::nowhere());
     Router::new()
         .nest(HOME, pages)
         .layer(guarded)
@@ -105,6 +127,11 @@ impl Office {
     fn places(&self) -> Vec<Place> {
         self.0.board.seats().into_iter().map(|(name, seat)| Place::new(name, seat)).collect()
     }
+
+    fn workbench(&self, place: &Place) -> Arc<Workbench> {
+        let mut all = self.0.workbenches.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(all.entry(place.segment.clone()).or_default())
+    }
 }
 
 /// Of the path of a page.
@@ -114,20 +141,12 @@ struct Of {
 }
 
 impl FromRequestParts<Office> for Place {
-    type Rejection = Nowhere;
+    type Rejection = Broken;
 
-    async fn from_request_parts(parts: &mut Parts, office: &Office) -> Result<Self, Nowhere> {
-        let Path(Of { place }) = Path::from_request_parts(parts, office).await.map_err(|_| Nowhere)?;
-        office.places().into_iter().find(|found| found.segment == place).ok_or(Nowhere)
-    }
-}
-
-/// There is no such page, or no such destination.
-struct Nowhere;
-
-impl IntoResponse for Nowhere {
-    fn into_response(self) -> Response {
-        layout::error(StatusCode::NOT_FOUND, "There is no such page, or no such destination.")
+    async fn from_request_parts(parts: &mut Parts, office: &Office) -> Result<Self, Broken> {
+        let Path(Of { place }) =
+            Path::from_request_parts(parts, office).await.map_err(|_| Broken::nowhere())?;
+        office.places().into_iter().find(|found| found.segment == place).ok_or_else(Broken::nowhere)
     }
 }
 

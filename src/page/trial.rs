@@ -42,7 +42,7 @@ pub(super) async fn rehearse(
         Sight::Personal => "test event with personal data",
     };
     visitor.audit(what, place.name.as_deref(), None);
-    let (status, result) = match outlook(&place, trial.event.as_bytes(), sight).await {
+    let (status, result) = match outlook(&place, trial.event.as_bytes(), Arrival::now(), sight).await {
         Ok(told) => (StatusCode::OK, told),
         Err(why) => (StatusCode::SERVICE_UNAVAILABLE, html! { p .notice.bad role="alert" { (why) } }),
     };
@@ -50,15 +50,20 @@ pub(super) async fn rehearse(
     (status, page(&place, &visitor, &trial.event, sight, result))
 }
 
-/// What an event that came now would do.
+/// What an event that came like this would do now.
 ///
 /// # Errors
 /// Why that cannot be told, for people.
-async fn outlook(place: &Place, event: &[u8], sight: Sight) -> Result<Markup, String> {
+pub(super) async fn outlook(
+    place: &Place,
+    event: &[u8],
+    arrival: Arrival,
+    sight: Sight,
+) -> Result<Markup, String> {
     let worker: Worker = place.seat.access.worker().ok_or(
         "The worker has not been able to look at Close yet: its live page tells why. Nothing can be said before that.",
     )?;
-    let rehearsal = report::rehearse(&worker, event, Arrival::now());
+    let rehearsal = report::rehearse(&worker, event, arrival);
     let (_, report) = tokio::time::timeout(PATIENCE, rehearsal)
         .await
         .map_err(|_| {
