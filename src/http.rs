@@ -26,6 +26,8 @@ use crate::page;
 
 /// The longest a request's header may take to come, and a connection may be idle.
 const HEADER_TIME: Duration = Duration::from_secs(30);
+/// What a request's header may take up.
+const HEADER_BYTES: usize = 64 << 10;
 /// The longest a request may take, its body included.
 const REQUEST_TIME: Duration = Duration::from_mins(1);
 /// The longest a connection may last: one that only takes up room, by reading nothing of its answer say, is not
@@ -53,7 +55,7 @@ pub async fn serve(
         .merge(pages)
         .layer(TimeoutLayer::with_status_code(StatusCode::REQUEST_TIMEOUT, REQUEST_TIME));
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIME);
+    http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIME).max_buf_size(HEADER_BYTES);
     let connections = GracefulShutdown::new();
     // axum's own loop has no time limits, but its listener knows how to go on after an error.
     while let Some((stream, peer)) = shutdown.run_until_cancelled(Listener::accept(&mut listener)).await {

@@ -14,7 +14,7 @@ use maud::{Markup, html};
 use serde::Deserialize;
 
 use super::guard::Visitor;
-use super::layout::{Broken, Frame, Tab, ago, seal};
+use super::layout::{Broken, Frame, Tab, ago, prose, seal};
 use super::workbench::{KEPT, Workbench};
 use super::{Office, Place};
 use crate::amqp::Settings;
@@ -77,7 +77,7 @@ impl Meant {
     /// The pages that ask whether to go on.
     pub(super) fn actions(&self, place: &Place) -> Markup {
         html! {
-            a .button href=(self.path(place, "dead/replay")) { "Replay…" }
+            a .button.quiet href=(self.path(place, "dead/replay")) { "Replay…" }
             a .button.quiet href=(self.path(place, "dead/discard")) { "Discard…" }
         }
     }
@@ -152,7 +152,7 @@ fn card(group: &Group, place: &Place) -> Markup {
             h2 { a href=(meant.path(place, "dead/group")) { (group.fingerprint) } }
             (facts(group))
             div .actions {
-                a .button.quiet href=(meant.path(place, "dead/group")) { "Open" }
+                a .button href=(meant.path(place, "dead/group")) { "Open" }
                 (meant.actions(place))
             }
         }
@@ -171,7 +171,7 @@ fn facts(group: &Group) -> Markup {
             }
         }
         @if let Some(error) = &group.error { p { (error) } }
-        p { strong { "What to do: " } (group.remedy) }
+        p { strong { "What to do: " } (prose(group.remedy)) }
     }
 }
 
@@ -215,7 +215,7 @@ pub(super) async fn group(
 fn table<'a>(letters: impl Iterator<Item = &'a DeadLetter>, place: &Place) -> Markup {
     html! {
         div .card.wide {
-            table {
+            table .letters {
                 caption .hidden { "Dead letters, oldest first" }
                 thead {
                     tr {
@@ -234,9 +234,9 @@ fn table<'a>(letters: impl Iterator<Item = &'a DeadLetter>, place: &Place) -> Ma
                                 @if letter.edited_at.is_some() { " edited" }
                             }
                             td { @if let Some(failed) = letter.failed_at { (ago(failed)) } @else { "unknown" } }
-                            td .number { @if let Some(attempts) = letter.attempts { (attempts) } @else { "–" } }
-                            td .number { (letter.replays) }
-                            td { @if let Some(id) = &letter.message_id { code { (id) } } @else { "–" } }
+                            td .number data-label="tries" { @if let Some(attempts) = letter.attempts { (attempts) } @else { "–" } }
+                            td .number data-label="replays" { (letter.replays) }
+                            td data-label="message" { @if let Some(id) = &letter.message_id { code { (id) } } @else { "–" } }
                         }
                     }
                 }
@@ -325,8 +325,9 @@ async fn ask(at: &At, visitor: &Visitor, which: Which, verb: Verb) -> Result<Mar
                 }
                 Verb::Discard => {
                     p {
-                        "They are deleted from RabbitMQ and cannot be brought back. A copy is made with "
-                        code { "close-sync dlq export" } "."
+                        @if number > 1 { "They are" } @else { "It is" }
+                        " deleted from RabbitMQ, and cannot be brought back. " code { "close-sync dlq export" }
+                        " keeps a copy."
                     }
                 }
             }

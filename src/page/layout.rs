@@ -147,7 +147,7 @@ pub(super) fn seal(visitor: &Visitor) -> Markup {
 pub(super) fn sign_in(visitor: &Visitor, to: &str, wrong: Option<&str>) -> Markup {
     let frame = Frame { title: "Sign in", visitor: None, of: None, refresh: None };
     frame.around(html! {
-        @if let Some(wrong) = wrong { p .notice.bad role="alert" { (wrong) } }
+        @if let Some(wrong) = wrong { p .notice.bad role="alert" { (prose(wrong)) } }
         form .card.narrow method="post" action="/page/sign-in" {
             (seal(visitor))
             input type="hidden" name="to" value=(to);
@@ -184,7 +184,7 @@ impl IntoResponse for Broken {
     fn into_response(self) -> Response {
         let frame = Frame { title: "That did not work", visitor: None, of: None, refresh: None };
         let page = frame.around(html! {
-            p .notice.bad role="alert" { (self.why) }
+            p .notice.bad role="alert" { (prose(&self.why)) }
             p { a href=(HOME) { "To the first page" } }
         });
         (self.status, page).into_response()
@@ -194,10 +194,24 @@ impl IntoResponse for Broken {
 /// How long ago that was, `2m 5s ago`, with the time itself to point at.
 pub(super) fn ago(time: Timestamp) -> Markup {
     let since = Timestamp::now().duration_since(time).max(SignedDuration::ZERO);
-    html! { time datetime=(time) title=(time) { (span(since)) " ago" } }
+    html! { time datetime=(time) title=(moment(time)) { (span(since)) " ago" } }
 }
 
-/// A time for people, the two largest units of it.
+/// A time for people, to the second.
+pub(super) fn moment(time: Timestamp) -> String {
+    time.strftime("%Y-%m-%d %H:%M:%S UTC").to_string()
+}
+
+/// Words of ours, in which what is between backticks is to be taken literally.
+pub(super) fn prose(text: &str) -> Markup {
+    html! {
+        @for (place, part) in text.split('`').enumerate() {
+            @if place % 2 == 1 { code { (part) } } @else { (part) }
+        }
+    }
+}
+
+/// A length of time for people, without seconds where it is long.
 pub(super) fn span(duration: SignedDuration) -> String {
     let smallest = match duration.as_secs() {
         ..3600 => Unit::Second,

@@ -9,7 +9,7 @@ use maud::{Markup, html};
 
 use super::Place;
 use super::guard::Visitor;
-use super::layout::{Frame, Tab, Wishes, ago, counts, follow, span};
+use super::layout::{Frame, Tab, Wishes, ago, counts, follow, prose, span};
 use crate::metrics::{Load, Metrics};
 use crate::state::Readiness;
 
@@ -83,7 +83,7 @@ fn state(readiness: &Readiness) -> Markup {
                 p .hint { "Connected, and no message came yet: either there is none, or another worker is the active one." }
             }
             @if let Some(detail) = &readiness.detail { p { (detail) } }
-            @if let Some(remedy) = readiness.remedy { p { strong { "What to do: " } (remedy) } }
+            @if let Some(remedy) = readiness.remedy { p { strong { "What to do: " } (prose(remedy)) } }
             @if let Some(alarm) = &readiness.alarm {
                 p .notice.bad {
                     "RabbitMQ has an alarm: " (alarm) ". Events are written to Close; what would go to a delay or \

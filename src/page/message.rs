@@ -10,12 +10,11 @@ use serde_json::Value;
 
 use super::dead::{At, Meant, gone, unavailable};
 use super::guard::Visitor;
-use super::layout::{Broken, ago, seal};
+use super::layout::{Broken, ago, moment, prose, seal};
 use super::mask::Sight;
 use super::trial;
 use crate::amqp::dead_letters::letter::DeadLetter;
-use crate::amqp::dead_letters::select::reason_of;
-use crate::outcome::Reason;
+use crate::amqp::dead_letters::select::groups;
 
 #[derive(Deserialize)]
 pub(super) struct Which {
@@ -76,21 +75,22 @@ fn page(at: &At, visitor: &Visitor, letter: &DeadLetter, sight: Sight, plan: Mar
         section .card aria-labelledby="what" {
             h2 #what { "What happened" }
             @if let Some(error) = &letter.error { p { (error) } }
-            @if let Some(reason) = reason_of(&letter.fingerprint) {
-                p { strong { "What to do: " } (Reason::remedy(reason)) }
-            }
+            @for alike in groups([letter]) { p { strong { "What to do: " } (prose(alike.remedy)) } }
             div .actions {
-                (this.actions(&at.place))
                 form method="post" action=(at.place.path("dead/message")) {
                     (seal(visitor))
                     input type="hidden" name="id" value=(letter.id);
                     div .actions {
-                        button .quiet name="ask" value="plan" { "See what it would do" }
-                        @if sight == Sight::Masked {
-                            button .quiet name="ask" value="show" { "Show personal data" }
+                        button name="ask" value="plan" { "See what it would do" }
+                        @match sight {
+                            Sight::Masked => { button .quiet name="ask" value="show" { "Show personal data" } }
+                            Sight::Personal => {
+                                a .button.quiet href=(this.path(&at.place, "dead/message")) { "Hide personal data" }
+                            }
                         }
                     }
                 }
+                (this.actions(&at.place))
             }
         }
         (plan)
@@ -129,7 +129,7 @@ fn facts(letter: &DeadLetter) -> Markup {
                     @if let Some(text) = text { dt { (title) } dd { code { (text) } } }
                 }
                 @for (title, time) in times {
-                    @if let Some(time) = time { dt { (title) } dd { (ago(time)) " " span .quiet { (time) } } }
+                    @if let Some(time) = time { dt { (title) } dd { (ago(time)) " " span .quiet { (moment(time)) } } }
                 }
                 @if let Some(attempts) = letter.attempts { dt { "Tries" } dd { (attempts) } }
                 dt { "Replays" }

@@ -48,7 +48,9 @@ fn bar(job: &Job) -> Markup {
     let rate = job.rate();
     let left = u32::try_from(progress.matched.saturating_sub(ended)).unwrap_or(u32::MAX);
     let left = Duration::try_from_secs_f64(f64::from(left) / rate).ok().filter(|_| ended > 0);
-    let left = left.and_then(|left| SignedDuration::try_from(left).ok());
+    // The first one alone says little about the others.
+    let is_steady = matches!(progress.stage, Stage::Going | Stage::Finishing);
+    let left = left.and_then(|left| SignedDuration::try_from(left).ok()).filter(|_| is_steady);
     html! {
         p role="status" { strong { (stage(&progress)) } }
         @if progress.matched > 0 {
@@ -58,7 +60,7 @@ fn bar(job: &Job) -> Markup {
             div { dt { "Done" } dd { (ended) " of " (progress.matched) } }
             div { dt { "Under way" } dd { (progress.under_way) } }
             div { dt { "A second" } dd { (format!("{rate:.1}")) } }
-            @if let Some(left) = left.filter(|_| !job.is_over()) {
+            @if let Some(left) = left {
                 div { dt { "Time left" } dd { (span(left)) } }
             }
         }

@@ -37,7 +37,7 @@ async fn it_shows_what_is_going_on_without_a_script() {
     worker.until("paused", async |worker| worker.is("paused", Some("unauthorized")).await).await;
     browser.get("/page/-").await.assert_has(&[
         r#"<span class="badge bad">paused</span> <code>unauthorized</code>"#,
-        "set `close.api_key` to a key that is valid in Close",
+        "set <code>close.api_key</code> to a key that is valid in Close",
     ]);
     worker.terminate().await;
 }

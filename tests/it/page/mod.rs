@@ -1,5 +1,6 @@
 //! The operator's page, by plain HTTP: no browser, no script.
 
+mod chromium;
 mod dead;
 mod entry;
 mod live;
