@@ -205,7 +205,7 @@ impl<'a> Reader<'a> {
         if hosts.is_none() {
             self.problem(
                 "http.page_hosts",
-                "must be a list of host names without scheme and port, like `[\"sync.example.com\"]`",
+                "must be a list of host names or addresses without scheme and port, like `[\"sync.example.com\"]`",
             );
         }
         hosts

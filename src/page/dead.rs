@@ -15,7 +15,7 @@ use serde::Deserialize;
 
 use super::guard::Visitor;
 use super::layout::{Broken, Frame, Tab, ago, prose, seal};
-use super::workbench::{KEPT, Workbench};
+use super::workbench::{KEPT, Wish, Workbench};
 use super::{Office, Place};
 use crate::amqp::Settings;
 use crate::amqp::dead_letters::letter::DeadLetter;
@@ -349,8 +349,9 @@ pub(super) async fn replay(
     Form(which): Form<Which>,
 ) -> Result<Redirect, Broken> {
     let meant = which.meant()?;
-    let what = (meant.filter(), meant.value().to_owned());
-    if !at.bench.replay(at.amqp, what, &visitor, &office.0.shutdown) {
+    let destination = at.place.name.clone();
+    let wish = Wish { filter: meant.filter(), what: meant.value().to_owned(), destination };
+    if !at.bench.replay(at.amqp, wish, &visitor, &office.0.shutdown) {
         let why = "A replay is under way already; one can be begun when it has ended.";
         return Err(Broken::new(StatusCode::CONFLICT, why));
     }

@@ -249,7 +249,8 @@ pub(super) async fn guard(
         let (parts, body) = request.into_parts();
         // A cookie comes by itself, a token does not.
         let is_script = guard.token.is_some() && bearer(&parts.headers).is_some();
-        let limit = office.largest_form();
+        // Of strangers, only the form that signs in is read.
+        let limit = if is_open { FORM_BYTES } else { office.largest_form() };
         // What says so of itself is not waited for.
         let fits = usize::try_from(body.size_hint().lower()).is_ok_and(|least| least <= limit);
         let form = if fits { to_bytes(body, limit).await.ok() } else { None };

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use jiff::{SignedDuration, Timestamp, Unit};
+use jiff::{SignedDuration, Timestamp};
 use maud::{DOCTYPE, Markup, html};
 use serde::Deserialize;
 
@@ -191,9 +191,9 @@ impl IntoResponse for Broken {
     }
 }
 
-/// How long ago that was, `2m 5s ago`, with the time itself to point at.
+/// How long ago that was, `2 min 5 s ago`, with the time itself to point at.
 pub(super) fn ago(time: Timestamp) -> Markup {
-    let since = Timestamp::now().duration_since(time).max(SignedDuration::ZERO);
+    let since = Timestamp::now().duration_since(time);
     html! { time datetime=(time) title=(moment(time)) { (span(since)) " ago" } }
 }
 
@@ -211,13 +211,16 @@ pub(super) fn prose(text: &str) -> Markup {
     }
 }
 
-/// A length of time for people, without seconds where it is long.
+/// A length of time for people: its two largest units.
 pub(super) fn span(duration: SignedDuration) -> String {
-    let smallest = match duration.as_secs() {
-        ..3600 => Unit::Second,
-        _ => Unit::Minute,
-    };
-    duration.round(smallest).map_or_else(|_| "long".into(), |rounded| format!("{rounded:#}"))
+    let seconds = duration.as_secs().max(0);
+    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86400);
+    match (days, hours, minutes) {
+        (1.., _, _) => format!("{days} d {} h", hours % 24),
+        (_, 1.., _) => format!("{hours} h {} min", minutes % 60),
+        (_, _, 1..) => format!("{minutes} min {} s", seconds % 60),
+        _ => format!("{seconds} s"),
+    }
 }
 
 /// How a page that shows something live is to be shown.
@@ -261,5 +264,31 @@ pub(super) fn counts(title: &str, none: &str, counts: &[(&str, u64)]) -> Markup 
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_length_of_time_is_told_by_its_two_largest_units() {
+        let cases = [
+            (-5, "0 s"),
+            (59, "59 s"),
+            (60, "1 min 0 s"),
+            (3599, "59 min 59 s"),
+            (3600 + 119, "1 h 1 min"),
+            (86400 * 3 + 7200, "3 d 2 h"),
+        ];
+        for (seconds, told) in cases {
+            assert_eq!(span(SignedDuration::from_secs(seconds)), told);
+        }
+    }
+
+    #[test]
+    fn only_what_is_between_backticks_is_literal() {
+        let page = prose("set `close.api_key` to <b>").into_string();
+        assert_eq!(page, "set <code>close.api_key</code> to &lt;b&gt;");
     }
 }

@@ -7,9 +7,9 @@ use axum::extract::Query;
 use jiff::SignedDuration;
 use maud::{Markup, html};
 
-use super::Place;
 use super::guard::Visitor;
 use super::layout::{Frame, Tab, Wishes, ago, counts, follow, prose, span};
+use super::{HOME, Place};
 use crate::metrics::{Load, Metrics};
 use crate::state::Readiness;
 
@@ -34,9 +34,11 @@ pub(super) async fn show(
 }
 
 /// All destinations at a glance.
-pub(super) fn overview(places: &[Place], visitor: &Visitor) -> Markup {
-    let frame = Frame { title: "Destinations", visitor: Some(visitor), of: None, refresh: Some(REFRESH) };
+pub(super) fn overview(places: &[Place], visitor: &Visitor, wishes: &Wishes) -> Markup {
+    let refresh = wishes.refresh(REFRESH);
+    let frame = Frame { title: "Destinations", visitor: Some(visitor), of: None, refresh };
     frame.around(html! {
+        (follow(refresh, HOME))
         @if places.is_empty() { p { "There is no destination yet." } } @else {
             div .wide {
                 table {

@@ -26,7 +26,7 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use axum::extract::{Form, FromRequestParts, Path, State as Shared};
+use axum::extract::{Form, FromRequestParts, Path, Query, State as Shared};
 use axum::http::request::Parts;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Redirect, Response};
@@ -38,7 +38,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::board::{Board, Seat};
 use guard::{Guard, Visitor};
-use layout::Broken;
+use layout::{Broken, Wishes};
 use workbench::Workbench;
 
 /// How the page is served.
@@ -151,10 +151,14 @@ impl FromRequestParts<Office> for Place {
 }
 
 /// The only destination, or all of them.
-async fn home(Shared(office): Shared<Office>, Extension(visitor): Extension<Visitor>) -> Response {
+async fn home(
+    Shared(office): Shared<Office>,
+    Extension(visitor): Extension<Visitor>,
+    Query(wishes): Query<Wishes>,
+) -> Response {
     match office.places().as_slice() {
         [place] => Redirect::to(&place.path("")).into_response(),
-        places => live::overview(places, &visitor).into_response(),
+        places => live::overview(places, &visitor, &wishes).into_response(),
     }
 }
 

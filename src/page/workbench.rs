@@ -67,6 +67,15 @@ impl Listing {
     }
 }
 
+/// What somebody wants to replay.
+pub(super) struct Wish {
+    pub(super) filter: Filter,
+    /// The same for people.
+    pub(super) what: String,
+    /// The name of the destination, for the log.
+    pub(super) destination: Option<String>,
+}
+
 /// A replay that somebody started here.
 pub(super) struct Job {
     /// What is replayed, for people.
@@ -206,7 +215,7 @@ impl Workbench {
     pub(super) fn replay(
         self: &Arc<Self>,
         amqp: Arc<Settings>,
-        (filter, what): (Filter, String),
+        Wish { filter, what, destination }: Wish,
         visitor: &Visitor,
         shutdown: &CancellationToken,
     ) -> bool {
@@ -229,9 +238,20 @@ impl Workbench {
         *current = Some(Arc::clone(&job));
         let bench = Arc::clone(self);
         tokio::spawn(async move {
-            if let Err(error) = replay(&amqp, order, told, &job.stop).await {
-                tracing::warn!(%error, "the replay an operator began on the page has failed");
-                let _ = job.failure.set(error.to_string());
+            // It is not over before everything is told.
+            let _until = told.clone();
+            match replay(&amqp, order, told, &job.stop).await {
+                Ok(progress) => tracing::info!(
+                    destination,
+                    about = job.what,
+                    replayed = progress.sent,
+                    failed_again = progress.failed_again(),
+                    "the replay begun on the page has ended"
+                ),
+                Err(error) => {
+                    tracing::error!(destination, about = job.what, %error, "the replay begun on the page has failed");
+                    let _ = job.failure.set(error.to_string());
+                }
             }
             bench.forget().await;
         });

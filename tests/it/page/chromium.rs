@@ -275,6 +275,14 @@ async fn an_operator_finds_what_failed_and_replays_it() {
     browser.find("//p[contains(., '7 dead letters were discarded')]").await;
     browser.picture("discarded").await;
     bench.depth_becomes(".dead", 1).await;
+
+    // Close does not let it in any more: the first page says why, and what to do.
+    bench.simulator.set_api_key("api_another.key");
+    bench.publish(&[identify("u1", json!({"title": "Director"}))]).await;
+    browser.click("//nav//a[.='Live']").await;
+    browser.find("//code[.='unauthorized']").await;
+    browser.find("//p[contains(., 'What to do')]").await;
+    browser.picture("paused").await;
     browser.click("//button[.='Sign out']").await;
     browser.find("//h1[.='Sign in']").await;
     worker.terminate().await;
