@@ -160,6 +160,11 @@ impl Status {
     }
 
     /// The state now.
+    pub fn state(&self) -> State {
+        self.0.borrow().state
+    }
+
+    /// The state now, as it is told.
     pub fn readiness(&self) -> Readiness {
         let Standing { state, detail, alarm, lack, since } = self.0.borrow().clone();
         let (ready, label, cause) = match state {

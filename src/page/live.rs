@@ -3,20 +3,21 @@
 use std::time::Duration;
 
 use axum::Extension;
-use axum::extract::Query;
+use axum::extract::{Query, State as Shared};
 use jiff::SignedDuration;
 use maud::{Markup, html};
 
 use super::guard::Visitor;
 use super::layout::{Frame, Tab, Wishes, ago, counts, follow, prose, span};
-use super::{HOME, Place};
+use super::{HOME, Office, Place};
 use crate::metrics::{Load, Metrics};
-use crate::state::Readiness;
+use crate::state::{Readiness, State};
 
 /// How often a page that shows something live is loaded again.
 const REFRESH: Duration = Duration::from_secs(5);
 
 pub(super) async fn show(
+    Shared(office): Shared<Office>,
     place: Place,
     Extension(visitor): Extension<Visitor>,
     Query(wishes): Query<Wishes>,
@@ -24,13 +25,31 @@ pub(super) async fn show(
     let refresh = wishes.refresh(REFRESH);
     let frame = Frame { title: "Live", visitor: Some(&visitor), of: Some((&place, Tab::Live)), refresh };
     let metrics = &place.seat.metrics;
+    let backlog = match (counted(&place), place.seat.status.state(), place.seat.access.amqp()) {
+        (None, State::Paused(_), Some(amqp)) => {
+            office.workbench(&place).backlog(amqp).await.ok().flatten().map(u64::from)
+        }
+        (counted, _, _) => counted,
+    };
     frame.around(html! {
         (follow(refresh, &place.path("")))
         (state(&place.seat.status.readiness()))
-        (load(metrics.now()))
+        (load(metrics.now(), backlog))
         (budget(metrics))
         (so_far(metrics))
     })
+}
+
+/// The backlog, while there is a session that counts it.
+fn counted(place: &Place) -> Option<u64> {
+    match place.seat.status.state() {
+        State::StandingBy | State::Consuming | State::Stopping => Some(place.seat.metrics.now().backlog),
+        State::Connecting(_) | State::Paused(_) | State::Failed => None,
+    }
+}
+
+fn or_unknown(number: Option<u64>) -> String {
+    number.map_or_else(|| "unknown".to_owned(), |number| number.to_string())
 }
 
 /// All destinations at a glance.
@@ -57,7 +76,7 @@ pub(super) fn overview(places: &[Place], visitor: &Visitor, wishes: &Wishes) -> 
                             tr {
                                 th scope="row" { a href=(place.path("")) { (place.title()) } }
                                 td { (badge(&place.seat.status.readiness())) }
-                                td .number { (load.backlog) }
+                                td .number { (or_unknown(counted(place))) }
                                 td .number { (format!("{:.1}", load.rate)) }
                             }
                         }
@@ -96,10 +115,10 @@ fn state(readiness: &Readiness) -> Markup {
     }
 }
 
-fn load(load: Load) -> Markup {
+fn load(load: Load, backlog: Option<u64>) -> Markup {
     let drain = load.drain.and_then(|drain| SignedDuration::try_from(drain).ok()).map(span);
     let items = [
-        ("Backlog", load.backlog.to_string()),
+        ("Backlog", or_unknown(backlog)),
         ("Time to drain", drain.unwrap_or_else(|| "unknown".into())),
         ("Settled a second", format!("{:.1}", load.rate)),
         ("In flight", load.in_flight.to_string()),

@@ -15,11 +15,11 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::guard::Visitor;
-use crate::amqp::Settings;
 use crate::amqp::dead_letters::browse::{Fate, Sifted, sift};
 use crate::amqp::dead_letters::letter::DeadLetter;
 use crate::amqp::dead_letters::replay::{Order, Progress, replay};
 use crate::amqp::dead_letters::select::{Filter, Group, groups};
+use crate::amqp::{BrokerError, Settings, close, topology};
 
 /// How long what a look found is good for.
 const FRESH: Duration = Duration::from_secs(5);
@@ -115,9 +115,32 @@ impl Job {
     }
 }
 
+/// What was found a moment ago.
+struct Kept<T>(Mutex<Option<(Instant, T)>>);
+
+impl<T> Default for Kept<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<T: Clone> Kept<T> {
+    /// It, or what `look` finds if that was too long ago. Who comes meanwhile waits for the same look.
+    async fn or(&self, look: impl Future<Output = Result<T, BrokerError>>) -> Result<T, String> {
+        let mut kept = self.0.lock().await;
+        if let Some((_, found)) = kept.as_ref().filter(|(looked, _)| looked.elapsed() < FRESH) {
+            return Ok(found.clone());
+        }
+        let found = look.await.map_err(|error| error.to_string())?;
+        *kept = Some((Instant::now(), found.clone()));
+        Ok(found)
+    }
+}
+
 /// The tools and what lies there.
 pub(super) struct Workbench {
-    listing: Mutex<Option<(Instant, Arc<Listing>)>>,
+    listing: Kept<Arc<Listing>>,
+    backlog: Kept<Option<u32>>,
     opened: Cache<String, DeadLetter>,
     job: std::sync::Mutex<Option<Arc<Job>>>,
 }
@@ -125,7 +148,8 @@ pub(super) struct Workbench {
 impl Default for Workbench {
     fn default() -> Self {
         let opened = Cache::builder().max_capacity(OPENED).time_to_live(FRESH).build();
-        Self { listing: Mutex::default(), opened, job: std::sync::Mutex::default() }
+        let (listing, backlog) = (Kept::default(), Kept::default());
+        Self { listing, backlog, opened, job: std::sync::Mutex::default() }
     }
 }
 
@@ -137,19 +161,34 @@ impl Workbench {
     pub(super) async fn listing(self: &Arc<Self>, amqp: Arc<Settings>) -> Result<Arc<Listing>, String> {
         let bench = Arc::clone(self);
         finish(async move {
-            let mut listing = bench.listing.lock().await;
-            if let Some((_, known)) = listing.as_ref().filter(|(looked, _)| looked.elapsed() < FRESH) {
-                return Ok(Arc::clone(known));
-            }
-            let mut letters = Vec::new();
-            let keep = |letter: &DeadLetter| {
-                letters.push(letter.without_body());
-                Fate::Back
+            let look = async {
+                let mut letters = Vec::new();
+                let keep = |letter: &DeadLetter| {
+                    letters.push(letter.without_body());
+                    Fate::Back
+                };
+                let sifted = sift(&amqp, keep, &mut |_| {}).await?;
+                Ok(Arc::new(Listing::new(sifted, letters)))
             };
-            let sifted = sift(&amqp, keep, &mut |_| {}).await.map_err(|error| error.to_string())?;
-            let found = Arc::new(Listing::new(sifted, letters));
-            *listing = Some((Instant::now(), Arc::clone(&found)));
-            Ok(found)
+            bench.listing.or(look).await
+        })
+        .await
+    }
+
+    /// Messages in the work queue, as of some seconds ago at most: for when nobody consumes and counts them.
+    ///
+    /// # Errors
+    /// Those of [`Workbench::listing`].
+    pub(super) async fn backlog(self: &Arc<Self>, amqp: Arc<Settings>) -> Result<Option<u32>, String> {
+        let bench = Arc::clone(self);
+        finish(async move {
+            let look = async {
+                let connection = amqp.connect("close-sync page").await?;
+                let depth = topology::depth(&connection, &amqp.queue).await;
+                close(&connection).await;
+                Ok(depth?.map(|depth| depth.ready))
+            };
+            bench.backlog.or(look).await
         })
         .await
     }
@@ -265,7 +304,7 @@ impl Workbench {
 
     /// What was found is not true any more.
     async fn forget(&self) {
-        *self.listing.lock().await = None;
+        *self.listing.0.lock().await = None;
         self.opened.invalidate_all();
     }
 }

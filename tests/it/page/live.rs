@@ -39,6 +39,9 @@ async fn it_shows_what_is_going_on_without_a_script() {
         r#"<span class="badge bad">paused</span> <code>unauthorized</code>"#,
         "set <code>close.api_key</code> to a key that is valid in Close",
     ]);
+    // Nobody consumes; what waits is counted all the same.
+    let waiting = "<dt>Backlog</dt><dd>4</dd>";
+    worker.until("counted", async |_| browser.get("/page/-").await.text.contains(waiting)).await;
     worker.terminate().await;
 }
 
