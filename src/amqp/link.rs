@@ -48,19 +48,26 @@ pub(super) struct Link {
 
 impl Link {
     pub(super) async fn open(settings: &Settings) -> Result<Self, BrokerError> {
+        // Listened to at once: what nobody listens to is not kept.
         let consuming = settings.meet("close-sync consume").await?;
+        let first = happenings(&consuming.connection);
         let publishing = settings.meet("close-sync publish").await?;
-        in_time(Self::set_up(consuming, publishing, settings)).await
+        let happenings = stream::select(first, happenings(&publishing.connection)).boxed();
+        in_time(Self::set_up(consuming, publishing, happenings, settings)).await
     }
 
-    async fn set_up(consuming: Met, publishing: Met, settings: &Settings) -> Result<Self, BrokerError> {
+    async fn set_up(
+        consuming: Met,
+        publishing: Met,
+        happenings: Happenings,
+        settings: &Settings,
+    ) -> Result<Self, BrokerError> {
         let cut = [consuming.cut, publishing.cut];
         let (broker, consuming, publishing) = (consuming.broker, consuming.connection, publishing.connection);
         topology::prepare(&consuming, settings).await?;
         let publisher = Publisher::new(&publishing).await?;
         let channel = consuming.create_channel().await?;
         channel.basic_qos(settings.prefetch, BasicQosOptions::default()).await?;
-        let happenings = stream::select(happenings(&consuming), happenings(&publishing)).boxed();
         let deliveries = channel
             .basic_consume(
                 settings.queue.as_str().into(),

@@ -12,6 +12,12 @@
 //! closed: everything unacked goes back to the front of the queue in its order.
 //!
 //! When the connection is lost, work stops at once: the standby may already have the same messages.
+//!
+//! **A message that kills the process all the same** (by an abort, or out of memory; panics are caught, and `frames.rs`
+//! knows what kills lapin) kills the standbys one after the other. The broker counts each death for all messages in
+//! hand, its neighbours included (rabbitmq.md §0, 2): they stay, as the limit is a million. Working one by one from
+//! some count on, to find out which it is (rabbitmq.md §5.2, 7), is not built: each pause and each lost connection
+//! raises the same counts.
 
 use std::ops::AddAssign;
 use std::sync::Arc;

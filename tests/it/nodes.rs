@@ -33,15 +33,21 @@ async fn a_node_that_is_away_is_passed_over_and_the_one_that_worked_is_asked_fir
     worker.settled(1).await;
     assert_eq!(tried.load(Ordering::Relaxed), 1, "declaring, consuming and publishing took the next one");
 
+    // A busy machine may lose a connection more.
+    let back = async |times| {
+        worker.until("back", async |worker| worker.logged("waiting for messages") > times).await;
+    };
     // Cut, and there again: nobody else is asked.
+    let before = worker.logged("waiting for messages");
     one.cut();
-    worker.until("lost", async |worker| worker.logged("reconnecting to RabbitMQ") == 1).await;
-    worker.until("back", async |worker| worker.logged("waiting for messages") == 2).await;
+    worker.until("lost", async |worker| worker.logged("reconnecting to RabbitMQ") >= 1).await;
+    back(before).await;
     assert_eq!(tried.load(Ordering::Relaxed), 1);
 
     // Gone for good: the third one is left.
+    let before = worker.logged("waiting for messages");
     drop(one);
-    worker.until("back", async |worker| worker.logged("waiting for messages") == 3).await;
+    back(before).await;
     bench.publish(&[identify("u2", json!({}))]).await;
     worker.settled(2).await;
     assert_eq!(tried.load(Ordering::Relaxed), 1, "what comes after the one that worked is tried first");

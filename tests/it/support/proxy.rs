@@ -74,6 +74,11 @@ impl Proxy {
         self.trap.send_replace(Trap::Off);
     }
 
+    /// Cuts the connection that was opened last.
+    pub(crate) fn cut_last(&self) {
+        self.connections.lock().unwrap().pop().unwrap().cancel();
+    }
+
     /// Cuts all connections.
     pub(crate) fn cut(&self) {
         for connection in self.connections.lock().unwrap().drain(..) {
