@@ -44,6 +44,7 @@ pub(super) async fn run(
     let Seat { metrics, status, access } = seat;
     let settings = in_force.borrow().clone();
     access.open(Arc::new(settings.amqp.clone()));
+    let mut supervisor = Supervisor::new(status.clone(), metrics.clone(), access);
     // Before anything about Close: producers may publish from now on, whatever state Close is in.
     let declared = async {
         match settings.amqp.topology {
@@ -56,7 +57,8 @@ pub(super) async fn run(
         Some(Err(error)) if error.is_lasting() => {
             return Err(RunError::Configuration(error.to_string()));
         }
-        Some(Err(error)) => tracing::warn!(%error, "nothing is declared in RabbitMQ yet"),
+        // The first session tries again, once Close agrees: it is the same incident.
+        Some(Err(error)) => supervisor.tell(&error),
         Some(Ok(())) | None => {}
     }
     let preflight = Preflight {
@@ -75,7 +77,7 @@ pub(super) async fn run(
         assembly = reloads.next() => assembly,
     };
     metrics.paused(None);
-    Supervisor::new(status, metrics.clone(), access).run(assembly, reloads, shutdown).await
+    supervisor.run(assembly, reloads, shutdown).await
 }
 
 fn client(settings: &Destination, metrics: &Metrics) -> anyhow::Result<Client> {
@@ -283,6 +285,16 @@ impl Supervisor {
         Ok(())
     }
 
+    /// One line per incident, not per try.
+    fn tell(&mut self, error: &BrokerError) {
+        if self.lost {
+            tracing::debug!(%error, "still no connection to RabbitMQ");
+        } else {
+            tracing::warn!(%error, "reconnecting to RabbitMQ until it works");
+        }
+        self.lost = true;
+    }
+
     /// One session, and what has to pass before the next.
     async fn session(
         &mut self,
@@ -296,11 +308,12 @@ impl Supervisor {
         if report.acquitted {
             self.probes.reset();
             session.on_trial = None;
+            // The log said that it was connected.
+            self.lost = false;
         }
         if report.settled > 0 || began.elapsed() > STABLE {
-            // It worked, or stood by, for a while: what comes now is a new incident.
+            // It worked, or stood by, for a while.
             self.reconnects.reset();
-            self.lost = false;
         }
         match end {
             End::Stopped => {}
@@ -321,13 +334,7 @@ impl Supervisor {
                 self.status.set(State::Connecting(Some(error.trouble())), Some(error.to_string()));
                 self.metrics.broker_trouble(Some(error.trouble()));
                 let wait = self.reconnects.next_pause().unwrap_or_default();
-                // One line per incident, not per try.
-                if self.lost {
-                    tracing::debug!(%error, ?wait, "still no connection to RabbitMQ");
-                } else {
-                    tracing::warn!(%error, "reconnecting to RabbitMQ until it works");
-                }
-                self.lost = true;
+                self.tell(&error);
                 turn.run_until_cancelled(tokio::time::sleep(wait)).await;
             }
         }

@@ -22,6 +22,21 @@ async fn broken_node() -> (String, Arc<AtomicUsize>) {
     (url, tried)
 }
 
+/// An outage is told however soon it follows the last one: the log must not end with "connected".
+#[tokio::test(flavor = "multi_thread")]
+async fn each_outage_is_told() {
+    let bench = Bench::new().await;
+    let way = Proxy::start(&bench.amqp_url).await;
+    let bench = bench.set("AMQP_URL", &way.url);
+    let worker = bench.worker().await;
+    for times in 1..=3 {
+        way.cut();
+        worker.until("lost", async |worker| worker.logged("reconnecting to RabbitMQ") == times).await;
+        worker.until("back", async |worker| worker.logged("waiting for messages") > times).await;
+    }
+    worker.terminate().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_that_is_away_is_passed_over_and_the_one_that_worked_is_asked_first() {
     let bench = Bench::new().await;

@@ -162,8 +162,10 @@ async fn a_worker_that_may_not_declare_says_what_to_do() {
 
     let worker = bench.starting_worker();
     worker.until("trying again", async |worker| worker.logged("still no connection") >= 2).await;
-    let incident =
-        worker.log().lines().find(|line| line.contains("reconnecting to RabbitMQ")).unwrap().to_owned();
+    let log = worker.log();
+    let warnings: Vec<_> = log.lines().filter(|line| line.contains(r#""level":"WARN""#)).collect();
+    let [incident] = warnings.as_slice() else { panic!("one line tells of it: {warnings:#?}") };
+    assert!(incident.contains("reconnecting to RabbitMQ"), "{incident}");
     assert!(incident.contains("amqp.topology") && incident.contains("Broker permissions"), "{incident}");
 
     // The permissions are enough once they are granted; nothing has to be started again.
