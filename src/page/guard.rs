@@ -55,14 +55,24 @@ pub(super) struct Visitor {
     /// What their forms carry.
     pub(super) seal: Arc<str>,
     from: IpAddr,
-    /// The session, of somebody who signed in.
-    session: Option<Arc<str>>,
+    entry: Entry,
+}
+
+/// How somebody got in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Entry {
+    /// Through an open door, or not at all.
+    Open,
+    /// With the token in hand, as a script does.
+    Token,
+    /// By a session with this id.
+    Session(Arc<str>),
 }
 
 impl Visitor {
     /// Whether there is something to sign out of.
     pub(super) fn has_session(&self) -> bool {
-        self.session.is_some()
+        matches!(self.entry, Entry::Session(_))
     }
 
     /// Notes in the log what they did, to which destination, and about what.
@@ -124,7 +134,6 @@ impl Guard {
             return Err("Tell who you are: a name of at most 60 characters, for the log.");
         }
         if !self.knows_token(token, visitor.from).await {
-            visitor.audit("sign-in refused", None, None);
             return Err("This is not the token (`http.page_token`).");
         }
         let (id, who) = (secret(), Arc::from(who));
@@ -136,7 +145,7 @@ impl Guard {
     /// Ends a session, and tells the cookie that takes its place.
     pub(super) fn sign_out(&self, visitor: &Visitor) -> String {
         visitor.audit("sign-out", None, None);
-        if let Some(id) = &visitor.session {
+        if let Entry::Session(id) = &visitor.entry {
             self.sessions.invalidate(id);
         }
         cookie("", Duration::ZERO)
@@ -149,6 +158,7 @@ impl Guard {
         let _turn = door.lock().await;
         let knows: bool = right.expose_secret().as_bytes().ct_eq(token.trim().as_bytes()).into();
         if !knows {
+            self.stranger(from).audit("sign-in refused", None, None);
             tokio::time::sleep(PENALTY).await;
         }
         knows
@@ -161,19 +171,20 @@ impl Guard {
         }
         if let Some(bearer) = bearer(headers) {
             let knows = self.knows_token(bearer, from).await;
-            return knows.then(|| Visitor { who: "bearer".into(), ..self.stranger(from) });
+            let entry = Entry::Token;
+            return knows.then(|| Visitor { who: "bearer".into(), entry, ..self.stranger(from) });
         }
         let cookies = headers.get_all(COOKIE).into_iter().filter_map(|value| value.to_str().ok());
         let mut ids = cookies
             .flat_map(|value| value.split(';'))
             .filter_map(|pair| pair.trim().strip_prefix(COOKIE_NAME)?.strip_prefix('='));
         let (id, Session { who, seal }) = ids.find_map(|id| Some((id, self.sessions.get(id)?)))?;
-        Some(Visitor { who, seal, from, session: Some(id.into()) })
+        Some(Visitor { who, seal, from, entry: Entry::Session(id.into()) })
     }
 
     /// Somebody who has not signed in.
     fn stranger(&self, from: IpAddr) -> Visitor {
-        Visitor { who: "nobody".into(), seal: Arc::clone(&self.seal), from, session: None }
+        Visitor { who: "nobody".into(), seal: Arc::clone(&self.seal), from, entry: Entry::Open }
     }
 
     /// Whether the request is meant for us, and no other site is behind it.
@@ -247,10 +258,7 @@ pub(super) async fn guard(
     };
     if !is_read(request.method()) {
         let (parts, body) = request.into_parts();
-        // A cookie comes by itself, a token does not.
-        let is_script = guard.token.is_some() && bearer(&parts.headers).is_some();
-        // Of strangers, only the form that signs in is read.
-        let limit = if is_open { FORM_BYTES } else { office.largest_form() };
+        let limit = if parts.uri.path().ends_with("/test") { office.largest_event() } else { FORM_BYTES };
         // What says so of itself is not waited for.
         let fits = usize::try_from(body.size_hint().lower()).is_ok_and(|least| least <= limit);
         let form = if fits { to_bytes(body, limit).await.ok() } else { None };
@@ -261,7 +269,8 @@ pub(super) async fn guard(
         let mut seals = url::form_urlencoded::parse(&form).filter(|(name, _)| name == SEAL);
         let is_sealed =
             seals.next().is_some_and(|(_, seal)| seal.as_bytes().ct_eq(visitor.seal.as_bytes()).into());
-        if !is_sealed && !is_script {
+        // A cookie comes by itself, a token does not.
+        if !is_sealed && visitor.entry != Entry::Token {
             return Broken::new(
                 StatusCode::FORBIDDEN,
                 "The form is not from this page, or from before a restart or a new sign-in. Go back, load it again, and \
@@ -275,8 +284,8 @@ pub(super) async fn guard(
 }
 
 impl Office {
-    /// What a form may take, in bytes: an event in the notation of forms.
-    fn largest_form(&self) -> usize {
+    /// What a form with an event may take, in bytes: the notation of forms makes three of one.
+    fn largest_event(&self) -> usize {
         let workers = self.places().into_iter().filter_map(|place| place.seat.access.worker());
         let event = workers.map(|worker| worker.settings().max_message_bytes).max().unwrap_or_default();
         event.saturating_mul(3).saturating_add(FORM_BYTES)

@@ -98,18 +98,27 @@ impl Chromium {
         self.send(Method::POST, "url", json!({"url": url})).await.unwrap();
     }
 
-    /// Waits for what an `XPath` names, and gives its handle.
-    async fn find(&self, xpath: &str) -> String {
+    /// Waits for what an `XPath` names.
+    async fn find(&self, xpath: &str) {
+        self.with(xpath, "text", None).await;
+    }
+
+    /// Waits for what an `XPath` names, and does something to it. A page may be loaded again between the two.
+    async fn with(&self, xpath: &str, what: &str, body: Option<Value>) {
         let start = std::time::Instant::now();
         loop {
-            match self.send(Method::POST, "element", json!({"using": "xpath", "value": xpath})).await {
+            let named = json!({"using": "xpath", "value": xpath});
+            let done = match self.send(Method::POST, "element", named).await {
                 Ok(found) => {
-                    return found.as_object().unwrap().values().next().unwrap().as_str().unwrap().to_owned();
+                    let handle = found.as_object().unwrap().values().next().unwrap().as_str().unwrap();
+                    let method = if body.is_some() { Method::POST } else { Method::GET };
+                    let path = format!("element/{handle}/{what}");
+                    self.send(method, &path, body.clone().unwrap_or_default()).await
                 }
-                Err(error) => {
-                    assert!(start.elapsed() < PATIENCE, "{xpath}: {error}\n{}", self.source().await);
-                }
-            }
+                Err(error) => Err(error),
+            };
+            let Err(error) = done else { return };
+            assert!(start.elapsed() < PATIENCE, "{xpath}: {error}\n{}", self.source().await);
             tokio::time::sleep(std::time::Duration::from_millis(50)).await;
         }
     }
@@ -119,13 +128,11 @@ impl Chromium {
     }
 
     async fn click(&self, xpath: &str) {
-        let element = self.find(xpath).await;
-        self.send(Method::POST, &format!("element/{element}/click"), json!({})).await.unwrap();
+        self.with(xpath, "click", Some(json!({}))).await;
     }
 
     async fn write(&self, xpath: &str, text: &str) {
-        let element = self.find(xpath).await;
-        self.send(Method::POST, &format!("element/{element}/value"), json!({"text": text})).await.unwrap();
+        self.with(xpath, "value", Some(json!({"text": text}))).await;
     }
 
     /// Presses keys, whatever has the focus.
@@ -251,7 +258,7 @@ async fn an_operator_finds_what_failed_and_replays_it() {
     // It is gone; now the rest, slowly enough to be seen.
     browser.click("//nav//a[.='Dead letters']").await;
     browser.find("//p[contains(., '77 dead letters')]").await;
-    bench.simulator.fault(Fault::new(Effect::Latency { ms: 1500 }).on("POST", "/lead/"));
+    bench.simulator.fault(Fault::new(Effect::Latency { ms: 5000 }).on("POST", "/lead/"));
     browser.click("//section[contains(., 'rejected')]//a[.='Replay…']").await;
     browser.find("//p[contains(., '69 messages')]").await;
     browser.picture("replay-group").await;

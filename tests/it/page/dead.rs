@@ -310,7 +310,7 @@ async fn a_look_is_kept_for_some_seconds_and_not_waited_for_forever() {
     let desk = format!("{}.desk", bench.queue);
     let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
     channel.queue_declare(desk.as_str().into(), options, FieldTable::default()).await.unwrap();
-    for _ in 0..20 {
+    for _ in 0..3 {
         browser.get("/page/-/dead").await.assert_has(&["2 dead letters"]);
     }
     let told = "another operator is at the dead letters";

@@ -76,7 +76,10 @@ async fn without_the_token_there_is_nothing_to_see() {
         assert_eq!(nameless.status, StatusCode::UNAUTHORIZED, "{who:?}");
         nameless.assert_has(&["Tell who you are"]);
     }
-    assert_eq!(worker.audited(), [["sign-in refused", "nobody", ""]]);
+    // A wrong token does not stand for the seal of a form.
+    let fields = [("token", TOKEN), ("who", "Ada")];
+    assert_eq!(browser.post("/page/sign-in", &fields, &bearer).await.status, StatusCode::FORBIDDEN);
+    assert_eq!(worker.audited(), vec![["sign-in refused", "nobody", ""]; 4]);
     assert!(!worker.log().contains("characters-or-"), "{}", worker.log());
     worker.terminate().await;
 }
