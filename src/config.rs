@@ -37,7 +37,7 @@ use crate::retry::{self, Policy};
 use crate::worker;
 
 pub use layers::{DEFAULTS, Layers, Problems, environment};
-use layers::{NO_TOML, Problem, SECRETS, leaf, within};
+use layers::{NO_TOML, Problem, SECRETS, hash, leaf, within};
 
 /// The validated settings.
 #[derive(Clone, Debug)]
@@ -72,6 +72,8 @@ pub struct Destination {
     pub concurrency: usize,
     /// How long messages in hand may take to finish on shutdown.
     pub grace: Duration,
+    /// Equal where all settings are, secrets and those of the process aside.
+    pub hash: String,
 }
 
 impl Destination {
@@ -230,6 +232,7 @@ impl<'a> Reader<'a> {
             schema_refresh: schema_refresh?,
             concurrency: usize::try_from(concurrency?).ok()?,
             grace: grace?,
+            hash: hash(self.settings),
         })
     }
 
@@ -493,6 +496,23 @@ mod tests {
         assert_eq!(config.amqp.retry_exchange(), "close-sync.retry");
         assert_eq!((&config.rules.lead.key, &config.rules.contact.key), (&None, &None));
         assert!(Config::load(None, &HashMap::new(), Need::Broker).is_ok());
+    }
+
+    #[test]
+    fn settings_have_one_name_wherever_they_stand_and_secrets_no_part_in_it() {
+        let hash = |text: &str, more: &[(&str, &str)]| {
+            single(text, &[&[("CLOSE_API_KEY", "api_k")], more].concat()).hash
+        };
+        let defaults = hash("", &[]);
+        for same in ["http.addr = '127.0.0.1:1'", "[worker]\nconcurrency = 64"] {
+            assert_eq!(hash(same, &[("CLOSE_API_KEY", "api_other"), ("LOG_FORMAT", "json")]), defaults);
+        }
+        let other = hash("[worker]\nconcurrency = 65", &[]);
+        assert_eq!(hash("", &[("WORKER_CONCURRENCY", "65")]), other);
+        assert!(other != defaults && other.len() == 12);
+        let user = |url| hash("", &[("AMQP_URL", url)]);
+        assert_eq!(user("amqp://a:one@h/%2f"), user("amqp://a:two@h/%2f"));
+        assert_ne!(user("amqp://a:one@h/%2f"), user("amqp://b:one@h/%2f"));
     }
 
     #[test]

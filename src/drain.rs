@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     fn standing(rate: f64) -> Standing {
-        Standing { limit: 240, remaining: 100, reset: Duration::from_secs(8), rate }
+        Standing { limit: 240, remaining: 100, reset: Duration::from_secs(8), rate, others: 0.0 }
     }
 
     #[test]

@@ -43,12 +43,15 @@ pub fn page<'a>(all: impl IntoIterator<Item = &'a Metrics>) -> String {
 pub struct Metrics {
     registry: Registry,
     settled: IntCounterVec,
+    replayed: IntCounterVec,
     skipped: IntCounterVec,
     dead_letters: IntCounterVec,
+    queue_wait_seconds: Histogram,
     handling_seconds: Histogram,
     event_age_seconds: Histogram,
     retries: IntCounterVec,
     lag_guard_waits: IntCounter,
+    duplicates_avoided: IntCounter,
     fields_dropped: IntCounterVec,
     steps_refused: IntCounterVec,
     conflicts: IntCounter,
@@ -67,8 +70,8 @@ pub struct Metrics {
     successors_held: IntGauge,
     outcome_messages: IntCounterVec,
     broker: BrokerInfo,
-    backlog: IntGauge,
-    drain_seconds: Gauge,
+    config: IntGaugeVec,
+    queues: Queues,
     rate_limits: RateLimits,
     close_requests: IntCounterVec,
     close_request_seconds: HistogramVec,
@@ -76,8 +79,10 @@ pub struct Metrics {
     pace: Arc<Mutex<Pace>>,
 }
 
-/// What became of a delivery besides an effect on Close.
-const OTHERWISE_SETTLED: [&str; 4] = ["skipped", "delayed", "dead", "handed_back"];
+/// What becomes of a delivery besides an effect on Close, when it is acked.
+const OTHERWISE_SETTLED: [&str; 3] = ["skipped", "delayed", "dead"];
+/// What becomes of one that is not.
+const HANDED_BACK: &str = "handed_back";
 
 /// A call to Close takes some 100 ms; the last bucket is the default time-out.
 const CALL_BUCKETS: [f64; 9] = [0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
@@ -98,12 +103,19 @@ impl Metrics {
         let labels = destination.map(|name| HashMap::from([("destination".to_owned(), name.to_owned())]));
         let registry = Registry::new_custom(Some("close_sync".into()), labels)?;
         let make = Maker(&registry);
+        let settled = [&Effect::ALL.map(Effect::label), OTHERWISE_SETTLED.as_slice()].concat();
         let metrics = Self {
             settled: make.counters(
                 "messages_settled_total",
                 "Deliveries by what became of them",
                 "outcome",
-                &[&Effect::ALL.map(Effect::label), OTHERWISE_SETTLED.as_slice()].concat(),
+                &[settled.as_slice(), &[HANDED_BACK]].concat(),
+            )?,
+            replayed: make.counters(
+                "messages_replayed_total",
+                "Deliveries of replayed messages by what became of them",
+                "outcome",
+                &settled,
             )?,
             skipped: make.counters(
                 "messages_skipped_total",
@@ -116,6 +128,11 @@ impl Metrics {
                 "Dead-lettered messages by reason",
                 "reason",
                 &Reason::ALL.map(Reason::label),
+            )?,
+            queue_wait_seconds: make.histogram(
+                "queue_wait_seconds",
+                "From the AMQP timestamp of a message to the first work on it, to the second; of those that have one",
+                &AGE_BUCKETS,
             )?,
             handling_seconds: make.histogram(
                 "message_handling_seconds",
@@ -136,6 +153,10 @@ impl Metrics {
             lag_guard_waits: make.counter(
                 "lag_guard_waits_total",
                 "Waits for Close's search to catch up before a record was created",
+            )?,
+            duplicates_avoided: make.counter(
+                "duplicates_avoided_total",
+                "Creations given up because search had caught up and showed the record",
             )?,
             fields_dropped: make.counters(
                 "fields_dropped_total",
@@ -188,6 +209,12 @@ impl Metrics {
             )?,
             connected: make.gauge("broker_connected", "1 while connected to RabbitMQ and consuming or standing by")?,
             broker: BrokerInfo::new(&make)?,
+            config: make.gauges(
+                "config_info",
+                "1, labelled with a hash of the settings in force, secrets and those of the process left out",
+                "hash",
+                &[],
+            )?,
             connection_losses: make.counters(
                 "broker_connection_losses_total",
                 "Times the connection to RabbitMQ was lost by cause",
@@ -212,11 +239,7 @@ impl Metrics {
                 "successors_held",
                 "Messages held because RabbitMQ does not take their successor for a delay or dead-letter queue",
             )?,
-            backlog: make.gauge("backlog_messages", "Messages in the work queue, those in hand included")?,
-            drain_seconds: make.unknown(
-                "drain_seconds",
-                "Estimated time until the backlog is worked off; NaN while there is nothing to estimate it from",
-            )?,
+            queues: Queues::new(&make)?,
             rate_limits: RateLimits::new(&make)?,
             close_requests: make.requests()?,
             close_request_seconds: make.histograms(
@@ -232,6 +255,8 @@ impl Metrics {
             registry: registry.clone(),
             pace: Arc::new(Mutex::new(Pace::new(Instant::now()))),
         };
+        make.gauge("start_time_seconds", "When this worker started, in seconds since 1970")?
+            .set(jiff::Timestamp::now().as_second());
         make.build_info()?;
         Ok(metrics)
     }
@@ -240,16 +265,11 @@ impl Metrics {
     pub fn watch(&self, client: Option<Client>) {
         *self.rate_limits.close.lock().unwrap_or_else(PoisonError::into_inner) = client;
         for endpoint in Endpoint::ALL {
-            let RateLimits { limit, remaining, reset, close: _ } = &self.rate_limits;
-            for gauge in [limit, remaining, reset] {
+            let RateLimits { limit, remaining, reset, others, close: _ } = &self.rate_limits;
+            for gauge in [limit, remaining, reset, others] {
                 gauge.with_label_values(&[endpoint.label()]).set(f64::NAN);
             }
         }
-    }
-
-    /// Nobody works on the backlog: there is no saying how long it takes.
-    pub fn no_drain(&self) {
-        self.drain_seconds.set(f64::NAN);
     }
 
     /// What is left of Close's rate limits, of those it told.
@@ -281,15 +301,15 @@ impl Metrics {
             in_flight: number(&self.in_flight),
             waiting: number(&self.waiting),
             held: number(&self.successors_held),
-            backlog: number(&self.backlog),
-            drain: Duration::try_from_secs_f64(self.drain_seconds.get()).ok(),
+            backlog: whole(self.queues.backlog.get()),
+            drain: Duration::try_from_secs_f64(self.queues.drain_seconds.get()).ok(),
             rate: self.pace.lock().unwrap_or_else(PoisonError::into_inner).rate(Instant::now()),
         }
     }
 
     /// What became of deliveries since the start, of what happened at all.
     pub fn outcomes(&self) -> Vec<(&'static str, u64)> {
-        let labels = Effect::ALL.map(Effect::label).into_iter().chain(OTHERWISE_SETTLED);
+        let labels = Effect::ALL.map(Effect::label).into_iter().chain(OTHERWISE_SETTLED).chain([HANDED_BACK]);
         counted(&self.settled, labels)
     }
 
@@ -300,8 +320,14 @@ impl Metrics {
 
     /// The backlog, and how long it may take.
     pub fn backlog(&self, messages: u32, drain: Option<Duration>) {
-        self.backlog.set(messages.into());
-        self.drain_seconds.set(drain.map_or(f64::NAN, |drain| drain.as_secs_f64()));
+        self.queues.backlog.set(messages.into());
+        self.queues.drain_seconds.set(drain.map_or(f64::NAN, |drain| drain.as_secs_f64()));
+    }
+
+    /// Messages in the dead-letter queue, and in all delay queues together, if RabbitMQ tells.
+    pub fn parked(&self, dead: Option<u32>, delayed: Option<u32>) {
+        self.queues.dead.set(dead.map_or(f64::NAN, f64::from));
+        self.queues.delayed.set(delayed.map_or(f64::NAN, f64::from));
     }
 
     fn gather(&self) -> Vec<MetricFamily> {
@@ -310,6 +336,7 @@ impl Metrics {
             self.rate_limits.limit.with_label_values(label).set(standing.limit.into());
             self.rate_limits.remaining.with_label_values(label).set(standing.remaining.into());
             self.rate_limits.reset.with_label_values(label).set(standing.reset.as_secs_f64());
+            self.rate_limits.others.with_label_values(label).set(standing.others);
         }
         self.registry.gather()
     }
@@ -344,15 +371,24 @@ impl Metrics {
         self.outcome_messages.with_label_values(&[result]).inc();
     }
 
+    /// One that was settled came from a replay.
+    pub fn replayed(&self, outcome: &Outcome) {
+        self.replayed.with_label_values(&[outcome.label()]).inc();
+    }
+
     /// A delivery went back to the queue unsettled.
     pub fn handed_back(&self, deliveries: u64) {
-        self.settled.with_label_values(&["handed_back"]).inc_by(deliveries);
+        self.settled.with_label_values(&[HANDED_BACK]).inc_by(deliveries);
+    }
+
+    /// The work on a message begins that was published at `sent`.
+    pub fn queue_waited(&self, sent: jiff::Timestamp) {
+        self.queue_wait_seconds.observe(since(sent));
     }
 
     /// Close agrees with an event that happened at `time`.
     pub fn written(&self, time: jiff::Timestamp) {
-        let age = jiff::Timestamp::now().duration_since(time);
-        self.event_age_seconds.observe(age.as_secs_f64().max(0.0));
+        self.event_age_seconds.observe(since(time));
     }
 
     /// A try failed and is repeated in place.
@@ -368,6 +404,11 @@ impl Metrics {
     /// A creation waits for search to catch up.
     pub fn lag_guard_waited(&self) {
         self.lag_guard_waits.inc();
+    }
+
+    /// It was good that it did: the record is there.
+    pub fn duplicate_avoided(&self) {
+        self.duplicates_avoided.inc();
     }
 
     /// What a finished plan left out.
@@ -414,7 +455,15 @@ impl Metrics {
         self.connected.set(up.into());
         if up {
             self.broker_trouble(None);
+        } else {
+            self.queues.forget();
         }
+    }
+
+    /// The settings in force from now on, by their hash.
+    pub fn config(&self, hash: &str) {
+        self.config.reset();
+        self.config.with_label_values(&[hash]).set(1);
     }
 
     /// Which version of RabbitMQ the connection is to. Whether that is news.
@@ -462,12 +511,22 @@ pub struct Load {
     pub waiting: u64,
     /// Messages whose successor RabbitMQ does not take.
     pub held: u64,
-    /// Messages in the work queue, those in hand included.
-    pub backlog: u64,
+    /// Messages in the work queue, those in hand included, if RabbitMQ tells.
+    pub backlog: Option<u64>,
     /// How long they take, as far as that can be told.
     pub drain: Option<Duration>,
     /// Messages settled a second over the last minute.
     pub rate: f64,
+}
+
+/// A count, if it is one.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "counts are small and not negative"
+)]
+fn whole(number: f64) -> Option<u64> {
+    number.is_finite().then_some(number as u64)
 }
 
 /// Counters that are not zero, with their labels.
@@ -477,6 +536,11 @@ fn counted(
 ) -> Vec<(&'static str, u64)> {
     let each = |label| (label, counters.with_label_values(&[label]).get());
     labels.into_iter().map(each).filter(|(_, count)| *count > 0).collect()
+}
+
+/// Seconds since a time; none where the clocks differ.
+fn since(time: jiff::Timestamp) -> f64 {
+    jiff::Timestamp::now().duration_since(time).as_secs_f64().max(0.0)
 }
 
 /// Of several gauges, the one that is 1, if any.
@@ -509,12 +573,51 @@ impl BrokerInfo {
     }
 }
 
+/// What waits on the broker, as far as it tells.
+#[derive(Clone)]
+struct Queues {
+    backlog: Gauge,
+    dead: Gauge,
+    delayed: Gauge,
+    drain_seconds: Gauge,
+}
+
+impl Queues {
+    fn new(make: &Maker<'_>) -> prometheus::Result<Self> {
+        Ok(Self {
+            backlog: make.unknown(
+                "backlog_messages",
+                "Messages in the work queue, those in hand included; NaN until RabbitMQ has told",
+            )?,
+            dead: make.unknown(
+                "dead_letter_messages",
+                "Messages in the dead-letter queue; NaN until RabbitMQ has told",
+            )?,
+            delayed: make
+                .unknown("delayed_messages", "Messages in the delay queues; NaN until RabbitMQ has told")?,
+            drain_seconds: make.unknown(
+                "drain_seconds",
+                "Estimated time until the backlog is worked off; NaN while there is nothing to estimate it from",
+            )?,
+        })
+    }
+
+    /// Nobody looks at them any more, and what was seen last grows wrong.
+    fn forget(&self) {
+        let Self { backlog, dead, delayed, drain_seconds } = self;
+        for gauge in [backlog, dead, delayed, drain_seconds] {
+            gauge.set(f64::NAN);
+        }
+    }
+}
+
 /// Close's rate limits, which are looked up when somebody asks.
 #[derive(Clone)]
 struct RateLimits {
     limit: GaugeVec,
     remaining: GaugeVec,
     reset: GaugeVec,
+    others: GaugeVec,
     close: Arc<Mutex<Option<Client>>>,
 }
 
@@ -532,6 +635,10 @@ impl RateLimits {
             reset: make.unknowns(
                 "rate_limit_reset_seconds",
                 "Time until the window of Close's rate limit is renewed; NaN until it has told",
+            )?,
+            others: make.unknowns(
+                "rate_limit_others_calls",
+                "Calls others make in a window, as far as noticed; NaN until Close has told",
             )?,
             close: Arc::default(),
         })

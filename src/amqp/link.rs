@@ -16,7 +16,7 @@ use super::{BrokerError, LAST_ACKS, Met, Settings, close, in_time, topology};
 use crate::drain::Drain;
 use crate::metrics::Metrics;
 
-/// How often the backlog is looked at.
+/// How often the queues are looked at.
 const LOOKS_APART: Duration = Duration::from_secs(5);
 /// How often everything is declared again, which changes nothing where nothing is missing, or only looked at.
 const PREPARED_APART: Duration = Duration::from_secs(15);
@@ -119,7 +119,7 @@ fn happenings(connection: &Connection) -> impl Stream<Item = Happening> + Send +
     })
 }
 
-/// Looks at the backlog from time to time, and puts back what somebody deleted: without the exchange or a binding
+/// Looks at the queues from time to time, and puts back what somebody deleted: without the exchange or a binding
 /// no message comes, and nothing would tell. A broker that does not answer is noticed elsewhere.
 ///
 /// What must not be put back is told to `lacks` when that is news. The session goes on: the next one would wait for
@@ -153,14 +153,16 @@ pub(super) async fn watch(
                 lacks((!missing.is_empty()).then_some(BrokerError::Incomplete(missing)));
             }
         }
-        let Ok(Some(depth)) = topology::depth(connection, &settings.queue).await else { continue };
+        let topology::Depths { work, dead, delayed } = topology::depths(connection, settings).await;
+        metrics.parked(dead, delayed);
+        let Some(ready) = work else { continue };
         let (settled_now, calls_now) = metrics.totals();
         let made =
             calls.iter().zip(&calls_now).map(|((endpoint, before), (_, now))| (*endpoint, now - before));
         // A standby's backlog is another's work.
-        let waits = depth.ready > 0 && metrics.in_hand() > 0;
+        let waits = ready > 0 && metrics.in_hand() > 0;
         drain.note(then.elapsed(), settled_now - settled, made, waited && waits);
-        let backlog = depth.ready.saturating_add(metrics.in_hand());
+        let backlog = ready.saturating_add(metrics.in_hand());
         metrics.backlog(backlog, drain.estimate(backlog, metrics.standings()));
         (settled, calls, then, waited) = (settled_now, calls_now, Instant::now(), waits);
     }

@@ -21,6 +21,7 @@ use super::headers::{Envelope, TraceParent};
 use super::news::News;
 use super::publisher::Publisher;
 use super::session::Session;
+use crate::close::Priority;
 use crate::desk::Fate;
 use crate::domain::decision::Decision;
 use crate::domain::mapping::Key;
@@ -115,6 +116,13 @@ impl Incoming {
         }
     }
 
+    /// When it was published, if that is known and the work on it begins for the first time. Later it has waited for
+    /// other things than its turn in the queue.
+    fn sent(&self) -> Option<Timestamp> {
+        let is_first = self.job().is_some() && !self.alone && self.envelope.priority() == Priority::Live;
+        self.envelope.sent.filter(|_| is_first)
+    }
+
     /// Whether it may be worked on with `first`, right behind which it comes.
     pub(super) fn goes_along(&self, first: &Self, worker: &Worker) -> bool {
         let jobs = first.job().zip(self.job()).filter(|_| !first.alone && !self.alone);
@@ -134,6 +142,7 @@ impl Session {
         let started = Instant::now();
         let Some((_, first)) = run.first() else { return Ended::Each(Vec::new()) };
         let span = first.span(&self);
+        run.iter().filter_map(|(_, each)| each.sent()).for_each(|sent| self.metrics.queue_waited(sent));
         let work = async {
             match &first.prepared {
                 Prepared::Settled(outcome) => Some(vec![(outcome.clone(), None)]),
@@ -186,6 +195,9 @@ impl Session {
             let done = self.settle(incoming, outcome, id, told, publisher, stop).await;
             if matches!(done, Done::Settled { .. }) {
                 self.metrics.settled(outcome, started.elapsed());
+                if incoming.envelope.replay.is_some() {
+                    self.metrics.replayed(outcome);
+                }
                 let news = News { envelope: &incoming.envelope, outcome, decision, id };
                 let _ = stop.run_until_cancelled(self.spread(&news, publisher)).await;
             }

@@ -317,16 +317,51 @@ pub struct Depth {
     pub consumers: u32,
 }
 
+/// Messages ready in all of our queues, where RabbitMQ tells.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Depths {
+    /// In the work queue.
+    pub(super) work: Option<u32>,
+    /// In the dead-letter queue.
+    pub(super) dead: Option<u32>,
+    /// In all delay queues together.
+    pub(super) delayed: Option<u32>,
+}
+
+/// How full all our queues are. A queue that is missing ends the channel, and those after it are not told.
+pub(super) async fn depths(connection: &Connection, settings: &Settings) -> Depths {
+    let Ok(channel) = connection.create_channel().await else { return Depths::default() };
+    let ready = async |queue: &str| {
+        let depth = depth_by(&channel, queue).await.ok().flatten();
+        depth.map(|depth| depth.ready)
+    };
+    let (work, dead) = (ready(&settings.queue).await, ready(&settings.dead()).await);
+    let mut delayed = Some(0_u32);
+    for delay in &settings.delays {
+        let more = ready(&settings.delay_queue(delay)).await;
+        delayed = delayed.zip(more).map(|(sum, more)| sum.saturating_add(more));
+    }
+    if delayed.is_some() {
+        let _ = channel.close(200, "looked".into()).await;
+    }
+    Depths { work, dead, delayed }
+}
+
 /// How full a queue is; `None` when it does not exist.
 pub async fn depth(connection: &Connection, queue: &str) -> Result<Option<Depth>, BrokerError> {
     let channel = connection.create_channel().await?;
+    let depth = depth_by(&channel, queue).await?;
+    if depth.is_some() {
+        let _ = channel.close(200, "looked".into()).await;
+    }
+    Ok(depth)
+}
+
+/// The same by a channel, which is gone afterwards where the queue is missing.
+async fn depth_by(channel: &Channel, queue: &str) -> Result<Option<Depth>, BrokerError> {
     let options = QueueDeclareOptions { passive: true, durable: true, ..QueueDeclareOptions::default() };
     match channel.queue_declare(queue.into(), options, FieldTable::default()).await {
-        Ok(queue) => {
-            let depth = Depth { ready: queue.message_count(), consumers: queue.consumer_count() };
-            let _ = channel.close(200, "looked".into()).await;
-            Ok(Some(depth))
-        }
+        Ok(queue) => Ok(Some(Depth { ready: queue.message_count(), consumers: queue.consumer_count() })),
         Err(error) => {
             let error = BrokerError::from_lapin(&error, &format!("queue `{queue}`"));
             if matches!(error, BrokerError::Missing(_)) { Ok(None) } else { Err(error) }

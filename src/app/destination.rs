@@ -261,6 +261,7 @@ impl Supervisor {
     async fn work(&mut self, assembly: Assembly, turn: &CancellationToken) -> Result<(), RunError> {
         let Assembly { settings, client, mapping } = assembly;
         self.metrics.watch(Some(client.clone()));
+        self.metrics.config(&settings.hash);
         let worker = Worker::new(settings.worker, &settings.rules, mapping, client, self.metrics.clone());
         let amqp = Arc::new(settings.amqp);
         self.access.open(Arc::clone(&amqp));

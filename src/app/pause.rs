@@ -33,7 +33,6 @@ impl Pause<'_> {
             tracing::debug!(cause = cause.label(), "paused again");
         } else {
             self.metrics.pause_began(cause);
-            self.metrics.no_drain();
             tracing::error!(
                 cause = cause.label(),
                 last_failure = self.last_failure,

@@ -102,6 +102,8 @@ pub struct Standing {
     pub reset: Duration,
     /// Calls a second that may be made for long.
     pub rate: f64,
+    /// Calls others make in a window, as far as noticed.
+    pub others: f64,
 }
 
 impl Window {
@@ -343,6 +345,7 @@ impl Bucket {
             remaining: if end.is_some() { self.left } else { self.limit },
             reset: end.map_or(Duration::ZERO, |end| end - now),
             rate: allowed / self.length().as_secs_f64(),
+            others,
         }
     }
 }
@@ -485,6 +488,7 @@ mod tests {
         window.done(start, start, true, Some(told(100, 99, 8 * SECOND)));
         window.admit(start + 4 * SECOND).unwrap();
         window.done(start + 4 * SECOND, start + 4 * SECOND, true, Some(told(100, 58, 4 * SECOND)));
+        assert!((window.standing(start + 4 * SECOND).unwrap().others - 40.0).abs() < f64::EPSILON);
         let mut at = start + 4 * SECOND;
         let mut n_calls = 0;
         loop {

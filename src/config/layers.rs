@@ -8,6 +8,7 @@ use std::fmt;
 use std::path::Path;
 
 use toml::{Table, Value};
+use uuid::Uuid;
 
 use super::{Config, Destination, Need, Reader};
 use crate::amqp::connect::masked;
@@ -320,6 +321,16 @@ fn mask(mut settings: Table) -> Table {
         }
     }
     settings
+}
+
+/// A short name for the settings of a destination. Without secrets, or it would be a way to guess them.
+pub(super) fn hash(settings: &Table) -> String {
+    let mut settings = mask(settings.clone());
+    settings.retain(|key, _| !OF_THE_PROCESS.contains(&key));
+    let text = toml::to_string(&settings).unwrap_or_default();
+    let mut hash = Uuid::new_v5(&Uuid::nil(), text.as_bytes()).simple().to_string();
+    hash.truncate(12);
+    hash
 }
 
 pub(super) fn join(path: &str, key: &str) -> String {

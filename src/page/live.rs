@@ -43,7 +43,7 @@ pub(super) async fn show(
 /// The backlog, while there is a session that counts it.
 fn counted(place: &Place) -> Option<u64> {
     match place.seat.status.state() {
-        State::StandingBy | State::Consuming | State::Stopping => Some(place.seat.metrics.now().backlog),
+        State::StandingBy | State::Consuming | State::Stopping => place.seat.metrics.now().backlog,
         State::Connecting(_) | State::Paused(_) | State::Failed => None,
     }
 }

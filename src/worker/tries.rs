@@ -116,7 +116,7 @@ impl Tries<'_> {
     pub(super) async fn once(&mut self) -> Result<Done, Failure> {
         let Inner { settings, known, applied, claims, metrics, keys, .. } = &*self.worker.0;
         let desired = self.desired;
-        let mut asked_the_log = false;
+        let (mut asked_the_log, mut would_create) = (false, false);
         let (Decided { found, mut ages, together }, _claim) = loop {
             let asked = Instant::now();
             let doubt = known.doubtful_until(&self.keys).filter(|until| asked < *until);
@@ -140,6 +140,7 @@ impl Tries<'_> {
                 if self.mode == Mode::Write {
                     metrics.lag_guard_waited();
                 }
+                would_create |= decided.together.creates();
                 // A creation without an answer that happened is found sooner in the event log.
                 // After a start there is nothing to look for in particular, and many would ask.
                 let ask = doubt.is_some() && !std::mem::replace(&mut asked_the_log, true);
@@ -150,6 +151,9 @@ impl Tries<'_> {
                 continue;
             }
             if let Some(claim) = claims.take(decided.together.changed(), asked).await {
+                if self.mode == Mode::Write && would_create && !decided.together.creates() {
+                    metrics.duplicate_avoided();
+                }
                 break (decided, claim);
             }
         };

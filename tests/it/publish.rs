@@ -1,10 +1,12 @@
 //! `close-sync publish` and the producer's contract, and the metrics page after it all.
 
+use close_sync::simulator::{Effect, Fault, When};
+use lapin::BasicProperties;
 use lapin::options::{BasicGetOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::{FieldTable, ShortString};
 use serde_json::json;
 
-use crate::support::{Bench, identify};
+use crate::support::{Bench, Worker, identify};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn events_arrive_in_order_with_their_properties_and_bad_lines_are_named() {
@@ -108,6 +110,39 @@ async fn a_routing_key_can_be_chosen() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_waits_in_rabbitmq_is_told_while_there_is_a_connection() {
+    let bench = Bench::new().await.set("RETRY_DELAYS", "[\"1m\", \"2m\"]").set("RETRY_IN_PLACE", "0s");
+    let worker = bench.worker().await;
+    bench
+        .simulator
+        .fault(Fault::new(Effect::Timeout { ms: 1, when: When::BeforeCommit }).on("POST", "/lead/"));
+    // Nobody, somebody for whom it is tried again later, and somebody who waited a minute in the queue.
+    let minute_ago = u64::try_from(jiff::Timestamp::now().as_second() - 60).unwrap();
+    let sent = BasicProperties::default().with_timestamp(minute_ago);
+    bench.publish(&[json!({}), identify("u1", json!({}))]).await;
+    worker.settled(2).await;
+    bench.simulator.clear_faults();
+    bench.publish_bytes(identify("u2", json!({})).to_string().as_bytes(), sent).await;
+    let metrics = worker.settled(3).await;
+    let waited = ["bucket{le=\"15\"}", "bucket{le=\"300\"}"]
+        .map(|le| metrics.count(&format!("queue_wait_seconds_{le}")));
+    assert_eq!(waited, [0, 1], "of those that have a timestamp: {metrics:?}");
+
+    let waiting = ["backlog_messages", "dead_letter_messages", "delayed_messages"];
+    let told = async |worker: &Worker| {
+        let metrics = worker.metrics().await;
+        waiting.map(|name| metrics.count(name)) == [0, 1, 1]
+    };
+    worker.until("told", told).await;
+    bench.simulator.set_api_key("another");
+    bench.publish(&[identify("u3", json!({}))]).await;
+    worker.until("paused", async |worker| worker.is("paused", Some("unauthorized")).await).await;
+    let metrics = worker.metrics().await;
+    assert!(waiting.iter().all(|name| metrics.get(name).is_nan()), "{metrics:?}");
+    worker.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_metrics_page_after_a_scenario() {
     let bench = Bench::new().await;
     let worker = bench.worker().await;
@@ -118,11 +153,15 @@ async fn the_metrics_page_after_a_scenario() {
     let timeless = |name: &&str| {
         let changing = [
             "broker_info",
+            "config_info",
+            "start_time",
             "_bucket",
             "_sum",
             "in_flight",
             "waiting",
             "backlog",
+            "dead_letter_messages",
+            "delayed_messages",
             "drain",
             "_remaining",
             "_reset",

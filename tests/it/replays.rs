@@ -172,7 +172,9 @@ async fn it_stops_at_the_first_that_fails_as_before() {
     let (code, words) = text(bench.run(&["dlq", "replay", "--all"], b"").await);
     assert!(code == Some(1) && words.starts_with("replayed 1; 1 dead; 29 not sent\n"), "{words}");
     assert!(words.contains("rejected:write:name") && words.contains("the first one failed again"), "{words}");
-    assert_eq!(worker.metrics().await.outcomes(), [("dead", 1)].into());
+    let metrics = worker.metrics().await;
+    assert_eq!(metrics.outcomes(), [("dead", 1)].into());
+    assert_eq!(metrics.count("messages_replayed_total{outcome=\"dead\"}"), 1);
     assert_eq!(queue(&bench).await[..29], ids(30)[1..]);
 
     // It is the last now. Of the others the tenth fails as it did before.
