@@ -131,7 +131,7 @@ impl Metrics {
             )?,
             queue_wait_seconds: make.histogram(
                 "queue_wait_seconds",
-                "From the AMQP timestamp of a message to the first work on it, to the second; of those that have one",
+                "From the AMQP timestamp of a message to the work on it, to the second; of those that have one, at their first delivery",
                 &AGE_BUCKETS,
             )?,
             handling_seconds: make.histogram(

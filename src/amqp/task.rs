@@ -116,11 +116,12 @@ impl Incoming {
         }
     }
 
-    /// When it was published, if that is known and the work on it begins for the first time. Later it has waited for
-    /// other things than its turn in the queue.
+    /// When it was published, if that is known and it comes for the first time. Later it has waited for other things
+    /// than its turn in the queue.
     fn sent(&self) -> Option<Timestamp> {
-        let is_first = self.job().is_some() && !self.alone && self.envelope.priority() == Priority::Live;
-        self.envelope.sent.filter(|_| is_first)
+        let came_before = self.delivery.redelivered || self.envelope.priority() != Priority::Live;
+        let begins = self.job().is_some() && !self.alone;
+        self.envelope.sent.filter(|_| begins && !came_before)
     }
 
     /// Whether it may be worked on with `first`, right behind which it comes.

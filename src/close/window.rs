@@ -338,7 +338,9 @@ impl Bucket {
 
     fn standing(&self, now: Instant, share: f64) -> Standing {
         let end = self.latest_end.filter(|end| now < *end);
-        let others = self.others_before.unwrap_or(0.0).max(self.others.into());
+        // What they did when Close was asked last says nothing after a while, as of a worker that stands by now.
+        let lately = now < self.told + FORGOTTEN;
+        let others = if lately { self.others_before.unwrap_or(0.0).max(self.others.into()) } else { 0.0 };
         let allowed = self.ours(share).min(f64::from(self.limit) - others).max(1.0);
         Standing {
             limit: self.limit,
@@ -489,6 +491,7 @@ mod tests {
         window.admit(start + 4 * SECOND).unwrap();
         window.done(start + 4 * SECOND, start + 4 * SECOND, true, Some(told(100, 58, 4 * SECOND)));
         assert!((window.standing(start + 4 * SECOND).unwrap().others - 40.0).abs() < f64::EPSILON);
+        assert!(window.standing(start + 4 * SECOND + FORGOTTEN).unwrap().others < f64::EPSILON);
         let mut at = start + 4 * SECOND;
         let mut n_calls = 0;
         loop {
