@@ -15,13 +15,13 @@ use lapin::{BasicProperties, Confirmation};
 use serde_json::{Value, json};
 
 use self::crew::Crew;
-use self::strike::Strike;
+use self::strike::{Bag, Strike};
 use crate::support::{Bench, Node, env};
 
 mod crew;
 mod strike;
 
-/// Among all other tests; `tests/soak` takes minutes.
+/// Among all other tests: enough for a few kinds of faults. `tests/soak` takes minutes, in which each comes several times.
 const SECONDS: u64 = 20;
 /// Messages that wait, at most.
 const WAITING: u32 = 1500;
@@ -40,7 +40,7 @@ fn say(line: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_lost_or_doubled_whatever_breaks() {
+async fn nothing_is_lost_or_doubled_while_something_breaks_every_few_seconds() {
     let (seconds, seed) = (number("SOAK_SECONDS", SECONDS), number("SOAK_SEED", 1));
     let node = Node::start().await;
     let settings = Settings { search_lag: "0s..500ms".parse().unwrap(), ..Settings::fast() };
@@ -54,6 +54,7 @@ async fn nothing_is_lost_or_doubled_whatever_breaks() {
         .set("RETRY_DELAYS", &format!("{DELAYS:?}"))
         .set("RUST_LOG", "info,lapin=off");
     let mut random = fastrand::Rng::with_seed(seed);
+    let mut bag = Bag::default();
     let mut crew = Crew::new(&bench).await;
     let mut producer = Producer::new(seed);
 
@@ -62,7 +63,7 @@ async fn nothing_is_lost_or_doubled_whatever_breaks() {
     while start.elapsed() < run {
         let pause = Duration::from_millis(random.u64(500..4000));
         producer.publish_for(&bench, pause).await;
-        let (strike, began) = (Strike::draw(&mut random), Timestamp::now());
+        let (strike, began) = (bag.draw(&mut random), Timestamp::now());
         let strikes = strike.strike(&bench, &node, &mut crew, &mut random);
         // The producer goes on meanwhile.
         tokio::join!(strikes, producer.publish_for(&bench, Duration::from_secs(1)));

@@ -48,11 +48,20 @@ const ALL: [Strike; 16] = [
     Strike::CloseIsBusy,
 ];
 
-impl Strike {
-    pub(super) fn draw(random: &mut fastrand::Rng) -> Self {
-        ALL[random.usize(..ALL.len())]
-    }
+/// Those that have not been drawn since it was filled: each kind comes once before any comes again.
+#[derive(Default)]
+pub(super) struct Bag(Vec<Strike>);
 
+impl Bag {
+    pub(super) fn draw(&mut self, random: &mut fastrand::Rng) -> Strike {
+        if self.0.is_empty() {
+            self.0.extend(ALL);
+        }
+        self.0.swap_remove(random.usize(..self.0.len()))
+    }
+}
+
+impl Strike {
     pub(super) fn label(self) -> &'static str {
         match self {
             Self::WorkerKilled => "worker killed",
