@@ -310,6 +310,14 @@ impl<'a> Reader<'a> {
         keys
     }
 
+    /// The window that lanes and merging choose from, wide enough to fill every place with messages whose look-ups can
+    /// share a search. It follows from the concurrency: each place needs others behind it, as messages that share a
+    /// key wait for one another.
+    ///
+    /// Close's budget has no part in it. It is not known before Close has told, and differs by endpoint and hour,
+    /// while RabbitMQ takes the number when a consumer begins (rabbitmq.md §2.3). Nothing is spent for being in the
+    /// window: each call passes the rate gate, and `worker.hold` counts from the start of the work. A small budget is
+    /// a reason for a wide window rather than a small one, as it is there that calls are saved.
     fn prefetch(&mut self) -> Option<u16> {
         // With less choice, lanes stand still behind the first of a person, and few can be merged.
         const LEAST: i64 = 200;
