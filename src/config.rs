@@ -1,9 +1,9 @@
 //! Settings from three layers: the commented defaults compiled in, a TOML file, the environment.
 //!
 //! The defaults file is the schema: a key it does not have is unknown, and a value must have the type
-//! of its default. Each key has one environment variable, its path in capitals joined by `_`. All
-//! mistakes are collected and told at once, naming key, value and remedy; values of secret keys are
-//! never repeated.
+//! of its default. Each key has one environment variable, its path in capitals joined by `_`; a secret has a
+//! second one, with `_FILE` at its end, that names a file with the value. All mistakes are collected and told at
+//! once, naming key, value and remedy; values of secret keys are never repeated.
 //!
 //! One process can serve several Close organizations: `[destinations.<name>]` holds what each has otherwise than
 //! the rest of the file, by the same keys, so that one organization needs none of it. A table by name and not a
@@ -701,6 +701,50 @@ mod tests {
         let wrong = [open, ("HTTP_PAGE_TOKEN", "short"), ("HTTP_PAGE_HOSTS", "[\"http://x.test:80/\"]")];
         let told = wrong.map(|wrong| page(&[("HTTP_PAGE", "true"), wrong]).unwrap_err().to_string());
         insta::assert_snapshot!(told.join("\n"));
+    }
+
+    #[test]
+    fn a_secret_can_be_the_content_of_a_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str, content: &str| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, content).unwrap();
+            path.to_str().unwrap().to_owned()
+        };
+        let (url, key) = (file("url", "amqp://u:hunter2@host/v\r\n"), file("key", "api_secret\n"));
+        let environment = [("CLOSE_API_KEY_FILE", key.as_str()), ("AMQP_URL_FILE", &url)];
+        let config = load("[close]\napi_key = 'api_file'", &environment).unwrap();
+        let shown = config.show();
+        assert!(shown.contains("api_key = \"***\"") && shown.contains("amqp://u:***@host/v"), "{shown}");
+        let one = config.single().unwrap();
+        assert_eq!(one.close.api_key.expose_secret(), "api_secret");
+        assert_eq!(one.amqp.nodes.masked(), "amqp://u:***@host/v");
+
+        let emea = file("emea", "api_own");
+        let own = [("CLOSE_API_KEY_FILE", key.as_str()), ("DESTINATIONS_EMEA_CLOSE_API_KEY_FILE", &emea)];
+        let config = load("[destinations.apac]\n[destinations.emea]", &own).unwrap();
+        let keys = config.destinations.iter().map(|each| each.close.api_key.expose_secret());
+        assert_eq!(keys.collect::<Vec<_>>(), ["api_secret", "api_own"]);
+    }
+
+    #[test]
+    fn what_is_wrong_with_the_file_of_a_secret_is_told_with_everything_else() {
+        let environment = [
+            ("CLOSE_API_KEY", "api_secret"),
+            ("CLOSE_API_KEY_FILE", "/nowhere/key"),
+            ("AMQP_URL_FILE", "/nowhere/url"),
+            ("DESTINATIONS_EMEA_CLOSE_API_KEY_FILE", "/dev/null"),
+            ("DESTINATIONS_EMEA_AMQP_URL", "amqp://u:secret@host/v"),
+            ("DESTINATIONS_EMEA_AMQP_URL_FILE", "/nowhere/url"),
+            // No secret has this name, and what it means is not ours to say.
+            ("CLOSE_TIMEOUT_FILE", "/nowhere/timeout"),
+        ];
+        insta::assert_snapshot!(problems("[close]\ntimeout = 'soon'\n[destinations.emea]", &environment));
+        for key in SECRETS {
+            let name = format!("{}_FILE", key.replace('.', "_").to_uppercase());
+            let told = problems("", &[(&name, "/nowhere/secret")]);
+            assert!(told.contains(&format!("\"/nowhere/secret\" ({name}) cannot be read")), "{told}");
+        }
     }
 
     #[test]

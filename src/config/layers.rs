@@ -16,8 +16,10 @@ use crate::amqp::connect::masked;
 /// The defaults, which are also the reference manual.
 pub const DEFAULTS: &str = include_str!("../config.default.toml");
 
-/// Keys whose values are never shown.
+/// Keys whose values are never shown, and can be given as files.
 pub(super) const SECRETS: [&str; 3] = ["close.api_key", "amqp.url", "http.page_token"];
+/// What the variable of a secret ends with that names a file with the value.
+const FILE: &str = "_FILE";
 /// What a file that cannot be parsed is told.
 pub(super) const NO_TOML: &str = "is no TOML";
 /// Tables whose keys are the user's.
@@ -137,7 +139,8 @@ impl Layers {
                 problems.push(Problem { key: format!("{name}, line {line}"), message });
             }
         }
-        overlay_environment(&mut settings, "", environment, &mut problems);
+        let variables = Variables { environment, prefix: String::new() };
+        variables.overlay(&mut settings, "", &mut problems);
         let mut destinations = BTreeMap::new();
         if let Some(Value::Table(layers)) = settings.remove(DESTINATIONS) {
             for (name, layer) in layers {
@@ -250,12 +253,8 @@ fn lay(
         problems
             .push(Problem { key: key.clone(), message: format!("must be a table, not {}", kind(&layer)) });
     }
-    let prefix = format!("{}_", variable(&key));
-    let variables = environment
-        .iter()
-        .filter_map(|(name, value)| Some((name.strip_prefix(&prefix)?.to_owned(), value.clone())))
-        .collect();
-    overlay_environment(&mut settings, "", &variables, &mut own);
+    let variables = Variables { environment, prefix: format!("{}_", variable(&key)) };
+    variables.overlay(&mut settings, "", &mut own);
     problems.extend(own.into_iter().map(|problem| problem.of(name)));
     settings
 }
@@ -372,42 +371,82 @@ fn overlay(settings: &mut Table, layer: Table, path: &str, problems: &mut Vec<Pr
     }
 }
 
-fn overlay_environment(
-    settings: &mut Table,
-    path: &str,
-    environment: &HashMap<String, String>,
-    problems: &mut Vec<Problem>,
-) {
-    for (key, current) in settings.iter_mut() {
-        let path = join(path, key);
-        if !is_leaf(&path, current) {
-            if let Value::Table(inner) = current {
-                overlay_environment(inner, &path, environment, problems);
+/// The variables of the process, or those of a destination, which begin with its name.
+struct Variables<'a> {
+    environment: &'a HashMap<String, String>,
+    prefix: String,
+}
+
+impl Variables<'_> {
+    /// Lays them over the settings.
+    fn overlay(&self, settings: &mut Table, path: &str, problems: &mut Vec<Problem>) {
+        for (key, current) in settings.iter_mut() {
+            let path = join(path, key);
+            if !is_leaf(&path, current) {
+                if let Value::Table(inner) = current {
+                    self.overlay(inner, &path, problems);
+                }
+                continue;
             }
-            continue;
-        }
-        let Some(text) = environment.get(&variable(&path)) else { continue };
-        let value = if current.is_str() {
-            Some(Value::String(text.clone()))
-        } else {
-            toml::from_str::<Table>(&format!("value = {text}"))
-                .ok()
-                .and_then(|mut table| table.remove("value"))
-        };
-        match (current, value) {
-            (Value::Table(inner), Some(Value::Table(value))) if OPEN.contains(&path.as_str()) => {
-                *inner = value;
-            }
-            (Value::Table(inner), Some(Value::Table(value))) => inner.extend(value),
-            (current, Some(value)) if current.same_type(&value) => *current = value,
-            (current, _) => {
-                // Of destinations it holds their keys.
-                let shown = if path == DESTINATIONS { "the value".to_owned() } else { format!("\"{text}\"") };
-                let message = format!("{shown} is not {} in TOML's notation", kind(current));
+            let text = match self.text(&path) {
+                Ok(Some(text)) => text,
+                Ok(None) => continue,
+                Err(message) => {
+                    problems.push(Problem { key: path, message });
+                    continue;
+                }
+            };
+            if let Err(message) = set(current, &path, text) {
                 problems.push(Problem { key: path, message });
             }
         }
     }
+
+    /// What the variable of a key says, or the file that a secret's names.
+    fn text(&self, path: &str) -> Result<Option<String>, String> {
+        let name = format!("{}{}", self.prefix, variable(path));
+        let value = self.environment.get(&name);
+        let file = format!("{name}{FILE}");
+        match (value, self.environment.get(&file).filter(|_| SECRETS.contains(&path))) {
+            (value, None) => Ok(value.cloned()),
+            (None, Some(path)) => secret(path, &file).map(Some),
+            (Some(_), Some(_)) => Err(format!("{name} and {file} are both set: unset one of them")),
+        }
+    }
+}
+
+/// The content of a file with a secret, which `variable` names. What is wrong with it is told without it.
+fn secret(path: &str, variable: &str) -> Result<String, String> {
+    let content = std::fs::read_to_string(path).map_err(|error| {
+        format!("\"{path}\" ({variable}) cannot be read: {error}: name a file that this user may read")
+    })?;
+    // Editors and `echo` end a file with a line break, which belongs to nobody's key.
+    let line = content.strip_suffix('\n').unwrap_or(&content);
+    let value = line.strip_suffix('\r').unwrap_or(line);
+    if value.is_empty() {
+        return Err(format!("\"{path}\" ({variable}) is empty: write the value into it"));
+    }
+    Ok(value.to_owned())
+}
+
+/// Gives a key what a variable says.
+fn set(current: &mut Value, path: &str, text: String) -> Result<(), String> {
+    let value = if current.is_str() {
+        Some(Value::String(text.clone()))
+    } else {
+        toml::from_str::<Table>(&format!("value = {text}")).ok().and_then(|mut table| table.remove("value"))
+    };
+    match (current, value) {
+        (Value::Table(inner), Some(Value::Table(value))) if OPEN.contains(&path) => *inner = value,
+        (Value::Table(inner), Some(Value::Table(value))) => inner.extend(value),
+        (current, Some(value)) if current.same_type(&value) => *current = value,
+        (current, _) => {
+            // Of destinations it holds their keys.
+            let shown = if path == DESTINATIONS { "the value".to_owned() } else { format!("\"{text}\"") };
+            return Err(format!("{shown} is not {} in TOML's notation", kind(current)));
+        }
+    }
+    Ok(())
 }
 
 fn kind(value: &Value) -> &'static str {

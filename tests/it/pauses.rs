@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use close_sync::simulator::{Effect, Fault, FaultBody, Limits, Rate, Settings, When};
 use serde_json::{Value, json};
 
-use crate::support::{Bench, Worker, identify};
+use crate::support::{Bench, Worker, identify, people};
 
 fn status(code: u16) -> Effect {
     Effect::Status { code, body: FaultBody::Text, when: When::BeforeCommit }
@@ -274,6 +274,43 @@ async fn a_new_key_is_taken_over_on_sighup_and_a_bad_configuration_is_not() {
     assert_eq!((metrics.outcome("created"), metrics.outcome("skipped")), (2, 1), "all of it is taken over");
     assert_eq!(metrics.count("paused{cause=\"unauthorized\"}"), 0);
     worker.terminate().await;
+}
+
+/// The environment names files, and those change: a key is replaced in the middle of the work, and the old one is
+/// revoked.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_in_a_file_is_replaced_while_the_worker_runs() {
+    let directory = tempfile::tempdir().unwrap();
+    let write = |name: &str, content: &str| {
+        let file = directory.path().join(name);
+        std::fs::write(&file, format!("{content}\n")).unwrap();
+        file.to_str().unwrap().to_owned()
+    };
+    let bench = Bench::new().await.set("WORKER_CONCURRENCY", "4");
+    let (key, url) = (write("key", "api_simulator.key"), write("url", &bench.amqp_url));
+    let bench = bench.unset("CLOSE_API_KEY").set("CLOSE_API_KEY_FILE", &key);
+    let bench = bench.unset("AMQP_URL").set("AMQP_URL_FILE", &url);
+    let worker = bench.worker().await;
+    bench.simulator.fault(Fault::new(Effect::Latency { ms: 50 }).on("POST", "/lead/"));
+    bench.publish(&people(100)).await;
+    worker.until("working", async |worker| worker.metrics().await.settled() >= 10.0).await;
+
+    // Not there for a moment, as while somebody replaces it: the old one stays.
+    std::fs::remove_file(&key).unwrap();
+    worker.signal("HUP");
+    worker.until("refusing", async |worker| worker.logged("the old one stays") == 1).await;
+    assert!(worker.log().contains("(CLOSE_API_KEY_FILE) cannot be read"), "{}", worker.log());
+
+    write("key", "api_simulator.second");
+    bench.simulator.set_api_key("api_simulator.second");
+    worker.signal("HUP");
+    worker.until("taken over", async |worker| worker.logged("is taken over") == 1).await;
+    bench.depth_becomes("", 0).await;
+    worker.until("done", async |_| bench.simulator.leads().len() == 100).await;
+    worker.terminate().await;
+    bench.assert_each_once(100);
+    assert_eq!((bench.depth(".dead").await, bench.depth(".retry.200ms").await), (0, 0));
+    assert_eq!(worker.logged("api_simulator"), 0, "{}", worker.log());
 }
 
 /// Close is gone for a while with a long queue.
