@@ -6,17 +6,19 @@
 //!
 //! On SIGHUP the configuration is read again. One that is valid is handed to each destination, which takes its part
 //! over if that says something new and its Close agrees; new destinations begin, those that are gone stop. One that
-//! is gone and one that is new may be the same organization, renamed: the new one waits for the end of the other.
+//! is gone and one that is new may be the same organization, renamed: the new one waits for the end of the other. The
+//! service manager that started the process hears of all this (`service`).
 
 mod destination;
 mod pause;
+mod service;
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use anyhow::Context;
 use futures_util::stream::BoxStream;
-use futures_util::{StreamExt, stream};
+use futures_util::{FutureExt, StreamExt, stream};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{Id, JoinSet};
@@ -75,14 +77,20 @@ pub async fn run(config: Config, orders: impl Into<Orders>) -> Result<Report, Ru
     let stop_http = CancellationToken::new();
     let server = tokio::spawn(http::serve(listener, board.clone(), config.page, stop_http.clone()));
 
-    let mut fleet = Fleet::new(board, shutdown);
+    let mut asked_to_stop = Box::pin(shutdown.clone().cancelled_owned().fuse());
+    let mut fleet = Fleet::new(board.clone(), shutdown);
     fleet.take_over(config.destinations)?;
+    let mut manager = service::Manager::new();
+    manager.ready();
     let mut reload = reload.chain(stream::pending());
     let result = loop {
         tokio::select! {
             ended = fleet.ended() => if let Some(result) = ended { break result },
+            () = &mut asked_to_stop => manager.stopping(),
+            () = manager.turn() => manager.alive(&board.readiness()),
             Some(()) = reload.next() => {
-                tracing::info!("reading the configuration again");
+                tracing::info!("reading the configuration again, and asking RabbitMQ and Close about it");
+                manager.reloading();
                 match load() {
                     Ok(config) => fleet.take_over(config.destinations)?,
                     Err(problems) => tracing::error!(
@@ -90,6 +98,7 @@ pub async fn run(config: Config, orders: impl Into<Orders>) -> Result<Report, Ru
                         "the configuration was read again and cannot be used: the old one stays"
                     ),
                 }
+                manager.ready();
             }
         }
     };

@@ -3,6 +3,7 @@
 //! Each destination has metrics of its own, told apart by the label `destination` where destinations have names.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use serde::Serialize;
@@ -88,6 +89,19 @@ impl Answer {
     pub fn is_ready(&self) -> bool {
         match self {
             Self::One(Readiness { ready, .. }) | Self::Each { ready, .. } => *ready,
+        }
+    }
+}
+
+/// In one line.
+impl fmt::Display for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::One(readiness) => readiness.fmt(f),
+            Self::Each { destinations, .. } => {
+                let each = destinations.iter().map(|(name, readiness)| format!("{name} {readiness}"));
+                f.write_str(&each.collect::<Vec<_>>().join(", "))
+            }
         }
     }
 }

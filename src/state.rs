@@ -1,5 +1,6 @@
 //! What a worker is doing, for `/readyz` and whoever asks.
 
+use std::fmt;
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -111,6 +112,20 @@ pub struct Readiness {
     pub alarm: Option<String>,
     /// Since when it is in this state.
     pub since: Timestamp,
+}
+
+/// The state and its cause, without details.
+impl fmt::Display for Readiness {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.state)?;
+        if let Some(cause) = self.cause {
+            write!(f, " ({cause})")?;
+        }
+        if self.alarm.is_some() {
+            f.write_str(", alarm of RabbitMQ")?;
+        }
+        Ok(())
+    }
 }
 
 #[derive(Clone, Debug)]

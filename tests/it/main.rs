@@ -31,6 +31,7 @@ mod restarts;
 mod rules;
 mod scenarios;
 mod schema;
+mod service;
 mod soak;
 mod support;
 mod tls;
