@@ -10,6 +10,7 @@ mod check;
 mod cluster;
 mod contract;
 mod dead_letters;
+mod deploy;
 mod destinations;
 mod docs;
 mod duplicates;
