@@ -69,6 +69,9 @@
 //! Facts about Close, RabbitMQ and lapin are cited as `close-api.md §n`, `rabbitmq.md §n` and
 //! `design.md §n`: the project's collected notes on them, with sources.
 
+/// The version and the commit of this build: `0.1.0 (abc1234)`.
+pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("CLOSE_SYNC_COMMIT"), ")");
+
 pub mod desk;
 pub mod detours;
 pub mod domain;

@@ -739,14 +739,10 @@ impl Maker<'_> {
     }
 
     fn build_info(&self) -> prometheus::Result<()> {
-        let info = self.gauges(
-            "build_info",
-            "1, labelled with the version",
-            "version",
-            &[env!("CARGO_PKG_VERSION")],
-        )?;
-        info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
-        Ok(())
+        let options = Opts::new("build_info", "1, labelled with the version and the commit of this build");
+        let info = IntGaugeVec::new(options, &["version", "commit"])?;
+        info.with_label_values(&[env!("CARGO_PKG_VERSION"), env!("CLOSE_SYNC_COMMIT")]).set(1);
+        self.0.register(Box::new(info))
     }
 }
 

@@ -27,9 +27,9 @@ use crate::domain::decision::Decision;
 use crate::domain::mapping::Key;
 use crate::lanes::Ticket;
 use crate::outcome::{DeadLetter, Obstruction, Outcome, PauseCause, Reason, Stage};
-use crate::panics;
 use crate::retry::Pauses;
 use crate::worker::{Arrival, Job, Prepared, Turn, Worker};
+use crate::{VERSION, panics};
 
 /// A confirm takes milliseconds. A message whose successor has none after this long counts as held.
 const PROMPT: Duration = Duration::from_secs(2);
@@ -384,6 +384,6 @@ async fn reject(delivery: &Delivery, outcome: &Outcome, stop: &CancellationToken
 
 /// What a caught panic makes of its message.
 fn defect(stage: Stage) -> DeadLetter {
-    let error = format!("close-sync {} panicked at {}", env!("CARGO_PKG_VERSION"), panics::last_location());
+    let error = format!("close-sync {VERSION} panicked at {}", panics::last_location());
     DeadLetter { reason: Reason::Internal, stage, error, field: None, decision: None }
 }

@@ -26,11 +26,11 @@ use crate::amqp::BrokerError;
 use crate::app::{self, Orders, RunError};
 use crate::config::{self, Config, Destination, Layers, LogFormat, Need, Problems};
 use crate::words::there_are;
-use crate::{http, panics};
+use crate::{VERSION, http, panics};
 
 /// Keeps the Close CRM in step with identify events from RabbitMQ.
 #[derive(Parser)]
-#[command(name = "close-sync", version, propagate_version = true, max_term_width = 100)]
+#[command(name = "close-sync", version = VERSION, propagate_version = true, max_term_width = 100)]
 #[command(after_long_help = "Settings come from a TOML file and the environment; `close-sync check` tells \
     what is missing, `close-sync check --print-config` what is in force.\n\n\
     Try it without a Close account: `close-sync simulate` starts a fake Close and prints how to use it.\n\n\
@@ -223,7 +223,7 @@ async fn run(
 ) -> Result<(), Failure> {
     start_logging(config.log_format);
     panics::install_hook();
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), "close-sync starts");
+    tracing::info!(version = VERSION, "close-sync starts");
     let orders = Orders { shutdown: shutdown_signal()?, reload: reload_signal()?, load };
     let report = app::run(config, orders).await?;
     tracing::info!(settled = report.settled, handed_back = report.handed_back, "close-sync ends");

@@ -14,6 +14,7 @@ const SERVICE: &str = include_str!("../../deploy/kubernetes/monitoring/service.y
 const MONITOR: &str = include_str!("../../deploy/kubernetes/monitoring/servicemonitor.yaml");
 const COMPOSE: &str = include_str!("../../docker-compose.yml");
 const DOCKERFILE: &str = include_str!("../../deploy/Dockerfile");
+const CHANGELOG: &str = include_str!("../../deploy/CHANGELOG.md");
 
 /// What follows in the lines that begin so.
 fn after<'a>(file: &'a str, beginning: &str) -> Vec<&'a str> {
@@ -107,6 +108,17 @@ async fn every_port_and_path_is_served() {
         assert_eq!(worker.page(path).await.unwrap().0, 200, "{path}");
     }
     worker.terminate().await;
+}
+
+/// The version of the program, with a commit, is what the changelog tells of.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_changelog_tells_of_this_version() {
+    let told = Bench::new().await.output(&["--version"]).await;
+    let (version, commit) = told.strip_prefix("close-sync ").unwrap().split_once(" (").unwrap();
+    assert_eq!(version, env!("CARGO_PKG_VERSION"));
+    assert!(commit.strip_suffix(")\n").is_some_and(|commit| !commit.is_empty()), "{told}");
+    let newest = CHANGELOG.lines().find_map(|line| line.strip_prefix("## ")).unwrap();
+    assert!(newest.contains(version), "{newest}");
 }
 
 /// Longer than `worker.grace`, and the exit codes nobody should answer by starting again.
