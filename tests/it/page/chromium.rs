@@ -19,8 +19,8 @@ use crate::support::{Bench, PATIENCE, Worker, env, identify};
 
 /// Chromium, driven by W3C `WebDriver`.
 struct Chromium {
-    /// Killed when dropped, and the browser with it.
-    _driver: Child,
+    /// It leads a group of processes, in which the browser is.
+    driver: Child,
     _profile: TempDir,
     http: Client,
     /// Of the session.
@@ -35,7 +35,7 @@ impl Chromium {
         let mut command = Command::new("chromedriver");
         // What it keeps in a home is kept in the profile.
         command.arg("--port=0").env("HOME", profile.path()).stdout(Stdio::piped()).stderr(Stdio::null());
-        let Ok(mut driver) = command.kill_on_drop(true).spawn() else {
+        let Ok(mut driver) = command.process_group(0).spawn() else {
             // Past what the test harness keeps to itself.
             let told = b"SKIPPED: the page in a browser: chromium and chromium-driver are not installed\n";
             tokio::io::stderr().write_all(told).await.unwrap();
@@ -72,7 +72,7 @@ impl Chromium {
         let id = session["value"]["sessionId"].as_str().unwrap_or_else(|| panic!("{session:#}"));
         let url = format!("{url}/{id}");
         Some(Self {
-            _driver: driver,
+            driver,
             _profile: profile,
             http,
             url,
@@ -175,6 +175,15 @@ impl Chromium {
             }
         }
         self.cdp("Emulation.clearDeviceMetricsOverride", json!({})).await;
+    }
+}
+
+impl Drop for Chromium {
+    /// A driver that is killed leaves its browser behind, so all of them are.
+    fn drop(&mut self) {
+        let Some(leader) = self.driver.id() else { return };
+        let group = format!("-{leader}");
+        let _ = std::process::Command::new("kill").args(["-KILL", "--", &group]).status();
     }
 }
 
