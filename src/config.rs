@@ -34,7 +34,7 @@ use crate::domain::mapping::Rules;
 use crate::domain::plan::Switches;
 use crate::page;
 use crate::retry::{self, Policy};
-use crate::worker;
+use crate::{traces, worker};
 
 pub use layers::{DEFAULTS, Layers, Problems, environment};
 use layers::{NO_TOML, Problem, SECRETS, hash, leaf, within};
@@ -50,6 +50,8 @@ pub struct Config {
     pub page: Option<page::Settings>,
     /// How log lines look.
     pub log_format: LogFormat,
+    /// Where traces go.
+    pub traces: traces::Settings,
     effective: Table,
 }
 
@@ -141,6 +143,7 @@ struct Process {
     http_addr: SocketAddr,
     page: Option<page::Settings>,
     log_format: LogFormat,
+    traces: traces::Settings,
 }
 
 /// Turns raw settings into typed ones. A value that does not fit is noted, and `None`.
@@ -166,7 +169,13 @@ impl<'a> Reader<'a> {
             _ => None,
         });
         let is_on = leaf(self.settings, "http.page").and_then(Value::as_bool)?;
-        Some(Process { http_addr: http_addr?, page: is_on.then_some(page?), log_format: log_format? })
+        let traces = self.traces();
+        Some(Process {
+            http_addr: http_addr?,
+            page: is_on.then_some(page?),
+            log_format: log_format?,
+            traces: traces?,
+        })
     }
 
     /// The operator's page, whether it is on or off.
@@ -211,6 +220,31 @@ impl<'a> Reader<'a> {
             );
         }
         hosts
+    }
+
+    fn traces(&mut self) -> Option<traces::Settings> {
+        const ENDPOINT: &str = "otel.exporter.otlp.endpoint";
+        const RATIO: &str = "otel.traces.sampler.arg";
+        let endpoint = match self.text(ENDPOINT) {
+            none if none.is_empty() => Some(None),
+            // It is shown, in logs too.
+            text if text.contains(['@', '?', '#']) => {
+                let message = "must be a URL without credentials and parameters, like `http://localhost:4318`: \
+                               credentials belong into `otel.exporter.otlp.headers`";
+                self.problem(ENDPOINT, message);
+                None
+            }
+            _ => self.parsed(ENDPOINT, "a URL like `http://localhost:4318`", traces::endpoint).map(Some),
+        };
+        let expected = "a list of headers like `api-key=secret,x-tenant=crm`, special characters as in `%20`";
+        let headers = self.parsed("otel.exporter.otlp.headers", expected, traces::headers);
+        let service =
+            self.parsed("otel.service.name", "a name", |text| (!text.is_empty()).then(|| text.to_owned()));
+        let ratio = leaf(self.settings, RATIO).and_then(Value::as_float)?;
+        if !(0.0..=1.0).contains(&ratio) {
+            self.problem(RATIO, &format!("{ratio} is not between 0 and 1"));
+        }
+        Some(traces::Settings { endpoint: endpoint?, headers: headers?, service: service?, ratio })
     }
 
     /// A destination, or `None` if anything is wrong. Every key is looked at either way.
@@ -678,6 +712,40 @@ mod tests {
         }
         renew();
         assert_ne!(one, single(&file, &[]), "a certificate was renewed where it was");
+    }
+
+    #[test]
+    fn traces_are_off_without_a_collector_and_their_settings_are_checked() {
+        let key = ("CLOSE_API_KEY", "api_k");
+        let traces = |text: &str, environment: &[(&str, &str)]| load(text, environment).unwrap().traces;
+        let off = traces("", &[key]);
+        assert_eq!((off.endpoint, off.service.as_str(), off.ratio), (None, "close-sync", 1.0));
+        let standard = [
+            key,
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4318"),
+            ("OTEL_EXPORTER_OTLP_HEADERS", "api-key=hunter2"),
+            ("OTEL_SERVICE_NAME", "crm"),
+            ("OTEL_TRACES_SAMPLER_ARG", "0.25"),
+        ];
+        let on = traces("[otel.traces.sampler]\narg = 1", &standard);
+        let endpoint = on.endpoint.as_ref().map(Url::as_str);
+        assert_eq!(
+            (endpoint, on.service.as_str(), on.ratio),
+            (Some("http://collector:4318/v1/traces"), "crm", 0.25)
+        );
+        assert_eq!(on.headers["api-key"], "hunter2");
+        let shown = load("", &standard).unwrap().show();
+        assert!(shown.contains("headers = \"***\"") && !shown.contains("hunter2"), "{shown}");
+        // Whole numbers are numbers, in the file and in the environment.
+        let (none, all) = ("otel.traces.sampler.arg = 0", [key, ("OTEL_TRACES_SAMPLER_ARG", "1")]);
+        assert_eq!((traces(none, &[key]).ratio, traces(none, &all).ratio), (0.0, 1.0));
+
+        let file = "[otel]\nservice.name = ' '\ntraces.sampler.arg = 2\n[otel.exporter.otlp]\n\
+                    endpoint = 'localhost:4318'\nheaders = 'hunter2'\n\
+                    [destinations.emea]\notel.service.name = 'own'";
+        insta::assert_snapshot!(problems(file, &[("DESTINATIONS_EMEA_CLOSE_API_KEY", "api_k")]));
+        let told = problems("", &[key, ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://u:hunter2@collector")]);
+        assert!(told.contains("without credentials") && !told.contains("hunter2"), "{told}");
     }
 
     #[test]

@@ -40,7 +40,7 @@
 //! - [`known`], `resolve`, [`preflight`]: what Close has; [`applied`]: how old that is; [`claims`]: records
 //!   being written to; [`breaker`]: whether it is Close that fails; [`pulse`]: whether it was us who stood still;
 //!   [`worker`]: one message, the spine; [`report`]: what it would do, told in [`words`].
-//! - [`metrics`], [`state`], [`pace`], [`drain`], [`panics`]: what is known of the work.
+//! - [`metrics`], [`traces`], [`state`], [`pace`], [`drain`], [`panics`]: what is known of the work.
 //! - [`amqp`]: the only place that knows lapin.
 //! - [`board`], [`http`], [`page`]: what operators see, and what they can do about it.
 //! - [`config`]: raw settings to typed ones; lower modules own their settings and never import it.
@@ -62,9 +62,9 @@
 //! 6. Messages that share a key apply in the order they were published, and none writes over what a newer event
 //!    has told.
 //! 7. What is not the message's fault costs the message nothing: consumption pauses, messages wait.
-//! 8. No global state but the panic hook and the TLS provider: two workers run side by side in one
+//! 8. No global state but the panic hook, the TLS provider and who listens to logs and spans: two workers run side by side in one
 //!    process.
-//! 9. No personal data in logs, labels, error headers or panic messages.
+//! 9. No personal data in logs, labels, traces, error headers or panic messages.
 //!
 //! Facts about Close, RabbitMQ and lapin are cited as `close-api.md §n`, `rabbitmq.md §n` and
 //! `design.md §n`: the project's collected notes on them, with sources.
@@ -93,6 +93,7 @@ pub mod metrics;
 pub mod pace;
 pub mod panics;
 pub mod state;
+pub mod traces;
 pub mod worker;
 
 pub mod report;

@@ -133,6 +133,11 @@ impl TraceParent {
     pub fn span_id(&self) -> &str {
         &self.0[36..52]
     }
+
+    /// Whether the producer's span is exported.
+    pub fn is_sampled(&self) -> bool {
+        u8::from_str_radix(&self.0[53..55], 16).is_ok_and(|flags| flags & 1 == 1)
+    }
 }
 
 impl Envelope {
@@ -154,9 +159,14 @@ impl Envelope {
         }
     }
 
-    /// The producer's id of the message, for logs.
+    /// The producer's id of the message, if it gave it one.
+    pub fn own_id(&self) -> Option<&str> {
+        self.properties.message_id().as_ref().map(ShortString::as_str)
+    }
+
+    /// The same for logs.
     pub fn message_id(&self) -> &str {
-        self.properties.message_id().as_ref().map_or("-", ShortString::as_str)
+        self.own_id().unwrap_or("-")
     }
 
     /// The producer's id of what the message belongs to, for logs.
@@ -379,6 +389,7 @@ mod tests {
         for good in [format!("00-{trace}-{span}-01"), format!("cc-{trace}-{span}-00-later")] {
             let parsed = TraceParent::parse(&good).unwrap();
             assert_eq!((parsed.trace_id(), parsed.span_id()), (trace, span));
+            assert_eq!(parsed.is_sampled(), good.ends_with("01"));
         }
         let zeros = "0".repeat(32);
         for bad in [

@@ -24,6 +24,7 @@ pub mod session;
 mod task;
 pub mod tls;
 pub mod topology;
+mod trace;
 mod wire;
 
 use std::time::Duration;

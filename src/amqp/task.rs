@@ -13,7 +13,7 @@ use lapin::message::Delivery;
 use lapin::options::{BasicAckOptions, BasicRejectOptions};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::Instrument;
+use tracing::{Instrument, Span};
 use uuid::Uuid;
 
 use super::BrokerError;
@@ -21,6 +21,7 @@ use super::headers::{Envelope, TraceParent};
 use super::news::News;
 use super::publisher::Publisher;
 use super::session::Session;
+use super::trace;
 use crate::close::Priority;
 use crate::desk::Fate;
 use crate::domain::decision::Decision;
@@ -41,6 +42,8 @@ pub(super) struct Incoming {
     pub(super) prepared: Prepared,
     /// Worked on with others it failed: the next time it is by itself.
     pub(super) alone: bool,
+    /// Its place in a trace, from the start of the work on it.
+    span: Option<Span>,
 }
 
 /// How work ended.
@@ -64,14 +67,26 @@ pub(super) enum Done {
 }
 
 impl Incoming {
-    fn span(&self, session: &Session) -> tracing::Span {
+    /// Work on it begins, or goes on.
+    fn begin(&mut self, session: &Session) {
+        if self.span.is_none() {
+            self.span = Some(trace::begin(self, session));
+        }
+    }
+
+    fn span(&self) -> Span {
+        self.span.clone().unwrap_or_else(Span::none)
+    }
+
+    /// What log lines about it have in common.
+    fn log_span(&self, session: &Session) -> Span {
         let Envelope { attempts, trace, .. } = &self.envelope;
         tracing::info_span!(
             "message",
             destination = session.destination.as_deref(),
             message_id = self.envelope.message_id(),
             correlation_id = self.envelope.correlation_id(),
-            trace_id = trace.as_ref().map(TraceParent::trace_id),
+            trace_id = trace::trace_id(&self.span(), trace.as_ref()),
             parent_span_id = trace.as_ref().map(TraceParent::span_id),
             attempt = attempts + 1,
         )
@@ -84,7 +99,7 @@ impl Incoming {
         let prepare = AssertUnwindSafe(|| session.worker.prepare(&delivery.data, arrival));
         let prepared = std::panic::catch_unwind(prepare)
             .unwrap_or_else(|_| Prepared::Settled(Outcome::Dead(defect(Stage::Map))));
-        Self { delivery, envelope, prepared, alone: false }
+        Self { delivery, envelope, prepared, alone: false, span: None }
     }
 
     /// It has to follow an earlier message into the delay queue of this level.
@@ -135,14 +150,21 @@ impl Session {
     /// Works on messages, and settles each.
     pub(super) async fn work(
         self,
-        run: Vec<(Ticket, Incoming)>,
+        mut run: Vec<(Ticket, Incoming)>,
         publisher: Publisher,
         turn: Turn,
         stop: CancellationToken,
     ) -> Ended {
         let started = Instant::now();
-        let Some((_, first)) = run.first() else { return Ended::Each(Vec::new()) };
-        let span = first.span(&self);
+        for (_, incoming) in &mut run {
+            incoming.begin(&self);
+        }
+        let Some(((_, first), others)) = run.split_first() else { return Ended::Each(Vec::new()) };
+        let (span, log_span) = (first.span(), first.log_span(&self));
+        for (_, other) in others {
+            // The calls for it are told of there.
+            other.span().follows_from(&span);
+        }
         run.iter().filter_map(|(_, each)| each.sent()).for_each(|sent| self.metrics.queue_waited(sent));
         let work = async {
             match &first.prepared {
@@ -151,14 +173,18 @@ impl Session {
                 Prepared::Job(_) => self.together(&run, turn).await,
             }
         };
-        let outcomes = match stop.run_until_cancelled(work.instrument(span)).await {
+        let outcomes = match stop.run_until_cancelled(work.instrument(span).instrument(log_span)).await {
             Some(Some(outcomes)) => outcomes,
             Some(None) => {
                 let alone = |(ticket, incoming)| (ticket, Incoming { alone: true, ..incoming });
                 return Ended::Apart(run.into_iter().map(alone).collect());
             }
             None => {
-                return Ended::Each(run.into_iter().map(|(ticket, _)| (ticket, Done::HandedBack)).collect());
+                let back = |(ticket, incoming): (Ticket, Incoming)| {
+                    trace::hand_back(&incoming.span());
+                    (ticket, Done::HandedBack)
+                };
+                return Ended::Each(run.into_iter().map(back).collect());
             }
         };
         let mut ended = Vec::with_capacity(run.len());
@@ -172,11 +198,12 @@ impl Session {
     /// Settles a message whose outcome is known without Close.
     pub(super) async fn pass(
         self,
-        incoming: Incoming,
+        mut incoming: Incoming,
         outcome: Outcome,
         publisher: Publisher,
         stop: CancellationToken,
     ) -> Done {
+        incoming.begin(&self);
         self.end(&incoming, &outcome, None, Instant::now(), &publisher, &stop).await
     }
 
@@ -202,9 +229,10 @@ impl Session {
                 let news = News { envelope: &incoming.envelope, outcome, decision, id };
                 let _ = stop.run_until_cancelled(self.spread(&news, publisher)).await;
             }
+            trace::conclude(&incoming.span(), outcome, &done);
             done
         };
-        settle.instrument(incoming.span(self)).await
+        settle.instrument(incoming.span()).instrument(incoming.log_span(self)).await
     }
 
     /// Does the work on one message; a panic costs only this one.

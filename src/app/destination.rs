@@ -142,7 +142,7 @@ struct Assembly {
 }
 
 /// What may be missed in what was taken over.
-const NOT_YET: &str = "`http` and `log` change with the next start only, and the environment still wins \
+const NOT_YET: &str = "`http`, `log` and `otel` change with the next start only, and the environment still wins \
                        over the file";
 
 /// How long new settings may take to be checked.

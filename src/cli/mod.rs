@@ -14,17 +14,24 @@ mod test;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use futures_util::stream::BoxStream;
 use futures_util::{StreamExt, stream};
 use tokio::io::AsyncReadExt;
 use tokio_util::sync::CancellationToken;
-use tracing_subscriber::EnvFilter;
+use tracing::Subscriber;
+use tracing_subscriber::filter::{FilterExt, LevelFilter, filter_fn};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer};
 
 use crate::amqp::BrokerError;
 use crate::app::{self, Orders, RunError};
 use crate::config::{self, Config, Destination, Layers, LogFormat, Need, Problems};
+use crate::traces::{self, Traces};
 use crate::words::there_are;
 use crate::{VERSION, http, panics};
 
@@ -216,24 +223,45 @@ fn shared(mut config: Config) -> Result<Destination, Failure> {
     single(config)
 }
 
+/// How long the last traces may take.
+const LAST_TRACES: Duration = Duration::from_secs(3);
+
 /// The worker, from the first log line to the last.
 async fn run(
     config: Config,
     load: Box<dyn Fn() -> Result<Config, Problems> + Send + Sync>,
 ) -> Result<(), Failure> {
-    start_logging(config.log_format);
+    let traces = listen(config.log_format, config.traces.clone())?;
     panics::install_hook();
     tracing::info!(version = VERSION, "close-sync starts");
     let orders = Orders { shutdown: shutdown_signal()?, reload: reload_signal()?, load };
-    let report = app::run(config, orders).await?;
+    let grace = config.destinations.iter().map(|destination| destination.grace).max().unwrap_or_default();
+    let ended = app::run(config, orders).await;
+    if let Some(traces) = traces {
+        traces.finish(LAST_TRACES.min(grace)).await;
+    }
+    let report = ended?;
     tracing::info!(settled = report.settled, handed_back = report.handed_back, "close-sync ends");
     Ok(())
 }
 
-fn start_logging(format: LogFormat) {
+/// Starts logging, and tracing if that is wanted.
+fn listen(format: LogFormat, traces: traces::Settings) -> Result<Option<Traces>, Failure> {
+    let traces =
+        Traces::start(traces).map_err(|error| Failure::Configuration(format!("no traces: {error:#}")))?;
+    let (traces, layer) = traces.unzip();
+    tracing_subscriber::registry().with(layer).with(log(format)).init();
+    Ok(traces)
+}
+
+/// What writes log lines.
+fn log<S: Subscriber + for<'a> LookupSpan<'a>>(format: LogFormat) -> Box<dyn Layer<S> + Send + Sync> {
     // lapin reports losses we report ourselves, once.
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,lapin=off"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let not_traces = filter_fn(|metadata| metadata.target() != traces::SPANS)
+        // It has none of its own, and would take that of the other filter away.
+        .with_max_level_hint(LevelFilter::TRACE);
+    let builder = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let terminal = std::io::stderr().is_terminal();
     let json = match format {
         LogFormat::Auto => !terminal,
@@ -241,9 +269,10 @@ fn start_logging(format: LogFormat) {
         LogFormat::Json => true,
     };
     if json {
-        builder.json().flatten_event(true).with_current_span(true).with_span_list(false).init();
+        let json = builder.json().flatten_event(true).with_current_span(true).with_span_list(false);
+        json.with_filter(filter.and(not_traces)).boxed()
     } else {
-        builder.with_ansi(terminal).with_target(false).init();
+        builder.with_ansi(terminal).with_target(false).with_filter(filter.and(not_traces)).boxed()
     }
 }
 

@@ -15,6 +15,8 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::time::Instant;
+use tracing::field::Empty;
+use tracing::{Instrument, Span};
 use url::Url;
 
 use super::endpoint::{Call, Endpoint, StatusClass};
@@ -22,7 +24,7 @@ use super::error::{CloseError, Fault, Rejection};
 use super::gate::{self, Gate, Permit, Priority};
 use super::joint::Joint;
 use super::limit::{self, RateLimit};
-use super::transport::{Http, Transport};
+use super::transport::{Answer, Http, Transport};
 use super::window::Standing;
 use super::wire::{self, Members};
 use super::{Hits, Lookup, Organization, Records};
@@ -30,6 +32,7 @@ use crate::domain::plan::ContactValues;
 use crate::domain::record::{Contact, ContactId, FieldId, Fields, Lead, LeadId};
 use crate::domain::schema::{CustomField, User};
 use crate::pulse::Pulse;
+use crate::traces::{self, SPANS};
 
 /// How to reach Close.
 #[derive(Clone, Debug)]
@@ -318,7 +321,9 @@ impl Client {
         }
         self.calls.fetch_add(1, Ordering::Relaxed);
         let started = Instant::now();
-        let result = self.inner.transport.send(endpoint.method(), path, body).await;
+        let span = span(endpoint, waited);
+        let result = self.inner.transport.send(endpoint.method(), path, body).instrument(span.clone()).await;
+        conclude(&span, &result);
         let status = result.as_ref().map_or(StatusClass::NoAnswer, |answer| StatusClass::of(answer.status));
         (self.inner.observe)(Call { endpoint, status, took: started.elapsed(), waited });
 
@@ -352,6 +357,39 @@ impl Client {
             status @ 500..=599 => Err(CloseError::Transient(Fault::Status(status))),
             status => Err(CloseError::Rejected(Rejection::read(status, &answer.body))),
         }
+    }
+}
+
+/// The span of a call in a trace, by OpenTelemetry's conventions for HTTP. The transport adds whom it calls. Without the
+/// path: what was looked for may be in it.
+fn span(endpoint: Endpoint, waited: Duration) -> Span {
+    let (method, template) = (endpoint.method(), endpoint.template());
+    tracing::info_span!(
+        target: SPANS,
+        "call",
+        "otel.name" = format!("{method} {template}"),
+        "otel.kind" = "client",
+        "http.request.method" = method.as_str(),
+        "url.template" = template,
+        "server.address" = Empty,
+        "server.port" = Empty,
+        "http.response.status_code" = Empty,
+        "close_sync.gate_wait_seconds" = waited.as_secs_f64(),
+        "error.type" = Empty,
+        "otel.status_description" = Empty,
+    )
+}
+
+/// Tells how it ended.
+fn conclude(span: &Span, result: &Result<Answer, CloseError>) {
+    match result {
+        Ok(answer) => {
+            span.record("http.response.status_code", i64::from(answer.status.as_u16()));
+            if answer.status.is_client_error() || answer.status.is_server_error() {
+                traces::fail(span, answer.status.as_str(), "");
+            }
+        }
+        Err(error) => traces::fail(span, error.label(), ""),
     }
 }
 

@@ -74,6 +74,21 @@ impl Endpoint {
         }
     }
 
+    /// The path of its calls below the base of the API, without what differs from call to call.
+    pub(super) fn template(self) -> &'static str {
+        match self {
+            Self::Me => "/me/",
+            Self::Schema => "/custom_field_schema/{object_type}/",
+            Self::Users => "/user/",
+            Self::Search => "/data/search/",
+            Self::Events => "/event/",
+            Self::ReadLead | Self::UpdateLead => "/lead/{id}/",
+            Self::CreateLead => "/lead/",
+            Self::ReadContact | Self::UpdateContact => "/contact/{id}/",
+            Self::CreateContact => "/contact/",
+        }
+    }
+
     /// Whether a call changes anything.
     pub(super) fn writes(self) -> bool {
         match self {

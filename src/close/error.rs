@@ -48,6 +48,22 @@ pub enum Fault {
 }
 
 impl CloseError {
+    /// The label in traces of a call that got no answer, or none that could be read.
+    pub(super) fn label(&self) -> &'static str {
+        match self {
+            Self::Unauthorized => "unauthorized",
+            Self::PlanLimit => "plan_limit",
+            Self::Forbidden => "forbidden",
+            Self::NotFound => "not_found",
+            Self::Rejected(_) => "rejected",
+            Self::Unreachable(_) => "unreachable",
+            Self::Transient(Fault::Status(_)) => "server_error",
+            Self::Transient(Fault::Timeout) => "timeout",
+            Self::Transient(Fault::ConnectionLost) => "connection_lost",
+            Self::Transient(Fault::Garbled) => "garbled",
+        }
+    }
+
     /// Whether it may pass by itself, whatever the message says.
     pub fn may_pass(&self) -> bool {
         match self {

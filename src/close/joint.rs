@@ -13,6 +13,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
+use tracing::Span;
 
 use super::gate::Priority;
 use super::{CloseError, Lookup};
@@ -47,6 +48,8 @@ pub(super) struct Rows {
 pub(super) struct Waiting {
     pub(super) lookup: Lookup,
     pub(super) priority: Priority,
+    /// In which it is looked up.
+    pub(super) span: Span,
     pub(super) answer: oneshot::Sender<Answer>,
 }
 
@@ -145,7 +148,7 @@ mod tests {
     fn waiting(id: &str, priority: Priority) -> (Waiting, oneshot::Receiver<Answer>) {
         let (answer, receiver) = oneshot::channel();
         let lookup = Lookup::Lead { field: FieldId::new("cf_c"), company_id: id.into() };
-        (Waiting { lookup, priority, answer }, receiver)
+        (Waiting { lookup, priority, span: Span::none(), answer }, receiver)
     }
 
     #[test]

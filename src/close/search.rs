@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use tokio::sync::oneshot;
+use tracing::{Instrument, Span};
 
 use super::Lookup;
 use super::client::{Client, Entered};
@@ -12,6 +13,7 @@ use super::endpoint::Endpoint;
 use super::error::{CloseError, Fault};
 use super::joint::{Answer, Failed, Joint, Rows, Waiting};
 use super::wire::{self, TextMode};
+use crate::traces;
 
 /// Rows, oldest first, and whether there are more.
 type Page = (Vec<Value>, bool);
@@ -22,7 +24,7 @@ impl Client {
         let (answer, received) = oneshot::channel();
         let joint = self.joint(&lookup);
         let kind = lookup.clone();
-        if joint.add(Waiting { lookup, priority: self.priority, answer }) {
+        if joint.add(Waiting { lookup, priority: self.priority, span: traces::current(), answer }) {
             // Of its own: whoever began the search may give up, and others have joined it.
             let client = self.clone();
             tokio::spawn(async move { client.search_for_all(&kind).await });
@@ -61,14 +63,19 @@ impl Client {
             duty.gather(self.distance()).await;
             // Who comes while we wait for budget joins.
             let permit = client.enter(Endpoint::Search).await;
+            let waiting = duty.next();
+            let span = share_span(&waiting);
             let (lookups, answers): (Vec<_>, Vec<_>) =
-                duty.next().into_iter().map(|waiting| (waiting.lookup, waiting.answer)).unzip();
+                waiting.into_iter().map(|waiting| (waiting.lookup, waiting.answer)).unzip();
             if lookups.is_empty() {
                 // All have given up while we waited.
                 permit.0.give_back();
             } else {
-                let page = client.search(&lookups, Some(permit)).await;
-                let found = client.share(&lookups, page).await;
+                let search = async {
+                    let page = client.search(&lookups, Some(permit)).await;
+                    client.share(&lookups, page).await
+                };
+                let found = search.instrument(span).await;
                 let calls = client.calls();
                 for (number, (answer, mut found)) in (0..).zip(answers.into_iter().zip(found)) {
                     match &mut found {
@@ -130,4 +137,13 @@ impl Client {
             answer => answer,
         }
     }
+}
+
+/// The span that calls for several are told of in: that of the first, who also pays for them. The others link to it.
+fn share_span(waiting: &[Waiting]) -> Span {
+    let first = waiting.first().map_or_else(Span::none, |first| first.span.clone());
+    for other in waiting.iter().skip(1) {
+        other.span.follows_from(&first);
+    }
+    first
 }

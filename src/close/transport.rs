@@ -10,6 +10,7 @@ use reqwest::header::{self, HeaderMap};
 use reqwest::{Method, StatusCode};
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
+use tracing::Span;
 use url::Url;
 
 use super::client::Settings;
@@ -69,6 +70,9 @@ impl Http {
 
     async fn exchange(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Answer, CloseError> {
         let url = self.url.join(path).map_err(|_| CloseError::NotFound)?;
+        Span::current()
+            .record("server.address", url.host_str())
+            .record("server.port", url.port_or_known_default().map(i64::from));
         let mut request = self
             .client
             .request(method, url)

@@ -17,7 +17,8 @@ use crate::amqp::connect::masked;
 pub const DEFAULTS: &str = include_str!("../config.default.toml");
 
 /// Keys whose values are never shown, and can be given as files.
-pub(super) const SECRETS: [&str; 3] = ["close.api_key", "amqp.url", "http.page_token"];
+pub(super) const SECRETS: [&str; 4] =
+    ["close.api_key", "amqp.url", "http.page_token", "otel.exporter.otlp.headers"];
 /// What the variable of a secret ends with that names a file with the value.
 const FILE: &str = "_FILE";
 /// What a file that cannot be parsed is told.
@@ -27,7 +28,7 @@ const OPEN: [&str; 3] = ["mapping.lead.custom", "mapping.contact.custom", DESTIN
 /// The table of destinations, by name.
 const DESTINATIONS: &str = "destinations";
 /// What a destination cannot have for itself.
-const OF_THE_PROCESS: [&str; 3] = ["http", "log", DESTINATIONS];
+const OF_THE_PROCESS: [&str; 4] = ["http", "log", "otel", DESTINATIONS];
 
 /// Everything that is wrong with the settings.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -214,6 +215,7 @@ impl Layers {
                 http_addr: process.http_addr,
                 page: process.page,
                 log_format: process.log_format,
+                traces: process.traces,
                 effective: effective(shared, destinations),
             }),
             _ => {
@@ -362,10 +364,12 @@ fn overlay(settings: &mut Table, layer: Table, path: &str, problems: &mut Vec<Pr
                 inner.extend(value);
             }
             (Some(Value::Table(inner)), Value::Table(value)) => overlay(inner, value, &path, problems),
-            (Some(current), value) if current.same_type(&value) => *current = value,
             (Some(current), value) => {
-                let message = format!("must be {}, not {}", kind(current), kind(&value));
-                problems.push(Problem { key: path, message });
+                let given = kind(&value);
+                if !put(current, value) {
+                    let message = format!("must be {}, not {given}", kind(current));
+                    problems.push(Problem { key: path, message });
+                }
             }
         }
     }
@@ -439,14 +443,31 @@ fn set(current: &mut Value, path: &str, text: String) -> Result<(), String> {
     match (current, value) {
         (Value::Table(inner), Some(Value::Table(value))) if OPEN.contains(&path) => *inner = value,
         (Value::Table(inner), Some(Value::Table(value))) => inner.extend(value),
-        (current, Some(value)) if current.same_type(&value) => *current = value,
-        (current, _) => {
-            // Of destinations it holds their keys.
-            let shown = if path == DESTINATIONS { "the value".to_owned() } else { format!("\"{text}\"") };
-            return Err(format!("{shown} is not {} in TOML's notation", kind(current)));
+        (current, value) => {
+            if !value.is_some_and(|value| put(current, value)) {
+                // Of destinations it holds their keys.
+                let shown = if path == DESTINATIONS { "the value".to_owned() } else { format!("\"{text}\"") };
+                return Err(format!("{shown} is not {} in TOML's notation", kind(current)));
+            }
         }
     }
     Ok(())
+}
+
+/// Replaces a value by one of its type; false if it is of another.
+fn put(current: &mut Value, value: Value) -> bool {
+    let value = match (&current, value) {
+        // A whole number is a number.
+        (Value::Float(_), Value::Integer(whole)) => {
+            i32::try_from(whole).map_or(Value::Integer(whole), |whole| Value::Float(whole.into()))
+        }
+        (_, value) => value,
+    };
+    let fits = current.same_type(&value);
+    if fits {
+        *current = value;
+    }
+    fits
 }
 
 fn kind(value: &Value) -> &'static str {

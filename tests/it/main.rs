@@ -37,3 +37,4 @@ mod soak;
 mod support;
 mod tls;
 mod topology;
+mod traces;

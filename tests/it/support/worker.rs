@@ -73,6 +73,12 @@ impl Worker {
         told.map(|line| ["audit", "who", "about"].map(|name| field(&line, name))).collect()
     }
 
+    /// The first log line that contains a text.
+    pub(crate) fn log_line(&self, text: &str) -> String {
+        let log = self.log.lock().unwrap();
+        log.iter().find(|line| line.contains(text)).unwrap_or_else(|| panic!("no {text} in the log")).clone()
+    }
+
     /// How many log lines contain a text.
     pub(crate) fn logged(&self, text: &str) -> usize {
         self.log.lock().unwrap().iter().filter(|line| line.contains(text)).count()
