@@ -317,7 +317,8 @@ fn with_headers(
     let all = properties.headers().iter().flat_map(FieldTable::inner);
     let left_behind = |name: &str| of_the_broker(name) || name == SET_ASIDE;
     let kept: Vec<_> = all.filter(|(name, _)| keep(name.as_str()) && !left_behind(name.as_str())).collect();
-    let fit = kept.iter().map(|(name, value)| size(name, value)).sum::<usize>() <= MOST_TAKEN_ALONG;
+    let theirs = kept.iter().filter(|(name, _)| !name.as_str().starts_with(OURS));
+    let fit = theirs.map(|(name, value)| size(name, value)).sum::<usize>() <= MOST_TAKEN_ALONG;
     for (name, value) in kept {
         if fit || name.as_str().starts_with(OURS) || name.as_str() == TRACEPARENT {
             table.insert(name.clone(), value.clone());

@@ -38,9 +38,7 @@ pub(super) enum Meant {
 impl Meant {
     fn filter(&self) -> Filter {
         match self {
-            Self::Group(fingerprint) => {
-                Filter { fingerprints: vec![fingerprint.clone()], ..Filter::default() }
-            }
+            Self::Group(fingerprint) => Filter { group: Some(fingerprint.clone()), ..Filter::default() },
             Self::Id(id) => Filter { ids: vec![id.clone()], ..Filter::default() },
         }
     }

@@ -26,7 +26,7 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use axum::extract::{Form, FromRequestParts, Path, Query, State as Shared};
+use axum::extract::{DefaultBodyLimit, Form, FromRequestParts, Path, Query, State as Shared};
 use axum::http::request::Parts;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Redirect, Response};
@@ -85,7 +85,9 @@ pub fn router(settings: Settings, board: Board, bound: IpAddr, shutdown: Cancell
         .route("/{place}/dead/progress", get(progress::show))
         .route("/{place}/dead/stop", post(progress::stop))
         .route("/{place}/test", get(trial::form).post(trial::rehearse))
-        .fallback(async || Broken::nowhere());
+        .fallback(async || Broken::nowhere())
+        // The guard has one, by what the page is for.
+        .layer(DefaultBodyLimit::disable());
     Router::new()
         .nest(HOME, pages)
         .layer(guarded)

@@ -224,13 +224,18 @@ async fn a_lost_connection_is_made_anew() {
     let worker = bench.worker().await;
     let proxy = Proxy::start(&bench.amqp_url).await;
     let bench = bench.set("AMQP_URL", &proxy.url);
-    let replay = bench.starting(&["dlq", "replay", "--all", "--at-once", "2", "--wait", "1m"]);
+    let replay = bench.starting(&["dlq", "replay", "--all", "--at-once", "8", "--wait", "5s"]);
     for reached in [5, 12] {
         leads(&bench, &worker, reached).await;
         proxy.cut();
     }
-    assert!(replay.ended().await.success(), "{}", replay.log());
+    // What was told while there was no connection nobody heard: then it does not say that all went well.
+    let end = replay.ended().await.code();
     assert!(replay.logged("connecting again") >= 1, "{}", replay.log());
+    let unheard = replay.logged("no worker told what became of") == 1;
+    assert_eq!(end, Some(if unheard { 69 } else { 0 }), "{}", replay.log());
+    let rest = text(bench.run(&["dlq", "replay", "--all"], b"").await);
+    assert_eq!(rest.0, Some(0), "{rest:?}");
     leads(&bench, &worker, 30).await;
     bench.assert_each_once(30);
     assert_eq!(bench.depth(".dead").await, 0);

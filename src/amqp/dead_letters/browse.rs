@@ -22,7 +22,7 @@ use lapin::{Acker, Channel, Connection, ErrorKind};
 use tokio::time::Instant;
 
 use super::letter::DeadLetter;
-use crate::amqp::{BrokerError, LAST_ACKS, Settings, close, topology};
+use crate::amqp::{BrokerError, LAST_ACKS, Settings, close, in_time, topology};
 
 /// What to do with one dead letter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +85,8 @@ pub(super) struct Held {
     acker: Acker,
 }
 
+/// Their bodies are in memory until they are looked at.
+const AT_A_TIME: u16 = 2000;
 /// Nothing comes any more: somebody else took the rest, or the queue lost it.
 const QUIET: Duration = Duration::from_secs(5);
 /// How long another operator is waited for.
@@ -147,21 +149,24 @@ impl<'a> Operator<'a> {
         mut decide: impl FnMut(&DeadLetter) -> Fate + Send,
         watch: &mut Watch<'_>,
     ) -> Result<(), BrokerError> {
-        let depth = topology::depth(&self.connection, &self.settings.dead()).await?;
+        let depth = in_time(topology::depth(&self.connection, &self.settings.dead())).await?;
         let ready = depth.map_or(0, |depth| depth.ready);
         let mut removed = Vec::new();
         while let Some(left) = usize::try_from(ready).unwrap_or(usize::MAX).checked_sub(hand.sifted.found)
             && left > 0
         {
-            // A consumer takes 65,535 at most, and has them until they are settled: the next one goes on from there.
-            let credit = u16::try_from(left).unwrap_or(u16::MAX);
+            // So many are on their way to us at a time. They stay this consumer's until they are settled; the next one
+            // goes on from there, with a tag that sorts behind: in the order of tags they are given back.
+            let credit = u16::try_from(left).unwrap_or(u16::MAX).min(AT_A_TIME);
             let mut took = 0;
-            hand.channel.basic_qos(credit, BasicQosOptions::default()).await?;
-            let (tag, options) = (format!("look-{}", hand.sifted.found), BasicConsumeOptions::default());
-            let queue = self.settings.dead();
-            let consume =
-                hand.channel.basic_consume(queue.into(), tag.as_str().into(), options, FieldTable::default());
-            let mut deliveries = consume.await?;
+            let tag = format!("look-{:09}", hand.sifted.found);
+            let (queue, options) = (self.settings.dead(), BasicConsumeOptions::default());
+            let mut deliveries = in_time(async {
+                hand.channel.basic_qos(credit, BasicQosOptions::default()).await?;
+                let none = FieldTable::default();
+                Ok(hand.channel.basic_consume(queue.into(), tag.as_str().into(), options, none).await?)
+            })
+            .await?;
             while took < credit
                 && let Ok(delivery) = tokio::time::timeout(QUIET, deliveries.next()).await
             {
@@ -177,7 +182,8 @@ impl<'a> Operator<'a> {
             }
             hand.sifted.found += usize::from(took);
             // Before anything is given back: it would come again at once.
-            hand.channel.basic_cancel(tag.as_str().into(), BasicCancelOptions::default()).await?;
+            let cancel = hand.channel.basic_cancel(tag.as_str().into(), BasicCancelOptions::default());
+            in_time(async { Ok(cancel.await?) }).await?;
             if took < credit {
                 break;
             }
@@ -200,6 +206,14 @@ impl Hand {
     /// Takes the oldest of those held.
     pub(super) fn next(&mut self) -> Option<Held> {
         self.held.pop_front()
+    }
+
+    /// Deletes those that are held.
+    pub(super) async fn remove_held(&mut self) -> Result<(), BrokerError> {
+        while let Some(held) = self.next() {
+            held.remove().await?;
+        }
+        Ok(())
     }
 
     /// Gives back all that is not held, and lets others look: what is held, they do not see. Those given back may
@@ -269,7 +283,7 @@ pub(super) async fn claim(
 }
 
 /// Whether another connection has such a queue.
-async fn is_claimed(connection: &Connection, name: &str) -> Result<bool, BrokerError> {
+pub(super) async fn is_claimed(connection: &Connection, name: &str) -> Result<bool, BrokerError> {
     let channel = connection.create_channel().await?;
     let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
     let looked = channel.queue_declare(name.into(), options, FieldTable::default()).await;

@@ -65,7 +65,7 @@ impl DeadLetter {
             format!("{BY_THE_BROKER}:{}:-", reason.as_deref().unwrap_or("-"))
         };
         Self {
-            id: text(headers::ID).or_else(|| message_id.clone()).unwrap_or_else(|| by_content(&body)),
+            id: text(headers::ID).unwrap_or_else(|| by_content(message_id.as_deref(), &body)),
             reason: text(headers::REASON),
             stage: text(headers::STAGE),
             error: text(headers::ERROR),
@@ -114,7 +114,8 @@ impl DeadLetter {
     }
 }
 
-/// A name for a message that came here without any.
-fn by_content(body: &[u8]) -> String {
-    Uuid::new_v5(&Uuid::NAMESPACE_OID, body).to_string()
+/// A name for a message that came here without any. Producers may give several the same id.
+fn by_content(message_id: Option<&str>, body: &[u8]) -> String {
+    let content = [message_id.unwrap_or_default().as_bytes(), body].concat();
+    Uuid::new_v5(&Uuid::NAMESPACE_OID, &content).to_string()
 }

@@ -4,9 +4,8 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use jiff::Timestamp;
-use lapin::BasicProperties;
 
-use super::browse::{Fate, Operator, Watch};
+use super::browse::{Fate, Operator, Watch, is_claimed};
 use super::letter::DeadLetter;
 use crate::amqp::publisher::{Publisher, Sent};
 use crate::amqp::{BrokerError, Settings, close, headers};
@@ -63,43 +62,76 @@ pub struct Restored {
 /// Publishes under way at once: enough to keep a broker busy (rabbitmq.md §2.4).
 const WINDOW: usize = 100;
 
-/// Puts dead letters into the queue. One that is there already stays; one with the same id and another content is
-/// replaced. So the same file can be restored twice, and a restoring that was cut short goes on.
+/// Puts dead letters into the queue. One that is there already stays; those with the same id and other contents than
+/// `letters` has are replaced. So the same file can be restored twice, and a restoring that was cut short goes on.
 ///
 /// # Errors
-/// When the broker is gone, or does not take a message: what was restored stays.
+/// When the broker is gone, or does not take a message: what was restored stays, and nothing was deleted that has no
+/// successor. [`BrokerError::Busy`] while somebody replays.
 pub async fn restore(
     settings: &Settings,
-    letters: impl Iterator<Item = DeadLetter>,
+    letters: &[DeadLetter],
     watch: &mut Watch<'_>,
 ) -> Result<Restored, BrokerError> {
     let operator = Operator::connect(settings, "close-sync dlq").await?;
+    if is_claimed(&operator.connection, &settings.replay()).await? {
+        return Err(BrokerError::Busy(
+            "a replay is under way, and has dead letters in hand that an import would not see: wait for its end",
+        ));
+    }
     let publishing = settings.connect("close-sync dlq publish").await?;
     let publisher = Publisher::new(&publishing).await?;
-    let mut present: HashMap<String, u64> = HashMap::new();
-    let look = |letter: &DeadLetter| {
-        present.insert(letter.id.clone(), content(letter));
-        Fate::Back
+    let mut wanted: HashMap<&str, HashSet<u64>> = HashMap::new();
+    for letter in letters {
+        wanted.entry(&letter.id).or_default().insert(content(letter));
+    }
+    let (mut present, mut outdated) = (HashSet::new(), HashSet::new());
+    // All in one look: nobody else puts one back, or takes one, meanwhile.
+    let mut hand = operator
+        .take(
+            |letter| {
+                let Some(contents) = wanted.get(letter.id.as_str()) else { return Fate::Back };
+                let content = content(letter);
+                if contents.contains(&content) {
+                    present.insert((letter.id.clone(), content));
+                    return Fate::Back;
+                }
+                outdated.insert(letter.id.clone());
+                Fate::Hold
+            },
+            watch,
+        )
+        .await?;
+    let restored = publish(settings, &publisher, letters, present, &outdated).await;
+    let done = match restored {
+        Ok(restored) => hand.remove_held().await.map(|()| restored),
+        Err(error) => Err(error),
     };
-    operator.take(look, watch).await?.close().await;
+    hand.close().await;
+    operator.leave().await;
+    close(&publishing).await;
+    done
+}
 
-    let (mut restored, mut replaced) = (Restored::default(), HashSet::new());
+/// Publishes those that are not there yet.
+async fn publish(
+    settings: &Settings,
+    publisher: &Publisher,
+    letters: &[DeadLetter],
+    mut present: HashSet<(String, u64)>,
+    outdated: &HashSet<String>,
+) -> Result<Restored, BrokerError> {
+    let mut restored = Restored::default();
     let mut under_way: VecDeque<Sent> = VecDeque::with_capacity(WINDOW);
     for letter in letters {
-        let new = content(&letter);
-        match present.insert(letter.id.clone(), new) {
-            Some(old) if old == new => {
-                restored.present += 1;
-                continue;
-            }
-            Some(old) => {
-                restored.replaced += 1;
-                replaced.insert((letter.id.clone(), old));
-            }
-            None => restored.added += 1,
+        if !present.insert((letter.id.clone(), content(letter))) {
+            restored.present += 1;
+            continue;
         }
-        let properties: BasicProperties = letter.restored();
-        under_way.push_back(publisher.send(&settings.dead(), "", &letter.body, properties).await?);
+        let counted =
+            if outdated.contains(&letter.id) { &mut restored.replaced } else { &mut restored.added };
+        *counted += 1;
+        under_way.push_back(publisher.send(&settings.dead(), "", &letter.body, letter.restored()).await?);
         if under_way.len() == WINDOW
             && let Some(first) = under_way.pop_front()
         {
@@ -109,14 +141,6 @@ pub async fn restore(
     for sent in under_way {
         sent.confirmed().await?;
     }
-    if !replaced.is_empty() {
-        let old = |letter: &DeadLetter| {
-            if replaced.contains(&(letter.id.clone(), content(letter))) { Fate::Remove } else { Fate::Back }
-        };
-        operator.take(old, watch).await?.close().await;
-    }
-    operator.leave().await;
-    close(&publishing).await;
     Ok(restored)
 }
 

@@ -204,17 +204,14 @@ impl Replay<'_> {
 
     /// With one connection, until the end.
     async fn session(&mut self, stop: &CancellationToken) -> Result<End, BrokerError> {
-        // Of messages sent over a lost connection nothing may be heard any more.
-        self.under_way.clear();
         let operator = Operator::connect(self.settings, "close-sync replay").await?;
         // Of its own: an alarm of the broker must not hold up giving back what is in hand.
         let publishing = self.settings.connect("close-sync replay publish").await?;
         let publisher = Publisher::new(&publishing).await?;
         let mut line = Line { connection: &operator.connection, publisher, news: None };
         let open = async {
-            if self.order.patience.is_some() {
-                line.news = Some(self.mailbox(&operator.connection).await?);
-            }
+            let news = self.mailbox(&operator.connection).await?;
+            line.news = self.order.patience.is_some().then_some(news);
             Ok::<_, BrokerError>(line)
         };
         let Some(line) = stop.run_until_cancelled(open).await else { return Ok(End::Stopped) };
@@ -254,9 +251,19 @@ impl Replay<'_> {
         line: &mut Line<'_>,
         stop: &CancellationToken,
     ) -> Result<End, BrokerError> {
-        let mut times = self.times(operator).await?;
+        let Some(times) = stop.run_until_cancelled(self.times(operator)).await else {
+            return Ok(End::Stopped);
+        };
+        let mut times = times?;
         let end = loop {
-            let mut hand = self.take(operator, &mut times).await?;
+            if times.is_empty() {
+                break End::Done;
+            }
+            // What a look that is cut short has in hand goes back with the connection.
+            let Some(hand) = stop.run_until_cancelled(self.take(operator, &mut times)).await else {
+                break End::Stopped;
+            };
+            let mut hand = hand?;
             let sent = self.portion(&mut hand, line, stop).await;
             // Also after an error: what is in hand has its place in the queue.
             hand.close().await;
@@ -316,8 +323,8 @@ impl Replay<'_> {
             Fate::Hold
         };
         let hand = operator.take(decide, &mut self.watch()).await?;
-        // Too large for one portion.
-        for time in portion.into_iter().skip(held).rev() {
+        // Too large for one portion; or, where none is left, somebody else was faster.
+        for time in portion.into_iter().skip(held).rev().filter(|_| held > 0) {
             times.push_front(time);
         }
         Ok(hand)
@@ -350,7 +357,7 @@ impl Replay<'_> {
         line: &mut Line<'_>,
         stop: &CancellationToken,
     ) -> Result<Option<End>, BrokerError> {
-        let Some(mut held) = hand.next() else { return Ok(Some(End::Done)) };
+        let Some(mut held) = hand.next() else { return Ok(None) };
         let stage = if self.is_canary() { Stage::Canary } else { Stage::Going };
         self.tell(|progress| progress.stage = stage);
         if !self.is_canary() {
@@ -382,7 +389,7 @@ impl Replay<'_> {
                 return Ok(Some(end));
             }
         }
-        self.proven = true;
+        self.proven = !self.sent.is_empty();
         Ok(None)
     }
 
@@ -391,9 +398,15 @@ impl Replay<'_> {
         let replay = Uuid::now_v7();
         let exchange = self.settings.retry_exchange();
         let properties = headers::for_replay(&held.letter.properties, replay);
-        line.publisher.publish(&exchange, NOW, &held.letter.body, properties).await?;
-        self.known.insert(held.letter.fingerprint.clone());
+        // Before it is: it may arrive without our knowing.
         self.sent.insert(replay);
+        match line.publisher.publish(&exchange, NOW, &held.letter.body, properties).await {
+            Err(BrokerError::TooLarge(detail)) => {
+                return Err(BrokerError::TooLarge(format!("{detail} (dead letter `{}`)", held.letter.id)));
+            }
+            published => published?,
+        }
+        self.known.insert(held.letter.fingerprint.clone());
         if let Some(patience) = self.order.patience {
             self.under_way.insert(replay);
             self.deadline = self.deadline.max(Instant::now() + patience);

@@ -17,6 +17,8 @@ pub struct Filter {
     pub reasons: Vec<Reason>,
     /// Any of these fingerprints, or of what begins with one of them.
     pub fingerprints: Vec<String>,
+    /// Exactly this fingerprint.
+    pub group: Option<String>,
     /// Any of these ids.
     pub ids: Vec<String>,
     /// Dead-lettered at this time or later.
@@ -52,6 +54,7 @@ impl Filter {
         };
         (self.reasons.is_empty() || reason())
             && (self.fingerprints.is_empty() || self.fingerprints.iter().any(alike))
+            && self.group.as_ref().is_none_or(|group| *group == letter.fingerprint)
             && (self.ids.is_empty() || self.ids.contains(&letter.id))
             && self.since.is_none_or(|since| letter.failed_at.is_some_and(|at| at >= since))
             && self.until.is_none_or(|until| letter.failed_at.is_some_and(|at| at <= until))

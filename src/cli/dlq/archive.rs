@@ -65,7 +65,7 @@ fn new_file(path: &Path) -> std::io::Result<std::fs::File> {
 pub(super) async fn import(args: &Import, destination: &Destination) -> Result<(), Failure> {
     let letters = parse(&read(&args.file).await?)?;
     let bar = bar("{msg}{wide_bar} {pos} of {len}, {eta} left");
-    let restored = mend::restore(&destination.amqp, letters.into_iter(), &mut follow(&bar)).await;
+    let restored = mend::restore(&destination.amqp, &letters, &mut follow(&bar)).await;
     bar.finish_and_clear();
     let mend::Restored { added, replaced, present } = restored?;
     anstream::println!("imported {added}, replaced {replaced}, {present} were there already");

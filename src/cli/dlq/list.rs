@@ -46,9 +46,6 @@ pub(super) async fn list(args: &Args, destination: &Destination) -> Result<(), F
     } else {
         listing.print(args.each);
     }
-    if sifted.replaying {
-        anstream::eprintln!("a replay is under way: what it has in hand is not listed");
-    }
     Ok(())
 }
 

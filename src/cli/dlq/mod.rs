@@ -121,6 +121,7 @@ impl Meant {
                 .filter(|known| self.reason.iter().any(|is| is == known.label()))
                 .collect(),
             fingerprints: fingerprint.clone(),
+            group: None,
             ids: id.clone(),
             since: *since,
             until: *until,
@@ -147,6 +148,9 @@ impl Meant {
             then(letter)
         });
         let sifted = sifted.await?;
+        if sifted.replaying {
+            anstream::eprintln!("a replay is under way: what it has in hand was not among them");
+        }
         Ok((matched, sifted))
     }
 }

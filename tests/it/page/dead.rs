@@ -227,7 +227,7 @@ async fn nothing_of_a_message_is_more_than_text() {
     let odd = "<script>alert(2)</script>";
     let strange = json!({
         "properties": {"message_id": odd, "content_type": evil},
-        "headers": {"x-close-sync-fingerprint": evil, "x-close-sync-error": evil, evil: evil, "x-close-sync-stage": evil},
+        "headers": {"x-close-sync-dead-letter-id": odd, "x-close-sync-fingerprint": evil, "x-close-sync-error": evil, evil: evil, "x-close-sync-stage": evil},
         "body": format!("{evil}\u{1b}[2J"),
     });
     import(&bench, &[strange.to_string()]).await;
