@@ -4,7 +4,9 @@
 //! `/healthz` says only that the event loop turns: a worker that waits for a broker or for Close is
 //! alive, and restarting it would help nobody. `/readyz` tells what it is doing and why.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{ConnectInfo, State as Shared};
@@ -35,6 +37,8 @@ const REQUEST_TIME: Duration = Duration::from_mins(1);
 const CONNECTION_TIME: Duration = Duration::from_mins(10);
 /// More connections at the same time are closed at once: the worker needs file descriptors of its own.
 const MOST_CONNECTIONS: usize = 256;
+/// The same of one peer: there is room left for whoever asks whether the worker is alive.
+const MOST_OF_ONE: usize = 128;
 
 /// Serves until `shutdown`, with the operator's page if it is given.
 pub async fn serve(
@@ -58,13 +62,20 @@ pub async fn serve(
     http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIME).max_buf_size(HEADER_BYTES);
     let connections = GracefulShutdown::new();
     // axum's own loop has no time limits, but its listener knows how to go on after an error.
+    let mut peers: HashMap<IpAddr, Arc<()>> = HashMap::new();
     while let Some((stream, peer)) = shutdown.run_until_cancelled(Listener::accept(&mut listener)).await {
-        if connections.count() >= MOST_CONNECTIONS {
+        peers.retain(|_, open| Arc::strong_count(open) > 1);
+        let open = Arc::clone(peers.entry(peer.ip()).or_default());
+        // Counted are the one kept here and this one, too.
+        if connections.count() >= MOST_CONNECTIONS || Arc::strong_count(&open) - 2 >= MOST_OF_ONE {
             continue;
         }
         let service = TowerToHyperService::new(router.clone().layer(Extension(ConnectInfo(peer))));
         let served = connections.watch(http.serve_connection(TokioIo::new(stream), service));
-        tokio::spawn(tokio::time::timeout(CONNECTION_TIME, served));
+        tokio::spawn(async move {
+            let _ = tokio::time::timeout(CONNECTION_TIME, served).await;
+            drop(open);
+        });
     }
     connections.shutdown().await;
 }

@@ -1,6 +1,6 @@
 //! `close-sync dlq export` and `import`.
 
-use std::io::Write;
+use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
 
 use super::{Failure, Fate, Meant, bar, follow};
@@ -36,10 +36,9 @@ pub(super) async fn export(args: &Export, destination: &Destination) -> Result<(
         let target = args.output.as_ref().map_or("standard output".into(), |file| file.display().to_string());
         Failure::Input(format!("{target} cannot be written: {error}"))
     };
-    let mut file: Box<dyn Write + Send> = match &args.output {
-        Some(path) => Box::new(std::io::BufWriter::new(new_file(path).map_err(cannot)?)),
-        None => Box::new(std::io::BufWriter::new(std::io::stdout())),
-    };
+    // Whoever reads our output may take their time, a pager say, while nobody else can look at the dead letters.
+    let file = args.output.as_deref().map_or_else(tempfile::tempfile, new_file).map_err(cannot)?;
+    let mut file = std::io::BufWriter::new(file);
     let mut written = Ok(());
     let write = |letter: &DeadLetter| {
         if written.is_ok() {
@@ -49,6 +48,11 @@ pub(super) async fn export(args: &Export, destination: &Destination) -> Result<(
     };
     let (matched, sifted) = args.meant.each(destination, write).await?;
     written.and_then(|()| file.flush()).map_err(cannot)?;
+    if args.output.is_none() {
+        let mut spool = file.into_inner().map_err(|error| cannot(error.into_error()))?;
+        let copy = spool.rewind().and_then(|()| std::io::copy(&mut spool, &mut std::io::stdout().lock()));
+        copy.map_err(cannot)?;
+    }
     anstream::eprintln!(
         "exported {matched} of {}",
         count(sifted.found as u64, "dead letter", "dead letters")
