@@ -34,7 +34,7 @@ use super::select::Filter;
 use crate::amqp::news::{Again, Replayed};
 use crate::amqp::publisher::Publisher;
 use crate::amqp::topology::{NOW, REPLAYED};
-use crate::amqp::{BrokerError, Settings, close, headers, topology};
+use crate::amqp::{BrokerError, Settings, close, headers, in_time, topology};
 use crate::retry::Pauses;
 
 /// What is to be replayed, and how.
@@ -430,7 +430,7 @@ impl Replay<'_> {
             () = tokio::time::sleep_until(until) => return Ok(Some(End::Silent)),
             () = tokio::time::sleep(LOOKS_APART) => {
                 // Whoever may not look is not told.
-                let depth = topology::depth(line.connection, &self.settings.queue).await.ok().flatten();
+                let depth = in_time(topology::depth(line.connection, &self.settings.queue)).await.ok().flatten();
                 self.tell(|progress| progress.ahead = depth.map(|depth| depth.ready));
                 return Ok(None);
             }
