@@ -7,7 +7,8 @@
 //! to be mended is not.
 //!
 //! **In portions**, those first that failed first. So many are in hand at a time that each is sent long before RabbitMQ
-//! would take them away (`consumer_timeout`, 30 minutes); the others are in the queue for everybody to see. What is in hand when
+//! would take them away (`consumer_timeout`, 30 minutes), unless those under way wait in a delay queue for as long: then
+//! the rest goes back, and is taken anew. The others are in the queue for everybody to see. What is in hand when
 //! the process is killed goes back, what was sent is in the work queue: replaying again goes on from there. A lost
 //! connection is made anew.
 //!
