@@ -10,6 +10,7 @@ use axum::extract::{Form, FromRequestParts, Query, State as Shared};
 use axum::http::StatusCode;
 use axum::http::request::Parts;
 use axum::response::Redirect;
+use jiff::Timestamp;
 use maud::{Markup, html};
 use serde::Deserialize;
 
@@ -19,27 +20,27 @@ use super::workbench::{KEPT, Wish, Workbench};
 use super::{Office, Place};
 use crate::amqp::Settings;
 use crate::amqp::dead_letters::letter::DeadLetter;
-use crate::amqp::dead_letters::select::{Filter, Group};
+use crate::amqp::dead_letters::select::{Filter, Group, Selection};
 use crate::words::count;
 
 /// Dead letters on a page.
 const PAGE: usize = 50;
 
-/// Which dead letters are meant.
+/// Which dead letters a page is about.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum Meant {
+pub(super) enum Target {
     /// All that failed alike, by their fingerprint.
     Group(String),
     /// One, by its id.
     Id(String),
 }
 
-impl Meant {
+impl Target {
     fn filter(&self) -> Filter {
         match self {
             Self::Group(fingerprint) => Filter { group: Some(fingerprint.clone()), ..Filter::default() },
-            Self::Id(id) => Filter { ids: vec![id.clone()], ..Filter::default() },
+            Self::Id(id) => Filter { ids: [id.clone()].into(), ..Filter::default() },
         }
     }
 
@@ -144,14 +145,14 @@ pub(super) async fn list(at: At, Extension(visitor): Extension<Visitor>, Query(d
 }
 
 fn card(group: &Group, place: &Place) -> Markup {
-    let meant = Meant::Group(group.fingerprint.clone());
+    let target = Target::Group(group.fingerprint.clone());
     html! {
         section .card.group {
-            h2 { a href=(meant.path(place, "dead/group")) { (group.fingerprint) } }
+            h2 { a href=(target.path(place, "dead/group")) { (group.fingerprint) } }
             (facts(group))
             div .actions {
-                a .button href=(meant.path(place, "dead/group")) { "Open" }
-                (meant.actions(place))
+                a .button href=(target.path(place, "dead/group")) { "Open" }
+                (target.actions(place))
             }
         }
     }
@@ -188,14 +189,14 @@ pub(super) async fn group(
 ) -> Result<Markup, Broken> {
     let listing = at.bench.listing(Arc::clone(&at.amqp)).await.map_err(unavailable)?;
     let Some((known, letters)) = listing.group(&group) else { return Err(gone()) };
-    let meant = Meant::Group(group.clone());
+    let target = Target::Group(group.clone());
     let pages = letters.len().div_ceil(PAGE).max(1);
     let page = page.min(pages - 1);
     let shown = letters.iter().skip(page * PAGE).take(PAGE);
-    let link = |page: usize| format!("{}&page={page}", meant.path(&at.place, "dead/group"));
+    let link = |page: usize| format!("{}&page={page}", target.path(&at.place, "dead/group"));
     Ok(at.frame(&group, &visitor).around(html! {
         p { a href=(at.place.path("dead")) { "All dead letters" } }
-        section .card { (facts(known)) div .actions { (meant.actions(&at.place)) } }
+        section .card { (facts(known)) div .actions { (target.actions(&at.place)) } }
         (table(shown, &at.place))
         @if pages > 1 {
             nav .pages aria-label="Pages of dead letters" {
@@ -228,7 +229,7 @@ fn table<'a>(letters: impl Iterator<Item = &'a DeadLetter>, place: &Place) -> Ma
                     @for letter in letters {
                         tr {
                             th scope="row" {
-                                a href=(Meant::Id(letter.id.clone()).path(place, "dead/message")) { code { (letter.id) } }
+                                a href=(Target::Id(letter.id.clone()).path(place, "dead/message")) { code { (letter.id) } }
                                 @if letter.edited_at.is_some() { " edited" }
                             }
                             td { @if let Some(failed) = letter.failed_at { (ago(failed)) } @else { "unknown" } }
@@ -243,20 +244,21 @@ fn table<'a>(letters: impl Iterator<Item = &'a DeadLetter>, place: &Place) -> Ma
     }
 }
 
-/// A form about some dead letters, with how many they were when it was made.
+/// A form about some dead letters, with how many they were when it was made, and when the last had failed.
 #[derive(Debug, Deserialize)]
-pub(super) struct Which {
+pub(super) struct Wanted {
     group: Option<String>,
     id: Option<String>,
     #[serde(default)]
     count: usize,
+    until: Option<Timestamp>,
 }
 
-impl Which {
-    fn meant(self) -> Result<Meant, Broken> {
+impl Wanted {
+    fn target(self) -> Result<Target, Broken> {
         match (self.group, self.id) {
-            (Some(group), None) => Ok(Meant::Group(group)),
-            (None, Some(id)) => Ok(Meant::Id(id)),
+            (Some(group), None) => Ok(Target::Group(group)),
+            (None, Some(id)) => Ok(Target::Id(id)),
             (Some(_), Some(_)) | (None, None) => {
                 Err(Broken::new(StatusCode::BAD_REQUEST, "Which dead letters? This address names none."))
             }
@@ -274,7 +276,7 @@ enum Verb {
 pub(super) async fn ask_to_replay(
     at: At,
     Extension(visitor): Extension<Visitor>,
-    Query(which): Query<Which>,
+    Query(which): Query<Wanted>,
 ) -> Result<Markup, Broken> {
     ask(&at, &visitor, which, Verb::Replay).await
 }
@@ -282,24 +284,24 @@ pub(super) async fn ask_to_replay(
 pub(super) async fn ask_to_discard(
     at: At,
     Extension(visitor): Extension<Visitor>,
-    Query(which): Query<Which>,
+    Query(which): Query<Wanted>,
 ) -> Result<Markup, Broken> {
     ask(&at, &visitor, which, Verb::Discard).await
 }
 
 /// The page between a wish and its fulfilment.
-async fn ask(at: &At, visitor: &Visitor, which: Which, verb: Verb) -> Result<Markup, Broken> {
-    let meant = which.meant()?;
-    let (number, back) = match &meant {
-        Meant::Group(fingerprint) => {
+async fn ask(at: &At, visitor: &Visitor, which: Wanted, verb: Verb) -> Result<Markup, Broken> {
+    let target = which.target()?;
+    let (number, until, back) = match &target {
+        Target::Group(fingerprint) => {
             let listing = at.bench.listing(Arc::clone(&at.amqp)).await.map_err(unavailable)?;
             let (group, _) = listing.group(fingerprint).ok_or_else(gone)?;
-            (group.count, meant.path(&at.place, "dead/group"))
+            (group.count, group.last, target.path(&at.place, "dead/group"))
         }
-        Meant::Id(id) => {
+        Target::Id(id) => {
             let found = at.bench.open(Arc::clone(&at.amqp), id.clone()).await.map_err(unavailable)?;
             found.ok_or_else(gone)?;
-            (1, meant.path(&at.place, "dead/message"))
+            (1, None, target.path(&at.place, "dead/message"))
         }
     };
     let (title, action, button, danger) = match verb {
@@ -308,7 +310,7 @@ async fn ask(at: &At, visitor: &Visitor, which: Which, verb: Verb) -> Result<Mar
     };
     Ok(at.frame(title, visitor).around(html! {
         section .card.narrow {
-            p { strong { (count(number as u64, "message", "messages")) } ": " (meant.in_words()) "." }
+            p { strong { (count(number as u64, "message", "messages")) } ": " (target.in_words()) "." }
             @match verb {
                 Verb::Replay => {
                     @if number > 1 {
@@ -331,8 +333,9 @@ async fn ask(at: &At, visitor: &Visitor, which: Which, verb: Verb) -> Result<Mar
             }
             form .actions method="post" action=(at.place.path(action)) {
                 (seal(visitor))
-                input type="hidden" name=(meant.field()) value=(meant.value());
+                input type="hidden" name=(target.field()) value=(target.value());
                 input type="hidden" name="count" value=(number);
+                @if let Some(until) = until { input type="hidden" name="until" value=(until); }
                 button .danger[danger] type="submit" { (button) }
                 a .button.quiet href=(back) { "Back" }
             }
@@ -344,29 +347,31 @@ pub(super) async fn replay(
     Shared(office): Shared<Office>,
     at: At,
     Extension(visitor): Extension<Visitor>,
-    Form(which): Form<Which>,
+    Form(which): Form<Wanted>,
 ) -> Result<Redirect, Broken> {
-    let meant = which.meant()?;
+    let target = which.target()?;
     let destination = at.place.name.clone();
-    let wish = Wish { filter: meant.filter(), what: meant.value().to_owned(), destination };
+    let wish = Wish { filter: target.filter(), what: target.value().to_owned(), destination };
     if !at.bench.replay(at.amqp, wish, &visitor, &office.0.shutdown) {
         let why = "A replay is under way already; one can be begun when it has ended.";
         return Err(Broken::new(StatusCode::CONFLICT, why));
     }
-    visitor.audit("replay", at.place.name.as_deref(), Some(meant.value()));
+    visitor.audit("replay", at.place.name.as_deref(), Some(target.value()));
     Ok(Redirect::to(&at.place.path("dead/progress")))
 }
 
 pub(super) async fn discard(
     at: At,
     Extension(visitor): Extension<Visitor>,
-    Form(which): Form<Which>,
+    Form(which): Form<Wanted>,
 ) -> Result<Redirect, Broken> {
     // Those that came since were not agreed to.
-    let limit = which.count;
-    let meant = which.meant()?;
-    visitor.audit("discard", at.place.name.as_deref(), Some(meant.value()));
-    let discarded = at.bench.discard(at.amqp, meant.filter(), limit).await.map_err(unavailable)?;
+    let (limit, until) = (Some(which.count), which.until);
+    let target = which.target()?;
+    let which = Selection { filter: Filter { until, ..target.filter() }, limit };
+    visitor.audit("discard", at.place.name.as_deref(), Some(target.value()));
+    let discarded = at.bench.discard(at.amqp, which).await.map_err(unavailable)?;
+    tracing::info!(destination = at.place.name, discarded, who = %visitor.who, "dead letters were discarded on the page");
     Ok(Redirect::to(&format!("{}?discarded={discarded}", at.place.path("dead"))))
 }
 

@@ -138,6 +138,7 @@ impl Guard {
         }
         let (id, who) = (secret(), Arc::from(who));
         Visitor { who: Arc::clone(&who), ..visitor.clone() }.audit("sign-in", None, None);
+        self.end(visitor);
         self.sessions.insert(Arc::clone(&id), Session { who, seal: secret() });
         Ok(cookie(&id, SESSION))
     }
@@ -145,10 +146,14 @@ impl Guard {
     /// Ends a session, and tells the cookie that takes its place.
     pub(super) fn sign_out(&self, visitor: &Visitor) -> String {
         visitor.audit("sign-out", None, None);
+        self.end(visitor);
+        cookie("", Duration::ZERO)
+    }
+
+    fn end(&self, visitor: &Visitor) {
         if let Entry::Session(id) = &visitor.entry {
             self.sessions.invalidate(id);
         }
-        cookie("", Duration::ZERO)
     }
 
     /// Whether this is the token. Whoever is wrong waits, of one address one after the other; nobody who is right

@@ -8,16 +8,16 @@ use maud::{Markup, html};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::dead::{At, Meant, gone, unavailable};
+use super::dead::{At, Target, gone, unavailable};
 use super::guard::Visitor;
 use super::layout::{Broken, ago, moment, prose, seal};
 use super::mask::Sight;
 use super::trial;
 use crate::amqp::dead_letters::letter::DeadLetter;
-use crate::amqp::dead_letters::select::groups;
+use crate::amqp::dead_letters::select::remedy;
 
 #[derive(Deserialize)]
-pub(super) struct Which {
+pub(super) struct Opening {
     id: String,
     /// What is asked for: `plan`, or `show` for personal data as well.
     #[serde(default)]
@@ -28,7 +28,7 @@ pub(super) struct Which {
 pub(super) async fn show(
     at: At,
     Extension(visitor): Extension<Visitor>,
-    Query(Which { id, .. }): Query<Which>,
+    Query(Opening { id, .. }): Query<Opening>,
 ) -> Result<Markup, Broken> {
     let letter = open(&at, id).await?;
     Ok(page(&at, &visitor, &letter, Sight::Masked, html! {}))
@@ -38,7 +38,7 @@ pub(super) async fn show(
 pub(super) async fn reveal(
     at: At,
     Extension(visitor): Extension<Visitor>,
-    Form(Which { id, ask }): Form<Which>,
+    Form(Opening { id, ask }): Form<Opening>,
 ) -> Result<Markup, Broken> {
     let sight = Sight::asked(ask == "show");
     let what = match sight {
@@ -65,8 +65,8 @@ async fn open(at: &At, id: String) -> Result<DeadLetter, Broken> {
 }
 
 fn page(at: &At, visitor: &Visitor, letter: &DeadLetter, sight: Sight, plan: Markup) -> Markup {
-    let group = Meant::Group(letter.fingerprint.clone());
-    let this = Meant::Id(letter.id.clone());
+    let group = Target::Group(letter.fingerprint.clone());
+    let this = Target::Id(letter.id.clone());
     at.frame("Dead letter", visitor).around(html! {
         p {
             a href=(at.place.path("dead")) { "All dead letters" } " › "
@@ -75,7 +75,7 @@ fn page(at: &At, visitor: &Visitor, letter: &DeadLetter, sight: Sight, plan: Mar
         section .card aria-labelledby="what" {
             h2 #what { "What happened" }
             @if let Some(error) = &letter.error { p { (error) } }
-            @for alike in groups([letter]) { p { strong { "What to do: " } (prose(alike.remedy)) } }
+            p { strong { "What to do: " } (prose(remedy(&letter.fingerprint))) }
             div .actions {
                 form method="post" action=(at.place.path("dead/message")) {
                     (seal(visitor))

@@ -28,7 +28,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::extract::{DefaultBodyLimit, Form, FromRequestParts, Path, Query, State as Shared};
 use axum::http::request::Parts;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Redirect, Response};
 use axum::routing::{get, post};
 use axum::{Extension, Router, middleware};
@@ -185,22 +185,31 @@ async fn sign_in_form(Extension(visitor): Extension<Visitor>) -> Response {
 async fn sign_in(
     Shared(office): Shared<Office>,
     Extension(visitor): Extension<Visitor>,
+    headers: HeaderMap,
     Form(Credentials { token, who, to }): Form<Credentials>,
 ) -> Response {
     // Only to a page of ours, and nothing that could be more than the value of a header.
     let is_ours = (to == HOME || to.starts_with("/page/")) && to.bytes().all(|byte| byte.is_ascii_graphic());
     let to = if is_ours { to } else { HOME.to_owned() };
     match office.0.guard.sign_in(&visitor, &token, &who).await {
-        Ok(cookie) => redirect(&to, &cookie),
+        Ok(cookie) => redirect(&headers, &to, cookie),
         Err(why) => (StatusCode::UNAUTHORIZED, layout::sign_in(&visitor, &to, Some(why))).into_response(),
     }
 }
 
-async fn sign_out(Shared(office): Shared<Office>, Extension(visitor): Extension<Visitor>) -> Response {
-    redirect(HOME, &office.0.guard.sign_out(&visitor))
+async fn sign_out(
+    Shared(office): Shared<Office>,
+    Extension(visitor): Extension<Visitor>,
+    headers: HeaderMap,
+) -> Response {
+    redirect(&headers, HOME, office.0.guard.sign_out(&visitor))
 }
 
 /// Sends a browser elsewhere, with a cookie.
-fn redirect(to: &str, cookie: &str) -> Response {
-    (StatusCode::SEE_OTHER, [(header::LOCATION, to), (header::SET_COOKIE, cookie)]).into_response()
+fn redirect(headers: &HeaderMap, to: &str, mut cookie: String) -> Response {
+    // Something in front of us speaks TLS: then the cookie never travels without.
+    if headers.get(header::ORIGIN).is_some_and(|origin| origin.as_bytes().starts_with(b"https://")) {
+        cookie.push_str("; Secure");
+    }
+    (StatusCode::SEE_OTHER, [(header::LOCATION, to), (header::SET_COOKIE, &cookie)]).into_response()
 }

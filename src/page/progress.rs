@@ -9,9 +9,9 @@ use jiff::SignedDuration;
 use maud::{Markup, html};
 
 use super::Place;
-use super::dead::{At, Meant};
+use super::dead::{At, Target};
 use super::guard::Visitor;
-use super::layout::{Frame, Wishes, ago, counts, follow, seal, span};
+use super::layout::{Frame, Wishes, ago, counts, follow, seal, sentence, span};
 use super::workbench::Job;
 use crate::amqp::dead_letters::replay::{End, Progress, Stage};
 
@@ -52,7 +52,12 @@ fn bar(job: &Job) -> Markup {
     let is_steady = matches!(progress.stage, Stage::Going | Stage::Finishing);
     let left = left.and_then(|left| SignedDuration::try_from(left).ok()).filter(|_| is_steady);
     html! {
-        p role="status" { strong { (stage(&progress)) } }
+        @if !job.is_over() {
+            p role="status" {
+                strong { (sentence(&progress.in_words())) }
+                @if progress.stage == Stage::Canary { " The others wait for it." }
+            }
+        }
         @if progress.matched > 0 {
             progress max=(progress.matched) value=(ended) aria-label="Replayed" {}
         }
@@ -64,20 +69,6 @@ fn bar(job: &Job) -> Markup {
                 div { dt { "Time left" } dd { (span(left)) } }
             }
         }
-    }
-}
-
-fn stage(progress: &Progress) -> String {
-    let ahead = progress.ahead.filter(|ahead| *ahead > 0);
-    let ahead = ahead.map(|ahead| format!(", {ahead} messages before it")).unwrap_or_default();
-    match &progress.stage {
-        Stage::Looking => "Looking for them".to_owned(),
-        Stage::Waiting => "Another operator is at the dead letters; it goes on afterwards".to_owned(),
-        Stage::Canary => format!("The first is under way{ahead}; the others wait for it"),
-        Stage::Going => "Replaying".to_owned(),
-        Stage::Finishing => "All are sent; the last are under way".to_owned(),
-        Stage::Reconnecting => "The connection to RabbitMQ was lost; connecting again".to_owned(),
-        Stage::Over(_) => "Ended".to_owned(),
     }
 }
 
@@ -95,32 +86,23 @@ fn going(at: &At, visitor: &Visitor) -> Markup {
 fn over(job: &Job, place: &Place) -> Markup {
     let progress = job.progress();
     let rest = progress.matched.saturating_sub(progress.sent);
-    let (kind, told) = match (job.failure(), &progress.stage) {
-        (Some(failure), _) => ("bad", failure),
-        (None, Stage::Over(End::Done)) if progress.matched == 0 => ("so-so", "There was nothing to replay."),
-        (None, Stage::Over(End::Done)) if progress.failed_again() == 0 => {
-            ("good", "Done: none failed again.")
-        }
-        (None, Stage::Over(End::Done)) => ("so-so", "Done, and some failed again."),
-        (None, Stage::Over(End::CanaryFailed)) => {
-            ("bad", "The first one failed again, so nothing else was sent.")
-        }
-        (None, Stage::Over(End::FailedAlike)) => {
-            ("bad", "Stopped, as what went wrong before goes wrong again.")
-        }
-        (None, Stage::Over(End::Silent)) => (
-            "so-so",
-            "No worker told what became of them: they were sent, and are worked on when their turn comes.",
-        ),
-        (None, Stage::Over(End::Stopped)) => ("so-so", "Stopped. Replay them again to go on."),
-        (None, _) => ("bad", "It ended by a defect of close-sync, which the log tells of."),
+    let end = if let Stage::Over(end) = &progress.stage { Some(end) } else { None };
+    let told = match (job.failure(), end) {
+        (Some(failure), _) => failure.to_owned(),
+        (None, Some(_)) => progress.in_words(),
+        (None, None) => "it ended by a defect of close-sync, which the log tells of".to_owned(),
+    };
+    let kind = match end {
+        Some(End::Done) if progress.matched > 0 && progress.failed_again() == 0 => "good",
+        Some(End::Done | End::Silent | End::Stopped) => "so-so",
+        Some(End::CanaryFailed | End::FailedAlike) | None => "bad",
     };
     html! {
-        p .notice.(kind) role="status" { (told) }
+        p .notice.(kind) role="status" { (sentence(&told)) }
         @if rest > 0 { p { (rest) " were not sent and are still dead letters." } }
         @if let Some(again) = &progress.again {
             p {
-                "Failed again: " a href=(Meant::Id(again.id.to_string()).path(place, "dead/message")) { (again.fingerprint) }
+                "Failed again: " a href=(Target::Id(again.id.to_string()).path(place, "dead/message")) { (again.fingerprint) }
                 ", " (again.error)
             }
         }

@@ -1,10 +1,10 @@
 //! The dead letters of one destination, as several pages and several operators work on them.
 //!
-//! A look takes all dead letters off the queue for a moment, so what it found is kept for some seconds: loading a
-//! page again is no work. A look goes on when whoever asked has gone, so that no message is in hand for longer than
-//! needed. Of each group only the oldest are kept.
+//! A look takes all dead letters off the queue for a moment, so there is one at a time, and what it found is kept for
+//! some seconds: loading a page again is no work. A look goes on when whoever asked has gone, so that no message is in
+//! hand for longer than needed. Of each group only the oldest are kept.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -15,10 +15,10 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::guard::Visitor;
-use crate::amqp::dead_letters::browse::{Fate, Sifted, sift};
+use crate::amqp::dead_letters::browse::{Fate, Sifted, find, sift};
 use crate::amqp::dead_letters::letter::DeadLetter;
 use crate::amqp::dead_letters::replay::{Order, Progress, replay};
-use crate::amqp::dead_letters::select::{Filter, Group, groups};
+use crate::amqp::dead_letters::select::{Filter, Group, Groups, Selection};
 use crate::amqp::{BrokerError, Settings, close, topology};
 
 /// How long what a look found is good for.
@@ -29,9 +29,6 @@ pub(super) const KEPT: usize = 1000;
 const OPENED: u64 = 16;
 /// How long a look is waited for: another operator may be at it.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// As `close-sync dlq replay` does it by default: so many under way, and so long without news of them.
-const AT_ONCE: usize = 32;
-const NEWS: Duration = Duration::from_mins(10);
 
 /// What a look found.
 #[derive(Default)]
@@ -47,17 +44,20 @@ pub(super) struct Listing {
 }
 
 impl Listing {
-    fn new(sifted: Sifted, mut letters: Vec<DeadLetter>) -> Self {
-        let groups = groups(&letters);
-        letters.sort_by_key(|letter| letter.failed_at);
-        let mut kept: HashMap<String, Vec<DeadLetter>> = HashMap::new();
-        for letter in letters {
-            let alike = kept.entry(letter.fingerprint.clone()).or_default();
-            if alike.len() < KEPT {
-                alike.push(letter);
+    async fn look(amqp: &Settings) -> Result<Self, BrokerError> {
+        let (mut groups, mut letters) = (Groups::default(), HashMap::<String, Vec<DeadLetter>>::new());
+        let keep = |letter: &DeadLetter| {
+            groups.add(letter);
+            let alike = letters.entry(letter.fingerprint.clone()).or_default();
+            alike.push(letter.without_body());
+            if alike.len() == 2 * KEPT {
+                oldest(alike);
             }
-        }
-        Self { found: sifted.found, replaying: sifted.replaying, groups, letters: kept }
+            Fate::Back
+        };
+        let Sifted { found, replaying, .. } = sift(amqp, &Selection::default(), keep, &mut |_| {}).await?;
+        letters.values_mut().for_each(oldest);
+        Ok(Self { found, replaying, groups: groups.sorted(), letters })
     }
 
     /// A group, and the oldest of its dead letters.
@@ -65,6 +65,11 @@ impl Listing {
         let group = self.groups.iter().find(|group| group.fingerprint == fingerprint)?;
         Some((group, self.letters.get(fingerprint).map(Vec::as_slice).unwrap_or_default()))
     }
+}
+
+fn oldest(letters: &mut Vec<DeadLetter>) {
+    letters.sort_by_key(|letter| letter.failed_at);
+    letters.truncate(KEPT);
 }
 
 /// What somebody wants to replay.
@@ -115,8 +120,8 @@ impl Job {
     }
 }
 
-/// What was found a moment ago.
-struct Kept<T>(Mutex<Option<(Instant, T)>>);
+/// What was found a moment ago, or why nothing was.
+struct Kept<T>(Mutex<Option<(Instant, Result<T, String>)>>);
 
 impl<T> Default for Kept<T> {
     fn default() -> Self {
@@ -129,11 +134,11 @@ impl<T: Clone> Kept<T> {
     async fn or(&self, look: impl Future<Output = Result<T, BrokerError>>) -> Result<T, String> {
         let mut kept = self.0.lock().await;
         if let Some((_, found)) = kept.as_ref().filter(|(looked, _)| looked.elapsed() < FRESH) {
-            return Ok(found.clone());
+            return found.clone();
         }
-        let found = look.await.map_err(|error| error.to_string())?;
+        let found = look.await.map_err(|error| error.to_string());
         *kept = Some((Instant::now(), found.clone()));
-        Ok(found)
+        found
     }
 }
 
@@ -141,15 +146,26 @@ impl<T: Clone> Kept<T> {
 pub(super) struct Workbench {
     listing: Kept<Arc<Listing>>,
     backlog: Kept<Option<u32>>,
-    opened: Cache<String, DeadLetter>,
+    /// Those that were opened a moment ago, or were not there.
+    opened: Cache<String, Option<DeadLetter>>,
+    /// Ids that the next look is to open.
+    wanted: std::sync::Mutex<BTreeSet<String>>,
+    /// Whoever has it looks.
+    look: Mutex<()>,
     job: std::sync::Mutex<Option<Arc<Job>>>,
 }
 
 impl Default for Workbench {
     fn default() -> Self {
         let opened = Cache::builder().max_capacity(OPENED).time_to_live(FRESH).build();
-        let (listing, backlog) = (Kept::default(), Kept::default());
-        Self { listing, backlog, opened, job: std::sync::Mutex::default() }
+        Self {
+            listing: Kept::default(),
+            backlog: Kept::default(),
+            opened,
+            wanted: std::sync::Mutex::default(),
+            look: Mutex::default(),
+            job: std::sync::Mutex::default(),
+        }
     }
 }
 
@@ -162,13 +178,8 @@ impl Workbench {
         let bench = Arc::clone(self);
         finish(async move {
             let look = async {
-                let mut letters = Vec::new();
-                let keep = |letter: &DeadLetter| {
-                    letters.push(letter.without_body());
-                    Fate::Back
-                };
-                let sifted = sift(&amqp, keep, &mut |_| {}).await?;
-                Ok(Arc::new(Listing::new(sifted, letters)))
+                let _alone = bench.look.lock().await;
+                Listing::look(&amqp).await.map(Arc::new)
             };
             bench.listing.or(look).await
         })
@@ -203,47 +214,44 @@ impl Workbench {
         id: String,
     ) -> Result<Option<DeadLetter>, String> {
         if let Some(known) = self.opened.get(&id) {
-            return Ok(Some(known));
+            return Ok(known);
         }
+        self.wanted.lock().unwrap_or_else(PoisonError::into_inner).insert(id.clone());
         let bench = Arc::clone(self);
         finish(async move {
-            let mut found = None;
-            let seek = |letter: &DeadLetter| {
-                if found.is_none() && letter.id == id {
-                    found = Some(letter.clone());
-                }
-                Fate::Back
-            };
-            sift(&amqp, seek, &mut |_| {}).await.map_err(|error| error.to_string())?;
-            if let Some(letter) = &found {
-                bench.opened.insert(id, letter.clone());
+            let _alone = bench.look.lock().await;
+            // Somebody else's look may have found it meanwhile.
+            if let Some(known) = bench.opened.get(&id) {
+                return Ok(known);
             }
-            Ok(found)
+            let wanted = std::mem::take(&mut *bench.wanted.lock().unwrap_or_else(PoisonError::into_inner));
+            let ids = wanted.into_iter().chain([id.clone()]).collect();
+            let (found, _) = find(&amqp, &ids, &mut |_| {}).await.map_err(|error| error.to_string())?;
+            let this = found.get(&id).cloned();
+            for id in ids {
+                let letter = found.get(&id).cloned();
+                bench.opened.insert(id, letter);
+            }
+            Ok(this)
         })
         .await
     }
 
-    /// Deletes those meant, and no more than `limit`. Tells how many.
+    /// Deletes those meant. Tells how many.
     ///
     /// # Errors
     /// Those of [`Workbench::listing`].
     pub(super) async fn discard(
         self: &Arc<Self>,
         amqp: Arc<Settings>,
-        filter: Filter,
-        limit: usize,
+        which: Selection,
     ) -> Result<usize, String> {
         let bench = Arc::clone(self);
         finish(async move {
-            let mut left = limit;
-            let decide = |letter: &DeadLetter| {
-                if left == 0 || !filter.matches(letter) {
-                    return Fate::Back;
-                }
-                left -= 1;
-                Fate::Remove
+            let sifted = {
+                let _alone = bench.look.lock().await;
+                sift(&amqp, &which, |_| Fate::Remove, &mut |_| {}).await
             };
-            let sifted = sift(&amqp, decide, &mut |_| {}).await;
             bench.forget().await;
             sifted.map(|sifted| sifted.removed).map_err(|error| error.to_string())
         })
@@ -262,8 +270,7 @@ impl Workbench {
         if current.as_ref().is_some_and(|job| !job.is_over()) {
             return false;
         }
-        let order =
-            Order { filter, limit: usize::MAX, at_once: AT_ONCE, keep_going: false, patience: Some(NEWS) };
+        let order = Order::from(Selection::from(filter));
         let (told, progress) = watch::channel(Progress::default());
         let job = Arc::new(Job {
             what,

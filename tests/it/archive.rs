@@ -8,25 +8,12 @@ use serde_json::{Value, json};
 
 use crate::support::{Bench, env, identify};
 
-/// Exit code, standard output and standard error.
-async fn told(bench: &Bench, arguments: &[&str], input: &str) -> (Option<i32>, String, String) {
-    let output = bench.run(arguments, input.as_bytes()).await;
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    (output.status.code(), text(output.stdout), text(output.stderr))
-}
-
 /// One dead letter that no mapping takes, and its id.
 async fn nobody(event: Value) -> (Bench, String) {
     let bench = Bench::new().await;
     bench.sync(&[event]).await;
-    let id = ids(&bench).await.remove(0);
+    let id = bench.dead_ids().await.remove(0);
     (bench, id)
-}
-
-async fn ids(bench: &Bench) -> Vec<String> {
-    let listed: Value = serde_json::from_str(&bench.output(&["dlq", "list", "--json"]).await).unwrap();
-    let letters = listed["dead_letters"].as_array().unwrap().iter();
-    letters.map(|letter| letter["id"].as_str().unwrap().to_owned()).collect()
 }
 
 async fn shown(bench: &Bench, id: &str) -> Value {
@@ -44,10 +31,10 @@ async fn a_dead_letter_is_edited_and_then_succeeds() {
         refused("no JSON object", "\"text\""),
     ] {
         arguments[2] = &id;
-        let (code, _, told) = told(&bench, &arguments, "").await;
+        let (code, _, told) = bench.told(&arguments, "").await;
         assert!(code == Some(2) && told.contains(words), "{told}");
     }
-    let (_, _, words) = told(&bench, &["dlq", "edit", &id, "--patch", "{}"], "").await;
+    let (_, _, words) = bench.told(&["dlq", "edit", &id, "--patch", "{}"], "").await;
     assert_eq!(words, "nothing was changed\n");
     assert_eq!(shown(&bench, &id).await["edited_at"], Value::Null);
 
@@ -73,13 +60,13 @@ async fn a_dead_letter_is_edited_and_then_succeeds() {
         (&now["reason"], &now["replays"], &now["plan"]["outcome"]),
         (&json!("no_identity"), &json!(0), &json!("created"))
     );
-    assert!(now["edited_at"].is_string() && ids(&bench).await == [id.as_str()]);
+    assert!(now["edited_at"].is_string() && bench.dead_ids().await == [id.as_str()]);
 
     let worker = bench.worker().await;
     assert_eq!(bench.output(&["dlq", "replay", "--id", &id]).await, "replayed 1; 1 created\n");
     assert_eq!(bench.the_lead()["contacts"][0]["title"], "Dr");
     worker.terminate().await;
-    let (code, _, words) = told(&bench, &["dlq", "edit", &id, "--patch", "{}"], "").await;
+    let (code, _, words) = bench.told(&["dlq", "edit", &id, "--patch", "{}"], "").await;
     assert!(code == Some(2) && words.contains("there is no dead letter"), "{words}");
 }
 
@@ -88,7 +75,7 @@ async fn a_dead_letter_is_edited_and_then_succeeds() {
 async fn an_editor_is_opened() {
     let (bench, id) = nobody(json!({"type": "identify", "traits": {"name": "Ines"}})).await;
     let mut bench = bench.set("PATH", &env("PATH").unwrap());
-    let (code, _, words) = told(&bench, &["dlq", "edit", &id], "").await;
+    let (code, _, words) = bench.told(&["dlq", "edit", &id], "").await;
     assert!(code == Some(2) && words.contains("neither VISUAL nor EDITOR"), "{words}");
     for (editor, expected, words) in [
         ("true", Some(0), "nothing was changed"),
@@ -97,7 +84,7 @@ async fn an_editor_is_opened() {
         ("sed -i '1s/{/{\"userId\": \"u7\",/'", Some(0), "dlq replay --id"),
     ] {
         bench = bench.set("EDITOR", editor);
-        let (code, _, told) = told(&bench, &["dlq", "edit", &id], "").await;
+        let (code, _, told) = bench.told(&["dlq", "edit", &id], "").await;
         assert!(code == expected && told.contains(words), "{editor}: {told}");
     }
     assert_eq!(shown(&bench, &id).await["body"]["userId"], "u7");
@@ -152,7 +139,7 @@ async fn what_is_exported_is_restored_exactly() {
         ),
         ("imported 0, replaced 1, 2 were there already\n", exported.clone()),
     ] {
-        let (code, told, words) = told(&bench, &["dlq", "import", "-"], &file).await;
+        let (code, told, words) = bench.told(&["dlq", "import", "-"], &file).await;
         assert_eq!((code, told.as_str()), (Some(0), expected), "{words}");
     }
     let mut after = take_all(&bench).await;
@@ -187,7 +174,7 @@ async fn an_id_that_occurs_twice_costs_nothing() {
     };
     let import = async |bodies: &[&str]| {
         let lines: Vec<_> = bodies.iter().map(|body| line(body)).collect();
-        told(&bench, &["dlq", "import", "-"], &lines.join("\n")).await.1
+        bench.told(&["dlq", "import", "-"], &lines.join("\n")).await.1
     };
     let bodies = async || {
         let lines = bench.output(&["dlq", "export"]).await;
@@ -228,7 +215,7 @@ async fn a_file_that_is_broken_somewhere_does_nothing() {
             "header `a` cannot be read",
         ),
     ] {
-        let (code, _, told) = told(&bench, &["dlq", "import", "-"], &format!("{good}\n{line}\n")).await;
+        let (code, _, told) = bench.told(&["dlq", "import", "-"], &format!("{good}\n{line}\n")).await;
         assert!(code == Some(2) && told.contains(words) && told.contains("nothing was imported"), "{told}");
     }
     assert_eq!(bench.depth(".dead").await, 0);
@@ -256,9 +243,9 @@ async fn what_the_broker_gave_up_on_is_told_as_such() {
     let listed = bench.output(&["dlq", "list"]).await;
     assert!(listed.contains("broker:rejected:-") && listed.contains("RabbitMQ gave up on them"), "{listed}");
     let exported = bench.output(&["dlq", "export", "--fingerprint", "broker"]).await;
-    let id = ids(&bench).await.remove(0);
+    let id = bench.dead_ids().await.remove(0);
     bench.output(&["dlq", "discard", "--id", &id, "--yes"]).await;
-    told(&bench, &["dlq", "import", "-"], &exported).await;
+    bench.told(&["dlq", "import", "-"], &exported).await;
     let restored = shown(&bench, &id).await;
     assert_eq!(
         (&restored["fingerprint"], &restored["message_id"]),
@@ -293,7 +280,7 @@ async fn dead_letters_are_chosen_by_what_they_are_about() {
         line("c", 3, "exhausted:write:-", about(json!("u3"), "c3", "c@x.example")),
         line("d", 4, "malformed:decode:-", json!("no event")),
     ];
-    told(&bench, &["dlq", "import", "-"], &lines.join("\n")).await;
+    bench.told(&["dlq", "import", "-"], &lines.join("\n")).await;
     for (arguments, meant) in [
         (&["--reason", "rejected"][..], "ab"),
         (&["--reason", "rejected", "--reason", "malformed"], "abd"),
@@ -320,7 +307,7 @@ async fn dead_letters_are_chosen_by_what_they_are_about() {
             .collect();
         assert_eq!((ids.as_str(), &listed["found"]), (meant, &json!(4)), "{arguments:?}");
     }
-    let (code, _, words) = told(&bench, &["dlq", "list", "--since", "yesterday"], "").await;
+    let (code, _, words) = bench.told(&["dlq", "list", "--since", "yesterday"], "").await;
     assert!(code == Some(2) && words.contains("neither a time"), "{words}");
     let groups: Value =
         serde_json::from_str(&bench.output(&["dlq", "list", "--json", "--company-id", "c1"]).await).unwrap();

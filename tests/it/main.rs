@@ -17,6 +17,7 @@ mod duplicates;
 mod failures;
 mod faults;
 mod fuzz;
+mod mending;
 mod model;
 mod nodes;
 mod order;

@@ -87,13 +87,6 @@ fn login(bench: Bench, user: &str) -> Bench {
     bench.set("AMQP_URL", &url)
 }
 
-/// Standard output and standard error of a command, and its exit code.
-async fn told(bench: &Bench, arguments: &[&str], input: &[u8]) -> (Option<i32>, String) {
-    let output = bench.run(arguments, input).await;
-    let text = [output.stdout, output.stderr].concat();
-    (output.status.code(), String::from_utf8(text).unwrap())
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn each_user_may_do_its_work_and_no_more() {
     let node = Node::start().await;
@@ -104,7 +97,7 @@ async fn each_user_may_do_its_work_and_no_more() {
 
     // What was imported is what `declare` would have made: nothing is in conflict.
     let setup = login(bench().await, "setup");
-    let (code, text) = told(&setup, &["check"], b"").await;
+    let (code, text) = setup.words(&["check"], "").await;
     assert!(code == Some(0) && text.contains("queue `close-sync`: 0 messages ready"), "{text}");
     // The binding is there, too: what producers publish arrives.
     let worker = login(bench().await, "worker").set("AMQP_TOPOLOGY", "check");
@@ -114,7 +107,7 @@ async fn each_user_may_do_its_work_and_no_more() {
     let short =
         |bench: Bench| bench.set("RETRY_DELAYS", "[\"200ms\", \"400ms\"]").set("RETRY_IN_PLACE", "0s");
     let worker = short(worker);
-    let (code, text) = told(&worker, &["check"], b"").await;
+    let (code, text) = worker.words(&["check"], "").await;
     assert!(code == Some(78) && text.contains("lacks queue `close-sync.retry.200ms`"), "{text}");
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), definitions(&settings(&worker))).unwrap();
@@ -132,7 +125,7 @@ async fn each_user_may_do_its_work_and_no_more() {
     let operator = login(bench().await, "operator");
     let letters: Value = serde_json::from_str(&operator.output(&["dlq", "list", "--json"]).await).unwrap();
     assert_eq!(letters["groups"][0]["reason"], "no_identity");
-    let (code, text) = told(&operator, &["dlq", "replay", "--all"], b"").await;
+    let (code, text) = operator.words(&["dlq", "replay", "--all"], "").await;
     assert!(code == Some(1) && text.contains("the first one failed again"), "{text}");
     assert_eq!(running.settled(5).await.outcome("dead"), 2);
     running.terminate().await;
@@ -140,7 +133,7 @@ async fn each_user_may_do_its_work_and_no_more() {
     // And no more.
     let event = identify("u3", json!({})).to_string();
     for user in ["worker", "operator"] {
-        let (code, text) = told(&login(bench().await, user), &["publish", "-"], event.as_bytes()).await;
+        let (code, text) = login(bench().await, user).words(&["publish", "-"], &event).await;
         assert!(code == Some(69) && text.contains("does not permit this"), "{user}: {text}");
     }
     let operator = short(operator).set("AMQP_TOPOLOGY", "check");
@@ -157,7 +150,7 @@ async fn a_worker_that_may_not_declare_says_what_to_do() {
     let bench = Bench::on(&node.url, Settings::fast()).await.named("identify", "close-sync");
     let bench = login(bench.unset("RETRY_DELAYS"), "worker");
     let remedy = "set `amqp.topology = \"check\"`";
-    let (code, text) = told(&bench, &["check"], b"").await;
+    let (code, text) = bench.words(&["check"], "").await;
     assert!(code == Some(78) && text.contains("does not let us declare") && text.contains(remedy), "{text}");
 
     let worker = bench.starting_worker();

@@ -2,61 +2,16 @@
 
 use std::collections::BTreeSet;
 use std::io::Write;
-use std::process::Output;
 use std::time::{Duration, Instant};
 
 use close_sync::simulator::{Effect, Fault, FaultBody, When};
 use serde_json::{Value, json};
 
+use crate::support::dead_letters::ids;
 use crate::support::{Bench, Proxy, Worker, identify, people};
 
-/// A line for `dlq import`: the `number`th dead letter, about this event.
-fn line(number: usize, event: &Value) -> String {
-    let at = jiff::Timestamp::UNIX_EPOCH + Duration::from_secs(1_700_000_000 + number as u64);
-    let line = json!({
-        "properties": {"message_id": format!("m{number}")},
-        "headers": {
-            "x-close-sync-dead-letter-id": format!("dead-{number}"), "x-close-sync-reason": "rejected",
-            "x-close-sync-stage": "write", "x-close-sync-fingerprint": "rejected:write:name",
-            "x-close-sync-failed-at": at.to_string(), "x-close-sync-first-seen": at.to_string(),
-            "x-close-sync-attempt": 1,
-        },
-        "body": event.to_string(),
-    });
-    line.to_string()
-}
-
-/// A bench whose dead-letter queue holds these events.
-async fn dead(events: &[Value]) -> Bench {
-    let bench = Bench::new().await;
-    bench.worker().await.terminate().await;
-    import(&bench, events).await;
-    bench
-}
-
-async fn import(bench: &Bench, events: &[Value]) {
-    let lines: Vec<_> = events.iter().enumerate().map(|(number, event)| line(number, event)).collect();
-    let imported = bench.run(&["dlq", "import", "-"], lines.join("\n").as_bytes()).await;
-    assert_eq!(
-        text(imported),
-        (Some(0), format!("imported {}, replaced 0, 0 were there already\n", events.len()))
-    );
-}
-
-fn text(Output { status, stdout, stderr }: Output) -> (Option<i32>, String) {
-    (status.code(), String::from_utf8([stdout, stderr].concat()).unwrap())
-}
-
-/// The ids of the dead letters in the order of the queue.
-async fn queue(bench: &Bench) -> Vec<String> {
-    let lines = bench.output(&["dlq", "export"]).await;
-    let id = |line: &str| serde_json::from_str::<Value>(line).unwrap()["id"].as_str().unwrap().to_owned();
-    lines.lines().map(id).collect()
-}
-
-fn ids(count: usize) -> Vec<String> {
-    (0..count).map(|number| format!("dead-{number}")).collect()
-}
+/// What Close takes for a new Lead, so that there is something to be in the middle of.
+const SLOW: Duration = Duration::from_millis(100);
 
 /// Waits until as many Leads are there.
 async fn leads(bench: &Bench, worker: &Worker, count: usize) {
@@ -65,8 +20,8 @@ async fn leads(bench: &Bench, worker: &Worker, count: usize) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn whoever_looks_sees_all_of_them_however_many_look_at_once() {
-    let bench = dead(&people(300)).await;
-    let looks = (0..6).map(|_| queue(&bench));
+    let bench = Bench::dead_people(300).await;
+    let looks = (0..6).map(|_| bench.dead_ids());
     for seen in futures_util::future::join_all(looks).await {
         assert!(seen == ids(300), "{seen:?}");
     }
@@ -74,28 +29,29 @@ async fn whoever_looks_sees_all_of_them_however_many_look_at_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn looking_that_is_killed_leaves_everything_in_its_place() {
-    let bench = dead(&people(3000)).await;
+    let bench = Bench::dead_people(3000).await;
     for _ in 0..3 {
         let looking = bench.starting(&["dlq", "list"]);
         looking.until("looking", async |_| bench.depth(".dead").await < 3000).await;
         looking.kill().await;
         bench.depth_becomes(".dead", 3000).await;
     }
-    assert!(queue(&bench).await == ids(3000));
+    assert!(bench.dead_ids().await == ids(3000));
 }
 
 /// Killed again and again, it goes on where it was.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replay_that_is_killed_loses_nothing_and_doubles_nobody() {
-    let bench = dead(&people(60)).await;
-    bench.simulator.fault(Fault::new(Effect::Latency { ms: 20 }).on("POST", "/lead/"));
+    let bench = Bench::dead_people(60).await;
+    bench.slow(SLOW);
     let worker = bench.worker().await;
     for reached in [5, 15, 30] {
         let replay = bench.starting(&["dlq", "replay", "--all", "--at-once", "4"]);
         leads(&bench, &worker, reached).await;
         replay.kill().await;
+        worker.until("in the middle", async |_| bench.depth(".dead").await > 0).await;
     }
-    let rest = text(bench.run(&["dlq", "replay", "--all"], b"").await);
+    let rest = bench.words(&["dlq", "replay", "--all"], "").await;
     assert_eq!(rest.0, Some(0), "{rest:?}");
     // Those that were under way when it was killed nobody waits for.
     leads(&bench, &worker, 60).await;
@@ -108,15 +64,15 @@ async fn a_replay_that_is_killed_loses_nothing_and_doubles_nobody() {
 /// The second waits for the first, also when that is killed, and each dead letter is replayed by one of them.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_replays_take_turns() {
-    let bench = dead(&people(40)).await;
-    bench.simulator.fault(Fault::new(Effect::Latency { ms: 20 }).on("POST", "/lead/"));
+    let bench = Bench::dead_people(40).await;
+    bench.slow(SLOW);
     let worker = bench.worker().await;
     let first = bench.starting(&["dlq", "replay", "--all", "--at-once", "1"]);
     leads(&bench, &worker, 3).await;
     let second = bench.starting(&["dlq", "replay", "--all", "--at-once", "1"]);
     second.until("waiting", async |second| second.logged("another operator") == 1).await;
     // Looking goes on meanwhile.
-    let (code, words) = text(bench.run(&["dlq", "list"], b"").await);
+    let (code, words) = bench.words(&["dlq", "list"], "").await;
     assert!(code == Some(0) && words.contains("a replay is under way"), "{words}");
     leads(&bench, &worker, 10).await;
     first.kill().await;
@@ -137,7 +93,7 @@ async fn a_replay_under_live_traffic_overwrites_nothing_newer() {
         event
     };
     let old: Vec<_> = (0..40).map(|number| about(number, 2023, "Old")).collect();
-    let bench = dead(&old).await;
+    let bench = Bench::dead(&old).await;
     let worker = bench.worker().await;
     let replay = bench.starting(&["dlq", "replay", "--all", "--at-once", "4"]);
     for number in 0..40 {
@@ -152,33 +108,26 @@ async fn a_replay_under_live_traffic_overwrites_nothing_newer() {
     worker.terminate().await;
 }
 
-/// Close refuses Leads whose event has this in it.
-fn refuse(bench: &Bench, containing: &str) {
-    let refusal = json!({"errors": [], "field-errors": {"name": "This field is required."}});
-    let effect = Effect::Status { code: 400, body: FaultBody::Exactly(refusal), when: When::BeforeCommit };
-    bench.simulator.fault(Fault::new(effect).on("POST", "/lead/").containing(containing));
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn it_stops_at_the_first_that_fails_as_before() {
     let mut events = people(30);
     for bad in [0, 9, 20] {
         events[bad] = identify(&format!("u{bad}"), json!({"company": {"id": "bad"}}));
     }
-    let bench = dead(&events).await;
-    refuse(&bench, "bad");
+    let bench = Bench::dead(&events).await;
+    bench.refuse("bad");
     let worker = bench.worker().await;
     // The first fails: nothing else is sent.
-    let (code, words) = text(bench.run(&["dlq", "replay", "--all"], b"").await);
+    let (code, words) = bench.words(&["dlq", "replay", "--all"], "").await;
     assert!(code == Some(1) && words.starts_with("replayed 1; 1 dead; 29 not sent\n"), "{words}");
     assert!(words.contains("rejected:write:name") && words.contains("the first one failed again"), "{words}");
     let metrics = worker.metrics().await;
     assert_eq!(metrics.outcomes(), [("dead", 1)].into());
     assert_eq!(metrics.count("messages_replayed_total{outcome=\"dead\"}"), 1);
-    assert_eq!(queue(&bench).await[..29], ids(30)[1..]);
+    assert_eq!(bench.dead_ids().await[..29], ids(30)[1..]);
 
     // It is the last now. Of the others the tenth fails as it did before.
-    let (code, words) = text(bench.run(&["dlq", "replay", "--all", "--at-once", "1"], b"").await);
+    let (code, words) = bench.words(&["dlq", "replay", "--all", "--at-once", "1"], "").await;
     assert!(code == Some(1) && words.starts_with("replayed 9; 8 created, 1 dead; 21 not sent\n"), "{words}");
     assert!(words.contains("stopped"), "{words}");
     let output = bench.run(&["dlq", "replay", "--all", "--keep-going", "--json"], b"").await;
@@ -189,7 +138,7 @@ async fn it_stops_at_the_first_that_fails_as_before() {
 
     // Mended.
     bench.simulator.clear_faults();
-    let (code, words) = text(bench.run(&["dlq", "replay", "--reason", "rejected"], b"").await);
+    let (code, words) = bench.words(&["dlq", "replay", "--reason", "rejected"], "").await;
     assert!(code == Some(0) && words.starts_with("replayed 3; 2 added, 1 created\n"), "{words}");
     assert_eq!(bench.depth(".dead").await, 0);
     worker.terminate().await;
@@ -198,18 +147,18 @@ async fn it_stops_at_the_first_that_fails_as_before() {
 /// What waits in a delay queue is waited for; what is stopped goes on.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_delayed_is_waited_for_and_ctrl_c_stops_in_order() {
-    let bench = dead(&people(20)).await.set("RETRY_IN_PLACE", "0s");
+    let bench = Bench::dead_people(20).await.set("RETRY_IN_PLACE", "0s");
     let unavailable = Effect::Status { code: 500, body: FaultBody::default(), when: When::BeforeCommit };
     bench.simulator.fault(Fault::new(unavailable).on("POST", "/lead/").times(1));
-    bench.simulator.fault(Fault::new(Effect::Latency { ms: 20 }).on("POST", "/lead/"));
+    bench.slow(SLOW);
     let worker = bench.worker().await;
     let replay = bench.starting(&["dlq", "replay", "--all", "--at-once", "1"]);
     leads(&bench, &worker, 3).await;
     replay.signal("INT");
     assert_eq!(replay.ended().await.code(), Some(1), "{}", replay.log());
-    assert_eq!(replay.logged("the same command goes on"), 1, "{}", replay.log());
+    assert_eq!(replay.logged("replaying the same again goes on"), 1, "{}", replay.log());
     assert_eq!(worker.metrics().await.outcome("delayed"), 1);
-    let left = queue(&bench).await;
+    let left = bench.dead_ids().await;
     assert!(left.len() >= 10 && left[..] == ids(20)[20 - left.len()..], "{left:?}");
     bench.output(&["dlq", "replay", "--all"]).await;
     leads(&bench, &worker, 20).await;
@@ -219,8 +168,8 @@ async fn what_is_delayed_is_waited_for_and_ctrl_c_stops_in_order() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_connection_is_made_anew() {
-    let bench = dead(&people(30)).await;
-    bench.simulator.fault(Fault::new(Effect::Latency { ms: 20 }).on("POST", "/lead/"));
+    let bench = Bench::dead_people(30).await;
+    bench.slow(SLOW);
     let worker = bench.worker().await;
     let proxy = Proxy::start(&bench.amqp_url).await;
     let bench = bench.set("AMQP_URL", &proxy.url);
@@ -234,7 +183,7 @@ async fn a_lost_connection_is_made_anew() {
     assert!(replay.logged("connecting again") >= 1, "{}", replay.log());
     let unheard = replay.logged("no worker told what became of") == 1;
     assert_eq!(end, Some(if unheard { 69 } else { 0 }), "{}", replay.log());
-    let rest = text(bench.run(&["dlq", "replay", "--all"], b"").await);
+    let rest = bench.words(&["dlq", "replay", "--all"], "").await;
     assert_eq!(rest.0, Some(0), "{rest:?}");
     leads(&bench, &worker, 30).await;
     bench.assert_each_once(30);
@@ -247,7 +196,7 @@ async fn a_lost_connection_is_made_anew() {
 async fn ten_thousand_are_no_burden() {
     const MANY: usize = 10_000;
     let started = Instant::now();
-    let bench = dead(&people(MANY)).await;
+    let bench = Bench::dead_people(MANY).await;
     let imported = started.elapsed();
     let started = Instant::now();
     let looking = bench.starting(&["dlq", "list"]);

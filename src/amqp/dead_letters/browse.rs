@@ -8,11 +8,16 @@
 //! **One at a time.** While one operator has taken everything, another would see an empty queue. So whoever looks
 //! holds an exclusive queue of a known name meanwhile, which RabbitMQ takes away with the connection: a killed
 //! process locks nobody out. A look at 10,000 takes a second, and the others wait for it.
+//!
+//! **One id, one dead letter.** An edit that was killed after the edited copy was confirmed, and before the old one
+//! was deleted, is finished by whoever looks next: the copy that was edited last is the one that counts.
 
-use std::collections::VecDeque;
+use std::cmp::Ordering;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
 use futures_util::StreamExt;
+use jiff::Timestamp;
 use lapin::options::{
     BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions,
     QueueDeclareOptions, QueueDeleteOptions,
@@ -22,6 +27,7 @@ use lapin::{Acker, Channel, Connection, ErrorKind};
 use tokio::time::Instant;
 
 use super::letter::DeadLetter;
+use super::select::{Filter, Selection};
 use crate::amqp::{BrokerError, LAST_ACKS, Settings, close, in_time, topology};
 
 /// What to do with one dead letter.
@@ -40,8 +46,10 @@ pub enum Fate {
 pub enum Step {
     /// Another operator looks; it is our turn afterwards.
     Waiting,
-    /// One of so many was looked at.
+    /// So many were looked at.
     Looked {
+        /// Dead letters so far.
+        at: usize,
         /// Dead letters at the start.
         of: u32,
     },
@@ -59,9 +67,11 @@ pub(super) struct Operator<'a> {
 /// What came of a look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sifted {
-    /// Dead letters looked at.
+    /// Dead letters in the queue.
     pub found: usize,
-    /// Those deleted.
+    /// Those meant.
+    pub matched: usize,
+    /// Those of them that were deleted.
     pub removed: usize,
     /// Somebody replays: what they have in hand was not among them.
     pub replaying: bool,
@@ -69,7 +79,12 @@ pub struct Sifted {
 
 /// All dead letters, while nobody else can look at any.
 pub(super) struct Hand {
-    sifted: Sifted,
+    /// How many they are.
+    found: usize,
+    /// How many were deleted as it was decided.
+    removed: usize,
+    /// Since when it has them all.
+    pub(super) since: Instant,
     /// Those held, oldest first.
     held: VecDeque<Held>,
     /// Those that go back, in their order.
@@ -82,7 +97,32 @@ pub(super) struct Hand {
 /// One that is held.
 pub(super) struct Held {
     pub(super) letter: DeadLetter,
+    tag: DeliveryTag,
     acker: Acker,
+}
+
+/// Copies of one dead letter, of which all but one were edited since.
+#[derive(Default)]
+struct Copies {
+    /// The one that counts, of each id.
+    latest: HashMap<String, (Option<Timestamp>, DeliveryTag)>,
+    outdated: Vec<DeliveryTag>,
+}
+
+impl Copies {
+    fn note(&mut self, letter: &DeadLetter, tag: DeliveryTag) {
+        let this = (letter.edited_at, tag);
+        let Some(other) = self.latest.insert(letter.id.clone(), this) else { return };
+        match this.0.cmp(&other.0) {
+            Ordering::Greater => self.outdated.push(other.1),
+            Ordering::Less => {
+                self.outdated.push(tag);
+                self.latest.insert(letter.id.clone(), other);
+            }
+            // Whoever put them there gave them one id.
+            Ordering::Equal => {}
+        }
+    }
 }
 
 /// Their bodies are in memory until they are looked at.
@@ -92,22 +132,60 @@ const QUIET: Duration = Duration::from_secs(5);
 /// How long another operator is waited for.
 const TURN: Duration = Duration::from_mins(2);
 
-/// Looks at all dead letters, and does with each what `decide` says.
+/// Looks at all dead letters, and does with each of those meant what `decide` says.
 ///
 /// # Errors
 /// When the broker is gone: then everything is in its place, but what was deleted.
 pub async fn sift(
     settings: &Settings,
-    decide: impl FnMut(&DeadLetter) -> Fate + Send,
+    which: &Selection,
+    mut decide: impl FnMut(&DeadLetter) -> Fate + Send,
     watch: &mut Watch<'_>,
 ) -> Result<Sifted, BrokerError> {
     let operator = Operator::connect(settings, "close-sync dlq").await?;
     let replaying = is_claimed(&operator.connection, &settings.replay()).await?;
-    let hand = operator.take(decide, watch).await?;
-    let sifted = Sifted { replaying, ..hand.sifted };
+    let is_meant = |letter: &DeadLetter| which.filter.matches(letter);
+    let (most, newest) = match which.limit {
+        None => (usize::MAX, Some(Timestamp::MAX)),
+        Some(limit) => {
+            let oldest = operator.oldest(limit, is_meant, watch).await?;
+            (oldest.len(), oldest.last().copied().flatten())
+        }
+    };
+    let mut matched = 0;
+    let among = |letter: &DeadLetter| {
+        if matched == most || letter.failed_at > newest || !is_meant(letter) {
+            return Fate::Back;
+        }
+        matched += 1;
+        decide(letter)
+    };
+    let hand = operator.take(among, watch).await?;
+    let sifted = Sifted { found: hand.found, matched, removed: hand.removed, replaying };
     hand.close().await;
     operator.leave().await;
     Ok(sifted)
+}
+
+/// Looks for the dead letters of these ids, and tells what it saw.
+///
+/// # Errors
+/// Those of [`sift`].
+pub async fn find(
+    settings: &Settings,
+    ids: &BTreeSet<String>,
+    watch: &mut Watch<'_>,
+) -> Result<(BTreeMap<String, DeadLetter>, Sifted), BrokerError> {
+    let mut found: BTreeMap<String, DeadLetter> = BTreeMap::new();
+    let seek = |letter: &DeadLetter| {
+        if found.get(&letter.id).is_none_or(|other| other.edited_at < letter.edited_at) {
+            found.insert(letter.id.clone(), letter.clone());
+        }
+        Fate::Back
+    };
+    let filter = Filter { ids: ids.clone(), ..Filter::default() };
+    let sifted = sift(settings, &filter.into(), seek, watch).await?;
+    Ok((found, sifted))
 }
 
 impl<'a> Operator<'a> {
@@ -127,7 +205,9 @@ impl<'a> Operator<'a> {
         let desk = claim(&self.connection, &name, TURN, busy, &mut || watch(Step::Waiting)).await?;
         let channel = self.connection.create_channel().await?;
         let mut hand = Hand {
-            sifted: Sifted { found: 0, removed: 0, replaying: false },
+            found: 0,
+            removed: 0,
+            since: Instant::now(),
             held: VecDeque::new(),
             back: Vec::new(),
             channel,
@@ -151,15 +231,15 @@ impl<'a> Operator<'a> {
     ) -> Result<(), BrokerError> {
         let depth = in_time(topology::depth(&self.connection, &self.settings.dead())).await?;
         let ready = depth.map_or(0, |depth| depth.ready);
-        let mut removed = Vec::new();
-        while let Some(left) = usize::try_from(ready).unwrap_or(usize::MAX).checked_sub(hand.sifted.found)
+        let (mut removed, mut copies) = (HashSet::new(), Copies::default());
+        while let Some(left) = usize::try_from(ready).unwrap_or(usize::MAX).checked_sub(hand.found)
             && left > 0
         {
             // So many are on their way to us at a time. They stay this consumer's until they are settled; the next one
             // goes on from there, with a tag that sorts behind: in the order of tags they are given back.
             let credit = u16::try_from(left).unwrap_or(u16::MAX).min(AT_A_TIME);
             let mut took = 0;
-            let tag = format!("look-{:09}", hand.sifted.found);
+            let tag = format!("look-{:09}", hand.found);
             let (queue, options) = (self.settings.dead(), BasicConsumeOptions::default());
             let mut deliveries = in_time(async {
                 hand.channel.basic_qos(credit, BasicQosOptions::default()).await?;
@@ -173,14 +253,16 @@ impl<'a> Operator<'a> {
                 let delivery = delivery.ok_or(BrokerError::Cancelled)??;
                 took += 1;
                 let letter = DeadLetter::read(&delivery);
+                let tag = delivery.delivery_tag;
+                copies.note(&letter, tag);
                 match decide(&letter) {
-                    Fate::Back => hand.back.push(delivery.delivery_tag),
-                    Fate::Hold => hand.held.push_back(Held { letter, acker: delivery.acker }),
-                    Fate::Remove => removed.push(delivery.delivery_tag),
+                    Fate::Back => hand.back.push(tag),
+                    Fate::Hold => hand.held.push_back(Held { letter, tag, acker: delivery.acker }),
+                    Fate::Remove => _ = removed.insert(tag),
                 }
-                watch(Step::Looked { of: ready });
+                hand.found += 1;
+                watch(Step::Looked { at: hand.found, of: ready });
             }
-            hand.sifted.found += usize::from(took);
             // Before anything is given back: it would come again at once.
             let cancel = hand.channel.basic_cancel(tag.as_str().into(), BasicCancelOptions::default());
             in_time(async { Ok(cancel.await?) }).await?;
@@ -188,12 +270,34 @@ impl<'a> Operator<'a> {
                 break;
             }
         }
-        for tag in &removed {
-            hand.channel.basic_ack(*tag, BasicAckOptions::default()).await?;
+        hand.since = Instant::now();
+        hand.removed = removed.len();
+        removed.extend(&copies.outdated);
+        hand.back.retain(|tag| !removed.contains(tag));
+        hand.held.retain(|held| !removed.contains(&held.tag));
+        for tag in removed {
+            hand.channel.basic_ack(tag, BasicAckOptions::default()).await?;
         }
-        hand.sifted.removed = removed.len();
         hand.held.make_contiguous().sort_by_key(|held| held.letter.failed_at);
         Ok(())
+    }
+
+    /// When those meant failed, at most so many of them and the oldest first.
+    pub(super) async fn oldest(
+        &self,
+        limit: usize,
+        is_meant: impl Fn(&DeadLetter) -> bool + Send + Sync,
+        watch: &mut Watch<'_>,
+    ) -> Result<Vec<Option<Timestamp>>, BrokerError> {
+        let mut times = Vec::new();
+        let note = |letter: &DeadLetter| {
+            times.extend(is_meant(letter).then_some(letter.failed_at));
+            Fate::Back
+        };
+        self.take(note, watch).await?.close().await;
+        times.sort_unstable();
+        times.truncate(limit);
+        Ok(times)
     }
 
     /// Closes the connection.
@@ -203,6 +307,16 @@ impl<'a> Operator<'a> {
 }
 
 impl Hand {
+    /// Whether none is held.
+    pub(super) fn is_empty(&self) -> bool {
+        self.held.is_empty()
+    }
+
+    /// When those held failed, the oldest first.
+    pub(super) fn times(&self) -> impl DoubleEndedIterator<Item = Option<Timestamp>> {
+        self.held.iter().map(|held| held.letter.failed_at)
+    }
+
     /// Takes the oldest of those held.
     pub(super) fn next(&mut self) -> Option<Held> {
         self.held.pop_front()

@@ -10,20 +10,29 @@ use super::letter::DeadLetter;
 use crate::amqp::publisher::{Publisher, Sent};
 use crate::amqp::{BrokerError, Settings, close, headers};
 
-/// The body of a producer is kept in a header, where the producer's own headers have to fit in, too.
+/// In bytes. What its producer sent is kept in a header, where the producer's own headers have to fit in, too.
 pub const LARGEST_ORIGINAL: usize = 32 << 10;
+
+/// Whether what its producer sent can be kept with an edited body.
+pub fn is_editable(letter: &DeadLetter) -> bool {
+    letter.original().is_some() || letter.body.len() <= LARGEST_ORIGINAL
+}
 
 /// Puts another body in place of a dead letter's, keeping what its producer sent in a header. `false` if it is not
 /// there any more, or has another body than `seen`.
 ///
 /// # Errors
-/// When the broker is gone, or does not take the message: then it stays as it was.
+/// When the broker is gone, or does not take the message, or it is not [editable](is_editable): then it stays as it
+/// was.
 pub async fn edit(
     settings: &Settings,
     seen: &DeadLetter,
     body: &[u8],
     watch: &mut Watch<'_>,
 ) -> Result<bool, BrokerError> {
+    if !is_editable(seen) {
+        return Err(BrokerError::TooLarge(format!("the body has more than {LARGEST_ORIGINAL} bytes")));
+    }
     let operator = Operator::connect(settings, "close-sync dlq").await?;
     let publishing = settings.connect("close-sync dlq publish").await?;
     let publisher = Publisher::new(&publishing).await?;

@@ -6,8 +6,8 @@
 //! they look in a file; [`mend`] puts edited and restored ones back.
 //!
 //! **Nothing is lost.** A dead letter is acked only after its successor is confirmed, be it a replay or an edited
-//! copy: whoever is killed in between leaves both, never neither. A replay too many changes nothing in Close; after an
-//! edit that was killed, the copy that was not edited is there as well, under the same id, until one of the two is imported.
+//! copy: whoever is killed in between leaves both, never neither. A replay too many changes nothing in Close; an edit that
+//! was killed is finished by whoever looks next ([`browse`]); an import that was killed is repeated.
 
 pub mod archive;
 pub mod browse;

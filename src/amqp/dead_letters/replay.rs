@@ -6,11 +6,10 @@
 //! anyway ([`crate::close::Priority`]). As soon as one fails in a way that is known already, it stops: whatever was
 //! to be mended is not.
 //!
-//! **In portions**, those first that failed first. So many are in hand at a time that each is sent long before RabbitMQ
-//! would take them away (`consumer_timeout`, 30 minutes), unless those under way wait in a delay queue for as long: then
-//! the rest goes back, and is taken anew. The others are in the queue for everybody to see. What is in hand when
-//! the process is killed goes back, what was sent is in the work queue: replaying again goes on from there. A lost
-//! connection is made anew.
+//! **In portions**, those first that failed first. What cannot be sent soon goes back, and is taken anew when there is
+//! room: RabbitMQ would take it away (`consumer_timeout`, 30 minutes), and what is in the queue everybody sees. What is
+//! in hand when the process is killed goes back, what was sent is in the work queue: replaying again goes on from
+//! there. A lost connection is made anew.
 //!
 //! **One replay at a time**: whoever comes second waits. What fails again meanwhile is a new dead letter, known by
 //! the replay it came from, and is left for the next replay. Older values do not overwrite newer ones: that is the
@@ -31,26 +30,39 @@ use uuid::Uuid;
 
 use super::browse::{Fate, Hand, Held, Operator, Step, claim};
 use super::letter::DeadLetter;
-use super::select::Filter;
+use super::select::Selection;
 use crate::amqp::news::{Again, Replayed};
 use crate::amqp::publisher::Publisher;
 use crate::amqp::topology::{NOW, REPLAYED};
 use crate::amqp::{BrokerError, Settings, close, headers, in_time, topology};
 use crate::retry::Pauses;
+use crate::words::count;
 
 /// What is to be replayed, and how.
 #[derive(Clone, Debug)]
 pub struct Order {
     /// Which dead letters.
-    pub filter: Filter,
-    /// At most this many, oldest first.
-    pub limit: usize,
+    pub which: Selection,
     /// So many are under way at most.
     pub at_once: usize,
     /// Whether to go on when they fail again.
     pub keep_going: bool,
     /// How long to wait for news of those under way. `None`: send all at once, and wait for nothing.
     pub patience: Option<Duration>,
+}
+
+impl Order {
+    /// Under way at most, unless said otherwise.
+    pub const AT_ONCE: u16 = 32;
+    /// Patience, unless said otherwise.
+    pub const PATIENCE: Duration = Duration::from_mins(10);
+}
+
+impl From<Selection> for Order {
+    fn from(which: Selection) -> Self {
+        let at_once = Self::AT_ONCE.into();
+        Self { which, at_once, keep_going: false, patience: Some(Self::PATIENCE) }
+    }
 }
 
 /// How far a replay has come.
@@ -110,6 +122,35 @@ pub enum End {
 }
 
 impl Progress {
+    /// What it is doing, for people.
+    pub fn in_words(&self) -> String {
+        match &self.stage {
+            Stage::Canary => match self.ahead.filter(|ahead| *ahead > 0) {
+                Some(ahead) => {
+                    format!("the first is under way, {} before it", count(ahead, "message", "messages"))
+                }
+                None => "the first is under way".to_owned(),
+            },
+            Stage::Looking => "looking for them".to_owned(),
+            Stage::Waiting => "waiting for another operator".to_owned(),
+            Stage::Going => "replaying".to_owned(),
+            Stage::Finishing => "waiting for the last".to_owned(),
+            Stage::Reconnecting => "reconnecting to RabbitMQ".to_owned(),
+            Stage::Over(End::Done) if self.matched == 0 => "there was nothing to replay".to_owned(),
+            Stage::Over(End::Done) if self.failed_again() == 0 => "done: none failed again".to_owned(),
+            Stage::Over(End::Done) => "done, and some failed again".to_owned(),
+            Stage::Over(End::CanaryFailed) => {
+                "the first one failed again, so nothing else was sent".to_owned()
+            }
+            Stage::Over(End::FailedAlike) => "stopped, as what went wrong before goes wrong again".to_owned(),
+            Stage::Over(End::Silent) => {
+                "no worker told what became of them: they were sent, and are worked on when their turn comes"
+                    .to_owned()
+            }
+            Stage::Over(End::Stopped) => "stopped; replaying the same again goes on".to_owned(),
+        }
+    }
+
     /// Those that failed again.
     pub fn failed_again(&self) -> usize {
         self.outcomes.get("dead").copied().unwrap_or(0)
@@ -125,6 +166,8 @@ impl Progress {
 const PORTION: usize = 500;
 /// Their bytes.
 const PORTION_BYTES: usize = 32 << 20;
+/// How long they are.
+const IN_HAND: Duration = Duration::from_secs(30);
 /// How long those under way are waited for after the end.
 const LAST_NEWS: Duration = Duration::from_secs(30);
 /// How often the work queue is looked at while nothing is heard.
@@ -166,6 +209,9 @@ pub async fn replay(
                     (pauses, lost) = (Pauses::reconnect(), None);
                 }
                 let since = *lost.get_or_insert_with(Instant::now);
+                if matches!(error, BrokerError::Busy(_)) {
+                    continue;
+                }
                 let gone = matches!(error, BrokerError::Lost(_) | BrokerError::Unreachable(_));
                 if !gone || replay.sent.is_empty() || since.elapsed() > RECONNECTING {
                     return Err(error);
@@ -260,12 +306,15 @@ impl Replay<'_> {
             if times.is_empty() {
                 break End::Done;
             }
+            if let Some(end) = self.room(line, None, stop).await? {
+                break end;
+            }
             // What a look that is cut short has in hand goes back with the connection.
             let Some(hand) = stop.run_until_cancelled(self.take(operator, &mut times)).await else {
                 break End::Stopped;
             };
             let mut hand = hand?;
-            let sent = self.portion(&mut hand, line, stop).await;
+            let sent = self.portion(&mut hand, &mut times, line, stop).await;
             // Also after an error: what is in hand has its place in the queue.
             hand.close().await;
             if let Some(end) = sent? {
@@ -292,14 +341,8 @@ impl Replay<'_> {
     /// When those that are meant failed, the oldest first: in that order they are sent, whatever order the queue has.
     async fn times(&self, operator: &Operator<'_>) -> Result<VecDeque<Option<Timestamp>>, BrokerError> {
         self.tell(|progress| progress.stage = Stage::Looking);
-        let mut times = Vec::new();
-        let note = |letter: &DeadLetter| {
-            times.extend(self.is_meant(letter).then_some(letter.failed_at));
-            Fate::Back
-        };
-        operator.take(note, &mut self.watch()).await?.close().await;
-        times.sort_unstable();
-        times.truncate(self.order.limit.saturating_sub(self.sent.len()));
+        let left = self.order.which.limit.map_or(usize::MAX, |limit| limit.saturating_sub(self.sent.len()));
+        let times = operator.oldest(left, |letter| self.is_meant(letter), &mut self.watch()).await?;
         self.tell(|progress| progress.matched = self.sent.len() + times.len());
         Ok(times.into())
     }
@@ -334,7 +377,7 @@ impl Replay<'_> {
     /// What failed again during this run is left for the next one.
     fn is_meant(&self, letter: &DeadLetter) -> bool {
         let ours = letter.replay().is_some_and(|replay| self.sent.contains(&replay));
-        !ours && self.order.filter.matches(letter)
+        !ours && self.order.which.filter.matches(letter)
     }
 
     fn watch(&self) -> impl FnMut(Step) + Send {
@@ -351,32 +394,52 @@ impl Replay<'_> {
         self.order.patience.is_some() && !self.proven
     }
 
+    /// Waits until another one may be under way, or `until`. `Some` when nothing more is to be sent.
+    async fn room(
+        &mut self,
+        line: &mut Line<'_>,
+        until: Option<Instant>,
+        stop: &CancellationToken,
+    ) -> Result<Option<End>, BrokerError> {
+        while !self.has_room(line) && until.is_none_or(|until| Instant::now() < until) {
+            if let Some(end) = self.hear(line, self.deadline, stop).await? {
+                return Ok(Some(end));
+            }
+        }
+        Ok(stop.is_cancelled().then_some(End::Stopped))
+    }
+
+    fn has_room(&self, line: &Line<'_>) -> bool {
+        line.news.is_none() || self.under_way.len() < self.order.at_once
+    }
+
     /// Sends what is in hand. `Some` when that was the last.
     async fn portion(
         &mut self,
         hand: &mut Hand,
+        times: &mut VecDeque<Option<Timestamp>>,
         line: &mut Line<'_>,
         stop: &CancellationToken,
     ) -> Result<Option<End>, BrokerError> {
-        let Some(mut held) = hand.next() else { return Ok(None) };
         let stage = if self.is_canary() { Stage::Canary } else { Stage::Going };
         self.tell(|progress| progress.stage = stage);
         if !self.is_canary() {
             hand.let_go().await?;
         }
-        loop {
-            if stop.is_cancelled() {
-                return Ok(Some(End::Stopped));
+        let until = hand.since + IN_HAND;
+        while !hand.is_empty() {
+            if let Some(end) = self.room(line, Some(until), stop).await? {
+                return Ok(Some(end));
             }
-            self.send(held, line).await?;
-            let Some(next) = hand.next() else { return Ok(None) };
-            held = next;
-            while line.news.is_some() && self.under_way.len() >= self.order.at_once {
-                if let Some(end) = self.hear(line, self.deadline, stop).await? {
-                    return Ok(Some(end));
-                }
+            if Instant::now() > until {
+                hand.times().rev().for_each(|time| times.push_front(time));
+                return Ok(None);
+            }
+            if let Some(held) = hand.next() {
+                self.send(held, line).await?;
             }
         }
+        Ok(None)
     }
 
     /// Waits for what becomes of the first.

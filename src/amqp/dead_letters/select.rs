@@ -1,6 +1,6 @@
 //! Which dead letters are meant, and what they have in common. Pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use serde::Serialize;
@@ -10,7 +10,16 @@ use crate::domain::mapping::Rules;
 use crate::domain::record::fold_email;
 use crate::outcome::Reason;
 
-/// Which dead letters are meant: those that all of it holds for. Empty, all of them.
+/// Which dead letters are meant. By default, all of them.
+#[derive(Clone, Debug, Default)]
+pub struct Selection {
+    /// Those it matches,
+    pub filter: Filter,
+    /// and of these so many at most, those first that failed first.
+    pub limit: Option<usize>,
+}
+
+/// What dead letters have to be like: all of it holds. Empty, it matches all of them.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
     /// Any of these reasons.
@@ -20,7 +29,7 @@ pub struct Filter {
     /// Exactly this fingerprint.
     pub group: Option<String>,
     /// Any of these ids.
-    pub ids: Vec<String>,
+    pub ids: BTreeSet<String>,
     /// Dead-lettered at this time or later.
     pub since: Option<Timestamp>,
     /// Dead-lettered at this time or before.
@@ -42,8 +51,14 @@ pub struct About {
     pub email: Option<String>,
 }
 
+impl From<Filter> for Selection {
+    fn from(filter: Filter) -> Self {
+        Self { filter, limit: None }
+    }
+}
+
 impl Filter {
-    /// Whether a dead letter is meant.
+    /// Whether it matches a dead letter.
     pub fn matches(&self, letter: &DeadLetter) -> bool {
         let reason = || self.reasons.iter().any(|reason| Some(reason.label()) == letter.reason.as_deref());
         let alike = |wanted: &String| {
@@ -94,11 +109,15 @@ pub struct Group {
     pub remedy: &'static str,
 }
 
-/// Sorts dead letters by what they have in common, the most frequent first.
-pub fn groups<'a>(letters: impl IntoIterator<Item = &'a DeadLetter>) -> Vec<Group> {
-    let mut groups: BTreeMap<&str, Group> = BTreeMap::new();
-    for letter in letters {
-        let group = groups.entry(&letter.fingerprint).or_insert_with(|| Group::of(&letter.fingerprint));
+/// Dead letters, by what they have in common.
+#[derive(Default)]
+pub struct Groups(BTreeMap<String, Group>);
+
+impl Groups {
+    /// Counts one.
+    pub fn add(&mut self, letter: &DeadLetter) {
+        let fingerprint = &letter.fingerprint;
+        let group = self.0.entry(fingerprint.clone()).or_insert_with(|| Group::of(fingerprint));
         group.count += 1;
         group.failed_again += usize::from(letter.replays > 0);
         if let Some(at) = letter.failed_at {
@@ -109,37 +128,44 @@ pub fn groups<'a>(letters: impl IntoIterator<Item = &'a DeadLetter>) -> Vec<Grou
             group.error.clone_from(&letter.error);
         }
     }
-    let mut groups: Vec<_> = groups.into_values().collect();
-    groups.sort_by_key(|group| std::cmp::Reverse(group.count));
-    groups
+
+    /// The most frequent first.
+    pub fn sorted(self) -> Vec<Group> {
+        let mut groups: Vec<_> = self.0.into_values().collect();
+        groups.sort_by_key(|group| std::cmp::Reverse(group.count));
+        groups
+    }
+}
+
+/// What to do about dead letters that failed like this.
+pub fn remedy(fingerprint: &str) -> &'static str {
+    match reason_of(fingerprint) {
+        Some(reason) => reason.remedy(),
+        None if fingerprint.starts_with(BY_THE_BROKER) => {
+            "RabbitMQ gave up on them (its reason is the middle part of the name): look at the queue's limits \
+             and policies, and replay"
+        }
+        None => "another version of close-sync wrote this reason: look at one, and replay",
+    }
 }
 
 impl Group {
     fn of(fingerprint: &str) -> Self {
-        let reason = reason_of(fingerprint);
-        let remedy = match reason {
-            Some(reason) => reason.remedy(),
-            None if fingerprint.starts_with(BY_THE_BROKER) => {
-                "RabbitMQ gave up on them (its reason is the middle part of the name): look at the queue's limits \
-                 and policies, and replay"
-            }
-            None => "another version of close-sync wrote this reason: look at one, and replay",
-        };
         Self {
             fingerprint: fingerprint.to_owned(),
-            reason: reason.map(Reason::label),
+            reason: reason_of(fingerprint).map(Reason::label),
             count: 0,
             failed_again: 0,
             first: None,
             last: None,
             error: None,
-            remedy,
+            remedy: remedy(fingerprint),
         }
     }
 }
 
 /// The reason a fingerprint begins with.
-pub fn reason_of(fingerprint: &str) -> Option<Reason> {
+fn reason_of(fingerprint: &str) -> Option<Reason> {
     let label = fingerprint.split(':').next()?;
     Reason::ALL.into_iter().find(|reason| reason.label() == label)
 }

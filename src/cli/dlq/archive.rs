@@ -3,7 +3,7 @@
 use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
 
-use super::{Failure, Fate, Meant, bar, follow};
+use super::{Failure, Fate, Meant, UNFIT, follow, look};
 use crate::amqp::dead_letters::letter::DeadLetter;
 use crate::amqp::dead_letters::mend;
 use crate::cli::read;
@@ -46,7 +46,7 @@ pub(super) async fn export(args: &Export, destination: &Destination) -> Result<(
         }
         Fate::Back
     };
-    let (matched, sifted) = args.meant.each(destination, write).await?;
+    let sifted = args.meant.each(destination, write).await?;
     written.and_then(|()| file.flush()).map_err(cannot)?;
     if args.output.is_none() {
         let mut spool = file.into_inner().map_err(|error| cannot(error.into_error()))?;
@@ -54,10 +54,12 @@ pub(super) async fn export(args: &Export, destination: &Destination) -> Result<(
         copy.map_err(cannot)?;
     }
     anstream::eprintln!(
-        "exported {matched} of {}",
+        "exported {} of {}",
+        sifted.matched,
         count(sifted.found as u64, "dead letter", "dead letters")
     );
-    Ok(())
+    // Whoever keeps it instead of the queue has to know.
+    if sifted.replaying { Err(Failure::Told(UNFIT)) } else { Ok(()) }
 }
 
 /// It holds personal data.
@@ -68,7 +70,7 @@ fn new_file(path: &Path) -> std::io::Result<std::fs::File> {
 
 pub(super) async fn import(args: &Import, destination: &Destination) -> Result<(), Failure> {
     let letters = parse(&read(&args.file).await?)?;
-    let bar = bar("{msg}{wide_bar} {pos} of {len}, {eta} left");
+    let bar = look();
     let restored = mend::restore(&destination.amqp, &letters, &mut follow(&bar)).await;
     bar.finish_and_clear();
     let mend::Restored { added, replaced, present } = restored?;

@@ -7,8 +7,7 @@ use anstyle::AnsiColor;
 use serde_json::Value;
 use similar::{ChangeTag, TextDiff};
 
-use super::show::find;
-use super::{Failure, bar, follow};
+use super::{Failure, follow, look, open};
 use crate::amqp::dead_letters::mend;
 use crate::cli::read;
 use crate::config::{self, Destination};
@@ -30,8 +29,8 @@ pub(in crate::cli) struct Args {
 }
 
 pub(super) async fn edit(args: &Args, destination: &Destination) -> Result<(), Failure> {
-    let letter = find(&args.id, destination).await?;
-    if letter.body.len() > mend::LARGEST_ORIGINAL && letter.original().is_none() {
+    let letter = open(&args.id, destination).await?;
+    if !mend::is_editable(&letter) {
         return Err(Failure::Input(format!(
             "the body has {} bytes: more than {} cannot be kept with an edited one. Export it, edit the file and \
              import that: `close-sync dlq export --id {}`",
@@ -52,7 +51,7 @@ pub(super) async fn edit(args: &Args, destination: &Destination) -> Result<(), F
     if let Err(error) = serde_json::from_slice::<serde_json::Map<String, Value>>(&edited) {
         return Err(Failure::Input(format!("the new body is no JSON object ({error}); nothing was changed")));
     }
-    let bar = bar("{msg}{wide_bar} {pos} of {len}, {eta} left");
+    let bar = look();
     let there = mend::edit(&destination.amqp, &letter, &edited, &mut follow(&bar)).await;
     bar.finish_and_clear();
     if !there? {

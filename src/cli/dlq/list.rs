@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::{Failure, Fate, Meant};
 use crate::amqp::dead_letters::letter::DeadLetter;
-use crate::amqp::dead_letters::select::{Group, groups};
+use crate::amqp::dead_letters::select::{Group, Groups};
 use crate::config::Destination;
 
 #[derive(clap::Args)]
@@ -33,14 +33,15 @@ struct Listing {
 const A_FEW: usize = 20;
 
 pub(super) async fn list(args: &Args, destination: &Destination) -> Result<(), Failure> {
-    let mut letters = Vec::new();
+    let (mut groups, mut letters) = (Groups::default(), Vec::new());
     let keep = |letter: &DeadLetter| {
+        groups.add(letter);
         letters.push(letter.without_body());
         Fate::Back
     };
-    let (_, sifted) = args.meant.each(destination, keep).await?;
+    let sifted = args.meant.each(destination, keep).await?;
     letters.sort_by_key(|letter| letter.failed_at);
-    let listing = Listing { found: sifted.found, groups: groups(&letters), dead_letters: letters };
+    let listing = Listing { found: sifted.found, groups: groups.sorted(), dead_letters: letters };
     if args.json {
         anstream::println!("{}", serde_json::to_string_pretty(&listing).unwrap_or_default());
     } else {

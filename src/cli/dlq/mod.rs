@@ -10,10 +10,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use jiff::{SignedDuration, Timestamp};
 
 use super::{Failure, INPUT, UNFIT};
-use crate::amqp::Settings;
-use crate::amqp::dead_letters::browse::{Fate, Sifted, Step, sift};
+use crate::amqp::dead_letters::browse::{Fate, Sifted, Step, find, sift};
 use crate::amqp::dead_letters::letter::DeadLetter;
-use crate::amqp::dead_letters::select::{About, Filter};
+use crate::amqp::dead_letters::select::{About, Filter, Selection};
 use crate::config::{Config, Destination, Problems};
 use crate::domain::mapping::Rules;
 use crate::outcome::Reason;
@@ -106,7 +105,7 @@ fn moment(text: &str) -> Result<Timestamp, String> {
 }
 
 impl Meant {
-    fn filter(&self, rules: &Rules) -> Filter {
+    fn selection(&self, rules: &Rules) -> Selection {
         let Self { fingerprint, id, user_id, company_id, email, since, until, .. } = self;
         let about = [user_id, company_id, email].iter().any(|named| named.is_some());
         let about = about.then(|| About {
@@ -115,55 +114,53 @@ impl Meant {
             company_id: company_id.clone(),
             email: email.clone(),
         });
-        Filter {
+        let filter = Filter {
             reasons: Reason::ALL
                 .into_iter()
                 .filter(|known| self.reason.iter().any(|is| is == known.label()))
                 .collect(),
             fingerprints: fingerprint.clone(),
             group: None,
-            ids: id.clone(),
+            ids: id.iter().cloned().collect(),
             since: *since,
             until: *until,
             about,
-        }
+        };
+        Selection { filter, limit: self.limit }
     }
 
-    fn limit(&self) -> usize {
-        self.limit.unwrap_or(usize::MAX)
-    }
-
-    /// Looks at all, and does to those meant what `then` says.
+    /// Looks at those meant, and does to each what `then` says.
     async fn each(
         &self,
         Destination { amqp, rules, .. }: &Destination,
-        mut then: impl FnMut(&DeadLetter) -> Fate + Send,
-    ) -> Result<(usize, Sifted), Failure> {
-        let (filter, mut matched) = (self.filter(rules), 0);
-        let sifted = look(amqp, |letter| {
-            if matched == self.limit() || !filter.matches(letter) {
-                return Fate::Back;
-            }
-            matched += 1;
-            then(letter)
-        });
-        let sifted = sifted.await?;
+        then: impl FnMut(&DeadLetter) -> Fate + Send,
+    ) -> Result<Sifted, Failure> {
+        let bar = look();
+        let sifted = sift(amqp, &self.selection(rules), then, &mut follow(&bar)).await;
+        bar.finish_and_clear();
+        let sifted = sifted?;
         if sifted.replaying {
             anstream::eprintln!("a replay is under way: what it has in hand was not among them");
         }
-        Ok((matched, sifted))
+        Ok(sifted)
     }
 }
 
-/// Looks at all dead letters, with a progress bar on terminals.
-async fn look(
-    settings: &Settings,
-    decide: impl FnMut(&DeadLetter) -> Fate + Send,
-) -> Result<Sifted, Failure> {
-    let bar = bar("{msg}{wide_bar} {pos} of {len}, {eta} left");
-    let sifted = sift(settings, decide, &mut follow(&bar)).await;
+/// The dead letter of this id.
+async fn open(id: &str, Destination { amqp, .. }: &Destination) -> Result<DeadLetter, Failure> {
+    let bar = look();
+    let found = find(amqp, &[id.to_owned()].into(), &mut follow(&bar)).await;
     bar.finish_and_clear();
-    Ok(sifted?)
+    let (mut found, Sifted { replaying, .. }) = found?;
+    found.remove(id).ok_or_else(|| {
+        let hint = if replaying { ", but for those that the replay under way has in hand" } else { "" };
+        Failure::Input(format!("there is no dead letter `{id}`; `close-sync dlq list` names them{hint}"))
+    })
+}
+
+/// The bar of a look.
+fn look() -> ProgressBar {
+    bar("{msg}{wide_bar} {pos} of {len}, {eta} left")
 }
 
 fn follow(bar: &ProgressBar) -> impl FnMut(Step) + Send {
@@ -174,9 +171,9 @@ fn follow(bar: &ProgressBar) -> impl FnMut(Step) + Send {
             told = true;
             bar.suspend(|| anstream::eprintln!("another operator is looking at the dead letters; waiting"));
         }
-        Step::Looked { of } => {
+        Step::Looked { at, of } => {
             bar.set_length(of.into());
-            bar.inc(1);
+            bar.set_position(at as u64);
         }
     }
 }
@@ -212,16 +209,16 @@ pub(super) async fn dlq(
 
 async fn discard(which: &Which, yes: bool, destination: &Destination) -> Result<(), Failure> {
     let fate = if yes { Fate::Remove } else { Fate::Back };
-    let (matched, sifted) = which.meant.each(destination, |_| fate).await?;
+    let Sifted { found, matched, removed, .. } = which.meant.each(destination, |_| fate).await?;
     if matched == 0 {
         return nothing(&which.meant);
     }
     if yes {
-        anstream::println!("discarded {}, {} remain", sifted.removed, sifted.found - sifted.removed);
+        anstream::println!("discarded {removed}, {} remain", found - removed);
         return Ok(());
     }
     Err(Failure::Input(format!(
         "this would delete {matched} of {} for good; add --yes to do it, `close-sync dlq export` keeps a copy",
-        count(sifted.found as u64, "dead letter", "dead letters")
+        count(found as u64, "dead letter", "dead letters")
     )))
 }

@@ -8,7 +8,7 @@ use serde::Serialize;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::{Failure, Fate, UNFIT, Which, bar, nothing};
+use super::{Failure, Fate, Sifted, UNFIT, Which, bar, nothing};
 use crate::amqp::dead_letters::replay::{End, Order, Progress, Stage, replay as run};
 use crate::config::Destination;
 use crate::words::count;
@@ -32,7 +32,7 @@ pub(in crate::cli) struct Args {
     #[arg(long)]
     dry_run: bool,
     /// At most so many under way at a time: live messages stand behind them.
-    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = Order::AT_ONCE, value_parser = clap::value_parser!(u16).range(1..))]
     at_once: u16,
     /// Go on when they fail again.
     #[arg(long)]
@@ -57,16 +57,15 @@ fn time(text: &str) -> Result<Duration, String> {
 pub(super) async fn replay(args: &Args, destination: &Destination) -> Result<(), Failure> {
     let meant = &args.which.meant;
     if args.dry_run {
-        let (matched, sifted) = meant.each(destination, |_| Fate::Back).await?;
+        let Sifted { found, matched, .. } = meant.each(destination, |_| Fate::Back).await?;
         if matched == 0 {
             return nothing(meant);
         }
-        anstream::println!("would replay {matched} of {}; run without --dry-run to do it", sifted.found);
+        anstream::println!("would replay {matched} of {found}; run without --dry-run to do it");
         return Ok(());
     }
     let order = Order {
-        filter: meant.filter(&destination.rules),
-        limit: meant.limit(),
+        which: meant.selection(&destination.rules),
         at_once: args.at_once.into(),
         keep_going: args.keep_going,
         patience: (!args.no_wait).then_some(args.wait),
@@ -115,27 +114,13 @@ async fn show(mut progress: watch::Receiver<Progress>) {
         let now = progress.borrow_and_update().clone();
         bar.set_length(now.matched as u64);
         bar.set_position(now.ended() as u64);
-        bar.set_message(message(&now));
+        bar.set_message(now.in_words());
         if before.as_ref() != Some(&now.stage) {
             tell(&bar, &now);
         }
         before = Some(now.stage);
     }
     bar.finish_and_clear();
-}
-
-fn message(Progress { stage, ahead, .. }: &Progress) -> String {
-    let ahead =
-        ahead.filter(|ahead| *ahead > 0).map(|ahead| format!(" ({ahead} before it)")).unwrap_or_default();
-    match stage {
-        Stage::Waiting => "waiting for another operator".to_owned(),
-        Stage::Looking => "looking".to_owned(),
-        Stage::Canary => format!("the first{ahead}"),
-        Stage::Going => "replaying".to_owned(),
-        Stage::Finishing => "waiting for the last".to_owned(),
-        Stage::Reconnecting => "reconnecting".to_owned(),
-        Stage::Over(_) => String::new(),
-    }
 }
 
 /// What is worth a line.
@@ -206,18 +191,9 @@ fn conclude(progress: &Progress, end: &End) -> Result<(), Failure> {
     match end {
         End::Done if progress.failed_again() > 0 => Err(Failure::Told(UNFIT)),
         End::Done => Ok(()),
-        End::CanaryFailed => {
-            anstream::eprintln!("the first one failed again, so nothing else was sent");
-            Err(Failure::Told(UNFIT))
-        }
-        End::FailedAlike => {
-            anstream::eprintln!(
-                "stopped, as what went wrong before goes wrong again (--keep-going does not stop)"
-            );
-            Err(Failure::Told(UNFIT))
-        }
-        End::Stopped => {
-            anstream::eprintln!("stopped; the same command goes on");
+        End::CanaryFailed | End::FailedAlike | End::Stopped => {
+            let hint = if *end == End::FailedAlike { " (--keep-going does not stop)" } else { "" };
+            anstream::eprintln!("{}{hint}", progress.in_words());
             Err(Failure::Told(UNFIT))
         }
         End::Silent => {

@@ -3,12 +3,11 @@
 use serde_json::{Map, Value};
 
 use super::list::{plain_table, printable};
-use super::{Failure, Fate, look};
+use super::{Failure, open};
 use crate::amqp::dead_letters::letter::DeadLetter;
-use crate::amqp::dead_letters::select::reason_of;
+use crate::amqp::dead_letters::select::remedy;
 use crate::cli::{plan, single};
 use crate::config::{Config, Destination, Problems};
-use crate::outcome::Reason;
 use crate::report::{self, Report};
 
 #[derive(clap::Args)]
@@ -28,7 +27,7 @@ pub(super) async fn show(
     destination: &Destination,
     whole: impl FnOnce() -> Result<Config, Problems>,
 ) -> Result<(), Failure> {
-    let letter = find(&args.id, destination).await?;
+    let letter = open(&args.id, destination).await?;
     let plan = if args.no_plan { None } else { Some(plan(&letter, whole).await) };
     if args.json {
         anstream::println!("{}", serde_json::to_string_pretty(&as_json(&letter, plan)).unwrap_or_default());
@@ -36,21 +35,6 @@ pub(super) async fn show(
         print(&letter, plan);
     }
     Ok(())
-}
-
-/// The first dead letter of this id.
-pub(super) async fn find(id: &str, destination: &Destination) -> Result<DeadLetter, Failure> {
-    let mut found = None;
-    let seek = |letter: &DeadLetter| {
-        if found.is_none() && letter.id == id {
-            found = Some(letter.clone());
-        }
-        Fate::Back
-    };
-    look(&destination.amqp, seek).await?;
-    found.ok_or_else(|| {
-        Failure::Input(format!("there is no dead letter `{id}`; `close-sync dlq list` names them"))
-    })
 }
 
 /// What would become of it now, or why that is not known.
@@ -96,9 +80,7 @@ fn print(letter: &DeadLetter, plan: Option<Result<Report, String>>) {
     for (name, value) in whole.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null()) {
         table.add_row([name.clone(), text(value)]);
     }
-    if let Some(reason) = reason_of(&letter.fingerprint) {
-        table.add_row(["what to do", Reason::remedy(reason)]);
-    }
+    table.add_row(["what to do", remedy(&letter.fingerprint)]);
     let (properties, headers) = letter.carried();
     let told = |name: &str| name.starts_with("x-close-sync-") || name == "message_id";
     for (kind, carried) in [("property", properties), ("header", headers)] {

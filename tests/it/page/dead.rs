@@ -2,43 +2,15 @@
 
 use std::time::Duration;
 
-use close_sync::simulator::{Effect, Fault, FaultBody, When};
 use lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::FieldTable;
 use reqwest::StatusCode;
 use reqwest::header::LOCATION;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::{Browser, Page, TOKEN, closed, open};
-use crate::support::{Bench, identify, people};
-
-/// A line for `dlq import`: a dead letter with this id, about this event.
-fn line(number: u64, id: &str, event: &Value) -> String {
-    let at = jiff::Timestamp::UNIX_EPOCH + Duration::from_secs(1_700_000_000 + number);
-    let line = json!({
-        "properties": {"message_id": format!("message of {id}")},
-        "headers": {
-            "x-close-sync-dead-letter-id": id, "x-close-sync-reason": "rejected", "x-close-sync-stage": "write",
-            "x-close-sync-fingerprint": "rejected:write:name", "x-close-sync-error": "Close refused the name",
-            "x-close-sync-decision": "nobody_known; steps: create lead (name)",
-            "x-close-sync-failed-at": at.to_string(), "x-close-sync-first-seen": at.to_string(),
-            "x-close-sync-attempt": 1, "x-from": "ada@example.test",
-        },
-        "body": event.to_string(),
-    });
-    line.to_string()
-}
-
-async fn import(bench: &Bench, lines: &[String]) {
-    let imported = bench.run(&["dlq", "import", "-"], lines.join("\n").as_bytes()).await;
-    assert!(imported.status.success(), "{imported:?}");
-}
-
-/// Dead letters of so many people, `dead-0` the oldest.
-async fn dead(bench: &Bench, count: usize) {
-    let lines = people(count).into_iter().zip(0..).map(|(event, n)| line(n, &format!("dead-{n}"), &event));
-    import(bench, &lines.collect::<Vec<_>>()).await;
-}
+use crate::support::dead_letters::{line, lines};
+use crate::support::{identify, people};
 
 /// The address behind the first link or form that contains a text.
 #[track_caller]
@@ -61,20 +33,13 @@ async fn ended(browser: &Browser) -> Page {
     }
 }
 
-/// Close refuses every new Lead, naming a field.
-fn refuse(bench: &Bench) {
-    let refusal = json!({"errors": [], "field-errors": {"name": "This field is required."}});
-    let effect = Effect::Status { code: 400, body: FaultBody::Exactly(refusal), when: When::BeforeCommit };
-    bench.simulator.fault(Fault::new(effect).on("POST", "/lead/"));
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn from_the_group_to_one_message_to_its_replay() {
     let bench = closed().await;
     let worker = bench.worker().await;
     let browser = Browser::signed_in(&worker).await;
     browser.get("/page/-/dead").await.assert_has(&["There are no dead letters"]);
-    refuse(&bench);
+    bench.refuse("");
     bench.publish(&[identify("u1", json!({"name": "Ada Lovelace", "company": {"id": "c1"}}))]).await;
     bench.publish(&[json!({"type": "identify"})]).await;
     worker.settled(2).await;
@@ -139,15 +104,15 @@ async fn from_the_group_to_one_message_to_its_replay() {
 async fn a_group_is_replayed_and_can_be_stopped() {
     let bench = open().await;
     let worker = bench.worker().await;
-    dead(&bench, 120).await;
+    bench.import(&lines(&people(120))).await;
     let browser = Browser::of(&worker).await;
     let group = browser.get(&link(&browser.get("/page/-/dead").await, "dead/group")).await;
     group.assert_has(&[r#"<strong class="big">120</strong>"#, "Page 1 of 3", "<code>dead-0</code>"]);
     group.assert_lacks(&["<code>dead-50</code>"]);
     let last = browser.get(&link(&group, "dead/group?").replace("page=1", "page=9")).await;
     last.assert_has(&["Page 3 of 3", "<code>dead-119</code>"]);
-    // Close is slow, so that it can be stopped in the middle.
-    bench.simulator.fault(Fault::new(Effect::Latency { ms: 300 }).on("POST", "/lead/"));
+    // So that it can be stopped in the middle.
+    bench.slow(Duration::from_secs(4));
     let go = [("group", "rejected:write:name"), ("count", "120")];
     let ask = link(&group, "dead/replay");
     browser.submit(&ask, "/page/-/dead/replay", &go).await;
@@ -158,11 +123,14 @@ async fn a_group_is_replayed_and_can_be_stopped() {
         .await
         .assert_has(&["http-equiv=\"refresh\" content=\"2\"", "Stop</button>"]);
     browser.get("/page/-/dead/progress?still=1").await.assert_lacks(&["http-equiv=\"refresh\""]);
-    worker.until("under way", async |_| bench.simulator.leads().len() > 2).await;
+    worker.until("under way", async |_| !bench.simulator.leads().is_empty()).await;
     browser.get("/page/-/dead").await.assert_has(&["is under way"]);
     browser.submit("/page/-/dead/progress", "/page/-/dead/stop", &[]).await;
     let over = ended(&browser).await;
-    over.assert_has(&["Stopped. Replay them again to go on", "were not sent and are still dead letters"]);
+    over.assert_has(&[
+        "Stopped; replaying the same again goes on.",
+        "were not sent and are still dead letters",
+    ]);
     bench.simulator.clear_faults();
     browser.submit(&ask, "/page/-/dead/replay", &go).await;
     ended(&browser).await.assert_has(&["Done: none failed again"]);
@@ -175,7 +143,7 @@ async fn a_group_is_replayed_and_can_be_stopped() {
 async fn no_more_are_discarded_than_were_agreed_to() {
     let bench = open().await;
     let worker = bench.worker().await;
-    dead(&bench, 5).await;
+    bench.import(&lines(&people(5))).await;
     let browser = Browser::of(&worker).await;
     let ask = "/page/-/dead/discard?group=rejected%3Awrite%3Aname";
     browser.get(ask).await.assert_has(&["<h1>Discard?", "5 messages", r#"name="count" value="5""#]);
@@ -188,18 +156,28 @@ async fn no_more_are_discarded_than_were_agreed_to() {
         StatusCode::OK
     );
     bench.depth_becomes(".dead", 5).await;
+    // What failed since is not among them, nor is what was told as the number.
+    let until = browser.get(ask).await.text;
+    let (_, until) = until.split_once(r#"name="until" value=""#).unwrap();
+    let until = until.split('"').next().unwrap();
+    bench.import(&line("new", 9, &json!({}))).await;
+    let few = [few[0], few[1], ("until", until)];
     let done = browser.submit(ask, to, &few).await;
     assert_eq!((done.status, done.header(LOCATION)), (StatusCode::SEE_OTHER, "/page/-/dead?discarded=3"));
     browser
         .get("/page/-/dead?discarded=3")
         .await
-        .assert_has(&["3 dead letters were discarded", "2 dead letters, "]);
+        .assert_has(&["3 dead letters were discarded", "3 dead letters, "]);
+    assert_eq!(bench.dead_ids().await, ["dead-3", "dead-4", "new"]);
+    let all = [few[0], ("count", "5"), few[2]];
+    assert!(browser.submit(ask, to, &all).await.header(LOCATION).ends_with("discarded=2"));
+    assert_eq!(bench.dead_ids().await, ["new"]);
     for nonsense in [&[("group", "a"), ("id", "b")][..], &[("count", "3")]] {
         assert_eq!(browser.submit(ask, to, nonsense).await.status, StatusCode::BAD_REQUEST);
     }
-    browser.submit(ask, to, &[("id", "dead-4"), ("count", "1")]).await;
-    bench.depth_becomes(".dead", 1).await;
-    assert_eq!(worker.audited().last().unwrap(), &["discard", "local", "dead-4"]);
+    browser.submit(ask, to, &[("id", "new"), ("count", "1")]).await;
+    bench.depth_becomes(".dead", 0).await;
+    assert_eq!(worker.audited().last().unwrap(), &["discard", "local", "new"]);
     worker.terminate().await;
 }
 
@@ -222,15 +200,15 @@ async fn nothing_of_a_message_is_more_than_text() {
     ];
     let event =
         |id: &str| identify(id, json!({"name": evil, evil: evil, "company": {"id": evil, "name": evil}}));
-    let lines: Vec<_> = ids.iter().zip(0..).map(|(id, n)| line(n, id, &event(id))).collect();
-    import(&bench, &lines).await;
+    let lines: Vec<_> = ids.iter().zip(0..).map(|(id, n)| line(id, n, &event(id))).collect();
+    bench.import(&lines.join("\n")).await;
     let odd = "<script>alert(2)</script>";
     let strange = json!({
         "properties": {"message_id": odd, "content_type": evil},
         "headers": {"x-close-sync-dead-letter-id": odd, "x-close-sync-fingerprint": evil, "x-close-sync-error": evil, evil: evil, "x-close-sync-stage": evil},
         "body": format!("{evil}\u{1b}[2J"),
     });
-    import(&bench, &[strange.to_string()]).await;
+    bench.import(&strange.to_string()).await;
     let browser = Browser::of(&worker).await;
     let list = browser.get("/page/-/dead").await;
     list.assert_has(&["&lt;script&gt;alert(1)"]);
@@ -274,7 +252,7 @@ async fn nothing_of_a_message_is_more_than_text() {
 async fn without_the_token_nothing_of_them_is_seen_or_done() {
     let bench = closed().await;
     let worker = bench.worker().await;
-    dead(&bench, 1).await;
+    bench.import(&lines(&people(1))).await;
     let browser = Browser::of(&worker).await;
     let seal = browser.get("/page/sign-in").await.seal().to_owned();
     for path in ["dead", "dead/group?group=rejected:write:name", "dead/message?id=dead-0", "dead/progress"] {
@@ -303,14 +281,15 @@ async fn without_the_token_nothing_of_them_is_seen_or_done() {
 async fn a_look_is_kept_for_some_seconds_and_not_waited_for_forever() {
     let bench = open().await;
     let worker = bench.worker().await;
-    dead(&bench, 2).await;
+    bench.import(&lines(&people(2))).await;
     let browser = Browser::of(&worker).await;
-    browser.get("/page/-/dead").await.assert_has(&["2 dead letters"]);
     let channel = bench.channel().await;
+    browser.get("/page/-/dead").await.assert_has(&["2 dead letters"]);
+    let looked = std::time::Instant::now();
     let desk = format!("{}.desk", bench.queue);
     let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
     channel.queue_declare(desk.as_str().into(), options, FieldTable::default()).await.unwrap();
-    for _ in 0..3 {
+    while looked.elapsed() < Duration::from_secs(4) {
         browser.get("/page/-/dead").await.assert_has(&["2 dead letters"]);
     }
     let told = "another operator is at the dead letters";

@@ -98,12 +98,23 @@ async fn who_knows_the_token_signs_in_and_out() {
     let live = browser.get("/page/-").await;
     assert_eq!(live.status, StatusCode::OK);
     live.assert_has(&["<span>Ada</span>", "Sign out"]);
+    // Once more, through something that speaks TLS: the session before is over.
+    let before = browser.cookie.clone();
+    let form = browser.get("/page/sign-in").await;
+    let (fields, origin) =
+        ([("seal", form.seal()), ("token", TOKEN), ("who", "Ada")], browser.base.replace("http:", "https:"));
+    let again = browser.post("/page/sign-in", &fields, &[("origin", &origin)]).await;
+    assert!(again.header(SET_COOKIE).ends_with("; Secure") && !cookie.contains("Secure"), "{again:#?}");
+    assert_eq!(browser.get("/page/-").await.status, StatusCode::UNAUTHORIZED);
+    let cookie = again.header(SET_COOKIE).split(';').next().unwrap();
+    browser.cookie = Some(cookie.to_owned());
+    assert_ne!(browser.cookie, before);
     let before = browser.cookie.clone();
     let out = browser.submit("/page/-", "/page/sign-out", &[]).await;
     assert!(out.status == StatusCode::SEE_OTHER && out.header(SET_COOKIE).contains("Max-Age=0"), "{out:#?}");
     browser.cookie = before;
     assert_eq!(browser.get("/page/-").await.status, StatusCode::UNAUTHORIZED, "the session is over");
-    assert_eq!(worker.audited(), [["sign-in", "Ada", ""], ["sign-out", "Ada", ""]]);
+    assert_eq!(worker.audited(), [["sign-in", "Ada", ""], ["sign-in", "Ada", ""], ["sign-out", "Ada", ""]]);
     assert!(worker.log().contains(r#""from":"127.0.0.1""#), "{}", worker.log());
 
     // Scripts have no forms.

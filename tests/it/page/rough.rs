@@ -84,6 +84,24 @@ async fn nonsense_is_refused() {
     worker.terminate().await;
 }
 
+/// As large as an event may be by default, in a notation that takes three times as much.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_largest_event_can_be_tried() {
+    let worker = open().await.unset("WORKER_MAX_MESSAGE_BYTES").worker().await;
+    let browser = Browser::of(&worker).await;
+    let event = |size: usize| {
+        let (head, tail) = (r#"{"type":"identify","extra":""#, r#""}"#);
+        format!("{head}{}{tail}", "%".repeat(size - head.len() - tail.len()))
+    };
+    let mebi = 1 << 20;
+    for (size, told) in [(mebi, "no_identity"), (mebi + 1, "malformed")] {
+        let page = browser.submit("/page/-/test", "/page/-/test", &[("event", &event(size))]).await;
+        assert_eq!(page.status, StatusCode::OK);
+        page.assert_has(&[told]);
+    }
+    worker.terminate().await;
+}
+
 /// Some send a part of a request and then nothing, some do not read what they asked for.
 #[tokio::test(flavor = "multi_thread")]
 async fn slow_clients_are_nobodys_trouble() {

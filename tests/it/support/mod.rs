@@ -1,5 +1,6 @@
 //! A bench for one test: its own simulator, its own queues on the shared broker, workers as processes.
 
+pub(crate) mod dead_letters;
 mod node;
 pub(crate) mod producer;
 mod proxy;

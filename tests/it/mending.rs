@@ -1,0 +1,199 @@
+//! Dead letters edited, discarded and restored while something else happens to them: nothing is lost, nothing doubled.
+
+use std::io::Write;
+
+use close_sync::simulator::{Effect, Fault, FaultBody, When};
+use serde_json::{Value, json};
+
+use crate::support::dead_letters::{ids, line, lines};
+use crate::support::{Bench, Proxy, identify, people};
+
+/// The head of `basic.ack`.
+const ACK: [u8; 4] = [0, 60, 0, 80];
+
+/// It is killed when the edited copy is there, and before the other one is deleted.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_edit_that_is_killed_is_finished_by_whoever_comes_next() {
+    for next in ["list", "replay"] {
+        let bench = Bench::dead_people(4).await;
+        let direct = bench.amqp_url.clone();
+        let proxy = Proxy::start(&direct).await;
+        let bench = bench.set("AMQP_URL", &proxy.url);
+        proxy.set_trap(&ACK);
+        let edit = bench.starting(&["dlq", "edit", "dead-1", "--patch", r#"{"userId": "mended"}"#]);
+        proxy.sprung().await;
+        assert_eq!(bench.depth(".dead").await, 1, "the copy; the others are in hand");
+        edit.kill().await;
+        proxy.cut();
+        bench.depth_becomes(".dead", 5).await;
+        let bench = bench.set("AMQP_URL", &direct);
+        if next == "list" {
+            bench.output(&["dlq", "list"]).await;
+            assert_eq!(bench.dead_ids().await, ["dead-0", "dead-2", "dead-3", "dead-1"]);
+        }
+        let worker = bench.worker().await;
+        let (_, words) = bench.words(&["dlq", "replay", "--all"], "").await;
+        assert!(words.contains("4 created"), "{words}");
+        worker.settled(4).await;
+        bench.assert_each_once(4);
+        let contacts = bench.simulator.contacts();
+        let users: Vec<_> = contacts.iter().map(|contact| &contact["custom.cf_contactuserid"]).collect();
+        assert!(users.contains(&&json!("mended")) && !users.contains(&&json!("u1")), "{users:?}");
+        assert_eq!(bench.depth(".dead").await, 0);
+        worker.terminate().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_discard_that_is_killed_deletes_nothing_else() {
+    let bench = Bench::dead_people(2000).await;
+    let old = ["dlq", "discard", "--until", "2023-11-14T22:29:59Z", "--yes"];
+    for _ in 0..3 {
+        let discard = bench.starting(&old);
+        discard.until("at it", async |_| bench.depth(".dead").await < 1000).await;
+        discard.kill().await;
+    }
+    bench.told(&old, "").await;
+    assert!(bench.dead_ids().await == ids(2000)[1000..]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_import_that_is_killed_goes_on() {
+    let bench = Bench::dead_people(0).await;
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(lines(&people(3000)).as_bytes()).unwrap();
+    let import = ["dlq", "import", file.path().to_str().unwrap()];
+    let mut there = 0;
+    for time in 0..3 {
+        let importing = bench.starting(&import);
+        // It has put some there; the next ones have in hand what is there, or have put back more.
+        importing.until("at it", async |_| bench.depth(".dead").await != there).await;
+        importing.kill().await;
+        bench.output(&["dlq", "list"]).await;
+        there = bench.depth(".dead").await;
+        assert!((1..3000).contains(&there), "{time}: {there}");
+    }
+    let rest = 3000 - there;
+    let told = format!("imported {rest}, replaced 0, {there} were there already\n");
+    assert_eq!(bench.output(&import).await, told);
+    let mut restored = bench.dead_ids().await;
+    restored.sort_by_key(|id| id["dead-".len()..].parse::<usize>().unwrap());
+    assert!(restored == ids(3000));
+}
+
+/// The same file twice, at the same time.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_imports_take_turns() {
+    let bench = Bench::dead_people(1).await;
+    let all = lines(&people(500));
+    let import = ["dlq", "import", "-"];
+    let ((_, one, _), (_, two, _)) = tokio::join!(bench.told(&import, &all), bench.told(&import, &all));
+    let mut both = [one, two];
+    both.sort();
+    assert_eq!(
+        both,
+        [
+            "imported 0, replaced 0, 500 were there already\n",
+            "imported 499, replaced 0, 1 were there already\n"
+        ]
+    );
+    assert_eq!(bench.depth(".dead").await, 500);
+}
+
+/// What waits for the first one can be edited and discarded. An import would put back what was replayed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replay_goes_on_with_what_is_left() {
+    let bench = Bench::dead_people(20).await;
+    let slow = Fault::new(Effect::Latency { ms: 8000 }).on("POST", "/lead/").containing("c0");
+    bench.simulator.fault(slow);
+    let exported = bench.output(&["dlq", "export"]).await;
+    let worker = bench.worker().await;
+    let replay = bench.starting(&["dlq", "replay", "--all"]);
+    replay.until("sent", async |_| bench.depth(".dead").await == 19).await;
+    let (code, words) = bench.words(&["dlq", "import", "-"], &exported).await;
+    assert!(code == Some(69) && words.contains("a replay is under way"), "{words}");
+    let (code, words) = bench.words(&["dlq", "discard", "--id", "dead-18", "--yes"], "").await;
+    assert!(code == Some(0) && words.contains("discarded 1, 18 remain"), "{words}");
+    bench.output(&["dlq", "edit", "dead-19", "--patch", r#"{"userId": "mended"}"#]).await;
+    let (code, words) = bench.words(&["dlq", "edit", "dead-0", "--patch", "{}"], "").await;
+    assert!(code == Some(2) && words.contains("the replay under way has in hand"), "{words}");
+    let (code, words) = bench.words(&["dlq", "export"], "").await;
+    assert!(
+        code == Some(1) && words.contains("a replay is under way"),
+        "an archive has to be whole: {words}"
+    );
+    assert!(replay.ended().await.success(), "{}", replay.log());
+    bench.assert_each_once(19);
+    let contacts = bench.simulator.contacts();
+    assert!(contacts.iter().any(|contact| contact["custom.cf_contactuserid"] == "mended"));
+    assert_eq!((bench.depth("").await, bench.depth(".dead").await), (0, 0));
+    worker.terminate().await;
+}
+
+/// One that waits for long keeps the others from being sent, and nobody from seeing them.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_sent_soon_goes_back() {
+    let bench = Bench::dead_people(4).await.set("RETRY_IN_PLACE", "0s").set("RETRY_DELAYS", "[\"40s\"]");
+    let unavailable = Effect::Status { code: 500, body: FaultBody::default(), when: When::BeforeCommit };
+    let once = Fault::new(unavailable).on("POST", "/lead/").containing("c1").times(1);
+    bench.simulator.fault(once);
+    let worker = bench.worker().await;
+    let replay = bench.starting(&["dlq", "replay", "--all", "--at-once", "1"]);
+    worker.until("delayed", async |worker| worker.metrics().await.outcome("delayed") == 1).await;
+    assert_eq!(bench.depth(".dead").await, 0, "in hand");
+    bench.depth_becomes(".dead", 2).await;
+    assert_eq!(worker.metrics().await.outcomes(), [("created", 1), ("delayed", 1)].into());
+    assert!(replay.ended().await.success(), "{}", replay.log());
+    bench.assert_each_once(4);
+    assert_eq!(bench.depth(".dead").await, 0);
+    worker.terminate().await;
+}
+
+/// In whatever order the queue has them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_limit_takes_the_oldest() {
+    let bench = Bench::dead_people(0).await;
+    let seconds = [5, 3, 9, 1, 7];
+    let all: Vec<_> = seconds.iter().map(|n| line(&format!("dead-{n}"), *n, &json!({}))).collect();
+    // One that nobody knows the time of.
+    let unknown =
+        json!({"properties": {}, "headers": {"x-close-sync-dead-letter-id": "unknown"}, "body": ""});
+    bench.import(&format!("{}\n{unknown}", all.join("\n"))).await;
+    let exported = bench.output(&["dlq", "export", "--limit", "3"]).await;
+    let id = |line: &str| serde_json::from_str::<Value>(line).unwrap()["id"].clone();
+    let first: Vec<_> = exported.lines().map(id).collect();
+    assert_eq!(first, ["dead-3", "dead-1", "unknown"]);
+    let (_, words) = bench.words(&["dlq", "discard", "--all", "--limit", "2", "--yes"], "").await;
+    assert_eq!(words, "discarded 2, 4 remain\n");
+    assert_eq!(bench.dead_ids().await, ["dead-5", "dead-3", "dead-9", "dead-7"]);
+    let (_, words) = bench.words(&["dlq", "replay", "--all", "--limit", "0", "--dry-run"], "").await;
+    assert!(words.contains("no dead letter matches"), "{words}");
+}
+
+/// As much as can be kept, with headers of a producer that tells a lot.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_largest_body_can_be_edited_and_no_larger() {
+    let bench = Bench::dead_people(0).await;
+    for (id, size) in [("fits", 32 << 10), ("large", (32 << 10) + 1)] {
+        let empty = identify("u1", json!({"name": ""})).to_string().len();
+        let event = identify("u1", json!({"name": "x".repeat(size - empty)}));
+        let mut letter: Value = serde_json::from_str(&line(id, 0, &event)).unwrap();
+        letter["headers"]["x-trail"] = "t".repeat(60_000).into();
+        bench.import(&letter.to_string()).await;
+    }
+    let patch = r#"{"traits": {"name": "Ada"}}"#;
+    bench.output(&["dlq", "edit", "fits", "--patch", patch]).await;
+    let shown: Value =
+        serde_json::from_str(&bench.output(&["dlq", "show", "fits", "--json", "--no-plan"]).await).unwrap();
+    assert_eq!(shown["body"]["traits"]["name"], "Ada");
+    assert!(shown["original"]["traits"]["name"].as_str().unwrap().len() > 32_000);
+    assert_eq!(shown["headers"]["x-trail"].as_str().unwrap().len(), 60_000);
+    let (code, words) = bench.words(&["dlq", "edit", "large", "--patch", patch], "").await;
+    assert!(code == Some(2) && words.contains("dlq export --id large"), "{words}");
+    // As it says.
+    let exported = bench.output(&["dlq", "export", "--id", "large"]).await;
+    let mut letter: Value = serde_json::from_str(&exported).unwrap();
+    letter["body"] = identify("u1", json!({"name": "Ada"})).to_string().into();
+    let told = bench.told(&["dlq", "import", "-"], &letter.to_string()).await.1;
+    assert_eq!(told, "imported 0, replaced 1, 0 were there already\n");
+}
