@@ -1,6 +1,7 @@
 //! The connections of a session: how they are opened and closed, and what happens to them by itself.
 
 use std::convert::Infallible;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::{Stream, StreamExt, stream};
@@ -11,6 +12,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::broker::Broker;
+use super::news::Voice;
 use super::publisher::Publisher;
 use super::{BrokerError, LAST_ACKS, Met, Settings, close, in_time, topology};
 use crate::drain::Drain;
@@ -39,11 +41,30 @@ pub(super) struct Link {
     _cut: [DropGuard; 2],
     pub(super) broker: Broker,
     pub(super) consuming: Connection,
-    publishing: Connection,
+    publishing: Arc<Connection>,
     channel: Channel,
-    pub(super) publisher: Publisher,
+    pub(super) out: Out,
     pub(super) deliveries: lapin::Consumer,
     pub(super) happenings: Happenings,
+}
+
+/// The ways out of a session. What is told has channels of its own: whatever the broker holds against it, a missing
+/// permission or exchange, it answers by closing the channel.
+#[derive(Clone)]
+pub(super) struct Out {
+    /// Successors of messages.
+    pub(super) successors: Publisher,
+    /// To whoever replays.
+    pub(super) replays: Voice,
+    /// To producers.
+    pub(super) outcomes: Voice,
+}
+
+impl Out {
+    async fn open(connection: &Arc<Connection>) -> Result<Self, BrokerError> {
+        let voice = || Voice::new(Arc::clone(connection));
+        Ok(Self { successors: Publisher::new(connection).await?, replays: voice(), outcomes: voice() })
+    }
 }
 
 impl Link {
@@ -65,7 +86,8 @@ impl Link {
         let cut = [consuming.cut, publishing.cut];
         let (broker, consuming, publishing) = (consuming.broker, consuming.connection, publishing.connection);
         topology::prepare(&consuming, settings).await?;
-        let publisher = Publisher::new(&publishing).await?;
+        let publishing = Arc::new(publishing);
+        let out = Out::open(&publishing).await?;
         let channel = consuming.create_channel().await?;
         channel.basic_qos(settings.prefetch, BasicQosOptions::default()).await?;
         let deliveries = channel
@@ -77,7 +99,7 @@ impl Link {
             )
             .await?;
         let cut = cut.map(CancellationToken::drop_guard);
-        Ok(Self { _cut: cut, broker, consuming, publishing, channel, publisher, deliveries, happenings })
+        Ok(Self { _cut: cut, broker, consuming, publishing, channel, out, deliveries, happenings })
     }
 
     /// How long the process may stand still: the broker gives its queue away after three heartbeats.

@@ -7,19 +7,24 @@
 //! **Its producer**, if `amqp.outcomes` names an exchange: one message each, with the ids of the records in Close. The
 //! routing key is `synced.created`, `skipped.trigger`, `dead.rejected`, …: the outcome and its label.
 //!
-//! Both are a courtesy. A crash between settling and telling loses them, an alarm too (they are not held, so that Close
+//! Both are a courtesy, by channels of their own. A crash between settling and telling loses them, an alarm too (they are not held, so that Close
 //! is kept in step meanwhile), and a message that is delivered twice is told of twice. Nothing depends on them.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use lapin::BasicProperties;
+use lapin::{BasicProperties, Connection};
 use serde::{Deserialize, Serialize};
+use tokio::sync::Mutex;
+use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::headers::Envelope;
-use super::publisher::Publisher;
+use super::link::Out;
+use super::publisher::{Publisher, UNANSWERED};
 use super::session::Session;
 use super::topology::REPLAYED;
 use super::{BrokerError, Delay};
@@ -28,6 +33,8 @@ use crate::outcome::Outcome;
 
 /// How long telling may take: the next message about the same person waits for it.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// A channel that is closed at once is not opened for every message.
+const APART: Duration = Duration::from_secs(1);
 
 /// What there is to tell about a message that was settled.
 pub(super) struct News<'a> {
@@ -35,7 +42,7 @@ pub(super) struct News<'a> {
     pub(super) outcome: &'a Outcome,
     pub(super) decision: Option<&'a Decision>,
     /// The id of the dead letter it became, if it became one.
-    pub(super) id: Uuid,
+    pub(super) dead_letter: Option<Uuid>,
 }
 
 /// What whoever replays is told.
@@ -88,9 +95,11 @@ struct Told<'a> {
 impl News<'_> {
     fn dead_letter(&self) -> Option<Again> {
         match self.outcome {
-            Outcome::Dead(dead) => {
-                Some(Again { id: self.id, fingerprint: dead.fingerprint(), error: dead.error.clone() })
-            }
+            Outcome::Dead(dead) => Some(Again {
+                id: self.dead_letter?,
+                fingerprint: dead.fingerprint(),
+                error: dead.error.clone(),
+            }),
             Outcome::Synced(_) | Outcome::Skipped(_) | Outcome::Delayed { .. } | Outcome::Paused(_) => None,
         }
     }
@@ -133,22 +142,21 @@ impl News<'_> {
 
 impl Session {
     /// Tells everybody.
-    pub(super) async fn spread(&self, news: &News<'_>, publisher: &Publisher) {
+    pub(super) async fn spread(&self, news: &News<'_>, out: &Out) {
         if let Some(replayed) = news.replayed(&self.settings.delays) {
             let body = serde_json::to_vec(&replayed).unwrap_or_default();
             let exchange = self.settings.retry_exchange();
-            let send = publisher.publish(&exchange, REPLAYED, &body, BasicProperties::default());
-            // Nobody replays any more: it leads nowhere.
-            let _ = tokio::time::timeout(PATIENCE, send).await;
+            // Where nobody replays any more, it leads nowhere.
+            let _ = out.replays.publish(&exchange, REPLAYED, &body, BasicProperties::default()).await;
         }
         let told = news.told(self.destination.as_deref());
         if let Some((exchange, told)) = self.settings.outcomes.as_ref().zip(told) {
-            self.metrics.told(self.tell(exchange, &told, publisher).await);
+            self.metrics.told(self.tell(exchange, &told, &out.outcomes).await);
         }
     }
 
     /// Whether a queue has it; `None` when that is not known.
-    async fn tell(&self, exchange: &str, told: &Told<'_>, publisher: &Publisher) -> Option<bool> {
+    async fn tell(&self, exchange: &str, told: &Told<'_>, voice: &Voice) -> Option<bool> {
         if self.status.is_alarmed() {
             return None;
         }
@@ -160,11 +168,62 @@ impl Session {
             properties = properties.with_correlation_id(id.into());
         }
         let (key, body) = (format!("{}.{}", told.outcome, told.detail), serde_json::to_vec(told).ok()?);
-        let send = publisher.publish(exchange, &key, &body, properties);
-        match tokio::time::timeout(PATIENCE, send).await.ok()? {
+        let told = match voice.publish(exchange, &key, &body, properties).await {
             Ok(()) => Some(true),
             Err(BrokerError::Unroutable { .. }) => Some(false),
-            Err(_) => None,
+            Err(error) => {
+                if !voice.0.mute.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(exchange, %error, "producers are not told what becomes of their messages, for now");
+                }
+                return None;
+            }
+        };
+        if voice.0.mute.swap(false, Ordering::Relaxed) {
+            tracing::info!(exchange, "producers are told again what becomes of their messages");
         }
+        told
+    }
+}
+
+/// A channel to tell by, opened when there is something to tell, and anew when the broker has closed it.
+#[derive(Clone)]
+pub(super) struct Voice(Arc<Line>);
+
+struct Line {
+    connection: Arc<Connection>,
+    channel: Mutex<Option<(Publisher, Instant)>>,
+    /// The last that was to be told was not.
+    mute: AtomicBool,
+}
+
+impl Voice {
+    pub(super) fn new(connection: Arc<Connection>) -> Self {
+        Self(Arc::new(Line { connection, channel: Mutex::default(), mute: AtomicBool::new(false) }))
+    }
+
+    async fn publish(
+        &self,
+        exchange: &str,
+        key: &str,
+        body: &[u8],
+        properties: BasicProperties,
+    ) -> Result<(), BrokerError> {
+        let publish = async { self.channel().await?.publish(exchange, key, body, properties).await };
+        tokio::time::timeout(PATIENCE, publish).await.unwrap_or(Err(UNANSWERED))
+    }
+
+    async fn channel(&self) -> Result<Publisher, BrokerError> {
+        let mut channel = self.0.channel.lock().await;
+        if let Some((publisher, opened)) = &*channel {
+            if publisher.is_open() {
+                return Ok(publisher.clone());
+            }
+            if opened.elapsed() < APART {
+                return Err(BrokerError::Lost("the channel was closed".into()));
+            }
+        }
+        let publisher = Publisher::new(&self.0.connection).await?;
+        *channel = Some((publisher.clone(), Instant::now()));
+        Ok(publisher)
     }
 }

@@ -31,6 +31,11 @@ impl Publisher {
         Ok(Self(channel))
     }
 
+    /// Whether it can be used: the broker closes it for what it refuses.
+    pub fn is_open(&self) -> bool {
+        self.0.status().connected()
+    }
+
     /// Publishes and waits for the confirm.
     pub async fn publish(
         &self,

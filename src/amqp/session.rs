@@ -28,8 +28,7 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
-use super::link::{Happening, Happenings, Link, watch};
-use super::publisher::Publisher;
+use super::link::{Happening, Happenings, Link, Out, watch};
 use super::task::{Done, Ended, Incoming};
 use super::{BrokerError, Settings};
 use crate::breaker::JURY;
@@ -178,9 +177,9 @@ impl Session {
                     priority: run[0].1.envelope.priority(),
                     trusted_from: trusted_from.unwrap_or_else(Instant::now),
                 };
-                let publisher = link.publisher.clone();
+                let out = link.out.clone();
                 nothing_in_hand.as_mut().reset(Instant::now() + LONGEST_TRIAL);
-                in_hand.tasks.spawn(self.clone().work(run, publisher, turn, stop.clone()));
+                in_hand.tasks.spawn(self.clone().work(run, out, turn, stop.clone()));
             }
             let (busy, waiting) = (in_hand.tasks.len() == self.concurrency, in_hand.desk.waiting());
             self.metrics.load(in_hand.messages + in_hand.passing.len(), waiting);
@@ -213,7 +212,7 @@ impl Session {
                             self.worker.take_over();
                         }
                         trusted_from.get_or_insert_with(|| Instant::now() + self.worker.settings().search_lag);
-                        in_hand.receive(Incoming::of(delivery, self), self, &link.publisher, &stop);
+                        in_hand.receive(Incoming::of(delivery, self), self, &link.out, &stop);
                     }
                     Some(Err(error)) => break End::Lost(error.into()),
                     None => break End::Lost(BrokerError::Cancelled),
@@ -329,16 +328,10 @@ impl<'a> InHand<'a> {
         Self { desk, tasks, messages: 0, passing, report: Report::default() }
     }
 
-    fn receive(
-        &mut self,
-        incoming: Incoming,
-        session: &Session,
-        publisher: &Publisher,
-        stop: &CancellationToken,
-    ) {
+    fn receive(&mut self, incoming: Incoming, session: &Session, out: &Out, stop: &CancellationToken) {
         if let Some(outcome) = incoming.outcome().cloned() {
             self.desk.pass(incoming.envelope.detour);
-            self.passing.spawn(session.clone().pass(incoming, outcome, publisher.clone(), stop.clone()));
+            self.passing.spawn(session.clone().pass(incoming, outcome, out.clone(), stop.clone()));
             return;
         }
         let (keys, rank, id) = (incoming.keys(), incoming.envelope.priority(), incoming.envelope.detour);

@@ -17,7 +17,9 @@ use tracing::{Instrument, Span};
 use uuid::Uuid;
 
 use super::BrokerError;
+use super::dead_letters::letter::by_content;
 use super::headers::{Envelope, TraceParent};
+use super::link::Out;
 use super::news::News;
 use super::publisher::Publisher;
 use super::session::Session;
@@ -59,6 +61,8 @@ pub(super) enum Done {
     Settled {
         by_close: bool,
         fate: Fate,
+        /// The id of the dead letter it became, if it became one.
+        dead_letter: Option<Uuid>,
     },
     /// Dropped by the end of the session, or acked too late: it comes again.
     HandedBack,
@@ -151,7 +155,7 @@ impl Session {
     pub(super) async fn work(
         self,
         mut run: Vec<(Ticket, Incoming)>,
-        publisher: Publisher,
+        out: Out,
         turn: Turn,
         stop: CancellationToken,
     ) -> Ended {
@@ -189,7 +193,7 @@ impl Session {
         };
         let mut ended = Vec::with_capacity(run.len());
         for ((ticket, incoming), (outcome, decision)) in run.into_iter().zip(outcomes) {
-            let done = self.end(&incoming, &outcome, decision.as_ref(), started, &publisher, &stop).await;
+            let done = self.end(&incoming, &outcome, decision.as_ref(), started, &out, &stop).await;
             ended.push((ticket, done));
         }
         Ended::Each(ended)
@@ -200,11 +204,11 @@ impl Session {
         self,
         mut incoming: Incoming,
         outcome: Outcome,
-        publisher: Publisher,
+        out: Out,
         stop: CancellationToken,
     ) -> Done {
         incoming.begin(&self);
-        self.end(&incoming, &outcome, None, Instant::now(), &publisher, &stop).await
+        self.end(&incoming, &outcome, None, Instant::now(), &out, &stop).await
     }
 
     /// Tells what became of a message, and settles it.
@@ -214,20 +218,19 @@ impl Session {
         outcome: &Outcome,
         decision: Option<&Decision>,
         started: Instant,
-        publisher: &Publisher,
+        out: &Out,
         stop: &CancellationToken,
     ) -> Done {
         let settle = async {
-            let id = Uuid::now_v7();
             let told = || self.log(outcome, decision, started.elapsed());
-            let done = self.settle(incoming, outcome, id, told, publisher, stop).await;
-            if matches!(done, Done::Settled { .. }) {
+            let done = self.settle(incoming, outcome, told, &out.successors, stop).await;
+            if let Done::Settled { dead_letter, .. } = done {
                 self.metrics.settled(outcome, started.elapsed());
                 if incoming.envelope.replay.is_some() {
                     self.metrics.replayed(outcome);
                 }
-                let news = News { envelope: &incoming.envelope, outcome, decision, id };
-                let _ = stop.run_until_cancelled(self.spread(&news, publisher)).await;
+                let news = News { envelope: &incoming.envelope, outcome, decision, dead_letter };
+                let _ = stop.run_until_cancelled(self.spread(&news, out)).await;
             }
             trace::conclude(&incoming.span(), outcome, &done);
             done
@@ -285,18 +288,17 @@ impl Session {
         }
     }
 
-    /// Publishes the successor, if there is one, lets it be told, then acks. A dead letter gets this id.
+    /// Publishes the successor, if there is one, lets it be told, then acks.
     async fn settle(
         &self,
         Incoming { delivery, envelope, .. }: &Incoming,
         outcome: &Outcome,
-        id: Uuid,
         told: impl Fn(),
         publisher: &Publisher,
         stop: &CancellationToken,
     ) -> Done {
         let settings = &self.settings;
-        let mut fate = Fate::Over;
+        let (mut fate, mut dead_letter) = (Fate::Over, None);
         let succeeded = match outcome {
             Outcome::Synced(_) | Outcome::Skipped(_) => Some(Ok(())),
             Outcome::Delayed { level, obstacle } => {
@@ -314,6 +316,7 @@ impl Session {
                 sent
             }
             Outcome::Dead(dead) => {
+                let id = Uuid::now_v7();
                 let properties = envelope.for_dead_letter(dead, id, Timestamp::now());
                 // A fanout needs no key; the producer's is in a header, where any length fits.
                 let sent =
@@ -322,8 +325,9 @@ impl Session {
                     && detail.contains(&format!("message size {} ", delivery.data.len()))
                 {
                     told();
-                    return reject(delivery, outcome, stop).await;
+                    return reject(delivery, envelope, outcome, stop).await;
                 }
+                dead_letter = Some(id);
                 sent
             }
             Outcome::Paused(cause) => {
@@ -340,7 +344,7 @@ impl Session {
         let acked = stop.run_until_cancelled(delivery.ack(BasicAckOptions::default())).await;
         let Some(acked) = acked else { return Done::HandedBack };
         match acked {
-            Ok(true) => Done::Settled { by_close: outcome.proves_close(), fate },
+            Ok(true) => Done::Settled { by_close: outcome.proves_close(), fate, dead_letter },
             // The channel of the delivery is gone; the broker delivers it again.
             Ok(false) => {
                 self.metrics.stale_ack();
@@ -397,14 +401,22 @@ impl Session {
 /// Lets the broker dead-letter a message that it would not take from us again (its limit was lowered, or is lower
 /// since 4.0): the queue's own dead-letter exchange takes it, without the headers that tell why. Otherwise it would
 /// come back for ever, and end every session. This one ends when something is published next, whose channel is gone.
-async fn reject(delivery: &Delivery, outcome: &Outcome, stop: &CancellationToken) -> Done {
+async fn reject(
+    delivery: &Delivery,
+    envelope: &Envelope,
+    outcome: &Outcome,
+    stop: &CancellationToken,
+) -> Done {
     tracing::warn!(
         bytes = delivery.data.len(),
         "too large to be published again: RabbitMQ dead-letters it without headers"
     );
     let options = BasicRejectOptions { requeue: false };
     match stop.run_until_cancelled(delivery.reject(options)).await {
-        Some(Ok(true)) => Done::Settled { by_close: outcome.proves_close(), fate: Fate::Over },
+        Some(Ok(true)) => {
+            let dead_letter = Some(by_content(envelope.own_id(), &delivery.data));
+            Done::Settled { by_close: outcome.proves_close(), fate: Fate::Over, dead_letter }
+        }
         Some(Ok(false)) | None => Done::HandedBack,
         Some(Err(error)) => Done::Failed(error.into()),
     }

@@ -1,13 +1,17 @@
 //! What producers are told about their messages, where that is switched on.
 
 use futures_util::StreamExt;
-use lapin::options::{BasicConsumeOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions};
+use lapin::options::{
+    BasicConsumeOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions,
+};
 use lapin::types::FieldTable;
-use lapin::{BasicProperties, Consumer};
+use lapin::{BasicProperties, Consumer, ExchangeKind};
 use serde_json::{Value, json};
 
 use crate::contract::Schema;
-use crate::support::{Bench, identify};
+use crate::support::{Bench, identify, people};
+
+const LOST: &str = "outcome_messages_total{result=\"lost\"}";
 
 /// A queue of the test's own that gets what this key lets through.
 async fn listen(bench: &Bench, exchange: &str, key: &str) -> Consumer {
@@ -107,4 +111,43 @@ async fn what_nobody_wants_to_know_is_dropped() {
     assert_eq!(metrics.count("outcome_messages_total{result=\"unrouted\"}"), 1);
     let refused = bench.set("AMQP_OUTCOMES", "amq.topic").run(&["check"], b"").await;
     assert_eq!(refused.status.code(), Some(78));
+}
+
+/// Its exchange is deleted: that costs what is told, and nothing else. Once it is back, it is told again.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_told_holds_up_nothing() {
+    let bench = Bench::new().await;
+    let exchange = format!("{}-outcomes", bench.exchange);
+    let bench = bench.set("AMQP_OUTCOMES", &exchange);
+    bench.worker().await.terminate().await;
+    let bench = bench.set("AMQP_TOPOLOGY", "check");
+    let worker = bench.worker().await;
+    let channel = bench.channel().await;
+    channel.exchange_delete(exchange.clone().into(), ExchangeDeleteOptions::default()).await.unwrap();
+    let mut events = people(20);
+    events.extend(vec![json!({"type": "identify"}); 20]);
+    bench.publish(&events).await;
+    let metrics = worker.settled(40).await;
+    assert_eq!(metrics.outcomes(), [("created", 20), ("dead", 20)].into());
+    worker.until("told", async |worker| worker.metrics().await.count(LOST) == 40).await;
+    assert_eq!(bench.depth(".dead").await, 20, "each once");
+    bench.assert_each_once(20);
+    assert_eq!(worker.logged("producers are not told"), 1, "{}", worker.log());
+    assert_eq!(worker.logged("waiting for messages"), 1, "{}", worker.log());
+
+    let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
+    channel
+        .exchange_declare(exchange.clone().into(), ExchangeKind::Topic, durable, FieldTable::default())
+        .await
+        .unwrap();
+    let mut all = listen(&bench, &exchange, "#").await;
+    // The channel is opened anew a second after the last time.
+    worker
+        .until("told again", async |worker| {
+            bench.publish(&[json!({"type": "track"})]).await;
+            worker.logged("producers are told again") == 1
+        })
+        .await;
+    assert_eq!(next(&mut all).await.0, "skipped.trigger");
+    worker.terminate().await;
 }

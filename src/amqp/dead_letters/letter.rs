@@ -65,7 +65,7 @@ impl DeadLetter {
             format!("{BY_THE_BROKER}:{}:-", reason.as_deref().unwrap_or("-"))
         };
         Self {
-            id: text(headers::ID).unwrap_or_else(|| by_content(message_id.as_deref(), &body)),
+            id: text(headers::ID).unwrap_or_else(|| by_content(message_id.as_deref(), &body).to_string()),
             reason: text(headers::REASON),
             stage: text(headers::STAGE),
             error: text(headers::ERROR),
@@ -115,7 +115,7 @@ impl DeadLetter {
 }
 
 /// A name for a message that came here without any. Producers may give several the same id.
-fn by_content(message_id: Option<&str>, body: &[u8]) -> String {
+pub(in crate::amqp) fn by_content(message_id: Option<&str>, body: &[u8]) -> Uuid {
     let content = [message_id.unwrap_or_default().as_bytes(), body].concat();
-    Uuid::new_v5(&Uuid::NAMESPACE_OID, &content).to_string()
+    Uuid::new_v5(&Uuid::NAMESPACE_OID, &content)
 }
