@@ -203,7 +203,7 @@ impl Fleet {
             Err(error) => (error.id(), Err(anyhow::anyhow!("a destination panicked").into())),
         };
         let Running { name, seat, stop, .. } = self.running.remove(&id)?;
-        seat.metrics.watch(None);
+        seat.metrics.ended();
         seat.access.close();
         if let Ok(report) = &result {
             self.total += *report;

@@ -407,6 +407,12 @@ impl<'a> Reader<'a> {
         let search_lag = self.duration("close.search_lag", Duration::ZERO);
         let hold = self.duration("worker.hold", Duration::from_secs(1));
         let merge = leaf(self.settings, "worker.merge").and_then(Value::as_bool);
+        if hold.is_some_and(|hold| hold > LONGEST_HOLD) {
+            self.problem(
+                "worker.hold",
+                "must not be longer than `15m`: RabbitMQ takes back what is held for 30 minutes",
+            );
+        }
         if in_place.zip(hold).is_some_and(|(in_place, hold)| in_place >= hold) {
             self.problem("retry.in_place", "must be shorter than `worker.hold`");
         }
@@ -497,9 +503,13 @@ impl<'a> Reader<'a> {
     }
 }
 
+/// Half of RabbitMQ's `consumer_timeout` (rabbitmq.md), and what the alert for messages that are stuck goes by.
+const LONGEST_HOLD: Duration = Duration::from_mins(15);
+
 fn duration(text: &str) -> Option<Duration> {
     text.parse::<jiff::SignedDuration>().ok()?.try_into().ok()
 }
+
 #[cfg(test)]
 mod tests {
     use secrecy::ExposeSecret;
@@ -592,7 +602,10 @@ mod tests {
                     [mapping.lead]\nname = { from = ['$.['], rite = 1 }\n\
                     [mapping.contact.custom]\nplan = { from = ['$.a'] }\ncf_u = { from = ['$.b'] }\n\
                     cf_w = { from = ['$.b'], write = 'never' }";
-        insta::assert_snapshot!(problems(file, &[("WORKER_CONCURRENCY", "many"), ("HTTP_ADDR", "9090")]));
+        insta::assert_snapshot!(problems(
+            file,
+            &[("WORKER_CONCURRENCY", "many"), ("WORKER_HOLD", "16m"), ("HTTP_ADDR", "9090")]
+        ));
         insta::assert_snapshot!(problems("[close]\napi_key = \"api_secret", &[("CLOSE_API_KEY", "k")]));
     }
 

@@ -460,6 +460,14 @@ impl Metrics {
         }
     }
 
+    /// Nobody works any more, whatever it was in the middle of. Why there was no connection stays told.
+    pub fn ended(&self) {
+        self.connected(false);
+        self.paused(None);
+        self.load(0, 0);
+        self.watch(None);
+    }
+
     /// The settings in force from now on, by their hash.
     pub fn config(&self, hash: &str) {
         self.config.reset();

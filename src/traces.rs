@@ -101,6 +101,8 @@ impl Traces {
             .user_agent(concat!("close-sync/", env!("CARGO_PKG_VERSION")))
             .default_headers(headers)
             .timeout(PATIENCE)
+            // Its headers may hold a key, which is for this address alone.
+            .redirect(reqwest::redirect::Policy::none())
             .build()?;
         let exporter = opentelemetry_otlp::SpanExporter::builder()
             .with_http()

@@ -55,6 +55,7 @@ pub(super) async fn run(
     };
     match shutdown.run_until_cancelled(declared).await {
         Some(Err(error)) if error.is_lasting() => {
+            metrics.broker_trouble(Some(error.trouble()));
             return Err(RunError::Configuration(error.to_string()));
         }
         // The first session tries again, once Close agrees: it is the same incident.
@@ -98,6 +99,8 @@ impl Preflight {
     /// A mistake in the configuration is an error; what may pass is waited for. `None` when asked to stop
     /// meanwhile.
     async fn mapping(&self, shutdown: &CancellationToken) -> Result<Option<Mapping>, RunError> {
+        let asks = "asks Close whether it can be worked with, as soon as its rate limits allow";
+        self.status.set(State::Connecting(None), Some(asks.to_owned()));
         // Close may make the checks wait; being asked to stop ends them.
         let check = || preflight::run(&self.client, &self.rules);
         let cause = match shutdown.run_until_cancelled(check()).await {
@@ -329,6 +332,7 @@ impl Supervisor {
                 }
             }
             End::Lost(error) if error.is_lasting() => {
+                self.metrics.broker_trouble(Some(error.trouble()));
                 return Err(RunError::Configuration(error.to_string()));
             }
             End::Lost(error) => {

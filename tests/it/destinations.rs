@@ -2,6 +2,8 @@
 
 use close_sync::simulator::{Effect, Fault, Settings, Simulator};
 use lapin::BasicProperties;
+use lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
+use lapin::types::FieldTable;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -231,6 +233,54 @@ async fn commands_about_one_queue_ask_which() {
     let unknown = two.bench.run(&["run", "--destination", "emae"], b"").await;
     let words = String::from_utf8(unknown.stderr).unwrap();
     assert!(unknown.status.code() == Some(2) && words.contains("there are: apac, emea"), "{words}");
+    worker.terminate().await;
+}
+
+/// Its queue is replaced by one of another kind. Its metrics say so, and nothing that was true before.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_organization_that_ends_leaves_no_numbers_behind() {
+    let two = Two::new().await;
+    two.write(&[table("emea", &two.emea, KEY), table("apac", &two.apac, KEY)]);
+    let worker = two.bench.worker().await;
+    let queue = format!("{}-emea", two.bench.queue);
+    worker.until("consuming", async |_| two.bench.try_depth("-emea").await.is_ok()).await;
+    // The worker may be faster in making it again.
+    worker
+        .until("replaced", async |_| {
+            let channel = two.bench.try_channel().await.unwrap();
+            let name = queue.as_str();
+            channel.queue_delete(name.into(), QueueDeleteOptions::default()).await.unwrap();
+            let other =
+                channel.queue_declare(name.into(), QueueDeclareOptions::default(), FieldTable::default());
+            other.await.is_ok()
+        })
+        .await;
+    worker.until("failed", async |worker| state(worker, "emea").await == "failed").await;
+    let metrics = worker.metrics().await;
+    for (name, value) in [
+        ("broker_connected{destination=\"emea\"}", 0),
+        ("broker_connected{destination=\"apac\"}", 1),
+        ("broker_trouble{cause=\"conflict\",destination=\"emea\"}", 1),
+        ("broker_trouble{cause=\"cancelled\",destination=\"emea\"}", 0),
+    ] {
+        assert_eq!(metrics.count(name), value, "{name}");
+    }
+    assert!(metrics.get("backlog_messages{destination=\"emea\"}").is_nan());
+    worker.terminate().await;
+}
+
+/// While Close lets the first look wait, it is told what is waited for.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_first_look_that_has_to_wait_says_so() {
+    let two = Two::new().await;
+    two.write(&[table("emea", &two.emea, KEY), table("apac", &two.apac, KEY)]);
+    let limited = Effect::RateLimited { retry_after: 600.0, with_headers: true };
+    two.emea.fault(Fault::new(limited).on("GET", "/me/"));
+    let worker = two.bench.starting_worker();
+    worker.until("ready", async |worker| state(worker, "apac").await == "standing_by").await;
+    let told = worker.ready().await.1["destinations"]["emea"].clone();
+    assert_eq!(told["state"], "connecting");
+    assert!(told["detail"].to_string().contains("as soon as its rate limits allow"), "{told}");
     worker.terminate().await;
 }
 

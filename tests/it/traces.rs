@@ -152,14 +152,15 @@ async fn a_message_continues_its_producers_trace_and_its_calls_are_in_it() {
     worker.terminate().await;
 
     let [first, second, skipped] = &collector.messages()[..] else { panic!("{:#?}", collector.messages()) };
-    assert_eq!(first.name, format!("process {}", bench.queue));
+    assert_eq!(first.name, format!("process {}", bench.exchange));
     assert_eq!((hex(&first.trace_id), hex(&first.parent_span_id)), (TRACE.into(), PRODUCER.into()));
     let told = attributes(first);
     let mut expected = BTreeMap::from([
         ("messaging.system", json!("rabbitmq")),
         ("messaging.operation.name", json!("process")),
         ("messaging.operation.type", json!("process")),
-        ("messaging.destination.name", json!(bench.queue)),
+        ("messaging.destination.name", json!(bench.exchange)),
+        ("messaging.destination.subscription.name", json!(bench.queue)),
         ("messaging.rabbitmq.destination.routing_key", json!("users")),
         ("messaging.message.id", json!("m-1")),
         ("messaging.message.conversation_id", json!("order-7")),

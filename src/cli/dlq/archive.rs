@@ -31,28 +31,35 @@ pub(in crate::cli) struct Import {
     file: PathBuf,
 }
 
+/// Bytes for standard output that need no temporary file: a container may have no place for one.
+const IN_MEMORY: usize = 64 << 20;
+
 pub(super) async fn export(args: &Export, destination: &Destination) -> Result<(), Failure> {
     let cannot = |error: std::io::Error| {
         let target = args.output.as_ref().map_or("standard output".into(), |file| file.display().to_string());
         Failure::Input(format!("{target} cannot be written: {error}"))
     };
-    // Whoever reads our output may take their time, a pager say, while nobody else can look at the dead letters.
-    let file = args.output.as_deref().map_or_else(tempfile::tempfile, new_file).map_err(cannot)?;
-    let mut file = std::io::BufWriter::new(file);
     let mut written = Ok(());
-    let write = |letter: &DeadLetter| {
+    let mut write = |letter: &DeadLetter, to: &mut dyn Write| {
         if written.is_ok() {
-            written = writeln!(file, "{}", letter.to_line());
+            written = writeln!(to, "{}", letter.to_line());
         }
         Fate::Back
     };
-    let sifted = args.meant.each(destination, write).await?;
-    written.and_then(|()| file.flush()).map_err(cannot)?;
-    if args.output.is_none() {
-        let mut spool = file.into_inner().map_err(|error| cannot(error.into_error()))?;
-        let copy = spool.rewind().and_then(|()| std::io::copy(&mut spool, &mut std::io::stdout().lock()));
-        copy.map_err(cannot)?;
-    }
+    let sifted = if let Some(path) = &args.output {
+        let mut file = std::io::BufWriter::new(new_file(path).map_err(cannot)?);
+        let sifted = args.meant.each(destination, |letter| write(letter, &mut file)).await?;
+        written.and_then(|()| file.flush()).map_err(cannot)?;
+        sifted
+    } else {
+        // Whoever reads our output may take their time, a pager say, while nobody else can look at the dead letters.
+        let mut spool = tempfile::spooled_tempfile(IN_MEMORY);
+        let sifted = args.meant.each(destination, |letter| write(letter, &mut spool)).await?;
+        let mut copy =
+            || spool.rewind().and_then(|()| std::io::copy(&mut spool, &mut std::io::stdout().lock()));
+        written.and_then(|()| copy()).map_err(cannot)?;
+        sifted
+    };
     anstream::eprintln!(
         "exported {} of {}",
         sifted.matched,
