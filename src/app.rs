@@ -104,8 +104,8 @@ pub async fn run(config: Config, orders: impl Into<Orders>) -> Result<Report, Ru
     };
 
     stop_http.cancel();
-    // A scraper that keeps its connection open must not hold up the exit.
-    let _ = tokio::time::timeout(Duration::from_secs(1), server).await;
+    // A scraper that keeps its connection open must not hold up the exit; a replay of the page gives back what it has.
+    let _ = tokio::time::timeout(Duration::from_secs(3), server).await;
     result
 }
 

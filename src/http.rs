@@ -21,6 +21,7 @@ use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tower_http::timeout::TimeoutLayer;
 
 use crate::board::Board;
@@ -47,9 +48,13 @@ pub async fn serve(
     page: Option<page::Settings>,
     shutdown: CancellationToken,
 ) {
-    let bound = listener.local_addr().map_or(Ipv4Addr::LOCALHOST.into(), |addr| addr.ip());
+    let addr = listener.local_addr().unwrap_or_else(|_| (Ipv4Addr::LOCALHOST, 0).into());
+    let jobs = TaskTracker::new();
     let pages = page
-        .map(|settings| page::router(settings, board.clone(), bound, shutdown.clone()))
+        .map(|settings| {
+            tracing::info!("the operator's page is at http://{addr}{}", page::HOME);
+            page::router(settings, board.clone(), addr.ip(), shutdown.clone(), jobs.clone())
+        })
         .unwrap_or_default();
     let router = Router::new()
         .route("/metrics", get(metrics))
@@ -77,7 +82,8 @@ pub async fn serve(
             drop(open);
         });
     }
-    connections.shutdown().await;
+    jobs.close();
+    tokio::join!(connections.shutdown(), jobs.wait());
 }
 
 async fn metrics(Shared(board): Shared<Board>) -> impl IntoResponse {

@@ -303,6 +303,8 @@ impl Metrics {
             held: number(&self.successors_held),
             backlog: whole(self.queues.backlog.get()),
             drain: Duration::try_from_secs_f64(self.queues.drain_seconds.get()).ok(),
+            delayed: whole(self.queues.delayed.get()),
+            dead: whole(self.queues.dead.get()),
             rate: self.pace.lock().unwrap_or_else(PoisonError::into_inner).rate(Instant::now()),
         }
     }
@@ -523,6 +525,10 @@ pub struct Load {
     pub backlog: Option<u64>,
     /// How long they take, as far as that can be told.
     pub drain: Option<Duration>,
+    /// Messages in the delay queues, if RabbitMQ tells.
+    pub delayed: Option<u64>,
+    /// Dead letters, if RabbitMQ tells.
+    pub dead: Option<u64>,
     /// Messages settled a second over the last minute.
     pub rate: f64,
 }

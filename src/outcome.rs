@@ -4,7 +4,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use crate::close::CloseError;
+use crate::close::{CloseError, Said};
 use crate::domain::event::NotForClose;
 use crate::domain::plan::{Plan, Refusal, Step};
 
@@ -176,10 +176,12 @@ pub struct DeadLetter {
     pub stage: Stage,
     /// What happened, in words without personal data.
     pub error: String,
-    /// The field of Close it is about, if Close named one.
+    /// The field of Close it is about, if Close named one; of what is no event, what is wrong with it.
     pub field: Option<String>,
     /// How far it came, [`crate::domain::decision::Decision::summary`].
     pub decision: Option<String>,
+    /// What Close said, if `error` does not repeat it.
+    pub said: Option<Said>,
 }
 
 impl DeadLetter {
@@ -244,7 +246,8 @@ impl Reason {
                 "have the producer send `userId` or a valid `traits.email`, and discard this one"
             }
             Self::Rejected => {
-                "mend the field Close named (if none, look at the body), in Close or in the mapping, and replay"
+                "mend the field Close named (if none, a replay of one shows what Close says): in Close, in the mapping, or in \
+                 the message with `dlq edit`; and replay"
             }
             Self::Forbidden => "give the API key's user the permission in Close, and replay",
             Self::NotFound => "replay: the record was deleted or merged while the message was worked on",

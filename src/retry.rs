@@ -17,7 +17,7 @@ use backoff::backoff::Backoff as _;
 use backoff::exponential::{ExponentialBackoff, ExponentialBackoffBuilder};
 use tokio::time::Instant;
 
-use crate::close::CloseError;
+use crate::close::{CloseError, Rejection};
 use crate::outcome::{DeadLetter, Failure, Obstruction, Outcome, PauseCause, Reason, Stage};
 
 /// How patient we are.
@@ -120,13 +120,13 @@ pub enum Verdict {
 pub fn settle(failure: &Failure, history: History, pause: Option<Duration>, policy: &Policy) -> Verdict {
     let dead = |reason, field: Option<String>| {
         let error = failure.error.to_string();
-        Verdict::Settle(Outcome::Dead(DeadLetter {
-            reason,
-            stage: failure.stage,
-            error,
-            field,
-            decision: None,
-        }))
+        let said = if let CloseError::Rejected(Rejection { said, .. }) = &failure.error {
+            said.clone()
+        } else {
+            None
+        };
+        let stage = failure.stage;
+        Verdict::Settle(Outcome::Dead(DeadLetter { reason, stage, error, field, decision: None, said }))
     };
     match &failure.error {
         CloseError::Unauthorized => Verdict::Settle(Outcome::Paused(PauseCause::Unauthorized)),
@@ -184,7 +184,8 @@ mod tests {
 
     #[test]
     fn each_failure_gets_what_may_help() {
-        let rejected = CloseError::Rejected(Rejection { status: 400, fields: vec![], message: None });
+        let rejected =
+            CloseError::Rejected(Rejection { status: 400, fields: vec![], message: None, said: None });
         let timeout = CloseError::Transient(Fault::Timeout);
         let cases = [
             (CloseError::Unauthorized, 9, true, false, "pause unauthorized"),
@@ -223,7 +224,8 @@ mod tests {
             (400u16..430).prop_map(|status| CloseError::Rejected(Rejection {
                 status,
                 fields: vec![],
-                message: None
+                message: None,
+                said: None,
             })),
             fault.prop_map(CloseError::Transient),
         ]

@@ -289,6 +289,7 @@ impl Worker {
                 error: no_identity.to_string(),
                 field: None,
                 decision: None,
+                said: None,
             })),
         }
     }
@@ -425,7 +426,8 @@ fn undecodable(malformed: &Malformed) -> DeadLetter {
         reason: Reason::Malformed,
         stage: Stage::Decode,
         error: malformed.to_string(),
-        field: None,
+        field: Some(malformed.label().to_owned()),
         decision: None,
+        said: None,
     }
 }

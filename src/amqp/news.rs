@@ -69,6 +69,9 @@ pub struct Again {
     pub fingerprint: String,
     /// What happened, without personal data.
     pub error: String,
+    /// What Close said, if `error` does not repeat it. Personal data, perhaps: told to whoever replays, and nobody else.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub close_said: Option<String>,
 }
 
 /// What a producer is told.
@@ -99,6 +102,7 @@ impl News<'_> {
                 id: self.dead_letter?,
                 fingerprint: dead.fingerprint(),
                 error: dead.error.clone(),
+                close_said: dead.said.as_ref().map(|said| said.reveal().to_owned()),
             }),
             Outcome::Synced(_) | Outcome::Skipped(_) | Outcome::Delayed { .. } | Outcome::Paused(_) => None,
         }
@@ -134,7 +138,7 @@ impl News<'_> {
             destination,
             leads,
             contacts,
-            dead_letter: self.dead_letter(),
+            dead_letter: self.dead_letter().map(|again| Again { close_said: None, ..again }),
             at: Timestamp::now(),
         })
     }

@@ -425,5 +425,5 @@ async fn reject(
 /// What a caught panic makes of its message.
 fn defect(stage: Stage) -> DeadLetter {
     let error = format!("close-sync {VERSION} panicked at {}", panics::last_location());
-    DeadLetter { reason: Reason::Internal, stage, error, field: None, decision: None }
+    DeadLetter { reason: Reason::Internal, stage, error, field: None, decision: None, said: None }
 }

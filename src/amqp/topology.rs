@@ -308,7 +308,7 @@ impl Binding {
     }
 }
 
-/// Messages ready and messages being worked on, and whether a queue has consumers.
+/// What a queue holds, and for whom.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Depth {
     /// Messages ready for delivery.

@@ -65,7 +65,7 @@ enum Command {
     Test(test::Args),
     Publish(publish::Args),
     #[command(subcommand)]
-    Dlq(dlq::Command),
+    Dlq(Box<dlq::Command>),
     Simulate(simulate::Args),
     /// Ask the worker at `http.addr` whether it is alive, for container health checks.
     Healthcheck,
@@ -192,7 +192,7 @@ impl Cli {
             }
             Command::Dlq(command) => {
                 let destination = single(layers()?.read(Need::Broker)?)?;
-                dlq::dlq(command, destination, || layers()?.read(Need::All)).await
+                dlq::dlq(*command, destination, || layers()?.read(Need::All)).await
             }
             Command::Simulate(args) => simulate::simulate(args).await,
             Command::Healthcheck => {

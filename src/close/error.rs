@@ -100,6 +100,28 @@ pub struct Rejection {
     pub fields: Vec<FieldError>,
     /// What Close said in general, without values.
     pub message: Option<&'static str>,
+    /// All it said, if some of it is not repeated above.
+    pub said: Option<Said>,
+}
+
+/// Close's own words. They may quote personal data: for the eyes of whoever asks, never for logs or headers.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Said(String);
+
+/// Bytes of them that are kept.
+const MOST_SAID: usize = 2048;
+
+impl Said {
+    /// The words.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Said {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Said(withheld)")
+    }
 }
 
 /// One field Close refused.
@@ -156,7 +178,8 @@ const KNOWN: [(&str, &str); 15] = [
 ];
 
 /// Stands for text that is not repeated.
-const WITHHELD: &str = "refused (Close's own words are withheld, they may quote personal data)";
+const WITHHELD: &str =
+    "refused (Close's own words may quote personal data: whoever replays it is shown them)";
 
 fn known(text: &str) -> &'static str {
     let text = text.to_lowercase();
@@ -167,11 +190,15 @@ impl Rejection {
     /// Reads an error body. Any body will do, also none (close-api.md §3: never fail on a body that
     /// is not JSON).
     pub(super) fn read(status: u16, body: &[u8]) -> Self {
+        let text = String::from_utf8_lossy(&body[..body.len().min(MOST_SAID)]).into_owned();
         let body: Value = serde_json::from_slice(body).unwrap_or_default();
         let mut fields = Vec::new();
         collect(&body, &mut Vec::new(), &mut fields);
         let general = body.get("error").or_else(|| body.get("errors")?.get(0)).and_then(Value::as_str);
-        Self { status, fields, message: general.map(known) }
+        let message = general.map(known);
+        let mut told = fields.iter().map(|field| field.message).chain(message);
+        let said = told.any(|told| told == WITHHELD).then_some(Said(text));
+        Self { status, fields, message, said }
     }
 }
 
@@ -218,7 +245,8 @@ mod tests {
             ),
             (
                 json!({"error": "jane@example.test is silly"}),
-                "Close refused the request (400): refused (Close's own words are withheld, they may quote personal data)",
+                "Close refused the request (400): refused (Close's own words may quote personal data: whoever replays it \
+                 is shown them)",
             ),
             (json!({"errors": ["Invalid request: x"]}), "Close refused the request (400): invalid request"),
             (json!("Forbidden"), "Close refused the request (400)"),
@@ -227,7 +255,12 @@ mod tests {
         for (body, text) in cases {
             assert_eq!(Rejection::read(400, body.to_string().as_bytes()).to_string(), text);
         }
-        assert_eq!(Rejection::read(413, b"<html>").to_string(), "Close refused the request (413)");
+        let silly = Rejection::read(400, br#"{"error": "jane@example.test is silly"}"#);
+        assert!(
+            silly.said.as_ref().unwrap().reveal().contains("jane") && !format!("{silly:?}").contains("jane")
+        );
+        let known = Rejection::read(413, b"<html>");
+        assert_eq!((known.to_string().as_str(), known.said), ("Close refused the request (413)", None));
     }
 
     #[test]

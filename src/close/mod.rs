@@ -22,7 +22,7 @@ use crate::domain::schema::Status;
 
 pub use client::{Client, Settings};
 pub use endpoint::{Call, Endpoint, StatusClass};
-pub use error::{CloseError, Fault, FieldError, Rejection};
+pub use error::{CloseError, Fault, FieldError, Rejection, Said};
 pub use gate::Priority;
 pub use transport::{Answer, Transport};
 pub use window::Standing;

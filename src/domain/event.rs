@@ -61,6 +61,19 @@ pub enum Malformed {
     },
 }
 
+impl Malformed {
+    /// What is wrong with it, in a word.
+    pub fn label(&self) -> &'static str {
+        match self {
+            Self::TooLarge { .. } => "too_large",
+            Self::NotJson { .. } => "not_json",
+            Self::NotAnObject { .. } => "not_an_object",
+            Self::Batch => "batch",
+            Self::WrongShape { key, .. } => key,
+        }
+    }
+}
+
 /// Why an event is not for Close. Skipping is an outcome, not a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum NotForClose {

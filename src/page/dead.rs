@@ -352,7 +352,7 @@ pub(super) async fn replay(
     let target = which.target()?;
     let destination = at.place.name.clone();
     let wish = Wish { filter: target.filter(), what: target.value().to_owned(), destination };
-    if !at.bench.replay(at.amqp, wish, &visitor, &office.0.shutdown) {
+    if !at.bench.replay(at.amqp, wish, &visitor, &office) {
         let why = "A replay is under way already; one can be begun when it has ended.";
         return Err(Broken::new(StatusCode::CONFLICT, why));
     }

@@ -34,7 +34,7 @@ pub(super) async fn show(
     frame.around(html! {
         (follow(refresh, &place.path("")))
         (state(&place.seat.status.readiness()))
-        (load(metrics.now(), backlog))
+        (load(metrics.now(), backlog, &place))
         (budget(metrics))
         (so_far(metrics))
     })
@@ -115,7 +115,7 @@ fn state(readiness: &Readiness) -> Markup {
     }
 }
 
-fn load(load: Load, backlog: Option<u64>) -> Markup {
+fn load(load: Load, backlog: Option<u64>, place: &Place) -> Markup {
     let drain = load.drain.and_then(|drain| SignedDuration::try_from(drain).ok()).map(span);
     let items = [
         ("Backlog", or_unknown(backlog)),
@@ -123,12 +123,16 @@ fn load(load: Load, backlog: Option<u64>) -> Markup {
         ("Settled a second", format!("{:.1}", load.rate)),
         ("In flight", load.in_flight.to_string()),
         ("Waiting their turn", load.waiting.to_string()),
-        ("Held by RabbitMQ", load.held.to_string()),
+        ("Held for RabbitMQ", load.held.to_string()),
+        ("In delay queues", or_unknown(load.delayed)),
     ];
     html! {
         section .card aria-labelledby="load" {
             h2 #load { "Work" }
-            dl .tiles { @for (name, number) in items { div { dt { (name) } dd { (number) } } } }
+            dl .tiles {
+                @for (name, number) in items { div { dt { (name) } dd { (number) } } }
+                div { dt { "Dead letters" } dd { a href=(place.path("dead")) { (or_unknown(load.dead)) } } }
+            }
         }
     }
 }

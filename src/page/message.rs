@@ -15,6 +15,7 @@ use super::mask::Sight;
 use super::trial;
 use crate::amqp::dead_letters::letter::DeadLetter;
 use crate::amqp::dead_letters::select::remedy;
+use crate::outcome::Reason;
 
 #[derive(Deserialize)]
 pub(super) struct Opening {
@@ -52,7 +53,12 @@ pub(super) async fn reveal(
         section .card aria-labelledby="plan" {
             h2 #plan { "What a replay would do now" }
             @match plan {
-                Ok(plan) => { (plan) }
+                Ok(plan) => {
+                    (plan)
+                    @if letter.reason.as_deref() == Some(Reason::Rejected.label()) {
+                        p .hint { "What Close refuses is only found out by sending it: replay this one alone first." }
+                    }
+                }
                 Err(why) => { p .notice.bad role="alert" { (why) } }
             }
         }
@@ -81,9 +87,11 @@ fn page(at: &At, visitor: &Visitor, letter: &DeadLetter, sight: Sight, plan: Mar
                     (seal(visitor))
                     input type="hidden" name="id" value=(letter.id);
                     div .actions {
-                        button name="ask" value="plan" { "See what it would do" }
                         @match sight {
-                            Sight::Masked => { button .quiet name="ask" value="show" { "Show personal data" } }
+                            Sight::Masked => {
+                                button name="ask" value="plan" { "See what it would do" }
+                                button .quiet name="ask" value="show" { "Show personal data" }
+                            }
                             Sight::Personal => {
                                 a .button.quiet href=(this.path(&at.place, "dead/message")) { "Hide personal data" }
                             }

@@ -35,6 +35,7 @@ use axum::{Extension, Router, middleware};
 use secrecy::SecretString;
 use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::board::{Board, Seat};
 use guard::{Guard, Visitor};
@@ -61,15 +62,23 @@ struct Inner {
     workbenches: Mutex<HashMap<String, Arc<Workbench>>>,
     /// Nothing is begun or goes on after it.
     shutdown: CancellationToken,
+    /// What goes on whether or not somebody looks.
+    jobs: TaskTracker,
 }
 
 /// Where it begins. Everything else is below.
-const HOME: &str = "/page";
+pub const HOME: &str = "/page";
 
-/// The page, for a server bound to this address, until `shutdown`.
-pub fn router(settings: Settings, board: Board, bound: IpAddr, shutdown: CancellationToken) -> Router {
+/// The page, for a server bound to this address, until `shutdown`; `jobs` are at an end soon after it.
+pub fn router(
+    settings: Settings,
+    board: Board,
+    bound: IpAddr,
+    shutdown: CancellationToken,
+    jobs: TaskTracker,
+) -> Router {
     let (guard, workbenches) = (Guard::new(settings, bound), Mutex::default());
-    let office = Office(Arc::new(Inner { board, guard, workbenches, shutdown }));
+    let office = Office(Arc::new(Inner { board, guard, workbenches, shutdown, jobs }));
     let guarded = middleware::from_fn_with_state(office.clone(), guard::guard);
     let pages = Router::new()
         .route("/", get(home))

@@ -25,7 +25,10 @@ pub(super) async fn show(
 ) -> Markup {
     let Some(job) = at.bench.job() else {
         return at.frame("Replay", &visitor).around(html! {
-            p { "Nothing was replayed from this page since close-sync started." }
+            p {
+                "Nothing was replayed from this page since close-sync started. A replay ends when close-sync stops; what was \
+                 not sent by then is still among the " a href=(at.place.path("dead")) { "dead letters" } "."
+            }
         });
     };
     let runs = !job.is_over();
@@ -63,7 +66,7 @@ fn bar(job: &Job) -> Markup {
         }
         dl .tiles {
             div { dt { "Done" } dd { (ended) " of " (progress.matched) } }
-            div { dt { "Under way" } dd { (progress.under_way) } }
+            @if !job.is_over() { div { dt { "Under way" } dd { (progress.under_way) } } }
             div { dt { "A second" } dd { (format!("{rate:.1}")) } }
             @if let Some(left) = left {
                 div { dt { "Time left" } dd { (span(left)) } }
@@ -100,6 +103,12 @@ fn over(job: &Job, place: &Place) -> Markup {
     html! {
         p .notice.(kind) role="status" { (sentence(&told)) }
         @if rest > 0 { p { (rest) " were not sent and are still dead letters." } }
+        @if progress.under_way > 0 {
+            p { "Of " (progress.under_way) " it is not known yet what becomes of them; what fails is a new dead letter." }
+        }
+        @if progress.failures.len() > 1 {
+            ul { @for (what, number) in &progress.failures { li { (number) " failed again: " code { (what) } } } }
+        }
         @if let Some(again) = &progress.again {
             p {
                 "Failed again: " a href=(Target::Id(again.id.to_string()).path(place, "dead/message")) { (again.fingerprint) }

@@ -14,6 +14,7 @@ use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::Office;
 use super::guard::Visitor;
 use crate::amqp::dead_letters::browse::{Fate, Sifted, find, sift};
 use crate::amqp::dead_letters::letter::DeadLetter;
@@ -88,6 +89,7 @@ pub(super) struct Job {
     pub(super) who: Arc<str>,
     pub(super) since: Timestamp,
     began: Instant,
+    ended: OnceLock<Instant>,
     progress: watch::Receiver<Progress>,
     stop: CancellationToken,
     failure: OnceLock<String>,
@@ -108,10 +110,11 @@ impl Job {
         self.failure.get().map(String::as_str)
     }
 
-    /// Dead letters with an end a second, since it began.
+    /// Dead letters with an end a second, as long as it lasted so far.
     pub(super) fn rate(&self) -> f64 {
-        let ended = u32::try_from(self.progress.borrow().ended()).unwrap_or(u32::MAX);
-        f64::from(ended) / self.began.elapsed().as_secs_f64().max(1.0)
+        let settled = u32::try_from(self.progress.borrow().ended()).unwrap_or(u32::MAX);
+        let lasted = self.ended.get().copied().unwrap_or_else(Instant::now) - self.began;
+        f64::from(settled) / lasted.as_secs_f64().max(1.0)
     }
 
     /// Nothing more is sent.
@@ -258,13 +261,13 @@ impl Workbench {
         .await
     }
 
-    /// Begins to replay those meant, until all are or `shutdown`. `false` if a replay is under way already.
+    /// Begins to replay those meant, until all are or close-sync stops. `false` if a replay is under way already.
     pub(super) fn replay(
         self: &Arc<Self>,
         amqp: Arc<Settings>,
         Wish { filter, what, destination }: Wish,
         visitor: &Visitor,
-        shutdown: &CancellationToken,
+        office: &Office,
     ) -> bool {
         let mut current = self.job.lock().unwrap_or_else(PoisonError::into_inner);
         if current.as_ref().is_some_and(|job| !job.is_over()) {
@@ -277,13 +280,14 @@ impl Workbench {
             who: Arc::clone(&visitor.who),
             since: Timestamp::now(),
             began: Instant::now(),
+            ended: OnceLock::new(),
             progress,
-            stop: shutdown.child_token(),
+            stop: office.0.shutdown.child_token(),
             failure: OnceLock::new(),
         });
         *current = Some(Arc::clone(&job));
         let bench = Arc::clone(self);
-        tokio::spawn(async move {
+        office.0.jobs.spawn(async move {
             // It is not over before everything is told.
             let _until = told.clone();
             match replay(&amqp, order, told, &job.stop).await {
@@ -299,6 +303,7 @@ impl Workbench {
                     let _ = job.failure.set(error.to_string());
                 }
             }
+            let _ = job.ended.set(Instant::now());
             bench.forget().await;
         });
         true

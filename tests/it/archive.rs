@@ -86,6 +86,13 @@ async fn an_editor_is_opened() {
         bench = bench.set("EDITOR", editor);
         let (code, _, told) = bench.told(&["dlq", "edit", &id], "").await;
         assert!(code == expected && told.contains(words), "{editor}: {told}");
+        // What cannot be used is not lost.
+        let kept = told.split("what you wrote is in ").nth(1).and_then(|rest| rest.split_once(':'));
+        assert_eq!(kept.is_some(), words == "no JSON object", "{told}");
+        if let Some((path, _)) = kept {
+            assert!(std::fs::read_to_string(path).unwrap().starts_with('['));
+            std::fs::remove_file(path).unwrap();
+        }
     }
     assert_eq!(shown(&bench, &id).await["body"]["userId"], "u7");
 }
@@ -263,7 +270,7 @@ async fn dead_letters_are_chosen_by_what_they_are_about() {
     bench.worker().await.terminate().await;
     let line = |id: &str, hour: u32, fingerprint: &str, body: Value| {
         json!({
-            "properties": {},
+            "properties": {"message_id": format!("m-{id}")},
             "headers": {
                 "x-close-sync-dead-letter-id": id, "x-close-sync-reason": fingerprint.split(':').next(),
                 "x-close-sync-fingerprint": fingerprint,
@@ -288,11 +295,14 @@ async fn dead_letters_are_chosen_by_what_they_are_about() {
         (&["--fingerprint", "rejected:write:name", "--fingerprint", "malformed"], "bd"),
         (&["--fingerprint", "rejected:wri"], ""),
         (&["--id", "a", "--id", "d"], "ad"),
+        (&["--message-id", "m-a", "--message-id", "m-c"], "ac"),
         (&["--user-id", "2"], "b"),
         (&["--company-id", "c1"], "ab"),
         (&["--company-id", "c1", "--user-id", "u1"], "a"),
         (&["--email", " b@X.example"], "b"),
         (&["--since", "2026-01-01T02:00:00Z", "--until", "2026-01-01T03:00:00Z"], "bc"),
+        (&["--since", "2026-01-01 02:00", "--until", "2026-01-01T03:00"], "bc"),
+        (&["--until", "2026-01-01"], ""),
         (&["--since", "1h"], ""),
         (&["--until", "1 day"], "abcd"),
         (&["--limit", "2"], "ab"),

@@ -69,7 +69,7 @@ async fn looking_changes_nothing() {
 async fn a_replay_goes_through_the_work_queue_and_counts() {
     let bench = three().await;
     let dry = bench.output(&["dlq", "replay", "--reason", "rejected", "--dry-run"]).await;
-    assert_eq!(dry, "would replay 1 of 3; run without --dry-run to do it\n");
+    assert_eq!(dry, "would replay 1 of 3 (1 rejected:write:name); run without --dry-run to do it\n");
     let worker = bench.worker().await;
     let (code, text, words) = bench.told(&["dlq", "replay", "--reason", "rejected"], "").await;
     assert_eq!((code, text.as_str()), (Some(0), "replayed 1; 1 created\n"), "{words}");
@@ -129,7 +129,14 @@ async fn without_a_worker_a_replay_gives_up_after_the_first() {
         words.contains("no worker told what became of 1 message") && words.contains("/readyz"),
         "{words}"
     );
-    assert_eq!((bench.depth("").await, list(&bench).await.len()), (1, 2));
-    assert_eq!(bench.output(&["dlq", "replay", "--all", "--no-wait"]).await, "replayed 2\n");
+    // After a look or two at the work queue it is known why.
+    let waiting = bench.starting(&["dlq", "replay", "--all"]);
+    waiting
+        .until("told", async |waiting| waiting.logged("no worker consumes from the work queue") == 1)
+        .await;
+    waiting.kill().await;
+    bench.depth_becomes(".dead", 1).await;
+    assert_eq!(bench.depth("").await, 2);
+    assert_eq!(bench.output(&["dlq", "replay", "--all", "--no-wait"]).await, "replayed 1\n");
     assert_eq!((bench.depth("").await, list(&bench).await.len()), (3, 0));
 }

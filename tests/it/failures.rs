@@ -27,8 +27,8 @@ fn status(code: u16, when: When) -> Effect {
 async fn what_cannot_succeed_is_dead_lettered_untouched_with_its_story() {
     let bench = Bench::new().await;
     let bodies: [(&[u8], &str, &str); 4] = [
-        (b"{\"traits\": \xff", "malformed", "malformed:decode:-"),
-        (b" [1,  2] ", "malformed", "malformed:decode:-"),
+        (b"{\"traits\": \xff", "malformed", "malformed:decode:not_json"),
+        (b" [1,  2] ", "malformed", "malformed:decode:not_an_object"),
         (b"{\"type\":\"identify\",\"traits\":{\"email\":\"nobody\"}}", "no_identity", "no_identity:map:-"),
         (
             b"{\"userId\":\"u1\",  \"traits\":{\"company\":{\"id\":\"refused\"}}}",

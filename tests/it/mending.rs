@@ -198,3 +198,38 @@ async fn the_largest_body_can_be_edited_and_no_larger() {
     let told = bench.told(&["dlq", "import", "-"], &letter.to_string()).await.1;
     assert_eq!(told, "imported 0, replaced 1, 0 were there already\n");
 }
+
+/// Many at once, with what their producers sent kept; or none, where one cannot be edited so.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_are_edited_by_one_patch() {
+    let ids = [json!(1_234_567_890_123_456_789_u64), json!("u2"), json!(9_007_199_254_740_993_u64)];
+    let event =
+        |id: &Value| json!({"type": "identify", "userId": id, "traits": {"phone": "x", "name": "Ada"}});
+    let events: Vec<_> = ids.iter().map(event).collect();
+    let bench = Bench::dead(&events).await;
+    bench.import(&line("list", 9, &json!(["no object"]))).await;
+    let edit = ["dlq", "edit", "--reason", "rejected", "--patch", r#"{"traits": {"phone": null}}"#];
+    let (code, words) = bench.words(&edit, "").await;
+    assert!(code == Some(0) && words == "edited 4 of 4 dead letters\n", "{words}");
+    let (code, words) = bench.words(&["dlq", "edit", "--reason", "rejected", "--patch", "[]"], "").await;
+    assert!(code == Some(0) && words == "edited 0 of 4 dead letters\n", "{words}");
+    let letters = bench.dead_letters().await;
+    for (letter, id) in letters.iter().zip(&ids) {
+        let body: Value = serde_json::from_str(letter["body"].as_str().unwrap()).unwrap();
+        assert_eq!(body, json!({"type": "identify", "userId": id, "traits": {"name": "Ada"}}));
+        let original = letter["headers"]["x-close-sync-original"].as_str().unwrap();
+        assert_eq!(serde_json::from_str::<Value>(original).unwrap(), event(id));
+    }
+    bench.import(&line("text", 10, &json!("text"))).await;
+    let before = bench.dead_letters().await;
+    let remove = r#"[{"op": "remove", "path": "/traits/name"}]"#;
+    for (patch, why) in [(remove, "the patch does not apply"), ("7", "the new body is no JSON object")] {
+        let (code, words) =
+            bench.words(&["dlq", "edit", "--since", "2000-01-01", "--patch", patch], "").await;
+        assert!(code == Some(2) && words.contains(why) && words.contains("nothing was changed"), "{words}");
+        assert_eq!(bench.dead_letters().await, before);
+    }
+    for wrong in [&["dlq", "edit", "--reason", "rejected"][..], &["dlq", "edit", "--patch", "{}"]] {
+        assert_eq!(bench.words(wrong, "").await.0, Some(2), "{wrong:?}");
+    }
+}

@@ -1,9 +1,7 @@
 //! What producers are told about their messages, where that is switched on.
 
 use futures_util::StreamExt;
-use lapin::options::{
-    BasicConsumeOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions,
-};
+use lapin::options::{ExchangeDeclareOptions, ExchangeDeleteOptions};
 use lapin::types::FieldTable;
 use lapin::{BasicProperties, Consumer, ExchangeKind};
 use serde_json::{Value, json};
@@ -12,20 +10,6 @@ use crate::contract::Schema;
 use crate::support::{Bench, identify, people};
 
 const LOST: &str = "outcome_messages_total{result=\"lost\"}";
-
-/// A queue of the test's own that gets what this key lets through.
-async fn listen(bench: &Bench, exchange: &str, key: &str) -> Consumer {
-    let channel = bench.channel().await;
-    let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
-    let queue = channel.queue_declare("".into(), options, FieldTable::default()).await.unwrap();
-    let (name, none) = (queue.name().clone(), FieldTable::default());
-    channel
-        .queue_bind(name.clone(), exchange.into(), key.into(), QueueBindOptions::default(), none)
-        .await
-        .unwrap();
-    let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
-    channel.basic_consume(name, "".into(), options, FieldTable::default()).await.unwrap()
-}
 
 /// The next message: its routing key, its correlation id, its body without the time.
 async fn next(deliveries: &mut Consumer) -> (String, Option<String>, Value) {
@@ -44,8 +28,8 @@ async fn producers_are_told_what_became_of_their_messages() {
     let exchange = format!("{}-outcomes", bench.exchange);
     let bench = bench.set("AMQP_OUTCOMES", &exchange);
     let worker = bench.worker().await;
-    let mut all = listen(&bench, &exchange, "#").await;
-    let mut dead = listen(&bench, &exchange, "dead.#").await;
+    let mut all = bench.outcomes(&exchange).await;
+    let mut dead = bench.outcomes_like(&exchange, "dead.#").await;
 
     let event = identify("u1", json!({"company": {"id": "c1"}, "title": "Dr"}));
     for (id, event) in [
@@ -140,7 +124,7 @@ async fn what_cannot_be_told_holds_up_nothing() {
         .exchange_declare(exchange.clone().into(), ExchangeKind::Topic, durable, FieldTable::default())
         .await
         .unwrap();
-    let mut all = listen(&bench, &exchange, "#").await;
+    let mut all = bench.outcomes(&exchange).await;
     // The channel is opened anew a second after the last time.
     worker
         .until("told again", async |worker| {

@@ -5,9 +5,10 @@ use std::io::Write;
 use std::time::{Duration, Instant};
 
 use close_sync::simulator::{Effect, Fault, FaultBody, When};
+use futures_util::StreamExt;
 use serde_json::{Value, json};
 
-use crate::support::dead_letters::ids;
+use crate::support::dead_letters::{ids, line};
 use crate::support::{Bench, Proxy, Worker, identify, people};
 
 /// What Close takes for a new Lead, so that there is something to be in the middle of.
@@ -141,6 +142,65 @@ async fn it_stops_at_the_first_that_fails_as_before() {
     let (code, words) = bench.words(&["dlq", "replay", "--reason", "rejected"], "").await;
     assert!(code == Some(0) && words.starts_with("replayed 3; 2 added, 1 created\n"), "{words}");
     assert_eq!(bench.depth(".dead").await, 0);
+    worker.terminate().await;
+}
+
+/// Close's own words may quote what is personal. Whoever replays is shown them, and nothing keeps them.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_close_said_is_shown_to_whoever_replays() {
+    let bench = Bench::dead_people(2).await;
+    let exchange = format!("{}-outcomes", bench.exchange);
+    let bench = bench.set("AMQP_OUTCOMES", &exchange);
+    let words = "jane@example.test has no \u{1b}[2J quota left";
+    let refusal = json!({"errors": [words], "field-errors": {}});
+    let effect = Effect::Status { code: 400, body: FaultBody::Exactly(refusal), when: When::BeforeCommit };
+    bench.simulator.fault(Fault::new(effect).on("POST", "/lead/"));
+    let worker = bench.worker().await;
+    let mut told = bench.outcomes(&exchange).await;
+    let (code, words) = bench.words(&["dlq", "replay", "--id", "dead-0"], "").await;
+    assert!(code == Some(1) && words.contains("Close said: {\"errors\":[\"jane@example.test"), "{words}");
+    assert!(words.contains("it failed again\n") && !words.contains('\u{1b}'), "{words}");
+    let kept = format!("{:?}", bench.dead_letters().await);
+    assert!(kept.contains("rejected:write:-") && kept.contains("shown them"), "{kept}");
+    let news = told.next().await.unwrap().unwrap();
+    let news = String::from_utf8(news.data).unwrap();
+    assert!(news.contains("rejected:write:-"), "{news}");
+    for text in [kept, news, worker.log(), worker.page("/metrics").await.unwrap().1] {
+        assert!(!text.contains("jane"), "{text}");
+    }
+    worker.terminate().await;
+}
+
+/// Of several kinds each is counted, before and after.
+#[tokio::test(flavor = "multi_thread")]
+async fn kinds_are_counted() {
+    let bench = Bench::dead_people(3).await;
+    bench
+        .import(
+            &line("other", 9, &json!([])).replace("rejected:write:name", "malformed:decode:not_an_object"),
+        )
+        .await;
+    let (_, words) = bench.words(&["dlq", "replay", "--all", "--dry-run"], "").await;
+    assert!(
+        words.contains("would replay 4 of 4 (1 malformed:decode:not_an_object, 3 rejected:write:name)"),
+        "{words}"
+    );
+    let dry = bench.output(&["dlq", "replay", "--limit", "2", "--all", "--dry-run", "--json"]).await;
+    let dry: Value = serde_json::from_str(&dry).unwrap();
+    assert_eq!(
+        dry,
+        json!({"end": "dry_run", "found": 4, "matched": 2, "groups": {"rejected:write:name": 2}})
+    );
+    let listed = bench.output(&["dlq", "list"]).await;
+    assert!(
+        listed.contains("3  rejected:write:name  first ") && listed.contains("dlq show dead-2"),
+        "{listed}"
+    );
+    bench.refuse("");
+    let worker = bench.worker().await;
+    let (_, words) = bench.words(&["dlq", "replay", "--all", "--keep-going"], "").await;
+    let kinds = "failed again: 1 malformed:decode:not_an_object, 3 rejected:write:name; the last:";
+    assert!(words.contains(kinds), "{words}");
     worker.terminate().await;
 }
 

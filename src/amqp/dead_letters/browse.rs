@@ -139,28 +139,12 @@ const TURN: Duration = Duration::from_mins(2);
 pub async fn sift(
     settings: &Settings,
     which: &Selection,
-    mut decide: impl FnMut(&DeadLetter) -> Fate + Send,
+    decide: impl FnMut(&DeadLetter) -> Fate + Send,
     watch: &mut Watch<'_>,
 ) -> Result<Sifted, BrokerError> {
     let operator = Operator::connect(settings, "close-sync dlq").await?;
     let replaying = is_claimed(&operator.connection, &settings.replay()).await?;
-    let is_meant = |letter: &DeadLetter| which.filter.matches(letter);
-    let (most, newest) = match which.limit {
-        None => (usize::MAX, Some(Timestamp::MAX)),
-        Some(limit) => {
-            let oldest = operator.oldest(limit, is_meant, watch).await?;
-            (oldest.len(), oldest.last().copied().flatten())
-        }
-    };
-    let mut matched = 0;
-    let among = |letter: &DeadLetter| {
-        if matched == most || letter.failed_at > newest || !is_meant(letter) {
-            return Fate::Back;
-        }
-        matched += 1;
-        decide(letter)
-    };
-    let hand = operator.take(among, watch).await?;
+    let (hand, matched) = operator.pick(which, decide, watch).await?;
     let sifted = Sifted { found: hand.found, matched, removed: hand.removed, replaying };
     hand.close().await;
     operator.leave().await;
@@ -280,6 +264,33 @@ impl<'a> Operator<'a> {
         }
         hand.held.make_contiguous().sort_by_key(|held| held.letter.failed_at);
         Ok(())
+    }
+
+    /// Takes all dead letters, and does with those meant what `decide` says. Tells how many they are.
+    pub(super) async fn pick(
+        &self,
+        which: &Selection,
+        mut decide: impl FnMut(&DeadLetter) -> Fate + Send,
+        watch: &mut Watch<'_>,
+    ) -> Result<(Hand, usize), BrokerError> {
+        let is_meant = |letter: &DeadLetter| which.filter.matches(letter);
+        let (most, newest) = match which.limit {
+            None => (usize::MAX, Some(Timestamp::MAX)),
+            Some(limit) => {
+                let oldest = self.oldest(limit, is_meant, watch).await?;
+                (oldest.len(), oldest.last().copied().flatten())
+            }
+        };
+        let mut matched = 0;
+        let among = |letter: &DeadLetter| {
+            if matched == most || letter.failed_at > newest || !is_meant(letter) {
+                return Fate::Back;
+            }
+            matched += 1;
+            decide(letter)
+        };
+        let hand = self.take(among, watch).await?;
+        Ok((hand, matched))
     }
 
     /// When those meant failed, at most so many of them and the oldest first.

@@ -7,6 +7,7 @@ use jiff::Timestamp;
 
 use super::browse::{Fate, Operator, Watch, is_claimed};
 use super::letter::DeadLetter;
+use super::select::Selection;
 use crate::amqp::publisher::{Publisher, Sent};
 use crate::amqp::{BrokerError, Settings, close, headers};
 
@@ -18,43 +19,69 @@ pub fn is_editable(letter: &DeadLetter) -> bool {
     letter.original().is_some() || letter.body.len() <= LARGEST_ORIGINAL
 }
 
-/// Puts another body in place of a dead letter's, keeping what its producer sent in a header. `false` if it is not
-/// there any more, or has another body than `seen`.
+/// What came of an edit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Edited {
+    /// So many of those meant have another body now.
+    Done {
+        /// Those meant.
+        matched: usize,
+        /// Those that have another body.
+        changed: usize,
+    },
+    /// Nothing was changed, for what is wrong with one of them.
+    Refused {
+        /// Its id.
+        id: String,
+        /// Why.
+        why: String,
+    },
+}
+
+/// Puts other bodies in place of those of dead letters, keeping what their producers sent in a header. `change` tells
+/// the new body, `None` where it stays as it is, or why it cannot be changed: then none is.
 ///
 /// # Errors
-/// When the broker is gone, or does not take the message, or it is not [editable](is_editable): then it stays as it
-/// was.
+/// When the broker is gone, or does not take a message: that one and those after it stay as they were.
 pub async fn edit(
     settings: &Settings,
-    seen: &DeadLetter,
-    body: &[u8],
+    which: &Selection,
+    change: impl Fn(&DeadLetter) -> Result<Option<Vec<u8>>, String>,
     watch: &mut Watch<'_>,
-) -> Result<bool, BrokerError> {
-    if !is_editable(seen) {
-        return Err(BrokerError::TooLarge(format!("the body has more than {LARGEST_ORIGINAL} bytes")));
-    }
+) -> Result<Edited, BrokerError> {
     let operator = Operator::connect(settings, "close-sync dlq").await?;
     let publishing = settings.connect("close-sync dlq publish").await?;
     let publisher = Publisher::new(&publishing).await?;
-    let mut found = false;
-    let decide = |letter: &DeadLetter| {
-        let meant = !found && letter.id == seen.id && letter.body == seen.body;
-        found |= meant;
-        if meant { Fate::Hold } else { Fate::Back }
+    let (mut hand, matched) = operator.pick(which, |_| Fate::Hold, watch).await?;
+    let done = async {
+        let mut to_do = Vec::new();
+        while let Some(held) = hand.next() {
+            let wanted = change(&held.letter).and_then(|body| match body {
+                Some(_) if !is_editable(&held.letter) => Err(format!(
+                    "a body of more than {LARGEST_ORIGINAL} bytes cannot be kept with an edited one"
+                )),
+                body => Ok(body),
+            });
+            match wanted {
+                Ok(Some(body)) => to_do.push((held, body)),
+                Ok(None) => {}
+                Err(why) => return Ok(Edited::Refused { id: held.letter.id, why }),
+            }
+        }
+        let changed = to_do.len();
+        for (held, body) in to_do {
+            let properties =
+                headers::for_edited(&held.letter.restored(), &held.letter.body, Timestamp::now());
+            publisher.publish(&settings.dead(), "", &body, properties).await?;
+            held.remove().await?;
+        }
+        Ok(Edited::Done { matched, changed })
     };
-    let mut hand = operator.take(decide, watch).await?;
-    let mut done = Ok(());
-    if let Some(held) = hand.next() {
-        let properties = headers::for_edited(&held.letter.restored(), &held.letter.body, Timestamp::now());
-        done = match publisher.publish(&settings.dead(), "", body, properties).await {
-            Ok(()) => held.remove().await,
-            Err(error) => Err(error),
-        };
-    }
+    let done = done.await;
     hand.close().await;
     operator.leave().await;
     close(&publishing).await;
-    done.map(|()| found)
+    done
 }
 
 /// What came of a file.

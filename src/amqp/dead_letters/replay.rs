@@ -33,7 +33,7 @@ use super::letter::DeadLetter;
 use super::select::Selection;
 use crate::amqp::news::{Again, Replayed};
 use crate::amqp::publisher::Publisher;
-use crate::amqp::topology::{NOW, REPLAYED};
+use crate::amqp::topology::{Depth, NOW, REPLAYED};
 use crate::amqp::{BrokerError, Settings, close, headers, in_time, topology};
 use crate::retry::Pauses;
 use crate::words::count;
@@ -82,8 +82,10 @@ pub struct Progress {
     pub delayed: usize,
     /// The last of those that failed again.
     pub again: Option<Again>,
-    /// Messages waiting in the work queue, if the broker tells us.
-    pub ahead: Option<u32>,
+    /// Fingerprints of those that failed again, and how many they were.
+    pub failures: BTreeMap<String, usize>,
+    /// The work queue, as it was found while nothing was heard, if the broker tells us.
+    pub work: Option<Depth>,
 }
 
 /// What a replay is doing.
@@ -125,11 +127,12 @@ impl Progress {
     /// What it is doing, for people.
     pub fn in_words(&self) -> String {
         match &self.stage {
-            Stage::Canary => match self.ahead.filter(|ahead| *ahead > 0) {
-                Some(ahead) => {
+            Stage::Canary => match self.work {
+                Some(Depth { consumers: 0, .. }) => "the first waits: no worker consumes just now".to_owned(),
+                Some(Depth { ready: ahead @ 1.., .. }) => {
                     format!("the first is under way, {} before it", count(ahead, "message", "messages"))
                 }
-                None => "the first is under way".to_owned(),
+                Some(_) | None => "the first is under way".to_owned(),
             },
             Stage::Looking => "looking for them".to_owned(),
             Stage::Waiting => "waiting for another operator".to_owned(),
@@ -139,6 +142,7 @@ impl Progress {
             Stage::Over(End::Done) if self.matched == 0 => "there was nothing to replay".to_owned(),
             Stage::Over(End::Done) if self.failed_again() == 0 => "done: none failed again".to_owned(),
             Stage::Over(End::Done) => "done, and some failed again".to_owned(),
+            Stage::Over(End::CanaryFailed) if self.matched == 1 => "it failed again".to_owned(),
             Stage::Over(End::CanaryFailed) => {
                 "the first one failed again, so nothing else was sent".to_owned()
             }
@@ -495,7 +499,7 @@ impl Replay<'_> {
             () = tokio::time::sleep(LOOKS_APART) => {
                 // Whoever may not look is not told.
                 let depth = in_time(topology::depth(line.connection, &self.settings.queue)).await.ok().flatten();
-                self.tell(|progress| progress.ahead = depth.map(|depth| depth.ready));
+                self.tell(|progress| progress.work = depth);
                 return Ok(None);
             }
         };
@@ -514,7 +518,10 @@ impl Replay<'_> {
         self.tell(|progress| *progress.outcomes.entry(told.outcome).or_default() += 1);
         let Some(again) = told.dead_letter else { return Ok(None) };
         let alike = !self.known.insert(again.fingerprint.clone());
-        self.tell(|progress| progress.again = Some(again));
+        self.tell(|progress| {
+            *progress.failures.entry(again.fingerprint.clone()).or_default() += 1;
+            progress.again = Some(again);
+        });
         Ok(match (self.order.keep_going, self.proven) {
             (true, _) => None,
             (false, false) => Some(End::CanaryFailed),

@@ -30,6 +30,8 @@ pub struct Filter {
     pub group: Option<String>,
     /// Any of these ids.
     pub ids: BTreeSet<String>,
+    /// Any of these ids of producers.
+    pub message_ids: BTreeSet<String>,
     /// Dead-lettered at this time or later.
     pub since: Option<Timestamp>,
     /// Dead-lettered at this time or before.
@@ -71,6 +73,8 @@ impl Filter {
             && (self.fingerprints.is_empty() || self.fingerprints.iter().any(alike))
             && self.group.as_ref().is_none_or(|group| *group == letter.fingerprint)
             && (self.ids.is_empty() || self.ids.contains(&letter.id))
+            && (self.message_ids.is_empty()
+                || letter.message_id.as_ref().is_some_and(|id| self.message_ids.contains(id)))
             && self.since.is_none_or(|since| letter.failed_at.is_some_and(|at| at >= since))
             && self.until.is_none_or(|until| letter.failed_at.is_some_and(|at| at <= until))
             && self.about.as_ref().is_none_or(|about| about.matches(&letter.body))
@@ -103,7 +107,9 @@ pub struct Group {
     pub first: Option<Timestamp>,
     /// When the last was.
     pub last: Option<Timestamp>,
-    /// What happened to the last.
+    /// The id of the last.
+    pub example: String,
+    /// What happened to it.
     pub error: Option<String>,
     /// What to do about them.
     pub remedy: &'static str,
@@ -125,6 +131,7 @@ impl Groups {
         }
         if letter.failed_at >= group.last {
             group.last = letter.failed_at;
+            group.example.clone_from(&letter.id);
             group.error.clone_from(&letter.error);
         }
     }
@@ -158,6 +165,7 @@ impl Group {
             failed_again: 0,
             first: None,
             last: None,
+            example: String::new(),
             error: None,
             remedy: remedy(fingerprint),
         }

@@ -1,6 +1,6 @@
 //! `close-sync dlq export` and `import`.
 
-use std::io::{Seek, Write};
+use std::io::{ErrorKind, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use super::{Failure, Fate, Meant, UNFIT, follow, look};
@@ -22,8 +22,9 @@ pub(in crate::cli) struct Export {
 /// Put dead letters from a file back into the queue.
 ///
 /// One that is in the queue already stays as it is; one with the same id and another content takes its place. So an
-/// import can be repeated, and dead letters are edited by the thousand:
-/// `dlq export --reason rejected | jq -c '.body |= (fromjson | .traits.phone = null | tojson)' | dlq import -`
+/// import can be repeated, and dead letters can be edited in the file:
+/// `jq -c '.body |= (fromjson | (.traits.phone // empty) |= gsub(" "; "") | tojson)' dead.ndjson | dlq import -`
+/// Beware of tools that round numbers, as jq 1.6 does above 2^53: an id becomes another person's.
 #[derive(clap::Args)]
 pub(in crate::cli) struct Import {
     /// A file that `export` wrote, or `-` for standard input.
@@ -57,7 +58,11 @@ pub(super) async fn export(args: &Export, destination: &Destination) -> Result<(
         let sifted = args.meant.each(destination, |letter| write(letter, &mut spool)).await?;
         let mut copy =
             || spool.rewind().and_then(|()| std::io::copy(&mut spool, &mut std::io::stdout().lock()));
-        written.and_then(|()| copy()).map_err(cannot)?;
+        match written.and_then(|()| copy()) {
+            // Whoever reads it has seen enough.
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
+            copied => _ = copied.map_err(cannot)?,
+        }
         sifted
     };
     anstream::eprintln!(

@@ -1,25 +1,38 @@
 //! `close-sync dlq edit`.
 
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anstyle::AnsiColor;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use similar::{ChangeTag, TextDiff};
+use tempfile::NamedTempFile;
 
-use super::{Failure, follow, look, open};
-use crate::amqp::dead_letters::mend;
+use super::{Failure, Meant, follow, look, open};
+use crate::amqp::dead_letters::letter::DeadLetter;
+use crate::amqp::dead_letters::mend::{self, Edited};
+use crate::amqp::dead_letters::select::{Filter, Selection};
 use crate::cli::read;
 use crate::config::{self, Destination};
+use crate::words::count;
 
-/// Change the body of a dead letter.
+/// Change the bodies of dead letters.
 ///
-/// Opens it in `$VISUAL` or `$EDITOR`, or applies a patch. The changed dead letter takes the place of the old one under
-/// the same id; what its producer sent is kept with it, and `show` prints both. Replay it afterwards.
+/// Opens one in `$VISUAL` or `$EDITOR`, or applies a patch to one or many:
+/// `dlq edit --reason rejected --patch '{"traits": {"phone": null}}'`. A changed dead letter takes the place of the old
+/// one under the same id; what its producer sent is kept with it, and `show` prints both. Replay it afterwards.
 #[derive(clap::Args)]
+#[command(group = clap::ArgGroup::new("edited").required(true).multiple(true).args([
+    "one", "reason", "fingerprint", "id", "message_id", "user_id", "company_id", "email", "since", "until",
+]))]
 pub(in crate::cli) struct Args {
     /// The id, as `list` prints it.
-    id: String,
+    #[arg(value_name = "ID", conflicts_with_all = [
+        "reason", "fingerprint", "id", "message_id", "user_id", "company_id", "email", "since", "until", "limit",
+    ])]
+    one: Option<String>,
+    #[command(flatten)]
+    meant: Meant,
     /// A JSON merge patch, `{"traits": {"phone": null}}`, or a JSON patch, `[{"op": "remove", "path": "/traits/phone"}]`.
     #[arg(long, value_name = "JSON")]
     patch: Option<String>,
@@ -29,64 +42,146 @@ pub(in crate::cli) struct Args {
 }
 
 pub(super) async fn edit(args: &Args, destination: &Destination) -> Result<(), Failure> {
-    let letter = open(&args.id, destination).await?;
+    let patch = args.patch.as_deref().map(Patch::parse).transpose()?;
+    match (&args.one, patch) {
+        (Some(id), patch) => one(id, patch.as_ref(), args.body.as_deref(), destination).await,
+        (None, Some(patch)) => many(&args.meant.selection(&destination.rules), &patch, destination).await,
+        (None, None) => {
+            Err(Failure::Input("several are edited with `--patch`; name an id to edit one".to_owned()))
+        }
+    }
+}
+
+async fn many(which: &Selection, patch: &Patch, destination: &Destination) -> Result<(), Failure> {
+    let change = |letter: &DeadLetter| {
+        let edited = patch.apply(&letter.body)?;
+        Ok((edited != letter.body).then_some(edited))
+    };
+    let (matched, changed) = apply(which, change, destination).await?;
+    if matched == 0 {
+        return Err(Failure::Input("no dead letter matches; `close-sync dlq list` names them".to_owned()));
+    }
+    anstream::eprintln!("edited {changed} of {}", count(matched as u64, "dead letter", "dead letters"));
+    Ok(())
+}
+
+async fn one(
+    id: &str,
+    patch: Option<&Patch>,
+    body: Option<&Path>,
+    destination: &Destination,
+) -> Result<(), Failure> {
+    let letter = open(id, destination).await?;
     if !mend::is_editable(&letter) {
         return Err(Failure::Input(format!(
             "the body has {} bytes: more than {} cannot be kept with an edited one. Export it, edit the file and \
-             import that: `close-sync dlq export --id {}`",
+             import that: `close-sync dlq export --id {id}`",
             letter.body.len(),
             mend::LARGEST_ORIGINAL,
-            args.id
         )));
     }
-    let edited = match (&args.patch, &args.body) {
-        (Some(patch), _) => patched(&letter.body, patch)?,
-        (None, Some(file)) => read(file).await?,
-        (None, None) => by_hand(&letter.body)?,
+    let (edited, file) = match (patch, body) {
+        (Some(patch), _) => (patch.apply(&letter.body).map_err(Failure::Input)?, None),
+        (None, Some(file)) => (read(file).await?, None),
+        (None, None) => {
+            let (edited, file) = by_hand(&letter.body)?;
+            (edited, Some(file))
+        }
     };
     if edited == letter.body {
         anstream::eprintln!("nothing was changed");
         return Ok(());
     }
-    if let Err(error) = serde_json::from_slice::<serde_json::Map<String, Value>>(&edited) {
-        return Err(Failure::Input(format!("the new body is no JSON object ({error}); nothing was changed")));
+    let done = replace(&letter, &edited, destination).await;
+    if let (Err(_), Some(file)) = (&done, file)
+        && let Ok((_, path)) = file.keep()
+    {
+        anstream::eprintln!(
+            "what you wrote is in {0}: `close-sync dlq edit {id} --body {0}`",
+            path.display()
+        );
     }
-    let bar = look();
-    let there = mend::edit(&destination.amqp, &letter, &edited, &mut follow(&bar)).await;
-    bar.finish_and_clear();
-    if !there? {
-        return Err(Failure::Input(format!(
-            "the dead letter `{}` was replayed, discarded or edited meanwhile; nothing was changed",
-            args.id
-        )));
-    }
+    done?;
     print_diff(&letter.body, &edited);
     anstream::eprintln!(
-        "edited; see what would become of it with `close-sync dlq show {0}`, then `close-sync dlq replay --id {0}`",
-        args.id
+        "edited; see what would become of it with `close-sync dlq show {id}`, then `close-sync dlq replay --id {id}`"
     );
     Ok(())
 }
 
-fn patched(body: &[u8], patch: &str) -> Result<Vec<u8>, Failure> {
-    let mut event: Value = serde_json::from_slice(body).map_err(|_| {
-        Failure::Input("the body is no JSON, to which no patch applies: edit it without --patch".to_owned())
-    })?;
-    let patch: Value = serde_json::from_str(patch)
-        .map_err(|error| Failure::Input(format!("the patch is no JSON: {error}")))?;
-    if patch.is_array() {
-        let patch: json_patch::Patch = serde_json::from_value(patch)
-            .map_err(|error| Failure::Input(format!("the patch is no JSON patch: {error}")))?;
-        json_patch::patch(&mut event, &patch)
-            .map_err(|error| Failure::Input(format!("the patch does not apply: {error}")))?;
-    } else {
-        json_patch::merge(&mut event, &patch);
+async fn replace(letter: &DeadLetter, body: &[u8], destination: &Destination) -> Result<(), Failure> {
+    if let Err(error) = serde_json::from_slice::<Map<String, Value>>(body) {
+        return Err(Failure::Input(format!("the new body is no JSON object ({error}); nothing was changed")));
     }
-    Ok(serde_json::to_vec(&event).unwrap_or_default())
+    let which = Filter { ids: [letter.id.clone()].into(), ..Filter::default() };
+    let change = |now: &DeadLetter| Ok((now.body == letter.body).then(|| body.to_vec()));
+    let (_, changed) = apply(&which.into(), change, destination).await?;
+    if changed == 0 {
+        return Err(Failure::Input(format!(
+            "the dead letter `{}` was replayed, discarded or edited meanwhile; nothing was changed",
+            letter.id
+        )));
+    }
+    Ok(())
 }
 
-/// In the operator's editor. The file is theirs alone, and is deleted afterwards.
-fn by_hand(body: &[u8]) -> Result<Vec<u8>, Failure> {
+/// How many are meant, and how many were changed.
+async fn apply(
+    which: &Selection,
+    change: impl Fn(&DeadLetter) -> Result<Option<Vec<u8>>, String>,
+    destination: &Destination,
+) -> Result<(usize, usize), Failure> {
+    let bar = look();
+    let edited = mend::edit(&destination.amqp, which, change, &mut follow(&bar)).await;
+    bar.finish_and_clear();
+    match edited? {
+        Edited::Done { matched, changed } => Ok((matched, changed)),
+        Edited::Refused { id, why } => {
+            Err(Failure::Input(format!("{why} (dead letter `{id}`); nothing was changed")))
+        }
+    }
+}
+
+/// What to do to a body.
+enum Patch {
+    Steps(json_patch::Patch),
+    Merge(Value),
+}
+
+impl Patch {
+    fn parse(text: &str) -> Result<Self, Failure> {
+        let patch: Value = serde_json::from_str(text)
+            .map_err(|error| Failure::Input(format!("the patch is no JSON: {error}")))?;
+        if !patch.is_array() {
+            return Ok(Self::Merge(patch));
+        }
+        let steps = serde_json::from_value(patch)
+            .map_err(|error| Failure::Input(format!("the patch is no JSON patch: {error}")))?;
+        Ok(Self::Steps(steps))
+    }
+
+    /// The new body. As it is, where the patch changes nothing.
+    fn apply(&self, body: &[u8]) -> Result<Vec<u8>, String> {
+        let before: Value = serde_json::from_slice(body).map_err(|_| {
+            "the body is no JSON, to which no patch applies: edit it without --patch".to_owned()
+        })?;
+        let mut event = before.clone();
+        match self {
+            Self::Steps(steps) => {
+                json_patch::patch(&mut event, steps)
+                    .map_err(|error| format!("the patch does not apply: {error}"))?;
+            }
+            Self::Merge(patch) => json_patch::merge(&mut event, patch),
+        }
+        if !event.is_object() {
+            return Err("the new body is no JSON object".to_owned());
+        }
+        Ok(if event == before { body.to_vec() } else { serde_json::to_vec(&event).unwrap_or_default() })
+    }
+}
+
+/// In the operator's editor. The file is theirs alone, and is deleted unless it is kept.
+fn by_hand(body: &[u8]) -> Result<(Vec<u8>, NamedTempFile), Failure> {
     let environment = config::environment();
     let set = |name: &str| environment.get(name).filter(|editor| !editor.is_empty());
     let editor = set("VISUAL").or_else(|| set("EDITOR"));
@@ -118,7 +213,8 @@ fn by_hand(body: &[u8]) -> Result<Vec<u8>, Failure> {
     let edited = std::fs::read(file.path()).map_err(failed)?;
     // Editors end a file with a new line.
     let trimmed = edited.trim_ascii_end();
-    Ok(if trimmed == shown.trim_ascii_end() { body.to_vec() } else { trimmed.to_vec() })
+    let edited = if trimmed == shown.trim_ascii_end() { body.to_vec() } else { trimmed.to_vec() };
+    Ok((edited, file))
 }
 
 /// What was changed, for a terminal.

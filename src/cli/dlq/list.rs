@@ -1,5 +1,6 @@
 //! `close-sync dlq list`.
 
+use anstyle::Style;
 use comfy_table::{ContentArrangement, Table, presets};
 use jiff::{Timestamp, Unit};
 use serde::Serialize;
@@ -29,6 +30,7 @@ struct Listing {
     dead_letters: Vec<DeadLetter>,
 }
 
+const BOLD: Style = Style::new().bold();
 /// More are listed only when asked for.
 const A_FEW: usize = 20;
 
@@ -63,32 +65,32 @@ impl Listing {
         let now = Timestamp::now();
         if each || dead_letters.len() <= A_FEW {
             let mut table = plain_table();
-            table.set_header(["id", "age", "what", "tries", "replays", "error"]);
+            table.set_header(["id", "message id", "age", "tries", "replays", "what"]);
             for letter in dead_letters {
                 table.add_row([
                     printable(&letter.id),
+                    printable(letter.message_id.as_deref().unwrap_or("-")),
                     age(letter.failed_at, now),
-                    printable(&letter.fingerprint),
                     letter.attempts.map_or_else(|| "-".into(), |attempts| attempts.to_string()),
                     letter.replays.to_string(),
-                    printable(letter.error.as_deref().unwrap_or("-")),
+                    printable(&letter.fingerprint) + if letter.edited_at.is_some() { ", edited" } else { "" },
                 ]);
             }
             anstream::println!("{table}\n");
         }
-        let mut table = plain_table();
-        table.set_header(["count", "what", "first", "last", "again", "what to do"]);
         for group in groups {
-            table.add_row([
-                group.count.to_string(),
-                printable(&group.fingerprint),
-                age(group.first, now),
-                age(group.last, now),
-                group.failed_again.to_string(),
-                group.remedy.to_owned(),
-            ]);
+            let Group { count, fingerprint, first, last, failed_again, example, error, remedy, .. } = group;
+            let times = format!("first {} ago, last {} ago", age(*first, now), age(*last, now));
+            let again =
+                if *failed_again > 0 { format!(", {failed_again} replayed before") } else { String::new() };
+            let (bold, plain) = (BOLD.render(), BOLD.render_reset());
+            anstream::println!("{bold}{count}  {}{plain}  {times}{again}", printable(fingerprint));
+            if let Some(error) = error {
+                anstream::println!("    {}", printable(error));
+            }
+            anstream::println!("    what to do: {remedy}");
+            anstream::println!("    close-sync dlq show {}", printable(example));
         }
-        anstream::println!("{table}");
         if !each && dead_letters.len() > A_FEW {
             anstream::eprintln!(
                 "{} of {found} dead letters; `--each` lists them, `--reason` and others choose",
@@ -100,10 +102,17 @@ impl Listing {
 
 /// Bytes of strangers must not steer the terminal.
 pub(super) fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() && c != '\n' { '\u{fffd}' } else { c }).collect()
+    text.chars()
+        .map(|c| if (c.is_control() && c != '\n') || is_direction(c) { '\u{fffd}' } else { c })
+        .collect()
 }
 
-pub(super) fn plain_table() -> Table {
+/// Turns the text around it.
+fn is_direction(c: char) -> bool {
+    matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+fn plain_table() -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
     table

@@ -7,6 +7,7 @@ mod replay;
 mod show;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp};
 
 use super::{Failure, INPUT, UNFIT};
@@ -52,12 +53,16 @@ pub(super) struct Meant {
     /// Only this reason; may be given several times.
     #[arg(long, value_name = "REASON", value_parser = Reason::ALL.map(Reason::label))]
     reason: Vec<String>,
-    /// Only those that failed like this, `rejected:write:phones` or only its beginning; may be given several times.
+    /// Only those that failed like this: `rejected:write:phones`, or its first parts, `rejected:write`; `broker` for what
+    /// RabbitMQ gave up on. May be given several times.
     #[arg(long, value_name = "WHAT")]
     fingerprint: Vec<String>,
     /// Only this id; may be given several times.
     #[arg(long, value_name = "ID")]
     id: Vec<String>,
+    /// Only what its producer gave this message id; may be given several times.
+    #[arg(long, value_name = "ID")]
+    message_id: Vec<String>,
     /// Only events about this user id.
     #[arg(long, value_name = "ID")]
     user_id: Option<String>,
@@ -67,7 +72,7 @@ pub(super) struct Meant {
     /// Only events with this email.
     #[arg(long, value_name = "EMAIL")]
     email: Option<String>,
-    /// Only what failed since then: a time (2026-11-24T09:00:00Z), or so long ago (2h, 3d).
+    /// Only what failed since then: a time in UTC (2026-11-24T09:00), a day (2026-11-24), or so long ago (2h, 3d).
     #[arg(long, value_name = "WHEN", value_parser = moment)]
     since: Option<Timestamp>,
     /// Only what failed until then.
@@ -81,13 +86,15 @@ pub(super) struct Meant {
 /// Which dead letters, said on purpose.
 #[derive(clap::Args)]
 #[command(group = clap::ArgGroup::new("which").required(true).multiple(true).args([
-    "all", "reason", "fingerprint", "id", "user_id", "company_id", "email", "since", "until",
+    "all", "reason", "fingerprint", "id", "message_id", "user_id", "company_id", "email", "since", "until",
 ]))]
 pub(super) struct Which {
     #[command(flatten)]
     meant: Meant,
     /// All of them.
-    #[arg(long, conflicts_with_all = ["reason", "fingerprint", "id", "user_id", "company_id", "email", "since", "until"])]
+    #[arg(long, conflicts_with_all = [
+        "reason", "fingerprint", "id", "message_id", "user_id", "company_id", "email", "since", "until",
+    ])]
     all: bool,
 }
 
@@ -96,17 +103,22 @@ fn moment(text: &str) -> Result<Timestamp, String> {
     if let Ok(time) = text.parse() {
         return Ok(time);
     }
+    if let Ok(time) = text.parse().and_then(|time| TimeZone::UTC.to_timestamp(time)) {
+        return Ok(time);
+    }
     let ago = || -> Result<Timestamp, jiff::Error> {
         let span: jiff::Span = text.parse()?;
         let hours: SignedDuration = span.to_duration(jiff::SpanRelativeTo::days_are_24_hours())?;
         Timestamp::now().checked_sub(hours)
     };
-    ago().map_err(|_| "neither a time (2026-11-24T09:00:00Z) nor how long ago (30m, 2h, 3d)".to_owned())
+    ago().map_err(|_| {
+        "neither a time in UTC (2026-11-24T09:00, 2026-11-24) nor how long ago (30m, 2h, 3d)".to_owned()
+    })
 }
 
 impl Meant {
     fn selection(&self, rules: &Rules) -> Selection {
-        let Self { fingerprint, id, user_id, company_id, email, since, until, .. } = self;
+        let Self { fingerprint, id, message_id, user_id, company_id, email, since, until, .. } = self;
         let about = [user_id, company_id, email].iter().any(|named| named.is_some());
         let about = about.then(|| About {
             rules: rules.clone(),
@@ -122,6 +134,7 @@ impl Meant {
             fingerprints: fingerprint.clone(),
             group: None,
             ids: id.iter().cloned().collect(),
+            message_ids: message_id.iter().cloned().collect(),
             since: *since,
             until: *until,
             about,
@@ -187,7 +200,7 @@ fn bar(template: &str) -> ProgressBar {
 /// Acting on nothing is worth an exit code where ids were named: most likely one is misspelt.
 fn nothing(meant: &Meant) -> Result<(), Failure> {
     anstream::eprintln!("no dead letter matches; `close-sync dlq list` names them");
-    if meant.id.is_empty() { Ok(()) } else { Err(Failure::Told(INPUT)) }
+    if meant.id.is_empty() && meant.message_id.is_empty() { Ok(()) } else { Err(Failure::Told(INPUT)) }
 }
 
 /// `whole` is the configuration with all that the worker needs, if there is such.

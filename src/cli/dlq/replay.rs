@@ -1,14 +1,18 @@
 //! `close-sync dlq replay`.
 
+use std::collections::BTreeMap;
 use std::io::IsTerminal;
 use std::time::Duration;
 
 use indicatif::ProgressBar;
 use serde::Serialize;
+use serde_json::json;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::list::printable;
 use super::{Failure, Fate, Sifted, UNFIT, Which, bar, nothing};
+use crate::amqp::dead_letters::letter::DeadLetter;
 use crate::amqp::dead_letters::replay::{End, Order, Progress, Stage, replay as run};
 use crate::config::Destination;
 use crate::words::count;
@@ -57,11 +61,24 @@ fn time(text: &str) -> Result<Duration, String> {
 pub(super) async fn replay(args: &Args, destination: &Destination) -> Result<(), Failure> {
     let meant = &args.which.meant;
     if args.dry_run {
-        let Sifted { found, matched, .. } = meant.each(destination, |_| Fate::Back).await?;
+        let mut groups = BTreeMap::new();
+        let count = |letter: &DeadLetter| {
+            *groups.entry(letter.fingerprint.clone()).or_default() += 1;
+            Fate::Back
+        };
+        let Sifted { found, matched, .. } = meant.each(destination, count).await?;
+        if args.json {
+            let told = json!({"end": "dry_run", "found": found, "matched": matched, "groups": groups});
+            anstream::println!("{}", serde_json::to_string_pretty(&told).unwrap_or_default());
+            return Ok(());
+        }
         if matched == 0 {
             return nothing(meant);
         }
-        anstream::println!("would replay {matched} of {found}; run without --dry-run to do it");
+        anstream::println!(
+            "would replay {matched} of {found} ({}); run without --dry-run to do it",
+            by_number(&groups)
+        );
         return Ok(());
     }
     let order = Order {
@@ -115,17 +132,28 @@ async fn show(mut progress: watch::Receiver<Progress>) {
         bar.set_length(now.matched as u64);
         bar.set_position(now.ended() as u64);
         bar.set_message(now.in_words());
-        if before.as_ref() != Some(&now.stage) {
-            tell(&bar, &now);
+        let is_idle = now.stage == Stage::Canary && now.work.is_some_and(|work| work.consumers == 0);
+        if before != Some((now.stage.clone(), is_idle)) {
+            tell(&bar, &now, is_idle);
         }
-        before = Some(now.stage);
+        before = Some((now.stage, is_idle));
     }
     bar.finish_and_clear();
 }
 
+/// How many there are of each.
+fn by_number(counts: &BTreeMap<String, usize>) -> String {
+    let all: Vec<_> = counts.iter().map(|(what, number)| format!("{number} {}", printable(what))).collect();
+    all.join(", ")
+}
+
 /// What is worth a line.
-fn tell(bar: &ProgressBar, progress: &Progress) {
+fn tell(bar: &ProgressBar, progress: &Progress, is_idle: bool) {
     let line = match progress.stage {
+        Stage::Canary if is_idle => {
+            "no worker consumes from the work queue: start one, or see why it is paused (`/readyz`)"
+                .to_owned()
+        }
         Stage::Waiting => "another operator is at the dead letters; waiting".to_owned(),
         Stage::Reconnecting => "the connection to RabbitMQ was lost; connecting again".to_owned(),
         Stage::Canary if !std::io::stderr().is_terminal() => {
@@ -141,9 +169,10 @@ struct Summary<'a> {
     end: &'static str,
     matched: usize,
     replayed: usize,
-    outcomes: &'a std::collections::BTreeMap<String, usize>,
+    outcomes: &'a BTreeMap<String, usize>,
     under_way: usize,
     failed_again: usize,
+    failures: &'a BTreeMap<String, usize>,
     last_failure: Option<&'a crate::amqp::news::Again>,
 }
 
@@ -162,16 +191,15 @@ impl<'a> Summary<'a> {
             outcomes: &progress.outcomes,
             under_way: progress.under_way,
             failed_again: progress.failed_again(),
+            failures: &progress.failures,
             last_failure: progress.again.as_ref(),
         }
     }
 }
 
 fn print(progress: &Progress, no_wait: bool) {
-    let outcomes: Vec<_> =
-        progress.outcomes.iter().map(|(what, number)| format!("{number} {what}")).collect();
     let mut parts = vec![format!("replayed {}", progress.sent)];
-    parts.extend((!outcomes.is_empty()).then(|| outcomes.join(", ")));
+    parts.extend((!progress.outcomes.is_empty()).then(|| by_number(&progress.outcomes)));
     parts.extend((progress.under_way > 0 && !no_wait).then(|| format!("{} under way", progress.under_way)));
     let rest = progress.matched.saturating_sub(progress.sent);
     parts.extend((rest > 0).then(|| format!("{rest} not sent")));
@@ -181,12 +209,16 @@ fn print(progress: &Progress, no_wait: bool) {
 /// What to do next, and the exit code.
 fn conclude(progress: &Progress, end: &End) -> Result<(), Failure> {
     if let Some(again) = &progress.again {
-        anstream::eprintln!(
-            "failed again: {}, {}\nhint: `close-sync dlq show {}` tells more",
-            again.fingerprint,
-            again.error,
-            again.id
-        );
+        let several = progress.failures.len() > 1;
+        if several {
+            anstream::eprintln!("failed again: {}; the last:", by_number(&progress.failures));
+        }
+        let lead = if several { "" } else { "failed again: " };
+        anstream::eprintln!("{lead}{}, {}", printable(&again.fingerprint), printable(&again.error));
+        if let Some(said) = &again.close_said {
+            anstream::eprintln!("Close said: {}", printable(said));
+        }
+        anstream::eprintln!("hint: `close-sync dlq show {}` tells more", again.id);
     }
     match end {
         End::Done if progress.failed_again() > 0 => Err(Failure::Told(UNFIT)),
@@ -197,15 +229,14 @@ fn conclude(progress: &Progress, end: &End) -> Result<(), Failure> {
             Err(Failure::Told(UNFIT))
         }
         End::Silent => {
-            let ahead = progress.ahead.filter(|ahead| *ahead > 0);
+            let ahead = progress.work.map(|work| work.ready).filter(|ahead| *ahead > 0);
             let line = ahead.map(|ahead| {
                 format!(" {} in the work queue.", count(ahead, "message waits", "messages wait"))
             });
             Err(Failure::Unavailable(format!(
-                "no worker told what became of {}: {} sent and will be worked on when their turn comes.{} Does a worker \
-                 run, and is it ready (`/readyz`)? `--wait` waits longer, `--no-wait` not at all",
+                "no worker told what became of {}: what was sent is worked on when its turn comes.{} Does a worker run, and \
+                 is it ready (`/readyz`)? `--wait` waits longer, `--no-wait` not at all",
                 count(progress.under_way as u64, "message", "messages"),
-                if progress.under_way == 1 { "it is" } else { "they are" },
                 line.unwrap_or_default()
             )))
         }

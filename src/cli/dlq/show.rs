@@ -2,12 +2,13 @@
 
 use serde_json::{Map, Value};
 
-use super::list::{plain_table, printable};
+use super::list::printable;
 use super::{Failure, open};
 use crate::amqp::dead_letters::letter::DeadLetter;
 use crate::amqp::dead_letters::select::remedy;
 use crate::cli::{plan, single};
 use crate::config::{Config, Destination, Problems};
+use crate::outcome::Reason;
 use crate::report::{self, Report};
 
 #[derive(clap::Args)]
@@ -75,32 +76,51 @@ fn body(bytes: &[u8]) -> Result<Value, String> {
 }
 
 fn print(letter: &DeadLetter, plan: Option<Result<Report, String>>) {
-    let mut table = plain_table();
     let whole = serde_json::to_value(letter).unwrap_or_default();
-    for (name, value) in whole.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null()) {
-        table.add_row([name.clone(), text(value)]);
-    }
-    table.add_row(["what to do", remedy(&letter.fingerprint)]);
+    let about = whole.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null());
+    let mut rows: Vec<_> = about.map(|(name, value)| (name.clone(), text(value))).collect();
+    rows.push(("what to do".to_owned(), remedy(&letter.fingerprint).to_owned()));
     let (properties, headers) = letter.carried();
     let told = |name: &str| name.starts_with("x-close-sync-") || name == "message_id";
     for (kind, carried) in [("property", properties), ("header", headers)] {
         let rest: Map<String, Value> = carried.into_iter().filter(|(name, _)| !told(name)).collect();
         for (name, value) in rest {
-            table.add_row([format!("{kind} {}", printable(&name)), text(&value)]);
+            rows.push((format!("{kind} {}", printable(&name)), text(&value)));
         }
     }
-    anstream::println!("{table}\n\n{}", pretty(&letter.body));
+    for (name, value) in rows {
+        anstream::println!("{name:<24} {value}");
+    }
+    anstream::println!("\n{}", cut(pretty(&letter.body)));
     if let Some(original) = letter.original() {
-        anstream::println!("\nbefore it was edited:\n{}", pretty(&original));
+        anstream::println!("\nbefore it was edited:\n{}", cut(pretty(&original)));
     }
     match plan {
         Some(Ok(report)) => {
             anstream::println!();
             plan::print("if it were replayed now", &report);
+            if letter.reason.as_deref() == Some(Reason::Rejected.label()) {
+                anstream::println!(
+                    "\nwhat Close refuses is only found out by sending it: `close-sync dlq replay --id {}`",
+                    printable(&letter.id)
+                );
+            }
         }
         Some(Err(why)) => anstream::println!("\nwhat would become of it now is not known: {why}"),
         None => {}
     }
+}
+
+/// Characters of a body for a terminal.
+const MOST_SHOWN: usize = 16 * 1024;
+
+fn cut(mut text: String) -> String {
+    let length = text.chars().count();
+    if let Some((end, _)) = text.char_indices().nth(MOST_SHOWN) {
+        text.truncate(end);
+        return format!("{text}\n… {MOST_SHOWN} of {length} characters; `--json` has all");
+    }
+    text
 }
 
 fn text(value: &Value) -> String {

@@ -82,7 +82,7 @@ async fn from_the_group_to_one_message_to_its_replay() {
     let went = browser.submit(&path, "/page/-/dead/replay", &go).await;
     assert_eq!((went.status, went.header(LOCATION)), (StatusCode::SEE_OTHER, "/page/-/dead/progress"));
     let over = ended(&browser).await;
-    over.assert_has(&["The first one failed again, so nothing else was sent", "begun by Ada"]);
+    over.assert_has(&["It failed again.", "begun by Ada"]);
     bench.simulator.clear_faults();
     let again = browser.get(&link(&over, "message?id=")).await;
     again.assert_has(&["<dt>Replays</dt><dd>1</dd>"]);
@@ -137,6 +137,25 @@ async fn a_group_is_replayed_and_can_be_stopped() {
     worker.until("all there", async |_| bench.simulator.leads().len() == 120).await;
     bench.depth_becomes(".dead", 0).await;
     worker.terminate().await;
+}
+
+/// A replay that was begun on the page ends with the worker, and the log says how far it came.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replay_ends_in_order_when_the_worker_stops() {
+    let bench = open().await;
+    let worker = bench.worker().await;
+    bench.import(&lines(&people(50))).await;
+    bench.slow(Duration::from_secs(2));
+    let browser = Browser::of(&worker).await;
+    let ask = "/page/-/dead/replay?group=rejected%3Awrite%3Aname";
+    browser.submit(ask, "/page/-/dead/replay", &[("group", "rejected:write:name")]).await;
+    worker.until("under way", async |_| !bench.simulator.leads().is_empty()).await;
+    worker.terminate().await;
+    assert_eq!(worker.logged("the replay begun on the page has ended"), 1, "{}", worker.log());
+    let (left, waiting) = (bench.depth(".dead").await, bench.depth("").await);
+    assert!(left > 0, "{left}");
+    let done = bench.simulator.leads().len();
+    assert!(done + usize::try_from(left + waiting).unwrap() >= 50, "{done} {left} {waiting}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -15,11 +15,11 @@ use close_sync::amqp::headers;
 use close_sync::config::{Config, Need};
 use close_sync::simulator::{Fault, Settings, Simulator};
 use lapin::options::{
-    BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeleteOptions, QueueDeclareOptions,
-    QueueDeleteOptions,
+    BasicConsumeOptions, BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeleteOptions,
+    QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
 };
 use lapin::types::FieldTable;
-use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
+use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, Consumer};
 use serde_json::{Value, json};
 
 pub(crate) use node::Node;
@@ -216,6 +216,22 @@ impl Bench {
         let depth = queue.message_count();
         connection.close(200, "".into()).await?;
         Ok(depth)
+    }
+
+    /// What is published to an exchange from now on.
+    pub(crate) async fn outcomes(&self, exchange: &str) -> Consumer {
+        self.outcomes_like(exchange, "#").await
+    }
+
+    /// The same, of what a routing key lets through.
+    pub(crate) async fn outcomes_like(&self, exchange: &str, key: &str) -> Consumer {
+        let (channel, none) = (self.channel().await, FieldTable::default());
+        let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
+        let queue = channel.queue_declare("".into(), options, none.clone()).await.unwrap();
+        let (name, options) = (queue.name().clone(), QueueBindOptions::default());
+        channel.queue_bind(name.clone(), exchange.into(), key.into(), options, none.clone()).await.unwrap();
+        let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
+        channel.basic_consume(name, "".into(), options, none).await.unwrap()
     }
 
     /// Waits until a queue holds that many messages.
