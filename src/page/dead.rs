@@ -136,6 +136,11 @@ pub(super) async fn list(at: At, Extension(visitor): Extension<Visitor>, Query(d
                 @if listing.groups.is_empty() {
                     p .notice.good { "There are no dead letters." }
                 } @else {
+                    form .row method="get" action=(at.place.path("dead/message")) {
+                        label for="id" { "Id, or the producer's message id" }
+                        input #id name="id" required;
+                        button .quiet type="submit" { "Open" }
+                    }
                     p { (count(listing.found as u64, "dead letter", "dead letters")) ", sorted by what they have in common." }
                     @for group in &listing.groups { (card(group, &at.place)) }
                 }

@@ -67,7 +67,7 @@ pub(super) async fn reveal(
 }
 
 async fn open(at: &At, id: String) -> Result<DeadLetter, Broken> {
-    at.bench.open(Arc::clone(&at.amqp), id).await.map_err(unavailable)?.ok_or_else(gone)
+    at.bench.open(Arc::clone(&at.amqp), id.trim().to_owned()).await.map_err(unavailable)?.ok_or_else(gone)
 }
 
 fn page(at: &At, visitor: &Visitor, letter: &DeadLetter, sight: Sight, plan: Markup) -> Markup {

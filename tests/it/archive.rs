@@ -317,6 +317,7 @@ async fn dead_letters_are_chosen_by_what_they_are_about() {
             .collect();
         assert_eq!((ids.as_str(), &listed["found"]), (meant, &json!(4)), "{arguments:?}");
     }
+    assert_eq!(shown(&bench, "m-b").await["id"], "b");
     let (code, _, words) = bench.told(&["dlq", "list", "--since", "yesterday"], "").await;
     assert!(code == Some(2) && words.contains("neither a time"), "{words}");
     let groups: Value =

@@ -27,7 +27,7 @@ use lapin::{Acker, Channel, Connection, ErrorKind};
 use tokio::time::Instant;
 
 use super::letter::DeadLetter;
-use super::select::{Filter, Selection};
+use super::select::Selection;
 use crate::amqp::{BrokerError, LAST_ACKS, Settings, close, in_time, topology};
 
 /// What to do with one dead letter.
@@ -151,7 +151,8 @@ pub async fn sift(
     Ok(sifted)
 }
 
-/// Looks for the dead letters of these ids, and tells what it saw.
+/// Looks for dead letters by their ids or those that producers gave the messages, of which the last one that failed
+/// counts. Tells them by what they were looked for, and what it saw.
 ///
 /// # Errors
 /// Those of [`sift`].
@@ -162,13 +163,16 @@ pub async fn find(
 ) -> Result<(BTreeMap<String, DeadLetter>, Sifted), BrokerError> {
     let mut found: BTreeMap<String, DeadLetter> = BTreeMap::new();
     let seek = |letter: &DeadLetter| {
-        if found.get(&letter.id).is_none_or(|other| other.edited_at < letter.edited_at) {
-            found.insert(letter.id.clone(), letter.clone());
+        let names = [Some(&letter.id), letter.message_id.as_ref()].into_iter().flatten();
+        for id in names.filter(|name| ids.contains(*name)) {
+            let age = |letter: &DeadLetter| (letter.failed_at, letter.edited_at);
+            if found.get(id).is_none_or(|other| age(other) <= age(letter)) {
+                found.insert(id.clone(), letter.clone());
+            }
         }
         Fate::Back
     };
-    let filter = Filter { ids: ids.clone(), ..Filter::default() };
-    let sifted = sift(settings, &filter.into(), seek, watch).await?;
+    let sifted = sift(settings, &Selection::default(), seek, watch).await?;
     Ok((found, sifted))
 }
 

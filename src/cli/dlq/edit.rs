@@ -26,7 +26,7 @@ use crate::words::count;
     "one", "reason", "fingerprint", "id", "message_id", "user_id", "company_id", "email", "since", "until",
 ]))]
 pub(in crate::cli) struct Args {
-    /// The id, as `list` prints it.
+    /// The id, as `list` prints it, or the message id its producer gave it.
     #[arg(value_name = "ID", conflicts_with_all = [
         "reason", "fingerprint", "id", "message_id", "user_id", "company_id", "email", "since", "until", "limit",
     ])]

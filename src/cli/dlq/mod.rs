@@ -159,7 +159,7 @@ impl Meant {
     }
 }
 
-/// The dead letter of this id.
+/// The dead letter of this id, or of a message with it.
 async fn open(id: &str, Destination { amqp, .. }: &Destination) -> Result<DeadLetter, Failure> {
     let bar = look();
     let found = find(amqp, &[id.to_owned()].into(), &mut follow(&bar)).await;

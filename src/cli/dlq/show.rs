@@ -13,7 +13,7 @@ use crate::report::{self, Report};
 
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
-    /// The id, as `list` prints it.
+    /// The id, as `list` prints it, or the message id its producer gave it.
     id: String,
     /// Do not ask Close what would become of it now.
     #[arg(long)]

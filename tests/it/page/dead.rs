@@ -109,6 +109,8 @@ async fn a_group_is_replayed_and_can_be_stopped() {
     let group = browser.get(&link(&browser.get("/page/-/dead").await, "dead/group")).await;
     group.assert_has(&[r#"<strong class="big">120</strong>"#, "Page 1 of 3", "<code>dead-0</code>"]);
     group.assert_lacks(&["<code>dead-50</code>"]);
+    let named = browser.get("/page/-/dead/message?id=+m-dead-70+").await;
+    named.assert_has(&["<code>dead-70</code>", "<code>m-dead-70</code>"]);
     let last = browser.get(&link(&group, "dead/group?").replace("page=1", "page=9")).await;
     last.assert_has(&["Page 3 of 3", "<code>dead-119</code>"]);
     // So that it can be stopped in the middle.
