@@ -110,6 +110,15 @@ async fn every_port_and_path_is_served() {
     worker.terminate().await;
 }
 
+/// `dlq` writes temporary files: a large export, an edit.
+#[test]
+fn a_root_that_is_read_only_has_a_place_for_temporary_files() {
+    assert_eq!(after(DEPLOYMENT, "readOnlyRootFilesystem: "), ["true"]);
+    assert!(after(DEPLOYMENT, "mountPath: ").contains(&"/tmp"));
+    let common = COMPOSE.split_once("&close-sync\n").unwrap().1.split_once("\n\n").unwrap().0;
+    assert_eq!((after(common, "read_only: "), after(common, "tmpfs: ")), (vec!["true"], vec!["[/tmp]"]));
+}
+
 /// The version of the program, with a commit, is what the changelog tells of.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_changelog_tells_of_this_version() {
