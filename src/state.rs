@@ -80,7 +80,9 @@ impl BrokerTrouble {
         match self {
             Self::Unreachable => "check that RabbitMQ runs and that `amqp.url` names it",
             Self::Refused => "check user, password and vhost in `amqp.url`",
-            Self::Forbidden => "give the user the permissions the README names, \"Broker permissions\"",
+            Self::Forbidden => {
+                "give the user the permissions of `deploy/operating.md`, \"Broker permissions\""
+            }
             Self::Missing => "`close-sync check` names what is missing; an administrator has to make it",
             Self::Conflict => {
                 "delete the exchange or queue once it is empty, or give close-sync another name for it"

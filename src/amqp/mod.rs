@@ -163,13 +163,13 @@ pub enum BrokerError {
     Busy(&'static str),
     /// The user lacks a permission.
     #[error(
-        "RabbitMQ does not permit this: {0}. What each user needs is in the README, \"Broker permissions\""
+        "RabbitMQ does not permit this: {0}. What each user needs is in deploy/operating.md, \"Broker permissions\""
     )]
     Forbidden(String),
     /// The user lacks the permission to declare.
     #[error(
-        "RabbitMQ does not let us declare what we need: {0}. Give the user the permissions of `setup` (README, \
-         \"Broker permissions\"), or have an administrator import deploy/rabbitmq/definitions.json and set \
+        "RabbitMQ does not let us declare what we need: {0}. Give the user the permissions of `setup` \
+         (deploy/operating.md, \"Broker permissions\"), or have an administrator import deploy/rabbitmq/definitions.json and set \
          `amqp.topology = \"check\"`"
     )]
     MayNotDeclare(String),

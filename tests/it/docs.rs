@@ -1,4 +1,4 @@
-//! The README says what the program does.
+//! The README and the operator's handbook say what the program does.
 
 use std::collections::BTreeSet;
 
@@ -11,10 +11,19 @@ use close_sync::scenario::Suite;
 use crate::support::Bench;
 
 const README: &str = include_str!("../../README.md");
+const OPERATING: &str = include_str!("../../deploy/operating.md");
+
+fn lines() -> impl Iterator<Item = &'static str> {
+    README.lines().chain(OPERATING.lines())
+}
+
+fn is_documented(text: &str) -> bool {
+    lines().any(|line| line.contains(text))
+}
 
 /// What is in backticks at the beginning of a table row.
 fn rows() -> impl Iterator<Item = &'static str> {
-    README.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next())
+    lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -23,7 +32,7 @@ async fn the_table_of_metrics_is_complete() {
     let page = worker.page("/metrics").await.unwrap().1;
     let help = page.lines().filter_map(|line| line.strip_prefix("# HELP ")?.split_once(' '));
     for (name, text) in help.clone() {
-        let row = README.lines().find(|line| line.starts_with(&format!("| `{name}` "))).unwrap_or_default();
+        let row = lines().find(|line| line.starts_with(&format!("| `{name}` "))).unwrap_or_default();
         assert!(row.ends_with(&format!("| {text} |")), "{name}: {text}\n{row}");
     }
     let documented: BTreeSet<_> = rows().filter(|name| name.starts_with("close_sync_")).collect();
@@ -50,8 +59,7 @@ fn are_in_the_table(section: &str, keys: &toml::Table) {
             Some(keys) => are_in_the_table(&full, keys),
             None => {
                 let variable = full.replace('.', "_").to_uppercase();
-                let row =
-                    README.lines().find(|line| line.starts_with(&format!("| `{full}` | `{variable}` |")));
+                let row = lines().find(|line| line.starts_with(&format!("| `{full}` | `{variable}` |")));
                 assert!(row.is_some(), "no row for {full} and {variable}");
             }
         }
@@ -62,7 +70,7 @@ fn are_in_the_table(section: &str, keys: &toml::Table) {
 fn every_word_a_decision_is_told_in_is_explained() {
     let labels = Case::ALL.map(Case::label).into_iter().chain(DropReason::ALL.map(DropReason::label));
     for label in labels.chain(PauseCause::ALL.map(PauseCause::label)) {
-        assert!(README.contains(&format!("`{label}`")), "{label} is not in the README");
+        assert!(is_documented(&format!("`{label}`")), "{label} is not documented");
     }
 }
 

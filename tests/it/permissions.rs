@@ -1,4 +1,4 @@
-//! Least privilege: what an administrator imports and grants, as the README and `deploy/rabbitmq` say it, is
+//! Least privilege: what an administrator imports and grants, as `deploy/operating.md` and `deploy/rabbitmq` say it, is
 //! enough for everything, and no more.
 
 use close_sync::amqp::topology::{Object, bindings, objects};
@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use crate::support::{Bench, Node, identify};
 
-const README: &str = include_str!("../../README.md");
+const OPERATING: &str = include_str!("../../deploy/operating.md");
 const DEFINITIONS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/rabbitmq/definitions.json");
 
 /// What has to exist, in RabbitMQ's format for import.
@@ -56,10 +56,10 @@ fn the_definitions_are_what_a_worker_declares() {
     assert!(file == wanted, "{DEFINITIONS} has to be\n{wanted}");
 }
 
-/// Does what the README tells an administrator to do, with `secret` as every password.
+/// Does what the operator's handbook tells an administrator to do, with `secret` as every password.
 async fn administer(node: &Node) {
-    let (_, section) = README.split_once("### Broker permissions").unwrap();
-    let commands = section.lines().take_while(|line| !line.starts_with("### "));
+    let (_, section) = OPERATING.split_once("## Broker permissions").unwrap();
+    let commands = section.lines().take_while(|line| !line.starts_with("## "));
     let commands: Vec<_> = commands.filter_map(|line| line.strip_prefix("rabbitmqctl ")).collect();
     assert!(commands.len() >= 7, "{commands:?}");
     // Beside the node, which need not see this folder (`tests/versions`).
@@ -81,7 +81,7 @@ async fn administer(node: &Node) {
     }
 }
 
-/// A bench whose processes log in as a user of the README's.
+/// A bench whose processes log in as a user of that chapter.
 fn login(bench: Bench, user: &str) -> Bench {
     let url = bench.amqp_url.replace("guest:guest", &format!("{user}:secret"));
     bench.set("AMQP_URL", &url)
