@@ -4,14 +4,16 @@
 //! closed enums and every combination exists from the start, so that an alert sees zeros instead of
 //! nothing. Labels never carry anything of a message.
 
+mod maker;
+mod parts;
+
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use prometheus::proto::MetricFamily;
 use prometheus::{
-    Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
-    IntGaugeVec, Opts, Registry, TextEncoder,
+    Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder,
 };
 use tokio::time::Instant;
 
@@ -22,6 +24,8 @@ use crate::domain::values::DropReason;
 use crate::outcome::{Effect, Outcome, PauseCause, Reason, Skip, Stage};
 use crate::pace::Pace;
 use crate::state::BrokerTrouble;
+use maker::Maker;
+use parts::{BrokerInfo, Queues, RateLimits};
 
 /// The page Prometheus scrapes: one family for each name, whoever has it.
 pub fn page<'a>(all: impl IntoIterator<Item = &'a Metrics>) -> String {
@@ -570,193 +574,6 @@ struct OnDrop<F: Fn()>(F);
 impl<F: Fn()> Drop for OnDrop<F> {
     fn drop(&mut self) {
         self.0();
-    }
-}
-
-/// Which broker the connection was to last.
-#[derive(Clone)]
-struct BrokerInfo {
-    info: IntGaugeVec,
-    last: Arc<Mutex<Option<String>>>,
-}
-
-impl BrokerInfo {
-    fn new(make: &Maker<'_>) -> prometheus::Result<Self> {
-        let help = "1, labelled with the version of RabbitMQ, once connected";
-        Ok(Self { info: make.gauges("broker_info", help, "version", &[])?, last: Arc::default() })
-    }
-}
-
-/// What waits on the broker, as far as it tells.
-#[derive(Clone)]
-struct Queues {
-    backlog: Gauge,
-    dead: Gauge,
-    delayed: Gauge,
-    drain_seconds: Gauge,
-}
-
-impl Queues {
-    fn new(make: &Maker<'_>) -> prometheus::Result<Self> {
-        Ok(Self {
-            backlog: make.unknown(
-                "backlog_messages",
-                "Messages in the work queue, those in hand included; NaN until RabbitMQ has told",
-            )?,
-            dead: make.unknown(
-                "dead_letter_messages",
-                "Messages in the dead-letter queue; NaN until RabbitMQ has told",
-            )?,
-            delayed: make
-                .unknown("delayed_messages", "Messages in the delay queues; NaN until RabbitMQ has told")?,
-            drain_seconds: make.unknown(
-                "drain_seconds",
-                "Estimated time until the backlog is worked off; NaN while there is nothing to estimate it from",
-            )?,
-        })
-    }
-
-    /// Nobody looks at them any more, and what was seen last grows wrong.
-    fn forget(&self) {
-        let Self { backlog, dead, delayed, drain_seconds } = self;
-        for gauge in [backlog, dead, delayed, drain_seconds] {
-            gauge.set(f64::NAN);
-        }
-    }
-}
-
-/// Close's rate limits, which are looked up when somebody asks.
-#[derive(Clone)]
-struct RateLimits {
-    limit: GaugeVec,
-    remaining: GaugeVec,
-    reset: GaugeVec,
-    others: GaugeVec,
-    close: Arc<Mutex<Option<Client>>>,
-}
-
-impl RateLimits {
-    fn new(make: &Maker<'_>) -> prometheus::Result<Self> {
-        Ok(Self {
-            limit: make.unknowns(
-                "rate_limit_calls",
-                "Calls Close allows in a window by endpoint group; NaN until it has told",
-            )?,
-            remaining: make.unknowns(
-                "rate_limit_remaining_calls",
-                "Calls left in the window of Close's rate limit; NaN until it has told",
-            )?,
-            reset: make.unknowns(
-                "rate_limit_reset_seconds",
-                "Time until the window of Close's rate limit is renewed; NaN until it has told",
-            )?,
-            others: make.unknowns(
-                "rate_limit_others_calls",
-                "Calls others make in a window, as far as noticed; NaN until Close has told",
-            )?,
-            close: Arc::default(),
-        })
-    }
-}
-
-/// Makes metrics whose every label value exists from the start.
-struct Maker<'a>(&'a Registry);
-
-impl Maker<'_> {
-    fn counter(&self, name: &str, help: &str) -> prometheus::Result<IntCounter> {
-        let counter = IntCounter::new(name, help)?;
-        self.0.register(Box::new(counter.clone()))?;
-        Ok(counter)
-    }
-
-    fn counters(
-        &self,
-        name: &str,
-        help: &str,
-        label: &str,
-        values: &[&str],
-    ) -> prometheus::Result<IntCounterVec> {
-        let counters = IntCounterVec::new(Opts::new(name, help), &[label])?;
-        for value in values {
-            counters.with_label_values(&[value]);
-        }
-        self.0.register(Box::new(counters.clone()))?;
-        Ok(counters)
-    }
-
-    fn gauge(&self, name: &str, help: &str) -> prometheus::Result<IntGauge> {
-        let gauge = IntGauge::new(name, help)?;
-        self.0.register(Box::new(gauge.clone()))?;
-        Ok(gauge)
-    }
-
-    /// A gauge whose value is not known yet.
-    fn unknown(&self, name: &str, help: &str) -> prometheus::Result<Gauge> {
-        let gauge = Gauge::new(name, help)?;
-        gauge.set(f64::NAN);
-        self.0.register(Box::new(gauge.clone()))?;
-        Ok(gauge)
-    }
-
-    /// The same, by endpoint group.
-    fn unknowns(&self, name: &str, help: &str) -> prometheus::Result<GaugeVec> {
-        let gauges = GaugeVec::new(Opts::new(name, help), &["endpoint"])?;
-        for endpoint in Endpoint::ALL {
-            gauges.with_label_values(&[endpoint.label()]).set(f64::NAN);
-        }
-        self.0.register(Box::new(gauges.clone()))?;
-        Ok(gauges)
-    }
-
-    fn gauges(
-        &self,
-        name: &str,
-        help: &str,
-        label: &str,
-        values: &[&str],
-    ) -> prometheus::Result<IntGaugeVec> {
-        let gauges = IntGaugeVec::new(Opts::new(name, help), &[label])?;
-        for value in values {
-            gauges.with_label_values(&[value]);
-        }
-        self.0.register(Box::new(gauges.clone()))?;
-        Ok(gauges)
-    }
-
-    fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> prometheus::Result<Histogram> {
-        let histogram = Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?;
-        self.0.register(Box::new(histogram.clone()))?;
-        Ok(histogram)
-    }
-
-    fn histograms(&self, name: &str, help: &str, buckets: &[f64]) -> prometheus::Result<HistogramVec> {
-        let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
-        let histograms = HistogramVec::new(options, &["endpoint"])?;
-        for endpoint in Endpoint::ALL {
-            histograms.with_label_values(&[endpoint.label()]);
-        }
-        self.0.register(Box::new(histograms.clone()))?;
-        Ok(histograms)
-    }
-
-    fn requests(&self) -> prometheus::Result<IntCounterVec> {
-        let options =
-            Opts::new("close_requests_total", "Calls to Close by endpoint group and how they ended");
-        let requests = IntCounterVec::new(options, &["endpoint", "status"])?;
-        for endpoint in Endpoint::ALL {
-            for status in StatusClass::ALL {
-                requests.with_label_values(&[endpoint.label(), status.label()]);
-            }
-        }
-        self.0.register(Box::new(requests.clone()))?;
-        Ok(requests)
-    }
-
-    fn build_info(&self) -> prometheus::Result<()> {
-        let options = Opts::new("build_info", "1, labelled with the version and the commit of this build");
-        let info = IntGaugeVec::new(options, &["version", "commit"])?;
-        info.with_label_values(&[env!("CARGO_PKG_VERSION"), env!("CLOSE_SYNC_COMMIT")]).set(1);
-        self.0.register(Box::new(info))
     }
 }
 

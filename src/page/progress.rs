@@ -13,7 +13,7 @@ use super::dead::{At, Target};
 use super::guard::Visitor;
 use super::layout::{Frame, Wishes, ago, counts, follow, seal, sentence, span};
 use super::workbench::Job;
-use crate::amqp::dead_letters::replay::{End, Progress, Stage};
+use crate::amqp::dead_letters::progress::{End, Progress, Stage};
 
 /// How often it is loaded again.
 const REFRESH: Duration = Duration::from_secs(2);

@@ -18,7 +18,8 @@ use super::Office;
 use super::guard::Visitor;
 use crate::amqp::dead_letters::browse::{Fate, Sifted, find, sift};
 use crate::amqp::dead_letters::letter::DeadLetter;
-use crate::amqp::dead_letters::replay::{Order, Progress, replay};
+use crate::amqp::dead_letters::progress::Progress;
+use crate::amqp::dead_letters::replay::{Order, replay};
 use crate::amqp::dead_letters::select::{Filter, Group, Groups, Selection};
 use crate::amqp::{BrokerError, Settings, close, topology};
 

@@ -2,7 +2,8 @@
 //!
 //! In reading order: [`letter`] is one dead letter; [`select`] which ones are meant, and what they have in common;
 //! [`browse`] takes them off the queue, has each decided on, and gives back what is to stay; [`replay`] sends them
-//! through the work queue again, first one and then the rest, and hears what becomes of them; [`archive`] is how
+//! through the work queue again, first one and then the rest, and hears what becomes of them
+//! ([`progress`]); [`archive`] is how
 //! they look in a file; [`mend`] puts edited and restored ones back.
 //!
 //! **Nothing is lost.** A dead letter is acked only after its successor is confirmed, be it a replay or an edited
@@ -13,5 +14,6 @@ pub mod archive;
 pub mod browse;
 pub mod letter;
 pub mod mend;
+pub mod progress;
 pub mod replay;
 pub mod select;

@@ -13,7 +13,8 @@ use tokio_util::sync::CancellationToken;
 use super::list::printable;
 use super::{Failure, Fate, Sifted, UNFIT, Which, bar, nothing};
 use crate::amqp::dead_letters::letter::DeadLetter;
-use crate::amqp::dead_letters::replay::{End, Order, Progress, Stage, replay as run};
+use crate::amqp::dead_letters::progress::{End, Progress, Stage};
+use crate::amqp::dead_letters::replay::{Order, replay as run};
 use crate::config::Destination;
 use crate::words::count;
 
