@@ -36,6 +36,9 @@ pub const REPLAY: &str = "x-close-sync-replay";
 pub const ORIGINAL: &str = "x-close-sync-original";
 /// When it was edited last, RFC 3339.
 pub const EDITED_AT: &str = "x-close-sync-edited-at";
+/// What edited copies take the place of, by what `dead_letters::letter` calls their content: there twice, after an edit
+/// that was killed, the other one is not to be replayed.
+pub const REPLACES: &str = "x-close-sync-replaces";
 /// The id of a dead letter.
 pub const ID: &str = "x-close-sync-dead-letter-id";
 /// Why it was dead-lettered, [`crate::outcome::Reason::label`].
@@ -58,8 +61,8 @@ pub const SET_ASIDE: &str = "x-close-sync-set-aside";
 pub const TRACEPARENT: &str = "traceparent";
 
 /// Headers about one failure: gone when the message is replayed.
-const OF_A_FAILURE: [&str; 9] =
-    [ATTEMPTS, DETOUR, ID, REASON, STAGE, ERROR, DECISION, FAILED_AT, FINGERPRINT];
+const OF_A_FAILURE: [&str; 10] =
+    [ATTEMPTS, DETOUR, ID, REASON, STAGE, ERROR, DECISION, FAILED_AT, FINGERPRINT, REPLACES];
 
 /// Most bytes of the producer's headers that a successor takes along. All headers travel in one frame, of 128 KiB by
 /// default, where ours and the broker's have to fit in too: one that is too large ends the connection, every time.
@@ -238,12 +241,29 @@ pub fn for_restoring(properties: &BasicProperties, id: &str, fingerprint: &str) 
     with_headers(properties, |_| true, ours)
 }
 
-/// The same with another body in place of `original`. What its producer sent is kept over several edits.
-pub fn for_edited(properties: &BasicProperties, original: &[u8], now: Timestamp) -> BasicProperties {
+/// The same with another body in place of `original`, which is that of `content`. What its producer sent is kept over
+/// several edits.
+pub fn for_edited(
+    properties: &BasicProperties,
+    original: &[u8],
+    content: Uuid,
+    now: Timestamp,
+) -> BasicProperties {
+    const MOST: usize = 8;
     let first = header(properties, ORIGINAL).is_none();
     let original = first.then(|| (ORIGINAL, Header::Bytes(original.to_vec())));
-    let ours = original.into_iter().chain([(EDITED_AT, now.to_string().into())]);
+    let mut replaces = replaces(properties);
+    replaces.push(content);
+    let last = replaces.split_off(replaces.len().saturating_sub(MOST));
+    let last = last.iter().map(Uuid::to_string).collect::<Vec<_>>().join(" ");
+    let ours = original.into_iter().chain([(EDITED_AT, now.to_string().into()), (REPLACES, last.into())]);
     with_headers(properties, |_| true, ours)
+}
+
+/// What an edited copy takes the place of.
+pub fn replaces(properties: &BasicProperties) -> Vec<Uuid> {
+    let text = text(properties, REPLACES).unwrap_or_default();
+    text.split(' ').filter_map(|content| content.parse().ok()).collect()
 }
 
 /// When a message was published, as its producer says: the end of that second.

@@ -7,8 +7,8 @@
 //! **Its producer**, if `amqp.outcomes` names an exchange: one message each, with the ids of the records in Close. The
 //! routing key is `synced.created`, `skipped.trigger`, `dead.rejected`, …: the outcome and its label.
 //!
-//! Both are a courtesy, by channels of their own. A crash between settling and telling loses them, an alarm too (they are not held, so that Close
-//! is kept in step meanwhile), and a message that is delivered twice is told of twice. Nothing depends on them.
+//! Both are a courtesy, by channels of their own. A crash between settling and telling loses them, an alarm too (they
+//! are not held, so that Close is kept in step meanwhile), and a message that is delivered twice is told of twice. Nothing depends on them.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -28,6 +28,7 @@ use super::publisher::{Publisher, UNANSWERED};
 use super::session::Session;
 use super::topology::REPLAYED;
 use super::{BrokerError, Delay};
+use crate::close::Said;
 use crate::domain::decision::Decision;
 use crate::outcome::Outcome;
 
@@ -35,6 +36,8 @@ use crate::outcome::Outcome;
 const PATIENCE: Duration = Duration::from_secs(2);
 /// A channel that is closed at once is not opened for every message.
 const APART: Duration = Duration::from_secs(1);
+/// Milliseconds after which whoever replays has gone.
+const FORGOTTEN: &str = "60000";
 
 /// What there is to tell about a message that was settled.
 pub(super) struct News<'a> {
@@ -69,9 +72,9 @@ pub struct Again {
     pub fingerprint: String,
     /// What happened, without personal data.
     pub error: String,
-    /// What Close said, if `error` does not repeat it. Personal data, perhaps: told to whoever replays, and nobody else.
+    /// What Close said. Personal data, perhaps: told to whoever replays, and nobody else.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub close_said: Option<String>,
+    pub close_said: Option<Said>,
 }
 
 /// What a producer is told.
@@ -102,7 +105,7 @@ impl News<'_> {
                 id: self.dead_letter?,
                 fingerprint: dead.fingerprint(),
                 error: dead.error.clone(),
-                close_said: dead.said.as_ref().map(|said| said.reveal().to_owned()),
+                close_said: dead.said.clone(),
             }),
             Outcome::Synced(_) | Outcome::Skipped(_) | Outcome::Delayed { .. } | Outcome::Paused(_) => None,
         }
@@ -147,23 +150,24 @@ impl News<'_> {
 impl Session {
     /// Tells everybody.
     pub(super) async fn spread(&self, news: &News<'_>, out: &Out) {
-        if let Some(replayed) = news.replayed(&self.settings.delays) {
+        // During an alarm nothing can be published.
+        let is_mute = self.status.is_alarmed();
+        if let Some(replayed) = news.replayed(&self.settings.delays).filter(|_| !is_mute) {
             let body = serde_json::to_vec(&replayed).unwrap_or_default();
             let exchange = self.settings.retry_exchange();
             // Where nobody replays any more, it leads nowhere.
-            let _ = out.replays.publish(&exchange, REPLAYED, &body, BasicProperties::default()).await;
+            let properties = BasicProperties::default().with_expiration(FORGOTTEN.into());
+            let _ = out.replays.publish(&exchange, REPLAYED, &body, properties).await;
         }
         let told = news.told(self.destination.as_deref());
         if let Some((exchange, told)) = self.settings.outcomes.as_ref().zip(told) {
-            self.metrics.told(self.tell(exchange, &told, &out.outcomes).await);
+            let routed = if is_mute { None } else { self.tell(exchange, &told, &out.outcomes).await };
+            self.metrics.told(routed);
         }
     }
 
     /// Whether a queue has it; `None` when that is not known.
     async fn tell(&self, exchange: &str, told: &Told<'_>, voice: &Voice) -> Option<bool> {
-        if self.status.is_alarmed() {
-            return None;
-        }
         let mut properties = BasicProperties::default()
             .with_content_type("application/json".into())
             .with_type("outcome".into())

@@ -18,17 +18,18 @@ const HANDED_BACK: &str = "handed_back";
 /// Begins the span of a message.
 pub(super) fn begin(incoming: &Incoming, session: &Session) -> Span {
     let Incoming { delivery, envelope, .. } = incoming;
+    let queue = &session.settings.queue;
     let span = tracing::info_span!(
         target: SPANS,
         parent: None,
         "message",
-        "otel.name" = format!("process {}", envelope.exchange),
+        "otel.name" = format!("process {}", if envelope.exchange.is_empty() { queue } else { &envelope.exchange }),
         "otel.kind" = "consumer",
         "messaging.system" = "rabbitmq",
         "messaging.operation.name" = "process",
         "messaging.operation.type" = "process",
         "messaging.destination.name" = envelope.exchange,
-        "messaging.destination.subscription.name" = session.settings.queue,
+        "messaging.destination.subscription.name" = queue,
         "messaging.rabbitmq.destination.routing_key" = envelope.routing_key,
         "messaging.message.id" = envelope.own_id(),
         "messaging.message.conversation_id" = envelope.correlation_id(),

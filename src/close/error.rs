@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 /// A call to Close that did not succeed.
@@ -100,12 +101,13 @@ pub struct Rejection {
     pub fields: Vec<FieldError>,
     /// What Close said in general, without values.
     pub message: Option<&'static str>,
-    /// All it said, if some of it is not repeated above.
+    /// All it said.
     pub said: Option<Said>,
 }
 
 /// Close's own words. They may quote personal data: for the eyes of whoever asks, never for logs or headers.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
 pub struct Said(String);
 
 /// Bytes of them that are kept.
@@ -178,8 +180,7 @@ const KNOWN: [(&str, &str); 15] = [
 ];
 
 /// Stands for text that is not repeated.
-const WITHHELD: &str =
-    "refused (Close's own words may quote personal data: whoever replays it is shown them)";
+const WITHHELD: &str = "refused (Close's own words may quote personal data: `dlq replay` shows them)";
 
 fn known(text: &str) -> &'static str {
     let text = text.to_lowercase();
@@ -196,8 +197,7 @@ impl Rejection {
         collect(&body, &mut Vec::new(), &mut fields);
         let general = body.get("error").or_else(|| body.get("errors")?.get(0)).and_then(Value::as_str);
         let message = general.map(known);
-        let mut told = fields.iter().map(|field| field.message).chain(message);
-        let said = told.any(|told| told == WITHHELD).then_some(Said(text));
+        let said = (!text.trim().is_empty()).then_some(Said(text));
         Self { status, fields, message, said }
     }
 }
@@ -245,8 +245,7 @@ mod tests {
             ),
             (
                 json!({"error": "jane@example.test is silly"}),
-                "Close refused the request (400): refused (Close's own words may quote personal data: whoever replays it \
-                 is shown them)",
+                "Close refused the request (400): refused (Close's own words may quote personal data: `dlq replay` shows them)",
             ),
             (json!({"errors": ["Invalid request: x"]}), "Close refused the request (400): invalid request"),
             (json!("Forbidden"), "Close refused the request (400)"),
@@ -260,7 +259,9 @@ mod tests {
             silly.said.as_ref().unwrap().reveal().contains("jane") && !format!("{silly:?}").contains("jane")
         );
         let known = Rejection::read(413, b"<html>");
-        assert_eq!((known.to_string().as_str(), known.said), ("Close refused the request (413)", None));
+        let told = (known.to_string(), known.said.as_ref().map(Said::reveal));
+        assert_eq!(told, ("Close refused the request (413)".into(), Some("<html>")));
+        assert_eq!(Rejection::read(400, b" ").said, None);
     }
 
     #[test]

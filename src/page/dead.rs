@@ -296,18 +296,22 @@ pub(super) async fn ask_to_discard(
 
 /// The page between a wish and its fulfilment.
 async fn ask(at: &At, visitor: &Visitor, which: Wanted, verb: Verb) -> Result<Markup, Broken> {
-    let target = which.target()?;
-    let (number, until, back) = match &target {
+    let (target, number, until) = match which.target()? {
         Target::Group(fingerprint) => {
             let listing = at.bench.listing(Arc::clone(&at.amqp)).await.map_err(unavailable)?;
-            let (group, _) = listing.group(fingerprint).ok_or_else(gone)?;
-            (group.count, group.last, target.path(&at.place, "dead/group"))
+            let (group, _) = listing.group(&fingerprint).ok_or_else(gone)?;
+            (Target::Group(fingerprint), group.count, group.last)
         }
         Target::Id(id) => {
-            let found = at.bench.open(Arc::clone(&at.amqp), id.clone()).await.map_err(unavailable)?;
-            found.ok_or_else(gone)?;
-            (1, None, target.path(&at.place, "dead/message"))
+            let found = at.bench.open(Arc::clone(&at.amqp), id).await.map_err(unavailable)?;
+            // It may have been named by the id of its producer.
+            let letter = found.ok_or_else(gone)?;
+            (Target::Id(letter.id), 1, letter.failed_at)
         }
+    };
+    let back = match &target {
+        Target::Group(_) => target.path(&at.place, "dead/group"),
+        Target::Id(_) => target.path(&at.place, "dead/message"),
     };
     let (title, action, button, danger) = match verb {
         Verb::Replay => ("Replay?", "dead/replay", "Replay", false),
@@ -370,10 +374,11 @@ pub(super) async fn discard(
     Extension(visitor): Extension<Visitor>,
     Form(which): Form<Wanted>,
 ) -> Result<Redirect, Broken> {
-    // Those that came since were not agreed to.
+    // Those that came since were not agreed to; nor was another one that has the same id.
     let (limit, until) = (Some(which.count), which.until);
     let target = which.target()?;
-    let which = Selection { filter: Filter { until, ..target.filter() }, limit };
+    let since = if let Target::Id(_) = target { until } else { None };
+    let which = Selection { filter: Filter { since, until, ..target.filter() }, limit };
     visitor.audit("discard", at.place.name.as_deref(), Some(target.value()));
     let discarded = at.bench.discard(at.amqp, which).await.map_err(unavailable)?;
     tracing::info!(destination = at.place.name, discarded, who = %visitor.who, "dead letters were discarded on the page");

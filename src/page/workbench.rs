@@ -28,7 +28,7 @@ const FRESH: Duration = Duration::from_secs(5);
 /// Dead letters of a group that are kept, oldest first.
 pub(super) const KEPT: usize = 1000;
 /// Dead letters that were opened, to be opened again.
-const OPENED: u64 = 16;
+const OPENED: u64 = 32;
 /// How long a look is waited for: another operator may be at it.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -124,24 +124,39 @@ impl Job {
     }
 }
 
-/// What was found a moment ago, or why nothing was.
-struct Kept<T>(Mutex<Option<(Instant, Result<T, String>)>>);
+/// A look, and what it found, or why it found nothing.
+struct Look<T> {
+    began: Instant,
+    ended: Instant,
+    found: Result<T, String>,
+}
+
+/// What was found a moment ago.
+struct Kept<T> {
+    found: Mutex<Option<Look<T>>>,
+    /// What was looked for before is not true any more.
+    changed: std::sync::Mutex<Option<Instant>>,
+}
 
 impl<T> Default for Kept<T> {
     fn default() -> Self {
-        Self(Mutex::default())
+        Self { found: Mutex::default(), changed: std::sync::Mutex::default() }
     }
 }
 
 impl<T: Clone> Kept<T> {
     /// It, or what `look` finds if that was too long ago. Who comes meanwhile waits for the same look.
     async fn or(&self, look: impl Future<Output = Result<T, BrokerError>>) -> Result<T, String> {
-        let mut kept = self.0.lock().await;
-        if let Some((_, found)) = kept.as_ref().filter(|(looked, _)| looked.elapsed() < FRESH) {
-            return found.clone();
+        let mut kept = self.found.lock().await;
+        let changed = *self.changed.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_fresh =
+            |look: &&Look<T>| look.ended.elapsed() < FRESH && changed.is_none_or(|at| at < look.began);
+        if let Some(look) = kept.as_ref().filter(is_fresh) {
+            return look.found.clone();
         }
+        let began = Instant::now();
         let found = look.await.map_err(|error| error.to_string());
-        *kept = Some((Instant::now(), found.clone()));
+        *kept = Some(Look { began, ended: Instant::now(), found: found.clone() });
         found
     }
 }
@@ -151,7 +166,7 @@ pub(super) struct Workbench {
     listing: Kept<Arc<Listing>>,
     backlog: Kept<Option<u32>>,
     /// Those that were opened a moment ago, or were not there.
-    opened: Cache<String, Option<DeadLetter>>,
+    opened: Cache<String, Result<Option<DeadLetter>, String>>,
     /// Ids that the next look is to open.
     wanted: std::sync::Mutex<BTreeSet<String>>,
     /// Whoever has it looks.
@@ -218,7 +233,7 @@ impl Workbench {
         id: String,
     ) -> Result<Option<DeadLetter>, String> {
         if let Some(known) = self.opened.get(&id) {
-            return Ok(known);
+            return known;
         }
         self.wanted.lock().unwrap_or_else(PoisonError::into_inner).insert(id.clone());
         let bench = Arc::clone(self);
@@ -226,17 +241,17 @@ impl Workbench {
             let _alone = bench.look.lock().await;
             // Somebody else's look may have found it meanwhile.
             if let Some(known) = bench.opened.get(&id) {
-                return Ok(known);
+                return known;
             }
             let wanted = std::mem::take(&mut *bench.wanted.lock().unwrap_or_else(PoisonError::into_inner));
             let ids = wanted.into_iter().chain([id.clone()]).collect();
-            let (found, _) = find(&amqp, &ids, &mut |_| {}).await.map_err(|error| error.to_string())?;
-            let this = found.get(&id).cloned();
-            for id in ids {
-                let letter = found.get(&id).cloned();
-                bench.opened.insert(id, letter);
+            let found = find(&amqp, &ids, &mut |_| {}).await.map_err(|error| error.to_string());
+            let of =
+                |id: &String| found.as_ref().map(|(found, _)| found.get(id).cloned()).map_err(String::clone);
+            for each in &ids {
+                bench.opened.insert(each.clone(), of(each));
             }
-            Ok(this)
+            of(&id)
         })
         .await
     }
@@ -256,7 +271,7 @@ impl Workbench {
                 let _alone = bench.look.lock().await;
                 sift(&amqp, &which, |_| Fate::Remove, &mut |_| {}).await
             };
-            bench.forget().await;
+            bench.forget();
             sifted.map(|sifted| sifted.removed).map_err(|error| error.to_string())
         })
         .await
@@ -292,7 +307,7 @@ impl Workbench {
             // It is not over before everything is told.
             let _until = told.clone();
             match replay(&amqp, order, told, &job.stop).await {
-                Ok(progress) => tracing::info!(
+                Ok((progress, _)) => tracing::info!(
                     destination,
                     about = job.what,
                     replayed = progress.sent,
@@ -305,7 +320,7 @@ impl Workbench {
                 }
             }
             let _ = job.ended.set(Instant::now());
-            bench.forget().await;
+            bench.forget();
         });
         true
     }
@@ -316,8 +331,8 @@ impl Workbench {
     }
 
     /// What was found is not true any more.
-    async fn forget(&self) {
-        *self.listing.0.lock().await = None;
+    fn forget(&self) {
+        *self.listing.changed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
         self.opened.invalidate_all();
     }
 }

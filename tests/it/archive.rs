@@ -318,6 +318,9 @@ async fn dead_letters_are_chosen_by_what_they_are_about() {
         assert_eq!((ids.as_str(), &listed["found"]), (meant, &json!(4)), "{arguments:?}");
     }
     assert_eq!(shown(&bench, "m-b").await["id"], "b");
+    let (_, _, words) =
+        bench.told(&["dlq", "edit", "m-b", "--patch", r#"{"traits": {"title": "Dr"}}"#], "").await;
+    assert!(words.contains("dlq replay --id b`"), "{words}");
     let (code, _, words) = bench.told(&["dlq", "list", "--since", "yesterday"], "").await;
     assert!(code == Some(2) && words.contains("neither a time"), "{words}");
     let groups: Value =

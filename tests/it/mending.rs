@@ -13,9 +13,13 @@ const ACK: [u8; 4] = [0, 60, 0, 80];
 
 /// It is killed when the edited copy is there, and before the other one is deleted.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_edit_that_is_killed_is_finished_by_whoever_comes_next() {
-    for next in ["list", "replay"] {
+async fn an_edit_that_is_killed_is_finished_by_a_replay_or_another_edit() {
+    let title = r#"{"traits": {"title": "Dr"}}"#;
+    for next in
+        [&["dlq", "replay", "--all"][..], &["dlq", "edit", "dead-1", "--patch", title], &["dlq", "list"]]
+    {
         let bench = Bench::dead_people(4).await;
+        let before = bench.output(&["dlq", "export"]).await;
         let direct = bench.amqp_url.clone();
         let proxy = Proxy::start(&direct).await;
         let bench = bench.set("AMQP_URL", &proxy.url);
@@ -27,21 +31,46 @@ async fn an_edit_that_is_killed_is_finished_by_whoever_comes_next() {
         proxy.cut();
         bench.depth_becomes(".dead", 5).await;
         let bench = bench.set("AMQP_URL", &direct);
-        if next == "list" {
-            bench.output(&["dlq", "list"]).await;
-            assert_eq!(bench.dead_ids().await, ["dead-0", "dead-2", "dead-3", "dead-1"]);
-        }
         let worker = bench.worker().await;
-        let (_, words) = bench.words(&["dlq", "replay", "--all"], "").await;
-        assert!(words.contains("4 created"), "{words}");
+        let (code, words) = bench.words(next, "").await;
+        assert_eq!(code, Some(0), "{words}");
+        match next[1] {
+            "edit" => assert_eq!(bench.dead_ids().await, ["dead-0", "dead-2", "dead-3", "dead-1"]),
+            "list" => {
+                // Looking changes nothing. The file from before wins, and nothing is lost by it.
+                assert_eq!(bench.dead_ids().await, ["dead-0", "dead-1", "dead-2", "dead-3", "dead-1"]);
+                let (_, words) = bench.words(&["dlq", "import", "-"], &before).await;
+                assert_eq!(words, "imported 0, replaced 0, 4 were there already\n");
+                assert_eq!(bench.output(&["dlq", "export"]).await, before);
+            }
+            _ => {}
+        }
+        bench.words(&["dlq", "replay", "--all"], "").await;
         worker.settled(4).await;
         bench.assert_each_once(4);
         let contacts = bench.simulator.contacts();
         let users: Vec<_> = contacts.iter().map(|contact| &contact["custom.cf_contactuserid"]).collect();
-        assert!(users.contains(&&json!("mended")) && !users.contains(&&json!("u1")), "{users:?}");
+        let (one, other) = if next[1] == "list" { ("u1", "mended") } else { ("mended", "u1") };
+        assert!(users.contains(&&json!(one)) && !users.contains(&&json!(other)), "{users:?}");
         assert_eq!(bench.depth(".dead").await, 0);
         worker.terminate().await;
     }
+}
+
+/// Different dead letters of one id, as a file may bring them, are never taken for one.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_edit_replaces_nothing_else_of_its_id() {
+    let bench = Bench::dead_people(0).await;
+    let lines = [line("same", 1, &identify("a", json!({}))), line("same", 2, &identify("b", json!({})))];
+    bench.import(&lines.join("\n")).await;
+    let patch = r#"{"traits": {"title": "Dr"}}"#;
+    let (_, words) =
+        bench.words(&["dlq", "edit", "--id", "same", "--limit", "1", "--patch", patch], "").await;
+    assert_eq!(words, "edited 1 of 1 dead letter\n");
+    let worker = bench.worker().await;
+    let (_, words) = bench.words(&["dlq", "replay", "--all"], "").await;
+    assert!(words.contains("replayed 2; 2 created"), "{words}");
+    worker.terminate().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -71,7 +100,10 @@ async fn an_import_that_is_killed_goes_on() {
         importing.kill().await;
         bench.output(&["dlq", "list"]).await;
         there = bench.depth(".dead").await;
-        assert!((1..3000).contains(&there), "{time}: {there}");
+        assert!(there > 0, "{time}");
+        if there == 3000 {
+            break;
+        }
     }
     let rest = 3000 - there;
     let told = format!("imported {rest}, replaced 0, {there} were there already\n");
@@ -104,17 +136,16 @@ async fn two_imports_take_turns() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replay_goes_on_with_what_is_left() {
     let bench = Bench::dead_people(20).await;
-    let slow = Fault::new(Effect::Latency { ms: 8000 }).on("POST", "/lead/").containing("c0");
-    bench.simulator.fault(slow);
     let exported = bench.output(&["dlq", "export"]).await;
-    let worker = bench.worker().await;
     let replay = bench.starting(&["dlq", "replay", "--all"]);
     replay.until("sent", async |_| bench.depth(".dead").await == 19).await;
     let (code, words) = bench.words(&["dlq", "import", "-"], &exported).await;
     assert!(code == Some(69) && words.contains("a replay is under way"), "{words}");
     let (code, words) = bench.words(&["dlq", "discard", "--id", "dead-18", "--yes"], "").await;
     assert!(code == Some(0) && words.contains("discarded 1, 18 remain"), "{words}");
-    bench.output(&["dlq", "edit", "dead-19", "--patch", r#"{"userId": "mended"}"#]).await;
+    let (code, words) =
+        bench.words(&["dlq", "edit", "--id", "dead-19", "--patch", r#"{"userId": "mended"}"#], "").await;
+    assert!(code == Some(0) && words.contains("a replay is under way"), "{words}");
     let (code, words) = bench.words(&["dlq", "edit", "dead-0", "--patch", "{}"], "").await;
     assert!(code == Some(2) && words.contains("the replay under way has in hand"), "{words}");
     let (code, words) = bench.words(&["dlq", "export"], "").await;
@@ -122,6 +153,8 @@ async fn a_replay_goes_on_with_what_is_left() {
         code == Some(1) && words.contains("a replay is under way"),
         "an archive has to be whole: {words}"
     );
+    // Until here no worker was there to tell of the first.
+    let worker = bench.worker().await;
     assert!(replay.ended().await.success(), "{}", replay.log());
     bench.assert_each_once(19);
     let contacts = bench.simulator.contacts();

@@ -72,6 +72,12 @@ async fn two_replays_take_turns() {
     leads(&bench, &worker, 3).await;
     let second = bench.starting(&["dlq", "replay", "--all", "--at-once", "1"]);
     second.until("waiting", async |second| second.logged("another operator") == 1).await;
+    // Who does not want to wait is told that nothing was sent.
+    let third = bench.starting(&["dlq", "replay", "--all"]);
+    third.until("waiting", async |third| third.logged("another operator") == 1).await;
+    third.signal("INT");
+    assert_eq!(third.ended().await.code(), Some(1), "{}", third.log());
+    assert_eq!(third.logged("replaying the same again goes on"), 1, "{}", third.log());
     // Looking goes on meanwhile.
     let (code, words) = bench.words(&["dlq", "list"], "").await;
     assert!(code == Some(0) && words.contains("a replay is under way"), "{words}");
@@ -161,7 +167,7 @@ async fn what_close_said_is_shown_to_whoever_replays() {
     assert!(code == Some(1) && words.contains("Close said: {\"errors\":[\"jane@example.test"), "{words}");
     assert!(words.contains("it failed again\n") && !words.contains('\u{1b}'), "{words}");
     let kept = format!("{:?}", bench.dead_letters().await);
-    assert!(kept.contains("rejected:write:-") && kept.contains("shown them"), "{kept}");
+    assert!(kept.contains("rejected:write:-") && kept.contains("shows them"), "{kept}");
     let news = told.next().await.unwrap().unwrap();
     let news = String::from_utf8(news.data).unwrap();
     assert!(news.contains("rejected:write:-"), "{news}");
@@ -248,6 +254,24 @@ async fn a_lost_connection_is_made_anew() {
     leads(&bench, &worker, 30).await;
     bench.assert_each_once(30);
     assert_eq!(bench.depth(".dead").await, 0);
+    worker.terminate().await;
+}
+
+/// While RabbitMQ is gone, it can be stopped as well.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replay_that_reconnects_can_be_stopped() {
+    let bench = Bench::dead_people(30).await;
+    bench.slow(SLOW);
+    let worker = bench.worker().await;
+    let proxy = Proxy::start(&bench.amqp_url).await;
+    let bench = bench.set("AMQP_URL", &proxy.url);
+    let replay = bench.starting(&["dlq", "replay", "--all", "--at-once", "1"]);
+    leads(&bench, &worker, 3).await;
+    drop(proxy);
+    replay.until("lost", async |replay| replay.logged("connecting again") == 1).await;
+    replay.signal("INT");
+    assert_eq!(replay.ended().await.code(), Some(1), "{}", replay.log());
+    assert_eq!(replay.logged("replaying the same again goes on"), 1, "{}", replay.log());
     worker.terminate().await;
 }
 

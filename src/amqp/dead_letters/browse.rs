@@ -8,12 +8,8 @@
 //! **One at a time.** While one operator has taken everything, another would see an empty queue. So whoever looks
 //! holds an exclusive queue of a known name meanwhile, which RabbitMQ takes away with the connection: a killed
 //! process locks nobody out. A look at 10,000 takes a second, and the others wait for it.
-//!
-//! **One id, one dead letter.** An edit that was killed after the edited copy was confirmed, and before the old one
-//! was deleted, is finished by whoever looks next: the copy that was edited last is the one that counts.
 
-use std::cmp::Ordering;
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -62,6 +58,8 @@ pub type Watch<'a> = dyn FnMut(Step) + Send + 'a;
 pub(super) struct Operator<'a> {
     settings: &'a Settings,
     pub(super) connection: Connection,
+    /// How long another one is waited for.
+    patience: Duration,
 }
 
 /// What came of a look.
@@ -83,6 +81,8 @@ pub(super) struct Hand {
     found: usize,
     /// How many were deleted as it was decided.
     removed: usize,
+    /// Somebody else replays: what they have in hand is not among them.
+    pub(super) replaying: bool,
     /// Since when it has them all.
     pub(super) since: Instant,
     /// Those held, oldest first.
@@ -97,32 +97,7 @@ pub(super) struct Hand {
 /// One that is held.
 pub(super) struct Held {
     pub(super) letter: DeadLetter,
-    tag: DeliveryTag,
     acker: Acker,
-}
-
-/// Copies of one dead letter, of which all but one were edited since.
-#[derive(Default)]
-struct Copies {
-    /// The one that counts, of each id.
-    latest: HashMap<String, (Option<Timestamp>, DeliveryTag)>,
-    outdated: Vec<DeliveryTag>,
-}
-
-impl Copies {
-    fn note(&mut self, letter: &DeadLetter, tag: DeliveryTag) {
-        let this = (letter.edited_at, tag);
-        let Some(other) = self.latest.insert(letter.id.clone(), this) else { return };
-        match this.0.cmp(&other.0) {
-            Ordering::Greater => self.outdated.push(other.1),
-            Ordering::Less => {
-                self.outdated.push(tag);
-                self.latest.insert(letter.id.clone(), other);
-            }
-            // Whoever put them there gave them one id.
-            Ordering::Equal => {}
-        }
-    }
 }
 
 /// Their bodies are in memory until they are looked at.
@@ -143,9 +118,8 @@ pub async fn sift(
     watch: &mut Watch<'_>,
 ) -> Result<Sifted, BrokerError> {
     let operator = Operator::connect(settings, "close-sync dlq").await?;
-    let replaying = is_claimed(&operator.connection, &settings.replay()).await?;
     let (hand, matched) = operator.pick(which, decide, watch).await?;
-    let sifted = Sifted { found: hand.found, matched, removed: hand.removed, replaying };
+    let sifted = Sifted { found: hand.found, matched, removed: hand.removed, replaying: hand.replaying };
     hand.close().await;
     operator.leave().await;
     Ok(sifted)
@@ -164,10 +138,10 @@ pub async fn find(
     let mut found: BTreeMap<String, DeadLetter> = BTreeMap::new();
     let seek = |letter: &DeadLetter| {
         let names = [Some(&letter.id), letter.message_id.as_ref()].into_iter().flatten();
-        for id in names.filter(|name| ids.contains(*name)) {
-            let age = |letter: &DeadLetter| (letter.failed_at, letter.edited_at);
-            if found.get(id).is_none_or(|other| age(other) <= age(letter)) {
-                found.insert(id.clone(), letter.clone());
+        for name in names.filter(|name| ids.contains(*name)) {
+            let rank = |letter: &DeadLetter| (letter.id == *name, letter.failed_at, letter.edited_at);
+            if found.get(name).is_none_or(|other| rank(other) <= rank(letter)) {
+                found.insert(name.clone(), letter.clone());
             }
         }
         Fate::Back
@@ -179,7 +153,12 @@ pub async fn find(
 impl<'a> Operator<'a> {
     /// Connects, visible in RabbitMQ's management under `name`.
     pub(super) async fn connect(settings: &'a Settings, name: &str) -> Result<Self, BrokerError> {
-        Ok(Self { settings, connection: settings.connect(name).await? })
+        Ok(Self { settings, connection: settings.connect(name).await?, patience: TURN })
+    }
+
+    /// Waits for others for so long.
+    pub(super) fn with_patience(self, patience: Duration) -> Self {
+        Self { patience, ..self }
     }
 
     /// Takes all dead letters, and deletes those of which `decide` says so.
@@ -188,13 +167,25 @@ impl<'a> Operator<'a> {
         decide: impl FnMut(&DeadLetter) -> Fate + Send,
         watch: &mut Watch<'_>,
     ) -> Result<Hand, BrokerError> {
-        let busy = "another operator has been looking at the dead letters for two minutes: try again later";
+        let busy = "another operator has been at the dead letters for too long: try again later";
         let name = self.settings.desk();
-        let desk = claim(&self.connection, &name, TURN, busy, &mut || watch(Step::Waiting)).await?;
+        let mut waited = false;
+        let mut wait = || {
+            waited = true;
+            watch(Step::Waiting);
+        };
+        let desk = claim(&self.connection, &name, self.patience, busy, &mut wait).await?;
+        if waited {
+            // What the one before had in hand may come back a moment after its place is free.
+            tokio::time::sleep(LAST_ACKS).await;
+        }
+        // Asked while nobody can begin to take any.
+        let replaying = is_claimed(&self.connection, &self.settings.replay()).await?;
         let channel = self.connection.create_channel().await?;
         let mut hand = Hand {
             found: 0,
             removed: 0,
+            replaying,
             since: Instant::now(),
             held: VecDeque::new(),
             back: Vec::new(),
@@ -219,7 +210,7 @@ impl<'a> Operator<'a> {
     ) -> Result<(), BrokerError> {
         let depth = in_time(topology::depth(&self.connection, &self.settings.dead())).await?;
         let ready = depth.map_or(0, |depth| depth.ready);
-        let (mut removed, mut copies) = (HashSet::new(), Copies::default());
+        let mut removed = Vec::new();
         while let Some(left) = usize::try_from(ready).unwrap_or(usize::MAX).checked_sub(hand.found)
             && left > 0
         {
@@ -242,11 +233,10 @@ impl<'a> Operator<'a> {
                 took += 1;
                 let letter = DeadLetter::read(&delivery);
                 let tag = delivery.delivery_tag;
-                copies.note(&letter, tag);
                 match decide(&letter) {
                     Fate::Back => hand.back.push(tag),
-                    Fate::Hold => hand.held.push_back(Held { letter, tag, acker: delivery.acker }),
-                    Fate::Remove => _ = removed.insert(tag),
+                    Fate::Hold => hand.held.push_back(Held { letter, acker: delivery.acker }),
+                    Fate::Remove => removed.push(tag),
                 }
                 hand.found += 1;
                 watch(Step::Looked { at: hand.found, of: ready });
@@ -260,9 +250,6 @@ impl<'a> Operator<'a> {
         }
         hand.since = Instant::now();
         hand.removed = removed.len();
-        removed.extend(&copies.outdated);
-        hand.back.retain(|tag| !removed.contains(tag));
-        hand.held.retain(|held| !removed.contains(&held.tag));
         for tag in removed {
             hand.channel.basic_ack(tag, BasicAckOptions::default()).await?;
         }
@@ -412,11 +399,17 @@ pub(super) async fn claim(
 }
 
 /// Whether another connection has such a queue.
-pub(super) async fn is_claimed(connection: &Connection, name: &str) -> Result<bool, BrokerError> {
+async fn is_claimed(connection: &Connection, name: &str) -> Result<bool, BrokerError> {
     let channel = connection.create_channel().await?;
     let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-    let looked = channel.queue_declare(name.into(), options, FieldTable::default()).await;
-    Ok(looked.is_err_and(|error| is_locked(&error)))
+    match channel.queue_declare(name.into(), options, FieldTable::default()).await {
+        Ok(_) => {
+            // Ours.
+            let _ = channel.close(200, "looked".into()).await;
+            Ok(false)
+        }
+        Err(error) => Ok(is_locked(&error)),
+    }
 }
 
 /// AMQP's reply code 405, resource locked.

@@ -90,6 +90,21 @@ impl DeadLetter {
         Self { body: Vec::new(), properties: BasicProperties::default(), ..self.clone() }
     }
 
+    /// Equal for dead letters that would be restored alike.
+    pub(super) fn content(&self) -> Uuid {
+        Uuid::new_v5(&Uuid::NAMESPACE_OID, self.to_line().as_bytes())
+    }
+
+    /// Whether it was given its id, which then no other has.
+    pub(super) fn has_own_id(&self) -> bool {
+        headers::text(&self.properties, headers::ID).is_some()
+    }
+
+    /// The contents of those whose place it took.
+    pub(super) fn replaces(&self) -> Vec<Uuid> {
+        headers::replaces(&self.properties)
+    }
+
     /// The body as its producer sent it, if it was edited since.
     pub fn original(&self) -> Option<Vec<u8>> {
         headers::bytes(&self.properties, headers::ORIGINAL)

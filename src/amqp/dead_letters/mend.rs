@@ -1,11 +1,11 @@
 //! Putting dead letters back: edited, or from a file.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::hash::{DefaultHasher, Hash, Hasher};
 
 use jiff::Timestamp;
+use uuid::Uuid;
 
-use super::browse::{Fate, Operator, Watch, is_claimed};
+use super::browse::{Fate, Operator, Watch};
 use super::letter::DeadLetter;
 use super::select::Selection;
 use crate::amqp::publisher::{Publisher, Sent};
@@ -28,6 +28,8 @@ pub enum Edited {
         matched: usize,
         /// Those that have another body.
         changed: usize,
+        /// Somebody replays: what they have in hand was not among them.
+        replaying: bool,
     },
     /// Nothing was changed, for what is wrong with one of them.
     Refused {
@@ -52,7 +54,9 @@ pub async fn edit(
     let operator = Operator::connect(settings, "close-sync dlq").await?;
     let publishing = settings.connect("close-sync dlq publish").await?;
     let publisher = Publisher::new(&publishing).await?;
+    finish(&operator, watch).await?;
     let (mut hand, matched) = operator.pick(which, |_| Fate::Hold, watch).await?;
+    let replaying = hand.replaying;
     let done = async {
         let mut to_do = Vec::new();
         while let Some(held) = hand.next() {
@@ -70,18 +74,42 @@ pub async fn edit(
         }
         let changed = to_do.len();
         for (held, body) in to_do {
+            let letter = &held.letter;
             let properties =
-                headers::for_edited(&held.letter.restored(), &held.letter.body, Timestamp::now());
+                headers::for_edited(&letter.restored(), &letter.body, letter.content(), Timestamp::now());
             publisher.publish(&settings.dead(), "", &body, properties).await?;
             held.remove().await?;
         }
-        Ok(Edited::Done { matched, changed })
+        Ok(Edited::Done { matched, changed, replaying })
     };
     let done = done.await;
     hand.close().await;
     operator.leave().await;
     close(&publishing).await;
     done
+}
+
+/// Finishes edits that were killed after the edited copy was confirmed, and before the other one was deleted.
+pub(super) async fn finish(operator: &Operator<'_>, watch: &mut Watch<'_>) -> Result<(), BrokerError> {
+    let mut replaced: HashMap<String, Vec<Uuid>> = HashMap::new();
+    let note = |letter: &DeadLetter| {
+        let contents = letter.replaces();
+        if !contents.is_empty() {
+            replaced.entry(letter.id.clone()).or_default().extend(contents);
+        }
+        Fate::Back
+    };
+    operator.take(note, watch).await?.close().await;
+    if replaced.is_empty() {
+        return Ok(());
+    }
+    let is_replaced = |letter: &DeadLetter| {
+        let contents = replaced.get(&letter.id).filter(|_| letter.has_own_id());
+        contents.is_some_and(|contents| contents.contains(&letter.content()))
+    };
+    let decide = |letter: &DeadLetter| if is_replaced(letter) { Fate::Remove } else { Fate::Back };
+    operator.take(decide, watch).await?.close().await;
+    Ok(())
 }
 
 /// What came of a file.
@@ -110,16 +138,11 @@ pub async fn restore(
     watch: &mut Watch<'_>,
 ) -> Result<Restored, BrokerError> {
     let operator = Operator::connect(settings, "close-sync dlq").await?;
-    if is_claimed(&operator.connection, &settings.replay()).await? {
-        return Err(BrokerError::Busy(
-            "a replay is under way, and has dead letters in hand that an import would not see: wait for its end",
-        ));
-    }
     let publishing = settings.connect("close-sync dlq publish").await?;
     let publisher = Publisher::new(&publishing).await?;
-    let mut wanted: HashMap<&str, HashSet<u64>> = HashMap::new();
+    let mut wanted: HashMap<&str, HashSet<Uuid>> = HashMap::new();
     for letter in letters {
-        wanted.entry(&letter.id).or_default().insert(content(letter));
+        wanted.entry(&letter.id).or_default().insert(letter.content());
     }
     let (mut present, mut outdated) = (HashSet::new(), HashSet::new());
     // All in one look: nobody else puts one back, or takes one, meanwhile.
@@ -127,7 +150,7 @@ pub async fn restore(
         .take(
             |letter| {
                 let Some(contents) = wanted.get(letter.id.as_str()) else { return Fate::Back };
-                let content = content(letter);
+                let content = letter.content();
                 if contents.contains(&content) {
                     present.insert((letter.id.clone(), content));
                     return Fate::Back;
@@ -138,7 +161,13 @@ pub async fn restore(
             watch,
         )
         .await?;
-    let restored = publish(settings, &publisher, letters, present, &outdated).await;
+    let restored = if hand.replaying {
+        Err(BrokerError::Busy(
+            "a replay is under way, and has dead letters in hand that an import would not see: wait for its end",
+        ))
+    } else {
+        publish(settings, &publisher, letters, present, &outdated).await
+    };
     let done = match restored {
         Ok(restored) => hand.remove_held().await.map(|()| restored),
         Err(error) => Err(error),
@@ -154,13 +183,13 @@ async fn publish(
     settings: &Settings,
     publisher: &Publisher,
     letters: &[DeadLetter],
-    mut present: HashSet<(String, u64)>,
+    mut present: HashSet<(String, Uuid)>,
     outdated: &HashSet<String>,
 ) -> Result<Restored, BrokerError> {
     let mut restored = Restored::default();
     let mut under_way: VecDeque<Sent> = VecDeque::with_capacity(WINDOW);
     for letter in letters {
-        if !present.insert((letter.id.clone(), content(letter))) {
+        if !present.insert((letter.id.clone(), letter.content())) {
             restored.present += 1;
             continue;
         }
@@ -178,11 +207,4 @@ async fn publish(
         sent.confirmed().await?;
     }
     Ok(restored)
-}
-
-/// Equal for dead letters that would be restored alike.
-fn content(letter: &DeadLetter) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    letter.to_line().hash(&mut hasher);
-    hasher.finish()
 }

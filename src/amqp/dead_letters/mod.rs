@@ -8,7 +8,7 @@
 //!
 //! **Nothing is lost.** A dead letter is acked only after its successor is confirmed, be it a replay or an edited
 //! copy: whoever is killed in between leaves both, never neither. A replay too many changes nothing in Close; an edit that
-//! was killed is finished by whoever looks next ([`browse`]); an import that was killed is repeated.
+//! was killed is finished by the next replay or edit ([`mend`]); an import that was killed is repeated.
 
 pub mod archive;
 pub mod browse;

@@ -30,6 +30,7 @@ use uuid::Uuid;
 
 use super::browse::{Fate, Hand, Held, Operator, Step, claim};
 use super::letter::DeadLetter;
+use super::mend;
 use super::progress::{End, Progress, Stage};
 use super::select::Selection;
 use crate::amqp::news::Replayed;
@@ -75,10 +76,12 @@ const IN_HAND: Duration = Duration::from_secs(30);
 const LAST_NEWS: Duration = Duration::from_secs(30);
 /// How often the work queue is looked at while nothing is heard.
 const LOOKS_APART: Duration = Duration::from_secs(2);
+/// How long another operator, or another replay, is waited for.
+const TURN: Duration = Duration::from_hours(24);
 /// How long the broker may be gone.
 const RECONNECTING: Duration = Duration::from_mins(5);
 
-/// Replays, and tells how far it has come until `stop`.
+/// Replays, and tells how far it has come until `stop`; at last how far that was, and how it ended.
 ///
 /// # Errors
 /// When the broker is gone for five minutes, or does not take the messages: what was not confirmed is still, or again,
@@ -88,7 +91,7 @@ pub async fn replay(
     order: Order,
     progress: watch::Sender<Progress>,
     stop: &CancellationToken,
-) -> Result<Progress, BrokerError> {
+) -> Result<(Progress, End), BrokerError> {
     let mut replay = Replay {
         settings,
         order,
@@ -103,25 +106,21 @@ pub async fn replay(
     loop {
         let before = replay.sent.len();
         match replay.session(stop).await {
-            Ok(end) => {
-                replay.tell(|progress| progress.stage = Stage::Over(end));
-                return Ok(replay.progress.borrow().clone());
-            }
+            Ok(end) => return Ok(replay.over(end)),
             Err(error) => {
                 if replay.sent.len() > before {
                     (pauses, lost) = (Pauses::reconnect(), None);
                 }
                 let since = *lost.get_or_insert_with(Instant::now);
-                if matches!(error, BrokerError::Busy(_)) {
-                    continue;
-                }
                 let gone = matches!(error, BrokerError::Lost(_) | BrokerError::Unreachable(_));
                 if !gone || replay.sent.is_empty() || since.elapsed() > RECONNECTING {
                     return Err(error);
                 }
                 replay.tell(|progress| progress.stage = Stage::Reconnecting);
                 let pause = pauses.next_pause().unwrap_or_default();
-                stop.run_until_cancelled(tokio::time::sleep(pause)).await;
+                if stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
+                    return Ok(replay.over(End::Stopped));
+                }
             }
         }
     }
@@ -152,12 +151,22 @@ impl Replay<'_> {
         });
     }
 
+    fn over(&self, end: End) -> (Progress, End) {
+        self.tell(|progress| progress.stage = Stage::Over(end.clone()));
+        (self.progress.borrow().clone(), end)
+    }
+
     /// With one connection, until the end.
     async fn session(&mut self, stop: &CancellationToken) -> Result<End, BrokerError> {
-        let operator = Operator::connect(self.settings, "close-sync replay").await?;
-        // Of its own: an alarm of the broker must not hold up giving back what is in hand.
-        let publishing = self.settings.connect("close-sync replay publish").await?;
-        let publisher = Publisher::new(&publishing).await?;
+        let connect = async {
+            let operator = Operator::connect(self.settings, "close-sync replay").await?.with_patience(TURN);
+            // Of its own: an alarm of the broker must not hold up giving back what is in hand.
+            let publishing = self.settings.connect("close-sync replay publish").await?;
+            let publisher = Publisher::new(&publishing).await?;
+            Ok::<_, BrokerError>((operator, publishing, publisher))
+        };
+        let Some(connected) = stop.run_until_cancelled(connect).await else { return Ok(End::Stopped) };
+        let (operator, publishing, publisher) = connected?;
         let mut line = Line { connection: &operator.connection, publisher, news: None };
         let open = async {
             let news = self.mailbox(&operator.connection).await?;
@@ -173,7 +182,6 @@ impl Replay<'_> {
 
     /// Where the worker tells what becomes of the messages. Whoever has it replays.
     async fn mailbox(&self, connection: &Connection) -> Result<Consumer, BrokerError> {
-        const TURN: Duration = Duration::from_hours(24);
         let name = self.settings.replay();
         let busy = "another replay has been going on for a day";
         let channel = claim(connection, &name, TURN, busy, &mut || {
@@ -244,6 +252,7 @@ impl Replay<'_> {
     /// When those that are meant failed, the oldest first: in that order they are sent, whatever order the queue has.
     async fn times(&self, operator: &Operator<'_>) -> Result<VecDeque<Option<Timestamp>>, BrokerError> {
         self.tell(|progress| progress.stage = Stage::Looking);
+        mend::finish(operator, &mut self.watch()).await?;
         let left = self.order.which.limit.map_or(usize::MAX, |limit| limit.saturating_sub(self.sent.len()));
         let times = operator.oldest(left, |letter| self.is_meant(letter), &mut self.watch()).await?;
         self.tell(|progress| progress.matched = self.sent.len() + times.len());
@@ -270,9 +279,12 @@ impl Replay<'_> {
             Fate::Hold
         };
         let hand = operator.take(decide, &mut self.watch()).await?;
-        // Too large for one portion; or, where none is left, somebody else was faster.
-        for time in portion.into_iter().skip(held).rev().filter(|_| held > 0) {
-            times.push_front(time);
+        if held == 0 {
+            // Somebody else was faster.
+            self.tell(|progress| progress.matched = progress.matched.saturating_sub(portion.len()));
+        } else {
+            // Too large for one portion.
+            portion.into_iter().skip(held).rev().for_each(|time| times.push_front(time));
         }
         Ok(hand)
     }

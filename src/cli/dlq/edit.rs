@@ -8,7 +8,8 @@ use serde_json::{Map, Value};
 use similar::{ChangeTag, TextDiff};
 use tempfile::NamedTempFile;
 
-use super::{Failure, Meant, follow, look, open};
+use super::list::printable;
+use super::{Failure, Meant, follow, look, nothing, open, tell_of_replay};
 use crate::amqp::dead_letters::letter::DeadLetter;
 use crate::amqp::dead_letters::mend::{self, Edited};
 use crate::amqp::dead_letters::select::{Filter, Selection};
@@ -45,23 +46,24 @@ pub(super) async fn edit(args: &Args, destination: &Destination) -> Result<(), F
     let patch = args.patch.as_deref().map(Patch::parse).transpose()?;
     match (&args.one, patch) {
         (Some(id), patch) => one(id, patch.as_ref(), args.body.as_deref(), destination).await,
-        (None, Some(patch)) => many(&args.meant.selection(&destination.rules), &patch, destination).await,
+        (None, Some(patch)) => many(args, &patch, destination).await,
         (None, None) => {
             Err(Failure::Input("several are edited with `--patch`; name an id to edit one".to_owned()))
         }
     }
 }
 
-async fn many(which: &Selection, patch: &Patch, destination: &Destination) -> Result<(), Failure> {
+async fn many(args: &Args, patch: &Patch, destination: &Destination) -> Result<(), Failure> {
+    let which = args.meant.selection(&destination.rules);
     let change = |letter: &DeadLetter| {
         let edited = patch.apply(&letter.body)?;
         Ok((edited != letter.body).then_some(edited))
     };
-    let (matched, changed) = apply(which, change, destination).await?;
+    let (matched, changed) = apply(&which, change, destination).await?;
     if matched == 0 {
-        return Err(Failure::Input("no dead letter matches; `close-sync dlq list` names them".to_owned()));
+        return nothing(&args.meant);
     }
-    anstream::eprintln!("edited {changed} of {}", count(matched as u64, "dead letter", "dead letters"));
+    anstream::println!("edited {changed} of {}", count(matched as u64, "dead letter", "dead letters"));
     Ok(())
 }
 
@@ -72,6 +74,8 @@ async fn one(
     destination: &Destination,
 ) -> Result<(), Failure> {
     let letter = open(id, destination).await?;
+    // It may have been named by the id of its producer.
+    let id = printable(&letter.id);
     if !mend::is_editable(&letter) {
         return Err(Failure::Input(format!(
             "the body has {} bytes: more than {} cannot be kept with an edited one. Export it, edit the file and \
@@ -135,7 +139,10 @@ async fn apply(
     let edited = mend::edit(&destination.amqp, which, change, &mut follow(&bar)).await;
     bar.finish_and_clear();
     match edited? {
-        Edited::Done { matched, changed } => Ok((matched, changed)),
+        Edited::Done { matched, changed, replaying } => {
+            tell_of_replay(replaying);
+            Ok((matched, changed))
+        }
         Edited::Refused { id, why } => {
             Err(Failure::Input(format!("{why} (dead letter `{id}`); nothing was changed")))
         }
@@ -233,6 +240,6 @@ fn print_diff(before: &[u8], after: &[u8]) {
             ChangeTag::Insert => ("+", AnsiColor::Green.on_default()),
             ChangeTag::Equal => continue,
         };
-        anstream::println!("{color}{sign} {}{color:#}", super::list::printable(change.value().trim_end()));
+        anstream::println!("{color}{sign} {}{color:#}", printable(change.value().trim_end()));
     }
 }

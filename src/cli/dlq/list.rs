@@ -26,6 +26,8 @@ pub(in crate::cli) struct Args {
 struct Listing {
     /// Dead letters in the queue.
     found: usize,
+    /// What a replay has in hand is not among them.
+    replaying: bool,
     groups: Vec<Group>,
     dead_letters: Vec<DeadLetter>,
 }
@@ -43,7 +45,12 @@ pub(super) async fn list(args: &Args, destination: &Destination) -> Result<(), F
     };
     let sifted = args.meant.each(destination, keep).await?;
     letters.sort_by_key(|letter| letter.failed_at);
-    let listing = Listing { found: sifted.found, groups: groups.sorted(), dead_letters: letters };
+    let listing = Listing {
+        found: sifted.found,
+        replaying: sifted.replaying,
+        groups: groups.sorted(),
+        dead_letters: letters,
+    };
     if args.json {
         anstream::println!("{}", serde_json::to_string_pretty(&listing).unwrap_or_default());
     } else {
@@ -54,7 +61,7 @@ pub(super) async fn list(args: &Args, destination: &Destination) -> Result<(), F
 
 impl Listing {
     fn print(&self, each: bool) {
-        let Self { found, groups, dead_letters } = self;
+        let Self { found, groups, dead_letters, .. } = self;
         if dead_letters.is_empty() {
             match found {
                 0 => anstream::println!("no dead letters"),

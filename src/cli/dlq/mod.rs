@@ -72,7 +72,7 @@ pub(super) struct Meant {
     /// Only events with this email.
     #[arg(long, value_name = "EMAIL")]
     email: Option<String>,
-    /// Only what failed since then: a time in UTC (2026-11-24T09:00), a day (2026-11-24), or so long ago (2h, 3d).
+    /// Only what failed since then: a time in UTC (2026-11-24T09:00), the beginning of a day (2026-11-24), or so long ago (2h, 3d).
     #[arg(long, value_name = "WHEN", value_parser = moment)]
     since: Option<Timestamp>,
     /// Only what failed until then.
@@ -152,10 +152,14 @@ impl Meant {
         let sifted = sift(amqp, &self.selection(rules), then, &mut follow(&bar)).await;
         bar.finish_and_clear();
         let sifted = sifted?;
-        if sifted.replaying {
-            anstream::eprintln!("a replay is under way: what it has in hand was not among them");
-        }
+        tell_of_replay(sifted.replaying);
         Ok(sifted)
+    }
+}
+
+fn tell_of_replay(replaying: bool) {
+    if replaying {
+        anstream::eprintln!("a replay is under way: what it has in hand was not among them");
     }
 }
 

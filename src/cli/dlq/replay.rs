@@ -71,15 +71,14 @@ pub(super) async fn replay(args: &Args, destination: &Destination) -> Result<(),
         if args.json {
             let told = json!({"end": "dry_run", "found": found, "matched": matched, "groups": groups});
             anstream::println!("{}", serde_json::to_string_pretty(&told).unwrap_or_default());
-            return Ok(());
         }
         if matched == 0 {
             return nothing(meant);
         }
-        anstream::println!(
-            "would replay {matched} of {found} ({}); run without --dry-run to do it",
-            by_number(&groups)
-        );
+        if !args.json {
+            let kinds = by_number(&groups);
+            anstream::println!("would replay {matched} of {found} ({kinds}); run without --dry-run to do it");
+        }
         return Ok(());
     }
     let order = Order {
@@ -93,20 +92,18 @@ pub(super) async fn replay(args: &Args, destination: &Destination) -> Result<(),
     let shown = tokio::spawn(show(progress));
     let ended = run(&destination.amqp, order, told, &stop).await;
     let _ = shown.await;
-    let progress = ended?;
-    let Stage::Over(end) = &progress.stage else { return nothing(meant) };
-    if progress.matched == 0 && !args.json {
+    let (progress, end) = ended?;
+    if args.json {
+        let summary = Summary::of(&progress, &end);
+        anstream::println!("{}", serde_json::to_string_pretty(&summary).unwrap_or_default());
+    }
+    if end == End::Done && progress.matched == 0 {
         return nothing(meant);
     }
-    if args.json {
-        anstream::println!(
-            "{}",
-            serde_json::to_string_pretty(&Summary::of(&progress, end)).unwrap_or_default()
-        );
-    } else {
+    if !args.json {
         print(&progress, args.no_wait);
     }
-    conclude(&progress, end)
+    conclude(&progress, &end)
 }
 
 /// The first interruption stops sending; a second one ends the process, which loses nothing either.
@@ -217,7 +214,7 @@ fn conclude(progress: &Progress, end: &End) -> Result<(), Failure> {
         let lead = if several { "" } else { "failed again: " };
         anstream::eprintln!("{lead}{}, {}", printable(&again.fingerprint), printable(&again.error));
         if let Some(said) = &again.close_said {
-            anstream::eprintln!("Close said: {}", printable(said));
+            anstream::eprintln!("Close said: {}", printable(said.reveal()));
         }
         anstream::eprintln!("hint: `close-sync dlq show {}` tells more", again.id);
     }

@@ -196,6 +196,9 @@ async fn no_more_are_discarded_than_were_agreed_to() {
     for nonsense in [&[("group", "a"), ("id", "b")][..], &[("count", "3")]] {
         assert_eq!(browser.submit(ask, to, nonsense).await.status, StatusCode::BAD_REQUEST);
     }
+    // By the id of its producer, too: the form names the dead letter itself.
+    let form = browser.get("/page/-/dead/discard?id=m-new").await;
+    form.assert_has(&[r#"name="id" value="new""#]);
     browser.submit(ask, to, &[("id", "new"), ("count", "1")]).await;
     bench.depth_becomes(".dead", 0).await;
     assert_eq!(worker.audited().last().unwrap(), &["discard", "local", "new"]);
