@@ -246,7 +246,7 @@ impl Reason {
                 "have the producer send `userId` or a valid `traits.email`, and discard this one"
             }
             Self::Rejected => {
-                "mend the field Close named (if none, `dlq replay` of one shows what Close says): in Close, in the mapping, or in \
+                "mend the field Close named (if none, a replay of one shows what Close says): in Close, in the mapping, or in \
                  the message with `dlq edit`; and replay"
             }
             Self::Forbidden => "give the API key's user the permission in Close, and replay",

@@ -180,7 +180,7 @@ const KNOWN: [(&str, &str); 15] = [
 ];
 
 /// Stands for text that is not repeated.
-const WITHHELD: &str = "refused (Close's own words may quote personal data: `dlq replay` shows them)";
+const WITHHELD: &str = "refused (Close's own words may quote personal data: a replay shows them)";
 
 fn known(text: &str) -> &'static str {
     let text = text.to_lowercase();
@@ -245,7 +245,7 @@ mod tests {
             ),
             (
                 json!({"error": "jane@example.test is silly"}),
-                "Close refused the request (400): refused (Close's own words may quote personal data: `dlq replay` shows them)",
+                "Close refused the request (400): refused (Close's own words may quote personal data: a replay shows them)",
             ),
             (json!({"errors": ["Invalid request: x"]}), "Close refused the request (400): invalid request"),
             (json!("Forbidden"), "Close refused the request (400)"),

@@ -231,7 +231,7 @@ pub(super) fn span(duration: SignedDuration) -> String {
 }
 
 /// How a page that shows something live is to be shown.
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 pub(super) struct Wishes {
     /// Not to be loaded again.
     still: Option<String>,

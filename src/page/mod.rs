@@ -91,7 +91,7 @@ pub fn router(
         .route("/{place}/dead/message", get(message::show).post(message::reveal))
         .route("/{place}/dead/replay", get(dead::ask_to_replay).post(dead::replay))
         .route("/{place}/dead/discard", get(dead::ask_to_discard).post(dead::discard))
-        .route("/{place}/dead/progress", get(progress::show))
+        .route("/{place}/dead/progress", get(progress::show).post(progress::reveal))
         .route("/{place}/dead/stop", post(progress::stop))
         .route("/{place}/test", get(trial::form).post(trial::rehearse))
         .fallback(async || Broken::nowhere())

@@ -12,6 +12,7 @@ use super::Place;
 use super::dead::{At, Target};
 use super::guard::Visitor;
 use super::layout::{Frame, Wishes, ago, counts, follow, seal, sentence, span};
+use super::mask::Sight;
 use super::workbench::Job;
 use crate::amqp::dead_letters::progress::{End, Progress, Stage};
 
@@ -23,8 +24,22 @@ pub(super) async fn show(
     Extension(visitor): Extension<Visitor>,
     Query(wishes): Query<Wishes>,
 ) -> Markup {
+    page(&at, &visitor, &wishes, Sight::Masked)
+}
+
+/// The same, with what Close said.
+pub(super) async fn reveal(at: At, Extension(visitor): Extension<Visitor>) -> Markup {
+    visitor.audit(
+        "what Close said",
+        at.place.name.as_deref(),
+        at.bench.job().map(|job| job.what.clone()).as_deref(),
+    );
+    page(&at, &visitor, &Wishes::default(), Sight::Personal)
+}
+
+fn page(at: &At, visitor: &Visitor, wishes: &Wishes, sight: Sight) -> Markup {
     let Some(job) = at.bench.job() else {
-        return at.frame("Replay", &visitor).around(html! {
+        return at.frame("Replay", visitor).around(html! {
             p {
                 "Nothing was replayed from this page since close-sync started. A replay ends when close-sync stops; what was \
                  not sent by then is still among the " a href=(at.place.path("dead")) { "dead letters" } "."
@@ -33,13 +48,13 @@ pub(super) async fn show(
     };
     let runs = !job.is_over();
     let refresh = wishes.refresh(REFRESH).filter(|_| runs);
-    let frame = Frame { refresh, ..at.frame("Replay", &visitor) };
+    let frame = Frame { refresh, ..at.frame("Replay", visitor) };
     frame.around(html! {
         @if runs { (follow(refresh, &at.place.path("dead/progress"))) }
         section .card {
             p { "Of " code { (job.what) } ", begun by " (job.who) " " (ago(job.since)) "." }
             (bar(&job))
-            @if runs { (going(&at, &visitor)) } @else { (over(&job, &at.place)) }
+            @if runs { (going(at, visitor)) } @else { (over(&job, &at.place, visitor, sight)) }
         }
         (outcomes(&job.progress()))
     })
@@ -86,7 +101,7 @@ fn going(at: &At, visitor: &Visitor) -> Markup {
 }
 
 /// How it ended, and what to do next.
-fn over(job: &Job, place: &Place) -> Markup {
+fn over(job: &Job, place: &Place, visitor: &Visitor, sight: Sight) -> Markup {
     let progress = job.progress();
     let rest = progress.matched.saturating_sub(progress.sent);
     let end = if let Stage::Over(end) = &progress.stage { Some(end) } else { None };
@@ -113,6 +128,16 @@ fn over(job: &Job, place: &Place) -> Markup {
             p {
                 "Failed again: " a href=(Target::Id(again.id.to_string()).path(place, "dead/message")) { (again.fingerprint) }
                 ", " (again.error)
+            }
+            @match (&again.close_said, sight) {
+                (None, _) => {}
+                (Some(said), Sight::Personal) => { p { "Close said: " code { (said.reveal()) } } }
+                (Some(_), Sight::Masked) => {
+                    form method="post" action=(place.path("dead/progress")) {
+                        (seal(visitor))
+                        button .quiet type="submit" { "Show what Close said: personal data, perhaps" }
+                    }
+                }
             }
         }
         p { a .button.quiet href=(place.path("dead")) { "To the dead letters" } }

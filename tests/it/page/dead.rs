@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use close_sync::simulator::{Effect, Fault, FaultBody, When};
 use lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::FieldTable;
 use reqwest::StatusCode;
@@ -138,6 +139,28 @@ async fn a_group_is_replayed_and_can_be_stopped() {
     ended(&browser).await.assert_has(&["Done: none failed again"]);
     worker.until("all there", async |_| bench.simulator.leads().len() == 120).await;
     bench.depth_becomes(".dead", 0).await;
+    worker.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_close_said_is_shown_to_whoever_asks() {
+    let bench = open().await;
+    let worker = bench.worker().await;
+    bench.import(&lines(&people(1))).await;
+    let refusal = json!({"errors": ["<b>jane@example.test</b> has no quota left"]});
+    let effect = Effect::Status { code: 400, body: FaultBody::Exactly(refusal), when: When::BeforeCommit };
+    bench.simulator.fault(Fault::new(effect).on("POST", "/lead/"));
+    let browser = Browser::of(&worker).await;
+    let (ask, to) = ("/page/-/dead/replay?id=dead-0", "/page/-/dead/progress");
+    browser.submit(ask, "/page/-/dead/replay", &[("id", "dead-0")]).await;
+    let over = ended(&browser).await;
+    over.assert_has(&["It failed again.", "Show what Close said"]);
+    over.assert_lacks(&["jane"]);
+    assert_eq!(browser.post(to, &[], &[]).await.status, StatusCode::FORBIDDEN);
+    let shown = browser.submit(to, to, &[]).await;
+    shown.assert_has(&["&lt;b&gt;jane@example.test&lt;/b&gt; has no quota left"]);
+    assert_eq!(worker.audited().last().unwrap(), &["what Close said", "local", "dead-0"]);
+    assert!(!worker.log().contains("jane"));
     worker.terminate().await;
 }
 
