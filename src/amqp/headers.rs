@@ -249,15 +249,28 @@ pub fn for_edited(
     content: Uuid,
     now: Timestamp,
 ) -> BasicProperties {
-    const MOST: usize = 8;
     let first = header(properties, ORIGINAL).is_none();
     let original = first.then(|| (ORIGINAL, Header::Bytes(original.to_vec())));
-    let mut replaces = replaces(properties);
-    replaces.push(content);
-    let last = replaces.split_off(replaces.len().saturating_sub(MOST));
+    let ours = original.into_iter().chain([(EDITED_AT, now.to_string().into())]);
+    for_replacing(&with_headers(properties, |_| true, ours), [content])
+}
+
+/// The same in place of dead letters with these contents, besides those it took the place of before.
+pub fn for_replacing(
+    properties: &BasicProperties,
+    contents: impl IntoIterator<Item = Uuid>,
+) -> BasicProperties {
+    const MOST: usize = 8;
+    let mut all = replaces(properties);
+    all.extend(contents);
+    let last = all.split_off(all.len().saturating_sub(MOST));
     let last = last.iter().map(Uuid::to_string).collect::<Vec<_>>().join(" ");
-    let ours = original.into_iter().chain([(EDITED_AT, now.to_string().into()), (REPLACES, last.into())]);
-    with_headers(properties, |_| true, ours)
+    with_headers(properties, |_| true, [(REPLACES, last.into())])
+}
+
+/// The same without a word of what it took the place of.
+pub fn without_replaces(properties: &BasicProperties) -> BasicProperties {
+    with_headers(properties, |name| name != REPLACES, [])
 }
 
 /// What an edited copy takes the place of.

@@ -13,6 +13,7 @@ use axum::response::Redirect;
 use jiff::Timestamp;
 use maud::{Markup, html};
 use serde::Deserialize;
+use uuid::Uuid;
 
 use super::guard::Visitor;
 use super::layout::{Broken, Frame, Tab, ago, prose, seal};
@@ -257,6 +258,8 @@ pub(super) struct Wanted {
     #[serde(default)]
     count: usize,
     until: Option<Timestamp>,
+    /// Of one, what it is exactly: others may have its id.
+    content: Option<Uuid>,
 }
 
 impl Wanted {
@@ -296,17 +299,18 @@ pub(super) async fn ask_to_discard(
 
 /// The page between a wish and its fulfilment.
 async fn ask(at: &At, visitor: &Visitor, which: Wanted, verb: Verb) -> Result<Markup, Broken> {
-    let (target, number, until) = match which.target()? {
+    let (target, number, until, content) = match which.target()? {
         Target::Group(fingerprint) => {
             let listing = at.bench.listing(Arc::clone(&at.amqp)).await.map_err(unavailable)?;
             let (group, _) = listing.group(&fingerprint).ok_or_else(gone)?;
-            (Target::Group(fingerprint), group.count, group.last)
+            (Target::Group(fingerprint), group.count, group.last, None)
         }
         Target::Id(id) => {
             let found = at.bench.open(Arc::clone(&at.amqp), id).await.map_err(unavailable)?;
             // It may have been named by the id of its producer.
             let letter = found.ok_or_else(gone)?;
-            (Target::Id(letter.id), 1, letter.failed_at)
+            let content = letter.content();
+            (Target::Id(letter.id), 1, None, Some(content))
         }
     };
     let back = match &target {
@@ -344,6 +348,7 @@ async fn ask(at: &At, visitor: &Visitor, which: Wanted, verb: Verb) -> Result<Ma
                 (seal(visitor))
                 input type="hidden" name=(target.field()) value=(target.value());
                 input type="hidden" name="count" value=(number);
+                @if let Some(content) = content { input type="hidden" name="content" value=(content); }
                 @if let Some(until) = until { input type="hidden" name="until" value=(until); }
                 button .danger[danger] type="submit" { (button) }
                 a .button.quiet href=(back) { "Back" }
@@ -374,11 +379,10 @@ pub(super) async fn discard(
     Extension(visitor): Extension<Visitor>,
     Form(which): Form<Wanted>,
 ) -> Result<Redirect, Broken> {
-    // Those that came since were not agreed to; nor was another one that has the same id.
-    let (limit, until) = (Some(which.count), which.until);
+    // Those that came since were not agreed to, as far as they have a time; nor was another one of the same id.
+    let (limit, until, content) = (Some(which.count), which.until, which.content);
     let target = which.target()?;
-    let since = if let Target::Id(_) = target { until } else { None };
-    let which = Selection { filter: Filter { since, until, ..target.filter() }, limit };
+    let which = Selection { filter: Filter { content, until, ..target.filter() }, limit };
     visitor.audit("discard", at.place.name.as_deref(), Some(target.value()));
     let discarded = at.bench.discard(at.amqp, which).await.map_err(unavailable)?;
     tracing::info!(destination = at.place.name, discarded, who = %visitor.who, "dead letters were discarded on the page");

@@ -18,6 +18,7 @@ use super::Office;
 use super::guard::Visitor;
 use crate::amqp::dead_letters::browse::{Fate, Sifted, find, sift};
 use crate::amqp::dead_letters::letter::DeadLetter;
+use crate::amqp::dead_letters::mend;
 use crate::amqp::dead_letters::progress::Progress;
 use crate::amqp::dead_letters::replay::{Order, replay};
 use crate::amqp::dead_letters::select::{Filter, Group, Groups, Selection};
@@ -269,7 +270,10 @@ impl Workbench {
         finish(async move {
             let sifted = {
                 let _alone = bench.look.lock().await;
-                sift(&amqp, &which, |_| Fate::Remove, &mut |_| {}).await
+                match mend::tidy(&amqp, &mut |_| {}).await {
+                    Ok(()) => sift(&amqp, &which, |_| Fate::Remove, &mut |_| {}).await,
+                    Err(error) => Err(error),
+                }
             };
             bench.forget();
             sifted.map(|sifted| sifted.removed).map_err(|error| error.to_string())

@@ -1,5 +1,6 @@
 //! Dead letters edited, in files and back.
 
+use close_sync::amqp::headers;
 use futures_util::StreamExt;
 use lapin::BasicProperties;
 use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicPublishOptions, BasicRejectOptions};
@@ -154,16 +155,16 @@ async fn what_is_exported_is_restored_exactly() {
     assert_eq!(after, before);
 }
 
-/// All dead letters as RabbitMQ has them, but for its counts of deliveries.
+/// All dead letters as RabbitMQ has them, but for its counts of deliveries and what they took the place of.
 async fn take_all(bench: &Bench) -> Vec<(Vec<u8>, BasicProperties)> {
     let mut all = Vec::new();
     while bench.depth(".dead").await > 0 {
         let (body, _, properties) = bench.take_dead_letter().await;
-        let headers = properties.headers().iter().flat_map(FieldTable::inner);
+        let carried = properties.headers().iter().flat_map(FieldTable::inner);
         let mut kept = FieldTable::default();
-        for (name, value) in
-            headers.filter(|(name, _)| !["x-delivery-count", "x-acquired-count"].contains(&name.as_str()))
-        {
+        for (name, value) in carried.filter(|(name, _)| {
+            !["x-delivery-count", "x-acquired-count", headers::REPLACES].contains(&name.as_str())
+        }) {
             kept.insert(name.clone(), value.clone());
         }
         all.push((body, properties.with_headers(kept)));

@@ -15,9 +15,13 @@ const ACK: [u8; 4] = [0, 60, 0, 80];
 #[tokio::test(flavor = "multi_thread")]
 async fn an_edit_that_is_killed_is_finished_by_a_replay_or_another_edit() {
     let title = r#"{"traits": {"title": "Dr"}}"#;
-    for next in
-        [&["dlq", "replay", "--all"][..], &["dlq", "edit", "dead-1", "--patch", title], &["dlq", "list"]]
-    {
+    let discard = ["dlq", "discard", "--id", "dead-1", "--yes"];
+    for next in [
+        &["dlq", "replay", "--all"][..],
+        &["dlq", "edit", "dead-1", "--patch", title],
+        &["dlq", "list"],
+        &discard,
+    ] {
         let bench = Bench::dead_people(4).await;
         let before = bench.output(&["dlq", "export"]).await;
         let direct = bench.amqp_url.clone();
@@ -46,15 +50,44 @@ async fn an_edit_that_is_killed_is_finished_by_a_replay_or_another_edit() {
             _ => {}
         }
         bench.words(&["dlq", "replay", "--all"], "").await;
-        worker.settled(4).await;
-        bench.assert_each_once(4);
+        let left = if next[1] == "discard" { 3 } else { 4 };
+        worker.settled(left).await;
+        bench.assert_each_once(left);
         let contacts = bench.simulator.contacts();
         let users: Vec<_> = contacts.iter().map(|contact| &contact["custom.cf_contactuserid"]).collect();
         let (one, other) = if next[1] == "list" { ("u1", "mended") } else { ("mended", "u1") };
-        assert!(users.contains(&&json!(one)) && !users.contains(&&json!(other)), "{users:?}");
+        assert_eq!(users.contains(&&json!(one)), next[1] != "discard", "{users:?}");
+        assert!(!users.contains(&&json!(other)), "{users:?}");
         assert_eq!(bench.depth(".dead").await, 0);
         worker.terminate().await;
     }
+}
+
+/// An import as well: what it has put there counts, not what it takes the place of.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_import_that_is_killed_leaves_nothing_outdated_to_replay() {
+    let bench = Bench::dead_people(4).await;
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    let edited = bench.output(&["dlq", "export"]).await.replace(r#"\"userId\":\"u"#, r#"\"userId\":\"new-u"#);
+    file.write_all(edited.as_bytes()).unwrap();
+    let direct = bench.amqp_url.clone();
+    let proxy = Proxy::start(&direct).await;
+    let bench = bench.set("AMQP_URL", &proxy.url);
+    proxy.set_trap(&ACK);
+    let import = bench.starting(&["dlq", "import", file.path().to_str().unwrap()]);
+    proxy.sprung().await;
+    import.kill().await;
+    proxy.cut();
+    bench.depth_becomes(".dead", 8).await;
+    let bench = bench.set("AMQP_URL", &direct);
+    let worker = bench.worker().await;
+    let (_, words) = bench.words(&["dlq", "replay", "--all"], "").await;
+    assert!(words.contains("replayed 4; 4 created"), "{words}");
+    let contacts = bench.simulator.contacts();
+    let is_new = |contact: &Value| contact["custom.cf_contactuserid"].as_str().unwrap().starts_with("new-");
+    assert!(contacts.iter().all(is_new), "{contacts:#?}");
+    assert_eq!(bench.depth(".dead").await, 0);
+    worker.terminate().await;
 }
 
 /// Different dead letters of one id, as a file may bring them, are never taken for one.

@@ -324,6 +324,21 @@ impl Hand {
         self.held.pop_front()
     }
 
+    /// Deletes some of those that are held, and tells how many.
+    pub(super) async fn remove_those(
+        &mut self,
+        which: impl Fn(&DeadLetter) -> bool,
+    ) -> Result<usize, BrokerError> {
+        let (gone, kept): (VecDeque<Held>, VecDeque<Held>) =
+            std::mem::take(&mut self.held).into_iter().partition(|held| which(&held.letter));
+        self.held = kept;
+        let number = gone.len();
+        for held in gone {
+            held.remove().await?;
+        }
+        Ok(number)
+    }
+
     /// Deletes those that are held.
     pub(super) async fn remove_held(&mut self) -> Result<(), BrokerError> {
         while let Some(held) = self.next() {
@@ -408,8 +423,15 @@ async fn is_claimed(connection: &Connection, name: &str) -> Result<bool, BrokerE
             let _ = channel.close(200, "looked".into()).await;
             Ok(false)
         }
-        Err(error) => Ok(is_locked(&error)),
+        Err(error) if is_locked(&error) => Ok(true),
+        Err(error) if is_missing(&error) => Ok(false),
+        Err(error) => Err(error.into()),
     }
+}
+
+/// AMQP's reply code 404, not found.
+fn is_missing(error: &lapin::Error) -> bool {
+    matches!(error.kind(), ErrorKind::ProtocolError(amqp) if amqp.get_id() == 404)
 }
 
 /// AMQP's reply code 405, resource locked.

@@ -91,8 +91,14 @@ impl DeadLetter {
     }
 
     /// Equal for dead letters that would be restored alike.
-    pub(super) fn content(&self) -> Uuid {
+    pub fn content(&self) -> Uuid {
         Uuid::new_v5(&Uuid::NAMESPACE_OID, self.to_line().as_bytes())
+    }
+
+    /// The same, whatever they took the place of.
+    pub(super) fn content_alone(&self) -> Uuid {
+        let properties = headers::without_replaces(&self.properties);
+        Self { properties, ..self.clone() }.content()
     }
 
     /// Whether it was given its id, which then no other has.

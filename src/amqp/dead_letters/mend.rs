@@ -89,27 +89,58 @@ pub async fn edit(
     done
 }
 
-/// Finishes edits that were killed after the edited copy was confirmed, and before the other one was deleted.
+/// Finishes edits and imports that were killed after a copy was confirmed, and before what it takes the place of was
+/// deleted. What RabbitMQ dead-lettered by itself has no id of its own, and stays twice.
 pub(super) async fn finish(operator: &Operator<'_>, watch: &mut Watch<'_>) -> Result<(), BrokerError> {
-    let mut replaced: HashMap<String, Vec<Uuid>> = HashMap::new();
+    let mut known = Replaced::default();
     let note = |letter: &DeadLetter| {
-        let contents = letter.replaces();
-        if !contents.is_empty() {
-            replaced.entry(letter.id.clone()).or_default().extend(contents);
-        }
+        known.note(letter);
         Fate::Back
     };
     operator.take(note, watch).await?.close().await;
-    if replaced.is_empty() {
+    if known.0.is_empty() {
         return Ok(());
     }
-    let is_replaced = |letter: &DeadLetter| {
-        let contents = replaced.get(&letter.id).filter(|_| letter.has_own_id());
-        contents.is_some_and(|contents| contents.contains(&letter.content()))
+    // Again, for it counts only what is in one hand with the copy: another operator may have been faster.
+    let mut now = Replaced::default();
+    let decide = |letter: &DeadLetter| {
+        now.note(letter);
+        if known.has(letter) { Fate::Hold } else { Fate::Back }
     };
-    let decide = |letter: &DeadLetter| if is_replaced(letter) { Fate::Remove } else { Fate::Back };
-    operator.take(decide, watch).await?.close().await;
+    let mut hand = operator.take(decide, watch).await?;
+    let removed = hand.remove_those(|letter| now.has(letter)).await;
+    hand.close().await;
+    removed.map(|_| ())
+}
+
+/// The same, for whoever has no connection yet.
+///
+/// # Errors
+/// When the broker is gone.
+pub async fn tidy(settings: &Settings, watch: &mut Watch<'_>) -> Result<(), BrokerError> {
+    let operator = Operator::connect(settings, "close-sync dlq").await?;
+    finish(&operator, watch).await?;
+    operator.leave().await;
     Ok(())
+}
+
+/// What copies take the place of, by their ids.
+#[derive(Default)]
+pub(super) struct Replaced(HashMap<String, Vec<Uuid>>);
+
+impl Replaced {
+    pub(super) fn note(&mut self, letter: &DeadLetter) {
+        let contents = letter.replaces();
+        if !contents.is_empty() {
+            self.0.entry(letter.id.clone()).or_default().extend(contents);
+        }
+    }
+
+    /// Whether a copy of it takes its place.
+    pub(super) fn has(&self, letter: &DeadLetter) -> bool {
+        let contents = self.0.get(&letter.id).filter(|_| letter.has_own_id());
+        contents.is_some_and(|contents| contents.contains(&letter.content()))
+    }
 }
 
 /// What came of a file.
@@ -142,20 +173,20 @@ pub async fn restore(
     let publisher = Publisher::new(&publishing).await?;
     let mut wanted: HashMap<&str, HashSet<Uuid>> = HashMap::new();
     for letter in letters {
-        wanted.entry(&letter.id).or_default().insert(letter.content());
+        wanted.entry(&letter.id).or_default().insert(letter.content_alone());
     }
-    let (mut present, mut outdated) = (HashSet::new(), HashSet::new());
+    let (mut present, mut outdated) = (HashSet::new(), HashMap::<String, Vec<Uuid>>::new());
     // All in one look: nobody else puts one back, or takes one, meanwhile.
     let mut hand = operator
         .take(
             |letter| {
                 let Some(contents) = wanted.get(letter.id.as_str()) else { return Fate::Back };
-                let content = letter.content();
+                let content = letter.content_alone();
                 if contents.contains(&content) {
                     present.insert((letter.id.clone(), content));
                     return Fate::Back;
                 }
-                outdated.insert(letter.id.clone());
+                outdated.entry(letter.id.clone()).or_default().push(letter.content());
                 Fate::Hold
             },
             watch,
@@ -184,19 +215,23 @@ async fn publish(
     publisher: &Publisher,
     letters: &[DeadLetter],
     mut present: HashSet<(String, Uuid)>,
-    outdated: &HashSet<String>,
+    outdated: &HashMap<String, Vec<Uuid>>,
 ) -> Result<Restored, BrokerError> {
     let mut restored = Restored::default();
     let mut under_way: VecDeque<Sent> = VecDeque::with_capacity(WINDOW);
     for letter in letters {
-        if !present.insert((letter.id.clone(), letter.content())) {
+        if !present.insert((letter.id.clone(), letter.content_alone())) {
             restored.present += 1;
             continue;
         }
-        let counted =
-            if outdated.contains(&letter.id) { &mut restored.replaced } else { &mut restored.added };
-        *counted += 1;
-        under_way.push_back(publisher.send(&settings.dead(), "", &letter.body, letter.restored()).await?);
+        let properties = if let Some(contents) = outdated.get(&letter.id) {
+            restored.replaced += 1;
+            headers::for_replacing(&letter.restored(), contents.iter().copied())
+        } else {
+            restored.added += 1;
+            letter.restored()
+        };
+        under_way.push_back(publisher.send(&settings.dead(), "", &letter.body, properties).await?);
         if under_way.len() == WINDOW
             && let Some(first) = under_way.pop_front()
         {

@@ -268,7 +268,9 @@ impl Replay<'_> {
         let fits = times.len().min(if self.is_canary() { 1 } else { PORTION });
         let portion: Vec<_> = times.drain(..fits).collect();
         let (mut held, mut bytes) = (0, 0);
+        let mut replaced = mend::Replaced::default();
         let decide = |letter: &DeadLetter| {
+            replaced.note(letter);
             let next = portion.last().is_some_and(|last| letter.failed_at <= *last);
             let full = held == portion.len() || (held > 0 && bytes > PORTION_BYTES);
             if full || !next || !self.is_meant(letter) {
@@ -278,7 +280,10 @@ impl Replay<'_> {
             bytes += letter.size();
             Fate::Hold
         };
-        let hand = operator.take(decide, &mut self.watch()).await?;
+        let mut hand = operator.take(decide, &mut self.watch()).await?;
+        // Edited since this replay began, by a command that was killed: the copy is in our hand, too.
+        let removed = hand.remove_those(|letter| replaced.has(letter)).await?;
+        self.tell(|progress| progress.matched = progress.matched.saturating_sub(removed));
         if held == 0 {
             // Somebody else was faster.
             self.tell(|progress| progress.matched = progress.matched.saturating_sub(portion.len()));

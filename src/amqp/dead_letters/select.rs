@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use serde::Serialize;
+use uuid::Uuid;
 
 use super::letter::{BY_THE_BROKER, DeadLetter};
 use crate::domain::mapping::Rules;
@@ -32,6 +33,8 @@ pub struct Filter {
     pub ids: BTreeSet<String>,
     /// Any of these ids of producers.
     pub message_ids: BTreeSet<String>,
+    /// Exactly this content.
+    pub content: Option<Uuid>,
     /// Dead-lettered at this time or later.
     pub since: Option<Timestamp>,
     /// Dead-lettered at this time or before.
@@ -78,6 +81,7 @@ impl Filter {
             && self.since.is_none_or(|since| letter.failed_at.is_some_and(|at| at >= since))
             && self.until.is_none_or(|until| letter.failed_at.is_some_and(|at| at <= until))
             && self.about.as_ref().is_none_or(|about| about.matches(&letter.body))
+            && self.content.is_none_or(|content| letter.content() == content)
     }
 }
 

@@ -13,6 +13,7 @@ use jiff::{SignedDuration, Timestamp};
 use super::{Failure, INPUT, UNFIT};
 use crate::amqp::dead_letters::browse::{Fate, Sifted, Step, find, sift};
 use crate::amqp::dead_letters::letter::DeadLetter;
+use crate::amqp::dead_letters::mend;
 use crate::amqp::dead_letters::select::{About, Filter, Selection};
 use crate::config::{Config, Destination, Problems};
 use crate::domain::mapping::Rules;
@@ -135,6 +136,7 @@ impl Meant {
             group: None,
             ids: id.iter().cloned().collect(),
             message_ids: message_id.iter().cloned().collect(),
+            content: None,
             since: *since,
             until: *until,
             about,
@@ -226,6 +228,10 @@ pub(super) async fn dlq(
 
 async fn discard(which: &Which, yes: bool, destination: &Destination) -> Result<(), Failure> {
     let fate = if yes { Fate::Remove } else { Fate::Back };
+    if yes {
+        // What is left over from an edit must not outlive the copy.
+        mend::tidy(&destination.amqp, &mut |_| {}).await?;
+    }
     let Sifted { found, matched, removed, .. } = which.meant.each(destination, |_| fate).await?;
     if matched == 0 {
         return nothing(&which.meant);
