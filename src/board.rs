@@ -149,6 +149,25 @@ impl Board {
         }
         let each = |(name, seat): (&String, &Seat)| (name.clone(), seat.status.readiness());
         let destinations: BTreeMap<String, Readiness> = seats.iter().map(each).collect();
-        Answer::Each { ready: destinations.values().all(|each| each.ready), destinations }
+        // Whoever asks before the first has its seat is too early.
+        let ready = !destinations.is_empty() && destinations.values().all(|each| each.ready);
+        Answer::Each { ready, destinations }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_board_is_ready_when_somebody_is_there_and_everybody_ready() {
+        let board = Board::default();
+        assert!(!board.readiness().is_ready(), "nobody is there yet");
+        for name in ["emea", "apac"] {
+            let seat = board.seat(Some(name)).unwrap();
+            assert!(!board.readiness().is_ready());
+            seat.status.set(crate::state::State::StandingBy, None);
+            assert!(board.readiness().is_ready());
+        }
     }
 }
