@@ -8,6 +8,9 @@ use crate::close::{CloseError, Said};
 use crate::domain::event::NotForClose;
 use crate::domain::plan::{Plan, Refusal, Step};
 
+/// The label of messages that can't succeed.
+pub const DEAD: &str = "dead";
+
 /// What the broker edge has to do with a delivery.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -35,7 +38,7 @@ impl Outcome {
             Self::Synced(effect) => effect.label(),
             Self::Skipped(_) => "skipped",
             Self::Delayed { .. } => "delayed",
-            Self::Dead(_) => "dead",
+            Self::Dead(_) => DEAD,
             Self::Paused(_) => "handed_back",
         }
     }

@@ -232,28 +232,57 @@ async fn what_is_delayed_is_waited_for_and_ctrl_c_stops_in_order() {
     worker.terminate().await;
 }
 
+/// What was told while there was no connection nobody heard: the others are sent all the same, and it does not say
+/// that all went well.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_connection_is_made_anew() {
     let bench = Bench::dead_people(30).await;
-    bench.slow(SLOW);
+    bench.slow(3 * SLOW);
     let worker = bench.worker().await;
     let proxy = Proxy::start(&bench.amqp_url).await;
     let bench = bench.set("AMQP_URL", &proxy.url);
-    let replay = bench.starting(&["dlq", "replay", "--all", "--at-once", "8", "--wait", "5s"]);
-    for reached in [5, 12] {
+    let replay = bench.starting(&["dlq", "replay", "--all", "--at-once", "4", "--wait", "10s"]);
+    for reached in [3, 10] {
         leads(&bench, &worker, reached).await;
+        proxy.mute(true);
         proxy.cut();
+        // All that was sent, also by halves, is done before it has a connection again.
+        worker
+            .until("idle", async |worker| {
+                let settled = worker.metrics().await.sum("messages_settled_total") as usize;
+                settled + bench.depth(".dead").await as usize >= 30 && bench.depth("").await == 0
+            })
+            .await;
+        proxy.mute(false);
     }
-    // What was told while there was no connection nobody heard: then it does not say that all went well.
-    let end = replay.ended().await.code();
-    assert!(replay.logged("connecting again") >= 1, "{}", replay.log());
-    let unheard = replay.logged("no worker told what became of") == 1;
-    assert_eq!(end, Some(if unheard { 69 } else { 0 }), "{}", replay.log());
-    let rest = bench.words(&["dlq", "replay", "--all"], "").await;
-    assert_eq!(rest.0, Some(0), "{rest:?}");
-    leads(&bench, &worker, 30).await;
+    assert_eq!(replay.ended().await.code(), Some(69), "{}", replay.log());
+    assert!(replay.logged("connecting again") >= 2, "{}", replay.log());
+    assert_eq!(replay.logged("none of them had failed again when it was back"), 1, "{}", replay.log());
+    assert_eq!(bench.depth(".dead").await, 0, "all the others were sent");
     bench.assert_each_once(30);
-    assert_eq!(bench.depth(".dead").await, 0);
+    worker.terminate().await;
+}
+
+/// That it failed again shows among the dead letters when nobody could be told.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_first_one_that_fails_while_the_connection_is_lost_holds_the_others() {
+    let bench = Bench::dead_people(30).await;
+    bench.simulator.fault(Fault::new(Effect::Latency { ms: 3000 }).on("POST", "/data/").times(1));
+    bench.refuse("");
+    let worker = bench.worker().await;
+    let proxy = Proxy::start(&bench.amqp_url).await;
+    let bench = bench.set("AMQP_URL", &proxy.url);
+    let replay = bench.starting(&["dlq", "replay", "--all"]);
+    bench.depth_becomes(".dead", 29).await;
+    assert_eq!(worker.metrics().await.count("messages_in_flight"), 1, "the first is under way");
+    proxy.mute(true);
+    proxy.cut();
+    bench.depth_becomes(".dead", 30).await;
+    proxy.mute(false);
+    assert_eq!(replay.ended().await.code(), Some(1), "{}", replay.log());
+    assert_eq!(replay.logged("the first one failed again"), 1, "{}", replay.log());
+    assert_eq!(worker.metrics().await.outcome("dead"), 1);
+    assert_eq!(bench.depth(".dead").await, 30);
     worker.terminate().await;
 }
 

@@ -288,7 +288,7 @@ impl<'a> Operator<'a> {
     pub(super) async fn oldest(
         &self,
         limit: usize,
-        is_meant: impl Fn(&DeadLetter) -> bool + Send + Sync,
+        mut is_meant: impl FnMut(&DeadLetter) -> bool + Send,
         watch: &mut Watch<'_>,
     ) -> Result<Vec<Option<Timestamp>>, BrokerError> {
         let mut times = Vec::new();

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::amqp::news::Again;
 use crate::amqp::topology::Depth;
+use crate::outcome::DEAD;
 use crate::words::count;
 
 /// How far a replay has come.
@@ -17,6 +18,8 @@ pub struct Progress {
     pub sent: usize,
     /// Those under way.
     pub under_way: usize,
+    /// Those of them of which it may have been told while there was no connection.
+    pub missed: usize,
     /// Those with an end, by what became of them.
     pub outcomes: BTreeMap<String, usize>,
     /// Times one failed for now and waits in a delay queue.
@@ -88,6 +91,11 @@ impl Progress {
                 "the first one failed again, so nothing else was sent".to_owned()
             }
             Stage::Over(End::FailedAlike) => "stopped, as what went wrong before goes wrong again".to_owned(),
+            Stage::Over(End::Silent) if self.only_missed() => format!(
+                "done, but what became of {} was told while the connection was lost; none of them had failed again when \
+                 it was back",
+                count(self.missed as u64, "message", "messages")
+            ),
             Stage::Over(End::Silent) => {
                 "no worker told what became of them: they were sent, and are worked on when their turn comes"
                     .to_owned()
@@ -98,7 +106,12 @@ impl Progress {
 
     /// Those that failed again.
     pub fn failed_again(&self) -> usize {
-        self.outcomes.get("dead").copied().unwrap_or(0)
+        self.outcomes.get(DEAD).copied().unwrap_or(0)
+    }
+
+    /// Whether news are lacking of those only whose news may have been missed.
+    pub fn only_missed(&self) -> bool {
+        self.missed > 0 && self.missed == self.under_way
     }
 
     /// Those with an end.

@@ -9,13 +9,18 @@
 //! **In portions**, those first that failed first. What cannot be sent soon goes back, and is taken anew when there is
 //! room: RabbitMQ would take it away (`consumer_timeout`, 30 minutes), and what is in the queue everybody sees. What is
 //! in hand when the process is killed goes back, what was sent is in the work queue: replaying again goes on from
-//! there. A lost connection is made anew.
+//! there.
+//!
+//! **A lost connection** is made anew. What the worker told meanwhile nobody heard: those that were under way then take
+//! no places from the others any more (so that live messages may stand behind a few more). Those of them that failed
+//! again are found among the dead letters, as a dead letter is there before it is told of; of the others it is awaited
+//! for a while at the end, and said that nothing was heard.
 //!
 //! **One replay at a time**: whoever comes second waits. What fails again meanwhile is a new dead letter, known by
 //! the replay it came from, and is left for the next replay. Older values do not overwrite newer ones: that is the
 //! worker's stale guard.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -33,10 +38,11 @@ use super::letter::DeadLetter;
 use super::mend;
 use super::progress::{End, Progress, Stage};
 use super::select::Selection;
-use crate::amqp::news::Replayed;
+use crate::amqp::news::{Again, Replayed};
 use crate::amqp::publisher::Publisher;
 use crate::amqp::topology::{NOW, REPLAYED};
 use crate::amqp::{BrokerError, Settings, close, headers, in_time, topology};
+use crate::outcome::DEAD;
 use crate::retry::Pauses;
 
 /// What is to be replayed, and how.
@@ -97,7 +103,7 @@ pub async fn replay(
         order,
         progress,
         sent: HashSet::new(),
-        under_way: HashSet::new(),
+        under_way: HashMap::new(),
         known: HashSet::new(),
         proven: false,
         deadline: Instant::now(),
@@ -116,6 +122,7 @@ pub async fn replay(
                 if !gone || replay.sent.is_empty() || since.elapsed() > RECONNECTING {
                     return Err(error);
                 }
+                replay.miss_news();
                 replay.tell(|progress| progress.stage = Stage::Reconnecting);
                 let pause = pauses.next_pause().unwrap_or_default();
                 if stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
@@ -126,6 +133,17 @@ pub async fn replay(
     }
 }
 
+/// What was heard of one that is under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Heard {
+    /// Nothing yet.
+    Nothing,
+    /// It failed for now, and comes again after a delay.
+    Delayed,
+    /// Nothing, and it may have been told of while there was no connection.
+    Missed,
+}
+
 struct Replay<'a> {
     settings: &'a Settings,
     order: Order,
@@ -133,7 +151,7 @@ struct Replay<'a> {
     /// All replays of this run.
     sent: HashSet<Uuid>,
     /// Those nothing final was heard of.
-    under_way: HashSet<Uuid>,
+    under_way: HashMap<Uuid, Heard>,
     /// Fingerprints of what was sent, and of what failed again.
     known: HashSet<String>,
     /// One has got through.
@@ -147,8 +165,20 @@ impl Replay<'_> {
         self.progress.send_modify(|progress| {
             change(progress);
             progress.under_way = self.under_way.len();
+            progress.missed = progress.under_way - self.in_line();
             progress.sent = self.sent.len();
         });
+    }
+
+    /// Those that news are expected of.
+    fn in_line(&self) -> usize {
+        self.under_way.values().filter(|heard| **heard != Heard::Missed).count()
+    }
+
+    /// The connection is gone.
+    fn miss_news(&mut self) {
+        let silent = self.under_way.values_mut().filter(|heard| **heard == Heard::Nothing);
+        silent.for_each(|heard| *heard = Heard::Missed);
     }
 
     fn over(&self, end: End) -> (Progress, End) {
@@ -209,54 +239,94 @@ impl Replay<'_> {
         line: &mut Line<'_>,
         stop: &CancellationToken,
     ) -> Result<End, BrokerError> {
-        let Some(times) = stop.run_until_cancelled(self.times(operator)).await else {
+        let Some(looked) = stop.run_until_cancelled(self.look(operator)).await else {
             return Ok(End::Stopped);
         };
-        let mut times = times?;
-        let end = loop {
-            if times.is_empty() {
-                break End::Done;
-            }
+        let (times, failed) = looked?;
+        let mut end = None;
+        for told in failed {
+            end = end.or(self.note(told));
+        }
+        let end = match end {
+            Some(end) => end,
+            None => self.send_all(operator, line, times, stop).await?,
+        };
+        self.last_news(line, end, stop).await
+    }
+
+    /// Sends all those that failed at these `times`. Tells why it sends no more.
+    async fn send_all(
+        &mut self,
+        operator: &Operator<'_>,
+        line: &mut Line<'_>,
+        mut times: VecDeque<Option<Timestamp>>,
+        stop: &CancellationToken,
+    ) -> Result<End, BrokerError> {
+        while !times.is_empty() {
             if let Some(end) = self.room(line, None, stop).await? {
-                break end;
+                return Ok(end);
             }
             // What a look that is cut short has in hand goes back with the connection.
             let Some(hand) = stop.run_until_cancelled(self.take(operator, &mut times)).await else {
-                break End::Stopped;
+                return Ok(End::Stopped);
             };
             let mut hand = hand?;
             let sent = self.portion(&mut hand, &mut times, line, stop).await;
             // Also after an error: what is in hand has its place in the queue.
             hand.close().await;
             if let Some(end) = sent? {
-                break end;
+                return Ok(end);
             }
             if let Some(end) = self.canary(line, stop).await? {
-                break end;
+                return Ok(end);
             }
-        };
+        }
+        Ok(End::Done)
+    }
+
+    /// Waits for what becomes of those that are under way when no more are sent.
+    async fn last_news(
+        &mut self,
+        line: &mut Line<'_>,
+        mut end: End,
+        stop: &CancellationToken,
+    ) -> Result<End, BrokerError> {
         self.tell(|progress| progress.stage = Stage::Finishing);
-        let (mut end, mut until) = (end, Instant::now() + LAST_NEWS);
+        let mut until = Instant::now() + LAST_NEWS;
         while !self.under_way.is_empty() {
-            let until_then = if end == End::Done { self.deadline } else { self.deadline.min(until) };
-            match self.hear(line, until_then, stop).await? {
+            // Those whose news were missed stood before all others in the work queue.
+            let waits = end == End::Done && self.in_line() > 0;
+            let until_then = if waits { self.deadline } else { self.deadline.min(until) };
+            match self.hear(line, until_then, stop).await {
+                Ok(Some(End::Silent)) if end == End::Done => return Ok(End::Silent),
                 // What fails last is as bad as what fails first.
-                Some(heard) if end == End::Done => (end, until) = (heard, Instant::now() + LAST_NEWS),
-                Some(End::Silent | End::Stopped) => break,
-                Some(End::Done | End::CanaryFailed | End::FailedAlike) | None => {}
+                Ok(Some(heard)) if end == End::Done => (end, until) = (heard, Instant::now() + LAST_NEWS),
+                Ok(Some(End::Done | End::CanaryFailed | End::FailedAlike) | None) => {}
+                Err(error) if end == End::Done => return Err(error),
+                // With another connection it would begin to send again.
+                Ok(Some(End::Silent | End::Stopped)) | Err(_) => break,
             }
         }
         Ok(end)
     }
 
     /// When those that are meant failed, the oldest first: in that order they are sent, whatever order the queue has.
-    async fn times(&self, operator: &Operator<'_>) -> Result<VecDeque<Option<Timestamp>>, BrokerError> {
+    /// And which of those under way failed again while there was no connection.
+    async fn look(
+        &self,
+        operator: &Operator<'_>,
+    ) -> Result<(VecDeque<Option<Timestamp>>, Vec<Replayed>), BrokerError> {
         self.tell(|progress| progress.stage = Stage::Looking);
         mend::finish(operator, &mut self.watch()).await?;
         let left = self.order.which.limit.map_or(usize::MAX, |limit| limit.saturating_sub(self.sent.len()));
-        let times = operator.oldest(left, |letter| self.is_meant(letter), &mut self.watch()).await?;
+        let mut failed = Vec::new();
+        let is_meant = |letter: &DeadLetter| {
+            failed.extend(told_by(letter).filter(|told| self.under_way.contains_key(&told.replay)));
+            self.is_meant(letter)
+        };
+        let times = operator.oldest(left, is_meant, &mut self.watch()).await?;
         self.tell(|progress| progress.matched = self.sent.len() + times.len());
-        Ok(times.into())
+        Ok((times.into(), failed))
     }
 
     /// Takes the next portion in hand, of those that failed at these `times`.
@@ -330,7 +400,7 @@ impl Replay<'_> {
     }
 
     fn has_room(&self, line: &Line<'_>) -> bool {
-        line.news.is_none() || self.under_way.len() < self.order.at_once
+        line.news.is_none() || self.in_line() < self.order.at_once
     }
 
     /// Sends what is in hand. `Some` when that was the last.
@@ -368,12 +438,11 @@ impl Replay<'_> {
         line: &mut Line<'_>,
         stop: &CancellationToken,
     ) -> Result<Option<End>, BrokerError> {
-        while self.is_canary() && !self.under_way.is_empty() {
+        while self.is_canary() && self.in_line() > 0 {
             if let Some(end) = self.hear(line, self.deadline, stop).await? {
                 return Ok(Some(end));
             }
         }
-        self.proven = !self.sent.is_empty();
         Ok(None)
     }
 
@@ -392,7 +461,7 @@ impl Replay<'_> {
         }
         self.known.insert(held.letter.fingerprint.clone());
         if let Some(patience) = self.order.patience {
-            self.under_way.insert(replay);
+            self.under_way.insert(replay, Heard::Nothing);
             self.deadline = self.deadline.max(Instant::now() + patience);
         }
         self.tell(|_| {});
@@ -419,31 +488,52 @@ impl Replay<'_> {
                 return Ok(None);
             }
         };
-        let Ok(told) = serde_json::from_slice::<Replayed>(&delivery.data) else { return Ok(None) };
-        if !self.under_way.contains(&told.replay) {
-            return Ok(None);
-        }
+        Ok(serde_json::from_slice(&delivery.data).ok().and_then(|told| self.note(told)))
+    }
+
+    /// What became of one. `Some` when nothing more is to be sent for it.
+    fn note(&mut self, told: Replayed) -> Option<End> {
+        let heard = self.under_way.get_mut(&told.replay)?;
         let patience = self.order.patience.unwrap_or_default();
         let comes_again = Duration::from_secs(told.comes_again_s.unwrap_or(0));
         self.deadline = self.deadline.max(Instant::now() + patience + comes_again);
         if told.comes_again_s.is_some() {
+            *heard = Heard::Delayed;
             self.tell(|progress| progress.delayed += 1);
-            return Ok(None);
+            return None;
         }
         self.under_way.remove(&told.replay);
         self.tell(|progress| *progress.outcomes.entry(told.outcome).or_default() += 1);
-        let Some(again) = told.dead_letter else { return Ok(None) };
+        let end = told.dead_letter.and_then(|again| self.failed(again));
+        self.proven |= end.is_none();
+        end
+    }
+
+    /// One failed again.
+    fn failed(&mut self, again: Again) -> Option<End> {
         let alike = !self.known.insert(again.fingerprint.clone());
         self.tell(|progress| {
             *progress.failures.entry(again.fingerprint.clone()).or_default() += 1;
             progress.again = Some(again);
         });
-        Ok(match (self.order.keep_going, self.proven) {
+        match (self.order.keep_going, self.proven) {
             (true, _) => None,
             (false, false) => Some(End::CanaryFailed),
             (false, true) => alike.then_some(End::FailedAlike),
-        })
+        }
     }
+}
+
+/// What the worker told when it made this dead letter.
+fn told_by(letter: &DeadLetter) -> Option<Replayed> {
+    let again = Again {
+        id: letter.id.parse().ok()?,
+        fingerprint: letter.fingerprint.clone(),
+        error: letter.error.clone().unwrap_or_default(),
+        close_said: None,
+    };
+    let (outcome, dead_letter) = (DEAD.to_owned(), Some(again));
+    Some(Replayed { replay: letter.replay()?, outcome, dead_letter, comes_again_s: None })
 }
 
 /// The ways to the broker and back.

@@ -226,6 +226,10 @@ fn conclude(progress: &Progress, end: &End) -> Result<(), Failure> {
             anstream::eprintln!("{}{hint}", progress.in_words());
             Err(Failure::Told(UNFIT))
         }
+        End::Silent if progress.only_missed() => Err(Failure::Unavailable(format!(
+            "{}. If one still does, `close-sync dlq list` shows it",
+            progress.in_words()
+        ))),
         End::Silent => {
             let ahead = progress.work.map(|work| work.ready).filter(|ahead| *ahead > 0);
             let line = ahead.map(|ahead| {
