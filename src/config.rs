@@ -84,6 +84,11 @@ impl Destination {
     pub fn excludes(&self, other: &Self) -> bool {
         self.name == other.name || self.close.is_same_key(&other.close) || self.amqp.overlaps(&other.amqp)
     }
+
+    /// The setting of the API key as its operator finds it: "`close.api_key` (`CLOSE_API_KEY`)".
+    pub fn api_key_setting(&self) -> String {
+        layers::spell(self.name.as_deref(), "close.api_key")
+    }
 }
 
 /// How log lines look.

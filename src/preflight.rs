@@ -39,6 +39,23 @@ impl Obstacle {
             Self::Close(CloseError::NotFound | CloseError::Rejected(_) | CloseError::Transient(_)) => None,
         }
     }
+
+    /// The obstacle, and what to do about it if it is the key's. `api_key` is how its operator finds that setting.
+    pub fn with_remedy(&self, api_key: &str) -> String {
+        match self.pause_cause() {
+            Some(PauseCause::Unauthorized) => {
+                format!("{self}: set {api_key} to a key that is valid in Close")
+            }
+            Some(cause @ PauseCause::Forbidden) => format!("{self}: {}", cause.remedy()),
+            Some(
+                PauseCause::LookupField
+                | PauseCause::PlanLimit
+                | PauseCause::Unreachable
+                | PauseCause::Failing,
+            )
+            | None => self.to_string(),
+        }
+    }
 }
 
 /// Asks Close. Tells everything that is wrong with the lookup fields; the list is never empty.

@@ -65,6 +65,7 @@ pub(super) async fn run(
     let preflight = Preflight {
         client: client(&settings, &metrics)?,
         rules: settings.rules.clone(),
+        api_key: settings.api_key_setting(),
         status: status.clone(),
         metrics: metrics.clone(),
     };
@@ -91,6 +92,8 @@ fn client(settings: &Destination, metrics: &Metrics) -> anyhow::Result<Client> {
 struct Preflight {
     client: Client,
     rules: Rules,
+    /// How its operator finds the setting.
+    api_key: String,
     status: Status,
     metrics: Metrics,
 }
@@ -110,7 +113,7 @@ impl Preflight {
                 tell_flaws(&ready.mapping);
                 return Ok(Some(ready.mapping));
             }
-            Some(Err(obstacles)) => cause_or_refusal(&obstacles)?,
+            Some(Err(obstacles)) => cause_or_refusal(&obstacles, &self.api_key)?,
         };
         let probe = || async {
             let ready = check().await?;
@@ -123,17 +126,15 @@ impl Preflight {
     }
 }
 
-fn cause_or_refusal(obstacles: &[Obstacle]) -> Result<PauseCause, RunError> {
-    let lines: Vec<_> = obstacles.iter().map(ToString::to_string).collect();
+fn cause_or_refusal(obstacles: &[Obstacle], api_key: &str) -> Result<PauseCause, RunError> {
+    let lines: Vec<_> = obstacles.iter().map(|obstacle| obstacle.with_remedy(api_key)).collect();
     tracing::error!(obstacle = lines.join("; "), "Close cannot be worked with");
     match obstacles.first().and_then(Obstacle::pause_cause) {
         None => Ok(PauseCause::Unreachable),
         Some(cause @ (PauseCause::Unreachable | PauseCause::Failing | PauseCause::PlanLimit)) => Ok(cause),
-        Some(PauseCause::LookupField) => Err(RunError::Configuration(lines.join("\n"))),
-        Some(PauseCause::Unauthorized | PauseCause::Forbidden) => Err(RunError::Configuration(format!(
-            "{}: set `close.api_key` (CLOSE_API_KEY) to a key that is valid in Close",
-            lines.join("\n")
-        ))),
+        Some(PauseCause::LookupField | PauseCause::Unauthorized | PauseCause::Forbidden) => {
+            Err(RunError::Configuration(lines.join("\n")))
+        }
     }
 }
 

@@ -224,21 +224,21 @@ async fn close(config: &Destination) -> Vec<Finding> {
                 .chain(misfits)
                 .collect()
         }
-        Err(obstacles) => obstacles.iter().map(|obstacle| of_obstacle(obstacle, &subject)).collect(),
+        Err(obstacles) => {
+            let api_key = config.api_key_setting();
+            obstacles.iter().map(|obstacle| of_obstacle(obstacle, &subject, &api_key)).collect()
+        }
     }
 }
 
-fn of_obstacle(obstacle: &Obstacle, close: &str) -> Finding {
+fn of_obstacle(obstacle: &Obstacle, close: &str, api_key: &str) -> Finding {
     use crate::outcome::PauseCause::{Failing, Forbidden, LookupField, PlanLimit, Unauthorized, Unreachable};
+    let detail = obstacle.with_remedy(api_key);
     match (obstacle, obstacle.pause_cause()) {
-        (Obstacle::Field(key), _) => finding(Verdict::Wrong, key.setting(), obstacle.to_string()),
-        (Obstacle::Close(_), Some(Unauthorized | Forbidden)) => {
-            let detail =
-                format!("{obstacle}: set `close.api_key` (CLOSE_API_KEY) to a key that is valid in Close");
-            finding(Verdict::Wrong, close, detail)
-        }
+        (Obstacle::Field(key), _) => finding(Verdict::Wrong, key.setting(), detail),
+        (Obstacle::Close(_), Some(Unauthorized | Forbidden)) => finding(Verdict::Wrong, close, detail),
         (Obstacle::Close(_), Some(PlanLimit | Unreachable | Failing | LookupField) | None) => {
-            finding(Verdict::Unavailable, close, obstacle.to_string())
+            finding(Verdict::Unavailable, close, detail)
         }
     }
 }

@@ -87,6 +87,12 @@ pub(super) fn within(name: &str, key: &str) -> String {
     format!("{DESTINATIONS}.{name}.{key}")
 }
 
+/// A setting as its operator finds it: the key, of the destination if it has a name, and the variable.
+pub(super) fn spell(destination: Option<&str>, key: &str) -> String {
+    let key = destination.map_or_else(|| key.to_owned(), |name| within(name, key));
+    format!("`{key}` ({})", variable(&key))
+}
+
 /// The name of the destination and its key, of a key within one.
 fn split(key: &str) -> Option<(&str, &str)> {
     key.strip_prefix(DESTINATIONS)?.strip_prefix('.')?.split_once('.')

@@ -80,6 +80,10 @@ async fn each_organization_is_kept_in_step_by_itself() {
     let metrics = worker.metrics().await;
     assert_eq!(metrics.count("paused{cause=\"unauthorized\",destination=\"emea\"}"), 1);
     assert_eq!(metrics.count("paused{cause=\"unauthorized\",destination=\"apac\"}"), 0);
+    let check = two.bench.run(&["check"], b"").await;
+    let found = String::from_utf8(check.stdout).unwrap();
+    let remedy = "set `destinations.emea.close.api_key` (DESTINATIONS_EMEA_CLOSE_API_KEY) to a key";
+    assert!(check.status.code() == Some(78) && found.contains(remedy), "{found}");
 
     // The file is read again: one gets its key, one stops, one begins.
     two.write(&[table("emea", &two.emea, "api_another.key"), table("latam", &two.apac, KEY)]);
