@@ -257,7 +257,7 @@ impl Workbench {
         .await
     }
 
-    /// Deletes those meant. Tells how many.
+    /// Deletes those meant. Tells their ids.
     ///
     /// # Errors
     /// Those of [`Workbench::listing`].
@@ -265,18 +265,23 @@ impl Workbench {
         self: &Arc<Self>,
         amqp: Arc<Settings>,
         which: Selection,
-    ) -> Result<usize, String> {
+    ) -> Result<Vec<String>, String> {
         let bench = Arc::clone(self);
         finish(async move {
+            let mut ids = Vec::new();
+            let discard = |letter: &DeadLetter| {
+                ids.push(letter.id.clone());
+                Fate::Remove
+            };
             let sifted = {
                 let _alone = bench.look.lock().await;
                 match mend::tidy(&amqp, &mut |_| {}).await {
-                    Ok(()) => sift(&amqp, &which, |_| Fate::Remove, &mut |_| {}).await,
+                    Ok(()) => sift(&amqp, &which, discard, &mut |_| {}).await,
                     Err(error) => Err(error),
                 }
             };
             bench.forget();
-            sifted.map(|sifted| sifted.removed).map_err(|error| error.to_string())
+            sifted.map(|_| ids).map_err(|error| error.to_string())
         })
         .await
     }

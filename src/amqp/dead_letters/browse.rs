@@ -110,7 +110,7 @@ const TURN: Duration = Duration::from_mins(2);
 /// Looks at all dead letters, and does with each of those meant what `decide` says.
 ///
 /// # Errors
-/// When the broker is gone: then everything is in its place, but what was deleted.
+/// When the broker is gone: then everything is in its place, but what was deleted, of which some may be there again.
 pub async fn sift(
     settings: &Settings,
     which: &Selection,
@@ -253,6 +253,7 @@ impl<'a> Operator<'a> {
         for tag in removed {
             hand.channel.basic_ack(tag, BasicAckOptions::default()).await?;
         }
+        hand.confirm().await?;
         hand.held.make_contiguous().sort_by_key(|held| held.letter.failed_at);
         Ok(())
     }
@@ -336,15 +337,14 @@ impl Hand {
         for held in gone {
             held.remove().await?;
         }
+        self.confirm().await?;
         Ok(number)
     }
 
-    /// Deletes those that are held.
-    pub(super) async fn remove_held(&mut self) -> Result<(), BrokerError> {
-        while let Some(held) = self.next() {
-            held.remove().await?;
-        }
-        Ok(())
+    /// Waits until RabbitMQ has been told of all that was deleted: an ack has no answer, so it is asked something that
+    /// has one and stands behind them.
+    async fn confirm(&self) -> Result<(), BrokerError> {
+        in_time(async { Ok(self.channel.basic_qos(AT_A_TIME, BasicQosOptions::default()).await?) }).await
     }
 
     /// Gives back all that is not held, and lets others look: what is held, they do not see. Those given back may

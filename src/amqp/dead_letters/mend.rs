@@ -200,7 +200,7 @@ pub async fn restore(
         publish(settings, &publisher, letters, present, &outdated).await
     };
     let done = match restored {
-        Ok(restored) => hand.remove_held().await.map(|()| restored),
+        Ok(restored) => hand.remove_those(|_| true).await.map(|_| restored),
         Err(error) => Err(error),
     };
     hand.close().await;

@@ -1,8 +1,7 @@
 //! `close-sync dlq replay`.
 
 use std::collections::BTreeMap;
-use std::io::IsTerminal;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use indicatif::ProgressBar;
 use serde::Serialize;
@@ -121,12 +120,19 @@ fn interrupted() -> CancellationToken {
     stop
 }
 
-/// Shows how far it has come: a bar on a terminal, otherwise a line for each stage.
+/// Without a terminal, a line that often.
+const LINES_APART: Duration = Duration::from_secs(30);
+
+/// Shows how far it has come: a bar on a terminal, otherwise a line for each stage and now and then.
 async fn show(mut progress: watch::Receiver<Progress>) {
     let bar = bar("{msg} {wide_bar} {pos} of {len}, {per_sec}, {eta} left");
-    let mut before = None;
+    let (mut before, mut told) = (None, Instant::now());
     while progress.changed().await.is_ok() {
         let now = progress.borrow_and_update().clone();
+        if bar.is_hidden() && now.stage == Stage::Going && told.elapsed() > LINES_APART {
+            told = Instant::now();
+            anstream::eprintln!("replayed {} of {}, {} under way", now.ended(), now.matched, now.under_way);
+        }
         bar.set_length(now.matched as u64);
         bar.set_position(now.ended() as u64);
         bar.set_message(now.in_words());
@@ -154,7 +160,7 @@ fn tell(bar: &ProgressBar, progress: &Progress, is_idle: bool) {
         }
         Stage::Waiting => "another operator is at the dead letters; waiting".to_owned(),
         Stage::Reconnecting => "the connection to RabbitMQ was lost; connecting again".to_owned(),
-        Stage::Canary if !std::io::stderr().is_terminal() => {
+        Stage::Canary if bar.is_hidden() => {
             format!("sent the first of {}, waiting for what becomes of it", progress.matched)
         }
         Stage::Canary | Stage::Looking | Stage::Going | Stage::Finishing | Stage::Over(_) => return,
@@ -169,6 +175,7 @@ struct Summary<'a> {
     replayed: usize,
     outcomes: &'a BTreeMap<String, usize>,
     under_way: usize,
+    missed: usize,
     failed_again: usize,
     failures: &'a BTreeMap<String, usize>,
     last_failure: Option<&'a crate::amqp::news::Again>,
@@ -188,6 +195,7 @@ impl<'a> Summary<'a> {
             replayed: progress.sent,
             outcomes: &progress.outcomes,
             under_way: progress.under_way,
+            missed: progress.missed,
             failed_again: progress.failed_again(),
             failures: &progress.failures,
             last_failure: progress.again.as_ref(),
@@ -198,7 +206,9 @@ impl<'a> Summary<'a> {
 fn print(progress: &Progress, no_wait: bool) {
     let mut parts = vec![format!("replayed {}", progress.sent)];
     parts.extend((!progress.outcomes.is_empty()).then(|| by_number(&progress.outcomes)));
-    parts.extend((progress.under_way > 0 && !no_wait).then(|| format!("{} under way", progress.under_way)));
+    let under_way = progress.under_way - progress.missed;
+    parts.extend((under_way > 0 && !no_wait).then(|| format!("{under_way} under way")));
+    parts.extend((progress.missed > 0).then(|| format!("{} not heard of", progress.missed)));
     let rest = progress.matched.saturating_sub(progress.sent);
     parts.extend((rest > 0).then(|| format!("{rest} not sent")));
     anstream::println!("{}", parts.join("; "));

@@ -213,6 +213,7 @@ async fn no_more_are_discarded_than_were_agreed_to() {
         .await
         .assert_has(&["3 dead letters were discarded", "3 dead letters, "]);
     assert_eq!(bench.dead_ids().await, ["dead-3", "dead-4", "new"]);
+    assert_eq!(worker.logged(r#""ids":"dead-0 dead-1 dead-2""#), 1);
     let all = [few[0], ("count", "5"), few[2]];
     assert!(browser.submit(ask, to, &all).await.header(LOCATION).ends_with("discarded=2"));
     assert_eq!(bench.dead_ids().await, ["new"]);
