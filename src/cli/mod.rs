@@ -31,6 +31,7 @@ use tracing_subscriber::{EnvFilter, Layer};
 use crate::amqp::BrokerError;
 use crate::app::{self, Orders, RunError};
 use crate::config::{self, Config, Destination, Layers, LogFormat, Need, Problems};
+use crate::page::AUDIT;
 use crate::traces::{self, Traces};
 use crate::words::there_are;
 use crate::{VERSION, http, panics};
@@ -258,6 +259,7 @@ fn listen(format: LogFormat, traces: traces::Settings) -> Result<Option<Traces>,
 fn log<S: Subscriber + for<'a> LookupSpan<'a>>(format: LogFormat) -> Box<dyn Layer<S> + Send + Sync> {
     // lapin reports losses we report ourselves, once.
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,lapin=off"));
+    let audits = filter_fn(|metadata| metadata.target() == AUDIT).with_max_level_hint(LevelFilter::INFO);
     let not_traces = filter_fn(|metadata| metadata.target() != traces::SPANS)
         // It has none of its own, and would take that of the other filter away.
         .with_max_level_hint(LevelFilter::TRACE);
@@ -270,7 +272,7 @@ fn log<S: Subscriber + for<'a> LookupSpan<'a>>(format: LogFormat) -> Box<dyn Lay
     };
     if json {
         let json = builder.json().flatten_event(true).with_current_span(true).with_span_list(false);
-        json.with_filter(filter.and(not_traces)).boxed()
+        json.with_filter(filter.or(audits).and(not_traces)).boxed()
     } else {
         builder.with_ansi(terminal).with_target(false).with_filter(filter.and(not_traces)).boxed()
     }

@@ -26,8 +26,6 @@ use crate::words::count;
 
 /// Dead letters on a page.
 const PAGE: usize = 50;
-/// Ids in a line of the log.
-const IDS_A_LINE: usize = 100;
 
 /// Which dead letters a page is about.
 #[derive(Clone, Debug, Deserialize)]
@@ -386,12 +384,9 @@ pub(super) async fn discard(
     let target = which.target()?;
     let which = Selection { filter: Filter { content, until, ..target.filter() }, limit };
     visitor.audit("discard", at.place.name.as_deref(), Some(target.value()));
-    let discarded = at.bench.discard(at.amqp, which).await.map_err(unavailable)?;
-    for ids in discarded.chunks(IDS_A_LINE) {
-        let (number, ids) = (ids.len(), ids.join(" "));
-        tracing::info!(destination = at.place.name, who = %visitor.who, number, ids, "dead letters were discarded on the page");
-    }
-    Ok(Redirect::to(&format!("{}?discarded={}", at.place.path("dead"), discarded.len())))
+    let done = at.bench.discard(at.amqp, which, visitor, at.place.name.clone()).await;
+    let discarded = done.map_err(unavailable)?;
+    Ok(Redirect::to(&format!("{}?discarded={discarded}", at.place.path("dead"))))
 }
 
 /// RabbitMQ does not let itself be looked at.

@@ -44,6 +44,8 @@ const LONGEST_NAME: usize = 60;
 const FORM_BYTES: usize = 64 * 1024;
 /// The cookie of a session.
 const COOKIE_NAME: &str = "close_sync_page";
+/// The target of log lines about what was done here: they are written whatever the filter of the log is.
+pub const AUDIT: &str = "close_sync::audit";
 /// The field of a form with the secret of our pages.
 pub(super) const SEAL: &str = "seal";
 
@@ -78,7 +80,7 @@ impl Visitor {
     /// Notes in the log what they did, to which destination, and about what.
     pub(super) fn audit(&self, what: &str, destination: Option<&str>, about: Option<&str>) {
         let Self { who, from, .. } = self;
-        tracing::info!(audit = what, who = %who, %from, destination, about, "an operator acted on the page");
+        tracing::info!(target: AUDIT, audit = what, who = %who, %from, destination, about, "an operator acted on the page");
     }
 }
 

@@ -38,6 +38,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::board::{Board, Seat};
+pub use guard::AUDIT;
 use guard::{Guard, Visitor};
 use layout::{Broken, Wishes};
 use workbench::Workbench;

@@ -118,8 +118,9 @@ fn over(job: &Job, place: &Place, visitor: &Visitor, sight: Sight) -> Markup {
     html! {
         p .notice.(kind) role="status" { (sentence(&told)) }
         @if rest > 0 { p { (rest) " were not sent and are still dead letters." } }
-        @if progress.under_way > 0 {
-            p { "Of " (progress.under_way) " it is not known yet what becomes of them; what fails is a new dead letter." }
+        @let unknown = progress.under_way + progress.missed;
+        @if unknown > 0 && !progress.only_missed() {
+            p { "Of " (unknown) " it is not known yet what becomes of them; what fails is a new dead letter." }
         }
         @if progress.failures.len() > 1 {
             ul { @for (what, number) in &progress.failures { li { (number) " failed again: " code { (what) } } } }

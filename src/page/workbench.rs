@@ -28,6 +28,8 @@ use crate::amqp::{BrokerError, Settings, close, topology};
 const FRESH: Duration = Duration::from_secs(5);
 /// Dead letters of a group that are kept, oldest first.
 pub(super) const KEPT: usize = 1000;
+/// Ids in a line of the log.
+const IDS_A_LINE: usize = 100;
 /// Dead letters that were opened, to be opened again.
 const OPENED: u64 = 32;
 /// How long a look is waited for: another operator may be at it.
@@ -257,7 +259,7 @@ impl Workbench {
         .await
     }
 
-    /// Deletes those meant. Tells their ids.
+    /// Deletes those meant, and notes in the log which they were. Tells how many.
     ///
     /// # Errors
     /// Those of [`Workbench::listing`].
@@ -265,7 +267,9 @@ impl Workbench {
         self: &Arc<Self>,
         amqp: Arc<Settings>,
         which: Selection,
-    ) -> Result<Vec<String>, String> {
+        visitor: Visitor,
+        destination: Option<String>,
+    ) -> Result<usize, String> {
         let bench = Arc::clone(self);
         finish(async move {
             let mut ids = Vec::new();
@@ -281,7 +285,11 @@ impl Workbench {
                 }
             };
             bench.forget();
-            sifted.map(|_| ids).map_err(|error| error.to_string())
+            let what = if sifted.is_ok() { "discarded" } else { "perhaps discarded" };
+            for ids in ids.chunks(IDS_A_LINE) {
+                visitor.audit(what, destination.as_deref(), Some(&ids.join(" ")));
+            }
+            sifted.map(|sifted| sifted.removed).map_err(|error| error.to_string())
         })
         .await
     }

@@ -92,11 +92,11 @@ impl Tries<'_> {
                 }
                 Verdict::Again(pause) => {
                     tracing::debug!(stage = failure.stage.label(), error = %failure.error, ?pause, "trying again");
+                    history.looked_again |= failure.error == CloseError::NotFound;
+                    tokio::time::sleep(pause).await;
                     if works {
                         metrics.retried(failure.stage);
                     }
-                    history.looked_again |= failure.error == CloseError::NotFound;
-                    tokio::time::sleep(pause).await;
                 }
             }
         }

@@ -28,16 +28,26 @@ async fn whoever_looks_sees_all_of_them_however_many_look_at_once() {
     }
 }
 
+/// All of them are in one hand when they fit in; of more, those in hand come back behind the others.
 #[tokio::test(flavor = "multi_thread")]
 async fn looking_that_is_killed_leaves_everything_in_its_place() {
-    let bench = Bench::dead_people(3000).await;
-    for _ in 0..3 {
-        let looking = bench.starting(&["dlq", "list"]);
-        looking.until("looking", async |_| bench.depth(".dead").await < 3000).await;
-        looking.kill().await;
-        bench.depth_becomes(".dead", 3000).await;
+    for (count, fit) in [(1500, true), (6000, false)] {
+        let bench = Bench::dead_people(count).await;
+        let all = u32::try_from(count).unwrap();
+        for _ in 0..2 {
+            let looking = bench.starting(&["dlq", "list"]);
+            looking.until("looking", async |_| bench.depth(".dead").await < all).await;
+            looking.kill().await;
+            bench.depth_becomes(".dead", all).await;
+        }
+        let mut seen = bench.dead_ids().await;
+        let mut wanted = ids(count);
+        if !fit {
+            seen.sort_unstable();
+            wanted.sort_unstable();
+        }
+        assert!(seen == wanted, "{} of {count}, the first {:?}", seen.len(), seen.first());
     }
-    assert!(bench.dead_ids().await == ids(3000));
 }
 
 /// Killed again and again, it goes on where it was.
@@ -263,11 +273,33 @@ async fn a_lost_connection_is_made_anew() {
     worker.terminate().await;
 }
 
+/// One that waits in a delay comes out of it while there is no connection: nothing waits for it any more.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_delayed_and_done_while_the_connection_was_lost_takes_no_place() {
+    let bench = Bench::dead_people(3).await.set("RETRY_IN_PLACE", "0s").set("RETRY_DELAYS", "[\"3s\"]");
+    let unavailable = Effect::Status { code: 500, body: FaultBody::default(), when: When::BeforeCommit };
+    bench.simulator.fault(Fault::new(unavailable).on("POST", "/lead/").containing("\"u1\"").times(1));
+    let worker = bench.worker().await;
+    let proxy = Proxy::start(&bench.amqp_url).await;
+    let bench = bench.set("AMQP_URL", &proxy.url);
+    let replay = bench.starting(&["dlq", "replay", "--all", "--at-once", "1", "--wait", "10s"]);
+    bench.depth_becomes(".retry.3s", 1).await;
+    proxy.mute(true);
+    proxy.cut();
+    leads(&bench, &worker, 2).await;
+    bench.depth_becomes(".dead", 1).await;
+    proxy.mute(false);
+    assert_eq!(replay.ended().await.code(), Some(69), "{}", replay.log());
+    assert_eq!(bench.depth(".dead").await, 0, "the last one was sent");
+    bench.assert_each_once(3);
+    worker.terminate().await;
+}
+
 /// That it failed again shows among the dead letters when nobody could be told.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_first_one_that_fails_while_the_connection_is_lost_holds_the_others() {
     let bench = Bench::dead_people(30).await;
-    bench.simulator.fault(Fault::new(Effect::Latency { ms: 3000 }).on("POST", "/data/").times(1));
+    bench.simulator.fault(Fault::new(Effect::Latency { ms: 8000 }).on("POST", "/data/").times(1));
     bench.refuse("");
     let worker = bench.worker().await;
     let proxy = Proxy::start(&bench.amqp_url).await;
@@ -278,9 +310,11 @@ async fn a_first_one_that_fails_while_the_connection_is_lost_holds_the_others() 
     proxy.mute(true);
     proxy.cut();
     bench.depth_becomes(".dead", 30).await;
+    worker.until("told", async |worker| worker.metrics().await.count("messages_in_flight") == 0).await;
     proxy.mute(false);
     assert_eq!(replay.ended().await.code(), Some(1), "{}", replay.log());
     assert_eq!(replay.logged("the first one failed again"), 1, "{}", replay.log());
+    assert_eq!(replay.logged("Close said"), 0, "that is only told");
     assert_eq!(worker.metrics().await.outcome("dead"), 1);
     assert_eq!(bench.depth(".dead").await, 30);
     worker.terminate().await;

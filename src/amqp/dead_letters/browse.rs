@@ -1,9 +1,13 @@
 //! Taking dead letters off the queue, deciding on each, and giving back what is to stay.
 //!
 //! **In their places.** They are consumed, and go back when the channel is closed: so they return in the order they
-//! came, however the process ends. `basic.get` would scramble them, and so would giving back more than 32 at a time
-//! with `basic.nack` (rabbitmq.md §5.4; measured on 3.10.8). The consumer may take exactly as many as were there at
-//! the start and is cancelled after them. Each look counts as a delivery, of which the queue allows a million.
+//! came. `basic.get` would scramble them, and so would giving back more than 32 at a time with `basic.nack`
+//! (rabbitmq.md §5.4; measured on 3.10.8). The consumer may take exactly as many as were there at the start and is
+//! cancelled after them. Each look counts as a delivery, of which the queue allows a million.
+//!
+//! That is so however the process ends, as long as all of them fit into one hand ([`AT_A_TIME`]). A look at more that
+//! is killed has only the first of them in hand, and RabbitMQ puts what returns behind what returned before (measured
+//! on 3.10.8). Nothing goes by the order of the queue: whatever is limited or replayed goes by the time of failure.
 //!
 //! **One at a time.** While one operator has taken everything, another would see an empty queue. So whoever looks
 //! holds an exclusive queue of a known name meanwhile, which RabbitMQ takes away with the connection: a killed
@@ -100,8 +104,8 @@ pub(super) struct Held {
     acker: Acker,
 }
 
-/// Their bodies are in memory until they are looked at.
-const AT_A_TIME: u16 = 2000;
+/// Their bodies are in memory until they are looked at: RabbitMQ's, and ours.
+const AT_A_TIME: u16 = 5000;
 /// Nothing comes any more: somebody else took the rest, or the queue lost it.
 const QUIET: Duration = Duration::from_secs(5);
 /// How long another operator is waited for.

@@ -16,9 +16,9 @@ pub struct Progress {
     pub matched: usize,
     /// Those sent.
     pub sent: usize,
-    /// Those under way.
+    /// Those under way, of which there will be news.
     pub under_way: usize,
-    /// Those of them of which it may have been told while there was no connection.
+    /// Those without an end of which it may have been told while there was no connection.
     pub missed: usize,
     /// Those with an end, by what became of them.
     pub outcomes: BTreeMap<String, usize>,
@@ -87,13 +87,16 @@ impl Progress {
             Stage::Over(End::Done) if self.failed_again() == 0 => "done: none failed again".to_owned(),
             Stage::Over(End::Done) => "done, and some failed again".to_owned(),
             Stage::Over(End::CanaryFailed) if self.matched == 1 => "it failed again".to_owned(),
-            Stage::Over(End::CanaryFailed) => {
+            Stage::Over(End::CanaryFailed) if self.sent == 1 => {
                 "the first one failed again, so nothing else was sent".to_owned()
+            }
+            Stage::Over(End::CanaryFailed) => {
+                "one failed again before it was heard of any that did not, so no more were sent".to_owned()
             }
             Stage::Over(End::FailedAlike) => "stopped, as what went wrong before goes wrong again".to_owned(),
             Stage::Over(End::Silent) if self.only_missed() => format!(
-                "done, but what became of {} was told while the connection was lost; none of them had failed again when \
-                 it was back",
+                "all were sent, but what became of {} may have been told while the connection was lost; none of them had \
+                 failed again when it was back",
                 count(self.missed as u64, "message", "messages")
             ),
             Stage::Over(End::Silent) => {
@@ -109,9 +112,9 @@ impl Progress {
         self.outcomes.get(DEAD).copied().unwrap_or(0)
     }
 
-    /// Whether news are lacking of those only whose news may have been missed.
+    /// Whether all were sent, and news are lacking of those only whose news may have been missed.
     pub fn only_missed(&self) -> bool {
-        self.missed > 0 && self.missed == self.under_way
+        self.missed > 0 && self.under_way == 0 && self.sent >= self.matched
     }
 
     /// Those with an end.

@@ -11,10 +11,10 @@
 //! in hand when the process is killed goes back, what was sent is in the work queue: replaying again goes on from
 //! there.
 //!
-//! **A lost connection** is made anew. What the worker told meanwhile nobody heard: those that were under way then take
-//! no places from the others any more (so that live messages may stand behind a few more). Those of them that failed
-//! again are found among the dead letters, as a dead letter is there before it is told of; of the others it is awaited
-//! for a while at the end, and said that nothing was heard.
+//! **A lost connection** is made anew. What the worker told meanwhile nobody heard: those that were under way take no
+//! places from the others any more (so that live messages may stand behind a few more). Those of them that failed again
+//! are found among the dead letters, as a dead letter is there before it is told of; the others are waited for at the
+//! end, and it is said of how many nothing was heard. What was not confirmed is sent again, and may be there twice.
 //!
 //! **One replay at a time**: whoever comes second waits. What fails again meanwhile is a new dead letter, known by
 //! the replay it came from, and is left for the next replay. Older values do not overwrite newer ones: that is the
@@ -23,8 +23,9 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
-use futures_util::StreamExt;
+use futures_util::{FutureExt, StreamExt};
 use jiff::Timestamp;
+use lapin::message::Delivery;
 use lapin::options::{BasicConsumeOptions, QueueBindOptions};
 use lapin::types::FieldTable;
 use lapin::{Connection, Consumer};
@@ -102,27 +103,28 @@ pub async fn replay(
         settings,
         order,
         progress,
-        sent: HashSet::new(),
+        ours: HashSet::new(),
+        sent: 0,
         under_way: HashMap::new(),
         known: HashSet::new(),
         proven: false,
+        caught_up: false,
         deadline: Instant::now(),
+        lost: None,
     };
-    let (mut pauses, mut lost) = (Pauses::reconnect(), None);
+    let mut pauses = Pauses::reconnect();
     loop {
-        let before = replay.sent.len();
+        let before = replay.sent;
         match replay.session(stop).await {
             Ok(end) => return Ok(replay.over(end)),
             Err(error) => {
-                if replay.sent.len() > before {
-                    (pauses, lost) = (Pauses::reconnect(), None);
+                if replay.sent > before {
+                    (pauses, replay.lost) = (Pauses::reconnect(), None);
                 }
-                let since = *lost.get_or_insert_with(Instant::now);
-                let gone = matches!(error, BrokerError::Lost(_) | BrokerError::Unreachable(_));
-                if !gone || replay.sent.is_empty() || since.elapsed() > RECONNECTING {
+                let since = *replay.lost.get_or_insert_with(Instant::now);
+                if !is_gone(&error) || replay.ours.is_empty() || since.elapsed() > RECONNECTING {
                     return Err(error);
                 }
-                replay.miss_news();
                 replay.tell(|progress| progress.stage = Stage::Reconnecting);
                 let pause = pauses.next_pause().unwrap_or_default();
                 if stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
@@ -133,15 +135,32 @@ pub async fn replay(
     }
 }
 
-/// What was heard of one that is under way.
+/// Whether the broker may be there again in a moment.
+fn is_gone(error: &BrokerError) -> bool {
+    matches!(error, BrokerError::Lost(_) | BrokerError::Unreachable(_))
+}
+
+/// What was heard of one that was sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Heard {
+    /// Nothing, not even from RabbitMQ whether it has it: its dead letter stays.
+    Unconfirmed,
     /// Nothing yet.
     Nothing,
-    /// It failed for now, and comes again after a delay.
-    Delayed,
+    /// It failed for now, and comes again then.
+    Delayed(Instant),
     /// Nothing, and it may have been told of while there was no connection.
     Missed,
+}
+
+impl Heard {
+    /// Whether news will come, as far as we know.
+    fn is_awaited(self) -> bool {
+        match self {
+            Self::Nothing | Self::Delayed(_) => true,
+            Self::Unconfirmed | Self::Missed => false,
+        }
+    }
 }
 
 struct Replay<'a> {
@@ -149,36 +168,55 @@ struct Replay<'a> {
     order: Order,
     progress: watch::Sender<Progress>,
     /// All replays of this run.
-    sent: HashSet<Uuid>,
+    ours: HashSet<Uuid>,
+    /// How many of them RabbitMQ has confirmed.
+    sent: usize,
     /// Those nothing final was heard of.
     under_way: HashMap<Uuid, Heard>,
     /// Fingerprints of what was sent, and of what failed again.
     known: HashSet<String>,
-    /// One has got through.
+    /// The others need not wait for the first any more.
     proven: bool,
+    /// One has an end that was sent by this connection.
+    caught_up: bool,
     /// News are awaited until then.
     deadline: Instant,
+    /// Since when there is no connection, or none that is of use.
+    lost: Option<Instant>,
 }
 
 impl Replay<'_> {
     fn tell(&self, change: impl FnOnce(&mut Progress)) {
         self.progress.send_modify(|progress| {
             change(progress);
-            progress.under_way = self.under_way.len();
-            progress.missed = progress.under_way - self.in_line();
-            progress.sent = self.sent.len();
+            progress.under_way = self.awaited();
+            progress.missed = self.missed();
+            progress.sent = self.sent;
         });
     }
 
-    /// Those that news are expected of.
-    fn in_line(&self) -> usize {
-        self.under_way.values().filter(|heard| **heard != Heard::Missed).count()
+    fn awaited(&self) -> usize {
+        self.under_way.values().filter(|heard| heard.is_awaited()).count()
     }
 
-    /// The connection is gone.
-    fn miss_news(&mut self) {
-        let silent = self.under_way.values_mut().filter(|heard| **heard == Heard::Nothing);
-        silent.for_each(|heard| *heard = Heard::Missed);
+    fn missed(&self) -> usize {
+        self.under_way.values().filter(|heard| **heard == Heard::Missed).count()
+    }
+
+    /// There is a connection again: from now on, nothing is told that we do not hear.
+    fn resume(&mut self) {
+        let now = Instant::now();
+        for heard in self.under_way.values_mut() {
+            match *heard {
+                Heard::Nothing => *heard = Heard::Missed,
+                Heard::Delayed(due) if due <= now => *heard = Heard::Missed,
+                Heard::Delayed(_) | Heard::Unconfirmed | Heard::Missed => {}
+            }
+        }
+        if let Some(patience) = self.order.patience.filter(|_| !self.under_way.is_empty()) {
+            self.deadline = self.deadline.max(now + patience);
+        }
+        self.caught_up = false;
     }
 
     fn over(&self, end: End) -> (Progress, End) {
@@ -204,7 +242,12 @@ impl Replay<'_> {
             Ok::<_, BrokerError>(line)
         };
         let Some(line) = stop.run_until_cancelled(open).await else { return Ok(End::Stopped) };
-        let end = self.portions(&operator, &mut line?, stop).await;
+        let mut line = line?;
+        self.resume();
+        let end = match self.portions(&operator, &mut line, stop).await {
+            Err(error) if is_gone(&error) => self.last_heard(&mut line).ok_or(error),
+            end => end,
+        };
         operator.leave().await;
         close(&publishing).await;
         end
@@ -262,7 +305,13 @@ impl Replay<'_> {
         mut times: VecDeque<Option<Timestamp>>,
         stop: &CancellationToken,
     ) -> Result<End, BrokerError> {
-        while !times.is_empty() {
+        loop {
+            if let Some(end) = self.canary(line, stop).await? {
+                return Ok(end);
+            }
+            if times.is_empty() {
+                return Ok(End::Done);
+            }
             if let Some(end) = self.room(line, None, stop).await? {
                 return Ok(end);
             }
@@ -277,11 +326,7 @@ impl Replay<'_> {
             if let Some(end) = sent? {
                 return Ok(end);
             }
-            if let Some(end) = self.canary(line, stop).await? {
-                return Ok(end);
-            }
         }
-        Ok(End::Done)
     }
 
     /// Waits for what becomes of those that are under way when no more are sent.
@@ -292,15 +337,20 @@ impl Replay<'_> {
         stop: &CancellationToken,
     ) -> Result<End, BrokerError> {
         self.tell(|progress| progress.stage = Stage::Finishing);
-        let mut until = Instant::now() + LAST_NEWS;
-        while !self.under_way.is_empty() {
-            // Those whose news were missed stood before all others in the work queue.
-            let waits = end == End::Done && self.in_line() > 0;
-            let until_then = if waits { self.deadline } else { self.deadline.min(until) };
-            match self.hear(line, until_then, stop).await {
+        if end == End::Done {
+            self.lost = None;
+        }
+        let mut hurry = None;
+        while self.awaited() + self.missed() > 0 {
+            // Those whose news were missed stood in the work queue before one that has an end by now.
+            let is_late = self.awaited() == 0 && self.caught_up;
+            hurry =
+                (is_late || end != End::Done).then(|| hurry.unwrap_or_else(|| Instant::now() + LAST_NEWS));
+            let until = hurry.map_or(self.deadline, |until| until.min(self.deadline));
+            match self.hear(line, until, stop).await {
                 Ok(Some(End::Silent)) if end == End::Done => return Ok(End::Silent),
                 // What fails last is as bad as what fails first.
-                Ok(Some(heard)) if end == End::Done => (end, until) = (heard, Instant::now() + LAST_NEWS),
+                Ok(Some(heard)) if end == End::Done => end = heard,
                 Ok(Some(End::Done | End::CanaryFailed | End::FailedAlike) | None) => {}
                 Err(error) if end == End::Done => return Err(error),
                 // With another connection it would begin to send again.
@@ -318,14 +368,14 @@ impl Replay<'_> {
     ) -> Result<(VecDeque<Option<Timestamp>>, Vec<Replayed>), BrokerError> {
         self.tell(|progress| progress.stage = Stage::Looking);
         mend::finish(operator, &mut self.watch()).await?;
-        let left = self.order.which.limit.map_or(usize::MAX, |limit| limit.saturating_sub(self.sent.len()));
+        let left = self.order.which.limit.map_or(usize::MAX, |limit| limit.saturating_sub(self.sent));
         let mut failed = Vec::new();
         let is_meant = |letter: &DeadLetter| {
             failed.extend(told_by(letter).filter(|told| self.under_way.contains_key(&told.replay)));
             self.is_meant(letter)
         };
         let times = operator.oldest(left, is_meant, &mut self.watch()).await?;
-        self.tell(|progress| progress.matched = self.sent.len() + times.len());
+        self.tell(|progress| progress.matched = self.sent + times.len());
         Ok((times.into(), failed))
     }
 
@@ -366,7 +416,7 @@ impl Replay<'_> {
 
     /// What failed again during this run is left for the next one.
     fn is_meant(&self, letter: &DeadLetter) -> bool {
-        let ours = letter.replay().is_some_and(|replay| self.sent.contains(&replay));
+        let ours = letter.replay().is_some_and(|replay| self.ours.contains(&replay));
         !ours && self.order.which.filter.matches(letter)
     }
 
@@ -400,7 +450,7 @@ impl Replay<'_> {
     }
 
     fn has_room(&self, line: &Line<'_>) -> bool {
-        line.news.is_none() || self.in_line() < self.order.at_once
+        line.news.is_none() || self.awaited() < self.order.at_once
     }
 
     /// Sends what is in hand. `Some` when that was the last.
@@ -438,7 +488,7 @@ impl Replay<'_> {
         line: &mut Line<'_>,
         stop: &CancellationToken,
     ) -> Result<Option<End>, BrokerError> {
-        while self.is_canary() && self.in_line() > 0 {
+        while self.is_canary() && self.awaited() > 0 {
             if let Some(end) = self.hear(line, self.deadline, stop).await? {
                 return Ok(Some(end));
             }
@@ -452,13 +502,17 @@ impl Replay<'_> {
         let exchange = self.settings.retry_exchange();
         let properties = headers::for_replay(&held.letter.properties, replay);
         // Before it is: it may arrive without our knowing.
-        self.sent.insert(replay);
+        self.ours.insert(replay);
+        if self.order.patience.is_some() {
+            self.under_way.insert(replay, Heard::Unconfirmed);
+        }
         match line.publisher.publish(&exchange, NOW, &held.letter.body, properties).await {
             Err(BrokerError::TooLarge(detail)) => {
                 return Err(BrokerError::TooLarge(format!("{detail} (dead letter `{}`)", held.letter.id)));
             }
             published => published?,
         }
+        self.sent += 1;
         self.known.insert(held.letter.fingerprint.clone());
         if let Some(patience) = self.order.patience {
             self.under_way.insert(replay, Heard::Nothing);
@@ -488,20 +542,33 @@ impl Replay<'_> {
                 return Ok(None);
             }
         };
-        Ok(serde_json::from_slice(&delivery.data).ok().and_then(|told| self.note(told)))
+        Ok(self.read(&delivery))
+    }
+
+    /// What came before the connection was lost.
+    fn last_heard(&mut self, line: &mut Line<'_>) -> Option<End> {
+        let mut end = None;
+        while let Some(Some(Ok(delivery))) = line.news.as_mut()?.next().now_or_never() {
+            end = end.or(self.read(&delivery));
+        }
+        end
+    }
+
+    fn read(&mut self, news: &Delivery) -> Option<End> {
+        serde_json::from_slice(&news.data).ok().and_then(|told| self.note(told))
     }
 
     /// What became of one. `Some` when nothing more is to be sent for it.
     fn note(&mut self, told: Replayed) -> Option<End> {
         let heard = self.under_way.get_mut(&told.replay)?;
-        let patience = self.order.patience.unwrap_or_default();
-        let comes_again = Duration::from_secs(told.comes_again_s.unwrap_or(0));
-        self.deadline = self.deadline.max(Instant::now() + patience + comes_again);
+        let due = Instant::now() + Duration::from_secs(told.comes_again_s.unwrap_or(0));
+        self.deadline = self.deadline.max(due + self.order.patience.unwrap_or_default());
         if told.comes_again_s.is_some() {
-            *heard = Heard::Delayed;
+            *heard = Heard::Delayed(due);
             self.tell(|progress| progress.delayed += 1);
             return None;
         }
+        self.caught_up |= *heard == Heard::Nothing;
         self.under_way.remove(&told.replay);
         self.tell(|progress| *progress.outcomes.entry(told.outcome).or_default() += 1);
         let end = told.dead_letter.and_then(|again| self.failed(again));

@@ -131,7 +131,12 @@ async fn show(mut progress: watch::Receiver<Progress>) {
         let now = progress.borrow_and_update().clone();
         if bar.is_hidden() && now.stage == Stage::Going && told.elapsed() > LINES_APART {
             told = Instant::now();
-            anstream::eprintln!("replayed {} of {}, {} under way", now.ended(), now.matched, now.under_way);
+            anstream::eprintln!(
+                "{} of {} have an end, {} under way",
+                now.ended(),
+                now.matched,
+                now.under_way
+            );
         }
         bar.set_length(now.matched as u64);
         bar.set_position(now.ended() as u64);
@@ -206,8 +211,7 @@ impl<'a> Summary<'a> {
 fn print(progress: &Progress, no_wait: bool) {
     let mut parts = vec![format!("replayed {}", progress.sent)];
     parts.extend((!progress.outcomes.is_empty()).then(|| by_number(&progress.outcomes)));
-    let under_way = progress.under_way - progress.missed;
-    parts.extend((under_way > 0 && !no_wait).then(|| format!("{under_way} under way")));
+    parts.extend((progress.under_way > 0 && !no_wait).then(|| format!("{} under way", progress.under_way)));
     parts.extend((progress.missed > 0).then(|| format!("{} not heard of", progress.missed)));
     let rest = progress.matched.saturating_sub(progress.sent);
     parts.extend((rest > 0).then(|| format!("{rest} not sent")));
@@ -248,7 +252,7 @@ fn conclude(progress: &Progress, end: &End) -> Result<(), Failure> {
             Err(Failure::Unavailable(format!(
                 "no worker told what became of {}: what was sent is worked on when its turn comes.{} Does a worker run, and \
                  is it ready (`/readyz`)? `--wait` waits longer, `--no-wait` not at all",
-                count(progress.under_way as u64, "message", "messages"),
+                count((progress.under_way + progress.missed) as u64, "message", "messages"),
                 line.unwrap_or_default()
             )))
         }
