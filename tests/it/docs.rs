@@ -31,13 +31,30 @@ async fn the_table_of_metrics_is_complete() {
     let worker = Bench::new().await.worker().await;
     let page = worker.page("/metrics").await.unwrap().1;
     let help = page.lines().filter_map(|line| line.strip_prefix("# HELP ")?.split_once(' '));
-    for (name, text) in help.clone() {
+    let kinds = page.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '));
+    for ((name, text), (_, kind)) in help.clone().zip(kinds) {
         let row = lines().find(|line| line.starts_with(&format!("| `{name}` "))).unwrap_or_default();
-        assert!(row.ends_with(&format!("| {text} |")), "{name}: {text}\n{row}");
+        let (told, _) =
+            row.split_once(&format!(" | {text} |")).unwrap_or_else(|| panic!("{name}: {text}\n{row}"));
+        let labels =
+            told.strip_prefix(&format!("| `{name}` | {kind} | ")).unwrap_or_else(|| panic!("{kind}: {row}"));
+        let documented: BTreeSet<_> = labels.split('`').skip(1).step_by(2).collect();
+        assert_eq!(documented, labels_of(&page, name), "{row}");
     }
     let documented: BTreeSet<_> = rows().filter(|name| name.starts_with("close_sync_")).collect();
     assert_eq!(documented, help.map(|(name, _)| name).collect());
     worker.terminate().await;
+}
+
+/// The labels of a metric on the page, `le` of buckets aside.
+fn labels_of<'a>(page: &'a str, name: &str) -> BTreeSet<&'a str> {
+    let samples = page.lines().filter_map(|line| line.strip_prefix(name));
+    let samples = samples.map(|rest| {
+        ["_bucket", "_sum", "_count"].iter().fold(rest, |rest, end| rest.trim_start_matches(end))
+    });
+    let labels = samples.filter_map(|rest| rest.strip_prefix('{')?.split_once('}'));
+    let names = labels.flat_map(|(labels, _)| labels.split(',')).filter_map(|label| label.split_once('='));
+    names.map(|(name, _)| name).filter(|name| *name != "le").collect()
 }
 
 #[test]

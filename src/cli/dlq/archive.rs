@@ -23,8 +23,9 @@ pub(in crate::cli) struct Export {
 ///
 /// One that is in the queue already stays as it is; one with the same id and another content takes its place. So an
 /// import can be repeated, and dead letters can be edited in the file:
-/// `jq -c '.body |= (fromjson | (.traits.phone // empty) |= gsub(" "; "") | tojson)' dead.ndjson | dlq import -`
-/// Beware of tools that round numbers, as jq 1.6 does above 2^53: an id becomes another person's.
+/// `jq -c '.body |= (fromjson | (.traits.phone // empty) |= gsub(" "; "") | tojson)' dead.ndjson | close-sync dlq import -`
+/// Beware of tools that round numbers, as jq 1.6 does above 2^53: an id becomes another person's. While a replay is under way,
+/// it is refused (69).
 #[derive(clap::Args)]
 pub(in crate::cli) struct Import {
     /// A file that `export` wrote, or `-` for standard input.

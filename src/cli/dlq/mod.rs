@@ -39,11 +39,13 @@ pub(super) enum Command {
     Discard {
         #[command(flatten)]
         which: Which,
-        /// Confirm: what is discarded cannot be brought back. Without it, only count.
+        /// Confirm: what is discarded cannot be brought back. Without it, they are counted, and it exits with 2.
         #[arg(long)]
         yes: bool,
     },
     /// Print dead letters with all that is needed to restore them, one per line. They stay in the queue. Personal data.
+    ///
+    /// Exits with 1 while a replay is under way: what that has in hand is missing.
     Export(archive::Export),
     Import(archive::Import),
 }
@@ -79,7 +81,7 @@ pub(super) struct Meant {
     /// Only what failed until then.
     #[arg(long, value_name = "WHEN", value_parser = moment)]
     until: Option<Timestamp>,
-    /// At most this many, oldest first.
+    /// At most this many of those meant, oldest first.
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
 }

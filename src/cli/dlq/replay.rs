@@ -26,7 +26,8 @@ use crate::words::count;
 /// Each is confirmed by the broker before its dead letter is removed. Interrupt it at any time, and run it again to
 /// go on: what was not sent is still there. An interruption may send a message twice, which changes nothing in Close.
 ///
-/// Exits with 1 when dead letters failed again, with 69 when no news came from a worker.
+/// Exits with 1 when dead letters failed again or it was stopped, with 69 when it was not told what became of all: no
+/// worker answers, or the connection was lost meanwhile. While another replay is under way, it waits.
 #[derive(clap::Args)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a switch of the command line")]
 pub(in crate::cli) struct Args {
