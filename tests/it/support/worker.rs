@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
+use tokio::task::JoinHandle;
 
 use super::{Metrics, PATIENCE};
 
@@ -16,6 +17,8 @@ pub(crate) struct Worker {
     child: tokio::sync::Mutex<Child>,
     pid: u32,
     log: Arc<Mutex<Vec<String>>>,
+    /// Reads the log to its end.
+    reader: tokio::sync::Mutex<Option<JoinHandle<()>>>,
     http: reqwest::Client,
 }
 
@@ -44,14 +47,15 @@ impl Worker {
         let log = Arc::new(Mutex::new(Vec::new()));
         let lines = Arc::clone(&log);
         let mut stderr = BufReader::new(child.stderr.take().unwrap()).lines();
-        tokio::spawn(async move {
+        let reader = tokio::spawn(async move {
             while let Ok(Some(line)) = stderr.next_line().await {
                 lines.lock().unwrap().push(line);
             }
         });
         let _ = rustls::crypto::ring::default_provider().install_default();
         let http = reqwest::Client::builder().timeout(Duration::from_secs(5)).build().unwrap();
-        Self { child: tokio::sync::Mutex::new(child), pid, log, http }
+        let reader = tokio::sync::Mutex::new(Some(reader));
+        Self { child: tokio::sync::Mutex::new(child), pid, log, reader, http }
     }
 
     /// Everything it logged so far.
@@ -167,7 +171,12 @@ impl Worker {
     /// Waits for its end.
     pub(crate) async fn ended(&self) -> ExitStatus {
         let mut child = self.child.lock().await;
-        tokio::time::timeout(PATIENCE, child.wait()).await.expect("the worker ends").unwrap()
+        let status = tokio::time::timeout(PATIENCE, child.wait()).await.expect("the worker ends").unwrap();
+        // Its last words may be on their way still.
+        if let Some(reader) = self.reader.lock().await.take() {
+            tokio::time::timeout(PATIENCE, reader).await.expect("the log ends").unwrap();
+        }
+        status
     }
 
     /// Ends it as an orchestrator does.
