@@ -5,7 +5,7 @@
 //! (rabbitmq.md §5.4; measured on 3.10.8). The consumer may take exactly as many as were there at the start and is
 //! cancelled after them. Each look counts as a delivery, of which the queue allows a million.
 //!
-//! That is so however the process ends, as long as all of them fit into one hand ([`AT_A_TIME`]). A look at more that
+//! That is so however the process ends, as long as all of them fit into one hand (5000). A look at more that
 //! is killed has only the first of them in hand, and RabbitMQ puts what returns behind what returned before (measured
 //! on 3.10.8). Nothing goes by the order of the queue: whatever is limited or replayed goes by the time of failure.
 //!
