@@ -263,6 +263,7 @@ fn log<S: Subscriber + for<'a> LookupSpan<'a>>(format: LogFormat) -> Box<dyn Lay
     let not_traces = filter_fn(|metadata| metadata.target() != traces::SPANS)
         // It has none of its own, and would take that of the other filter away.
         .with_max_level_hint(LevelFilter::TRACE);
+    let filter = filter.or(audits).and(not_traces);
     let builder = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let terminal = std::io::stderr().is_terminal();
     let json = match format {
@@ -272,9 +273,9 @@ fn log<S: Subscriber + for<'a> LookupSpan<'a>>(format: LogFormat) -> Box<dyn Lay
     };
     if json {
         let json = builder.json().flatten_event(true).with_current_span(true).with_span_list(false);
-        json.with_filter(filter.or(audits).and(not_traces)).boxed()
+        json.with_filter(filter).boxed()
     } else {
-        builder.with_ansi(terminal).with_target(false).with_filter(filter.and(not_traces)).boxed()
+        builder.with_ansi(terminal).with_target(false).with_filter(filter).boxed()
     }
 }
 

@@ -119,7 +119,7 @@ fn over(job: &Job, place: &Place, visitor: &Visitor, sight: Sight) -> Markup {
         p .notice.(kind) role="status" { (sentence(&told)) }
         @if rest > 0 { p { (rest) " were not sent and are still dead letters." } }
         @let unknown = progress.under_way + progress.missed;
-        @if unknown > 0 && !progress.only_missed() {
+        @if unknown > 0 && !(end == Some(&End::Silent) && progress.only_missed()) {
             p { "Of " (unknown) " it is not known yet what becomes of them; what fails is a new dead letter." }
         }
         @if progress.failures.len() > 1 {

@@ -19,6 +19,11 @@ async fn leads(bench: &Bench, worker: &Worker, count: usize) {
     worker.until("that far", async |_| bench.simulator.leads().len() >= count).await;
 }
 
+/// Waits until nothing is in hand: all is settled and told.
+async fn idle(worker: &Worker) {
+    worker.until("idle", async |worker| worker.metrics().await.count("messages_in_flight") == 0).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn whoever_looks_sees_all_of_them_however_many_look_at_once() {
     let bench = Bench::dead_people(300).await;
@@ -276,18 +281,19 @@ async fn a_lost_connection_is_made_anew() {
 /// One that waits in a delay comes out of it while there is no connection: nothing waits for it any more.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_delayed_and_done_while_the_connection_was_lost_takes_no_place() {
-    let bench = Bench::dead_people(3).await.set("RETRY_IN_PLACE", "0s").set("RETRY_DELAYS", "[\"3s\"]");
+    let bench = Bench::dead_people(3).await.set("RETRY_IN_PLACE", "0s").set("RETRY_DELAYS", "[\"6s\"]");
     let unavailable = Effect::Status { code: 500, body: FaultBody::default(), when: When::BeforeCommit };
     bench.simulator.fault(Fault::new(unavailable).on("POST", "/lead/").containing("\"u1\"").times(1));
     let worker = bench.worker().await;
     let proxy = Proxy::start(&bench.amqp_url).await;
     let bench = bench.set("AMQP_URL", &proxy.url);
     let replay = bench.starting(&["dlq", "replay", "--all", "--at-once", "1", "--wait", "10s"]);
-    bench.depth_becomes(".retry.3s", 1).await;
+    bench.depth_becomes(".retry.6s", 1).await;
     proxy.mute(true);
     proxy.cut();
     leads(&bench, &worker, 2).await;
     bench.depth_becomes(".dead", 1).await;
+    idle(&worker).await;
     proxy.mute(false);
     assert_eq!(replay.ended().await.code(), Some(69), "{}", replay.log());
     assert_eq!(bench.depth(".dead").await, 0, "the last one was sent");
@@ -306,11 +312,11 @@ async fn a_first_one_that_fails_while_the_connection_is_lost_holds_the_others() 
     let bench = bench.set("AMQP_URL", &proxy.url);
     let replay = bench.starting(&["dlq", "replay", "--all"]);
     bench.depth_becomes(".dead", 29).await;
-    assert_eq!(worker.metrics().await.count("messages_in_flight"), 1, "the first is under way");
+    worker.until("at it", async |worker| worker.metrics().await.count("messages_in_flight") == 1).await;
     proxy.mute(true);
     proxy.cut();
     bench.depth_becomes(".dead", 30).await;
-    worker.until("told", async |worker| worker.metrics().await.count("messages_in_flight") == 0).await;
+    idle(&worker).await;
     proxy.mute(false);
     assert_eq!(replay.ended().await.code(), Some(1), "{}", replay.log());
     assert_eq!(replay.logged("the first one failed again"), 1, "{}", replay.log());

@@ -57,7 +57,7 @@ pub enum Stage {
 pub enum End {
     /// Everything meant was sent.
     Done,
-    /// The first one failed again: nothing else was sent.
+    /// One failed again before any was known to get through, the first one as a rule: no more were sent.
     CanaryFailed,
     /// One failed in a way that is known already.
     FailedAlike,

@@ -81,8 +81,10 @@ const PORTION_BYTES: usize = 32 << 20;
 const IN_HAND: Duration = Duration::from_secs(30);
 /// How long those under way are waited for after the end.
 const LAST_NEWS: Duration = Duration::from_secs(30);
-/// How often the work queue is looked at while nothing is heard.
+/// How often the work queue is looked at while nothing is heard, and the dead letters while some are missing.
 const LOOKS_APART: Duration = Duration::from_secs(2);
+/// So often are they looked at, then: others may have dealt with them.
+const LOOKS: usize = 4;
 /// How long another operator, or another replay, is waited for.
 const TURN: Duration = Duration::from_hours(24);
 /// How long the broker may be gone.
@@ -369,14 +371,23 @@ impl Replay<'_> {
         self.tell(|progress| progress.stage = Stage::Looking);
         mend::finish(operator, &mut self.watch()).await?;
         let left = self.order.which.limit.map_or(usize::MAX, |limit| limit.saturating_sub(self.sent));
-        let mut failed = Vec::new();
-        let is_meant = |letter: &DeadLetter| {
-            failed.extend(told_by(letter).filter(|told| self.under_way.contains_key(&told.replay)));
-            self.is_meant(letter)
-        };
-        let times = operator.oldest(left, is_meant, &mut self.watch()).await?;
-        self.tell(|progress| progress.matched = self.sent + times.len());
-        Ok((times.into(), failed))
+        // Of a session before. A queue that has no leader for a moment counts as empty, and what was in hand when the
+        // connection went comes back when RabbitMQ has noticed.
+        let expected = self.progress.borrow().matched.saturating_sub(self.sent);
+        let (mut failed, mut looks) = (Vec::new(), 0);
+        loop {
+            let is_meant = |letter: &DeadLetter| {
+                failed.extend(told_by(letter).filter(|told| self.under_way.contains_key(&told.replay)));
+                self.is_meant(letter)
+            };
+            let times = operator.oldest(left, is_meant, &mut self.watch()).await?;
+            looks += 1;
+            if times.len() >= expected || looks == LOOKS {
+                self.tell(|progress| progress.matched = self.sent + times.len());
+                return Ok((times.into(), failed));
+            }
+            tokio::time::sleep(LOOKS_APART).await;
+        }
     }
 
     /// Takes the next portion in hand, of those that failed at these `times`.
@@ -441,6 +452,10 @@ impl Replay<'_> {
         until: Option<Instant>,
         stop: &CancellationToken,
     ) -> Result<Option<End>, BrokerError> {
+        // What was told while nobody listened.
+        if let Some(end) = self.last_heard(line) {
+            return Ok(Some(end));
+        }
         while !self.has_room(line) && until.is_none_or(|until| Instant::now() < until) {
             if let Some(end) = self.hear(line, self.deadline, stop).await? {
                 return Ok(Some(end));
@@ -538,6 +553,9 @@ impl Replay<'_> {
             () = tokio::time::sleep(LOOKS_APART) => {
                 // Whoever may not look is not told.
                 let depth = in_time(topology::depth(line.connection, &self.settings.queue)).await.ok().flatten();
+                if depth.is_some() {
+                    self.lost = None;
+                }
                 self.tell(|progress| progress.work = depth);
                 return Ok(None);
             }
@@ -545,7 +563,7 @@ impl Replay<'_> {
         Ok(self.read(&delivery))
     }
 
-    /// What came before the connection was lost.
+    /// News that are here already.
     fn last_heard(&mut self, line: &mut Line<'_>) -> Option<End> {
         let mut end = None;
         while let Some(Some(Ok(delivery))) = line.news.as_mut()?.next().now_or_never() {
