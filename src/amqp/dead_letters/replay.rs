@@ -247,7 +247,7 @@ impl Replay<'_> {
         let mut line = line?;
         self.resume();
         let end = match self.portions(&operator, &mut line, stop).await {
-            Err(error) if is_gone(&error) => self.last_heard(&mut line).ok_or(error),
+            Err(error) if is_gone(&error) => self.last_heard(&mut line).ok().flatten().ok_or(error),
             end => end,
         };
         operator.leave().await;
@@ -453,7 +453,7 @@ impl Replay<'_> {
         stop: &CancellationToken,
     ) -> Result<Option<End>, BrokerError> {
         // What was told while nobody listened.
-        if let Some(end) = self.last_heard(line) {
+        if let Some(end) = self.last_heard(line)? {
             return Ok(Some(end));
         }
         while !self.has_room(line) && until.is_none_or(|until| Instant::now() < until) {
@@ -563,13 +563,20 @@ impl Replay<'_> {
         Ok(self.read(&delivery))
     }
 
-    /// News that are here already.
-    fn last_heard(&mut self, line: &mut Line<'_>) -> Option<End> {
+    /// News that are here already. That the connection is gone is told after them, and only once: where they end the
+    /// replay, nothing more has to be known, otherwise it is the caller's to know.
+    fn last_heard(&mut self, line: &mut Line<'_>) -> Result<Option<End>, BrokerError> {
+        let Some(news) = &mut line.news else { return Ok(None) };
         let mut end = None;
-        while let Some(Some(Ok(delivery))) = line.news.as_mut()?.next().now_or_never() {
-            end = end.or(self.read(&delivery));
+        while let Some(told) = news.next().now_or_never() {
+            match told {
+                Some(Ok(delivery)) => end = end.or(self.read(&delivery)),
+                Some(Err(_)) | None if end.is_some() => break,
+                Some(Err(error)) => return Err(error.into()),
+                None => return Err(BrokerError::Cancelled),
+            }
         }
-        end
+        Ok(end)
     }
 
     fn read(&mut self, news: &Delivery) -> Option<End> {
