@@ -5,7 +5,7 @@
 //! to repeat: what the failed try already did is found, and not done twice. *Through a delay queue*:
 //! when the pauses in place are used up, the message waits in the broker, which costs an attempt.
 //! When the attempts are used up too, it is dead-lettered. Later messages that share a key follow it there
-//! ([`crate::detours`]).
+//! ([`crate::consumer::scheduler::delayed`]).
 //!
 //! This is the only module that uses the `backoff` crate (see `.deny.toml`), and it uses only its
 //! arithmetic.

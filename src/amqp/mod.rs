@@ -1,41 +1,33 @@
 //! The only place that knows lapin.
 //!
-//! In reading order: [`connect`] and [`tls`] are how to get to the broker, `wire` is what lapin reads and writes there,
-//! `frames` what of it lapin would not survive; `greeting` and [`broker`] are who answers;
-//! [`topology`] is what exists on the broker and why each flag; [`headers`] what travels with a message;
-//! [`publisher`] publishes and waits for the confirm; `link` holds the connections of a [`session`], which
-//! consumes until something ends it; [`dead_letters`] is the operator's side.
+//! In reading order: [`nodes`] and [`tls`] are how to get to the broker, `compat` is what lapin reads and writes there,
+//! `frames` what of it lapin would not survive; `greeting` and [`server_info`] are who answers;
+//! [`topology`] is what exists on the broker and why each flag; [`envelope`] what travels with a message;
+//! [`publisher`] publishes and waits for the confirm; `link` holds the connections of a [`crate::consumer`], which
+//! consumes until something ends it; [`crate::dead_letters`] is the operator's side.
 //!
 //! Two connections, one consumes and one publishes: when the broker blocks a publishing connection
 //! (memory or disk alarm), acks on it would hang too (rabbitmq.md §0, 10). lapin's own recovery stays
-//! off, it gives up after a while and then hangs (rabbitmq.md §2.2); [`crate::app`] starts a new
+//! off, it gives up after a while and then hangs (rabbitmq.md §2.2); [`crate::supervisor`] starts a new
 //! session instead.
 
-pub mod broker;
-pub mod connect;
-pub mod dead_letters;
-mod frames;
-mod greeting;
-pub mod headers;
-mod link;
-pub mod news;
+mod compat;
+pub mod envelope;
+pub mod nodes;
 pub mod publisher;
-pub mod session;
-mod task;
+pub mod server_info;
 pub mod tls;
 pub mod topology;
-mod trace;
-mod wire;
 
 use std::time::Duration;
 
 use lapin::types::ShortString;
 use lapin::{Connection, ErrorKind};
 
-use crate::state::BrokerTrouble;
-use broker::Broker;
-use connect::Nodes;
-pub use wire::Met;
+use crate::telemetry::status::BrokerTrouble;
+pub use compat::stream::Met;
+use nodes::Nodes;
+use server_info::Broker;
 
 /// The broker, and the names of what is ours on it.
 #[derive(Clone, Debug, PartialEq)]
@@ -135,7 +127,7 @@ pub enum BrokerError {
     )]
     Refused(String),
     /// It cannot have the queues that are needed.
-    #[error("{0} is too old: quorum queues with a time-to-live are there from {oldest} on", oldest = broker::OLDEST)]
+    #[error("{0} is too old: quorum queues with a time-to-live are there from {oldest} on", oldest = server_info::OLDEST)]
     TooOld(Broker),
     /// Something of ours exists with other properties.
     #[error(
@@ -221,7 +213,7 @@ impl BrokerError {
     }
 
     /// Reads lapin's error; `object` is what was being declared or checked, if anything.
-    fn from_lapin(error: &lapin::Error, object: &str) -> Self {
+    pub(crate) fn from_lapin(error: &lapin::Error, object: &str) -> Self {
         let ErrorKind::ProtocolError(amqp) = error.kind() else {
             return Self::Lost(error.to_string());
         };
@@ -252,7 +244,7 @@ impl From<lapin::Error> for BrokerError {
 /// The wait between the last ack and the close of a channel. Acks sent just before the close get lost
 /// on quorum queues, up to 347 of 2000; after 20 ms none were (rabbitmq.md §0, 5). Ten times that;
 /// there is no event to wait for instead.
-const LAST_ACKS: Duration = Duration::from_millis(200);
+pub(crate) const LAST_ACKS: Duration = Duration::from_millis(200);
 
 /// How long the broker may take to make, or to look at, what a session begins with.
 const PATIENCE: Duration = Duration::from_secs(30);

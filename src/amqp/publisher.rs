@@ -8,7 +8,7 @@ use std::time::Duration;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, PublisherConfirm};
 
-use super::BrokerError;
+use crate::amqp::BrokerError;
 
 /// How long a confirm may take. During an alarm the broker takes nothing; the original is held then.
 pub const PATIENCE: Duration = Duration::from_secs(30);

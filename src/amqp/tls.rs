@@ -84,7 +84,7 @@ impl Tls {
         }
     }
 
-    pub(super) fn for_lapin(&self) -> OwnedTLSConfig {
+    pub(crate) fn for_lapin(&self) -> OwnedTLSConfig {
         OwnedTLSConfig {
             identity: self.identity.as_ref().map(|Identity { chain, key }| OwnedIdentity::PKCS8 {
                 pem: chain.clone().into_bytes(),
@@ -135,7 +135,7 @@ const CLIENT_CERTIFICATE: &str = "RabbitMQ may ask for a client certificate of a
                                   `amqp.tls.cert_file`, `amqp.tls.key_file`";
 
 /// What went wrong on an encrypted connection and what to do about it, if TLS may be the reason.
-pub(super) fn explain(error: &lapin::Error) -> Option<String> {
+pub(crate) fn explain(error: &lapin::Error) -> Option<String> {
     let ErrorKind::IOError(io) = error.kind() else { return None };
     match io.get_ref().and_then(|error| error.downcast_ref::<rustls::Error>()) {
         Some(error) => Some(format!("{error}. {}", remedy(error))),

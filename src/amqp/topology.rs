@@ -23,7 +23,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ExchangeKind};
 use serde::Serialize;
 
-use super::{BrokerError, Delay, Settings};
+use crate::amqp::{BrokerError, Delay, Settings};
 
 /// The key of the retry exchange that leads back to the work queue at once. Delay queues and replays
 /// come in here: through `identify` they would reach every other queue bound to it as well.
@@ -31,11 +31,11 @@ pub const NOW: &str = "now";
 
 /// The key of the retry exchange by which a worker tells whoever replays what became of a message. There is a
 /// queue for it only while somebody replays.
-pub(super) const REPLAYED: &str = "replayed";
+pub(crate) const REPLAYED: &str = "replayed";
 
 /// "No limit" that every version understands: -1 drops on the first requeue on 3.10, and the default
 /// of 4.x drops messages after 20 lost connections, innocents included (rabbitmq.md §0, 2 and 3).
-pub(super) const DELIVERY_LIMIT: i64 = 1_000_000;
+pub(crate) const DELIVERY_LIMIT: i64 = 1_000_000;
 
 /// Who makes what has to exist.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -319,17 +319,17 @@ pub struct Depth {
 
 /// Messages ready in all of our queues, where RabbitMQ tells.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Depths {
+pub(crate) struct Depths {
     /// In the work queue.
-    pub(super) work: Option<u32>,
+    pub(crate) work: Option<u32>,
     /// In the dead-letter queue.
-    pub(super) dead: Option<u32>,
+    pub(crate) dead: Option<u32>,
     /// In all delay queues together.
-    pub(super) delayed: Option<u32>,
+    pub(crate) delayed: Option<u32>,
 }
 
 /// How full all our queues are. A queue that is missing ends the channel, and those after it are not told.
-pub(super) async fn depths(connection: &Connection, settings: &Settings) -> Depths {
+pub(crate) async fn depths(connection: &Connection, settings: &Settings) -> Depths {
     let Ok(channel) = connection.create_channel().await else { return Depths::default() };
     let ready = async |queue: &str| {
         let depth = depth_by(&channel, queue).await.ok().flatten();

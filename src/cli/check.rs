@@ -2,13 +2,13 @@
 
 use serde::Serialize;
 
-use super::{CONFIGURATION, Failure, UNAVAILABLE};
-use crate::amqp::broker::Broker;
+use crate::amqp::server_info::Broker;
 use crate::amqp::{self, BrokerError, Met, topology};
+use crate::cli::{CONFIGURATION, Failure, UNAVAILABLE};
 use crate::close::Client;
 use crate::config::{Config, Destination, Need, Problems};
-use crate::preflight::{self, Obstacle, Ready};
-use crate::words::{count, there_are};
+use crate::sync::preflight::{self, Obstacle, Ready};
+use crate::text::{count, there_are};
 
 /// Check the configuration, RabbitMQ, the API key, the lookup fields and what the mapping names in Close.
 ///

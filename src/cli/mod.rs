@@ -29,12 +29,13 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
 
 use crate::amqp::BrokerError;
-use crate::app::{self, Orders, RunError};
 use crate::config::{self, Config, Destination, Layers, LogFormat, Need, Problems};
-use crate::page::AUDIT;
-use crate::traces::{self, Traces};
-use crate::words::there_are;
-use crate::{VERSION, http, panics};
+use crate::http::admin::AUDIT;
+use crate::supervisor::{self, Control, RunError};
+use crate::telemetry::otel::{self, Traces};
+use crate::telemetry::panic_hook;
+use crate::text::there_are;
+use crate::{VERSION, http};
 
 /// Keeps the Close CRM in step with identify events from RabbitMQ.
 #[derive(Parser)]
@@ -233,11 +234,11 @@ async fn run(
     load: Box<dyn Fn() -> Result<Config, Problems> + Send + Sync>,
 ) -> Result<(), Failure> {
     let traces = listen(config.log_format, config.traces.clone())?;
-    panics::install_hook();
+    panic_hook::install_hook();
     tracing::info!(version = VERSION, "close-sync starts");
-    let orders = Orders { shutdown: shutdown_signal()?, reload: reload_signal()?, load };
+    let orders = Control { shutdown: shutdown_signal()?, reload: reload_signal()?, load };
     let grace = config.destinations.iter().map(|destination| destination.grace).max().unwrap_or_default();
-    let ended = app::run(config, orders).await;
+    let ended = supervisor::run(config, orders).await;
     if let Some(traces) = traces {
         traces.finish(LAST_TRACES.min(grace)).await;
     }
@@ -247,7 +248,7 @@ async fn run(
 }
 
 /// Starts logging, and tracing if that is wanted.
-fn listen(format: LogFormat, traces: traces::Settings) -> Result<Option<Traces>, Failure> {
+fn listen(format: LogFormat, traces: otel::Settings) -> Result<Option<Traces>, Failure> {
     let traces =
         Traces::start(traces).map_err(|error| Failure::Configuration(format!("no traces: {error:#}")))?;
     let (traces, layer) = traces.unzip();
@@ -260,7 +261,7 @@ fn log<S: Subscriber + for<'a> LookupSpan<'a>>(format: LogFormat) -> Box<dyn Lay
     // lapin reports losses we report ourselves, once.
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,lapin=off"));
     let audits = filter_fn(|metadata| metadata.target() == AUDIT).with_max_level_hint(LevelFilter::INFO);
-    let not_traces = filter_fn(|metadata| metadata.target() != traces::SPANS)
+    let not_traces = filter_fn(|metadata| metadata.target() != otel::SPANS)
         // It has none of its own, and would take that of the other filter away.
         .with_max_level_hint(LevelFilter::TRACE);
     let filter = filter.or(audits).and(not_traces);

@@ -8,16 +8,16 @@ use anstyle::{AnsiColor, Style};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
-use super::{Failure, UNFIT, read};
+use crate::cli::{Failure, UNFIT, read};
 use crate::close::Client;
 use crate::config::Destination;
 use crate::domain::event::{self, Event};
 use crate::domain::mapping::Key;
-use crate::metrics::Metrics;
-use crate::preflight::{self, Obstacle};
-use crate::report::{self, DEAD, Record, Report};
-use crate::words::{count, there_are};
-use crate::worker::{Arrival, Worker};
+use crate::sync::explain::{self, DEAD, Record, Report};
+use crate::sync::preflight::{self, Obstacle};
+use crate::sync::{ReceivedAt, Worker};
+use crate::telemetry::metrics::Metrics;
+use crate::text::{count, there_are};
 
 /// Show what events would do to Close, and why, without writing anything.
 ///
@@ -53,7 +53,7 @@ pub(super) async fn plan(args: Args, config: Destination) -> Result<(), Failure>
     let bar = progress(events.len());
     // One after the other, so that the same file tells the same twice.
     for (number, event) in (1..).zip(&events) {
-        let (keys, report) = report::rehearse(&worker, event, Arrival::now())
+        let (keys, report) = explain::rehearse(&worker, event, ReceivedAt::now())
             .await
             .map_err(|why| Failure::Unavailable(format!("event {number} {why}")))?;
         let message_id =

@@ -8,11 +8,11 @@ use jiff::Timestamp;
 use lapin::BasicProperties;
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, BufReader};
 
-use super::{Failure, INPUT};
 use crate::amqp::publisher::{self, Publisher, Sent};
 use crate::amqp::{self, BrokerError, Settings, topology};
+use crate::cli::{Failure, INPUT};
 use crate::domain::event::{Event, Malformed};
-use crate::words::count;
+use crate::text::count;
 
 /// Publish events, one JSON object per line, as a producer would.
 ///

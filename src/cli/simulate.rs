@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use super::Failure;
+use crate::cli::Failure;
 use crate::simulator::{Lag, Limits, Settings, Simulator};
 
 /// Serve a fake Close, for first steps and tests.
@@ -40,7 +40,7 @@ pub(super) async fn simulate(args: Args) -> Result<(), Failure> {
         ))
     })?;
     anstream::println!("{}", simulator.usage());
-    super::shutdown_signal()?.cancelled().await;
+    crate::cli::shutdown_signal()?.cancelled().await;
     simulator.stop().await;
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anstyle::{AnsiColor, Style};
 use serde::Serialize;
 
-use super::{Failure, UNFIT};
+use crate::cli::{Failure, UNFIT};
 use crate::config::Layers;
 use crate::scenario::{Scenario, Suite, Told, Unplayable};
 

@@ -1,6 +1,6 @@
 //! The client: one private `request`, one short method per operation.
 //!
-//! Every call passes the [`Gate`] of its endpoint group, and every answer is told to it. Calls are
+//! Every call passes the [`RateLimiter`] of its endpoint group, and every answer is told to it. Calls are
 //! never repeated here, with one exception: a 429 means that nothing happened, so the call waits for
 //! the window it was told and goes again. Whoever awaits a call may drop it; what was sent may still
 //! happen.
@@ -19,20 +19,20 @@ use tracing::field::Empty;
 use tracing::{Instrument, Span};
 use url::Url;
 
-use super::endpoint::{Call, Endpoint, StatusClass};
-use super::error::{CloseError, Fault, Rejection};
-use super::gate::{self, Gate, Permit, Priority};
-use super::joint::Joint;
-use super::limit::{self, RateLimit};
-use super::transport::{Answer, Http, Transport};
-use super::window::Standing;
-use super::wire::{self, Members};
-use super::{Hits, Lookup, Organization, Records};
+use crate::close::endpoint::{Call, Endpoint, StatusClass};
+use crate::close::error::{CloseError, Fault, Rejection};
+use crate::close::rate_limit::headers::{self, RateLimit};
+use crate::close::rate_limit::window::Standing;
+use crate::close::rate_limit::{self, Permit, Priority, RateLimiter};
+use crate::close::search_batch::Batcher;
+use crate::close::stall_guard::StallGuard;
+use crate::close::transport::{Answer, Http, Transport};
+use crate::close::wire::{self, Members};
+use crate::close::{Hits, Lookup, Organization, Records};
 use crate::domain::plan::ContactValues;
 use crate::domain::record::{Contact, ContactId, FieldId, Fields, Lead, LeadId};
 use crate::domain::schema::{CustomField, User};
-use crate::pulse::Pulse;
-use crate::traces::{self, SPANS};
+use crate::telemetry::otel::{self, SPANS};
 
 /// How to reach Close.
 #[derive(Clone, Debug)]
@@ -65,35 +65,35 @@ impl PartialEq for Settings {
 }
 
 /// Budget for one call, and how long was waited for it.
-pub(super) type Entered = (Permit, Duration);
+pub(crate) type Entered = (Permit, Duration);
 
 type Observer = Box<dyn Fn(Call) + Send + Sync>;
 
 /// A client of one Close organization. Clones share connections, gates and budget.
 #[derive(Clone)]
 pub struct Client {
-    pub(super) inner: Arc<Inner>,
-    pub(super) calls: Arc<AtomicU32>,
-    pub(super) priority: Priority,
+    pub(crate) inner: Arc<Inner>,
+    pub(crate) calls: Arc<AtomicU32>,
+    pub(crate) priority: Priority,
     /// The last failure was that of a search others shared, and one of them answers for it.
-    pub(super) excused: Arc<AtomicBool>,
+    pub(crate) excused: Arc<AtomicBool>,
 }
 
-pub(super) struct Inner {
+pub(crate) struct Inner {
     transport: Box<dyn Transport>,
     timeout: Duration,
-    pub(super) gates: HashMap<Endpoint, Gate>,
+    pub(crate) gates: HashMap<Endpoint, RateLimiter>,
     /// Calls answered with 429 since the last that was not.
     refused_in_a_row: HashMap<Endpoint, AtomicU32>,
     observe: Observer,
-    pulse: Pulse,
+    pulse: StallGuard,
     /// More messages wait than are worked on.
-    pub(super) backlog: AtomicBool,
+    pub(crate) backlog: AtomicBool,
     /// Look-ups of Leads that wait, and of Contacts.
-    pub(super) leads: Joint,
-    pub(super) contacts: Joint,
+    pub(crate) leads: Batcher,
+    pub(crate) contacts: Batcher,
     /// Close does not know `exact_value` (it is not documented): search by phrase from now on.
-    pub(super) phrase_only: AtomicBool,
+    pub(crate) phrase_only: AtomicBool,
 }
 
 /// So many calls answered with 429 in a row are worth a line.
@@ -120,7 +120,7 @@ impl Client {
         share: f64,
         observe: impl Fn(Call) + Send + Sync + 'static,
     ) -> Self {
-        let gate = |endpoint| (endpoint, Gate::new(share));
+        let gate = |endpoint| (endpoint, RateLimiter::new(share));
         let gates = Endpoint::ALL.into_iter().map(gate).collect();
         let inner = Inner {
             transport: Box::new(transport),
@@ -131,10 +131,10 @@ impl Client {
                 .map(|endpoint| (endpoint, AtomicU32::new(0)))
                 .collect(),
             observe: Box::new(observe),
-            pulse: Pulse::default(),
+            pulse: StallGuard::default(),
             backlog: AtomicBool::new(false),
-            leads: Joint::default(),
-            contacts: Joint::default(),
+            leads: Batcher::default(),
+            contacts: Batcher::default(),
             phrase_only: AtomicBool::new(false),
         };
         let (calls, priority, excused) = (Arc::default(), Priority::default(), Arc::default());
@@ -164,7 +164,7 @@ impl Client {
     }
 
     /// Its gaps keep changes from being sent.
-    pub fn pulse(&self) -> &Pulse {
+    pub fn pulse(&self) -> &StallGuard {
         &self.inner.pulse
     }
 
@@ -284,7 +284,7 @@ impl Client {
     }
 
     /// The same, with budget that was waited for already.
-    pub(super) async fn request_with<T: DeserializeOwned>(
+    pub(crate) async fn request_with<T: DeserializeOwned>(
         &self,
         mut entered: Option<Entered>,
         endpoint: Endpoint,
@@ -303,7 +303,7 @@ impl Client {
     }
 
     /// Waits for budget.
-    pub(super) async fn enter(&self, endpoint: Endpoint) -> Entered {
+    pub(crate) async fn enter(&self, endpoint: Endpoint) -> Entered {
         self.inner.gates[&endpoint].enter(self.priority).await
     }
 
@@ -344,10 +344,10 @@ impl Client {
             404 => Err(CloseError::NotFound),
             429 => {
                 let told = limit.filter(|limit| limit.remaining == 0).map(|limit| limit.reset);
-                let retry_after = || header("retry-after").and_then(limit::seconds);
-                let wait = told.or_else(retry_after).unwrap_or(gate::DEFAULT_WAIT);
+                let retry_after = || header("retry-after").and_then(headers::seconds);
+                let wait = told.or_else(retry_after).unwrap_or(rate_limit::DEFAULT_WAIT);
                 // Whole seconds may be rounded down to none.
-                permit.refused(wait.max(gate::SHORTEST_WAIT), told.is_some());
+                permit.refused(wait.max(rate_limit::SHORTEST_WAIT), told.is_some());
                 let in_a_row = &self.inner.refused_in_a_row[&endpoint];
                 if in_a_row.fetch_add(1, Ordering::Relaxed) + 1 == MANY_REFUSALS {
                     tracing::warn!(endpoint = endpoint.label(), "Close answers call after call with 429");
@@ -386,10 +386,10 @@ fn conclude(span: &Span, result: &Result<Answer, CloseError>) {
         Ok(answer) => {
             span.record("http.response.status_code", i64::from(answer.status.as_u16()));
             if answer.status.is_client_error() || answer.status.is_server_error() {
-                traces::fail(span, answer.status.as_str(), "");
+                otel::fail(span, answer.status.as_str(), "");
             }
         }
-        Err(error) => traces::fail(span, error.label(), ""),
+        Err(error) => otel::fail(span, error.label(), ""),
     }
 }
 

@@ -64,7 +64,7 @@ impl Endpoint {
         }
     }
 
-    pub(super) fn method(self) -> Method {
+    pub(crate) fn method(self) -> Method {
         match self {
             Self::Me | Self::Schema | Self::Users | Self::Events | Self::ReadLead | Self::ReadContact => {
                 Method::GET
@@ -75,7 +75,7 @@ impl Endpoint {
     }
 
     /// The path of its calls below the base of the API, without what differs from call to call.
-    pub(super) fn template(self) -> &'static str {
+    pub(crate) fn template(self) -> &'static str {
         match self {
             Self::Me => "/me/",
             Self::Schema => "/custom_field_schema/{object_type}/",
@@ -90,7 +90,7 @@ impl Endpoint {
     }
 
     /// Whether a call changes anything.
-    pub(super) fn writes(self) -> bool {
+    pub(crate) fn writes(self) -> bool {
         match self {
             Self::CreateLead | Self::CreateContact | Self::UpdateLead | Self::UpdateContact => true,
             Self::Me
@@ -148,7 +148,7 @@ impl StatusClass {
         }
     }
 
-    pub(super) fn of(status: StatusCode) -> Self {
+    pub(crate) fn of(status: StatusCode) -> Self {
         match status.as_u16() {
             200..=299 => Self::Ok,
             401..=403 => Self::Denied,

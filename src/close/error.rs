@@ -50,7 +50,7 @@ pub enum Fault {
 
 impl CloseError {
     /// The label in traces of a call that got no answer, or none that could be read.
-    pub(super) fn label(&self) -> &'static str {
+    pub(crate) fn label(&self) -> &'static str {
         match self {
             Self::Unauthorized => "unauthorized",
             Self::PlanLimit => "plan_limit",
@@ -190,7 +190,7 @@ fn known(text: &str) -> &'static str {
 impl Rejection {
     /// Reads an error body. Any body will do, also none (close-api.md §3: never fail on a body that
     /// is not JSON).
-    pub(super) fn read(status: u16, body: &[u8]) -> Self {
+    pub(crate) fn read(status: u16, body: &[u8]) -> Self {
         let text = String::from_utf8_lossy(&body[..body.len().min(MOST_SAID)]).into_owned();
         let body: Value = serde_json::from_slice(body).unwrap_or_default();
         let mut fields = Vec::new();

@@ -4,17 +4,16 @@
 //! [`CloseError`] says what happened in terms a caller can act on. A rate gate stands in front of every
 //! call; a 429 never leaves this module, the call waits for the window it was told and goes again.
 
-#[cfg(test)]
-pub(crate) mod book;
 mod client;
 mod endpoint;
 mod error;
-mod gate;
-mod joint;
-mod limit;
+#[cfg(test)]
+pub(crate) mod in_memory;
+mod rate_limit;
 mod search;
+mod search_batch;
+pub mod stall_guard;
 mod transport;
-mod window;
 mod wire;
 
 use crate::domain::record::{Contact, ContactId, FieldId, Lead, LeadId};
@@ -23,9 +22,9 @@ use crate::domain::schema::Status;
 pub use client::{Client, Settings};
 pub use endpoint::{Call, Endpoint, StatusClass};
 pub use error::{CloseError, Fault, FieldError, Rejection, Said};
-pub use gate::Priority;
+pub use rate_limit::Priority;
+pub use rate_limit::window::Standing;
 pub use transport::{Answer, Transport};
-pub use window::Standing;
 
 /// Reading of Leads and Contacts. Behind a trait, so that the decisions that depend on what is read
 /// can be tried on records in memory as well.
@@ -62,7 +61,7 @@ pub struct Organization {
 
 /// What to search for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Lookup {
+pub(crate) enum Lookup {
     /// Leads with a company id.
     Lead {
         /// The field that stores it.

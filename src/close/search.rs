@@ -7,24 +7,24 @@ use serde_json::Value;
 use tokio::sync::oneshot;
 use tracing::{Instrument, Span};
 
-use super::Lookup;
-use super::client::{Client, Entered};
-use super::endpoint::Endpoint;
-use super::error::{CloseError, Fault};
-use super::joint::{Answer, Failed, Joint, Rows, Waiting};
-use super::wire::{self, TextMode};
-use crate::traces;
+use crate::close::Lookup;
+use crate::close::client::{Client, Entered};
+use crate::close::endpoint::Endpoint;
+use crate::close::error::{CloseError, Fault};
+use crate::close::search_batch::{Answer, Batcher, Failed, Rows, Waiting};
+use crate::close::wire::{self, TextMode};
+use crate::telemetry::otel;
 
 /// Rows, oldest first, and whether there are more.
 type Page = (Vec<Value>, bool);
 
 impl Client {
     /// Looks records up, together with whoever does so at the same time.
-    pub(super) async fn look_up(&self, lookup: Lookup) -> Result<Page, CloseError> {
+    pub(crate) async fn look_up(&self, lookup: Lookup) -> Result<Page, CloseError> {
         let (answer, received) = oneshot::channel();
         let joint = self.joint(&lookup);
         let kind = lookup.clone();
-        if joint.add(Waiting { lookup, priority: self.priority, span: traces::current(), answer }) {
+        if joint.add(Waiting { lookup, priority: self.priority, span: otel::current(), answer }) {
             // Of its own: whoever began the search may give up, and others have joined it.
             let client = self.clone();
             tokio::spawn(async move { client.search_for_all(&kind).await });
@@ -48,7 +48,7 @@ impl Client {
         }
     }
 
-    fn joint(&self, lookup: &Lookup) -> &Joint {
+    fn joint(&self, lookup: &Lookup) -> &Batcher {
         match lookup {
             Lookup::Lead { .. } => &self.inner.leads,
             Lookup::Contact { .. } => &self.inner.contacts,

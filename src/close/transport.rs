@@ -13,8 +13,8 @@ use serde_json::Value;
 use tracing::Span;
 use url::Url;
 
-use super::client::Settings;
-use super::error::{CloseError, Fault};
+use crate::close::client::Settings;
+use crate::close::error::{CloseError, Fault};
 
 /// Carries calls to Close.
 pub trait Transport: Send + Sync {
@@ -47,14 +47,14 @@ pub struct Answer {
 const MAX_ANSWER: usize = 32 << 20;
 
 /// Close over HTTPS.
-pub(super) struct Http {
+pub(crate) struct Http {
     client: reqwest::Client,
     url: Url,
     api_key: SecretString,
 }
 
 impl Http {
-    pub(super) fn new(settings: Settings) -> Result<Self, reqwest::Error> {
+    pub(crate) fn new(settings: Settings) -> Result<Self, reqwest::Error> {
         // One TLS stack for the process; a second installation is refused and harmless.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = reqwest::Client::builder()

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::{Lookup, Organization};
+use crate::close::{Lookup, Organization};
 use crate::domain::plan::ContactValues;
 use crate::domain::record::{
     Channel, Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists, fold_email,
@@ -27,7 +27,7 @@ fn text(object: &Value, key: &str) -> Option<String> {
     object.get(key).and_then(Value::as_str).map(str::to_owned)
 }
 
-pub(super) fn read_lead(object: &Value) -> Option<Lead> {
+pub(crate) fn read_lead(object: &Value) -> Option<Lead> {
     Some(Lead {
         id: LeadId::new(text(object, "id")?),
         date_created: text(object, "date_created").unwrap_or_default(),
@@ -35,7 +35,7 @@ pub(super) fn read_lead(object: &Value) -> Option<Lead> {
     })
 }
 
-pub(super) fn read_contact(object: &Value) -> Option<Contact> {
+pub(crate) fn read_contact(object: &Value) -> Option<Contact> {
     let entries = |channel: Channel| -> Option<Vec<Entry>> {
         let list = object.get(channel.list())?.as_array()?;
         let entry = |item: &Value| {
@@ -57,12 +57,12 @@ pub(super) fn read_contact(object: &Value) -> Option<Contact> {
 
 /// The Contacts of a Lead: whole, or only their ids where Close left them out. The list of whole
 /// Contacts is marked deprecated in the 2026 specification (close-api.md §4).
-pub(super) enum Members {
+pub(crate) enum Members {
     Whole(Vec<Contact>),
     Ids(Vec<ContactId>),
 }
 
-pub(super) fn read_members(lead: &Value) -> Members {
+pub(crate) fn read_members(lead: &Value) -> Members {
     if let Some(contacts) = lead.get("contacts").and_then(Value::as_array) {
         return Members::Whole(contacts.iter().filter_map(read_contact).collect());
     }
@@ -73,12 +73,12 @@ pub(super) fn read_members(lead: &Value) -> Members {
 
 /// The id of the first Contact of a Lead just created. `contact_ids` was missing in a recorded
 /// answer (close-api.md §4).
-pub(super) fn first_member(lead: &Value) -> Option<ContactId> {
+pub(crate) fn first_member(lead: &Value) -> Option<ContactId> {
     let by_id = lead.pointer("/contact_ids/0").or_else(|| lead.pointer("/contacts/0/id"));
     by_id.and_then(Value::as_str).map(ContactId::new)
 }
 
-pub(super) fn lead_body(fields: &Fields, contact: Option<&ContactValues>) -> Value {
+pub(crate) fn lead_body(fields: &Fields, contact: Option<&ContactValues>) -> Value {
     let mut body = field_body(fields);
     if let Some(contact) = contact {
         body.insert("contacts".into(), json!([contact_body(contact, None)]));
@@ -86,7 +86,7 @@ pub(super) fn lead_body(fields: &Fields, contact: Option<&ContactValues>) -> Val
     body.into()
 }
 
-pub(super) fn contact_body(contact: &ContactValues, lead: Option<&LeadId>) -> Value {
+pub(crate) fn contact_body(contact: &ContactValues, lead: Option<&LeadId>) -> Value {
     let mut body = field_body(&contact.fields);
     body.extend(list_body(&contact.lists));
     if let Some(lead) = lead {
@@ -109,7 +109,7 @@ fn list_body(lists: &Lists) -> Map<String, Value> {
 
 /// How search compares text.
 #[derive(Clone, Copy)]
-pub(super) enum TextMode {
+pub(crate) enum TextMode {
     /// Not in the documentation, but what Close's own app sends (close-api.md §6).
     ExactValue,
     /// The documented one; finds more than is meant, which is sorted out by comparing again.
@@ -126,11 +126,11 @@ impl TextMode {
 }
 
 /// Page size of a search; 200 is the assumed maximum, 100 is safe (close-api.md §12, 12).
-pub(super) const PAGE: usize = 100;
+pub(crate) const PAGE: usize = 100;
 
 /// The body of a search for records of one kind that any of the look-ups may mean, oldest first. The
 /// look-ups are all of one kind.
-pub(super) fn search_body(lookups: &[Lookup], mode: TextMode) -> Value {
+pub(crate) fn search_body(lookups: &[Lookup], mode: TextMode) -> Value {
     let text = |value: &str| json!({"type": "text", "mode": mode.word(), "value": value});
     let custom = |field: &FieldId, value: &str| {
         json!({
@@ -185,7 +185,7 @@ pub(super) fn search_body(lookups: &[Lookup], mode: TextMode) -> Value {
 
 /// Whether a row of a search that several look-ups share may be meant by this one: as search folds texts,
 /// which is less exact than what is believed later.
-pub(super) fn may_mean(lookup: &Lookup, row: &Value) -> bool {
+pub(crate) fn may_mean(lookup: &Lookup, row: &Value) -> bool {
     let fold = |text: &str| text.trim().to_lowercase();
     let alike = |field: &FieldId, id: &str| {
         row[format!("custom.{field}")].as_str().is_some_and(|theirs| fold(theirs) == fold(id))
@@ -205,29 +205,29 @@ pub(super) fn may_mean(lookup: &Lookup, row: &Value) -> bool {
 }
 
 #[derive(Deserialize)]
-pub(super) struct SearchPage {
-    pub(super) data: Vec<Value>,
-    pub(super) cursor: Option<String>,
+pub(crate) struct SearchPage {
+    pub(crate) data: Vec<Value>,
+    pub(crate) cursor: Option<String>,
 }
 
 #[derive(Deserialize)]
-pub(super) struct Events {
-    pub(super) data: Vec<Event>,
+pub(crate) struct Events {
+    pub(crate) data: Vec<Event>,
 }
 
 #[derive(Deserialize)]
-pub(super) struct Event {
+pub(crate) struct Event {
     #[serde(default)]
-    pub(super) data: Value,
+    pub(crate) data: Value,
 }
 
 #[derive(Deserialize)]
-pub(super) struct Schema {
-    pub(super) fields: Vec<SchemaField>,
+pub(crate) struct Schema {
+    pub(crate) fields: Vec<SchemaField>,
 }
 
 #[derive(Deserialize)]
-pub(super) struct SchemaField {
+pub(crate) struct SchemaField {
     id: String,
     name: String,
     #[serde(rename = "type")]
@@ -249,15 +249,15 @@ impl From<SchemaField> for CustomField {
 }
 
 #[derive(Deserialize)]
-pub(super) struct Users {
-    pub(super) data: Vec<Member>,
+pub(crate) struct Users {
+    pub(crate) data: Vec<Member>,
     #[serde(default)]
-    pub(super) has_more: bool,
+    pub(crate) has_more: bool,
 }
 
 /// A user (<https://developer.close.com/api/resources/users/list>).
 #[derive(Deserialize)]
-pub(super) struct Member {
+pub(crate) struct Member {
     id: String,
     #[serde(default)]
     first_name: Option<String>,
@@ -275,7 +275,7 @@ impl From<Member> for User {
 }
 
 #[derive(Deserialize)]
-pub(super) struct Me {
+pub(crate) struct Me {
     #[serde(default)]
     organizations: Vec<MyOrganization>,
 }

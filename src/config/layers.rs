@@ -10,11 +10,11 @@ use std::path::Path;
 use toml::{Table, Value};
 use uuid::Uuid;
 
-use super::{Config, Destination, Need, Reader};
-use crate::amqp::connect::masked;
+use crate::amqp::nodes::masked;
+use crate::config::{Config, Destination, Need, Reader};
 
 /// The defaults, which are also the reference manual.
-pub const DEFAULTS: &str = include_str!("../config.default.toml");
+pub const DEFAULTS: &str = include_str!("defaults.toml");
 
 /// Keys whose values are never shown, and can be given as files.
 pub(super) const SECRETS: [&str; 4] =

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 
 use toml::{Table, Value};
 
-use super::Reader;
-use super::layers::{Problem, join, leaf};
+use crate::config::Reader;
+use crate::config::layers::{Problem, join, leaf};
+use crate::domain::mapping::source::{Alternative, Normalize, Source};
 use crate::domain::mapping::{Anonymous, FreeMail, RecordRules, Rule, Rules, Trigger, WriteRule};
 use crate::domain::record::{Channel, Field};
 use crate::domain::schema::FieldRef;
-use crate::domain::source::{Alternative, Normalize, Source};
 
 /// The keys of a mapping rule.
 const RULE: [&str; 5] = ["from", "or_on_create", "write", "normalize", "values"];

@@ -7,11 +7,11 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use super::mapping::{Desired, Mapping};
-use super::matching::{Case, Verdict};
-use super::plan::{FieldPlan, FieldVerdict, Plan, RecordPlan, RecordRef};
-use super::record::{ContactId, LeadId};
-use super::values::Dropped;
+use crate::domain::mapping::coerce::Dropped;
+use crate::domain::mapping::{Desired, Mapping};
+use crate::domain::matching::{Case, Verdict};
+use crate::domain::plan::{FieldPlan, FieldVerdict, Plan, RecordPlan, RecordRef};
+use crate::domain::record::{ContactId, LeadId};
 
 /// Longest summary, in characters: it travels in a header.
 const MAX_SUMMARY: usize = 1000;

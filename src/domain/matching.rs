@@ -19,8 +19,8 @@
 //!   ids of their own: nothing says which of them, and leaving all alone would make one more.
 //! - A second or later address of a Contact counts like its first.
 
-use super::mapping::{Identity, KeyFields};
-use super::record::{Channel, Contact, ContactId, Lead};
+use crate::domain::mapping::{Identity, KeyFields};
+use crate::domain::record::{Channel, Contact, ContactId, Lead};
 
 /// At most this many Contacts are updated for one event (`design.md` §2, rule 4).
 pub const MAX_CONTACTS: usize = 10;

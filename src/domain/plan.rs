@@ -17,13 +17,13 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use super::age::{self, Age, Ages, Stamps};
-use super::mapping::{Desired, Wanted, WriteRule};
-use super::matching::Found;
-use super::record::{Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists, same};
-use super::spare::Spared;
-use super::together::{NEW_CONTACT, NEW_LEAD};
-use super::values::{DropReason, Dropped};
+use crate::domain::mapping::coerce::{DropReason, Dropped};
+use crate::domain::mapping::{Desired, Wanted, WriteRule};
+use crate::domain::matching::Found;
+use crate::domain::merge::{NEW_CONTACT, NEW_LEAD};
+use crate::domain::partial_write::RejectedField;
+use crate::domain::record::{Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists, same};
+use crate::domain::staleness::{self, FieldVersions, RecordVersions, SyncedAtFields};
 
 /// Most entries Close keeps in one list of a Contact (close-api.md §5).
 const MAX_ENTRIES: usize = 100;
@@ -167,7 +167,7 @@ impl RecordRef {
     }
 
     /// The field that stores the time of the last event.
-    pub fn stamp<'a>(&self, stamps: &'a Stamps) -> Option<&'a FieldId> {
+    pub fn stamp<'a>(&self, stamps: &'a SyncedAtFields) -> Option<&'a FieldId> {
         match self {
             Self::NewLead | Self::Lead(_) => stamps.lead.as_ref(),
             Self::NewContact(_) | Self::Contact(_) => stamps.contact.as_ref(),
@@ -231,7 +231,7 @@ pub enum FieldVerdict {
     OnlyOnCreate,
     /// The list holds as many entries as Close takes.
     ListFull,
-    /// A newer event has told about the field ([`super::age`]).
+    /// A newer event has told about the field ([`crate::domain::staleness`]).
     Stale,
     /// Close refused the value; the rest was written without it.
     Refused,
@@ -279,9 +279,9 @@ impl Plan {
     }
 
     /// Notes that Close refused values, and tells which.
-    pub fn refuse(&mut self, spared: &[Spared]) -> Vec<Dropped> {
+    pub fn refuse(&mut self, spared: &[RejectedField]) -> Vec<Dropped> {
         let mut dropped = Vec::new();
-        for Spared { record, field } in spared {
+        for RejectedField { record, field } in spared {
             let records = self.records.iter_mut().filter(|plan| plan.record == *record);
             let fields = records.flat_map(|record| &mut record.fields);
             for plan in fields.filter(|plan| plan.field == *field) {
@@ -333,7 +333,7 @@ impl Step {
 
 /// The steps that turn `found` into `desired`. Empty when nothing differs. `ages` tell what is newer in what was
 /// found.
-pub fn plan(desired: &Desired, found: &Found, switches: Switches, ages: &Ages) -> Plan {
+pub fn plan(desired: &Desired, found: &Found, switches: Switches, ages: &RecordVersions) -> Plan {
     let mut plan = Plan::default();
     match found {
         Found::Nobody => plan.create_lead(desired, false, switches),
@@ -386,7 +386,7 @@ impl Plan {
         }
     }
 
-    fn update_lead(&mut self, desired: &Desired, lead: &Lead, switches: Switches, ages: &Ages) {
+    fn update_lead(&mut self, desired: &Desired, lead: &Lead, switches: Switches, ages: &RecordVersions) {
         let (changes, fields) = lead_changes(desired, Some(lead), ages.get(lead.id.as_str()));
         let refused =
             (!switches.allow_updating_existing_leads && !changes.is_empty()).then_some(Refusal::UpdateLead);
@@ -396,7 +396,13 @@ impl Plan {
         }
     }
 
-    fn update_contact(&mut self, desired: &Desired, contact: &Contact, switches: Switches, ages: &Ages) {
+    fn update_contact(
+        &mut self,
+        desired: &Desired,
+        contact: &Contact,
+        switches: Switches,
+        ages: &RecordVersions,
+    ) {
         let (changes, fields) = contact_changes(desired, Some(contact), ages.get(contact.id.as_str()));
         let refused = (!switches.allow_updating_existing_contacts && !changes.is_empty())
             .then_some(Refusal::UpdateContact);
@@ -467,7 +473,7 @@ fn stamp(
     changes: &mut Fields,
     plans: &mut Vec<FieldPlan>,
 ) {
-    if let Some((field, wanted)) = age::news(record, field, desired.at) {
+    if let Some((field, wanted)) = staleness::news(record, field, desired.at) {
         let before = record.and_then(|fields| fields.get(&field)).cloned();
         plans.push(FieldPlan {
             field: field.to_string(),
@@ -480,7 +486,11 @@ fn stamp(
     }
 }
 
-fn lead_changes(desired: &Desired, lead: Option<&Lead>, age: Option<&Age>) -> (Fields, Vec<FieldPlan>) {
+fn lead_changes(
+    desired: &Desired,
+    lead: Option<&Lead>,
+    age: Option<&FieldVersions>,
+) -> (Fields, Vec<FieldPlan>) {
     let record = lead.map(|lead| &lead.fields);
     let is_newer = |field: &str| age.is_some_and(|age| age.is_newer(field, desired.at));
     let (mut changes, mut plans) = field_changes(&desired.lead, record, is_newer);
@@ -494,7 +504,7 @@ fn lead_changes(desired: &Desired, lead: Option<&Lead>, age: Option<&Age>) -> (F
 fn contact_changes(
     desired: &Desired,
     contact: Option<&Contact>,
-    age: Option<&Age>,
+    age: Option<&FieldVersions>,
 ) -> (ContactValues, Vec<FieldPlan>) {
     let record = contact.map(|contact| &contact.fields);
     let is_newer = |field: &str| age.is_some_and(|age| age.is_newer(field, desired.at));
@@ -553,7 +563,7 @@ mod tests {
     fn plan_of(found: &Found, off: fn(&mut Switches)) -> (Vec<&'static str>, Vec<Refusal>) {
         let mut switches = Switches::default();
         off(&mut switches);
-        let plan = plan(&event(), found, switches, &Ages::new());
+        let plan = plan(&event(), found, switches, &RecordVersions::new());
         let kinds = plan.steps.iter().map(|step| match step {
             Step::CreateLead { contact: Some(_), .. } => "lead+contact",
             Step::CreateLead { contact: None, .. } => "lead",
@@ -630,7 +640,7 @@ mod tests {
     fn a_lead_alone_needs_a_company_id() {
         let nameless = desired(json!({"userId": "u"}));
         let switches = Switches { allow_creating_new_contacts: false, ..Switches::default() };
-        let plan = plan(&nameless, &Found::Nobody, switches, &Ages::new());
+        let plan = plan(&nameless, &Found::Nobody, switches, &RecordVersions::new());
         assert_eq!((plan.steps.len(), plan.refused.as_slice()), (0, [Refusal::CreateContact].as_slice()));
     }
 
@@ -639,7 +649,7 @@ mod tests {
         let mut jane = contact("c", "l", Some("u"), Some("JANE@example.test"));
         jane.lists.insert(Channel::Phone, vec![Entry { value: "+441234".into(), kind: "mobile".into() }]);
         let found = Found::Anywhere { people: vec![(jane, None)] };
-        let plan = plan(&event(), &found, Switches::default(), &Ages::new());
+        let plan = plan(&event(), &found, Switches::default(), &RecordVersions::new());
         let Some(Step::UpdateContact { changes, .. }) = plan.steps.first() else { panic!("{plan:?}") };
         assert!(!changes.lists.contains_key(&Channel::Email));
         let phones: Vec<_> =
@@ -682,7 +692,7 @@ mod tests {
     #[test]
     fn a_refused_value_is_spared_unless_it_is_an_identity() {
         let desired = event();
-        let create = &plan(&desired, &Found::Nobody, Switches::default(), &Ages::new()).steps[0];
+        let create = &plan(&desired, &Found::Nobody, Switches::default(), &RecordVersions::new()).steps[0];
         let without = |create: &Step, desired: &Desired, paths: &[&str]| {
             let paths: Vec<Vec<String>> =
                 paths.iter().map(|path| path.split(' ').map(str::to_owned).collect()).collect();
@@ -705,7 +715,7 @@ mod tests {
         }
 
         let by_email = self::desired(json!({"traits": {"email": "jane@example.test"}}));
-        let create = &plan(&by_email, &Found::Nobody, Switches::default(), &Ages::new()).steps[0];
+        let create = &plan(&by_email, &Found::Nobody, Switches::default(), &RecordVersions::new()).steps[0];
         assert_eq!(without(create, &by_email, &["contacts 0 emails"]), None);
     }
 
@@ -836,9 +846,9 @@ mod tests {
                 allow_creating_duplicate_contacts: on(4),
             };
             let desired = desired(event);
-            let first = plan(&desired, &found, switches, &Ages::new());
+            let first = plan(&desired, &found, switches, &RecordVersions::new());
             let after = apply(&first, &found);
-            let second = plan(&desired, &after, switches, &Ages::new());
+            let second = plan(&desired, &after, switches, &RecordVersions::new());
             prop_assert!(second.steps.is_empty(), "{first:#?}\n{second:#?}");
         }
 
@@ -856,7 +866,7 @@ mod tests {
     fn an_adopted_lead_gets_the_company_id() {
         let found =
             Found::InLead { lead: lead("l", None), contacts: vec![], adopted: true, elsewhere: false };
-        let plan = plan(&event(), &found, Switches::default(), &Ages::new());
+        let plan = plan(&event(), &found, Switches::default(), &RecordVersions::new());
         let Some(Step::UpdateLead { changes, .. }) = plan.steps.first() else { panic!("{plan:?}") };
         assert_eq!(changes[&Field::Custom(FieldId::new("cf_company"))], json!("acme"));
     }

@@ -1,6 +1,6 @@
 //! What a Close organization has besides records: custom fields, lead statuses, users.
 
-use super::record::FieldId;
+use crate::domain::record::FieldId;
 
 /// The part of an organization that values are checked against.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -2,14 +2,14 @@
 //!
 //! A [`Suite`] is one file. Each of its scenarios gets a Close of its own, the [`crate::simulator`], and
 //! runs through the same [`Worker`] as every message; only the broker is missing. What comes of it is
-//! told as text ([`told`]) and compared with the text in the file, so that the difference reads like a
+//! told as text ([`render`]) and compared with the text in the file, so that the difference reads like a
 //! review of the change.
 //!
 //! The project's own matching rules are proven by such files too, `tests/scenarios`; there each scenario
 //! also runs on records in memory and, with a real broker, through the whole program.
 
-mod seed;
-pub mod told;
+mod fixtures;
+pub mod render;
 
 use std::path::Path;
 
@@ -22,12 +22,12 @@ use crate::config::{Destination, Layers, Need};
 use crate::domain::decision::Decision;
 use crate::domain::event;
 use crate::domain::schema::FieldRef;
-use crate::metrics::Metrics;
-use crate::preflight::{self, Ready};
 use crate::simulator::{CustomField, Owner, Settings, Simulator, User};
-use crate::worker::{Arrival, Prepared, Turn, Worker};
+use crate::sync::preflight::{self, Ready};
+use crate::sync::{Prepared, ReceivedAt, RunContext, Worker};
+use crate::telemetry::metrics::Metrics;
 
-use seed::{LeadSeed, Planted, Seed};
+use fixtures::{LeadSeed, Planted, Seed};
 
 /// One file of scenarios that share an organization and settings.
 #[derive(Clone, Debug, Deserialize)]
@@ -87,9 +87,9 @@ pub struct Scenario {
     leads: Vec<LeadSeed>,
     /// One event as JSON, several as a list or one per line; they arrive in this order.
     pub event: String,
-    /// What is decided and done, as [`told::decision`] tells it.
+    /// What is decided and done, as [`render::decision`] tells it.
     pub expect: Option<String>,
-    /// What Close holds afterwards, as [`told::records`] tells it.
+    /// What Close holds afterwards, as [`render::records`] tells it.
     pub records: Option<String>,
 }
 
@@ -220,15 +220,15 @@ impl Suite {
         let worker = worker(config).await?;
         let mut decisions = Vec::new();
         for event in event::split(scenario.event.as_bytes()) {
-            let (outcome, decision) = match worker.prepare(&event, Arrival::now()) {
+            let (outcome, decision) = match worker.prepare(&event, ReceivedAt::now()) {
                 Prepared::Settled(outcome) => (outcome, Decision::default()),
-                Prepared::Job(job) => worker.run(&job, Turn::first()).await,
+                Prepared::Job(job) => worker.run(&job, RunContext::first()).await,
             };
-            let names = told::names(&simulator);
+            let names = render::names(&simulator);
             let name = |id: &str| names.get(id).or_else(|| planted.name(id)).cloned();
-            decisions.push(told::decision(&outcome, &decision, &worker.mapping(), name));
+            decisions.push(render::decision(&outcome, &decision, &worker.mapping(), name));
         }
-        Ok(Told { decision: decisions.join("\n"), records: told::records(&simulator) })
+        Ok(Told { decision: decisions.join("\n"), records: render::records(&simulator) })
     }
 }
 

@@ -13,15 +13,13 @@ use jiff::Timestamp;
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
-use super::{
-    faults::Fault,
-    limits::Group,
-    schema::{CustomField, Kind},
-    server::Shared,
-    settings::Lag,
-    validate::{Object, Refusal},
-    world::World,
-};
+use crate::simulator::faults::Fault;
+use crate::simulator::limits::Group;
+use crate::simulator::schema::{CustomField, Kind};
+use crate::simulator::server::Shared;
+use crate::simulator::settings::Lag;
+use crate::simulator::validate::{Object, Refusal};
+use crate::simulator::world::World;
 
 pub(super) fn router() -> Router<Arc<Shared>> {
     Router::new()

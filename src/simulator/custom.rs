@@ -2,11 +2,9 @@
 
 use serde_json::{Value, json};
 
-use super::{
-    ids,
-    schema::{CustomField, FieldKind, Kind, Schema},
-    validate::{FieldErrors, NO_SUCH_OBJECT, NOT_A_CHOICE, NOT_A_MOMENT, NOT_TEXT, Object},
-};
+use crate::simulator::ids;
+use crate::simulator::schema::{CustomField, FieldKind, Kind, Schema};
+use crate::simulator::validate::{FieldErrors, NO_SUCH_OBJECT, NOT_A_CHOICE, NOT_A_MOMENT, NOT_TEXT, Object};
 
 /// The changes to a record's custom fields.
 #[derive(Debug, Default, PartialEq)]

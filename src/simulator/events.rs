@@ -5,10 +5,8 @@ use std::collections::VecDeque;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::{
-    ids::{iso, moment},
-    validate::Refusal,
-};
+use crate::simulator::ids::{iso, moment};
+use crate::simulator::validate::Refusal;
 
 /// One event.
 #[derive(Debug)]

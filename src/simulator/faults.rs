@@ -128,7 +128,7 @@ pub enum Effect {
     RateLimited {
         /// Seconds.
         retry_after: f64,
-        /// Whether the rate headers are sent next to `Retry-After`. With [`super::HeaderStyle::Absent`]
+        /// Whether the rate headers are sent next to `Retry-After`. With [`crate::simulator::HeaderStyle::Absent`]
         /// there is neither.
         with_headers: bool,
     },

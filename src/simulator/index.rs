@@ -9,7 +9,7 @@ use std::{
 use jiff::Timestamp;
 use serde_json::Value;
 
-use super::schema::Kind;
+use crate::simulator::schema::Kind;
 
 /// A record as it was when it was written.
 #[derive(Debug, Clone)]

@@ -18,7 +18,6 @@
 //! `validate`, `custom` and `formats` check what is written; `query` and `search` read. From `world` on
 //! nothing does IO or looks at a clock.
 
-mod book;
 mod connection;
 mod control;
 mod custom;
@@ -30,6 +29,7 @@ mod index;
 mod limits;
 mod offline;
 mod query;
+mod records;
 mod schema;
 mod search;
 mod server;

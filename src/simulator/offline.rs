@@ -3,14 +3,12 @@
 use jiff::Timestamp;
 use serde_json::Value;
 
-use super::{
-    control,
-    ids::Ids,
-    schema::Kind,
-    settings::Settings,
-    validate::Object,
-    world::{Admission, Call, Decision, World},
-};
+use crate::simulator::control;
+use crate::simulator::ids::Ids;
+use crate::simulator::schema::Kind;
+use crate::simulator::settings::Settings;
+use crate::simulator::validate::Object;
+use crate::simulator::world::{Admission, Call, Decision, World};
 
 /// A simulated organization that is asked directly. Pure: the same settings, calls and moments give the
 /// same answers, ids included, when [`Settings::seed`] is set.

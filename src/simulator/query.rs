@@ -8,12 +8,10 @@ use std::collections::HashSet;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::{
-    ids::moment,
-    index::{Document, Index, folded},
-    schema::{Kind, Schema},
-    settings::ExactValue,
-};
+use crate::simulator::ids::moment;
+use crate::simulator::index::{Document, Index, folded};
+use crate::simulator::schema::{Kind, Schema};
+use crate::simulator::settings::ExactValue;
 
 /// A query tree.
 #[derive(Debug)]

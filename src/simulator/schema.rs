@@ -4,11 +4,9 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{
-    ids::{Ids, iso},
-    settings::{Country, Settings},
-    validate::Refusal,
-};
+use crate::simulator::ids::{Ids, iso};
+use crate::simulator::settings::{Country, Settings};
+use crate::simulator::validate::Refusal;
 
 /// A member of the organisation.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -8,13 +8,11 @@ use std::{
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
-use super::{
-    index::{Document, Index},
-    query::{self, Field},
-    schema::{Kind, Schema},
-    settings::ExactValue,
-    validate::{Object, Refusal},
-};
+use crate::simulator::index::{Document, Index};
+use crate::simulator::query::{self, Field};
+use crate::simulator::schema::{Kind, Schema};
+use crate::simulator::settings::ExactValue;
+use crate::simulator::validate::{Object, Refusal};
 
 /// Rows per page if the request does not say, and the most it may say. The maximum is not published; 200 is
 /// the highest that was seen to work.
@@ -200,7 +198,9 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::simulator::{book::Book, ids::Ids, settings::Settings};
+    use crate::simulator::ids::Ids;
+    use crate::simulator::records::Records;
+    use crate::simulator::settings::Settings;
 
     fn at(second: i64) -> Timestamp {
         Timestamp::from_second(second).unwrap()
@@ -211,8 +211,8 @@ mod tests {
     }
 
     /// Three leads of known age with a contact each, and one that is bare.
-    fn book() -> Book {
-        let mut book = Book::new(&Settings::fast(), Ids::new(Uuid::nil()), at(0));
+    fn book() -> Records {
+        let mut book = Records::new(&Settings::fast(), Ids::new(Uuid::nil()), at(0));
         for (second, body) in [
             (
                 1,
@@ -240,9 +240,9 @@ mod tests {
         book
     }
 
-    fn run(book: &mut Book, cursors: &mut Cursors, body: Value, now: i64) -> Result<Value, Value> {
+    fn run(book: &mut Records, cursors: &mut Cursors, body: Value, now: i64) -> Result<Value, Value> {
         let token = book.token();
-        let Book { schema, index, .. } = &*book;
+        let Records { schema, index, .. } = &*book;
         search(&map(body), schema, ExactValue::FoldsCase, index, cursors, token, at(now))
             .map_err(|refusal| refusal.body()["error"].clone())
     }

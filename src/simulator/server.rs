@@ -15,12 +15,10 @@ use axum::{
 };
 use jiff::Timestamp;
 
-use super::{
-    connection::Scissors,
-    control,
-    faults::{Effect, When},
-    world::{Admission, Answer, Call, Decision, World},
-};
+use crate::simulator::connection::Scissors;
+use crate::simulator::control;
+use crate::simulator::faults::{Effect, When};
+use crate::simulator::world::{Admission, Answer, Call, Decision, World};
 
 const BASE: &str = "/api/v1";
 

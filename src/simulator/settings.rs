@@ -9,10 +9,8 @@ use jiff::SignedDuration;
 use serde::Deserialize;
 use uuid::Uuid;
 
-use super::{
-    limits::Limits,
-    schema::{CustomField, FieldKind, Owner, User},
-};
+use crate::simulator::limits::Limits;
+use crate::simulator::schema::{CustomField, FieldKind, Owner, User};
 
 /// How the simulated organisation behaves and what it holds at the start.
 #[derive(Debug, Clone)]

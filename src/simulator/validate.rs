@@ -6,11 +6,9 @@
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::{
-    custom::{self, CustomPatch},
-    formats, ids,
-    schema::{Kind, Schema},
-};
+use crate::simulator::custom::{self, CustomPatch};
+use crate::simulator::schema::{Kind, Schema};
+use crate::simulator::{formats, ids};
 
 /// A JSON object.
 pub(super) type Object = serde_json::Map<String, Value>;
@@ -362,11 +360,9 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::simulator::{
-        ids::Ids,
-        schema::{CustomField, FieldKind, Owner},
-        settings::Settings,
-    };
+    use crate::simulator::ids::Ids;
+    use crate::simulator::schema::{CustomField, FieldKind, Owner};
+    use crate::simulator::settings::Settings;
 
     fn schema() -> Schema {
         let mut settings = Settings::default();

@@ -8,16 +8,14 @@ use std::{collections::VecDeque, time::Duration};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::{
-    book::Book,
-    faults::{self, Effect, FaultBody, Script},
-    ids::Ids,
-    limits::{Group, Limiter, Standing, Verdict},
-    schema::{Kind, Owner},
-    search::{self, Cursors},
-    settings::{BusyBody, CreatedLead, HeaderStyle, MissingSlash, Settings},
-    validate::{Object, Refusal},
-};
+use crate::simulator::faults::{self, Effect, FaultBody, Script};
+use crate::simulator::ids::Ids;
+use crate::simulator::limits::{Group, Limiter, Standing, Verdict};
+use crate::simulator::records::Records;
+use crate::simulator::schema::{Kind, Owner};
+use crate::simulator::search::{self, Cursors};
+use crate::simulator::settings::{BusyBody, CreatedLead, HeaderStyle, MissingSlash, Settings};
+use crate::simulator::validate::{Object, Refusal};
 
 /// A request as far as the API is concerned.
 #[derive(Debug, Default)]
@@ -178,7 +176,7 @@ pub(super) enum Decision {
 #[derive(Debug)]
 pub(super) struct World {
     pub(super) settings: Settings,
-    pub(super) book: Book,
+    pub(super) book: Records,
     pub(super) faults: Script,
     pub(super) requests: RequestLog,
     limiter: Limiter,
@@ -188,7 +186,7 @@ pub(super) struct World {
 impl World {
     pub(super) fn new(settings: Settings, ids: Ids, now: Timestamp) -> Self {
         Self {
-            book: Book::new(&settings, ids, now),
+            book: Records::new(&settings, ids, now),
             settings,
             faults: Script::default(),
             requests: RequestLog::default(),
@@ -371,7 +369,7 @@ impl World {
 
     fn search(&mut self, body: &Object, now: Timestamp) -> Result<Value, Refusal> {
         let token = self.book.token();
-        let Book { schema, index, .. } = &self.book;
+        let Records { schema, index, .. } = &self.book;
         search::search(body, schema, self.settings.exact_value, index, &mut self.cursors, token, now)
     }
 

@@ -232,7 +232,7 @@ impl Worker {
         let stopped = stop.clone();
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Runtime::new().unwrap();
-            runtime.block_on(close_sync::app::run(config, stopped)).unwrap();
+            runtime.block_on(close_sync::supervisor::run(config, stopped)).unwrap();
         });
         let connection = Connection::connect(amqp, ConnectionProperties::default()).await.unwrap();
         let worker = Self { http, stop, thread, connection, exchange };

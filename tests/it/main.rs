@@ -3,39 +3,13 @@
 
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on ends")]
 
-mod archive;
+mod admin;
 mod broker;
-mod budget;
-mod check;
-mod cluster;
-mod contract;
+mod cli;
 mod dead_letters;
-mod deploy;
-mod destinations;
-mod docs;
-mod duplicates;
-mod failures;
-mod faults;
-mod fuzz;
-mod mending;
 mod model;
-mod nodes;
-mod order;
-mod outcomes;
-mod page;
-mod pauses;
-mod payloads;
-mod permissions;
-mod plan;
-mod publish;
-mod replays;
-mod restarts;
-mod rules;
-mod scenarios;
-mod schema;
-mod service;
+mod repo;
 mod soak;
 mod support;
-mod tls;
-mod topology;
-mod traces;
+mod sync;
+mod telemetry;

@@ -8,14 +8,14 @@ use serde_json::{Map, Value};
 use similar::{ChangeTag, TextDiff};
 use tempfile::NamedTempFile;
 
-use super::list::printable;
-use super::{Failure, Meant, follow, look, nothing, open, tell_of_replay};
-use crate::amqp::dead_letters::letter::DeadLetter;
-use crate::amqp::dead_letters::mend::{self, Edited};
-use crate::amqp::dead_letters::select::{Filter, Selection};
+use crate::cli::dlq::list::printable;
+use crate::cli::dlq::{Failure, Meant, follow, look, nothing, open, tell_of_replay};
 use crate::cli::read;
 use crate::config::{self, Destination};
-use crate::words::count;
+use crate::dead_letters::edit::{self, Edited};
+use crate::dead_letters::filter::{Filter, Selection};
+use crate::dead_letters::letter::DeadLetter;
+use crate::text::count;
 
 /// Change the bodies of dead letters.
 ///
@@ -76,12 +76,12 @@ async fn one(
     let letter = open(id, destination).await?;
     // It may have been named by the id of its producer.
     let id = printable(&letter.id);
-    if !mend::is_editable(&letter) {
+    if !edit::is_editable(&letter) {
         return Err(Failure::Input(format!(
             "the body has {} bytes: more than {} cannot be kept with an edited one. Export it, edit the file and \
              import that: `close-sync dlq export --id {id}`",
             letter.body.len(),
-            mend::LARGEST_ORIGINAL,
+            edit::LARGEST_ORIGINAL,
         )));
     }
     let (edited, file) = match (patch, body) {
@@ -136,7 +136,7 @@ async fn apply(
     destination: &Destination,
 ) -> Result<(usize, usize), Failure> {
     let bar = look();
-    let edited = mend::edit(&destination.amqp, which, change, &mut follow(&bar)).await;
+    let edited = edit::edit(&destination.amqp, which, change, &mut follow(&bar)).await;
     bar.finish_and_clear();
     match edited? {
         Edited::Done { matched, changed, replaying } => {

@@ -5,10 +5,10 @@ use comfy_table::{ContentArrangement, Table, presets};
 use jiff::{Timestamp, Unit};
 use serde::Serialize;
 
-use super::{Failure, Fate, Meant};
-use crate::amqp::dead_letters::letter::DeadLetter;
-use crate::amqp::dead_letters::select::{Group, Groups};
+use crate::cli::dlq::{Failure, Fate, Meant};
 use crate::config::Destination;
+use crate::dead_letters::filter::{Group, Groups};
+use crate::dead_letters::letter::DeadLetter;
 
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {

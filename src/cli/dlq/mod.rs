@@ -1,7 +1,7 @@
 //! `close-sync dlq`: what to do about dead letters, from the first look to the last replay.
 
-mod archive;
 mod edit;
+mod export;
 mod list;
 mod replay;
 mod show;
@@ -10,15 +10,15 @@ use indicatif::{ProgressBar, ProgressStyle};
 use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp};
 
-use super::{Failure, INPUT, UNFIT};
-use crate::amqp::dead_letters::browse::{Fate, Sifted, Step, find, sift};
-use crate::amqp::dead_letters::letter::DeadLetter;
-use crate::amqp::dead_letters::mend;
-use crate::amqp::dead_letters::select::{About, Filter, Selection};
+use crate::cli::{Failure, INPUT, UNFIT};
 use crate::config::{Config, Destination, Problems};
+use crate::dead_letters;
+use crate::dead_letters::filter::{About, Filter, Selection};
+use crate::dead_letters::letter::DeadLetter;
+use crate::dead_letters::scan::{Fate, Sifted, Step, find, sift};
 use crate::domain::mapping::Rules;
 use crate::outcome::Reason;
-use crate::words::count;
+use crate::text::count;
 
 /// Look at dead letters, mend them, replay or discard them.
 ///
@@ -46,8 +46,8 @@ pub(super) enum Command {
     /// Print dead letters with all that is needed to restore them, one per line. They stay in the queue. Personal data.
     ///
     /// Exits with 1 while a replay is under way: what that has in hand is missing.
-    Export(archive::Export),
-    Import(archive::Import),
+    Export(export::Export),
+    Import(export::Import),
 }
 
 /// Which dead letters: those that all of it holds for.
@@ -223,8 +223,8 @@ pub(super) async fn dlq(
         Command::Replay(args) => replay::replay(&args, &destination).await,
         Command::Edit(args) => edit::edit(&args, &destination).await,
         Command::Discard { which, yes } => discard(&which, yes, &destination).await,
-        Command::Export(args) => archive::export(&args, &destination).await,
-        Command::Import(args) => archive::import(&args, &destination).await,
+        Command::Export(args) => export::export(&args, &destination).await,
+        Command::Import(args) => export::import(&args, &destination).await,
     }
 }
 
@@ -232,7 +232,7 @@ async fn discard(which: &Which, yes: bool, destination: &Destination) -> Result<
     let fate = if yes { Fate::Remove } else { Fate::Back };
     if yes {
         // What is left over from an edit must not outlive the copy.
-        mend::tidy(&destination.amqp, &mut |_| {}).await?;
+        dead_letters::edit::tidy(&destination.amqp, &mut |_| {}).await?;
     }
     let Sifted { found, matched, removed, .. } = which.meant.each(destination, |_| fate).await?;
     if matched == 0 {

@@ -9,13 +9,13 @@ use serde_json::json;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::list::printable;
-use super::{Failure, Fate, Sifted, UNFIT, Which, bar, nothing};
-use crate::amqp::dead_letters::letter::DeadLetter;
-use crate::amqp::dead_letters::progress::{End, Progress, Stage};
-use crate::amqp::dead_letters::replay::{Order, replay as run};
+use crate::cli::dlq::list::printable;
+use crate::cli::dlq::{Failure, Fate, Sifted, UNFIT, Which, bar, nothing};
 use crate::config::Destination;
-use crate::words::count;
+use crate::dead_letters::letter::DeadLetter;
+use crate::dead_letters::progress::{End, Progress, Stage};
+use crate::dead_letters::replay::{Order, replay as run};
+use crate::text::count;
 
 /// Send dead letters through the work queue again: one first, then the rest.
 ///
@@ -184,7 +184,7 @@ struct Summary<'a> {
     missed: usize,
     failed_again: usize,
     failures: &'a BTreeMap<String, usize>,
-    last_failure: Option<&'a crate::amqp::news::Again>,
+    last_failure: Option<&'a crate::consumer::outcome_events::Again>,
 }
 
 impl<'a> Summary<'a> {

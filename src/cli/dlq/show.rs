@@ -2,14 +2,14 @@
 
 use serde_json::{Map, Value};
 
-use super::list::printable;
-use super::{Failure, open};
-use crate::amqp::dead_letters::letter::DeadLetter;
-use crate::amqp::dead_letters::select::remedy;
+use crate::cli::dlq::list::printable;
+use crate::cli::dlq::{Failure, open};
 use crate::cli::{plan, single};
 use crate::config::{Config, Destination, Problems};
+use crate::dead_letters::filter::remedy;
+use crate::dead_letters::letter::DeadLetter;
 use crate::outcome::Reason;
-use crate::report::{self, Report};
+use crate::sync::explain::{self, Report};
 
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
@@ -49,7 +49,7 @@ async fn plan(
         Failure::Told(_) => String::new(),
     };
     let worker = plan::worker(single(config).map_err(told)?).await.map_err(told)?;
-    let rehearsed = report::rehearse(&worker, &letter.body, letter.arrival()).await;
+    let rehearsed = explain::rehearse(&worker, &letter.body, letter.arrival()).await;
     rehearsed.map(|(_, report)| report).map_err(|why| why.to_string())
 }
 

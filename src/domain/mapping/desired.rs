@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use serde_json::Value;
 
-use super::WriteRule;
-use crate::domain::age::Stamps;
+use crate::domain::mapping::WriteRule;
+use crate::domain::mapping::coerce::Dropped;
 use crate::domain::plan::Switches;
 use crate::domain::record::{Channel, Field, FieldId};
-use crate::domain::values::Dropped;
+use crate::domain::staleness::SyncedAtFields;
 
 /// The custom fields, both of type text, in which Close keeps the ids records are found by.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -81,7 +81,7 @@ pub struct Desired {
     /// When it happened. Nothing is too old if that is not known.
     pub at: Option<Timestamp>,
     /// Where records store that.
-    pub stamps: Stamps,
+    pub stamps: SyncedAtFields,
     /// Values for the Lead, the company id among them.
     pub lead: BTreeMap<Field, Wanted>,
     /// Values for the Contact, the user id among them.

@@ -2,11 +2,11 @@
 
 use serde_json::Value;
 
-use super::{KeyFields, Mapping, RecordRules, Rules, Takes, Target};
-use crate::domain::age::Stamps;
+use crate::domain::mapping::coerce::DropReason;
+use crate::domain::mapping::{KeyFields, Mapping, RecordRules, Rules, Takes, Target};
 use crate::domain::record::{Field, FieldId};
 use crate::domain::schema::{CustomField, Dangling, FieldKind, FieldRef, Schema};
-use crate::domain::values::DropReason;
+use crate::domain::staleness::SyncedAtFields;
 
 /// A lookup field that cannot serve, which no message can be worked on without.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -132,20 +132,20 @@ pub enum NoField {
 }
 
 /// The words of the configuration for one kind of record.
-pub(super) struct Words {
+pub(crate) struct Words {
     records: &'static str,
     setting: &'static str,
     stamp: &'static str,
-    pub(super) table: &'static str,
+    pub(crate) table: &'static str,
 }
 
-pub(super) const LEAD: Words = Words {
+pub(crate) const LEAD: Words = Words {
     records: "Lead",
     setting: "close.lead_company_id_field",
     stamp: "close.lead_synced_at_field",
     table: "mapping.lead.custom",
 };
-pub(super) const CONTACT: Words = Words {
+pub(crate) const CONTACT: Words = Words {
     records: "Contact",
     setting: "close.contact_user_id_field",
     stamp: "close.contact_synced_at_field",
@@ -166,7 +166,7 @@ impl Rules {
         }
         let lead = self.lead.targets(schema, &schema.lead, &LEAD, &mut unknown);
         let contact = self.contact.targets(schema, &schema.contact, &CONTACT, &mut unknown);
-        let stamps = Stamps {
+        let stamps = SyncedAtFields {
             lead: self.lead.stamp(&schema.lead, &lead, &LEAD, &mut unknown),
             contact: self.contact.stamp(&schema.contact, &contact, &CONTACT, &mut unknown),
         };

@@ -6,10 +6,10 @@ use jsonpath_rust::parser::model::JpQuery;
 use serde_json::{Map, json};
 
 use crate::domain::event::Event;
+use crate::domain::mapping::coerce;
+use crate::domain::mapping::source::{self, Picked, Source};
 use crate::domain::record::{Channel, Field, fold_email};
 use crate::domain::schema::FieldRef;
-use crate::domain::source::{self, Picked, Source};
-use crate::domain::values;
 
 /// When a wanted value may be written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
@@ -38,7 +38,7 @@ pub struct Rule {
 
 impl Rule {
     /// What it finds in an event, and when that may be written.
-    pub(super) fn pick(&self, event: &Event) -> (Picked, WriteRule) {
+    pub(crate) fn pick(&self, event: &Event) -> (Picked, WriteRule) {
         match self.source.pick(event) {
             Picked::Nothing => (self.or_on_create.pick(event), WriteRule::OnCreate),
             found @ (Picked::Object | Picked::Values(_)) => (found, self.write),
@@ -66,7 +66,7 @@ impl Trigger {
             .map_err(|_| format!("`{text}` is no condition (try `$.type == 'identify' && $.traits.email`)"))
     }
 
-    pub(super) fn holds(&self, event: &Event) -> bool {
+    pub(crate) fn holds(&self, event: &Event) -> bool {
         let empty = event.body.as_object().is_some_and(Map::is_empty);
         // An empty event has no part for the filter to select; this one says as little.
         let body = if empty { &json!({"": null}) } else { &event.body };
@@ -105,7 +105,7 @@ pub enum Anonymous {
 pub struct FreeMail(pub Vec<String>);
 
 impl FreeMail {
-    pub(super) fn has(&self, domain: &str) -> bool {
+    pub(crate) fn has(&self, domain: &str) -> bool {
         self.0.iter().any(|known| match known.strip_suffix(".*") {
             Some(provider) => domain.strip_prefix(provider).is_some_and(|rest| rest.starts_with('.')),
             None => domain == known,
@@ -147,12 +147,12 @@ impl Rules {
             Picked::Values(found) => Some(found),
             Picked::Nothing | Picked::Object => None,
         };
-        let id = |source: &Source| found(source.pick(&event)).and_then(|found| values::id(&found).ok());
+        let id = |source: &Source| found(source.pick(&event)).and_then(|found| coerce::id(&found).ok());
         let email = self.channels.get(&Channel::Email).and_then(|rule| found(rule.pick(&event).0));
         Some(Whom {
             user_id: id(&self.contact.id),
             company_id: id(&self.lead.id),
-            email: email.and_then(|found| values::email(&found).ok()).map(|email| fold_email(&email)),
+            email: email.and_then(|found| coerce::email(&found).ok()).map(|email| fold_email(&email)),
         })
     }
 }

@@ -10,8 +10,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::process::Output;
 use std::time::{Duration, Instant};
 
-use close_sync::amqp::broker::Broker;
-use close_sync::amqp::headers;
+use close_sync::amqp::envelope;
+use close_sync::amqp::server_info::Broker;
 use close_sync::config::{Config, Need};
 use close_sync::simulator::{Fault, Settings, Simulator};
 use lapin::options::{
@@ -256,9 +256,9 @@ impl Bench {
         let properties = &message.properties;
         let names =
             properties.headers().iter().flat_map(|table| table.inner().keys()).map(ToString::to_string);
-        let number = |name: &str| headers::number(properties, name).map(|number| number.to_string());
+        let number = |name: &str| envelope::number(properties, name).map(|number| number.to_string());
         let texts = names.filter_map(|name| {
-            let value = headers::text(properties, &name).or_else(|| number(&name))?;
+            let value = envelope::text(properties, &name).or_else(|| number(&name))?;
             Some((name, value))
         });
         (message.data.clone(), texts.collect(), properties.clone())
@@ -311,7 +311,7 @@ impl Bench {
 
     /// A Lead with a company id, made by somebody else.
     pub(crate) fn lead(&self, company_id: Option<&str>, contacts: Value) -> Value {
-        let mut body = json!({"name": "Made by hand", "contacts": contacts});
+        let mut body = json!({"name": "CreatedIds by hand", "contacts": contacts});
         if let Some(id) = company_id {
             body["custom.cf_leadcompanyid"] = id.into();
         }

@@ -24,9 +24,9 @@ use std::time::{Duration, Instant as WallClock};
 
 use close_sync::close::Client;
 use close_sync::config::{Config, Need};
-use close_sync::domain::age::Stamps;
-use close_sync::metrics::Metrics;
-use close_sync::preflight;
+use close_sync::domain::staleness::SyncedAtFields;
+use close_sync::sync::preflight;
+use close_sync::telemetry::metrics::Metrics;
 use jiff::Timestamp;
 
 use self::broker::Message;
@@ -111,7 +111,7 @@ fn play(seed: u64, patience: Patience) -> Run {
     let mut parts = PARTS.clone();
     if !is_late(seed) {
         (parts.rules.lead.stamp, parts.rules.contact.stamp) = (None, None);
-        parts.mapping.stamps = Stamps::default();
+        parts.mapping.stamps = SyncedAtFields::default();
     }
     (parts.settings.retry.in_place, parts.settings.hold) = match patience {
         Patience::Endless => (Duration::from_hours(1), Duration::from_hours(2)),

@@ -78,7 +78,7 @@ impl Plan {
 
 /// What becomes of one call.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Fate {
+pub(super) struct Completion {
     /// How long it travels.
     pub(super) there: Duration,
     /// How long its answer travels.
@@ -102,7 +102,7 @@ pub(super) enum End {
 
 impl Plan {
     /// `at` is the time since the start.
-    pub(super) fn fate(&self, random: &mut fastrand::Rng, creates: bool, at: Duration) -> Fate {
+    pub(super) fn fate(&self, random: &mut fastrand::Rng, creates: bool, at: Duration) -> Completion {
         let latency = u64::try_from(self.latency.as_millis()).unwrap_or(u64::MAX);
         let mut travel = || Duration::from_millis(random.u64(1..=latency));
         let (mut there, back) = (travel(), travel());
@@ -129,6 +129,6 @@ impl Plan {
         if creates && end != End::Unreachable && random.u8(..100) < self.trouble {
             there = Duration::from_millis(random.u64(1..=4500));
         }
-        Fate { there, back, arrives, stubborn, end }
+        Completion { there, back, arrives, stubborn, end }
     }
 }

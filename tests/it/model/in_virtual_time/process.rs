@@ -1,4 +1,4 @@
-//! A worker process as `amqp::session` and `app` make one of a [`Desk`] and a [`Worker`]: it consumes, works,
+//! A worker process as `amqp::session` and `app` make one of a [`Scheduler`] and a [`Worker`]: it consumes, works,
 //! settles, and pauses when Close cannot be worked with. It is a copy of that loop, without its grace period, its
 //! pulse and what it shows to operators: these are tried with real parts.
 
@@ -6,16 +6,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use close_sync::breaker::JURY;
 use close_sync::close::{Client, Priority};
-use close_sync::desk::{Desk, Fate, Next};
-use close_sync::detours::Detours;
+use close_sync::consumer::scheduler::delayed::DelayedMessages;
+use close_sync::consumer::scheduler::key_queues::JobId;
+use close_sync::consumer::scheduler::{Completion, Next, Scheduler};
 use close_sync::domain::decision::Decision;
 use close_sync::domain::mapping::{Key, Mapping};
-use close_sync::lanes::Ticket;
-use close_sync::metrics::Metrics;
 use close_sync::outcome::{Obstruction, Outcome, PauseCause};
-use close_sync::worker::{Arrival, Job, Prepared, Settings, Turn, Worker};
+use close_sync::sync::circuit_breaker::HALF_OPEN_PROBES;
+use close_sync::sync::{Job, Prepared, ReceivedAt, RunContext, Settings, Worker};
+use close_sync::telemetry::metrics::Metrics;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -110,24 +110,24 @@ struct Incoming {
 }
 
 enum Ended {
-    Each(Vec<(Ticket, Done)>),
-    Apart(Vec<(Ticket, Incoming)>),
+    Each(Vec<(JobId, Done)>),
+    Apart(Vec<(JobId, Incoming)>),
 }
 
 enum Done {
-    Settled { by_close: bool, fate: Fate },
+    Settled { by_close: bool, fate: Completion },
     Paused(PauseCause),
 }
 
 impl Life {
     async fn live(self) {
         let mut on_trial = false;
-        let mut detours = Detours::default();
+        let mut detours = DelayedMessages::default();
         loop {
             let (channel, deliveries) = self.world.broker().subscribe();
             *self.channel.lock().unwrap() = Some(channel);
-            let (paused, acquitted) = self.session(channel, deliveries, &mut detours, on_trial).await;
-            on_trial &= !acquitted;
+            let (paused, breaker_closed) = self.session(channel, deliveries, &mut detours, on_trial).await;
+            on_trial &= !breaker_closed;
             if let Some(cause) = paused {
                 self.world.tell(format_args!("process {} pauses: {}", self.number, cause.label()));
                 // As long as the last acks of a session are waited for.
@@ -141,7 +141,7 @@ impl Life {
                     }
                     wait = (wait * 2).min(Duration::from_mins(1));
                 }
-                self.worker.put_close_on_trial();
+                self.worker.half_open_breaker();
                 on_trial = true;
             } else {
                 self.world.tell(format_args!("process {} is cut off", self.number));
@@ -155,16 +155,16 @@ impl Life {
         &self,
         channel: Channel,
         mut deliveries: mpsc::UnboundedReceiver<Delivery>,
-        detours: &mut Detours<Key>,
+        detours: &mut DelayedMessages<Key>,
         on_trial: bool,
     ) -> (Option<PauseCause>, bool) {
         let concurrency = self.world.plan.concurrency;
         let mut trusted_from = None;
-        let mut desk = Desk::new(detours);
+        let mut desk = Scheduler::new(detours);
         let mut tasks = JoinSet::new();
         let mut by_close = 0;
         loop {
-            let at_once = if on_trial { concurrency.min(by_close + JURY) } else { concurrency };
+            let at_once = if on_trial { concurrency.min(by_close + HALF_OPEN_PROBES) } else { concurrency };
             while tasks.len() < at_once {
                 let along = |first: &Incoming, next: &Incoming| next.goes_along(first, &self.worker);
                 let next = if at_once < concurrency {
@@ -174,15 +174,15 @@ impl Life {
                 };
                 let run = match next {
                     None => break,
-                    Some(Next::Work(run)) => run,
-                    Some(Next::Yield(ticket, incoming, until)) => {
+                    Some(Next::Run(run)) => run,
+                    Some(Next::Defer(ticket, incoming, until)) => {
                         let wait = until.saturating_duration_since(Instant::now());
                         let level = self.worker.settings().retry.level_for(wait);
                         vec![(ticket, incoming.behind(level))]
                     }
                 };
                 let message = &run[0].1.delivery.message;
-                let turn = Turn {
+                let turn = RunContext {
                     attempts: message.attempts,
                     priority: priority(message),
                     trusted_from: trusted_from.unwrap_or_else(Instant::now),
@@ -208,7 +208,7 @@ impl Life {
                         match done {
                             Done::Settled { by_close: yes, fate } => {
                                 if yes && by_close == 0 && on_trial {
-                                    self.worker.acquit_close();
+                                    self.worker.close_breaker();
                                 }
                                 by_close += usize::from(yes);
                                 desk.finish(ticket, fate);
@@ -223,7 +223,7 @@ impl Life {
                         self.worker.take_over();
                         Instant::now() + lag
                     });
-                    let arrival = Arrival { sent: None, received: self.world.now() };
+                    let arrival = ReceivedAt { sent: None, received: self.world.now() };
                     let prepared = self.worker.prepare(&delivery.message.body, arrival);
                     let keys = match &prepared {
                         Prepared::Job(job) => job.keys(),
@@ -263,8 +263,8 @@ fn priority(message: &Message) -> Priority {
 /// Works on deliveries, and settles each.
 async fn work(
     (world, worker, channel, process): (Arc<World>, Worker, Channel, usize),
-    run: Vec<(Ticket, Incoming)>,
-    turn: Turn,
+    run: Vec<(JobId, Incoming)>,
+    turn: RunContext,
 ) -> Ended {
     let numbers: Vec<_> = run.iter().map(|(_, incoming)| incoming.delivery.message.number).collect();
     world.tell(format_args!("process {process}: {numbers:?} begin"));
@@ -286,7 +286,7 @@ async fn work(
         let Delivery { tag, message } = incoming.delivery;
         let number = message.number;
         world.tell(format_args!("process {process}: {number} ends: {outcome:?}, {}", decision.summary()));
-        let mut fate = Fate::Over;
+        let mut fate = Completion::Done;
         match &outcome {
             Outcome::Synced(_) | Outcome::Skipped(_) => world.settled(number),
             Outcome::Delayed { level, obstacle } => {
@@ -294,7 +294,7 @@ async fn work(
                 let attempts = message.attempts + u32::from(obstacle.charged());
                 let id = message.detour.unwrap_or_else(|| world.random(|r| Uuid::from_u128(r.u128(..))));
                 world.delay(Message { attempts, detour: Some(id), ..message }, delay).await;
-                fate = Fate::Away { id, due: Instant::now() + delay };
+                fate = Completion::Delayed { id, due: Instant::now() + delay };
             }
             Outcome::Dead(dead) => {
                 world.travel().await;

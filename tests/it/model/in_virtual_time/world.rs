@@ -19,7 +19,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::broker::{Broker, Channel, Message};
-use super::plan::{End, Fate, Plan};
+use super::plan::{Completion, End, Plan};
 
 /// How long a worker waits for an answer.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(3);
@@ -201,7 +201,7 @@ async fn carry(
     world: Arc<World>,
     call: String,
     (method, path, body): (Method, String, Option<Value>),
-    fate: Fate,
+    fate: Completion,
     answer: oneshot::Sender<Result<Answer, CloseError>>,
 ) {
     tokio::time::sleep(fate.there).await;

@@ -1,0 +1,246 @@
+//! Connecting: to which node, and how long it may take.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use lapin::uri::{AMQPScheme, AMQPUri};
+use lapin::{ConnectionProperties, ErrorKind};
+use secrecy::{ExposeSecret, SecretString};
+use url::Url;
+
+use crate::amqp::BrokerError;
+use crate::amqp::compat::stream::{self, Met};
+use crate::amqp::tls::{self, Tls};
+
+/// Where the broker is: one node, or the nodes of a cluster, any of which will do. Clones share which one worked last.
+#[derive(Clone, Debug)]
+pub struct Nodes {
+    urls: Vec<SecretString>,
+    tls: Tls,
+    /// The index of the node that let us in last.
+    last: Arc<AtomicUsize>,
+}
+
+impl Nodes {
+    /// `amqp://user:password@host:port/vhost`, one or several separated by commas. `None` when one of them
+    /// is no such URL.
+    pub fn parse(urls: &str) -> Option<Self> {
+        let each: Option<Vec<_>> = split(urls)
+            .map(|url| {
+                let has_host = Url::parse(url).is_ok_and(|url| url.has_host());
+                (has_host && url.parse::<AMQPUri>().is_ok()).then(|| SecretString::from(url))
+            })
+            .collect();
+        Some(Self { urls: each?, tls: Tls::default(), last: Arc::default() })
+    }
+
+    /// With other things to trust than the system does, or with a client certificate.
+    #[must_use]
+    pub fn with_tls(self, tls: Tls) -> Self {
+        Self { tls, ..self }
+    }
+
+    /// Whether TLS is used with every node.
+    pub fn is_encrypted(&self) -> bool {
+        let uri = |url: &SecretString| url.expose_secret().parse::<AMQPUri>();
+        self.urls.iter().all(|url| uri(url).is_ok_and(|uri| uri.scheme == AMQPScheme::AMQPS))
+    }
+
+    /// The URLs without passwords.
+    pub fn masked(&self) -> String {
+        self.urls.iter().map(|url| masked_one(url.expose_secret())).collect::<Vec<_>>().join(",")
+    }
+
+    /// Opens a connection, visible in RabbitMQ's management under `name`. The nodes are tried in turn,
+    /// beginning with the one that worked last.
+    ///
+    /// # Errors
+    /// [`BrokerError::Unreachable`], [`BrokerError::Tls`] and [`BrokerError::Refused`], whichever of the nodes
+    /// came the farthest; [`BrokerError::TooOld`].
+    pub async fn connect(&self, name: &str) -> Result<Met, BrokerError> {
+        let first = self.last.load(Ordering::Relaxed);
+        let mut failures = Vec::new();
+        for index in (first..self.urls.len()).chain(0..first) {
+            match self.connect_to(self.urls[index].expose_secret(), name).await {
+                Ok(met) if met.broker.is_too_old() => {
+                    crate::amqp::close(&met.connection).await;
+                    return Err(BrokerError::TooOld(met.broker));
+                }
+                Ok(met) => {
+                    self.last.store(index, Ordering::Relaxed);
+                    return Ok(met);
+                }
+                Err(failure) => failures.push(failure),
+            }
+        }
+        Err(Failure::of_all(failures))
+    }
+
+    async fn connect_to(&self, url: &str, name: &str) -> Result<Met, Failure> {
+        // lapin's time-out does not bound the handshake with a peer that says nothing (rabbitmq.md §2.2).
+        const PATIENCE: Duration = Duration::from_secs(10);
+        // RabbitMQ proposes 60 s. With 10 s a worker cut off notices after 20 s at most, and one
+        // heartbeat before its standby takes over (rabbitmq.md §2.2).
+        const HEARTBEAT: u16 = 10;
+        const NO_AMQP: &str =
+            "it does not speak AMQP: is this its port for TLS (`amqps://`), or for something else?";
+        let failure = |node: &str, kind, detail| Failure { node: node.to_owned(), kind, detail };
+        let mut uri: AMQPUri = url.parse().map_err(|error| failure("", Kind::Unreachable, error))?;
+        uri.query.heartbeat.get_or_insert(HEARTBEAT);
+        let encrypted = uri.scheme == AMQPScheme::AMQPS;
+        let node = format!("{}:{}", uri.authority.host, uri.authority.port);
+        let properties = ConnectionProperties::default().with_connection_name(name.into());
+        let connect = stream::connect(uri, properties, self.tls.for_lapin());
+        match tokio::time::timeout(PATIENCE, connect).await {
+            Ok(Ok(met)) => Ok(met),
+            Ok(Err(error)) => {
+                let (kind, detail) = match (encrypted.then(|| tls::explain(&error)).flatten(), error.kind()) {
+                    (Some(detail), _) => (Kind::Tls, detail),
+                    (None, ErrorKind::ProtocolError(amqp)) => {
+                        (Kind::Refused, amqp.get_message().as_str().trim_end_matches('.').to_owned())
+                    }
+                    (None, ErrorKind::ParsingError(_)) => (Kind::Unreachable, NO_AMQP.to_owned()),
+                    (None, _) => (Kind::Unreachable, error.to_string()),
+                };
+                Err(failure(&node, kind, detail))
+            }
+            Err(_) => {
+                let detail = format!("no answer within {} s", PATIENCE.as_secs());
+                Err(failure(&node, Kind::Unreachable, detail))
+            }
+        }
+    }
+}
+
+/// Whether both are the same nodes, and are logged in to as the same user.
+impl PartialEq for Nodes {
+    fn eq(&self, other: &Self) -> bool {
+        let urls = |nodes: &Self| nodes.urls.iter().map(|url| url.expose_secret().to_owned()).collect();
+        let (ours, theirs): (Vec<_>, Vec<_>) = (urls(self), urls(other));
+        ours == theirs && self.tls == other.tls
+    }
+}
+
+/// Why a node did not let us in.
+struct Failure {
+    node: String,
+    kind: Kind,
+    detail: String,
+}
+
+/// How far we came: the later, the more it tells.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    Unreachable,
+    Tls,
+    Refused,
+}
+
+impl Failure {
+    fn of_all(failures: Vec<Self>) -> BrokerError {
+        let kind = failures.iter().map(|failure| failure.kind).max();
+        let detail = match failures.as_slice() {
+            [Self { node, detail, .. }] => format!("{node}: {detail}"),
+            several => {
+                let each: Vec<_> =
+                    several.iter().map(|Self { node, detail, .. }| format!("{node}: {detail}")).collect();
+                format!("tried {} nodes; {}", several.len(), each.join("; "))
+            }
+        };
+        match kind {
+            Some(Kind::Refused) => BrokerError::Refused(detail),
+            Some(Kind::Tls) => BrokerError::Tls(detail),
+            Some(Kind::Unreachable) | None => BrokerError::Unreachable(detail),
+        }
+    }
+}
+
+/// Broker URLs without their passwords.
+pub fn masked(urls: &str) -> String {
+    split(urls).map(masked_one).collect::<Vec<_>>().join(",")
+}
+
+fn masked_one(url: &str) -> String {
+    Url::parse(url).map_or_else(
+        |_| "***".into(),
+        |mut url| {
+            if url.password().is_some() {
+                let _ = url.set_password(Some("***"));
+            }
+            url.to_string()
+        },
+    )
+}
+
+fn split(urls: &str) -> impl Iterator<Item = &str> {
+    urls.split(',').map(str::trim)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_url_of_a_list_has_to_be_one() {
+        let fits = |urls: &str| Nodes::parse(urls).is_some();
+        assert!(fits("amqp://u:p@a:1/%2f"));
+        assert!(fits("amqp://u:p@a:1/%2f, amqps://u:p%2cp@b/v?auth_mechanism=external"));
+        for wrong in [
+            "",
+            "amqp://a,",
+            "amqp://a,b:5672",
+            "http://a",
+            "amqp:///v",
+            "amqp://a?heartbeat=x",
+            "amqp://u:p,q@a",
+        ] {
+            assert!(!fits(wrong), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn every_password_of_a_list_is_hidden() {
+        let shown = "amqp://u:***@a/v,amqps://u:***@b:1/v?heartbeat=5,amqp://c";
+        let urls = "amqp://u:secret@a/v, amqps://u:secret@b:1/v?heartbeat=5,amqp://c";
+        assert_eq!(masked(urls), shown);
+        let nodes = Nodes::parse(urls).unwrap();
+        assert_eq!(nodes.masked(), shown);
+        assert!(!format!("{nodes:?}").contains("secret"));
+        // A comma in a password must not uncover a part of it.
+        assert_eq!(masked("amqp://u:sec,ret@a/v"), "***,***");
+    }
+
+    #[test]
+    fn the_same_nodes_are_the_same_broker() {
+        let nodes = |urls: &str| Nodes::parse(urls).unwrap();
+        assert_eq!(nodes("amqp://u:p@a,amqp://u:p@b"), nodes("amqp://u:p@a, amqp://u:p@b"));
+        for other in ["amqp://u:p@a", "amqp://u:p@a,amqp://u:q@b"] {
+            assert_ne!(nodes("amqp://u:p@a,amqp://u:p@b"), nodes(other));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_node_that_says_nothing_is_given_up_and_the_next_one_is_tried() {
+        let mute = [(); 2].map(|()| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+        let [one, other] = mute.each_ref().map(|mute| mute.local_addr().unwrap());
+        let broker = Nodes::parse(&format!("amqp://{one},amqp://{other}")).unwrap();
+        let error = broker.connect("test").await.err().unwrap();
+        let told = format!("tried 2 nodes; {one}: no answer within 10 s; {other}: no answer within 10 s");
+        assert_eq!(error.to_string(), format!("RabbitMQ cannot be reached: {told}"));
+    }
+
+    #[test]
+    fn of_several_failures_the_most_telling_one_counts() {
+        let failure =
+            |kind, node: &str| Failure { node: node.into(), kind, detail: format!("{node} is bad") };
+        let one = Failure::of_all(vec![failure(Kind::Unreachable, "a")]);
+        assert_eq!(one.to_string(), "RabbitMQ cannot be reached: a: a is bad");
+        let several = vec![failure(Kind::Refused, "a:1"), failure(Kind::Unreachable, "b:1")];
+        assert_eq!(
+            Failure::of_all(several).to_string(),
+            "RabbitMQ refuses the connection: tried 2 nodes; a:1: a:1 is bad; b:1: b:1 is bad. Check user, password and \
+             vhost in `amqp.url` (the vhost `/` is written `%2f`)"
+        );
+    }
+}

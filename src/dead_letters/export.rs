@@ -1,0 +1,185 @@
+//! Dead letters in a file: one JSON object per line, with everything that is needed to put them back as they were.
+//!
+//! A header that is text is a JSON string, a 64-bit number, a truth value or nothing is what it is in JSON, and any other type
+//! of AMQP is an object that names it, `{"ShortInt": 5}`. A body that is UTF-8 is text, byte for byte; any other is
+//! in base64. What tells of the dead letter besides stands in front, for whoever reads or filters the file, and does not
+//! count when it is read back. What the broker notes down for itself is left out.
+
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use lapin::BasicProperties;
+use lapin::types::{AMQPValue, FieldTable, LongString};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::amqp::envelope;
+use crate::dead_letters::letter::DeadLetter;
+
+/// A line of the file.
+#[derive(Serialize, Deserialize)]
+struct Line {
+    #[serde(flatten, skip_deserializing)]
+    about: Map<String, Value>,
+    properties: Map<String, Value>,
+    headers: Map<String, Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    body: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    body_base64: Option<String>,
+}
+
+impl DeadLetter {
+    /// As a line of a file, without its end.
+    pub fn to_line(&self) -> String {
+        let about = match serde_json::to_value(self) {
+            Ok(Value::Object(about)) => about.into_iter().filter(|(_, value)| !value.is_null()).collect(),
+            _ => Map::new(),
+        };
+        let (body, body_base64) = match std::str::from_utf8(&self.body) {
+            Ok(text) => (Some(text.to_owned()), None),
+            Err(_) => (None, Some(BASE64_STANDARD.encode(&self.body))),
+        };
+        let (properties, headers) = self.carried();
+        serde_json::to_string(&Line { about, properties, headers, body, body_base64 }).unwrap_or_default()
+    }
+
+    /// Reads a line of a file.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn from_line(line: &str) -> Result<Self, String> {
+        let line: Line =
+            serde_json::from_str(line).map_err(|error| format!("it is no dead letter: {error}"))?;
+        let body = match (line.body, line.body_base64) {
+            (Some(text), None) => text.into_bytes(),
+            (None, Some(encoded)) => {
+                BASE64_STANDARD.decode(encoded).map_err(|error| format!("`body_base64` is none: {error}"))?
+            }
+            _ => return Err("one of `body` and `body_base64` is needed".to_owned()),
+        };
+        let properties: BasicProperties = serde_json::from_value(Value::Object(line.properties))
+            .map_err(|error| format!("`properties` cannot be read: {error}"))?;
+        let mut table = FieldTable::default();
+        for (name, value) in line.headers {
+            let value = to_amqp(value).map_err(|error| format!("header `{name}` cannot be read: {error}"))?;
+            table.insert(name.into(), value);
+        }
+        Ok(Self::of(properties.with_headers(table), body))
+    }
+
+    /// Its properties that are set, and its headers, as they would be restored.
+    pub fn carried(&self) -> (Map<String, Value>, Map<String, Value>) {
+        let restored = self.restored();
+        let headers = restored.headers().iter().flat_map(FieldTable::inner);
+        let headers = headers.map(|(name, value)| (name.to_string(), to_json(value))).collect();
+        let properties = match serde_json::to_value(&restored) {
+            Ok(Value::Object(all)) => {
+                all.into_iter().filter(|(name, value)| name != "headers" && !value.is_null()).collect()
+            }
+            _ => Map::new(),
+        };
+        (properties, headers)
+    }
+
+    /// The properties to put it back with.
+    pub(crate) fn restored(&self) -> BasicProperties {
+        envelope::for_restoring(&self.properties, &self.id, &self.fingerprint)
+    }
+}
+
+#[expect(clippy::wildcard_enum_match_arm, reason = "every other type of AMQP names itself")]
+fn to_json(value: &AMQPValue) -> Value {
+    match value {
+        AMQPValue::LongString(text) => match std::str::from_utf8(text.as_bytes()) {
+            Ok(text) => text.into(),
+            Err(_) => serde_json::to_value(value).unwrap_or_default(),
+        },
+        AMQPValue::LongLongInt(number) => (*number).into(),
+        AMQPValue::Boolean(flag) => (*flag).into(),
+        AMQPValue::Void => Value::Null,
+        other => serde_json::to_value(other).unwrap_or_default(),
+    }
+}
+
+fn to_amqp(value: Value) -> Result<AMQPValue, serde_json::Error> {
+    match value {
+        Value::String(text) => Ok(AMQPValue::LongString(LongString::from(text))),
+        Value::Bool(flag) => Ok(AMQPValue::Boolean(flag)),
+        Value::Number(ref number) => match number.as_i64() {
+            Some(number) => Ok(AMQPValue::LongLongInt(number)),
+            None => serde_json::from_value(value),
+        },
+        Value::Null => Ok(AMQPValue::Void),
+        Value::Array(_) | Value::Object(_) => serde_json::from_value(value),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lapin::types::{DecimalValue, FieldArray, ShortString};
+    use proptest::collection::{btree_map, vec};
+    use proptest::option;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn value() -> impl Strategy<Value = AMQPValue> {
+        let leaf = prop_oneof![
+            any::<bool>().prop_map(AMQPValue::Boolean),
+            any::<i8>().prop_map(AMQPValue::ShortShortInt),
+            any::<u8>().prop_map(AMQPValue::ShortShortUInt),
+            any::<i16>().prop_map(AMQPValue::ShortInt),
+            any::<u16>().prop_map(AMQPValue::ShortUInt),
+            any::<i32>().prop_map(AMQPValue::LongInt),
+            any::<u32>().prop_map(AMQPValue::LongUInt),
+            any::<i64>().prop_map(AMQPValue::LongLongInt),
+            any::<i16>().prop_map(|number| AMQPValue::Double(f64::from(number) / 8.0)),
+            (0..9_u8, any::<u32>())
+                .prop_map(|(scale, value)| AMQPValue::DecimalValue(DecimalValue { scale, value })),
+            "[a-z]{0,9}".prop_map(|text| AMQPValue::ShortString(ShortString::from(text))),
+            any::<String>().prop_map(|text| AMQPValue::LongString(text.into())),
+            vec(any::<u8>(), 0..9).prop_map(|bytes| AMQPValue::LongString(bytes.into())),
+            any::<u64>().prop_map(AMQPValue::Timestamp),
+            Just(AMQPValue::Void),
+        ];
+        leaf.prop_recursive(2, 8, 3, |inner| {
+            prop_oneof![
+                vec(inner.clone(), 0..3).prop_map(|items| AMQPValue::FieldArray(FieldArray::from(items))),
+                table(inner).prop_map(AMQPValue::FieldTable),
+            ]
+        })
+    }
+
+    fn table(value: impl Strategy<Value = AMQPValue>) -> impl Strategy<Value = FieldTable> {
+        btree_map("[a-z-]{1,6}", value, 0..4).prop_map(|entries| {
+            entries
+                .into_iter()
+                .map(|(name, value)| (name.into(), value))
+                .collect::<std::collections::BTreeMap<ShortString, _>>()
+                .into()
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn a_line_holds_everything(
+            headers in table(value()),
+            id in option::of("[a-z]{1,5}"),
+            priority in option::of(any::<u8>()),
+            timestamp in option::of(any::<u64>()),
+            body in prop_oneof![vec(any::<u8>(), 0..40), any::<String>().prop_map(String::into_bytes)],
+        ) {
+            let mut properties = BasicProperties::default().with_headers(headers);
+            if let Some(id) = id { properties = properties.with_message_id(id.into()); }
+            if let Some(priority) = priority { properties = properties.with_priority(priority); }
+            if let Some(timestamp) = timestamp { properties = properties.with_timestamp(timestamp); }
+            let letter = DeadLetter::of(properties, body);
+            let line = letter.to_line();
+            prop_assert!(!line.contains('\n'));
+            let read = DeadLetter::from_line(&line).unwrap();
+            prop_assert_eq!(&read.body, &letter.body);
+            prop_assert_eq!(read.restored(), letter.restored());
+            prop_assert_eq!(read.to_line(), line);
+        }
+    }
+}

@@ -1,0 +1,453 @@
+//! Where a value comes from: the small language of the mapping's `from`, `normalize` and `values`.
+//!
+//! A source is a list of alternatives, the first that is present wins:
+//!
+//! - a JSONPath (RFC 9535), `$.traits.title`, which may select several nodes;
+//! - a template, `{$.traits.firstName} {$.traits.lastName}`, present when all of its paths are;
+//! - a constant.
+//!
+//! Null, blank text and empty lists count as absent. So does an object, which is a step on the way to
+//! values and never one itself: `["$.traits.company.name", "$.traits.company"]` takes a company that
+//! is sent as plain text, and nothing of one that has only an id. Only where the first alternative
+//! finds an object and no other finds anything is it reported, as a value of the wrong shape.
+//!
+//! What is found is cleaned: outer blanks and control characters go (line breaks and tabs stay).
+//! Everything else is kept as it was sent, emoji and right-to-left text included.
+
+use std::collections::BTreeMap;
+
+use jsonpath_rust::parser::model::JpQuery;
+use jsonpath_rust::parser::parse_json_path;
+use jsonpath_rust::query::{QueryRef, js_path_process};
+use serde_json::Value;
+
+use crate::domain::event::Event;
+
+/// Where a value comes from and how its notation is changed.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Source {
+    alternatives: Vec<Alternative>,
+    normalize: Vec<Normalize>,
+    values: BTreeMap<String, Value>,
+}
+
+/// One place to look for a value.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Alternative(Form);
+
+#[derive(Clone, Debug, PartialEq)]
+enum Form {
+    Path(JpQuery),
+    Template(Vec<Piece>),
+    Constant(Value),
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum Piece {
+    Literal(String),
+    Path(JpQuery),
+}
+
+/// A change of notation, applied to every text found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Normalize {
+    /// `ACME` becomes `acme`.
+    Lowercase,
+    /// `acme` becomes `ACME`.
+    Uppercase,
+    /// Runs of blanks and line breaks become one blank.
+    SingleSpaces,
+    /// The domain of an email address or web page: `jane@acme.test` becomes `acme.test`.
+    Domain,
+    /// A list becomes one text, its items joined with `, `.
+    Join,
+}
+
+impl Normalize {
+    /// All, for the configuration.
+    pub const ALL: [Self; 5] =
+        [Self::Lowercase, Self::Uppercase, Self::SingleSpaces, Self::Domain, Self::Join];
+
+    /// The word in the configuration.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Lowercase => "lowercase",
+            Self::Uppercase => "uppercase",
+            Self::SingleSpaces => "single_spaces",
+            Self::Domain => "domain",
+            Self::Join => "join",
+        }
+    }
+}
+
+/// What a source found in an event.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Picked {
+    /// Nothing: the event says nothing about it.
+    Nothing,
+    /// An object where a value is needed.
+    Object,
+    /// Values, at least one, none of them null, blank or an object.
+    Values(Vec<Value>),
+}
+
+impl Alternative {
+    /// Reads a JSONPath or a template.
+    ///
+    /// # Errors
+    /// What is wrong with it, in words for the person who wrote it.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        if text.starts_with('$') {
+            return path(text).map(|path| Self(Form::Path(path)));
+        }
+        let mut pieces = Vec::new();
+        let mut rest = text;
+        while let Some((literal, tail)) = rest.split_once('{') {
+            let Some((inner, tail)) = tail.split_once('}') else {
+                return Err(format!("`{text}` has a `{{` without its `}}`"));
+            };
+            if !literal.is_empty() {
+                pieces.push(Piece::Literal(literal.to_owned()));
+            }
+            pieces.push(Piece::Path(path(inner)?));
+            rest = tail;
+        }
+        if pieces.is_empty() {
+            return Err(format!(
+                "`{text}` is neither a JSONPath like `$.traits.title` nor a template like `{{$.traits.a}} \
+                 {{$.traits.b}}`; a constant is written `{{ value = \"{text}\" }}`"
+            ));
+        }
+        if !rest.is_empty() {
+            pieces.push(Piece::Literal(rest.to_owned()));
+        }
+        Ok(Self(Form::Template(pieces)))
+    }
+
+    /// Always this value.
+    pub fn constant(value: impl Into<Value>) -> Self {
+        Self(Form::Constant(value.into()))
+    }
+
+    fn pick(&self, event: &Event) -> Picked {
+        match &self.0 {
+            Form::Path(path) => pick(path, event),
+            Form::Constant(value) => Picked::Values(vec![value.clone()]),
+            Form::Template(pieces) => {
+                let piece = |piece: &Piece| match piece {
+                    Piece::Literal(text) => Some(text.clone()),
+                    Piece::Path(path) => match pick(path, event) {
+                        Picked::Values(values) => text(values.first()?),
+                        Picked::Nothing | Picked::Object => None,
+                    },
+                };
+                let whole: Option<String> = pieces.iter().map(piece).collect();
+                whole.map_or(Picked::Nothing, |whole| Picked::Values(vec![whole.into()]))
+            }
+        }
+    }
+}
+
+/// Parses a JSONPath.
+pub(crate) fn path(text: &str) -> Result<JpQuery, String> {
+    parse_json_path(text).map_err(|_| format!("`{text}` is no JSONPath (try `$.traits.title`)"))
+}
+
+/// The nodes a path selects.
+pub(crate) fn nodes<'a>(path: &JpQuery, body: &'a Value) -> Vec<&'a Value> {
+    js_path_process(path, body)
+        .map(|found| found.into_iter().map(QueryRef::val).collect())
+        .unwrap_or_default()
+}
+
+fn pick(path: &JpQuery, event: &Event) -> Picked {
+    let found = nodes(path, &event.body);
+    let values: Vec<Value> = found.iter().filter_map(|value| present(value)).collect();
+    if !values.is_empty() {
+        Picked::Values(values)
+    } else if found.iter().any(|value| value.is_object()) {
+        Picked::Object
+    } else {
+        Picked::Nothing
+    }
+}
+
+/// The value, cleaned, unless there is none.
+fn present(value: &Value) -> Option<Value> {
+    match value {
+        Value::Null | Value::Object(_) => None,
+        Value::Bool(_) | Value::Number(_) => Some(value.clone()),
+        Value::String(text) => Some(clean(text)).filter(|text| !text.is_empty()).map(Value::String),
+        Value::Array(items) => {
+            let items: Vec<Value> = items.iter().filter(|item| !absent(item)).map(cleaned).collect();
+            (!items.is_empty()).then_some(Value::Array(items))
+        }
+    }
+}
+
+fn absent(item: &Value) -> bool {
+    item.is_null() || item.as_str().is_some_and(|text| clean(text).is_empty())
+}
+
+fn cleaned(item: &Value) -> Value {
+    item.as_str().map_or_else(|| item.clone(), |text| clean(text).into())
+}
+
+/// Text without outer blanks and control characters.
+fn clean(text: &str) -> String {
+    let kept: String = text.chars().filter(|c| !c.is_control() || matches!(c, '\n' | '\t')).collect();
+    kept.trim().to_owned()
+}
+
+/// A single value as text; lists and objects have none. A whole number has no decimals, however the
+/// producer wrote it: an id that is 42 in one event and 42.0 in another is one id. A number beyond what
+/// is kept exactly has no text: two ids of 21 digits, sent as numbers, would become the same.
+pub(crate) fn text(value: &Value) -> Option<String> {
+    match value {
+        Value::String(text) => Some(clean(text)).filter(|text| !text.is_empty()),
+        Value::Number(number) => match whole(number) {
+            Some(whole) => Some(whole.to_string()),
+            None => is_exact(number).then(|| number.to_string()),
+        },
+        Value::Bool(flag) => Some(flag.to_string()),
+        Value::Null | Value::Array(_) | Value::Object(_) => None,
+    }
+}
+
+/// 2^53: every whole number up to here is a float of its own.
+const EXACT: f64 = 9_007_199_254_740_992.0;
+
+fn is_exact(number: &serde_json::Number) -> bool {
+    number.is_u64() || number.as_f64().is_some_and(|float| float.abs() <= EXACT)
+}
+
+/// The number without decimals, if it is whole and small enough to be sure of it.
+pub(crate) fn whole(number: &serde_json::Number) -> Option<i64> {
+    number.as_i64().or_else(|| {
+        let float = number.as_f64()?;
+        #[expect(clippy::cast_possible_truncation, reason = "whole and within range")]
+        (float.fract() == 0.0 && float.abs() <= EXACT).then_some(float as i64)
+    })
+}
+
+impl Source {
+    /// Values from the first alternative that is present.
+    pub fn new(alternatives: impl IntoIterator<Item = Alternative>) -> Self {
+        Self { alternatives: alternatives.into_iter().collect(), ..Self::default() }
+    }
+
+    /// The same source with its texts changed.
+    #[must_use]
+    pub fn normalized(mut self, normalize: Vec<Normalize>) -> Self {
+        self.normalize = normalize;
+        self
+    }
+
+    /// The same source with values replaced: those whose text is a key here.
+    #[must_use]
+    pub fn translated(mut self, values: BTreeMap<String, Value>) -> Self {
+        self.values = values;
+        self
+    }
+
+    /// The values it may give whatever the event says: constants, and what values are replaced with.
+    pub fn constants(&self) -> impl Iterator<Item = &Value> {
+        let constants = self.alternatives.iter().filter_map(|alternative| match &alternative.0 {
+            Form::Constant(value) => Some(value),
+            Form::Path(_) | Form::Template(_) => None,
+        });
+        // A constant that is replaced is only a key.
+        constants
+            .filter(|value| text(value).is_none_or(|text| !self.values.contains_key(&text)))
+            .chain(self.values.values())
+    }
+
+    /// What the event says.
+    pub fn pick(&self, event: &Event) -> Picked {
+        let mut unusable = false;
+        for (n, alternative) in self.alternatives.iter().enumerate() {
+            match alternative.pick(event) {
+                Picked::Values(values) => return Picked::Values(self.change(values)),
+                Picked::Object => unusable |= n == 0,
+                Picked::Nothing => {}
+            }
+        }
+        if unusable { Picked::Object } else { Picked::Nothing }
+    }
+
+    fn change(&self, mut values: Vec<Value>) -> Vec<Value> {
+        for normalize in &self.normalize {
+            if *normalize == Normalize::Join {
+                let texts: Vec<_> = flat(&values).filter_map(text).collect();
+                if !texts.is_empty() {
+                    values = vec![texts.join(", ").into()];
+                }
+            } else {
+                for value in &mut values {
+                    each(value, &|text| normalized(text, *normalize).into());
+                }
+            }
+        }
+        if !self.values.is_empty() {
+            for value in &mut values {
+                translate(value, &self.values);
+            }
+        }
+        values
+    }
+}
+
+/// The items of lists among the values.
+pub(crate) fn flat(values: &[Value]) -> impl Iterator<Item = &Value> {
+    values.iter().flat_map(|value| value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice))
+}
+
+/// Changes a text, or every text in a list.
+fn each(value: &mut Value, change: &impl Fn(&str) -> Value) {
+    if let Some(items) = value.as_array_mut() {
+        for item in items {
+            each(item, change);
+        }
+    } else if let Some(text) = value.as_str() {
+        *value = change(text);
+    }
+}
+
+fn normalized(text: &str, normalize: Normalize) -> String {
+    match normalize {
+        Normalize::Lowercase => text.to_lowercase(),
+        Normalize::Uppercase => text.to_uppercase(),
+        Normalize::SingleSpaces => single_spaces(text),
+        Normalize::Domain => domain(text).unwrap_or_else(|| text.to_owned()),
+        // Joins values, not a text.
+        Normalize::Join => text.to_owned(),
+    }
+}
+
+/// Runs of blanks and line breaks as one blank.
+pub(crate) fn single_spaces(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// The domain of an email address or a web page.
+pub(crate) fn domain(text: &str) -> Option<String> {
+    let host = match text.rsplit_once('@') {
+        Some((_, domain)) if !text.contains('/') => domain.to_owned(),
+        Some(_) | None => {
+            let whole = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
+            url::Url::parse(&whole).ok()?.host_str()?.trim_start_matches("www.").to_owned()
+        }
+    };
+    Some(host.to_lowercase()).filter(|host| host.contains('.'))
+}
+
+fn translate(value: &mut Value, values: &BTreeMap<String, Value>) {
+    if let Some(items) = value.as_array_mut() {
+        for item in items {
+            translate(item, values);
+        }
+    } else if let Some(other) = text(value).and_then(|text| values.get(&text)) {
+        *value = other.clone();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn source(alternatives: &[&str]) -> Source {
+        Source::new(alternatives.iter().map(|text| Alternative::parse(text).unwrap()))
+    }
+
+    fn picked(source: &Source, traits: Value) -> Value {
+        match source.pick(&Event { body: json!({"traits": traits}) }) {
+            Picked::Nothing => json!("nothing"),
+            Picked::Object => json!("an object"),
+            Picked::Values(values) => values.into(),
+        }
+    }
+
+    #[test]
+    fn the_first_alternative_that_is_present_wins() {
+        let name = source(&[
+            "$.traits.name",
+            "{$.traits.first} {$.traits.last}",
+            "{$.traits.last}, {$.traits.initial}.",
+            "$.traits.first",
+        ]);
+        let cases = [
+            (json!({"name": " Jane ", "first": "X"}), json!(["Jane"])),
+            (json!({"name": " ", "first": "Jane", "last": "Doe"}), json!(["Jane Doe"])),
+            (json!({"name": null, "last": "Doe", "initial": "J"}), json!(["Doe, J."])),
+            (json!({"first": "Jane"}), json!(["Jane"])),
+            (json!({"last": "Doe"}), json!("nothing")),
+            (json!({"name": 7.0}), json!([7.0])),
+            (json!({"name": false}), json!([false])),
+            (json!({"name": {"first": "Jane"}}), json!("an object")),
+            (json!({"name": {"first": "Jane"}, "first": "Jane"}), json!(["Jane"])),
+            (json!({"first": {"a": 1}}), json!("nothing")),
+            (json!({"name": []}), json!("nothing")),
+            (json!({"name": [null, "", {"a": 1}]}), json!([[{"a": 1}]])),
+            (json!({"name": "J\u{0}a\u{1b}ne\u{202e}😀"}), json!(["Jane\u{202e}😀"])),
+        ];
+        for (traits, expected) in cases {
+            assert_eq!(picked(&name, traits.clone()), expected, "{traits}");
+        }
+        assert_eq!(
+            picked(&source(&["$.traits.tags[*]"]), json!({"tags": ["a", " ", "b"]})),
+            json!(["a", "b"])
+        );
+    }
+
+    #[test]
+    fn constants_normalisation_and_translation() {
+        let constant = Source::new([Alternative::constant("Customer")]);
+        assert_eq!(picked(&constant, json!({})), json!(["Customer"]));
+
+        let with = |normalize: Normalize, value: Value| {
+            picked(&source(&["$.traits.a"]).normalized(vec![normalize]), json!({"a": value}))
+        };
+        assert_eq!(with(Normalize::Lowercase, json!("ÉCLAIR")), json!(["éclair"]));
+        assert_eq!(with(Normalize::Uppercase, json!(["a", 1])), json!([["A", 1]]));
+        assert_eq!(with(Normalize::SingleSpaces, json!("a \n b")), json!(["a b"]));
+        assert_eq!(with(Normalize::Domain, json!("Jane@Acme.TEST")), json!(["acme.test"]));
+        assert_eq!(with(Normalize::Domain, json!("https://www.acme.test/a@b")), json!(["acme.test"]));
+        assert_eq!(with(Normalize::Domain, json!("no domain")), json!(["no domain"]));
+        assert_eq!(with(Normalize::Join, json!(["a", 1, true])), json!(["a, 1, true"]));
+
+        let values = [("true".to_owned(), json!("Yes")), ("2".to_owned(), json!("Two"))].into();
+        let translated = source(&["$.traits.a"]).translated(values);
+        for (value, expected) in [
+            (json!(true), json!(["Yes"])),
+            (json!(2), json!(["Two"])),
+            (json!(["2", 3]), json!([["Two", 3]])),
+            (json!(false), json!([false])),
+        ] {
+            assert_eq!(picked(&translated, json!({"a": value})), expected);
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_understood_is_told_with_a_remedy() {
+        let error = |text: &str| Alternative::parse(text).unwrap_err();
+        assert_eq!(error("$.traits["), "`$.traits[` is no JSONPath (try `$.traits.title`)");
+        assert_eq!(error("{traits.a}"), "`traits.a` is no JSONPath (try `$.traits.title`)");
+        assert_eq!(error("{$.a"), "`{$.a` has a `{` without its `}`");
+        assert!(error("Customer").ends_with("a constant is written `{ value = \"Customer\" }`"));
+    }
+
+    #[test]
+    fn a_number_is_one_text_however_it_is_written() {
+        for (value, expected) in [
+            (json!(42), Some("42")),
+            (json!(42.0), Some("42")),
+            (json!(-0.5), Some("-0.5")),
+            (json!(18_446_744_073_709_551_615_u64), Some("18446744073709551615")),
+            (json!([1]), None),
+        ] {
+            assert_eq!(text(&value).as_deref(), expected);
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! What an event would do, as `close-sync plan` tells it.
+
+use maud::{Markup, html};
+
+use crate::http::admin::redact::Sight;
+use crate::sync::explain::{DEAD, LeftOut, Record, Report};
+
+/// The report, with values as far as they may be seen.
+pub(crate) fn report(report: &Report, sight: Sight) -> Markup {
+    let kind = match report.outcome {
+        DEAD => "bad",
+        "skipped" | "unchanged" => "so-so",
+        _ => "good",
+    };
+    html! {
+        p {
+            span .badge.(kind) { (report.outcome) }
+            @if let Some(reason) = report.reason { " " code { (reason) } }
+        }
+        @if let Some(error) = &report.error { p { (error) } }
+        @for record in &report.records { (one(record, sight)) }
+        @if !report.left_out.is_empty() {
+            h3 { "Left out" }
+            ul { @for left_out in &report.left_out { li { (left(left_out, sight)) } } }
+        }
+        dl .facts {
+            @if let Some(rule) = report.rule_in_words { dt { "Rule" } dd { (rule) } }
+            @if !report.look_ups.is_empty() {
+                dt { "Looked up" }
+                dd { (report.look_ups.join("; ")) }
+            }
+            @for candidate in &report.candidates {
+                dt { "Candidate" }
+                dd { code { (candidate.id) } " " (candidate.in_words) }
+            }
+            dt { "Calls to Close" }
+            dd { (report.calls) ", nothing was written" }
+        }
+    }
+}
+
+fn one(record: &Record, sight: Sight) -> Markup {
+    html! {
+        section .record {
+            h3 {
+                (record.action)
+                @if let Some(name) = &record.name { " " q { (sight.of(name)) } }
+                @if let Some(id) = &record.id { " " code { (id) } }
+            }
+            @if let Some(switch) = record.forbidden { p { "Not done: the switch " code { (switch) } " is off." } }
+            @if !record.fields.is_empty() {
+                div .wide {
+                    table {
+                        caption .hidden { "Fields of the record" }
+                        thead { tr { th scope="col" { "Field" } th scope="col" { "What comes of it" } } }
+                        tbody {
+                            @for field in &record.fields {
+                                tr {
+                                    th scope="row" { (field.label) }
+                                    td {
+                                        @match sight {
+                                            Sight::Masked => { code { (field.verdict) } }
+                                            Sight::Personal => { (field.change) }
+                                        }
+                                    }
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn left(left_out: &LeftOut, sight: Sight) -> Markup {
+    html! {
+        @match sight {
+            Sight::Masked => { (left_out.field) ": " code { (left_out.reason) } }
+            Sight::Personal => { (left_out.in_words) }
+        }
+    }
+}

@@ -1,0 +1,301 @@
+//! What all pages have in common: the frame, the headers, and small parts.
+
+use std::borrow::Cow;
+use std::time::Duration;
+
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use jiff::{SignedDuration, Timestamp};
+use maud::{DOCTYPE, Markup, html};
+use serde::Deserialize;
+
+use crate::http::admin::auth::{SEAL, Visitor};
+use crate::http::admin::{HOME, Place};
+
+/// Nothing but our own style, no frames, no forms that go elsewhere. `same-origin` and not `no-referrer`: with the
+/// latter, browsers send `Origin: null` along with our own forms.
+const HEADERS: [(HeaderName, HeaderValue); 8] = [
+    (
+        header::CONTENT_SECURITY_POLICY,
+        HeaderValue::from_static(
+            "default-src 'none'; style-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+        ),
+    ),
+    (header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
+    (header::X_FRAME_OPTIONS, HeaderValue::from_static("DENY")),
+    (header::REFERRER_POLICY, HeaderValue::from_static("same-origin")),
+    (header::CACHE_CONTROL, HeaderValue::from_static("no-store")),
+    (HeaderName::from_static("cross-origin-opener-policy"), HeaderValue::from_static("same-origin")),
+    (HeaderName::from_static("cross-origin-resource-policy"), HeaderValue::from_static("same-origin")),
+    (
+        HeaderName::from_static("permissions-policy"),
+        HeaderValue::from_static("camera=(), geolocation=(), microphone=()"),
+    ),
+];
+
+/// Adds what every answer says to browsers.
+pub(crate) async fn headers(mut response: Response) -> Response {
+    response.headers_mut().extend(HEADERS);
+    response
+}
+
+/// A page of a destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Tab {
+    Live,
+    Dead,
+    Test,
+}
+
+impl Tab {
+    const ALL: [Self; 3] = [Self::Live, Self::Dead, Self::Test];
+
+    fn title(self) -> &'static str {
+        match self {
+            Self::Live => "Live",
+            Self::Dead => "Dead letters",
+            Self::Test => "Test an event",
+        }
+    }
+
+    fn path(self) -> &'static str {
+        match self {
+            Self::Live => "",
+            Self::Dead => "dead",
+            Self::Test => "test",
+        }
+    }
+}
+
+/// What is around the content of a page.
+#[derive(Clone, Copy)]
+pub(crate) struct Frame<'a> {
+    pub(crate) title: &'a str,
+    pub(crate) visitor: Option<&'a Visitor>,
+    /// Whose page it is, and which.
+    pub(crate) of: Option<(&'a Place, Tab)>,
+    /// Loads itself again after so long.
+    pub(crate) refresh: Option<Duration>,
+}
+
+impl Frame<'_> {
+    pub(crate) fn around(&self, content: Markup) -> Markup {
+        let name = self.of.map_or("close-sync", |(place, _)| place.title());
+        html! {
+            (DOCTYPE)
+            html lang="en" {
+                head {
+                    meta charset="utf-8";
+                    meta name="viewport" content="width=device-width, initial-scale=1";
+                    meta name="color-scheme" content="light dark";
+                    @if let Some(refresh) = self.refresh {
+                        meta http-equiv="refresh" content=(refresh.as_secs());
+                    }
+                    title { (self.title) " · " (name) }
+                    link rel="stylesheet" href="/page/style.css";
+                }
+                body {
+                    a .skip href="#content" { "Skip to content" }
+                    header {
+                        p .brand { a href=(HOME) { "close-sync" } }
+                        @if let Some((place, tab)) = self.of { (navigation(place, tab)) }
+                        @if let Some(visitor) = self.visitor.filter(|visitor| visitor.has_session()) {
+                            form .who method="post" action="/page/sign-out" {
+                                (seal(visitor))
+                                span { (visitor.who) }
+                                button .quiet type="submit" { "Sign out" }
+                            }
+                        }
+                    }
+                    main #content tabindex="-1" {
+                        h1 {
+                            (self.title)
+                            @if let Some(name) = self.of.and_then(|(place, _)| place.name.as_deref()) {
+                                " " span .of { (name) }
+                            }
+                        }
+                        (content)
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn navigation(place: &Place, current: Tab) -> Markup {
+    html! {
+        nav aria-label="Pages" {
+            ul {
+                @for tab in Tab::ALL {
+                    li {
+                        a href=(place.path(tab.path())) aria-current=[(tab == current).then_some("page")] {
+                            (tab.title())
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What makes a form one of ours.
+pub(crate) fn seal(visitor: &Visitor) -> Markup {
+    html! { input type="hidden" name=(SEAL) value=(visitor.seal); }
+}
+
+/// The form that asks who this is; afterwards it goes on to the page `to`.
+pub(crate) fn sign_in(visitor: &Visitor, to: &str, wrong: Option<&str>) -> Markup {
+    let frame = Frame { title: "Sign in", visitor: None, of: None, refresh: None };
+    frame.around(html! {
+        @if let Some(wrong) = wrong { p .notice.bad role="alert" { (prose(wrong)) } }
+        form .card.narrow method="post" action="/page/sign-in" {
+            (seal(visitor))
+            input type="hidden" name="to" value=(to);
+            label for="who" { "Your name" }
+            input #who name="who" autocomplete="username" required maxlength="60" aria-describedby="why";
+            p #why .hint { "What you do here is noted in the log, under this name." }
+            label for="token" { "Token" }
+            input #token name="token" type="password" autocomplete="current-password" required;
+            p .hint { "The setting " code { "http.page_token" } " of close-sync." }
+            button type="submit" { "Sign in" }
+        }
+    })
+}
+
+/// A page that says why there is no other.
+#[derive(Debug)]
+pub(crate) struct Broken {
+    status: StatusCode,
+    why: Cow<'static, str>,
+}
+
+impl Broken {
+    pub(crate) fn new(status: StatusCode, why: impl Into<Cow<'static, str>>) -> Self {
+        Self { status, why: why.into() }
+    }
+
+    /// The page that is not there.
+    pub(crate) fn nowhere() -> Self {
+        Self::new(StatusCode::NOT_FOUND, "There is no such page, or no such destination.")
+    }
+}
+
+impl IntoResponse for Broken {
+    fn into_response(self) -> Response {
+        let frame = Frame { title: "That did not work", visitor: None, of: None, refresh: None };
+        let page = frame.around(html! {
+            p .notice.bad role="alert" { (prose(&self.why)) }
+            p { a href=(HOME) { "To the first page" } }
+        });
+        (self.status, page).into_response()
+    }
+}
+
+/// How long ago that was, `2 min 5 s ago`, with the time itself to point at.
+pub(crate) fn ago(time: Timestamp) -> Markup {
+    let since = Timestamp::now().duration_since(time);
+    html! { time datetime=(time) title=(moment(time)) { (span(since)) " ago" } }
+}
+
+/// A time for people, to the second.
+pub(crate) fn moment(time: Timestamp) -> String {
+    time.strftime("%Y-%m-%d %H:%M:%S UTC").to_string()
+}
+
+/// Words of ours, in which what is between backticks is to be taken literally.
+pub(crate) fn prose(text: &str) -> Markup {
+    html! {
+        @for (place, part) in text.split('`').enumerate() {
+            @if place % 2 == 1 { code { (part) } } @else { (part) }
+        }
+    }
+}
+
+/// Words as a sentence.
+pub(crate) fn sentence(words: &str) -> String {
+    let mut letters = words.chars();
+    let first: String = letters.next().into_iter().flat_map(char::to_uppercase).collect();
+    format!("{first}{}.", letters.as_str())
+}
+
+/// A length of time for people: its two largest units.
+pub(crate) fn span(duration: SignedDuration) -> String {
+    let seconds = duration.as_secs().max(0);
+    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86400);
+    match (days, hours, minutes) {
+        (1.., _, _) => format!("{days} d {} h", hours % 24),
+        (_, 1.., _) => format!("{hours} h {} min", minutes % 60),
+        (_, _, 1..) => format!("{minutes} min {} s", seconds % 60),
+        _ => format!("{seconds} s"),
+    }
+}
+
+/// How a page that shows something live is to be shown.
+#[derive(Default, Deserialize)]
+pub(crate) struct Wishes {
+    /// Not to be loaded again.
+    still: Option<String>,
+}
+
+impl Wishes {
+    /// After how long it is loaded again, of a page for which that would be `every`.
+    pub(crate) fn refresh(&self, every: Duration) -> Option<Duration> {
+        self.still.is_none().then_some(every)
+    }
+}
+
+/// Tells that a page is loaded again, and how to stop that.
+pub(crate) fn follow(refresh: Option<Duration>, path: &str) -> Markup {
+    html! {
+        p .quiet {
+            @match refresh {
+                Some(every) => {
+                    "Loaded again every " (every.as_secs()) " s. " a href={ (path) "?still=1" } { "Stop that" }
+                }
+                None => { "As it was when you loaded it. " a href=(path) { "Follow it" } }
+            }
+        }
+    }
+}
+
+/// Counts with their labels, or the words for none.
+pub(crate) fn counts(title: &str, none: &str, counts: &[(&str, u64)]) -> Markup {
+    html! {
+        @if counts.is_empty() { p { (none) } } @else {
+            table .counts {
+                caption { (title) }
+                tbody {
+                    @for (label, count) in counts {
+                        tr { th scope="row" { (label.replace('_', " ")) } td .number { (count) } }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_length_of_time_is_told_by_its_two_largest_units() {
+        let cases = [
+            (-5, "0 s"),
+            (59, "59 s"),
+            (60, "1 min 0 s"),
+            (3599, "59 min 59 s"),
+            (3600 + 119, "1 h 1 min"),
+            (86400 * 3 + 7200, "3 d 2 h"),
+        ];
+        for (seconds, told) in cases {
+            assert_eq!(span(SignedDuration::from_secs(seconds)), told);
+        }
+    }
+
+    #[test]
+    fn only_what_is_between_backticks_is_literal() {
+        let page = prose("set `close.api_key` to <b>").into_string();
+        assert_eq!(page, "set <code>close.api_key</code> to &lt;b&gt;");
+    }
+}

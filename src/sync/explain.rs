@@ -1,0 +1,244 @@
+//! What an event would do to Close, and why, for people and scripts: the decision in words. Holds personal data.
+
+use std::fmt;
+
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::domain::decision::{self, Decision, LookUp};
+use crate::domain::mapping::coerce::{DropReason, Dropped};
+use crate::domain::mapping::{Key, Mapping};
+use crate::domain::matching::Case;
+use crate::domain::plan::{RecordPlan, RecordRef, Refusal};
+use crate::domain::record::LeadId;
+use crate::outcome::{Obstruction, Outcome, PauseCause};
+use crate::sync::{Prepared, ReceivedAt, Worker};
+use crate::text::there_are;
+
+/// The outcome of an event that cannot succeed.
+pub const DEAD: &str = "dead-lettered";
+
+/// One event, as it is told.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// What would become of it: an effect, `skipped` or [`DEAD`].
+    pub outcome: &'static str,
+    /// Why it would be skipped or dead-lettered, from a closed list.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<&'static str>,
+    /// What is wrong with it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// Which rule of matching decided.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rule: Option<&'static str>,
+    /// The same for people.
+    #[serde(skip)]
+    pub rule_in_words: Option<&'static str>,
+    /// What Close was asked for.
+    pub look_ups: Vec<String>,
+    /// The records that came into question.
+    pub candidates: Vec<Candidate>,
+    /// The records it is about.
+    pub records: Vec<Record>,
+    /// Values that would not be written.
+    pub left_out: Vec<LeftOut>,
+    /// Calls to Close that finding this out took.
+    pub calls: u32,
+    /// Whether anything would be written.
+    #[serde(skip)]
+    pub writes: bool,
+}
+
+/// A record that came into question.
+#[derive(Clone, Debug, Serialize)]
+pub struct Candidate {
+    /// Its id.
+    pub id: String,
+    /// What was thought of it.
+    pub verdict: &'static str,
+    /// The same for people.
+    #[serde(skip)]
+    pub in_words: &'static str,
+}
+
+/// A value that would not be written.
+#[derive(Clone, Debug, Serialize)]
+pub struct LeftOut {
+    /// The field of Close.
+    pub field: String,
+    /// Why, from a closed list.
+    pub reason: &'static str,
+    /// The value.
+    pub value: Option<Value>,
+    /// All of it for people.
+    #[serde(skip)]
+    pub in_words: String,
+}
+
+/// A Lead or Contact, with what would become of it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Record {
+    /// `create lead`, `update contact`, or `lead` when nothing is to change.
+    pub action: &'static str,
+    /// Its id; of a new Contact, the Lead's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// Its name.
+    pub name: Option<String>,
+    /// The switch that forbids it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub forbidden: Option<&'static str>,
+    /// Its fields that the event tells about.
+    pub fields: Vec<Field>,
+}
+
+/// A field of a record.
+#[derive(Clone, Debug, Serialize)]
+pub struct Field {
+    /// As Close names it.
+    #[serde(rename = "field")]
+    pub key: String,
+    /// As people name it.
+    #[serde(skip)]
+    pub label: String,
+    /// What Close has.
+    pub before: Option<Value>,
+    /// What the event says.
+    pub event: Value,
+    /// What comes of it.
+    pub verdict: &'static str,
+    /// All of it for people.
+    #[serde(skip)]
+    pub change: String,
+}
+
+/// Why it cannot be told what an event would do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Unplanned {
+    /// Something stood in the way, even after retries.
+    Obstructed(Obstruction),
+    /// Close cannot be worked with.
+    Paused(PauseCause),
+}
+
+impl fmt::Display for Unplanned {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Obstructed(obstacle) => write!(f, "could not be planned: {obstacle}"),
+            Self::Paused(cause) => write!(
+                f,
+                "could not be planned, Close cannot be worked with: {}\nhint: `close-sync check` tells more",
+                cause.label()
+            ),
+        }
+    }
+}
+
+/// Finds out what an event that came like this would do now, with the worker's own code, and what it is about.
+///
+/// # Errors
+/// When Close does not let itself be looked at.
+pub async fn rehearse(
+    worker: &Worker,
+    event: &[u8],
+    arrival: ReceivedAt,
+) -> Result<(Vec<Key>, Report), Unplanned> {
+    let (keys, outcome, decision) = match worker.prepare(event, arrival) {
+        Prepared::Settled(outcome) => (Vec::new(), outcome, Decision::default()),
+        Prepared::Job(job) => {
+            let (outcome, decision) = worker.rehearse(&job).await;
+            (job.keys(), outcome, decision)
+        }
+    };
+    Ok((keys, Report::new(outcome, &decision, &worker.mapping())?))
+}
+
+impl Report {
+    fn new(outcome: Outcome, decision: &Decision, mapping: &Mapping) -> Result<Self, Unplanned> {
+        let (outcome, reason, error) = match outcome {
+            Outcome::Synced(effect) => (effect.label(), None, None),
+            Outcome::Skipped(skip) => ("skipped", Some(skip.label()), None),
+            Outcome::Dead(dead) => (DEAD, Some(dead.reason.label()), Some(dead.error)),
+            Outcome::Delayed { obstacle, .. } => return Err(Unplanned::Obstructed(obstacle)),
+            Outcome::Paused(cause) => return Err(Unplanned::Paused(cause)),
+        };
+        let candidate = |candidate: &decision::Candidate| Candidate {
+            id: candidate.id.clone(),
+            verdict: candidate.verdict.label(),
+            in_words: candidate.verdict.words(),
+        };
+        Ok(Self {
+            outcome,
+            reason,
+            error,
+            rule: decision.case.map(Case::label),
+            rule_in_words: decision.case.map(Case::words),
+            look_ups: decision.look_ups.iter().map(LookUp::words).collect(),
+            candidates: decision.candidates.iter().map(candidate).collect(),
+            records: decision.plan.records.iter().map(|record| Record::new(record, mapping)).collect(),
+            left_out: decision.dropped.iter().map(|dropped| LeftOut::new(dropped, mapping)).collect(),
+            calls: decision.calls,
+            writes: !decision.plan.steps.is_empty(),
+        })
+    }
+}
+
+impl LeftOut {
+    fn new(dropped: &Dropped, mapping: &Mapping) -> Self {
+        let Dropped { field, reason, value } = dropped;
+        let shown = value.as_ref().map_or_else(|| "an object".to_owned(), Value::to_string);
+        let label = mapping.label(field);
+        let of = if label == *field { String::new() } else { format!(" ({field})") };
+        let fits = match reason {
+            DropReason::NotAChoice | DropReason::NoSuchUser => there_are(&mapping.choices(field)),
+            DropReason::NotAValue => match value {
+                Some(Value::Array(_)) => " (`normalize = [\"join\"]` makes a list one text)".to_owned(),
+                _ => String::new(),
+            },
+            DropReason::InvalidEmail
+            | DropReason::InvalidPhone
+            | DropReason::InvalidUrl
+            | DropReason::NotANumber
+            | DropReason::NotADate
+            | DropReason::NotAnId
+            | DropReason::UnknownField
+            | DropReason::ListFull
+            | DropReason::Refused => String::new(),
+        };
+        let in_words = format!("{label}{of}: {shown}, {}{fits}", reason.words());
+        Self { field: field.clone(), reason: reason.label(), value: value.clone(), in_words }
+    }
+}
+
+impl Record {
+    fn new(record: &RecordPlan, mapping: &Mapping) -> Self {
+        let writes = record.written().next().is_some();
+        let (action, id) = match &record.record {
+            RecordRef::NewLead => ("create lead", None),
+            RecordRef::NewContact(lead) => ("create contact", lead.as_ref().map(LeadId::to_string)),
+            RecordRef::Lead(id) => (if writes { "update lead" } else { "lead" }, Some(id.to_string())),
+            RecordRef::Contact(id) => {
+                (if writes { "update contact" } else { "contact" }, Some(id.to_string()))
+            }
+        };
+        Self {
+            action,
+            id,
+            name: record.name.clone(),
+            forbidden: record.refused.map(Refusal::label),
+            fields: record
+                .fields
+                .iter()
+                .map(|field| Field {
+                    key: field.field.clone(),
+                    label: mapping.label(&field.field),
+                    before: field.before.clone(),
+                    event: field.wanted.clone(),
+                    verdict: field.verdict.label(),
+                    change: decision::change(field, mapping),
+                })
+                .collect(),
+        }
+    }
+}

@@ -1,0 +1,524 @@
+//! The laws of matching, tried on whole worlds in memory: look up, decide, carry out, and look again.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+
+use futures_util::FutureExt;
+use jiff::Timestamp;
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use crate::close::CloseError;
+use crate::close::in_memory::InMemoryRecords;
+use crate::config::Layers;
+use crate::domain::decision::Decision;
+use crate::domain::event::{self, Event};
+use crate::domain::mapping::tests::{rules, schema};
+use crate::domain::mapping::{Desired, Mapping, WriteRule};
+use crate::domain::matching::{Case, Likeness, MAX_CONTACTS, compare};
+use crate::domain::plan::{Step, Switches};
+use crate::domain::record::{
+    Channel, Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists,
+};
+use crate::domain::schema::FieldRef;
+use crate::domain::staleness;
+use crate::outcome::{Effect, Outcome};
+use crate::scenario::{self, Scenario, Suite, Told, render};
+use crate::sync::id_cache::{CreatedIds, IdCache};
+use crate::sync::resolver::{Decided, Resolver};
+use crate::sync::version_cache::VersionCache;
+use crate::sync::{Prepared, ReceivedAt};
+
+/// What the worker remembers from one message to the next.
+#[derive(Default)]
+pub(crate) struct Memory {
+    known: IdCache,
+    applied: VersionCache,
+}
+
+/// What the worker decides about messages that go together, short of failures: a record that vanished is looked
+/// for once more.
+fn decide(
+    book: &InMemoryRecords,
+    Memory { known, applied }: &Memory,
+    mapping: &Mapping,
+    switches: Switches,
+    events: &[&Desired],
+) -> Result<(Decision, Decided), CloseError> {
+    let mut decision = Decision::default();
+    let mut resolver = Resolver {
+        records: book,
+        known,
+        applied,
+        keys: &mapping.keys,
+        switches,
+        trusted: true,
+        decision: &mut decision,
+    };
+    let (first, others) = events.split_first().expect("an event");
+    let mut decided = || resolver.decide(first, others).now_or_never().expect("memory answers at once");
+    let decided = match decided() {
+        Err(CloseError::NotFound) => decided(),
+        first => first,
+    }?;
+    Ok((decision, decided))
+}
+
+fn sync(
+    book: &mut InMemoryRecords,
+    memory: &Memory,
+    world: &World,
+    events: &[&Desired],
+) -> (Decision, Decided) {
+    let decided = decide(book, memory, &world.mapping, world.switches, events).unwrap();
+    carry_out(book, memory, events, &decided);
+    decided
+}
+
+/// Writes, and remembers what the worker would.
+fn carry_out(
+    book: &mut InMemoryRecords,
+    Memory { known, applied }: &Memory,
+    events: &[&Desired],
+    (decision, Decided { ages, together, .. }): &(Decision, Decided),
+) {
+    let (mut new, mut ages) = (CreatedIds::default(), ages.clone());
+    for step in &together.steps {
+        let mut made = book.apply(step);
+        if step.creates() {
+            new = made.clone();
+        }
+        if let (Some(Case::AdoptedLead), Step::UpdateLead { id, .. }) = (decision.case, step) {
+            made.lead = Some(id.clone());
+        }
+        known.learn_made(&events[0].identity, made, decision.nobody_else());
+    }
+    events.iter().zip(&together.plans).for_each(|(event, plan)| staleness::note(&mut ages, plan, event));
+    applied.remember(ages, &new);
+}
+
+/// Records, and the rules they are treated by.
+#[derive(Clone, Debug)]
+struct World {
+    book: InMemoryRecords,
+    mapping: Mapping,
+    switches: Switches,
+}
+
+fn maybe(values: &'static [&'static str]) -> impl Strategy<Value = Option<&'static str>> {
+    proptest::option::of(proptest::sample::select(values))
+}
+
+const COMPANIES: &[&str] = &["acme", "Acme", "77"];
+const USERS: &[&str] = &["u1", "u2", "U1"];
+const EMAILS: &[&str] =
+    &["jane@acme.test", "Jane@Acme.test", "jane+crm@acme.test", "info@acme.test", "bob@gmail.com"];
+const PHONES: &[&str] = &["+1 800 444 5555", "800 444-5555", "n/a", "+49 30 1234567"];
+/// As Close keeps them; the last one is older than its checks.
+const KEPT_PHONES: &[&str] = &["+18004445555", "+49301234567", "n/a"];
+const NAMES: &[&str] = &["Jane", "Bob", " ", "\u{202e}Jane\u{0}"];
+const DATES: &[&str] = &["2026-01-01", "2026-01-02"];
+
+fn lists() -> impl Strategy<Value = Lists> {
+    let entries = |channel: Channel, values: &'static [&'static str]| {
+        proptest::sample::subsequence(values, 0..=values.len()).prop_map(move |values| {
+            let entry = |value: &&str| Entry { value: (*value).to_owned(), kind: "home".into() };
+            (channel, values.iter().map(entry).collect::<Vec<_>>())
+        })
+    };
+    (entries(Channel::Email, EMAILS), entries(Channel::Phone, KEPT_PHONES))
+        .prop_map(|(emails, phones)| [emails, phones].into_iter().collect())
+}
+
+fn fields(key: &str, id: Option<&str>, name: Option<&str>) -> Fields {
+    let id = id.map(|id| (Field::Custom(FieldId::new(key)), json!(id)));
+    id.into_iter().chain(name.map(|name| (Field::Name, json!(name)))).collect()
+}
+
+fn book() -> impl Strategy<Value = InMemoryRecords> {
+    let leads =
+        proptest::collection::vec((maybe(COMPANIES), maybe(NAMES), proptest::sample::select(DATES)), 1..5);
+    let contact = (
+        maybe(USERS),
+        maybe(NAMES),
+        lists(),
+        proptest::sample::select(DATES),
+        any::<proptest::sample::Index>(),
+    );
+    (leads, proptest::collection::vec(contact, 0..25)).prop_map(|(leads, contacts)| {
+        let mut book = InMemoryRecords::default();
+        for (number, (company, name, date)) in leads.iter().enumerate() {
+            let id = LeadId::new(format!("lead_{number}"));
+            let lead = Lead {
+                id: id.clone(),
+                date_created: (*date).into(),
+                fields: fields("cf_company", *company, *name),
+            };
+            book.leads.insert(id, lead);
+        }
+        for (number, (user, name, lists, date, lead)) in contacts.into_iter().enumerate() {
+            let id = ContactId::new(format!("cont_{number:02}"));
+            let lead_id = Some(LeadId::new(format!("lead_{}", lead.index(leads.len()))));
+            let fields = fields("cf_user", user, name);
+            book.contacts
+                .insert(id.clone(), Contact { id, lead_id, date_created: date.into(), fields, lists });
+        }
+        book
+    })
+}
+
+fn world() -> impl Strategy<Value = World> {
+    let write = proptest::sample::select(&[WriteRule::Always, WriteRule::IfEmpty, WriteRule::OnCreate][..]);
+    let switch = || proptest::bool::weighted(0.8);
+    let switches = (switch(), switch(), switch(), switch(), switch());
+    let keys = (proptest::bool::weighted(0.9), proptest::bool::weighted(0.9), any::<bool>());
+    (book(), proptest::collection::vec(write, 8), switches, keys).prop_map(|(book, writes, on, keys)| {
+        let mut rules = rules();
+        let mut writes = writes.into_iter().cycle();
+        let all = rules.lead.fields.values_mut().chain(rules.lead.custom.values_mut());
+        let all = all.chain(rules.contact.fields.values_mut()).chain(rules.channels.values_mut());
+        all.for_each(|rule| rule.write = writes.next().unwrap());
+        rules.lead.key.take_if(|_| !keys.0);
+        rules.contact.key.take_if(|_| !keys.1);
+        rules.lead.stamp = keys.2.then(|| FieldRef::new("cf_lead_at"));
+        rules.contact.stamp = keys.2.then(|| FieldRef::new("cf_contact_at"));
+        let switches = Switches {
+            allow_creating_new_leads: on.0,
+            allow_updating_existing_leads: on.1,
+            allow_creating_new_contacts: on.2,
+            allow_updating_existing_contacts: on.3,
+            allow_creating_duplicate_contacts: on.4,
+        };
+        World { book, mapping: rules.resolve(&schema()).unwrap(), switches }
+    })
+}
+
+fn event() -> impl Strategy<Value = Value> {
+    let plan = maybe(&["free", "pro"]);
+    (maybe(USERS), maybe(EMAILS), maybe(COMPANIES), maybe(NAMES), maybe(PHONES), plan).prop_map(
+        |(user, email, company, name, phone, plan)| {
+            json!({"userId": user, "traits": {
+                "email": email, "name": name, "phone": phone, "plan": plan, "company": {"id": company, "name": name},
+            }})
+        },
+    )
+}
+
+/// Any JSON, with the keys the mapping looks at among its keys.
+fn any_json() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        any::<f64>().prop_map(|number| json!(number)),
+        ".{0,20}".prop_map(Value::from),
+        proptest::sample::select([EMAILS, PHONES, NAMES, COMPANIES].concat()).prop_map(Value::from),
+    ];
+    leaf.prop_recursive(4, 64, 8, |inner| {
+        let keys = [
+            "userId",
+            "traits",
+            "company",
+            "id",
+            "name",
+            "email",
+            "phone",
+            "website",
+            "plan",
+            "title",
+            "type",
+            "integrations",
+            "x",
+        ];
+        let key = proptest::sample::select(keys.to_vec()).prop_map(str::to_owned);
+        prop_oneof![
+            proptest::collection::vec(inner.clone(), 0..6).prop_map(Value::from),
+            proptest::collection::btree_map(key, inner, 0..10).prop_map(|map| json!(map)),
+        ]
+    })
+}
+
+fn kinds(decision: &Decision) -> Vec<&'static str> {
+    decision.plan.steps.iter().map(Step::label).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    #[test]
+    fn a_second_time_there_is_nothing_to_do(world in world(), events in proptest::collection::vec(event(), 1..4)) {
+        let (mut book, memory) = (world.book.clone(), Memory::default());
+        for event in events {
+            let Ok(desired) = world.mapping.apply(&Event { body: event }) else { continue };
+            sync(&mut book, &memory, &world, &[&desired]);
+            // Whether the worker remembers, or was restarted since.
+            for memory in [&memory, &Memory::default()] {
+                let again = decide(&book, memory, &world.mapping, world.switches, &[&desired]).unwrap();
+                prop_assert_eq!(&again.1.together.steps, &[]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_sync_adds_and_never_takes_away(world in world(), event in event()) {
+        let Ok(desired) = world.mapping.apply(&Event { body: event }) else { return Ok(()) };
+        let mut book = world.book.clone();
+        let (decision, decided) = sync(&mut book, &Memory::default(), &world, &[&desired]);
+
+        for (id, before) in &world.book.contacts {
+            let after = &book.contacts[id];
+            prop_assert_eq!(&after.lead_id, &before.lead_id);
+            for (channel, entries) in &before.lists {
+                prop_assert!(after.list(*channel).starts_with(entries), "{:?}", after);
+            }
+            prop_assert!(before.fields.keys().all(|field| after.fields.contains_key(field)));
+        }
+        let kept = |id| book.leads.contains_key(id);
+        prop_assert!(world.book.leads.keys().all(kept));
+
+        let changed = decided.together.changed();
+        let touched: BTreeSet<&String> = changed.iter().collect();
+        prop_assert_eq!(touched.len(), changed.len(), "a record is written twice");
+        let contacts = kinds(&decision).iter().filter(|kind| **kind == "update_contact").count();
+        prop_assert!(contacts <= MAX_CONTACTS);
+        prop_assert!(book.leads.len() <= world.book.leads.len() + 1);
+        prop_assert!(book.contacts.len() <= world.book.contacts.len() + 1);
+    }
+
+    #[test]
+    fn nobody_is_made_twice_and_no_company_gets_a_second_lead(
+        world in world(), events in proptest::collection::vec(event(), 1..6), lags in any::<bool>(),
+    ) {
+        // Also while search shows nothing of what we do: we remember.
+        let book = world.book.clone();
+        let (mut book, memory) = (if lags { book.with_frozen_search() } else { book }, Memory::default());
+        for event in events {
+            let Ok(desired) = world.mapping.apply(&Event { body: event }) else { continue };
+            let is_known = book.contacts.values().any(|contact| {
+                matches!(compare(contact, &desired.identity, &world.mapping.keys), Likeness::SameUser | Likeness::SameEmail)
+            });
+            let (decision, decided) = sync(&mut book, &memory, &world, &[&desired]);
+            let about_the_person_alone = desired.identity.company_id.is_none();
+            prop_assert!(!(is_known && about_the_person_alone && decided.together.creates()), "{}", decision.summary());
+        }
+        let Mapping { keys, .. } = &world.mapping;
+        let companies = |book: &InMemoryRecords| count(book.leads.values().filter_map(|lead| {
+            lead.custom(keys.company.as_ref()?).map(str::to_owned)
+        }));
+        let before = companies(&world.book);
+        for (company, number) in companies(&book) {
+            prop_assert!(number <= before.get(&company).copied().unwrap_or(1), "{} {}", company, number);
+        }
+        // Contacts there were before may share a user id: those with only the email turn out to be one person.
+        let people = |book: &InMemoryRecords, new: bool| count(book.contacts.values().filter_map(|contact| {
+            let user = contact.custom(keys.user.as_ref()?)?.to_owned();
+            (new != world.book.contacts.contains_key(&contact.id)).then(|| (user, contact.lead_id.clone()))
+        }));
+        let before = people(&world.book, false);
+        for (person, number) in people(&book, true) {
+            prop_assert!(number == 1 && !before.contains_key(&person), "{:?}", person);
+        }
+    }
+
+    #[test]
+    fn together_or_one_after_the_other_makes_no_difference(
+        world in world(), first in event(), events in proptest::collection::vec((event(), 0i64..9), 1..6),
+        before in proptest::option::of(event()),
+    ) {
+        let mapped = |event: &Value, at: i64| {
+            let mut desired = world.mapping.apply(&Event { body: event.clone() }).ok()?;
+            desired.at = Timestamp::from_second(1_000_000_000 + at).ok();
+            Some(desired)
+        };
+        let Some(first) = mapped(&first, 4) else { return Ok(()) };
+        // The same person; what they say differs.
+        let same = |(event, at): (Value, i64)| {
+            let (mut event, identity) = (event, &first.identity);
+            event["userId"] = json!(identity.user_id);
+            let email = event["traits"]["email"].is_string() || identity.user_id.is_none();
+            event["traits"]["email"] = if email { json!(identity.email) } else { Value::Null };
+            event["traits"]["company"]["id"] = json!(identity.company_id);
+            mapped(&event, at)
+        };
+        let others: Vec<Desired> = events.into_iter().filter_map(same).collect();
+        let others: Vec<&Desired> = others.iter().filter(|other| other.goes_along(&first, world.switches)).collect();
+        let all: Vec<&Desired> = std::iter::once(&first).chain(others).collect();
+
+        // What Close holds may be of an event from in between.
+        let start = || {
+            let (mut book, memory) = (world.book.clone(), Memory::default());
+            if let Some(before) = before.as_ref().and_then(|event| mapped(event, 4)) {
+                sync(&mut book, &memory, &world, &[&before]);
+            }
+            (book, memory)
+        };
+        let (mut one_by_one, memory) = start();
+        for event in &all {
+            sync(&mut one_by_one, &memory, &world, &[event]);
+        }
+        let (mut at_once, memory) = start();
+        let (_, decided) = sync(&mut at_once, &memory, &world, &all);
+        let changed = decided.together.changed();
+        prop_assert_eq!(changed.iter().collect::<BTreeSet<_>>().len(), changed.len(), "a record is written twice");
+        prop_assert_eq!(&one_by_one.leads, &at_once.leads);
+        prop_assert_eq!(&one_by_one.contacts, &at_once.contacts);
+        // And what is known afterwards is the same as well.
+        for event in &all {
+            let again = decide(&at_once, &memory, &world.mapping, world.switches, &[event]).unwrap();
+            let steps = again.1.together.steps;
+            let before = decide(&one_by_one, &memory, &world.mapping, world.switches, &[event]).unwrap();
+            prop_assert_eq!(steps, before.1.together.steps);
+        }
+    }
+
+    #[test]
+    fn the_order_of_arrival_makes_no_difference_to_what_is_set(
+        events in proptest::collection::vec(event(), 1..6).prop_shuffle(), arrival in any::<u64>(), stores in any::<bool>(),
+    ) {
+        let mut rules = rules();
+        if stores {
+            rules.lead.stamp = Some(FieldRef::new("cf_lead_at"));
+            rules.contact.stamp = Some(FieldRef::new("cf_contact_at"));
+        }
+        let mapping = rules.resolve(&schema()).unwrap();
+        let world = World { book: InMemoryRecords::default(), mapping, switches: Switches::default() };
+        // One person, known from the start; each event says something else.
+        let mut late: Vec<Desired> = (1..).zip(&events).map(|(at, event)| {
+            let mut event = event.clone();
+            event["userId"] = json!("u1");
+            event["traits"]["company"]["id"] = json!("acme");
+            let mut desired = world.mapping.apply(&Event { body: event }).unwrap();
+            desired.at = Timestamp::from_second(1_000_000_000 + at).ok();
+            desired
+        }).collect();
+        let person = json!({"userId": "u1", "traits": {"name": "Who", "plan": "none", "company": {"id": "acme", "name": "What"}}});
+        let mut person = world.mapping.apply(&Event { body: person }).unwrap();
+        person.at = Timestamp::from_second(1_000_000_000).ok();
+
+        let play = |events: &[Desired]| {
+            let (mut book, memory) = (InMemoryRecords::default(), Memory::default());
+            for event in std::iter::once(&person).chain(events) {
+                sync(&mut book, &memory, &world, &[event]);
+            }
+            // An event that changes nothing is not stored.
+            let values = |mut fields: Fields| {
+                fields.retain(|field, _| !field.to_string().ends_with("_at"));
+                fields
+            };
+            let leads: Vec<Fields> = book.leads.into_values().map(|lead| values(lead.fields)).collect();
+            let contacts = book.contacts.into_values().map(|contact| values(contact.fields));
+            (leads, contacts.collect::<Vec<_>>())
+        };
+        let in_order = play(&late);
+        let turn = usize::try_from(arrival).unwrap_or_default() % late.len();
+        late.rotate_left(turn);
+        if arrival % 2 == 0 {
+            late.reverse();
+        }
+        prop_assert_eq!(play(&late), in_order);
+    }
+
+    #[test]
+    fn a_switch_that_is_off_means_no_call_of_that_kind(world in world(), event in event()) {
+        let Ok(desired) = world.mapping.apply(&Event { body: event }) else { return Ok(()) };
+        let (decision, _) =
+            decide(&world.book, &Memory::default(), &world.mapping, world.switches, &[&desired]).unwrap();
+        let Switches {
+            allow_creating_new_leads,
+            allow_updating_existing_leads,
+            allow_creating_new_contacts,
+            allow_updating_existing_contacts,
+            allow_creating_duplicate_contacts,
+        } = world.switches;
+        let with_contact = decision.plan.steps.iter().any(|step| {
+            matches!(step, Step::CreateContact { .. } | Step::CreateLead { contact: Some(_), .. })
+        });
+        let kinds = kinds(&decision);
+        prop_assert!(allow_creating_new_leads || !kinds.contains(&"create_lead"));
+        prop_assert!(allow_updating_existing_leads || !kinds.contains(&"update_lead"));
+        prop_assert!(allow_creating_new_contacts || !with_contact);
+        prop_assert!(allow_updating_existing_contacts || !kinds.contains(&"update_contact"));
+        let person = desired.identity;
+        let known = world.book.contacts.values().any(|contact| {
+            let user = world.mapping.keys.user.as_ref().and_then(|field| contact.custom(field));
+            user.is_some() && user == person.user_id.as_deref()
+        });
+        prop_assert!(allow_creating_duplicate_contacts || !known || !with_contact);
+    }
+
+    #[test]
+    fn no_json_makes_the_mapping_panic(body in any_json()) {
+        if let Ok(event) = Event::decode(body.to_string().as_bytes(), 1 << 20) {
+            let mapping = rules().resolve(&schema()).unwrap();
+            let _ = (mapping.not_for_close(&event), mapping.apply(&event).map(|desired| desired.identity.keys()));
+        }
+    }
+}
+
+fn count<T: Ord>(items: impl Iterator<Item = T>) -> BTreeMap<T, usize> {
+    let mut counts = BTreeMap::new();
+    items.for_each(|item| *counts.entry(item).or_default() += 1);
+    counts
+}
+
+/// Where the project's own scenarios are.
+fn scenario_files() -> Vec<PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/scenarios");
+    let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    files
+}
+
+#[tokio::test]
+async fn every_scenario_comes_out_in_memory_as_it_says() {
+    let base = Layers::load(None, &HashMap::new()).unwrap();
+    let (mut number, mut wrong) = (0, Vec::new());
+    for file in scenario_files() {
+        let suite = Suite::load(&file).unwrap();
+        for scenario in &suite.scenarios {
+            number += 1;
+            let difference = in_memory(&suite, scenario, &base).await;
+            if !difference.is_empty() {
+                wrong.push(format!("{}: {}\n{difference}", file.display(), scenario.title));
+            }
+        }
+    }
+    assert!(number >= 80, "{number} scenarios");
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// How a scenario played on the records alone differs from what it says.
+async fn in_memory(suite: &Suite, scenario: &Scenario, base: &Layers) -> String {
+    let (simulator, planted) = suite.plant(scenario, base).await.unwrap();
+    let book = || InMemoryRecords::read(&simulator.leads(), &simulator.contacts());
+    let before = book();
+    planted.bury(&simulator).unwrap();
+    let mut book = book().after(&before);
+
+    let config = suite.config(scenario, base, &simulator).unwrap();
+    let switches = config.worker.switches;
+    let worker = scenario::worker(config).await.unwrap();
+    let (mapping, memory) = (worker.mapping(), Memory::default());
+    let mut told = Vec::new();
+    for event in event::split(scenario.event.as_bytes()) {
+        let (outcome, decision) = match worker.prepare(&event, ReceivedAt::now()) {
+            Prepared::Settled(outcome) => (outcome, Decision::default()),
+            Prepared::Job(job) => {
+                let desired = job.desired();
+                let decided = decide(&book, &memory, &mapping, switches, &[desired]).unwrap();
+                carry_out(&mut book, &memory, &[desired], &decided);
+                let again = decide(&book, &memory, &mapping, switches, &[desired]).unwrap();
+                assert_eq!(again.1.together.steps, [], "{}: twice", scenario.title);
+                let decision = decided.0;
+                let effect = decision.plan.steps.iter().map(Effect::of).min();
+                (Outcome::of(&decision.plan, effect.unwrap_or(Effect::Unchanged)), decision)
+            }
+        };
+        told.push(render::decision(&outcome, &decision, &mapping, |id| book.name(id)));
+    }
+    // The records are the simulator's to tell.
+    let told = Told { decision: told.join("\n"), records: String::new() };
+    let mut scenario = scenario.clone();
+    scenario.records = None;
+    scenario.difference(&told)
+}

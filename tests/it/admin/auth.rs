@@ -1,0 +1,237 @@
+//! Who may use the page, and from where.
+
+use reqwest::StatusCode;
+use reqwest::header::{LOCATION, SET_COOKIE};
+
+use super::{Browser, Page, TOKEN, closed, open};
+use crate::support::Bench;
+
+/// A form that does nothing but be accepted.
+const TEST: &str = "/page/-/test";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_is_off_unless_enabled() {
+    let worker = Bench::new().await.set("HTTP_PAGE_TOKEN", TOKEN).worker().await;
+    let browser = Browser::of(&worker).await;
+    for path in ["/page", "/page/-", "/page/sign-in", "/page/style.css", "/page/-/test"] {
+        assert_eq!(browser.get(path).await.status, StatusCode::NOT_FOUND, "{path}");
+    }
+    assert_eq!(browser.get("/healthz").await.status, StatusCode::OK);
+    worker.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_answer_is_kept_from_other_sites_and_caches() {
+    let worker = open().await.worker().await;
+    let browser = Browser::of(&worker).await;
+    for path in ["/page", "/page/-", "/page/style.css", "/page/nowhere", "/page/-/test/nowhere"] {
+        let page = browser.get(path).await;
+        let csp = page.header("content-security-policy");
+        assert!(csp.starts_with("default-src 'none'; style-src 'self'; form-action 'self'"), "{path}: {csp}");
+        assert!(csp.ends_with("base-uri 'none'; frame-ancestors 'none'"), "{path}: {csp}");
+        for (name, value) in [
+            ("x-content-type-options", "nosniff"),
+            ("referrer-policy", "same-origin"),
+            ("cache-control", "no-store"),
+            ("cross-origin-opener-policy", "same-origin"),
+            ("cross-origin-resource-policy", "same-origin"),
+        ] {
+            assert_eq!(page.header(name), value, "{path}: {name}");
+        }
+        page.assert_lacks(&["<script", " onclick", " style="]);
+    }
+    worker.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_the_token_there_is_nothing_to_see() {
+    let worker = closed().await.worker().await;
+    let mut browser = Browser::of(&worker).await;
+    for path in ["/page", "/page/-", TEST, "/page/nowhere"] {
+        let page = browser.get(path).await;
+        assert_eq!((page.status, page.header("www-authenticate")), (StatusCode::UNAUTHORIZED, "Bearer"));
+        page.assert_has(&["<h1>Sign in", &format!(r#"name="to" value="{path}""#)]);
+        page.assert_lacks(&["Backlog", TOKEN]);
+    }
+    for cookie in ["close_sync_page=", "close_sync_page=0123456789abcdef0123456789abcdef"] {
+        browser.cookie = Some(cookie.to_owned());
+        assert_eq!(browser.get("/page/-").await.status, StatusCode::UNAUTHORIZED, "{cookie}");
+    }
+    browser.cookie = None;
+    let refused = browser.post(TEST, &[("event", "{}")], &[]).await;
+    assert_eq!(refused.status, StatusCode::UNAUTHORIZED);
+
+    // A wrong one is answered late, and one after the other.
+    let start = std::time::Instant::now();
+    let wrong = browser.sign_in("a-token-of-32-characters-or-less", "Ada", "/page/-").await;
+    assert_eq!((wrong.status, wrong.header(SET_COOKIE)), (StatusCode::UNAUTHORIZED, ""));
+    wrong.assert_has(&["This is not the token"]);
+    let bearer = [("authorization", "Bearer a-token-of-32-characters-or-less")];
+    let (one, other) =
+        tokio::join!(browser.get_with("/page/-", &bearer), browser.get_with("/page/-", &bearer));
+    assert_eq!((one.status, other.status), (StatusCode::UNAUTHORIZED, StatusCode::UNAUTHORIZED));
+    assert!(start.elapsed() >= std::time::Duration::from_secs(3), "{:?}", start.elapsed());
+    for who in ["", " ", "two\nlines", &"x".repeat(61)] {
+        let nameless = browser.sign_in(TOKEN, who, "/page/-").await;
+        assert_eq!(nameless.status, StatusCode::UNAUTHORIZED, "{who:?}");
+        nameless.assert_has(&["Tell who you are"]);
+    }
+    // A wrong token does not stand for the seal of a form.
+    let fields = [("token", TOKEN), ("who", "Ada")];
+    assert_eq!(browser.post("/page/sign-in", &fields, &bearer).await.status, StatusCode::FORBIDDEN);
+    assert_eq!(worker.audited(), vec![["sign-in refused", "nobody", ""]; 4]);
+    assert!(!worker.log().contains("characters-or-"), "{}", worker.log());
+    worker.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_knows_the_token_signs_in_and_out() {
+    let worker = closed().await.worker().await;
+    let mut browser = Browser::of(&worker).await;
+    let page = browser.sign_in(TOKEN, " Ada ", "/page/-/test").await;
+    assert_eq!((page.status, page.header(LOCATION)), (StatusCode::SEE_OTHER, TEST));
+    let cookie = page.header(SET_COOKIE);
+    for part in ["; Path=/page", "; HttpOnly", "; SameSite=Strict", "; Max-FieldVersions=43200"] {
+        assert!(cookie.contains(part), "{cookie}");
+    }
+    assert!(!cookie.contains(TOKEN));
+    let live = browser.get("/page/-").await;
+    assert_eq!(live.status, StatusCode::OK);
+    live.assert_has(&["<span>Ada</span>", "Sign out"]);
+    // Once more, through something that speaks TLS: the session before is over.
+    let before = browser.cookie.clone();
+    let form = browser.get("/page/sign-in").await;
+    let (fields, origin) =
+        ([("seal", form.seal()), ("token", TOKEN), ("who", "Ada")], browser.base.replace("http:", "https:"));
+    let again = browser.post("/page/sign-in", &fields, &[("origin", &origin)]).await;
+    assert!(again.header(SET_COOKIE).ends_with("; Secure") && !cookie.contains("Secure"), "{again:#?}");
+    assert_eq!(browser.get("/page/-").await.status, StatusCode::UNAUTHORIZED);
+    let cookie = again.header(SET_COOKIE).split(';').next().unwrap();
+    browser.cookie = Some(cookie.to_owned());
+    assert_ne!(browser.cookie, before);
+    let before = browser.cookie.clone();
+    let out = browser.submit("/page/-", "/page/sign-out", &[]).await;
+    assert!(
+        out.status == StatusCode::SEE_OTHER && out.header(SET_COOKIE).contains("Max-FieldVersions=0"),
+        "{out:#?}"
+    );
+    browser.cookie = before;
+    assert_eq!(browser.get("/page/-").await.status, StatusCode::UNAUTHORIZED, "the session is over");
+    assert_eq!(worker.audited(), [["sign-in", "Ada", ""], ["sign-in", "Ada", ""], ["sign-out", "Ada", ""]]);
+    assert!(worker.log().contains(r#""from":"127.0.0.1""#), "{}", worker.log());
+
+    // Scripts have no forms.
+    browser.cookie = None;
+    let bearer = [("authorization", format!("Bearer {TOKEN}"))];
+    let bearer = bearer.each_ref().map(|(name, value)| (*name, value.as_str()));
+    assert_eq!(browser.get_with("/page/-", &bearer).await.status, StatusCode::OK);
+    assert_eq!(browser.post(TEST, &[("event", "{}")], &bearer).await.status, StatusCode::OK);
+    worker.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_signing_in_nobody_is_sent_elsewhere() {
+    let worker = closed().await.worker().await;
+    let mut browser = Browser::of(&worker).await;
+    let cases = [
+        ("https://evil.example/", "/page"),
+        ("//evil.example/page/", "/page"),
+        ("/page.evil.example", "/page"),
+        ("/page/-\r\nset-cookie: a=b", "/page"),
+        ("/page/\u{e9}", "/page"),
+        ("/page/-/test", "/page/-/test"),
+    ];
+    for (asked, sent) in cases {
+        let page = browser.sign_in(TOKEN, "Ada", asked).await;
+        assert_eq!((page.status, page.header(LOCATION)), (StatusCode::SEE_OTHER, sent), "{asked:?}");
+        assert_eq!(page.headers.get_all(SET_COOKIE).iter().count(), 1);
+    }
+    worker.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_form_of_somebody_else_does_nothing() {
+    for bench in [open().await, closed().await] {
+        let worker = bench.worker().await;
+        let is_closed = worker.base().await.is_empty() || bench.environment().contains_key("HTTP_PAGE_TOKEN");
+        let browser = if is_closed { Browser::signed_in(&worker).await } else { Browser::of(&worker).await };
+        let own = browser.get(TEST).await;
+        let event = ("event", "{}");
+        assert_eq!(browser.post(TEST, &[("seal", own.seal()), event], &[]).await.status, StatusCode::OK);
+        let strange = Browser::of(&worker).await.get("/page/sign-in").await;
+        let mut wrong = vec!["", "0123456789abcdef0123456789abcdef"];
+        // That of whoever has not signed in is not that of a session.
+        wrong.extend(is_closed.then(|| strange.seal()));
+        for seal in wrong {
+            let page = browser.post(TEST, &[("seal", seal), event], &[]).await;
+            assert_eq!(page.status, StatusCode::FORBIDDEN, "{seal}");
+        }
+        assert_eq!(browser.post(TEST, &[event], &[]).await.status, StatusCode::FORBIDDEN);
+        // Not even the right seal helps another site.
+        let host = browser.base.strip_prefix("http://").unwrap().to_owned();
+        let good = [
+            vec![("origin", browser.base.as_str()), ("sec-fetch-site", "same-origin")],
+            vec![("sec-fetch-site", "none")],
+        ];
+        for headers in good {
+            let page = browser.post(TEST, &[("seal", own.seal()), event], &headers).await;
+            assert_eq!(page.status, StatusCode::OK, "{headers:?}");
+        }
+        let (port, path) = (format!("http://127.0.0.1:{}", 1), format!("http://{host}.evil.example"));
+        for (name, value) in [
+            ("sec-fetch-site", "cross-site"),
+            ("sec-fetch-site", "same-site"),
+            ("origin", "null"),
+            ("origin", "https://evil.example"),
+            ("origin", &port),
+            ("origin", &path),
+        ] {
+            let page = browser.post(TEST, &[("seal", own.seal()), event], &[(name, value)]).await;
+            assert_eq!(page.status, StatusCode::FORBIDDEN, "{name}: {value}");
+            page.assert_has(&["Another site sent this request"]);
+        }
+        worker.terminate().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_site_may_link_here_and_nothing_else() {
+    let worker = open().await.worker().await;
+    let browser = Browser::of(&worker).await;
+    let from = |mode: &'static str, to: &'static str| {
+        [("sec-fetch-site", "cross-site"), ("sec-fetch-mode", mode), ("sec-fetch-dest", to)]
+    };
+    let status =
+        async |headers: [(&'static str, &'static str); 3]| browser.get_with("/page/-", &headers).await.status;
+    assert_eq!(status(from("navigate", "document")).await, StatusCode::OK);
+    assert_eq!(status(from("navigate", "iframe")).await, StatusCode::FORBIDDEN);
+    assert_eq!(status(from("no-cors", "image")).await, StatusCode::FORBIDDEN);
+    assert_eq!(status(from("cors", "empty")).await, StatusCode::FORBIDDEN);
+    worker.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_that_is_not_ours_is_refused() {
+    let worker = open().await.set("HTTP_PAGE_HOSTS", "[\"sync.example.test\"]").worker().await;
+    let browser = Browser::of(&worker).await;
+    let asked = async |host: &str| -> Page { browser.get_with("/page/-", &[("host", host)]).await };
+    for ours in
+        ["localhost", "LOCALHOST:9090", "127.0.0.1", "127.0.0.2:80", "[::1]:9090", "sync.example.test:8443"]
+    {
+        assert_eq!(asked(ours).await.status, StatusCode::OK, "{ours}");
+    }
+    for theirs in [
+        "evil.example",
+        "localhost.evil.example",
+        "10.0.0.1",
+        "sync.example.test.evil.example",
+        "127.0.0.1.nip.io",
+    ] {
+        let page = asked(theirs).await;
+        assert_eq!(page.status, StatusCode::MISDIRECTED_REQUEST, "{theirs}");
+        page.assert_has(&["http.page_hosts"]);
+    }
+    // Prometheus may use any name.
+    assert_eq!(browser.get_with("/metrics", &[("host", "worker.internal")]).await.status, StatusCode::OK);
+    worker.terminate().await;
+}

@@ -1,0 +1,178 @@
+//! Least privilege: what an administrator imports and grants, as `deploy/operating.md` and `deploy/rabbitmq` say it, is
+//! enough for everything, and no more.
+
+use close_sync::amqp;
+use close_sync::amqp::topology::{Object, bindings, objects};
+use close_sync::config::{Config, Need};
+use close_sync::simulator::{Effect, Fault, FaultBody, Settings, When};
+use serde_json::{Map, Value, json};
+
+use crate::support::{Bench, Node, identify};
+
+const OPERATING: &str = include_str!("../../../deploy/operating.md");
+const DEFINITIONS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/rabbitmq/definitions.json");
+
+/// What has to exist, in RabbitMQ's format for import.
+fn definitions(settings: &amqp::Settings) -> String {
+    let (mut exchanges, mut queues) = (Vec::new(), Vec::new());
+    for object in objects(settings) {
+        match object {
+            Object::Exchange { name, kind } => exchanges.push(json!({
+                "name": name, "vhost": "/", "type": kind.label(), "durable": true, "auto_delete": false,
+                "internal": false, "arguments": {},
+            })),
+            Object::Queue { name, arguments } => {
+                let arguments: Map<_, _> =
+                    arguments.into_iter().map(|(key, value)| (key.to_owned(), json!(value))).collect();
+                queues.push(json!({
+                    "name": name, "vhost": "/", "durable": true, "auto_delete": false, "arguments": arguments,
+                }));
+            }
+        }
+    }
+    let bindings: Vec<_> = bindings(settings)
+        .into_iter()
+        .map(|binding| {
+            json!({
+                "source": binding.exchange, "vhost": "/", "destination": binding.queue,
+                "destination_type": "queue", "routing_key": binding.key, "arguments": {},
+            })
+        })
+        .collect();
+    let all = json!({
+        "vhosts": [{"name": "/"}], "exchanges": exchanges, "queues": queues, "bindings": bindings,
+    });
+    serde_json::to_string_pretty(&all).unwrap() + "\n"
+}
+
+fn settings(bench: &Bench) -> amqp::Settings {
+    Config::load(None, &bench.environment(), Need::Broker).unwrap().single().unwrap().amqp
+}
+
+#[test]
+fn the_definitions_are_what_a_worker_declares() {
+    let defaults = Config::load(None, &[].into(), Need::Broker).unwrap().single().unwrap().amqp;
+    let (file, wanted) = (std::fs::read_to_string(DEFINITIONS).unwrap(), definitions(&defaults));
+    assert!(file == wanted, "{DEFINITIONS} has to be\n{wanted}");
+}
+
+/// Does what the operator's handbook tells an administrator to do, with `secret` as every password.
+async fn administer(node: &Node) {
+    let (_, section) = OPERATING.split_once("## Broker permissions").unwrap();
+    let commands = section.lines().take_while(|line| !line.starts_with("## "));
+    let commands: Vec<_> = commands.filter_map(|line| line.strip_prefix("rabbitmqctl ")).collect();
+    assert!(commands.len() >= 7, "{commands:?}");
+    // Beside the node, which need not see this folder (`tests/versions`).
+    let copy = tempfile::NamedTempFile::new().unwrap();
+    std::fs::copy(DEFINITIONS, copy.path()).unwrap();
+    for command in commands {
+        let (command, _) = command.split_once(" # ").unwrap_or((command, ""));
+        let mut words: Vec<_> = command.split_whitespace().map(|word| word.trim_matches('\'')).collect();
+        match words[0] {
+            "import_definitions" => {
+                assert!(DEFINITIONS.ends_with(words[1]), "{command}");
+                words[1] = copy.path().to_str().unwrap();
+            }
+            // On a terminal it asks.
+            "add_user" => words.push("secret"),
+            _ => {}
+        }
+        node.ctl(&words).await;
+    }
+}
+
+/// A bench whose processes log in as a user of that chapter.
+fn login(bench: Bench, user: &str) -> Bench {
+    let url = bench.amqp_url.replace("guest:guest", &format!("{user}:secret"));
+    bench.set("AMQP_URL", &url)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_user_may_do_its_work_and_no_more() {
+    let node = Node::start().await;
+    administer(&node).await;
+    let bench = || async {
+        Bench::on(&node.url, Settings::fast()).await.named("identify", "close-sync").unset("RETRY_DELAYS")
+    };
+
+    // What was imported is what `declare` would have made: nothing is in conflict.
+    let setup = login(bench().await, "setup");
+    let (code, text) = setup.words(&["check"], "").await;
+    assert!(code == Some(0) && text.contains("queue `close-sync`: 0 messages ready"), "{text}");
+    // The binding is there, too: what producers publish arrives.
+    let worker = login(bench().await, "worker").set("AMQP_TOPOLOGY", "check");
+    assert_eq!(worker.sync(&[identify("u0", json!({}))]).await.outcomes(), [("created", 1)].into());
+
+    // With short delays, to see messages come back; imported alike.
+    let short =
+        |bench: Bench| bench.set("RETRY_DELAYS", "[\"200ms\", \"400ms\"]").set("RETRY_IN_PLACE", "0s");
+    let worker = short(worker);
+    let (code, text) = worker.words(&["check"], "").await;
+    assert!(code == Some(78) && text.contains("lacks queue `close-sync.retry.200ms`"), "{text}");
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), definitions(&settings(&worker))).unwrap();
+    node.ctl(&["import_definitions", file.path().to_str().unwrap()]).await;
+
+    let unavailable = Effect::Status { code: 500, body: FaultBody::default(), when: When::BeforeCommit };
+    worker.simulator.fault(Fault::new(unavailable).on("POST", "/lead/").containing("flaky").times(1));
+    let running = worker.worker().await;
+    let flaky = identify("u2", json!({"company": {"id": "flaky"}}));
+    worker.publish(&[identify("u1", json!({})), flaky, json!({"type": "identify"})]).await;
+    let metrics = running.settled(4).await;
+    assert_eq!(metrics.outcomes(), [("created", 2), ("delayed", 1), ("dead", 1)].into());
+    assert_eq!(running.logged("reconnecting"), 0, "{}", running.log());
+
+    let operator = login(bench().await, "operator");
+    let letters: Value = serde_json::from_str(&operator.output(&["dlq", "list", "--json"]).await).unwrap();
+    assert_eq!(letters["groups"][0]["reason"], "no_identity");
+    let (code, text) = operator.words(&["dlq", "replay", "--all"], "").await;
+    assert!(code == Some(1) && text.contains("it failed again"), "{text}");
+    assert_eq!(running.settled(5).await.outcome("dead"), 2);
+    running.terminate().await;
+
+    // And no more.
+    let event = identify("u3", json!({})).to_string();
+    for user in ["worker", "operator"] {
+        let (code, text) = login(bench().await, user).words(&["publish", "-"], &event).await;
+        assert!(code == Some(69) && text.contains("does not permit this"), "{user}: {text}");
+    }
+    let operator = short(operator).set("AMQP_TOPOLOGY", "check");
+    let running = operator.starting_worker();
+    running.until("refused", async |worker| worker.logged("does not permit this") > 0).await;
+    assert_eq!(running.ready().await.0, 503);
+    running.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_may_not_declare_says_what_to_do() {
+    let node = Node::start().await;
+    administer(&node).await;
+    let bench = Bench::on(&node.url, Settings::fast()).await.named("identify", "close-sync");
+    let bench = login(bench.unset("RETRY_DELAYS"), "worker");
+    let remedy = "set `amqp.topology = \"check\"`";
+    let (code, text) = bench.words(&["check"], "").await;
+    assert!(code == Some(78) && text.contains("does not let us declare") && text.contains(remedy), "{text}");
+
+    let worker = bench.starting_worker();
+    worker.until("trying again", async |worker| worker.logged("still no connection") >= 2).await;
+    let log = worker.log();
+    let warnings: Vec<_> = log.lines().filter(|line| line.contains(r#""level":"WARN""#)).collect();
+    let [incident] = warnings.as_slice() else { panic!("one line tells of it: {warnings:#?}") };
+    assert!(incident.contains("reconnecting to RabbitMQ"), "{incident}");
+    assert!(incident.contains("amqp.topology") && incident.contains("Broker permissions"), "{incident}");
+
+    // The permissions are enough once they are granted; nothing has to be started again.
+    node.ctl(&[
+        "set_permissions",
+        "worker",
+        "^(identify$|close-sync)",
+        "^(identify$|close-sync)",
+        "^(identify$|close-sync)",
+    ])
+    .await;
+    worker.until("ready", async |worker| worker.ready().await.0 == 200).await;
+    worker.terminate().await;
+    // Also to make everything from nothing.
+    let other = bench.named("identify", "close-sync-other");
+    assert_eq!(other.sync(&[identify("u1", json!({}))]).await.outcomes(), [("created", 1)].into());
+}

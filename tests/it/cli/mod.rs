@@ -1,0 +1,7 @@
+//! The commands and their settings.
+
+mod check;
+mod destinations;
+mod plan;
+mod publish;
+mod systemd;

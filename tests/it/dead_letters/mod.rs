@@ -1,0 +1,6 @@
+//! Operating dead letters.
+
+mod commands;
+mod edit;
+mod export;
+mod replay;

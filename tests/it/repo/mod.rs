@@ -1,0 +1,5 @@
+//! What the repository says about the program.
+
+pub(crate) mod contract;
+mod deploy;
+mod docs;

@@ -1,0 +1,278 @@
+//! Each class of failure (design.md §6): what becomes of the message, and that nothing is doubled.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use close_sync::close::{Client, Endpoint};
+use close_sync::config::{Config, Need};
+use close_sync::consumer::scheduler::delayed::DelayedMessages;
+use close_sync::consumer::{End, Session};
+use close_sync::simulator::{Effect, Fault, FaultBody, Limits, Rate, Settings, When};
+use close_sync::sync::{Worker, preflight};
+use close_sync::telemetry::metrics::Metrics;
+use close_sync::telemetry::status::Status;
+use lapin::BasicProperties;
+use lapin::types::{AMQPValue, FieldTable};
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use crate::support::{Bench, identify};
+
+fn status(code: u16, when: When) -> Effect {
+    Effect::Status { code, body: FaultBody::default(), when }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_succeed_is_dead_lettered_untouched_with_its_story() {
+    let bench = Bench::new().await;
+    let bodies: [(&[u8], &str, &str); 4] = [
+        (b"{\"traits\": \xff", "malformed", "malformed:decode:not_json"),
+        (b" [1,  2] ", "malformed", "malformed:decode:not_an_object"),
+        (b"{\"type\":\"identify\",\"traits\":{\"email\":\"nobody\"}}", "no_identity", "no_identity:map:-"),
+        (
+            b"{\"userId\":\"u1\",  \"traits\":{\"company\":{\"id\":\"refused\"}}}",
+            "rejected",
+            "rejected:write:custom.cf_leadcompanyid",
+        ),
+    ];
+    let refusal =
+        json!({"errors": [], "field-errors": {"custom.cf_leadcompanyid": "Not a valid choice. refused"}});
+    let effect = Effect::Status { code: 400, body: FaultBody::Exactly(refusal), when: When::BeforeCommit };
+    bench.simulator.fault(Fault::new(effect).on("POST", "/lead/").containing("refused"));
+
+    let worker = bench.worker().await;
+    for (body, ..) in bodies {
+        let properties =
+            BasicProperties::default().with_message_id("m-1".into()).with_type("identify".into());
+        bench.publish_bytes(body, properties).await;
+    }
+    let metrics = worker.settled(bodies.len()).await;
+    assert_eq!(metrics.outcomes(), [("dead", 4)].into());
+    // They are worked on side by side, so they come in any order.
+    let mut taken = Vec::new();
+    for _ in bodies {
+        taken.push(bench.take_dead_letter().await);
+    }
+    for (body, reason, fingerprint) in bodies {
+        let (_, headers, properties) =
+            taken.iter().find(|(taken, ..)| taken == body).expect("the body, byte for byte");
+        assert_eq!(headers["x-close-sync-reason"], reason);
+        assert_eq!(headers["x-close-sync-fingerprint"], fingerprint);
+        assert_eq!(headers["x-close-sync-exchange"], bench.exchange);
+        assert_eq!(headers["x-close-sync-routing-key"], "users");
+        assert_eq!(headers["x-close-sync-attempt"], "1");
+        for time in ["x-close-sync-first-seen", "x-close-sync-failed-at"] {
+            headers[time].parse::<jiff::Timestamp>().unwrap();
+        }
+        assert!(!headers["x-close-sync-error"].contains("nobody"), "{headers:?}");
+        assert_eq!(properties.message_id().as_ref().unwrap().as_str(), "m-1");
+        assert!(metrics.get(&format!("dead_letters_total{{reason=\"{reason}\"}}")) > 0.0);
+    }
+    worker.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_bad_optional_value_does_not_cost_the_rest() {
+    let bench =
+        Bench::new().await.set("MAPPING_LEAD_CUSTOM", "{ cf_leadplan = { from = [\"$.traits.plan\"] } }");
+    let event = |plan: &str, name: &str| {
+        identify("u1", json!({"plan": plan, "name": name, "phone": "n/a", "company": {"id": "acme"}}))
+    };
+    // A choice that was removed since the fields were looked at.
+    let body = json!({"errors": [], "field-errors": {"custom.cf_leadplan": "Not a valid choice."}});
+    let refusal = Effect::Status { code: 400, body: FaultBody::Exactly(body), when: When::BeforeCommit };
+    bench.simulator.fault(Fault::new(refusal).on("POST", "/lead/").times(1));
+    let metrics = bench.sync(&[event("pro", "First"), event("gold", "Second")]).await;
+    assert_eq!(metrics.outcomes(), [("created", 1), ("updated", 1)].into());
+    assert_eq!(metrics.count("fields_dropped_total{reason=\"refused_by_close\"}"), 1);
+    assert_eq!(metrics.count("fields_dropped_total{reason=\"not_a_choice\"}"), 1);
+    assert_eq!(metrics.count("fields_dropped_total{reason=\"invalid_phone\"}"), 2);
+    let lead = bench.the_lead();
+    assert_eq!((&lead["contacts"][0]["name"], &lead["custom.cf_leadplan"]), (&json!("Second"), &Value::Null));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_wait_for_the_budget_and_a_429_costs_no_attempt() {
+    let limits = Limits { lead: Rate::new(5, 1), search: Rate::new(5, 1), ..Limits::unlimited() };
+    let bench = Bench::with(Settings { limits, ..Settings::fast() }).await.set("RETRY_IN_PLACE", "0s");
+    let events: Vec<_> = (0..12).map(|n| identify(&format!("u{n}"), json!({}))).collect();
+    // A hidden limit besides: 429 while the headers say that there is budget (close-api.md §2).
+    let hidden = Effect::RateLimited { retry_after: 1.0, with_headers: false };
+    bench.simulator.fault(Fault::new(hidden).on("POST", "/lead/").times(2));
+    let metrics = bench.sync(&events).await;
+    assert_eq!(metrics.outcomes(), [("created", 12)].into());
+    assert!(metrics.get("gate_wait_seconds_sum{endpoint=\"create_lead\"}") > 1.0);
+    let refused = |endpoint| {
+        metrics.count(&format!("close_requests_total{{endpoint=\"{endpoint}\",status=\"rate_limited\"}}"))
+    };
+    assert_eq!((refused("create_lead"), refused("search")), (2, 0), "only the hidden limit struck");
+    assert_eq!(bench.simulator.leads().len(), 12);
+    let searches = bench.simulator.request_count("POST", "/data/search/");
+    assert!(searches < 12, "{searches} searches for 12 look-ups that came together");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_short_fault_is_retried_in_place() {
+    let bench = Bench::new().await.set("RETRY_IN_PLACE", "20s");
+    bench.simulator.fault(Fault::new(status(503, When::BeforeCommit)).on("POST", "/lead/").times(2));
+    bench.simulator.fault(Fault::new(status(502, When::BeforeCommit)).on("POST", "/data/").times(1));
+    let metrics = bench.sync(&[identify("u1", json!({"name": "Jane"}))]).await;
+    assert_eq!(metrics.outcomes(), [("created", 1)].into());
+    assert_eq!(metrics.count("retries_total{stage=\"write\"}"), 2);
+    assert_eq!(metrics.count("retries_total{stage=\"look_up\"}"), 1);
+    bench.the_lead();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_longer_fault_goes_through_the_delay_queues_and_then_to_the_dead_letters() {
+    let bench = Bench::new().await.set("RETRY_IN_PLACE", "300ms");
+    bench.simulator.fault(Fault::new(status(500, When::BeforeCommit)).on("POST", "/data/").containing("u1"));
+    let worker = bench.worker().await;
+    bench.publish(&[identify("u1", json!({})), identify("u2", json!({}))]).await;
+    // Two delays, then the dead letter; the other message is not held up.
+    let metrics = worker.settled(4).await;
+    assert_eq!(metrics.outcomes(), [("created", 1), ("delayed", 2), ("dead", 1)].into());
+    let (_, headers, _) = bench.take_dead_letter().await;
+    assert_eq!(headers["x-close-sync-reason"], "exhausted");
+    assert_eq!(headers["x-close-sync-attempt"], "3");
+    assert_eq!(headers["x-close-sync-routing-key"], "users", "not the key of the way back");
+    assert_eq!(headers["x-close-sync-error"], "Close answered 500; attempts: 3, in 0 minutes");
+    worker.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_record_that_vanishes_is_looked_up_once_more() {
+    for (times, outcome) in [(1, "updated"), (2, "dead")] {
+        let bench = Bench::new().await;
+        bench.lead(None, json!([{"name": "Jane", "custom.cf_contactuserid": "u1"}]));
+        bench
+            .simulator
+            .fault(Fault::new(status(404, When::BeforeCommit)).on("PUT", "/contact/").times(times));
+        let metrics = bench.sync(&[identify("u1", json!({"title": "CEO"}))]).await;
+        assert_eq!(metrics.outcomes(), [(outcome, 1)].into());
+        assert_eq!(metrics.count("dead_letters_total{reason=\"not_found\"}"), times - 1);
+    }
+}
+
+/// Search still lists a Contact that was deleted: it is not written to, and the person is made anew.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_contact_is_not_believed() {
+    let bench = Bench::with(Settings { search_lag: "1h".parse().unwrap(), ..Settings::fast() }).await;
+    let lead = bench.lead(None, json!([{"name": "Gone", "custom.cf_contactuserid": "u1"}]));
+    assert!(bench.simulator.delete(lead["id"].as_str().unwrap()));
+    let metrics = bench.sync(&[identify("u1", json!({"name": "Anew"}))]).await;
+    assert_eq!(metrics.outcomes(), [("created", 1)].into());
+    assert_eq!(bench.the_lead()["name"], "Anew");
+}
+
+/// A message is not held for ever while it waits for Close's rate limits, and waiting costs nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_wait_for_budget_goes_on_in_a_delay_queue_without_an_attempt() {
+    let bench = Bench::new().await.set("WORKER_HOLD", "1s").set("RETRY_IN_PLACE", "500ms");
+    let hidden = Effect::RateLimited { retry_after: 4.0, with_headers: false };
+    bench.simulator.fault(Fault::new(hidden).on("POST", "/data/").times(1));
+    let worker = bench.worker().await;
+    bench.publish(&[identify("u1", json!({}))]).await;
+    worker.until("created", async |worker| worker.metrics().await.outcome("created") == 1).await;
+    assert!(worker.metrics().await.outcome("delayed") >= 2);
+    assert_eq!(worker.logged("\"attempt\":2"), 0, "{}", worker.log());
+    worker.terminate().await;
+}
+
+/// A defect of ours, planted into what is told of calls: it costs the message it hits, and only that.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_panic_costs_one_message_and_not_the_worker() {
+    let bench = Bench::new().await;
+    let config = Config::load(None, &bench.environment(), Need::All).unwrap().single().unwrap();
+    let metrics = Metrics::new(None).unwrap();
+    let planted = AtomicBool::new(true);
+    let client = Client::new(config.close, move |call| {
+        let hit = call.endpoint == Endpoint::CreateLead && planted.swap(false, Ordering::Relaxed);
+        assert!(!hit, "Secretname");
+    });
+    let client = client.unwrap();
+    let mapping = preflight::run(&client, &config.rules).await.unwrap().mapping;
+    let session = Session {
+        destination: None,
+        settings: Arc::new(config.amqp),
+        worker: Worker::new(config.worker, &config.rules, mapping, client, metrics.clone()),
+        metrics: metrics.clone(),
+        status: Status::default(),
+        concurrency: 1,
+        grace: config.grace,
+        on_trial: None,
+    };
+    let shutdown = CancellationToken::new();
+    let running = tokio::spawn({
+        let (session, shutdown) = (session.clone(), shutdown.clone());
+        async move { session.run(&mut DelayedMessages::default(), &shutdown).await }
+    });
+    while session.status.readiness().state != "standing_by" {
+        tokio::task::yield_now().await;
+    }
+    bench.publish(&[identify("u1", json!({})), identify("u2", json!({}))]).await;
+    while bench.simulator.contacts().len() < 2 || bench.depth(".dead").await < 1 {
+        tokio::task::yield_now().await;
+    }
+    shutdown.cancel();
+    let (end, report) = running.await.unwrap();
+    assert!(matches!(end, End::Stopped) && report.settled == 2, "{end:?} {report:?}");
+    let (_, headers, _) = bench.take_dead_letter().await;
+    assert_eq!(headers["x-close-sync-reason"], "internal");
+    assert!(
+        headers["x-close-sync-error"].contains("panicked at")
+            && !headers["x-close-sync-error"].contains("Secret")
+    );
+}
+
+/// A header of ours that somebody else filled must not stop the worker.
+#[tokio::test(flavor = "multi_thread")]
+async fn headers_of_strangers_do_no_harm() {
+    let bench = Bench::new().await;
+    let mut table = FieldTable::default();
+    for name in ["x-close-sync-routing-key", "x-close-sync-exchange", "x-close-sync-first-seen"] {
+        table.insert(name.into(), AMQPValue::LongString("x".repeat(300).into()));
+    }
+    table.insert("x-close-sync-attempt".into(), AMQPValue::LongLongInt(-7));
+    let worker = bench.worker().await;
+    bench.publish_bytes(b"nonsense", BasicProperties::default().with_headers(table)).await;
+    worker.settled(1).await;
+    let (_, headers, _) = bench.take_dead_letter().await;
+    assert_eq!(
+        (headers["x-close-sync-routing-key"].len(), headers["x-close-sync-attempt"].as_str()),
+        (300, "1")
+    );
+    worker.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_personal_is_logged_or_counted() {
+    let bench = Bench::new().await.set("RETRY_IN_PLACE", "20s");
+    bench.simulator.fault(Fault::new(status(500, When::AfterCommit)).on("PUT", "/contact/"));
+    let refusal = json!({"error": "Secretname has an invalid phone +4930555123"});
+    let effect = Effect::Status { code: 400, body: FaultBody::Exactly(refusal), when: When::BeforeCommit };
+    bench.simulator.fault(Fault::new(effect).on("POST", "/lead/").containing("refused"));
+    let worker = bench.worker().await;
+    let traits = |title: &str| json!({"email": "secret@name.test", "name": "Secretname", "phone": "+4930555123", "title": title});
+    bench
+        .publish(&[
+            identify("u1", traits("one")),
+            identify("u1", traits("two")),
+            identify("u2", traits("refused")),
+        ])
+        .await;
+    bench
+        .publish_bytes(
+            b"{\"name\": \"Secretname\", \"email\": \"secret@name.test\"",
+            BasicProperties::default(),
+        )
+        .await;
+    // Created; written although Close said 500, and found so; refused; malformed.
+    let metrics = worker.settled(4).await;
+    assert_eq!(metrics.outcomes(), [("created", 1), ("unchanged", 1), ("dead", 2)].into());
+    let page = worker.page("/metrics").await.unwrap().1;
+    worker.terminate().await;
+    for secret in ["Secretname", "secret@name.test", "30555123", "api_simulator"] {
+        assert!(!page.contains(secret) && !worker.log().contains(secret), "{secret}:\n{}", worker.log());
+    }
+}

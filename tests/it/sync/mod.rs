@@ -1,0 +1,13 @@
+//! What becomes of messages in Close.
+
+mod duplicates;
+mod failures;
+mod fault_table;
+mod fuzz_corpus;
+mod matching_rules;
+mod ordering;
+mod pauses;
+mod rate_limits;
+mod scenarios;
+mod schema_changes;
+mod sdk_payloads;
