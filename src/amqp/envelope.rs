@@ -381,6 +381,12 @@ fn with_headers(
     kept
 }
 
+/// The id of a dead letter that carries none, from its content: messages with equal content get equal ids.
+pub fn id_from_content(message_id: Option<&str>, body: &[u8]) -> Uuid {
+    let content = [message_id.unwrap_or_default().as_bytes(), body].concat();
+    Uuid::new_v5(&Uuid::NAMESPACE_OID, &content)
+}
+
 /// The bytes of a header in a frame, or some more.
 #[expect(clippy::wildcard_enum_match_arm, reason = "every other type is small")]
 fn size(name: &ShortString, value: &AMQPValue) -> usize {

@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use crate::VERSION;
 use crate::amqp::BrokerError;
-use crate::amqp::envelope::{Envelope, TraceParent};
+use crate::amqp::envelope::{Envelope, TraceParent, id_from_content};
 use crate::amqp::publisher::Publisher;
 use crate::close::Priority;
 use crate::consumer::connections::Publishers;
@@ -26,7 +26,6 @@ use crate::consumer::outcome_events::OutcomeEvent;
 use crate::consumer::scheduler::Completion;
 use crate::consumer::scheduler::key_queues::JobId;
 use crate::consumer::{Session, span};
-use crate::dead_letters::letter::by_content;
 use crate::domain::decision::Decision;
 use crate::domain::mapping::Key;
 use crate::outcome::{DeadLetter, Obstruction, Outcome, PauseCause, Reason, Stage};
@@ -414,7 +413,7 @@ async fn reject(
     let options = BasicRejectOptions { requeue: false };
     match stop.run_until_cancelled(delivery.reject(options)).await {
         Some(Ok(true)) => {
-            let dead_letter = Some(by_content(envelope.own_id(), &delivery.data));
+            let dead_letter = Some(id_from_content(envelope.own_id(), &delivery.data));
             Done::Settled { by_close: outcome.proves_close(), fate: Completion::Done, dead_letter }
         }
         Some(Ok(false)) | None => Done::HandedBack,

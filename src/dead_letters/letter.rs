@@ -65,7 +65,8 @@ impl DeadLetter {
             format!("{BY_THE_BROKER}:{}:-", reason.as_deref().unwrap_or("-"))
         };
         Self {
-            id: text(envelope::ID).unwrap_or_else(|| by_content(message_id.as_deref(), &body).to_string()),
+            id: text(envelope::ID)
+                .unwrap_or_else(|| envelope::id_from_content(message_id.as_deref(), &body).to_string()),
             reason: text(envelope::REASON),
             stage: text(envelope::STAGE),
             error: text(envelope::ERROR),
@@ -133,10 +134,4 @@ impl DeadLetter {
     pub(crate) fn size(&self) -> usize {
         self.body.len() + 2048
     }
-}
-
-/// A name for a message that came here without any. Producers may give several the same id.
-pub(crate) fn by_content(message_id: Option<&str>, body: &[u8]) -> Uuid {
-    let content = [message_id.unwrap_or_default().as_bytes(), body].concat();
-    Uuid::new_v5(&Uuid::NAMESPACE_OID, &content)
 }
