@@ -9,7 +9,7 @@ use crate::amqp::publisher::{Publisher, Sent};
 use crate::amqp::{BrokerError, Settings, close, envelope};
 use crate::dead_letters::filter::Selection;
 use crate::dead_letters::letter::DeadLetter;
-use crate::dead_letters::scan::{Fate, Operator, Watch};
+use crate::dead_letters::scan::{DeadLetterQueue, Disposition, Observer};
 
 /// In bytes. What its producer sent is kept in a header, where the producer's own headers have to fit in, too.
 pub const LARGEST_ORIGINAL: usize = 32 << 10;
@@ -49,13 +49,13 @@ pub async fn edit(
     settings: &Settings,
     which: &Selection,
     change: impl Fn(&DeadLetter) -> Result<Option<Vec<u8>>, String>,
-    watch: &mut Watch<'_>,
+    watch: &mut Observer<'_>,
 ) -> Result<Edited, BrokerError> {
-    let operator = Operator::connect(settings, "close-sync dlq").await?;
+    let operator = DeadLetterQueue::connect(settings, "close-sync dlq").await?;
     let publishing = settings.connect("close-sync dlq publish").await?;
     let publisher = Publisher::new(&publishing).await?;
     finish(&operator, watch).await?;
-    let (mut hand, matched) = operator.pick(which, |_| Fate::Hold, watch).await?;
+    let (mut hand, matched) = operator.pick(which, |_| Disposition::Keep, watch).await?;
     let replaying = hand.replaying;
     let done = async {
         let mut to_do = Vec::new();
@@ -91,11 +91,14 @@ pub async fn edit(
 
 /// Finishes edits and imports that were killed after a copy was confirmed, and before what it takes the place of was
 /// deleted. What RabbitMQ dead-lettered by itself has no id of its own, and stays twice.
-pub(crate) async fn finish(operator: &Operator<'_>, watch: &mut Watch<'_>) -> Result<(), BrokerError> {
+pub(crate) async fn finish(
+    operator: &DeadLetterQueue<'_>,
+    watch: &mut Observer<'_>,
+) -> Result<(), BrokerError> {
     let mut known = Replaced::default();
     let note = |letter: &DeadLetter| {
         known.note(letter);
-        Fate::Back
+        Disposition::Return
     };
     operator.take(note, watch).await?.close().await;
     if known.0.is_empty() {
@@ -105,7 +108,7 @@ pub(crate) async fn finish(operator: &Operator<'_>, watch: &mut Watch<'_>) -> Re
     let mut now = Replaced::default();
     let decide = |letter: &DeadLetter| {
         now.note(letter);
-        if known.has(letter) { Fate::Hold } else { Fate::Back }
+        if known.has(letter) { Disposition::Keep } else { Disposition::Return }
     };
     let mut hand = operator.take(decide, watch).await?;
     let removed = hand.remove_those(|letter| now.has(letter)).await;
@@ -117,8 +120,8 @@ pub(crate) async fn finish(operator: &Operator<'_>, watch: &mut Watch<'_>) -> Re
 ///
 /// # Errors
 /// When the broker is gone.
-pub async fn tidy(settings: &Settings, watch: &mut Watch<'_>) -> Result<(), BrokerError> {
-    let operator = Operator::connect(settings, "close-sync dlq").await?;
+pub async fn complete_interrupted(settings: &Settings, watch: &mut Observer<'_>) -> Result<(), BrokerError> {
+    let operator = DeadLetterQueue::connect(settings, "close-sync dlq").await?;
     finish(&operator, watch).await?;
     operator.leave().await;
     Ok(())
@@ -166,9 +169,9 @@ const WINDOW: usize = 100;
 pub async fn restore(
     settings: &Settings,
     letters: &[DeadLetter],
-    watch: &mut Watch<'_>,
+    watch: &mut Observer<'_>,
 ) -> Result<Restored, BrokerError> {
-    let operator = Operator::connect(settings, "close-sync dlq").await?;
+    let operator = DeadLetterQueue::connect(settings, "close-sync dlq").await?;
     let publishing = settings.connect("close-sync dlq publish").await?;
     let publisher = Publisher::new(&publishing).await?;
     let mut wanted: HashMap<&str, HashSet<Uuid>> = HashMap::new();
@@ -180,14 +183,14 @@ pub async fn restore(
     let mut hand = operator
         .take(
             |letter| {
-                let Some(contents) = wanted.get(letter.id.as_str()) else { return Fate::Back };
+                let Some(contents) = wanted.get(letter.id.as_str()) else { return Disposition::Return };
                 let content = letter.content_alone();
                 if contents.contains(&content) {
                     present.insert((letter.id.clone(), content));
-                    return Fate::Back;
+                    return Disposition::Return;
                 }
                 outdated.entry(letter.id.clone()).or_default().push(letter.content());
-                Fate::Hold
+                Disposition::Keep
             },
             watch,
         )

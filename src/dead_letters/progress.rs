@@ -17,7 +17,7 @@ pub struct Progress {
     /// Those sent.
     pub sent: usize,
     /// Those under way, of which there will be news.
-    pub under_way: usize,
+    pub in_flight: usize,
     /// Those without an end of which it may have been told while there was no connection.
     pub missed: usize,
     /// Those with an end, by what became of them.
@@ -25,7 +25,7 @@ pub struct Progress {
     /// Times one failed for now and waits in a delay queue.
     pub delayed: usize,
     /// The last of those that failed again.
-    pub again: Option<Again>,
+    pub last_failure: Option<Again>,
     /// Fingerprints of those that failed again, and how many they were.
     pub failures: BTreeMap<String, usize>,
     /// The work queue, as it was found while nothing was heard, if the broker tells us.
@@ -37,19 +37,19 @@ pub struct Progress {
 pub enum Stage {
     /// Looking for the dead letters that are meant.
     #[default]
-    Looking,
+    Scanning,
     /// Somebody else is at it.
     Waiting,
     /// One was sent; the rest waits for it.
     Canary,
     /// Sending.
-    Going,
+    Sending,
     /// All that was to be sent is; the last are under way.
     Finishing,
     /// The broker is gone, for now.
     Reconnecting,
     /// It has ended.
-    Over(End),
+    Finished(End),
 }
 
 /// How a replay ended.
@@ -60,16 +60,16 @@ pub enum End {
     /// One failed again before any was known to get through, the first one as a rule: no more were sent.
     CanaryFailed,
     /// One failed in a way that is known already.
-    FailedAlike,
+    SameFailure,
     /// No news for too long.
-    Silent,
+    TimedOut,
     /// It was asked to.
     Stopped,
 }
 
 impl Progress {
     /// What it is doing, for people.
-    pub fn in_words(&self) -> String {
+    pub fn describe(&self) -> String {
         match &self.stage {
             Stage::Canary => match self.work {
                 Some(Depth { consumers: 0, .. }) => "the first waits: no worker consumes just now".to_owned(),
@@ -78,32 +78,34 @@ impl Progress {
                 }
                 Some(_) | None => "the first is under way".to_owned(),
             },
-            Stage::Looking => "looking for them".to_owned(),
+            Stage::Scanning => "looking for them".to_owned(),
             Stage::Waiting => "waiting for another operator".to_owned(),
-            Stage::Going => "replaying".to_owned(),
+            Stage::Sending => "replaying".to_owned(),
             Stage::Finishing => "waiting for the last".to_owned(),
             Stage::Reconnecting => "reconnecting to RabbitMQ".to_owned(),
-            Stage::Over(End::Done) if self.matched == 0 => "there was nothing to replay".to_owned(),
-            Stage::Over(End::Done) if self.failed_again() == 0 => "done: none failed again".to_owned(),
-            Stage::Over(End::Done) => "done, and some failed again".to_owned(),
-            Stage::Over(End::CanaryFailed) if self.matched == 1 => "it failed again".to_owned(),
-            Stage::Over(End::CanaryFailed) if self.sent == 1 => {
+            Stage::Finished(End::Done) if self.matched == 0 => "there was nothing to replay".to_owned(),
+            Stage::Finished(End::Done) if self.failed_again() == 0 => "done: none failed again".to_owned(),
+            Stage::Finished(End::Done) => "done, and some failed again".to_owned(),
+            Stage::Finished(End::CanaryFailed) if self.matched == 1 => "it failed again".to_owned(),
+            Stage::Finished(End::CanaryFailed) if self.sent == 1 => {
                 "the first one failed again, so nothing else was sent".to_owned()
             }
-            Stage::Over(End::CanaryFailed) => {
+            Stage::Finished(End::CanaryFailed) => {
                 "one failed again before it was heard of any that did not, so no more were sent".to_owned()
             }
-            Stage::Over(End::FailedAlike) => "stopped, as what went wrong before goes wrong again".to_owned(),
-            Stage::Over(End::Silent) if self.only_missed() => format!(
+            Stage::Finished(End::SameFailure) => {
+                "stopped, as what went wrong before goes wrong again".to_owned()
+            }
+            Stage::Finished(End::TimedOut) if self.only_missed() => format!(
                 "all were sent, but what became of {} may have been told while the connection was lost; none of them had \
                  failed again when it was back",
                 count(self.missed as u64, "message", "messages")
             ),
-            Stage::Over(End::Silent) => {
+            Stage::Finished(End::TimedOut) => {
                 "no worker told what became of them: they were sent, and are worked on when their turn comes"
                     .to_owned()
             }
-            Stage::Over(End::Stopped) => "stopped; replaying the same again goes on".to_owned(),
+            Stage::Finished(End::Stopped) => "stopped; replaying the same again goes on".to_owned(),
         }
     }
 
@@ -114,7 +116,7 @@ impl Progress {
 
     /// Whether all were sent, and news are lacking of those only whose news may have been missed.
     pub fn only_missed(&self) -> bool {
-        self.missed > 0 && self.under_way == 0 && self.sent >= self.matched
+        self.missed > 0 && self.in_flight == 0 && self.sent >= self.matched
     }
 
     /// Those with an end.

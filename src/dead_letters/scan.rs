@@ -32,22 +32,22 @@ use crate::dead_letters::letter::DeadLetter;
 
 /// What to do with one dead letter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate {
+pub enum Disposition {
     /// Give it back.
-    Back,
+    Return,
     /// Keep it in hand for what comes next.
-    Hold,
+    Keep,
     /// Delete it.
-    Remove,
+    Delete,
 }
 
 /// How far a look has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
+pub enum ScanStep {
     /// Another operator looks; it is our turn afterwards.
     Waiting,
     /// So many were looked at.
-    Looked {
+    Scanned {
         /// Dead letters so far.
         at: usize,
         /// Dead letters at the start.
@@ -56,10 +56,10 @@ pub enum Step {
 }
 
 /// Whoever wants to follow it.
-pub type Watch<'a> = dyn FnMut(Step) + Send + 'a;
+pub type Observer<'a> = dyn FnMut(ScanStep) + Send + 'a;
 
 /// An operator's connection to the broker.
-pub(crate) struct Operator<'a> {
+pub(crate) struct DeadLetterQueue<'a> {
     settings: &'a Settings,
     pub(crate) connection: Connection,
     /// How long another one is waited for.
@@ -68,7 +68,7 @@ pub(crate) struct Operator<'a> {
 
 /// What came of a look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sifted {
+pub struct ScanSummary {
     /// Dead letters in the queue.
     pub found: usize,
     /// Those meant.
@@ -80,7 +80,7 @@ pub struct Sifted {
 }
 
 /// All dead letters, while nobody else can look at any.
-pub(crate) struct Hand {
+pub(crate) struct Batch {
     /// How many they are.
     found: usize,
     /// How many were deleted as it was decided.
@@ -90,7 +90,7 @@ pub(crate) struct Hand {
     /// Since when it has them all.
     pub(crate) since: Instant,
     /// Those held, oldest first.
-    held: VecDeque<Held>,
+    held: VecDeque<HeldLetter>,
     /// Those that go back, in their order.
     back: Vec<DeliveryTag>,
     channel: Channel,
@@ -99,7 +99,7 @@ pub(crate) struct Hand {
 }
 
 /// One that is held.
-pub(crate) struct Held {
+pub(crate) struct HeldLetter {
     pub(crate) letter: DeadLetter,
     acker: Acker,
 }
@@ -115,15 +115,15 @@ const TURN: Duration = Duration::from_mins(2);
 ///
 /// # Errors
 /// When the broker is gone: then everything is in its place, but what was deleted, of which some may be there again.
-pub async fn sift(
+pub async fn scan(
     settings: &Settings,
     which: &Selection,
-    decide: impl FnMut(&DeadLetter) -> Fate + Send,
-    watch: &mut Watch<'_>,
-) -> Result<Sifted, BrokerError> {
-    let operator = Operator::connect(settings, "close-sync dlq").await?;
+    decide: impl FnMut(&DeadLetter) -> Disposition + Send,
+    watch: &mut Observer<'_>,
+) -> Result<ScanSummary, BrokerError> {
+    let operator = DeadLetterQueue::connect(settings, "close-sync dlq").await?;
     let (hand, matched) = operator.pick(which, decide, watch).await?;
-    let sifted = Sifted { found: hand.found, matched, removed: hand.removed, replaying: hand.replaying };
+    let sifted = ScanSummary { found: hand.found, matched, removed: hand.removed, replaying: hand.replaying };
     hand.close().await;
     operator.leave().await;
     Ok(sifted)
@@ -134,11 +134,11 @@ pub async fn sift(
 ///
 /// # Errors
 /// Those of [`sift`].
-pub async fn find(
+pub async fn find_by_id(
     settings: &Settings,
     ids: &BTreeSet<String>,
-    watch: &mut Watch<'_>,
-) -> Result<(BTreeMap<String, DeadLetter>, Sifted), BrokerError> {
+    watch: &mut Observer<'_>,
+) -> Result<(BTreeMap<String, DeadLetter>, ScanSummary), BrokerError> {
     let mut found: BTreeMap<String, DeadLetter> = BTreeMap::new();
     let seek = |letter: &DeadLetter| {
         let names = [Some(&letter.id), letter.message_id.as_ref()].into_iter().flatten();
@@ -148,13 +148,13 @@ pub async fn find(
                 found.insert(name.clone(), letter.clone());
             }
         }
-        Fate::Back
+        Disposition::Return
     };
-    let sifted = sift(settings, &Selection::default(), seek, watch).await?;
+    let sifted = scan(settings, &Selection::default(), seek, watch).await?;
     Ok((found, sifted))
 }
 
-impl<'a> Operator<'a> {
+impl<'a> DeadLetterQueue<'a> {
     /// Connects, visible in RabbitMQ's management under `name`.
     pub(crate) async fn connect(settings: &'a Settings, name: &str) -> Result<Self, BrokerError> {
         Ok(Self { settings, connection: settings.connect(name).await?, patience: TURN })
@@ -168,15 +168,15 @@ impl<'a> Operator<'a> {
     /// Takes all dead letters, and deletes those of which `decide` says so.
     pub(crate) async fn take(
         &self,
-        decide: impl FnMut(&DeadLetter) -> Fate + Send,
-        watch: &mut Watch<'_>,
-    ) -> Result<Hand, BrokerError> {
+        decide: impl FnMut(&DeadLetter) -> Disposition + Send,
+        watch: &mut Observer<'_>,
+    ) -> Result<Batch, BrokerError> {
         let busy = "another operator has been at the dead letters for too long: try again later";
         let name = self.settings.desk();
         let mut waited = false;
         let mut wait = || {
             waited = true;
-            watch(Step::Waiting);
+            watch(ScanStep::Waiting);
         };
         let desk = claim(&self.connection, &name, self.patience, busy, &mut wait).await?;
         if waited {
@@ -186,7 +186,7 @@ impl<'a> Operator<'a> {
         // Asked while nobody can begin to take any.
         let replaying = is_claimed(&self.connection, &self.settings.replay()).await?;
         let channel = self.connection.create_channel().await?;
-        let mut hand = Hand {
+        let mut hand = Batch {
             found: 0,
             removed: 0,
             replaying,
@@ -208,9 +208,9 @@ impl<'a> Operator<'a> {
 
     async fn fill(
         &self,
-        hand: &mut Hand,
-        mut decide: impl FnMut(&DeadLetter) -> Fate + Send,
-        watch: &mut Watch<'_>,
+        hand: &mut Batch,
+        mut decide: impl FnMut(&DeadLetter) -> Disposition + Send,
+        watch: &mut Observer<'_>,
     ) -> Result<(), BrokerError> {
         let depth = in_time(topology::depth(&self.connection, &self.settings.dead())).await?;
         let ready = depth.map_or(0, |depth| depth.ready);
@@ -238,12 +238,12 @@ impl<'a> Operator<'a> {
                 let letter = DeadLetter::read(&delivery);
                 let tag = delivery.delivery_tag;
                 match decide(&letter) {
-                    Fate::Back => hand.back.push(tag),
-                    Fate::Hold => hand.held.push_back(Held { letter, acker: delivery.acker }),
-                    Fate::Remove => removed.push(tag),
+                    Disposition::Return => hand.back.push(tag),
+                    Disposition::Keep => hand.held.push_back(HeldLetter { letter, acker: delivery.acker }),
+                    Disposition::Delete => removed.push(tag),
                 }
                 hand.found += 1;
-                watch(Step::Looked { at: hand.found, of: ready });
+                watch(ScanStep::Scanned { at: hand.found, of: ready });
             }
             // Before anything is given back: it would come again at once.
             let cancel = hand.channel.basic_cancel(tag.as_str().into(), BasicCancelOptions::default());
@@ -266,9 +266,9 @@ impl<'a> Operator<'a> {
     pub(crate) async fn pick(
         &self,
         which: &Selection,
-        mut decide: impl FnMut(&DeadLetter) -> Fate + Send,
-        watch: &mut Watch<'_>,
-    ) -> Result<(Hand, usize), BrokerError> {
+        mut decide: impl FnMut(&DeadLetter) -> Disposition + Send,
+        watch: &mut Observer<'_>,
+    ) -> Result<(Batch, usize), BrokerError> {
         let is_meant = |letter: &DeadLetter| which.filter.matches(letter);
         let (most, newest) = match which.limit {
             None => (usize::MAX, Some(Timestamp::MAX)),
@@ -280,7 +280,7 @@ impl<'a> Operator<'a> {
         let mut matched = 0;
         let among = |letter: &DeadLetter| {
             if matched == most || letter.failed_at > newest || !is_meant(letter) {
-                return Fate::Back;
+                return Disposition::Return;
             }
             matched += 1;
             decide(letter)
@@ -294,12 +294,12 @@ impl<'a> Operator<'a> {
         &self,
         limit: usize,
         mut is_meant: impl FnMut(&DeadLetter) -> bool + Send,
-        watch: &mut Watch<'_>,
+        watch: &mut Observer<'_>,
     ) -> Result<Vec<Option<Timestamp>>, BrokerError> {
         let mut times = Vec::new();
         let note = |letter: &DeadLetter| {
             times.extend(is_meant(letter).then_some(letter.failed_at));
-            Fate::Back
+            Disposition::Return
         };
         self.take(note, watch).await?.close().await;
         times.sort_unstable();
@@ -313,7 +313,7 @@ impl<'a> Operator<'a> {
     }
 }
 
-impl Hand {
+impl Batch {
     /// Whether none is held.
     pub(crate) fn is_empty(&self) -> bool {
         self.held.is_empty()
@@ -325,7 +325,7 @@ impl Hand {
     }
 
     /// Takes the oldest of those held.
-    pub(crate) fn next(&mut self) -> Option<Held> {
+    pub(crate) fn next(&mut self) -> Option<HeldLetter> {
         self.held.pop_front()
     }
 
@@ -334,7 +334,7 @@ impl Hand {
         &mut self,
         which: impl Fn(&DeadLetter) -> bool,
     ) -> Result<usize, BrokerError> {
-        let (gone, kept): (VecDeque<Held>, VecDeque<Held>) =
+        let (gone, kept): (VecDeque<HeldLetter>, VecDeque<HeldLetter>) =
             std::mem::take(&mut self.held).into_iter().partition(|held| which(&held.letter));
         self.held = kept;
         let number = gone.len();
@@ -378,7 +378,7 @@ impl Hand {
     }
 }
 
-impl Held {
+impl HeldLetter {
     /// Takes it off the queue for good.
     pub(crate) async fn remove(self) -> Result<(), BrokerError> {
         let removed = self.acker.ack(BasicAckOptions::default()).await?;

@@ -3,7 +3,7 @@
 use std::io::{ErrorKind, Seek, Write};
 use std::path::{Path, PathBuf};
 
-use crate::cli::dlq::{Failure, Fate, Meant, UNFIT, follow, look};
+use crate::cli::dlq::{Disposition, Failure, Meant, UNFIT, follow, look};
 use crate::cli::read;
 use crate::config::Destination;
 use crate::dead_letters::edit;
@@ -46,7 +46,7 @@ pub(super) async fn export(args: &Export, destination: &Destination) -> Result<(
         if written.is_ok() {
             written = writeln!(to, "{}", letter.to_line());
         }
-        Fate::Back
+        Disposition::Return
     };
     let sifted = if let Some(path) = &args.output {
         let mut file = std::io::BufWriter::new(new_file(path).map_err(cannot)?);

@@ -5,7 +5,7 @@ use comfy_table::{ContentArrangement, Table, presets};
 use jiff::{Timestamp, Unit};
 use serde::Serialize;
 
-use crate::cli::dlq::{Failure, Fate, Meant};
+use crate::cli::dlq::{Disposition, Failure, Meant};
 use crate::config::Destination;
 use crate::dead_letters::filter::{Group, Groups};
 use crate::dead_letters::letter::DeadLetter;
@@ -41,7 +41,7 @@ pub(super) async fn list(args: &Args, destination: &Destination) -> Result<(), F
     let keep = |letter: &DeadLetter| {
         groups.add(letter);
         letters.push(letter.without_body());
-        Fate::Back
+        Disposition::Return
     };
     let sifted = args.meant.each(destination, keep).await?;
     letters.sort_by_key(|letter| letter.failed_at);

@@ -15,7 +15,7 @@ use crate::config::{Config, Destination, Problems};
 use crate::dead_letters;
 use crate::dead_letters::filter::{About, Filter, Selection};
 use crate::dead_letters::letter::DeadLetter;
-use crate::dead_letters::scan::{Fate, Sifted, Step, find, sift};
+use crate::dead_letters::scan::{Disposition, ScanStep, ScanSummary, find_by_id, scan};
 use crate::domain::mapping::Rules;
 use crate::outcome::Reason;
 use crate::text::count;
@@ -150,10 +150,10 @@ impl Meant {
     async fn each(
         &self,
         Destination { amqp, rules, .. }: &Destination,
-        then: impl FnMut(&DeadLetter) -> Fate + Send,
-    ) -> Result<Sifted, Failure> {
+        then: impl FnMut(&DeadLetter) -> Disposition + Send,
+    ) -> Result<ScanSummary, Failure> {
         let bar = look();
-        let sifted = sift(amqp, &self.selection(rules), then, &mut follow(&bar)).await;
+        let sifted = scan(amqp, &self.selection(rules), then, &mut follow(&bar)).await;
         bar.finish_and_clear();
         let sifted = sifted?;
         tell_of_replay(sifted.replaying);
@@ -170,9 +170,9 @@ fn tell_of_replay(replaying: bool) {
 /// The dead letter of this id, or of a message with it.
 async fn open(id: &str, Destination { amqp, .. }: &Destination) -> Result<DeadLetter, Failure> {
     let bar = look();
-    let found = find(amqp, &[id.to_owned()].into(), &mut follow(&bar)).await;
+    let found = find_by_id(amqp, &[id.to_owned()].into(), &mut follow(&bar)).await;
     bar.finish_and_clear();
-    let (mut found, Sifted { replaying, .. }) = found?;
+    let (mut found, ScanSummary { replaying, .. }) = found?;
     found.remove(id).ok_or_else(|| {
         let hint = if replaying { ", but for those that the replay under way has in hand" } else { "" };
         Failure::Input(format!("there is no dead letter `{id}`; `close-sync dlq list` names them{hint}"))
@@ -184,15 +184,15 @@ fn look() -> ProgressBar {
     bar("{msg}{wide_bar} {pos} of {len}, {eta} left")
 }
 
-fn follow(bar: &ProgressBar) -> impl FnMut(Step) + Send {
+fn follow(bar: &ProgressBar) -> impl FnMut(ScanStep) + Send {
     let mut told = false;
     move |step| match step {
-        Step::Waiting if told => {}
-        Step::Waiting => {
+        ScanStep::Waiting if told => {}
+        ScanStep::Waiting => {
             told = true;
             bar.suspend(|| anstream::eprintln!("another operator is looking at the dead letters; waiting"));
         }
-        Step::Looked { at, of } => {
+        ScanStep::Scanned { at, of } => {
             bar.set_length(of.into());
             bar.set_position(at as u64);
         }
@@ -229,12 +229,12 @@ pub(super) async fn dlq(
 }
 
 async fn discard(which: &Which, yes: bool, destination: &Destination) -> Result<(), Failure> {
-    let fate = if yes { Fate::Remove } else { Fate::Back };
+    let fate = if yes { Disposition::Delete } else { Disposition::Return };
     if yes {
         // What is left over from an edit must not outlive the copy.
-        dead_letters::edit::tidy(&destination.amqp, &mut |_| {}).await?;
+        dead_letters::edit::complete_interrupted(&destination.amqp, &mut |_| {}).await?;
     }
-    let Sifted { found, matched, removed, .. } = which.meant.each(destination, |_| fate).await?;
+    let ScanSummary { found, matched, removed, .. } = which.meant.each(destination, |_| fate).await?;
     if matched == 0 {
         return nothing(&which.meant);
     }

@@ -10,11 +10,11 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::dlq::list::printable;
-use crate::cli::dlq::{Failure, Fate, Sifted, UNFIT, Which, bar, nothing};
+use crate::cli::dlq::{Disposition, Failure, ScanSummary, UNFIT, Which, bar, nothing};
 use crate::config::Destination;
 use crate::dead_letters::letter::DeadLetter;
 use crate::dead_letters::progress::{End, Progress, Stage};
-use crate::dead_letters::replay::{Order, replay as run};
+use crate::dead_letters::replay::{ReplayRequest, replay as run};
 use crate::text::count;
 
 /// Send dead letters through the work queue again: one first, then the rest.
@@ -37,7 +37,7 @@ pub(in crate::cli) struct Args {
     #[arg(long)]
     dry_run: bool,
     /// At most so many under way at a time: live messages stand behind them.
-    #[arg(long, value_name = "N", default_value_t = Order::AT_ONCE, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = ReplayRequest::MAX_IN_FLIGHT, value_parser = clap::value_parser!(u16).range(1..))]
     at_once: u16,
     /// Go on when they fail again.
     #[arg(long)]
@@ -65,9 +65,9 @@ pub(super) async fn replay(args: &Args, destination: &Destination) -> Result<(),
         let mut groups = BTreeMap::new();
         let count = |letter: &DeadLetter| {
             *groups.entry(letter.fingerprint.clone()).or_default() += 1;
-            Fate::Back
+            Disposition::Return
         };
-        let Sifted { found, matched, .. } = meant.each(destination, count).await?;
+        let ScanSummary { found, matched, .. } = meant.each(destination, count).await?;
         if args.json {
             let told = json!({"end": "dry_run", "found": found, "matched": matched, "groups": groups});
             anstream::println!("{}", serde_json::to_string_pretty(&told).unwrap_or_default());
@@ -81,11 +81,11 @@ pub(super) async fn replay(args: &Args, destination: &Destination) -> Result<(),
         }
         return Ok(());
     }
-    let order = Order {
-        which: meant.selection(&destination.rules),
-        at_once: args.at_once.into(),
+    let order = ReplayRequest {
+        selection: meant.selection(&destination.rules),
+        max_in_flight: args.at_once.into(),
         keep_going: args.keep_going,
-        patience: (!args.no_wait).then_some(args.wait),
+        outcome_timeout: (!args.no_wait).then_some(args.wait),
     };
     let (told, progress) = watch::channel(Progress::default());
     let stop = interrupted();
@@ -130,18 +130,18 @@ async fn show(mut progress: watch::Receiver<Progress>) {
     let (mut before, mut told) = (None, Instant::now());
     while progress.changed().await.is_ok() {
         let now = progress.borrow_and_update().clone();
-        if bar.is_hidden() && now.stage == Stage::Going && told.elapsed() > LINES_APART {
+        if bar.is_hidden() && now.stage == Stage::Sending && told.elapsed() > LINES_APART {
             told = Instant::now();
             anstream::eprintln!(
                 "{} of {} have an end, {} under way",
                 now.ended(),
                 now.matched,
-                now.under_way
+                now.in_flight
             );
         }
         bar.set_length(now.matched as u64);
         bar.set_position(now.ended() as u64);
-        bar.set_message(now.in_words());
+        bar.set_message(now.describe());
         let is_idle = now.stage == Stage::Canary && now.work.is_some_and(|work| work.consumers == 0);
         if before != Some((now.stage.clone(), is_idle)) {
             tell(&bar, &now, is_idle);
@@ -169,7 +169,7 @@ fn tell(bar: &ProgressBar, progress: &Progress, is_idle: bool) {
         Stage::Canary if bar.is_hidden() => {
             format!("sent the first of {}, waiting for what becomes of it", progress.matched)
         }
-        Stage::Canary | Stage::Looking | Stage::Going | Stage::Finishing | Stage::Over(_) => return,
+        Stage::Canary | Stage::Scanning | Stage::Sending | Stage::Finishing | Stage::Finished(_) => return,
     };
     bar.suspend(|| anstream::eprintln!("{line}"));
 }
@@ -193,18 +193,18 @@ impl<'a> Summary<'a> {
             end: match end {
                 End::Done => "done",
                 End::CanaryFailed => "first_failed",
-                End::FailedAlike => "failed_alike",
-                End::Silent => "silent",
+                End::SameFailure => "failed_alike",
+                End::TimedOut => "silent",
                 End::Stopped => "stopped",
             },
             matched: progress.matched,
             replayed: progress.sent,
             outcomes: &progress.outcomes,
-            under_way: progress.under_way,
+            under_way: progress.in_flight,
             missed: progress.missed,
             failed_again: progress.failed_again(),
             failures: &progress.failures,
-            last_failure: progress.again.as_ref(),
+            last_failure: progress.last_failure.as_ref(),
         }
     }
 }
@@ -212,7 +212,7 @@ impl<'a> Summary<'a> {
 fn print(progress: &Progress, no_wait: bool) {
     let mut parts = vec![format!("replayed {}", progress.sent)];
     parts.extend((!progress.outcomes.is_empty()).then(|| by_number(&progress.outcomes)));
-    parts.extend((progress.under_way > 0 && !no_wait).then(|| format!("{} under way", progress.under_way)));
+    parts.extend((progress.in_flight > 0 && !no_wait).then(|| format!("{} under way", progress.in_flight)));
     parts.extend((progress.missed > 0).then(|| format!("{} not heard of", progress.missed)));
     let rest = progress.matched.saturating_sub(progress.sent);
     parts.extend((rest > 0).then(|| format!("{rest} not sent")));
@@ -221,7 +221,7 @@ fn print(progress: &Progress, no_wait: bool) {
 
 /// What to do next, and the exit code.
 fn conclude(progress: &Progress, end: &End) -> Result<(), Failure> {
-    if let Some(again) = &progress.again {
+    if let Some(again) = &progress.last_failure {
         let several = progress.failures.len() > 1;
         if several {
             anstream::eprintln!("failed again: {}; the last:", by_number(&progress.failures));
@@ -236,16 +236,16 @@ fn conclude(progress: &Progress, end: &End) -> Result<(), Failure> {
     match end {
         End::Done if progress.failed_again() > 0 => Err(Failure::Told(UNFIT)),
         End::Done => Ok(()),
-        End::CanaryFailed | End::FailedAlike | End::Stopped => {
-            let hint = if *end == End::FailedAlike { " (--keep-going does not stop)" } else { "" };
-            anstream::eprintln!("{}{hint}", progress.in_words());
+        End::CanaryFailed | End::SameFailure | End::Stopped => {
+            let hint = if *end == End::SameFailure { " (--keep-going does not stop)" } else { "" };
+            anstream::eprintln!("{}{hint}", progress.describe());
             Err(Failure::Told(UNFIT))
         }
-        End::Silent if progress.only_missed() => Err(Failure::Unavailable(format!(
+        End::TimedOut if progress.only_missed() => Err(Failure::Unavailable(format!(
             "{}. If one still does, `close-sync dlq list` shows it",
-            progress.in_words()
+            progress.describe()
         ))),
-        End::Silent => {
+        End::TimedOut => {
             let ahead = progress.work.map(|work| work.ready).filter(|ahead| *ahead > 0);
             let line = ahead.map(|ahead| {
                 format!(" {} in the work queue.", count(ahead, "message waits", "messages wait"))
@@ -253,7 +253,7 @@ fn conclude(progress: &Progress, end: &End) -> Result<(), Failure> {
             Err(Failure::Unavailable(format!(
                 "no worker told what became of {}: what was sent is worked on when its turn comes.{} Does a worker run, and \
                  is it ready (`/readyz`)? `--wait` waits longer, `--no-wait` not at all",
-                count((progress.under_way + progress.missed) as u64, "message", "messages"),
+                count((progress.in_flight + progress.missed) as u64, "message", "messages"),
                 line.unwrap_or_default()
             )))
         }

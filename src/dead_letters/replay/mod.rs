@@ -42,34 +42,34 @@ use crate::dead_letters::edit;
 use crate::dead_letters::filter::Selection;
 use crate::dead_letters::letter::DeadLetter;
 use crate::dead_letters::progress::{End, Progress, Stage};
-use crate::dead_letters::scan::{Fate, Hand, Held, Operator, Step, claim};
+use crate::dead_letters::scan::{Batch, DeadLetterQueue, Disposition, HeldLetter, ScanStep, claim};
 use crate::outcome::DEAD;
 use crate::retry::Pauses;
 
 /// What is to be replayed, and how.
 #[derive(Clone, Debug)]
-pub struct Order {
+pub struct ReplayRequest {
     /// Which dead letters.
-    pub which: Selection,
+    pub selection: Selection,
     /// So many are under way at most.
-    pub at_once: usize,
+    pub max_in_flight: usize,
     /// Whether to go on when they fail again.
     pub keep_going: bool,
     /// How long to wait for news of those under way. `None`: send all at once, and wait for nothing.
-    pub patience: Option<Duration>,
+    pub outcome_timeout: Option<Duration>,
 }
 
-impl Order {
+impl ReplayRequest {
     /// Under way at most, unless said otherwise.
-    pub const AT_ONCE: u16 = 32;
+    pub const MAX_IN_FLIGHT: u16 = 32;
     /// Patience, unless said otherwise.
-    pub const PATIENCE: Duration = Duration::from_mins(10);
+    pub const OUTCOME_TIMEOUT: Duration = Duration::from_mins(10);
 }
 
-impl From<Selection> for Order {
-    fn from(which: Selection) -> Self {
-        let at_once = Self::AT_ONCE.into();
-        Self { which, at_once, keep_going: false, patience: Some(Self::PATIENCE) }
+impl From<Selection> for ReplayRequest {
+    fn from(selection: Selection) -> Self {
+        let max_in_flight = Self::MAX_IN_FLIGHT.into();
+        Self { selection, max_in_flight, keep_going: false, outcome_timeout: Some(Self::OUTCOME_TIMEOUT) }
     }
 }
 
@@ -97,7 +97,7 @@ const RECONNECTING: Duration = Duration::from_mins(5);
 /// in the dead-letter queue.
 pub async fn replay(
     settings: &Settings,
-    order: Order,
+    order: ReplayRequest,
     progress: watch::Sender<Progress>,
     stop: &CancellationToken,
 ) -> Result<(Progress, End), BrokerError> {
@@ -167,7 +167,7 @@ impl Heard {
 
 struct Replay<'a> {
     settings: &'a Settings,
-    order: Order,
+    order: ReplayRequest,
     progress: watch::Sender<Progress>,
     /// All replays of this run.
     ours: HashSet<Uuid>,
@@ -191,7 +191,7 @@ impl Replay<'_> {
     fn tell(&self, change: impl FnOnce(&mut Progress)) {
         self.progress.send_modify(|progress| {
             change(progress);
-            progress.under_way = self.awaited();
+            progress.in_flight = self.awaited();
             progress.missed = self.missed();
             progress.sent = self.sent;
         });
@@ -215,21 +215,22 @@ impl Replay<'_> {
                 Heard::Delayed(_) | Heard::Unconfirmed | Heard::Missed => {}
             }
         }
-        if let Some(patience) = self.order.patience.filter(|_| !self.under_way.is_empty()) {
+        if let Some(patience) = self.order.outcome_timeout.filter(|_| !self.under_way.is_empty()) {
             self.deadline = self.deadline.max(now + patience);
         }
         self.caught_up = false;
     }
 
     fn over(&self, end: End) -> (Progress, End) {
-        self.tell(|progress| progress.stage = Stage::Over(end.clone()));
+        self.tell(|progress| progress.stage = Stage::Finished(end.clone()));
         (self.progress.borrow().clone(), end)
     }
 
     /// With one connection, until the end.
     async fn session(&mut self, stop: &CancellationToken) -> Result<End, BrokerError> {
         let connect = async {
-            let operator = Operator::connect(self.settings, "close-sync replay").await?.with_patience(TURN);
+            let operator =
+                DeadLetterQueue::connect(self.settings, "close-sync replay").await?.with_patience(TURN);
             // Of its own: an alarm of the broker must not hold up giving back what is in hand.
             let publishing = self.settings.connect("close-sync replay publish").await?;
             let publisher = Publisher::new(&publishing).await?;
@@ -240,7 +241,7 @@ impl Replay<'_> {
         let mut line = Line { connection: &operator.connection, publisher, news: None };
         let open = async {
             let news = self.mailbox(&operator.connection).await?;
-            line.news = self.order.patience.is_some().then_some(news);
+            line.news = self.order.outcome_timeout.is_some().then_some(news);
             Ok::<_, BrokerError>(line)
         };
         let Some(line) = stop.run_until_cancelled(open).await else { return Ok(End::Stopped) };
@@ -280,7 +281,7 @@ impl Replay<'_> {
 
     async fn portions(
         &mut self,
-        operator: &Operator<'_>,
+        operator: &DeadLetterQueue<'_>,
         line: &mut Line<'_>,
         stop: &CancellationToken,
     ) -> Result<End, BrokerError> {
@@ -302,7 +303,7 @@ impl Replay<'_> {
     /// Sends all those that failed at these `times`. Tells why it sends no more.
     async fn send_all(
         &mut self,
-        operator: &Operator<'_>,
+        operator: &DeadLetterQueue<'_>,
         line: &mut Line<'_>,
         mut times: VecDeque<Option<Timestamp>>,
         stop: &CancellationToken,
@@ -350,13 +351,13 @@ impl Replay<'_> {
                 (is_late || end != End::Done).then(|| hurry.unwrap_or_else(|| Instant::now() + LAST_NEWS));
             let until = hurry.map_or(self.deadline, |until| until.min(self.deadline));
             match self.hear(line, until, stop).await {
-                Ok(Some(End::Silent)) if end == End::Done => return Ok(End::Silent),
+                Ok(Some(End::TimedOut)) if end == End::Done => return Ok(End::TimedOut),
                 // What fails last is as bad as what fails first.
                 Ok(Some(heard)) if end == End::Done => end = heard,
-                Ok(Some(End::Done | End::CanaryFailed | End::FailedAlike) | None) => {}
+                Ok(Some(End::Done | End::CanaryFailed | End::SameFailure) | None) => {}
                 Err(error) if end == End::Done => return Err(error),
                 // With another connection it would begin to send again.
-                Ok(Some(End::Silent | End::Stopped)) | Err(_) => break,
+                Ok(Some(End::TimedOut | End::Stopped)) | Err(_) => break,
             }
         }
         Ok(end)
@@ -366,11 +367,11 @@ impl Replay<'_> {
     /// And which of those under way failed again while there was no connection.
     async fn look(
         &self,
-        operator: &Operator<'_>,
+        operator: &DeadLetterQueue<'_>,
     ) -> Result<(VecDeque<Option<Timestamp>>, Vec<Replayed>), BrokerError> {
-        self.tell(|progress| progress.stage = Stage::Looking);
+        self.tell(|progress| progress.stage = Stage::Scanning);
         edit::finish(operator, &mut self.watch()).await?;
-        let left = self.order.which.limit.map_or(usize::MAX, |limit| limit.saturating_sub(self.sent));
+        let left = self.order.selection.limit.map_or(usize::MAX, |limit| limit.saturating_sub(self.sent));
         // Of a session before. A queue that has no leader for a moment counts as empty, and what was in hand when the
         // connection went comes back when RabbitMQ has noticed.
         let expected = self.progress.borrow().matched.saturating_sub(self.sent);
@@ -393,9 +394,9 @@ impl Replay<'_> {
     /// Takes the next portion in hand, of those that failed at these `times`.
     async fn take(
         &self,
-        operator: &Operator<'_>,
+        operator: &DeadLetterQueue<'_>,
         times: &mut VecDeque<Option<Timestamp>>,
-    ) -> Result<Hand, BrokerError> {
+    ) -> Result<Batch, BrokerError> {
         let fits = times.len().min(if self.is_canary() { 1 } else { PORTION });
         let portion: Vec<_> = times.drain(..fits).collect();
         let (mut held, mut bytes) = (0, 0);
@@ -405,11 +406,11 @@ impl Replay<'_> {
             let next = portion.last().is_some_and(|last| letter.failed_at <= *last);
             let full = held == portion.len() || (held > 0 && bytes > PORTION_BYTES);
             if full || !next || !self.is_meant(letter) {
-                return Fate::Back;
+                return Disposition::Return;
             }
             held += 1;
             bytes += letter.size();
-            Fate::Hold
+            Disposition::Keep
         };
         let mut hand = operator.take(decide, &mut self.watch()).await?;
         // Edited since this replay began, by a command that was killed: the copy is in our hand, too.
@@ -428,13 +429,13 @@ impl Replay<'_> {
     /// What failed again during this run is left for the next one.
     fn is_meant(&self, letter: &DeadLetter) -> bool {
         let ours = letter.replay().is_some_and(|replay| self.ours.contains(&replay));
-        !ours && self.order.which.filter.matches(letter)
+        !ours && self.order.selection.filter.matches(letter)
     }
 
-    fn watch(&self) -> impl FnMut(Step) + Send {
+    fn watch(&self) -> impl FnMut(ScanStep) + Send {
         let progress = self.progress.clone();
         move |step| {
-            if step == Step::Waiting {
+            if step == ScanStep::Waiting {
                 progress.send_modify(|progress| progress.stage = Stage::Waiting);
             }
         }
@@ -442,7 +443,7 @@ impl Replay<'_> {
 
     /// Whether the next one is the first, which the rest waits for.
     fn is_canary(&self) -> bool {
-        self.order.patience.is_some() && !self.proven
+        self.order.outcome_timeout.is_some() && !self.proven
     }
 
     /// Waits until another one may be under way, or `until`. `Some` when nothing more is to be sent.
@@ -465,18 +466,18 @@ impl Replay<'_> {
     }
 
     fn has_room(&self, line: &Line<'_>) -> bool {
-        line.news.is_none() || self.awaited() < self.order.at_once
+        line.news.is_none() || self.awaited() < self.order.max_in_flight
     }
 
     /// Sends what is in hand. `Some` when that was the last.
     async fn portion(
         &mut self,
-        hand: &mut Hand,
+        hand: &mut Batch,
         times: &mut VecDeque<Option<Timestamp>>,
         line: &mut Line<'_>,
         stop: &CancellationToken,
     ) -> Result<Option<End>, BrokerError> {
-        let stage = if self.is_canary() { Stage::Canary } else { Stage::Going };
+        let stage = if self.is_canary() { Stage::Canary } else { Stage::Sending };
         self.tell(|progress| progress.stage = stage);
         if !self.is_canary() {
             hand.let_go().await?;
@@ -512,13 +513,13 @@ impl Replay<'_> {
     }
 
     /// Sends one. What is not confirmed goes back with the rest.
-    async fn send(&mut self, held: Held, line: &Line<'_>) -> Result<(), BrokerError> {
+    async fn send(&mut self, held: HeldLetter, line: &Line<'_>) -> Result<(), BrokerError> {
         let replay = Uuid::now_v7();
         let exchange = self.settings.retry_exchange();
         let properties = envelope::for_replay(&held.letter.properties, replay);
         // Before it is: it may arrive without our knowing.
         self.ours.insert(replay);
-        if self.order.patience.is_some() {
+        if self.order.outcome_timeout.is_some() {
             self.under_way.insert(replay, Heard::Unconfirmed);
         }
         match line.publisher.publish(&exchange, NOW, &held.letter.body, properties).await {
@@ -529,7 +530,7 @@ impl Replay<'_> {
         }
         self.sent += 1;
         self.known.insert(held.letter.fingerprint.clone());
-        if let Some(patience) = self.order.patience {
+        if let Some(patience) = self.order.outcome_timeout {
             self.under_way.insert(replay, Heard::Nothing);
             self.deadline = self.deadline.max(Instant::now() + patience);
         }
@@ -549,7 +550,7 @@ impl Replay<'_> {
             biased;
             () = stop.cancelled() => return Ok(Some(End::Stopped)),
             delivery = news.next() => delivery.ok_or(BrokerError::Cancelled)??,
-            () = tokio::time::sleep_until(until) => return Ok(Some(End::Silent)),
+            () = tokio::time::sleep_until(until) => return Ok(Some(End::TimedOut)),
             () = tokio::time::sleep(LOOKS_APART) => {
                 // Whoever may not look is not told.
                 let depth = in_time(topology::depth(line.connection, &self.settings.queue)).await.ok().flatten();
@@ -587,7 +588,7 @@ impl Replay<'_> {
     fn note(&mut self, told: Replayed) -> Option<End> {
         let heard = self.under_way.get_mut(&told.replay)?;
         let due = Instant::now() + Duration::from_secs(told.comes_again_s.unwrap_or(0));
-        self.deadline = self.deadline.max(due + self.order.patience.unwrap_or_default());
+        self.deadline = self.deadline.max(due + self.order.outcome_timeout.unwrap_or_default());
         if told.comes_again_s.is_some() {
             *heard = Heard::Delayed(due);
             self.tell(|progress| progress.delayed += 1);
@@ -606,12 +607,12 @@ impl Replay<'_> {
         let alike = !self.known.insert(again.fingerprint.clone());
         self.tell(|progress| {
             *progress.failures.entry(again.fingerprint.clone()).or_default() += 1;
-            progress.again = Some(again);
+            progress.last_failure = Some(again);
         });
         match (self.order.keep_going, self.proven) {
             (true, _) => None,
             (false, false) => Some(End::CanaryFailed),
-            (false, true) => alike.then_some(End::FailedAlike),
+            (false, true) => alike.then_some(End::SameFailure),
         }
     }
 }

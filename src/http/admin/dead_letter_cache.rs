@@ -19,8 +19,8 @@ use crate::dead_letters::edit;
 use crate::dead_letters::filter::{Filter, Group, Groups, Selection};
 use crate::dead_letters::letter::DeadLetter;
 use crate::dead_letters::progress::Progress;
-use crate::dead_letters::replay::{Order, replay};
-use crate::dead_letters::scan::{Fate, Sifted, find, sift};
+use crate::dead_letters::replay::{ReplayRequest, replay};
+use crate::dead_letters::scan::{Disposition, ScanSummary, find_by_id, scan};
 use crate::http::admin::AppState;
 use crate::http::admin::auth::Visitor;
 
@@ -58,9 +58,10 @@ impl Listing {
             if alike.len() == 2 * KEPT {
                 oldest(alike);
             }
-            Fate::Back
+            Disposition::Return
         };
-        let Sifted { found, replaying, .. } = sift(amqp, &Selection::default(), keep, &mut |_| {}).await?;
+        let ScanSummary { found, replaying, .. } =
+            scan(amqp, &Selection::default(), keep, &mut |_| {}).await?;
         letters.values_mut().for_each(oldest);
         Ok(Self { found, replaying, groups: groups.sorted(), letters })
     }
@@ -248,7 +249,7 @@ impl DeadLetterCache {
             }
             let wanted = std::mem::take(&mut *bench.wanted.lock().unwrap_or_else(PoisonError::into_inner));
             let ids = wanted.into_iter().chain([id.clone()]).collect();
-            let found = find(&amqp, &ids, &mut |_| {}).await.map_err(|error| error.to_string());
+            let found = find_by_id(&amqp, &ids, &mut |_| {}).await.map_err(|error| error.to_string());
             let of =
                 |id: &String| found.as_ref().map(|(found, _)| found.get(id).cloned()).map_err(String::clone);
             for each in &ids {
@@ -275,12 +276,12 @@ impl DeadLetterCache {
             let mut ids = Vec::new();
             let discard = |letter: &DeadLetter| {
                 ids.push(letter.id.clone());
-                Fate::Remove
+                Disposition::Delete
             };
             let sifted = {
                 let _alone = bench.look.lock().await;
-                match edit::tidy(&amqp, &mut |_| {}).await {
-                    Ok(()) => sift(&amqp, &which, discard, &mut |_| {}).await,
+                match edit::complete_interrupted(&amqp, &mut |_| {}).await {
+                    Ok(()) => scan(&amqp, &which, discard, &mut |_| {}).await,
                     Err(error) => Err(error),
                 }
             };
@@ -306,7 +307,7 @@ impl DeadLetterCache {
         if current.as_ref().is_some_and(|job| !job.is_over()) {
             return false;
         }
-        let order = Order::from(Selection::from(filter));
+        let order = ReplayRequest::from(Selection::from(filter));
         let (told, progress) = watch::channel(Progress::default());
         let job = Arc::new(Job {
             what,

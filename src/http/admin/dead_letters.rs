@@ -59,7 +59,7 @@ impl Target {
         }
     }
 
-    fn in_words(&self) -> Markup {
+    fn describe(&self) -> Markup {
         match self {
             Self::Group(fingerprint) => html! { "the dead letters " code { (fingerprint) } },
             Self::Id(id) => html! { "the dead letter " code { (id) } },
@@ -323,7 +323,7 @@ async fn ask(at: &At, visitor: &Visitor, which: Wanted, verb: Verb) -> Result<Ma
     };
     Ok(at.frame(title, visitor).around(html! {
         section .card.narrow {
-            p { strong { (count(number as u64, "message", "messages")) } ": " (target.in_words()) "." }
+            p { strong { (count(number as u64, "message", "messages")) } ": " (target.describe()) "." }
             @match verb {
                 Verb::Replay => {
                     @if number > 1 {

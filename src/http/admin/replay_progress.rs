@@ -67,12 +67,12 @@ fn bar(job: &Job) -> Markup {
     let left = u32::try_from(progress.matched.saturating_sub(ended)).unwrap_or(u32::MAX);
     let left = Duration::try_from_secs_f64(f64::from(left) / rate).ok().filter(|_| ended > 0);
     // The first one alone says little about the others.
-    let is_steady = matches!(progress.stage, Stage::Going | Stage::Finishing);
+    let is_steady = matches!(progress.stage, Stage::Sending | Stage::Finishing);
     let left = left.and_then(|left| SignedDuration::try_from(left).ok()).filter(|_| is_steady);
     html! {
         @if !job.is_over() {
             p role="status" {
-                strong { (sentence(&progress.in_words())) }
+                strong { (sentence(&progress.describe())) }
                 @if progress.stage == Stage::Canary { " The others wait for it." }
             }
         }
@@ -81,7 +81,7 @@ fn bar(job: &Job) -> Markup {
         }
         dl .tiles {
             div { dt { "Done" } dd { (ended) " of " (progress.matched) } }
-            @if !job.is_over() { div { dt { "Under way" } dd { (progress.under_way) } } }
+            @if !job.is_over() { div { dt { "Under way" } dd { (progress.in_flight) } } }
             div { dt { "A second" } dd { (format!("{rate:.1}")) } }
             @if let Some(left) = left {
                 div { dt { "Time left" } dd { (span(left)) } }
@@ -104,28 +104,28 @@ fn going(at: &At, visitor: &Visitor) -> Markup {
 fn over(job: &Job, place: &Place, visitor: &Visitor, sight: Sight) -> Markup {
     let progress = job.progress();
     let rest = progress.matched.saturating_sub(progress.sent);
-    let end = if let Stage::Over(end) = &progress.stage { Some(end) } else { None };
+    let end = if let Stage::Finished(end) = &progress.stage { Some(end) } else { None };
     let told = match (job.failure(), end) {
         (Some(failure), _) => failure.to_owned(),
-        (None, Some(_)) => progress.in_words(),
+        (None, Some(_)) => progress.describe(),
         (None, None) => "it ended by a defect of close-sync, which the log tells of".to_owned(),
     };
     let kind = match end {
         Some(End::Done) if progress.matched > 0 && progress.failed_again() == 0 => "good",
-        Some(End::Done | End::Silent | End::Stopped) => "so-so",
-        Some(End::CanaryFailed | End::FailedAlike) | None => "bad",
+        Some(End::Done | End::TimedOut | End::Stopped) => "so-so",
+        Some(End::CanaryFailed | End::SameFailure) | None => "bad",
     };
     html! {
         p .notice.(kind) role="status" { (sentence(&told)) }
         @if rest > 0 { p { (rest) " were not sent and are still dead letters." } }
-        @let unknown = progress.under_way + progress.missed;
-        @if unknown > 0 && !(end == Some(&End::Silent) && progress.only_missed()) {
+        @let unknown = progress.in_flight + progress.missed;
+        @if unknown > 0 && !(end == Some(&End::TimedOut) && progress.only_missed()) {
             p { "Of " (unknown) " it is not known yet what becomes of them; what fails is a new dead letter." }
         }
         @if progress.failures.len() > 1 {
             ul { @for (what, number) in &progress.failures { li { (number) " failed again: " code { (what) } } } }
         }
-        @if let Some(again) = &progress.again {
+        @if let Some(again) = &progress.last_failure {
             p {
                 "Failed again: " a href=(Target::Id(again.id.to_string()).path(place, "dead/message")) { (again.fingerprint) }
                 ", " (again.error)
