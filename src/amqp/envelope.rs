@@ -8,7 +8,6 @@
 
 use jiff::Timestamp;
 use lapin::BasicProperties;
-use lapin::message::Delivery;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use uuid::Uuid;
 
@@ -144,9 +143,8 @@ impl TraceParent {
 }
 
 impl Envelope {
-    /// Reads a delivery, received at `now`.
-    pub fn of(delivery: &Delivery, now: Timestamp) -> Self {
-        let properties = delivery.properties.clone();
+    /// Reads the properties of a delivery that came by this exchange and routing key and was received at `now`.
+    pub fn of(properties: BasicProperties, exchange: &str, routing_key: &str, now: Timestamp) -> Self {
         let number = number(&properties, ATTEMPTS);
         let id = |name| text(&properties, name).and_then(|text| text.parse().ok());
         Self {
@@ -155,8 +153,8 @@ impl Envelope {
             replay: id(REPLAY),
             first_seen: text(&properties, FIRST_SEEN).and_then(|text| text.parse().ok()).unwrap_or(now),
             sent: sent(&properties),
-            exchange: text(&properties, EXCHANGE).unwrap_or_else(|| delivery.exchange.to_string()),
-            routing_key: text(&properties, ROUTING_KEY).unwrap_or_else(|| delivery.routing_key.to_string()),
+            exchange: text(&properties, EXCHANGE).unwrap_or_else(|| exchange.to_owned()),
+            routing_key: text(&properties, ROUTING_KEY).unwrap_or_else(|| routing_key.to_owned()),
             trace: text(&properties, TRACEPARENT).and_then(|text| TraceParent::parse(&text)),
             properties,
         }
@@ -407,8 +405,15 @@ fn size(name: &ShortString, value: &AMQPValue) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use lapin::message::Delivery;
+
     use super::*;
     use crate::outcome::{Reason, Stage};
+
+    fn received(delivery: Delivery, now: Timestamp) -> Envelope {
+        let Delivery { properties, exchange, routing_key, .. } = delivery;
+        Envelope::of(properties, exchange.as_str(), routing_key.as_str(), now)
+    }
 
     fn delivery(headers: &[(&'static str, AMQPValue)]) -> Delivery {
         let mut table = FieldTable::default();
@@ -459,7 +464,7 @@ mod tests {
                 ("tenant", AMQPValue::LongString("a".into())),
                 ("baggage", AMQPValue::FieldTable(inner)),
             ]);
-            let properties = Envelope::of(&delivery, now).for_delay(1, Uuid::now_v7());
+            let properties = received(delivery, now).for_delay(1, Uuid::now_v7());
             let known = |name: &str| properties.headers().as_ref().unwrap().contains_key(name);
             [TRACEPARENT, REPLAYS, ATTEMPTS, "tenant", "baggage"].map(known)
         };
@@ -476,10 +481,10 @@ mod tests {
             ("x-first-death-queue", AMQPValue::LongString("q".into())),
         ]);
         let detour = Uuid::now_v7();
-        let delayed = Envelope::of(&first, now).for_delay(1, detour);
+        let delayed = received(first, now).for_delay(1, detour);
         let mut second = Delivery::mock(2, "close-sync.retry".into(), "now".into(), true, vec![]);
         second.properties = delayed;
-        let envelope = Envelope::of(&second, "2030-01-01T00:00:00Z".parse().unwrap());
+        let envelope = received(second, "2030-01-01T00:00:00Z".parse().unwrap());
         assert_eq!((envelope.attempts, envelope.first_seen, envelope.detour), (1, now, Some(detour)));
         assert_eq!((envelope.exchange.as_str(), envelope.routing_key.as_str()), ("identify", "users"));
 

@@ -222,8 +222,6 @@ impl BrokerError {
         match amqp.get_id() {
             404 => Self::Missing(detail),
             403 => Self::Forbidden(detail),
-            // `message size 3000000 larger than configured max size 1000000`, in every version.
-            406 if detail.contains("larger than configured max size") => Self::TooLarge(detail),
             406 if !object.is_empty() => Self::Conflict { object: object.to_owned(), detail },
             _ => Self::Lost(detail),
         }

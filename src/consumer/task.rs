@@ -97,7 +97,12 @@ impl Incoming {
 
     /// Receives a delivery: decodes and maps it.
     pub(crate) fn of(delivery: Delivery, session: &Session) -> Self {
-        let envelope = Envelope::of(&delivery, Timestamp::now());
+        let envelope = Envelope::of(
+            delivery.properties.clone(),
+            delivery.exchange.as_str(),
+            delivery.routing_key.as_str(),
+            Timestamp::now(),
+        );
         let arrival = ReceivedAt { sent: envelope.sent, received: envelope.first_seen };
         let prepare = AssertUnwindSafe(|| session.worker.prepare(&delivery.data, arrival));
         let prepared = std::panic::catch_unwind(prepare)
@@ -320,9 +325,7 @@ impl Session {
                 // A fanout needs no key; the producer's is in a header, where any length fits.
                 let sent =
                     self.publish(publisher, &settings.dead(), "", &delivery.data, properties, stop).await;
-                if let Some(Err(BrokerError::TooLarge(detail))) = &sent
-                    && detail.contains(&format!("message size {} ", delivery.data.len()))
-                {
+                if let Some(Err(BrokerError::TooLarge(_))) = &sent {
                     told();
                     return reject(delivery, envelope, outcome, stop).await;
                 }
