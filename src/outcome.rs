@@ -4,7 +4,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use crate::close::{CloseError, Said};
+use crate::close::{CloseError, ResponseExcerpt};
 use crate::domain::event::NotForClose;
 use crate::domain::plan::{Plan, Refusal, Step};
 
@@ -184,7 +184,7 @@ pub struct DeadLetter {
     /// How far it came, [`crate::domain::decision::Decision::summary`].
     pub decision: Option<String>,
     /// What Close said.
-    pub said: Option<Said>,
+    pub said: Option<ResponseExcerpt>,
 }
 
 impl DeadLetter {

@@ -120,13 +120,20 @@ pub enum Verdict {
 pub fn settle(failure: &Failure, history: History, pause: Option<Duration>, policy: &Policy) -> Verdict {
     let dead = |reason, field: Option<String>| {
         let error = failure.error.to_string();
-        let said = if let CloseError::Rejected(Rejection { said, .. }) = &failure.error {
-            said.clone()
+        let response = if let CloseError::Rejected(Rejection { response, .. }) = &failure.error {
+            response.clone()
         } else {
             None
         };
         let stage = failure.stage;
-        Verdict::Settle(Outcome::Dead(DeadLetter { reason, stage, error, field, decision: None, said }))
+        Verdict::Settle(Outcome::Dead(DeadLetter {
+            reason,
+            stage,
+            error,
+            field,
+            decision: None,
+            said: response,
+        }))
     };
     match &failure.error {
         CloseError::Unauthorized => Verdict::Settle(Outcome::Paused(PauseCause::Unauthorized)),
@@ -185,7 +192,7 @@ mod tests {
     #[test]
     fn each_failure_gets_what_may_help() {
         let rejected =
-            CloseError::Rejected(Rejection { status: 400, fields: vec![], message: None, said: None });
+            CloseError::Rejected(Rejection { status: 400, fields: vec![], message: None, response: None });
         let timeout = CloseError::Transient(Fault::Timeout);
         let cases = [
             (CloseError::Unauthorized, 9, true, false, "pause unauthorized"),
@@ -225,7 +232,7 @@ mod tests {
                 status,
                 fields: vec![],
                 message: None,
-                said: None,
+                response: None,
             })),
             fault.prop_map(CloseError::Transient),
         ]

@@ -22,11 +22,11 @@ use url::Url;
 use crate::close::endpoint::{Call, Endpoint, StatusClass};
 use crate::close::error::{CloseError, Fault, Rejection};
 use crate::close::rate_limit::headers::{self, RateLimit};
-use crate::close::rate_limit::window::Standing;
+use crate::close::rate_limit::window::RateLimitStatus;
 use crate::close::rate_limit::{self, Permit, Priority, RateLimiter};
 use crate::close::search_batch::Batcher;
 use crate::close::stall_guard::StallGuard;
-use crate::close::transport::{Answer, Http, Transport};
+use crate::close::transport::{Http, Response, Transport};
 use crate::close::wire::{self, Members};
 use crate::close::{Hits, Lookup, Organization, Records};
 use crate::domain::plan::ContactValues;
@@ -76,7 +76,7 @@ pub struct Client {
     pub(crate) calls: Arc<AtomicU32>,
     pub(crate) priority: Priority,
     /// The last failure was that of a search others shared, and one of them answers for it.
-    pub(crate) excused: Arc<AtomicBool>,
+    pub(crate) duplicate_failure: Arc<AtomicBool>,
 }
 
 pub(crate) struct Inner {
@@ -86,7 +86,7 @@ pub(crate) struct Inner {
     /// Calls answered with 429 since the last that was not.
     refused_in_a_row: HashMap<Endpoint, AtomicU32>,
     observe: Observer,
-    pulse: StallGuard,
+    stall_guard: StallGuard,
     /// More messages wait than are worked on.
     pub(crate) backlog: AtomicBool,
     /// Look-ups of Leads that wait, and of Contacts.
@@ -131,14 +131,14 @@ impl Client {
                 .map(|endpoint| (endpoint, AtomicU32::new(0)))
                 .collect(),
             observe: Box::new(observe),
-            pulse: StallGuard::default(),
+            stall_guard: StallGuard::default(),
             backlog: AtomicBool::new(false),
             leads: Batcher::default(),
             contacts: Batcher::default(),
             phrase_only: AtomicBool::new(false),
         };
-        let (calls, priority, excused) = (Arc::default(), Priority::default(), Arc::default());
-        Self { inner: Arc::new(inner), calls, priority, excused }
+        let (calls, priority, duplicate_failure) = (Arc::default(), Priority::default(), Arc::default());
+        Self { inner: Arc::new(inner), calls, priority, duplicate_failure }
     }
 
     /// How long one call may take.
@@ -149,27 +149,27 @@ impl Client {
     /// The same client for one message: it counts its calls anew, and they go with this priority.
     #[must_use]
     pub fn for_message(&self, priority: Priority) -> Self {
-        Self { inner: self.inner.clone(), calls: Arc::default(), priority, excused: Arc::default() }
+        Self { inner: self.inner.clone(), calls: Arc::default(), priority, duplicate_failure: Arc::default() }
     }
 
     /// Whether the last failure is somebody else's to answer for: a search was shared, and one failed call is
     /// not to look like many.
-    pub fn is_excused(&self) -> bool {
-        self.excused.swap(false, Ordering::Relaxed)
+    pub fn take_duplicate_failure(&self) -> bool {
+        self.duplicate_failure.swap(false, Ordering::Relaxed)
     }
 
     /// What is left of Close's rate limits, of those it told.
-    pub fn standings(&self) -> impl Iterator<Item = (Endpoint, Standing)> {
+    pub fn rate_limits(&self) -> impl Iterator<Item = (Endpoint, RateLimitStatus)> {
         self.inner.gates.iter().filter_map(|(endpoint, gate)| Some((*endpoint, gate.standing()?)))
     }
 
     /// Its gaps keep changes from being sent.
-    pub fn pulse(&self) -> &StallGuard {
-        &self.inner.pulse
+    pub fn stall_guard(&self) -> &StallGuard {
+        &self.inner.stall_guard
     }
 
     /// Tells whether there is a backlog: then fewer calls matter more than quick ones.
-    pub fn backlog(&self, there_is: bool) {
+    pub fn set_backlog(&self, there_is: bool) {
         self.inner.backlog.store(there_is, Ordering::Relaxed);
     }
 
@@ -215,7 +215,10 @@ impl Client {
 
     /// The Leads and Contacts made last, as the event log tells: it knows of them before search does
     /// (close-api.md §11). At most a page of each; whoever is not among them may exist all the same.
-    pub async fn made_since(&self, since: jiff::Timestamp) -> Result<(Vec<Lead>, Vec<Contact>), CloseError> {
+    pub async fn created_since(
+        &self,
+        since: jiff::Timestamp,
+    ) -> Result<(Vec<Lead>, Vec<Contact>), CloseError> {
         let page = async |kind: &str| {
             let path =
                 format!("event/?object_type={kind}&action=created&date_updated__gte={since}&_limit=50");
@@ -315,7 +318,7 @@ impl Client {
         path: &str,
         body: Option<&Value>,
     ) -> Result<Option<Vec<u8>>, CloseError> {
-        if endpoint.writes() && !self.inner.pulse.is_regular() {
+        if endpoint.writes() && !self.inner.stall_guard.allows_writes() {
             // The session ends for it, and drops this.
             std::future::pending::<()>().await;
         }
@@ -381,7 +384,7 @@ fn span(endpoint: Endpoint, waited: Duration) -> Span {
 }
 
 /// Tells how it ended.
-fn conclude(span: &Span, result: &Result<Answer, CloseError>) {
+fn conclude(span: &Span, result: &Result<Response, CloseError>) {
     match result {
         Ok(answer) => {
             span.record("http.response.status_code", i64::from(answer.status.as_u16()));

@@ -66,7 +66,7 @@ impl CloseError {
     }
 
     /// Whether it may pass by itself, whatever the message says.
-    pub fn may_pass(&self) -> bool {
+    pub fn is_retryable(&self) -> bool {
         match self {
             Self::Unreachable(_) | Self::Transient(_) => true,
             Self::Unauthorized | Self::PlanLimit | Self::Forbidden | Self::NotFound | Self::Rejected(_) => {
@@ -78,7 +78,7 @@ impl CloseError {
     /// Whether a write may have happened although it failed. Close has no idempotency key, so such a
     /// POST must be looked up before it is repeated (close-api.md §10). A 503 is refused in front of
     /// the application and taken as not done, as Close's own client does (close-api.md §2).
-    pub fn outcome_unknown(&self) -> bool {
+    pub fn may_have_been_applied(&self) -> bool {
         match self {
             Self::Transient(Fault::Status(status)) => *status != 503,
             Self::Transient(Fault::Timeout | Fault::ConnectionLost | Fault::Garbled) => true,
@@ -102,27 +102,27 @@ pub struct Rejection {
     /// What Close said in general, without values.
     pub message: Option<&'static str>,
     /// All it said.
-    pub said: Option<Said>,
+    pub response: Option<ResponseExcerpt>,
 }
 
 /// Close's own words. They may quote personal data: for the eyes of whoever asks, never for logs or headers.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Said(String);
+pub struct ResponseExcerpt(String);
 
 /// Bytes of them that are kept.
 const MOST_SAID: usize = 2048;
 
-impl Said {
+impl ResponseExcerpt {
     /// The words.
     pub fn reveal(&self) -> &str {
         &self.0
     }
 }
 
-impl fmt::Debug for Said {
+impl fmt::Debug for ResponseExcerpt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Said(withheld)")
+        f.write_str("ResponseExcerpt(withheld)")
     }
 }
 
@@ -139,7 +139,7 @@ const NO_SUCH_FIELD: &str = "the custom field does not exist";
 
 impl FieldError {
     /// Whether Close says that it does not have the custom field.
-    pub fn no_such_field(&self) -> bool {
+    pub fn field_is_missing(&self) -> bool {
         self.message == NO_SUCH_FIELD
     }
 }
@@ -197,8 +197,8 @@ impl Rejection {
         collect(&body, &mut Vec::new(), &mut fields);
         let general = body.get("error").or_else(|| body.get("errors")?.get(0)).and_then(Value::as_str);
         let message = general.map(known);
-        let said = (!text.trim().is_empty()).then_some(Said(text));
-        Self { status, fields, message, said }
+        let response = (!text.trim().is_empty()).then_some(ResponseExcerpt(text));
+        Self { status, fields, message, response }
     }
 }
 
@@ -256,12 +256,13 @@ mod tests {
         }
         let silly = Rejection::read(400, br#"{"error": "jane@example.test is silly"}"#);
         assert!(
-            silly.said.as_ref().unwrap().reveal().contains("jane") && !format!("{silly:?}").contains("jane")
+            silly.response.as_ref().unwrap().reveal().contains("jane")
+                && !format!("{silly:?}").contains("jane")
         );
         let known = Rejection::read(413, b"<html>");
-        let told = (known.to_string(), known.said.as_ref().map(Said::reveal));
+        let told = (known.to_string(), known.response.as_ref().map(ResponseExcerpt::reveal));
         assert_eq!(told, ("Close refused the request (413)".into(), Some("<html>")));
-        assert_eq!(Rejection::read(400, b" ").said, None);
+        assert_eq!(Rejection::read(400, b" ").response, None);
     }
 
     #[test]
@@ -279,7 +280,7 @@ mod tests {
             CloseError::Unreachable(String::new()),
             CloseError::NotFound,
         ];
-        assert!(unknown.iter().all(CloseError::outcome_unknown));
-        assert!(!known.iter().any(CloseError::outcome_unknown));
+        assert!(unknown.iter().all(CloseError::may_have_been_applied));
+        assert!(!known.iter().any(CloseError::may_have_been_applied));
     }
 }

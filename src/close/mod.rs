@@ -21,10 +21,10 @@ use crate::domain::schema::Status;
 
 pub use client::{Client, Settings};
 pub use endpoint::{Call, Endpoint, StatusClass};
-pub use error::{CloseError, Fault, FieldError, Rejection, Said};
+pub use error::{CloseError, Fault, FieldError, Rejection, ResponseExcerpt};
 pub use rate_limit::Priority;
-pub use rate_limit::window::Standing;
-pub use transport::{Answer, Transport};
+pub use rate_limit::window::RateLimitStatus;
+pub use transport::{Response, Transport};
 
 /// Reading of Leads and Contacts. Behind a trait, so that the decisions that depend on what is read
 /// can be tried on records in memory as well.

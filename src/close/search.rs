@@ -32,7 +32,7 @@ impl Client {
         // Nobody answers when the search panicked.
         let answer = received.await.map_err(|_| CloseError::Transient(Fault::ConnectionLost))?;
         let rows = answer.map_err(|failed| {
-            self.excused.store(failed.excused, Ordering::Relaxed);
+            self.duplicate_failure.store(failed.duplicate, Ordering::Relaxed);
             failed.error
         })?;
         self.calls.fetch_add(rows.calls, Ordering::Relaxed);
@@ -81,7 +81,7 @@ impl Client {
                     match &mut found {
                         Ok(rows) => rows.calls = if number == 0 { calls } else { 0 },
                         // As many answer for a failure as there were calls that failed.
-                        Err(failed) => failed.excused = number >= calls,
+                        Err(failed) => failed.duplicate = number >= calls,
                     }
                     // Who has given up meanwhile needs none.
                     let _ = answer.send(found);
@@ -110,7 +110,7 @@ impl Client {
         }
         let alone = lookups.len() == 1;
         let mine = |lookup: &Lookup| {
-            let (rows, more) = answer.clone().map_err(|error| Failed { error, excused: false })?;
+            let (rows, more) = answer.clone().map_err(|error| Failed { error, duplicate: false })?;
             let found = rows.into_iter().filter(|row| alone || wire::may_mean(lookup, row)).collect();
             Ok(Rows { found, more, calls: 0 })
         };

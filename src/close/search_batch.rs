@@ -29,7 +29,7 @@ pub(crate) type Answer = Result<Rows, Failed>;
 pub(crate) struct Failed {
     pub(crate) error: CloseError,
     /// Another look-up that shared the search answers for it.
-    pub(crate) excused: bool,
+    pub(crate) duplicate: bool,
 }
 
 /// Rows of a search.

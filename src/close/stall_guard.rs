@@ -28,21 +28,21 @@ struct Beat {
 
 impl StallGuard {
     /// How far apart beats are.
-    pub const APART: Duration = Duration::from_millis(500);
+    pub const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
 
     /// Watches from now on; gaps up to `limit` are believed to be a busy machine.
-    pub fn watch(&self, limit: Duration) {
+    pub fn arm(&self, limit: Duration) {
         let (at, on_the_wall) = (Instant::now(), SystemTime::now());
         self.with(|beat| *beat = Some(Beat { at, on_the_wall, limit, stood_still: None }));
     }
 
     /// Nobody beats any more, and changes need no pulse.
-    pub fn rest(&self) {
+    pub fn disarm(&self) {
         self.with(|beat| *beat = None);
     }
 
     /// Beats. Tells for how long the process stood still, if it did.
-    pub fn beat(&self) -> Option<Duration> {
+    pub fn heartbeat(&self) -> Option<Duration> {
         self.with(|beat| {
             let beat = beat.as_mut()?;
             beat.look();
@@ -52,7 +52,7 @@ impl StallGuard {
     }
 
     /// Whether a change may be sent.
-    pub fn is_regular(&self) -> bool {
+    pub fn allows_writes(&self) -> bool {
         self.with(|beat| beat.as_mut().is_none_or(|beat| beat.look().is_none()))
     }
 
@@ -80,22 +80,22 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn after_a_gap_nothing_is_sent_whoever_wakes_up_first() {
         let pulse = StallGuard::default();
-        assert!(pulse.is_regular(), "nobody watches");
+        assert!(pulse.allows_writes(), "nobody watches");
         let limit = Duration::from_secs(20);
         for beats_first in [true, false] {
-            pulse.watch(limit);
+            pulse.arm(limit);
             tokio::time::advance(limit).await;
-            assert!(pulse.is_regular() && pulse.beat().is_none(), "a busy machine");
+            assert!(pulse.allows_writes() && pulse.heartbeat().is_none(), "a busy machine");
             tokio::time::advance(limit * 2).await;
             if beats_first {
-                assert_eq!(pulse.beat(), Some(limit * 2));
-                assert!(!pulse.is_regular(), "a beat does not heal it");
+                assert_eq!(pulse.heartbeat(), Some(limit * 2));
+                assert!(!pulse.allows_writes(), "a beat does not heal it");
             } else {
-                assert!(!pulse.is_regular());
-                assert_eq!(pulse.beat(), Some(limit * 2));
+                assert!(!pulse.allows_writes());
+                assert_eq!(pulse.heartbeat(), Some(limit * 2));
             }
         }
-        pulse.rest();
-        assert!(pulse.is_regular());
+        pulse.disarm();
+        assert!(pulse.allows_writes());
     }
 }

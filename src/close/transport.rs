@@ -29,12 +29,12 @@ pub trait Transport: Send + Sync {
         method: Method,
         path: &'a str,
         body: Option<&'a Value>,
-    ) -> BoxFuture<'a, Result<Answer, CloseError>>;
+    ) -> BoxFuture<'a, Result<Response, CloseError>>;
 }
 
 /// An answer, whatever its status.
 #[derive(Clone, Debug)]
-pub struct Answer {
+pub struct Response {
     /// Its status.
     pub status: StatusCode,
     /// Its headers.
@@ -68,7 +68,12 @@ impl Http {
         Ok(Self { client, url: settings.url, api_key: settings.api_key })
     }
 
-    async fn exchange(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Answer, CloseError> {
+    async fn exchange(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<Response, CloseError> {
         let url = self.url.join(path).map_err(|_| CloseError::NotFound)?;
         Span::current()
             .record("server.address", url.host_str())
@@ -90,7 +95,7 @@ impl Http {
             }
             body.extend_from_slice(&chunk);
         }
-        Ok(Answer { status, headers, body })
+        Ok(Response { status, headers, body })
     }
 }
 
@@ -100,7 +105,7 @@ impl Transport for Http {
         method: Method,
         path: &'a str,
         body: Option<&'a Value>,
-    ) -> BoxFuture<'a, Result<Answer, CloseError>> {
+    ) -> BoxFuture<'a, Result<Response, CloseError>> {
         Box::pin(self.exchange(method, path, body))
     }
 }

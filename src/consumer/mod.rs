@@ -163,8 +163,8 @@ impl Session {
         let time_to_draw = tokio::time::sleep(TIME_TO_DRAW);
         tokio::pin!(time_to_draw);
         let pulse = self.worker.pulse();
-        pulse.watch(link.patience());
-        let mut beat = tokio::time::interval(StallGuard::APART);
+        pulse.arm(link.patience());
+        let mut beat = tokio::time::interval(StallGuard::HEARTBEAT_INTERVAL);
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let watch = watch(&link.consuming, &self.settings, &self.metrics, |what| self.lacks(what.as_ref()));
         let mut watch = Box::pin(watch);
@@ -197,7 +197,7 @@ impl Session {
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break End::Stopped,
-                _ = beat.tick() => if let Some(gap) = pulse.beat() {
+                _ = beat.tick() => if let Some(gap) = pulse.heartbeat() {
                     break End::Lost(BrokerError::StoodStill(gap));
                 },
                 Some(ended) = in_hand.next_end() => if let Some(end) = ended {
@@ -236,7 +236,7 @@ impl Session {
         drop(watch);
         stop.cancel();
         in_hand.finish().await;
-        pulse.rest();
+        pulse.disarm();
         let mut report = in_hand.report;
         report.handed_back = received - report.settled;
         self.metrics.load(0, 0);
@@ -261,7 +261,7 @@ impl Session {
         let grace_s = self.grace.as_secs();
         tracing::info!(in_hand = in_hand.messages, grace_s, "stopping: finishing what is in hand");
         let stands_still = async {
-            while self.worker.pulse().beat().is_none() {
+            while self.worker.pulse().heartbeat().is_none() {
                 beat.tick().await;
             }
         };

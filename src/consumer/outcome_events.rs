@@ -26,7 +26,7 @@ use crate::amqp::envelope::Envelope;
 use crate::amqp::publisher::{Publisher, UNANSWERED};
 use crate::amqp::topology::REPLAYED;
 use crate::amqp::{BrokerError, Delay};
-use crate::close::Said;
+use crate::close::ResponseExcerpt;
 use crate::consumer::Session;
 use crate::consumer::connections::Publishers;
 use crate::domain::decision::Decision;
@@ -74,7 +74,7 @@ pub struct Again {
     pub error: String,
     /// What Close said. Personal data, perhaps: told to whoever replays, and nobody else.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub close_said: Option<Said>,
+    pub close_said: Option<ResponseExcerpt>,
 }
 
 /// What a producer is told.

@@ -67,8 +67,8 @@ impl Attempts<'_> {
             };
             let told = format!("{}: {}", failure.stage.label(), failure.error);
             *self.worker.0.last_failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(told);
-            let votes = works && !self.client.is_excused() && !failed_before;
-            if failure.error.may_pass() && votes {
+            let votes = works && !self.client.take_duplicate_failure() && !failed_before;
+            if failure.error.is_retryable() && votes {
                 failed_before = true;
                 if self.worker.breaker(|breaker| breaker.note(Instant::now(), false)) {
                     let is_gone = matches!(failure.error, CloseError::Unreachable(_));
@@ -215,7 +215,7 @@ impl Attempts<'_> {
         // Twice the lag, for clocks that differ.
         let ago = 2 * (client.timeout() + settings.search_lag) + Duration::from_mins(1);
         let Ok(since) = jiff::Timestamp::now().checked_sub(ago) else { return false };
-        let Ok((leads, contacts)) = self.client.made_since(since).await else { return false };
+        let Ok((leads, contacts)) = self.client.created_since(since).await else { return false };
         let person = &self.desired.identity;
         let lead = person.company_id.as_deref().and_then(|company_id| {
             leads
@@ -263,7 +263,7 @@ impl Attempts<'_> {
             };
             let dropped = self.decision.plan.refuse(&spared);
             self.decision.dropped.extend(dropped);
-            field_is_gone |= refused.fields.iter().any(FieldError::no_such_field);
+            field_is_gone |= refused.fields.iter().any(FieldError::field_is_missing);
             rest = smaller;
         };
         if field_is_gone {
@@ -303,7 +303,7 @@ impl Attempts<'_> {
         };
         if matters {
             match &result {
-                Err(error) if error.outcome_unknown() => {
+                Err(error) if error.may_have_been_applied() => {
                     known.doubt(&self.keys, Instant::now() + settings.search_lag);
                 }
                 Ok(_) | Err(_) => known.settle_doubt(&self.keys),

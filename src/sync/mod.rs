@@ -207,12 +207,12 @@ impl Worker {
 
     /// Whether the process has stood still: then nothing is sent any more.
     pub fn pulse(&self) -> &StallGuard {
-        self.0.client.pulse()
+        self.0.client.stall_guard()
     }
 
     /// Tells whether messages wait that could be worked on if there were more room.
     pub fn backlog(&self, there_is: bool) {
-        self.0.client.backlog(there_is);
+        self.0.client.set_backlog(there_is);
     }
 
     /// Consumption goes on after a pause: the first message tells whether it was long enough.

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::close::{Endpoint, Standing};
+use crate::close::{Endpoint, RateLimitStatus};
 
 /// How much the latest measurement counts.
 const WEIGHT: f64 = 0.5;
@@ -58,7 +58,7 @@ impl BacklogEta {
     pub fn estimate(
         &self,
         backlog: u32,
-        standings: impl IntoIterator<Item = (Endpoint, Standing)>,
+        standings: impl IntoIterator<Item = (Endpoint, RateLimitStatus)>,
     ) -> Option<Duration> {
         if backlog == 0 {
             return Some(Duration::ZERO);
@@ -77,8 +77,8 @@ impl BacklogEta {
 mod tests {
     use super::*;
 
-    fn standing(rate: f64) -> Standing {
-        Standing { limit: 240, remaining: 100, reset: Duration::from_secs(8), rate, others: 0.0 }
+    fn standing(rate: f64) -> RateLimitStatus {
+        RateLimitStatus { limit: 240, remaining: 100, reset: Duration::from_secs(8), rate, others: 0.0 }
     }
 
     #[test]

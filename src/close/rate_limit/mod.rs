@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::close::rate_limit::headers::RateLimit;
-use crate::close::rate_limit::window::{Standing, Window};
+use crate::close::rate_limit::window::{RateLimitStatus, Window};
 
 /// Wait this long after a 429 that does not say how long (close-api.md §2, Close's own client).
 pub(crate) const DEFAULT_WAIT: Duration = Duration::from_secs(2);
@@ -91,7 +91,7 @@ impl RateLimiter {
     }
 
     /// What is left of the budget, if Close told.
-    pub(crate) fn standing(&self) -> Option<Standing> {
+    pub(crate) fn standing(&self) -> Option<RateLimitStatus> {
         self.with(|state| state.window.standing(Instant::now()))
     }
 

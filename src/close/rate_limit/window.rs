@@ -93,7 +93,7 @@ struct Bucket {
 
 /// What is left of a budget, for whoever wants to know.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Standing {
+pub struct RateLimitStatus {
     /// Calls Close allows per window.
     pub limit: u32,
     /// Calls left in this window, as far as known.
@@ -204,11 +204,11 @@ impl Window {
     }
 
     /// What is left of the narrowest bucket, if anything was told.
-    pub(crate) fn standing(&self, now: Instant) -> Option<Standing> {
+    pub(crate) fn standing(&self, now: Instant) -> Option<RateLimitStatus> {
         let spaced = self.spacing(now).map(|spacing| 1.0 / spacing.as_secs_f64());
         let standings = self.buckets.iter().map(|bucket| bucket.standing(now, self.share));
         let narrowest = standings.min_by(|one, other| one.rate.total_cmp(&other.rate))?;
-        Some(Standing {
+        Some(RateLimitStatus {
             rate: spaced.map_or(narrowest.rate, |spaced| spaced.min(narrowest.rate)),
             ..narrowest
         })
@@ -336,13 +336,13 @@ impl Bucket {
         Some((self.began + whole.mul_f64(at.clamp(0.0, 1.0))).max(soon))
     }
 
-    fn standing(&self, now: Instant, share: f64) -> Standing {
+    fn standing(&self, now: Instant, share: f64) -> RateLimitStatus {
         let end = self.latest_end.filter(|end| now < *end);
         // What they did when Close was asked last says nothing after a while, as of a worker that stands by now.
         let lately = now < self.told + FORGOTTEN;
         let others = if lately { self.others_before.unwrap_or(0.0).max(self.others.into()) } else { 0.0 };
         let allowed = self.ours(share).min(f64::from(self.limit) - others).max(1.0);
-        Standing {
+        RateLimitStatus {
             limit: self.limit,
             remaining: if end.is_some() { self.left } else { self.limit },
             reset: end.map_or(Duration::ZERO, |end| end - now),

@@ -17,7 +17,7 @@ use prometheus::{
 };
 use tokio::time::Instant;
 
-use crate::close::{Call, Client, Endpoint, Standing, StatusClass};
+use crate::close::{Call, Client, Endpoint, RateLimitStatus, StatusClass};
 use crate::domain::decision::Decision;
 use crate::domain::mapping::coerce::DropReason;
 use crate::domain::plan::Refusal;
@@ -277,9 +277,9 @@ impl Metrics {
     }
 
     /// What is left of Close's rate limits, of those it told.
-    pub fn standings(&self) -> Vec<(Endpoint, Standing)> {
+    pub fn standings(&self) -> Vec<(Endpoint, RateLimitStatus)> {
         let close = self.rate_limits.close.lock().unwrap_or_else(PoisonError::into_inner);
-        close.iter().flat_map(Client::standings).collect()
+        close.iter().flat_map(Client::rate_limits).collect()
     }
 
     /// Messages in hand: being worked on, or received and waiting.

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use close_sync::close::{Answer, CloseError, Fault, Transport};
+use close_sync::close::{CloseError, Fault, Response, Transport};
 use close_sync::simulator::{Lag, Offline, Reply, Settings};
 use futures_util::future::BoxFuture;
 use jiff::Timestamp;
@@ -159,7 +159,12 @@ pub(super) struct Line {
 }
 
 impl Line {
-    async fn exchange(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Answer, CloseError> {
+    async fn exchange(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<Response, CloseError> {
         if !self.alive.load(Ordering::Relaxed) {
             // What is left of a process that was killed does nothing more.
             return std::future::pending().await;
@@ -191,7 +196,7 @@ impl Transport for Line {
         method: Method,
         path: &'a str,
         body: Option<&'a Value>,
-    ) -> BoxFuture<'a, Result<Answer, CloseError>> {
+    ) -> BoxFuture<'a, Result<Response, CloseError>> {
         Box::pin(self.exchange(method, path, body))
     }
 }
@@ -202,7 +207,7 @@ async fn carry(
     call: String,
     (method, path, body): (Method, String, Option<Value>),
     fate: Completion,
-    answer: oneshot::Sender<Result<Answer, CloseError>>,
+    answer: oneshot::Sender<Result<Response, CloseError>>,
 ) {
     tokio::time::sleep(fate.there).await;
     let arrives = fate.arrives && (fate.stubborn || !answer.is_closed());
@@ -232,19 +237,19 @@ async fn carry(
     let _ = answer.send(answered);
 }
 
-fn read(reply: Reply) -> Answer {
+fn read(reply: Reply) -> Response {
     let headers = reply
         .headers
         .into_iter()
         .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_str(&value).unwrap()));
-    Answer {
+    Response {
         status: StatusCode::from_u16(reply.status).unwrap(),
         headers: headers.collect(),
         body: reply.body.into_bytes(),
     }
 }
 
-fn plain(status: u16) -> Answer {
+fn plain(status: u16) -> Response {
     let body = b"upstream connect error".to_vec();
-    Answer { status: StatusCode::from_u16(status).unwrap(), headers: HeaderMap::new(), body }
+    Response { status: StatusCode::from_u16(status).unwrap(), headers: HeaderMap::new(), body }
 }
