@@ -30,7 +30,7 @@ use crate::amqp::nodes::Nodes;
 use crate::amqp::tls::{Files, Tls};
 use crate::amqp::{self, Delay, topology};
 use crate::domain::mapping::Rules;
-use crate::domain::plan::Switches;
+use crate::domain::switches::Switches;
 use crate::http::admin;
 use crate::retry::{self, Policy};
 use crate::telemetry::otel;

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use crate::domain::mapping::coerce::Dropped;
+use crate::domain::dropped::Dropped;
 use crate::domain::mapping::{Desired, Mapping};
 use crate::domain::matching::{Case, Verdict};
 use crate::domain::plan::{FieldPlan, FieldVerdict, Plan, RecordPlan, RecordRef};

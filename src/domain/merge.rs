@@ -7,14 +7,10 @@
 
 use crate::domain::mapping::Desired;
 use crate::domain::matching::Found;
-use crate::domain::plan::{ContactValues, Plan, Step, Switches, plan};
+use crate::domain::plan::{ContactValues, NEW_CONTACT, NEW_LEAD, Plan, Step, plan};
 use crate::domain::record::{Contact, ContactId, Lead, LeadId};
-use crate::domain::staleness::{self, RecordVersions};
-
-/// What a Lead is called by that has no id yet, in the plans of those that come after the one that makes it.
-pub const NEW_LEAD: &str = "new lead";
-/// The same for a Contact.
-pub const NEW_CONTACT: &str = "new contact";
+use crate::domain::staleness::RecordVersions;
+use crate::domain::switches::Switches;
 
 /// What several events want, and the writes that it takes.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -39,7 +35,7 @@ impl MergedPlan {
         let (mut found, mut ages, mut before) = (found.clone(), ages.clone(), first);
         for event in others {
             if let Some(plan) = together.plans.last() {
-                staleness::note(&mut ages, plan, before);
+                plan.note_versions(&mut ages, before);
                 plan.steps.iter().for_each(|step| found.apply(step, before));
             }
             let plan = plan(event, &found, switches, &ages);

@@ -8,6 +8,7 @@
 //! newer), [`merge`] draws the steps of several events together, [`partial_write`] takes out what Close refused, [`decision`] tells all of it. [`record`] and [`schema`] have the words everyone shares.
 
 pub mod decision;
+pub mod dropped;
 pub mod event;
 pub mod mapping;
 pub mod matching;
@@ -17,3 +18,4 @@ pub mod plan;
 pub mod record;
 pub mod schema;
 pub mod staleness;
+pub mod switches;

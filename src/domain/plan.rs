@@ -17,45 +17,20 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use crate::domain::mapping::coerce::{DropReason, Dropped};
+use crate::domain::dropped::{DropReason, Dropped};
 use crate::domain::mapping::{Desired, Wanted, WriteRule};
 use crate::domain::matching::Found;
-use crate::domain::merge::{NEW_CONTACT, NEW_LEAD};
-use crate::domain::partial_write::RejectedField;
 use crate::domain::record::{Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists, same};
 use crate::domain::staleness::{self, FieldVersions, RecordVersions, SyncedAtFields};
+use crate::domain::switches::Switches;
 
 /// Most entries Close keeps in one list of a Contact (close-api.md §5).
 const MAX_ENTRIES: usize = 100;
 
-/// What close-sync may do, each switch named as in the configuration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
-#[serde(deny_unknown_fields)]
-#[expect(clippy::struct_excessive_bools, reason = "five independent switches are what users set")]
-pub struct Switches {
-    /// Create Leads.
-    pub allow_creating_new_leads: bool,
-    /// Change Leads that exist.
-    pub allow_updating_existing_leads: bool,
-    /// Create Contacts.
-    pub allow_creating_new_contacts: bool,
-    /// Change Contacts that exist.
-    pub allow_updating_existing_contacts: bool,
-    /// Create a Contact for a person who already has one under another Lead.
-    pub allow_creating_duplicate_contacts: bool,
-}
-
-impl Default for Switches {
-    fn default() -> Self {
-        Self {
-            allow_creating_new_leads: true,
-            allow_updating_existing_leads: true,
-            allow_creating_new_contacts: true,
-            allow_updating_existing_contacts: true,
-            allow_creating_duplicate_contacts: true,
-        }
-    }
-}
+/// Stands for the id of a Lead that is not created yet.
+pub const NEW_LEAD: &str = "new lead";
+/// Stands for the id of a Contact that is not created yet.
+pub const NEW_CONTACT: &str = "new contact";
 
 /// Values for a Contact: all of them when it is new, only what changes when it exists.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -175,6 +150,15 @@ impl RecordRef {
     }
 }
 
+/// A value Close refused, taken out of a step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RejectedField {
+    /// The record it was meant for.
+    pub record: RecordRef,
+    /// The field, by the key Close has for it.
+    pub field: String,
+}
+
 /// What becomes of one record, field by field.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RecordPlan {
@@ -276,6 +260,45 @@ impl Plan {
     pub fn stale(&self) -> impl Iterator<Item = &str> {
         let fields = self.records.iter().flat_map(|record| &record.fields);
         fields.filter(|field| field.verdict == FieldVerdict::Stale).map(|field| field.field.as_str())
+    }
+
+    /// Notes in `versions` what an event wrote to the records of its plan, or found there already.
+    pub fn note_versions(&self, versions: &mut RecordVersions, event: &Desired) {
+        self.note_versions_of(versions, event, |_| true);
+    }
+
+    /// The same, only for records whose id `which` accepts.
+    pub fn note_versions_of(
+        &self,
+        versions: &mut RecordVersions,
+        event: &Desired,
+        which: impl Fn(&str) -> bool,
+    ) {
+        let Some(at) = event.at else { return };
+        let records = self.records.iter().filter(|plan| plan.refused.is_none() && which(plan.record.id()));
+        for plan in records {
+            let synced_at = plan.record.stamp(&event.stamps).map(|id| Field::Custom(id.clone()).to_string());
+            let record = versions.entry(plan.record.id().to_owned()).or_default();
+            for FieldPlan { field, wanted, verdict, write, .. } in &plan.fields {
+                match verdict {
+                    FieldVerdict::Set if synced_at.as_ref() == Some(field) => {
+                        record.stored = wanted.as_str().and_then(|text| text.parse().ok());
+                    }
+                    // A fallback name is not something the event said.
+                    FieldVerdict::Set | FieldVerdict::Same if *write == WriteRule::OnCreate => {}
+                    FieldVerdict::Set | FieldVerdict::Same => {
+                        let newest = record.fields.entry(field.clone()).or_insert(at);
+                        *newest = at.max(*newest);
+                    }
+                    FieldVerdict::Appended
+                    | FieldVerdict::NotEmpty
+                    | FieldVerdict::OnlyOnCreate
+                    | FieldVerdict::ListFull
+                    | FieldVerdict::Stale
+                    | FieldVerdict::Refused => {}
+                }
+            }
+        }
     }
 
     /// Notes that Close refused values, and tells which.
@@ -549,6 +572,7 @@ mod tests {
     use super::*;
     use crate::domain::mapping::tests::desired;
     use crate::domain::matching::tests::{contact, keys, lead};
+    use crate::domain::partial_write::without_rejected;
     use crate::domain::record::{Channel, FieldId};
 
     fn event() -> Desired {
@@ -696,7 +720,7 @@ mod tests {
         let without = |create: &Step, desired: &Desired, paths: &[&str]| {
             let paths: Vec<Vec<String>> =
                 paths.iter().map(|path| path.split(' ').map(str::to_owned).collect()).collect();
-            let (_, spared) = create.spare(paths.iter().map(Vec::as_slice), desired, &keys())?;
+            let (_, spared) = without_rejected(create, paths.iter().map(Vec::as_slice), desired, &keys())?;
             Some(spared.into_iter().map(|spared| spared.field).collect::<Vec<_>>().join(" "))
         };
         let cases: [(&[&str], _); 9] = [

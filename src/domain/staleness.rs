@@ -18,8 +18,7 @@ use std::collections::{BTreeMap, HashMap};
 use jiff::Timestamp;
 use serde_json::Value;
 
-use crate::domain::mapping::{Desired, WriteRule, coerce};
-use crate::domain::plan::{FieldPlan, FieldVerdict, Plan};
+use crate::domain::mapping::coerce;
 use crate::domain::record::{Field, FieldId, Fields};
 
 /// The custom fields, both of type datetime, that store the time of the last event applied.
@@ -64,44 +63,6 @@ impl FieldVersions {
 
 /// The ages of records, by id. Nothing is known of those it does not have.
 pub type RecordVersions = HashMap<String, FieldVersions>;
-
-/// Notes what an event has told about the records it was applied to: also where they held it already.
-pub fn note(ages: &mut RecordVersions, plan: &Plan, event: &Desired) {
-    note_some(ages, plan, event, |_| true);
-}
-
-/// The same for those of the records, by id, that it was applied to so far.
-pub fn note_some(ages: &mut RecordVersions, plan: &Plan, event: &Desired, which: impl Fn(&str) -> bool) {
-    let Some(at) = event.at else { return };
-    let records = plan.records.iter().filter(|plan| plan.refused.is_none() && which(plan.record.id()));
-    for plan in records {
-        let stamp = plan.record.stamp(&event.stamps);
-        let age = ages.entry(plan.record.id().to_owned()).or_default();
-        for FieldPlan { field, wanted, verdict, write, .. } in &plan.fields {
-            match verdict {
-                FieldVerdict::Set if stamp.is_some_and(|stamp| is_key_of(field, stamp)) => {
-                    age.stored = wanted.as_str().and_then(|text| text.parse().ok());
-                }
-                // A name for want of a better one is nothing the event has told.
-                FieldVerdict::Set | FieldVerdict::Same if *write == WriteRule::OnCreate => {}
-                FieldVerdict::Set | FieldVerdict::Same => {
-                    let newest = age.fields.entry(field.clone()).or_insert(at);
-                    *newest = at.max(*newest);
-                }
-                FieldVerdict::Appended
-                | FieldVerdict::NotEmpty
-                | FieldVerdict::OnlyOnCreate
-                | FieldVerdict::ListFull
-                | FieldVerdict::Stale
-                | FieldVerdict::Refused => {}
-            }
-        }
-    }
-}
-
-fn is_key_of(key: &str, field: &FieldId) -> bool {
-    key.strip_prefix("custom.") == Some(field.as_str())
-}
 
 /// The time a record stores.
 pub fn stored(fields: &Fields, stamp: Option<&FieldId>) -> Option<Timestamp> {

@@ -9,9 +9,9 @@ use crate::close::{Client, CloseError, FieldError};
 use crate::domain::decision::Decision;
 use crate::domain::mapping::{Desired, Key};
 use crate::domain::matching::{self, Found, Likeness, compare, judge_lead};
+use crate::domain::partial_write;
 use crate::domain::plan::{Plan, Step};
 use crate::domain::record::Contact;
-use crate::domain::staleness;
 use crate::outcome::{Effect, Failure, Outcome, PauseCause, Stage};
 use crate::retry::{self, History, Pauses, Verdict};
 use crate::sync::id_cache::CreatedIds;
@@ -161,7 +161,7 @@ impl Attempts<'_> {
         if self.mode == Mode::Write {
             let mut intended = ages.clone();
             let events = std::iter::once(&desired).chain(&self.others).zip(&together.plans);
-            events.for_each(|(event, plan)| staleness::note(&mut intended, plan, event));
+            events.for_each(|(event, plan)| plan.note_versions(&mut intended, event));
             applied.intend(&ages, intended);
         }
         let (mut effect, mut made) = (Effect::Unchanged, CreatedIds::default());
@@ -174,9 +174,9 @@ impl Attempts<'_> {
             if self.mode == Mode::Write {
                 // What is written is told, also if a later step fails.
                 let written = |id: &str| step.changes() == Some(id);
-                staleness::note_some(&mut ages, &self.decision.plan, desired, written);
+                self.decision.plan.note_versions_of(&mut ages, desired, written);
                 let others = self.others.iter().zip(together.plans.iter().skip(1));
-                others.for_each(|(event, plan)| staleness::note_some(&mut ages, plan, event, written));
+                others.for_each(|(event, plan)| plan.note_versions_of(&mut ages, event, written));
                 let its = ages.iter().filter(|(id, _)| written(id));
                 applied.remember(
                     its.map(|(id, age)| (id.clone(), age.clone())).collect(),
@@ -189,9 +189,9 @@ impl Attempts<'_> {
         let others: Vec<Decision> =
             others.map(|(event, plan)| self.decision.of_another(event, plan)).collect();
         if self.mode == Mode::Write {
-            staleness::note(&mut ages, &self.decision.plan, desired);
+            self.decision.plan.note_versions(&mut ages, desired);
             let noted = others.iter().zip(&self.others);
-            noted.for_each(|(decision, event)| staleness::note(&mut ages, &decision.plan, event));
+            noted.for_each(|(decision, event)| decision.plan.note_versions(&mut ages, event));
             applied.remember(ages, &made);
             for decision in std::iter::once(&self.decision).chain(&others) {
                 metrics.decided(decision);
@@ -258,7 +258,9 @@ impl Attempts<'_> {
                 }
             };
             let paths = refused.fields.iter().map(|field| field.path.as_slice());
-            let Some((smaller, spared)) = rest.spare(paths, self.desired, &self.worker.0.keys) else {
+            let Some((smaller, spared)) =
+                partial_write::without_rejected(&rest, paths, self.desired, &self.worker.0.keys)
+            else {
                 return Err(CloseError::Rejected(refused));
             };
             let dropped = self.decision.plan.refuse(&spared);

@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::domain::decision::{self, Decision, LookUp};
-use crate::domain::mapping::coerce::{DropReason, Dropped};
+use crate::domain::dropped::{DropReason, Dropped};
 use crate::domain::mapping::{Key, Mapping};
 use crate::domain::matching::Case;
 use crate::domain::plan::{RecordPlan, RecordRef, Refusal};

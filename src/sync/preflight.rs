@@ -74,6 +74,6 @@ pub async fn run(client: &Client, rules: &Rules) -> Result<Ready, Vec<Obstacle>>
         schema.users = client.users().await.map_err(close)?;
     }
     let fields = |bad: Vec<BadKey>| bad.into_iter().map(Obstacle::Field).collect::<Vec<_>>();
-    let mapping = rules.resolve(&schema).map_err(fields)?;
+    let mapping = Mapping::resolve(rules, &schema).map_err(fields)?;
     Ok(Ready { organization: organization.name, mapping })
 }

@@ -16,12 +16,12 @@ use crate::domain::event::{self, Event};
 use crate::domain::mapping::tests::{rules, schema};
 use crate::domain::mapping::{Desired, Mapping, WriteRule};
 use crate::domain::matching::{Case, Likeness, MAX_CONTACTS, compare};
-use crate::domain::plan::{Step, Switches};
+use crate::domain::plan::Step;
 use crate::domain::record::{
     Channel, Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists,
 };
 use crate::domain::schema::FieldRef;
-use crate::domain::staleness;
+use crate::domain::switches::Switches;
 use crate::outcome::{Effect, Outcome};
 use crate::scenario::{self, Scenario, Suite, Told, render};
 use crate::sync::id_cache::{CreatedIds, IdCache};
@@ -93,7 +93,7 @@ fn carry_out(
         }
         known.learn_made(&events[0].identity, made, decision.nobody_else());
     }
-    events.iter().zip(&together.plans).for_each(|(event, plan)| staleness::note(&mut ages, plan, event));
+    events.iter().zip(&together.plans).for_each(|(event, plan)| plan.note_versions(&mut ages, event));
     applied.remember(ages, &new);
 }
 
@@ -189,7 +189,7 @@ fn world() -> impl Strategy<Value = World> {
             allow_updating_existing_contacts: on.3,
             allow_creating_duplicate_contacts: on.4,
         };
-        World { book, mapping: rules.resolve(&schema()).unwrap(), switches }
+        World { book, mapping: Mapping::resolve(&rules, &schema()).unwrap(), switches }
     })
 }
 
@@ -380,7 +380,7 @@ proptest! {
             rules.lead.stamp = Some(FieldRef::new("cf_lead_at"));
             rules.contact.stamp = Some(FieldRef::new("cf_contact_at"));
         }
-        let mapping = rules.resolve(&schema()).unwrap();
+        let mapping = Mapping::resolve(&rules, &schema()).unwrap();
         let world = World { book: InMemoryRecords::default(), mapping, switches: Switches::default() };
         // One person, known from the start; each event says something else.
         let mut late: Vec<Desired> = (1..).zip(&events).map(|(at, event)| {
@@ -449,7 +449,7 @@ proptest! {
     #[test]
     fn no_json_makes_the_mapping_panic(body in any_json()) {
         if let Ok(event) = Event::decode(body.to_string().as_bytes(), 1 << 20) {
-            let mapping = rules().resolve(&schema()).unwrap();
+            let mapping = Mapping::resolve(&rules(), &schema()).unwrap();
             let _ = (mapping.not_for_close(&event), mapping.apply(&event).map(|desired| desired.identity.keys()));
         }
     }

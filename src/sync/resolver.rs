@@ -13,9 +13,9 @@ use crate::domain::matching::{
     self, Found, Likeness, MAX_CONTACTS, People, Verdict, company_leads, compare, judge_lead, pick_people,
 };
 use crate::domain::merge::MergedPlan;
-use crate::domain::plan::Switches;
 use crate::domain::record::{Contact, ContactId, Lead, LeadId};
 use crate::domain::staleness::RecordVersions;
+use crate::domain::switches::Switches;
 use crate::sync::id_cache::{CreatedIds, IdCache};
 use crate::sync::version_cache::VersionCache;
 

@@ -8,7 +8,7 @@ use moka::policy::EvictionPolicy;
 use moka::sync::Cache;
 
 use crate::domain::matching::Found;
-use crate::domain::merge::{NEW_CONTACT, NEW_LEAD};
+use crate::domain::plan::{NEW_CONTACT, NEW_LEAD};
 use crate::domain::record::{FieldId, Fields};
 use crate::domain::staleness::{self, FieldVersions, RecordVersions, SyncedAtFields};
 use crate::sync::id_cache::CreatedIds;

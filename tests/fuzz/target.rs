@@ -19,7 +19,7 @@ static MAPPINGS: LazyLock<[Mapping; 2]> = LazyLock::new(|| {
         let environment = [("CLOSE_API_KEY".to_owned(), "api_fuzz.key".to_owned())].into();
         let Destination { rules, .. } =
             Layers::load(file, &environment).unwrap().read(Need::All).unwrap().single().unwrap();
-        rules.resolve(&schema()).unwrap()
+        Mapping::resolve(&rules, &schema()).unwrap()
     })
 });
 

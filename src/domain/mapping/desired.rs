@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use serde_json::Value;
 
+use crate::domain::dropped::Dropped;
 use crate::domain::mapping::WriteRule;
-use crate::domain::mapping::coerce::Dropped;
-use crate::domain::plan::Switches;
 use crate::domain::record::{Channel, Field, FieldId};
 use crate::domain::staleness::SyncedAtFields;
+use crate::domain::switches::Switches;
 
 /// The custom fields, both of type text, in which Close keeps the ids records are found by.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

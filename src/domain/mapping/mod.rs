@@ -31,8 +31,9 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
+use crate::domain::dropped::{DropReason, Dropped};
 use crate::domain::event::{Event, NotForClose};
-use crate::domain::mapping::coerce::{DropReason, Dropped, Unfit};
+use crate::domain::mapping::coerce::Unfit;
 use crate::domain::mapping::source::{Picked, Source};
 use crate::domain::record::{Channel, Field, FieldId, fold_email};
 use crate::domain::schema::{CustomField, FieldKind, Status, User};
@@ -402,7 +403,7 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn mapping() -> Mapping {
-        rules().resolve(&schema()).unwrap()
+        Mapping::resolve(&rules(), &schema()).unwrap()
     }
 
     pub(crate) fn desired(event: Value) -> Desired {
@@ -476,7 +477,7 @@ pub(crate) mod tests {
         }
         let mut without_field = rules();
         without_field.contact.key = None;
-        let mapping = without_field.resolve(&schema()).unwrap();
+        let mapping = Mapping::resolve(&without_field, &schema()).unwrap();
         assert_eq!(mapping.apply(&Event { body: json!({"userId": "u"}) }), Err(NoIdentity::NoUserField));
     }
 
@@ -484,7 +485,7 @@ pub(crate) mod tests {
     fn the_trigger_and_the_event_decide_whether_it_is_for_close() {
         let wanted = |trigger: &str, body: Value| {
             let rules = Rules { trigger: Trigger::parse(trigger).unwrap(), ..rules() };
-            rules.resolve(&schema()).unwrap().not_for_close(&Event { body })
+            Mapping::resolve(&rules, &schema()).unwrap().not_for_close(&Event { body })
         };
         let default = "$.type == 'identify' || (!$.type && !$.event)";
         let paying = "$.type == 'track' && $.event == 'Upgraded' && $.traits.plan != 'free'";
@@ -520,7 +521,7 @@ pub(crate) mod tests {
         let bad = |change: fn(&mut Rules, &mut Schema)| {
             let (mut rules, mut schema) = (rules(), schema());
             change(&mut rules, &mut schema);
-            match rules.resolve(&schema) {
+            match Mapping::resolve(&rules, &schema) {
                 Ok(mapping) => {
                     mapping.unknown.into_iter().map(|u| format!("{}: {}", u.setting, u.reason)).collect()
                 }
@@ -555,7 +556,7 @@ pub(crate) mod tests {
         let mut fewer = schema();
         fewer.lead.truncate(1);
         let event = Event { body: json!({"userId": "u", "traits": {"plan": "pro"}}) };
-        let desired = rules().resolve(&fewer).unwrap().apply(&event).unwrap();
+        let desired = Mapping::resolve(&rules(), &fewer).unwrap().apply(&event).unwrap();
         assert_eq!(
             desired.dropped,
             [Dropped {

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::domain::mapping::coerce::DropReason;
+use crate::domain::dropped::DropReason;
 use crate::domain::mapping::{KeyFields, Mapping, RecordRules, Rules, Takes, Target};
 use crate::domain::record::{Field, FieldId};
 use crate::domain::schema::{CustomField, Dangling, FieldKind, FieldRef, Schema};
@@ -152,25 +152,25 @@ pub(crate) const CONTACT: Words = Words {
     table: "mapping.contact.custom",
 };
 
-impl Rules {
+impl Mapping {
     /// Finds the custom fields the rules name.
     ///
     /// # Errors
     /// Every lookup field that cannot serve; the list is never empty.
-    pub fn resolve(&self, schema: &Schema) -> Result<Mapping, Vec<BadKey>> {
+    pub fn resolve(rules: &Rules, schema: &Schema) -> Result<Self, Vec<BadKey>> {
         let (mut unknown, mut bad) = (Vec::new(), Vec::new());
-        let company = self.lead.key(&schema.lead, &LEAD, &mut bad);
-        let user = self.contact.key(&schema.contact, &CONTACT, &mut bad);
+        let company = rules.lead.key(&schema.lead, &LEAD, &mut bad);
+        let user = rules.contact.key(&schema.contact, &CONTACT, &mut bad);
         if !bad.is_empty() {
             return Err(bad);
         }
-        let lead = self.lead.targets(schema, &schema.lead, &LEAD, &mut unknown);
-        let contact = self.contact.targets(schema, &schema.contact, &CONTACT, &mut unknown);
+        let lead = rules.lead.targets(schema, &schema.lead, &LEAD, &mut unknown);
+        let contact = rules.contact.targets(schema, &schema.contact, &CONTACT, &mut unknown);
         let stamps = SyncedAtFields {
-            lead: self.lead.stamp(&schema.lead, &lead, &LEAD, &mut unknown),
-            contact: self.contact.stamp(&schema.contact, &contact, &CONTACT, &mut unknown),
+            lead: rules.lead.stamp(&schema.lead, &lead, &LEAD, &mut unknown),
+            contact: rules.contact.stamp(&schema.contact, &contact, &CONTACT, &mut unknown),
         };
-        Ok(Mapping {
+        Ok(Self {
             lead,
             contact,
             stamps,
@@ -183,10 +183,12 @@ impl Rules {
                 .map(|f| (f.id.clone(), f.name.clone()))
                 .collect(),
             unknown,
-            rules: self.clone(),
+            rules: rules.clone(),
         })
     }
+}
 
+impl Rules {
     /// The same rules with the lookup fields named by id. They are not to change while we run: another
     /// field of the same name holds no ids, and everyone would be created again.
     #[must_use]

@@ -19,7 +19,7 @@ use tokio::time::Instant;
 
 use crate::close::{Call, Client, Endpoint, RateLimitStatus, StatusClass};
 use crate::domain::decision::Decision;
-use crate::domain::mapping::coerce::DropReason;
+use crate::domain::dropped::DropReason;
 use crate::domain::plan::Refusal;
 use crate::outcome::{Effect, Outcome, PauseCause, Reason, Skip, Stage};
 use crate::telemetry::status::BrokerTrouble;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use close_sync::config::DEFAULTS;
-use close_sync::domain::mapping::coerce::DropReason;
+use close_sync::domain::dropped::DropReason;
 use close_sync::domain::matching::Case;
 use close_sync::outcome::{PauseCause, Reason};
 use close_sync::scenario::Suite;

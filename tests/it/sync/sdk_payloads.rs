@@ -31,7 +31,8 @@ fn defaults() -> Mapping {
         contact: vec![text("cf_user", "User ID")],
         ..Schema::default()
     };
-    Config::load(None, &environment, Need::All).unwrap().single().unwrap().rules.resolve(&schema).unwrap()
+    let rules = Config::load(None, &environment, Need::All).unwrap().single().unwrap().rules;
+    Mapping::resolve(&rules, &schema).unwrap()
 }
 
 /// One line: what it is taken for.

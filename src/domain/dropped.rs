@@ -1,0 +1,103 @@
+//! Mapped values that are left out of a write, and why.
+
+use serde_json::Value;
+
+/// A mapped value that was left out.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Dropped {
+    /// The field of Close it was meant for, `custom.cf_…`.
+    pub field: String,
+    /// Why.
+    pub reason: DropReason,
+    /// What was left out, for eyes that may see it. None when it was an object.
+    pub value: Option<Value>,
+}
+
+/// Why a value was left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum DropReason {
+    /// A list or object where one value is needed.
+    NotAValue,
+    /// No email address.
+    InvalidEmail,
+    /// A phone without a digit, with letters, or too long.
+    InvalidPhone,
+    /// Nothing a URL can be made of.
+    InvalidUrl,
+    /// No number.
+    NotANumber,
+    /// No date, or a number too far from today to be one.
+    NotADate,
+    /// None of the field's choices, or no lead status.
+    NotAChoice,
+    /// No member of the Close organization.
+    NoSuchUser,
+    /// No id of the kind of record the field refers to.
+    NotAnId,
+    /// Close does not have the custom field.
+    UnknownField,
+    /// The Contact's list holds as many entries as Close takes.
+    ListFull,
+    /// Close refused it.
+    Refused,
+}
+
+impl DropReason {
+    /// All reasons, for metrics.
+    pub const ALL: [Self; 12] = [
+        Self::NotAValue,
+        Self::InvalidEmail,
+        Self::InvalidPhone,
+        Self::InvalidUrl,
+        Self::NotANumber,
+        Self::NotADate,
+        Self::NotAChoice,
+        Self::NoSuchUser,
+        Self::NotAnId,
+        Self::UnknownField,
+        Self::ListFull,
+        Self::Refused,
+    ];
+
+    /// The label in logs and metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::NotAValue => "not_a_value",
+            Self::InvalidEmail => "invalid_email",
+            Self::InvalidPhone => "invalid_phone",
+            Self::InvalidUrl => "invalid_url",
+            Self::NotANumber => "not_a_number",
+            Self::NotADate => "not_a_date",
+            Self::NotAChoice => "not_a_choice",
+            Self::NoSuchUser => "no_such_user",
+            Self::NotAnId => "not_an_id",
+            Self::UnknownField => "unknown_field",
+            Self::ListFull => "list_full",
+            Self::Refused => "refused_by_close",
+        }
+    }
+
+    /// The reason in words.
+    pub fn words(self) -> &'static str {
+        match self {
+            Self::NotAValue => "a single value is needed",
+            Self::InvalidEmail => "no email address",
+            Self::InvalidPhone => "no phone number",
+            Self::InvalidUrl => "no web page",
+            Self::NotANumber => "no number",
+            Self::NotADate => "no date",
+            Self::NotAChoice => "none of the choices",
+            Self::NoSuchUser => "no user of the Close organization",
+            Self::NotAnId => "no id of such a record",
+            Self::UnknownField => "Close has no such field",
+            Self::ListFull => "the Contact's list is full",
+            Self::Refused => "Close refused it",
+        }
+    }
+}
+
+impl serde::Serialize for DropReason {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.label())
+    }
+}

@@ -1,0 +1,30 @@
+//! The five switches that decide what close-sync may write.
+
+/// What close-sync may do, each switch named as in the configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(clippy::struct_excessive_bools, reason = "five independent switches are what users set")]
+pub struct Switches {
+    /// Create Leads.
+    pub allow_creating_new_leads: bool,
+    /// Change Leads that exist.
+    pub allow_updating_existing_leads: bool,
+    /// Create Contacts.
+    pub allow_creating_new_contacts: bool,
+    /// Change Contacts that exist.
+    pub allow_updating_existing_contacts: bool,
+    /// Create a Contact for a person who already has one under another Lead.
+    pub allow_creating_duplicate_contacts: bool,
+}
+
+impl Default for Switches {
+    fn default() -> Self {
+        Self {
+            allow_creating_new_leads: true,
+            allow_updating_existing_leads: true,
+            allow_creating_new_contacts: true,
+            allow_updating_existing_contacts: true,
+            allow_creating_duplicate_contacts: true,
+        }
+    }
+}
