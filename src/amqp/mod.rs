@@ -25,9 +25,9 @@ use lapin::types::ShortString;
 use lapin::{Connection, ErrorKind};
 
 use crate::telemetry::status::BrokerTrouble;
-pub use compat::stream::Met;
+pub use compat::stream::OpenConnection;
 use nodes::Nodes;
-use server_info::Broker;
+use server_info::ServerInfo;
 
 /// The broker, and the names of what is ours on it.
 #[derive(Clone, Debug, PartialEq)]
@@ -83,17 +83,17 @@ impl Settings {
     }
 
     /// Whoever has this queue, looks at the dead letters; exclusive, and gone with its connection.
-    pub(crate) fn desk(&self) -> String {
+    pub(crate) fn scan_lock_queue(&self) -> String {
         format!("{}.desk", self.queue)
     }
 
     /// Whoever has this queue, replays, and hears in it what becomes of the messages; exclusive as well.
-    pub(crate) fn replay(&self) -> String {
+    pub(crate) fn replay_queue(&self) -> String {
         format!("{}.replay", self.queue)
     }
 
     /// The name of the dead-letter exchange and of its queue.
-    pub fn dead(&self) -> String {
+    pub fn dead_letter_queue(&self) -> String {
         format!("{}.dead", self.queue)
     }
 
@@ -102,11 +102,11 @@ impl Settings {
     /// # Errors
     /// Those of [`Nodes::connect`].
     pub async fn connect(&self, name: &str) -> Result<Connection, BrokerError> {
-        Ok(self.meet(name).await?.connection)
+        Ok(self.open(name).await?.connection)
     }
 
     /// The same, and tells who answered.
-    pub async fn meet(&self, name: &str) -> Result<Met, BrokerError> {
+    pub async fn open(&self, name: &str) -> Result<OpenConnection, BrokerError> {
         self.nodes.connect(name).await
     }
 }
@@ -128,7 +128,7 @@ pub enum BrokerError {
     Refused(String),
     /// It cannot have the queues that are needed.
     #[error("{0} is too old: quorum queues with a time-to-live are there from {oldest} on", oldest = server_info::OLDEST)]
-    TooOld(Broker),
+    TooOld(ServerInfo),
     /// Something of ours exists with other properties.
     #[error(
         "RabbitMQ has {object} with other properties: {detail}. Delete it once it is empty, or give close-sync \
@@ -242,7 +242,7 @@ impl From<lapin::Error> for BrokerError {
 /// The wait between the last ack and the close of a channel. Acks sent just before the close get lost
 /// on quorum queues, up to 347 of 2000; after 20 ms none were (rabbitmq.md §0, 5). Ten times that;
 /// there is no event to wait for instead.
-pub(crate) const LAST_ACKS: Duration = Duration::from_millis(200);
+pub(crate) const ACK_FLUSH_TIME: Duration = Duration::from_millis(200);
 
 /// How long the broker may take to make, or to look at, what a session begins with.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -251,14 +251,14 @@ const PATIENCE: Duration = Duration::from_secs(30);
 ///
 /// # Errors
 /// Those of what is asked; [`BrokerError::Lost`] where there is no answer.
-pub async fn in_time<T>(asked: impl Future<Output = Result<T, BrokerError>>) -> Result<T, BrokerError> {
+pub async fn with_timeout<T>(asked: impl Future<Output = Result<T, BrokerError>>) -> Result<T, BrokerError> {
     let no_answer = |_| Err(BrokerError::Lost(format!("no answer within {} s", PATIENCE.as_secs())));
     tokio::time::timeout(PATIENCE, asked).await.unwrap_or_else(no_answer)
 }
 
 /// Closes a connection in order; a connection that is gone already is fine. One that is blocked closes only when the
 /// alarm ends, and is not waited for.
-pub async fn close(connection: &Connection) {
+pub async fn disconnect(connection: &Connection) {
     let close = connection.close(200, ShortString::from("bye"));
     let _ = tokio::time::timeout(Duration::from_secs(5), close).await;
 }

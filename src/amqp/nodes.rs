@@ -10,7 +10,7 @@ use secrecy::{ExposeSecret, SecretString};
 use url::Url;
 
 use crate::amqp::BrokerError;
-use crate::amqp::compat::stream::{self, Met};
+use crate::amqp::compat::stream::{self, OpenConnection};
 use crate::amqp::tls::{self, Tls};
 
 /// Where the broker is: one node, or the nodes of a cluster, any of which will do. Clones share which one worked last.
@@ -58,14 +58,14 @@ impl Nodes {
     /// # Errors
     /// [`BrokerError::Unreachable`], [`BrokerError::Tls`] and [`BrokerError::Refused`], whichever of the nodes
     /// came the farthest; [`BrokerError::TooOld`].
-    pub async fn connect(&self, name: &str) -> Result<Met, BrokerError> {
+    pub async fn connect(&self, name: &str) -> Result<OpenConnection, BrokerError> {
         let first = self.last.load(Ordering::Relaxed);
         let mut failures = Vec::new();
         for index in (first..self.urls.len()).chain(0..first) {
             match self.connect_to(self.urls[index].expose_secret(), name).await {
-                Ok(met) if met.broker.is_too_old() => {
-                    crate::amqp::close(&met.connection).await;
-                    return Err(BrokerError::TooOld(met.broker));
+                Ok(met) if met.server.is_too_old() => {
+                    crate::amqp::disconnect(&met.connection).await;
+                    return Err(BrokerError::TooOld(met.server));
                 }
                 Ok(met) => {
                     self.last.store(index, Ordering::Relaxed);
@@ -77,7 +77,7 @@ impl Nodes {
         Err(Failure::of_all(failures))
     }
 
-    async fn connect_to(&self, url: &str, name: &str) -> Result<Met, Failure> {
+    async fn connect_to(&self, url: &str, name: &str) -> Result<OpenConnection, Failure> {
         // lapin's time-out does not bound the handshake with a peer that says nothing (rabbitmq.md §2.2).
         const PATIENCE: Duration = Duration::from_secs(10);
         // RabbitMQ proposes 60 s. With 10 s a worker cut off notices after 20 s at most, and one

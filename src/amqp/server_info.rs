@@ -45,21 +45,21 @@ const HABITS: [(Version, Option<&str>, &str); 4] = [
 
 /// The broker, as it presents itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Broker {
+pub struct ServerInfo {
     /// `RabbitMQ`; empty when it did not say.
     pub product: String,
     /// `4.3.6`; empty when it did not say.
     pub version: String,
 }
 
-impl Broker {
+impl ServerInfo {
     /// Whether it cannot have what is needed. Who is not known is given a try.
     pub fn is_too_old(&self) -> bool {
         self.known().is_some_and(|version| version < OLDEST)
     }
 
     /// What of it will be used, and which of its habits matter.
-    pub fn told(&self) -> String {
+    pub fn describe(&self) -> String {
         let always =
             format!("quorum queues with a delivery limit of {DELIVERY_LIMIT}, a queue for each delay");
         let habits = HABITS.iter().filter_map(
@@ -77,7 +77,7 @@ impl Broker {
     }
 }
 
-impl fmt::Display for Broker {
+impl fmt::Display for ServerInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { product, version } = self;
         match (product.as_str(), version.as_str()) {
@@ -92,8 +92,8 @@ impl fmt::Display for Broker {
 mod tests {
     use super::*;
 
-    fn broker(product: &str, version: &str) -> Broker {
-        Broker { product: product.into(), version: version.into() }
+    fn broker(product: &str, version: &str) -> ServerInfo {
+        ServerInfo { product: product.into(), version: version.into() }
     }
 
     #[test]
@@ -117,7 +117,7 @@ mod tests {
 
     #[test]
     fn habits_are_told_by_version() {
-        let told = |version: &str| broker("RabbitMQ", version).told();
+        let told = |version: &str| broker("RabbitMQ", version).describe();
         let always = "quorum queues with a delivery limit of 1000000, a queue for each delay";
         assert_eq!(told("3.10.8"), format!("{always}; a message held for too long ends the channel"));
         assert_eq!(
@@ -135,7 +135,7 @@ mod tests {
             )
         );
         assert_eq!(told("5.0.0"), told("4.3.6"));
-        assert_eq!((told(""), broker("LavinMQ", "2.4.1").told()), (always.into(), always.into()));
+        assert_eq!((told(""), broker("LavinMQ", "2.4.1").describe()), (always.into(), always.into()));
     }
 
     #[test]

@@ -161,7 +161,7 @@ pub async fn expect_exchange(connection: &Connection, settings: &Settings) -> Re
 
 /// The exchanges and queues, in the order they are declared in.
 pub fn objects(settings: &Settings) -> Vec<Object> {
-    let (retry, dead) = (settings.retry_exchange(), settings.dead());
+    let (retry, dead) = (settings.retry_exchange(), settings.dead_letter_queue());
     let exchange = |name: &str, kind| Object::Exchange { name: name.to_owned(), kind };
     let queue = |name: String, arguments: Vec<(&'static str, Argument)>| {
         let kind = ("x-queue-type", Argument::from("quorum"));
@@ -206,7 +206,7 @@ pub fn objects(settings: &Settings) -> Vec<Object> {
 
 /// The bindings, in the order they are declared in.
 pub fn bindings(settings: &Settings) -> Vec<Binding> {
-    let (retry, dead) = (settings.retry_exchange(), settings.dead());
+    let (retry, dead) = (settings.retry_exchange(), settings.dead_letter_queue());
     let bind = |queue: &str, exchange: &str, key: &str| Binding {
         queue: queue.to_owned(),
         exchange: exchange.to_owned(),
@@ -335,7 +335,7 @@ pub(crate) async fn depths(connection: &Connection, settings: &Settings) -> Dept
         let depth = depth_by(&channel, queue).await.ok().flatten();
         depth.map(|depth| depth.ready)
     };
-    let (work, dead) = (ready(&settings.queue).await, ready(&settings.dead()).await);
+    let (work, dead) = (ready(&settings.queue).await, ready(&settings.dead_letter_queue()).await);
     let mut delayed = Some(0_u32);
     for delay in &settings.delays {
         let more = ready(&settings.delay_queue(delay)).await;

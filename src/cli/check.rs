@@ -2,8 +2,8 @@
 
 use serde::Serialize;
 
-use crate::amqp::server_info::Broker;
-use crate::amqp::{self, BrokerError, Met, topology};
+use crate::amqp::server_info::ServerInfo;
+use crate::amqp::{self, BrokerError, OpenConnection, topology};
 use crate::cli::{CONFIGURATION, Failure, UNAVAILABLE};
 use crate::close::Client;
 use crate::config::{Config, Destination, Need, Problems};
@@ -153,22 +153,22 @@ async fn broker(config: &Destination) -> Vec<Finding> {
         }
         (None, _) => format!("reachable; queue `{}` does not exist yet, `run` declares it", settings.queue),
     };
-    vec![finding(Verdict::Ok, subject, detail), finding(Verdict::Ok, broker.to_string(), broker.told())]
+    vec![finding(Verdict::Ok, subject, detail), finding(Verdict::Ok, broker.to_string(), broker.describe())]
 }
 
 /// How full a queue is that exists.
 type Depth = Option<topology::Depth>;
 
 /// Who the broker is, and how full the work queue and the dead-letter queue are.
-async fn meet(settings: &amqp::Settings) -> Result<(Broker, (Depth, Depth)), BrokerError> {
-    let Met { connection, broker, .. } = settings.meet("close-sync check").await?;
+async fn meet(settings: &amqp::Settings) -> Result<(ServerInfo, (Depth, Depth)), BrokerError> {
+    let OpenConnection { connection, server: broker, .. } = settings.open("close-sync check").await?;
     match settings.topology {
         topology::Mode::Declare => topology::compare(&connection, settings).await?,
         topology::Mode::Check => topology::prepare(&connection, settings).await?,
     }
     let work = topology::depth(&connection, &settings.queue).await?;
-    let dead = topology::depth(&connection, &settings.dead()).await?;
-    amqp::close(&connection).await;
+    let dead = topology::depth(&connection, &settings.dead_letter_queue()).await?;
+    amqp::disconnect(&connection).await;
     Ok((broker, (work, dead)))
 }
 

@@ -53,7 +53,7 @@ pub(super) async fn publish(args: Args, settings: Settings) -> Result<(), Failur
     let publisher = Publisher::new(&connection).await?;
     let result = publish_lines(input, &settings, &publisher, &args, &bar).await;
     bar.finish_and_clear();
-    amqp::close(&connection).await;
+    amqp::disconnect(&connection).await;
     let Counts { published, bad } = result?;
     let with = args.routing_key.map(|key| format!(" with routing key `{key}`")).unwrap_or_default();
     anstream::eprintln!("published {} to `{}`{with}", count(published, "event", "events"), settings.exchange);

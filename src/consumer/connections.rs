@@ -12,8 +12,10 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::amqp::publisher::Publisher;
-use crate::amqp::server_info::Broker;
-use crate::amqp::{BrokerError, LAST_ACKS, Met, Settings, close, in_time, topology};
+use crate::amqp::server_info::ServerInfo;
+use crate::amqp::{
+    ACK_FLUSH_TIME, BrokerError, OpenConnection, Settings, disconnect, topology, with_timeout,
+};
 use crate::consumer::outcome_events::LazyPublisher;
 use crate::telemetry::backlog_eta::BacklogEta;
 use crate::telemetry::metrics::Metrics;
@@ -39,7 +41,7 @@ pub(crate) struct Connections {
     /// Cut when they are dropped, which is after they were closed or had their time for it. First, so that what is
     /// dropped with them has nothing to tell the broker any more.
     _cut: [DropGuard; 2],
-    pub(crate) broker: Broker,
+    pub(crate) broker: ServerInfo,
     pub(crate) consuming: Connection,
     publishing: Arc<Connection>,
     channel: Channel,
@@ -70,21 +72,21 @@ impl Publishers {
 impl Connections {
     pub(crate) async fn open(settings: &Settings) -> Result<Self, BrokerError> {
         // Listened to at once: what nobody listens to is not kept.
-        let consuming = settings.meet("close-sync consume").await?;
+        let consuming = settings.open("close-sync consume").await?;
         let first = happenings(&consuming.connection);
-        let publishing = settings.meet("close-sync publish").await?;
+        let publishing = settings.open("close-sync publish").await?;
         let happenings = stream::select(first, happenings(&publishing.connection)).boxed();
-        in_time(Self::set_up(consuming, publishing, happenings, settings)).await
+        with_timeout(Self::set_up(consuming, publishing, happenings, settings)).await
     }
 
     async fn set_up(
-        consuming: Met,
-        publishing: Met,
+        consuming: OpenConnection,
+        publishing: OpenConnection,
         happenings: ConnectionEvents,
         settings: &Settings,
     ) -> Result<Self, BrokerError> {
-        let cut = [consuming.cut, publishing.cut];
-        let (broker, consuming, publishing) = (consuming.broker, consuming.connection, publishing.connection);
+        let cut = [consuming.abort, publishing.abort];
+        let (broker, consuming, publishing) = (consuming.server, consuming.connection, publishing.connection);
         topology::prepare(&consuming, settings).await?;
         let publishing = Arc::new(publishing);
         let out = Publishers::open(&publishing).await?;
@@ -112,10 +114,10 @@ impl Connections {
 
     /// Closes both in order. Of a connection that is blocked by an alarm this has no end.
     pub(crate) async fn close(self) {
-        tokio::time::sleep(LAST_ACKS).await;
+        tokio::time::sleep(ACK_FLUSH_TIME).await;
         let _ = self.channel.close(200, "bye".into()).await;
-        close(&self.consuming).await;
-        close(&self.publishing).await;
+        disconnect(&self.consuming).await;
+        disconnect(&self.publishing).await;
     }
 }
 
@@ -176,16 +178,16 @@ pub(crate) async fn watch(
             }
         }
         let topology::Depths { work, dead, delayed } = topology::depths(connection, settings).await;
-        metrics.parked(dead, delayed);
+        metrics.set_queue_depths(dead, delayed);
         let Some(ready) = work else { continue };
         let (settled_now, calls_now) = metrics.totals();
         let made =
             calls.iter().zip(&calls_now).map(|((endpoint, before), (_, now))| (*endpoint, now - before));
         // A standby's backlog is another's work.
-        let waits = ready > 0 && metrics.in_hand() > 0;
+        let waits = ready > 0 && metrics.unsettled() > 0;
         drain.note(then.elapsed(), settled_now - settled, made, waited && waits);
-        let backlog = ready.saturating_add(metrics.in_hand());
-        metrics.backlog(backlog, drain.estimate(backlog, metrics.standings()));
+        let backlog = ready.saturating_add(metrics.unsettled());
+        metrics.set_backlog(backlog, drain.estimate(backlog, metrics.rate_limits()));
         (settled, calls, then, waited) = (settled_now, calls_now, Instant::now(), waits);
     }
 }

@@ -124,9 +124,9 @@ impl Session {
             None => return (End::Stopped, SessionStats::default()),
         };
         self.metrics.connected(true);
-        if self.metrics.broker(&link.broker.version) {
+        if self.metrics.set_broker_version(&link.broker.version) {
             let Connections { broker, .. } = &link;
-            tracing::info!("{broker}: {}", broker.told());
+            tracing::info!("{broker}: {}", broker.describe());
         }
         if let Some(cause) = self.unproven() {
             tracing::debug!(cause = cause.label(), "trying whether Close can be worked with");
@@ -192,7 +192,7 @@ impl Session {
                 in_hand.tasks.spawn(self.clone().work(run, out, turn, stop.clone()));
             }
             let (busy, waiting) = (in_hand.tasks.len() == self.concurrency, in_hand.desk.waiting());
-            self.metrics.load(in_hand.messages + in_hand.passing.len(), waiting);
+            self.metrics.set_load(in_hand.messages + in_hand.passing.len(), waiting);
             self.worker.backlog(busy && waiting >= self.concurrency);
             tokio::select! {
                 biased;
@@ -239,7 +239,7 @@ impl Session {
         pulse.disarm();
         let mut report = in_hand.report;
         report.handed_back = received - report.settled;
-        self.metrics.load(0, 0);
+        self.metrics.set_load(0, 0);
         self.metrics.handed_back(report.handed_back);
         // Of the next connection the broker tells anew, and the next session looks.
         self.alarm(None);
@@ -280,8 +280,8 @@ impl Session {
 
     /// The broker takes no messages for a reason, or takes them again. What needs no successor goes on.
     fn alarm(&self, reason: Option<String>) {
-        self.metrics.broker_alarm(reason.is_some());
-        self.status.alarm(reason);
+        self.metrics.set_broker_alarm(reason.is_some());
+        self.status.set_alarm(reason);
     }
 
     /// Something that has to exist was deleted, or all of it is there again. What does not need it goes on.
@@ -295,8 +295,8 @@ impl Session {
     }
 
     fn show_lack(&self, what: Option<&BrokerError>) {
-        self.metrics.broker_trouble(what.map(BrokerError::trouble));
-        self.status.lacks(what.map(ToString::to_string));
+        self.metrics.set_broker_trouble(what.map(BrokerError::trouble));
+        self.status.set_missing(what.map(ToString::to_string));
     }
 
     /// How many messages may be worked on now: after a pause with one more for each that succeeds.

@@ -162,7 +162,7 @@ impl Session {
         let told = news.told(self.destination.as_deref());
         if let Some((exchange, told)) = self.settings.outcomes.as_ref().zip(told) {
             let routed = if is_mute { None } else { self.tell(exchange, &told, &out.outcomes).await };
-            self.metrics.told(routed);
+            self.metrics.outcome_published(routed);
         }
     }
 

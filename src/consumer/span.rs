@@ -10,7 +10,7 @@ use crate::amqp::envelope::TraceParent;
 use crate::consumer::Session;
 use crate::consumer::task::{Done, Incoming};
 use crate::outcome::{Obstruction, Outcome};
-use crate::telemetry::otel::{self, Remote, SPANS};
+use crate::telemetry::otel::{self, RemoteParent, SPANS};
 
 /// What becomes of a delivery that is not settled.
 const HANDED_BACK: &str = "handed_back";
@@ -43,7 +43,7 @@ pub(crate) fn begin(incoming: &Incoming, session: &Session) -> Span {
     );
     if let Some(parent) = &envelope.trace {
         let (trace_id, span_id) = (parent.trace_id(), parent.span_id());
-        otel::continue_from(&span, Remote { trace_id, span_id, sampled: parent.is_sampled() });
+        otel::continue_from(&span, RemoteParent { trace_id, span_id, sampled: parent.is_sampled() });
     }
     span
 }

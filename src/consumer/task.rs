@@ -323,8 +323,9 @@ impl Session {
                 let id = Uuid::now_v7();
                 let properties = envelope.for_dead_letter(dead, id, Timestamp::now());
                 // A fanout needs no key; the producer's is in a header, where any length fits.
-                let sent =
-                    self.publish(publisher, &settings.dead(), "", &delivery.data, properties, stop).await;
+                let sent = self
+                    .publish(publisher, &settings.dead_letter_queue(), "", &delivery.data, properties, stop)
+                    .await;
                 if let Some(Err(BrokerError::TooLarge(_))) = &sent {
                     told();
                     return reject(delivery, envelope, outcome, stop).await;
@@ -374,7 +375,7 @@ impl Session {
             let mut note = |error: &BrokerError| {
                 held.get_or_insert_with(|| {
                     tracing::warn!(exchange, %error, "held until RabbitMQ takes the successor");
-                    self.metrics.successor_held()
+                    self.metrics.hold_successor()
                 });
             };
             loop {

@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::amqp::publisher::{Publisher, Sent};
-use crate::amqp::{BrokerError, Settings, close, envelope};
+use crate::amqp::{BrokerError, Settings, disconnect, envelope};
 use crate::dead_letters::filter::Selection;
 use crate::dead_letters::letter::DeadLetter;
 use crate::dead_letters::scan::{DeadLetterQueue, Disposition, Observer};
@@ -77,7 +77,7 @@ pub async fn edit(
             let letter = &held.letter;
             let properties =
                 envelope::for_edited(&letter.restored(), &letter.body, letter.content(), Timestamp::now());
-            publisher.publish(&settings.dead(), "", &body, properties).await?;
+            publisher.publish(&settings.dead_letter_queue(), "", &body, properties).await?;
             held.remove().await?;
         }
         Ok(Edited::Done { matched, changed, replaying })
@@ -85,7 +85,7 @@ pub async fn edit(
     let done = done.await;
     hand.close().await;
     operator.leave().await;
-    close(&publishing).await;
+    disconnect(&publishing).await;
     done
 }
 
@@ -208,7 +208,7 @@ pub async fn restore(
     };
     hand.close().await;
     operator.leave().await;
-    close(&publishing).await;
+    disconnect(&publishing).await;
     done
 }
 
@@ -234,7 +234,8 @@ async fn publish(
             restored.added += 1;
             letter.restored()
         };
-        under_way.push_back(publisher.send(&settings.dead(), "", &letter.body, properties).await?);
+        under_way
+            .push_back(publisher.send(&settings.dead_letter_queue(), "", &letter.body, properties).await?);
         if under_way.len() == WINDOW
             && let Some(first) = under_way.pop_front()
         {

@@ -26,7 +26,7 @@ use lapin::types::{AMQPValue, DeliveryTag, FieldTable};
 use lapin::{Acker, Channel, Connection, ErrorKind};
 use tokio::time::Instant;
 
-use crate::amqp::{BrokerError, LAST_ACKS, Settings, close, in_time, topology};
+use crate::amqp::{ACK_FLUSH_TIME, BrokerError, Settings, disconnect, topology, with_timeout};
 use crate::dead_letters::filter::Selection;
 use crate::dead_letters::letter::DeadLetter;
 
@@ -172,7 +172,7 @@ impl<'a> DeadLetterQueue<'a> {
         watch: &mut Observer<'_>,
     ) -> Result<Batch, BrokerError> {
         let busy = "another operator has been at the dead letters for too long: try again later";
-        let name = self.settings.desk();
+        let name = self.settings.scan_lock_queue();
         let mut waited = false;
         let mut wait = || {
             waited = true;
@@ -181,10 +181,10 @@ impl<'a> DeadLetterQueue<'a> {
         let desk = claim(&self.connection, &name, self.patience, busy, &mut wait).await?;
         if waited {
             // What the one before had in hand may come back a moment after its place is free.
-            tokio::time::sleep(LAST_ACKS).await;
+            tokio::time::sleep(ACK_FLUSH_TIME).await;
         }
         // Asked while nobody can begin to take any.
-        let replaying = is_claimed(&self.connection, &self.settings.replay()).await?;
+        let replaying = is_claimed(&self.connection, &self.settings.replay_queue()).await?;
         let channel = self.connection.create_channel().await?;
         let mut hand = Batch {
             found: 0,
@@ -212,7 +212,8 @@ impl<'a> DeadLetterQueue<'a> {
         mut decide: impl FnMut(&DeadLetter) -> Disposition + Send,
         watch: &mut Observer<'_>,
     ) -> Result<(), BrokerError> {
-        let depth = in_time(topology::depth(&self.connection, &self.settings.dead())).await?;
+        let depth =
+            with_timeout(topology::depth(&self.connection, &self.settings.dead_letter_queue())).await?;
         let ready = depth.map_or(0, |depth| depth.ready);
         let mut removed = Vec::new();
         while let Some(left) = usize::try_from(ready).unwrap_or(usize::MAX).checked_sub(hand.found)
@@ -223,8 +224,8 @@ impl<'a> DeadLetterQueue<'a> {
             let credit = u16::try_from(left).unwrap_or(u16::MAX).min(AT_A_TIME);
             let mut took = 0;
             let tag = format!("look-{:09}", hand.found);
-            let (queue, options) = (self.settings.dead(), BasicConsumeOptions::default());
-            let mut deliveries = in_time(async {
+            let (queue, options) = (self.settings.dead_letter_queue(), BasicConsumeOptions::default());
+            let mut deliveries = with_timeout(async {
                 hand.channel.basic_qos(credit, BasicQosOptions::default()).await?;
                 let none = FieldTable::default();
                 Ok(hand.channel.basic_consume(queue.into(), tag.as_str().into(), options, none).await?)
@@ -247,7 +248,7 @@ impl<'a> DeadLetterQueue<'a> {
             }
             // Before anything is given back: it would come again at once.
             let cancel = hand.channel.basic_cancel(tag.as_str().into(), BasicCancelOptions::default());
-            in_time(async { Ok(cancel.await?) }).await?;
+            with_timeout(async { Ok(cancel.await?) }).await?;
             if took < credit {
                 break;
             }
@@ -309,7 +310,7 @@ impl<'a> DeadLetterQueue<'a> {
 
     /// Closes the connection.
     pub(crate) async fn leave(&self) {
-        close(&self.connection).await;
+        disconnect(&self.connection).await;
     }
 }
 
@@ -348,7 +349,7 @@ impl Batch {
     /// Waits until RabbitMQ has been told of all that was deleted: an ack has no answer, so it is asked something that
     /// has one and stands behind them.
     async fn confirm(&self) -> Result<(), BrokerError> {
-        in_time(async { Ok(self.channel.basic_qos(AT_A_TIME, BasicQosOptions::default()).await?) }).await
+        with_timeout(async { Ok(self.channel.basic_qos(AT_A_TIME, BasicQosOptions::default()).await?) }).await
     }
 
     /// Gives back all that is not held, and lets others look: what is held, they do not see. Those given back may
@@ -364,7 +365,7 @@ impl Batch {
 
     /// Gives back all that is left, and lets others look.
     pub(crate) async fn close(mut self) {
-        tokio::time::sleep(LAST_ACKS).await;
+        tokio::time::sleep(ACK_FLUSH_TIME).await;
         let _ = self.channel.close(200, "done".into()).await;
         self.leave_desk().await;
     }
@@ -372,7 +373,7 @@ impl Batch {
     async fn leave_desk(&mut self) {
         let Some(desk) = self.desk.take() else { return };
         // What was given back is there for the next one.
-        tokio::time::sleep(LAST_ACKS).await;
+        tokio::time::sleep(ACK_FLUSH_TIME).await;
         let _ = desk.queue_delete(self.desk_name.as_str().into(), QueueDeleteOptions::default()).await;
         let _ = desk.close(200, "done".into()).await;
     }

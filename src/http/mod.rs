@@ -89,7 +89,7 @@ pub async fn serve(
 }
 
 async fn metrics(Shared(board): Shared<Registry>) -> impl IntoResponse {
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], board.page())
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], board.metrics_page())
 }
 
 async fn ready(Shared(board): Shared<Registry>) -> impl IntoResponse {

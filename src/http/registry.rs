@@ -25,7 +25,7 @@ pub struct DestinationHandle {
     /// Its state.
     pub status: Status,
     /// What it works with.
-    pub access: DestinationRuntime,
+    pub runtime: DestinationRuntime,
 }
 
 /// What a destination works with, for others who want to look through the same eyes. Clones share it.
@@ -40,17 +40,17 @@ struct RuntimeParts {
 
 impl DestinationRuntime {
     /// The destination runs, by these settings.
-    pub fn open(&self, settings: Arc<amqp::Settings>) {
+    pub fn set_settings(&self, settings: Arc<amqp::Settings>) {
         self.change(|hands| hands.amqp = Some(settings));
     }
 
     /// Close lets itself be worked with.
-    pub fn work(&self, worker: Worker) {
+    pub fn set_worker(&self, worker: Worker) {
         self.change(|hands| hands.worker = Some(worker));
     }
 
     /// The destination does not run any more.
-    pub fn close(&self) {
+    pub fn clear(&self) {
         self.change(|hands| *hands = RuntimeParts::default());
     }
 
@@ -72,7 +72,7 @@ impl DestinationRuntime {
 /// What `/readyz` tells.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
-pub enum Answer {
+pub enum Readyz {
     /// Of the only destination.
     One(Readiness),
     /// Of destinations by name.
@@ -84,7 +84,7 @@ pub enum Answer {
     },
 }
 
-impl Answer {
+impl Readyz {
     /// Whether messages are, or would be, worked on for everybody.
     pub fn is_ready(&self) -> bool {
         match self {
@@ -94,7 +94,7 @@ impl Answer {
 }
 
 /// In one line.
-impl fmt::Display for Answer {
+impl fmt::Display for Readyz {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::One(readiness) => readiness.fmt(f),
@@ -114,7 +114,7 @@ impl Registry {
     ///
     /// # Errors
     /// Those of [`Metrics::new`].
-    pub fn seat(&self, name: Option<&str>) -> prometheus::Result<DestinationHandle> {
+    pub fn register(&self, name: Option<&str>) -> prometheus::Result<DestinationHandle> {
         let mut seats = self.0.write().unwrap_or_else(PoisonError::into_inner);
         let place = name.unwrap_or(NAMELESS);
         if let Some(seat) = seats.get(place) {
@@ -123,38 +123,38 @@ impl Registry {
         let seat = DestinationHandle {
             metrics: Metrics::new(name)?,
             status: Status::default(),
-            access: DestinationRuntime::default(),
+            runtime: DestinationRuntime::default(),
         };
         Ok(seats.entry(place.to_owned()).or_insert(seat).clone())
     }
 
     /// A destination is gone for good.
-    pub fn leave(&self, name: Option<&str>) {
+    pub fn remove(&self, name: Option<&str>) {
         self.0.write().unwrap_or_else(PoisonError::into_inner).remove(name.unwrap_or(NAMELESS));
     }
 
     /// Everybody who has a place, by name; the name of a destination without one is empty.
-    pub fn seats(&self) -> BTreeMap<String, DestinationHandle> {
+    pub fn handles(&self) -> BTreeMap<String, DestinationHandle> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The page Prometheus scrapes.
-    pub fn page(&self) -> String {
+    pub fn metrics_page(&self) -> String {
         let seats = self.0.read().unwrap_or_else(PoisonError::into_inner);
         metrics::page(seats.values().map(|seat| &seat.metrics))
     }
 
     /// What every destination is doing.
-    pub fn readiness(&self) -> Answer {
+    pub fn readiness(&self) -> Readyz {
         let seats = self.0.read().unwrap_or_else(PoisonError::into_inner);
         if let Some(seat) = seats.get(NAMELESS) {
-            return Answer::One(seat.status.readiness());
+            return Readyz::One(seat.status.readiness());
         }
         let each = |(name, seat): (&String, &DestinationHandle)| (name.clone(), seat.status.readiness());
         let destinations: BTreeMap<String, Readiness> = seats.iter().map(each).collect();
         // Whoever asks before the first has its seat is too early.
         let ready = !destinations.is_empty() && destinations.values().all(|each| each.ready);
-        Answer::Each { ready, destinations }
+        Readyz::Each { ready, destinations }
     }
 }
 
@@ -167,7 +167,7 @@ mod tests {
         let board = Registry::default();
         assert!(!board.readiness().is_ready(), "nobody is there yet");
         for name in ["emea", "apac"] {
-            let seat = board.seat(Some(name)).unwrap();
+            let seat = board.register(Some(name)).unwrap();
             assert!(!board.readiness().is_ready());
             seat.status.set(crate::telemetry::status::State::StandingBy, None);
             assert!(board.readiness().is_ready());

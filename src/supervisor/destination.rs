@@ -41,9 +41,9 @@ pub(super) async fn run(
     seat: DestinationHandle,
     shutdown: &CancellationToken,
 ) -> Result<SessionStats, RunError> {
-    let DestinationHandle { metrics, status, access } = seat;
+    let DestinationHandle { metrics, status, runtime: access } = seat;
     let settings = in_force.borrow().clone();
-    access.open(Arc::new(settings.amqp.clone()));
+    access.set_settings(Arc::new(settings.amqp.clone()));
     let mut supervisor = SessionLoop::new(status.clone(), metrics.clone(), access);
     // Before anything about Close: producers may publish from now on, whatever state Close is in.
     let declared = async {
@@ -55,7 +55,7 @@ pub(super) async fn run(
     };
     match shutdown.run_until_cancelled(declared).await {
         Some(Err(error)) if error.is_lasting() => {
-            metrics.broker_trouble(Some(error.trouble()));
+            metrics.set_broker_trouble(Some(error.trouble()));
             return Err(RunError::Configuration(error.to_string()));
         }
         // The first session tries again, once Close agrees: it is the same incident.
@@ -84,7 +84,7 @@ pub(super) async fn run(
 
 fn client(settings: &Destination, metrics: &Metrics) -> anyhow::Result<Client> {
     let metrics = metrics.clone();
-    Client::new(settings.close.clone(), move |call| metrics.called(call))
+    Client::new(settings.close.clone(), move |call| metrics.request_done(call))
         .context("TLS cannot be set up: are CA certificates installed (Debian: ca-certificates)?")
 }
 
@@ -264,12 +264,12 @@ impl SessionLoop {
     /// Works until `turn` is over.
     async fn work(&mut self, assembly: Assembly, turn: &CancellationToken) -> Result<(), RunError> {
         let Assembly { settings, client, mapping } = assembly;
-        self.metrics.watch(Some(client.clone()));
-        self.metrics.config(&settings.hash);
+        self.metrics.set_close_client(Some(client.clone()));
+        self.metrics.set_config_hash(&settings.hash);
         let worker = Worker::new(settings.worker, &settings.rules, mapping, client, self.metrics.clone());
         let amqp = Arc::new(settings.amqp);
-        self.access.open(Arc::clone(&amqp));
-        self.access.work(worker.clone());
+        self.access.set_settings(Arc::clone(&amqp));
+        self.access.set_worker(worker.clone());
         let refresh = refresh(worker.clone(), settings.schema_refresh);
         let refresh = AbortOnDrop(tokio::spawn(refresh.in_current_span()));
         let mut session = Session {
@@ -333,12 +333,12 @@ impl SessionLoop {
                 }
             }
             End::Lost(error) if error.is_lasting() => {
-                self.metrics.broker_trouble(Some(error.trouble()));
+                self.metrics.set_broker_trouble(Some(error.trouble()));
                 return Err(RunError::Configuration(error.to_string()));
             }
             End::Lost(error) => {
                 self.status.set(State::Connecting(Some(error.trouble())), Some(error.to_string()));
-                self.metrics.broker_trouble(Some(error.trouble()));
+                self.metrics.set_broker_trouble(Some(error.trouble()));
                 let wait = self.reconnects.next_pause().unwrap_or_default();
                 self.tell(&error);
                 turn.run_until_cancelled(tokio::time::sleep(wait)).await;
@@ -371,7 +371,7 @@ impl Drop for AbortOnDrop {
 
 async fn prepare(settings: &amqp::Settings) -> Result<(), BrokerError> {
     let connection = settings.connect("close-sync prepare").await?;
-    amqp::in_time(topology::prepare(&connection, settings)).await?;
-    amqp::close(&connection).await;
+    amqp::with_timeout(topology::prepare(&connection, settings)).await?;
+    amqp::disconnect(&connection).await;
     Ok(())
 }

@@ -152,7 +152,7 @@ impl Supervisor {
             running.stop.cancel();
         }
         for (name, _) in self.failed.extract_if(.., |name, _| is_gone(name)) {
-            self.board.leave(name.as_deref());
+            self.board.remove(name.as_deref());
         }
         // Those that are still wanted are among the new ones.
         self.waiting.clear();
@@ -182,7 +182,7 @@ impl Supervisor {
     fn start(&mut self, destination: Destination) -> Result<(), RunError> {
         let name = destination.name.clone();
         self.failed.remove(&name);
-        let seat = self.board.seat(name.as_deref()).context("the metrics are defective")?;
+        let seat = self.board.register(name.as_deref()).context("the metrics are defective")?;
         let span = name
             .as_deref()
             .map_or_else(tracing::Span::none, |destination| tracing::info_span!("destination", destination));
@@ -203,8 +203,8 @@ impl Supervisor {
             Err(error) => (error.id(), Err(anyhow::anyhow!("a destination panicked").into())),
         };
         let Running { name, seat, stop, .. } = self.running.remove(&id)?;
-        seat.metrics.ended();
-        seat.access.close();
+        seat.metrics.reset_gauges();
+        seat.runtime.clear();
         if let Ok(report) = &result {
             self.total += *report;
         }
@@ -228,7 +228,7 @@ impl Supervisor {
         }
         let is_there = |running: &Running| running.name == name;
         if !self.failed.contains_key(&name) && !self.running.values().any(is_there) {
-            self.board.leave(name.as_deref());
+            self.board.remove(name.as_deref());
         }
         if !self.tasks.is_empty() {
             return None;

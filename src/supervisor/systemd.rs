@@ -14,7 +14,7 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
-use crate::http::registry::Answer;
+use crate::http::registry::Readyz;
 
 /// The service manager that started the process, if one did.
 pub(super) struct SystemdNotifier {
@@ -45,7 +45,7 @@ impl SystemdNotifier {
     }
 
     /// The worker lives, and this is what it does.
-    pub(super) fn alive(&mut self, answer: &Answer) {
+    pub(super) fn alive(&mut self, answer: &Readyz) {
         if self.watches {
             self.tell(&[NotifyState::Watchdog]);
         }

@@ -80,7 +80,7 @@ pub enum TracesError {
 }
 
 /// What hears of the spans, beside what writes log lines.
-pub type Listener = Box<dyn Layer<Registry> + Send + Sync>;
+pub type SpanLayer = Box<dyn Layer<Registry> + Send + Sync>;
 
 /// What sends spans to the collector.
 #[derive(Debug)]
@@ -91,7 +91,7 @@ impl Traces {
     ///
     /// # Errors
     /// The settings cannot work on this machine.
-    pub fn start(settings: Settings) -> Result<Option<(Self, Listener)>, TracesError> {
+    pub fn start(settings: Settings) -> Result<Option<(Self, SpanLayer)>, TracesError> {
         let Settings { endpoint: Some(endpoint), headers, service, ratio } = settings else {
             return Ok(None);
         };
@@ -111,7 +111,7 @@ impl Traces {
             .with_endpoint(endpoint.as_str())
             .with_timeout(PATIENCE)
             .build()?;
-        let courier = Courier {
+        let exporter = BackgroundExporter {
             exporter: Arc::new(exporter),
             runtime: Handle::current(),
             endpoint,
@@ -125,7 +125,7 @@ impl Traces {
         let provider = SdkTracerProvider::builder()
             .with_sampler(Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(ratio))))
             .with_resource(resource)
-            .with_span_processor(BatchSpanProcessor::builder(courier).build())
+            .with_span_processor(BatchSpanProcessor::builder(exporter).build())
             .build();
         let layer = OpenTelemetryLayer::new(provider.tracer("close-sync"))
             // Neither where in the code nor on which thread: both are the machinery's, not the message's.
@@ -154,7 +154,7 @@ impl Traces {
 
 /// Carries batches to the collector, and tells once when that does not work.
 #[derive(Debug)]
-struct Courier {
+struct BackgroundExporter {
     exporter: Arc<opentelemetry_otlp::SpanExporter>,
     /// The thread that sends has none, and HTTP needs one.
     runtime: Handle,
@@ -163,7 +163,7 @@ struct Courier {
     lost: AtomicUsize,
 }
 
-impl SpanExporter for Courier {
+impl SpanExporter for BackgroundExporter {
     async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
         let (exporter, spans) = (self.exporter.clone(), batch.len());
         let sent = self.runtime.spawn(async move { exporter.export(batch).await });
@@ -199,7 +199,7 @@ impl SpanExporter for Courier {
 
 /// A place in a trace that began elsewhere.
 #[derive(Clone, Copy, Debug)]
-pub struct Remote<'a> {
+pub struct RemoteParent<'a> {
     /// The id of the trace, 32 hexadecimal digits.
     pub trace_id: &'a str,
     /// The id of the span, 16 hexadecimal digits.
@@ -209,7 +209,7 @@ pub struct Remote<'a> {
 }
 
 /// Makes a new span the child of one elsewhere.
-pub fn continue_from(span: &Span, remote: Remote<'_>) {
+pub fn continue_from(span: &Span, remote: RemoteParent<'_>) {
     let ids = TraceId::from_hex(remote.trace_id).ok().zip(SpanId::from_hex(remote.span_id).ok());
     if let Some((trace_id, span_id)) = ids {
         let flags = TraceFlags::default().with_sampled(remote.sampled);

@@ -162,7 +162,7 @@ impl Status {
     }
 
     /// The broker raised an alarm, or cleared it.
-    pub fn alarm(&self, reason: Option<String>) {
+    pub fn set_alarm(&self, reason: Option<String>) {
         self.0.send_modify(|standing| standing.alarm = reason);
     }
 
@@ -172,7 +172,7 @@ impl Status {
     }
 
     /// Something that has to exist on the broker is not there, for people; or all of it is.
-    pub fn lacks(&self, what: Option<String>) {
+    pub fn set_missing(&self, what: Option<String>) {
         self.0.send_modify(|standing| standing.lack = what);
     }
 

@@ -10,7 +10,7 @@ use lapin::protocol::connection::AMQPMethod;
 use lapin::protocol::{AMQPClass, parse_class};
 use lapin::types::AMQPValue;
 
-use crate::amqp::server_info::Broker;
+use crate::amqp::server_info::ServerInfo;
 
 /// The first frame, as far as it has arrived. Nothing after it is kept: that may be personal data.
 #[derive(Clone, Default)]
@@ -30,7 +30,7 @@ impl Heard {
         }
     }
 
-    pub(crate) fn broker(&self) -> Broker {
+    pub(crate) fn broker(&self) -> ServerInfo {
         let heard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         payload(&heard).and_then(greeting).unwrap_or_default()
     }
@@ -43,13 +43,13 @@ fn payload(frame: &[u8]) -> Option<&[u8]> {
     rest.get(..usize::try_from(u32::from_be_bytes(size)).ok()?)
 }
 
-fn greeting(payload: &[u8]) -> Option<Broker> {
+fn greeting(payload: &[u8]) -> Option<ServerInfo> {
     let Ok((_, AMQPClass::Connection(AMQPMethod::Start(start)))) = parse_class(payload) else { return None };
     let text = |name: &str| match start.server_properties.inner().get(name) {
         Some(AMQPValue::LongString(text)) => text.to_string(),
         _ => String::new(),
     };
-    Some(Broker { product: text("product"), version: text("version") })
+    Some(ServerInfo { product: text("product"), version: text("version") })
 }
 
 #[cfg(test)]
@@ -86,7 +86,7 @@ mod tests {
         for piece in [1, 7, 20, bytes.len()] {
             let heard = Heard::default();
             bytes.chunks(piece).for_each(|bytes| heard.note(bytes));
-            assert_eq!(heard.broker(), Broker { product: "RabbitMQ".into(), version: "4.3.6".into() });
+            assert_eq!(heard.broker(), ServerInfo { product: "RabbitMQ".into(), version: "4.3.6".into() });
             assert!(heard.0.lock().unwrap().len() < greeting.len());
         }
     }
@@ -98,8 +98,8 @@ mod tests {
         for bytes in [b"HTTP/1.1 400 Bad Request".as_slice(), b"", &half[..20], &other] {
             let heard = Heard::default();
             heard.note(bytes);
-            assert_eq!(heard.broker(), Broker::default());
+            assert_eq!(heard.broker(), ServerInfo::default());
         }
-        assert_eq!(greeting(&frame(START, &[])[7..]), Some(Broker::default()));
+        assert_eq!(greeting(&frame(START, &[])[7..]), Some(ServerInfo::default()));
     }
 }

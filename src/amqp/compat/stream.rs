@@ -22,16 +22,16 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use crate::amqp::compat::frame_sanitizer::Frames;
 use crate::amqp::compat::server_properties::Heard;
-use crate::amqp::server_info::Broker;
+use crate::amqp::server_info::ServerInfo;
 
 /// A connection, and who is at its other end.
-pub struct Met {
+pub struct OpenConnection {
     /// The connection.
     pub connection: Connection,
     /// Who answered.
-    pub broker: Broker,
+    pub server: ServerInfo,
     /// Cuts the connection, which needs no answer of the broker. Nothing happens when it is dropped.
-    pub(crate) cut: CancellationToken,
+    pub(crate) abort: CancellationToken,
 }
 
 /// Opens a connection as [`Connection::connect_with_config`] does, and tells who answered.
@@ -39,7 +39,7 @@ pub(crate) async fn connect(
     uri: AMQPUri,
     properties: ConnectionProperties,
     tls: OwnedTLSConfig,
-) -> lapin::Result<Met> {
+) -> lapin::Result<OpenConnection> {
     let tokio = Tokio::current();
     let runtime = Runtime::new(RuntimeParts::new(tokio.clone(), Wired(tokio.clone())));
     let heard = Heard::default();
@@ -50,7 +50,7 @@ pub(crate) async fn connect(
         Ok(AsyncTcpStream::Plain(Wire::new(stream, ear.clone(), scissors.clone())))
     };
     let connection = Connection::connector(uri, runtime, open, properties).await?;
-    Ok(Met { connection, broker: heard.broker(), cut })
+    Ok(OpenConnection { connection, server: heard.broker(), abort: cut })
 }
 
 /// The stream, on its way to lapin.

@@ -36,7 +36,7 @@ use uuid::Uuid;
 
 use crate::amqp::publisher::Publisher;
 use crate::amqp::topology::{self, NOW, REPLAYED};
-use crate::amqp::{BrokerError, Settings, close, envelope, in_time};
+use crate::amqp::{BrokerError, Settings, disconnect, envelope, with_timeout};
 use crate::consumer::outcome_events::{Again, Replayed};
 use crate::dead_letters::edit;
 use crate::dead_letters::filter::Selection;
@@ -252,13 +252,13 @@ impl Replay<'_> {
             end => end,
         };
         operator.leave().await;
-        close(&publishing).await;
+        disconnect(&publishing).await;
         end
     }
 
     /// Where the worker tells what becomes of the messages. Whoever has it replays.
     async fn mailbox(&self, connection: &Connection) -> Result<Consumer, BrokerError> {
-        let name = self.settings.replay();
+        let name = self.settings.replay_queue();
         let busy = "another replay has been going on for a day";
         let channel = claim(connection, &name, TURN, busy, &mut || {
             self.tell(|progress| progress.stage = Stage::Waiting);
@@ -553,7 +553,7 @@ impl Replay<'_> {
             () = tokio::time::sleep_until(until) => return Ok(Some(End::TimedOut)),
             () = tokio::time::sleep(LOOKS_APART) => {
                 // Whoever may not look is not told.
-                let depth = in_time(topology::depth(line.connection, &self.settings.queue)).await.ok().flatten();
+                let depth = with_timeout(topology::depth(line.connection, &self.settings.queue)).await.ok().flatten();
                 if depth.is_some() {
                     self.lost = None;
                 }

@@ -295,7 +295,7 @@ pub(crate) async fn guard(
 impl AppState {
     /// What a form with an event may take, in bytes: the notation of forms makes three of one.
     fn largest_event(&self) -> usize {
-        let workers = self.places().into_iter().filter_map(|place| place.seat.access.worker());
+        let workers = self.places().into_iter().filter_map(|place| place.seat.runtime.worker());
         let event = workers.map(|worker| worker.settings().max_message_bytes).max().unwrap_or_default();
         event.saturating_mul(3).saturating_add(FORM_BYTES)
     }

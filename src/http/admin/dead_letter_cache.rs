@@ -14,7 +14,7 @@ use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::amqp::{BrokerError, Settings, close, topology};
+use crate::amqp::{BrokerError, Settings, disconnect, topology};
 use crate::dead_letters::edit;
 use crate::dead_letters::filter::{Filter, Group, Groups, Selection};
 use crate::dead_letters::letter::DeadLetter;
@@ -219,7 +219,7 @@ impl DeadLetterCache {
             let look = async {
                 let connection = amqp.connect("close-sync page").await?;
                 let depth = topology::depth(&connection, &amqp.queue).await;
-                close(&connection).await;
+                disconnect(&connection).await;
                 Ok(depth?.map(|depth| depth.ready))
             };
             bench.backlog.or(look).await

@@ -95,7 +95,7 @@ impl FromRequestParts<AppState> for At {
 
     async fn from_request_parts(parts: &mut Parts, office: &AppState) -> Result<Self, Broken> {
         let place = Place::from_request_parts(parts, office).await?;
-        let Some(amqp) = place.seat.access.amqp() else {
+        let Some(amqp) = place.seat.runtime.amqp() else {
             let why = "This destination does not run: its live page tells why.";
             return Err(Broken::new(StatusCode::SERVICE_UNAVAILABLE, why));
         };

@@ -137,7 +137,7 @@ impl Place {
 
 impl AppState {
     fn places(&self) -> Vec<Place> {
-        self.0.board.seats().into_iter().map(|(name, seat)| Place::new(name, seat)).collect()
+        self.0.board.handles().into_iter().map(|(name, seat)| Place::new(name, seat)).collect()
     }
 
     fn workbench(&self, place: &Place) -> Arc<DeadLetterCache> {

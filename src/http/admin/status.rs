@@ -25,7 +25,7 @@ pub(crate) async fn show(
     let refresh = wishes.refresh(REFRESH);
     let frame = Frame { title: "Live", visitor: Some(&visitor), of: Some((&place, Tab::Live)), refresh };
     let metrics = &place.seat.metrics;
-    let backlog = match (counted(&place), place.seat.status.state(), place.seat.access.amqp()) {
+    let backlog = match (counted(&place), place.seat.status.state(), place.seat.runtime.amqp()) {
         (None, State::Paused(_), Some(amqp)) => {
             office.workbench(&place).backlog(amqp).await.ok().flatten().map(u64::from)
         }
@@ -34,7 +34,7 @@ pub(crate) async fn show(
     frame.around(html! {
         (follow(refresh, &place.path("")))
         (state(&place.seat.status.readiness()))
-        (load(metrics.now(), backlog, &place))
+        (load(metrics.load(), backlog, &place))
         (budget(metrics))
         (so_far(metrics))
     })
@@ -43,7 +43,7 @@ pub(crate) async fn show(
 /// The backlog, while there is a session that counts it.
 fn counted(place: &Place) -> Option<u64> {
     match place.seat.status.state() {
-        State::StandingBy | State::Consuming | State::Stopping => place.seat.metrics.now().backlog,
+        State::StandingBy | State::Consuming | State::Stopping => place.seat.metrics.load().backlog,
         State::Connecting(_) | State::Paused(_) | State::Failed => None,
     }
 }
@@ -72,7 +72,7 @@ pub(crate) fn overview(places: &[Place], visitor: &Visitor, wishes: &Wishes) -> 
                     }
                     tbody {
                         @for place in places {
-                            @let load = place.seat.metrics.now();
+                            @let load = place.seat.metrics.load();
                             tr {
                                 th scope="row" { a href=(place.path("")) { (place.title()) } }
                                 td { (badge(&place.seat.status.readiness())) }
@@ -138,7 +138,7 @@ fn load(load: Load, backlog: Option<u64>, place: &Place) -> Markup {
 }
 
 fn budget(metrics: &Metrics) -> Markup {
-    let standings = metrics.standings();
+    let standings = metrics.rate_limits();
     html! {
         section .card aria-labelledby="budget" {
             h2 #budget { "Close's rate limits" }
@@ -182,8 +182,8 @@ fn so_far(metrics: &Metrics) -> Markup {
     html! {
         section .card aria-labelledby="so-far" {
             h2 #so-far { "Since the start" }
-            (counts("Messages by outcome", "Nothing was settled yet.", &metrics.outcomes()))
-            @let deaths = metrics.deaths();
+            (counts("Messages by outcome", "Nothing was settled yet.", &metrics.settled_by_outcome()))
+            @let deaths = metrics.dead_letters_by_reason();
             @if !deaths.is_empty() { (counts("Dead letters by reason", "", &deaths)) }
         }
     }

@@ -59,7 +59,7 @@ pub(crate) async fn outlook(
     arrival: ReceivedAt,
     sight: Sight,
 ) -> Result<Markup, String> {
-    let worker: Worker = place.seat.access.worker().ok_or(
+    let worker: Worker = place.seat.runtime.worker().ok_or(
         "The worker has not been able to look at Close yet: its live page tells why. Nothing can be said before that.",
     )?;
     let rehearsal = explain::rehearse(&worker, event, arrival);

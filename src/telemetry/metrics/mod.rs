@@ -266,7 +266,7 @@ impl Metrics {
     }
 
     /// Whose rate limits are told of from now on.
-    pub fn watch(&self, client: Option<Client>) {
+    pub fn set_close_client(&self, client: Option<Client>) {
         *self.rate_limits.close.lock().unwrap_or_else(PoisonError::into_inner) = client;
         for endpoint in Endpoint::ALL {
             let RateLimits { limit, remaining, reset, others, close: _ } = &self.rate_limits;
@@ -277,13 +277,13 @@ impl Metrics {
     }
 
     /// What is left of Close's rate limits, of those it told.
-    pub fn standings(&self) -> Vec<(Endpoint, RateLimitStatus)> {
+    pub fn rate_limits(&self) -> Vec<(Endpoint, RateLimitStatus)> {
         let close = self.rate_limits.close.lock().unwrap_or_else(PoisonError::into_inner);
         close.iter().flat_map(Client::rate_limits).collect()
     }
 
     /// Messages in hand: being worked on, or received and waiting.
-    pub fn in_hand(&self) -> u32 {
+    pub fn unsettled(&self) -> u32 {
         u32::try_from(self.in_flight.get() + self.waiting.get()).unwrap_or(0)
     }
 
@@ -299,7 +299,7 @@ impl Metrics {
     }
 
     /// The load, for people.
-    pub fn now(&self) -> Load {
+    pub fn load(&self) -> Load {
         let number = |gauge: &IntGauge| u64::try_from(gauge.get()).unwrap_or_default();
         Load {
             in_flight: number(&self.in_flight),
@@ -314,30 +314,30 @@ impl Metrics {
     }
 
     /// What became of deliveries since the start, of what happened at all.
-    pub fn outcomes(&self) -> Vec<(&'static str, u64)> {
+    pub fn settled_by_outcome(&self) -> Vec<(&'static str, u64)> {
         let labels = Effect::ALL.map(Effect::label).into_iter().chain(OTHERWISE_SETTLED).chain([HANDED_BACK]);
         counted(&self.settled, labels)
     }
 
     /// Messages dead-lettered since the start by reason, of those there were.
-    pub fn deaths(&self) -> Vec<(&'static str, u64)> {
+    pub fn dead_letters_by_reason(&self) -> Vec<(&'static str, u64)> {
         counted(&self.dead_letters, Reason::ALL.map(Reason::label))
     }
 
     /// The backlog, and how long it may take.
-    pub fn backlog(&self, messages: u32, drain: Option<Duration>) {
+    pub fn set_backlog(&self, messages: u32, drain: Option<Duration>) {
         self.queues.backlog.set(messages.into());
         self.queues.drain_seconds.set(drain.map_or(f64::NAN, |drain| drain.as_secs_f64()));
     }
 
     /// Messages in the dead-letter queue, and in all delay queues together, if RabbitMQ tells.
-    pub fn parked(&self, dead: Option<u32>, delayed: Option<u32>) {
+    pub fn set_queue_depths(&self, dead: Option<u32>, delayed: Option<u32>) {
         self.queues.dead.set(dead.map_or(f64::NAN, f64::from));
         self.queues.delayed.set(delayed.map_or(f64::NAN, f64::from));
     }
 
     fn gather(&self) -> Vec<MetricFamily> {
-        for (endpoint, standing) in self.standings() {
+        for (endpoint, standing) in self.rate_limits() {
             let label = &[endpoint.label()];
             self.rate_limits.limit.with_label_values(label).set(standing.limit.into());
             self.rate_limits.remaining.with_label_values(label).set(standing.remaining.into());
@@ -348,7 +348,7 @@ impl Metrics {
     }
 
     /// A call to Close ended.
-    pub fn called(&self, call: Call) {
+    pub fn request_done(&self, call: Call) {
         let endpoint = call.endpoint.label();
         self.close_requests.with_label_values(&[endpoint, call.status.label()]).inc();
         self.close_request_seconds.with_label_values(&[endpoint]).observe(call.took.as_secs_f64());
@@ -368,7 +368,7 @@ impl Metrics {
     }
 
     /// It was told what became of a message: whether a queue has it, if that is known.
-    pub fn told(&self, routed: Option<bool>) {
+    pub fn outcome_published(&self, routed: Option<bool>) {
         let result = match routed {
             Some(true) => "routed",
             Some(false) => "unrouted",
@@ -441,7 +441,7 @@ impl Metrics {
     }
 
     /// How many messages are being worked on, and how many wait.
-    pub fn load(&self, in_flight: usize, waiting: usize) {
+    pub fn set_load(&self, in_flight: usize, waiting: usize) {
         self.in_flight.set(i64::try_from(in_flight).unwrap_or(i64::MAX));
         self.waiting.set(i64::try_from(waiting).unwrap_or(i64::MAX));
     }
@@ -460,28 +460,28 @@ impl Metrics {
     pub fn connected(&self, up: bool) {
         self.connected.set(up.into());
         if up {
-            self.broker_trouble(None);
+            self.set_broker_trouble(None);
         } else {
             self.queues.forget();
         }
     }
 
     /// Nobody works any more, whatever it was in the middle of. Why there was no connection stays told.
-    pub fn ended(&self) {
+    pub fn reset_gauges(&self) {
         self.connected(false);
         self.paused(None);
-        self.load(0, 0);
-        self.watch(None);
+        self.set_load(0, 0);
+        self.set_close_client(None);
     }
 
     /// The settings in force from now on, by their hash.
-    pub fn config(&self, hash: &str) {
+    pub fn set_config_hash(&self, hash: &str) {
         self.config.reset();
         self.config.with_label_values(&[hash]).set(1);
     }
 
     /// Which version of RabbitMQ the connection is to. Whether that is news.
-    pub fn broker(&self, version: &str) -> bool {
+    pub fn set_broker_version(&self, version: &str) -> bool {
         let mut last = self.broker.last.lock().unwrap_or_else(PoisonError::into_inner);
         if last.as_deref() == Some(version) {
             return false;
@@ -498,18 +498,18 @@ impl Metrics {
     }
 
     /// Why there is no connection to the broker, if there is none.
-    pub fn broker_trouble(&self, now: Option<BrokerTrouble>) {
+    pub fn set_broker_trouble(&self, now: Option<BrokerTrouble>) {
         let all = BrokerTrouble::ALL.map(BrokerTrouble::label);
         only(&self.broker_trouble, &all, now.map(BrokerTrouble::label));
     }
 
     /// The broker raised an alarm, or cleared it.
-    pub fn broker_alarm(&self, raised: bool) {
+    pub fn set_broker_alarm(&self, raised: bool) {
         self.broker_alarm.set(raised.into());
     }
 
     /// A successor is not taken by the broker; as long as the guard lives.
-    pub fn successor_held(&self) -> impl Drop + use<> {
+    pub fn hold_successor(&self) -> impl Drop + use<> {
         let held = self.successors_held.clone();
         held.inc();
         OnDrop(move || held.dec())

@@ -11,7 +11,7 @@ use std::process::Output;
 use std::time::{Duration, Instant};
 
 use close_sync::amqp::envelope;
-use close_sync::amqp::server_info::Broker;
+use close_sync::amqp::server_info::ServerInfo;
 use close_sync::config::{Config, Need};
 use close_sync::simulator::{Fault, Settings, Simulator};
 use lapin::options::{
@@ -153,7 +153,7 @@ impl Bench {
         let address = format!("amqp://guest:***@{host}");
         let text = match self.broker().await {
             Some(broker) => {
-                text.replace(&broker.to_string(), "RabbitMQ VERSION").replace(&broker.told(), "USES")
+                text.replace(&broker.to_string(), "RabbitMQ VERSION").replace(&broker.describe(), "USES")
             }
             None => text,
         };
@@ -164,9 +164,9 @@ impl Bench {
     }
 
     /// Which broker its processes connect to, if it answers.
-    async fn broker(&self) -> Option<Broker> {
+    async fn broker(&self) -> Option<ServerInfo> {
         let config = Config::load(None, &self.environment(), Need::Broker).ok()?;
-        Some(config.single().ok()?.amqp.meet("test").await.ok()?.broker)
+        Some(config.single().ok()?.amqp.open("test").await.ok()?.server)
     }
 
     /// Publishes events in order.
