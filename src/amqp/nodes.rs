@@ -9,8 +9,9 @@ use lapin::{ConnectionProperties, ErrorKind};
 use secrecy::{ExposeSecret, SecretString};
 use url::Url;
 
-use crate::amqp::BrokerError;
-use crate::amqp::compat::stream::{self, OpenConnection};
+use crate::amqp::compat::stream;
+use crate::amqp::connection::{OpenConnection, disconnect};
+use crate::amqp::error::BrokerError;
 use crate::amqp::tls::{self, Tls};
 
 /// Where the broker is: one node, or the nodes of a cluster, any of which will do. Clones share which one worked last.
@@ -64,7 +65,7 @@ impl Nodes {
         for index in (first..self.urls.len()).chain(0..first) {
             match self.connect_to(self.urls[index].expose_secret(), name).await {
                 Ok(met) if met.server.is_too_old() => {
-                    crate::amqp::disconnect(&met.connection).await;
+                    disconnect(&met.connection).await;
                     return Err(BrokerError::TooOld(met.server));
                 }
                 Ok(met) => {
@@ -227,7 +228,7 @@ mod tests {
         let broker = Nodes::parse(&format!("amqp://{one},amqp://{other}")).unwrap();
         let error = broker.connect("test").await.err().unwrap();
         let told = format!("tried 2 nodes; {one}: no answer within 10 s; {other}: no answer within 10 s");
-        assert_eq!(error.to_string(), format!("RabbitMQ cannot be reached: {told}"));
+        assert_eq!(error.to_string(), format!("cannot reach RabbitMQ: {told}"));
     }
 
     #[test]
@@ -235,11 +236,11 @@ mod tests {
         let failure =
             |kind, node: &str| Failure { node: node.into(), kind, detail: format!("{node} is bad") };
         let one = Failure::of_all(vec![failure(Kind::Unreachable, "a")]);
-        assert_eq!(one.to_string(), "RabbitMQ cannot be reached: a: a is bad");
+        assert_eq!(one.to_string(), "cannot reach RabbitMQ: a: a is bad");
         let several = vec![failure(Kind::Refused, "a:1"), failure(Kind::Unreachable, "b:1")];
         assert_eq!(
             Failure::of_all(several).to_string(),
-            "RabbitMQ refuses the connection: tried 2 nodes; a:1: a:1 is bad; b:1: b:1 is bad. Check user, password and \
+            "RabbitMQ refused the connection: tried 2 nodes; a:1: a:1 is bad; b:1: b:1 is bad. Check user, password and \
              vhost in `amqp.url` (the vhost `/` is written `%2f`)"
         );
     }

@@ -16,7 +16,7 @@ use std::time::Duration;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ErrorKind, PublisherConfirm};
 
-use crate::amqp::BrokerError;
+use crate::amqp::error::BrokerError;
 
 /// How long a confirm may take. During an alarm the broker accepts nothing, and the original is kept.
 pub const PATIENCE: Duration = Duration::from_secs(30);

@@ -5,10 +5,12 @@
 
 use std::fmt;
 
-use crate::amqp::topology::DELIVERY_LIMIT;
-
 /// The product whose versions are known here.
 const RABBITMQ: &str = "RabbitMQ";
+
+/// "No limit" that every version understands: -1 drops on the first requeue on 3.10, and the default
+/// of 4.x drops messages after 20 lost connections, innocent ones included (rabbitmq.md §0, 2 and 3).
+pub(crate) const DELIVERY_LIMIT: i64 = 1_000_000;
 
 /// Quorum queues have no time-to-live before, so there are no delay queues (rabbitmq.md §3.1).
 pub(crate) const OLDEST: Version = Version(3, 10);

@@ -13,7 +13,7 @@
 //! queue whose time-to-live got lost would swallow messages for ever.
 //!
 //! [`objects`] and [`bindings`] are the one list of all this. A worker that may configure the broker
-//! declares them; one that may not ([`Mode::Check`]) only looks whether they are there, and
+//! declares them; one that may not ([`TopologyMode::Check`]) only looks whether they are there, and
 //! `deploy/rabbitmq/definitions.json` is what an administrator imports for it.
 
 use std::fmt;
@@ -23,7 +23,9 @@ use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ExchangeKind};
 use serde::Serialize;
 
-use crate::amqp::{BrokerError, Delay, Settings};
+use crate::amqp::error::BrokerError;
+use crate::amqp::server_info::DELIVERY_LIMIT;
+use crate::amqp::settings::{Delay, Settings, TopologyMode};
 
 /// The key of the retry exchange that leads back to the work queue at once. Delay queues and replays
 /// come in here: through `identify` they would reach every other queue bound to it as well.
@@ -32,20 +34,6 @@ pub const NOW: &str = "now";
 /// The key of the retry exchange by which a worker tells whoever replays what became of a message. There is a
 /// queue for it only while somebody replays.
 pub(crate) const REPLAYED: &str = "replayed";
-
-/// "No limit" that every version understands: -1 drops on the first requeue on 3.10, and the default
-/// of 4.x drops messages after 20 lost connections, innocents included (rabbitmq.md §0, 2 and 3).
-pub(crate) const DELIVERY_LIMIT: i64 = 1_000_000;
-
-/// Who makes what has to exist.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// The worker does, at the start of each session.
-    Declare,
-    /// Somebody else did. The worker declares nothing, which needs no right to configure, and looks
-    /// whether everything is there: a session begins once it is, and tells when it is not any more.
-    Check,
-}
 
 /// An exchange or a queue that has to exist. All are durable.
 #[derive(Clone, Debug)]
@@ -95,8 +83,8 @@ pub struct Binding {
 /// when something is not there and must not be declared, [`BrokerError::MayNotDeclare`].
 pub async fn prepare(connection: &Connection, settings: &Settings) -> Result<(), BrokerError> {
     match settings.topology {
-        Mode::Declare => declare(connection, settings).await,
-        Mode::Check => match missing(connection, settings).await? {
+        TopologyMode::Declare => declare(connection, settings).await,
+        TopologyMode::Check => match missing(connection, settings).await? {
             missing if missing.is_empty() => Ok(()),
             missing => Err(BrokerError::Incomplete(missing)),
         },

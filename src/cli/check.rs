@@ -146,8 +146,8 @@ async fn broker(config: &Destination) -> Vec<Finding> {
                 count(work.consumers, "consumer", "consumers"),
                 count(dead, "dead letter", "dead letters"),
                 match settings.topology {
-                    topology::Mode::Declare => "",
-                    topology::Mode::Check => " (whether this user may read and write them, `run` tells)",
+                    amqp::TopologyMode::Declare => "",
+                    amqp::TopologyMode::Check => " (whether this user may read and write them, `run` tells)",
                 }
             )
         }
@@ -163,8 +163,8 @@ type Depth = Option<topology::Depth>;
 async fn meet(settings: &amqp::Settings) -> Result<(ServerInfo, (Depth, Depth)), BrokerError> {
     let OpenConnection { connection, server: broker, .. } = settings.open("close-sync check").await?;
     match settings.topology {
-        topology::Mode::Declare => topology::compare(&connection, settings).await?,
-        topology::Mode::Check => topology::prepare(&connection, settings).await?,
+        amqp::TopologyMode::Declare => topology::compare(&connection, settings).await?,
+        amqp::TopologyMode::Check => topology::prepare(&connection, settings).await?,
     }
     let work = topology::depth(&connection, &settings.queue).await?;
     let dead = topology::depth(&connection, &settings.dead_letter_queue()).await?;

@@ -177,11 +177,13 @@ fn explain(error: &BrokerError, settings: &Settings) -> String {
             settings.binding_keys.join(", ")
         ),
         _ if !matches!(error, BrokerError::Missing(_)) => String::new(),
-        topology::Mode::Declare => format!(
+        amqp::TopologyMode::Declare => format!(
             "\nhint: `close-sync run` declares exchange `{}` and its queue: start it once",
             settings.exchange
         ),
-        topology::Mode::Check => "\nhint: `close-sync check` tells what an administrator has to make".into(),
+        amqp::TopologyMode::Check => {
+            "\nhint: `close-sync check` tells what an administrator has to make".into()
+        }
     };
     format!("{error}{hint}")
 }

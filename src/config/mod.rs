@@ -28,7 +28,7 @@ use url::Url;
 
 use crate::amqp::nodes::Nodes;
 use crate::amqp::tls::{Files, Tls};
-use crate::amqp::{self, Delay, topology};
+use crate::amqp::{self, Delay};
 use crate::domain::mapping::Rules;
 use crate::domain::switches::Switches;
 use crate::http::admin;
@@ -286,8 +286,8 @@ impl<'a> Reader<'a> {
         let delays = self.delays();
         let binding_keys = self.binding_keys();
         let topology = self.parsed("amqp.topology", "one of `declare`, `check`", |text| match text {
-            "declare" => Some(topology::Mode::Declare),
-            "check" => Some(topology::Mode::Check),
+            "declare" => Some(amqp::TopologyMode::Declare),
+            "check" => Some(amqp::TopologyMode::Check),
             _ => None,
         });
         let outcomes = self.text("amqp.outcomes");

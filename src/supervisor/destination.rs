@@ -48,9 +48,9 @@ pub(super) async fn run(
     // Before anything about Close: producers may publish from now on, whatever state Close is in.
     let declared = async {
         match settings.amqp.topology {
-            topology::Mode::Declare => prepare(&settings.amqp).await,
+            amqp::TopologyMode::Declare => prepare(&settings.amqp).await,
             // Nothing for us to do; the first session looks.
-            topology::Mode::Check => Ok(()),
+            amqp::TopologyMode::Check => Ok(()),
         }
     };
     match shutdown.run_until_cancelled(declared).await {

@@ -7,6 +7,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 use tokio::sync::watch;
 
+use crate::amqp::BrokerTrouble;
 use crate::outcome::PauseCause;
 
 /// The state of a worker.
@@ -25,71 +26,6 @@ pub enum State {
     Stopping,
     /// It cannot work as it is configured; others in the same process go on.
     Failed,
-}
-
-/// Why there is no connection to the broker, or none that is of use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BrokerTrouble {
-    /// Nobody answers.
-    Unreachable,
-    /// Wrong user, password or vhost, or a right that was taken away.
-    Refused,
-    /// The user lacks a permission on something of ours.
-    Forbidden,
-    /// An exchange or queue does not exist.
-    Missing,
-    /// An exchange or queue has other properties.
-    Conflict,
-    /// The queue was deleted under the consumer, or the broker gave up on it.
-    Cancelled,
-    /// The connection or a channel ended.
-    Lost,
-    /// This process was frozen.
-    StoodStill,
-}
-
-impl BrokerTrouble {
-    /// All of them.
-    pub const ALL: [Self; 8] = [
-        Self::Unreachable,
-        Self::Refused,
-        Self::Forbidden,
-        Self::Missing,
-        Self::Conflict,
-        Self::Cancelled,
-        Self::Lost,
-        Self::StoodStill,
-    ];
-
-    /// As metrics and `/readyz` tell it.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Unreachable => "unreachable",
-            Self::Refused => "refused",
-            Self::Forbidden => "forbidden",
-            Self::Missing => "missing",
-            Self::Conflict => "conflict",
-            Self::Cancelled => "cancelled",
-            Self::Lost => "lost",
-            Self::StoodStill => "stood_still",
-        }
-    }
-
-    /// What an operator can do.
-    pub fn remedy(self) -> &'static str {
-        match self {
-            Self::Unreachable => "check that RabbitMQ runs and that `amqp.url` names it",
-            Self::Refused => "check user, password and vhost in `amqp.url`",
-            Self::Forbidden => {
-                "give the user the permissions of `deploy/operating.md`, \"Broker permissions\""
-            }
-            Self::Missing => "`close-sync check` names what is missing; an administrator has to make it",
-            Self::Conflict => {
-                "delete the exchange or queue once it is empty, or give close-sync another name for it"
-            }
-            Self::Cancelled | Self::Lost | Self::StoodStill => "nothing: it connects again by itself",
-        }
-    }
 }
 
 /// The state as `/readyz` tells it.

@@ -22,17 +22,7 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use crate::amqp::compat::frame_sanitizer::Frames;
 use crate::amqp::compat::server_properties::Heard;
-use crate::amqp::server_info::ServerInfo;
-
-/// A connection, and who is at its other end.
-pub struct OpenConnection {
-    /// The connection.
-    pub connection: Connection,
-    /// Who answered.
-    pub server: ServerInfo,
-    /// Cuts the connection, which needs no answer of the broker. Nothing happens when it is dropped.
-    pub(crate) abort: CancellationToken,
-}
+use crate::amqp::connection::OpenConnection;
 
 /// Opens a connection as [`Connection::connect_with_config`] does, and tells who answered.
 pub(crate) async fn connect(

@@ -15,14 +15,15 @@ use prometheus::proto::MetricFamily;
 use prometheus::{
     Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder,
 };
+use strum::VariantNames as _;
 use tokio::time::Instant;
 
+use crate::amqp::BrokerTrouble;
 use crate::close::{Call, Client, Endpoint, RateLimitStatus, StatusClass};
 use crate::domain::decision::Decision;
 use crate::domain::dropped::DropReason;
 use crate::domain::plan::Refusal;
 use crate::outcome::{Effect, Outcome, PauseCause, Reason, Skip, Stage};
-use crate::telemetry::status::BrokerTrouble;
 use crate::telemetry::throughput::Throughput;
 use groups::{BrokerInfo, Queues, RateLimits};
 use register::Maker;
@@ -223,13 +224,13 @@ impl Metrics {
                 "broker_connection_losses_total",
                 "Times the connection to RabbitMQ was lost by cause",
                 "cause",
-                &BrokerTrouble::ALL.map(BrokerTrouble::label),
+                BrokerTrouble::VARIANTS,
             )?,
             broker_trouble: make.gauges(
                 "broker_trouble",
                 "1 while there is no connection to RabbitMQ for this cause, or one to a broker that lacks something",
                 "cause",
-                &BrokerTrouble::ALL.map(BrokerTrouble::label),
+                BrokerTrouble::VARIANTS,
             )?,
             broker_alarm: make
                 .gauge("broker_alarm", "1 while RabbitMQ takes no messages for want of memory or disk")?,
@@ -499,8 +500,7 @@ impl Metrics {
 
     /// Why there is no connection to the broker, if there is none.
     pub fn set_broker_trouble(&self, now: Option<BrokerTrouble>) {
-        let all = BrokerTrouble::ALL.map(BrokerTrouble::label);
-        only(&self.broker_trouble, &all, now.map(BrokerTrouble::label));
+        only(&self.broker_trouble, BrokerTrouble::VARIANTS, now.map(BrokerTrouble::label));
     }
 
     /// The broker raised an alarm, or cleared it.

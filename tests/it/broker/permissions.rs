@@ -134,11 +134,11 @@ async fn each_user_may_do_its_work_and_no_more() {
     let event = identify("u3", json!({})).to_string();
     for user in ["worker", "operator"] {
         let (code, text) = login(bench().await, user).words(&["publish", "-"], &event).await;
-        assert!(code == Some(69) && text.contains("does not permit this"), "{user}: {text}");
+        assert!(code == Some(69) && text.contains("permission denied by RabbitMQ"), "{user}: {text}");
     }
     let operator = short(operator).set("AMQP_TOPOLOGY", "check");
     let running = operator.starting_worker();
-    running.until("refused", async |worker| worker.logged("does not permit this") > 0).await;
+    running.until("refused", async |worker| worker.logged("permission denied by RabbitMQ") > 0).await;
     assert_eq!(running.ready().await.0, 503);
     running.terminate().await;
 }
@@ -151,7 +151,10 @@ async fn a_worker_that_may_not_declare_says_what_to_do() {
     let bench = login(bench.unset("RETRY_DELAYS"), "worker");
     let remedy = "set `amqp.topology = \"check\"`";
     let (code, text) = bench.words(&["check"], "").await;
-    assert!(code == Some(78) && text.contains("does not let us declare") && text.contains(remedy), "{text}");
+    assert!(
+        code == Some(78) && text.contains("denies the permission to declare") && text.contains(remedy),
+        "{text}"
+    );
 
     let worker = bench.starting_worker();
     worker.until("trying again", async |worker| worker.logged("still no connection") >= 2).await;

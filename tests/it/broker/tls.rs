@@ -120,7 +120,7 @@ async fn a_broker_that_asks_for_a_certificate_gets_it() {
         .set("AMQP_TLS_CA_FILE", &authority.path("ca.pem"));
 
     let told = check(&bench).await;
-    assert!(told.contains("TLS with RabbitMQ fails") && told.contains("`amqp.tls.cert_file`"), "{told}");
+    assert!(told.contains("TLS with RabbitMQ failed") && told.contains("`amqp.tls.cert_file`"), "{told}");
     let with_certificate = |bench: Bench, of: &Authority| {
         of.issue("client-", "worker", &[]);
         bench
@@ -129,7 +129,7 @@ async fn a_broker_that_asks_for_a_certificate_gets_it() {
     };
     let bench = with_certificate(bench, &stranger);
     let told = check(&bench).await;
-    assert!(told.contains("TLS with RabbitMQ fails") && told.contains("`amqp.tls.cert_file`"), "{told}");
+    assert!(told.contains("TLS with RabbitMQ failed") && told.contains("`amqp.tls.cert_file`"), "{told}");
     let bench = with_certificate(bench, &authority);
     works(&bench).await;
 

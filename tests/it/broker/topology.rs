@@ -23,7 +23,10 @@ async fn a_worker_that_only_looks_waits_until_everything_is_there() {
     let waiting = only_looks.starting_worker();
     waiting.until("trying again", async |worker| worker.logged("still no connection") >= 2).await;
     let log = waiting.log();
-    assert!(log.contains(&format!("RabbitMQ lacks exchange `{}` (durable, topic)", bench.exchange)), "{log}");
+    assert!(
+        log.contains(&format!("missing in RabbitMQ: exchange `{}` (durable, topic)", bench.exchange)),
+        "{log}"
+    );
     assert_eq!((incidents(&waiting), waiting.ready().await.0), (1, 503), "{log}");
 
     let declares = bench.worker().await;

@@ -66,7 +66,7 @@ async fn a_broker_that_does_not_let_us_in() {
     let text = String::from_utf8(output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(78));
     assert!(text.starts_with("ok") && text.contains("\nwrong   RabbitMQ at"), "{text}");
-    assert!(text.contains("RabbitMQ refuses the connection") && text.contains("ACCESS_REFUSED"), "{text}");
+    assert!(text.contains("RabbitMQ refused the connection") && text.contains("ACCESS_REFUSED"), "{text}");
     assert!(text.contains("Check user, password and vhost in `amqp.url`"), "{text}");
     assert!(!text.contains("hunter2"), "{text}");
 }

@@ -259,7 +259,7 @@ async fn a_new_key_is_taken_over_on_sighup_and_a_bad_configuration_is_not() {
         ("[worker]\nconcurrency = 0\n", "worker.concurrency"),
         (
             "[close]\napi_key = \"api_simulator.key\"\n[amqp]\nurl = \"amqp://127.0.0.1:1/%2f\"\n",
-            "RabbitMQ cannot be reached",
+            "cannot reach RabbitMQ",
         ),
     ];
     for (refused, (text, told)) in (1..).zip(problems) {
