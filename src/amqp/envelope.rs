@@ -20,7 +20,7 @@ const OURS: &str = "x-close-sync-";
 /// Attempts made so far.
 pub const ATTEMPTS: &str = "x-close-sync-attempt";
 /// By this a message is known that comes back from a delay queue.
-pub const DETOUR: &str = "x-close-sync-detour";
+pub const DELAY_ID: &str = "x-close-sync-detour";
 /// When close-sync first received the message, RFC 3339.
 pub const FIRST_SEEN: &str = "x-close-sync-first-seen";
 /// The exchange the producer published to.
@@ -54,14 +54,14 @@ pub const DECISION: &str = "x-close-sync-decision";
 pub const FINGERPRINT: &str = "x-close-sync-fingerprint";
 
 /// What was made of headers that cannot be read (`frames.rs`). Stays behind: nobody could read it either.
-pub const SET_ASIDE: &str = "x-close-sync-set-aside";
+pub const QUARANTINED: &str = "x-close-sync-set-aside";
 
 /// The producer's place in a trace, as W3C Trace Context has it.
 pub const TRACEPARENT: &str = "traceparent";
 
 /// Headers about one failure: gone when the message is replayed.
 const OF_A_FAILURE: [&str; 10] =
-    [ATTEMPTS, DETOUR, ID, REASON, STAGE, ERROR, DECISION, FAILED_AT, FINGERPRINT, REPLACES];
+    [ATTEMPTS, DELAY_ID, ID, REASON, STAGE, ERROR, DECISION, FAILED_AT, FINGERPRINT, REPLACES];
 
 /// Most bytes of the producer's headers that a successor takes along. All headers travel in one frame, of 128 KiB by
 /// default, where ours and the broker's have to fit in too: one that is too large ends the connection, every time.
@@ -81,7 +81,7 @@ pub struct Envelope {
     /// Attempts before this one.
     pub attempts: u32,
     /// By this it is known since it first left for a delay queue.
-    pub detour: Option<Uuid>,
+    pub delay_id: Option<Uuid>,
     /// The replay it comes from, if somebody waits to be told what becomes of it.
     pub replay: Option<Uuid>,
     /// When it was first received.
@@ -149,7 +149,7 @@ impl Envelope {
         let id = |name| text(&properties, name).and_then(|text| text.parse().ok());
         Self {
             attempts: u32::try_from(number.unwrap_or(0)).unwrap_or(0),
-            detour: id(DETOUR),
+            delay_id: id(DELAY_ID),
             replay: id(REPLAY),
             first_seen: text(&properties, FIRST_SEEN).and_then(|text| text.parse().ok()).unwrap_or(now),
             sent: sent(&properties),
@@ -185,9 +185,9 @@ impl Envelope {
         }
     }
 
-    /// Properties for a delay queue, after `attempts` attempts; by `detour` it will be known.
-    pub fn for_delay(&self, attempts: u32, detour: Uuid) -> BasicProperties {
-        self.successor(vec![(ATTEMPTS, i64::from(attempts).into()), (DETOUR, detour.to_string().into())])
+    /// Properties for a delay queue, after `attempts` attempts; by `delay_id` it will be known.
+    pub fn for_delay(&self, attempts: u32, delay_id: Uuid) -> BasicProperties {
+        self.successor(vec![(ATTEMPTS, i64::from(attempts).into()), (DELAY_ID, delay_id.to_string().into())])
     }
 
     /// Properties for the dead-letter queue, where it has this id. The last attempt counts.
@@ -220,8 +220,8 @@ impl Envelope {
             (EXCHANGE, self.exchange.clone().into()),
             (ROUTING_KEY, self.routing_key.clone().into()),
         ];
-        // Of a detour it is told anew.
-        with_headers(&self.properties, |name| name != DETOUR, origin.into_iter().chain(ours))
+        // Of a delay_id it is told anew.
+        with_headers(&self.properties, |name| name != DELAY_ID, origin.into_iter().chain(ours))
     }
 }
 
@@ -346,7 +346,7 @@ fn with_headers(
 ) -> BasicProperties {
     let mut table = FieldTable::default();
     let all = properties.headers().iter().flat_map(FieldTable::inner);
-    let left_behind = |name: &str| of_the_broker(name) || name == SET_ASIDE;
+    let left_behind = |name: &str| of_the_broker(name) || name == QUARANTINED;
     let kept: Vec<_> = all.filter(|(name, _)| keep(name.as_str()) && !left_behind(name.as_str())).collect();
     let theirs = kept.iter().filter(|(name, _)| !name.as_str().starts_with(OURS));
     let fit = theirs.map(|(name, value)| size(name, value)).sum::<usize>() <= MOST_TAKEN_ALONG;
@@ -480,12 +480,12 @@ mod tests {
             ("x-delivery-count", AMQPValue::LongLongInt(3)),
             ("x-first-death-queue", AMQPValue::LongString("q".into())),
         ]);
-        let detour = Uuid::now_v7();
-        let delayed = received(first, now).for_delay(1, detour);
+        let delay_id = Uuid::now_v7();
+        let delayed = received(first, now).for_delay(1, delay_id);
         let mut second = Delivery::mock(2, "close-sync.retry".into(), "now".into(), true, vec![]);
         second.properties = delayed;
         let envelope = received(second, "2030-01-01T00:00:00Z".parse().unwrap());
-        assert_eq!((envelope.attempts, envelope.first_seen, envelope.detour), (1, now, Some(detour)));
+        assert_eq!((envelope.attempts, envelope.first_seen, envelope.delay_id), (1, now, Some(delay_id)));
         assert_eq!((envelope.exchange.as_str(), envelope.routing_key.as_str()), ("identify", "users"));
 
         let dead = DeadLetter {
@@ -508,7 +508,7 @@ mod tests {
         let replay = for_replay(&properties, again);
         assert_eq!(text(&replay, REPLAY), Some(again.to_string()));
         assert_eq!((number(&replay, ATTEMPTS), text(&replay, REASON), text(&replay, ID)), (None, None, None));
-        assert_eq!(text(&replay, DETOUR), None);
+        assert_eq!(text(&replay, DELAY_ID), None);
         assert_eq!(
             (number(&replay, REPLAYS), text(&replay, EXCHANGE).as_deref()),
             (Some(1), Some("identify"))

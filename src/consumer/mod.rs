@@ -346,11 +346,11 @@ impl<'a> InHand<'a> {
 
     fn receive(&mut self, incoming: Incoming, session: &Session, out: &Publishers, stop: &CancellationToken) {
         if let Some(outcome) = incoming.outcome().cloned() {
-            self.desk.pass(incoming.envelope.detour);
+            self.desk.pass(incoming.envelope.delay_id);
             self.passing.spawn(session.clone().pass(incoming, outcome, out.clone(), stop.clone()));
             return;
         }
-        let (keys, rank, id) = (incoming.keys(), incoming.envelope.priority(), incoming.envelope.detour);
+        let (keys, rank, id) = (incoming.keys(), incoming.envelope.priority(), incoming.envelope.delay_id);
         self.desk.receive(keys, rank, id, incoming);
     }
 

@@ -310,7 +310,7 @@ impl Session {
                 let Some(delay) = settings.delays.get(*level) else {
                     return Done::Failed(BrokerError::Missing(format!("there is no delay queue {level}")));
                 };
-                let detour = envelope.detour.unwrap_or_else(Uuid::now_v7);
+                let detour = envelope.delay_id.unwrap_or_else(Uuid::now_v7);
                 let attempts = envelope.attempts + u32::from(obstacle.charged());
                 let properties = envelope.for_delay(attempts, detour);
                 let exchange = settings.retry_exchange();

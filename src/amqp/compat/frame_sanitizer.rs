@@ -15,7 +15,7 @@ use std::task::{Context, Poll, ready};
 
 use futures_util::io::AsyncRead;
 
-use crate::amqp::envelope::SET_ASIDE;
+use crate::amqp::envelope::QUARANTINED;
 
 /// Levels of tables and arrays in a message's headers, these included. Nobody needs so many, and a lot more fit on
 /// lapin's stack.
@@ -282,9 +282,9 @@ fn set_aside(headers: &mut [u8]) -> usize {
     let all = headers.len();
     let entry = || {
         // A name and its length, `S` for a text, and the length of that.
-        let rest = all.checked_sub(1 + SET_ASIDE.len() + 1 + 4)?;
-        let (name, rest) = (u8::try_from(SET_ASIDE.len()).ok()?, u32::try_from(rest).ok()?);
-        Some([&[name], SET_ASIDE.as_bytes(), b"S", &rest.to_be_bytes()].concat())
+        let rest = all.checked_sub(1 + QUARANTINED.len() + 1 + 4)?;
+        let (name, rest) = (u8::try_from(QUARANTINED.len()).ok()?, u32::try_from(rest).ok()?);
+        Some([&[name], QUARANTINED.as_bytes(), b"S", &rest.to_be_bytes()].concat())
     };
     // Headers too short for it are nested nowhere: no broker sends those.
     let Some(entry) = entry() else { return 0 };
@@ -407,7 +407,7 @@ mod tests {
             assert_eq!(properties.message_id().as_ref().unwrap().as_str(), "id");
             let names: Vec<_> =
                 properties.headers().as_ref().unwrap().inner().keys().map(ToString::to_string).collect();
-            assert_eq!(names == [SET_ASIDE], aside, "{names:?}");
+            assert_eq!(names == [QUARANTINED], aside, "{names:?}");
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use close_sync::amqp::envelope::{REASON, ROUTING_KEY, SET_ASIDE};
+use close_sync::amqp::envelope::{QUARANTINED, REASON, ROUTING_KEY};
 use close_sync::simulator::{Effect, Fault, FaultBody, Settings, When};
 use lapin::BasicProperties;
 use lapin::options::{BasicPublishOptions, ExchangeDeleteOptions, QueueDeleteOptions};
@@ -373,7 +373,7 @@ async fn a_message_that_lapin_could_not_read_blocks_nobody() {
     let mut dead_letters = Vec::new();
     for _ in 0..4 {
         let (body, headers, properties) = bench.take_dead_letter().await;
-        assert_eq!((body.as_slice(), headers.contains_key(SET_ASIDE)), (b"nonsense".as_slice(), false));
+        assert_eq!((body.as_slice(), headers.contains_key(QUARANTINED)), (b"nonsense".as_slice(), false));
         dead_letters
             .push((properties.message_id().clone().unwrap().to_string(), headers[ROUTING_KEY].clone()));
     }
