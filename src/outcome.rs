@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::close::{CloseError, ResponseExcerpt};
 use crate::domain::event::NotForClose;
 use crate::domain::plan::{Plan, Refusal, Step};
+use strum::VariantArray;
 
 /// The label of messages that can't succeed.
 pub const DEAD: &str = "dead";
@@ -122,7 +123,7 @@ impl Skip {
     pub fn all() -> impl Iterator<Item = Self> {
         [Self::Event(NotForClose::Trigger), Self::Event(NotForClose::Integrations), Self::Anonymous]
             .into_iter()
-            .chain(Refusal::ALL.into_iter().map(Self::Switch))
+            .chain(Refusal::VARIANTS.iter().copied().map(Self::Switch))
     }
 
     /// The label in logs and metrics.

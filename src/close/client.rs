@@ -14,6 +14,7 @@ use reqwest::StatusCode;
 use secrecy::{ExposeSecret, SecretString};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use strum::VariantArray;
 use tokio::time::Instant;
 use tracing::field::Empty;
 use tracing::{Instrument, Span};
@@ -121,14 +122,14 @@ impl Client {
         observe: impl Fn(Call) + Send + Sync + 'static,
     ) -> Self {
         let gate = |endpoint| (endpoint, RateLimiter::new(share));
-        let gates = Endpoint::ALL.into_iter().map(gate).collect();
+        let gates = Endpoint::VARIANTS.iter().copied().map(gate).collect();
         let inner = Inner {
             transport: Box::new(transport),
             timeout,
             gates,
-            refused_in_a_row: Endpoint::ALL
-                .into_iter()
-                .map(|endpoint| (endpoint, AtomicU32::new(0)))
+            refused_in_a_row: Endpoint::VARIANTS
+                .iter()
+                .map(|endpoint| (*endpoint, AtomicU32::new(0)))
                 .collect(),
             observe: Box::new(observe),
             stall_guard: StallGuard::default(),

@@ -3,9 +3,11 @@
 use std::time::Duration;
 
 use reqwest::{Method, StatusCode};
+use strum::{IntoStaticStr, VariantArray};
 
 /// The endpoint groups Close counts calls by: path and method (close-api.md §2).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum Endpoint {
     /// `GET /me/`.
     Me,
@@ -32,36 +34,9 @@ pub enum Endpoint {
 }
 
 impl Endpoint {
-    /// All groups, for metrics and gates.
-    pub const ALL: [Self; 11] = [
-        Self::Me,
-        Self::Schema,
-        Self::Users,
-        Self::Search,
-        Self::Events,
-        Self::ReadLead,
-        Self::CreateLead,
-        Self::UpdateLead,
-        Self::ReadContact,
-        Self::CreateContact,
-        Self::UpdateContact,
-    ];
-
     /// The label in logs and metrics.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::Me => "me",
-            Self::Schema => "schema",
-            Self::Users => "users",
-            Self::Search => "search",
-            Self::Events => "events",
-            Self::ReadLead => "read_lead",
-            Self::CreateLead => "create_lead",
-            Self::UpdateLead => "update_lead",
-            Self::ReadContact => "read_contact",
-            Self::CreateContact => "create_contact",
-            Self::UpdateContact => "update_contact",
-        }
+        self.into()
     }
 
     pub(crate) fn method(self) -> Method {
@@ -105,7 +80,8 @@ impl Endpoint {
 }
 
 /// How a call ended, for metrics.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum StatusClass {
     /// 2xx.
     Ok,
@@ -124,28 +100,9 @@ pub enum StatusClass {
 }
 
 impl StatusClass {
-    /// All classes, for metrics.
-    pub const ALL: [Self; 7] = [
-        Self::Ok,
-        Self::Denied,
-        Self::NotFound,
-        Self::RateLimited,
-        Self::Refused,
-        Self::ServerError,
-        Self::NoAnswer,
-    ];
-
     /// The label in metrics.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::Ok => "ok",
-            Self::Denied => "denied",
-            Self::NotFound => "not_found",
-            Self::RateLimited => "rate_limited",
-            Self::Refused => "refused",
-            Self::ServerError => "server_error",
-            Self::NoAnswer => "no_answer",
-        }
+        self.into()
     }
 
     pub(crate) fn of(status: StatusCode) -> Self {

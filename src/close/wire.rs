@@ -11,6 +11,7 @@ use crate::domain::record::{
     Channel, Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists, fold_email,
 };
 use crate::domain::schema::{CustomField, FieldKind, Status, User};
+use strum::VariantArray;
 
 /// Keys of a record that map to a [`Field`]; custom fields are flat `custom.cf_…` keys beside them.
 fn fields(object: &Value, plain: &[Field]) -> Fields {
@@ -51,7 +52,7 @@ pub(crate) fn read_contact(object: &Value) -> Option<Contact> {
         lead_id: text(object, "lead_id").map(LeadId::new),
         date_created: text(object, "date_created").unwrap_or_default(),
         fields: fields(object, &[Field::Name, Field::Title]),
-        lists: Channel::ALL.into_iter().filter_map(|channel| Some((channel, entries(channel)?))).collect(),
+        lists: Channel::VARIANTS.iter().filter_map(|&channel| Some((channel, entries(channel)?))).collect(),
     })
 }
 

@@ -10,6 +10,7 @@ use crate::domain::mapping::source::{Alternative, Normalize, Source};
 use crate::domain::mapping::{Anonymous, FreeMail, RecordRules, Rule, Rules, Trigger, WriteRule};
 use crate::domain::record::{Channel, Field};
 use crate::domain::schema::FieldRef;
+use strum::VariantArray;
 
 /// The keys of a mapping rule.
 const RULE: [&str; 5] = ["from", "or_on_create", "write", "normalize", "values"];
@@ -142,11 +143,15 @@ impl Reader<'_> {
         let key = join(path, "normalize");
         let normalize = rule.and_then(|rule| rule.get("normalize"));
         let normalize = normalize.map_or(Some(Vec::new()), |list| {
-            let word = |item: &Value| Normalize::ALL.into_iter().find(|n| Some(n.label()) == item.as_str());
+            let word = |item: &Value| item.as_str()?.parse::<Normalize>().ok();
             list.as_array()?.iter().map(word).collect()
         });
         if normalize.is_none() {
-            let words = Normalize::ALL.map(|word| format!("`{}`", word.label())).join(", ");
+            let words = Normalize::VARIANTS
+                .iter()
+                .map(|word| format!("`{}`", word.label()))
+                .collect::<Vec<_>>()
+                .join(", ");
             self.problem(&key, &format!("must be a list of {words}"));
         }
         let values = rule.and_then(|rule| rule.get("values"));

@@ -1,6 +1,7 @@
 //! Mapped values that are left out of a write, and why.
 
 use serde_json::Value;
+use strum::{IntoStaticStr, VariantArray};
 
 /// A mapped value that was left out.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
@@ -14,7 +15,8 @@ pub struct Dropped {
 }
 
 /// Why a value was left out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum DropReason {
     /// A list or object where one value is needed.
     NotAValue,
@@ -39,42 +41,14 @@ pub enum DropReason {
     /// The Contact's list holds as many entries as Close takes.
     ListFull,
     /// Close refused it.
+    #[strum(serialize = "refused_by_close")]
     Refused,
 }
 
 impl DropReason {
-    /// All reasons, for metrics.
-    pub const ALL: [Self; 12] = [
-        Self::NotAValue,
-        Self::InvalidEmail,
-        Self::InvalidPhone,
-        Self::InvalidUrl,
-        Self::NotANumber,
-        Self::NotADate,
-        Self::NotAChoice,
-        Self::NoSuchUser,
-        Self::NotAnId,
-        Self::UnknownField,
-        Self::ListFull,
-        Self::Refused,
-    ];
-
     /// The label in logs and metrics.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::NotAValue => "not_a_value",
-            Self::InvalidEmail => "invalid_email",
-            Self::InvalidPhone => "invalid_phone",
-            Self::InvalidUrl => "invalid_url",
-            Self::NotANumber => "not_a_number",
-            Self::NotADate => "not_a_date",
-            Self::NotAChoice => "not_a_choice",
-            Self::NoSuchUser => "no_such_user",
-            Self::NotAnId => "not_an_id",
-            Self::UnknownField => "unknown_field",
-            Self::ListFull => "list_full",
-            Self::Refused => "refused_by_close",
-        }
+        self.into()
     }
 
     /// The reason in words.

@@ -18,6 +18,7 @@
 //! - An event with an email and no user id means everybody who has the email, also people who have user
 //!   ids of their own: nothing says which of them, and leaving all alone would make one more.
 //! - A second or later address of a Contact counts like its first.
+use strum::{IntoStaticStr, VariantArray};
 
 use crate::domain::mapping::{Identity, KeyFields};
 use crate::domain::record::{Channel, Contact, ContactId, Lead};
@@ -39,7 +40,8 @@ pub enum Likeness {
 }
 
 /// What was made of a candidate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum Verdict {
     /// The Lead carries the company id.
     SameCompany,
@@ -68,19 +70,7 @@ pub enum Verdict {
 impl Verdict {
     /// The label in logs and in JSON.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::SameCompany => "same_company",
-            Self::YoungerLead => "younger_lead",
-            Self::OtherCompany => "other_company",
-            Self::NoCompany => "no_company",
-            Self::SameUser => "same_user",
-            Self::SameEmail => "same_email",
-            Self::UserIdDecides => "user_id_decides",
-            Self::SomebodyElse => "somebody_else",
-            Self::NotThePerson => "not_the_person",
-            Self::TooMany => "too_many",
-            Self::Gone => "gone",
-        }
+        self.into()
     }
 
     /// The verdict in words.
@@ -193,43 +183,32 @@ pub enum Found {
 }
 
 /// Which of the rules decided.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum Case {
     /// The company has a Lead and the person is in it.
+    #[strum(serialize = "person_in_company_lead")]
     PersonInLead,
     /// The company has a Lead, and the person is not in it.
+    #[strum(serialize = "new_in_company_lead")]
     NewInLead,
     /// The company has none, but the person is under a Lead without company: it becomes the company's.
+    #[strum(serialize = "lead_adopted")]
     AdoptedLead,
     /// The person is known under Leads of other companies only.
+    #[strum(serialize = "person_of_other_company")]
     OtherCompany,
     /// The event names no company, and the person is known.
     KnownPerson,
     /// Neither the company nor the person is known.
+    #[strum(serialize = "nobody_known")]
     Nobody,
 }
 
 impl Case {
-    /// All of them, for the documentation.
-    pub const ALL: [Self; 6] = [
-        Self::PersonInLead,
-        Self::NewInLead,
-        Self::AdoptedLead,
-        Self::OtherCompany,
-        Self::KnownPerson,
-        Self::Nobody,
-    ];
-
     /// The label in logs and in JSON.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::PersonInLead => "person_in_company_lead",
-            Self::NewInLead => "new_in_company_lead",
-            Self::AdoptedLead => "lead_adopted",
-            Self::OtherCompany => "person_of_other_company",
-            Self::KnownPerson => "known_person",
-            Self::Nobody => "nobody_known",
-        }
+        self.into()
     }
 
     /// The rule in words.

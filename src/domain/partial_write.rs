@@ -3,6 +3,7 @@
 use crate::domain::mapping::{Desired, KeyFields};
 use crate::domain::plan::{RecordRef, RejectedField, Step};
 use crate::domain::record::{Channel, Field};
+use strum::VariantArray;
 
 /// The step without what Close rejected, and what was removed. `paths` are the paths in Close's `field-errors`,
 /// `["contacts", "0", "phones", "0", "phone"]` (close-api.md §3); several may lead to one field.
@@ -63,7 +64,7 @@ fn remove(step: &mut Step, record: &RecordRef, name: &str) -> bool {
             (fields, None)
         }
     };
-    let channel = Channel::ALL.into_iter().find(|channel| channel.list() == name);
+    let channel = Channel::VARIANTS.iter().copied().find(|channel| channel.list() == name);
     if let Some((channel, lists)) = channel.zip(lists) {
         return lists.remove(&channel).is_some();
     }

@@ -16,6 +16,7 @@
 use std::collections::BTreeMap;
 
 use serde_json::Value;
+use strum::{IntoStaticStr, VariantArray};
 
 use crate::domain::dropped::{DropReason, Dropped};
 use crate::domain::mapping::{Desired, Wanted, WriteRule};
@@ -81,39 +82,30 @@ pub enum Step {
 }
 
 /// A step a switch forbade.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum Refusal {
     /// `allow_creating_new_leads` is off.
+    #[strum(serialize = "creating_leads_is_off")]
     CreateLead,
     /// `allow_updating_existing_leads` is off.
+    #[strum(serialize = "updating_leads_is_off")]
     UpdateLead,
     /// `allow_creating_new_contacts` is off.
+    #[strum(serialize = "creating_contacts_is_off")]
     CreateContact,
     /// `allow_updating_existing_contacts` is off.
+    #[strum(serialize = "updating_contacts_is_off")]
     UpdateContact,
     /// `allow_creating_duplicate_contacts` is off.
+    #[strum(serialize = "duplicate_contacts_are_off")]
     DuplicateContact,
 }
 
 impl Refusal {
-    /// All refusals, for metrics.
-    pub const ALL: [Self; 5] = [
-        Self::CreateLead,
-        Self::UpdateLead,
-        Self::CreateContact,
-        Self::UpdateContact,
-        Self::DuplicateContact,
-    ];
-
     /// The label in logs and metrics.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::CreateLead => "creating_leads_is_off",
-            Self::UpdateLead => "updating_leads_is_off",
-            Self::CreateContact => "creating_contacts_is_off",
-            Self::UpdateContact => "updating_contacts_is_off",
-            Self::DuplicateContact => "duplicate_contacts_are_off",
-        }
+        self.into()
     }
 }
 
@@ -201,7 +193,8 @@ impl FieldPlan {
 }
 
 /// What is done with one field.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum FieldVerdict {
     /// The value is written.
     Set,
@@ -218,22 +211,14 @@ pub enum FieldVerdict {
     /// A newer event has told about the field ([`crate::domain::staleness`]).
     Stale,
     /// Close refused the value; the rest was written without it.
+    #[strum(serialize = "refused_by_close")]
     Refused,
 }
 
 impl FieldVerdict {
     /// The label in JSON.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::Set => "set",
-            Self::Appended => "appended",
-            Self::Same => "same",
-            Self::NotEmpty => "not_empty",
-            Self::OnlyOnCreate => "only_on_create",
-            Self::ListFull => "list_full",
-            Self::Stale => "stale",
-            Self::Refused => "refused_by_close",
-        }
+        self.into()
     }
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use serde_json::Value;
+use strum::VariantArray;
 
 macro_rules! id {
     ($(#[$doc:meta])* $name:ident) => {
@@ -87,7 +88,7 @@ pub fn same(one: &Value, other: &Value) -> bool {
 }
 
 /// A list on a Contact that grows and is never trimmed by us.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, VariantArray)]
 pub enum Channel {
     /// `emails`.
     Email,
@@ -98,9 +99,6 @@ pub enum Channel {
 }
 
 impl Channel {
-    /// All channels, in the order Close shows them.
-    pub const ALL: [Self; 3] = [Self::Email, Self::Phone, Self::Url];
-
     /// The key of the list in a Contact, `emails`.
     pub fn list(self) -> &'static str {
         match self {

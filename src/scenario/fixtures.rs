@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::domain::record::Channel;
 use crate::scenario::render;
 use crate::simulator::{CustomField, Lag, Owner, Simulator};
+use strum::VariantArray;
 
 /// A Lead, its custom fields by name.
 #[derive(Clone, Debug, Deserialize)]
@@ -180,7 +181,7 @@ impl LeadSeed {
 impl ContactSeed {
     fn body(&self) -> Map<String, Value> {
         let mut body = texts([("name", &self.name), ("title", &self.title)]);
-        for channel in Channel::ALL {
+        for &channel in Channel::VARIANTS {
             let list = match channel {
                 Channel::Email => &self.emails,
                 Channel::Phone => &self.phones,

@@ -24,6 +24,7 @@ use crate::domain::plan::{RecordPlan, RecordRef, Refusal};
 use crate::domain::record::{Channel, LeadId};
 use crate::outcome::Outcome;
 use crate::simulator::Simulator;
+use strum::VariantArray;
 
 /// One message. `name` knows what records are called.
 pub fn decision(
@@ -155,7 +156,7 @@ pub fn records(close: &Simulator) -> String {
                 let _ = writeln!(text, "    title: {}", contact["title"]);
             }
             custom(&mut text, contact, "    ");
-            for channel in Channel::ALL {
+            for channel in Channel::VARIANTS {
                 let entries = contact[channel.list()].as_array().into_iter().flatten();
                 let values: Vec<String> = entries.map(|entry| entry[channel.item()].to_string()).collect();
                 if !values.is_empty() {

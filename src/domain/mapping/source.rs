@@ -20,6 +20,7 @@ use jsonpath_rust::parser::model::JpQuery;
 use jsonpath_rust::parser::parse_json_path;
 use jsonpath_rust::query::{QueryRef, js_path_process};
 use serde_json::Value;
+use strum::{EnumString, IntoStaticStr, VariantArray};
 
 use crate::domain::event::Event;
 
@@ -49,7 +50,8 @@ enum Piece {
 }
 
 /// A change of notation, applied to every text found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, EnumString, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum Normalize {
     /// `ACME` becomes `acme`.
     Lowercase,
@@ -64,19 +66,9 @@ pub enum Normalize {
 }
 
 impl Normalize {
-    /// All, for the configuration.
-    pub const ALL: [Self; 5] =
-        [Self::Lowercase, Self::Uppercase, Self::SingleSpaces, Self::Domain, Self::Join];
-
     /// The word in the configuration.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::Lowercase => "lowercase",
-            Self::Uppercase => "uppercase",
-            Self::SingleSpaces => "single_spaces",
-            Self::Domain => "domain",
-            Self::Join => "join",
-        }
+        self.into()
     }
 }
 

@@ -15,7 +15,7 @@ use prometheus::proto::MetricFamily;
 use prometheus::{
     Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder,
 };
-use strum::VariantNames as _;
+use strum::{VariantArray as _, VariantNames as _};
 use tokio::time::Instant;
 
 use crate::amqp::BrokerTrouble;
@@ -167,13 +167,13 @@ impl Metrics {
                 "fields_dropped_total",
                 "Mapped values left out by reason",
                 "reason",
-                &DropReason::ALL.map(DropReason::label),
+                &DropReason::VARIANTS.iter().map(|reason| reason.label()).collect::<Vec<_>>(),
             )?,
             steps_refused: make.counters(
                 "steps_refused_total",
                 "Writes the switches forbade",
                 "switch",
-                &Refusal::ALL.map(Refusal::label),
+                &Refusal::VARIANTS.iter().map(|refusal| refusal.label()).collect::<Vec<_>>(),
             )?,
             conflicts: make.counter(
                 "contact_conflicts_total",
@@ -269,7 +269,7 @@ impl Metrics {
     /// Whose rate limits are told of from now on.
     pub fn set_close_client(&self, client: Option<Client>) {
         *self.rate_limits.close.lock().unwrap_or_else(PoisonError::into_inner) = client;
-        for endpoint in Endpoint::ALL {
+        for endpoint in Endpoint::VARIANTS {
             let RateLimits { limit, remaining, reset, others, close: _ } = &self.rate_limits;
             for gauge in [limit, remaining, reset, others] {
                 gauge.with_label_values(&[endpoint.label()]).set(f64::NAN);
@@ -290,13 +290,13 @@ impl Metrics {
 
     /// Deliveries settled and calls made so far.
     pub fn totals(&self) -> (u64, Vec<(Endpoint, u64)>) {
-        let calls = |endpoint: Endpoint| {
-            let by_status = StatusClass::ALL.map(|status| {
+        let calls = |endpoint: &Endpoint| {
+            let by_status = StatusClass::VARIANTS.iter().map(|status| {
                 self.close_requests.with_label_values(&[endpoint.label(), status.label()]).get()
             });
-            (endpoint, by_status.iter().sum())
+            (*endpoint, by_status.sum())
         };
-        (self.handling_seconds.get_sample_count(), Endpoint::ALL.map(calls).into())
+        (self.handling_seconds.get_sample_count(), Endpoint::VARIANTS.iter().map(calls).collect())
     }
 
     /// The load, for people.

@@ -6,6 +6,7 @@ use prometheus::{
 };
 
 use crate::close::{Endpoint, StatusClass};
+use strum::VariantArray;
 
 /// Makes metrics whose every label value exists from the start.
 pub(crate) struct Maker<'a>(pub(crate) &'a Registry);
@@ -49,7 +50,7 @@ impl Maker<'_> {
     /// The same, by endpoint group.
     pub(crate) fn unknowns(&self, name: &str, help: &str) -> prometheus::Result<GaugeVec> {
         let gauges = GaugeVec::new(Opts::new(name, help), &["endpoint"])?;
-        for endpoint in Endpoint::ALL {
+        for endpoint in Endpoint::VARIANTS {
             gauges.with_label_values(&[endpoint.label()]).set(f64::NAN);
         }
         self.0.register(Box::new(gauges.clone()))?;
@@ -85,7 +86,7 @@ impl Maker<'_> {
     ) -> prometheus::Result<HistogramVec> {
         let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
         let histograms = HistogramVec::new(options, &["endpoint"])?;
-        for endpoint in Endpoint::ALL {
+        for endpoint in Endpoint::VARIANTS {
             histograms.with_label_values(&[endpoint.label()]);
         }
         self.0.register(Box::new(histograms.clone()))?;
@@ -96,8 +97,8 @@ impl Maker<'_> {
         let options =
             Opts::new("close_requests_total", "Calls to Close by endpoint group and how they ended");
         let requests = IntCounterVec::new(options, &["endpoint", "status"])?;
-        for endpoint in Endpoint::ALL {
-            for status in StatusClass::ALL {
+        for endpoint in Endpoint::VARIANTS {
+            for status in StatusClass::VARIANTS {
                 requests.with_label_values(&[endpoint.label(), status.label()]);
             }
         }
