@@ -47,8 +47,8 @@
 //! - [`outcome`]: the closed lists of what can become of a message; [`retry`]: what follows a failure.
 //! - [`close`]: the only place that knows Close's HTTP API, with its rate limiter.
 //! - [`domain`]: the decisions, as pure functions of values.
-//! - [`simulator`]: a stateful fake Close; [`scenario`]: events played on it. Test equipment: nothing in the worker
-//!   knows that it exists.
+//! - `scenario`: test files for a mapping, played on `close-sync-simulator`, a stateful fake Close. Only with the
+//!   feature `simulator`, which the commands `simulate` and `test` need and the worker does not.
 //!
 //! # Invariants
 //!
@@ -74,6 +74,7 @@ pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("CLOSE_S
 
 // Top down: a module uses only what stands below it.
 pub mod cli;
+#[cfg(feature = "simulator")]
 pub mod scenario;
 pub mod supervisor;
 
@@ -96,5 +97,3 @@ pub mod close;
 
 pub mod domain;
 pub mod text;
-
-pub mod simulator;

@@ -8,7 +8,9 @@ mod check;
 mod dlq;
 mod plan;
 mod publish;
+#[cfg(feature = "simulator")]
 mod simulate;
+#[cfg(feature = "simulator")]
 mod test;
 
 use std::io::IsTerminal;
@@ -64,10 +66,12 @@ enum Command {
     Run,
     Check(check::Args),
     Plan(plan::Args),
+    #[cfg(feature = "simulator")]
     Test(test::Args),
     Publish(publish::Args),
     #[command(subcommand)]
     Dlq(Box<dlq::Command>),
+    #[cfg(feature = "simulator")]
     Simulate(simulate::Args),
     /// Ask the worker at `http.addr` whether it is alive, for container health checks.
     Healthcheck,
@@ -188,6 +192,7 @@ impl Cli {
                 check::check(&args, config).await
             }
             Command::Plan(args) => plan::plan(args, single(layers()?.read(Need::All)?)?).await,
+            #[cfg(feature = "simulator")]
             Command::Test(args) => test::test(args, layers()?).await,
             Command::Publish(args) => {
                 publish::publish(args, shared(layers()?.read(Need::Broker)?)?.amqp).await
@@ -196,6 +201,7 @@ impl Cli {
                 let destination = single(layers()?.read(Need::Broker)?)?;
                 dlq::dlq(*command, destination, || layers()?.read(Need::All)).await
             }
+            #[cfg(feature = "simulator")]
             Command::Simulate(args) => simulate::simulate(args).await,
             Command::Healthcheck => {
                 let addr = layers()?.read(Need::Broker)?.http_addr;

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use crate::cli::Failure;
-use crate::simulator::{Lag, Limits, Settings, Simulator};
+use close_sync_simulator::{Lag, Limits, Settings, Simulator};
 
 /// Serve a fake Close, for first steps and tests.
 ///

@@ -1,17 +1,14 @@
 //! Close's records in memory, for tests of what is decided from them: reading as [`crate::close::Client`] does
-//! it, search with its harsher readings, and the effect of steps. No HTTP, no clock. How Close rewrites
-//! phones and pages, it asks the simulator.
+//! it, search with its harsher readings, and the effect of steps. No HTTP, no clock.
 
 use std::collections::BTreeMap;
 
+#[cfg(feature = "simulator")]
 use serde_json::Value;
 
 use crate::close::{CloseError, Hits, Records, wire};
 use crate::domain::plan::{ContactValues, Step};
-use crate::domain::record::{
-    Channel, Contact, ContactId, Entry, Field, FieldId, Lead, LeadId, Lists, fold_email,
-};
-use crate::simulator::{Country, formats};
+use crate::domain::record::{Channel, Contact, ContactId, Entry, FieldId, Lead, LeadId, Lists, fold_email};
 use crate::sync::id_cache::CreatedIds;
 
 /// All records, and what search shows of them.
@@ -26,6 +23,8 @@ pub(crate) struct InMemoryRecords {
     made: usize,
 }
 
+/// For scenarios, whose records come from the simulator.
+#[cfg(feature = "simulator")]
 impl InMemoryRecords {
     /// Takes over records in Close's JSON.
     pub(crate) fn read(leads: &[Value], contacts: &[Value]) -> Self {
@@ -48,6 +47,17 @@ impl InMemoryRecords {
         self
     }
 
+    /// What a record is called, there or gone.
+    pub(crate) fn name(&self, id: &str) -> Option<String> {
+        let leads = self.leads.values().chain(&self.gone.0).map(|lead| (lead.id.as_str(), &lead.fields));
+        let contacts = self.contacts.values().chain(&self.gone.1);
+        let contacts = contacts.map(|contact| (contact.id.as_str(), &contact.fields));
+        let (_, fields) = leads.chain(contacts).find(|(other, _)| *other == id)?;
+        fields.get(&crate::domain::record::Field::Name)?.as_str().map(str::to_owned)
+    }
+}
+
+impl InMemoryRecords {
     /// The same, with search showing nothing of what is written from now on.
     pub(crate) fn with_frozen_search(mut self) -> Self {
         self.frozen =
@@ -67,15 +77,6 @@ impl InMemoryRecords {
             Some((_, contacts)) => contacts.iter().collect(),
             None => self.contacts.values().chain(&self.gone.1).collect(),
         }
-    }
-
-    /// What a record is called, there or gone.
-    pub(crate) fn name(&self, id: &str) -> Option<String> {
-        let leads = self.leads.values().chain(&self.gone.0).map(|lead| (lead.id.as_str(), &lead.fields));
-        let contacts = self.contacts.values().chain(&self.gone.1);
-        let contacts = contacts.map(|contact| (contact.id.as_str(), &contact.fields));
-        let (_, fields) = leads.chain(contacts).find(|(other, _)| *other == id)?;
-        fields.get(&Field::Name)?.as_str().map(str::to_owned)
     }
 
     /// Carries out a step. What it refers to has to be there.
@@ -120,21 +121,34 @@ impl InMemoryRecords {
     }
 }
 
-/// Lists as Close keeps them: phones and pages rewritten.
+/// Lists as Close keeps them: phones and URLs rewritten (close-api.md §5), with the default country US.
 fn kept(lists: &Lists) -> Lists {
     let mut kept = lists.clone();
     for (channel, entries) in &mut kept {
         for Entry { value, .. } in entries {
-            let rewritten = match channel {
-                Channel::Email => formats::email(value).map(str::to_owned),
-                Channel::Phone => formats::phone(value, &Country::default()).map(|phone| phone.number),
-                Channel::Url => formats::url(value),
+            *value = match channel {
+                Channel::Email => value.trim().to_owned(),
+                Channel::Phone => international(value),
+                Channel::Url if value.contains("://") => value.clone(),
+                Channel::Url => format!("http://{value}"),
             };
-            // What stands there already is not looked at again.
-            *value = rewritten.unwrap_or_else(|| value.clone());
         }
     }
     kept
+}
+
+/// A phone number with its country code. What is not a phone number stays as it is.
+fn international(text: &str) -> String {
+    let digits: String = text.chars().filter(char::is_ascii_digit).collect();
+    if !(1..=14).contains(&digits.len()) {
+        return text.to_owned();
+    }
+    match digits.strip_prefix("00") {
+        _ if text.trim().starts_with('+') => format!("+{digits}"),
+        Some(international) => format!("+{international}"),
+        None if digits.len() == 11 && digits.starts_with('1') => format!("+{digits}"),
+        None => format!("+1{digits}"),
+    }
 }
 
 /// Search folds case and blanks of a text: a hit can still be a different id (close-api.md §6).

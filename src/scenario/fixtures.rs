@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use crate::domain::record::Channel;
 use crate::scenario::render;
-use crate::simulator::{CustomField, Lag, Owner, Simulator};
+use close_sync_simulator::{CustomField, Lag, Owner, Simulator};
 use strum::VariantArray;
 
 /// A Lead, its custom fields by name.

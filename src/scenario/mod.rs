@@ -1,6 +1,6 @@
 //! Test files for a mapping: what Close holds, an event, and what has to come of it.
 //!
-//! A [`Suite`] is one file. Each of its scenarios gets a Close of its own, the [`crate::simulator`], and
+//! A [`Suite`] is one file. Each of its scenarios gets a Close of its own, the [`close_sync_simulator`], and
 //! runs through the same [`Worker`] as every message; only the broker is missing. What comes of it is
 //! told as text ([`render`]) and compared with the text in the file, so that the difference reads like a
 //! review of the change.
@@ -22,10 +22,10 @@ use crate::config::{Destination, Layers, Need};
 use crate::domain::decision::Decision;
 use crate::domain::event;
 use crate::domain::schema::FieldRef;
-use crate::simulator::{CustomField, Owner, Settings, Simulator, User};
 use crate::sync::preflight::{self, Ready};
 use crate::sync::{Prepared, ReceivedAt, RunContext, Worker};
 use crate::telemetry::metrics::Metrics;
+use close_sync_simulator::{CustomField, Owner, Settings, Simulator, User};
 
 use fixtures::{LeadSeed, Planted, Seed};
 
@@ -66,7 +66,7 @@ struct FieldSeed {
     /// Made up when it does not matter.
     id: Option<String>,
     #[serde(rename = "type")]
-    kind: crate::simulator::FieldKind,
+    kind: close_sync_simulator::FieldKind,
     #[serde(default)]
     choices: Vec<String>,
     #[serde(default)]
@@ -308,7 +308,7 @@ impl FieldSeed {
         let is_id = key.starts_with("cf_");
         let name = if is_id { name } else { key }.to_owned();
         let id = is_id.then(|| key.to_owned());
-        let kind = crate::simulator::FieldKind::Text;
+        let kind = close_sync_simulator::FieldKind::Text;
         Self { of, name, id, kind, choices: Vec::new(), multiple: false }
     }
 

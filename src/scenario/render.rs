@@ -23,7 +23,7 @@ use crate::domain::matching::Verdict;
 use crate::domain::plan::{RecordPlan, RecordRef, Refusal};
 use crate::domain::record::{Channel, LeadId};
 use crate::outcome::Outcome;
-use crate::simulator::Simulator;
+use close_sync_simulator::Simulator;
 use strum::VariantArray;
 
 /// One message. `name` knows what records are called.

@@ -1,7 +1,6 @@
 //! The laws of matching, tried on whole worlds in memory: look up, decide, carry out, and look again.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::path::{Path, PathBuf};
+use std::collections::{BTreeMap, BTreeSet};
 
 use futures_util::FutureExt;
 use jiff::Timestamp;
@@ -10,9 +9,8 @@ use serde_json::{Value, json};
 
 use crate::close::CloseError;
 use crate::close::in_memory::InMemoryRecords;
-use crate::config::Layers;
 use crate::domain::decision::Decision;
-use crate::domain::event::{self, Event};
+use crate::domain::event::Event;
 use crate::domain::mapping::tests::{rules, schema};
 use crate::domain::mapping::{Desired, Mapping, WriteRule};
 use crate::domain::matching::{Case, Likeness, MAX_CONTACTS, compare};
@@ -22,12 +20,9 @@ use crate::domain::record::{
 };
 use crate::domain::schema::FieldRef;
 use crate::domain::switches::Switches;
-use crate::outcome::{Effect, Outcome};
-use crate::scenario::{self, Scenario, Suite, Told, render};
 use crate::sync::id_cache::{CreatedIds, IdCache};
 use crate::sync::resolver::{Decided, Resolver};
 use crate::sync::version_cache::VersionCache;
-use crate::sync::{Prepared, ReceivedAt};
 
 /// What the worker remembers from one message to the next.
 #[derive(Default)]
@@ -461,64 +456,79 @@ fn count<T: Ord>(items: impl Iterator<Item = T>) -> BTreeMap<T, usize> {
     counts
 }
 
-/// Where the project's own scenarios are.
-fn scenario_files() -> Vec<PathBuf> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/scenarios");
-    let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
-    files.sort();
-    files
-}
+/// The project's own scenarios, played on records in memory.
+#[cfg(feature = "simulator")]
+mod scenarios {
+    use std::collections::HashMap;
+    use std::path::{Path, PathBuf};
 
-#[tokio::test]
-async fn every_scenario_comes_out_in_memory_as_it_says() {
-    let base = Layers::load(None, &HashMap::new()).unwrap();
-    let (mut number, mut wrong) = (0, Vec::new());
-    for file in scenario_files() {
-        let suite = Suite::load(&file).unwrap();
-        for scenario in &suite.scenarios {
-            number += 1;
-            let difference = in_memory(&suite, scenario, &base).await;
-            if !difference.is_empty() {
-                wrong.push(format!("{}: {}\n{difference}", file.display(), scenario.title));
+    use super::*;
+    use crate::config::Layers;
+    use crate::domain::event;
+    use crate::outcome::{Effect, Outcome};
+    use crate::scenario::{self, Scenario, Suite, Told, render};
+    use crate::sync::{Prepared, ReceivedAt};
+
+    /// Where the project's own scenarios are.
+    fn scenario_files() -> Vec<PathBuf> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/scenarios");
+        let mut files: Vec<_> =
+            std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+        files.sort();
+        files
+    }
+
+    #[tokio::test]
+    async fn every_scenario_comes_out_in_memory_as_it_says() {
+        let base = Layers::load(None, &HashMap::new()).unwrap();
+        let (mut number, mut wrong) = (0, Vec::new());
+        for file in scenario_files() {
+            let suite = Suite::load(&file).unwrap();
+            for scenario in &suite.scenarios {
+                number += 1;
+                let difference = in_memory(&suite, scenario, &base).await;
+                if !difference.is_empty() {
+                    wrong.push(format!("{}: {}\n{difference}", file.display(), scenario.title));
+                }
             }
         }
+        assert!(number >= 80, "{number} scenarios");
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     }
-    assert!(number >= 80, "{number} scenarios");
-    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-}
 
-/// How a scenario played on the records alone differs from what it says.
-async fn in_memory(suite: &Suite, scenario: &Scenario, base: &Layers) -> String {
-    let (simulator, planted) = suite.plant(scenario, base).await.unwrap();
-    let book = || InMemoryRecords::read(&simulator.leads(), &simulator.contacts());
-    let before = book();
-    planted.bury(&simulator).unwrap();
-    let mut book = book().after(&before);
+    /// How a scenario played on the records alone differs from what it says.
+    async fn in_memory(suite: &Suite, scenario: &Scenario, base: &Layers) -> String {
+        let (simulator, planted) = suite.plant(scenario, base).await.unwrap();
+        let book = || InMemoryRecords::read(&simulator.leads(), &simulator.contacts());
+        let before = book();
+        planted.bury(&simulator).unwrap();
+        let mut book = book().after(&before);
 
-    let config = suite.config(scenario, base, &simulator).unwrap();
-    let switches = config.worker.switches;
-    let worker = scenario::worker(config).await.unwrap();
-    let (mapping, memory) = (worker.mapping(), Memory::default());
-    let mut told = Vec::new();
-    for event in event::split(scenario.event.as_bytes()) {
-        let (outcome, decision) = match worker.prepare(&event, ReceivedAt::now()) {
-            Prepared::Settled(outcome) => (outcome, Decision::default()),
-            Prepared::Job(job) => {
-                let desired = job.desired();
-                let decided = decide(&book, &memory, &mapping, switches, &[desired]).unwrap();
-                carry_out(&mut book, &memory, &[desired], &decided);
-                let again = decide(&book, &memory, &mapping, switches, &[desired]).unwrap();
-                assert_eq!(again.1.together.steps, [], "{}: twice", scenario.title);
-                let decision = decided.0;
-                let effect = decision.plan.steps.iter().map(Effect::of).min();
-                (Outcome::of(&decision.plan, effect.unwrap_or(Effect::Unchanged)), decision)
-            }
-        };
-        told.push(render::decision(&outcome, &decision, &mapping, |id| book.name(id)));
+        let config = suite.config(scenario, base, &simulator).unwrap();
+        let switches = config.worker.switches;
+        let worker = scenario::worker(config).await.unwrap();
+        let (mapping, memory) = (worker.mapping(), Memory::default());
+        let mut told = Vec::new();
+        for event in event::split(scenario.event.as_bytes()) {
+            let (outcome, decision) = match worker.prepare(&event, ReceivedAt::now()) {
+                Prepared::Settled(outcome) => (outcome, Decision::default()),
+                Prepared::Job(job) => {
+                    let desired = job.desired();
+                    let decided = decide(&book, &memory, &mapping, switches, &[desired]).unwrap();
+                    carry_out(&mut book, &memory, &[desired], &decided);
+                    let again = decide(&book, &memory, &mapping, switches, &[desired]).unwrap();
+                    assert_eq!(again.1.together.steps, [], "{}: twice", scenario.title);
+                    let decision = decided.0;
+                    let effect = decision.plan.steps.iter().map(Effect::of).min();
+                    (Outcome::of(&decision.plan, effect.unwrap_or(Effect::Unchanged)), decision)
+                }
+            };
+            told.push(render::decision(&outcome, &decision, &mapping, |id| book.name(id)));
+        }
+        // The records are the simulator's to tell.
+        let told = Told { decision: told.join("\n"), records: String::new() };
+        let mut scenario = scenario.clone();
+        scenario.records = None;
+        scenario.difference(&told)
     }
-    // The records are the simulator's to tell.
-    let told = Told { decision: told.join("\n"), records: String::new() };
-    let mut scenario = scenario.clone();
-    scenario.records = None;
-    scenario.difference(&told)
 }

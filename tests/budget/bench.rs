@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use close_sync::config::{Config, Need};
-use close_sync::simulator::{Lag, Limits, Settings, Simulator};
+use close_sync_simulator::{Lag, Limits, Settings, Simulator};
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::{BasicProperties, Connection, ConnectionProperties};
 use serde_json::{Value, json};

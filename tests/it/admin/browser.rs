@@ -7,7 +7,7 @@ use std::process::Stdio;
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use close_sync::simulator::{Effect, Fault, FaultBody, When};
+use close_sync_simulator::{Effect, Fault, FaultBody, When};
 use reqwest::{Client, Method};
 use serde_json::{Value, json};
 use tempfile::TempDir;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use close_sync::simulator::{Effect, Fault, FaultBody, When};
+use close_sync_simulator::{Effect, Fault, FaultBody, When};
 use lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::FieldTable;
 use reqwest::StatusCode;

@@ -1,6 +1,6 @@
 //! What the page tells of the work.
 
-use close_sync::simulator::{Settings, Simulator};
+use close_sync_simulator::{Settings, Simulator};
 use reqwest::StatusCode;
 use reqwest::header::LOCATION;
 

@@ -1,6 +1,6 @@
 //! A cluster of brokers that loses a node in the middle of the work.
 
-use close_sync::simulator::{Effect, Fault, Settings};
+use close_sync_simulator::{Effect, Fault, Settings};
 use serde_json::Value;
 
 use crate::support::{Bench, Node, Worker, people};

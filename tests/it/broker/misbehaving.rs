@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use close_sync::amqp::envelope::{QUARANTINED, REASON, ROUTING_KEY};
-use close_sync::simulator::{Effect, Fault, FaultBody, Settings, When};
+use close_sync_simulator::{Effect, Fault, FaultBody, Settings, When};
 use lapin::BasicProperties;
 use lapin::options::{BasicPublishOptions, ExchangeDeleteOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable};

@@ -4,7 +4,7 @@
 use close_sync::amqp;
 use close_sync::amqp::topology::{Object, bindings, objects};
 use close_sync::config::{Config, Need};
-use close_sync::simulator::{Effect, Fault, FaultBody, Settings, When};
+use close_sync_simulator::{Effect, Fault, FaultBody, Settings, When};
 use serde_json::{Map, Value, json};
 
 use crate::support::{Bench, Node, identify};

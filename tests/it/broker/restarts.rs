@@ -3,7 +3,7 @@
 use std::io::Write as _;
 use std::time::{Duration, Instant};
 
-use close_sync::simulator::{Effect, Fault, FaultBody, Settings, When};
+use close_sync_simulator::{Effect, Fault, FaultBody, Settings, When};
 use lapin::BasicProperties;
 use serde_json::json;
 

@@ -1,6 +1,6 @@
 //! `amqps://`: whom the worker trusts, and whom the broker lets in.
 
-use close_sync::simulator::Settings;
+use close_sync_simulator::Settings;
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use serde_json::json;
 

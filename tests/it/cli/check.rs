@@ -1,6 +1,6 @@
 //! `close-sync check` on every kind of bad configuration, and `run` refusing to start.
 
-use close_sync::simulator::{Effect, Fault, FaultBody, When};
+use close_sync_simulator::{Effect, Fault, FaultBody, When};
 
 use lapin::ExchangeKind;
 use lapin::options::{ExchangeDeclareOptions, QueueDeclareOptions};

@@ -1,6 +1,6 @@
 //! Several Close organizations in one process.
 
-use close_sync::simulator::{Effect, Fault, Settings, Simulator};
+use close_sync_simulator::{Effect, Fault, Settings, Simulator};
 use lapin::BasicProperties;
 use lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::FieldTable;

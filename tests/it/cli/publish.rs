@@ -1,6 +1,6 @@
 //! `close-sync publish` and the producer's contract, and the metrics page after it all.
 
-use close_sync::simulator::{Effect, Fault, When};
+use close_sync_simulator::{Effect, Fault, When};
 use lapin::BasicProperties;
 use lapin::options::{BasicGetOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::{FieldTable, ShortString};

@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use close_sync::simulator::{Effect, Fault, FaultBody, When};
+use close_sync_simulator::{Effect, Fault, FaultBody, When};
 use serde_json::{Value, json};
 
 use crate::support::dead_letters::{ids, line, lines};

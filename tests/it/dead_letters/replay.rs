@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use close_sync::simulator::{Effect, Fault, FaultBody, When};
+use close_sync_simulator::{Effect, Fault, FaultBody, When};
 use futures_util::StreamExt;
 use serde_json::{Value, json};
 

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use close_sync::simulator::{Effect, Fault, FaultBody, When};
+use close_sync_simulator::{Effect, Fault, FaultBody, When};
 
 use super::history::History;
 

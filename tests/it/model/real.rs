@@ -15,7 +15,7 @@ use std::io::Write as _;
 use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
-use close_sync::simulator::Settings;
+use close_sync_simulator::Settings;
 use futures_util::{FutureExt, StreamExt, stream};
 use jiff::{SignedDuration, Timestamp};
 

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::Write as _;
 use std::time::{Duration, Instant};
 
-use close_sync::simulator::Settings;
+use close_sync_simulator::Settings;
 use jiff::{SignedDuration, Timestamp};
 use lapin::options::BasicPublishOptions;
 use lapin::{BasicProperties, Confirmation};

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use close_sync::simulator::{Effect, Fault, FaultBody, When};
+use close_sync_simulator::{Effect, Fault, FaultBody, When};
 use lapin::options::ExchangeDeleteOptions;
 use lapin::types::FieldTable;
 

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use close_sync::amqp::envelope;
 use close_sync::amqp::server_info::ServerInfo;
 use close_sync::config::{Config, Need};
-use close_sync::simulator::{Fault, Settings, Simulator};
+use close_sync_simulator::{Fault, Settings, Simulator};
 use lapin::options::{
     BasicConsumeOptions, BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeleteOptions,
     QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,

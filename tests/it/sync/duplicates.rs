@@ -1,6 +1,6 @@
 //! One Lead per company, one Contact per person: lost answers, lagging search, a change of workers.
 
-use close_sync::simulator::{Effect, Fault, FaultBody, Settings, When};
+use close_sync_simulator::{Effect, Fault, FaultBody, Settings, When};
 use serde_json::{Value, json};
 
 use crate::support::{Bench, identify};

@@ -1,6 +1,6 @@
 //! Order: nobody overtakes, what waits for one person is written once, and what is older undoes nothing.
 
-use close_sync::simulator::{Effect, Fault, FaultBody, Settings, When};
+use close_sync_simulator::{Effect, Fault, FaultBody, Settings, When};
 use serde_json::{Value, json};
 
 use crate::support::{Bench, identify, values};

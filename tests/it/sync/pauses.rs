@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use close_sync::simulator::{Effect, Fault, FaultBody, Limits, Rate, Settings, When};
+use close_sync_simulator::{Effect, Fault, FaultBody, Limits, Rate, Settings, When};
 use serde_json::{Value, json};
 
 use crate::support::{Bench, Worker, identify, people};

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use close_sync::simulator::{HeaderStyle, Limits, Rate, Settings};
+use close_sync_simulator::{HeaderStyle, Limits, Rate, Settings};
 use serde_json::json;
 
 use crate::support::{Bench, identify};

@@ -1,6 +1,6 @@
 //! Custom fields that come and go in Close while the worker runs.
 
-use close_sync::simulator::{CustomField, FieldKind, Owner};
+use close_sync_simulator::{CustomField, FieldKind, Owner};
 use serde_json::{Value, json};
 
 use crate::support::{Bench, Worker, identify};

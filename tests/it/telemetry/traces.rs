@@ -11,7 +11,7 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use axum::routing::post;
 use close_sync::amqp::envelope::TRACEPARENT;
-use close_sync::simulator::{Effect, Fault, FaultBody, Settings, When};
+use close_sync_simulator::{Effect, Fault, FaultBody, Settings, When};
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable};
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use close_sync::simulator::{Limits, Rate};
+use close_sync_simulator::{Limits, Rate};
 
 /// Everything about a run that is not the history.
 #[derive(Clone, Debug)]

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use close_sync::close::{CloseError, Fault, Response, Transport};
-use close_sync::simulator::{Lag, Offline, Reply, Settings};
+use close_sync_simulator::{Lag, Offline, Reply, Settings};
 use futures_util::future::BoxFuture;
 use jiff::Timestamp;
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue};

@@ -9,19 +9,19 @@ use std::{
 use jiff::Timestamp;
 use serde_json::Value;
 
-use crate::simulator::schema::Kind;
+use crate::schema::Kind;
 
 /// A record as it was when it was written.
 #[derive(Debug, Clone)]
-pub(super) struct Document {
-    pub(super) kind: Kind,
-    pub(super) id: String,
-    pub(super) value: Arc<Value>,
+pub(crate) struct Document {
+    pub(crate) kind: Kind,
+    pub(crate) id: String,
+    pub(crate) value: Arc<Value>,
 }
 
 /// The documents search sees, and those it will see.
 #[derive(Debug, Default)]
-pub(super) struct Index {
+pub(crate) struct Index {
     shown: HashMap<String, Document>,
     /// The ids of the shown documents that hold a value, by field and folded value: it keeps a search for
     /// many ids at once from reading everything.
@@ -40,13 +40,13 @@ struct Write {
 
 impl Index {
     /// Takes a document, or that there is none any more, to show it from a certain moment on.
-    pub(super) fn write(&mut self, id: &str, document: Option<Document>, visible: Timestamp) {
+    pub(crate) fn write(&mut self, id: &str, document: Option<Document>, visible: Timestamp) {
         self.written += 1;
         self.coming.insert((visible, self.written), Write { id: id.to_owned(), document });
     }
 
     /// Shows everything that is due.
-    pub(super) fn catch_up(&mut self, now: Timestamp) {
+    pub(crate) fn catch_up(&mut self, now: Timestamp) {
         while let Some(entry) = self.coming.first_entry().filter(|entry| entry.key().0 <= now) {
             let ((_, version), write) = entry.remove_entry();
             if self.versions.get(&write.id).is_some_and(|shown| *shown > version) {
@@ -73,33 +73,33 @@ impl Index {
     }
 
     /// Shows everything at once.
-    pub(super) fn catch_up_fully(&mut self) {
+    pub(crate) fn catch_up_fully(&mut self) {
         self.catch_up(Timestamp::MAX);
     }
 
-    pub(super) fn documents(&self) -> impl Iterator<Item = &Document> {
+    pub(crate) fn documents(&self) -> impl Iterator<Item = &Document> {
         self.shown.values()
     }
 
-    pub(super) fn get(&self, id: &str) -> Option<&Document> {
+    pub(crate) fn get(&self, id: &str) -> Option<&Document> {
         self.shown.get(id)
     }
 
     /// The ids of the documents with this value in this field, but for case and outer blanks. The fields
     /// are custom fields by their key, `email`, and `lead_id`.
-    pub(super) fn holding(&self, field: &str, value: &str) -> impl Iterator<Item = &str> {
+    pub(crate) fn holding(&self, field: &str, value: &str) -> impl Iterator<Item = &str> {
         self.holders.get(&term(field, value)).into_iter().flatten().map(String::as_str)
     }
 
     /// The contacts of a lead, as far as shown.
-    pub(super) fn contacts_of(&self, lead_id: &str) -> impl Iterator<Item = &Document> {
+    pub(crate) fn contacts_of(&self, lead_id: &str) -> impl Iterator<Item = &Document> {
         let contacts = self.holding("lead_id", lead_id).filter_map(|id| self.get(id));
         contacts.filter(move |contact| contact.value["lead_id"] == *lead_id)
     }
 }
 
 /// A text without what `exact_value` overlooks.
-pub(super) fn folded(text: &str) -> String {
+pub(crate) fn folded(text: &str) -> String {
     text.trim().to_lowercase()
 }
 

@@ -5,19 +5,19 @@ use uuid::Uuid;
 
 /// Makes ids, and draws numbers: everything follows from the seed, so the book stays a pure function of it.
 #[derive(Debug)]
-pub(super) struct Ids {
+pub(crate) struct Ids {
     seed: Uuid,
     made: u64,
 }
 
 impl Ids {
-    pub(super) fn new(seed: Uuid) -> Self {
+    pub(crate) fn new(seed: Uuid) -> Self {
         Self { seed, made: 0 }
     }
 
     /// A prefix and 43 base62 characters, the shape of most of Close's ids (close-api.md §1). They are
     /// scattered, so sorting by id is sorting by chance.
-    pub(super) fn make(&mut self, prefix: &str) -> String {
+    pub(crate) fn make(&mut self, prefix: &str) -> String {
         let mut id = format!("{prefix}_");
         base62(self.next(), 22, &mut id);
         base62(self.next(), 21, &mut id);
@@ -25,7 +25,7 @@ impl Ids {
     }
 
     /// A number from 0 up to, but not including, 1.
-    pub(super) fn share(&mut self) -> f64 {
+    pub(crate) fn share(&mut self) -> f64 {
         let bytes = self.next().to_be_bytes();
         f64::from(u32::from_be_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]))
             / (f64::from(u32::MAX) + 1.0)
@@ -48,13 +48,13 @@ fn base62(mut number: u128, digits: usize, onto: &mut String) {
 
 /// Close's way to write a moment: UTC as `+00:00`, six fraction digits, of which three count
 /// (close-api.md §1).
-pub(super) fn iso(moment: Timestamp) -> String {
+pub(crate) fn iso(moment: Timestamp) -> String {
     let milliseconds = Timestamp::from_millisecond(moment.as_millisecond()).unwrap_or(moment);
     milliseconds.strftime("%Y-%m-%dT%H:%M:%S%.6f+00:00").to_string()
 }
 
 /// Reads a moment. Without an offset it is taken as UTC, and a date alone as its midnight.
-pub(super) fn moment(text: &str) -> Option<Timestamp> {
+pub(crate) fn moment(text: &str) -> Option<Timestamp> {
     text.parse().ok().or_else(|| {
         let civil: jiff::civil::DateTime = text.parse().ok()?;
         jiff::tz::TimeZone::UTC.to_timestamp(civil).ok()

@@ -6,22 +6,22 @@
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use crate::simulator::custom::{self, CustomPatch};
-use crate::simulator::schema::{Kind, Schema};
-use crate::simulator::{formats, ids};
+use crate::custom::{self, CustomPatch};
+use crate::schema::{Kind, Schema};
+use crate::{formats, ids};
 
 /// A JSON object.
-pub(super) type Object = serde_json::Map<String, Value>;
+pub(crate) type Object = serde_json::Map<String, Value>;
 
-pub(super) const REQUIRED: &str = "This field is required.";
-pub(super) const NOT_TEXT: &str = "Value must be of str type.";
-pub(super) const NOT_A_CHOICE: &str = "Not a valid choice.";
-pub(super) const NO_SUCH_OBJECT: &str = "Object does not exist.";
-pub(super) const NOT_A_MOMENT: &str = "Could not parse datetime";
+pub(crate) const REQUIRED: &str = "This field is required.";
+pub(crate) const NOT_TEXT: &str = "Value must be of str type.";
+pub(crate) const NOT_A_CHOICE: &str = "Not a valid choice.";
+pub(crate) const NO_SUCH_OBJECT: &str = "Object does not exist.";
+pub(crate) const NOT_A_MOMENT: &str = "Could not parse datetime";
 
 /// Why a request is refused, in the terms of close-api.md §3.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Refusal {
+pub(crate) enum Refusal {
     /// The object of the path, a `Lead` or the like, does not exist: 404.
     Missing(&'static str),
     /// One of the leads of a merge does not exist: 404 that blames the source either way.
@@ -34,19 +34,19 @@ pub(super) enum Refusal {
 
 impl Refusal {
     /// A `_limit` above the maximum.
-    pub(super) fn too_many(max_limit: usize) -> Self {
+    pub(crate) fn too_many(max_limit: usize) -> Self {
         let text = "The limit you set is larger than the maximum limit for this resource";
         Self::Malformed(format!("{text} (max_limit = {max_limit})."))
     }
 
-    pub(super) fn status(&self) -> u16 {
+    pub(crate) fn status(&self) -> u16 {
         match self {
             Self::Missing(_) | Self::NoMergeSource => 404,
             Self::Malformed(_) | Self::Invalid(_) => 400,
         }
     }
 
-    pub(super) fn body(&self) -> Value {
+    pub(crate) fn body(&self) -> Value {
         match self {
             Self::Missing(title) => {
                 json!({"error": format!("Empty query: {title} matching query does not exist.")})
@@ -60,19 +60,19 @@ impl Refusal {
 
 /// Errors by field name, nested ones by index below that.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub(super) struct FieldErrors {
+pub(crate) struct FieldErrors {
     general: Vec<&'static str>,
     fields: Object,
 }
 
 impl FieldErrors {
-    pub(super) fn one(field: &str, text: &str) -> Self {
+    pub(crate) fn one(field: &str, text: &str) -> Self {
         let mut errors = Self::default();
         errors.add(field, text);
         errors
     }
 
-    pub(super) fn add(&mut self, field: &str, text: &str) {
+    pub(crate) fn add(&mut self, field: &str, text: &str) {
         self.fields.insert(field.to_owned(), text.into());
     }
 
@@ -86,29 +86,29 @@ impl FieldErrors {
     }
 
     /// The body of the 400. `errors` is nearly always empty: the fields carry the texts.
-    pub(super) fn body(&self) -> Value {
+    pub(crate) fn body(&self) -> Value {
         json!({"errors": self.general, "field-errors": self.fields})
     }
 }
 
 /// What a checked body asks for.
 #[derive(Debug, Default, PartialEq)]
-pub(super) struct Patch {
+pub(crate) struct Patch {
     /// Plain fields, in the form they are given back in.
-    pub(super) plain: Object,
+    pub(crate) plain: Object,
     /// Custom fields.
-    pub(super) custom: CustomPatch,
+    pub(crate) custom: CustomPatch,
     /// The lead a contact shall belong to.
-    pub(super) lead_id: Option<String>,
+    pub(crate) lead_id: Option<String>,
     /// Contacts to add to a lead.
-    pub(super) contacts: Vec<Patch>,
+    pub(crate) contacts: Vec<Patch>,
     /// When the record was made, as importers may say (close-api.md §4).
-    pub(super) date_created: Option<Timestamp>,
+    pub(crate) date_created: Option<Timestamp>,
 }
 
 /// Checks the body of a lead. `contacts` in a PUT adds contacts, as an old script of Close did by mistake
 /// (close-api.md §4): it can not update them.
-pub(super) fn lead(body: &Object, schema: &Schema) -> Result<Patch, FieldErrors> {
+pub(crate) fn lead(body: &Object, schema: &Schema) -> Result<Patch, FieldErrors> {
     let mut form = Form::new(body);
     form.text("name", Some(1000), Blank::Null);
     form.text("description", None, Blank::Keep);
@@ -129,7 +129,7 @@ pub(super) fn lead(body: &Object, schema: &Schema) -> Result<Patch, FieldErrors>
 }
 
 /// Checks the body of a contact; `exists` tells whether a lead does.
-pub(super) fn contact(
+pub(crate) fn contact(
     body: &Object,
     schema: &Schema,
     exists: impl Fn(&str) -> bool,
@@ -360,9 +360,9 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::simulator::ids::Ids;
-    use crate::simulator::schema::{CustomField, FieldKind, Owner};
-    use crate::simulator::settings::Settings;
+    use crate::ids::Ids;
+    use crate::schema::{CustomField, FieldKind, Owner};
+    use crate::settings::Settings;
 
     fn schema() -> Schema {
         let mut settings = Settings::default();

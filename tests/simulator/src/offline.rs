@@ -3,12 +3,11 @@
 use jiff::Timestamp;
 use serde_json::Value;
 
-use crate::simulator::control;
-use crate::simulator::ids::Ids;
-use crate::simulator::schema::Kind;
-use crate::simulator::settings::Settings;
-use crate::simulator::validate::Object;
-use crate::simulator::world::{Admission, Call, Decision, World};
+use crate::ids::Ids;
+use crate::schema::Kind;
+use crate::settings::Settings;
+use crate::validate::Object;
+use crate::world::{Admission, Call, Decision, World};
 
 /// A simulated organization that is asked directly. Pure: the same settings, calls and moments give the
 /// same answers, ids included, when [`Settings::seed`] is set.
@@ -73,7 +72,7 @@ impl Offline {
     /// # Errors
     /// The body of the 400.
     pub fn add_lead(&mut self, body: &Object, now: Timestamp) -> Result<Value, Value> {
-        control::seed(&mut self.world, Kind::Lead, body, now).map_err(|refusal| refusal.body())
+        self.world.seed(Kind::Lead, body, now).map_err(|refusal| refusal.body())
     }
 
     /// All leads with their contacts as they are, whatever search shows; oldest first.
@@ -95,7 +94,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::simulator::Lag;
+    use crate::Lag;
 
     #[test]
     fn the_same_calls_at_the_same_moments_get_the_same_answers() {

@@ -66,7 +66,7 @@ impl Fault {
     }
 
     /// What is wrong with the fault itself, if anything.
-    pub(super) fn problem(&self) -> Option<String> {
+    pub(crate) fn problem(&self) -> Option<String> {
         match self.effect {
             Effect::Status { code, .. } if !(200..=599).contains(&code) => {
                 Some(format!("status codes go from 200 to 599: {code}"))
@@ -90,7 +90,7 @@ impl Fault {
 }
 
 /// Whether a path below `/api/v1` begins with a prefix, which may be written with or without that part.
-pub(super) fn starts(path: &str, prefix: &str) -> bool {
+pub(crate) fn starts(path: &str, prefix: &str) -> bool {
     let prefix = prefix.strip_prefix("/api/v1").unwrap_or(prefix);
     path.trim_start_matches('/').starts_with(prefix.trim_start_matches('/'))
 }
@@ -128,7 +128,7 @@ pub enum Effect {
     RateLimited {
         /// Seconds.
         retry_after: f64,
-        /// Whether the rate headers are sent next to `Retry-After`. With [`crate::simulator::HeaderStyle::Absent`]
+        /// Whether the rate headers are sent next to `Retry-After`. With [`crate::HeaderStyle::Absent`]
         /// there is neither.
         with_headers: bool,
     },
@@ -169,7 +169,7 @@ pub enum FaultBody {
 
 /// The faults in force.
 #[derive(Debug, Default)]
-pub(super) struct Script {
+pub(crate) struct Script {
     lines: Vec<Line>,
 }
 
@@ -187,21 +187,21 @@ impl Line {
 }
 
 impl Script {
-    pub(super) fn add(&mut self, fault: Fault) {
+    pub(crate) fn add(&mut self, fault: Fault) {
         self.lines.push(Line { fault, seen: 0, applied: 0 });
     }
 
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.lines.clear();
     }
 
     /// The faults that can still strike.
-    pub(super) fn left(&self) -> Vec<&Fault> {
+    pub(crate) fn left(&self) -> Vec<&Fault> {
         self.lines.iter().filter(|line| !line.is_over()).map(|line| &line.fault).collect()
     }
 
     /// What befalls this request.
-    pub(super) fn strike(&mut self, method: &str, path: &str, body: &str) -> Option<Effect> {
+    pub(crate) fn strike(&mut self, method: &str, path: &str, body: &str) -> Option<Effect> {
         self.lines.retain(|line| !line.is_over());
         for line in self.lines.iter_mut().filter(|line| line.fault.matches(method, path, body)) {
             line.seen = line.seen.saturating_add(1);

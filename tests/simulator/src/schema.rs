@@ -4,9 +4,9 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::simulator::ids::{Ids, iso};
-use crate::simulator::settings::{Country, Settings};
-use crate::simulator::validate::Refusal;
+use crate::ids::{Ids, iso};
+use crate::settings::{Country, Settings};
+use crate::validate::Refusal;
 
 /// A member of the organisation.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -114,7 +114,7 @@ pub enum FieldKind {
 
 impl FieldKind {
     /// Whether the type may hold several values.
-    pub(super) fn may_be_multiple(self) -> bool {
+    pub(crate) fn may_be_multiple(self) -> bool {
         match self {
             Self::User | Self::Choices | Self::Contact | Self::CustomObject => true,
             Self::Text | Self::Textarea | Self::Number | Self::Date | Self::Datetime | Self::Hidden => false,
@@ -136,28 +136,28 @@ pub enum Owner {
 
 /// The two kinds of record kept here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     Lead,
     Contact,
 }
 
 impl Kind {
-    pub(super) const BOTH: [Self; 2] = [Self::Lead, Self::Contact];
+    pub(crate) const BOTH: [Self; 2] = [Self::Lead, Self::Contact];
 
     /// The word used in paths, search and events.
-    pub(super) fn word(self) -> &'static str {
+    pub(crate) fn word(self) -> &'static str {
         match self {
             Self::Lead => "lead",
             Self::Contact => "contact",
         }
     }
 
-    pub(super) fn parse(word: &str) -> Option<Self> {
+    pub(crate) fn parse(word: &str) -> Option<Self> {
         Self::BOTH.into_iter().find(|kind| kind.word() == word)
     }
 
     /// The word used in error texts.
-    pub(super) fn title(self) -> &'static str {
+    pub(crate) fn title(self) -> &'static str {
         match self {
             Self::Lead => "Lead",
             Self::Contact => "Contact",
@@ -167,9 +167,9 @@ impl Kind {
 
 /// A lead status.
 #[derive(Debug, Clone)]
-pub(super) struct Status {
-    pub(super) id: String,
-    pub(super) label: String,
+pub(crate) struct Status {
+    pub(crate) id: String,
+    pub(crate) label: String,
 }
 
 impl Status {
@@ -183,20 +183,20 @@ impl Status {
 
 /// What writes are checked against.
 #[derive(Debug)]
-pub(super) struct Schema {
-    pub(super) organization_id: String,
+pub(crate) struct Schema {
+    pub(crate) organization_id: String,
     /// Whom the key acts as.
-    pub(super) user: User,
+    pub(crate) user: User,
     more_users: Vec<User>,
-    pub(super) statuses: Vec<Status>,
-    pub(super) fields: Vec<CustomField>,
-    pub(super) country: Country,
-    pub(super) strict_contact_keys: bool,
+    pub(crate) statuses: Vec<Status>,
+    pub(crate) fields: Vec<CustomField>,
+    pub(crate) country: Country,
+    pub(crate) strict_contact_keys: bool,
     founded: Timestamp,
 }
 
 impl Schema {
-    pub(super) fn new(settings: &Settings, ids: &mut Ids, founded: Timestamp) -> Self {
+    pub(crate) fn new(settings: &Settings, ids: &mut Ids, founded: Timestamp) -> Self {
         Self {
             organization_id: ids.make("orga"),
             user: settings.user.clone(),
@@ -210,7 +210,7 @@ impl Schema {
     }
 
     /// The fields a kind of record has, shared ones included.
-    pub(super) fn fields_of(&self, kind: Kind) -> impl Iterator<Item = &CustomField> {
+    pub(crate) fn fields_of(&self, kind: Kind) -> impl Iterator<Item = &CustomField> {
         let own = match kind {
             Kind::Lead => Owner::Lead,
             Kind::Contact => Owner::Contact,
@@ -219,23 +219,23 @@ impl Schema {
     }
 
     /// The field of this kind with this id or, failing that, this name.
-    pub(super) fn field(&self, kind: Kind, id_or_name: &str) -> Option<&CustomField> {
+    pub(crate) fn field(&self, kind: Kind, id_or_name: &str) -> Option<&CustomField> {
         self.fields_of(kind)
             .find(|field| field.id == id_or_name)
             .or_else(|| self.fields_of(kind).find(|field| field.name == id_or_name))
     }
 
-    pub(super) fn status_label(&self, id: &str) -> Option<&str> {
+    pub(crate) fn status_label(&self, id: &str) -> Option<&str> {
         self.statuses.iter().find(|status| status.id == id).map(|status| status.label.as_str())
     }
 
     /// All users, the key's own first.
-    pub(super) fn users(&self) -> impl Iterator<Item = &User> {
+    pub(crate) fn users(&self) -> impl Iterator<Item = &User> {
         std::iter::once(&self.user).chain(&self.more_users)
     }
 
     /// `GET /me/` (close-api.md §1).
-    pub(super) fn me(&self) -> Value {
+    pub(crate) fn me(&self) -> Value {
         let statuses: Vec<Value> =
             self.statuses.iter().map(|s| json!({"id": s.id, "label": s.label})).collect();
         let founded = iso(self.founded);
@@ -258,12 +258,12 @@ impl Schema {
     }
 
     /// `GET /user/`: the members of the organisation (<https://developer.close.com/api/resources/users/list>).
-    pub(super) fn user_list(&self) -> Vec<Value> {
+    pub(crate) fn user_list(&self) -> Vec<Value> {
         self.users().map(|user| self.user_item(user)).collect()
     }
 
     /// `GET /user/{id}/` (<https://developer.close.com/api/resources/users/get>).
-    pub(super) fn user_by_id(&self, id: &str) -> Result<Value, Refusal> {
+    pub(crate) fn user_by_id(&self, id: &str) -> Result<Value, Refusal> {
         let user = self.users().find(|user| user.id == id).ok_or(Refusal::Missing("User"))?;
         Ok(self.user_item(user))
     }
@@ -283,7 +283,7 @@ impl Schema {
     }
 
     /// `GET /status/lead/`: ordered by id, not by pipeline, as recorded (close-api.md §8).
-    pub(super) fn statuses(&self) -> Value {
+    pub(crate) fn statuses(&self) -> Value {
         let mut statuses: Vec<&Status> = self.statuses.iter().collect();
         statuses.sort_by(|a, b| a.id.cmp(&b.id));
         let data: Vec<Value> = statuses
@@ -295,12 +295,12 @@ impl Schema {
 
     /// `GET /custom_field/{owner}/`. Whether the real lists of leads and contacts also hold shared fields is
     /// unclear (close-api.md §7); here they do not, so that a check against them alone is caught out.
-    pub(super) fn custom_fields(&self, owner: Owner) -> Vec<Value> {
+    pub(crate) fn custom_fields(&self, owner: Owner) -> Vec<Value> {
         self.fields.iter().filter(|field| field.owner == owner).map(|field| self.item(field)).collect()
     }
 
     /// `GET /custom_field_schema/{kind}/`: own and shared fields (close-api.md §7).
-    pub(super) fn custom_field_schema(&self, kind: Kind) -> Value {
+    pub(crate) fn custom_field_schema(&self, kind: Kind) -> Value {
         let fields: Vec<Value> = self.fields_of(kind).map(|field| self.item(field)).collect();
         json!({
             "name": kind.title(),
@@ -310,7 +310,7 @@ impl Schema {
         })
     }
 
-    pub(super) fn item(&self, field: &CustomField) -> Value {
+    pub(crate) fn item(&self, field: &CustomField) -> Value {
         let founded = iso(self.founded);
         let choices = (field.kind == FieldKind::Choices).then_some(&field.choices);
         let mut item = json!({

@@ -2,13 +2,13 @@
 
 use serde_json::{Value, json};
 
-use crate::simulator::ids;
-use crate::simulator::schema::{CustomField, FieldKind, Kind, Schema};
-use crate::simulator::validate::{FieldErrors, NO_SUCH_OBJECT, NOT_A_CHOICE, NOT_A_MOMENT, NOT_TEXT, Object};
+use crate::ids;
+use crate::schema::{CustomField, FieldKind, Kind, Schema};
+use crate::validate::{FieldErrors, NO_SUCH_OBJECT, NOT_A_CHOICE, NOT_A_MOMENT, NOT_TEXT, Object};
 
 /// The changes to a record's custom fields.
 #[derive(Debug, Default, PartialEq)]
-pub(super) struct CustomPatch {
+pub(crate) struct CustomPatch {
     /// Whether all other fields are cleared: the `custom` object does that (close-api.md §4).
     replaces: bool,
     changes: Vec<(String, Change)>,
@@ -24,7 +24,7 @@ enum Change {
 
 impl CustomPatch {
     /// Applies the changes to values by field id.
-    pub(super) fn apply(&self, values: &mut Object) {
+    pub(crate) fn apply(&self, values: &mut Object) {
         if self.replaces {
             values.clear();
         }
@@ -57,7 +57,7 @@ impl CustomPatch {
 }
 
 /// Reads every custom field of a body. Errors are keyed by the full key sent (close-api.md §3).
-pub(super) fn read(body: &Object, kind: Kind, schema: &Schema, errors: &mut FieldErrors) -> CustomPatch {
+pub(crate) fn read(body: &Object, kind: Kind, schema: &Schema, errors: &mut FieldErrors) -> CustomPatch {
     let mut patch = CustomPatch::default();
     match body.get("custom") {
         None | Some(Value::Null) => {}
@@ -125,7 +125,7 @@ fn list(field: &CustomField, value: &Value, schema: &Schema) -> Result<Vec<Value
 }
 
 /// What a field keeps of the values it held before it was changed: those it would take now.
-pub(super) fn kept(field: &CustomField, held: &Value, schema: &Schema) -> Option<Value> {
+pub(crate) fn kept(field: &CustomField, held: &Value, schema: &Schema) -> Option<Value> {
     let items = held.as_array().map_or(std::slice::from_ref(held), Vec::as_slice);
     let mut valid = items.iter().filter_map(|item| checked(field, item, schema).ok());
     if field.accepts_multiple_values {

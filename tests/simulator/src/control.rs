@@ -13,15 +13,14 @@ use jiff::Timestamp;
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
-use crate::simulator::faults::Fault;
-use crate::simulator::limits::Group;
-use crate::simulator::schema::{CustomField, Kind};
-use crate::simulator::server::Shared;
-use crate::simulator::settings::Lag;
-use crate::simulator::validate::{Object, Refusal};
-use crate::simulator::world::World;
+use crate::faults::Fault;
+use crate::limits::Group;
+use crate::schema::{CustomField, Kind};
+use crate::settings::Lag;
+use crate::shared::Shared;
+use crate::validate::{Object, Refusal};
 
-pub(super) fn router() -> Router<Arc<Shared>> {
+pub(crate) fn router() -> Router<Arc<Shared>> {
     Router::new()
         .route("/_sim/", get(summary))
         .route("/_sim/leads", get(leads).post(add_lead))
@@ -93,16 +92,20 @@ async fn contacts(State(shared): Sim) -> Json<Vec<Value>> {
 
 async fn add_lead(State(shared): Sim, body: String) -> Result<Json<Value>, Refused> {
     let body: Object = read(&body)?;
-    Ok(Json(seed(&mut shared.world(), Kind::Lead, &body, Timestamp::now())?))
+    Ok(Json(shared.world().seed(Kind::Lead, &body, Timestamp::now())?))
 }
 
 async fn add_contact(State(shared): Sim, body: String) -> Result<Json<Value>, Refused> {
     let body: Object = read(&body)?;
-    Ok(Json(seed(&mut shared.world(), Kind::Contact, &body, Timestamp::now())?))
+    Ok(Json(shared.world().seed(Kind::Contact, &body, Timestamp::now())?))
 }
 
 async fn remove(State(shared): Sim, Path(id): Path<String>) -> StatusCode {
-    if delete_any(&mut shared.world(), &id) { StatusCode::NO_CONTENT } else { StatusCode::NOT_FOUND }
+    if shared.world().delete_any(&id, Timestamp::now()) {
+        StatusCode::NO_CONTENT
+    } else {
+        StatusCode::NOT_FOUND
+    }
 }
 
 async fn requests(State(shared): Sim) -> Json<Vec<Value>> {
@@ -188,21 +191,4 @@ async fn settings(State(shared): Sim, body: String) -> Result<StatusCode, Refuse
         world.settings.api_key = key;
     }
     Ok(StatusCode::NO_CONTENT)
-}
-
-/// Makes a record as a POST would, and lets search see it at once.
-pub(super) fn seed(world: &mut World, kind: Kind, body: &Object, now: Timestamp) -> Result<Value, Refusal> {
-    let lag = std::mem::replace(&mut world.book.search_lag, Lag::NONE);
-    let made = match kind {
-        Kind::Lead => world.book.create_lead(body, now),
-        Kind::Contact => world.book.create_contact(body, now),
-    };
-    world.book.search_lag = lag;
-    made
-}
-
-/// Deletes a record of either kind, and says whether there was one.
-pub(super) fn delete_any(world: &mut World, id: &str) -> bool {
-    let kind = world.book.kind_of(id);
-    kind.is_some_and(|kind| world.book.delete(kind, id, Timestamp::now()).is_ok())
 }

@@ -5,21 +5,21 @@ use std::collections::VecDeque;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use crate::simulator::ids::{iso, moment};
-use crate::simulator::validate::Refusal;
+use crate::ids::{iso, moment};
+use crate::validate::Refusal;
 
 /// One event.
 #[derive(Debug)]
-pub(super) struct Event {
-    pub(super) id: String,
-    pub(super) object_type: &'static str,
-    pub(super) object_id: String,
-    pub(super) lead_id: Option<String>,
-    pub(super) action: &'static str,
-    pub(super) at: Timestamp,
-    pub(super) visible: Timestamp,
+pub(crate) struct Event {
+    pub(crate) id: String,
+    pub(crate) object_type: &'static str,
+    pub(crate) object_id: String,
+    pub(crate) lead_id: Option<String>,
+    pub(crate) action: &'static str,
+    pub(crate) at: Timestamp,
+    pub(crate) visible: Timestamp,
     /// Everything else: `data`, `previous_data`, `changed_fields`, `meta` and more.
-    pub(super) rest: Value,
+    pub(crate) rest: Value,
 }
 
 impl Event {
@@ -38,7 +38,7 @@ impl Event {
 
 /// The last events, oldest first. Close keeps 30 days; here it is a number of events.
 #[derive(Debug, Default)]
-pub(super) struct EventLog {
+pub(crate) struct EventLog {
     events: VecDeque<Event>,
     forgotten: usize,
 }
@@ -55,7 +55,7 @@ enum Bound {
 impl EventLog {
     const KEPT: usize = 10_000;
 
-    pub(super) fn push(&mut self, event: Event) {
+    pub(crate) fn push(&mut self, event: Event) {
         if self.events.len() == Self::KEPT {
             self.events.pop_front();
             self.forgotten += 1;
@@ -64,7 +64,7 @@ impl EventLog {
     }
 
     /// One page, newest first, for the parameters of a query string.
-    pub(super) fn page(&self, parameters: &[(String, String)], now: Timestamp) -> Result<Value, Refusal> {
+    pub(crate) fn page(&self, parameters: &[(String, String)], now: Timestamp) -> Result<Value, Refusal> {
         let filter = Filter::parse(parameters)?;
         let next = self.forgotten + self.events.len();
         let mut found: Vec<(usize, &Event)> = self

@@ -8,14 +8,14 @@ use std::collections::HashSet;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use crate::simulator::ids::moment;
-use crate::simulator::index::{Document, Index, folded};
-use crate::simulator::schema::{Kind, Schema};
-use crate::simulator::settings::ExactValue;
+use crate::ids::moment;
+use crate::index::{Document, Index, folded};
+use crate::schema::{Kind, Schema};
+use crate::settings::ExactValue;
 
 /// A query tree.
 #[derive(Debug)]
-pub(super) enum Query {
+pub(crate) enum Query {
     All,
     And(Vec<Query>),
     Or(Vec<Query>),
@@ -29,14 +29,14 @@ pub(super) enum Query {
 
 /// A field of a document or of a part of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Field {
+pub(crate) enum Field {
     Regular { object: String, name: String },
     Custom(String),
 }
 
 /// What is asked of a field's value.
 #[derive(Debug)]
-pub(super) enum Test {
+pub(crate) enum Test {
     Text(TextTest),
     OneOf(Vec<Value>),
     Exists,
@@ -46,7 +46,7 @@ pub(super) enum Test {
 
 /// A text mode with its needle.
 #[derive(Debug)]
-pub(super) enum TextTest {
+pub(crate) enum TextTest {
     Exact(String),
     Folded(String),
     Words(Vec<String>),
@@ -55,7 +55,7 @@ pub(super) enum TextTest {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Comparison {
+pub(crate) enum Comparison {
     Above,
     From,
     Below,
@@ -109,13 +109,13 @@ const REGULAR: [(&str, &[&str]); 6] = [
 ];
 
 /// Reads a query tree. The error is the text of the 400.
-pub(super) fn parse(tree: &Value, schema: &Schema, exact: ExactValue) -> Result<Query, String> {
+pub(crate) fn parse(tree: &Value, schema: &Schema, exact: ExactValue) -> Result<Query, String> {
     let reader = Reader { schema, exact };
     reader.query(tree, 0)
 }
 
 /// Reads a field, as found in conditions and sort orders.
-pub(super) fn parse_field(field: &Value, schema: &Schema) -> Result<Field, String> {
+pub(crate) fn parse_field(field: &Value, schema: &Schema) -> Result<Field, String> {
     match text(field, "type")? {
         "regular_field" => {
             let (object, name) = (text(field, "object_type")?, text(field, "field_name")?);
@@ -262,7 +262,7 @@ fn words(text: &str) -> Vec<String> {
 
 impl Query {
     /// The ids of all documents that can match, if the index can name them; `accepts` has the last word.
-    pub(super) fn candidates<'a>(&'a self, index: &'a Index) -> Option<HashSet<&'a str>> {
+    pub(crate) fn candidates<'a>(&'a self, index: &'a Index) -> Option<HashSet<&'a str>> {
         match self {
             Self::Id(id) => Some(HashSet::from([id.as_str()])),
             Self::And(queries) => {
@@ -293,7 +293,7 @@ impl Query {
     }
 
     /// Whether a document is what is looked for.
-    pub(super) fn accepts(&self, document: &Document, index: &Index) -> bool {
+    pub(crate) fn accepts(&self, document: &Document, index: &Index) -> bool {
         self.accepts_object(document.kind.word(), &document.id, &document.value, index)
     }
 
@@ -323,7 +323,7 @@ impl Query {
 
 impl Field {
     /// The value an object of this kind has here, unless it is empty.
-    pub(super) fn value(&self, kind: &str, object: &Value) -> Option<Value> {
+    pub(crate) fn value(&self, kind: &str, object: &Value) -> Option<Value> {
         let value = match self {
             Self::Custom(key) => object.get(key)?.clone(),
             Self::Regular { object: of, .. } if of != kind => return None,

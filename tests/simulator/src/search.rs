@@ -8,11 +8,11 @@ use std::{
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
-use crate::simulator::index::{Document, Index};
-use crate::simulator::query::{self, Field};
-use crate::simulator::schema::{Kind, Schema};
-use crate::simulator::settings::ExactValue;
-use crate::simulator::validate::{Object, Refusal};
+use crate::index::{Document, Index};
+use crate::query::{self, Field};
+use crate::schema::{Kind, Schema};
+use crate::settings::ExactValue;
+use crate::validate::{Object, Refusal};
 
 /// Rows per page if the request does not say, and the most it may say. The maximum is not published; 200 is
 /// the highest that was seen to work.
@@ -25,12 +25,12 @@ const CURSOR_LIFE: SignedDuration = SignedDuration::from_secs(30);
 
 /// Walks under way: what remains of each, by cursor.
 #[derive(Debug, Default)]
-pub(super) struct Cursors {
+pub(crate) struct Cursors {
     open: HashMap<String, (Timestamp, VecDeque<String>)>,
 }
 
 /// Answers a search. `token` becomes the cursor if there is more to come.
-pub(super) fn search(
+pub(crate) fn search(
     body: &Object,
     schema: &Schema,
     exact: ExactValue,
@@ -186,7 +186,7 @@ fn row(document: &Document, fields: Option<&Object>) -> Value {
 }
 
 /// The named fields of a record; `custom` names all custom fields (close-api.md §1).
-pub(super) fn select(record: &Value, names: &[&str]) -> Object {
+pub(crate) fn select(record: &Value, names: &[&str]) -> Object {
     let all_custom = names.contains(&"custom");
     let wanted = |key: &str| names.contains(&key) || all_custom && key.starts_with("custom.");
     let fields = record.as_object().into_iter().flatten();
@@ -198,9 +198,9 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::simulator::ids::Ids;
-    use crate::simulator::records::Records;
-    use crate::simulator::settings::Settings;
+    use crate::ids::Ids;
+    use crate::records::Records;
+    use crate::settings::Settings;
 
     fn at(second: i64) -> Timestamp {
         Timestamp::from_second(second).unwrap()

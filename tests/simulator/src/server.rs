@@ -1,9 +1,6 @@
 //! The HTTP shell of the API: reads a request into a `Call`, carries out faults, writes the `Answer`.
 
-use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -13,34 +10,19 @@ use axum::{
     response::Response,
     routing::any,
 };
+use base64::{Engine as _, prelude::BASE64_STANDARD};
 use jiff::Timestamp;
 
-use crate::simulator::connection::Scissors;
-use crate::simulator::control;
-use crate::simulator::faults::{Effect, When};
-use crate::simulator::world::{Admission, Answer, Call, Decision, World};
+use crate::connection::Scissors;
+use crate::control;
+use crate::faults::{Effect, When};
+use crate::shared::Shared;
+use crate::world::{Admission, Answer, Call, Decision};
 
 const BASE: &str = "/api/v1";
 
-/// What all connections share.
-#[derive(Debug)]
-pub(super) struct Shared {
-    world: Mutex<World>,
-}
-
-impl Shared {
-    pub(super) fn new(world: World) -> Self {
-        Self { world: Mutex::new(world) }
-    }
-
-    /// The world, for as long as it takes to ask it one thing. A panic elsewhere leaves it usable.
-    pub(super) fn world(&self) -> MutexGuard<'_, World> {
-        self.world.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 /// The controls at their places, and the API everywhere else.
-pub(super) fn router(shared: Arc<Shared>) -> Router {
+pub(crate) fn router(shared: Arc<Shared>) -> Router {
     control::router().fallback(any(api)).with_state(shared)
 }
 
@@ -138,29 +120,11 @@ fn write(answer: Answer) -> Response {
 /// The user name of an `Authorization: Basic` header whose password is empty (close-api.md §1).
 fn basic_user(header: &str) -> Option<String> {
     let (scheme, credentials) = header.split_once(' ')?;
-    let decoded = base64(credentials.trim()).filter(|_| scheme.eq_ignore_ascii_case("basic"))?;
-    String::from_utf8(decoded).ok()?.strip_suffix(':').map(str::to_owned)
-}
-
-/// Decodes base64: too little to bring in a crate for.
-fn base64(text: &str) -> Option<Vec<u8>> {
-    let value = |digit: u8| match digit {
-        b'A'..=b'Z' => Some(digit - b'A'),
-        b'a'..=b'z' => Some(digit - b'a' + 26),
-        b'0'..=b'9' => Some(digit - b'0' + 52),
-        b'+' => Some(62),
-        b'/' => Some(63),
-        _ => None,
-    };
-    let digits: Vec<u8> = text.trim_end_matches('=').bytes().map(value).collect::<Option<_>>()?;
-    let mut bytes = Vec::with_capacity(digits.len());
-    for four in digits.chunks(4) {
-        let bits = four.iter().fold(0_u32, |bits, digit| bits << 6 | u32::from(*digit));
-        // Four digits make three bytes; the last chunk may be shorter.
-        let [_, three @ ..] = (bits << (6 * (4 - four.len()))).to_be_bytes();
-        bytes.extend_from_slice(&three[..four.len() * 3 / 4]);
+    if !scheme.eq_ignore_ascii_case("basic") {
+        return None;
     }
-    Some(bytes)
+    let decoded = BASE64_STANDARD.decode(credentials.trim()).ok()?;
+    String::from_utf8(decoded).ok()?.strip_suffix(':').map(str::to_owned)
 }
 
 #[cfg(test)]

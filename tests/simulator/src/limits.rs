@@ -9,7 +9,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::simulator::settings::HeaderStyle;
+use crate::settings::HeaderStyle;
 
 /// A number of requests per window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,15 +73,15 @@ impl Limits {
 
 /// What shares a bucket: an HTTP method and the first segment of the path.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(super) struct Group {
-    pub(super) method: String,
-    pub(super) segment: &'static str,
+pub(crate) struct Group {
+    pub(crate) method: String,
+    pub(crate) segment: &'static str,
 }
 
 impl Group {
     /// The group of a path below `/api/v1`. Unknown places share one group, so that nobody can make buckets
     /// without end.
-    pub(super) fn of(method: &str, path: &str) -> Self {
+    pub(crate) fn of(method: &str, path: &str) -> Self {
         const KNOWN: [&str; 8] =
             ["lead", "contact", "data", "event", "me", "status", "custom_field", "custom_field_schema"];
         let first = path.trim_start_matches('/').split('/').next().unwrap_or_default();
@@ -92,17 +92,17 @@ impl Group {
 
 /// Whose bucket it is.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(super) enum Holder {
+pub(crate) enum Holder {
     Key(String),
     Organization,
 }
 
 /// How a bucket stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Standing {
-    pub(super) limit: u32,
-    pub(super) remaining: u32,
-    pub(super) reset: Duration,
+pub(crate) struct Standing {
+    pub(crate) limit: u32,
+    pub(crate) remaining: u32,
+    pub(crate) reset: Duration,
     window: u32,
     organization: bool,
     group: Group,
@@ -110,7 +110,7 @@ pub(super) struct Standing {
 
 /// Whether a request was let in. Either way the standing is that of the bucket closest to being used up.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(crate) enum Verdict {
     Allowed(Standing),
     Refused(Standing),
 }
@@ -123,14 +123,14 @@ struct Bucket {
 
 /// All buckets.
 #[derive(Debug, Default)]
-pub(super) struct Limiter {
+pub(crate) struct Limiter {
     buckets: HashMap<(Holder, Group), Bucket>,
 }
 
 impl Limiter {
     /// Takes a token from the key's bucket and, if the key belongs to the organisation, from that one's too;
     /// from neither if either is empty.
-    pub(super) fn spend(
+    pub(crate) fn spend(
         &mut self,
         limits: &Limits,
         key: &str,
@@ -206,12 +206,12 @@ impl Standing {
     }
 
     /// The same bucket as told by a hidden limit, of which only the reset means anything (close-api.md §2).
-    pub(super) fn resetting_in(self, reset: Duration) -> Self {
+    pub(crate) fn resetting_in(self, reset: Duration) -> Self {
         Self { reset, ..self }
     }
 
     /// The headers that tell the standing.
-    pub(super) fn headers(&self, style: HeaderStyle) -> Vec<(&'static str, String)> {
+    pub(crate) fn headers(&self, style: HeaderStyle) -> Vec<(&'static str, String)> {
         let Self { limit, remaining, .. } = self;
         let reset = format!("{:.6}", self.reset.as_secs_f64());
         let legacy = [
@@ -238,13 +238,13 @@ impl Standing {
     }
 
     /// `Retry-After`: whole seconds, rounded up (close-api.md §2).
-    pub(super) fn retry_after(&self) -> String {
+    pub(crate) fn retry_after(&self) -> String {
         let whole = self.reset.as_secs() + u64::from(self.reset.subsec_nanos() > 0);
         whole.to_string()
     }
 
     /// What a 429 says in its body, `rate_reset` being a string or a number (close-api.md §2).
-    pub(super) fn details(&self, reset_as_text: bool) -> Value {
+    pub(crate) fn details(&self, reset_as_text: bool) -> Value {
         let reset = self.reset.as_secs_f64();
         let group = format!("{} {}", self.group.method, self.group.segment);
         json!({

@@ -9,8 +9,8 @@ use jiff::SignedDuration;
 use serde::Deserialize;
 use uuid::Uuid;
 
-use crate::simulator::limits::Limits;
-use crate::simulator::schema::{CustomField, FieldKind, Owner, User};
+use crate::limits::Limits;
+use crate::schema::{CustomField, FieldKind, Owner, User};
 
 /// How the simulated organisation behaves and what it holds at the start.
 #[derive(Debug, Clone)]
@@ -133,14 +133,14 @@ impl Lag {
     pub const NONE: Self = Self::Fixed(Duration::ZERO);
 
     /// The longest one.
-    pub(super) fn longest(self) -> Duration {
+    pub(crate) fn longest(self) -> Duration {
         match self {
             Self::Fixed(lag) | Self::Between(_, lag) => lag,
         }
     }
 
     /// The lag of one write, for a `share` between 0 and 1.
-    pub(super) fn draw(self, share: f64) -> Duration {
+    pub(crate) fn draw(self, share: f64) -> Duration {
         match self {
             Self::Fixed(lag) => lag,
             Self::Between(least, most) => least + most.saturating_sub(least).mul_f64(share.clamp(0.0, 1.0)),

@@ -21,9 +21,9 @@ use tokio::{
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 /// Accepts connections that end, at the latest, when `stop` is cancelled.
-pub(super) struct Door {
-    pub(super) listener: TcpListener,
-    pub(super) stop: CancellationToken,
+pub(crate) struct Door {
+    pub(crate) listener: TcpListener,
+    pub(crate) stop: CancellationToken,
 }
 
 impl Listener for Door {
@@ -45,7 +45,7 @@ impl Listener for Door {
 }
 
 /// One connection.
-pub(super) struct Connection {
+pub(crate) struct Connection {
     stream: TcpStream,
     scissors: Scissors,
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
@@ -53,10 +53,10 @@ pub(super) struct Connection {
 
 /// Cuts one connection; given to every request that came through it.
 #[derive(Clone)]
-pub(super) struct Scissors(CancellationToken);
+pub(crate) struct Scissors(CancellationToken);
 
 impl Scissors {
-    pub(super) fn cut(&self) {
+    pub(crate) fn cut(&self) {
         self.0.cancel();
     }
 }

@@ -23,7 +23,7 @@ mod control;
 mod custom;
 mod events;
 mod faults;
-pub(crate) mod formats;
+mod formats;
 mod ids;
 mod index;
 mod limits;
@@ -34,6 +34,7 @@ mod schema;
 mod search;
 mod server;
 mod settings;
+mod shared;
 #[cfg(test)]
 mod tests;
 mod validate;
@@ -50,7 +51,7 @@ use self::{
     connection::{Door, Scissors},
     ids::Ids,
     schema::Kind,
-    server::Shared,
+    shared::Shared,
     world::World,
 };
 pub use self::{
@@ -154,14 +155,14 @@ impl Simulator {
         let Value::Object(body) = body else {
             return Err(json!({"error": "JSON data must be a dict."}));
         };
-        control::seed(&mut self.shared.world(), kind, &body, Timestamp::now())
-            .map_err(|refusal| refusal.body())
+        let made = self.shared.world().seed(kind, &body, Timestamp::now());
+        made.map_err(|refusal| refusal.body())
     }
 
     /// Deletes a lead with its contacts, or a contact, as somebody else would: search shows it for a while.
     /// Whether there was one.
     pub fn delete(&self, id: &str) -> bool {
-        control::delete_any(&mut self.shared.world(), id)
+        self.shared.world().delete_any(id, Timestamp::now())
     }
 
     /// Merges two leads, as somebody else would.

@@ -7,15 +7,13 @@ use std::{collections::HashMap, mem, sync::Arc};
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
-use crate::simulator::custom;
-use crate::simulator::events::{Event, EventLog};
-use crate::simulator::ids::{Ids, iso};
-use crate::simulator::index::{Document, Index};
-use crate::simulator::schema::{CustomField, FieldKind, Kind, Owner, Schema};
-use crate::simulator::settings::{Lag, Settings};
-use crate::simulator::validate::{
-    self, FieldErrors, NOT_A_CHOICE, NOT_TEXT, Object, Patch, REQUIRED, Refusal,
-};
+use crate::custom;
+use crate::events::{Event, EventLog};
+use crate::ids::{Ids, iso};
+use crate::index::{Document, Index};
+use crate::schema::{CustomField, FieldKind, Kind, Owner, Schema};
+use crate::settings::{Lag, Settings};
+use crate::validate::{self, FieldErrors, NOT_A_CHOICE, NOT_TEXT, Object, Patch, REQUIRED, Refusal};
 
 /// Nested contacts are made this much after their lead, and all at once (close-api.md §4).
 const CONTACT_DELAY: SignedDuration = SignedDuration::from_millis(5);
@@ -39,11 +37,11 @@ struct Record {
 
 /// An organisation's records.
 #[derive(Debug)]
-pub(super) struct Records {
-    pub(super) schema: Schema,
-    pub(super) index: Index,
-    pub(super) events: EventLog,
-    pub(super) search_lag: Lag,
+pub(crate) struct Records {
+    pub(crate) schema: Schema,
+    pub(crate) index: Index,
+    pub(crate) events: EventLog,
+    pub(crate) search_lag: Lag,
     event_lag: Lag,
     ids: Ids,
     by_id: HashMap<String, Record>,
@@ -51,7 +49,7 @@ pub(super) struct Records {
 }
 
 impl Records {
-    pub(super) fn new(settings: &Settings, mut ids: Ids, now: Timestamp) -> Self {
+    pub(crate) fn new(settings: &Settings, mut ids: Ids, now: Timestamp) -> Self {
         Self {
             schema: Schema::new(settings, &mut ids, now),
             index: Index::default(),
@@ -65,7 +63,7 @@ impl Records {
     }
 
     /// Makes a lead and its nested contacts, or neither.
-    pub(super) fn create_lead(&mut self, body: &Object, now: Timestamp) -> Result<Value, Refusal> {
+    pub(crate) fn create_lead(&mut self, body: &Object, now: Timestamp) -> Result<Value, Refusal> {
         let mut patch = validate::lead(body, &self.schema).map_err(Refusal::Invalid)?;
         let contacts = mem::take(&mut patch.contacts);
         let request = self.ids.make("req");
@@ -84,7 +82,7 @@ impl Records {
     }
 
     /// Makes a contact; without a lead it gets a new one of its own name (close-api.md §5).
-    pub(super) fn create_contact(&mut self, body: &Object, now: Timestamp) -> Result<Value, Refusal> {
+    pub(crate) fn create_contact(&mut self, body: &Object, now: Timestamp) -> Result<Value, Refusal> {
         let mut patch = self.checked_contact(body)?;
         let request = self.ids.make("req");
         if patch.lead_id.is_none() {
@@ -101,7 +99,7 @@ impl Records {
     }
 
     /// Patches a record.
-    pub(super) fn update(
+    pub(crate) fn update(
         &mut self,
         kind: Kind,
         id: &str,
@@ -138,7 +136,7 @@ impl Records {
     }
 
     /// Deletes a record, a lead with its contacts (close-api.md §4).
-    pub(super) fn delete(&mut self, kind: Kind, id: &str, now: Timestamp) -> Result<(), Refusal> {
+    pub(crate) fn delete(&mut self, kind: Kind, id: &str, now: Timestamp) -> Result<(), Refusal> {
         self.find(kind, id)?;
         let request = self.ids.make("req");
         let contacts = self.by_id.get(id).map(|record| record.contact_ids.clone()).unwrap_or_default();
@@ -151,7 +149,7 @@ impl Records {
 
     /// Moves the source's contacts to the destination and deletes the source. The destination keeps its own
     /// fields, so an id that only the source carried is lost (close-api.md §9).
-    pub(super) fn merge(&mut self, source: &str, destination: &str, now: Timestamp) -> Result<(), Refusal> {
+    pub(crate) fn merge(&mut self, source: &str, destination: &str, now: Timestamp) -> Result<(), Refusal> {
         let exists = |id| self.find(Kind::Lead, id).is_ok();
         if !exists(source) || !exists(destination) {
             return Err(Refusal::NoMergeSource);
@@ -174,7 +172,7 @@ impl Records {
     }
 
     /// Makes a custom field from a request body (close-api.md §7).
-    pub(super) fn create_field(&mut self, owner: Owner, body: &Object) -> Result<Value, Refusal> {
+    pub(crate) fn create_field(&mut self, owner: Owner, body: &Object) -> Result<Value, Refusal> {
         let invalid = |field: &str, text: &str| Refusal::Invalid(FieldErrors::one(field, text));
         let name = body.get("name").and_then(Value::as_str).ok_or_else(|| invalid("name", REQUIRED))?;
         let kind = body.get("type").ok_or_else(|| invalid("type", REQUIRED))?;
@@ -195,7 +193,7 @@ impl Records {
     }
 
     /// Adds a custom field under an id that is free.
-    pub(super) fn add_field(&mut self, field: CustomField) -> Result<(), Refusal> {
+    pub(crate) fn add_field(&mut self, field: CustomField) -> Result<(), Refusal> {
         self.check_field(&field)?;
         if self.schema.fields.iter().any(|other| other.id == field.id) {
             let text = "A Custom Field with this id already exists.";
@@ -207,7 +205,7 @@ impl Records {
 
     /// Replaces the custom field of the same id. Values that it does not take now are gone; the real Close
     /// says no more than that it does not return them (close-api.md §7).
-    pub(super) fn change_field(&mut self, field: CustomField, now: Timestamp) -> Result<(), Refusal> {
+    pub(crate) fn change_field(&mut self, field: CustomField, now: Timestamp) -> Result<(), Refusal> {
         self.check_field(&field)?;
         let id = field.id.clone();
         let mut fields = self.schema.fields.iter_mut();
@@ -217,7 +215,7 @@ impl Records {
     }
 
     /// Deletes a custom field with its values (close-api.md §7), and says whether there was one.
-    pub(super) fn remove_field(&mut self, id: &str, now: Timestamp) -> bool {
+    pub(crate) fn remove_field(&mut self, id: &str, now: Timestamp) -> bool {
         let n_before = self.schema.fields.len();
         self.schema.fields.retain(|field| field.id != id);
         self.revise_values(id, now);
@@ -225,7 +223,7 @@ impl Records {
     }
 
     /// A record in full.
-    pub(super) fn get(&self, kind: Kind, id: &str) -> Result<Value, Refusal> {
+    pub(crate) fn get(&self, kind: Kind, id: &str) -> Result<Value, Refusal> {
         let record = self.find(kind, id)?;
         let mut value = self.flat(record);
         if kind == Kind::Lead {
@@ -236,24 +234,24 @@ impl Records {
     }
 
     /// The kind and current existence of an id.
-    pub(super) fn kind_of(&self, id: &str) -> Option<Kind> {
+    pub(crate) fn kind_of(&self, id: &str) -> Option<Kind> {
         self.by_id.get(id).map(|record| record.kind)
     }
 
     /// All records of a kind in full, oldest first.
-    pub(super) fn all(&self, kind: Kind) -> Vec<Value> {
+    pub(crate) fn all(&self, kind: Kind) -> Vec<Value> {
         let mut records: Vec<&Record> = self.by_id.values().filter(|record| record.kind == kind).collect();
         records.sort_by_key(|record| (record.created, record.serial));
         records.into_iter().filter_map(|record| self.get(kind, &record.id).ok()).collect()
     }
 
     /// How many records of a kind there are.
-    pub(super) fn count(&self, kind: Kind) -> usize {
+    pub(crate) fn count(&self, kind: Kind) -> usize {
         self.by_id.values().filter(|record| record.kind == kind).count()
     }
 
     /// A token that nobody has seen before.
-    pub(super) fn token(&mut self) -> String {
+    pub(crate) fn token(&mut self) -> String {
         self.ids.make("cursor")
     }
 

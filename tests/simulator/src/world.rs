@@ -8,48 +8,48 @@ use std::{collections::VecDeque, time::Duration};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use crate::simulator::faults::{self, Effect, FaultBody, Script};
-use crate::simulator::ids::Ids;
-use crate::simulator::limits::{Group, Limiter, Standing, Verdict};
-use crate::simulator::records::Records;
-use crate::simulator::schema::{Kind, Owner};
-use crate::simulator::search::{self, Cursors};
-use crate::simulator::settings::{BusyBody, CreatedLead, HeaderStyle, MissingSlash, Settings};
-use crate::simulator::validate::{Object, Refusal};
+use crate::faults::{self, Effect, FaultBody, Script};
+use crate::ids::Ids;
+use crate::limits::{Group, Limiter, Standing, Verdict};
+use crate::records::Records;
+use crate::schema::{Kind, Owner};
+use crate::search::{self, Cursors};
+use crate::settings::{BusyBody, CreatedLead, HeaderStyle, Lag, MissingSlash, Settings};
+use crate::validate::{Object, Refusal};
 
 /// A request as far as the API is concerned.
 #[derive(Debug, Default)]
-pub(super) struct Call {
-    pub(super) method: String,
+pub(crate) struct Call {
+    pub(crate) method: String,
     /// The path below `/api/v1`.
-    pub(super) path: String,
-    pub(super) query: Vec<(String, String)>,
+    pub(crate) path: String,
+    pub(crate) query: Vec<(String, String)>,
     /// The user name of HTTP Basic.
-    pub(super) key: String,
-    pub(super) is_json: bool,
-    pub(super) is_chunked: bool,
+    pub(crate) key: String,
+    pub(crate) is_json: bool,
+    pub(crate) is_chunked: bool,
     /// The body, unless it was too large to read.
-    pub(super) body: Option<String>,
+    pub(crate) body: Option<String>,
 }
 
 impl Call {
     /// The parameters of a query.
-    pub(super) fn parameters(query: &str) -> Vec<(String, String)> {
+    pub(crate) fn parameters(query: &str) -> Vec<(String, String)> {
         url::form_urlencoded::parse(query.as_bytes()).into_owned().collect()
     }
 }
 
 /// The answer to a call.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Answer {
-    pub(super) status: u16,
-    pub(super) payload: Payload,
-    pub(super) headers: Vec<(&'static str, String)>,
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) payload: Payload,
+    pub(crate) headers: Vec<(&'static str, String)>,
 }
 
 /// What an answer carries.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Payload {
+pub(crate) enum Payload {
     Json(Value),
     /// Nothing, called JSON all the same.
     Empty,
@@ -59,7 +59,7 @@ pub(super) enum Payload {
 
 impl Payload {
     /// What it is called, and its text.
-    pub(super) fn written(&self) -> (&'static str, String) {
+    pub(crate) fn written(&self) -> (&'static str, String) {
         match self {
             Self::Json(value) => ("application/json", value.to_string()),
             Self::Empty => ("application/json", String::new()),
@@ -79,7 +79,7 @@ impl Answer {
     }
 
     /// The answer of a scripted fault.
-    pub(super) fn scripted(status: u16, body: FaultBody) -> Self {
+    pub(crate) fn scripted(status: u16, body: FaultBody) -> Self {
         let payload = match body {
             FaultBody::Json => Payload::Json(json!({"error": "A scripted fault."})),
             FaultBody::Exactly(body) => Payload::Json(body),
@@ -92,7 +92,7 @@ impl Answer {
     }
 
     /// The same answer with these headers too.
-    pub(super) fn with(mut self, headers: Vec<(&'static str, String)>) -> Self {
+    pub(crate) fn with(mut self, headers: Vec<(&'static str, String)>) -> Self {
         self.headers.extend(headers);
         self
     }
@@ -122,7 +122,7 @@ pub struct Request {
 
 /// The last requests, oldest first.
 #[derive(Debug, Default)]
-pub(super) struct RequestLog {
+pub(crate) struct RequestLog {
     requests: VecDeque<Request>,
     forgotten: u64,
 }
@@ -141,31 +141,31 @@ impl RequestLog {
     }
 
     /// Notes the answer to a request by the number `push` gave it.
-    pub(super) fn answered(&mut self, number: u64, status: u16) {
+    pub(crate) fn answered(&mut self, number: u64, status: u16) {
         let index = number.checked_sub(self.forgotten).and_then(|index| usize::try_from(index).ok());
         if let Some(request) = index.and_then(|index| self.requests.get_mut(index)) {
             request.status = Some(status);
         }
     }
 
-    pub(super) fn all(&self) -> impl Iterator<Item = &Request> {
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Request> {
         self.requests.iter()
     }
 }
 
 /// What becomes of a call at the door.
 #[derive(Debug)]
-pub(super) struct Admission {
+pub(crate) struct Admission {
     /// Its number in the request log.
-    pub(super) number: u64,
+    pub(crate) number: u64,
     /// Headers that every answer to it carries.
-    pub(super) headers: Vec<(&'static str, String)>,
-    pub(super) decision: Decision,
+    pub(crate) headers: Vec<(&'static str, String)>,
+    pub(crate) decision: Decision,
 }
 
 /// Whether a call gets through.
 #[derive(Debug)]
-pub(super) enum Decision {
+pub(crate) enum Decision {
     /// No: this is the answer.
     Turned(Answer),
     /// Yes, though something may befall it.
@@ -174,17 +174,17 @@ pub(super) enum Decision {
 
 /// The simulated organisation with its API.
 #[derive(Debug)]
-pub(super) struct World {
-    pub(super) settings: Settings,
-    pub(super) book: Records,
-    pub(super) faults: Script,
-    pub(super) requests: RequestLog,
+pub(crate) struct World {
+    pub(crate) settings: Settings,
+    pub(crate) book: Records,
+    pub(crate) faults: Script,
+    pub(crate) requests: RequestLog,
     limiter: Limiter,
     cursors: Cursors,
 }
 
 impl World {
-    pub(super) fn new(settings: Settings, ids: Ids, now: Timestamp) -> Self {
+    pub(crate) fn new(settings: Settings, ids: Ids, now: Timestamp) -> Self {
         Self {
             book: Records::new(&settings, ids, now),
             settings,
@@ -195,9 +195,26 @@ impl World {
         }
     }
 
+    /// Creates a record as a POST would, but visible to search at once.
+    pub(crate) fn seed(&mut self, kind: Kind, body: &Object, now: Timestamp) -> Result<Value, Refusal> {
+        let lag = std::mem::replace(&mut self.book.search_lag, Lag::NONE);
+        let created = match kind {
+            Kind::Lead => self.book.create_lead(body, now),
+            Kind::Contact => self.book.create_contact(body, now),
+        };
+        self.book.search_lag = lag;
+        created
+    }
+
+    /// Deletes a record of either kind. Returns whether there was one.
+    pub(crate) fn delete_any(&mut self, id: &str, now: Timestamp) -> bool {
+        let kind = self.book.kind_of(id);
+        kind.is_some_and(|kind| self.book.delete(kind, id, now).is_ok())
+    }
+
     /// Spends a token, then checks the key, the form of the request, and the script. Whoever is refused for
     /// any later reason has spent the token (close-api.md §2).
-    pub(super) fn admit(&mut self, call: &Call, now: Timestamp) -> Admission {
+    pub(crate) fn admit(&mut self, call: &Call, now: Timestamp) -> Admission {
         let number = self.requests.push(call, now);
         let known = self.settings.api_key == call.key || self.settings.more_api_keys.contains(&call.key);
         let group = Group::of(&call.method, &call.path);
@@ -268,7 +285,7 @@ impl World {
     }
 
     /// Lets a call take effect.
-    pub(super) fn serve(&mut self, call: &Call, now: Timestamp) -> Answer {
+    pub(crate) fn serve(&mut self, call: &Call, now: Timestamp) -> Answer {
         self.book.index.catch_up(now);
         let segments: Vec<&str> = call.path.trim_matches('/').split('/').collect();
         match (call.method.as_str(), segments.as_slice()) {
@@ -461,7 +478,7 @@ fn page(call: &Call, mut rows: Vec<Value>) -> Result<Value, Refusal> {
 }
 
 /// How many of the requests have this method and begin with this path.
-pub(super) fn count<'a>(
+pub(crate) fn count<'a>(
     requests: impl Iterator<Item = &'a Request>,
     method: &str,
     path_prefix: &str,

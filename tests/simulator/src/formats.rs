@@ -1,6 +1,6 @@
 //! What Close takes for an email address, a web address and a phone number, and how it rewrites them.
 
-use crate::simulator::settings::Country;
+use crate::settings::Country;
 
 /// The trimmed address, if it is one. Stricter than the standards, like the regular expression Close uses
 /// (close-api.md §3): ASCII, no quotes, and a domain with a dot and an alphabetic end.
