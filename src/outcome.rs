@@ -3,11 +3,11 @@
 
 use std::fmt;
 use std::time::Duration;
+use strum::VariantArray;
 
 use crate::close::{CloseError, ResponseExcerpt};
 use crate::domain::event::NotForClose;
 use crate::domain::plan::{Plan, Refusal, Step};
-use strum::VariantArray;
 
 /// The label of messages that can't succeed.
 pub const DEAD: &str = "dead";

@@ -1,14 +1,14 @@
-//! Turns of phrase that commands and pages share.
+//! Phrases that commands and the operator's page share.
 
-/// The end of a sentence that lists what there is; nothing when it cannot be listed.
-pub fn there_are(choices: &[String]) -> String {
-    if choices.is_empty() { String::new() } else { format!(" (there are: {})", choices.join(", ")) }
+/// Ends an error with the values that would be valid: `; configured: a, b`. Empty when there are none to list.
+pub fn choices(label: &str, choices: &[String]) -> String {
+    if choices.is_empty() { String::new() } else { format!("; {label}: {}", choices.join(", ")) }
 }
 
-/// A number of things.
-pub fn count(number: impl Into<u64>, one: &str, several: &str) -> String {
+/// A number with its noun: `1 message`, `3 messages`.
+pub fn count(number: impl Into<u64>, singular: &str, plural: &str) -> String {
     match number.into() {
-        1 => format!("1 {one}"),
-        number => format!("{number} {several}"),
+        1 => format!("1 {singular}"),
+        number => format!("{number} {plural}"),
     }
 }

@@ -8,7 +8,7 @@ use crate::cli::{CONFIGURATION, Failure, UNAVAILABLE};
 use crate::close::Client;
 use crate::config::{Config, Destination, Need, Problems};
 use crate::sync::preflight::{self, Obstacle, Ready};
-use crate::text::{count, there_are};
+use crate::text::{choices, count};
 
 /// Check the configuration, RabbitMQ, the API key, the lookup fields and what the mapping names in Close.
 ///
@@ -211,10 +211,11 @@ async fn close(config: &Destination) -> Vec<Finding> {
             let unknown = mapping
                 .unknown
                 .iter()
-                .map(|unknown| finding(Verdict::Wrong, &unknown.setting, unknown.told()));
+                .map(|unknown| finding(Verdict::Wrong, &unknown.setting, unknown.description()));
             let misfits = mapping.misfits().into_iter().map(|misfit| {
-                let fits = there_are(&misfit.choices);
-                let detail = format!("{} would be left out: {}{fits}", misfit.value, misfit.reason.words());
+                let fits = choices("choices", &misfit.choices);
+                let detail =
+                    format!("{} would be left out: {}{fits}", misfit.value, misfit.reason.description());
                 finding(Verdict::Wrong, misfit.setting, detail)
             });
             std::iter::once(finding(Verdict::Ok, subject, detail))

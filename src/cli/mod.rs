@@ -36,7 +36,7 @@ use crate::http::admin::AUDIT;
 use crate::supervisor::{self, Control, RunError};
 use crate::telemetry::otel::{self, Traces};
 use crate::telemetry::panic_hook;
-use crate::text::there_are;
+use crate::text::choices;
 use crate::{VERSION, http};
 
 /// Keeps the Close CRM in step with identify events from RabbitMQ.
@@ -215,7 +215,10 @@ impl Cli {
 
 fn single(config: Config) -> Result<Destination, Failure> {
     config.single().map_err(|names| {
-        Failure::Input(format!("which destination? name one with `--destination`{}", there_are(&names)))
+        Failure::Input(format!(
+            "several destinations are configured; select one with `--destination`{}",
+            choices("configured", &names)
+        ))
     })
 }
 

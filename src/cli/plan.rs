@@ -17,7 +17,7 @@ use crate::sync::explain::{self, DEAD, Record, Report};
 use crate::sync::preflight::{self, Obstacle};
 use crate::sync::{ReceivedAt, Worker};
 use crate::telemetry::metrics::Metrics;
-use crate::text::{count, there_are};
+use crate::text::{choices, count};
 
 /// Show what events would do to Close, and why, without writing anything.
 ///
@@ -102,7 +102,7 @@ pub(super) async fn worker(config: Destination) -> Result<Worker, Failure> {
         anstream::eprintln!("note: {}: {}, its values are left out", unknown.setting, unknown.reason);
     }
     for misfit in ready.mapping.misfits() {
-        let (reason, fits) = (misfit.reason.words(), there_are(&misfit.choices));
+        let (reason, fits) = (misfit.reason.description(), choices("choices", &misfit.choices));
         anstream::eprintln!("note: {}: {} is left out, {reason}{fits}", misfit.setting, misfit.value);
     }
     Ok(Worker::new(config.worker, &config.rules, ready.mapping, client, metrics))

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use strum::VariantArray;
 
 use crate::close::{Lookup, Organization};
 use crate::domain::plan::ContactValues;
@@ -11,7 +12,6 @@ use crate::domain::record::{
     Channel, Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists, fold_email,
 };
 use crate::domain::schema::{CustomField, FieldKind, Status, User};
-use strum::VariantArray;
 
 /// Keys of a record that map to a [`Field`]; custom fields are flat `custom.cf_…` keys beside them.
 fn fields(object: &Value, plain: &[Field]) -> Fields {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use strum::VariantArray;
 use toml::{Table, Value};
 
 use crate::config::Reader;
@@ -10,7 +11,6 @@ use crate::domain::mapping::source::{Alternative, Normalize, Source};
 use crate::domain::mapping::{Anonymous, FreeMail, RecordRules, Rule, Rules, Trigger, WriteRule};
 use crate::domain::record::{Channel, Field};
 use crate::domain::schema::FieldRef;
-use strum::VariantArray;
 
 /// The keys of a mapping rule.
 const RULE: [&str; 5] = ["from", "or_on_create", "write", "normalize", "values"];

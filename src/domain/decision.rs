@@ -57,11 +57,10 @@ pub enum LookUp {
 }
 
 impl LookUp {
-    /// In words, for people and logs.
-    pub fn words(&self) -> String {
+    pub fn description(&self) -> String {
         match self {
-            Self::RememberedLead => "remembered the company's Lead".into(),
-            Self::RememberedContacts(found) => format!("remembered the person's Contacts: {found}"),
+            Self::RememberedLead => "used the cached Lead of the company".into(),
+            Self::RememberedContacts(found) => format!("used the cached Contacts of the person: {found}"),
             Self::SearchedLeads(found) => format!("searched Leads by company id: {found} found"),
             Self::SearchedContacts(found) => {
                 format!("searched Contacts by user id and email: {found} found")
@@ -151,18 +150,21 @@ pub fn change(field: &FieldPlan, mapping: &Mapping) -> String {
         (FieldVerdict::Set, None) => wanted,
         (FieldVerdict::Appended, Some(before)) => format!("{before} + {wanted}"),
         (FieldVerdict::Appended, None) => format!("+ {wanted}"),
-        (FieldVerdict::Same, _) => format!("{wanted} already"),
+        (FieldVerdict::Same, _) => format!("{wanted} (unchanged)"),
         (FieldVerdict::NotEmpty, before) => {
-            format!("{} stays (if_empty), not {wanted}", before.unwrap_or_default())
+            format!("keeps {}, not {wanted} (if_empty)", before.unwrap_or_default())
         }
         (FieldVerdict::OnlyOnCreate, before) => {
-            format!("{} stays (on_create), not {wanted}", before.unwrap_or_else(|| "empty".into()))
+            format!(
+                "{}, not {wanted} (on_create)",
+                before.map_or_else(|| "stays empty".into(), |before| format!("keeps {before}"))
+            )
         }
         (FieldVerdict::Stale, before) => {
-            format!("{} stays, it is of a newer event, not {wanted}", before.unwrap_or_default())
+            format!("keeps {}, set by a newer event, not {wanted}", before.unwrap_or_default())
         }
-        (FieldVerdict::ListFull, _) => format!("{wanted} has no room: the list is full"),
-        (FieldVerdict::Refused, _) => format!("{wanted} was refused by Close"),
+        (FieldVerdict::ListFull, _) => format!("{wanted} not added: the list is full"),
+        (FieldVerdict::Refused, _) => format!("{wanted} rejected by Close"),
     }
 }
 

@@ -51,21 +51,20 @@ impl DropReason {
         self.into()
     }
 
-    /// The reason in words.
-    pub fn words(self) -> &'static str {
+    pub fn description(self) -> &'static str {
         match self {
-            Self::NotAValue => "a single value is needed",
-            Self::InvalidEmail => "no email address",
-            Self::InvalidPhone => "no phone number",
-            Self::InvalidUrl => "no web page",
-            Self::NotANumber => "no number",
-            Self::NotADate => "no date",
-            Self::NotAChoice => "none of the choices",
-            Self::NoSuchUser => "no user of the Close organization",
-            Self::NotAnId => "no id of such a record",
+            Self::NotAValue => "expected a single value",
+            Self::InvalidEmail => "not a valid email address",
+            Self::InvalidPhone => "not a valid phone number",
+            Self::InvalidUrl => "not a valid URL",
+            Self::NotANumber => "not a number",
+            Self::NotADate => "not a date",
+            Self::NotAChoice => "not one of the choices",
+            Self::NoSuchUser => "not a user of the Close organization",
+            Self::NotAnId => "not a valid record id",
             Self::UnknownField => "Close has no such field",
             Self::ListFull => "the Contact's list is full",
-            Self::Refused => "Close refused it",
+            Self::Refused => "Close rejected it",
         }
     }
 }

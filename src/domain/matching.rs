@@ -73,20 +73,21 @@ impl Verdict {
         self.into()
     }
 
-    /// The verdict in words.
-    pub fn words(self) -> &'static str {
+    pub fn description(self) -> &'static str {
         match self {
-            Self::SameCompany => "carries the company id",
-            Self::YoungerLead => "carries the company id, but an older Lead does too",
-            Self::OtherCompany => "carries another company id",
-            Self::NoCompany => "carries no company id",
-            Self::SameUser => "carries the user id",
+            Self::SameCompany => "has the company id",
+            Self::YoungerLead => "has the company id, but an older Lead has it too",
+            Self::OtherCompany => "has another company id",
+            Self::NoCompany => "has no company id",
+            Self::SameUser => "has the user id",
             Self::SameEmail => "has the email",
-            Self::UserIdDecides => "has the email, but another Contact carries the user id, which decides",
-            Self::SomebodyElse => "has the email, but another user id: somebody else's, left alone",
+            Self::UserIdDecides => {
+                "has the email, but another Contact has the user id, which takes precedence"
+            }
+            Self::SomebodyElse => "has the email but another user id: a different person, left alone",
             Self::NotThePerson => "has neither the user id nor the email",
-            Self::TooMany => "is the person too, but at most ten Contacts are updated, oldest first",
-            Self::Gone => "was deleted or merged away",
+            Self::TooMany => "is the person too, but only the ten oldest Contacts are updated",
+            Self::Gone => "was deleted or merged",
         }
     }
 }
@@ -211,21 +212,20 @@ impl Case {
         self.into()
     }
 
-    /// The rule in words.
-    pub fn words(self) -> &'static str {
+    pub fn description(self) -> &'static str {
         match self {
             Self::PersonInLead => "the company has a Lead and the person is in it: both are updated",
-            Self::NewInLead => "the company has a Lead, the person is not in it: a Contact is added",
+            Self::NewInLead => "the company has a Lead but the person is not in it: a Contact is added",
             Self::AdoptedLead => {
-                "no Lead has the company id, but the person is under a Lead without one: that Lead becomes the company's"
+                "no Lead has the company id, but the person is in a Lead without one: that Lead gets the company id"
             }
             Self::OtherCompany => {
-                "no Lead has the company id, and the person is known only under other companies: a new Lead with a Contact"
+                "no Lead has the company id, and the person is only in Leads of other companies: a Lead with a Contact is created"
             }
             Self::KnownPerson => {
-                "the event has no company id that is looked up, the person is known: their Contacts and Leads are updated"
+                "the event has no company id to look up, and the person is known: their Contacts and Leads are updated"
             }
-            Self::Nobody => "neither the company nor the person is known: a new Lead with a Contact",
+            Self::Nobody => "neither the company nor the person is known: a Lead with a Contact is created",
         }
     }
 }

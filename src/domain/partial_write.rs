@@ -1,9 +1,9 @@
 //! A write without the values Close rejected: one bad optional value must not cost the rest.
+use strum::VariantArray;
 
 use crate::domain::mapping::{Desired, KeyFields};
 use crate::domain::plan::{RecordRef, RejectedField, Step};
 use crate::domain::record::{Channel, Field};
-use strum::VariantArray;
 
 /// The step without what Close rejected, and what was removed. `paths` are the paths in Close's `field-errors`,
 /// `["contacts", "0", "phones", "0", "phone"]` (close-api.md §3); several may lead to one field.

@@ -122,7 +122,7 @@ pub enum Dangling {
     #[error("no custom field has this id or name")]
     Missing,
     /// Several fields have this name.
-    #[error("several custom fields have this name: use the id of one")]
+    #[error("several custom fields have this name; use the id of one")]
     Ambiguous,
 }
 

@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use strum::VariantArray;
 
 use crate::domain::record::Channel;
 use crate::scenario::render;
 use close_sync_simulator::{CustomField, Lag, Owner, Simulator};
-use strum::VariantArray;
 
 /// A Lead, its custom fields by name.
 #[derive(Clone, Debug, Deserialize)]

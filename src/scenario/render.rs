@@ -16,6 +16,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use serde_json::Value;
+use strum::VariantArray;
 
 use crate::domain::decision::{Decision, change};
 use crate::domain::mapping::Mapping;
@@ -24,7 +25,6 @@ use crate::domain::plan::{RecordPlan, RecordRef, Refusal};
 use crate::domain::record::{Channel, LeadId};
 use crate::outcome::Outcome;
 use close_sync_simulator::Simulator;
-use strum::VariantArray;
 
 /// One message. `name` knows what records are called.
 pub fn decision(

@@ -13,7 +13,7 @@ use crate::domain::plan::{RecordPlan, RecordRef, Refusal};
 use crate::domain::record::LeadId;
 use crate::outcome::{Obstruction, Outcome, PauseCause};
 use crate::sync::{Prepared, ReceivedAt, Worker};
-use crate::text::there_are;
+use crate::text::choices;
 
 /// The outcome of an event that cannot succeed.
 pub const DEAD: &str = "dead-lettered";
@@ -166,15 +166,15 @@ impl Report {
         let candidate = |candidate: &decision::Candidate| Candidate {
             id: candidate.id.clone(),
             verdict: candidate.verdict.label(),
-            in_words: candidate.verdict.words(),
+            in_words: candidate.verdict.description(),
         };
         Ok(Self {
             outcome,
             reason,
             error,
             rule: decision.case.map(Case::label),
-            rule_in_words: decision.case.map(Case::words),
-            look_ups: decision.look_ups.iter().map(LookUp::words).collect(),
+            rule_in_words: decision.case.map(Case::description),
+            look_ups: decision.look_ups.iter().map(LookUp::description).collect(),
             candidates: decision.candidates.iter().map(candidate).collect(),
             records: decision.plan.records.iter().map(|record| Record::new(record, mapping)).collect(),
             left_out: decision.dropped.iter().map(|dropped| LeftOut::new(dropped, mapping)).collect(),
@@ -191,7 +191,7 @@ impl LeftOut {
         let label = mapping.label(field);
         let of = if label == *field { String::new() } else { format!(" ({field})") };
         let fits = match reason {
-            DropReason::NotAChoice | DropReason::NoSuchUser => there_are(&mapping.choices(field)),
+            DropReason::NotAChoice | DropReason::NoSuchUser => choices("choices", &mapping.choices(field)),
             DropReason::NotAValue => match value {
                 Some(Value::Array(_)) => " (`normalize = [\"join\"]` makes a list one text)".to_owned(),
                 _ => String::new(),
@@ -206,7 +206,7 @@ impl LeftOut {
             | DropReason::ListFull
             | DropReason::Refused => String::new(),
         };
-        let in_words = format!("{label}{of}: {shown}, {}{fits}", reason.words());
+        let in_words = format!("{label}{of}: {shown}, {}{fits}", reason.description());
         Self { field: field.clone(), reason: reason.label(), value: value.clone(), in_words }
     }
 }

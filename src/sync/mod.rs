@@ -418,14 +418,14 @@ impl Worker {
 /// Says which rules have no field, and which constants their fields do not take.
 pub fn tell_flaws(mapping: &Mapping) {
     for unknown in &mapping.unknown {
-        tracing::error!(setting = unknown.setting, "{}", unknown.told());
+        tracing::error!(setting = unknown.setting, "{}", unknown.description());
     }
     for misfit in mapping.misfits() {
         tracing::error!(
             setting = misfit.setting,
             "{} is left out: {} (`close-sync check` lists what fits)",
             misfit.value,
-            misfit.reason.words()
+            misfit.reason.description()
         );
     }
 }

@@ -132,9 +132,9 @@ pub enum NoIdentity {
     #[error("the event has a user id and no email, and `close.contact_user_id_field` is not set")]
     NoUserField,
     /// There is an email that is none, and no user id.
-    #[error("the event has no user id, and its email is no email address")]
+    #[error("the event has no user id, and its email is not a valid email address")]
     BadEmail,
     /// There is a user id that cannot be used, and no email.
-    #[error("the event has no email, and its user id is no text or whole number")]
+    #[error("the event has no email, and its user id is not text or a whole number")]
     BadUserId,
 }

@@ -80,7 +80,7 @@ impl BadKey {
 }
 
 fn suggest(similar: &[String]) -> String {
-    if similar.is_empty() { String::new() } else { format!(" (of type text are: {})", similar.join(", ")) }
+    if similar.is_empty() { String::new() } else { format!(" (text fields: {})", similar.join(", ")) }
 }
 
 /// A rule with a constant its field does not take.
@@ -106,12 +106,12 @@ pub struct Unknown {
 }
 
 impl Unknown {
-    /// Why, and what follows from it.
-    pub fn told(&self) -> String {
+    /// What is wrong and what it causes.
+    pub fn description(&self) -> String {
         let follows = if self.setting == LEAD.stamp || self.setting == CONTACT.stamp {
-            "until that is mended, an older event may overwrite a newer one after a restart"
+            "until this is fixed, an older event may overwrite a newer one after a restart"
         } else {
-            "its values are left out until there is one (create it in Close, or mend the setting)"
+            "its values are left out until the field exists (create it in Close or correct the setting)"
         };
         format!("{}: {follows}", self.reason)
     }
@@ -124,7 +124,7 @@ pub enum NoField {
     #[error(transparent)]
     Dangling(#[from] Dangling),
     /// Two rules name one field, by its id and by its name.
-    #[error("another rule fills the same custom field, remove one of them")]
+    #[error("another rule fills the same custom field; remove one of them")]
     Taken,
     /// It cannot store a time.
     #[error("the custom field is not of type datetime")]

@@ -4,9 +4,9 @@ use prometheus::{
     Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry,
 };
+use strum::VariantArray;
 
 use crate::close::{Endpoint, StatusClass};
-use strum::VariantArray;
 
 /// Makes metrics whose every label value exists from the start.
 pub(crate) struct Maker<'a>(pub(crate) &'a Registry);

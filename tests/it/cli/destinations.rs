@@ -222,7 +222,7 @@ async fn commands_about_one_queue_ask_which() {
     let asked = two.bench.run(&["dlq", "list"], b"").await;
     let words = String::from_utf8(asked.stderr).unwrap();
     assert!(
-        asked.status.code() == Some(2) && words.contains("`--destination` (there are: apac, emea)"),
+        asked.status.code() == Some(2) && words.contains("`--destination`; configured: apac, emea"),
         "{words}"
     );
     two.bench.output(&["dlq", "discard", "--all", "--yes", "--destination", "emea"]).await;
