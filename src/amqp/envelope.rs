@@ -1,10 +1,9 @@
-//! What travels with a message: the headers that are ours, read from a delivery and written to its
-//! successor.
+//! The headers of close-sync that travel with a message: read from a delivery and written to its successor.
 //!
-//! Attempts are counted in a header of our own: the broker's counts differ between versions and rise
-//! for innocents too (rabbitmq.md §0, 2 and 11). A successor keeps the producer's properties and
-//! headers; the broker's own marks are stripped, and so is `expiration`, which would make a message
-//! vanish from the dead-letter queue. Headers of a size that leaves no room for ours stay behind.
+//! A header of close-sync counts the attempts: the broker's counts differ between versions, and also rise for messages
+//! that did not fail (rabbitmq.md §0, 2 and 11). A successor keeps the producer's properties and headers. It loses the
+//! broker's own headers, and `expiration`, which would expire it in the dead-letter queue. If the producer's headers are
+//! too large to leave room for those of close-sync, they are dropped.
 
 use jiff::Timestamp;
 use lapin::BasicProperties;
@@ -14,12 +13,12 @@ use uuid::Uuid;
 use crate::close::Priority;
 use crate::outcome::{DeadLetter, Reason};
 
-/// How the names of all headers of ours begin.
+/// The prefix of all headers of close-sync.
 const OURS: &str = "x-close-sync-";
 
-/// Attempts made so far.
+/// The number of attempts so far.
 pub const ATTEMPTS: &str = "x-close-sync-attempt";
-/// By this a message is known that comes back from a delay queue.
+/// Identifies a message that returns from a delay queue.
 pub const DELAY_ID: &str = "x-close-sync-detour";
 /// When close-sync first received the message, RFC 3339.
 pub const FIRST_SEEN: &str = "x-close-sync-first-seen";
@@ -27,97 +26,97 @@ pub const FIRST_SEEN: &str = "x-close-sync-first-seen";
 pub const EXCHANGE: &str = "x-close-sync-exchange";
 /// The producer's routing key.
 pub const ROUTING_KEY: &str = "x-close-sync-routing-key";
-/// Times the message was replayed from the dead-letter queue.
+/// How many times the message was replayed from the dead-letter queue.
 pub const REPLAYS: &str = "x-close-sync-replays";
-/// The replay a message comes from: whoever replays it is told by this what became of it.
+/// The id of a replayed message. The worker reports its outcome to the replay under this id.
 pub const REPLAY: &str = "x-close-sync-replay";
-/// The body as its producer sent it, of a dead letter that was edited.
+/// The original body of an edited dead letter.
 pub const ORIGINAL: &str = "x-close-sync-original";
-/// When it was edited last, RFC 3339.
+/// When the dead letter was last edited, RFC 3339.
 pub const EDITED_AT: &str = "x-close-sync-edited-at";
-/// What edited copies take the place of, by what `dead_letters::letter` calls their content: there twice, after an edit
-/// that was killed, the other one is not to be replayed.
+/// The content ids of the dead letters that this copy replaces. If an edit was interrupted, both exist, and the replaced
+/// one must not be replayed.
 pub const REPLACES: &str = "x-close-sync-replaces";
-/// The id of a dead letter.
+/// The id of the dead letter.
 pub const ID: &str = "x-close-sync-dead-letter-id";
-/// Why it was dead-lettered, [`crate::outcome::Reason::label`].
+/// Why the message was dead-lettered, [`crate::outcome::Reason::label`].
 pub const REASON: &str = "x-close-sync-reason";
-/// Where it failed, [`crate::outcome::Stage::label`].
+/// The stage that failed, [`crate::outcome::Stage::label`].
 pub const STAGE: &str = "x-close-sync-stage";
-/// What happened, without personal data.
+/// The error, without personal data.
 pub const ERROR: &str = "x-close-sync-error";
-/// When it was dead-lettered, RFC 3339.
+/// When the message was dead-lettered, RFC 3339.
 pub const FAILED_AT: &str = "x-close-sync-failed-at";
-/// How far it came: what was found, which rule decided, what was to be written; without personal data.
+/// How far processing came: the records found, the rule that decided, the planned writes; without personal data.
 pub const DECISION: &str = "x-close-sync-decision";
-/// Equal for messages that failed alike.
+/// Equal for messages that failed in the same way.
 pub const FINGERPRINT: &str = "x-close-sync-fingerprint";
 
-/// What was made of headers that cannot be read (`frames.rs`). Stays behind: nobody could read it either.
+/// Holds the bytes of unreadable headers (`compat/frame_sanitizer.rs`). Successors do not keep it.
 pub const QUARANTINED: &str = "x-close-sync-set-aside";
 
-/// The producer's place in a trace, as W3C Trace Context has it.
+/// The header of W3C Trace Context.
 pub const TRACEPARENT: &str = "traceparent";
 
-/// Headers about one failure: gone when the message is replayed.
-const OF_A_FAILURE: [&str; 10] =
+/// Headers about one failure. A replay removes them.
+const FAILURE_HEADERS: [&str; 10] =
     [ATTEMPTS, DELAY_ID, ID, REASON, STAGE, ERROR, DECISION, FAILED_AT, FINGERPRINT, REPLACES];
 
-/// Most bytes of the producer's headers that a successor takes along. All headers travel in one frame, of 128 KiB by
-/// default, where ours and the broker's have to fit in too: one that is too large ends the connection, every time.
-const MOST_TAKEN_ALONG: usize = 64 * 1024;
+/// The size limit for the producer's headers on a successor. All headers travel in one frame, 128 KiB by default, which
+/// also holds those of close-sync and of the broker. A frame that is too large ends the connection.
+const MAX_PRODUCER_HEADERS: usize = 64 * 1024;
 
-/// Headers the broker adds, which must not be sent back to it (rabbitmq.md §3.3).
-fn of_the_broker(name: &str) -> bool {
+/// Whether the broker adds this header. Such headers must not be published again (rabbitmq.md §3.3).
+fn is_broker_header(name: &str) -> bool {
     name == "x-death"
         || name == "x-delivery-count"
         || name == "x-acquired-count"
         || ["x-first-death-", "x-last-death-", "x-opt-"].iter().any(|prefix| name.starts_with(prefix))
 }
 
-/// What is known of a message besides its body.
+/// The properties and headers of a delivery.
 #[derive(Clone, Debug)]
 pub struct Envelope {
-    /// Attempts before this one.
+    /// The number of earlier attempts.
     pub attempts: u32,
-    /// By this it is known since it first left for a delay queue.
+    /// Set when the message first went to a delay queue.
     pub delay_id: Option<Uuid>,
-    /// The replay it comes from, if somebody waits to be told what becomes of it.
+    /// The id of a replayed message, if a replay waits for its outcome.
     pub replay: Option<Uuid>,
-    /// When it was first received.
+    /// When the message was first received.
     pub first_seen: Timestamp,
-    /// When it was published, [`sent`].
+    /// When the message was published, [`sent`].
     pub sent: Option<Timestamp>,
     /// The exchange the producer published to.
     pub exchange: String,
     /// The producer's routing key.
     pub routing_key: String,
-    /// The trace it belongs to, if its producer tells.
+    /// The trace the message belongs to, if its producer sent one.
     pub trace: Option<TraceParent>,
     properties: BasicProperties,
 }
 
-/// Where a message stands in a trace: the header `traceparent` of W3C Trace Context, version 00. Successors keep
-/// the header as it is, so that a trace goes on through delay queues and replays.
+/// The header `traceparent` of W3C Trace Context, version 00. Successors keep the header unchanged, so that a trace
+/// continues through delay queues and replays.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TraceParent(String);
 
 impl TraceParent {
-    /// Reads the header; whatever has another form is not passed on into logs.
+    /// Parses the header. A malformed one is ignored and never reaches the logs.
     pub fn parse(text: &str) -> Option<Self> {
         let parts: Vec<&str> = text.split('-').collect();
         let hex = |part: &str, digits: usize| {
             part.len() == digits && part.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
         };
-        let told = |part: &str, digits| hex(part, digits) && part.bytes().any(|b| b != b'0');
+        let nonzero = |part: &str, digits| hex(part, digits) && part.bytes().any(|b| b != b'0');
         match parts[..] {
             // A later version may append parts; the four keep their meaning.
             [version, trace, span, flags, ..]
                 if hex(version, 2)
                     && version != "ff"
                     && (version != "00" || parts.len() == 4)
-                    && told(trace, 32)
-                    && told(span, 16)
+                    && nonzero(trace, 32)
+                    && nonzero(span, 16)
                     && hex(flags, 2) =>
             {
                 Some(Self(text.to_owned()))
@@ -126,12 +125,12 @@ impl TraceParent {
         }
     }
 
-    /// The id of the trace, 32 digits.
+    /// 32 hexadecimal digits.
     pub fn trace_id(&self) -> &str {
         &self.0[3..35]
     }
 
-    /// The id of the producer's span, 16 digits.
+    /// The producer's span, 16 hexadecimal digits.
     pub fn span_id(&self) -> &str {
         &self.0[36..52]
     }
@@ -143,7 +142,7 @@ impl TraceParent {
 }
 
 impl Envelope {
-    /// Reads the properties of a delivery that came by this exchange and routing key and was received at `now`.
+    /// Reads the properties of a delivery with this exchange and routing key, received at `now`.
     pub fn of(properties: BasicProperties, exchange: &str, routing_key: &str, now: Timestamp) -> Self {
         let number = number(&properties, ATTEMPTS);
         let id = |name| text(&properties, name).and_then(|text| text.parse().ok());
@@ -160,39 +159,39 @@ impl Envelope {
         }
     }
 
-    /// The producer's id of the message, if it gave it one.
+    /// The message id the producer set.
     pub fn own_id(&self) -> Option<&str> {
         self.properties.message_id().as_ref().map(ShortString::as_str)
     }
 
-    /// The same for logs.
+    /// The message id for logs.
     pub fn message_id(&self) -> &str {
         self.own_id().unwrap_or("-")
     }
 
-    /// The producer's id of what the message belongs to, for logs.
+    /// The correlation id the producer set, for logs.
     pub fn correlation_id(&self) -> Option<&str> {
         self.properties.correlation_id().as_ref().map(ShortString::as_str)
     }
 
-    /// Who goes first: who comes for the first time, then who waited in a delay queue, then replays.
+    /// First deliveries go before returns from a delay queue, and these before replays.
     pub fn priority(&self) -> Priority {
         match (number(&self.properties, REPLAYS), text(&self.properties, FIRST_SEEN)) {
             (Some(1..), _) => Priority::Replay,
             (_, None) => Priority::Live,
-            // It has been here before.
+            // It returned from a delay queue.
             (_, Some(_)) => Priority::Retry,
         }
     }
 
-    /// Properties for a delay queue, after `attempts` attempts; by `delay_id` it will be known.
+    /// Properties for a delay queue, after `attempts` attempts.
     pub fn for_delay(&self, attempts: u32, delay_id: Uuid) -> BasicProperties {
         self.successor(vec![(ATTEMPTS, i64::from(attempts).into()), (DELAY_ID, delay_id.to_string().into())])
     }
 
-    /// Properties for the dead-letter queue, where it has this id. The last attempt counts.
+    /// Properties for the dead-letter queue. The attempt that just failed counts.
     pub fn for_dead_letter(&self, dead: &DeadLetter, id: Uuid, now: Timestamp) -> BasicProperties {
-        let mut ours: Vec<(_, Header)> = vec![
+        let mut headers: Vec<(_, Header)> = vec![
             (ATTEMPTS, (i64::from(self.attempts) + 1).into()),
             (ID, id.to_string().into()),
             (REASON, dead.reason.label().to_owned().into()),
@@ -201,11 +200,11 @@ impl Envelope {
             (FAILED_AT, now.to_string().into()),
             (FINGERPRINT, dead.fingerprint().into()),
         ];
-        ours.extend(dead.decision.clone().map(|decision| (DECISION, decision.into())));
-        self.successor(ours)
+        headers.extend(dead.decision.clone().map(|decision| (DECISION, decision.into())));
+        self.successor(headers)
     }
 
-    /// What happened, and how long it was tried where that is why.
+    /// The error. If the message is exhausted, with the number of attempts and their duration.
     fn error(&self, dead: &DeadLetter, now: Timestamp) -> String {
         if dead.reason != Reason::Exhausted {
             return dead.error.clone();
@@ -214,33 +213,33 @@ impl Envelope {
         format!("{}; attempts: {}, in {minutes} minutes", dead.error, self.attempts + 1)
     }
 
-    fn successor(&self, ours: Vec<(&'static str, Header)>) -> BasicProperties {
+    fn successor(&self, headers: Vec<(&'static str, Header)>) -> BasicProperties {
         let origin = vec![
             (FIRST_SEEN, Header::from(self.first_seen.to_string())),
             (EXCHANGE, self.exchange.clone().into()),
             (ROUTING_KEY, self.routing_key.clone().into()),
         ];
-        // Of a delay_id it is told anew.
-        with_headers(&self.properties, |name| name != DELAY_ID, origin.into_iter().chain(ours))
+        // The caller sets a new one.
+        with_headers(&self.properties, |name| name != DELAY_ID, origin.into_iter().chain(headers))
     }
 }
 
-/// Properties for a replay: as it came, with one more replay and no attempts.
+/// Properties for a replay: one replay more, and no attempts.
 pub fn for_replay(properties: &BasicProperties, replay: Uuid) -> BasicProperties {
     let replays = number(properties, REPLAYS).unwrap_or(0) + 1;
-    let ours = [(REPLAYS, replays.into()), (REPLAY, replay.to_string().into())];
-    with_headers(properties, |name| !OF_A_FAILURE.contains(&name), ours)
+    let headers = [(REPLAYS, replays.into()), (REPLAY, replay.to_string().into())];
+    with_headers(properties, |name| !FAILURE_HEADERS.contains(&name), headers)
 }
 
-/// Properties for a dead letter that goes back to where it was, by the same name. What the broker noted down about it
-/// is lost, so that it is told here how it failed.
+/// Properties for an imported dead letter, which keeps its id. It lost the broker's own headers, so its fingerprint is
+/// stored explicitly.
 pub fn for_restoring(properties: &BasicProperties, id: &str, fingerprint: &str) -> BasicProperties {
-    let ours = [(ID, id.to_owned().into()), (FINGERPRINT, fingerprint.to_owned().into())];
-    with_headers(properties, |_| true, ours)
+    let headers = [(ID, id.to_owned().into()), (FINGERPRINT, fingerprint.to_owned().into())];
+    with_headers(properties, |_| true, headers)
 }
 
-/// The same with another body in place of `original`, which is that of `content`. What its producer sent is kept over
-/// several edits.
+/// Properties for an edited copy of a dead letter with the body `original` and this content id. Several edits keep the
+/// first original.
 pub fn for_edited(
     properties: &BasicProperties,
     original: &[u8],
@@ -249,41 +248,41 @@ pub fn for_edited(
 ) -> BasicProperties {
     let first = header(properties, ORIGINAL).is_none();
     let original = first.then(|| (ORIGINAL, Header::Bytes(original.to_vec())));
-    let ours = original.into_iter().chain([(EDITED_AT, now.to_string().into())]);
-    for_replacing(&with_headers(properties, |_| true, ours), [content])
+    let headers = original.into_iter().chain([(EDITED_AT, now.to_string().into())]);
+    for_replacing(&with_headers(properties, |_| true, headers), [content])
 }
 
-/// The same in place of dead letters with these contents, besides those it took the place of before.
+/// Properties for a copy that replaces the dead letters with these content ids, and those it already replaces.
 pub fn for_replacing(
     properties: &BasicProperties,
     contents: impl IntoIterator<Item = Uuid>,
 ) -> BasicProperties {
-    const MOST: usize = 8;
+    const MAX_REPLACED: usize = 8;
     let mut all = replaces(properties);
     all.extend(contents);
-    let last = all.split_off(all.len().saturating_sub(MOST));
+    let last = all.split_off(all.len().saturating_sub(MAX_REPLACED));
     let last = last.iter().map(Uuid::to_string).collect::<Vec<_>>().join(" ");
     with_headers(properties, |_| true, [(REPLACES, last.into())])
 }
 
-/// The same without a word of what it took the place of.
+/// Removes the list of replaced dead letters.
 pub fn without_replaces(properties: &BasicProperties) -> BasicProperties {
     with_headers(properties, |name| name != REPLACES, [])
 }
 
-/// What an edited copy takes the place of.
+/// The content ids of the dead letters that this copy replaces.
 pub fn replaces(properties: &BasicProperties) -> Vec<Uuid> {
     let text = text(properties, REPLACES).unwrap_or_default();
     text.split(' ').filter_map(|content| content.parse().ok()).collect()
 }
 
-/// When a message was published, as its producer says: the end of that second.
+/// When the message was published according to its producer: the end of that second.
 pub fn sent(properties: &BasicProperties) -> Option<Timestamp> {
     properties.timestamp().and_then(|s| Timestamp::new(i64::try_from(s).ok()?, 999_999_999).ok())
 }
 
-/// A text header.
-#[expect(clippy::wildcard_enum_match_arm, reason = "every other type of AMQP is no text")]
+/// Reads a text header.
+#[expect(clippy::wildcard_enum_match_arm, reason = "all other AMQP types are not text")]
 pub fn text(properties: &BasicProperties, name: &str) -> Option<String> {
     match header(properties, name)? {
         AMQPValue::LongString(text) => Some(text.to_string()),
@@ -292,8 +291,8 @@ pub fn text(properties: &BasicProperties, name: &str) -> Option<String> {
     }
 }
 
-/// A header of any bytes.
-#[expect(clippy::wildcard_enum_match_arm, reason = "every other type of AMQP is something else")]
+/// Reads a header of arbitrary bytes.
+#[expect(clippy::wildcard_enum_match_arm, reason = "all other AMQP types are not strings")]
 pub fn bytes(properties: &BasicProperties, name: &str) -> Option<Vec<u8>> {
     match header(properties, name)? {
         AMQPValue::LongString(text) => Some(text.as_bytes().to_vec()),
@@ -301,8 +300,8 @@ pub fn bytes(properties: &BasicProperties, name: &str) -> Option<Vec<u8>> {
     }
 }
 
-/// A number header, whatever width a client gave it.
-#[expect(clippy::wildcard_enum_match_arm, reason = "every other type of AMQP is no number")]
+/// Reads a number header of any integer type.
+#[expect(clippy::wildcard_enum_match_arm, reason = "all other AMQP types are not integers")]
 pub fn number(properties: &BasicProperties, name: &str) -> Option<i64> {
     match header(properties, name)? {
         AMQPValue::ShortShortInt(number) => Some((*number).into()),
@@ -338,24 +337,24 @@ impl From<i64> for Header {
     }
 }
 
-/// The properties with the broker's headers removed, those kept that `keep` names, and ours on top.
+/// Copies properties without the broker's headers and those that `keep` rejects, and adds `headers`.
 fn with_headers(
     properties: &BasicProperties,
     keep: impl Fn(&str) -> bool,
-    ours: impl IntoIterator<Item = (&'static str, Header)>,
+    headers: impl IntoIterator<Item = (&'static str, Header)>,
 ) -> BasicProperties {
     let mut table = FieldTable::default();
     let all = properties.headers().iter().flat_map(FieldTable::inner);
-    let left_behind = |name: &str| of_the_broker(name) || name == QUARANTINED;
-    let kept: Vec<_> = all.filter(|(name, _)| keep(name.as_str()) && !left_behind(name.as_str())).collect();
-    let theirs = kept.iter().filter(|(name, _)| !name.as_str().starts_with(OURS));
-    let fit = theirs.map(|(name, value)| size(name, value)).sum::<usize>() <= MOST_TAKEN_ALONG;
+    let is_dropped = |name: &str| is_broker_header(name) || name == QUARANTINED;
+    let kept: Vec<_> = all.filter(|(name, _)| keep(name.as_str()) && !is_dropped(name.as_str())).collect();
+    let producer = kept.iter().filter(|(name, _)| !name.as_str().starts_with(OURS));
+    let fit = producer.map(|(name, value)| size(name, value)).sum::<usize>() <= MAX_PRODUCER_HEADERS;
     for (name, value) in kept {
         if fit || name.as_str().starts_with(OURS) || name.as_str() == TRACEPARENT {
             table.insert(name.clone(), value.clone());
         }
     }
-    for (name, value) in ours {
+    for (name, value) in headers {
         let value = match value {
             Header::Text(text) => AMQPValue::LongString(text.into()),
             Header::Bytes(bytes) => AMQPValue::LongString(bytes.into()),
@@ -363,8 +362,8 @@ fn with_headers(
         };
         table.insert(name.into(), value);
     }
-    // There is no way to unset a property: build anew without `expiration`, and without `user_id`,
-    // which the broker compares with the user of the connection.
+    // lapin cannot unset a property, so build new ones without `expiration`, and without `user_id`, which the broker
+    // compares with the user of the connection.
     let mut kept = BasicProperties::default().with_headers(table);
     macro_rules! keep {
         ($($get:ident $set:ident),*) => {
@@ -379,17 +378,17 @@ fn with_headers(
     kept
 }
 
-/// The id of a dead letter that carries none, from its content: messages with equal content get equal ids.
+/// Derives the id of a dead letter without one. Messages with equal content get equal ids.
 pub fn id_from_content(message_id: Option<&str>, body: &[u8]) -> Uuid {
     let content = [message_id.unwrap_or_default().as_bytes(), body].concat();
     Uuid::new_v5(&Uuid::NAMESPACE_OID, &content)
 }
 
-/// The bytes of a header in a frame, or some more.
-#[expect(clippy::wildcard_enum_match_arm, reason = "every other type is small")]
+/// An upper bound for the size of a header in a frame.
+#[expect(clippy::wildcard_enum_match_arm, reason = "all other types are small")]
 fn size(name: &ShortString, value: &AMQPValue) -> usize {
-    // Length of the name, type, and the largest of the small ones or a length.
-    const FRAME: usize = 1 + 1 + 8;
+    // The length of the name, the type, and a length or the largest of the small values.
+    const OVERHEAD: usize = 1 + 1 + 8;
     let inner = match value {
         AMQPValue::LongString(text) => text.as_bytes().len(),
         AMQPValue::ShortString(text) => text.as_str().len(),
@@ -400,7 +399,7 @@ fn size(name: &ShortString, value: &AMQPValue) -> usize {
         AMQPValue::FieldTable(table) => table.inner().iter().map(|(name, value)| size(name, value)).sum(),
         _ => 0,
     };
-    FRAME + name.as_str().len() + inner
+    OVERHEAD + name.as_str().len() + inner
 }
 
 #[cfg(test)]
@@ -429,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn a_trace_is_known_by_its_form() {
+    fn only_a_well_formed_traceparent_is_accepted() {
         let (trace, span) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
         for good in [format!("00-{trace}-{span}-01"), format!("cc-{trace}-{span}-00-later")] {
             let parsed = TraceParent::parse(&good).unwrap();
@@ -452,7 +451,7 @@ mod tests {
     }
 
     #[test]
-    fn headers_too_large_to_travel_with_ours_stay_behind() {
+    fn producer_headers_that_are_too_large_are_dropped() {
         let now: Timestamp = "2026-01-02T03:04:05Z".parse().unwrap();
         let successor = |bulk: usize| {
             let bulk = AMQPValue::LongString("x".repeat(bulk).into());
@@ -465,15 +464,15 @@ mod tests {
                 ("baggage", AMQPValue::FieldTable(inner)),
             ]);
             let properties = received(delivery, now).for_delay(1, Uuid::now_v7());
-            let known = |name: &str| properties.headers().as_ref().unwrap().contains_key(name);
-            [TRACEPARENT, REPLAYS, ATTEMPTS, "tenant", "baggage"].map(known)
+            let has = |name: &str| properties.headers().as_ref().unwrap().contains_key(name);
+            [TRACEPARENT, REPLAYS, ATTEMPTS, "tenant", "baggage"].map(has)
         };
         assert_eq!(successor(60_000), [true; 5]);
         assert_eq!(successor(70_000), [true, true, true, false, false]);
     }
 
     #[test]
-    fn a_dead_letter_tells_its_story_and_a_replay_starts_anew() {
+    fn a_dead_letter_records_its_failure_and_a_replay_starts_over() {
         let now: Timestamp = "2026-01-02T03:04:05Z".parse().unwrap();
         let first = delivery(&[
             ("traceparent", AMQPValue::LongString("00-1".into())),

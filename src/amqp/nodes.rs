@@ -1,4 +1,4 @@
-//! Connecting: to which node, and how long it may take.
+//! Connects to the broker: tries the nodes in turn, with a time-out for each.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,18 +14,18 @@ use crate::amqp::connection::{OpenConnection, disconnect};
 use crate::amqp::error::BrokerError;
 use crate::amqp::tls::{self, Tls};
 
-/// Where the broker is: one node, or the nodes of a cluster, any of which will do. Clones share which one worked last.
+/// The URLs of the broker: one node, or the nodes of a cluster. Clones share which node answered last.
 #[derive(Clone, Debug)]
 pub struct Nodes {
     urls: Vec<SecretString>,
     tls: Tls,
-    /// The index of the node that let us in last.
+    /// The index of the node that accepted the last connection.
     last: Arc<AtomicUsize>,
 }
 
 impl Nodes {
-    /// `amqp://user:password@host:port/vhost`, one or several separated by commas. `None` when one of them
-    /// is no such URL.
+    /// Parses `amqp://user:password@host:port/vhost`, one or several separated by commas. `None` if one of them is not
+    /// a valid URL.
     pub fn parse(urls: &str) -> Option<Self> {
         let each: Option<Vec<_>> = split(urls)
             .map(|url| {
@@ -36,13 +36,13 @@ impl Nodes {
         Some(Self { urls: each?, tls: Tls::default(), last: Arc::default() })
     }
 
-    /// With other things to trust than the system does, or with a client certificate.
+    /// Adds trusted certificates or a client certificate.
     #[must_use]
     pub fn with_tls(self, tls: Tls) -> Self {
         Self { tls, ..self }
     }
 
-    /// Whether TLS is used with every node.
+    /// Whether every node is reached over TLS.
     pub fn is_encrypted(&self) -> bool {
         let uri = |url: &SecretString| url.expose_secret().parse::<AMQPUri>();
         self.urls.iter().all(|url| uri(url).is_ok_and(|uri| uri.scheme == AMQPScheme::AMQPS))
@@ -53,12 +53,12 @@ impl Nodes {
         self.urls.iter().map(|url| masked_one(url.expose_secret())).collect::<Vec<_>>().join(",")
     }
 
-    /// Opens a connection, visible in RabbitMQ's management under `name`. The nodes are tried in turn,
-    /// beginning with the one that worked last.
+    /// Opens a connection. RabbitMQ's management UI shows it under `name`. Tries the nodes in turn, starting with the
+    /// one that answered last.
     ///
     /// # Errors
-    /// [`BrokerError::Unreachable`], [`BrokerError::Tls`] and [`BrokerError::Refused`], whichever of the nodes
-    /// came the farthest; [`BrokerError::TooOld`].
+    /// [`BrokerError::Unreachable`], [`BrokerError::Tls`] or [`BrokerError::Refused`], by the node that came the
+    /// farthest; [`BrokerError::TooOld`].
     pub async fn connect(&self, name: &str) -> Result<OpenConnection, BrokerError> {
         let first = self.last.load(Ordering::Relaxed);
         let mut failures = Vec::new();
@@ -75,17 +75,16 @@ impl Nodes {
                 Err(failure) => failures.push(failure),
             }
         }
-        Err(Failure::of_all(failures))
+        Err(Failure::summarize(failures))
     }
 
     async fn connect_to(&self, url: &str, name: &str) -> Result<OpenConnection, Failure> {
-        // lapin's time-out does not bound the handshake with a peer that says nothing (rabbitmq.md §2.2).
-        const PATIENCE: Duration = Duration::from_secs(10);
-        // RabbitMQ proposes 60 s. With 10 s a worker cut off notices after 20 s at most, and one
-        // heartbeat before its standby takes over (rabbitmq.md §2.2).
+        // lapin's time-out does not cover the handshake with a silent peer (rabbitmq.md §2.2).
+        const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+        // RabbitMQ proposes 60 s. With 10 s a disconnected worker notices after 20 s at most, one heartbeat before its
+        // standby takes over (rabbitmq.md §2.2).
         const HEARTBEAT: u16 = 10;
-        const NO_AMQP: &str =
-            "it does not speak AMQP: is this its port for TLS (`amqps://`), or for something else?";
+        const NOT_AMQP: &str = "the answer is not AMQP; check the port, and use `amqps://` for a TLS port";
         let failure = |node: &str, kind, detail| Failure { node: node.to_owned(), kind, detail };
         let mut uri: AMQPUri = url.parse().map_err(|error| failure("", Kind::Unreachable, error))?;
         uri.query.heartbeat.get_or_insert(HEARTBEAT);
@@ -93,7 +92,7 @@ impl Nodes {
         let node = format!("{}:{}", uri.authority.host, uri.authority.port);
         let properties = ConnectionProperties::default().with_connection_name(name.into());
         let connect = stream::connect(uri, properties, self.tls.for_lapin());
-        match tokio::time::timeout(PATIENCE, connect).await {
+        match tokio::time::timeout(CONNECT_TIMEOUT, connect).await {
             Ok(Ok(met)) => Ok(met),
             Ok(Err(error)) => {
                 let (kind, detail) = match (encrypted.then(|| tls::explain(&error)).flatten(), error.kind()) {
@@ -101,36 +100,35 @@ impl Nodes {
                     (None, ErrorKind::ProtocolError(amqp)) => {
                         (Kind::Refused, amqp.get_message().as_str().trim_end_matches('.').to_owned())
                     }
-                    (None, ErrorKind::ParsingError(_)) => (Kind::Unreachable, NO_AMQP.to_owned()),
+                    (None, ErrorKind::ParsingError(_)) => (Kind::Unreachable, NOT_AMQP.to_owned()),
                     (None, _) => (Kind::Unreachable, error.to_string()),
                 };
                 Err(failure(&node, kind, detail))
             }
             Err(_) => {
-                let detail = format!("no answer within {} s", PATIENCE.as_secs());
+                let detail = format!("no answer within {} s", CONNECT_TIMEOUT.as_secs());
                 Err(failure(&node, Kind::Unreachable, detail))
             }
         }
     }
 }
 
-/// Whether both are the same nodes, and are logged in to as the same user.
+/// Compares nodes, credentials and TLS settings.
 impl PartialEq for Nodes {
     fn eq(&self, other: &Self) -> bool {
         let urls = |nodes: &Self| nodes.urls.iter().map(|url| url.expose_secret().to_owned()).collect();
-        let (ours, theirs): (Vec<_>, Vec<_>) = (urls(self), urls(other));
-        ours == theirs && self.tls == other.tls
+        let (left, right): (Vec<_>, Vec<_>) = (urls(self), urls(other));
+        left == right && self.tls == other.tls
     }
 }
 
-/// Why a node did not let us in.
 struct Failure {
     node: String,
     kind: Kind,
     detail: String,
 }
 
-/// How far we came: the later, the more it tells.
+/// How far a connection attempt came. A later failure says more.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
     Unreachable,
@@ -139,7 +137,7 @@ enum Kind {
 }
 
 impl Failure {
-    fn of_all(failures: Vec<Self>) -> BrokerError {
+    fn summarize(failures: Vec<Self>) -> BrokerError {
         let kind = failures.iter().map(|failure| failure.kind).max();
         let detail = match failures.as_slice() {
             [Self { node, detail, .. }] => format!("{node}: {detail}"),
@@ -157,7 +155,7 @@ impl Failure {
     }
 }
 
-/// Broker URLs without their passwords.
+/// Hides the passwords in broker URLs.
 pub fn masked(urls: &str) -> String {
     split(urls).map(masked_one).collect::<Vec<_>>().join(",")
 }
@@ -183,7 +181,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_url_of_a_list_has_to_be_one() {
+    fn every_url_of_a_list_has_to_be_valid() {
         let fits = |urls: &str| Nodes::parse(urls).is_some();
         assert!(fits("amqp://u:p@a:1/%2f"));
         assert!(fits("amqp://u:p@a:1/%2f, amqps://u:p%2cp@b/v?auth_mechanism=external"));
@@ -213,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_nodes_are_the_same_broker() {
+    fn equal_nodes_are_the_same_broker() {
         let nodes = |urls: &str| Nodes::parse(urls).unwrap();
         assert_eq!(nodes("amqp://u:p@a,amqp://u:p@b"), nodes("amqp://u:p@a, amqp://u:p@b"));
         for other in ["amqp://u:p@a", "amqp://u:p@a,amqp://u:q@b"] {
@@ -222,24 +220,24 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_node_that_says_nothing_is_given_up_and_the_next_one_is_tried() {
-        let mute = [(); 2].map(|()| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
-        let [one, other] = mute.each_ref().map(|mute| mute.local_addr().unwrap());
+    async fn a_silent_node_times_out_and_the_next_one_is_tried() {
+        let silent = [(); 2].map(|()| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+        let [one, other] = silent.each_ref().map(|node| node.local_addr().unwrap());
         let broker = Nodes::parse(&format!("amqp://{one},amqp://{other}")).unwrap();
         let error = broker.connect("test").await.err().unwrap();
-        let told = format!("tried 2 nodes; {one}: no answer within 10 s; {other}: no answer within 10 s");
-        assert_eq!(error.to_string(), format!("cannot reach RabbitMQ: {told}"));
+        let detail = format!("tried 2 nodes; {one}: no answer within 10 s; {other}: no answer within 10 s");
+        assert_eq!(error.to_string(), format!("cannot reach RabbitMQ: {detail}"));
     }
 
     #[test]
-    fn of_several_failures_the_most_telling_one_counts() {
+    fn the_latest_stage_of_several_failures_decides_the_error() {
         let failure =
             |kind, node: &str| Failure { node: node.into(), kind, detail: format!("{node} is bad") };
-        let one = Failure::of_all(vec![failure(Kind::Unreachable, "a")]);
+        let one = Failure::summarize(vec![failure(Kind::Unreachable, "a")]);
         assert_eq!(one.to_string(), "cannot reach RabbitMQ: a: a is bad");
         let several = vec![failure(Kind::Refused, "a:1"), failure(Kind::Unreachable, "b:1")];
         assert_eq!(
-            Failure::of_all(several).to_string(),
+            Failure::summarize(several).to_string(),
             "RabbitMQ refused the connection: tried 2 nodes; a:1: a:1 is bad; b:1: b:1 is bad. Check user, password and \
              vhost in `amqp.url` (the vhost `/` is written `%2f`)"
         );

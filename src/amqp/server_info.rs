@@ -1,21 +1,22 @@
-//! Which broker it is, and what differs between its versions. Pure.
+//! The broker's product and version, and what differs between versions of RabbitMQ. Pure.
 //!
-//! The same objects and the same calls serve every version that is not too old, so nothing else depends on it: it
-//! is told, for an operator to know which of the broker's habits to expect.
+//! The worker uses the same objects and calls on every supported version. It logs the version, with notes on how this
+//! version behaves, for the operator.
 
 use std::fmt;
 
-/// The product whose versions are known here.
+/// The product whose version numbers are compared.
 const RABBITMQ: &str = "RabbitMQ";
 
 /// "No limit" that every version understands: -1 drops on the first requeue on 3.10, and the default
 /// of 4.x drops messages after 20 lost connections, innocent ones included (rabbitmq.md §0, 2 and 3).
 pub(crate) const DELIVERY_LIMIT: i64 = 1_000_000;
 
-/// Quorum queues have no time-to-live before, so there are no delay queues (rabbitmq.md §3.1).
+/// The oldest supported version. Earlier quorum queues have no time-to-live, so delay queues cannot work
+/// (rabbitmq.md §3.1).
 pub(crate) const OLDEST: Version = Version(3, 10);
 
-/// Major and minor: within these, RabbitMQ changes nothing that is told here.
+/// Major and minor version. The notes do not depend on the patch version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Version(u16, u16);
 
@@ -25,54 +26,52 @@ impl fmt::Display for Version {
     }
 }
 
-/// How a habit is told from one version on, and how before.
-const HABITS: [(Version, Option<&str>, &str); 4] = [
+/// Each entry: a version, the note for earlier versions, the note for this version and later ones.
+const VERSION_NOTES: [(Version, Option<&str>, &str); 4] = [
     // rabbitmq.md §3.2.
-    (Version(4, 0), None, "its own delivery limit of 20 overruled"),
+    (Version(4, 0), None, "overrides its default delivery limit of 20"),
     // rabbitmq.md §3.5.
     (
         Version(4, 3),
-        Some("a message held for too long ends the channel"),
-        "a message held for too long ends the consumer",
+        Some("closes the channel when a message is held too long"),
+        "cancels the consumer when a message is held too long",
     ),
-    // Of a cluster; seen with three nodes. Before, they go to the next consumer at once.
+    // In a cluster, observed with three nodes. Earlier versions requeue the messages at once.
     (
         Version(4, 3),
         None,
-        "when the worker's node dies its messages wait for `consumer_disconnected_timeout`, 60 s by default",
+        "requeues the messages of a lost worker node after `consumer_disconnected_timeout`, 60 s by default",
     ),
     // rabbitmq.md §3.4.
-    (Version(4, 3), None, "its delayed retry not used"),
+    (Version(4, 3), None, "does not use its delayed retry"),
 ];
 
-/// The broker, as it presents itself.
+/// What the broker says about itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ServerInfo {
-    /// `RabbitMQ`; empty when it did not say.
+    /// `RabbitMQ`, or empty if unknown.
     pub product: String,
-    /// `4.3.6`; empty when it did not say.
+    /// `4.3.6`, or empty if unknown.
     pub version: String,
 }
 
 impl ServerInfo {
-    /// Whether it cannot have what is needed. Who is not known is given a try.
+    /// Whether it is a RabbitMQ that is known to be too old. An unknown version may work.
     pub fn is_too_old(&self) -> bool {
-        self.known().is_some_and(|version| version < OLDEST)
+        self.parsed_version().is_some_and(|version| version < OLDEST)
     }
 
-    /// What of it will be used, and which of its habits matter.
+    /// What close-sync uses of the broker, and how this version behaves.
     pub fn describe(&self) -> String {
         let always =
             format!("quorum queues with a delivery limit of {DELIVERY_LIMIT}, a queue for each delay");
-        let habits = HABITS.iter().filter_map(
-            |(since, before, after)| {
-                if self.known()? < *since { *before } else { Some(*after) }
-            },
-        );
-        std::iter::once(always.as_str()).chain(habits).collect::<Vec<_>>().join("; ")
+        let notes = VERSION_NOTES.iter().filter_map(|(since, before, after)| {
+            if self.parsed_version()? < *since { *before } else { Some(*after) }
+        });
+        std::iter::once(always.as_str()).chain(notes).collect::<Vec<_>>().join("; ")
     }
 
-    fn known(&self) -> Option<Version> {
+    fn parsed_version(&self) -> Option<Version> {
         let mut numbers = self.version.split(|character: char| !character.is_ascii_digit());
         let mut next = || numbers.next()?.parse().ok();
         Some(Version(next()?, next()?)).filter(|_| self.product == RABBITMQ)
@@ -83,7 +82,7 @@ impl fmt::Display for ServerInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { product, version } = self;
         match (product.as_str(), version.as_str()) {
-            ("", _) => f.write_str("a broker that does not say which"),
+            ("", _) => f.write_str("a broker of an unknown product"),
             (_, "") => write!(f, "{product} of an unknown version"),
             _ => write!(f, "{product} {version}"),
         }
@@ -114,38 +113,38 @@ mod tests {
         ] {
             assert_eq!(broker("RabbitMQ", version).is_too_old(), too_old, "{version:?}");
         }
-        assert!(!broker("LavinMQ", "2.4.1").is_too_old(), "its numbers are its own");
+        assert!(!broker("LavinMQ", "2.4.1").is_too_old(), "another product has its own version numbers");
     }
 
     #[test]
-    fn habits_are_told_by_version() {
-        let told = |version: &str| broker("RabbitMQ", version).describe();
+    fn notes_depend_on_the_version() {
+        let notes = |version: &str| broker("RabbitMQ", version).describe();
         let always = "quorum queues with a delivery limit of 1000000, a queue for each delay";
-        assert_eq!(told("3.10.8"), format!("{always}; a message held for too long ends the channel"));
+        assert_eq!(notes("3.10.8"), format!("{always}; closes the channel when a message is held too long"));
         assert_eq!(
-            told("4.2.9"),
+            notes("4.2.9"),
             format!(
-                "{always}; its own delivery limit of 20 overruled; a message held for too long ends the channel"
+                "{always}; overrides its default delivery limit of 20; closes the channel when a message is held too long"
             )
         );
         assert_eq!(
-            told("4.3.6"),
+            notes("4.3.6"),
             format!(
-                "{always}; its own delivery limit of 20 overruled; a message held for too long ends the consumer; \
-                 when the worker's node dies its messages wait for `consumer_disconnected_timeout`, 60 s by default; \
-                 its delayed retry not used"
+                "{always}; overrides its default delivery limit of 20; cancels the consumer when a message is held too long; \
+                 requeues the messages of a lost worker node after `consumer_disconnected_timeout`, 60 s by default; \
+                 does not use its delayed retry"
             )
         );
-        assert_eq!(told("5.0.0"), told("4.3.6"));
-        assert_eq!((told(""), broker("LavinMQ", "2.4.1").describe()), (always.into(), always.into()));
+        assert_eq!(notes("5.0.0"), notes("4.3.6"));
+        assert_eq!((notes(""), broker("LavinMQ", "2.4.1").describe()), (always.into(), always.into()));
     }
 
     #[test]
-    fn it_is_named_as_far_as_it_named_itself() {
+    fn unknown_parts_of_the_name_are_reported_as_unknown() {
         let names = [("RabbitMQ", "4.3.6"), ("RabbitMQ", ""), ("", "")];
         assert_eq!(
             names.map(|(product, version)| broker(product, version).to_string()),
-            ["RabbitMQ 4.3.6", "RabbitMQ of an unknown version", "a broker that does not say which"]
+            ["RabbitMQ 4.3.6", "RabbitMQ of an unknown version", "a broker of an unknown product"]
         );
     }
 }

@@ -1,7 +1,7 @@
-//! TLS: whom we trust, and who we are. Only for `amqps://`.
+//! TLS settings: CA bundle and client certificate. Only for `amqps://`.
 //!
-//! The files are read with the configuration, and again on SIGHUP. What they hold is proved then, for lapin
-//! would pass over a file without certificates in silence and fail later, with an error that does not name it.
+//! The files are read and validated with the configuration, and again on SIGHUP. lapin ignores a file without
+//! certificates silently, and fails later with an error that does not name the file.
 
 use std::io;
 
@@ -14,10 +14,10 @@ use rustls::sign::CertifiedKey;
 use rustls::{CertificateError, RootCertStore};
 use secrecy::{ExposeSecret, SecretString};
 
-/// What TLS needs besides the system's trust store.
+/// CA certificates in addition to the system's trust store, and a client certificate.
 #[derive(Clone, Debug, Default)]
 pub struct Tls {
-    /// More certificates to trust, PEM.
+    /// CA certificates, PEM.
     ca: Option<String>,
     identity: Option<Identity>,
 }
@@ -29,19 +29,19 @@ struct Identity {
     key: SecretString,
 }
 
-/// Paths of PEM files; an empty one means none.
+/// Paths of PEM files. Empty: none.
 #[derive(Clone, Copy, Debug)]
 pub struct Files<'a> {
-    /// Certificates to trust, in addition to the system's.
+    /// CA certificates to trust in addition to the system's.
     pub ca: &'a str,
-    /// A client certificate, followed by those between it and its CA, if any.
+    /// A client certificate, followed by its intermediate certificates.
     pub cert: &'a str,
-    /// Its key (PKCS#8, PKCS#1 or SEC1), not encrypted.
+    /// The key of the client certificate (PKCS#8, PKCS#1 or SEC1), not encrypted.
     pub key: &'a str,
 }
 
 impl<'a> Files<'a> {
-    /// Those that are given, with the name of their setting.
+    /// The files that are configured, with the names of their settings.
     pub fn given(self) -> impl Iterator<Item = (&'static str, &'a str)> {
         let named = [("ca_file", self.ca), ("cert_file", self.cert), ("key_file", self.key)];
         named.into_iter().filter(|(_, path)| !path.is_empty())
@@ -49,31 +49,31 @@ impl<'a> Files<'a> {
 }
 
 impl Tls {
-    /// Reads the files and proves what they hold.
+    /// Reads and validates the files.
     ///
     /// # Errors
-    /// Everything that is wrong: the file by the name of its setting, and the problem.
+    /// All problems: the name of the setting, and what is wrong with its file.
     pub fn read(files: Files<'_>) -> Result<Self, Vec<(&'static str, String)>> {
         let mut problems = Vec::new();
         let mut read = |setting, path: &str| {
             let text = (!path.is_empty()).then(|| std::fs::read_to_string(path));
-            let unreadable = |error| problems.push((setting, format!("\"{path}\" cannot be read: {error}")));
+            let unreadable = |error| problems.push((setting, format!("cannot read \"{path}\": {error}")));
             text.and_then(|text| text.map_err(unreadable).ok())
         };
         let ca = read("ca_file", files.ca);
         let (chain, key) = (read("cert_file", files.cert), read("key_file", files.key));
-        if let Some(Err(problem)) = ca.as_deref().map(prove_trust) {
+        if let Some(Err(problem)) = ca.as_deref().map(validate_ca) {
             problems.push(("ca_file", format!("\"{}\" {problem}", files.ca)));
         }
         match (files.cert.is_empty(), files.key.is_empty()) {
-            (false, true) => problems.push(("key_file", "is not set: `cert_file` needs its key".into())),
+            (false, true) => problems.push(("key_file", "not set; `cert_file` needs a key".into())),
             (true, false) => {
-                problems.push(("cert_file", "is not set: `key_file` needs its certificate".into()));
+                problems.push(("cert_file", "not set; `key_file` needs a certificate".into()));
             }
             (true, true) | (false, false) => {}
         }
         let identity = chain.zip(key);
-        if let Some(Err(problem)) = identity.as_ref().map(|(chain, key)| prove_identity(chain, key)) {
+        if let Some(Err(problem)) = identity.as_ref().map(|(chain, key)| validate_identity(chain, key)) {
             problems.push(("cert_file", format!("\"{}\" with \"{}\" {problem}", files.cert, files.key)));
         }
         if problems.is_empty() {
@@ -95,7 +95,7 @@ impl Tls {
     }
 }
 
-/// By what the files held when they were read: one that was renewed is another.
+/// Compares the contents of the files, so that a renewed certificate counts as a change.
 impl PartialEq for Tls {
     fn eq(&self, other: &Self) -> bool {
         self.for_lapin() == other.for_lapin()
@@ -105,42 +105,41 @@ impl PartialEq for Tls {
 fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, String> {
     let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect();
     match certificates {
-        Ok(none) if none.is_empty() => Err("holds no certificate in PEM".into()),
+        Ok(none) if none.is_empty() => Err("contains no PEM certificate".into()),
         Ok(certificates) => Ok(certificates),
-        Err(error) => Err(format!("is no PEM: {error}")),
+        Err(error) => Err(format!("is not valid PEM: {error}")),
     }
 }
 
-fn prove_trust(pem: &str) -> Result<(), String> {
+fn validate_ca(pem: &str) -> Result<(), String> {
     let mut store = RootCertStore::empty();
     for certificate in certificates(pem)? {
-        store
-            .add(certificate)
-            .map_err(|error| format!("holds a certificate that cannot be used: {error}"))?;
+        store.add(certificate).map_err(|error| format!("contains an unusable certificate: {error}"))?;
     }
     Ok(())
 }
 
-fn prove_identity(chain: &str, key: &str) -> Result<(), String> {
+fn validate_identity(chain: &str, key: &str) -> Result<(), String> {
     let chain = certificates(chain)?;
-    let key = PrivateKeyDer::from_pem_slice(key.as_bytes())
-        .map_err(|_| "is no certificate with its key: the key is not PEM, or encrypted".to_owned())?;
+    let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).map_err(|_| {
+        "is not a certificate with its key: the key is not PEM, or it is encrypted".to_owned()
+    })?;
     CertifiedKey::from_der(chain, key, &ring::default_provider())
         .map(drop)
         .map_err(|error| format!("cannot be used: {error}"))
 }
 
-/// Why a broker ends a handshake.
-const CLIENT_CERTIFICATE: &str = "RabbitMQ may ask for a client certificate of a CA that it trusts: \
-                                  `amqp.tls.cert_file`, `amqp.tls.key_file`";
+/// The remedy when the broker ends a handshake.
+const CLIENT_CERTIFICATE: &str = "RabbitMQ may require a client certificate from a CA that it trusts: set \
+                                  `amqp.tls.cert_file` and `amqp.tls.key_file`";
 
-/// What went wrong on an encrypted connection and what to do about it, if TLS may be the reason.
+/// Describes an error of an encrypted connection with a remedy, if TLS may be the cause.
 pub(crate) fn explain(error: &lapin::Error) -> Option<String> {
     let ErrorKind::IOError(io) = error.kind() else { return None };
     match io.get_ref().and_then(|error| error.downcast_ref::<rustls::Error>()) {
         Some(error) => Some(format!("{error}. {}", remedy(error))),
-        // With TLS 1.3, a client without certificate is refused after the handshake; when it has sent
-        // something meanwhile, all it may see is the end of the connection.
+        // With TLS 1.3 the broker refuses a client without certificate after the handshake. If the client has sent
+        // data meanwhile, it may only see that the connection ended.
         None if matches!(io.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::UnexpectedEof) => {
             Some(format!("{error}. {CLIENT_CERTIFICATE}"))
         }
@@ -150,17 +149,17 @@ pub(crate) fn explain(error: &lapin::Error) -> Option<String> {
 
 fn remedy(error: &rustls::Error) -> &'static str {
     use rustls::Error::{AlertReceived, General, InvalidCertificate, InvalidMessage};
-    // A system that trusts nobody is an error in general.
+    // An empty trust store is a `General` error.
     if matches!(error, InvalidCertificate(CertificateError::UnknownIssuer) | General(_)) {
-        "Set `amqp.tls.ca_file` (AMQP_TLS_CA_FILE) to the certificate of the CA that signed RabbitMQ's"
+        "Set `amqp.tls.ca_file` (AMQP_TLS_CA_FILE) to the certificate of the CA that signed RabbitMQ's certificate"
     } else if matches!(error, InvalidCertificate(_)) {
-        "RabbitMQ's certificate must be in force and name the host in `amqp.url` (AMQP_URL)"
+        "RabbitMQ's certificate must be valid today and name the host in `amqp.url` (AMQP_URL)"
     } else if matches!(error, InvalidMessage(_)) {
-        "Does this port speak TLS? By default, 5671 does"
+        "Check that this is a TLS port; the default is 5671"
     } else if matches!(error, AlertReceived(_)) {
         CLIENT_CERTIFICATE
     } else {
-        "RabbitMQ and close-sync (TLS 1.2 and 1.3) do not agree"
+        "RabbitMQ and close-sync (TLS 1.2 and 1.3) have no TLS version or cipher in common"
     }
 }
 
@@ -170,7 +169,7 @@ mod tests {
 
     use super::*;
 
-    /// What is wrong with files of these contents.
+    /// Reads files with these contents and returns the problems.
     fn problems(ca: Option<&str>, cert: Option<&str>, key: Option<&str>) -> Vec<(&'static str, String)> {
         let directory = tempfile::tempdir().unwrap();
         let write = |name: &str, text: Option<&str>| {
@@ -182,12 +181,12 @@ mod tests {
         let (ca, cert, key) = (write("ca", ca), write("cert", cert), write("key", key));
         let read = Tls::read(Files { ca: &ca, cert: &cert, key: &key });
         let folder = format!("{}/", directory.path().display());
-        let told = read.err().unwrap_or_default().into_iter();
-        told.map(|(setting, problem)| (setting, problem.replace(&folder, ""))).collect()
+        let problems = read.err().unwrap_or_default().into_iter();
+        problems.map(|(setting, problem)| (setting, problem.replace(&folder, ""))).collect()
     }
 
     #[test]
-    fn files_are_proved_when_they_are_read() {
+    fn files_are_validated_when_they_are_read() {
         let made = || {
             let key = KeyPair::generate().unwrap();
             let certificate = CertificateParams::new(Vec::new()).unwrap().self_signed(&key).unwrap();
@@ -197,24 +196,24 @@ mod tests {
         assert_eq!(problems(None, None, None), []);
         assert_eq!(problems(Some(&cert), Some(&cert), Some(&key)), []);
 
-        let none = ("ca_file", "\"ca\" holds no certificate in PEM".to_owned());
-        let lonely = ("key_file", "is not set: `cert_file` needs its key".to_owned());
-        assert_eq!(problems(Some(&key), Some(&cert), None), [none, lonely]);
-        let lonely = ("cert_file", "is not set: `key_file` needs its certificate".to_owned());
-        assert_eq!(problems(None, None, Some(&key)), [lonely]);
+        let none = ("ca_file", "\"ca\" contains no PEM certificate".to_owned());
+        let incomplete = ("key_file", "not set; `cert_file` needs a key".to_owned());
+        assert_eq!(problems(Some(&key), Some(&cert), None), [none, incomplete]);
+        let incomplete = ("cert_file", "not set; `key_file` needs a certificate".to_owned());
+        assert_eq!(problems(None, None, Some(&key)), [incomplete]);
         let broken = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
-        for (key, cert, told) in [
+        for (key, cert, message) in [
             (made().1.as_str(), cert.as_str(), "cannot be used: keys may not be consistent: KeyMismatch"),
-            ("-----BEGIN ENCRYPTED PRIVATE KEY-----", &cert, "the key is not PEM, or encrypted"),
+            ("-----BEGIN ENCRYPTED PRIVATE KEY-----", &cert, "the key is not PEM, or it is encrypted"),
             (&key, broken, "cannot be used: invalid peer certificate: BadEncoding"),
         ] {
             let found = problems(None, Some(cert), Some(key));
             let [("cert_file", problem)] = found.as_slice() else { panic!("{found:?}") };
-            assert!(problem.contains(told), "{problem}");
+            assert!(problem.contains(message), "{problem}");
         }
-        assert!(problems(Some(broken), None, None)[0].1.contains("cannot be used"));
+        assert!(problems(Some(broken), None, None)[0].1.contains("contains an unusable certificate"));
         let missing = Tls::read(Files { ca: "/nowhere/ca.pem", cert: "", key: "" }).unwrap_err();
-        assert!(missing[0].1.starts_with("\"/nowhere/ca.pem\" cannot be read"), "{missing:?}");
+        assert!(missing[0].1.starts_with("cannot read \"/nowhere/ca.pem\""), "{missing:?}");
     }
 
     #[test]

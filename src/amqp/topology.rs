@@ -1,4 +1,4 @@
-//! What exists on the broker, and why each flag (facts: rabbitmq.md §3 and §5.1).
+//! The exchanges, queues and bindings on the broker, and why each has its arguments (rabbitmq.md §3 and §5.1).
 //!
 //! | object | kind |
 //! | --- | --- |
@@ -6,15 +6,15 @@
 //! | `close-sync` | work queue, bound to `identify` (with `#`, or the keys configured) and to `close-sync.retry` with `now` |
 //! | `close-sync.retry`, `close-sync.retry.<delay>` | direct exchange and delay queues |
 //! | `close-sync.dead` | fanout exchange and dead-letter queue |
-//! | `amqp.outcomes` | if there is one: topic exchange where it is told what became of messages |
+//! | `amqp.outcomes` | if configured: topic exchange for outcome events |
 //!
 //! All queues are quorum queues: durable, replicated in a cluster, and the only kind with
-//! at-least-once dead-lettering. Whatever must never be missing is an argument, not a policy: a delay
-//! queue whose time-to-live got lost would swallow messages for ever.
+//! at-least-once dead-lettering. Everything essential is an argument, not a policy: a delay queue
+//! that lost its time-to-live would keep its messages for ever.
 //!
-//! [`objects`] and [`bindings`] are the one list of all this. A worker that may configure the broker
-//! declares them; one that may not ([`TopologyMode::Check`]) only looks whether they are there, and
-//! `deploy/rabbitmq/definitions.json` is what an administrator imports for it.
+//! [`objects`] and [`bindings`] list all of this. A worker with the configure permission declares them. A worker
+//! without it ([`TopologyMode::Check`]) only checks that they exist; an administrator imports
+//! `deploy/rabbitmq/definitions.json` for it.
 
 use std::fmt;
 
@@ -22,65 +22,52 @@ use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptio
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ExchangeKind};
 use serde::Serialize;
+use strum::IntoStaticStr;
 
 use crate::amqp::error::BrokerError;
 use crate::amqp::server_info::DELIVERY_LIMIT;
 use crate::amqp::settings::{Delay, Settings, TopologyMode};
 
-/// The key of the retry exchange that leads back to the work queue at once. Delay queues and replays
-/// come in here: through `identify` they would reach every other queue bound to it as well.
+/// The key of the retry exchange that routes to the work queue without delay. Delay queues and replays publish with
+/// it. Through the exchange of the producers, every other queue bound to that would receive a copy.
 pub const NOW: &str = "now";
 
-/// The key of the retry exchange by which a worker tells whoever replays what became of a message. There is a
-/// queue for it only while somebody replays.
+/// The key of the retry exchange for the outcomes of replayed messages. A queue is bound to it only while a replay
+/// runs.
 pub(crate) const REPLAYED: &str = "replayed";
 
-/// An exchange or a queue that has to exist. All are durable.
+/// An exchange or a queue that has to exist. All of them are durable.
 #[derive(Clone, Debug)]
 pub enum Object {
-    /// An exchange.
-    Exchange {
-        /// Its name.
-        name: String,
-        /// Its kind.
-        kind: Kind,
-    },
-    /// A queue.
-    Queue {
-        /// Its name.
-        name: String,
-        /// Its arguments.
-        arguments: Vec<(&'static str, Argument)>,
-    },
+    Exchange { name: String, kind: Kind },
+    Queue { name: String, arguments: Vec<(&'static str, Argument)> },
 }
 
-/// The kind of an exchange, in RabbitMQ's words.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The kind of an exchange.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, IntoStaticStr)]
+#[strum(serialize_all = "lowercase")]
 pub enum Kind {
-    /// By patterns of the routing key.
+    /// Routes by patterns of the routing key.
     Topic,
-    /// By the routing key.
+    /// Routes by the exact routing key.
     Direct,
-    /// To every queue.
+    /// Routes to every queue.
     Fanout,
 }
 
 /// A queue bound to an exchange.
 #[derive(Clone, Debug)]
 pub struct Binding {
-    /// The queue.
     pub queue: String,
-    /// The exchange.
     pub exchange: String,
-    /// The routing key.
     pub key: String,
 }
 
-/// Sees to it that everything is there. Declares it, or only looks: as the settings say.
+/// Declares everything, or only checks that it exists, as configured.
 ///
 /// # Errors
-/// [`BrokerError::Conflict`] when something exists with other properties, [`BrokerError::Incomplete`]
-/// when something is not there and must not be declared, [`BrokerError::MayNotDeclare`].
+/// [`BrokerError::Conflict`] when an object exists with different properties, [`BrokerError::Incomplete`]
+/// when an object is missing and may not be declared, [`BrokerError::MayNotDeclare`].
 pub async fn prepare(connection: &Connection, settings: &Settings) -> Result<(), BrokerError> {
     match settings.topology {
         TopologyMode::Declare => declare(connection, settings).await,
@@ -93,7 +80,7 @@ pub async fn prepare(connection: &Connection, settings: &Settings) -> Result<(),
 
 /// Declares everything. Idempotent.
 async fn declare(connection: &Connection, settings: &Settings) -> Result<(), BrokerError> {
-    // A channel of its own: a failed declaration kills the channel and whoever consumes on it.
+    // A failed declaration closes the channel, so no consumer may share it.
     let channel = connection.create_channel().await?;
     for object in objects(settings) {
         object.declare(&channel).await?;
@@ -105,49 +92,49 @@ async fn declare(connection: &Connection, settings: &Settings) -> Result<(), Bro
     Ok(())
 }
 
-/// What is not there, and what it has to be. Looking sees neither the kind of an exchange nor the
-/// arguments of a queue nor bindings.
+/// Lists the objects that do not exist, with the properties they need. The check sees neither the kind of an exchange
+/// nor the arguments of a queue nor bindings.
 ///
 /// # Errors
-/// [`BrokerError::Forbidden`]: from RabbitMQ 4.3.1 on, looking needs some right on the object
+/// [`BrokerError::Forbidden`]: since RabbitMQ 4.3.1 a passive declaration needs a permission on the object
 /// (rabbitmq.md §3.8).
 pub async fn missing(connection: &Connection, settings: &Settings) -> Result<Vec<String>, BrokerError> {
     let mut missing = Vec::new();
     for object in objects(settings) {
-        if !object.is_there(connection).await? {
+        if !object.exists(connection).await? {
             missing.push(object.to_string());
         }
     }
     Ok(missing)
 }
 
-/// Compares what exists with what would be declared. Creates nothing.
+/// Compares existing objects with those that would be declared. Creates nothing.
 ///
 /// # Errors
-/// [`BrokerError::Conflict`] when something exists with other properties,
+/// [`BrokerError::Conflict`] when an object exists with different properties,
 /// [`BrokerError::MayNotDeclare`].
 pub async fn compare(connection: &Connection, settings: &Settings) -> Result<(), BrokerError> {
     for object in objects(settings) {
-        if object.is_there(connection).await? {
-            // Declaring again what exists changes nothing, and names what differs.
+        if object.exists(connection).await? {
+            // Declaring an existing object changes nothing, and the error names the differences.
             object.declare(&connection.create_channel().await?).await?;
         }
     }
     Ok(())
 }
 
-/// Whether the exchange producers publish to is there.
+/// Checks that the exchange of the producers exists.
 ///
 /// # Errors
-/// [`BrokerError::Missing`] when it is not.
+/// [`BrokerError::Missing`] if it does not.
 pub async fn expect_exchange(connection: &Connection, settings: &Settings) -> Result<(), BrokerError> {
     let channel = connection.create_channel().await?;
     declare_exchange(&channel, &settings.exchange, Kind::Topic, true).await?;
-    let _ = channel.close(200, "looked".into()).await;
+    let _ = channel.close(200, "checked".into()).await;
     Ok(())
 }
 
-/// The exchanges and queues, in the order they are declared in.
+/// The exchanges and queues in the order of declaration.
 pub fn objects(settings: &Settings) -> Vec<Object> {
     let (retry, dead) = (settings.retry_exchange(), settings.dead_letter_queue());
     let exchange = |name: &str, kind| Object::Exchange { name: name.to_owned(), kind };
@@ -156,10 +143,10 @@ pub fn objects(settings: &Settings) -> Vec<Object> {
         Object::Queue { name, arguments: std::iter::once(kind).chain(arguments).collect() }
     };
     let work = vec![
-        // One worker at a time, the others stand by (design.md §4).
+        // One worker is active, the others stand by (design.md §4).
         ("x-single-active-consumer", Argument::Flag(true)),
         ("x-delivery-limit", Argument::Number(DELIVERY_LIMIT)),
-        // A net under the delivery limit; our own dead letters are published with their reason.
+        // A safety net for the delivery limit. The worker publishes its own dead letters, with their reason.
         ("x-dead-letter-exchange", Argument::from(dead.as_str())),
         ("x-dead-letter-strategy", Argument::from("at-least-once")),
         // Without it, at-least-once silently falls back to at-most-once.
@@ -170,7 +157,7 @@ pub fn objects(settings: &Settings) -> Vec<Object> {
         vec![
             ("x-message-ttl", Argument::Number(millis)),
             ("x-dead-letter-exchange", Argument::from(retry.as_str())),
-            // Without it the old key is kept and the message runs in circles here.
+            // Without it the message keeps its key and returns to this queue in a loop.
             ("x-dead-letter-routing-key", Argument::from(NOW)),
             ("x-dead-letter-strategy", Argument::from("at-least-once")),
             ("x-overflow", Argument::from("reject-publish")),
@@ -182,7 +169,7 @@ pub fn objects(settings: &Settings) -> Vec<Object> {
         exchange(&settings.exchange, Kind::Topic),
         exchange(&retry, Kind::Direct),
         exchange(&dead, Kind::Fanout),
-        // The dead-letter queue before the others: nothing may be rejected into nowhere.
+        // The dead-letter queue comes first, so that no rejected message gets lost.
         queue(dead.clone(), vec![("x-delivery-limit", Argument::Number(DELIVERY_LIMIT))]),
         queue(settings.queue.clone(), work),
     ]
@@ -192,7 +179,7 @@ pub fn objects(settings: &Settings) -> Vec<Object> {
     .collect()
 }
 
-/// The bindings, in the order they are declared in.
+/// The bindings in the order of declaration.
 pub fn bindings(settings: &Settings) -> Vec<Binding> {
     let (retry, dead) = (settings.retry_exchange(), settings.dead_letter_queue());
     let bind = |queue: &str, exchange: &str, key: &str| Binding {
@@ -210,13 +197,9 @@ pub fn bindings(settings: &Settings) -> Vec<Binding> {
 }
 
 impl Kind {
-    /// As RabbitMQ writes it.
+    /// The name RabbitMQ uses.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::Topic => "topic",
-            Self::Direct => "direct",
-            Self::Fanout => "fanout",
-        }
+        self.into()
     }
 }
 
@@ -249,13 +232,13 @@ impl Object {
         declared.map_err(BrokerError::while_declaring)
     }
 
-    async fn is_there(&self, connection: &Connection) -> Result<bool, BrokerError> {
+    async fn exists(&self, connection: &Connection) -> Result<bool, BrokerError> {
         match self {
             Self::Exchange { name, kind } => {
                 let channel = connection.create_channel().await?;
                 match declare_exchange(&channel, name, *kind, true).await {
                     Ok(()) => {
-                        let _ = channel.close(200, "looked".into()).await;
+                        let _ = channel.close(200, "checked".into()).await;
                         Ok(true)
                     }
                     Err(BrokerError::Missing(_)) => Ok(false),
@@ -267,7 +250,7 @@ impl Object {
     }
 }
 
-/// What it has to be: `queue `close-sync.dead` (durable, x-queue-type=quorum, …)`.
+/// With its properties: `queue `close-sync.dead` (durable, x-queue-type=quorum, …)`.
 impl fmt::Display for Object {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -296,7 +279,7 @@ impl Binding {
     }
 }
 
-/// What a queue holds, and for whom.
+/// The size of a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Depth {
     /// Messages ready for delivery.
@@ -305,22 +288,20 @@ pub struct Depth {
     pub consumers: u32,
 }
 
-/// Messages ready in all of our queues, where RabbitMQ tells.
+/// Ready messages in all queues of a destination; `None` where RabbitMQ did not answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Depths {
-    /// In the work queue.
     pub(crate) work: Option<u32>,
-    /// In the dead-letter queue.
     pub(crate) dead: Option<u32>,
-    /// In all delay queues together.
+    /// The sum over all delay queues.
     pub(crate) delayed: Option<u32>,
 }
 
-/// How full all our queues are. A queue that is missing ends the channel, and those after it are not told.
+/// Reads the depths of all queues. A missing queue closes the channel, so the queues after it stay `None`.
 pub(crate) async fn depths(connection: &Connection, settings: &Settings) -> Depths {
     let Ok(channel) = connection.create_channel().await else { return Depths::default() };
     let ready = async |queue: &str| {
-        let depth = depth_by(&channel, queue).await.ok().flatten();
+        let depth = depth_on(&channel, queue).await.ok().flatten();
         depth.map(|depth| depth.ready)
     };
     let (work, dead) = (ready(&settings.queue).await, ready(&settings.dead_letter_queue()).await);
@@ -330,23 +311,23 @@ pub(crate) async fn depths(connection: &Connection, settings: &Settings) -> Dept
         delayed = delayed.zip(more).map(|(sum, more)| sum.saturating_add(more));
     }
     if delayed.is_some() {
-        let _ = channel.close(200, "looked".into()).await;
+        let _ = channel.close(200, "checked".into()).await;
     }
     Depths { work, dead, delayed }
 }
 
-/// How full a queue is; `None` when it does not exist.
+/// Reads the depth of a queue; `None` if it does not exist.
 pub async fn depth(connection: &Connection, queue: &str) -> Result<Option<Depth>, BrokerError> {
     let channel = connection.create_channel().await?;
-    let depth = depth_by(&channel, queue).await?;
+    let depth = depth_on(&channel, queue).await?;
     if depth.is_some() {
-        let _ = channel.close(200, "looked".into()).await;
+        let _ = channel.close(200, "checked".into()).await;
     }
     Ok(depth)
 }
 
-/// The same by a channel, which is gone afterwards where the queue is missing.
-async fn depth_by(channel: &Channel, queue: &str) -> Result<Option<Depth>, BrokerError> {
+/// Reads the depth of a queue over this channel. RabbitMQ closes the channel if the queue does not exist.
+async fn depth_on(channel: &Channel, queue: &str) -> Result<Option<Depth>, BrokerError> {
     let options = QueueDeclareOptions { passive: true, durable: true, ..QueueDeclareOptions::default() };
     match channel.queue_declare(queue.into(), options, FieldTable::default()).await {
         Ok(queue) => Ok(Some(Depth { ready: queue.message_count(), consumers: queue.consumer_count() })),
@@ -357,7 +338,7 @@ async fn depth_by(channel: &Channel, queue: &str) -> Result<Option<Depth>, Broke
     }
 }
 
-/// Declares an exchange, or only looks at it.
+/// Declares an exchange, or with `passive` only checks that it exists.
 async fn declare_exchange(
     channel: &Channel,
     name: &str,
@@ -373,11 +354,8 @@ async fn declare_exchange(
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum Argument {
-    /// Text.
     Text(String),
-    /// A number.
     Number(i64),
-    /// Yes or no.
     Flag(bool),
 }
 

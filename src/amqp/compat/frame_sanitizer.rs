@@ -1,13 +1,19 @@
-//! Frames on their way to lapin, which does not survive everything a producer may send.
+//! Sanitizes frames that lapin cannot parse, before lapin reads them.
 //!
-//! Its parser calls itself for each level of nested headers, on a thread with a small stack: as many levels as fit
-//! into one frame end the process. And it takes every short text for UTF-8, which the broker asks of no producer: one
-//! other byte ends the connection. The message would go back to the queue, and do the same to the next worker, for
-//! ever. So what lapin cannot read is altered on its way: headers nested too deep become the text of a single one, and
-//! other bytes become `?`. The frame keeps its length, and the message is worked on as any other.
+//! A producer can send two things that RabbitMQ accepts and lapin does not survive:
 //!
-//! Only the frames that hold such things are kept back until they are whole, which the broker's `frame_max` bounds
-//! (128 KiB by default). Bodies, which are most of what comes, are counted and not looked at.
+//! - Deeply nested headers. lapin's parser recurses once per level, on a thread with a small stack. As many levels as
+//!   fit into one frame crash the process.
+//! - Short strings that are not UTF-8. One such byte ends the connection.
+//!
+//! The message would return to the queue and do the same to the next worker, for ever. So headers that are nested too
+//! deep are quarantined: they become the text of one single header. Bytes that are not UTF-8 become `?`. The frame keeps
+//! its length, and the message is processed like any other.
+//!
+//! Only method and content-header frames are buffered until they are complete; the broker's `frame_max` bounds them
+//! (128 KiB by default). Bodies pass through uninspected.
+//!
+//! Delete this file when lapin's parser limits the depth of nested tables and accepts short strings that are not UTF-8.
 
 use std::io;
 use std::pin::Pin;
@@ -17,31 +23,30 @@ use futures_util::io::AsyncRead;
 
 use crate::amqp::envelope::QUARANTINED;
 
-/// Levels of tables and arrays in a message's headers, these included. Nobody needs so many, and a lot more fit on
-/// lapin's stack.
-const MOST_LEVELS: usize = 64;
+/// The limit of nested tables and arrays, the headers themselves included. lapin's stack has room for many more.
+const MAX_DEPTH: usize = 64;
 
-/// Type, channel and size come before the payload of a frame.
-const HEAD: usize = 7;
-/// The types of frames that are looked at.
+/// The bytes before the payload of a frame: type, channel and size.
+const FRAME_HEADER: usize = 7;
+/// The types of frames that are inspected.
 const METHOD: u8 = 1;
 const CONTENT_HEADER: u8 = 2;
 
-/// Reads frames, and alters what lapin could not read.
+/// A state machine over the bytes the broker sends.
 #[derive(Default)]
-pub(crate) struct Frames {
-    /// Of the next frame, what has passed of its head.
-    head: Vec<u8>,
-    /// Bytes that pass before anything is looked at again.
+pub(crate) struct FrameSanitizer {
+    /// The header of the current frame, as far as it has arrived.
+    header: Vec<u8>,
+    /// How many bytes pass through before the next frame header.
     passing: usize,
-    /// What has come of a payload that is kept back.
-    held: Vec<u8>,
-    /// How much of it was handed out, once it was whole.
-    handed: Option<usize>,
+    /// The payload being buffered, as far as it has arrived.
+    buffered: Vec<u8>,
+    /// How much of the complete buffer the reader has received.
+    drained: Option<usize>,
 }
 
-impl Frames {
-    /// Reads as the stream does, with the frames altered.
+impl FrameSanitizer {
+    /// Reads from the stream and returns sanitized bytes.
     pub(crate) fn poll_read(
         &mut self,
         stream: &mut (impl AsyncRead + Unpin),
@@ -49,12 +54,13 @@ impl Frames {
         buffer: &mut [u8],
     ) -> Poll<io::Result<usize>> {
         loop {
-            if let Some(handed) = self.hand_out(buffer) {
-                return Poll::Ready(Ok(handed));
+            if let Some(drained) = self.drain(buffer) {
+                return Poll::Ready(Ok(drained));
             }
-            // Not beyond the end of what is kept back: what is read has to fit in behind it.
-            let most = if self.held.is_empty() { buffer.len() } else { buffer.len().min(self.missing()) };
-            let read = ready!(Pin::new(&mut *stream).poll_read(cx, &mut buffer[..most]))?;
+            // While a payload is being buffered, do not read beyond its end.
+            let limit =
+                if self.buffered.is_empty() { buffer.len() } else { buffer.len().min(self.missing()) };
+            let read = ready!(Pin::new(&mut *stream).poll_read(cx, &mut buffer[..limit]))?;
             let passed = self.pass(&mut buffer[..read]);
             if passed > 0 || read == 0 {
                 return Poll::Ready(Ok(passed));
@@ -62,7 +68,7 @@ impl Frames {
         }
     }
 
-    /// How many of the bytes that were read may pass; the others are kept back.
+    /// Processes bytes in place. Returns how many the reader gets now; the rest is buffered.
     fn pass(&mut self, bytes: &mut [u8]) -> usize {
         let mut at = 0;
         while at < bytes.len() {
@@ -71,23 +77,23 @@ impl Frames {
                 let pass = self.passing.min(rest.len());
                 self.passing -= pass;
                 at += pass;
-            } else if self.head.len() < HEAD {
-                self.head.push(rest[0]);
+            } else if self.header.len() < FRAME_HEADER {
+                self.header.push(rest[0]);
                 at += 1;
-                if self.head.len() == HEAD && !matches!(self.head[0], METHOD | CONTENT_HEADER) {
+                if self.header.len() == FRAME_HEADER && !matches!(self.header[0], METHOD | CONTENT_HEADER) {
                     self.passing = self.missing();
                     self.next_frame();
                 }
-            } else if self.held.is_empty() && rest.len() >= self.missing() {
+            } else if self.buffered.is_empty() && rest.len() >= self.missing() {
                 let size = self.missing();
-                mend(self.head[0], &mut rest[..size]);
+                sanitize(self.header[0], &mut rest[..size]);
                 at += size;
                 self.next_frame();
             } else {
-                self.held.extend_from_slice(rest);
+                self.buffered.extend_from_slice(rest);
                 if self.missing() == 0 {
-                    mend(self.head[0], &mut self.held);
-                    self.handed = Some(0);
+                    sanitize(self.header[0], &mut self.buffered);
+                    self.drained = Some(0);
                     self.next_frame();
                 }
                 return at;
@@ -96,70 +102,67 @@ impl Frames {
         at
     }
 
-    /// What has not come of the payload.
+    /// How many bytes of the payload have not arrived.
     fn missing(&self) -> usize {
-        let size = self.head.last_chunk().map_or(0, |size| u32::from_be_bytes(*size));
-        usize::try_from(size).unwrap_or(usize::MAX) - self.held.len()
+        let size = self.header.last_chunk().map_or(0, |size| u32::from_be_bytes(*size));
+        usize::try_from(size).unwrap_or(usize::MAX) - self.buffered.len()
     }
 
-    /// The payload is over; one byte ends the frame.
+    /// Starts over after a payload. One more byte ends the frame.
     fn next_frame(&mut self) {
         self.passing += 1;
-        self.head.clear();
+        self.header.clear();
     }
 
-    /// What was kept back, once it is whole.
-    fn hand_out(&mut self, buffer: &mut [u8]) -> Option<usize> {
-        let handed = self.handed?;
-        let rest = &self.held[handed..];
-        let most = rest.len().min(buffer.len());
-        buffer[..most].copy_from_slice(&rest[..most]);
-        self.handed = Some(handed + most);
-        if handed + most == self.held.len() {
-            (self.held, self.handed) = (Vec::new(), None);
+    /// Copies from the buffer, once the payload in it is complete.
+    fn drain(&mut self, buffer: &mut [u8]) -> Option<usize> {
+        let drained = self.drained?;
+        let rest = &self.buffered[drained..];
+        let count = rest.len().min(buffer.len());
+        buffer[..count].copy_from_slice(&rest[..count]);
+        self.drained = Some(drained + count);
+        if drained + count == self.buffered.len() {
+            (self.buffered, self.drained) = (Vec::new(), None);
         }
-        Some(most)
+        Some(count)
     }
 }
 
-/// Alters what lapin could not read in a payload of this type, and tells of it.
-fn mend(kind: u8, payload: &mut [u8]) {
-    let mut mended = Mended::default();
-    // What ends too early is not for us to judge.
-    let _ = if kind == METHOD { mended.delivery(payload) } else { mended.properties(payload) };
-    let Mended { texts, aside } = mended;
+/// Sanitizes a payload of this frame type in place, and logs what it changed.
+fn sanitize(kind: u8, payload: &mut [u8]) {
+    let mut sanitized = Sanitized::default();
+    // lapin reports a payload that ends too early.
+    let _ = if kind == METHOD { sanitized.delivery(payload) } else { sanitized.properties(payload) };
+    let Sanitized { texts, quarantined } = sanitized;
     if texts > 0 {
         tracing::warn!(
             texts,
-            "a message has texts that are not UTF-8: what is not ASCII in them becomes `?`"
+            "message has properties or header names that are not UTF-8, replaced their non-ASCII bytes with `?`"
         );
     }
-    if aside > 0 {
-        tracing::warn!(
-            bytes = aside,
-            "a message has headers that cannot be read: it is worked on without them"
-        );
+    if quarantined > 0 {
+        tracing::warn!(bytes = quarantined, "message has unreadable headers, processing it without them");
     }
 }
 
-/// What was altered.
+/// What was changed in a payload.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Mended {
-    /// Short texts.
+struct Sanitized {
+    /// The number of short strings with replaced bytes.
     texts: usize,
-    /// Bytes of headers that are set aside.
-    aside: usize,
+    /// The size of quarantined headers, in bytes.
+    quarantined: usize,
 }
 
-/// A property of a message.
+/// The wire format of a message property.
 enum Property {
     Text,
     Headers,
-    /// A number of so many bytes.
+    /// A number with this many bytes.
     Number(usize),
 }
 
-/// In the order of their flags, from the highest bit on.
+/// In the order of their flags, starting with the highest bit.
 const PROPERTIES: [Property; 14] = {
     use Property::{Headers, Number, Text};
     // Content type and encoding, headers; delivery mode, priority; correlation id, reply to, expiration, message id;
@@ -167,29 +170,29 @@ const PROPERTIES: [Property; 14] = {
     [Text, Text, Headers, Number(1), Number(1), Text, Text, Text, Text, Number(8), Text, Text, Text, Text]
 };
 
-impl Mended {
-    /// What a producer has a part in of the method that begins a delivery: exchange and routing key.
+impl Sanitized {
+    /// Sanitizes exchange and routing key, in the method frame that starts a delivery.
     fn delivery(&mut self, payload: &mut [u8]) -> Option<()> {
-        let mut rest = Rest(payload);
+        let mut rest = Reader(payload);
         match rest.take(4)? {
-            // `basic.deliver` begins with the consumer's tag.
+            // `basic.deliver` starts with the consumer tag.
             [0, 60, 0, 60] => self.text(&mut rest)?,
             // `basic.get-ok`.
             [0, 60, 0, 71] => {}
             _ => return None,
         }
-        // The delivery's tag.
+        // Delivery tag.
         rest.take(8)?;
-        // Whether it comes again.
+        // Redelivered.
         rest.take(1)?;
         self.text(&mut rest)?;
         self.text(&mut rest)
     }
 
-    /// The properties of a message, in a content header.
+    /// Sanitizes the properties of a message, in a content-header frame.
     fn properties(&mut self, payload: &mut [u8]) -> Option<()> {
-        let mut rest = Rest(payload);
-        // Class, weight, and the size of the body.
+        let mut rest = Reader(payload);
+        // Class, weight and body size.
         rest.take(2 + 2 + 8)?;
         let flags = u16::from_be_bytes(*rest.take(2)?.first_chunk()?);
         for (property, bit) in PROPERTIES.iter().zip((0..16).rev()) {
@@ -205,7 +208,7 @@ impl Mended {
                     let size = rest.length()?;
                     let headers = rest.take(size)?;
                     if self.headers(headers).is_none() {
-                        self.aside += set_aside(headers);
+                        self.quarantined += quarantine(headers);
                     }
                 }
             }
@@ -213,10 +216,10 @@ impl Mended {
         Some(())
     }
 
-    /// Walks through headers as lapin's parser does. `None` when they are nested too deep, or are none.
+    /// Walks headers as lapin's parser does. `None` if they are nested too deep or malformed.
     fn headers(&mut self, headers: &mut [u8]) -> Option<()> {
-        // Of each level, what is left of it, and whether its values have names.
-        let mut levels = vec![(Rest(headers), true)];
+        // For each level: its remaining bytes, and whether its values have names.
+        let mut levels = vec![(Reader(headers), true)];
         while let Some((rest, named)) = levels.last_mut() {
             if rest.0.is_empty() {
                 levels.pop();
@@ -238,17 +241,17 @@ impl Mended {
             };
             let value = rest.take(size)?;
             if matches!(kind, b'A' | b'F') {
-                if levels.len() == MOST_LEVELS {
+                if levels.len() == MAX_DEPTH {
                     return None;
                 }
-                levels.push((Rest(value), kind == b'F'));
+                levels.push((Reader(value), kind == b'F'));
             }
         }
         Some(())
     }
 
-    /// A text of 255 bytes at most.
-    fn text(&mut self, rest: &mut Rest) -> Option<()> {
+    /// A short string, at most 255 bytes.
+    fn text(&mut self, rest: &mut Reader) -> Option<()> {
         let size = rest.byte()?;
         let text = rest.take(size.into())?;
         if std::str::from_utf8(text).is_err() {
@@ -259,10 +262,10 @@ impl Mended {
     }
 }
 
-/// What is left of something.
-struct Rest<'a>(&'a mut [u8]);
+/// The unread rest of a payload.
+struct Reader<'a>(&'a mut [u8]);
 
-impl<'a> Rest<'a> {
+impl<'a> Reader<'a> {
     fn take(&mut self, size: usize) -> Option<&'a mut [u8]> {
         self.0.split_off_mut(..size)
     }
@@ -271,22 +274,22 @@ impl<'a> Rest<'a> {
         self.0.split_off_first_mut().copied()
     }
 
-    /// The length in front of a long text, a table or an array.
+    /// The length prefix of a long string, a table or an array.
     fn length(&mut self) -> Option<usize> {
         usize::try_from(u32::from_be_bytes(*self.take(4)?.first_chunk()?)).ok()
     }
 }
 
-/// Makes one header of all, whose text is what was behind its name. Returns the size of them.
-fn set_aside(headers: &mut [u8]) -> usize {
+/// Replaces all headers by a single text header that keeps most of their bytes. Returns their size.
+fn quarantine(headers: &mut [u8]) -> usize {
     let all = headers.len();
     let entry = || {
-        // A name and its length, `S` for a text, and the length of that.
+        // The name with its length, `S` for a text, and the length of the text.
         let rest = all.checked_sub(1 + QUARANTINED.len() + 1 + 4)?;
         let (name, rest) = (u8::try_from(QUARANTINED.len()).ok()?, u32::try_from(rest).ok()?);
         Some([&[name], QUARANTINED.as_bytes(), b"S", &rest.to_be_bytes()].concat())
     };
-    // Headers too short for it are nested nowhere: no broker sends those.
+    // Headers this short cannot be nested too deep.
     let Some(entry) = entry() else { return 0 };
     headers[..entry.len()].copy_from_slice(&entry);
     all
@@ -309,12 +312,12 @@ mod tests {
         [u32::try_from(bytes.len()).unwrap().to_be_bytes().as_slice(), bytes].concat()
     }
 
-    /// One value of this type, with its name.
+    /// A named value of this type.
     fn entry(name: &[u8], kind: u8, value: &[u8]) -> Vec<u8> {
         [short(name).as_slice(), &[kind], value].concat()
     }
 
-    /// Headers of so many levels, of tables or of arrays.
+    /// Headers with this many levels of tables or arrays.
     fn nested(levels: usize, kind: u8) -> Vec<u8> {
         let mut inner = Vec::new();
         for _ in 1..levels {
@@ -333,7 +336,7 @@ mod tests {
 
     fn delivery(key: &[u8]) -> Vec<u8> {
         let head = [0, 60, 0, 60];
-        // Not ASCII: a number is no text.
+        // Not ASCII: a number is not text.
         let tag = [0xFF; 9];
         [&head, short(b"tag").as_slice(), &tag, &short(b"identify"), &short(key)].concat()
     }
@@ -346,15 +349,15 @@ mod tests {
         parse_field_table(long(headers).as_slice()).is_ok()
     }
 
-    /// What a payload becomes.
-    fn mended(payload: &[u8]) -> (Vec<u8>, Mended) {
-        let (mut payload, mut mended) = (payload.to_vec(), Mended::default());
-        let _ = mended.properties(&mut payload);
-        (payload, mended)
+    /// A content header after sanitizing.
+    fn sanitize_properties(payload: &[u8]) -> (Vec<u8>, Sanitized) {
+        let (mut payload, mut sanitized) = (payload.to_vec(), Sanitized::default());
+        let _ = sanitized.properties(&mut payload);
+        (payload, sanitized)
     }
 
     #[test]
-    fn headers_are_read_to_a_depth() {
+    fn headers_nested_too_deep_are_quarantined() {
         let value = |kind, value: &[u8]| entry(b"name", kind, value);
         let number = |kind, size| value(kind, &[0xFF; 8][..size]);
         let mixed = value(b'A', &long(&[b"F", long(&value(b'V', b"")).as_slice()].concat()));
@@ -379,7 +382,7 @@ mod tests {
             mixed,
         ]
         .concat();
-        for (headers, aside) in [
+        for (headers, is_quarantined) in [
             (Vec::new(), false),
             (all, false),
             (nested(64, b'F'), false),
@@ -392,8 +395,9 @@ mod tests {
             ([value(b'S', &[0, 0, 1]), vec![0; 50]].concat(), true),
             (vec![9, 9], false),
         ] {
-            let (payload, mended) = mended(&content_header(&headers, b"id"));
-            assert_eq!(mended, Mended { texts: 0, aside: if aside { headers.len() } else { 0 } });
+            let (payload, sanitized) = sanitize_properties(&content_header(&headers, b"id"));
+            let quarantined = if is_quarantined { headers.len() } else { 0 };
+            assert_eq!(sanitized, Sanitized { texts: 0, quarantined });
             let fits = headers != [9, 9];
             let (rest, properties) = match parse_properties(&payload[12..]) {
                 Ok(parsed) => parsed,
@@ -407,38 +411,38 @@ mod tests {
             assert_eq!(properties.message_id().as_ref().unwrap().as_str(), "id");
             let names: Vec<_> =
                 properties.headers().as_ref().unwrap().inner().keys().map(ToString::to_string).collect();
-            assert_eq!(names == [QUARANTINED], aside, "{names:?}");
+            assert_eq!(names == [QUARANTINED], is_quarantined, "{names:?}");
         }
     }
 
     #[test]
-    fn what_is_no_text_becomes_one() {
+    fn bytes_that_are_not_utf8_are_replaced() {
         let names = |name: &[u8]| {
             let inner = entry(name, b'V', b"");
             [entry("größe".as_bytes(), b'F', &long(&inner)), entry(b"other", b'S', &long(b"\xFC"))].concat()
         };
-        let (payload, mended) = mended(&content_header(&names(b"Gr\xFC\xDFe"), b"\xFF"));
+        let (payload, sanitized) = sanitize_properties(&content_header(&names(b"Gr\xFC\xDFe"), b"\xFF"));
         assert_eq!(
-            (payload, mended),
-            (content_header(&names(b"Gr??e"), b"?"), Mended { texts: 2, aside: 0 })
+            (payload, sanitized),
+            (content_header(&names(b"Gr??e"), b"?"), Sanitized { texts: 2, quarantined: 0 })
         );
 
         for (key, becomes) in
             [(b"us\xE9rs".as_slice(), b"us?rs".as_slice()), ("usérs".as_bytes(), "usérs".as_bytes())]
         {
             let mut payload = delivery(key);
-            mend(METHOD, &mut payload);
+            sanitize(METHOD, &mut payload);
             assert_eq!(payload, delivery(becomes));
             let got = |key: &[u8]| {
                 [&[0, 60, 0, 71], [0xFF; 9].as_slice(), &short(b"e"), &short(key), &[0xFF; 4]].concat()
             };
             let mut payload = got(key);
-            mend(METHOD, &mut payload);
+            sanitize(METHOD, &mut payload);
             assert_eq!(payload, got(becomes));
         }
     }
 
-    /// Headers in lapin's encoding, some of them with a byte that was changed.
+    /// Valid headers, some with one changed byte.
     fn headers() -> impl Strategy<Value = Vec<u8>> {
         let sized = prop_oneof![
             Just((b'V', 0)),
@@ -500,7 +504,7 @@ mod tests {
         )
     }
 
-    /// A frame as it comes.
+    /// Any frame.
     fn any_frame() -> impl Strategy<Value = Vec<u8>> {
         let bytes = || proptest::collection::vec(any::<u8>(), 0..300);
         let text = || proptest::collection::vec(any::<u8>(), 0..12);
@@ -517,17 +521,17 @@ mod tests {
         ]
     }
 
-    /// The frames one by one, each altered as a whole.
+    /// The frames, each sanitized as a whole.
     fn expected(frames: &[Vec<u8>]) -> Vec<u8> {
-        let altered = frames.iter().map(|frame| {
+        let sanitized = frames.iter().map(|frame| {
             let mut frame = frame.clone();
             let (kind, end) = (frame[0], frame.len() - 1);
             if matches!(kind, METHOD | CONTENT_HEADER) {
-                mend(kind, &mut frame[HEAD..end]);
+                sanitize(kind, &mut frame[FRAME_HEADER..end]);
             }
             frame
         });
-        altered.collect::<Vec<_>>().concat()
+        sanitized.collect::<Vec<_>>().concat()
     }
 
     /// What lapin reads of such chunks, with buffers of these sizes.
@@ -541,12 +545,12 @@ mod tests {
             left = rest;
         }
         let mut stream = stream::iter(cut).into_async_read();
-        let (mut frames, mut out) = (Frames::default(), Vec::new());
+        let (mut sanitizer, mut out) = (FrameSanitizer::default(), Vec::new());
         let mut sizes = buffers.iter().cycle();
         loop {
             let mut buffer = vec![0; *sizes.next().unwrap()];
             let read =
-                std::future::poll_fn(|cx| frames.poll_read(&mut stream, cx, &mut buffer)).await.unwrap();
+                std::future::poll_fn(|cx| sanitizer.poll_read(&mut stream, cx, &mut buffer)).await.unwrap();
             if read == 0 {
                 return out;
             }
@@ -556,17 +560,17 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_walk_ends_as_lapins_does(headers in headers()) {
-            let (mut walked, mut mended) = (headers.clone(), Mended::default());
-            let well = mended.headers(&mut walked).is_some();
+        fn headers_are_accepted_if_lapin_parses_them(headers in headers()) {
+            let (mut walked, mut sanitized) = (headers.clone(), Sanitized::default());
+            let well = sanitized.headers(&mut walked).is_some();
             prop_assert_eq!(well, parses(&walked));
-            if mended.texts == 0 {
+            if sanitized.texts == 0 {
                 prop_assert_eq!(walked, headers);
             }
         }
 
         #[test]
-        fn frames_pass_whole_however_they_are_cut(
+        fn frames_pass_unchanged_in_chunks_of_any_size(
             frames in proptest::collection::vec(any_frame(), 0..9),
             chunks in proptest::collection::vec(1..400_usize, 1..9),
             buffers in proptest::collection::vec(1..400_usize, 1..9),
@@ -577,10 +581,10 @@ mod tests {
         }
 
         #[test]
-        fn headers_set_aside_leave_the_rest_as_it_is(levels in 65..3000_usize, id in "[a-zß-ü]{0,20}") {
+        fn quarantined_headers_leave_the_other_properties_unchanged(levels in 65..3000_usize, id in "[a-zß-ü]{0,20}") {
             let before = content_header(&nested(levels, b'F'), id.as_bytes());
-            let (payload, told) = mended(&before);
-            prop_assert!(told.aside > 0);
+            let (payload, sanitized) = sanitize_properties(&before);
+            prop_assert!(sanitized.quarantined > 0);
             prop_assert_eq!(payload.len(), before.len());
             let (rest, properties) = parse_properties(&payload[12..]).unwrap();
             prop_assert!(rest.is_empty());

@@ -1,4 +1,4 @@
-//! Works around lapin. Each file says which upstream change would delete it.
+//! Workarounds for lapin. Each file names the upstream change that makes it unnecessary.
 
 pub(crate) mod frame_sanitizer;
 pub(crate) mod server_properties;

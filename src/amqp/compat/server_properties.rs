@@ -1,8 +1,10 @@
-//! What a broker says of itself when a connection opens.
+//! The broker's server properties: its product and version.
 //!
-//! It is the broker's first frame; lapin reads it and keeps it to itself. So the frame is overheard on its way, by
-//! the stream handed to lapin (`wire.rs`). Asking on a connection of its own instead would leave a warning in the
-//! broker's log each time.
+//! The broker sends them in `connection.start`, its first frame. lapin reads the frame but does not expose its content.
+//! So the stream under lapin copies the frame as it passes. A separate connection to read the properties would leave a
+//! warning in the broker's log each time.
+//!
+//! Delete this file when lapin exposes the server properties of a connection.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -12,38 +14,38 @@ use lapin::types::AMQPValue;
 
 use crate::amqp::server_info::ServerInfo;
 
-/// The first frame, as far as it has arrived. Nothing after it is kept: that may be personal data.
+/// The first frame, as far as it has arrived. Later bytes are not kept: they may be personal data.
 #[derive(Clone, Default)]
-pub(crate) struct Heard(Arc<Mutex<Vec<u8>>>);
+pub(crate) struct FirstFrame(Arc<Mutex<Vec<u8>>>);
 
-impl Heard {
-    /// No greeting is longer.
-    const MOST: usize = 64 * 1024;
+impl FirstFrame {
+    /// More than a broker sends in `connection.start`.
+    const MAX_BYTES: usize = 64 * 1024;
 
-    pub(crate) fn note(&self, bytes: &[u8]) {
-        let mut heard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(crate) fn record(&self, bytes: &[u8]) {
+        let mut frame = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         for byte in bytes {
-            if heard.len() == Self::MOST || payload(&heard).is_some() {
+            if frame.len() == Self::MAX_BYTES || payload(&frame).is_some() {
                 return;
             }
-            heard.push(*byte);
+            frame.push(*byte);
         }
     }
 
-    pub(crate) fn broker(&self) -> ServerInfo {
-        let heard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        payload(&heard).and_then(greeting).unwrap_or_default()
+    pub(crate) fn server(&self) -> ServerInfo {
+        let frame = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        payload(&frame).and_then(parse).unwrap_or_default()
     }
 }
 
-/// The payload of a frame that is there as a whole. Before it come the type, the channel and the size.
+/// The payload of a complete frame. Type, channel and size come before it.
 fn payload(frame: &[u8]) -> Option<&[u8]> {
     let (head, rest) = frame.split_first_chunk::<7>()?;
     let [_, _, _, size @ ..] = *head;
     rest.get(..usize::try_from(u32::from_be_bytes(size)).ok()?)
 }
 
-fn greeting(payload: &[u8]) -> Option<ServerInfo> {
+fn parse(payload: &[u8]) -> Option<ServerInfo> {
     let Ok((_, AMQPClass::Connection(AMQPMethod::Start(start)))) = parse_class(payload) else { return None };
     let text = |name: &str| match start.server_properties.inner().get(name) {
         Some(AMQPValue::LongString(text)) => text.to_string(),
@@ -56,7 +58,7 @@ fn greeting(payload: &[u8]) -> Option<ServerInfo> {
 mod tests {
     use super::*;
 
-    /// A frame of method `class`.`method` with these server properties, as RabbitMQ sends it.
+    /// A method frame with these server properties, as RabbitMQ sends it.
     fn frame(method: [u8; 4], properties: &[(&str, &str)]) -> Vec<u8> {
         let mut table = Vec::new();
         for (name, value) in properties {
@@ -80,26 +82,26 @@ mod tests {
     const START: [u8; 4] = [0, 10, 0, 10];
 
     #[test]
-    fn the_greeting_is_read_however_it_is_cut_and_nothing_after_it_is_kept() {
-        let greeting = frame(START, &[("product", "RabbitMQ"), ("version", "4.3.6")]);
-        let bytes = [greeting.as_slice(), b"personal data"].concat();
+    fn the_first_frame_is_read_in_pieces_and_nothing_after_it_is_kept() {
+        let start = frame(START, &[("product", "RabbitMQ"), ("version", "4.3.6")]);
+        let bytes = [start.as_slice(), b"personal data"].concat();
         for piece in [1, 7, 20, bytes.len()] {
-            let heard = Heard::default();
-            bytes.chunks(piece).for_each(|bytes| heard.note(bytes));
-            assert_eq!(heard.broker(), ServerInfo { product: "RabbitMQ".into(), version: "4.3.6".into() });
-            assert!(heard.0.lock().unwrap().len() < greeting.len());
+            let first = FirstFrame::default();
+            bytes.chunks(piece).for_each(|bytes| first.record(bytes));
+            assert_eq!(first.server(), ServerInfo { product: "RabbitMQ".into(), version: "4.3.6".into() });
+            assert!(first.0.lock().unwrap().len() < start.len());
         }
     }
 
     #[test]
-    fn what_is_no_greeting_tells_nothing() {
+    fn other_bytes_yield_no_server_properties() {
         let half = frame(START, &[("product", "RabbitMQ")]);
         let other = frame([0, 10, 0, 30], &[("product", "RabbitMQ")]);
         for bytes in [b"HTTP/1.1 400 Bad Request".as_slice(), b"", &half[..20], &other] {
-            let heard = Heard::default();
-            heard.note(bytes);
-            assert_eq!(heard.broker(), ServerInfo::default());
+            let first = FirstFrame::default();
+            first.record(bytes);
+            assert_eq!(first.server(), ServerInfo::default());
         }
-        assert_eq!(greeting(&frame(START, &[])[7..]), Some(ServerInfo::default()));
+        assert_eq!(parse(&frame(START, &[])[7..]), Some(ServerInfo::default()));
     }
 }

@@ -1,8 +1,10 @@
-//! The stream that lapin reads and writes: behind TLS, and between lapin and the broker.
+//! The stream between lapin and the broker, inside TLS.
 //!
-//! What the broker says of itself is overheard here (`greeting.rs`), and what lapin would not survive is altered
-//! (`frames.rs`). And it can be cut: lapin writes nothing to a broker that raised an alarm, so that a connection it
-//! is to close in order then stays open, with its thread (rabbitmq.md §0, 10).
+//! It records the server properties (`server_properties.rs`), sanitizes frames that lapin cannot parse
+//! (`frame_sanitizer.rs`), and can be aborted. lapin writes nothing while the broker has an alarm, so a connection that
+//! is being closed stays open, with its thread (rabbitmq.md §0, 10).
+//!
+//! Delete this file together with the other two, once lapin can also abort a connection that is blocked.
 
 use std::io;
 use std::net::SocketAddr;
@@ -20,57 +22,57 @@ use lapin::uri::AMQPUri;
 use lapin::{AsyncTcpStream, Connection, ConnectionProperties};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
-use crate::amqp::compat::frame_sanitizer::Frames;
-use crate::amqp::compat::server_properties::Heard;
+use crate::amqp::compat::frame_sanitizer::FrameSanitizer;
+use crate::amqp::compat::server_properties::FirstFrame;
 use crate::amqp::connection::OpenConnection;
 
-/// Opens a connection as [`Connection::connect_with_config`] does, and tells who answered.
+/// Opens a connection as [`Connection::connect_with_config`] does, and returns the server properties with it.
 pub(crate) async fn connect(
     uri: AMQPUri,
     properties: ConnectionProperties,
     tls: OwnedTLSConfig,
 ) -> lapin::Result<OpenConnection> {
     let tokio = Tokio::current();
-    let runtime = Runtime::new(RuntimeParts::new(tokio.clone(), Wired(tokio.clone())));
-    let heard = Heard::default();
-    let cut = CancellationToken::new();
-    let (ear, scissors) = (heard.clone(), cut.clone());
+    let runtime = Runtime::new(RuntimeParts::new(tokio.clone(), SanitizingReactor(tokio.clone())));
+    let first_frame = FirstFrame::default();
+    let abort = CancellationToken::new();
+    let (recorder, aborted) = (first_frame.clone(), abort.clone());
     let open = async move |uri: AMQPUri, _| {
         let stream = uri.connect_with_config_async(tls.as_ref(), &Runtime::new(tokio.clone())).await?;
-        Ok(AsyncTcpStream::Plain(Wire::new(stream, ear.clone(), scissors.clone())))
+        Ok(AsyncTcpStream::Plain(SanitizingStream::new(stream, recorder.clone(), aborted.clone())))
     };
     let connection = Connection::connector(uri, runtime, open, properties).await?;
-    Ok(OpenConnection { connection, server: heard.broker(), abort: cut })
+    Ok(OpenConnection { connection, server: first_frame.server(), abort })
 }
 
-/// The stream, on its way to lapin.
-struct Wire<S> {
+struct SanitizingStream<S> {
     stream: S,
-    heard: Heard,
-    frames: Frames,
-    cut: Pin<Box<WaitForCancellationFutureOwned>>,
+    first_frame: FirstFrame,
+    sanitizer: FrameSanitizer,
+    aborted: Pin<Box<WaitForCancellationFutureOwned>>,
 }
 
-impl<S> Wire<S> {
-    fn new(stream: S, heard: Heard, cut: CancellationToken) -> Self {
-        Self { stream, heard, frames: Frames::default(), cut: Box::pin(cut.cancelled_owned()) }
+impl<S> SanitizingStream<S> {
+    fn new(stream: S, first_frame: FirstFrame, abort: CancellationToken) -> Self {
+        let aborted = Box::pin(abort.cancelled_owned());
+        Self { stream, first_frame, sanitizer: FrameSanitizer::default(), aborted }
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for SanitizingStream<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
-        let Self { stream, heard, frames, cut } = self.get_mut();
-        // lapin reads as long as a connection lives, also while it writes nothing.
-        if cut.as_mut().poll(cx).is_ready() {
+        let Self { stream, first_frame, sanitizer, aborted } = self.get_mut();
+        // lapin keeps reading while it writes nothing, so the abort takes effect here.
+        if aborted.as_mut().poll(cx).is_ready() {
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
-        let read = ready!(frames.poll_read(stream, cx, buffer))?;
-        heard.note(buffer.get(..read).unwrap_or_default());
+        let read = ready!(sanitizer.poll_read(stream, cx, buffer))?;
+        first_frame.record(buffer.get(..read).unwrap_or_default());
         Poll::Ready(Ok(read))
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Wire<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for SanitizingStream<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(cx, buffer)
     }
@@ -92,15 +94,15 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Wire<S> {
     }
 }
 
-/// Tokio, with such streams: lapin takes the type of its stream from the runtime.
+/// Tokio with [`SanitizingStream`]: lapin takes the type of its stream from the runtime.
 #[derive(Clone, Debug)]
-struct Wired(Tokio);
+struct SanitizingReactor(Tokio);
 
-impl Reactor for Wired {
-    type TcpStream = Wire<AsyncTcpStream<<Tokio as Reactor>::TcpStream>>;
+impl Reactor for SanitizingReactor {
+    type TcpStream = SanitizingStream<AsyncTcpStream<<Tokio as Reactor>::TcpStream>>;
     type Sleep = <Tokio as Reactor>::Sleep;
 
-    /// For sockets made by others: lapin has none.
+    /// Only for sockets created elsewhere, which lapin does not have.
     fn register<H: Send + 'static>(
         &self,
         _: H,
@@ -123,7 +125,7 @@ impl Reactor for Wired {
         let connecting = self.0.tcp_connect_addr(address);
         async {
             let stream = AsyncTcpStream::Plain(connecting.await?);
-            Ok(Wire::new(stream, Heard::default(), CancellationToken::new()))
+            Ok(SanitizingStream::new(stream, FirstFrame::default(), CancellationToken::new()))
         }
     }
 }

@@ -381,7 +381,7 @@ async fn a_message_that_lapin_could_not_read_blocks_nobody() {
     let expected = [("m-0", "users"), ("m-1", "users"), ("m-2", "users"), ("m-?", "us?rs")];
     assert_eq!(dead_letters, expected.map(|(id, key)| (id.to_owned(), key.to_owned())));
     let told = |text: &str| worker.logged(text);
-    assert_eq!((told("cannot be read"), told("not UTF-8")), (2, 6), "{}", worker.log());
+    assert_eq!((told("unreadable headers"), told("not UTF-8")), (2, 6), "{}", worker.log());
     assert_eq!(worker.metrics().await.sum("broker_connection_losses_total"), 0);
 
     // Nor does it harm an operator who finds it among the dead letters.
