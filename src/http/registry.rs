@@ -141,7 +141,7 @@ impl Registry {
     /// The page Prometheus scrapes.
     pub fn metrics_page(&self) -> String {
         let seats = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        metrics::page(seats.values().map(|seat| &seat.metrics))
+        metrics::render(seats.values().map(|seat| &seat.metrics))
     }
 
     /// What every destination is doing.

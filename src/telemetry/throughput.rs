@@ -22,7 +22,7 @@ impl Throughput {
     }
 
     /// One more.
-    pub fn note(&mut self, now: Instant) {
+    pub fn record(&mut self, now: Instant) {
         let second = self.second(now);
         let (of, count) = &mut self.seconds[second % SPAN];
         if *of != second {
@@ -53,17 +53,17 @@ mod tests {
     fn only_the_last_minute_counts() {
         let began = Instant::now();
         let at = |seconds| began + Duration::from_secs(seconds);
-        let mut pace = Throughput::new(began);
-        let rate = |pace: &Throughput, now: u64| format!("{:.2}", pace.rate(at(now)));
-        assert_eq!(rate(&pace, 0), "0.00");
+        let mut throughput = Throughput::new(began);
+        let rate = |throughput: &Throughput, now: u64| format!("{:.2}", throughput.rate(at(now)));
+        assert_eq!(rate(&throughput, 0), "0.00");
         for second in 0..10 {
-            (0..3).for_each(|_| pace.note(at(second)));
+            (0..3).for_each(|_| throughput.record(at(second)));
         }
-        assert_eq!(rate(&pace, 10), "3.00", "ten seconds is all there was");
-        assert_eq!(rate(&pace, 59), "0.51");
-        assert_eq!(rate(&pace, 64), "0.25", "five seconds are left of the ten");
-        assert_eq!(rate(&pace, 70), "0.00");
-        pace.note(at(120));
-        assert_eq!(rate(&pace, 120), "0.02", "the place of the first second is used again");
+        assert_eq!(rate(&throughput, 10), "3.00", "ten seconds is all there was");
+        assert_eq!(rate(&throughput, 59), "0.51");
+        assert_eq!(rate(&throughput, 64), "0.25", "five seconds are left of the ten");
+        assert_eq!(rate(&throughput, 70), "0.00");
+        throughput.record(at(120));
+        assert_eq!(rate(&throughput, 120), "0.02", "the place of the first second is used again");
     }
 }
