@@ -24,7 +24,7 @@ pub enum Outcome {
         /// Which of the configured delays.
         level: usize,
         /// What stood in the way.
-        obstacle: Obstruction,
+        cause: DelayCause,
     },
     /// Can't succeed: publish to the dead-letter queue, then ack.
     Dead(DeadLetter),
@@ -63,33 +63,35 @@ impl Outcome {
 
 /// Why a message waits in a delay queue.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Obstruction {
+pub enum DelayCause {
     /// It failed, which has used up an attempt.
     Failed(String),
     /// The rate limits did not let it through for as long as it may be held.
-    NoBudget(Duration),
+    RateLimited(Duration),
     /// An earlier message that shares a key waits there.
-    Behind,
+    BehindEarlier,
 }
 
-impl Obstruction {
+impl DelayCause {
     /// Whether the message has used up an attempt.
-    pub fn charged(&self) -> bool {
+    pub fn uses_attempt(&self) -> bool {
         match self {
             Self::Failed(_) => true,
-            Self::NoBudget(_) | Self::Behind => false,
+            Self::RateLimited(_) | Self::BehindEarlier => false,
         }
     }
 }
 
-impl fmt::Display for Obstruction {
+impl fmt::Display for DelayCause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Failed(why) => f.write_str(why),
-            Self::NoBudget(held) => {
+            Self::RateLimited(held) => {
                 write!(f, "held for {} s, waiting for Close's rate limits", held.as_secs())
             }
-            Self::Behind => f.write_str("an earlier message of the same person or company waits there"),
+            Self::BehindEarlier => {
+                f.write_str("an earlier message of the same person or company waits there")
+            }
         }
     }
 }

@@ -18,7 +18,7 @@ use backoff::exponential::{ExponentialBackoff, ExponentialBackoffBuilder};
 use tokio::time::Instant;
 
 use crate::close::{CloseError, Rejection};
-use crate::outcome::{DeadLetter, Failure, Obstruction, Outcome, PauseCause, Reason, Stage};
+use crate::outcome::{DeadLetter, DelayCause, Failure, Outcome, PauseCause, Reason, Stage};
 
 /// How patient we are.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,7 +37,7 @@ pub const JITTER: f64 = 0.5;
 
 /// Jittered pauses that grow.
 #[derive(Debug)]
-pub struct Pauses(ExponentialBackoff<TokioClock>);
+pub struct Backoff(ExponentialBackoff<TokioClock>);
 
 /// The same clock as that of the pauses themselves: tests stop both.
 #[derive(Debug, Default)]
@@ -49,8 +49,8 @@ impl Clock for TokioClock {
     }
 }
 
-impl Pauses {
-    /// Pauses from `first` to `longest`, each ± `jitter` of it, ending after `total` when given.
+impl Backoff {
+    /// Backoff from `first` to `longest`, each ± `jitter` of it, ending after `total` when given.
     fn new(first: Duration, longest: Duration, jitter: f64, total: Option<Duration>) -> Self {
         let mut arithmetic = ExponentialBackoffBuilder::new()
             .with_initial_interval(first)
@@ -80,7 +80,7 @@ impl Pauses {
     }
 
     /// The next pause; `None` when the total is used up.
-    pub fn next_pause(&mut self) -> Option<Duration> {
+    pub fn next_delay(&mut self) -> Option<Duration> {
         self.0.next_backoff()
     }
 
@@ -111,7 +111,7 @@ pub struct History {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// Start over, after a pause.
-    Again(Duration),
+    Retry(Duration),
     /// That's it for this delivery.
     Settle(Outcome),
 }
@@ -148,18 +148,17 @@ pub fn settle(failure: &Failure, history: History, pause: Option<Duration>, poli
         }
         // Search may still list what was deleted or merged away (close-api.md §9): look once more.
         CloseError::NotFound if history.looked_again => dead(Reason::NotFound, None),
-        CloseError::NotFound => Verdict::Again(Duration::ZERO),
+        CloseError::NotFound => Verdict::Retry(Duration::ZERO),
         // Nothing was sent, and the next message would fare no better.
         CloseError::Unreachable(_) => {
-            pause.map_or(Verdict::Settle(Outcome::Paused(PauseCause::Unreachable)), Verdict::Again)
+            pause.map_or(Verdict::Settle(Outcome::Paused(PauseCause::Unreachable)), Verdict::Retry)
         }
         CloseError::Transient(fault) => match pause {
-            Some(pause) => Verdict::Again(pause),
+            Some(pause) => Verdict::Retry(pause),
             None => match usize::try_from(history.attempts) {
-                Ok(level) if level < policy.delays.len() => Verdict::Settle(Outcome::Delayed {
-                    level,
-                    obstacle: Obstruction::Failed(fault.to_string()),
-                }),
+                Ok(level) if level < policy.delays.len() => {
+                    Verdict::Settle(Outcome::Delayed { level, cause: DelayCause::Failed(fault.to_string()) })
+                }
                 Ok(_) | Err(_) => dead(Reason::Exhausted, None),
             },
         },
@@ -181,7 +180,7 @@ mod tests {
         let failure = Failure { stage: Stage::Write, error };
         let pause = pause.then_some(Duration::from_secs(1));
         match settle(&failure, History { attempts, looked_again }, pause, &policy()) {
-            Verdict::Again(pause) => format!("again in {}s", pause.as_secs()),
+            Verdict::Retry(pause) => format!("again in {}s", pause.as_secs()),
             Verdict::Settle(Outcome::Dead(dead)) => format!("dead {}", dead.reason.label()),
             Verdict::Settle(Outcome::Delayed { level, .. }) => format!("delay {level}"),
             Verdict::Settle(Outcome::Paused(cause)) => format!("pause {}", cause.label()),
@@ -249,9 +248,9 @@ mod tests {
             for error in errors {
                 let looked_again = error == CloseError::NotFound;
                 match settle(&Failure { stage: Stage::Write, error }, history, None, &policy) {
-                    Verdict::Again(_) => history.looked_again |= looked_again,
-                    Verdict::Settle(Outcome::Delayed { level, obstacle }) => {
-                        prop_assert!(obstacle.charged() && level < delays);
+                    Verdict::Retry(_) => history.looked_again |= looked_again,
+                    Verdict::Settle(Outcome::Delayed { level, cause }) => {
+                        prop_assert!(cause.uses_attempt() && level < delays);
                         history = History { attempts: history.attempts + 1, looked_again: false };
                     }
                     Verdict::Settle(Outcome::Paused(_)) => history.looked_again = false,
@@ -269,9 +268,9 @@ mod tests {
         #[test]
         fn pauses_grow_within_their_window(first in 1u64..1000, longest in 1000u64..60_000) {
             let (first, longest) = (Duration::from_millis(first), Duration::from_millis(longest));
-            let mut pauses = Pauses::new(first, longest, JITTER, None);
+            let mut pauses = Backoff::new(first, longest, JITTER, None);
             for _ in 0..40 {
-                let pause = pauses.next_pause().unwrap();
+                let pause = pauses.next_delay().unwrap();
                 prop_assert!(pause >= first / 2 && pause <= longest * 3 / 2 + Duration::from_millis(1));
             }
         }

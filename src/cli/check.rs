@@ -7,7 +7,7 @@ use crate::amqp::{self, BrokerError, OpenConnection, topology};
 use crate::cli::{CONFIGURATION, Failure, UNAVAILABLE};
 use crate::close::Client;
 use crate::config::{Config, Destination, Need, Problems};
-use crate::sync::preflight::{self, Obstacle, Ready};
+use crate::sync::preflight::{self, PreflightError, Ready};
 use crate::text::{choices, count};
 
 /// Check the configuration, RabbitMQ, the API key, the lookup fields and what the mapping names in Close.
@@ -232,13 +232,13 @@ async fn close(config: &Destination) -> Vec<Finding> {
     }
 }
 
-fn of_obstacle(obstacle: &Obstacle, close: &str, api_key: &str) -> Finding {
+fn of_obstacle(obstacle: &PreflightError, close: &str, api_key: &str) -> Finding {
     use crate::outcome::PauseCause::{Failing, Forbidden, LookupField, PlanLimit, Unauthorized, Unreachable};
     let detail = obstacle.with_remedy(api_key);
     match (obstacle, obstacle.pause_cause()) {
-        (Obstacle::Field(key), _) => finding(Verdict::Wrong, key.setting(), detail),
-        (Obstacle::Close(_), Some(Unauthorized | Forbidden)) => finding(Verdict::Wrong, close, detail),
-        (Obstacle::Close(_), Some(PlanLimit | Unreachable | Failing | LookupField) | None) => {
+        (PreflightError::Field(key), _) => finding(Verdict::Wrong, key.setting(), detail),
+        (PreflightError::Close(_), Some(Unauthorized | Forbidden)) => finding(Verdict::Wrong, close, detail),
+        (PreflightError::Close(_), Some(PlanLimit | Unreachable | Failing | LookupField) | None) => {
             finding(Verdict::Unavailable, close, detail)
         }
     }

@@ -13,8 +13,8 @@ use crate::close::Client;
 use crate::config::Destination;
 use crate::domain::event::{self, Event};
 use crate::domain::mapping::Key;
-use crate::sync::explain::{self, DEAD, Record, Report};
-use crate::sync::preflight::{self, Obstacle};
+use crate::sync::explain::{self, DEAD, Explanation, Record};
+use crate::sync::preflight::{self, PreflightError};
 use crate::sync::{ReceivedAt, Worker};
 use crate::telemetry::metrics::Metrics;
 use crate::text::{choices, count};
@@ -53,7 +53,7 @@ pub(super) async fn plan(args: Args, config: Destination) -> Result<(), Failure>
     let bar = progress(events.len());
     // One after the other, so that the same file tells the same twice.
     for (number, event) in (1..).zip(&events) {
-        let (keys, report) = explain::rehearse(&worker, event, ReceivedAt::now())
+        let (keys, report) = explain::dry_run(&worker, event, ReceivedAt::now())
             .await
             .map_err(|why| Failure::Unavailable(format!("event {number} {why}")))?;
         let message_id =
@@ -92,7 +92,7 @@ pub(super) async fn worker(config: Destination) -> Result<Worker, Failure> {
     let metrics = Metrics::new(None).map_err(|error| unavailable(&error))?;
     let ready = preflight::run(&client, &config.rules).await.map_err(|obstacles| {
         let told = obstacles.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
-        if obstacles.iter().any(|obstacle| matches!(obstacle, Obstacle::Field(_))) {
+        if obstacles.iter().any(|obstacle| matches!(obstacle, PreflightError::Field(_))) {
             Failure::Configuration(told)
         } else {
             Failure::Unavailable(format!("{told}\nhint: `close-sync check` tells more"))
@@ -143,7 +143,7 @@ struct Numbered {
     #[serde(skip_serializing_if = "Option::is_none")]
     message_id: Option<String>,
     #[serde(flatten)]
-    report: Report,
+    report: Explanation,
     /// Earlier events of the file that would change the same records first.
     after: Vec<usize>,
 }
@@ -166,7 +166,7 @@ fn line(title: &str, text: &str) {
 }
 
 /// What would become of `what`, for a terminal.
-pub(super) fn print(what: &str, report: &Report) {
+pub(super) fn print(what: &str, report: &Explanation) {
     let color = match report.outcome {
         DEAD => AnsiColor::Red,
         "skipped" | "unchanged" => AnsiColor::Yellow,

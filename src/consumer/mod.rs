@@ -149,7 +149,7 @@ impl Session {
     ) -> (End, SessionStats) {
         // A predecessor may have worked until our first delivery: what it created can be missing from
         // search for this long after it. A standby may have waited for hours before.
-        let mut trusted_from = None;
+        let mut search_complete_from = None;
         let stop = CancellationToken::new();
         let mut in_hand = InHand::new(Scheduler::new(detours));
         let mut received = 0;
@@ -162,7 +162,7 @@ impl Session {
         let mut drawing = on_trial;
         let time_to_draw = tokio::time::sleep(TIME_TO_DRAW);
         tokio::pin!(time_to_draw);
-        let pulse = self.worker.pulse();
+        let pulse = self.worker.stall_guard();
         pulse.arm(link.patience());
         let mut beat = tokio::time::interval(StallGuard::HEARTBEAT_INTERVAL);
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -185,7 +185,7 @@ impl Session {
                 let turn = RunContext {
                     attempts: run[0].1.envelope.attempts,
                     priority: run[0].1.envelope.priority(),
-                    trusted_from: trusted_from.unwrap_or_else(Instant::now),
+                    search_complete_from: search_complete_from.unwrap_or_else(Instant::now),
                 };
                 let out = link.out.clone();
                 nothing_in_hand.as_mut().reset(Instant::now() + LONGEST_TRIAL);
@@ -193,7 +193,7 @@ impl Session {
             }
             let (busy, waiting) = (in_hand.tasks.len() == self.concurrency, in_hand.desk.waiting());
             self.metrics.set_load(in_hand.messages + in_hand.passing.len(), waiting);
-            self.worker.backlog(busy && waiting >= self.concurrency);
+            self.worker.set_backlog(busy && waiting >= self.concurrency);
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break End::Stopped,
@@ -219,9 +219,9 @@ impl Session {
                         received += 1;
                         if received == 1 {
                             time_to_draw.as_mut().reset(Instant::now() + TIME_TO_DRAW);
-                            self.worker.take_over();
+                            self.worker.forget_records();
                         }
-                        trusted_from.get_or_insert_with(|| Instant::now() + self.worker.settings().search_lag);
+                        search_complete_from.get_or_insert_with(|| Instant::now() + self.worker.settings().search_lag);
                         in_hand.receive(Incoming::of(delivery, self), self, &link.out, &stop);
                     }
                     Some(Err(error)) => break End::Lost(error.into()),
@@ -261,7 +261,7 @@ impl Session {
         let grace_s = self.grace.as_secs();
         tracing::info!(in_hand = in_hand.messages, grace_s, "stopping: finishing what is in hand");
         let stands_still = async {
-            while self.worker.pulse().heartbeat().is_none() {
+            while self.worker.stall_guard().heartbeat().is_none() {
                 beat.tick().await;
             }
         };

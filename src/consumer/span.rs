@@ -9,7 +9,7 @@ use tracing::field::Empty;
 use crate::amqp::envelope::TraceParent;
 use crate::consumer::Session;
 use crate::consumer::task::{Done, Incoming};
-use crate::outcome::{Obstruction, Outcome};
+use crate::outcome::{DelayCause, Outcome};
 use crate::telemetry::otel::{self, RemoteParent, SPANS};
 
 /// What becomes of a delivery that is not settled.
@@ -68,8 +68,8 @@ pub(crate) fn conclude(span: &Span, outcome: &Outcome, done: &Done) {
             span.record("close_sync.skipped_for", skip.label());
         }
         Outcome::Dead(dead) => otel::fail(span, dead.reason.label(), &dead.error),
-        Outcome::Delayed { obstacle: Obstruction::Failed(why), .. } => otel::fail(span, "failed", why),
-        Outcome::Delayed { obstacle: Obstruction::NoBudget(_) | Obstruction::Behind, .. }
+        Outcome::Delayed { cause: DelayCause::Failed(why), .. } => otel::fail(span, "failed", why),
+        Outcome::Delayed { cause: DelayCause::RateLimited(_) | DelayCause::BehindEarlier, .. }
         | Outcome::Synced(_)
         | Outcome::Paused(_) => {}
     }

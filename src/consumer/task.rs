@@ -28,8 +28,8 @@ use crate::consumer::scheduler::key_queues::JobId;
 use crate::consumer::{Session, span};
 use crate::domain::decision::Decision;
 use crate::domain::mapping::Key;
-use crate::outcome::{DeadLetter, Obstruction, Outcome, PauseCause, Reason, Stage};
-use crate::retry::Pauses;
+use crate::outcome::{DeadLetter, DelayCause, Outcome, PauseCause, Reason, Stage};
+use crate::retry::Backoff;
 use crate::sync::{Job, Prepared, ReceivedAt, RunContext, Worker};
 use crate::telemetry::panic_hook;
 
@@ -103,7 +103,7 @@ impl Incoming {
             delivery.routing_key.as_str(),
             Timestamp::now(),
         );
-        let arrival = ReceivedAt { sent: envelope.sent, received: envelope.first_seen };
+        let arrival = ReceivedAt { published: envelope.sent, received: envelope.first_seen };
         let prepare = AssertUnwindSafe(|| session.worker.prepare(&delivery.data, arrival));
         let prepared = std::panic::catch_unwind(prepare)
             .unwrap_or_else(|_| Prepared::Settled(Outcome::Dead(defect(Stage::Map))));
@@ -112,7 +112,7 @@ impl Incoming {
 
     /// It has to follow an earlier message into the delay queue of this level.
     pub(crate) fn behind(self, level: usize) -> Self {
-        let yields = Outcome::Delayed { level, obstacle: Obstruction::Behind };
+        let yields = Outcome::Delayed { level, cause: DelayCause::BehindEarlier };
         Self { prepared: Prepared::Settled(yields), ..self }
     }
 
@@ -150,7 +150,7 @@ impl Incoming {
     /// Whether it may be worked on with `first`, right behind which it comes.
     pub(crate) fn goes_along(&self, first: &Self, worker: &Worker) -> bool {
         let jobs = first.job().zip(self.job()).filter(|_| !first.alone && !self.alone);
-        jobs.is_some_and(|(first, next)| worker.goes_along(first, next))
+        jobs.is_some_and(|(first, next)| worker.can_merge(first, next))
     }
 }
 
@@ -257,7 +257,7 @@ impl Session {
         turn: RunContext,
     ) -> Option<Vec<(Outcome, Option<Decision>)>> {
         let jobs: Vec<&Job> = run.iter().filter_map(|(_, incoming)| incoming.job()).collect();
-        let work = AssertUnwindSafe(self.worker.run_together(&jobs, turn));
+        let work = AssertUnwindSafe(self.worker.run_merged(&jobs, turn));
         let done = work.catch_unwind().await.ok()??;
         Some(done.into_iter().map(|(outcome, decision)| (outcome, Some(decision))).collect())
     }
@@ -270,15 +270,15 @@ impl Session {
         match outcome {
             Outcome::Synced(effect) => tracing::info!(outcome = effect.label(), decision, took_ms, "synced"),
             Outcome::Skipped(skip) => tracing::info!(reason = skip.label(), decision, took_ms, "skipped"),
-            Outcome::Delayed { level, obstacle: Obstruction::Behind } => {
+            Outcome::Delayed { level, cause: DelayCause::BehindEarlier } => {
                 tracing::debug!(
                     delay = delay(*level),
                     "waits for an earlier message of the same person or company in a delay queue"
                 );
             }
-            Outcome::Delayed { level, obstacle } => {
-                let charged = obstacle.charged();
-                tracing::warn!(delay = delay(*level), charged, cause = %obstacle, took_ms, "failed for now, waiting in a delay queue");
+            Outcome::Delayed { level, cause } => {
+                let charged = cause.uses_attempt();
+                tracing::warn!(delay = delay(*level), charged, %cause, took_ms, "failed for now, waiting in a delay queue");
             }
             Outcome::Dead(dead) => tracing::warn!(
                 reason = dead.reason.label(),
@@ -305,13 +305,13 @@ impl Session {
         let (mut fate, mut dead_letter) = (Completion::Done, None);
         let succeeded = match outcome {
             Outcome::Synced(_) | Outcome::Skipped(_) => Some(Ok(())),
-            Outcome::Delayed { level, obstacle } => {
+            Outcome::Delayed { level, cause } => {
                 // The configuration asks for one delay at least.
                 let Some(delay) = settings.delays.get(*level) else {
                     return Done::Failed(BrokerError::Missing(format!("there is no delay queue {level}")));
                 };
                 let detour = envelope.delay_id.unwrap_or_else(Uuid::now_v7);
-                let attempts = envelope.attempts + u32::from(obstacle.charged());
+                let attempts = envelope.attempts + u32::from(cause.uses_attempt());
                 let properties = envelope.for_delay(attempts, detour);
                 let exchange = settings.retry_exchange();
                 let sent =
@@ -369,7 +369,7 @@ impl Session {
         properties: BasicProperties,
         stop: &CancellationToken,
     ) -> Option<Result<(), BrokerError>> {
-        let mut pauses = Pauses::reconnect();
+        let mut pauses = Backoff::reconnect();
         let publishing = async {
             let mut held = None;
             let mut note = |error: &BrokerError| {
@@ -391,7 +391,7 @@ impl Session {
                 match settled {
                     Err(error @ (BrokerError::Unconfirmed(_) | BrokerError::Unroutable { .. })) => {
                         note(&error);
-                        tokio::time::sleep(pauses.next_pause().unwrap_or_default()).await;
+                        tokio::time::sleep(pauses.next_delay().unwrap_or_default()).await;
                     }
                     settled => return settled,
                 }

@@ -120,7 +120,7 @@ impl DeadLetter {
     /// When the message came, for want of a better time of its event.
     pub fn arrival(&self) -> ReceivedAt {
         ReceivedAt {
-            sent: envelope::sent(&self.properties),
+            published: envelope::sent(&self.properties),
             received: self.first_seen.unwrap_or_else(Timestamp::now),
         }
     }

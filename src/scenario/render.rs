@@ -37,7 +37,7 @@ pub fn decision(
         Outcome::Synced(effect) => effect.label().to_owned(),
         Outcome::Skipped(skip) => format!("skipped ({})", skip.label()),
         Outcome::Dead(dead) => format!("dead-lettered ({})", dead.reason.label()),
-        Outcome::Delayed { obstacle, .. } => format!("delayed ({obstacle})"),
+        Outcome::Delayed { cause, .. } => format!("delayed ({cause})"),
         Outcome::Paused(cause) => format!("paused ({})", cause.label()),
     };
     if let Some(case) = decision.case {

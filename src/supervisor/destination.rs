@@ -25,11 +25,11 @@ use crate::consumer::{End, Session, SessionStats};
 use crate::domain::mapping::{Key, Mapping, Rules};
 use crate::http::registry::{DestinationHandle, DestinationRuntime};
 use crate::outcome::PauseCause;
-use crate::retry::Pauses;
+use crate::retry::Backoff;
 use crate::supervisor::RunError;
 use crate::supervisor::pause::Pause;
-use crate::sync::preflight::{self, Obstacle};
-use crate::sync::{Worker, tell_flaws};
+use crate::sync::preflight::{self, PreflightError};
+use crate::sync::{Worker, log_mapping_problems};
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::status::{State, Status};
 
@@ -110,26 +110,26 @@ impl Preflight {
             None => return Ok(None),
             Some(Ok(ready)) => {
                 tracing::info!(organization = ready.organization, "Close accepts the API key");
-                tell_flaws(&ready.mapping);
+                log_mapping_problems(&ready.mapping);
                 return Ok(Some(ready.mapping));
             }
             Some(Err(obstacles)) => cause_or_refusal(&obstacles, &self.api_key)?,
         };
         let probe = || async {
             let ready = check().await?;
-            tell_flaws(&ready.mapping);
+            log_mapping_problems(&ready.mapping);
             Ok(ready.mapping)
         };
         let pause = Pause { status: &self.status, metrics: &self.metrics, again: false, last_failure: None };
-        let found = pause.until(cause, &mut Pauses::probe(), probe, shutdown).await;
+        let found = pause.until(cause, &mut Backoff::probe(), probe, shutdown).await;
         Ok(found.map(|(_, mapping)| mapping))
     }
 }
 
-fn cause_or_refusal(obstacles: &[Obstacle], api_key: &str) -> Result<PauseCause, RunError> {
+fn cause_or_refusal(obstacles: &[PreflightError], api_key: &str) -> Result<PauseCause, RunError> {
     let lines: Vec<_> = obstacles.iter().map(|obstacle| obstacle.with_remedy(api_key)).collect();
     tracing::error!(obstacle = lines.join("; "), "Close cannot be worked with");
-    match obstacles.first().and_then(Obstacle::pause_cause) {
+    match obstacles.first().and_then(PreflightError::pause_cause) {
         None => Ok(PauseCause::Unreachable),
         Some(cause @ (PauseCause::Unreachable | PauseCause::Failing | PauseCause::PlanLimit)) => Ok(cause),
         Some(PauseCause::LookupField | PauseCause::Unauthorized | PauseCause::Forbidden) => {
@@ -206,7 +206,7 @@ impl Reloads {
         let ready = asked.map_err(|obstacles| {
             anyhow::anyhow!(obstacles.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
         })?;
-        tell_flaws(&ready.mapping);
+        log_mapping_problems(&ready.mapping);
         Ok(Assembly { settings, client, mapping: ready.mapping })
     }
 }
@@ -220,15 +220,15 @@ struct SessionLoop {
     metrics: Metrics,
     access: DestinationRuntime,
     total: SessionStats,
-    reconnects: Pauses,
-    probes: Pauses,
+    reconnects: Backoff,
+    probes: Backoff,
     /// The broker was lost, and this has been told.
     lost: bool,
 }
 
 impl SessionLoop {
     fn new(status: Status, metrics: Metrics, access: DestinationRuntime) -> Self {
-        let (reconnects, probes) = (Pauses::reconnect(), Pauses::probe());
+        let (reconnects, probes) = (Backoff::reconnect(), Backoff::probe());
         Self { status, metrics, access, total: SessionStats::default(), reconnects, probes, lost: false }
     }
 
@@ -323,7 +323,7 @@ impl SessionLoop {
         match end {
             End::Stopped => {}
             End::Paused(cause) => {
-                let probe = || session.worker.look_again();
+                let probe = || session.worker.refresh_mapping();
                 let again = session.on_trial.is_some();
                 let last_failure = session.worker.last_failure();
                 let pause = Pause { status: &self.status, metrics: &self.metrics, again, last_failure };
@@ -339,7 +339,7 @@ impl SessionLoop {
             End::Lost(error) => {
                 self.status.set(State::Connecting(Some(error.trouble())), Some(error.to_string()));
                 self.metrics.set_broker_trouble(Some(error.trouble()));
-                let wait = self.reconnects.next_pause().unwrap_or_default();
+                let wait = self.reconnects.next_delay().unwrap_or_default();
                 self.tell(&error);
                 turn.run_until_cancelled(tokio::time::sleep(wait)).await;
             }
@@ -352,7 +352,7 @@ impl SessionLoop {
 async fn refresh(worker: Worker, every: Duration) {
     loop {
         tokio::time::sleep(every).await;
-        if let Err(obstacles) = worker.look_again().await {
+        if let Err(obstacles) = worker.refresh_mapping().await {
             // The next message that meets it pauses consumption; this is no message's business.
             let obstacle = obstacles.first().map(ToString::to_string);
             tracing::warn!(obstacle, "the fields in Close cannot be looked at; the mapping stays as it is");

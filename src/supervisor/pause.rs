@@ -3,8 +3,8 @@
 use tokio_util::sync::CancellationToken;
 
 use crate::outcome::PauseCause;
-use crate::retry::Pauses;
-use crate::sync::preflight::Obstacle;
+use crate::retry::Backoff;
+use crate::sync::preflight::PreflightError;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::status::{State, Status};
 
@@ -22,10 +22,10 @@ impl Pause<'_> {
     /// Probes Close until it can be worked with again. Tells the cause that was last, and what the probe
     /// found; `None` when `turn` was over meanwhile. The metric is left as it is where the probe alone does
     /// not prove that messages succeed.
-    pub(super) async fn until<T, F: Future<Output = Result<T, Vec<Obstacle>>>>(
+    pub(super) async fn until<T, F: Future<Output = Result<T, Vec<PreflightError>>>>(
         &self,
         mut cause: PauseCause,
-        probes: &mut Pauses,
+        probes: &mut Backoff,
         probe: impl Fn() -> F,
         turn: &CancellationToken,
     ) -> Option<(PauseCause, T)> {
@@ -45,14 +45,14 @@ impl Pause<'_> {
         let found = loop {
             self.status.set(State::Paused(cause), self.last_failure.clone());
             self.metrics.paused(Some(cause));
-            let wait = probes.next_pause().unwrap_or_default();
+            let wait = probes.next_delay().unwrap_or_default();
             turn.run_until_cancelled(tokio::time::sleep(wait)).await?;
             match turn.run_until_cancelled(probe()).await? {
                 Ok(found) => break found,
                 Err(obstacles) => {
                     let obstacle = obstacles.first();
                     tracing::debug!(obstacle = obstacle.map(ToString::to_string), "still paused");
-                    cause = obstacle.and_then(Obstacle::pause_cause).unwrap_or(cause);
+                    cause = obstacle.and_then(PreflightError::pause_cause).unwrap_or(cause);
                 }
             }
         };

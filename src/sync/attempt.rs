@@ -13,7 +13,7 @@ use crate::domain::partial_write;
 use crate::domain::plan::{Plan, Step};
 use crate::domain::record::Contact;
 use crate::outcome::{Effect, Failure, Outcome, PauseCause, Stage};
-use crate::retry::{self, History, Pauses, Verdict};
+use crate::retry::{self, Backoff, History, Verdict};
 use crate::sync::id_cache::CreatedIds;
 use crate::sync::resolver::{Decided, Resolver};
 use crate::sync::{Inner, RunContext, Worker};
@@ -50,7 +50,7 @@ impl Attempts<'_> {
     /// Attempts until it is settled, or patience in place is used up.
     pub(crate) async fn retry_in_place(&mut self) -> Outcome {
         let Inner { settings, metrics, .. } = &*self.worker.0;
-        let mut pauses = Pauses::in_place(&settings.retry);
+        let mut pauses = Backoff::in_place(&settings.retry);
         let mut history = History { attempts: self.turn.attempts, looked_again: false };
         let mut failed_before = false;
         // A rehearsal says nothing about the work: it is not counted, speaks for nobody and pauses nothing.
@@ -79,7 +79,7 @@ impl Attempts<'_> {
                     });
                 }
             }
-            let pause = pauses.next_pause();
+            let pause = pauses.next_delay();
             if let Some(cause) = self.worker.systemic(&failure, history, pause.is_none()).await {
                 return Outcome::Paused(cause);
             }
@@ -90,7 +90,7 @@ impl Attempts<'_> {
                     }
                     return outcome;
                 }
-                Verdict::Again(pause) => {
+                Verdict::Retry(pause) => {
                     tracing::debug!(stage = failure.stage.label(), error = %failure.error, ?pause, "trying again");
                     history.looked_again |= failure.error == CloseError::NotFound;
                     tokio::time::sleep(pause).await;
@@ -120,13 +120,14 @@ impl Attempts<'_> {
         let (Decided { found, mut ages, together }, _claim) = loop {
             let asked = Instant::now();
             let doubt = known.doubtful_until(&self.keys).filter(|until| asked < *until);
-            let trusted_from = doubt.max(Some(self.turn.trusted_from)).filter(|from| asked < *from);
+            let search_complete_from =
+                doubt.max(Some(self.turn.search_complete_from)).filter(|from| asked < *from);
             let mut close = Resolver {
                 records: &self.client,
                 known,
                 applied,
                 keys,
-                trusted: trusted_from.is_none(),
+                trusted: search_complete_from.is_none(),
                 switches: settings.switches,
                 decision: &mut self.decision,
             };
@@ -136,7 +137,7 @@ impl Attempts<'_> {
             // all Contacts of a person are changed, none may be missing.
             let is_anywhere = matches!(decided.found, Found::Anywhere { .. });
             let needs_proof = decided.found.adopts() || decided.together.creates() || is_anywhere;
-            if let Some(trusted_from) = trusted_from.filter(|_| needs_proof) {
+            if let Some(search_complete_from) = search_complete_from.filter(|_| needs_proof) {
                 if self.mode == Mode::Write {
                     metrics.lag_guard_waited();
                 }
@@ -147,7 +148,7 @@ impl Attempts<'_> {
                 if ask && self.find_in_event_log().await {
                     continue;
                 }
-                tokio::time::sleep_until(trusted_from).await;
+                tokio::time::sleep_until(search_complete_from).await;
                 continue;
             }
             if let Some(claim) = claims.take(decided.together.changed(), asked).await {

@@ -11,7 +11,7 @@ use crate::domain::mapping::{Key, Mapping};
 use crate::domain::matching::Case;
 use crate::domain::plan::{RecordPlan, RecordRef, Refusal};
 use crate::domain::record::LeadId;
-use crate::outcome::{Obstruction, Outcome, PauseCause};
+use crate::outcome::{DelayCause, Outcome, PauseCause};
 use crate::sync::{Prepared, ReceivedAt, Worker};
 use crate::text::choices;
 
@@ -20,7 +20,7 @@ pub const DEAD: &str = "dead-lettered";
 
 /// One event, as it is told.
 #[derive(Clone, Debug, Serialize)]
-pub struct Report {
+pub struct Explanation {
     /// What would become of it: an effect, `skipped` or [`DEAD`].
     pub outcome: &'static str,
     /// Why it would be skipped or dead-lettered, from a closed list.
@@ -117,7 +117,7 @@ pub struct Field {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Unplanned {
     /// Something stood in the way, even after retries.
-    Obstructed(Obstruction),
+    Delayed(DelayCause),
     /// Close cannot be worked with.
     Paused(PauseCause),
 }
@@ -125,7 +125,7 @@ pub enum Unplanned {
 impl fmt::Display for Unplanned {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Obstructed(obstacle) => write!(f, "could not be planned: {obstacle}"),
+            Self::Delayed(cause) => write!(f, "could not be planned: {cause}"),
             Self::Paused(cause) => write!(
                 f,
                 "could not be planned, Close cannot be worked with: {}\nhint: `close-sync check` tells more",
@@ -139,28 +139,28 @@ impl fmt::Display for Unplanned {
 ///
 /// # Errors
 /// When Close does not let itself be looked at.
-pub async fn rehearse(
+pub async fn dry_run(
     worker: &Worker,
     event: &[u8],
     arrival: ReceivedAt,
-) -> Result<(Vec<Key>, Report), Unplanned> {
+) -> Result<(Vec<Key>, Explanation), Unplanned> {
     let (keys, outcome, decision) = match worker.prepare(event, arrival) {
         Prepared::Settled(outcome) => (Vec::new(), outcome, Decision::default()),
         Prepared::Job(job) => {
-            let (outcome, decision) = worker.rehearse(&job).await;
+            let (outcome, decision) = worker.dry_run(&job).await;
             (job.keys(), outcome, decision)
         }
     };
-    Ok((keys, Report::new(outcome, &decision, &worker.mapping())?))
+    Ok((keys, Explanation::new(outcome, &decision, &worker.mapping())?))
 }
 
-impl Report {
+impl Explanation {
     fn new(outcome: Outcome, decision: &Decision, mapping: &Mapping) -> Result<Self, Unplanned> {
         let (outcome, reason, error) = match outcome {
             Outcome::Synced(effect) => (effect.label(), None, None),
             Outcome::Skipped(skip) => ("skipped", Some(skip.label()), None),
             Outcome::Dead(dead) => (DEAD, Some(dead.reason.label()), Some(dead.error)),
-            Outcome::Delayed { obstacle, .. } => return Err(Unplanned::Obstructed(obstacle)),
+            Outcome::Delayed { cause, .. } => return Err(Unplanned::Delayed(cause)),
             Outcome::Paused(cause) => return Err(Unplanned::Paused(cause)),
         };
         let candidate = |candidate: &decision::Candidate| Candidate {

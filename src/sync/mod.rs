@@ -49,11 +49,11 @@ use crate::domain::event::{Event, Malformed};
 use crate::domain::mapping::{Anonymous, Desired, Key, KeyFields, Mapping, NoIdentity, Rules};
 use crate::domain::record::FieldId;
 use crate::domain::switches::Switches;
-use crate::outcome::{DeadLetter, Failure, Obstruction, Outcome, PauseCause, Reason, Skip, Stage};
+use crate::outcome::{DeadLetter, DelayCause, Failure, Outcome, PauseCause, Reason, Skip, Stage};
 use crate::retry::{History, Policy};
 use crate::sync::circuit_breaker::CircuitBreaker;
 use crate::sync::id_cache::IdCache;
-use crate::sync::preflight::Obstacle;
+use crate::sync::preflight::PreflightError;
 use crate::sync::record_locks::RecordLocks;
 use crate::sync::version_cache::VersionCache;
 use crate::telemetry::metrics::Metrics;
@@ -129,13 +129,13 @@ pub struct RunContext {
     /// Who goes first when rate budget is short.
     pub priority: Priority,
     /// What others created before this may not show up in search yet.
-    pub trusted_from: Instant,
+    pub search_complete_from: Instant,
 }
 
 impl RunContext {
     /// The first attempt, with nobody else at work.
     pub fn first() -> Self {
-        Self { attempts: 0, priority: Priority::Live, trusted_from: Instant::now() }
+        Self { attempts: 0, priority: Priority::Live, search_complete_from: Instant::now() }
     }
 }
 
@@ -143,7 +143,7 @@ impl RunContext {
 #[derive(Clone, Copy, Debug)]
 pub struct ReceivedAt {
     /// When it was published, if its properties say so.
-    pub sent: Option<Timestamp>,
+    pub published: Option<Timestamp>,
     /// When it was received for the first time. No event is later than that, whatever it says.
     pub received: Timestamp,
 }
@@ -151,7 +151,7 @@ pub struct ReceivedAt {
 impl ReceivedAt {
     /// A message that comes now.
     pub fn now() -> Self {
-        Self { sent: None, received: Timestamp::now() }
+        Self { published: None, received: Timestamp::now() }
     }
 }
 
@@ -201,18 +201,18 @@ impl Worker {
 
     /// The first message of a session has come. Another worker may have been at work since the last one: what
     /// is remembered need not be all there is.
-    pub fn take_over(&self) {
+    pub fn forget_records(&self) {
         self.0.known.forget_records();
     }
 
     /// Whether the process has stood still: then nothing is sent any more.
-    pub fn pulse(&self) -> &StallGuard {
+    pub fn stall_guard(&self) -> &StallGuard {
         self.0.client.stall_guard()
     }
 
     /// Tells whether messages wait that could be worked on if there were more room.
-    pub fn backlog(&self, there_is: bool) {
-        self.0.client.set_backlog(there_is);
+    pub fn set_backlog(&self, waiting: bool) {
+        self.0.client.set_backlog(waiting);
     }
 
     /// Consumption goes on after a pause: the first message tells whether it was long enough.
@@ -243,17 +243,17 @@ impl Worker {
     ///
     /// # Errors
     /// Everything that stands in the way; the mapping then stays as it is.
-    pub async fn look_again(&self) -> Result<(), Vec<Obstacle>> {
+    pub async fn refresh_mapping(&self) -> Result<(), Vec<PreflightError>> {
         let mut resolved = self.0.resolved.lock().await;
         self.resolve(&mut resolved).await
     }
 
-    async fn resolve(&self, resolved: &mut Instant) -> Result<(), Vec<Obstacle>> {
+    async fn resolve(&self, resolved: &mut Instant) -> Result<(), Vec<PreflightError>> {
         let mapping = preflight::run(&self.0.client, &self.0.rules).await?.mapping;
         *resolved = Instant::now();
         let mut current = self.0.mapping.write().unwrap_or_else(PoisonError::into_inner);
         if (&mapping.unknown, mapping.misfits()) != (&current.unknown, current.misfits()) {
-            tell_flaws(&mapping);
+            log_mapping_problems(&mapping);
         }
         if mapping != **current {
             tracing::info!("the fields in Close have changed; the mapping follows");
@@ -285,7 +285,7 @@ impl Worker {
         }
         match mapping.apply(&event) {
             Ok(mut desired) => {
-                let at = event.time().or(arrival.sent).unwrap_or(arrival.received);
+                let at = event.time().or(arrival.published).unwrap_or(arrival.received);
                 desired.at = Some(at.min(arrival.received));
                 Prepared::Job(Job { desired, event_time: event.time() })
             }
@@ -306,14 +306,14 @@ impl Worker {
     /// Makes Close agree with a message.
     ///
     /// May be dropped at any moment: what was sent to Close may then still happen, which is why a new
-    /// session has to come with a new `trusted_from`.
+    /// session has to come with a new `search_complete_from`.
     pub async fn run(&self, job: &Job, turn: RunContext) -> (Outcome, Decision) {
         let mut tries = self.tries(job, &[], turn, Mode::Write);
         let hold = self.0.settings.hold;
         let settled = tokio::time::timeout(hold, tries.retry_in_place()).await;
         let outcome = settled.unwrap_or_else(|_| {
             self.cut_short(job);
-            Outcome::Delayed { level: 0, obstacle: Obstruction::NoBudget(hold) }
+            Outcome::Delayed { level: 0, cause: DelayCause::RateLimited(hold) }
         });
         if let Outcome::Synced(_) = outcome {
             self.written(job);
@@ -322,7 +322,7 @@ impl Worker {
     }
 
     /// Whether `next`, which comes right behind `first`, may be worked on with it.
-    pub fn goes_along(&self, first: &Job, next: &Job) -> bool {
+    pub fn can_merge(&self, first: &Job, next: &Job) -> bool {
         let Settings { merge, switches, .. } = &self.0.settings;
         *merge && next.desired.goes_along(&first.desired, *switches)
     }
@@ -331,7 +331,7 @@ impl Worker {
     /// `None` when anything stood in the way; then they have to be run one after the other.
     ///
     /// May be dropped like [`Worker::run`].
-    pub async fn run_together(&self, jobs: &[&Job], turn: RunContext) -> Option<Vec<(Outcome, Decision)>> {
+    pub async fn run_merged(&self, jobs: &[&Job], turn: RunContext) -> Option<Vec<(Outcome, Decision)>> {
         let (first, others) = jobs.split_first()?;
         let mut tries = self.tries(first, others, turn, Mode::Write);
         let Ok(ended) = tokio::time::timeout(self.0.settings.hold, tries.once()).await else {
@@ -369,7 +369,7 @@ impl Worker {
     }
 
     /// What [`Worker::run`] would do now, short of what Close would say to it. Writes nothing.
-    pub async fn rehearse(&self, job: &Job) -> (Outcome, Decision) {
+    pub async fn dry_run(&self, job: &Job) -> (Outcome, Decision) {
         let mut tries = self.tries(job, &[], RunContext::first(), Mode::Rehearse);
         let outcome = tries.retry_in_place().await;
         tries.conclude(outcome)
@@ -410,13 +410,13 @@ impl Worker {
             return None;
         }
         // An answer that says neither is no reason to give the message up.
-        let obstacles = self.look_again().await.err()?;
-        Some(obstacles.first().and_then(Obstacle::pause_cause).unwrap_or(PauseCause::Unreachable))
+        let obstacles = self.refresh_mapping().await.err()?;
+        Some(obstacles.first().and_then(PreflightError::pause_cause).unwrap_or(PauseCause::Unreachable))
     }
 }
 
 /// Says which rules have no field, and which constants their fields do not take.
-pub fn tell_flaws(mapping: &Mapping) {
+pub fn log_mapping_problems(mapping: &Mapping) {
     for unknown in &mapping.unknown {
         tracing::error!(setting = unknown.setting, "{}", unknown.description());
     }

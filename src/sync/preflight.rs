@@ -9,7 +9,7 @@ use crate::outcome::PauseCause;
 
 /// Why Close cannot be worked with.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Obstacle {
+pub enum PreflightError {
     /// Close did not answer as it should.
     #[error("{0}")]
     Close(CloseError),
@@ -27,7 +27,7 @@ pub struct Ready {
     pub mapping: Mapping,
 }
 
-impl Obstacle {
+impl PreflightError {
     /// The pause this obstacle calls for. Without one it is a fault of the moment.
     pub fn pause_cause(&self) -> Option<PauseCause> {
         match self {
@@ -59,8 +59,8 @@ impl Obstacle {
 }
 
 /// Asks Close. Tells everything that is wrong with the lookup fields; the list is never empty.
-pub async fn run(client: &Client, rules: &Rules) -> Result<Ready, Vec<Obstacle>> {
-    let close = |error| vec![Obstacle::Close(error)];
+pub async fn run(client: &Client, rules: &Rules) -> Result<Ready, Vec<PreflightError>> {
+    let close = |error| vec![PreflightError::Close(error)];
     let organization = client.me().await.map_err(close)?;
     let mut schema = Schema { statuses: organization.statuses, ..Schema::default() };
     let (leads, contacts) = rules.needs();
@@ -73,7 +73,7 @@ pub async fn run(client: &Client, rules: &Rules) -> Result<Ready, Vec<Obstacle>>
     if rules.wants_users(&schema) {
         schema.users = client.users().await.map_err(close)?;
     }
-    let fields = |bad: Vec<BadKey>| bad.into_iter().map(Obstacle::Field).collect::<Vec<_>>();
+    let fields = |bad: Vec<BadKey>| bad.into_iter().map(PreflightError::Field).collect::<Vec<_>>();
     let mapping = Mapping::resolve(rules, &schema).map_err(fields)?;
     Ok(Ready { organization: organization.name, mapping })
 }

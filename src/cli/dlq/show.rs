@@ -9,7 +9,7 @@ use crate::config::{Config, Destination, Problems};
 use crate::dead_letters::filter::remedy;
 use crate::dead_letters::letter::DeadLetter;
 use crate::outcome::Reason;
-use crate::sync::explain::{self, Report};
+use crate::sync::explain::{self, Explanation};
 
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
@@ -42,18 +42,18 @@ pub(super) async fn show(
 async fn plan(
     letter: &DeadLetter,
     whole: impl FnOnce() -> Result<Config, Problems>,
-) -> Result<Report, String> {
+) -> Result<Explanation, String> {
     let config = whole().map_err(|problems| problems.to_string())?;
     let told = |failure| match failure {
         Failure::Input(told) | Failure::Unavailable(told) | Failure::Configuration(told) => told,
         Failure::Told(_) => String::new(),
     };
     let worker = plan::worker(single(config).map_err(told)?).await.map_err(told)?;
-    let rehearsed = explain::rehearse(&worker, &letter.body, letter.arrival()).await;
+    let rehearsed = explain::dry_run(&worker, &letter.body, letter.arrival()).await;
     rehearsed.map(|(_, report)| report).map_err(|why| why.to_string())
 }
 
-fn as_json(letter: &DeadLetter, plan: Option<Result<Report, String>>) -> Value {
+fn as_json(letter: &DeadLetter, plan: Option<Result<Explanation, String>>) -> Value {
     let mut whole = serde_json::to_value(letter).unwrap_or_default();
     let (properties, headers) = letter.carried();
     whole["properties"] = properties.into();
@@ -75,7 +75,7 @@ fn body(bytes: &[u8]) -> Result<Value, String> {
     serde_json::from_slice(bytes).map_err(|_| String::from_utf8_lossy(bytes).into_owned())
 }
 
-fn print(letter: &DeadLetter, plan: Option<Result<Report, String>>) {
+fn print(letter: &DeadLetter, plan: Option<Result<Explanation, String>>) {
     let whole = serde_json::to_value(letter).unwrap_or_default();
     let about = whole.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null());
     let mut rows: Vec<_> = about.map(|(name, value)| (name.clone(), text(value))).collect();

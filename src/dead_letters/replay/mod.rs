@@ -44,7 +44,7 @@ use crate::dead_letters::letter::DeadLetter;
 use crate::dead_letters::progress::{End, Progress, Stage};
 use crate::dead_letters::scan::{Batch, DeadLetterQueue, Disposition, HeldLetter, ScanStep, claim};
 use crate::outcome::DEAD;
-use crate::retry::Pauses;
+use crate::retry::Backoff;
 
 /// What is to be replayed, and how.
 #[derive(Clone, Debug)]
@@ -114,21 +114,21 @@ pub async fn replay(
         deadline: Instant::now(),
         lost: None,
     };
-    let mut pauses = Pauses::reconnect();
+    let mut pauses = Backoff::reconnect();
     loop {
         let before = replay.sent;
         match replay.session(stop).await {
             Ok(end) => return Ok(replay.over(end)),
             Err(error) => {
                 if replay.sent > before {
-                    (pauses, replay.lost) = (Pauses::reconnect(), None);
+                    (pauses, replay.lost) = (Backoff::reconnect(), None);
                 }
                 let since = *replay.lost.get_or_insert_with(Instant::now);
                 if !is_gone(&error) || replay.ours.is_empty() || since.elapsed() > RECONNECTING {
                     return Err(error);
                 }
                 replay.tell(|progress| progress.stage = Stage::Reconnecting);
-                let pause = pauses.next_pause().unwrap_or_default();
+                let pause = pauses.next_delay().unwrap_or_default();
                 if stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
                     return Ok(replay.over(End::Stopped));
                 }

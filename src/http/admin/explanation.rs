@@ -3,10 +3,10 @@
 use maud::{Markup, html};
 
 use crate::http::admin::redact::Sight;
-use crate::sync::explain::{DEAD, LeftOut, Record, Report};
+use crate::sync::explain::{DEAD, Explanation, LeftOut, Record};
 
 /// The report, with values as far as they may be seen.
-pub(crate) fn report(report: &Report, sight: Sight) -> Markup {
+pub(crate) fn report(report: &Explanation, sight: Sight) -> Markup {
     let kind = match report.outcome {
         DEAD => "bad",
         "skipped" | "unchanged" => "so-so",

@@ -62,7 +62,7 @@ pub(crate) async fn outlook(
     let worker: Worker = place.seat.runtime.worker().ok_or(
         "The worker has not been able to look at Close yet: its live page tells why. Nothing can be said before that.",
     )?;
-    let rehearsal = explain::rehearse(&worker, event, arrival);
+    let rehearsal = explain::dry_run(&worker, event, arrival);
     let (_, report) = tokio::time::timeout(PATIENCE, rehearsal)
         .await
         .map_err(|_| {

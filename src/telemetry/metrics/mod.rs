@@ -419,7 +419,7 @@ mod tests {
             metrics.paused(Some(cause));
         }
         metrics.settled(
-            &Outcome::Delayed { level: 0, obstacle: crate::outcome::Obstruction::Behind },
+            &Outcome::Delayed { level: 0, cause: crate::outcome::DelayCause::BehindEarlier },
             Duration::ZERO,
         );
         assert_eq!(series(render([&metrics])), before);

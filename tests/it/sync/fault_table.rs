@@ -138,14 +138,14 @@ async fn play(kind: &Kind, fault: Option<Fault>) -> Run {
         let Prepared::Job(job) = worker.prepare(kind.event.to_string().as_bytes(), ReceivedAt::now()) else {
             panic!("no job")
         };
-        let turn = RunContext { attempts, priority: Priority::Live, trusted_from: Instant::now() };
+        let turn = RunContext { attempts, priority: Priority::Live, search_complete_from: Instant::now() };
         match worker.run(&job, turn).await.0 {
             Outcome::Synced(_) => break SYNCED.to_owned(),
             Outcome::Dead(dead) => break dead.reason.label().to_owned(),
             Outcome::Skipped(skip) => break format!("skipped {}", skip.label()),
-            Outcome::Delayed { obstacle, .. } => attempts += u32::from(obstacle.charged()),
+            Outcome::Delayed { cause, .. } => attempts += u32::from(cause.uses_attempt()),
             Outcome::Paused(_) => {
-                while worker.look_again().await.is_err() {}
+                while worker.refresh_mapping().await.is_err() {}
                 worker.half_open_breaker();
             }
         }

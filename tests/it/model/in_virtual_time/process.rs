@@ -12,7 +12,7 @@ use close_sync::consumer::scheduler::key_queues::JobId;
 use close_sync::consumer::scheduler::{Completion, Next, Scheduler};
 use close_sync::domain::decision::Decision;
 use close_sync::domain::mapping::{Key, Mapping};
-use close_sync::outcome::{Obstruction, Outcome, PauseCause};
+use close_sync::outcome::{DelayCause, Outcome, PauseCause};
 use close_sync::sync::circuit_breaker::HALF_OPEN_PROBES;
 use close_sync::sync::{Job, Prepared, ReceivedAt, RunContext, Settings, Worker};
 use close_sync::telemetry::metrics::Metrics;
@@ -136,7 +136,7 @@ impl Life {
                 let mut wait = Duration::from_secs(1);
                 loop {
                     tokio::time::sleep(wait).await;
-                    if self.worker.look_again().await.is_ok() {
+                    if self.worker.refresh_mapping().await.is_ok() {
                         break;
                     }
                     wait = (wait * 2).min(Duration::from_mins(1));
@@ -159,7 +159,7 @@ impl Life {
         on_trial: bool,
     ) -> (Option<PauseCause>, bool) {
         let concurrency = self.world.plan.concurrency;
-        let mut trusted_from = None;
+        let mut search_complete_from = None;
         let mut desk = Scheduler::new(detours);
         let mut tasks = JoinSet::new();
         let mut by_close = 0;
@@ -185,12 +185,12 @@ impl Life {
                 let turn = RunContext {
                     attempts: message.attempts,
                     priority: priority(message),
-                    trusted_from: trusted_from.unwrap_or_else(Instant::now),
+                    search_complete_from: search_complete_from.unwrap_or_else(Instant::now),
                 };
                 let around = (Arc::clone(&self.world), self.worker.clone(), channel, self.number);
                 tasks.spawn(work(around, run, turn));
             }
-            self.worker.backlog(tasks.len() == concurrency && desk.waiting() >= concurrency);
+            self.worker.set_backlog(tasks.len() == concurrency && desk.waiting() >= concurrency);
             tokio::select! {
                 biased;
                 () = self.cut.notified() => return (None, by_close > 0),
@@ -219,11 +219,11 @@ impl Life {
                 }
                 Some(delivery) = deliveries.recv() => {
                     let lag = self.worker.settings().search_lag;
-                    trusted_from.get_or_insert_with(|| {
-                        self.worker.take_over();
+                    search_complete_from.get_or_insert_with(|| {
+                        self.worker.forget_records();
                         Instant::now() + lag
                     });
-                    let arrival = ReceivedAt { sent: None, received: self.world.now() };
+                    let arrival = ReceivedAt { published: None, received: self.world.now() };
                     let prepared = self.worker.prepare(&delivery.message.body, arrival);
                     let keys = match &prepared {
                         Prepared::Job(job) => job.keys(),
@@ -247,11 +247,11 @@ impl Incoming {
 
     fn goes_along(&self, first: &Self, worker: &Worker) -> bool {
         let jobs = first.job().zip(self.job()).filter(|_| !first.alone && !self.alone);
-        jobs.is_some_and(|(first, next)| worker.goes_along(first, next))
+        jobs.is_some_and(|(first, next)| worker.can_merge(first, next))
     }
 
     fn behind(self, level: usize) -> Self {
-        let yields = Outcome::Delayed { level, obstacle: Obstruction::Behind };
+        let yields = Outcome::Delayed { level, cause: DelayCause::BehindEarlier };
         Self { prepared: Prepared::Settled(yields), ..self }
     }
 }
@@ -273,7 +273,7 @@ async fn work(
         Prepared::Job(job) if run.len() == 1 => vec![worker.run(job, turn).await],
         Prepared::Job(_) => {
             let jobs: Vec<_> = run.iter().filter_map(|(_, incoming)| incoming.job()).collect();
-            let Some(outcomes) = worker.run_together(&jobs, turn).await else {
+            let Some(outcomes) = worker.run_merged(&jobs, turn).await else {
                 world.tell(format_args!("process {process}: {numbers:?} failed together"));
                 let alone = |(ticket, incoming)| (ticket, Incoming { alone: true, ..incoming });
                 return Ended::Apart(run.into_iter().map(alone).collect());
@@ -289,9 +289,9 @@ async fn work(
         let mut fate = Completion::Done;
         match &outcome {
             Outcome::Synced(_) | Outcome::Skipped(_) => world.settled(number),
-            Outcome::Delayed { level, obstacle } => {
+            Outcome::Delayed { level, cause } => {
                 let delay = worker.settings().retry.delays[*level];
-                let attempts = message.attempts + u32::from(obstacle.charged());
+                let attempts = message.attempts + u32::from(cause.uses_attempt());
                 let id = message.detour.unwrap_or_else(|| world.random(|r| Uuid::from_u128(r.u128(..))));
                 world.delay(Message { attempts, detour: Some(id), ..message }, delay).await;
                 fate = Completion::Delayed { id, due: Instant::now() + delay };
