@@ -1,4 +1,4 @@
-//! The README and the operator's handbook say what the program does.
+//! The tables in the README and its pages agree with the program.
 
 use std::collections::BTreeSet;
 
@@ -9,45 +9,45 @@ use close_sync::outcome::{PauseCause, Reason};
 use close_sync::scenario::Suite;
 use strum::VariantArray;
 
+use crate::repo::pages::Page;
 use crate::support::Bench;
 
-const README: &str = include_str!("../../../README.md");
-const OPERATING: &str = include_str!("../../../deploy/operating.md");
-
-fn lines() -> impl Iterator<Item = &'static str> {
-    README.lines().chain(OPERATING.lines())
+/// All pages as one text.
+fn documentation() -> String {
+    let texts: Vec<_> = Page::all().into_iter().map(|page| page.text).collect();
+    texts.join("\n")
 }
 
-fn is_documented(text: &str) -> bool {
-    lines().any(|line| line.contains(text))
-}
-
-/// What is in backticks at the beginning of a table row.
-fn rows() -> impl Iterator<Item = &'static str> {
-    lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next())
+/// The text in backticks at the beginning of each table row.
+fn first_cells(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next())
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_table_of_metrics_is_complete() {
+    let documentation = Page::of("deploy/operating.md").text;
     let worker = Bench::new().await.worker().await;
     let page = worker.page("/metrics").await.unwrap().1;
     let help = page.lines().filter_map(|line| line.strip_prefix("# HELP ")?.split_once(' '));
     let kinds = page.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '));
     for ((name, text), (_, kind)) in help.clone().zip(kinds) {
-        let row = lines().find(|line| line.starts_with(&format!("| `{name}` "))).unwrap_or_default();
-        let (told, _) =
+        let row =
+            documentation.lines().find(|line| line.starts_with(&format!("| `{name}` "))).unwrap_or_default();
+        let (beginning, _) =
             row.split_once(&format!(" | {text} |")).unwrap_or_else(|| panic!("{name}: {text}\n{row}"));
-        let labels =
-            told.strip_prefix(&format!("| `{name}` | {kind} | ")).unwrap_or_else(|| panic!("{kind}: {row}"));
+        let labels = beginning
+            .strip_prefix(&format!("| `{name}` | {kind} | "))
+            .unwrap_or_else(|| panic!("{kind}: {row}"));
         let documented: BTreeSet<_> = labels.split('`').skip(1).step_by(2).collect();
         assert_eq!(documented, labels_of(&page, name), "{row}");
     }
-    let documented: BTreeSet<_> = rows().filter(|name| name.starts_with("close_sync_")).collect();
+    let documented: BTreeSet<_> =
+        first_cells(&documentation).filter(|name| name.starts_with("close_sync_")).collect();
     assert_eq!(documented, help.map(|(name, _)| name).collect());
     worker.terminate().await;
 }
 
-/// The labels of a metric on the page, `le` of buckets aside.
+/// The labels of a metric on the page, without `le` of buckets.
 fn labels_of<'a>(page: &'a str, name: &str) -> BTreeSet<&'a str> {
     let samples = page.lines().filter_map(|line| line.strip_prefix(name));
     let samples = samples.map(|rest| {
@@ -58,53 +58,102 @@ fn labels_of<'a>(page: &'a str, name: &str) -> BTreeSet<&'a str> {
     names.map(|(name, _)| name).filter(|name| *name != "le").collect()
 }
 
-#[test]
-fn the_table_of_settings_is_complete() {
-    let defaults: toml::Table = toml::from_str(DEFAULTS).unwrap();
-    for (section, keys) in &defaults {
-        are_in_the_table(section, keys.as_table().unwrap());
+/// The default in the notation of the table.
+fn default_column(value: &toml::Value) -> String {
+    let list = |items: &[toml::Value]| {
+        let items: Vec<_> = items.iter().map(|item| format!("`{}`", item.as_str().unwrap())).collect();
+        if items.is_empty() { "none".to_owned() } else { items.join(", ") }
+    };
+    match value {
+        toml::Value::String(text) if text.is_empty() => "none".to_owned(),
+        toml::Value::String(text) => format!("`{}`", text.replace('|', "\\|")),
+        toml::Value::Array(items) if items.is_empty() => "none".to_owned(),
+        toml::Value::Array(_) => format!("`{value}`"),
+        // A mapping rule, or a table of them.
+        toml::Value::Table(rule) => {
+            rule.get("from").map_or_else(|| list(&[]), |from| list(from.as_array().unwrap()))
+        }
+        toml::Value::Integer(_)
+        | toml::Value::Float(_)
+        | toml::Value::Boolean(_)
+        | toml::Value::Datetime(_) => {
+            value.as_float().map_or_else(|| value.to_string(), |number| number.to_string())
+        }
     }
 }
 
-fn are_in_the_table(section: &str, keys: &toml::Table) {
-    assert!(README.contains(&format!("`{section}.")), "{section} is not in the README");
-    for (key, value) in keys {
-        let full = format!("{section}.{key}");
-        assert!(README.contains(&format!("`{full}")), "`{full}` is not in the README");
+/// Adds `| key | variable | default |` of each setting to `rows`.
+fn add_rows(table: &toml::Table, path: &str, rows: &mut Vec<(String, String)>) {
+    for (key, value) in table {
+        let key = format!("{path}{key}");
         match value.as_table() {
-            // A rule is one value, and rules are told of together.
-            _ if section == "mapping" => {}
-            Some(keys) => are_in_the_table(&full, keys),
-            None => {
-                let variable = full.replace('.', "_").to_uppercase();
-                let row = lines().find(|line| line.starts_with(&format!("| `{full}` | `{variable}` |")));
-                assert!(row.is_some(), "no row for {full} and {variable}");
+            Some(inner) if !key.ends_with(".custom") && !inner.contains_key("from") => {
+                add_rows(inner, &format!("{key}."), rows);
+            }
+            _ => {
+                let default = match key.as_str() {
+                    "close.api_key" => "required".to_owned(),
+                    "mapping.free_mail_domains" => format!("{} domains", value.as_array().unwrap().len()),
+                    _ => default_column(value),
+                };
+                let variable = key.replace('.', "_").to_uppercase();
+                rows.push((key.clone(), format!("| `{key}` | `{variable}` | {default} | ")));
             }
         }
     }
 }
 
+/// To add a setting: insert the beginning of the row that the failure prints, and describe the setting after it.
 #[test]
-fn every_word_a_decision_is_told_in_is_explained() {
+fn the_table_of_settings_agrees_with_the_defaults() {
+    let page = Page::of("deploy/docs/settings.md").text;
+    let mut expected = Vec::new();
+    add_rows(&toml::from_str(DEFAULTS).unwrap(), "", &mut expected);
+    let missing: Vec<_> = expected.iter().filter(|(_, row)| !page.contains(row.as_str())).collect();
+    assert!(missing.is_empty(), "missing or different in deploy/docs/settings.md: {missing:#?}");
+    let documented = page.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next());
+    let documented: BTreeSet<_> = documented.filter(|key| *key != "destinations.<name>.…").collect();
+    assert_eq!(documented, expected.iter().map(|(key, _)| key.as_str()).collect());
+}
+
+#[test]
+fn the_readme_names_ten_settings_that_exist() {
+    let settings = Page::of("deploy/docs/settings.md").text;
+    let readme = Page::of("README.md").text;
+    let is_variable = |cell: &str| cell.chars().all(|c| c.is_ascii_uppercase() || c == '_');
+    let rows = readme.lines().filter(|line| line.starts_with("| `"));
+    let named: Vec<_> = rows.filter(|row| row.split('`').nth(3).is_some_and(is_variable)).collect();
+    assert_eq!(named.len(), 10, "{named:#?}");
+    for row in named {
+        let beginning: Vec<_> = row.split('`').take(4).collect();
+        let beginning = beginning.join("`");
+        assert!(settings.contains(&format!("{beginning}`")), "{row}");
+    }
+}
+
+#[test]
+fn every_label_of_a_decision_is_documented() {
+    let documentation = documentation();
     let labels = Case::VARIANTS
         .iter()
         .map(|case| case.label())
         .chain(DropReason::VARIANTS.iter().map(|reason| reason.label()));
     for label in labels.chain(PauseCause::ALL.map(PauseCause::label)) {
-        assert!(is_documented(&format!("`{label}`")), "{label} is not documented");
+        assert!(documentation.contains(&format!("`{label}`")), "{label} is not documented");
     }
 }
 
 #[test]
-fn the_scenarios_are_counted() {
+fn the_number_of_scenarios_is_current() {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/scenarios");
     let files = std::fs::read_dir(folder).unwrap();
     let number: usize = files.map(|file| Suite::load(&file.unwrap().path()).unwrap().scenarios.len()).sum();
-    assert!(README.contains(&format!("{number} more")), "{number} scenarios");
+    assert!(documentation().contains(&format!("{number} more")), "{number} scenarios");
 }
 
 #[test]
-fn every_reason_has_its_remedy() {
-    let documented: BTreeSet<_> = rows().collect();
+fn every_reason_of_a_dead_letter_is_documented() {
+    let page = Page::of("deploy/operating.md").text;
+    let documented: BTreeSet<_> = first_cells(&page).collect();
     assert!(Reason::ALL.iter().all(|reason| documented.contains(reason.label())));
 }

@@ -3,3 +3,4 @@
 pub(crate) mod contract;
 mod deploy;
 mod docs;
+mod pages;
