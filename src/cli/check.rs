@@ -193,8 +193,8 @@ async fn close(config: &Destination) -> Vec<Finding> {
             let keys = [
                 ("close.lead_company_id_field", &mapping.keys.company, "text"),
                 ("close.contact_user_id_field", &mapping.keys.user, "text"),
-                ("close.lead_synced_at_field", &mapping.stamps.lead, "datetime"),
-                ("close.contact_synced_at_field", &mapping.stamps.contact, "datetime"),
+                ("close.lead_synced_at_field", &mapping.synced_at.lead, "datetime"),
+                ("close.contact_synced_at_field", &mapping.synced_at.contact, "datetime"),
             ];
             let keys = keys.into_iter().filter_map(|(setting, id, kind)| {
                 let id = id.as_ref()?;

@@ -54,14 +54,14 @@ impl Reader<'_> {
             custom: self.custom_rules("mapping.lead.custom"),
             key: self.field("close.lead_company_id_field"),
             id: self.id_source("mapping.company_id"),
-            stamp: self.field("close.lead_synced_at_field"),
+            synced_at: self.field("close.lead_synced_at_field"),
         };
         let contact = RecordRules {
             fields: self.rules("mapping.contact", &[("name", Field::Name), ("title", Field::Title)]),
             custom: self.custom_rules("mapping.contact.custom"),
             key: self.field("close.contact_user_id_field"),
             id: self.id_source("mapping.user_id"),
-            stamp: self.field("close.contact_synced_at_field"),
+            synced_at: self.field("close.contact_synced_at_field"),
         };
         let channels = self.rules(
             "mapping.contact",

@@ -43,7 +43,7 @@ pub struct Filter {
     pub about: Option<About>,
 }
 
-/// Whom an event is about: what its mapping takes for ids.
+/// EventIds an event is about: what its mapping takes for ids.
 #[derive(Clone, Debug)]
 pub struct About {
     /// How that is found out.
@@ -87,7 +87,7 @@ impl Filter {
 
 impl About {
     fn matches(&self, body: &[u8]) -> bool {
-        let Some(whom) = self.rules.whom(body) else { return false };
+        let Some(whom) = self.rules.event_ids(body) else { return false };
         let same = |wanted: &Option<String>, is: &Option<String>| wanted.is_none() || wanted == is;
         let email = self.email.as_deref().map(fold_email);
         same(&self.user_id, &whom.user_id)

@@ -12,7 +12,7 @@
 
 use serde_json::{Map, Value};
 
-use crate::domain::mapping::coerce;
+use crate::domain::value;
 
 /// A decoded event. Its shape is known; what it means is decided by the mapping.
 #[derive(Clone, Debug, PartialEq)]
@@ -120,7 +120,7 @@ impl Event {
     /// field takes.
     pub fn time(&self) -> Option<jiff::Timestamp> {
         let keys = ["timestamp", "receivedAt", "sentAt"];
-        keys.iter().find_map(|key| coerce::moment(self.body.get(key)?).ok())
+        keys.iter().find_map(|key| value::moment(self.body.get(key)?).ok())
     }
 
     /// Whether the event's `integrations` exclude Close (`design.md` §2, rule 9). Without any, everyone

@@ -19,3 +19,4 @@ pub mod record;
 pub mod schema;
 pub mod staleness;
 pub mod switches;
+mod value;

@@ -262,7 +262,8 @@ impl Plan {
         let Some(at) = event.at else { return };
         let records = self.records.iter().filter(|plan| plan.refused.is_none() && which(plan.record.id()));
         for plan in records {
-            let synced_at = plan.record.stamp(&event.stamps).map(|id| Field::Custom(id.clone()).to_string());
+            let synced_at =
+                plan.record.stamp(&event.synced_at).map(|id| Field::Custom(id.clone()).to_string());
             let record = versions.entry(plan.record.id().to_owned()).or_default();
             for FieldPlan { field, wanted, verdict, write, .. } in &plan.fields {
                 match verdict {
@@ -503,7 +504,7 @@ fn lead_changes(
     let is_newer = |field: &str| age.is_some_and(|age| age.is_newer(field, desired.at));
     let (mut changes, mut plans) = field_changes(&desired.lead, record, is_newer);
     if record.is_none() || !changes.is_empty() {
-        stamp(desired, desired.stamps.lead.as_ref(), record, &mut changes, &mut plans);
+        stamp(desired, desired.synced_at.lead.as_ref(), record, &mut changes, &mut plans);
     }
     (changes, plans)
 }
@@ -544,7 +545,7 @@ fn contact_changes(
         });
     }
     if record.is_none() || !fields.is_empty() || !lists.is_empty() {
-        stamp(desired, desired.stamps.contact.as_ref(), record, &mut fields, &mut plans);
+        stamp(desired, desired.synced_at.contact.as_ref(), record, &mut fields, &mut plans);
     }
     (ContactValues { fields, lists }, plans)
 }

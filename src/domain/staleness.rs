@@ -18,8 +18,8 @@ use std::collections::{BTreeMap, HashMap};
 use jiff::Timestamp;
 use serde_json::Value;
 
-use crate::domain::mapping::coerce;
 use crate::domain::record::{Field, FieldId, Fields};
+use crate::domain::value;
 
 /// The custom fields, both of type datetime, that store the time of the last event applied.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -76,5 +76,5 @@ pub fn news(
     at: Option<Timestamp>,
 ) -> Option<(Field, Value)> {
     let is_news = record.and_then(|fields| stored(fields, stamp)) < at;
-    Some((Field::Custom(stamp?.clone()), coerce::notation(at?).into())).filter(|_| is_news)
+    Some((Field::Custom(stamp?.clone()), value::notation(at?).into())).filter(|_| is_news)
 }

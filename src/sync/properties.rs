@@ -175,8 +175,8 @@ fn world() -> impl Strategy<Value = World> {
         all.for_each(|rule| rule.write = writes.next().unwrap());
         rules.lead.key.take_if(|_| !keys.0);
         rules.contact.key.take_if(|_| !keys.1);
-        rules.lead.stamp = keys.2.then(|| FieldRef::new("cf_lead_at"));
-        rules.contact.stamp = keys.2.then(|| FieldRef::new("cf_contact_at"));
+        rules.lead.synced_at = keys.2.then(|| FieldRef::new("cf_lead_at"));
+        rules.contact.synced_at = keys.2.then(|| FieldRef::new("cf_contact_at"));
         let switches = Switches {
             allow_creating_new_leads: on.0,
             allow_updating_existing_leads: on.1,
@@ -372,8 +372,8 @@ proptest! {
     ) {
         let mut rules = rules();
         if stores {
-            rules.lead.stamp = Some(FieldRef::new("cf_lead_at"));
-            rules.contact.stamp = Some(FieldRef::new("cf_contact_at"));
+            rules.lead.synced_at = Some(FieldRef::new("cf_lead_at"));
+            rules.contact.synced_at = Some(FieldRef::new("cf_contact_at"));
         }
         let mapping = Mapping::resolve(&rules, &schema()).unwrap();
         let world = World { book: InMemoryRecords::default(), mapping, switches: Switches::default() };

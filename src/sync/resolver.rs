@@ -52,7 +52,7 @@ impl<R: Records> Resolver<'_, R> {
             |event: &&Desired| event.lead.values().any(|wanted| wanted.write != WriteRule::OnCreate);
         let wants_lead = for_leads(&first) || others.iter().any(for_leads);
         let found = self.resolve(&first.identity, wants_lead).await?;
-        let ages = self.applied.ages(&found, &first.stamps);
+        let ages = self.applied.ages(&found, &first.synced_at);
         let together = MergedPlan::plan(first, others, &found, self.switches, &ages);
         self.decision.case = Some(found.case());
         self.decision.plan = together.plans.first().cloned().unwrap_or_default();

@@ -22,8 +22,8 @@ use jiff::tz::TimeZone;
 use serde_json::Value;
 
 use crate::domain::dropped::DropReason;
-use crate::domain::mapping::source::{flat, single_spaces, text, whole};
 use crate::domain::schema::{CustomField, FieldKind, Status, User};
+use crate::domain::value::{flat, moment, notation, single_spaces, text, whole};
 
 /// Longest name and title Close takes, in characters (close-api.md §5).
 pub const MAX_TEXT: usize = 1000;
@@ -197,34 +197,6 @@ fn date(value: &Value) -> Result<Date, DropReason> {
         }
     }
     moment(value).map(|moment| TimeZone::UTC.to_datetime(moment).date())
-}
-
-pub(crate) fn moment(value: &Value) -> Result<Timestamp, DropReason> {
-    if value.is_boolean() || value.is_array() || value.is_object() {
-        return Err(DropReason::NotAValue);
-    }
-    let text = text(value).ok_or(DropReason::NotADate)?;
-    text.parse::<Timestamp>()
-        .ok()
-        .or_else(|| TimeZone::UTC.to_timestamp(text.parse().ok()?).ok())
-        .or_else(|| since_1970(serde_json::from_str(&text).ok()?))
-        .ok_or(DropReason::NotADate)
-}
-
-/// Seconds or milliseconds, between 1973 and 2286 either way. Other numbers are years, days written
-/// together or defects, and a wrong date is worse than none.
-fn since_1970(number: f64) -> Option<Timestamp> {
-    const SECONDS: std::ops::Range<f64> = 1e8..1e10;
-    let milliseconds = if SECONDS.contains(&number) { number * 1000.0 } else { number };
-    let plausible = (SECONDS.start * 1000.0..SECONDS.end * 1000.0).contains(&milliseconds);
-    #[expect(clippy::cast_possible_truncation, reason = "within range")]
-    plausible.then(|| Timestamp::from_millisecond(milliseconds.round() as i64).ok())?
-}
-
-/// Close's notation of moments: UTC, six digits, of which it keeps milliseconds (close-api.md §1).
-pub(crate) fn notation(moment: Timestamp) -> String {
-    let moment = Timestamp::from_millisecond(moment.as_millisecond()).unwrap_or(moment);
-    moment.strftime("%Y-%m-%dT%H:%M:%S.%6f+00:00").to_string()
 }
 
 #[cfg(test)]

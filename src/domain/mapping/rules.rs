@@ -1,4 +1,4 @@
-//! What the configuration says: where values come from, and when they may be written.
+//! The mapping rules as configured: where values come from and when they may be written.
 
 use std::collections::BTreeMap;
 
@@ -7,37 +7,22 @@ use serde_json::{Map, json};
 
 use crate::domain::event::Event;
 use crate::domain::mapping::coerce;
+use crate::domain::mapping::desired::{KeyFields, WriteRule};
 use crate::domain::mapping::source::{self, Picked, Source};
-use crate::domain::record::{Channel, Field, fold_email};
-use crate::domain::schema::FieldRef;
-
-/// When a wanted value may be written.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum WriteRule {
-    /// Whenever it differs.
-    #[default]
-    Always,
-    /// Only where Close has nothing yet.
-    IfEmpty,
-    /// Only into a record that this event creates.
-    OnCreate,
-}
+use crate::domain::record::{Channel, Field, FieldId, fold_email};
+use crate::domain::schema::{CustomField, FieldKind, FieldRef, Schema};
 
 /// How one field is filled.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rule {
-    /// Where the value comes from.
     pub source: Source,
-    /// When it may be written.
     pub write: WriteRule,
-    /// Where else it comes from for a record that has to be made: better than nothing, and no reason to
-    /// change what a record has.
+    /// A fallback for a record that is created. It never changes an existing record.
     pub or_on_create: Source,
 }
 
 impl Rule {
-    /// What it finds in an event, and when that may be written.
+    /// The values in an event, and when they may be written.
     pub(crate) fn pick(&self, event: &Event) -> (Picked, WriteRule) {
         match self.source.pick(event) {
             Picked::Nothing => (self.or_on_create.pick(event), WriteRule::OnCreate),
@@ -54,29 +39,29 @@ impl Trigger {
     /// Reads a condition in the notation of JSONPath's filters, `$.type == 'identify'`.
     ///
     /// # Errors
-    /// What is wrong with it, in words for the person who wrote it.
+    /// What is wrong with the condition, for the operator.
     pub fn parse(text: &str) -> Result<Self, String> {
-        if speaks_of_parts(text) {
-            return Err(format!("`{text}` speaks of a part of the event: write `$` for the event, not `@`"));
+        if refers_to_parts(text) {
+            return Err(format!("`{text}` refers to a part of the event; write `$` for the event, not `@`"));
         }
-        // A filter needs something to filter: it selects every part of an event for which it holds, so
-        // all of them or none when it speaks of the event as a whole.
-        source::path(&format!("$[?{text}]"))
-            .map(Self)
-            .map_err(|_| format!("`{text}` is no condition (try `$.type == 'identify' && $.traits.email`)"))
+        // A filter selects every child of the event for which the condition holds. A condition on the whole event
+        // (`$`) therefore selects all children or none.
+        source::path(&format!("$[?{text}]")).map(Self).map_err(|_| {
+            format!("`{text}` is not a valid condition (try `$.type == 'identify' && $.traits.email`)")
+        })
     }
 
     pub(crate) fn holds(&self, event: &Event) -> bool {
         let empty = event.body.as_object().is_some_and(Map::is_empty);
-        // An empty event has no part for the filter to select; this one says as little.
+        // An empty event has no child for the filter to select. This stand-in has one and says as little.
         let body = if empty { &json!({"": null}) } else { &event.body };
         !source::nodes(&self.0, body).is_empty()
     }
 }
 
-/// Whether a condition says `@` outside of the brackets of a filter within it, where `@` is a part of the
-/// event and not the event: `@.type == 'identify'` is easily written and never holds.
-fn speaks_of_parts(condition: &str) -> bool {
+/// Whether a condition uses `@` outside a nested filter. There `@` is a child of the event, so `@.type == 'identify'`,
+/// an easy mistake, never holds.
+fn refers_to_parts(condition: &str) -> bool {
     let (mut depth, mut quote) = (0_usize, None);
     condition.chars().any(|c| {
         match (quote, c) {
@@ -90,17 +75,15 @@ fn speaks_of_parts(condition: &str) -> bool {
     })
 }
 
-/// What becomes of an event that names nobody.
+/// What to do with an event that does not identify a person.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Anonymous {
-    /// It is dead-lettered.
     #[default]
     DeadLetter,
-    /// It is skipped and counted.
     Skip,
 }
 
-/// Domains that say nothing about a company, `gmail.com` or `yahoo.*`.
+/// Domains of free-mail providers, which do not name a company: `gmail.com`, `yahoo.*`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FreeMail(pub Vec<String>);
 
@@ -113,35 +96,47 @@ impl FreeMail {
     }
 }
 
-/// What the configuration says about one kind of record.
+/// The rules for one kind of record.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RecordRules {
-    /// The fields every organization has.
+    /// Fields that every organization has.
     pub fields: BTreeMap<Field, Rule>,
-    /// Custom fields.
     pub custom: BTreeMap<FieldRef, Rule>,
-    /// The custom field that stores the id the record is found by. Without it, it is not found by id.
+    /// The custom field that stores the id the record is found by. Without it, records are not looked up by id.
     pub key: Option<FieldRef>,
     /// Where that id comes from.
     pub id: Source,
-    /// The custom field that stores when the last event was that was applied to the record.
-    pub stamp: Option<FieldRef>,
+    /// The custom field that stores the time of the last event applied to the record.
+    pub synced_at: Option<FieldRef>,
 }
 
-/// Whom an event is about, whether or not Close is asked for it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rules {
+    /// Which events are for Close.
+    pub trigger: Trigger,
+    pub anonymous: Anonymous,
+    /// The id of a Lead is the company id.
+    pub lead: RecordRules,
+    /// The id of a Contact is the user id.
+    pub contact: RecordRules,
+    /// Lists of the Contact. People are also found by [`Channel::Email`].
+    pub channels: BTreeMap<Channel, Rule>,
+    /// Domains that a Lead is never named after.
+    pub free_mail: FreeMail,
+}
+
+/// The ids in an event, whether or not Close has fields to look them up by.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Whom {
-    /// The person's id.
+pub struct EventIds {
     pub user_id: Option<String>,
-    /// The company's id.
     pub company_id: Option<String>,
-    /// The person's email, folded for comparison.
+    /// Trimmed and case-folded.
     pub email: Option<String>,
 }
 
 impl Rules {
-    /// Whom the event in `body` is about; `None` if it is none.
-    pub fn whom(&self, body: &[u8]) -> Option<Whom> {
+    /// The ids in the event in `body`. `None` if it is not an event.
+    pub fn event_ids(&self, body: &[u8]) -> Option<EventIds> {
         let event = Event::decode(body, usize::MAX).ok()?;
         let found = |picked| match picked {
             Picked::Values(found) => Some(found),
@@ -149,27 +144,36 @@ impl Rules {
         };
         let id = |source: &Source| found(source.pick(&event)).and_then(|found| coerce::id(&found).ok());
         let email = self.channels.get(&Channel::Email).and_then(|rule| found(rule.pick(&event).0));
-        Some(Whom {
+        Some(EventIds {
             user_id: id(&self.contact.id),
             company_id: id(&self.lead.id),
             email: email.and_then(|found| coerce::email(&found).ok()).map(|email| fold_email(&email)),
         })
     }
-}
 
-/// What the configuration says.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Rules {
-    /// Which events are for Close.
-    pub trigger: Trigger,
-    /// What becomes of those that name nobody.
-    pub anonymous: Anonymous,
-    /// Leads; their id is the company id.
-    pub lead: RecordRules,
-    /// Contacts; their id is the user id.
-    pub contact: RecordRules,
-    /// Lists of the Contact. [`Channel::Email`] is also how people are found.
-    pub channels: BTreeMap<Channel, Rule>,
-    /// Domains no Lead is called after.
-    pub free_mail: FreeMail,
+    /// The same rules with the lookup fields named by id, so that they cannot change while the worker runs. A new field
+    /// of the same name would hold no ids, and every record would be created again.
+    #[must_use]
+    pub fn pinned(&self, keys: &KeyFields) -> Self {
+        let by_id = |id: &Option<FieldId>| id.as_ref().map(|id| FieldRef::new(id.as_str()));
+        let mut rules = self.clone();
+        (rules.lead.key, rules.contact.key) = (by_id(&keys.company), by_id(&keys.user));
+        rules
+    }
+
+    /// Whether a rule fills a custom field of type user.
+    pub fn wants_users(&self, schema: &Schema) -> bool {
+        let wants = |rules: &RecordRules, fields: &[CustomField]| {
+            rules.custom.keys().any(|rule| rule.find(fields).is_ok_and(|field| field.kind == FieldKind::User))
+        };
+        wants(&self.lead, &schema.lead) || wants(&self.contact, &schema.contact)
+    }
+
+    /// Whether the custom fields of Leads and of Contacts are needed.
+    pub fn needs(&self) -> (bool, bool) {
+        let needs = |rules: &RecordRules| {
+            rules.key.is_some() || rules.synced_at.is_some() || !rules.custom.is_empty()
+        };
+        (needs(&self.lead), needs(&self.contact))
+    }
 }

@@ -23,6 +23,7 @@ use serde_json::Value;
 use strum::{EnumString, IntoStaticStr, VariantArray};
 
 use crate::domain::event::Event;
+use crate::domain::value::{clean, domain, flat, single_spaces, text};
 
 /// Where a value comes from and how its notation is changed.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -185,43 +186,6 @@ fn cleaned(item: &Value) -> Value {
     item.as_str().map_or_else(|| item.clone(), |text| clean(text).into())
 }
 
-/// Text without outer blanks and control characters.
-fn clean(text: &str) -> String {
-    let kept: String = text.chars().filter(|c| !c.is_control() || matches!(c, '\n' | '\t')).collect();
-    kept.trim().to_owned()
-}
-
-/// A single value as text; lists and objects have none. A whole number has no decimals, however the
-/// producer wrote it: an id that is 42 in one event and 42.0 in another is one id. A number beyond what
-/// is kept exactly has no text: two ids of 21 digits, sent as numbers, would become the same.
-pub(crate) fn text(value: &Value) -> Option<String> {
-    match value {
-        Value::String(text) => Some(clean(text)).filter(|text| !text.is_empty()),
-        Value::Number(number) => match whole(number) {
-            Some(whole) => Some(whole.to_string()),
-            None => is_exact(number).then(|| number.to_string()),
-        },
-        Value::Bool(flag) => Some(flag.to_string()),
-        Value::Null | Value::Array(_) | Value::Object(_) => None,
-    }
-}
-
-/// 2^53: every whole number up to here is a float of its own.
-const EXACT: f64 = 9_007_199_254_740_992.0;
-
-fn is_exact(number: &serde_json::Number) -> bool {
-    number.is_u64() || number.as_f64().is_some_and(|float| float.abs() <= EXACT)
-}
-
-/// The number without decimals, if it is whole and small enough to be sure of it.
-pub(crate) fn whole(number: &serde_json::Number) -> Option<i64> {
-    number.as_i64().or_else(|| {
-        let float = number.as_f64()?;
-        #[expect(clippy::cast_possible_truncation, reason = "whole and within range")]
-        (float.fract() == 0.0 && float.abs() <= EXACT).then_some(float as i64)
-    })
-}
-
 impl Source {
     /// Values from the first alternative that is present.
     pub fn new(alternatives: impl IntoIterator<Item = Alternative>) -> Self {
@@ -289,11 +253,6 @@ impl Source {
     }
 }
 
-/// The items of lists among the values.
-pub(crate) fn flat(values: &[Value]) -> impl Iterator<Item = &Value> {
-    values.iter().flat_map(|value| value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice))
-}
-
 /// Changes a text, or every text in a list.
 fn each(value: &mut Value, change: &impl Fn(&str) -> Value) {
     if let Some(items) = value.as_array_mut() {
@@ -314,23 +273,6 @@ fn normalized(text: &str, normalize: Normalize) -> String {
         // Joins values, not a text.
         Normalize::Join => text.to_owned(),
     }
-}
-
-/// Runs of blanks and line breaks as one blank.
-pub(crate) fn single_spaces(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
-}
-
-/// The domain of an email address or a web page.
-pub(crate) fn domain(text: &str) -> Option<String> {
-    let host = match text.rsplit_once('@') {
-        Some((_, domain)) if !text.contains('/') => domain.to_owned(),
-        Some(_) | None => {
-            let whole = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
-            url::Url::parse(&whole).ok()?.host_str()?.trim_start_matches("www.").to_owned()
-        }
-    };
-    Some(host.to_lowercase()).filter(|host| host.contains('.'))
 }
 
 fn translate(value: &mut Value, values: &BTreeMap<String, Value>) {
@@ -428,18 +370,5 @@ mod tests {
         assert_eq!(error("{traits.a}"), "`traits.a` is no JSONPath (try `$.traits.title`)");
         assert_eq!(error("{$.a"), "`{$.a` has a `{` without its `}`");
         assert!(error("Customer").ends_with("a constant is written `{ value = \"Customer\" }`"));
-    }
-
-    #[test]
-    fn a_number_is_one_text_however_it_is_written() {
-        for (value, expected) in [
-            (json!(42), Some("42")),
-            (json!(42.0), Some("42")),
-            (json!(-0.5), Some("-0.5")),
-            (json!(18_446_744_073_709_551_615_u64), Some("18446744073709551615")),
-            (json!([1]), None),
-        ] {
-            assert_eq!(text(&value).as_deref(), expected);
-        }
     }
 }

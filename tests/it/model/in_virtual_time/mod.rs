@@ -110,8 +110,8 @@ fn play(seed: u64, patience: Patience) -> Run {
     let plan = Plan::draw(&mut random);
     let mut parts = PARTS.clone();
     if !is_late(seed) {
-        (parts.rules.lead.stamp, parts.rules.contact.stamp) = (None, None);
-        parts.mapping.stamps = SyncedAtFields::default();
+        (parts.rules.lead.synced_at, parts.rules.contact.synced_at) = (None, None);
+        parts.mapping.synced_at = SyncedAtFields::default();
     }
     (parts.settings.retry.in_place, parts.settings.hold) = match patience {
         Patience::Endless => (Duration::from_hours(1), Duration::from_hours(2)),

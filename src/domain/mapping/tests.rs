@@ -1,0 +1,307 @@
+use proptest::prelude::*;
+
+use serde_json::json;
+
+use super::*;
+use crate::domain::mapping::source::Alternative;
+use crate::domain::schema::{FieldRef, Schema};
+
+fn rule(paths: &[&str]) -> Rule {
+    Rule { source: source(paths), write: WriteRule::Always, or_on_create: Source::default() }
+}
+
+fn source(paths: &[&str]) -> Source {
+    Source::new(paths.iter().map(|path| Alternative::parse(path).unwrap()))
+}
+
+/// The default rules, with a field for the plan.
+pub(crate) fn rules() -> Rules {
+    Rules {
+        trigger: Trigger::parse("$.type == 'identify' || (!$.type && !$.event)").unwrap(),
+        anonymous: Anonymous::default(),
+        lead: RecordRules {
+            fields: [(Field::Name, rule(&["$.traits.company.name", "$.traits.company"]))].into(),
+            custom: [(FieldRef::new("Plan"), rule(&["$.traits.plan"]))].into(),
+            key: Some(FieldRef::new("cf_company")),
+            id: source(&["$.traits.company.id"]),
+            synced_at: None,
+        },
+        contact: RecordRules {
+            fields: [
+                (
+                    Field::Name,
+                    rule(&["$.traits.name", "{$.traits.firstName} {$.traits.lastName}", "$.traits.lastName"]),
+                ),
+                (Field::Title, rule(&["$.traits.title"])),
+            ]
+            .into(),
+            custom: BTreeMap::new(),
+            key: Some(FieldRef::new("cf_user")),
+            id: source(&["$.userId"]),
+            synced_at: None,
+        },
+        channels: [
+            (Channel::Email, rule(&["$.traits.email"])),
+            (Channel::Phone, rule(&["$.traits.phone"])),
+            (Channel::Url, rule(&["$.traits.website"])),
+        ]
+        .into(),
+        free_mail: FreeMail(vec!["gmail.com".into(), "yahoo.*".into()]),
+    }
+}
+
+fn field(id: &str, name: &str, kind: FieldKind) -> CustomField {
+    CustomField { id: FieldId::new(id), name: name.into(), kind, multiple: false }
+}
+
+pub(crate) fn schema() -> Schema {
+    Schema {
+        lead: vec![
+            field("cf_company", "Company ID", FieldKind::Text),
+            field("cf_plan", "Plan", FieldKind::Text),
+            field("cf_seats", "Seats", FieldKind::Number),
+            field("cf_lead_at", "Synced at", FieldKind::Datetime),
+        ],
+        contact: vec![
+            field("cf_user", "User ID", FieldKind::Text),
+            field("cf_contact_at", "Synced at", FieldKind::Datetime),
+        ],
+        ..Schema::default()
+    }
+}
+
+pub(crate) fn mapping() -> Mapping {
+    Mapping::resolve(&rules(), &schema()).unwrap()
+}
+
+pub(crate) fn desired(event: Value) -> Desired {
+    mapping().apply(&Event { body: event }).unwrap()
+}
+
+fn lead_name(event: Value) -> Wanted {
+    desired(event).lead[&Field::Name].clone()
+}
+
+#[test]
+fn names_have_fallbacks() {
+    let person = |traits: Value| {
+        desired(json!({"userId": "u", "traits": traits}))
+            .contact
+            .get(&Field::Name)
+            .map(|name| name.value.clone())
+    };
+    assert_eq!(person(json!({"name": " Jane Doe ", "firstName": "X"})), Some(json!("Jane Doe")));
+    assert_eq!(person(json!({"name": "", "firstName": "Jane", "lastName": "Doe"})), Some(json!("Jane Doe")));
+    assert_eq!(person(json!({"lastName": "Doe"})), Some(json!("Doe")));
+    assert_eq!(person(json!({"name": {"first": "Jane"}})), None);
+
+    let company = lead_name(json!({"userId": "u", "traits": {"name": "Jane", "company": {"name": "Acme"}}}));
+    assert_eq!((company.value, company.write), (json!("Acme"), WriteRule::Always));
+    let jane = lead_name(json!({"userId": "u", "traits": {"name": "Jane", "email": "j@example.test"}}));
+    assert_eq!((jane.value, jane.write), (json!("Jane"), WriteRule::OnCreate));
+    for (email, name) in [
+        ("j@Acme.test", "acme.test"),
+        ("j@gmail.com", "j@gmail.com"),
+        ("j@yahoo.co.uk", "j@yahoo.co.uk"),
+        ("j@yahoo-shop.test", "yahoo-shop.test"),
+    ] {
+        let lead = lead_name(json!({"userId": "u", "traits": {"email": email}}));
+        assert_eq!((lead.value, lead.write), (json!(name), WriteRule::OnCreate));
+    }
+    let text = lead_name(json!({"userId": "u", "traits": {"company": " Acme "}}));
+    assert_eq!((text.value, text.write), (json!("Acme"), WriteRule::Always));
+    assert!(desired(json!({"userId": "u", "traits": {"company": {"id": 1}}})).dropped.is_empty());
+}
+
+#[test]
+fn an_event_must_name_someone() {
+    let identity = |event: Value| mapping().apply(&Event { body: event }).map(|desired| desired.identity);
+    let known = |company: Option<&str>, user: Option<&str>, email: Option<&str>| {
+        Ok(Identity {
+            company_id: company.map(Into::into),
+            user_id: user.map(Into::into),
+            email: email.map(Into::into),
+        })
+    };
+    let cases = [
+        (json!({"userId": 42}), known(None, Some("42"), None)),
+        (json!({"userId": " u "}), known(None, Some("u"), None)),
+        (json!({"traits": {"email": " Jane@Example.TEST "}}), known(None, None, Some("jane@example.test"))),
+        (json!({"userId": "u", "traits": {"company": {"id": 7}}}), known(Some("7"), Some("u"), None)),
+        (json!({"userId": "u", "traits": {"company": "Acme"}}), known(None, Some("u"), None)),
+        (json!({"userId": "u", "traits": {"company": {"id": 7.0}}}), known(Some("7"), Some("u"), None)),
+        (json!({"userId": "", "traits": {"email": "nobody"}}), Err(NoIdentity::BadEmail)),
+        (json!({"anonymousId": "a", "traits": {"company": {"id": "c"}}}), Err(NoIdentity::Anonymous)),
+    ];
+    for (event, expected) in cases {
+        assert_eq!(identity(event.clone()), expected, "{event}");
+    }
+    let mut without_field = rules();
+    without_field.contact.key = None;
+    let mapping = Mapping::resolve(&without_field, &schema()).unwrap();
+    assert_eq!(mapping.apply(&Event { body: json!({"userId": "u"}) }), Err(NoIdentity::NoUserField));
+}
+
+#[test]
+fn the_trigger_and_the_event_decide_whether_it_is_for_close() {
+    let wanted = |trigger: &str, body: Value| {
+        let rules = Rules { trigger: Trigger::parse(trigger).unwrap(), ..rules() };
+        Mapping::resolve(&rules, &schema()).unwrap().not_for_close(&Event { body })
+    };
+    let default = "$.type == 'identify' || (!$.type && !$.event)";
+    let paying = "$.type == 'track' && $.event == 'Upgraded' && $.traits.plan != 'free'";
+    let cases = [
+        (default, json!({"type": "identify"}), None),
+        (default, json!({"userId": "u"}), None),
+        (default, json!({}), None),
+        (default, json!({"type": "track"}), Some(NotForClose::Trigger)),
+        (default, json!({"event": "Upgraded"}), Some(NotForClose::Trigger)),
+        (default, json!({"type": "Identify"}), Some(NotForClose::Trigger)),
+        (
+            default,
+            json!({"type": "identify", "integrations": {"All": false}}),
+            Some(NotForClose::Integrations),
+        ),
+        (paying, json!({"type": "track", "event": "Upgraded", "traits": {"plan": "pro"}}), None),
+        (
+            paying,
+            json!({"type": "track", "event": "Upgraded", "traits": {"plan": "free"}}),
+            Some(NotForClose::Trigger),
+        ),
+    ];
+    for (trigger, body, expected) in cases {
+        assert_eq!(wanted(trigger, body.clone()), expected, "{trigger}: {body}");
+    }
+    assert!(
+        Trigger::parse("type = identify")
+            .unwrap_err()
+            .starts_with("`type = identify` is not a valid condition")
+    );
+}
+
+#[test]
+fn lookup_fields_must_serve_and_other_fields_may_be_missing() {
+    let bad = |change: fn(&mut Rules, &mut Schema)| {
+        let (mut rules, mut schema) = (rules(), schema());
+        change(&mut rules, &mut schema);
+        match Mapping::resolve(&rules, &schema) {
+            Ok(mapping) => {
+                mapping.unknown.into_iter().map(|u| format!("{}: {}", u.setting, u.reason)).collect()
+            }
+            Err(bad) => bad.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        }
+        .join("; ")
+    };
+    assert_eq!(bad(|_, _| ()), "");
+    assert_eq!(bad(|rules, _| rules.lead.key = Some(FieldRef::new("Company ID"))), "");
+    assert!(
+        bad(|_, schema| schema.contact.clear())
+            .starts_with("no Contact custom field has the id or name `cf_user`:")
+    );
+    assert!(
+        bad(|_, schema| schema.lead[0].kind = FieldKind::Number)
+            .contains("`cf_company` (\"Company ID\") is of type number")
+    );
+    assert!(
+        bad(|rules, _| rules.lead.key = Some(FieldRef::new("Plan")))
+            .starts_with("`mapping.lead.custom.Plan` is the lookup field")
+    );
+    let double = |rules: &mut Rules, schema: &mut Schema| {
+        schema.lead.push(field("cf_other", "Company ID", FieldKind::Text));
+        rules.lead.key = Some(FieldRef::new("Company ID"));
+    };
+    assert!(bad(double).starts_with("several Lead custom fields have the name `Company ID`"));
+    assert_eq!(
+        bad(|_, schema| schema.lead.truncate(1)),
+        "mapping.lead.custom.Plan: no custom field has this id or name"
+    );
+
+    let mut fewer = schema();
+    fewer.lead.truncate(1);
+    let event = Event { body: json!({"userId": "u", "traits": {"plan": "pro"}}) };
+    let desired = Mapping::resolve(&rules(), &fewer).unwrap().apply(&event).unwrap();
+    assert_eq!(
+        desired.dropped,
+        [Dropped {
+            field: "custom.Plan".into(),
+            reason: DropReason::UnknownField,
+            value: Some(json!("pro")),
+        }]
+    );
+}
+
+#[test]
+fn a_bad_value_does_not_cost_the_rest() {
+    let desired = desired(json!({"userId": "u", "traits": {
+        "email": "Jane <jane@example.test>", "phone": "n/a", "website": "http://", "title": ["CEO"], "plan": {"a": 1}, "company": {"id": {}},
+        "name": "Jane",
+    }}));
+    let dropped: Vec<_> =
+        desired.dropped.iter().map(|dropped| (dropped.field.as_str(), dropped.reason.label())).collect();
+    assert_eq!(
+        dropped,
+        [
+            ("custom.cf_plan", "not_a_value"),
+            ("title", "not_a_value"),
+            ("emails", "invalid_email"),
+            ("phones", "invalid_phone"),
+            ("urls", "invalid_url"),
+            ("company_id", "not_a_value"),
+        ]
+    );
+    assert_eq!(desired.contact[&Field::Name].value, json!("Jane"));
+}
+
+#[test]
+fn ids_are_stored_as_text_and_long_names_are_cut() {
+    let desired = desired(json!({"userId": 5, "traits": {"name": "é".repeat(2000), "company": {"id": 9}}}));
+    assert_eq!(desired.contact[&Field::Custom(FieldId::new("cf_user"))].value, json!("5"));
+    assert_eq!(desired.lead[&Field::Custom(FieldId::new("cf_company"))].value, json!("9"));
+    assert_eq!(desired.contact[&Field::Name].value, json!("é".repeat(coerce::MAX_TEXT)));
+}
+
+/// Any JSON of little depth.
+fn some_json() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        ".{0,12}".prop_map(Value::from),
+        "[a-z]{1,5}@[a-z]{1,5}\\.test".prop_map(Value::from),
+    ];
+    leaf.prop_recursive(3, 12, 4, |inner| {
+        prop_oneof![
+            proptest::collection::vec(inner.clone(), 0..3).prop_map(Value::from),
+            proptest::collection::btree_map("[a-z]{1,4}|id|name", inner, 0..3)
+                .prop_map(|map| Value::Object(map.into_iter().collect())),
+        ]
+    })
+}
+
+proptest! {
+/// Whatever producers send, what we want of Close has the shape Close asks for.
+    #[test]
+    fn any_event_maps_to_values_close_can_take(
+        user in some_json(), email in some_json(), phone in some_json(), website in some_json(),
+        name in some_json(), company in some_json(), plan in some_json(),
+    ) {
+        let event = json!({"userId": user, "traits": {
+            "email": email, "phone": phone, "website": website, "name": name, "title": name,
+            "company": company, "plan": plan,
+        }});
+        let Ok(desired) = mapping().apply(&Event { body: event }) else { return Ok(()) };
+        prop_assert!(desired.identity.user_id.is_some() || desired.identity.email.is_some());
+        for (field, wanted) in desired.lead.iter().chain(&desired.contact) {
+            let text = wanted.value.as_str();
+            let fits = if field.to_string() == "custom.cf_plan" {
+                !wanted.value.is_object() && !wanted.value.is_null()
+            } else {
+                text.is_some_and(|text| !text.is_empty() && text.chars().count() <= coerce::MAX_TEXT)
+            };
+            prop_assert!(fits, "{field}: {wanted:?}");
+        }
+        for (channel, wanted) in &desired.channels {
+            prop_assert!(wanted.value.as_str().is_some_and(|text| !text.is_empty()), "{channel}: {wanted:?}");
+        }
+    }
+}
