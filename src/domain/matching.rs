@@ -254,6 +254,26 @@ impl Found {
         (leads, contacts.iter().chain(people.iter().map(|(contact, _)| contact)))
     }
 
+    pub(crate) fn leads_mut(&mut self) -> impl Iterator<Item = &mut Lead> {
+        let (inside, anywhere) = match self {
+            Self::InLead { lead, .. } => (Some(lead), None),
+            Self::Anywhere { people } => {
+                (None, Some(people.iter_mut().filter_map(|(_, lead)| lead.as_mut())))
+            }
+            Self::OtherCompany | Self::Nobody => (None, None),
+        };
+        inside.into_iter().chain(anywhere.into_iter().flatten())
+    }
+
+    pub(crate) fn contacts_mut(&mut self) -> impl Iterator<Item = &mut Contact> {
+        let (inside, anywhere) = match self {
+            Self::InLead { contacts, .. } => (Some(contacts.iter_mut()), None),
+            Self::Anywhere { people } => (None, Some(people.iter_mut().map(|(contact, _)| contact))),
+            Self::OtherCompany | Self::Nobody => (None, None),
+        };
+        inside.into_iter().flatten().chain(anywhere.into_iter().flatten())
+    }
+
     /// Whether a Lead is about to be given a company id because no Lead was found by it.
     pub fn adopts(&self) -> bool {
         matches!(self, Self::InLead { adopted: true, .. })

@@ -1,52 +1,51 @@
-//! Several events about one person, one right after the other: decided one by one, written in one go.
+//! Merging: several consecutive events about one person are decided one by one and written merged.
 //!
-//! Each event is planned against what the one before it leaves, so every message has the plan and the outcome
-//! it would have had by itself. The steps are then drawn together: what two of them change in one record
-//! becomes one write, with the values the last of them wanted. That is what people read in Close afterwards, and
-//! what a burst of events about one person costs: one look-up and one write, however many there are.
+//! Each event is planned against the result of the one before it, so every message has the plan and the outcome that it
+//! would have had alone. The steps are then merged: changes to one record become one write, with the latest values. A
+//! burst of events about one person costs one look-up and one write, however many there are.
 
 use crate::domain::mapping::Desired;
 use crate::domain::matching::Found;
-use crate::domain::plan::{ContactValues, NEW_CONTACT, NEW_LEAD, Plan, Step, plan};
-use crate::domain::record::{Contact, ContactId, Lead, LeadId};
+use crate::domain::plan::{NEW_CONTACT, NEW_LEAD, Plan, Step};
+use crate::domain::planner::plan;
+use crate::domain::record::{Lead, LeadId};
 use crate::domain::staleness::RecordVersions;
 use crate::domain::switches::Switches;
 
-/// What several events want, and the writes that it takes.
+/// The plans of several events, and the merged writes.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct MergedPlan {
-    /// What follows from each event, in order.
+    /// One per event, in order.
     pub plans: Vec<Plan>,
-    /// The writes, drawn together.
     pub steps: Vec<Step>,
 }
 
 impl MergedPlan {
-    /// Plans an event, and others that go along with it ([`Desired::goes_along`]).
+    /// Plans an event merged with others for which [`Desired::goes_along`] holds.
     pub fn plan(
         first: &Desired,
         others: &[&Desired],
         found: &Found,
         switches: Switches,
-        ages: &RecordVersions,
+        versions: &RecordVersions,
     ) -> Self {
-        let before = plan(first, found, switches, ages);
-        let mut together = Self { steps: before.steps.clone(), plans: vec![before] };
-        let (mut found, mut ages, mut before) = (found.clone(), ages.clone(), first);
+        let before = plan(first, found, switches, versions);
+        let mut merged = Self { steps: before.steps.clone(), plans: vec![before] };
+        let (mut found, mut versions, mut before) = (found.clone(), versions.clone(), first);
         for event in others {
-            if let Some(plan) = together.plans.last() {
-                plan.note_versions(&mut ages, before);
-                plan.steps.iter().for_each(|step| found.apply(step, before));
+            if let Some(plan) = merged.plans.last() {
+                plan.note_versions(&mut versions, before);
+                plan.steps.iter().for_each(|step| apply(&mut found, step, before));
             }
-            let plan = plan(event, &found, switches, &ages);
-            plan.steps.iter().for_each(|step| draw_in(&mut together.steps, step));
-            together.plans.push(plan);
+            let plan = plan(event, &found, switches, &versions);
+            plan.steps.iter().for_each(|step| merge_step(&mut merged.steps, step));
+            merged.plans.push(plan);
             before = event;
         }
-        together
+        merged
     }
 
-    /// Whether a record would be created: then "not found" has to be beyond doubt.
+    /// Whether a record would be created. "Not found" must then be certain.
     pub fn creates(&self) -> bool {
         self.steps.iter().any(Step::creates)
     }
@@ -57,9 +56,9 @@ impl MergedPlan {
     }
 }
 
-/// Adds a step to those before it: to the one that writes the same record, if there is one.
-fn draw_in(steps: &mut Vec<Step>, step: &Step) {
-    let drawn = steps.iter_mut().any(|before| match (before, step) {
+/// Merges a step into the step that writes the same record, or appends it.
+fn merge_step(steps: &mut Vec<Step>, step: &Step) {
+    let merged = steps.iter_mut().any(|before| match (before, step) {
         (Step::UpdateLead { id, changes }, Step::UpdateLead { id: same, changes: more }) if id == same => {
             changes.extend(more.clone());
             true
@@ -89,87 +88,47 @@ fn draw_in(steps: &mut Vec<Step>, step: &Step) {
             _,
         ) => false,
     });
-    if !drawn {
+    if !merged {
         steps.push(step.clone());
     }
 }
 
-impl ContactValues {
-    /// Later values win; a list that is sent is whole.
-    fn extend(&mut self, later: &Self) {
-        self.fields.extend(later.fields.clone());
-        self.lists.extend(later.lists.clone());
-    }
-
-    fn new_contact(&self, lead: &LeadId) -> Contact {
-        Contact {
-            id: ContactId::new(NEW_CONTACT),
-            lead_id: Some(lead.clone()),
-            date_created: String::new(),
-            fields: self.fields.clone(),
-            lists: self.lists.clone(),
+/// Changes `found` to what the next event of the same person and company finds after a step of `event`.
+fn apply(found: &mut Found, step: &Step, event: &Desired) {
+    match step {
+        Step::CreateLead { lead, contact } => {
+            let id = LeadId::new(NEW_LEAD);
+            let contact = contact.as_ref().map(|values| values.new_contact(&id));
+            let lead = Lead { id, date_created: String::new(), fields: lead.clone() };
+            *found = match contact {
+                // Without a company id, the Lead is found through the Contact.
+                Some(contact) if event.identity.company_id.is_none() => {
+                    Found::Anywhere { people: vec![(contact, Some(lead))] }
+                }
+                contact => {
+                    let (contacts, elsewhere) =
+                        (contact.into_iter().collect(), *found == Found::OtherCompany);
+                    Found::InLead { lead, contacts, adopted: false, elsewhere }
+                }
+            };
         }
-    }
-}
-
-impl Found {
-    /// What there is after a step: what the next event of the same person and company finds.
-    fn apply(&mut self, step: &Step, event: &Desired) {
-        match step {
-            Step::CreateLead { lead, contact } => {
-                let id = LeadId::new(NEW_LEAD);
-                let contact = contact.as_ref().map(|values| values.new_contact(&id));
-                let lead = Lead { id, date_created: String::new(), fields: lead.clone() };
-                *self = match contact {
-                    // Without a company id it is by the Contact that the Lead is found again.
-                    Some(contact) if event.identity.company_id.is_none() => {
-                        Self::Anywhere { people: vec![(contact, Some(lead))] }
-                    }
-                    contact => {
-                        let (contacts, elsewhere) =
-                            (contact.into_iter().collect(), *self == Self::OtherCompany);
-                        Self::InLead { lead, contacts, adopted: false, elsewhere }
-                    }
-                };
-            }
-            Step::CreateContact { lead: id, contact } => {
-                if let Self::InLead { contacts, .. } = self {
-                    contacts.push(contact.new_contact(id));
-                }
-            }
-            Step::UpdateLead { id, changes } => {
-                if let Self::InLead { adopted, .. } = self {
-                    *adopted = false;
-                }
-                let leads = self.leads_mut().filter(|lead| lead.id == *id);
-                leads.for_each(|lead| lead.fields.extend(changes.clone()));
-            }
-            Step::UpdateContact { id, changes } => {
-                for contact in self.contacts_mut().filter(|contact| contact.id == *id) {
-                    contact.fields.extend(changes.fields.clone());
-                    contact.lists.extend(changes.lists.clone());
-                }
+        Step::CreateContact { lead: id, contact } => {
+            if let Found::InLead { contacts, .. } = found {
+                contacts.push(contact.new_contact(id));
             }
         }
-    }
-
-    fn leads_mut(&mut self) -> impl Iterator<Item = &mut Lead> {
-        let (inside, anywhere) = match self {
-            Self::InLead { lead, .. } => (Some(lead), None),
-            Self::Anywhere { people } => {
-                (None, Some(people.iter_mut().filter_map(|(_, lead)| lead.as_mut())))
+        Step::UpdateLead { id, changes } => {
+            if let Found::InLead { adopted, .. } = found {
+                *adopted = false;
             }
-            Self::OtherCompany | Self::Nobody => (None, None),
-        };
-        inside.into_iter().chain(anywhere.into_iter().flatten())
-    }
-
-    fn contacts_mut(&mut self) -> impl Iterator<Item = &mut Contact> {
-        let (inside, anywhere) = match self {
-            Self::InLead { contacts, .. } => (Some(contacts.iter_mut()), None),
-            Self::Anywhere { people } => (None, Some(people.iter_mut().map(|(contact, _)| contact))),
-            Self::OtherCompany | Self::Nobody => (None, None),
-        };
-        inside.into_iter().flatten().chain(anywhere.into_iter().flatten())
+            let leads = found.leads_mut().filter(|lead| lead.id == *id);
+            leads.for_each(|lead| lead.fields.extend(changes.clone()));
+        }
+        Step::UpdateContact { id, changes } => {
+            for contact in found.contacts_mut().filter(|contact| contact.id == *id) {
+                contact.fields.extend(changes.fields.clone());
+                contact.lists.extend(changes.lists.clone());
+            }
+        }
     }
 }

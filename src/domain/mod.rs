@@ -15,6 +15,7 @@ pub mod matching;
 pub mod merge;
 pub mod partial_write;
 pub mod plan;
+pub mod planner;
 pub mod record;
 pub mod schema;
 pub mod staleness;

@@ -1,17 +1,17 @@
-//! Which values are older than what a record holds: an older message never overwrites what a newer one wrote.
+//! Which values are stale: an older event never overwrites what a newer one wrote.
 //!
-//! A message may be late: it waited in a delay queue, or was dead-lettered and replayed after days. Its values
-//! are then compared by the time of their event with what was applied since, field by field: what a newer event
-//! has said about a field stays, everything else is written as if it came in time. So fields that are always
-//! written end as they would have in the order of the events. Lists only grow, and do not need this.
+//! A message may be late because it waited in a delay queue, or was dead-lettered and replayed after days. The time of
+//! its event is then compared, field by field, with the time of the last event that wrote the field. Fields with a newer
+//! value are left out; everything else is written as usual. So fields that are always written end as if the events had
+//! come in order. Lists only grow and need no comparison.
 //!
-//! **What is known.** What this process has applied, it remembers per field ([`crate::sync::version_cache`]). Of what others
-//! applied, a predecessor before a restart say, a record tells only when the last event was, and only if a custom
-//! field is configured to store that (`close.contact_synced_at_field`). Then everything in the record counts as
-//! new as that: an older value still fills an empty field, and changes none.
+//! **Where times come from.** The worker remembers per field what it wrote itself ([`crate::sync::version_cache`]). For
+//! writes of other processes, such as a worker before a restart, a record has only the time of its last event, and only
+//! if a custom field is configured to store it (`close.contact_synced_at_field`). The whole record then counts as that
+//! new: an older event still fills empty fields but changes none.
 //!
-//! **The time of an event** is what its producer says, but never later than when it was first received: a clock
-//! that is ahead by a year would otherwise freeze the record for a year.
+//! **The time of an event** comes from its producer, but is never later than the time it was first received. Otherwise
+//! a clock that is ahead by a year would freeze the record for a year.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -21,34 +21,32 @@ use serde_json::Value;
 use crate::domain::record::{Field, FieldId, Fields};
 use crate::domain::value;
 
-/// The custom fields, both of type datetime, that store the time of the last event applied.
+/// The custom fields of type datetime that store the time of the last event applied.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SyncedAtFields {
-    /// Of Leads.
     pub lead: Option<FieldId>,
-    /// Of Contacts.
     pub contact: Option<FieldId>,
 }
 
-/// How old what a record holds is.
+/// How new the values of one record are.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FieldVersions {
-    /// The time the record stores.
+    /// The time stored in the record.
     pub stored: Option<Timestamp>,
-    /// What others wrote is at most as new as this, and all of it may be.
+    /// The latest time at which other processes may have written any field.
     pub record: Option<Timestamp>,
-    /// The newest event that told about a field, by the key Close has for it.
+    /// The time of the newest event that wrote a field, by the key of the field in Close.
     pub fields: BTreeMap<String, Timestamp>,
 }
 
 impl FieldVersions {
-    /// Whether a newer event than one of `at` has told about a field.
+    /// Whether an event newer than `at` wrote the field.
     pub fn is_newer(&self, field: &str, at: Option<Timestamp>) -> bool {
         let newest = self.record.max(self.fields.get(field).copied());
         at.is_some_and(|at| newest.is_some_and(|newest| newest > at))
     }
 
-    /// What two know of a record together.
+    /// The newest times of both.
     #[must_use]
     pub fn join(mut self, other: Self) -> Self {
         self.stored = self.stored.max(other.stored);
@@ -61,20 +59,20 @@ impl FieldVersions {
     }
 }
 
-/// The ages of records, by id. Nothing is known of those it does not have.
+/// Versions by record id.
 pub type RecordVersions = HashMap<String, FieldVersions>;
 
-/// The time a record stores.
-pub fn stored(fields: &Fields, stamp: Option<&FieldId>) -> Option<Timestamp> {
-    fields.get(&Field::Custom(stamp?.clone()))?.as_str()?.parse().ok()
+/// The time stored in a record.
+pub fn stored(fields: &Fields, synced_at: Option<&FieldId>) -> Option<Timestamp> {
+    fields.get(&Field::Custom(synced_at?.clone()))?.as_str()?.parse().ok()
 }
 
-/// What to store in a record that is changed, if that is news.
-pub fn news(
+/// The time to store in a record that changes, if it is later than the stored one.
+pub fn new_synced_at(
     record: Option<&Fields>,
-    stamp: Option<&FieldId>,
+    synced_at: Option<&FieldId>,
     at: Option<Timestamp>,
 ) -> Option<(Field, Value)> {
-    let is_news = record.and_then(|fields| stored(fields, stamp)) < at;
-    Some((Field::Custom(stamp?.clone()), value::notation(at?).into())).filter(|_| is_news)
+    let is_later = record.and_then(|fields| stored(fields, synced_at)) < at;
+    Some((Field::Custom(synced_at?.clone()), value::notation(at?).into())).filter(|_| is_later)
 }
