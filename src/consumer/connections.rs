@@ -185,7 +185,7 @@ pub(crate) async fn watch(
             calls.iter().zip(&calls_now).map(|((endpoint, before), (_, now))| (*endpoint, now - before));
         // A standby's backlog is another's work.
         let waits = ready > 0 && metrics.unsettled() > 0;
-        drain.note(then.elapsed(), settled_now - settled, made, waited && waits);
+        drain.record(then.elapsed(), settled_now - settled, made, waited && waits);
         let backlog = ready.saturating_add(metrics.unsettled());
         metrics.set_backlog(backlog, drain.estimate(backlog, metrics.rate_limits()));
         (settled, calls, then, waited) = (settled_now, calls_now, Instant::now(), waits);

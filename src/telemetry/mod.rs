@@ -1,4 +1,4 @@
-//! What operators see of the work: metrics, state, traces.
+//! Metrics, status and traces of the worker.
 
 pub mod backlog_eta;
 pub mod metrics;

@@ -1,11 +1,10 @@
-//! Traces for OpenTelemetry, where a collector is named.
+//! Exports traces with OpenTelemetry, if a collector is configured.
 //!
-//! What is a span is said where it happens: with `tracing`, under the target [`SPANS`]. Log lines know nothing of these
-//! spans, and the traces nothing of log lines. Without a collector nobody listens to the target, and a span costs a look
-//! at a flag.
+//! The code creates spans with `tracing`, with the target [`SPANS`]. Log lines do not contain these spans, and traces do
+//! not contain log lines. Without a collector, a span costs the check of a flag.
 //!
-//! Nothing waits for the collector. Spans that are over go to a queue, and are lost when it is full; a thread of its own
-//! sends them in batches.
+//! The worker never waits for the collector. Finished spans go to a queue, and are dropped when it is full. A separate
+//! thread sends them in batches.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -29,33 +28,32 @@ use tracing_subscriber::{Layer, Registry};
 use url::Url;
 use uuid::Uuid;
 
-/// The target of spans that are exported.
+/// The target of exported spans.
 pub const SPANS: &str = "close_sync::span";
 
-/// How long one batch may take, tries included: the specification's default.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// The time-out for a batch, retries included: the default of the specification.
+const EXPORT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Where traces go, and how many.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Where spans are posted to, the path of the signal included. `None`: nothing is traced.
+    /// The URL for spans, with the path of the signal. `None` disables traces.
     pub endpoint: Option<Url>,
-    /// Headers of each post.
+    /// The headers of each request.
     pub headers: HeaderMap,
-    /// What this program is called in traces.
+    /// The name of this service in traces.
     pub service: String,
-    /// The share of traces that is exported, of those that begin here. Others are if their producer's is.
+    /// The share of new traces that is exported. A trace of a producer is exported if the producer exports it.
     pub ratio: f64,
 }
 
-/// Where traces are posted to, below the base of a collector.
+/// Appends the path of traces to the base URL of a collector.
 pub fn endpoint(base: &str) -> Option<Url> {
     let mut url = Url::parse(base).ok().filter(|url| matches!(url.scheme(), "http" | "https"))?;
     url.path_segments_mut().ok()?.pop_if_empty().extend(["v1", "traces"]);
     Some(url)
 }
 
-/// Reads `key=value,key=value`, values with `%20` and the like.
+/// Parses `key=value,key=value` with percent-encoded values.
 pub fn headers(list: &str) -> Option<HeaderMap> {
     let pairs = list.split(',').map(str::trim).filter(|pair| !pair.is_empty());
     let header = |pair: &str| {
@@ -68,40 +66,39 @@ pub fn headers(list: &str) -> Option<HeaderMap> {
     pairs.map(header).collect()
 }
 
-/// Why there can be no traces.
 #[derive(Debug, thiserror::Error)]
 pub enum TracesError {
-    /// TLS cannot be set up.
+    /// The TLS setup failed.
     #[error(transparent)]
     Http(#[from] reqwest::Error),
-    /// The exporter does not take the settings.
+    /// The exporter rejected the settings.
     #[error(transparent)]
     Exporter(#[from] opentelemetry_otlp::ExporterBuildError),
 }
 
-/// What hears of the spans, beside what writes log lines.
+/// The subscriber layer for spans, next to the one that writes log lines.
 pub type SpanLayer = Box<dyn Layer<Registry> + Send + Sync>;
 
-/// What sends spans to the collector.
+/// The pipeline that sends spans to the collector.
 #[derive(Debug)]
 pub struct Traces(SdkTracerProvider);
 
 impl Traces {
-    /// Begins, within a runtime. `None` without a collector.
+    /// Starts the pipeline; needs a Tokio runtime. `None` without a collector.
     ///
     /// # Errors
-    /// The settings cannot work on this machine.
+    /// If TLS or the exporter cannot be set up.
     pub fn start(settings: Settings) -> Result<Option<(Self, SpanLayer)>, TracesError> {
         let Settings { endpoint: Some(endpoint), headers, service, ratio } = settings else {
             return Ok(None);
         };
-        // As in `close`: one TLS stack for the process.
+        // The process uses one TLS stack, as in `close`.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let http = reqwest::Client::builder()
             .user_agent(concat!("close-sync/", env!("CARGO_PKG_VERSION")))
             .default_headers(headers)
-            .timeout(PATIENCE)
-            // Its headers may hold a key, which is for this address alone.
+            .timeout(EXPORT_TIMEOUT)
+            // The headers may contain a key, which only this address may receive.
             .redirect(reqwest::redirect::Policy::none())
             .build()?;
         let exporter = opentelemetry_otlp::SpanExporter::builder()
@@ -109,7 +106,7 @@ impl Traces {
             .with_http_client(http)
             .with_protocol(Protocol::HttpBinary)
             .with_endpoint(endpoint.as_str())
-            .with_timeout(PATIENCE)
+            .with_timeout(EXPORT_TIMEOUT)
             .build()?;
         let exporter = BackgroundExporter {
             exporter: Arc::new(exporter),
@@ -128,12 +125,12 @@ impl Traces {
             .with_span_processor(BatchSpanProcessor::builder(exporter).build())
             .build();
         let layer = OpenTelemetryLayer::new(provider.tracer("close-sync"))
-            // Neither where in the code nor on which thread: both are the machinery's, not the message's.
+            // Code locations and threads say nothing about a message.
             .with_location(false)
             .with_threads(false)
             .with_target(false)
             .with_tracked_inactivity(false)
-            // Who is whose child is read off the spans.
+            // The parent comes from the span, not from the active context.
             .with_context_activation(false)
             .with_filter(
                 filter_fn(|metadata| metadata.is_span() && metadata.target() == SPANS)
@@ -142,24 +139,24 @@ impl Traces {
         Ok(Some((Self(provider), layer.boxed())))
     }
 
-    /// Sends what is left, for as long as `within`.
+    /// Sends the remaining spans, for at most `within`.
     pub async fn finish(self, within: Duration) {
-        // It blocks.
+        // The shutdown blocks.
         let flush = tokio::task::spawn_blocking(move || self.0.shutdown_with_timeout(within));
         if let Ok(Err(error)) = flush.await {
-            tracing::info!(%error, "the last traces were not sent");
+            tracing::info!(%error, "could not export the last traces");
         }
     }
 }
 
-/// Carries batches to the collector, and tells once when that does not work.
+/// Sends batches to the collector, and logs an outage once.
 #[derive(Debug)]
 struct BackgroundExporter {
     exporter: Arc<opentelemetry_otlp::SpanExporter>,
-    /// The thread that sends has none, and HTTP needs one.
+    /// HTTP needs a runtime, and the sending thread has none.
     runtime: Handle,
     endpoint: Url,
-    /// Spans lost since the last batch that arrived.
+    /// The number of spans lost since the last successful batch.
     lost: AtomicUsize,
 }
 
@@ -168,20 +165,20 @@ impl SpanExporter for BackgroundExporter {
         let (exporter, spans) = (self.exporter.clone(), batch.len());
         let sent = self.runtime.spawn(async move { exporter.export(batch).await });
         let Ok(result) = sent.await else {
-            // The program ends, and [`Traces::finish`] has told.
+            // The program is exiting, and [`Traces::finish`] logs it.
             return Err(OTelSdkError::AlreadyShutdown);
         };
         match &result {
             Ok(()) => match self.lost.swap(0, Ordering::Relaxed) {
                 0 => {}
-                lost => tracing::info!(lost, "the collector takes traces again"),
+                lost => tracing::info!(lost, "trace export recovered"),
             },
             Err(error) => {
                 if self.lost.fetch_add(spans, Ordering::Relaxed) == 0 {
                     tracing::warn!(
                         endpoint = %self.endpoint,
                         %error,
-                        "traces cannot be exported and are lost until they can; messages do not depend on it"
+                        "cannot export traces, dropping them until the collector recovers; messages are not affected"
                     );
                 }
             }
@@ -190,54 +187,54 @@ impl SpanExporter for BackgroundExporter {
     }
 
     fn set_resource(&mut self, resource: &Resource) {
-        // Nothing is being sent yet.
+        // No batch is being sent yet.
         if let Some(exporter) = Arc::get_mut(&mut self.exporter) {
             exporter.set_resource(resource);
         }
     }
 }
 
-/// A place in a trace that began elsewhere.
+/// A parent span in another process.
 #[derive(Clone, Copy, Debug)]
 pub struct RemoteParent<'a> {
-    /// The id of the trace, 32 hexadecimal digits.
+    /// 32 hexadecimal digits.
     pub trace_id: &'a str,
-    /// The id of the span, 16 hexadecimal digits.
+    /// 16 hexadecimal digits.
     pub span_id: &'a str,
-    /// Whether it is exported there.
+    /// Whether the other process exports it.
     pub sampled: bool,
 }
 
-/// Makes a new span the child of one elsewhere.
+/// Makes a new span the child of a span in another process.
 pub fn continue_from(span: &Span, remote: RemoteParent<'_>) {
     let ids = TraceId::from_hex(remote.trace_id).ok().zip(SpanId::from_hex(remote.span_id).ok());
     if let Some((trace_id, span_id)) = ids {
         let flags = TraceFlags::default().with_sampled(remote.sampled);
         let context = SpanContext::new(trace_id, span_id, flags, true, TraceState::NONE);
-        // Without a collector there is nobody to tell.
+        // Fails without a collector, which does not matter.
         let _ = span.set_parent(Context::new().with_remote_span_context(context));
     }
 }
 
-/// The id of the trace that a span belongs to, if it is exported.
+/// The trace id of a span, if it is exported.
 pub fn trace_id(span: &Span) -> Option<String> {
     let context = span.context();
     let context = context.span().span_context().clone();
     context.is_sampled().then(|| context.trace_id().to_string())
 }
 
-/// The span in which something happens that is done for somebody else too. None without a collector.
+/// The current span, as the parent for work that several messages share. None without a collector.
 pub fn current() -> Span {
     let current = Span::current();
     let is_exported = current.metadata().is_some_and(|metadata| metadata.target() == SPANS);
     if is_exported { current } else { Span::none() }
 }
 
-/// What a span is about has failed: `kind` from a closed list, and more without personal data, if there is more. The
-/// span needs the fields `error.type` and `otel.status_description`.
-pub fn fail(span: &Span, kind: &str, more: &str) {
+/// Marks a span as failed: with a `kind` from a closed list and a description without personal data. The span needs
+/// the fields `error.type` and `otel.status_description`.
+pub fn fail(span: &Span, kind: &str, description: &str) {
     span.record("error.type", kind);
-    span.record("otel.status_description", more);
+    span.record("otel.status_description", description);
 }
 
 #[cfg(test)]
@@ -260,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn headers_are_read_and_not_shown() {
+    fn headers_are_parsed_and_hidden_in_debug_output() {
         let read = headers(" api-key = s%20cr%3Dt , x-tenant=crm==, ").unwrap();
         assert_eq!(read.len(), 2);
         assert_eq!(read["api-key"], "s cr=t");

@@ -1,5 +1,5 @@
-//! Where a panic happened, without what it said: the message of a panic may quote personal data, and
-//! the default hook would print it.
+//! Logs where a panic happened, without its message. The message may quote personal data, and the default hook would
+//! print it.
 
 use std::cell::RefCell;
 use std::panic;
@@ -8,18 +8,18 @@ thread_local! {
     static LAST: RefCell<Option<String>> = const { RefCell::new(None) };
 }
 
-/// Replaces the hook that prints panics by one that logs only their place.
+/// Replaces the default panic hook by one that logs only the location.
 pub fn install_hook() {
     panic::set_hook(Box::new(|info| {
-        let place = info.location().map_or_else(|| "an unknown place".to_owned(), ToString::to_string);
-        tracing::error!(at = place, "a defect of close-sync: a task panicked");
-        LAST.set(Some(place));
+        let location = info.location().map_or_else(|| "an unknown location".to_owned(), ToString::to_string);
+        tracing::error!(at = location, "task panicked (bug in close-sync)");
+        LAST.set(Some(location));
     }));
 }
 
-/// The place of the last panic on this thread: right after catching one, that is the one.
+/// The location of the last panic on this thread. Call it right after catching the panic.
 pub fn last_location() -> String {
-    LAST.take().unwrap_or_else(|| "an unknown place".to_owned())
+    LAST.take().unwrap_or_else(|| "an unknown location".to_owned())
 }
 
 #[cfg(test)]
@@ -27,13 +27,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_place_is_kept_and_the_words_are_not() {
+    fn the_location_is_kept_without_the_message() {
         install_hook();
         let caught = panic::catch_unwind(|| panic!("jane@example.test"));
         let _ = panic::take_hook();
         assert!(caught.is_err());
-        let place = last_location();
-        assert!(place.starts_with("src/telemetry/panic_hook.rs:"), "{place}");
-        assert_eq!(last_location(), "an unknown place");
+        let location = last_location();
+        assert!(location.starts_with("src/telemetry/panic_hook.rs:"), "{location}");
+        assert_eq!(last_location(), "an unknown location");
     }
 }

@@ -1,4 +1,4 @@
-//! What a worker is doing, for `/readyz` and whoever asks.
+//! The state of a worker, for `/readyz`, the operator's page and systemd.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,45 +10,42 @@ use tokio::sync::watch;
 use crate::amqp::BrokerTrouble;
 use crate::outcome::PauseCause;
 
-/// The state of a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// No connection to the broker yet, or no more, and why if it was tried.
+    /// Not connected to the broker. After a failed attempt, with the cause.
     Connecting(Option<BrokerTrouble>),
-    /// Registered with the queue; no delivery yet. Either there are no messages, or another worker is
-    /// the active one: AMQP 0-9-1 does not tell (rabbitmq.md §3.6).
+    /// Registered with the queue, without a delivery so far. Either the queue is empty, or another worker is active;
+    /// AMQP 0-9-1 does not say which (rabbitmq.md §3.6).
     StandingBy,
-    /// Working on messages.
     Consuming,
-    /// Not consuming, for a cause.
+    /// Consumption is paused for this cause.
     Paused(PauseCause),
-    /// Asked to stop.
+    /// Shutting down.
     Stopping,
-    /// It cannot work as it is configured; others in the same process go on.
+    /// The configuration does not work. Other destinations in the process keep running.
     Failed,
 }
 
-/// The state as `/readyz` tells it.
+/// The state as `/readyz` reports it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Readiness {
-    /// Whether messages are, or would be, worked on.
+    /// Whether messages are processed when they arrive.
     pub ready: bool,
-    /// The state.
     pub state: &'static str,
-    /// Why, from a closed list, when not connected or paused, or when something of ours was deleted on the broker.
+    /// Why the worker is not connected or paused, or that an exchange or queue is missing. From a closed list.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cause: Option<&'static str>,
-    /// What an operator can do about it.
+    /// What an operator can do.
     #[serde(skip)]
     pub remedy: Option<&'static str>,
-    /// What went wrong last, for people.
+    /// The last error, for people.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
-    /// RabbitMQ's reason not to take messages, while it has one: what needs no successor is settled, the rest
-    /// is held.
+    /// The reason of RabbitMQ's alarm, if it has one. Messages that need no successor are settled, the others are
+    /// held.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub alarm: Option<String>,
-    /// Since when it is in this state.
+    /// When the worker entered this state.
     pub since: Timestamp,
 }
 
@@ -60,66 +57,64 @@ impl fmt::Display for Readiness {
             write!(f, " ({cause})")?;
         }
         if self.alarm.is_some() {
-            f.write_str(", alarm of RabbitMQ")?;
+            f.write_str(", RabbitMQ alarm")?;
         }
         Ok(())
     }
 }
 
 #[derive(Clone, Debug)]
-struct Standing {
+struct Current {
     state: State,
     detail: Option<String>,
     alarm: Option<String>,
-    lack: Option<String>,
+    missing: Option<String>,
     since: Timestamp,
 }
 
-/// The state of one worker, to be set and read from anywhere. Clones share it.
+/// Holds the state of one worker. Clones share it.
 #[derive(Clone, Debug)]
-pub struct Status(Arc<watch::Sender<Standing>>);
+pub struct Status(Arc<watch::Sender<Current>>);
 
 impl Default for Status {
     fn default() -> Self {
         let (state, since) = (State::Connecting(None), Timestamp::now());
-        Self(Arc::new(watch::Sender::new(Standing { state, detail: None, alarm: None, lack: None, since })))
+        Self(Arc::new(watch::Sender::new(Current { state, detail: None, alarm: None, missing: None, since })))
     }
 }
 
 impl Status {
-    /// Moves on to a state, for a reason.
+    /// Sets the state, with the error that led to it.
     pub fn set(&self, state: State, detail: Option<String>) {
-        self.0.send_modify(|standing| {
-            if standing.state != state {
-                (standing.state, standing.since) = (state, Timestamp::now());
+        self.0.send_modify(|current| {
+            if current.state != state {
+                (current.state, current.since) = (state, Timestamp::now());
             }
-            standing.detail = detail;
+            current.detail = detail;
         });
     }
 
-    /// The broker raised an alarm, or cleared it.
+    /// Sets the broker's alarm, or clears it.
     pub fn set_alarm(&self, reason: Option<String>) {
-        self.0.send_modify(|standing| standing.alarm = reason);
+        self.0.send_modify(|current| current.alarm = reason);
     }
 
-    /// Whether the broker takes no messages for now, as far as it told.
+    /// Whether the broker has an alarm and accepts no messages.
     pub fn is_alarmed(&self) -> bool {
         self.0.borrow().alarm.is_some()
     }
 
-    /// Something that has to exist on the broker is not there, for people; or all of it is.
+    /// Sets which exchanges or queues are missing on the broker, if any.
     pub fn set_missing(&self, what: Option<String>) {
-        self.0.send_modify(|standing| standing.lack = what);
+        self.0.send_modify(|current| current.missing = what);
     }
 
-    /// The state now.
     pub fn state(&self) -> State {
         self.0.borrow().state
     }
 
-    /// The state now, as it is told.
     pub fn readiness(&self) -> Readiness {
-        let Standing { state, detail, alarm, lack, since } = self.0.borrow().clone();
+        let Current { state, detail, alarm, missing, since } = self.0.borrow().clone();
         let (ready, label, cause) = match state {
             State::Connecting(cause) => (false, "connecting", cause.map(|why| (why.label(), why.remedy()))),
             State::StandingBy => (true, "standing_by", None),
@@ -128,10 +123,10 @@ impl Status {
             State::Stopping => (false, "stopping", None),
             State::Failed => (false, "failed", None),
         };
-        // A pause is the greater trouble.
-        let (cause, detail) = match lack {
-            Some(lack) if ready => {
-                (Some((BrokerTrouble::Missing.label(), BrokerTrouble::Missing.remedy())), Some(lack))
+        // A pause is reported before missing objects.
+        let (cause, detail) = match missing {
+            Some(missing) if ready => {
+                (Some((BrokerTrouble::Missing.label(), BrokerTrouble::Missing.remedy())), Some(missing))
             }
             Some(_) | None => (cause, detail),
         };

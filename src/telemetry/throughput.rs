@@ -1,42 +1,41 @@
-//! How many messages were settled a second, over the last minute. Pure.
+//! Messages settled per second over the last minute. Pure.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// What is looked back on, in seconds.
-const SPAN: usize = 60;
+/// The length of the window in seconds.
+const WINDOW: usize = 60;
 
-/// Messages counted by the second, for as long as they matter.
+/// Counts messages per second in a ring of one minute.
 #[derive(Debug)]
 pub struct Throughput {
     began: Instant,
-    /// The second of each place, since the beginning, and what was counted in it.
-    seconds: [(usize, u32); SPAN],
+    /// For each slot of the ring: its second since the start, and the count.
+    seconds: [(usize, u32); WINDOW],
 }
 
 impl Throughput {
-    /// Nothing is counted yet.
     pub fn new(now: Instant) -> Self {
-        Self { began: now, seconds: [(0, 0); SPAN] }
+        Self { began: now, seconds: [(0, 0); WINDOW] }
     }
 
-    /// One more.
+    /// Counts a message.
     pub fn record(&mut self, now: Instant) {
         let second = self.second(now);
-        let (of, count) = &mut self.seconds[second % SPAN];
+        let (of, count) = &mut self.seconds[second % WINDOW];
         if *of != second {
             (*of, *count) = (second, 0);
         }
         *count = count.saturating_add(1);
     }
 
-    /// Messages a second, over the last minute or for as long as there was time.
+    /// Messages per second, over the last minute or since the start.
     pub fn rate(&self, now: Instant) -> f64 {
         let second = self.second(now);
-        let recent = self.seconds.iter().filter(|(of, _)| second - of < SPAN);
+        let recent = self.seconds.iter().filter(|(of, _)| second - of < WINDOW);
         let count: u32 = recent.map(|(_, count)| count).sum();
-        let span = (now - self.began).clamp(Duration::from_secs(1), Duration::from_secs(SPAN as u64));
+        let span = (now - self.began).clamp(Duration::from_secs(1), Duration::from_secs(WINDOW as u64));
         f64::from(count) / span.as_secs_f64()
     }
 
@@ -61,9 +60,9 @@ mod tests {
         }
         assert_eq!(rate(&throughput, 10), "3.00", "ten seconds is all there was");
         assert_eq!(rate(&throughput, 59), "0.51");
-        assert_eq!(rate(&throughput, 64), "0.25", "five seconds are left of the ten");
+        assert_eq!(rate(&throughput, 64), "0.25", "five of the ten seconds remain");
         assert_eq!(rate(&throughput, 70), "0.00");
         throughput.record(at(120));
-        assert_eq!(rate(&throughput, 120), "0.02", "the place of the first second is used again");
+        assert_eq!(rate(&throughput, 120), "0.02", "the slot of the first second is reused");
     }
 }

@@ -309,7 +309,7 @@ async fn a_collector_that_takes_nothing_is_told_of_once_and_holds_nothing_up() {
     let bench = bench.set("OTEL_BSP_SCHEDULE_DELAY", "50");
     collector.refuses.store(true, Ordering::Relaxed);
     let worker = bench.worker().await;
-    let cannot = |worker: &Worker| worker.logged("traces cannot be exported");
+    let cannot = |worker: &Worker| worker.logged("cannot export traces");
     for n in 1..=3 {
         let before = collector.posted().len();
         bench.publish(&people(n)[n - 1..]).await;
@@ -320,7 +320,7 @@ async fn a_collector_that_takes_nothing_is_told_of_once_and_holds_nothing_up() {
     assert_eq!(cannot(&worker), 1, "{}", worker.log());
     collector.refuses.store(false, Ordering::Relaxed);
     bench.publish(&people(4)[3..]).await;
-    worker.until("taken again", async |worker| worker.logged("the collector takes traces again") == 1).await;
+    worker.until("taken again", async |worker| worker.logged("trace export recovered") == 1).await;
     collector.refuses.store(true, Ordering::Relaxed);
     bench.publish(&people(5)[4..]).await;
     worker.until("told anew", async |worker| cannot(worker) == 2).await;
@@ -336,7 +336,7 @@ async fn a_collector_that_is_away_or_silent_holds_nothing_up() {
         let bench = Bench::new().await.set("OTEL_EXPORTER_OTLP_ENDPOINT", &format!("http://{addr}"));
         let bench = bench.set("OTEL_BSP_SCHEDULE_DELAY", "50");
         let worker = bench.worker().await;
-        let told = |worker: &Worker| worker.logged("traces cannot be exported") == 1;
+        let told = |worker: &Worker| worker.logged("cannot export traces") == 1;
         if tells {
             worker.until("told", async |worker| told(worker)).await;
         }
