@@ -317,7 +317,7 @@ fn secret() -> Arc<str> {
 fn cookie(id: &str, lasts: Duration) -> String {
     let seconds = lasts.as_secs();
     format!(
-        "{COOKIE_NAME}={id}; Path={}; Max-FieldVersions={seconds}; HttpOnly; SameSite=Strict",
+        "{COOKIE_NAME}={id}; Path={}; Max-Age={seconds}; HttpOnly; SameSite=Strict",
         crate::http::admin::HOME
     )
 }
