@@ -113,7 +113,7 @@ const CONFIGURATION: u8 = 78;
 impl From<Problems> for Failure {
     fn from(problems: Problems) -> Self {
         if let Some((_, message)) = problems.lines().find(|(key, _)| key == "--destination") {
-            return Self::Input(format!("--destination {message}"));
+            return Self::Input(message.to_owned());
         }
         Self::Configuration(format!(
             "{problems}\nhint: every setting with its default is in the README; `close-sync check` tests changes"

@@ -1,17 +1,18 @@
-//! The layers: laid over one another, checked against the defaults, with every mistake kept.
+//! The layers: the defaults, the file and the environment, merged into one table of raw settings.
 //!
-//! What a destination says of itself is one more layer, over what all share: its table in the file, then its
-//! variables.
+//! The defaults are the schema: a key they do not have is unknown, and a value must have the type of its default. A
+//! wrong value is reported, and the value below it stays, so that every mistake is found in one run. Each destination
+//! is one more layer over the shared settings: first its table in the file, then its environment variables.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fmt;
 use std::path::Path;
 
 use toml::{Table, Value};
 use uuid::Uuid;
 
 use crate::amqp::nodes::masked;
-use crate::config::{Config, Destination, Need, Reader};
+use crate::config::problems::{NOT_TOML, Problem, Problems};
+use crate::config::{Config, Destination, Need, destination, process};
 
 /// The defaults, which are also the reference manual.
 pub const DEFAULTS: &str = include_str!("defaults.toml");
@@ -19,57 +20,16 @@ pub const DEFAULTS: &str = include_str!("defaults.toml");
 /// Keys whose values are never shown, and can be given as files.
 pub(super) const SECRETS: [&str; 4] =
     ["close.api_key", "amqp.url", "http.page_token", "otel.exporter.otlp.headers"];
-/// What the variable of a secret ends with that names a file with the value.
+/// The suffix of the variable that names a file with a secret.
 const FILE: &str = "_FILE";
-/// What a file that cannot be parsed is told.
-pub(super) const NO_TOML: &str = "is no TOML";
 /// Tables whose keys are the user's.
 const OPEN: [&str; 3] = ["mapping.lead.custom", "mapping.contact.custom", DESTINATIONS];
 /// The table of destinations, by name.
 const DESTINATIONS: &str = "destinations";
-/// What a destination cannot have for itself.
-const OF_THE_PROCESS: [&str; 4] = ["http", "log", "otel", DESTINATIONS];
+/// Tables that concern the whole process; a destination cannot have its own.
+const PROCESS: [&str; 4] = ["http", "log", "otel", DESTINATIONS];
 
-/// Everything that is wrong with the settings.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub struct Problems(Vec<Problem>);
-
-/// One mistake.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Problem {
-    pub(super) key: String,
-    pub(super) message: String,
-}
-
-impl fmt::Display for Problems {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0.len() {
-            1 => write!(f, "the configuration has 1 problem")?,
-            n => write!(f, "the configuration has {n} problems")?,
-        }
-        for (key, message) in self.lines() {
-            write!(f, "\n  {key}: {message}")?;
-        }
-        Ok(())
-    }
-}
-
-impl Problems {
-    /// Each problem: the key with its variable, and what to do.
-    pub fn lines(&self) -> impl Iterator<Item = (String, &str)> {
-        let defaults: Table = toml::from_str(DEFAULTS).unwrap_or_default();
-        self.0.iter().map(move |problem| {
-            let key = split(&problem.key).map_or(problem.key.as_str(), |(_, key)| key);
-            let in_rule = key.rsplit_once('.').and_then(|(table, _)| leaf(&defaults, table));
-            let in_rule = in_rule.and_then(Value::as_table).is_some_and(is_rule);
-            let known = !in_rule && leaf(&defaults, key).is_some_and(|value| is_leaf(key, value));
-            let variable = if known { format!(" ({})", variable(&problem.key)) } else { String::new() };
-            (format!("{}{variable}", problem.key), problem.message.as_str())
-        })
-    }
-}
-
-/// The environment of the process. Values that are no text are left out.
+/// The environment of the process. Skips variables that are not valid UTF-8.
 #[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
 pub fn environment() -> HashMap<String, String> {
     std::env::vars_os()
@@ -78,72 +38,68 @@ pub fn environment() -> HashMap<String, String> {
 }
 
 /// The environment variable of a key.
-fn variable(key: &str) -> String {
+pub(super) fn variable(key: &str) -> String {
     key.replace('.', "_").to_uppercase()
 }
 
-/// A destination's own key.
+/// The key of a destination's own setting.
 pub(super) fn within(name: &str, key: &str) -> String {
     format!("{DESTINATIONS}.{name}.{key}")
 }
 
-/// A setting as its operator finds it: the key, of the destination if it has a name, and the variable.
+/// A setting as the operator finds it, with its variable: "`close.api_key` (`CLOSE_API_KEY`)".
 pub(super) fn spell(destination: Option<&str>, key: &str) -> String {
     let key = destination.map_or_else(|| key.to_owned(), |name| within(name, key));
     format!("`{key}` ({})", variable(&key))
 }
 
-/// The name of the destination and its key, of a key within one.
-fn split(key: &str) -> Option<(&str, &str)> {
+/// Splits the key of a destination's own setting into the destination's name and the key.
+pub(super) fn split(key: &str) -> Option<(&str, &str)> {
     key.strip_prefix(DESTINATIONS)?.strip_prefix('.')?.split_once('.')
 }
 
-impl Problem {
-    /// The same of a destination's own key.
-    fn of(self, name: &str) -> Self {
-        Self { key: within(name, &self.key), ..self }
-    }
+/// Splits merged settings into the tables of the process and those of a destination.
+pub(super) fn parts(settings: Table) -> (Table, Table) {
+    settings.into_iter().partition(|(key, _)| PROCESS.contains(&key.as_str()))
 }
 
-/// The settings, laid over one another and not yet read.
+/// The merged settings, not yet checked.
 #[derive(Clone, Debug)]
 pub struct Layers {
-    /// What concerns the process, and what its destinations have in common.
+    /// The settings of the process, and those that the destinations share.
     shared: Table,
-    /// The destinations by name, laid over what they share. Without any, `shared` is the only one.
+    /// The settings of each destination by name, merged over the shared ones. Empty: `shared` is the only destination.
     destinations: BTreeMap<String, Table>,
     problems: Vec<Problem>,
 }
 
 impl Layers {
-    /// The defaults, a file and the environment.
+    /// Merges the defaults, a file and the environment.
     ///
     /// # Errors
-    /// Only that the file cannot be read; everything else is told by [`Layers::read`].
+    /// When the file cannot be read. [`Layers::read`] reports everything else.
     pub fn load(file: Option<&Path>, environment: &HashMap<String, String>) -> Result<Self, Problems> {
         let Some(path) = file else { return Ok(Self::new("", "", environment)) };
         let name = path.display().to_string();
         match std::fs::read_to_string(path) {
             Ok(text) => Ok(Self::new(&text, &name, environment)),
-            Err(error) => {
-                Err(Problems(vec![Problem { key: name, message: format!("cannot be read: {error}") }]))
-            }
+            Err(error) => Err(Problems(vec![Problem::new(name, format!("cannot read the file: {error}"))])),
         }
     }
 
     pub(super) fn new(text: &str, name: &str, environment: &HashMap<String, String>) -> Self {
         let mut problems = Vec::new();
         let mut settings: Table = toml::from_str(DEFAULTS).unwrap_or_else(|error| {
-            problems.push(Problem { key: "defaults".into(), message: error.message().into() });
+            problems.push(Problem::new("defaults", error.message()));
             Table::new()
         });
         match toml::from_str::<Table>(text) {
             Ok(file) => overlay(&mut settings, file, "", &mut problems),
             Err(error) => {
                 let line = error.span().map_or(1, |span| text[..span.start].lines().count().max(1));
-                // Only the parser's words: the line itself may hold a secret.
-                let message = format!("{NO_TOML}: {}", error.message());
-                problems.push(Problem { key: format!("{name}, line {line}"), message });
+                // The parser's message only: the line itself may hold a secret.
+                let message = format!("{NOT_TOML}: {}", error.message());
+                problems.push(Problem::new(format!("{name}, line {line}"), message));
             }
         }
         let variables = Variables { environment, prefix: String::new() };
@@ -151,73 +107,75 @@ impl Layers {
         let mut destinations = BTreeMap::new();
         if let Some(Value::Table(layers)) = settings.remove(DESTINATIONS) {
             for (name, layer) in layers {
-                destinations.insert(name.clone(), lay(&settings, &name, layer, environment, &mut problems));
+                destinations
+                    .insert(name.clone(), merged(&settings, &name, layer, environment, &mut problems));
             }
         }
         Self { shared: settings, destinations, problems }
     }
 
-    /// One more layer, which wins over those below, for every destination.
+    /// Adds a layer to every destination. It wins over those below.
     #[must_use]
     pub fn over(mut self, layer: Table) -> Self {
         overlay(&mut self.shared, layer.clone(), "", &mut self.problems);
         for settings in self.destinations.values_mut() {
-            // Told of the layer once already.
+            // Its problems are reported once, above.
             overlay(settings, layer.clone(), "", &mut Vec::new());
         }
         self
     }
 
-    /// Only one of the destinations, if `name` names one.
+    /// Keeps only the destination called `name`, if a name is given.
     ///
     /// # Errors
-    /// When there is none of that name.
+    /// When no destination has this name.
     pub fn only(mut self, name: Option<&str>) -> Result<Self, Problems> {
         let Some(name) = name else { return Ok(self) };
         if !self.destinations.contains_key(name) {
             let names: Vec<String> = self.destinations.into_keys().collect();
             let message = match names.as_slice() {
-                [] => format!("\"{name}\" is none, the configuration has no `{DESTINATIONS}`"),
-                names => format!("\"{name}\" is none (there are: {})", names.join(", ")),
+                [] => format!("unknown destination \"{name}\"; the configuration has no `{DESTINATIONS}`"),
+                names => format!("unknown destination \"{name}\"; configured: {}", names.join(", ")),
             };
-            return Err(Problems(vec![Problem { key: "--destination".into(), message }]));
+            return Err(Problems(vec![Problem::new("--destination", message)]));
         }
         self.destinations.retain(|each, _| each == name);
-        // What is wrong with the others is no obstacle.
+        // Problems of the other destinations do not matter then.
         self.problems.retain(|problem| split(&problem.key).is_none_or(|(each, _)| each == name));
         Ok(self)
     }
 
-    /// The settings, validated.
+    /// Checks the settings.
     ///
     /// # Errors
     /// All problems at once.
     pub fn read(self, need: Need) -> Result<Config, Problems> {
         let Self { shared, destinations, mut problems } = self;
-        let process = Reader::of(&shared, &mut problems).process();
-        let read: Vec<Option<Destination>> = if destinations.is_empty() {
-            vec![Reader::of(&shared, &mut problems).destination(None, need)]
+        let (process, shared_destination) = parts(shared.clone());
+        let process = process::read(process, &mut problems);
+        let checked: Vec<Option<Destination>> = if destinations.is_empty() {
+            vec![destination::read(None, shared_destination, need, &mut problems)]
         } else {
-            let one = |(name, settings): (&String, &Table)| {
+            let check = |(name, settings): (&String, &Table)| {
                 let mut own = problems.clone();
-                let told = own.len();
-                let destination = Reader::of(settings, &mut own).destination(Some(name), need);
-                problems.extend(own.drain(told..).map(|problem| {
+                let before = own.len();
+                let checked = destination::read(Some(name), settings.clone(), need, &mut own);
+                problems.extend(own.drain(before..).map(|problem| {
                     let is_own = leaf(settings, &problem.key) != leaf(&shared, &problem.key);
-                    // A key it has in common with all others is told of once, but each needs one of its own.
+                    // A problem with a shared setting is reported once. An API key is needed by each destination.
                     if is_own || problem.key == "close.api_key" { problem.of(name) } else { problem }
                 }));
-                destination
+                checked
             };
-            destinations.iter().map(one).collect()
+            destinations.iter().map(check).collect()
         };
-        let read: Option<Vec<Destination>> = read.into_iter().collect();
-        if let Some(read) = &read {
-            problems.extend(clashes(read));
+        let checked: Option<Vec<Destination>> = checked.into_iter().collect();
+        if let Some(checked) = &checked {
+            problems.extend(clashes(checked));
         }
-        match read.zip(process) {
-            Some((destinations_read, process)) if problems.is_empty() => Ok(Config {
-                destinations: destinations_read,
+        match checked.zip(process) {
+            Some((checked, process)) if problems.is_empty() => Ok(Config {
+                destinations: checked,
                 http_addr: process.http_addr,
                 page: process.page,
                 log_format: process.log_format,
@@ -233,24 +191,25 @@ impl Layers {
     }
 }
 
-/// The settings of a destination: what all share, what its table says, what its variables say.
-fn lay(
+/// The settings of a destination: the shared ones, then its table, then its variables.
+fn merged(
     shared: &Table,
     name: &str,
     layer: Value,
     environment: &HashMap<String, String>,
     problems: &mut Vec<Problem>,
 ) -> Table {
-    let mut settings = shared.clone();
-    settings.retain(|key, _| !OF_THE_PROCESS.contains(&key));
+    let (_, mut settings) = parts(shared.clone());
     let key = format!("{DESTINATIONS}.{name}");
-    // It becomes part of variables and labels.
+    // The name becomes part of variables and labels.
     let fits = !name.is_empty() && name.chars().all(|c| matches!(c, 'a'..='z' | '0'..='9' | '_'));
     if !fits {
-        let message = "is no name for a destination: use small letters, digits and `_`".to_owned();
-        problems.push(Problem { key: key.clone(), message });
+        problems.push(Problem::new(
+            key.clone(),
+            "not a valid name for a destination; use lower-case letters, digits and `_`",
+        ));
     }
-    // Its objects are its own also where it does not say so.
+    // Each destination needs broker objects of its own, so the default differs by destination.
     if let Some(Value::String(queue)) = leaf_mut(&mut settings, "amqp.queue") {
         *queue = format!("{queue}-{name}");
     }
@@ -258,8 +217,7 @@ fn lay(
     if let Value::Table(layer) = layer {
         overlay(&mut settings, layer, "", &mut own);
     } else {
-        problems
-            .push(Problem { key: key.clone(), message: format!("must be a table, not {}", kind(&layer)) });
+        problems.push(Problem::new(key.clone(), format!("must be a table, not {}", kind(&layer))));
     }
     let variables = Variables { environment, prefix: format!("{}_", variable(&key)) };
     variables.overlay(&mut settings, "", &mut own);
@@ -267,34 +225,38 @@ fn lay(
     settings
 }
 
-/// What two destinations must not share: a queue, as there is one worker for each, and a key, as the rate limits
-/// and the order of the work belong to the organization.
+/// Finds what two destinations must not share: a queue, because each queue has one worker, and an API key, because rate
+/// limits and the order of messages belong to the organization.
 fn clashes(destinations: &[Destination]) -> Vec<Problem> {
     let mut problems = Vec::new();
     let pairs = (1..destinations.len()).flat_map(|later| (0..later).map(move |earlier| (earlier, later)));
     for (earlier, later) in pairs.map(|(a, b)| (&destinations[a], &destinations[b])) {
         let (Some(name), Some(other)) = (&later.name, &earlier.name) else { continue };
         let mut clash = |key: &str, message: String| {
-            problems.push(Problem { key: key.to_owned(), message }.of(name));
+            problems.push(Problem::new(key, message).of(name));
         };
         if earlier.amqp.overlaps(&later.amqp) {
             let (queue, theirs) = (&later.amqp.queue, &earlier.amqp.queue);
             clash(
                 "amqp.queue",
-                format!("\"{queue}\" gets in the way of \"{theirs}\" of destination `{other}`"),
+                format!(
+                    "\"{queue}\" conflicts with \"{theirs}\" of destination `{other}`; choose another name"
+                ),
             );
         }
         if earlier.close.is_same_key(&later.close) {
             clash(
                 "close.api_key",
-                format!("is the key of destination `{other}` too: each needs an organization of its own"),
+                format!(
+                    "same API key as destination `{other}`; each destination needs its own Close organization"
+                ),
             );
         }
     }
     problems
 }
 
-/// The settings in force, secrets hidden; of destinations what differs from what they share.
+/// The settings in force with secrets masked; for destinations, only what differs from the shared settings.
 fn effective(shared: Table, destinations: BTreeMap<String, Table>) -> Table {
     let own = |(name, settings): (String, Table)| (name, Value::Table(mask(difference(settings, &shared))));
     let destinations: Table = destinations.into_iter().map(own).collect();
@@ -305,7 +267,7 @@ fn effective(shared: Table, destinations: BTreeMap<String, Table>) -> Table {
     all
 }
 
-/// What `table` has otherwise than `base`.
+/// The values of `table` that differ from `base`.
 fn difference(table: Table, base: &Table) -> Table {
     let differs = |(key, value): (String, Value)| match (value, base.get(&key)) {
         (value, Some(same)) if value == *same => None,
@@ -317,11 +279,10 @@ fn difference(table: Table, base: &Table) -> Table {
     table.into_iter().filter_map(differs).collect()
 }
 
-/// The settings with their secrets hidden.
 fn mask(mut settings: Table) -> Table {
     for path in SECRETS {
         match leaf_mut(&mut settings, path) {
-            // What is not secret of it helps.
+            // Only the password is secret.
             Some(Value::String(url)) if path == "amqp.url" => *url = masked(url),
             Some(Value::String(secret)) if !secret.is_empty() => *secret = "***".into(),
             Some(_) | None => {}
@@ -330,10 +291,9 @@ fn mask(mut settings: Table) -> Table {
     settings
 }
 
-/// A short name for the settings of a destination. Without secrets, or it would be a way to guess them.
+/// A short fingerprint of a destination's settings. It leaves secrets out, as it could be used to guess them.
 pub(super) fn hash(settings: &Table) -> String {
-    let mut settings = mask(settings.clone());
-    settings.retain(|key, _| !OF_THE_PROCESS.contains(&key));
+    let (_, settings) = parts(mask(settings.clone()));
     let text = toml::to_string(&settings).unwrap_or_default();
     let mut hash = Uuid::new_v5(&Uuid::nil(), text.as_bytes()).simple().to_string();
     hash.truncate(12);
@@ -344,26 +304,25 @@ pub(super) fn join(path: &str, key: &str) -> String {
     if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") }
 }
 
-/// Whether a table is one value to the user: a mapping rule, or a table with the user's own keys.
-fn is_leaf(path: &str, value: &Value) -> bool {
+/// Whether the value has one variable: everything but a table, a mapping rule, or a table with the user's own keys.
+pub(super) fn is_leaf(path: &str, value: &Value) -> bool {
     value.as_table().is_none_or(|table| OPEN.contains(&path) || is_rule(table))
 }
 
-fn is_rule(table: &Table) -> bool {
+pub(super) fn is_rule(table: &Table) -> bool {
     table.contains_key("from")
 }
 
-/// Lays a layer over the settings: only known keys, only of the known type.
+/// Merges a layer into the settings. Reports unknown keys and values of the wrong type.
 fn overlay(settings: &mut Table, layer: Table, path: &str, problems: &mut Vec<Problem>) {
     for (key, value) in layer {
         let path = join(path, &key);
         let known: Vec<String> = settings.keys().cloned().collect();
         match (settings.get_mut(&key), value) {
             (None, _) => {
-                let message = format!("is no setting (known here: {})", known.join(", "));
-                problems.push(Problem { key: path, message });
+                problems.push(Problem::unknown(path, known.iter().map(String::as_str)));
             }
-            // Their keys are looked at where they are read.
+            // The keys in it are checked where rules are read.
             (Some(Value::Table(inner)), Value::Table(value))
                 if OPEN.contains(&path.as_str()) || is_rule(inner) =>
             {
@@ -373,22 +332,21 @@ fn overlay(settings: &mut Table, layer: Table, path: &str, problems: &mut Vec<Pr
             (Some(current), value) => {
                 let given = kind(&value);
                 if !put(current, value) {
-                    let message = format!("must be {}, not {given}", kind(current));
-                    problems.push(Problem { key: path, message });
+                    problems.push(Problem::new(path, format!("must be {}, not {given}", kind(current))));
                 }
             }
         }
     }
 }
 
-/// The variables of the process, or those of a destination, which begin with its name.
+/// Environment variables: those of the process, or with a prefix those of a destination.
 struct Variables<'a> {
     environment: &'a HashMap<String, String>,
     prefix: String,
 }
 
 impl Variables<'_> {
-    /// Lays them over the settings.
+    /// Merges them into the settings.
     fn overlay(&self, settings: &mut Table, path: &str, problems: &mut Vec<Problem>) {
         for (key, current) in settings.iter_mut() {
             let path = join(path, key);
@@ -402,17 +360,17 @@ impl Variables<'_> {
                 Ok(Some(text)) => text,
                 Ok(None) => continue,
                 Err(message) => {
-                    problems.push(Problem { key: path, message });
+                    problems.push(Problem::new(path, message));
                     continue;
                 }
             };
             if let Err(message) = set(current, &path, text) {
-                problems.push(Problem { key: path, message });
+                problems.push(Problem::new(path, message));
             }
         }
     }
 
-    /// What the variable of a key says, or the file that a secret's names.
+    /// The value of a key's variable, or the content of the file that a secret's `_FILE` variable names.
     fn text(&self, path: &str) -> Result<Option<String>, String> {
         let name = format!("{}{}", self.prefix, variable(path));
         let value = self.environment.get(&name);
@@ -420,26 +378,26 @@ impl Variables<'_> {
         match (value, self.environment.get(&file).filter(|_| SECRETS.contains(&path))) {
             (value, None) => Ok(value.cloned()),
             (None, Some(path)) => secret(path, &file).map(Some),
-            (Some(_), Some(_)) => Err(format!("{name} and {file} are both set: unset one of them")),
+            (Some(_), Some(_)) => Err(format!("{name} and {file} are both set; unset one of them")),
         }
     }
 }
 
-/// The content of a file with a secret, which `variable` names. What is wrong with it is told without it.
+/// Reads a secret from the file that `variable` names. The messages never contain the secret.
 fn secret(path: &str, variable: &str) -> Result<String, String> {
     let content = std::fs::read_to_string(path).map_err(|error| {
-        format!("\"{path}\" ({variable}) cannot be read: {error}: name a file that this user may read")
+        format!("cannot read \"{path}\" ({variable}): {error}; name a file that this user may read")
     })?;
-    // Editors and `echo` end a file with a line break, which belongs to nobody's key.
+    // Editors and `echo` end a file with a line break, which is not part of the secret.
     let line = content.strip_suffix('\n').unwrap_or(&content);
     let value = line.strip_suffix('\r').unwrap_or(line);
     if value.is_empty() {
-        return Err(format!("\"{path}\" ({variable}) is empty: write the value into it"));
+        return Err(format!("\"{path}\" ({variable}) is empty; write the secret into it"));
     }
     Ok(value.to_owned())
 }
 
-/// Gives a key what a variable says.
+/// Sets a key to the value of its variable.
 fn set(current: &mut Value, path: &str, text: String) -> Result<(), String> {
     let value = if current.is_str() {
         Some(Value::String(text.clone()))
@@ -451,19 +409,19 @@ fn set(current: &mut Value, path: &str, text: String) -> Result<(), String> {
         (Value::Table(inner), Some(Value::Table(value))) => inner.extend(value),
         (current, value) => {
             if !value.is_some_and(|value| put(current, value)) {
-                // Of destinations it holds their keys.
+                // The value for destinations contains their API keys.
                 let shown = if path == DESTINATIONS { "the value".to_owned() } else { format!("\"{text}\"") };
-                return Err(format!("{shown} is not {} in TOML's notation", kind(current)));
+                return Err(format!("{shown} is not {} in TOML syntax", kind(current)));
             }
         }
     }
     Ok(())
 }
 
-/// Replaces a value by one of its type; false if it is of another.
+/// Replaces a value by one of the same type. Returns false if the types differ.
 fn put(current: &mut Value, value: Value) -> bool {
     let value = match (&current, value) {
-        // A whole number is a number.
+        // A whole number is a valid number.
         (Value::Float(_), Value::Integer(whole)) => {
             i32::try_from(whole).map_or(Value::Integer(whole), |whole| Value::Float(whole.into()))
         }

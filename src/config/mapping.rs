@@ -1,12 +1,13 @@
-//! The part of the settings that says where values come from.
+//! The mapping: which events are for Close, and where values come from.
 
 use std::collections::BTreeMap;
 
 use strum::VariantArray;
 use toml::{Table, Value};
 
-use crate::config::Reader;
-use crate::config::layers::{Problem, join, leaf};
+use crate::config::problems::Problem;
+use crate::config::raw::{self, Setting, setting};
+use crate::config::reader::Reader;
 use crate::domain::mapping::source::{Alternative, Normalize, Source};
 use crate::domain::mapping::{Anonymous, FreeMail, RecordRules, Rule, Rules, Trigger, WriteRule};
 use crate::domain::record::{Channel, Field};
@@ -14,170 +15,211 @@ use crate::domain::schema::FieldRef;
 
 /// The keys of a mapping rule.
 const RULE: [&str; 5] = ["from", "or_on_create", "write", "normalize", "values"];
-/// Those that say when a value is written, which is no question for an id records are found by.
-const WRITING: [&str; 2] = ["or_on_create", "write"];
+/// The keys of an id's rule. An id has no write rule, because records are found by it.
+const ID_RULE: [&str; 3] = ["from", "normalize", "values"];
 
-impl Reader<'_> {
-    pub(super) fn mapping(&mut self) -> Option<Rules> {
-        let trigger = self.text("mapping.trigger");
-        let trigger = Trigger::parse(&trigger).map_err(|message| self.problem("mapping.trigger", &message));
-        let anonymous = self.parsed("mapping.anonymous", "one of `dead_letter`, `skip`", |text| match text {
+pub(super) fn read(raw: &raw::Destination, reader: &mut Reader<'_>) -> Option<Rules> {
+    let trigger = setting!(raw, mapping.trigger);
+    let trigger = Trigger::parse(trigger.text()).map_err(|message| reader.problem(trigger.key, message));
+    let anonymous = reader.parsed(
+        setting!(raw, mapping.anonymous),
+        "action",
+        "`dead_letter` or `skip`",
+        |text| match text {
             "dead_letter" => Some(Anonymous::DeadLetter),
             "skip" => Some(Anonymous::Skip),
             _ => None,
-        });
-        let free_mail: Option<Vec<String>> = leaf(self.settings, "mapping.free_mail_domains")
-            .and_then(Value::as_array)
-            .and_then(|list| list.iter().map(|item| item.as_str().map(str::to_lowercase)).collect());
-        if free_mail.is_none() {
-            self.problem(
-                "mapping.free_mail_domains",
-                "must be a list of domains like `[\"gmail.com\", \"yahoo.*\"]`",
+        },
+    );
+    let free_mail = free_mail(raw, reader);
+    let lead = RecordRules {
+        fields: reader.rules([
+            (Field::Name, setting!(raw, mapping.lead.name)),
+            (Field::Description, setting!(raw, mapping.lead.description)),
+            (Field::Status, setting!(raw, mapping.lead.status_id)),
+        ]),
+        custom: reader.custom_rules(&setting!(raw, mapping.lead.custom)),
+        key: reader.field(setting!(raw, close.lead_company_id_field)),
+        id: reader.id_source(&setting!(raw, mapping.company_id)),
+        synced_at: reader.field(setting!(raw, close.lead_synced_at_field)),
+    };
+    let contact = RecordRules {
+        fields: reader.rules([
+            (Field::Name, setting!(raw, mapping.contact.name)),
+            (Field::Title, setting!(raw, mapping.contact.title)),
+        ]),
+        custom: reader.custom_rules(&setting!(raw, mapping.contact.custom)),
+        key: reader.field(setting!(raw, close.contact_user_id_field)),
+        id: reader.id_source(&setting!(raw, mapping.user_id)),
+        synced_at: reader.field(setting!(raw, close.contact_synced_at_field)),
+    };
+    let channels = reader.rules([
+        (Channel::Email, setting!(raw, mapping.contact.email)),
+        (Channel::Phone, setting!(raw, mapping.contact.phone)),
+        (Channel::Url, setting!(raw, mapping.contact.url)),
+    ]);
+    let customs = [setting!(raw, mapping.lead.custom), setting!(raw, mapping.contact.custom)];
+    for (custom, rules) in customs.into_iter().zip([&lead, &contact]) {
+        if let Some(key) = &rules.key
+            && rules.custom.contains_key(key)
+        {
+            let message =
+                "is a lookup field, filled from `mapping.company_id` or `mapping.user_id`; remove it here";
+            reader.problem(format!("{}.{}", custom.key, key.as_str()), message);
+        }
+    }
+    Some(Rules {
+        trigger: trigger.ok()?,
+        anonymous: anonymous?,
+        lead,
+        contact,
+        channels,
+        free_mail: free_mail?,
+    })
+}
+
+fn free_mail(raw: &raw::Destination, reader: &mut Reader<'_>) -> Option<FreeMail> {
+    let setting = setting!(raw, mapping.free_mail_domains);
+    let domains: Option<Vec<String>> =
+        setting.value.iter().map(|item| item.as_str().map(str::to_lowercase)).collect();
+    let Some(domains) = domains else {
+        reader.problem(setting.key, "must be a list of domains like `[\"gmail.com\", \"yahoo.*\"]`");
+        return None;
+    };
+    for domain in &domains {
+        let name = domain.strip_suffix(".*").unwrap_or(domain);
+        let fits =
+            !name.is_empty() && !name.contains(['@', '*', ' ']) && (name != domain || name.contains('.'));
+        if !fits {
+            let message = format!(
+                "\"{domain}\" is not a valid domain; expected one like `gmail.com`, or `yahoo.*` for every yahoo"
             );
+            reader.problem(setting.key.as_str(), message);
         }
-        for domain in free_mail.iter().flatten() {
-            let name = domain.strip_suffix(".*").unwrap_or(domain);
-            let fits =
-                !name.is_empty() && !name.contains(['@', '*', ' ']) && (name != domain || name.contains('.'));
-            if !fits {
-                let message = format!(
-                    "\"{domain}\" matches no domain: write `gmail.com`, or `yahoo.*` for every yahoo"
-                );
-                self.problem("mapping.free_mail_domains", &message);
-            }
-        }
-        let lead = RecordRules {
-            fields: self.rules(
-                "mapping.lead",
-                &[("name", Field::Name), ("description", Field::Description), ("status_id", Field::Status)],
-            ),
-            custom: self.custom_rules("mapping.lead.custom"),
-            key: self.field("close.lead_company_id_field"),
-            id: self.id_source("mapping.company_id"),
-            synced_at: self.field("close.lead_synced_at_field"),
-        };
-        let contact = RecordRules {
-            fields: self.rules("mapping.contact", &[("name", Field::Name), ("title", Field::Title)]),
-            custom: self.custom_rules("mapping.contact.custom"),
-            key: self.field("close.contact_user_id_field"),
-            id: self.id_source("mapping.user_id"),
-            synced_at: self.field("close.contact_synced_at_field"),
-        };
-        let channels = self.rules(
-            "mapping.contact",
-            &[("email", Channel::Email), ("phone", Channel::Phone), ("url", Channel::Url)],
-        );
-        for (path, rules) in [("mapping.lead.custom", &lead), ("mapping.contact.custom", &contact)] {
-            if let Some(key) = &rules.key
-                && rules.custom.contains_key(key)
-            {
-                let message = "is a lookup field, filled from `mapping.company_id` or `mapping.user_id`: remove it here";
-                self.problem(&join(path, key.as_str()), message);
-            }
-        }
-        let free_mail = FreeMail(free_mail?);
-        Some(Rules { trigger: trigger.ok()?, anonymous: anonymous?, lead, contact, channels, free_mail })
+    }
+    Some(FreeMail(domains))
+}
+
+impl Reader<'_> {
+    fn rules<T: Ord, const N: usize>(
+        &mut self,
+        fields: [(T, Setting<'_, raw::Rule>); N],
+    ) -> BTreeMap<T, Rule> {
+        fields.into_iter().filter_map(|(field, rule)| Some((field, self.rule(&rule)?))).collect()
     }
 
-    fn rules<T: Ord + Clone>(&mut self, path: &str, fields: &[(&str, T)]) -> BTreeMap<T, Rule> {
-        let rule = |(key, field): &(&str, T)| Some((field.clone(), self.rule(&join(path, key))?));
-        fields.iter().filter_map(rule).collect()
-    }
-
-    fn custom_rules(&mut self, path: &str) -> BTreeMap<FieldRef, Rule> {
-        let table = leaf(self.settings, path).and_then(Value::as_table).cloned().unwrap_or_default();
+    fn custom_rules(&mut self, custom: &Setting<'_, BTreeMap<String, Value>>) -> BTreeMap<FieldRef, Rule> {
         let mut rules = BTreeMap::new();
-        for name in table.keys() {
-            let key = join(path, name);
-            match field_ref(name) {
-                Some(field) => rules.extend(self.rule(&key).map(|rule| (field, rule))),
-                None => self.problem(&key, NO_FIELD),
+        for (name, value) in custom.value {
+            let key = format!("{}.{name}", custom.key);
+            let Some(field) = field_ref(name) else {
+                self.problem(key, NOT_A_FIELD);
+                continue;
+            };
+            match value.clone().try_into::<raw::Rule>() {
+                Ok(rule) => {
+                    let rule = self.rule(&Setting { key, value: &rule });
+                    rules.extend(rule.map(|rule| (field, rule)));
+                }
+                Err(_) => self.problem(key, not_a_rule("from")),
             }
         }
         rules
     }
 
-    fn rule(&mut self, path: &str) -> Option<Rule> {
-        let source = self.source(path, "from", &RULE)?;
-        let has_more = leaf(self.settings, &join(path, "or_on_create")).is_some();
-        let or_on_create =
-            if has_more { self.source(path, "or_on_create", &RULE)? } else { Source::default() };
-        let write = match leaf(self.settings, &join(path, "write")).map(|value| value.clone().try_into()) {
-            None => WriteRule::default(),
-            Some(Ok(write)) => write,
+    fn rule(&mut self, rule: &Setting<'_, raw::Rule>) -> Option<Rule> {
+        self.unknown_keys(rule, &RULE);
+        let source = self.source(rule, &setting!(rule => from));
+        let or_on_create = setting!(rule => or_on_create);
+        let or_on_create = match or_on_create.value {
+            None => Some(Source::default()),
+            Some(_) => self.source(rule, &or_on_create),
+        };
+        let write = setting!(rule => write);
+        let write = match write.value.clone().map(Value::try_into::<WriteRule>) {
+            None => Some(WriteRule::default()),
+            Some(Ok(write)) => Some(write),
             Some(Err(_)) => {
-                self.problem(&join(path, "write"), "must be one of `always`, `if_empty`, `on_create`");
-                return None;
+                self.problem(write.key, "must be one of `always`, `if_empty`, `on_create`");
+                None
             }
         };
-        Some(Rule { source, write, or_on_create })
+        Some(Rule { source: source?, write: write?, or_on_create: or_on_create? })
     }
 
-    /// Where an id comes from. It is always written: the record is found by it.
-    fn id_source(&mut self, path: &str) -> Source {
-        let known: Vec<&str> = RULE.into_iter().filter(|key| !WRITING.contains(key)).collect();
-        self.source(path, "from", &known).unwrap_or_default()
+    /// Where an id comes from. It is always written, because the record is found by it.
+    fn id_source(&mut self, rule: &Setting<'_, raw::Rule>) -> Source {
+        self.unknown_keys(rule, &ID_RULE);
+        self.source(rule, &setting!(rule => from)).unwrap_or_default()
     }
 
-    /// The alternatives a rule has under `key`, with what it does to values.
-    fn source(&mut self, path: &str, key: &str, known: &[&str]) -> Option<Source> {
-        let rule = leaf(self.settings, path).and_then(Value::as_table);
-        for key in rule.into_iter().flat_map(Table::keys) {
-            if !known.contains(&key.as_str()) {
-                self.problems.push(Problem {
-                    key: join(path, key),
-                    message: format!("is no setting (known here: {})", known.join(", ")),
-                });
-            }
+    /// Reports the keys of a rule that are not `known`.
+    fn unknown_keys(&mut self, rule: &Setting<'_, raw::Rule>, known: &[&str]) {
+        let raw::Rule { or_on_create, write, unknown, .. } = rule.value;
+        let write_keys = [("or_on_create", or_on_create), ("write", write)];
+        let write_keys = write_keys.into_iter().filter(|(_, value)| value.is_some()).map(|(key, _)| key);
+        for key in unknown.keys().map(String::as_str).chain(write_keys.filter(|key| !known.contains(key))) {
+            self.problems.push(Problem::unknown(format!("{}.{key}", rule.key), known.iter().copied()));
         }
-        let from = join(path, key);
-        let Some(alternatives) = rule.and_then(|rule| rule.get(key)).and_then(Value::as_array) else {
-            self.problem(path, &format!("must be a table like `{{ {key} = [\"$.traits.title\"] }}`"));
+    }
+
+    /// The alternatives of a rule's `from` or `or_on_create`, with what the rule does to their values.
+    fn source(
+        &mut self,
+        rule: &Setting<'_, raw::Rule>,
+        alternatives: &Setting<'_, Option<Value>>,
+    ) -> Option<Source> {
+        let Some(list) = alternatives.value.as_ref().and_then(Value::as_array) else {
+            let name = alternatives.key.rsplit('.').next().unwrap_or_default();
+            self.problem(rule.key.as_str(), not_a_rule(name));
             return None;
         };
-        let alternatives: Vec<_> = alternatives
+        let list: Vec<_> = list
             .iter()
-            .filter_map(|item| alternative(item).map_err(|message| self.problem(&from, &message)).ok())
+            .filter_map(|item| {
+                alternative(item).map_err(|message| self.problem(alternatives.key.as_str(), message)).ok()
+            })
             .collect();
 
-        let key = join(path, "normalize");
-        let normalize = rule.and_then(|rule| rule.get("normalize"));
-        let normalize = normalize.map_or(Some(Vec::new()), |list| {
-            let word = |item: &Value| item.as_str()?.parse::<Normalize>().ok();
-            list.as_array()?.iter().map(word).collect()
+        let normalize = setting!(rule => normalize);
+        let steps = normalize.value.as_ref().map_or(Some(Vec::new()), |list| {
+            let step = |item: &Value| item.as_str()?.parse::<Normalize>().ok();
+            list.as_array()?.iter().map(step).collect()
         });
-        if normalize.is_none() {
-            let words = Normalize::VARIANTS
-                .iter()
-                .map(|word| format!("`{}`", word.label()))
-                .collect::<Vec<_>>()
-                .join(", ");
-            self.problem(&key, &format!("must be a list of {words}"));
+        if steps.is_none() {
+            let labels: Vec<_> =
+                Normalize::VARIANTS.iter().map(|step| format!("`{}`", step.label())).collect();
+            self.problem(normalize.key, format!("must be a list of {}", labels.join(", ")));
         }
-        let values = rule.and_then(|rule| rule.get("values"));
-        let values = values.map_or(Some(BTreeMap::new()), |table| {
+        let values = setting!(rule => values);
+        let translations = values.value.as_ref().map_or(Some(BTreeMap::new()), |table| {
             table.as_table()?.iter().map(|(from, to)| Some((from.clone(), scalar(to)?))).collect()
         });
-        if values.is_none() {
-            self.problem(&join(path, "values"), "must be a table like `{ true = \"Yes\", false = \"No\" }`");
+        if translations.is_none() {
+            self.problem(values.key, "must be a table like `{ true = \"Yes\", false = \"No\" }`");
         }
-        Some(Source::new(alternatives).normalized(normalize?).translated(values?))
+        Some(Source::new(list).normalized(steps?).translated(translations?))
     }
 
-    fn field(&mut self, path: &str) -> Option<FieldRef> {
-        let text = self.text(path);
+    fn field(&mut self, setting: Setting<'_, String>) -> Option<FieldRef> {
+        let text = setting.text();
         if text.is_empty() {
             return None;
         }
-        let field = field_ref(&text);
+        let field = field_ref(text);
         if field.is_none() {
-            self.problem(path, &format!("\"{text}\" {NO_FIELD}"));
+            self.problem(setting.key, format!("\"{text}\" {NOT_A_FIELD}"));
         }
         field
     }
 }
 
-const NO_FIELD: &str = "must be the id of a custom field, `cf_...`, or its name, without `custom.`";
+const NOT_A_FIELD: &str =
+    "is not a valid custom field; expected its id, `cf_...`, or its name, without `custom.`";
+
+fn not_a_rule(key: &str) -> String {
+    format!("must be a table like `{{ {key} = [\"$.traits.title\"] }}`")
+}
 
 /// The id or name of a custom field.
 fn field_ref(text: &str) -> Option<FieldRef> {
@@ -194,7 +236,8 @@ fn alternative(item: &Value) -> Result<Alternative, String> {
             Ok(Alternative::constant(constant(table).unwrap_or_default()))
         }
         Value::Array(_) => {
-            Err("has a list in its list: several values are joined by a template like `\"{$.traits.a} {$.traits.b}\"`".into())
+            Err("must not have a list in the list; join several values with a template like `\"{$.traits.a} {$.traits.b}\"`"
+                .into())
         }
         Value::Table(_) | Value::Integer(_) | Value::Float(_) | Value::Boolean(_) | Value::Datetime(_) => {
             Err("must be a list of JSONPaths, templates, or constants like `{ value = \"Customer\" }`".into())

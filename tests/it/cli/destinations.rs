@@ -236,7 +236,7 @@ async fn commands_about_one_queue_ask_which() {
     }
     let unknown = two.bench.run(&["run", "--destination", "emae"], b"").await;
     let words = String::from_utf8(unknown.stderr).unwrap();
-    assert!(unknown.status.code() == Some(2) && words.contains("there are: apac, emea"), "{words}");
+    assert!(unknown.status.code() == Some(2) && words.contains("configured: apac, emea"), "{words}");
     worker.terminate().await;
 }
 

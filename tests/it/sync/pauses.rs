@@ -255,7 +255,7 @@ async fn a_new_key_is_taken_over_on_sighup_and_a_bad_configuration_is_not() {
 
     let problems = [
         ("[close]\napi_key = \"api_hunter2.key\"\n", "Close does not accept the API key"),
-        ("[close\n", "is no TOML"),
+        ("[close\n", "not valid TOML"),
         ("[worker]\nconcurrency = 0\n", "worker.concurrency"),
         (
             "[close]\napi_key = \"api_simulator.key\"\n[amqp]\nurl = \"amqp://127.0.0.1:1/%2f\"\n",
