@@ -6,7 +6,9 @@ use std::collections::BTreeMap;
 #[cfg(feature = "simulator")]
 use serde_json::Value;
 
-use crate::close::{CloseError, Hits, Records, wire};
+use crate::close::error::CloseError;
+use crate::close::records::{Hits, Records};
+use crate::close::wire;
 use crate::domain::plan::{ContactValues, Step};
 use crate::domain::record::{Channel, Contact, ContactId, Entry, FieldId, Lead, LeadId, Lists, fold_email};
 use crate::sync::id_cache::CreatedIds;

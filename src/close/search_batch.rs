@@ -1,11 +1,10 @@
-//! Look-ups that share a search: `POST /data/search/` is by far the scarcest call (close-api.md §2).
+//! Batching of look-ups: `POST /data/search/` is by far the scarcest call (close-api.md §2).
 //!
-//! The first look-up goes at once. Those that come while a search waits for budget or is under way gather,
-//! and go together in the next one: the busier we are, the more share a call. Nobody waits for company while
-//! there is no backlog. While there is one, latency is nobody's concern and calls are: searches of one kind
-//! then keep a distance at which at most half the budget is spent, unless as many wait as fit one.
-//! Leads and Contacts are searched for separately: that one search can return both is not documented
-//! (close-api.md §6).
+//! The first look-up is sent at once. Look-ups that arrive while a search waits for budget or is under way are collected
+//! and share the next search, so the load decides how many share a call. Without a backlog no look-up waits for others.
+//! With a backlog, saving calls matters more than latency: searches of one kind then keep an interval at which at most
+//! half the budget is spent, unless a batch is full. Leads and Contacts are searched for separately, because it is not
+//! documented that one search can return both (close-api.md §6).
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -15,119 +14,119 @@ use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 use tracing::Span;
 
+use crate::close::error::CloseError;
 use crate::close::rate_limit::Priority;
-use crate::close::{CloseError, Lookup};
+use crate::close::records::Lookup;
 
-/// Most look-ups that share a search: two conditions each, and some rows each must fit one page.
-const MOST: usize = 25;
+/// The most look-ups in one search: each has two conditions, and the rows of all must fit one page.
+const MAX_BATCH: usize = 25;
 
-/// What a look-up gets.
-pub(crate) type Answer = Result<Rows, Failed>;
+pub(crate) type SearchResult = Result<Rows, Failed>;
 
 /// A search that failed.
 #[derive(Clone, Debug)]
 pub(crate) struct Failed {
     pub(crate) error: CloseError,
-    /// Another look-up that shared the search answers for it.
+    /// Another look-up of the same search reports the failure.
     pub(crate) duplicate: bool,
 }
 
 /// Rows of a search.
 #[derive(Clone, Debug)]
 pub(crate) struct Rows {
-    /// The oldest, at most a page of them.
+    /// At most one page, oldest first.
     pub(crate) found: Vec<Value>,
-    /// Whether there are more than fit the page.
+    /// Whether Close has more than one page.
     pub(crate) more: bool,
-    /// Calls made: the first of those who share them pays.
+    /// Calls made. They are counted for the first look-up of the batch.
     pub(crate) calls: u32,
 }
 
 /// A look-up that waits for its search.
 #[derive(Debug)]
-pub(crate) struct Waiting {
+pub(crate) struct PendingLookup {
     pub(crate) lookup: Lookup,
     pub(crate) priority: Priority,
-    /// In which it is looked up.
+    /// The span of the caller.
     pub(crate) span: Span,
-    pub(crate) answer: oneshot::Sender<Answer>,
+    pub(crate) answer: oneshot::Sender<SearchResult>,
 }
 
-/// Look-ups of one kind that wait.
+/// Collects look-ups of one kind.
 #[derive(Debug, Default)]
 pub(crate) struct Batcher {
-    pending: Mutex<Pending>,
-    /// As many wait as fit one search.
+    state: Mutex<State>,
+    /// Notified when a batch is full.
     full: Notify,
 }
 
 #[derive(Debug, Default)]
-struct Pending {
-    waiting: Vec<Waiting>,
-    searching: bool,
-    last: Option<Instant>,
+struct State {
+    pending: Vec<PendingLookup>,
+    is_running: bool,
+    last_search: Option<Instant>,
 }
 
-/// The duty to search until nobody waits. It is done when [`BatchRunner::urgency`] says so; a panic lays it down,
-/// and who still waits is told by the loss of the other end.
+/// Runs searches until no look-up is pending, that is until [`BatchRunner::highest_priority`] returns `None`. A panic
+/// drops the pending look-ups, and their callers notice that the sender is gone.
 #[derive(Debug)]
 pub(crate) struct BatchRunner<'a>(&'a Batcher);
 
 impl Batcher {
-    /// Adds a look-up. True when nobody is searching: then the caller has to see that someone does.
-    pub(crate) fn add(&self, waiting: Waiting) -> bool {
-        self.with(|pending| {
-            pending.waiting.push(waiting);
-            if pending.waiting.len() >= MOST {
+    /// Adds a look-up. Returns true if no runner is active: the caller must then start one.
+    pub(crate) fn add(&self, lookup: PendingLookup) -> bool {
+        self.with(|state| {
+            state.pending.push(lookup);
+            if state.pending.len() >= MAX_BATCH {
                 self.full.notify_one();
             }
-            !std::mem::replace(&mut pending.searching, true)
+            !std::mem::replace(&mut state.is_running, true)
         })
     }
 
-    /// Takes up the duty that [`Batcher::add`] spoke of.
-    pub(crate) fn duty(&self) -> BatchRunner<'_> {
+    /// The runner to start when [`Batcher::add`] returned true.
+    pub(crate) fn runner(&self) -> BatchRunner<'_> {
         BatchRunner(self)
     }
 
-    fn with<T>(&self, with: impl FnOnce(&mut Pending) -> T) -> T {
-        with(&mut self.pending.lock().unwrap_or_else(PoisonError::into_inner))
+    fn with<T>(&self, with: impl FnOnce(&mut State) -> T) -> T {
+        with(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
 impl BatchRunner<'_> {
-    /// How urgent the most urgent look-up is. `None` when nobody waits any more: the duty is done.
-    pub(crate) fn urgency(&self) -> Option<Priority> {
-        self.0.with(|pending| {
-            pending.waiting.retain(|waiting| !waiting.answer.is_closed());
-            let urgency = pending.waiting.iter().map(|waiting| waiting.priority).min();
-            // In one breath with the look, or a look-up could be added in between and wait for nobody.
-            pending.searching = urgency.is_some();
-            urgency
+    /// The highest priority of the pending look-ups. `None` when none is pending: the runner is then done.
+    pub(crate) fn highest_priority(&self) -> Option<Priority> {
+        self.0.with(|state| {
+            state.pending.retain(|pending| !pending.answer.is_closed());
+            let priority = state.pending.iter().map(|pending| pending.priority).min();
+            // Under the same lock, or a look-up added in between would wait forever.
+            state.is_running = priority.is_some();
+            priority
         })
     }
 
-    /// Waits until the last search is `distance` ago, or as many wait as fit one.
-    pub(crate) async fn gather(&self, distance: Duration) {
-        let is_full = || self.0.with(|pending| pending.waiting.len() >= MOST);
-        let Some(last) = self.0.with(|pending| pending.last) else { return };
-        let fill = async {
-            // It may have been filled, and emptied, long ago.
+    /// Waits until `interval` has passed since the last search, or a batch is full.
+    pub(crate) async fn wait(&self, interval: Duration) {
+        let is_full = || self.0.with(|state| state.pending.len() >= MAX_BATCH);
+        let Some(last) = self.0.with(|state| state.last_search) else { return };
+        let full = async {
+            // The notification may be an old one.
             while !is_full() {
                 self.0.full.notified().await;
             }
         };
-        let _ = tokio::time::timeout_at(last + distance, fill).await;
+        let _ = tokio::time::timeout_at(last + interval, full).await;
     }
 
-    /// Those who share the next search, the most urgent first.
-    pub(crate) fn next(&self) -> Vec<Waiting> {
-        self.0.with(|pending| {
-            pending.last = Some(Instant::now());
-            pending.waiting.retain(|waiting| !waiting.answer.is_closed());
-            pending.waiting.sort_by_key(|waiting| waiting.priority);
-            let number = pending.waiting.len().min(MOST);
-            pending.waiting.drain(..number).collect()
+    /// Takes the look-ups for the next search, highest priority first.
+    pub(crate) fn next(&self) -> Vec<PendingLookup> {
+        self.0.with(|state| {
+            state.last_search = Some(Instant::now());
+            state.pending.retain(|pending| !pending.answer.is_closed());
+            state.pending.sort_by_key(|pending| pending.priority);
+            let number = state.pending.len().min(MAX_BATCH);
+            state.pending.drain(..number).collect()
         })
     }
 }
@@ -135,7 +134,7 @@ impl BatchRunner<'_> {
 impl Drop for BatchRunner<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.0.with(|pending| *pending = Pending::default());
+            self.0.with(|state| *state = State::default());
         }
     }
 }
@@ -145,36 +144,36 @@ mod tests {
     use super::*;
     use crate::domain::record::FieldId;
 
-    fn waiting(id: &str, priority: Priority) -> (Waiting, oneshot::Receiver<Answer>) {
+    fn lookup(id: &str, priority: Priority) -> (PendingLookup, oneshot::Receiver<SearchResult>) {
         let (answer, receiver) = oneshot::channel();
         let lookup = Lookup::Lead { field: FieldId::new("cf_c"), company_id: id.into() };
-        (Waiting { lookup, priority, span: Span::none(), answer }, receiver)
+        (PendingLookup { lookup, priority, span: Span::none(), answer }, receiver)
     }
 
     #[test]
-    fn one_searches_and_the_others_join() {
-        let joint = Batcher::default();
+    fn look_ups_added_during_a_search_share_the_next_one() {
+        let batcher = Batcher::default();
         let mut receivers = Vec::new();
         let mut add = |id: &str, priority| {
-            let (waiting, receiver) = waiting(id, priority);
+            let (pending, receiver) = lookup(id, priority);
             receivers.push(receiver);
-            joint.add(waiting)
+            batcher.add(pending)
         };
-        assert!(add("first", Priority::Live), "the first has to search");
-        let duty = joint.duty();
-        assert_eq!(duty.urgency(), Some(Priority::Live));
-        assert_eq!(duty.next().len(), 1);
+        assert!(add("first", Priority::Live), "the first starts a runner");
+        let runner = batcher.runner();
+        assert_eq!(runner.highest_priority(), Some(Priority::Live));
+        assert_eq!(runner.next().len(), 1);
         for n in 0..30 {
-            assert!(!add(&n.to_string(), Priority::Replay), "others join");
+            assert!(!add(&n.to_string(), Priority::Replay), "a runner is active");
         }
         assert!(!add("live", Priority::Live));
         drop(receivers.remove(1));
-        let next = duty.next();
-        assert_eq!(next.len(), MOST);
+        let next = runner.next();
+        assert_eq!(next.len(), MAX_BATCH);
         assert_eq!(next[0].lookup, Lookup::Lead { field: FieldId::new("cf_c"), company_id: "live".into() });
-        assert_eq!(duty.next().len(), 5, "one of 31 has given up");
-        assert_eq!(duty.urgency(), None);
-        let (again, _receiver) = waiting("later", Priority::Live);
-        assert!(joint.add(again), "nobody searches any more");
+        assert_eq!(runner.next().len(), 5, "one of 31 gave up");
+        assert_eq!(runner.highest_priority(), None);
+        let (again, _receiver) = lookup("later", Priority::Live);
+        assert!(batcher.add(again), "the runner is done");
     }
 }

@@ -13,8 +13,8 @@ use serde_json::Value;
 use tracing::Span;
 use url::Url;
 
-use crate::close::client::Settings;
 use crate::close::error::{CloseError, Fault};
+use crate::close::settings::Settings;
 
 /// Carries calls to Close.
 pub trait Transport: Send + Sync {

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use strum::VariantArray;
 
-use crate::close::{Lookup, Organization};
+use crate::close::records::{Lookup, Organization};
 use crate::domain::plan::ContactValues;
 use crate::domain::record::{
     Channel, Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists, fold_email,

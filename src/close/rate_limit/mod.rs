@@ -1,8 +1,7 @@
-//! The rate gate: calls wait for budget instead of running into 429.
+//! The rate limiter: calls wait for budget instead of running into 429.
 //!
-//! One gate stands in front of each endpoint group. How many calls may go is decided by its [`Window`];
-//! who goes first is decided here: live traffic before retries, retries before replays, and each in the
-//! order they came.
+//! Each endpoint group has one. Its [`Window`] decides how many calls may be sent; this module decides the order: live
+//! traffic before retries, retries before replays, and first in first out within each.
 
 pub(crate) mod headers;
 pub(crate) mod window;
@@ -17,31 +16,31 @@ use tokio::time::Instant;
 use crate::close::rate_limit::headers::RateLimit;
 use crate::close::rate_limit::window::{RateLimitStatus, Window};
 
-/// Wait this long after a 429 that does not say how long (close-api.md §2, Close's own client).
+/// The wait after a 429 that does not say how long (close-api.md §2, Close's own client).
 pub(crate) const DEFAULT_WAIT: Duration = Duration::from_secs(2);
-/// Wait at least this long after a 429.
+/// The shortest wait after a 429.
 pub(crate) const SHORTEST_WAIT: Duration = Duration::from_millis(250);
 
-/// Who goes first when budget is short.
+/// The order of calls when budget is short.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Priority {
-    /// A message that came for the first time.
+    /// A message delivered for the first time.
     #[default]
     Live,
-    /// One that was in a delay queue.
+    /// A message that was in a delay queue.
     Retry,
-    /// One that an operator replays.
+    /// A message that an operator replays.
     Replay,
 }
 
-/// The wait in front of the calls of one endpoint group. Clones share it.
+/// Limits the calls of one endpoint group. Clones share its state.
 #[derive(Clone, Debug)]
 pub(crate) struct RateLimiter(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
     state: Mutex<State>,
-    /// Budget, or the order of those who wait, has changed.
+    /// Notified when the budget or the queue changed.
     changed: Notify,
 }
 
@@ -53,56 +52,56 @@ struct State {
 }
 
 impl RateLimiter {
-    /// A gate that lets `share` of Close's budget through.
+    /// A limiter that uses `share` of Close's budget.
     pub(crate) fn new(share: f64) -> Self {
         let state = State { window: Window::new(share), waiting: BTreeSet::new(), next: 0 };
         Self(Arc::new(Inner { state: Mutex::new(state), changed: Notify::new() }))
     }
 
-    /// Waits until the budget allows one more call. Tells how long it took, for the metrics.
-    pub(crate) async fn enter(&self, priority: Priority) -> (Permit, Duration) {
+    /// Waits until the budget allows one more call. Also returns how long that took.
+    pub(crate) async fn acquire(&self, priority: Priority) -> (Permit, Duration) {
         let start = Instant::now();
-        let place = self.queue(priority);
+        let ticket = self.queue(priority);
         loop {
             let mut changed = std::pin::pin!(self.0.changed.notified());
-            // From here on no change is missed.
+            // Enabled before the check, so that no change is missed.
             changed.as_mut().enable();
-            match self.with(|state| state.ask(&place.at, Instant::now())) {
-                Answer::Go => {
+            match self.with(|state| state.admit(&ticket.position, Instant::now())) {
+                Admission::Granted => {
                     let permit = Permit {
-                        gate: self.clone(),
+                        limiter: self.clone(),
                         sent: Instant::now(),
-                        told: None,
+                        limit: None,
                         answered: false,
                         used: true,
                     };
                     return (permit, start.elapsed());
                 }
-                Answer::NotYet(at) => {
+                Admission::NotYet(at) => {
                     tokio::select! {
                         biased;
                         () = tokio::time::sleep_until(at) => {}
                         () = changed => {}
                     }
                 }
-                Answer::NotFirst => changed.await,
+                Admission::NotFirst => changed.await,
             }
         }
     }
 
-    /// What is left of the budget, if Close told.
-    pub(crate) fn standing(&self) -> Option<RateLimitStatus> {
-        self.with(|state| state.window.standing(Instant::now()))
+    /// What Close last reported about the budget.
+    pub(crate) fn status(&self) -> Option<RateLimitStatus> {
+        self.with(|state| state.window.status(Instant::now()))
     }
 
-    fn queue(&self, priority: Priority) -> Place {
-        let at = self.with(|state| {
+    fn queue(&self, priority: Priority) -> Ticket {
+        let position = self.with(|state| {
             state.next += 1;
-            let at = (priority, state.next);
-            state.waiting.insert(at);
-            at
+            let position = (priority, state.next);
+            state.waiting.insert(position);
+            position
         });
-        Place { gate: self.clone(), at }
+        Ticket { limiter: self.clone(), position }
     }
 
     fn with<T>(&self, with: impl FnOnce(&mut State) -> T) -> T {
@@ -116,34 +115,34 @@ impl RateLimiter {
     }
 }
 
-enum Answer {
-    Go,
+enum Admission {
+    Granted,
     NotYet(Instant),
     NotFirst,
 }
 
 impl State {
-    fn ask(&mut self, place: &(Priority, u64), now: Instant) -> Answer {
-        if self.waiting.first() != Some(place) {
-            return Answer::NotFirst;
+    fn admit(&mut self, position: &(Priority, u64), now: Instant) -> Admission {
+        if self.waiting.first() != Some(position) {
+            return Admission::NotFirst;
         }
         match self.window.admit(now) {
-            Ok(()) => Answer::Go,
-            Err(at) => Answer::NotYet(at),
+            Ok(()) => Admission::Granted,
+            Err(at) => Admission::NotYet(at),
         }
     }
 }
 
-/// A place among those who wait. Whoever leaves it, admitted or not, makes room for the next.
-struct Place {
-    gate: RateLimiter,
-    at: (Priority, u64),
+/// A position in the queue. Dropping it, with a permit or not, lets the next call proceed.
+struct Ticket {
+    limiter: RateLimiter,
+    position: (Priority, u64),
 }
 
-impl Drop for Place {
+impl Drop for Ticket {
     fn drop(&mut self) {
-        self.gate.change(|state| {
-            state.waiting.remove(&self.at);
+        self.limiter.change(|state| {
+            state.waiting.remove(&self.position);
         });
     }
 }
@@ -151,36 +150,36 @@ impl Drop for Place {
 /// One call taken out of the budget. Dropping it ends the call.
 #[derive(Debug)]
 pub(crate) struct Permit {
-    gate: RateLimiter,
+    limiter: RateLimiter,
     sent: Instant,
-    told: Option<RateLimit>,
+    limit: Option<RateLimit>,
     answered: bool,
     used: bool,
 }
 
 impl Permit {
-    /// No call is made after all.
+    /// Returns the permit: no call is made.
     pub(crate) fn give_back(mut self) {
         self.used = false;
     }
 
-    /// Notes that Close answered, and what the answer said about the budget.
+    /// Records that Close answered, and what it reported about the budget.
     pub(crate) fn answered(&mut self, limit: Option<RateLimit>) {
         self.answered = true;
-        self.told = limit;
+        self.limit = limit;
     }
 
-    /// Closes the gate: Close answered 429. `explained`: the window was used up.
+    /// Records a 429. `explained`: the window was used up.
     pub(crate) fn refused(&self, wait: Duration, explained: bool) {
-        self.gate.change(|state| state.window.refused(self.sent, Instant::now(), wait, explained));
+        self.limiter.change(|state| state.window.refused(self.sent, Instant::now(), wait, explained));
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.gate.change(|state| {
+        self.limiter.change(|state| {
             if self.used {
-                state.window.done(self.sent, Instant::now(), self.answered, self.told);
+                state.window.done(self.sent, Instant::now(), self.answered, self.limit);
             } else {
                 state.window.give_back();
             }
@@ -193,26 +192,26 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn live_traffic_goes_first_and_who_gives_up_makes_room() {
-        let gate = RateLimiter::new(1.0);
-        let (mut first, _) = gate.enter(Priority::Live).await;
+    async fn live_traffic_goes_first_and_cancelled_calls_leave_the_queue() {
+        let limiter = RateLimiter::new(1.0);
+        let (mut first, _) = limiter.acquire(Priority::Live).await;
         first.answered(Some(RateLimit { limit: 8, remaining: 0, reset: Duration::from_millis(200) }));
         drop(first);
 
         let order = Arc::new(Mutex::new(Vec::new()));
-        let enter = |priority, name: &'static str| {
-            let (gate, order) = (gate.clone(), Arc::clone(&order));
+        let acquire = |priority, name: &'static str| {
+            let (limiter, order) = (limiter.clone(), Arc::clone(&order));
             tokio::spawn(async move {
-                let _permit = gate.enter(priority).await;
+                let _permit = limiter.acquire(priority).await;
                 order.lock().unwrap().push(name);
             })
         };
-        let replay = enter(Priority::Replay, "replay");
-        let given_up = enter(Priority::Live, "given up");
-        let retry = enter(Priority::Retry, "retry");
-        let live = enter(Priority::Live, "live");
-        let second = enter(Priority::Live, "second live");
-        // All of them wait in their places now.
+        let replay = acquire(Priority::Replay, "replay");
+        let given_up = acquire(Priority::Live, "given up");
+        let retry = acquire(Priority::Retry, "retry");
+        let live = acquire(Priority::Live, "live");
+        let second = acquire(Priority::Live, "second live");
+        // All are in the queue now.
         tokio::task::yield_now().await;
         given_up.abort();
         for task in [replay, retry, live, second] {

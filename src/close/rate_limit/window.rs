@@ -91,7 +91,7 @@ struct Bucket {
     told: Instant,
 }
 
-/// What is left of a budget, for whoever wants to know.
+/// What is known about the rate limit of an endpoint group.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RateLimitStatus {
     /// Calls Close allows per window.
@@ -163,13 +163,13 @@ impl Window {
         }
     }
 
-    /// A call that was sent at `sent` ended, perhaps with news about the budget. `answered`: with an answer.
+    /// A call that was sent at `sent` ended, perhaps with a report about the budget. `answered`: with an answer.
     pub(crate) fn done(&mut self, sent: Instant, now: Instant, answered: bool, told: Option<RateLimit>) {
         self.in_flight = self.in_flight.saturating_sub(1);
         self.answered |= answered;
         let Some(told) = told else { return };
         match self.buckets.iter_mut().find(|bucket| bucket.limit == told.limit) {
-            Some(bucket) => bucket.news(sent, now, told, self.in_flight),
+            Some(bucket) => bucket.update(sent, now, told, self.in_flight),
             None => self.buckets.push(Bucket {
                 limit: told.limit,
                 left: told.remaining.saturating_sub(self.in_flight),
@@ -193,8 +193,8 @@ impl Window {
         let until = now + wait.min(LONGEST_WAIT);
         self.closed_until = Some(self.closed_until.map_or(until, |known| known.max(until)));
         // Calls that were under way when the last refusal came tell nothing new.
-        let is_news = self.spacing.is_none_or(|(_, set)| sent >= set);
-        if !explained && is_news {
+        let is_new = self.spacing.is_none_or(|(_, set)| sent >= set);
+        if !explained && is_new {
             let (closest, widest) = SPACING;
             let paces = self.buckets.iter().filter(|bucket| bucket.used > 0);
             let pace = paces.map(|bucket| now.saturating_duration_since(bucket.began) / bucket.used).max();
@@ -204,10 +204,10 @@ impl Window {
     }
 
     /// What is left of the narrowest bucket, if anything was told.
-    pub(crate) fn standing(&self, now: Instant) -> Option<RateLimitStatus> {
+    pub(crate) fn status(&self, now: Instant) -> Option<RateLimitStatus> {
         let spaced = self.spacing(now).map(|spacing| 1.0 / spacing.as_secs_f64());
-        let standings = self.buckets.iter().map(|bucket| bucket.standing(now, self.share));
-        let narrowest = standings.min_by(|one, other| one.rate.total_cmp(&other.rate))?;
+        let statuses = self.buckets.iter().map(|bucket| bucket.status(now, self.share));
+        let narrowest = statuses.min_by(|one, other| one.rate.total_cmp(&other.rate))?;
         Some(RateLimitStatus {
             rate: spaced.map_or(narrowest.rate, |spaced| spaced.min(narrowest.rate)),
             ..narrowest
@@ -232,11 +232,11 @@ impl Bucket {
         self.latest_end.unwrap_or(self.began + self.length())
     }
 
-    /// Takes in what an answer says.
-    fn news(&mut self, sent: Instant, now: Instant, told: RateLimit, in_flight: u32) {
+    /// Updates the bucket from an answer.
+    fn update(&mut self, sent: Instant, now: Instant, told: RateLimit, in_flight: u32) {
         let (earliest_end, latest_end) = (sent + told.reset, now + told.reset);
         self.told = now;
-        // Late news of a window that is over.
+        // A late answer about a window that is over.
         if latest_end < self.earliest_end || earliest_end <= self.began {
             return;
         }
@@ -336,7 +336,7 @@ impl Bucket {
         Some((self.began + whole.mul_f64(at.clamp(0.0, 1.0))).max(soon))
     }
 
-    fn standing(&self, now: Instant, share: f64) -> RateLimitStatus {
+    fn status(&self, now: Instant, share: f64) -> RateLimitStatus {
         let end = self.latest_end.filter(|end| now < *end);
         // What they did when Close was asked last says nothing after a while, as of a worker that stands by now.
         let lately = now < self.told + FORGOTTEN;
@@ -363,14 +363,14 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     /// Close's side of one bucket: windows of equal length, calls counted when they are sent.
-    struct Close {
+    struct FakeClose {
         limit: u32,
         length: Duration,
         began: Instant,
         used: u32,
     }
 
-    impl Close {
+    impl FakeClose {
         fn new(start: Instant, limit: u32, length: Duration) -> Self {
             Self { limit, length, began: start, used: 0 }
         }
@@ -490,8 +490,8 @@ mod tests {
         window.done(start, start, true, Some(told(100, 99, 8 * SECOND)));
         window.admit(start + 4 * SECOND).unwrap();
         window.done(start + 4 * SECOND, start + 4 * SECOND, true, Some(told(100, 58, 4 * SECOND)));
-        assert!((window.standing(start + 4 * SECOND).unwrap().others - 40.0).abs() < f64::EPSILON);
-        assert!(window.standing(start + 4 * SECOND + FORGOTTEN).unwrap().others < f64::EPSILON);
+        assert!((window.status(start + 4 * SECOND).unwrap().others - 40.0).abs() < f64::EPSILON);
+        assert!(window.status(start + 4 * SECOND + FORGOTTEN).unwrap().others < f64::EPSILON);
         let mut at = start + 4 * SECOND;
         let mut n_calls = 0;
         loop {
@@ -518,12 +518,12 @@ mod tests {
             window.admit(at).unwrap();
             // The organization's limit is told.
             window.done(at, at, true, Some(told(48, 40, 8 * SECOND)));
-            limits.push(window.standing(at).unwrap().limit);
+            limits.push(window.status(at).unwrap().limit);
         }
         assert_eq!((limits[0], limits[13], limits[15]), (16, 16, 48));
         let much_later = start + 10_000 * SECOND;
         window.admit(much_later).unwrap();
-        assert_eq!(window.standing(much_later).unwrap().limit, 48, "silence forgets nothing");
+        assert_eq!(window.status(much_later).unwrap().limit, 48, "silence forgets nothing");
     }
 
     /// Close's two buckets, of different phase, of which it tells the one that is closer to its end; others
@@ -534,9 +534,9 @@ mod tests {
             [(16, 0, 3), (16, 37, 0), (16, 41, 3), (240, 550, 3), (240, 700, 5)]
         {
             let start = Instant::now();
-            let mut organization = Close::new(start, 3 * limit, 8 * SECOND);
+            let mut organization = FakeClose::new(start, 3 * limit, 8 * SECOND);
             let start = start + phase * SECOND;
-            let mut key = Close::new(start, limit, 8 * SECOND);
+            let mut key = FakeClose::new(start, limit, 8 * SECOND);
             let mut demand = Demand::new(0.8, 5 * STEP);
             let (mut theirs, mut owed, n_windows) = (0_u32, 0.0, 40);
             for tick in 0..n_windows * STEPS {
@@ -584,7 +584,7 @@ mod tests {
     #[test]
     fn others_who_come_and_go_cost_hardly_a_refusal_and_are_made_up_for() {
         let start = Instant::now();
-        let mut close = Close::new(start, 240, 8 * SECOND);
+        let mut close = FakeClose::new(start, 240, 8 * SECOND);
         let mut demand = Demand::new(1.0, 10 * STEP);
         let shares = [0.0, 0.3, 0.66, 0.1, 0.5, 0.0, 0.66, 0.25];
         let (mut theirs, mut owed) = (0_u32, 0.0);
@@ -613,7 +613,7 @@ mod tests {
     fn bursts_of_others_cost_hardly_a_refusal() {
         for phase in [0, 150, 470, 730, 990] {
             let start = Instant::now();
-            let mut close = Close::new(start, 240, 8 * SECOND);
+            let mut close = FakeClose::new(start, 240, 8 * SECOND);
             let (mut demand, n_windows) = (Demand::new(0.8, 2 * STEP), 40);
             for tick in 0..n_windows * STEPS {
                 let now = start + STEP * tick;
@@ -640,7 +640,7 @@ mod tests {
         ) {
             let start = Instant::now();
             let share = f64::from(percent) / 100.0;
-            let mut close = Close::new(start, limit, SECOND * u32::try_from(length).unwrap());
+            let mut close = FakeClose::new(start, limit, SECOND * u32::try_from(length).unwrap());
             let mut window = Window::new(share);
             let mut now = start;
             let mut answers: Vec<(Instant, Instant, RateLimit)> = Vec::new();
@@ -679,7 +679,7 @@ mod tests {
         ) {
             let start = Instant::now();
             let share = f64::from(percent) / 100.0;
-            let mut close = Close::new(start, limit, SECOND * length);
+            let mut close = FakeClose::new(start, limit, SECOND * length);
             let mut window = Window::new(share);
             let (mut spent, mut n_calls): (Vec<u32>, u64) = (Vec::new(), 0);
             let mut now = start;
@@ -743,7 +743,7 @@ mod tests {
                         window.refused(now, now, Duration::from_millis(gap), false);
                     }
                 }
-                let _ = window.standing(now);
+                let _ = window.status(now);
             }
         }
     }

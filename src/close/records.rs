@@ -1,0 +1,62 @@
+//! What is read from Close, and what is searched for.
+
+use crate::close::error::CloseError;
+use crate::domain::record::{Contact, ContactId, FieldId, Lead, LeadId};
+use crate::domain::schema::Status;
+
+/// Reads Leads and Contacts. A trait, so that decisions can also be tested on records in memory.
+pub trait Records: Sync {
+    /// Leads that may have the company id. The caller compares these candidates again.
+    fn find_leads(
+        &self,
+        field: &FieldId,
+        company_id: &str,
+    ) -> impl Future<Output = Result<Vec<Lead>, CloseError>> + Send;
+
+    /// Contacts that may be the person. The caller compares these candidates again.
+    fn find_contacts(
+        &self,
+        user: Option<(&FieldId, &str)>,
+        email: Option<&str>,
+    ) -> impl Future<Output = Result<Hits, CloseError>> + Send;
+
+    /// A Lead with all its Contacts, as they are now.
+    fn lead(&self, id: &LeadId) -> impl Future<Output = Result<(Lead, Vec<Contact>), CloseError>> + Send;
+
+    /// A Contact as it is now.
+    fn contact(&self, id: &ContactId) -> impl Future<Output = Result<Contact, CloseError>> + Send;
+}
+
+/// The organization of the API key, from `GET /me/`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Organization {
+    pub name: String,
+    /// In the organization's order. Empty when Close did not send them.
+    pub statuses: Vec<Status>,
+}
+
+/// What to search for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Lookup {
+    /// Leads with a company id.
+    Lead {
+        /// The field that stores it.
+        field: FieldId,
+        company_id: String,
+    },
+    /// Contacts with a user id or an email: either is enough.
+    Contact {
+        /// The field that stores the user id, and the id.
+        user: Option<(FieldId, String)>,
+        email: Option<String>,
+    },
+}
+
+/// What a search for Contacts found.
+#[derive(Clone, Debug, Default)]
+pub struct Hits {
+    /// At most one page, oldest first.
+    pub contacts: Vec<Contact>,
+    /// Whether Close has more than one page.
+    pub more: bool,
+}

@@ -1,0 +1,220 @@
+//! One call to Close: wait for the rate limiter, send, read the answer.
+//!
+//! Calls are not retried here, with one exception. A 429 means that nothing happened, so the call waits for the rate
+//! limiter and is sent again. A caller may drop a pending call; what was already sent may still take effect.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use reqwest::StatusCode;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use strum::VariantArray;
+use tokio::time::Instant;
+use tracing::field::Empty;
+use tracing::{Instrument, Span};
+
+use crate::close::endpoint::{Call, Endpoint, StatusClass};
+use crate::close::error::{CloseError, Fault, Rejection};
+use crate::close::rate_limit::headers::{self, RateLimit};
+use crate::close::rate_limit::{self, Permit, Priority, RateLimiter};
+use crate::close::stall_guard::StallGuard;
+use crate::close::transport::{Response, Transport};
+use crate::telemetry::otel::{self, SPANS};
+
+/// A permit for one call, and how long acquiring it took.
+pub(crate) type Acquired = (Permit, Duration);
+
+type Observer = Box<dyn Fn(Call) + Send + Sync>;
+
+/// Sends calls to one organization. Clones share connections, rate limits and the count of calls.
+#[derive(Clone)]
+pub(crate) struct Requests {
+    shared: Arc<Shared>,
+    calls: Arc<AtomicU32>,
+    priority: Priority,
+}
+
+struct Shared {
+    transport: Box<dyn Transport>,
+    timeout: Duration,
+    limiters: HashMap<Endpoint, RateLimiter>,
+    /// Consecutive calls answered with 429.
+    refused_in_a_row: HashMap<Endpoint, AtomicU32>,
+    observe: Observer,
+    stall_guard: StallGuard,
+}
+
+/// Consecutive calls answered with 429 before a warning is logged.
+const MANY_REFUSALS: u32 = 5;
+
+impl Requests {
+    pub(crate) fn new(
+        transport: impl Transport + 'static,
+        timeout: Duration,
+        share: f64,
+        observe: impl Fn(Call) + Send + Sync + 'static,
+    ) -> Self {
+        let endpoints = || Endpoint::VARIANTS.iter().copied();
+        let shared = Shared {
+            transport: Box::new(transport),
+            timeout,
+            limiters: endpoints().map(|endpoint| (endpoint, RateLimiter::new(share))).collect(),
+            refused_in_a_row: endpoints().map(|endpoint| (endpoint, AtomicU32::new(0))).collect(),
+            observe: Box::new(observe),
+            stall_guard: StallGuard::default(),
+        };
+        Self { shared: Arc::new(shared), calls: Arc::default(), priority: Priority::default() }
+    }
+
+    /// The same with a new count of calls and this priority.
+    pub(crate) fn with_priority(&self, priority: Priority) -> Self {
+        Self { shared: self.shared.clone(), calls: Arc::default(), priority }
+    }
+
+    pub(crate) fn priority(&self) -> Priority {
+        self.priority
+    }
+
+    pub(crate) fn timeout(&self) -> Duration {
+        self.shared.timeout
+    }
+
+    pub(crate) fn limiters(&self) -> &HashMap<Endpoint, RateLimiter> {
+        &self.shared.limiters
+    }
+
+    pub(crate) fn stall_guard(&self) -> &StallGuard {
+        &self.shared.stall_guard
+    }
+
+    /// Calls made, including those answered with 429.
+    pub(crate) fn calls(&self) -> u32 {
+        self.calls.load(Ordering::Relaxed)
+    }
+
+    /// Adds calls made on behalf of this caller.
+    pub(crate) fn add_calls(&self, calls: u32) {
+        self.calls.fetch_add(calls, Ordering::Relaxed);
+    }
+
+    pub(crate) async fn request<T: DeserializeOwned>(
+        &self,
+        endpoint: Endpoint,
+        path: &str,
+        body: Option<Value>,
+    ) -> Result<T, CloseError> {
+        self.request_with(None, endpoint, path, body).await
+    }
+
+    /// The same with a permit acquired earlier.
+    pub(crate) async fn request_with<T: DeserializeOwned>(
+        &self,
+        mut acquired: Option<Acquired>,
+        endpoint: Endpoint,
+        path: &str,
+        body: Option<Value>,
+    ) -> Result<T, CloseError> {
+        loop {
+            let permit = match acquired.take() {
+                Some(acquired) => acquired,
+                None => self.acquire(endpoint).await,
+            };
+            if let Some(answer) = self.send(permit, endpoint, path, body.as_ref()).await? {
+                return serde_json::from_slice(&answer).map_err(|_| CloseError::Transient(Fault::Garbled));
+            }
+        }
+    }
+
+    /// Waits for the rate limiter.
+    pub(crate) async fn acquire(&self, endpoint: Endpoint) -> Acquired {
+        self.shared.limiters[&endpoint].acquire(self.priority).await
+    }
+
+    /// Sends once. Returns `None` after a 429: the rate limiter then blocks for as long as Close asked.
+    async fn send(
+        &self,
+        (mut permit, waited): Acquired,
+        endpoint: Endpoint,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<Option<Vec<u8>>, CloseError> {
+        if endpoint.writes() && !self.shared.stall_guard.allows_writes() {
+            // The worker ends the session and drops this future.
+            std::future::pending::<()>().await;
+        }
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        let started = Instant::now();
+        let span = span(endpoint, waited);
+        let result = self.shared.transport.send(endpoint.method(), path, body).instrument(span.clone()).await;
+        record_result(&span, &result);
+        let status = result.as_ref().map_or(StatusClass::NoAnswer, |answer| StatusClass::of(answer.status));
+        (self.shared.observe)(Call { endpoint, status, took: started.elapsed(), waited });
+
+        let answer = result?;
+        let header = |name: &str| answer.headers.get(name).and_then(|value| value.to_str().ok());
+        let limit = RateLimit::read(header);
+        permit.answered(limit);
+        if answer.status != StatusCode::TOO_MANY_REQUESTS
+            && self.shared.refused_in_a_row[&endpoint].swap(0, Ordering::Relaxed) >= MANY_REFUSALS
+        {
+            tracing::info!(endpoint = endpoint.label(), "Close accepts calls again");
+        }
+        match answer.status.as_u16() {
+            200..=299 => Ok(Some(answer.body)),
+            401 => Err(CloseError::Unauthorized),
+            402 => Err(CloseError::PlanLimit),
+            403 => Err(CloseError::Forbidden),
+            404 => Err(CloseError::NotFound),
+            429 => {
+                let reset = limit.filter(|limit| limit.remaining == 0).map(|limit| limit.reset);
+                let retry_after = || header("retry-after").and_then(headers::seconds);
+                let wait = reset.or_else(retry_after).unwrap_or(rate_limit::DEFAULT_WAIT);
+                // Close may round less than a second down to 0.
+                permit.refused(wait.max(rate_limit::SHORTEST_WAIT), reset.is_some());
+                let in_a_row = &self.shared.refused_in_a_row[&endpoint];
+                if in_a_row.fetch_add(1, Ordering::Relaxed) + 1 == MANY_REFUSALS {
+                    tracing::warn!(endpoint = endpoint.label(), "Close keeps answering with 429, throttling");
+                }
+                Ok(None)
+            }
+            status @ 500..=599 => Err(CloseError::Transient(Fault::Status(status))),
+            status => Err(CloseError::Rejected(Rejection::read(status, &answer.body))),
+        }
+    }
+}
+
+/// The span of a call, by OpenTelemetry's conventions for HTTP. The transport adds the server. The path is left out
+/// because it may contain personal data.
+fn span(endpoint: Endpoint, waited: Duration) -> Span {
+    let (method, template) = (endpoint.method(), endpoint.template());
+    tracing::info_span!(
+        target: SPANS,
+        "call",
+        "otel.name" = format!("{method} {template}"),
+        "otel.kind" = "client",
+        "http.request.method" = method.as_str(),
+        "url.template" = template,
+        "server.address" = Empty,
+        "server.port" = Empty,
+        "http.response.status_code" = Empty,
+        "close_sync.gate_wait_seconds" = waited.as_secs_f64(),
+        "error.type" = Empty,
+        "otel.status_description" = Empty,
+    )
+}
+
+/// Records in the span how the call ended.
+fn record_result(span: &Span, result: &Result<Response, CloseError>) {
+    match result {
+        Ok(answer) => {
+            span.record("http.response.status_code", i64::from(answer.status.as_u16()));
+            if answer.status.is_client_error() || answer.status.is_server_error() {
+                otel::fail(span, answer.status.as_str(), "");
+            }
+        }
+        Err(error) => otel::fail(span, error.label(), ""),
+    }
+}
