@@ -1,61 +1,65 @@
-//! Tells a fault of Close from a fault of a message: when most messages fail, it is not theirs.
+//! Opens when most messages fail: then Close has a fault, not the messages.
 //!
-//! One error says nothing, and one message that fails again and again says little. So what counts is the
-//! share of messages that met a fault of the moment (a 5xx, a time-out, a lost connection) among those that
-//! were answered in the last minute; one that fails at first and succeeds later counts as both. Above half of
-//! them, consumption pauses and no message pays for it (`design.md` P5). After a pause Close is on trial:
-//! the first few messages decide, and one that succeeds acquits it. A single message convicts nobody: it
-//! may be the one that always fails, and would come first after every pause. Pure, with the time as input.
+//! Counts the share of messages with a transient failure (a 5xx, a time-out, a lost connection) among those of the
+//! last minute. A message that fails first and succeeds later counts as both. Above half, the breaker opens:
+//! consumption pauses and no message uses up an attempt (`design.md` P5). After the pause the breaker is half-open:
+//! the first few messages are probes. One success closes it; if all probes fail, it opens again. A single failing
+//! message never opens the breaker, because it may always fail and be first after every pause.
+//!
+//! Pure: the time is an input.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// How far back it looks.
 const WINDOW: Duration = Duration::from_mins(1);
-/// Fewer messages than this say nothing.
-const LEAST: usize = 10;
-/// Memory is bounded also when a minute has many messages.
-const MOST: usize = 1000;
-/// Messages that are tried at once after a pause; when all of them fail, it was too short.
+/// With fewer results the breaker stays closed.
+const MIN_RESULTS: usize = 10;
+/// Bounds memory.
+const MAX_RESULTS: usize = 1000;
+/// Messages that run at once while the breaker is half-open. It opens again when all of them fail.
 pub const HALF_OPEN_PROBES: usize = 3;
 
-/// How messages fared lately.
 #[derive(Debug, Default)]
 pub struct CircuitBreaker {
-    /// When, and whether it went well.
-    fared: VecDeque<(Instant, bool)>,
-    failed: usize,
-    on_trial: bool,
+    /// When, and whether it succeeded.
+    results: VecDeque<(Instant, bool)>,
+    failures: usize,
+    half_open: bool,
 }
 
 impl CircuitBreaker {
-    /// A message was answered, or failed for the first time. Tells whether it is time to pause.
-    pub fn note(&mut self, now: Instant, well: bool) -> bool {
-        self.fared.push_back((now, well));
-        self.failed += usize::from(!well);
-        let too_old = |at: Instant| at + WINDOW < now;
-        while self.fared.len() > MOST || self.fared.front().is_some_and(|(at, _)| too_old(*at)) {
-            let gone = self.fared.pop_front();
-            self.failed -= usize::from(gone.is_some_and(|(_, well)| !well));
-        }
-        if well {
-            self.on_trial = false;
-            return false;
-        }
-        let enough = if self.on_trial { HALF_OPEN_PROBES } else { LEAST };
-        self.fared.len() >= enough && self.failed * 2 > self.fared.len()
+    /// Records a message that Close accepted or answered for good. Closes a half-open breaker.
+    pub fn record_success(&mut self, now: Instant) {
+        self.record(now, true);
+        self.close();
     }
 
-    /// Consumption goes on after a pause: what was before is forgotten, and the next messages decide.
+    /// Records the first failure of a message. Returns whether the breaker opens.
+    pub fn record_failure(&mut self, now: Instant) -> bool {
+        self.record(now, false);
+        let min_results = if self.half_open { HALF_OPEN_PROBES } else { MIN_RESULTS };
+        self.results.len() >= min_results && self.failures * 2 > self.results.len()
+    }
+
+    fn record(&mut self, now: Instant, succeeded: bool) {
+        self.results.push_back((now, succeeded));
+        self.failures += usize::from(!succeeded);
+        let expired = |at: Instant| at + WINDOW < now;
+        while self.results.len() > MAX_RESULTS || self.results.front().is_some_and(|(at, _)| expired(*at)) {
+            let removed = self.results.pop_front();
+            self.failures -= usize::from(removed.is_some_and(|(_, succeeded)| !succeeded));
+        }
+    }
+
+    /// Consumption resumes after a pause: earlier results no longer count.
     pub fn half_open(&mut self) {
-        *self = Self { on_trial: true, ..Self::default() };
+        *self = Self { half_open: true, ..Self::default() };
     }
 
-    /// Nothing has been heard against Close for long enough.
-    pub fn acquit(&mut self) {
-        self.on_trial = false;
+    pub fn close(&mut self) {
+        self.half_open = false;
     }
 }
 
@@ -64,44 +68,61 @@ mod tests {
     use super::*;
 
     #[test]
-    fn most_of_many_messages_must_fail() {
+    fn opens_when_more_than_half_of_enough_messages_fail() {
         let start = Instant::now();
         let mut breaker = CircuitBreaker::default();
-        for n in 1..LEAST {
-            assert!(!breaker.note(start, false), "{n} failures may be chance");
+        for n in 1..MIN_RESULTS {
+            assert!(!breaker.record_failure(start), "{n} failures are too few");
         }
-        assert!(breaker.note(start, false));
-
-        let mut breaker = CircuitBreaker::default();
-        for n in 0..100 {
-            assert!(!breaker.note(start, n % 2 == 0), "half of them is not most");
-        }
-        let later = start + WINDOW + Duration::from_secs(1);
-        for _ in 1..LEAST {
-            assert!(!breaker.note(later, false), "what is long ago does not count");
-        }
-        assert!(breaker.note(later, false));
-        for _ in 0..MOST * 2 {
-            breaker.note(later, true);
-        }
-        assert_eq!((breaker.fared.len(), breaker.failed), (MOST, 0));
+        assert!(breaker.record_failure(start));
     }
 
     #[test]
-    fn after_a_pause_the_first_few_messages_decide() {
+    fn stays_closed_at_half() {
+        let now = Instant::now();
+        let mut breaker = CircuitBreaker::default();
+        for _ in 0..50 {
+            breaker.record_success(now);
+            assert!(!breaker.record_failure(now));
+        }
+    }
+
+    #[test]
+    fn results_expire_after_the_window_and_are_bounded() {
+        let start = Instant::now();
+        let mut breaker = CircuitBreaker::default();
+        (0..100).for_each(|_| breaker.record_success(start));
+        let later = start + WINDOW + Duration::from_secs(1);
+        for _ in 1..MIN_RESULTS {
+            assert!(!breaker.record_failure(later));
+        }
+        assert!(breaker.record_failure(later), "the earlier successes have expired");
+        (0..MAX_RESULTS * 2).for_each(|_| breaker.record_success(later));
+        assert_eq!((breaker.results.len(), breaker.failures), (MAX_RESULTS, 0));
+    }
+
+    #[test]
+    fn half_open_opens_again_when_all_probes_fail() {
         let now = Instant::now();
         let mut breaker = CircuitBreaker::default();
         breaker.half_open();
         for _ in 1..HALF_OPEN_PROBES {
-            assert!(!breaker.note(now, false), "fewer may be those that always fail");
+            assert!(!breaker.record_failure(now));
         }
-        assert!(breaker.note(now, false));
+        assert!(breaker.record_failure(now));
+    }
+
+    #[test]
+    fn half_open_closes_on_one_success_or_by_request() {
+        let now = Instant::now();
+        let mut breaker = CircuitBreaker::default();
         breaker.half_open();
-        assert!(!breaker.note(now, true));
+        breaker.record_success(now);
+        assert!(!breaker.half_open);
         breaker.half_open();
-        breaker.acquit();
-        for _ in 1..LEAST {
-            assert!(!breaker.note(now, false), "breaker_closed");
+        breaker.close();
+        for _ in 1..MIN_RESULTS {
+            assert!(!breaker.record_failure(now), "the closed breaker's limit applies");
         }
     }
 }

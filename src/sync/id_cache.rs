@@ -25,7 +25,7 @@ const CAPACITY: u64 = 50_000;
 pub struct IdCache {
     leads: Cache<String, LeadId>,
     people: Cache<Key, Contacts>,
-    doubts: Cache<Key, Instant>,
+    pending_creations: Cache<Key, Instant>,
 }
 
 /// The Contacts remembered for a user id or an email.
@@ -60,7 +60,10 @@ impl Default for IdCache {
                 .eviction_policy(EvictionPolicy::lru())
                 .time_to_live(LIFETIME)
                 .build(),
-            doubts: Cache::builder().max_capacity(CAPACITY).eviction_policy(EvictionPolicy::lru()).build(),
+            pending_creations: Cache::builder()
+                .max_capacity(CAPACITY)
+                .eviction_policy(EvictionPolicy::lru())
+                .build(),
         }
     }
 }
@@ -72,7 +75,7 @@ impl IdCache {
     }
 
     /// Remembers the Lead of a company.
-    pub fn learn_lead(&self, company_id: &str, id: LeadId) {
+    pub fn remember_lead(&self, company_id: &str, id: LeadId) {
         self.leads.insert(company_id.to_owned(), id);
     }
 
@@ -90,7 +93,7 @@ impl IdCache {
     /// list what was made a moment ago. An empty answer is not remembered: it proves nothing
     /// (close-api.md §6).
     /// `all`: it cannot have missed one.
-    pub fn learn_contacts(&self, key: Key, ids: Vec<ContactId>, all: bool) {
+    pub fn remember_contacts(&self, key: Key, ids: Vec<ContactId>, all: bool) {
         if !ids.is_empty() {
             self.add(key, ids, all);
         }
@@ -108,9 +111,9 @@ impl IdCache {
     }
 
     /// Remembers what was just made for a person. `only`: no Contact has their keys but this one.
-    pub fn learn_made(&self, person: &Identity, made: CreatedIds, only: bool) {
+    pub fn remember_created(&self, person: &Identity, made: CreatedIds, only: bool) {
         if let Some((company_id, lead)) = person.company_id.as_ref().zip(made.lead) {
-            self.learn_lead(company_id, lead);
+            self.remember_lead(company_id, lead);
         }
         if let Some(contact) = made.contact {
             person.person().for_each(|key| self.add(key, vec![contact.clone()], only));
@@ -125,22 +128,22 @@ impl IdCache {
 
     /// A record with these keys may have been created without our knowing: until then, nothing found
     /// by search is proof that it was not.
-    pub fn doubt(&self, keys: &[Key], until: Instant) {
+    pub fn add_pending_creation(&self, keys: &[Key], until: Instant) {
         for key in keys {
-            self.doubts.insert(key.clone(), until);
+            self.pending_creations.insert(key.clone(), until);
         }
     }
 
     /// The creation was answered: what there is, is known.
-    pub fn settle_doubt(&self, keys: &[Key]) {
+    pub fn complete_creation(&self, keys: &[Key]) {
         for key in keys {
-            self.doubts.invalidate(key);
+            self.pending_creations.invalidate(key);
         }
     }
 
     /// Until when records with these keys are in doubt.
-    pub fn doubtful_until(&self, keys: &[Key]) -> Option<Instant> {
-        keys.iter().filter_map(|key| self.doubts.get(key)).max()
+    pub fn pending_until(&self, keys: &[Key]) -> Option<Instant> {
+        keys.iter().filter_map(|key| self.pending_creations.get(key)).max()
     }
 
     /// Forgets the Contacts of a person: one turned out wrong.
@@ -160,13 +163,13 @@ mod tests {
         let person = Identity { email: Some("j@x.test".into()), ..Identity::default() };
         let id = |id: &str| ContactId::new(id);
         let made = |contact: &str| CreatedIds { lead: None, contact: Some(id(contact)) };
-        known.learn_contacts(key(), vec![], true);
+        known.remember_contacts(key(), vec![], true);
         assert_eq!(known.contacts(&key()), Contacts::default());
-        known.learn_made(&person, made("cont_1"), false);
+        known.remember_created(&person, made("cont_1"), false);
         assert_eq!(known.contacts(&key()), Contacts { ids: vec![id("cont_1")], complete: false });
-        known.learn_contacts(key(), vec![id("cont_0")], true);
-        known.learn_made(&person, made("cont_2"), false);
-        known.learn_made(&person, made("cont_1"), false);
+        known.remember_contacts(key(), vec![id("cont_0")], true);
+        known.remember_created(&person, made("cont_2"), false);
+        known.remember_created(&person, made("cont_1"), false);
         let ids = vec![id("cont_1"), id("cont_0"), id("cont_2")];
         assert_eq!(
             known.contacts(&key()),

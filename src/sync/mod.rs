@@ -1,33 +1,35 @@
-//! One message: from the bytes of its body to what has to become of it. The spine of the program.
+//! Syncs one message: from the bytes of its body to its outcome.
 //!
-//! [`Worker::prepare`] is pure: it decodes and maps, and settles at once what needs no Close.
-//! [`Worker::run`] looks up, plans and writes, and starts over from the look-up when something
-//! failed on the way, so that a try that was cut short is never repeated blindly.
+//! [`Worker::prepare`] is pure: it decodes and maps, and settles what needs no Close. [`Worker::run`] looks up,
+//! plans and writes. When a step fails, the next attempt starts over with the look-up, so that a write whose
+//! outcome is unknown is never repeated blindly.
 //!
-//! **The lag guard.** Search does not list what was created a moment ago. So before a record is
-//! created because none was found, the answer must be younger than any creation it could have
-//! missed: our own are remembered ([`crate::sync::id_cache`]); for those of a predecessor, and for a POST
-//! whose answer was lost, the guard waits until search must have caught up, and looks again. The doubt
-//! about a lost answer belongs to the keys, not to the message: the next message about the same person
-//! has it too. An event without company means all of a person's Contacts, so it waits as well before it believes
-//! to know them. About such a doubt the guard asks the event log, which knows of a creation at once; only that
-//! it knows none proves nothing. In the normal case the guard costs nothing.
+//! **The lag guard.** Search does not show records that were created a moment ago. Before a record is created
+//! because none was found, the search must be recent enough to show every earlier creation. Our own creations
+//! are cached ([`crate::sync::id_cache`]). For those of a previous worker, and for a POST whose answer was lost,
+//! the guard waits until search must have caught up, and looks again. A lost answer is a pending creation of the
+//! keys, not of the message, so it also delays the next message about the same person. An event without a
+//! company changes all Contacts of a person, so it waits as well. For a pending creation the guard first reads the
+//! event log, which shows a creation at once; not finding it there proves nothing.
 //!
-//! **The stale guard** ([`crate::domain::staleness`]) leaves out what is older than what Close holds; **merging**
-//! ([`crate::domain::merge`]) writes in one go what several messages about one person want.
+//! **Staleness** ([`crate::domain::staleness`]) skips values that are older than what Close holds. **Merging**
+//! ([`crate::domain::merge`]) writes consecutive messages about one person at once.
 //!
-//! **The mapping** is resolved against what custom fields there are, and again when that may have
-//! changed: from time to time, after a pause, and when Close says that a field does not exist. The
-//! lookup fields stay those of the start.
+//! **The mapping** is resolved against the custom fields in Close, and again when they may have changed:
+//! periodically, after a pause, and when Close says that a field does not exist. The lookup fields stay those
+//! of the start.
 //!
-//! **A rehearsal** is a run that sends no writes; everything else is the same code.
+//! **A dry run** sends no writes; everything else is the same code.
 //!
-//! This module never sees lapin.
+//! This module does not use lapin.
 
 mod attempt;
 pub mod circuit_breaker;
+mod context;
 pub mod explain;
 pub mod id_cache;
+mod job;
+mod lookups;
 pub mod preflight;
 #[cfg(test)]
 mod properties;
@@ -35,137 +37,32 @@ pub mod record_locks;
 mod resolver;
 pub mod version_cache;
 
-use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
+use std::sync::Arc;
 
-use jiff::Timestamp;
-use tokio::sync::Mutex;
 use tokio::time::Instant;
 
+use crate::close::Client;
 use crate::close::stall_guard::StallGuard;
-use crate::close::{Client, CloseError, Priority};
 use crate::domain::decision::Decision;
 use crate::domain::event::{Event, Malformed};
-use crate::domain::mapping::{Anonymous, Desired, Key, KeyFields, Mapping, NoIdentity, Rules};
-use crate::domain::record::FieldId;
-use crate::domain::switches::Switches;
-use crate::outcome::{DeadLetter, DelayCause, Failure, Outcome, PauseCause, Reason, Skip, Stage};
-use crate::retry::{History, Policy};
+use crate::domain::mapping::{Anonymous, Mapping, NoIdentity, Rules};
+use crate::outcome::{DeadLetter, DelayCause, Outcome, Reason, Skip, Stage};
 use crate::sync::circuit_breaker::CircuitBreaker;
-use crate::sync::id_cache::IdCache;
 use crate::sync::preflight::PreflightError;
-use crate::sync::record_locks::RecordLocks;
-use crate::sync::version_cache::VersionCache;
 use crate::telemetry::metrics::Metrics;
 
+pub use context::log_mapping_problems;
+pub use job::{Job, Prepared, ReceivedAt, RunContext, Settings};
+
 use attempt::{Attempts, Mode};
+use context::Context;
 
-/// How messages are worked on.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Settings {
-    /// What may be done.
-    pub switches: Switches,
-    /// How failures are retried.
-    pub retry: Policy,
-    /// Larger messages are refused, in bytes.
-    pub max_message_bytes: usize,
-    /// The longest a write may take to show up in search, calls still under way included.
-    pub search_lag: Duration,
-    /// The longest a delivery is held, waiting for budget included.
-    pub hold: Duration,
-    /// Whether messages about one person that wait in line are written in one go.
-    pub merge: bool,
-}
-
-/// Works on messages. Clones share everything.
+/// Syncs messages to one Close organization. Clones share everything.
 #[derive(Clone)]
-pub struct Worker(Arc<Inner>);
-
-struct Inner {
-    settings: Settings,
-    client: Client,
-    rules: Rules,
-    keys: KeyFields,
-    mapping: RwLock<Arc<Mapping>>,
-    /// When the mapping was resolved.
-    resolved: Mutex<Instant>,
-    known: IdCache,
-    applied: VersionCache,
-    claims: RecordLocks,
-    breaker: std::sync::Mutex<CircuitBreaker>,
-    last_failure: std::sync::Mutex<Option<String>>,
-    metrics: Metrics,
-}
-
-/// A mapping resolved a moment ago is not resolved again because Close refuses a field.
-const FRESH: Duration = Duration::from_secs(10);
-
-/// A message that needs Close.
-#[derive(Clone, Debug)]
-pub struct Job {
-    /// What it wants.
-    desired: Desired,
-    /// When it happened at the producer, for the metrics.
-    event_time: Option<Timestamp>,
-}
-
-impl Job {
-    /// What the message is about. Messages that share a key must run one after the other.
-    pub fn keys(&self) -> Vec<Key> {
-        self.desired.identity.keys()
-    }
-
-    /// What it wants.
-    pub fn desired(&self) -> &Desired {
-        &self.desired
-    }
-}
-
-/// The circumstances in which a message is worked on.
-#[derive(Clone, Copy, Debug)]
-pub struct RunContext {
-    /// Attempts made before.
-    pub attempts: u32,
-    /// Who goes first when rate budget is short.
-    pub priority: Priority,
-    /// What others created before this may not show up in search yet.
-    pub search_complete_from: Instant,
-}
-
-impl RunContext {
-    /// The first attempt, with nobody else at work.
-    pub fn first() -> Self {
-        Self { attempts: 0, priority: Priority::Live, search_complete_from: Instant::now() }
-    }
-}
-
-/// When a message came, for want of a better time of its event.
-#[derive(Clone, Copy, Debug)]
-pub struct ReceivedAt {
-    /// When it was published, if its properties say so.
-    pub published: Option<Timestamp>,
-    /// When it was received for the first time. No event is later than that, whatever it says.
-    pub received: Timestamp,
-}
-
-impl ReceivedAt {
-    /// A message that comes now.
-    pub fn now() -> Self {
-        Self { published: None, received: Timestamp::now() }
-    }
-}
-
-/// What a message needs.
-#[derive(Clone, Debug)]
-pub enum Prepared {
-    /// Close.
-    Job(Job),
-    /// Nothing more.
-    Settled(Outcome),
-}
+pub struct Worker(Arc<Context>);
 
 impl Worker {
-    /// A worker for one Close organization. `mapping` is what the rules were resolved to.
+    /// `mapping` is what `rules` were resolved to.
     pub fn new(
         settings: Settings,
         rules: &Rules,
@@ -173,108 +70,58 @@ impl Worker {
         client: Client,
         metrics: Metrics,
     ) -> Self {
-        Self(Arc::new(Inner {
-            settings,
-            client,
-            rules: rules.pinned(&mapping.keys),
-            keys: mapping.keys.clone(),
-            mapping: RwLock::new(Arc::new(mapping)),
-            resolved: Mutex::new(Instant::now()),
-            known: IdCache::default(),
-            applied: VersionCache::default(),
-            claims: RecordLocks::default(),
-            breaker: std::sync::Mutex::default(),
-            last_failure: std::sync::Mutex::default(),
-            metrics,
-        }))
+        Self(Arc::new(Context::new(settings, rules, mapping, client, metrics)))
     }
 
-    /// The settings it works by.
     pub fn settings(&self) -> &Settings {
         &self.0.settings
     }
 
     /// The mapping in force.
     pub fn mapping(&self) -> Arc<Mapping> {
-        self.0.mapping.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0.mapping()
     }
 
-    /// The first message of a session has come. Another worker may have been at work since the last one: what
-    /// is remembered need not be all there is.
+    /// Clears the cached ids when a session receives its first message: another worker may have been active since.
     pub fn forget_records(&self) {
-        self.0.known.forget_records();
+        self.0.id_cache.forget_records();
     }
 
-    /// Whether the process has stood still: then nothing is sent any more.
+    /// Stops calls after the process has stood still.
     pub fn stall_guard(&self) -> &StallGuard {
         self.0.client.stall_guard()
     }
 
-    /// Tells whether messages wait that could be worked on if there were more room.
+    /// Whether messages wait that could run with more concurrency.
     pub fn set_backlog(&self, waiting: bool) {
         self.0.client.set_backlog(waiting);
     }
 
-    /// Consumption goes on after a pause: the first message tells whether it was long enough.
+    /// Half-opens the circuit breaker when consumption resumes after a pause.
     pub fn half_open_breaker(&self) {
-        self.breaker(CircuitBreaker::half_open);
+        self.0.breaker(CircuitBreaker::half_open);
     }
 
-    /// What went wrong last, without anything of the message.
-    pub fn last_failure(&self) -> Option<String> {
-        self.0.last_failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Nothing is known against Close any more.
+    /// Closes the circuit breaker.
     pub fn close_breaker(&self) {
-        self.breaker(CircuitBreaker::acquit);
+        self.0.breaker(CircuitBreaker::close);
     }
 
-    /// Close did its part for a message.
-    fn answered(&self) {
-        self.breaker(|breaker| breaker.note(Instant::now(), true));
+    /// The last failure, without personal data.
+    pub fn last_failure(&self) -> Option<String> {
+        self.0.last_failure()
     }
 
-    fn breaker<T>(&self, with: impl FnOnce(&mut CircuitBreaker) -> T) -> T {
-        with(&mut self.0.breaker.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// Asks Close whether it can be worked with, and what fields there are now.
+    /// Runs the preflight check and resolves the mapping against the current fields in Close.
     ///
     /// # Errors
-    /// Everything that stands in the way; the mapping then stays as it is.
+    /// Every failed check; the mapping then stays as it is.
     pub async fn refresh_mapping(&self) -> Result<(), Vec<PreflightError>> {
-        let mut resolved = self.0.resolved.lock().await;
-        self.resolve(&mut resolved).await
-    }
-
-    async fn resolve(&self, resolved: &mut Instant) -> Result<(), Vec<PreflightError>> {
-        let mapping = preflight::run(&self.0.client, &self.0.rules).await?.mapping;
-        *resolved = Instant::now();
-        let mut current = self.0.mapping.write().unwrap_or_else(PoisonError::into_inner);
-        if (&mapping.unknown, mapping.misfits()) != (&current.unknown, current.misfits()) {
-            log_mapping_problems(&mapping);
-        }
-        if mapping != **current {
-            tracing::info!("the fields in Close have changed; the mapping follows");
-            *current = Arc::new(mapping);
-        }
-        Ok(())
-    }
-
-    /// Close says that a field does not exist.
-    async fn miss_field(&self) {
-        let mut resolved = self.0.resolved.lock().await;
-        if resolved.elapsed() > FRESH
-            && let Err(obstacles) = self.resolve(&mut resolved).await
-        {
-            let obstacle = obstacles.first().map(ToString::to_string);
-            tracing::warn!(obstacle, "the fields in Close cannot be looked at");
-        }
+        self.0.refresh_mapping().await
     }
 
     /// Decodes and maps the body of a message. Pure.
-    pub fn prepare(&self, body: &[u8], arrival: ReceivedAt) -> Prepared {
+    pub fn prepare(&self, body: &[u8], received_at: ReceivedAt) -> Prepared {
         let event = match Event::decode(body, self.0.settings.max_message_bytes) {
             Ok(event) => event,
             Err(malformed) => return Prepared::Settled(Outcome::Dead(undecodable(&malformed))),
@@ -285,8 +132,8 @@ impl Worker {
         }
         match mapping.apply(&event) {
             Ok(mut desired) => {
-                let at = event.time().or(arrival.published).unwrap_or(arrival.received);
-                desired.at = Some(at.min(arrival.received));
+                let at = event.time().or(received_at.published).unwrap_or(received_at.received);
+                desired.at = Some(at.min(received_at.received));
                 Prepared::Job(Job { desired, event_time: event.time() })
             }
             Err(NoIdentity::Anonymous) if mapping.anonymous() == Anonymous::Skip => {
@@ -303,130 +150,85 @@ impl Worker {
         }
     }
 
-    /// Makes Close agree with a message.
+    /// Syncs a message, with retries in place.
     ///
-    /// May be dropped at any moment: what was sent to Close may then still happen, which is why a new
-    /// session has to come with a new `search_complete_from`.
-    pub async fn run(&self, job: &Job, turn: RunContext) -> (Outcome, Decision) {
-        let mut tries = self.tries(job, &[], turn, Mode::Write);
+    /// May be dropped at any moment. Calls that were sent may still take effect, so a new session needs a new
+    /// `search_complete_from`.
+    pub async fn run(&self, job: &Job, run: RunContext) -> (Outcome, Decision) {
+        let mut attempts = self.attempts(job, &[], run, Mode::Write);
         let hold = self.0.settings.hold;
-        let settled = tokio::time::timeout(hold, tries.retry_in_place()).await;
+        let settled = tokio::time::timeout(hold, attempts.retry_in_place()).await;
         let outcome = settled.unwrap_or_else(|_| {
-            self.cut_short(job);
+            self.extend_pending_creation(job);
             Outcome::Delayed { level: 0, cause: DelayCause::RateLimited(hold) }
         });
-        if let Outcome::Synced(_) = outcome {
-            self.written(job);
-        }
-        tries.conclude(outcome)
+        self.report_freshness(job, &outcome);
+        attempts.conclude(outcome)
     }
 
-    /// Whether `next`, which comes right behind `first`, may be worked on with it.
+    /// Whether `next`, which directly follows `first`, can share its write.
     pub fn can_merge(&self, first: &Job, next: &Job) -> bool {
         let Settings { merge, switches, .. } = &self.0.settings;
         *merge && next.desired.goes_along(&first.desired, *switches)
     }
 
-    /// Makes Close agree with several messages at once, each of which goes along with the first. Tried once:
-    /// `None` when anything stood in the way; then they have to be run one after the other.
+    /// Syncs several messages with one write; each can be merged with the first. One attempt only: after `None`
+    /// the caller runs them one by one.
     ///
     /// May be dropped like [`Worker::run`].
-    pub async fn run_merged(&self, jobs: &[&Job], turn: RunContext) -> Option<Vec<(Outcome, Decision)>> {
+    pub async fn run_merged(&self, jobs: &[&Job], run: RunContext) -> Option<Vec<(Outcome, Decision)>> {
         let (first, others) = jobs.split_first()?;
-        let mut tries = self.tries(first, others, turn, Mode::Write);
-        let Ok(ended) = tokio::time::timeout(self.0.settings.hold, tries.once()).await else {
-            self.cut_short(first);
+        let mut attempts = self.attempts(first, others, run, Mode::Write);
+        let Ok(result) = tokio::time::timeout(self.0.settings.hold, attempts.run_once()).await else {
+            self.extend_pending_creation(first);
             return None;
         };
-        let done = ended
+        let completed = result
             .inspect_err(
-                |failure| tracing::debug!(error = %failure.error, "failed together, going on one by one"),
+                |failure| tracing::debug!(error = %failure.error, "merged write failed, running messages one by one"),
             )
             .ok()?;
-        self.answered();
+        self.0.record_success();
         self.0.metrics.merged(others.len());
-        let outcomes: Vec<_> = std::iter::once(tries.conclude(done.outcome)).chain(done.others).collect();
-        for (job, (outcome, _)) in jobs.iter().zip(&outcomes) {
-            if let Outcome::Synced(_) = outcome {
-                self.written(job);
-            }
-        }
+        let first = attempts.conclude(completed.outcome);
+        let outcomes: Vec<_> = std::iter::once(first).chain(completed.merged).collect();
+        jobs.iter().zip(&outcomes).for_each(|(job, (outcome, _))| self.report_freshness(job, outcome));
         Some(outcomes)
     }
 
-    /// A creation may have been dropped under way: its doubt begins now.
-    fn cut_short(&self, job: &Job) {
-        let Inner { known, client, settings, .. } = &*self.0;
-        if known.doubtful_until(&job.keys()).is_some() {
-            known.doubt(&job.keys(), Instant::now() + client.timeout() + settings.search_lag);
+    /// What [`Worker::run`] would do now, except for errors that only a write shows. Writes nothing.
+    pub async fn dry_run(&self, job: &Job) -> (Outcome, Decision) {
+        let mut attempts = self.attempts(job, &[], RunContext::first(), Mode::DryRun);
+        let outcome = attempts.retry_in_place().await;
+        attempts.conclude(outcome)
+    }
+
+    /// A creation that was dropped while it was sent may still happen: its time to appear in search starts now.
+    fn extend_pending_creation(&self, job: &Job) {
+        let Context { id_cache, client, settings, .. } = &*self.0;
+        if id_cache.pending_until(&job.keys()).is_some() {
+            let until = Instant::now() + client.timeout() + settings.search_lag;
+            id_cache.add_pending_creation(&job.keys(), until);
         }
     }
 
-    fn written(&self, job: &Job) {
-        if let Some(time) = job.event_time {
+    fn report_freshness(&self, job: &Job, outcome: &Outcome) {
+        if let (Outcome::Synced(_), Some(time)) = (outcome, job.event_time) {
             self.0.metrics.written(time);
         }
     }
 
-    /// What [`Worker::run`] would do now, short of what Close would say to it. Writes nothing.
-    pub async fn dry_run(&self, job: &Job) -> (Outcome, Decision) {
-        let mut tries = self.tries(job, &[], RunContext::first(), Mode::Rehearse);
-        let outcome = tries.retry_in_place().await;
-        tries.conclude(outcome)
-    }
-
-    fn tries<'a>(&'a self, job: &'a Job, others: &[&'a Job], turn: RunContext, mode: Mode) -> Attempts<'a> {
+    fn attempts<'a>(&'a self, job: &'a Job, others: &[&'a Job], run: RunContext, mode: Mode) -> Attempts<'a> {
         Attempts {
-            worker: self,
-            client: self.0.client.for_message(turn.priority),
+            context: &self.0,
+            client: self.0.client.for_message(run.priority),
             desired: &job.desired,
             others: others.iter().map(|job| &job.desired).collect(),
             keys: job.keys(),
-            turn,
+            run,
             mode,
             decision: Decision::default(),
         }
-    }
-
-    /// A failure may be about this message or about everything. When it could be the latter, ask.
-    async fn systemic(&self, failure: &Failure, history: History, last_try: bool) -> Option<PauseCause> {
-        let keys = &self.0.keys;
-        let about_keys = |path: &[String]| {
-            let last = path.last().and_then(|name| name.strip_prefix("custom."));
-            last.is_some()
-                && [&keys.company, &keys.user].iter().any(|key| key.as_ref().map(FieldId::as_str) == last)
-        };
-        let suspicious = match &failure.error {
-            CloseError::Forbidden => true,
-            CloseError::Rejected(rejection) => {
-                failure.stage == Stage::LookUp || rejection.fields.iter().any(|field| about_keys(&field.path))
-            }
-            // Before a message pays for it.
-            CloseError::NotFound => history.looked_again,
-            CloseError::Transient(_) => last_try,
-            CloseError::Unauthorized | CloseError::PlanLimit | CloseError::Unreachable(_) => false,
-        };
-        if !suspicious {
-            return None;
-        }
-        // An answer that says neither is no reason to give the message up.
-        let obstacles = self.refresh_mapping().await.err()?;
-        Some(obstacles.first().and_then(PreflightError::pause_cause).unwrap_or(PauseCause::Unreachable))
-    }
-}
-
-/// Says which rules have no field, and which constants their fields do not take.
-pub fn log_mapping_problems(mapping: &Mapping) {
-    for unknown in &mapping.unknown {
-        tracing::error!(setting = unknown.setting, "{}", unknown.description());
-    }
-    for misfit in mapping.misfits() {
-        tracing::error!(
-            setting = misfit.setting,
-            "{} is left out: {} (`close-sync check` lists what fits)",
-            misfit.value,
-            misfit.reason.description()
-        );
     }
 }
 

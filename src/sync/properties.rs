@@ -21,34 +21,37 @@ use crate::domain::record::{
 use crate::domain::schema::FieldRef;
 use crate::domain::switches::Switches;
 use crate::sync::id_cache::{CreatedIds, IdCache};
+use crate::sync::lookups::Lookups;
 use crate::sync::resolver::{Decided, Resolver};
 use crate::sync::version_cache::VersionCache;
 
 /// What the worker remembers from one message to the next.
 #[derive(Default)]
 pub(crate) struct Memory {
-    known: IdCache,
-    applied: VersionCache,
+    id_cache: IdCache,
+    version_cache: VersionCache,
 }
 
 /// What the worker decides about messages that go together, short of failures: a record that vanished is looked
 /// for once more.
 fn decide(
     book: &InMemoryRecords,
-    Memory { known, applied }: &Memory,
+    Memory { id_cache, version_cache }: &Memory,
     mapping: &Mapping,
     switches: Switches,
     events: &[&Desired],
 ) -> Result<(Decision, Decided), CloseError> {
     let mut decision = Decision::default();
     let mut resolver = Resolver {
-        records: book,
-        known,
-        applied,
-        keys: &mapping.keys,
+        lookups: Lookups {
+            records: book,
+            id_cache,
+            keys: &mapping.keys,
+            search_is_complete: true,
+            decision: &mut decision,
+        },
+        version_cache,
         switches,
-        trusted: true,
-        decision: &mut decision,
     };
     let (first, others) = events.split_first().expect("an event");
     let mut decided = || resolver.decide(first, others).now_or_never().expect("memory answers at once");
@@ -73,12 +76,12 @@ fn sync(
 /// Writes, and remembers what the worker would.
 fn carry_out(
     book: &mut InMemoryRecords,
-    Memory { known, applied }: &Memory,
+    Memory { id_cache, version_cache }: &Memory,
     events: &[&Desired],
-    (decision, Decided { ages, together, .. }): &(Decision, Decided),
+    (decision, Decided { versions, merged, .. }): &(Decision, Decided),
 ) {
-    let (mut new, mut ages) = (CreatedIds::default(), ages.clone());
-    for step in &together.steps {
+    let (mut new, mut versions) = (CreatedIds::default(), versions.clone());
+    for step in &merged.steps {
         let mut made = book.apply(step);
         if step.creates() {
             new = made.clone();
@@ -86,10 +89,10 @@ fn carry_out(
         if let (Some(Case::AdoptedLead), Step::UpdateLead { id, .. }) = (decision.case, step) {
             made.lead = Some(id.clone());
         }
-        known.learn_made(&events[0].identity, made, decision.nobody_else());
+        id_cache.remember_created(&events[0].identity, made, decision.nobody_else());
     }
-    events.iter().zip(&together.plans).for_each(|(event, plan)| plan.note_versions(&mut ages, event));
-    applied.remember(ages, &new);
+    events.iter().zip(&merged.plans).for_each(|(event, plan)| plan.note_versions(&mut versions, event));
+    version_cache.remember(versions, &new);
 }
 
 /// Records, and the rules they are treated by.
@@ -249,7 +252,7 @@ proptest! {
             // Whether the worker remembers, or was restarted since.
             for memory in [&memory, &Memory::default()] {
                 let again = decide(&book, memory, &world.mapping, world.switches, &[&desired]).unwrap();
-                prop_assert_eq!(&again.1.together.steps, &[]);
+                prop_assert_eq!(&again.1.merged.steps, &[]);
             }
         }
     }
@@ -271,7 +274,7 @@ proptest! {
         let kept = |id| book.leads.contains_key(id);
         prop_assert!(world.book.leads.keys().all(kept));
 
-        let changed = decided.together.changed();
+        let changed = decided.merged.changed();
         let touched: BTreeSet<&String> = changed.iter().collect();
         prop_assert_eq!(touched.len(), changed.len(), "a record is written twice");
         let contacts = kinds(&decision).iter().filter(|kind| **kind == "update_contact").count();
@@ -294,7 +297,7 @@ proptest! {
             });
             let (decision, decided) = sync(&mut book, &memory, &world, &[&desired]);
             let about_the_person_alone = desired.identity.company_id.is_none();
-            prop_assert!(!(is_known && about_the_person_alone && decided.together.creates()), "{}", decision.summary());
+            prop_assert!(!(is_known && about_the_person_alone && decided.merged.creates()), "{}", decision.summary());
         }
         let Mapping { keys, .. } = &world.mapping;
         let companies = |book: &InMemoryRecords| count(book.leads.values().filter_map(|lead| {
@@ -316,7 +319,7 @@ proptest! {
     }
 
     #[test]
-    fn together_or_one_after_the_other_makes_no_difference(
+    fn merged_or_one_after_the_other_makes_no_difference(
         world in world(), first in event(), events in proptest::collection::vec((event(), 0i64..9), 1..6),
         before in proptest::option::of(event()),
     ) {
@@ -353,16 +356,16 @@ proptest! {
         }
         let (mut at_once, memory) = start();
         let (_, decided) = sync(&mut at_once, &memory, &world, &all);
-        let changed = decided.together.changed();
+        let changed = decided.merged.changed();
         prop_assert_eq!(changed.iter().collect::<BTreeSet<_>>().len(), changed.len(), "a record is written twice");
         prop_assert_eq!(&one_by_one.leads, &at_once.leads);
         prop_assert_eq!(&one_by_one.contacts, &at_once.contacts);
         // And what is known afterwards is the same as well.
         for event in &all {
             let again = decide(&at_once, &memory, &world.mapping, world.switches, &[event]).unwrap();
-            let steps = again.1.together.steps;
+            let steps = again.1.merged.steps;
             let before = decide(&one_by_one, &memory, &world.mapping, world.switches, &[event]).unwrap();
-            prop_assert_eq!(steps, before.1.together.steps);
+            prop_assert_eq!(steps, before.1.merged.steps);
         }
     }
 
@@ -517,7 +520,7 @@ mod scenarios {
                     let decided = decide(&book, &memory, &mapping, switches, &[desired]).unwrap();
                     carry_out(&mut book, &memory, &[desired], &decided);
                     let again = decide(&book, &memory, &mapping, switches, &[desired]).unwrap();
-                    assert_eq!(again.1.together.steps, [], "{}: twice", scenario.title);
+                    assert_eq!(again.1.merged.steps, [], "{}: twice", scenario.title);
                     let decision = decided.0;
                     let effect = decision.plan.steps.iter().map(Effect::of).min();
                     (Outcome::of(&decision.plan, effect.unwrap_or(Effect::Unchanged)), decision)

@@ -1,10 +1,10 @@
-//! Records being written to: no two messages change one record at the same time.
+//! Locks on records: no two messages change one record at the same time.
 //!
-//! Key queues keep messages apart that share a key, but two messages can mean one Contact by different
-//! keys, one by its user id, one by its email. Close replaces a list as a whole, so writing what was
-//! read before the other wrote would undo it. A message therefore claims the records of its plan
-//! before it writes. When one of them is taken, or was written to since it was read, the message looks
-//! again. Nobody waits while holding a claim, so there is no deadlock.
+//! Key queues separate messages that share a key, but two messages can mean one Contact by different keys, one by
+//! its user id and one by its email. Close replaces a list as a whole, so writing a list that was read before
+//! the other write would undo it. A message therefore locks the records of its plan before it writes. If one of
+//! them is locked, or was written to since it was read, the message looks up again. No message waits while it
+//! holds a lock, so there is no deadlock.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,12 +15,12 @@ use moka::sync::Cache;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-/// Longer than any message is held between reading and writing, a wait for budget included.
+/// Longer than any message takes between reading and writing, waits for rate budget included.
 const REMEMBERED: Duration = Duration::from_hours(1);
-/// Records written to that are remembered. An entry takes about 100 bytes.
+/// In records. An entry takes about 100 bytes.
 const CAPACITY: u64 = 50_000;
 
-/// The claims of one worker. Clones share them.
+/// The locks of one worker. Clones share them.
 #[derive(Clone, Debug)]
 pub struct RecordLocks(Arc<Inner>);
 
@@ -45,17 +45,17 @@ impl Default for RecordLocks {
     }
 }
 
-/// Records claimed. Dropping it releases them, as written to.
+/// Locked records. Dropping it unlocks them and marks them as written to.
 #[derive(Debug)]
 pub struct RecordGuard {
-    claims: RecordLocks,
+    locks: RecordLocks,
     records: Vec<String>,
 }
 
 impl RecordLocks {
-    /// Locks records that were read at `read` or later. `None` after waiting for another message, or
-    /// when one has written to them since: then read again.
-    pub async fn take(&self, records: Vec<String>, read: Instant) -> Option<RecordGuard> {
+    /// Locks records that were read at `read` or later. Returns `None` when the caller must read again: after
+    /// waiting for another message's lock, or when a record was written to since.
+    pub async fn lock(&self, records: Vec<String>, read: Instant) -> Option<RecordGuard> {
         let mut released = std::pin::pin!(self.0.released.notified());
         // From here on no release is missed.
         released.as_mut().enable();
@@ -65,7 +65,7 @@ impl RecordLocks {
             let stale = records.iter().any(|record| self.0.written.get(record).is_some_and(|at| at >= read));
             if !busy && !stale {
                 taken.extend(records.iter().cloned());
-                return Some(RecordGuard { claims: self.clone(), records });
+                return Some(RecordGuard { locks: self.clone(), records });
             }
             busy
         };
@@ -78,7 +78,7 @@ impl RecordLocks {
 
 impl Drop for RecordGuard {
     fn drop(&mut self) {
-        let inner = &self.claims.0;
+        let inner = &self.locks.0;
         let mut taken = inner.taken.lock().unwrap_or_else(PoisonError::into_inner);
         for record in &self.records {
             inner.written.insert(record.clone(), Instant::now());
@@ -94,23 +94,23 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_record_is_had_by_one_and_has_to_be_read_again_by_the_next() {
-        let claims = RecordLocks::default();
+    async fn a_lock_is_exclusive_and_the_next_message_must_read_again() {
+        let locks = RecordLocks::default();
         let records = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
         let read = Instant::now();
-        let first = claims.take(records(&["lead_1", "cont_1"]), read).await.unwrap();
-        assert!(claims.take(records(&["cont_2"]), read).await.is_some(), "others are free");
+        let first = locks.lock(records(&["lead_1", "cont_1"]), read).await.unwrap();
+        assert!(locks.lock(records(&["cont_2"]), read).await.is_some(), "other records are free");
 
         let second = tokio::spawn({
-            let claims = claims.clone();
+            let locks = locks.clone();
             let records = records(&["cont_1", "cont_3"]);
-            async move { claims.take(records, read).await.is_none() }
+            async move { locks.lock(records, read).await.is_none() }
         });
         tokio::task::yield_now().await;
         assert!(!second.is_finished());
         drop(first);
-        assert!(second.await.unwrap(), "what it read is old");
-        assert!(claims.take(records(&["lead_1"]), read).await.is_none());
-        assert!(claims.take(records(&["cont_1", "cont_3"]), Instant::now()).await.is_some());
+        assert!(second.await.unwrap(), "what it read is stale");
+        assert!(locks.lock(records(&["lead_1"]), read).await.is_none());
+        assert!(locks.lock(records(&["cont_1", "cont_3"]), Instant::now()).await.is_some());
     }
 }

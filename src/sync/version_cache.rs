@@ -46,7 +46,7 @@ impl Default for VersionCache {
 impl VersionCache {
     /// The ages of the records that were found. A record that stores another time than is remembered was written
     /// to by someone else, nobody knows what.
-    pub fn ages(&self, found: &Found, stamps: &SyncedAtFields) -> RecordVersions {
+    pub fn versions_of(&self, found: &Found, stamps: &SyncedAtFields) -> RecordVersions {
         let age = |kind: &'static str, id: &str, fields: &Fields, stamp: Option<&FieldId>| {
             let stored = staleness::stored(fields, stamp);
             let is_it = |age: &FieldVersions| age.stored == stored;
@@ -79,7 +79,7 @@ impl VersionCache {
                 (NEW_CONTACT, Some(stored)) => self.made.insert((NEW_CONTACT, stored), intended),
                 (NEW_LEAD | NEW_CONTACT, None) => {}
                 _ => {
-                    let age = self.with(&id, ages.get(&id).cloned().unwrap_or_default());
+                    let age = self.joined(&id, ages.get(&id).cloned().unwrap_or_default());
                     self.records.insert(id, Memory { age, intended: Some(intended) });
                 }
             }
@@ -99,14 +99,14 @@ impl VersionCache {
                 for kind in [NEW_LEAD, NEW_CONTACT] {
                     age.stored.inspect(|stored| self.made.invalidate(&(kind, *stored)));
                 }
-                let age = self.with(&id, age);
+                let age = self.joined(&id, age);
                 self.records.insert(id, Memory { age, intended: None });
             }
         }
     }
 
     /// Others who changed nothing may have looked at the record at the same time.
-    fn with(&self, id: &str, age: FieldVersions) -> FieldVersions {
+    fn joined(&self, id: &str, age: FieldVersions) -> FieldVersions {
         self.records.get(id).map_or(age.clone(), |memory| memory.age.join(age))
     }
 }

@@ -111,10 +111,7 @@ async fn who_knows_the_token_signs_in_and_out() {
     assert_ne!(browser.cookie, before);
     let before = browser.cookie.clone();
     let out = browser.submit("/page/-", "/page/sign-out", &[]).await;
-    assert!(
-        out.status == StatusCode::SEE_OTHER && out.header(SET_COOKIE).contains("Max-Age=0"),
-        "{out:#?}"
-    );
+    assert!(out.status == StatusCode::SEE_OTHER && out.header(SET_COOKIE).contains("Max-Age=0"), "{out:#?}");
     browser.cookie = before;
     assert_eq!(browser.get("/page/-").await.status, StatusCode::UNAUTHORIZED, "the session is over");
     assert_eq!(worker.audited(), [["sign-in", "Ada", ""], ["sign-in", "Ada", ""], ["sign-out", "Ada", ""]]);

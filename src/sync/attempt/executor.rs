@@ -1,0 +1,109 @@
+//! Executes one step of a plan: sends the write, and again without the optional fields that Close rejects.
+
+use tokio::time::Instant;
+
+use crate::close::{Client, CloseError, FieldError};
+use crate::domain::decision::Decision;
+use crate::domain::mapping::{Desired, Key};
+use crate::domain::matching::Found;
+use crate::domain::partial_write;
+use crate::domain::plan::Step;
+use crate::outcome::Effect;
+use crate::sync::context::Context;
+use crate::sync::id_cache::CreatedIds;
+
+pub(super) struct Executor<'a> {
+    pub(super) context: &'a Context,
+    pub(super) client: &'a Client,
+    pub(super) desired: &'a Desired,
+    /// Several events share the write. When Close rejects a field of it, they are retried one by one.
+    pub(super) merges: bool,
+    pub(super) keys: &'a [Key],
+    pub(super) decision: &'a mut Decision,
+}
+
+impl Executor<'_> {
+    /// Executes a step. When Close rejects optional fields, repeats it without them, each time with fewer: Close
+    /// may name one only after another is gone.
+    pub(super) async fn execute(
+        &mut self,
+        step: &Step,
+        found: &Found,
+        created: &mut CreatedIds,
+    ) -> Result<Effect, CloseError> {
+        let mut remaining = step.clone();
+        let mut field_is_missing = false;
+        let effect = loop {
+            if remaining.is_empty() {
+                break Effect::Unchanged;
+            }
+            let rejection = match self.send(&remaining, found).await {
+                Err(CloseError::Rejected(rejection)) if !self.merges => rejection,
+                Err(error) => return Err(error),
+                Ok(ids) => {
+                    if step.creates() {
+                        *created = ids;
+                    }
+                    break Effect::of(step);
+                }
+            };
+            let paths = rejection.fields.iter().map(|field| field.path.as_slice());
+            let Some((smaller, rejected)) =
+                partial_write::without_rejected(&remaining, paths, self.desired, &self.context.keys)
+            else {
+                return Err(CloseError::Rejected(rejection));
+            };
+            let dropped = self.decision.plan.refuse(&rejected);
+            self.decision.dropped.extend(dropped);
+            field_is_missing |= rejection.fields.iter().any(FieldError::field_is_missing);
+            remaining = smaller;
+        };
+        if field_is_missing {
+            self.context.refresh_stale_mapping().await;
+        }
+        Ok(effect)
+    }
+
+    /// Sends one write and caches the ids it returns. A creation is pending from before the call, because the
+    /// call may be dropped at any moment and still happen.
+    async fn send(&self, step: &Step, found: &Found) -> Result<CreatedIds, CloseError> {
+        let Context { id_cache, settings, .. } = self.context;
+        let client = self.client;
+        let adopts = found.adopts() && matches!(step, Step::UpdateLead { .. });
+        let gives_keys = adopts || step.creates();
+        if gives_keys {
+            id_cache.add_pending_creation(self.keys, Instant::now() + client.timeout() + settings.search_lag);
+        }
+        let result = match step {
+            Step::CreateLead { lead, contact } => client
+                .create_lead(lead, contact.as_ref())
+                .await
+                .map(|(lead, contact)| CreatedIds { lead: Some(lead), contact }),
+            Step::CreateContact { lead, contact } => client
+                .create_contact(lead, contact)
+                .await
+                .map(|id| CreatedIds { lead: None, contact: Some(id) }),
+            Step::UpdateLead { id, changes } => client
+                .update_lead(id, changes)
+                .await
+                .map(|()| CreatedIds { lead: adopts.then(|| id.clone()), contact: None }),
+            // It may have gained the user id or the email, which search does not know yet.
+            Step::UpdateContact { id, changes } => client
+                .update_contact(id, changes)
+                .await
+                .map(|()| CreatedIds { lead: None, contact: Some(id.clone()) }),
+        };
+        if gives_keys {
+            match &result {
+                Err(error) if error.may_have_been_applied() => {
+                    id_cache.add_pending_creation(self.keys, Instant::now() + settings.search_lag);
+                }
+                Ok(_) | Err(_) => id_cache.complete_creation(self.keys),
+            }
+        }
+        let ids = result?;
+        tracing::debug!(step = step.label(), made = ?ids, "wrote to Close");
+        id_cache.remember_created(&self.desired.identity, ids.clone(), self.decision.nobody_else());
+        Ok(ids)
+    }
+}

@@ -1,0 +1,167 @@
+//! What all messages of one Close organization share: settings, caches, the mapping in force and the circuit breaker.
+
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::close::{Client, CloseError};
+use crate::domain::mapping::{KeyFields, Mapping, Rules};
+use crate::domain::record::FieldId;
+use crate::outcome::{Failure, PauseCause, Stage};
+use crate::retry::History;
+use crate::sync::circuit_breaker::CircuitBreaker;
+use crate::sync::id_cache::IdCache;
+use crate::sync::job::Settings;
+use crate::sync::preflight::{self, PreflightError};
+use crate::sync::record_locks::RecordLocks;
+use crate::sync::version_cache::VersionCache;
+use crate::telemetry::metrics::Metrics;
+
+/// A mapping that is younger than this is not refreshed when Close rejects a field.
+const MIN_REFRESH_INTERVAL: Duration = Duration::from_secs(10);
+
+pub(crate) struct Context {
+    pub(crate) settings: Settings,
+    pub(crate) client: Client,
+    pub(crate) keys: KeyFields,
+    pub(crate) id_cache: IdCache,
+    pub(crate) version_cache: VersionCache,
+    pub(crate) record_locks: RecordLocks,
+    pub(crate) metrics: Metrics,
+    rules: Rules,
+    mapping: RwLock<Arc<Mapping>>,
+    /// When the mapping was last refreshed. Held during a refresh, so that there is one at a time.
+    refreshed_at: tokio::sync::Mutex<Instant>,
+    breaker: Mutex<CircuitBreaker>,
+    last_failure: Mutex<Option<String>>,
+}
+
+impl Context {
+    pub(crate) fn new(
+        settings: Settings,
+        rules: &Rules,
+        mapping: Mapping,
+        client: Client,
+        metrics: Metrics,
+    ) -> Self {
+        Self {
+            settings,
+            client,
+            keys: mapping.keys.clone(),
+            id_cache: IdCache::default(),
+            version_cache: VersionCache::default(),
+            record_locks: RecordLocks::default(),
+            metrics,
+            rules: rules.pinned(&mapping.keys),
+            mapping: RwLock::new(Arc::new(mapping)),
+            refreshed_at: tokio::sync::Mutex::new(Instant::now()),
+            breaker: Mutex::default(),
+            last_failure: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn mapping(&self) -> Arc<Mapping> {
+        self.mapping.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn last_failure(&self) -> Option<String> {
+        self.last_failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn set_last_failure(&self, failure: &Failure) {
+        let failure = format!("{}: {}", failure.stage.label(), failure.error);
+        *self.last_failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(failure);
+    }
+
+    pub(crate) fn record_success(&self) {
+        self.breaker(|breaker| breaker.record_success(Instant::now()));
+    }
+
+    /// Whether the circuit breaker opens.
+    pub(crate) fn record_failure(&self) -> bool {
+        self.breaker(|breaker| breaker.record_failure(Instant::now()))
+    }
+
+    pub(crate) fn breaker<T>(&self, with: impl FnOnce(&mut CircuitBreaker) -> T) -> T {
+        with(&mut self.breaker.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Runs the preflight check and resolves the mapping against the current fields in Close. On failure the
+    /// mapping stays as it is.
+    pub(crate) async fn refresh_mapping(&self) -> Result<(), Vec<PreflightError>> {
+        let mut refreshed_at = self.refreshed_at.lock().await;
+        self.refresh(&mut refreshed_at).await
+    }
+
+    /// After Close has said that a field does not exist.
+    pub(crate) async fn refresh_stale_mapping(&self) {
+        let mut refreshed_at = self.refreshed_at.lock().await;
+        if refreshed_at.elapsed() > MIN_REFRESH_INTERVAL
+            && let Err(errors) = self.refresh(&mut refreshed_at).await
+        {
+            let obstacle = errors.first().map(ToString::to_string);
+            tracing::warn!(obstacle, "cannot read the fields in Close; keeping the current mapping");
+        }
+    }
+
+    async fn refresh(&self, refreshed_at: &mut Instant) -> Result<(), Vec<PreflightError>> {
+        let mapping = preflight::run(&self.client, &self.rules).await?.mapping;
+        *refreshed_at = Instant::now();
+        let mut current = self.mapping.write().unwrap_or_else(PoisonError::into_inner);
+        if (&mapping.unknown, mapping.misfits()) != (&current.unknown, current.misfits()) {
+            log_mapping_problems(&mapping);
+        }
+        if mapping != **current {
+            tracing::info!("fields in Close have changed, mapping updated");
+            *current = Arc::new(mapping);
+        }
+        Ok(())
+    }
+
+    /// Some failures may concern every message, not only this one. When that is possible, runs the preflight check.
+    pub(crate) async fn systemic_cause(
+        &self,
+        failure: &Failure,
+        history: History,
+        is_last_attempt: bool,
+    ) -> Option<PauseCause> {
+        let is_key_field = |path: &[String]| {
+            let last = path.last().and_then(|name| name.strip_prefix("custom."));
+            let keys = [&self.keys.company, &self.keys.user];
+            last.is_some() && keys.iter().any(|key| key.as_ref().map(FieldId::as_str) == last)
+        };
+        let may_be_systemic = match &failure.error {
+            CloseError::Forbidden => true,
+            CloseError::Rejected(rejection) => {
+                failure.stage == Stage::LookUp
+                    || rejection.fields.iter().any(|field| is_key_field(&field.path))
+            }
+            // Check before the message is dead-lettered.
+            CloseError::NotFound => history.looked_again,
+            CloseError::Transient(_) => is_last_attempt,
+            CloseError::Unauthorized | CloseError::PlanLimit | CloseError::Unreachable(_) => false,
+        };
+        if !may_be_systemic {
+            return None;
+        }
+        // A check without a clear answer is not a reason to give the message up.
+        let errors = self.refresh_mapping().await.err()?;
+        Some(errors.first().and_then(PreflightError::pause_cause).unwrap_or(PauseCause::Unreachable))
+    }
+}
+
+/// Logs rules without a field in Close, and constants that their fields do not accept.
+pub fn log_mapping_problems(mapping: &Mapping) {
+    for unknown in &mapping.unknown {
+        tracing::error!(setting = unknown.setting, "{}", unknown.description());
+    }
+    for misfit in mapping.misfits() {
+        tracing::error!(
+            setting = misfit.setting,
+            "{} is ignored: {} (`close-sync check` lists what fits)",
+            misfit.value,
+            misfit.reason.description()
+        );
+    }
+}

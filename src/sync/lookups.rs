@@ -1,0 +1,199 @@
+//! Access to records for the resolver: asks the id cache and Close, and notes each look-up and each candidate in
+//! the [`Decision`]. Which look-up comes next is the resolver's decision.
+
+use crate::close::{CloseError, Records};
+use crate::domain::decision::{Candidate, Decision, LookUp};
+use crate::domain::mapping::{Identity, Key, KeyFields};
+use crate::domain::matching::{
+    Likeness, MAX_CONTACTS, People, Verdict, company_leads, compare, judge_lead, pick_people,
+};
+use crate::domain::record::{Contact, ContactId, FieldId, Lead, LeadId};
+use crate::sync::id_cache::{CreatedIds, IdCache};
+
+pub(crate) type LeadWithContacts = (Lead, Vec<Contact>);
+
+pub(crate) struct Lookups<'a, R> {
+    pub(crate) records: &'a R,
+    pub(crate) id_cache: &'a IdCache,
+    pub(crate) keys: &'a KeyFields,
+    /// Search shows every record created so far.
+    pub(crate) search_is_complete: bool,
+    pub(crate) decision: &'a mut Decision,
+}
+
+/// Ids of the oldest Contacts that search shows for a person.
+pub(crate) struct ContactHits {
+    pub(crate) by_user: Vec<ContactId>,
+    pub(crate) by_email: Vec<ContactId>,
+}
+
+impl<R: Records> Lookups<'_, R> {
+    pub(crate) fn cached_lead(&mut self, company_id: &str) -> Option<LeadId> {
+        let id = self.id_cache.lead(company_id)?;
+        self.note(LookUp::RememberedLead);
+        Some(id)
+    }
+
+    /// The company's Leads that search shows, oldest first.
+    pub(crate) async fn search_leads(
+        &mut self,
+        field: &FieldId,
+        company_id: &str,
+    ) -> Result<Vec<Lead>, CloseError> {
+        let hits = self.records.find_leads(field, company_id).await?;
+        self.note(LookUp::SearchedLeads(hits.len()));
+        for lead in hits.iter().filter(|lead| lead.custom(field) != Some(company_id)) {
+            self.note_candidate(lead.id.as_str(), judge_lead(lead, company_id, self.keys));
+        }
+        Ok(company_leads(hits, company_id, self.keys))
+    }
+
+    /// The Lead with its Contacts, if it still exists and still has this company id.
+    pub(crate) async fn read_company_lead(
+        &mut self,
+        id: &LeadId,
+        company_id: &str,
+    ) -> Result<Option<LeadWithContacts>, CloseError> {
+        let answer = self.records.lead(id).await;
+        self.note(LookUp::Read(id.to_string()));
+        let verdict = match &answer {
+            Ok((lead, _)) => judge_lead(lead, company_id, self.keys),
+            Err(CloseError::NotFound) => Verdict::Gone,
+            Err(_) => return answer.map(Some),
+        };
+        self.note_candidate(id.as_str(), verdict);
+        Ok(answer.ok().filter(|_| verdict == Verdict::SameCompany))
+    }
+
+    /// The Leads of Contacts with all their members, in the order of the Contacts, each read once.
+    pub(crate) async fn read_leads_of(
+        &mut self,
+        contacts: &[Contact],
+    ) -> Result<Vec<LeadWithContacts>, CloseError> {
+        let mut leads: Vec<LeadWithContacts> = Vec::new();
+        for id in contacts.iter().filter_map(|contact| contact.lead_id.as_ref()) {
+            if !leads.iter().any(|(lead, _)| lead.id == *id) {
+                let answer = self.records.lead(id).await;
+                self.note(LookUp::Read(id.to_string()));
+                leads.push(answer?);
+            }
+        }
+        Ok(leads)
+    }
+
+    /// All Contacts of the person, if the cache is complete. The user id decides before the email, so all its
+    /// Contacts are enough.
+    pub(crate) fn cached_contacts(&mut self, person: &Identity) -> Option<Vec<ContactId>> {
+        let cached = self.id_cache.contacts(&person.person().next()?);
+        if !cached.complete {
+            return None;
+        }
+        self.note(LookUp::RememberedContacts(cached.ids.len()));
+        Some(cached.ids)
+    }
+
+    /// Searches the person's Contacts and caches their ids.
+    pub(crate) async fn search_contacts(&mut self, person: &Identity) -> Result<ContactHits, CloseError> {
+        let user = self.keys.user.as_ref().zip(person.user_id.as_deref());
+        let hits = self.records.find_contacts(user, person.email.as_deref()).await?;
+        self.note(LookUp::SearchedContacts(hits.contacts.len()));
+        let mut candidates = hits.contacts;
+        let is_user = |contact: &Contact| compare(contact, person, self.keys) == Likeness::SameUser;
+        // A shared email can fill the whole page; the person may be on the next one.
+        if hits.more && user.is_some() && !candidates.iter().any(is_user) {
+            let hits = self.records.find_contacts(user, None).await?;
+            self.note(LookUp::SearchedContacts(hits.contacts.len()));
+            candidates.extend(hits.contacts);
+        }
+        // Not all candidates are read, so note here which ones are left alone.
+        for (id, verdict) in pick_people(candidates.clone(), person, self.keys).verdicts {
+            if matches!(
+                verdict,
+                Verdict::TooMany | Verdict::UserIdDecides | Verdict::SomebodyElse | Verdict::NotThePerson
+            ) {
+                self.note_candidate(id.as_str(), verdict);
+            }
+        }
+        candidates.sort_by(|a, b| (&a.date_created, &a.id).cmp(&(&b.date_created, &b.id)));
+        let with = |likeness: Likeness| -> Vec<ContactId> {
+            let alike = candidates.iter().filter(|contact| compare(contact, person, self.keys) == likeness);
+            alike.map(|contact| contact.id.clone()).take(MAX_CONTACTS).collect()
+        };
+        let by_user = with(Likeness::SameUser);
+        // A Contact with the email and another user id does not match this person, but may match an event that
+        // has only the email.
+        let by_email = [with(Likeness::SameEmail), with(Likeness::Conflict)].concat();
+        let complete = self.search_is_complete;
+        if let Some(user_id) = &person.user_id {
+            self.id_cache.remember_contacts(Key::User(user_id.clone()), by_user.clone(), complete);
+        }
+        if let Some(email) = &person.email
+            && by_user.is_empty()
+        {
+            self.id_cache.remember_contacts(Key::Email(email.clone()), by_email.clone(), complete);
+        }
+        Ok(ContactHits { by_user, by_email })
+    }
+
+    /// Adds the cached ids of a key: search may not show them yet.
+    pub(crate) fn with_cached(&self, key: Option<Key>, found: Vec<ContactId>) -> Vec<ContactId> {
+        let cached = key.map(|key| self.id_cache.contacts(&key).ids).unwrap_or_default();
+        let mut ids = [found, cached].concat();
+        ids.sort();
+        ids.dedup();
+        ids
+    }
+
+    /// Reads Contacts and returns those that are the person. Forgets the person's Contacts if one is gone.
+    pub(crate) async fn read_contacts(
+        &mut self,
+        ids: Vec<ContactId>,
+        person: &Identity,
+    ) -> Result<People, CloseError> {
+        let mut contacts = Vec::with_capacity(ids.len());
+        for id in ids {
+            let answer = self.records.contact(&id).await;
+            self.note(LookUp::Read(id.to_string()));
+            match answer {
+                Ok(contact) => contacts.push(contact),
+                Err(CloseError::NotFound) => {
+                    self.note_candidate(id.as_str(), Verdict::Gone);
+                    person.person().for_each(|key| self.id_cache.forget_contacts(&key));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(pick_people(contacts, person, self.keys))
+    }
+
+    /// Caches Contacts as the person's. After a write whose answer was lost, the cache lacks them and may count
+    /// as complete.
+    pub(crate) fn remember_contacts(&self, contacts: &[Contact], person: &Identity) {
+        for contact in contacts {
+            let ids = CreatedIds { lead: None, contact: Some(contact.id.clone()) };
+            self.id_cache.remember_created(person, ids, false);
+        }
+    }
+
+    fn note(&mut self, look_up: LookUp) {
+        self.decision.look_ups.push(look_up);
+    }
+
+    /// Notes what Contacts were judged to be. Of a Lead's members, other people are not candidates.
+    pub(crate) fn note_people(&mut self, people: &People, others_too: bool) {
+        for (id, verdict) in &people.verdicts {
+            if others_too || *verdict != Verdict::NotThePerson {
+                self.note_candidate(id.as_str(), *verdict);
+            }
+        }
+    }
+
+    /// Notes the verdict on a record; the last one counts.
+    pub(crate) fn note_candidate(&mut self, id: &str, verdict: Verdict) {
+        let candidates = &mut self.decision.candidates;
+        match candidates.iter_mut().find(|candidate| candidate.id == id) {
+            Some(candidate) => candidate.verdict = verdict,
+            None => candidates.push(Candidate { id: id.to_owned(), verdict }),
+        }
+    }
+}
