@@ -1,4 +1,4 @@
-//! What producers are told (`deploy/schema`), compared with what the worker does.
+//! The contract for producers in `deploy/schema` agrees with the worker.
 
 use std::path::Path;
 
@@ -30,13 +30,13 @@ impl Schema {
     }
 }
 
-/// Whether the worker can read it.
-fn is_read(value: &Value) -> bool {
+/// Whether the worker can decode it.
+fn is_decoded(value: &Value) -> bool {
     Event::decode(value.to_string().as_bytes(), usize::MAX).is_ok()
 }
 
 #[test]
-fn what_the_sdks_send_fits_the_schema_exactly_if_it_is_read() {
+fn the_schema_accepts_exactly_the_sdk_payloads_that_the_worker_decodes() {
     let schema = Schema::of(IDENTIFY);
     let mut seen = 0;
     for file in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/payloads")).unwrap() {
@@ -45,13 +45,13 @@ fn what_the_sdks_send_fits_the_schema_exactly_if_it_is_read() {
             for line in split(&std::fs::read(&path).unwrap()) {
                 let Ok(value) = serde_json::from_slice(&line) else { continue };
                 seen += 1;
-                assert_eq!(schema.fits(&value), is_read(&value), "{}: {value}", path.display());
+                assert_eq!(schema.fits(&value), is_decoded(&value), "{}: {value}", path.display());
             }
         }
     }
     assert!(seen > 100, "{seen}");
     for example in serde_json::from_str::<Value>(IDENTIFY).unwrap()["examples"].as_array().unwrap() {
-        assert!(schema.fits(example) && is_read(example), "{example}");
+        assert!(schema.fits(example) && is_decoded(example), "{example}");
     }
 }
 
@@ -71,7 +71,7 @@ fn any_value() -> impl Strategy<Value = Value> {
 
 proptest! {
     #[test]
-    fn an_event_fits_the_schema_exactly_if_it_is_read(
+    fn the_schema_accepts_exactly_the_events_that_the_worker_decodes(
         parts in proptest::collection::btree_map(
             prop_oneof![
                 Just("type"), Just("traits"), Just("userId"), Just("integrations"), Just("batch"),
@@ -85,19 +85,19 @@ proptest! {
         thread_local!(static SCHEMA: Schema = Schema::of(IDENTIFY));
         let event = Value::Object(parts.into_iter().map(|(key, value)| (key.to_owned(), value)).collect::<Map<_, _>>());
         for value in [event, other] {
-            prop_assert_eq!(SCHEMA.with(|schema| schema.fits(&value)), is_read(&value), "{}", value);
+            prop_assert_eq!(SCHEMA.with(|schema| schema.fits(&value)), is_decoded(&value), "{}", value);
         }
     }
 }
 
 #[test]
-fn the_exchange_is_where_the_document_says() {
+fn the_asyncapi_document_names_the_default_exchange() {
     let document: Value = serde_json::from_str(ASYNCAPI).unwrap();
     let defaults = Config::load(None, &[].into(), Need::Broker).unwrap().single().unwrap();
     let exchange = &document["channels"]["identify"]["bindings"]["amqp"]["exchange"];
     assert_eq!(exchange["name"], defaults.amqp.exchange.as_str());
     assert_eq!((&exchange["type"], &exchange["durable"]), (&json!("topic"), &json!(true)));
-    // Each reference leads somewhere.
+    // Every reference resolves.
     let mut open = vec![&document];
     while let Some(value) = open.pop() {
         if let Some(target) = value.get("$ref").and_then(Value::as_str) {

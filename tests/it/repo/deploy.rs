@@ -1,4 +1,4 @@
-//! What is in `deploy/` names variables, ports and paths that the program has.
+//! The variables, ports and paths in `deploy/` exist in the program.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
@@ -16,14 +16,14 @@ const COMPOSE: &str = include_str!("../../../docker-compose.yml");
 const DOCKERFILE: &str = include_str!("../../../deploy/Dockerfile");
 const CHANGELOG: &str = include_str!("../../../deploy/CHANGELOG.md");
 
-/// What follows in the lines that begin so.
+/// The rest of each line that starts with `beginning`.
 fn after<'a>(file: &'a str, beginning: &str) -> Vec<&'a str> {
     file.lines()
         .filter_map(|line| line.trim_start().trim_start_matches("- ").strip_prefix(beginning))
         .collect()
 }
 
-/// Name and value of each variable of the Deployment.
+/// Name and value of each variable in the Deployment.
 fn variables_of_the_deployment() -> Vec<(&'static str, &'static str)> {
     let lines: Vec<_> = DEPLOYMENT.lines().map(str::trim_start).collect();
     let pair = |two: &[&'static str]| {
@@ -36,7 +36,7 @@ fn variables_of_the_unit() -> Vec<(&'static str, &'static str)> {
     after(UNIT, "Environment=").into_iter().map(|pair| pair.split_once('=').unwrap()).collect()
 }
 
-/// The variables of all settings.
+/// Adds the variables of all settings to `known`.
 fn variables(table: &toml::Table, path: &str, known: &mut BTreeSet<String>) {
     for (key, value) in table {
         let path = format!("{path}{key}").to_uppercase();
@@ -48,7 +48,7 @@ fn variables(table: &toml::Table, path: &str, known: &mut BTreeSet<String>) {
 }
 
 #[test]
-fn every_variable_is_one_of_the_program() {
+fn every_variable_is_a_setting_of_the_program() {
     let mut known: BTreeSet<_> =
         ["CLOSE_SYNC_CONFIG", "CLOSE_API_KEY_FILE", "AMQP_URL_FILE"].map(String::from).into();
     variables(&toml::from_str(DEFAULTS).unwrap(), "", &mut known);
@@ -68,7 +68,7 @@ fn every_variable_is_one_of_the_program() {
     assert!(unknown.is_empty(), "{unknown:?}");
 }
 
-/// With its secrets in place, what is mounted is a configuration that works.
+/// With the secrets in place, the mounted configuration is valid.
 #[test]
 fn the_settings_of_a_deployment_are_valid() {
     let folder = tempfile::tempdir().unwrap();
@@ -97,7 +97,7 @@ async fn every_port_and_path_is_served() {
     assert_eq!(after(DEPLOYMENT, "containerPort: "), [port]);
     assert_eq!(after(SERVICE, "port: "), [port]);
     assert_eq!(after(DOCKERFILE, "EXPOSE "), [port]);
-    // By its name elsewhere.
+    // Other files refer to the port by name.
     assert!(DEPLOYMENT.contains(&format!("- name: http\n              containerPort: {port}")));
     assert_eq!(after(DEPLOYMENT, "port: "), ["http", "http"]);
     assert_eq!((after(SERVICE, "targetPort: "), after(MONITOR, "port: ")), (vec!["http"], vec!["http"]));
@@ -110,29 +110,29 @@ async fn every_port_and_path_is_served() {
     worker.terminate().await;
 }
 
-/// `dlq` writes temporary files: a large export, an edit.
+/// `dlq` writes temporary files for a large export or an edit.
 #[test]
-fn a_root_that_is_read_only_has_a_place_for_temporary_files() {
+fn a_read_only_root_has_a_directory_for_temporary_files() {
     assert_eq!(after(DEPLOYMENT, "readOnlyRootFilesystem: "), ["true"]);
     assert!(after(DEPLOYMENT, "mountPath: ").contains(&"/tmp"));
     let common = COMPOSE.split_once("&close-sync\n").unwrap().1.split_once("\n\n").unwrap().0;
     assert_eq!((after(common, "read_only: "), after(common, "tmpfs: ")), (vec!["true"], vec!["[/tmp]"]));
 }
 
-/// The version of the program, with a commit, is what the changelog tells of.
+/// `--version` prints the version of the newest changelog entry, and a commit.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_changelog_tells_of_this_version() {
-    let told = Bench::new().await.output(&["--version"]).await;
-    let (version, commit) = told.strip_prefix("close-sync ").unwrap().split_once(" (").unwrap();
+async fn the_changelog_has_an_entry_for_this_version() {
+    let output = Bench::new().await.output(&["--version"]).await;
+    let (version, commit) = output.strip_prefix("close-sync ").unwrap().split_once(" (").unwrap();
     assert_eq!(version, env!("CARGO_PKG_VERSION"));
-    assert!(commit.strip_suffix(")\n").is_some_and(|commit| !commit.is_empty()), "{told}");
+    assert!(commit.strip_suffix(")\n").is_some_and(|commit| !commit.is_empty()), "{output}");
     let newest = CHANGELOG.lines().find_map(|line| line.strip_prefix("## ")).unwrap();
     assert!(newest.contains(version), "{newest}");
 }
 
-/// Longer than `worker.grace`, and the exit codes nobody should answer by starting again.
+/// The stop timeouts are longer than `worker.grace`, and systemd does not restart after exit codes 2 and 78.
 #[test]
-fn a_worker_has_the_time_it_needs_to_stop() {
+fn stop_timeouts_are_longer_than_the_grace_period() {
     let grace =
         toml::from_str::<toml::Table>(DEFAULTS).unwrap()["worker"]["grace"].as_str().unwrap().to_owned();
     let seconds = |text: &str| Duration::from_secs(text.trim_end_matches('s').parse().unwrap());

@@ -1,4 +1,4 @@
-//! What the repository says about the program.
+//! The documents and deployment files agree with the program.
 
 pub(crate) mod contract;
 mod deploy;

@@ -125,14 +125,14 @@ fn every_alert_links_to_its_runbook_section() {
     }
 }
 
-/// A path in backticks is relative to the repository.
+/// Paths in backticks are relative to the repository.
 #[test]
 fn every_path_in_the_text_exists() {
     let folders = ["deploy/", "tests/", "src/", ".ci/"];
     for page in Page::all() {
         for span in page.code_spans().filter(|span| folders.iter().any(|folder| span.starts_with(folder))) {
             let path = span.split(' ').next().unwrap();
-            // Also the name of the Deployment in kubectl's notation.
+            // kubectl writes the Deployment's name in the same form.
             let exists = path == "deploy/close-sync" || Path::new(ROOT).join(path).exists();
             assert!(exists, "{}: {path}", page.name());
         }
