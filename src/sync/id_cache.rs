@@ -1,10 +1,9 @@
-//! What earlier messages taught us about ids: a bounded memory that spares searches and, above all,
-//! remembers the records just created while search does not list them yet (`design.md` P2). It also
-//! remembers which creations were never answered, whatever became of the message that asked for them.
+//! Bounded cache of ids from earlier messages. It saves searches and, above all, holds the records just created
+//! while search does not show them yet (`design.md` P2). It also holds pending creations: those whose answer was
+//! lost, whatever happened to their message.
 //!
-//! Nothing in here is believed without reading the record: a Contact may have been moved, a Lead
-//! merged. An entry lives ten minutes at most, so that a record somebody made by hand in Close is
-//! found by the search that follows.
+//! The caller reads a record before it relies on a cached id: a Contact may have been moved, a Lead merged. An
+//! entry lives ten minutes at most; then a search finds records that people created in Close.
 
 use std::time::Duration;
 
@@ -15,12 +14,11 @@ use tokio::time::Instant;
 use crate::domain::mapping::{Identity, Key};
 use crate::domain::record::{ContactId, LeadId};
 
-/// How long an entry is used.
 const LIFETIME: Duration = Duration::from_mins(10);
-/// How many companies and how many people are remembered. An entry takes about 200 bytes.
+/// In companies, and in people. An entry takes about 200 bytes.
 const CAPACITY: u64 = 50_000;
 
-/// The memory. Clones share it.
+/// Clones share the entries.
 #[derive(Clone, Debug)]
 pub struct IdCache {
     leads: Cache<String, LeadId>,
@@ -28,16 +26,15 @@ pub struct IdCache {
     pending_creations: Cache<Key, Instant>,
 }
 
-/// The Contacts remembered for a user id or an email.
+/// The Contacts cached for a user id or an email.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Contacts {
-    /// Their ids.
     pub ids: Vec<ContactId>,
-    /// Whether a search has found that these are all: then another search can be spared.
+    /// A search has shown that these are all, so another search is not needed.
     pub complete: bool,
 }
 
-/// The records a step made, or gave the keys of a person or a company.
+/// The records a step created, or set the keys of a person or a company on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CreatedIds {
     /// The Lead that is the company's from now on.
@@ -48,7 +45,7 @@ pub struct CreatedIds {
 
 impl Default for IdCache {
     fn default() -> Self {
-        // What was learnt last matters most, however often the rest was asked for.
+        // The most recent entries matter most, however often the others are read.
         Self {
             leads: Cache::builder()
                 .max_capacity(CAPACITY)
@@ -69,30 +66,24 @@ impl Default for IdCache {
 }
 
 impl IdCache {
-    /// The Lead of a company.
     pub fn lead(&self, company_id: &str) -> Option<LeadId> {
         self.leads.get(company_id)
     }
 
-    /// Remembers the Lead of a company.
     pub fn remember_lead(&self, company_id: &str, id: LeadId) {
         self.leads.insert(company_id.to_owned(), id);
     }
 
-    /// Forgets the Lead of a company: it turned out wrong.
     pub fn forget_lead(&self, company_id: &str) {
         self.leads.invalidate(company_id);
     }
 
-    /// The Contacts of a person.
     pub fn contacts(&self, key: &Key) -> Contacts {
         self.people.get(key).unwrap_or_default()
     }
 
-    /// Remembers what a search found for a person, beside what is remembered already: search does not
-    /// list what was made a moment ago. An empty answer is not remembered: it proves nothing
-    /// (close-api.md §6).
-    /// `all`: it cannot have missed one.
+    /// Adds what a search found to what is cached: search does not show what was created a moment ago. Does not
+    /// cache an empty answer, which proves nothing (close-api.md §6). `all`: the search cannot have missed one.
     pub fn remember_contacts(&self, key: Key, ids: Vec<ContactId>, all: bool) {
         if !ids.is_empty() {
             self.add(key, ids, all);
@@ -110,7 +101,7 @@ impl IdCache {
         self.people.insert(key, contacts);
     }
 
-    /// Remembers what was just made for a person. `only`: no Contact has their keys but this one.
+    /// Caches what was just created for a person. `only`: no other Contact has their keys.
     pub fn remember_created(&self, person: &Identity, made: CreatedIds, only: bool) {
         if let Some((company_id, lead)) = person.company_id.as_ref().zip(made.lead) {
             self.remember_lead(company_id, lead);
@@ -120,33 +111,32 @@ impl IdCache {
         }
     }
 
-    /// Forgets all records: somebody else may have made more of them meanwhile. Doubts stay.
+    /// Forgets all records: another worker may have created more of them. Pending creations stay.
     pub fn forget_records(&self) {
         self.leads.invalidate_all();
         self.people.invalidate_all();
     }
 
-    /// A record with these keys may have been created without our knowing: until then, nothing found
-    /// by search is proof that it was not.
+    /// A record with these keys may have been created without an answer. Until then, a search that does not
+    /// find it proves nothing.
     pub fn add_pending_creation(&self, keys: &[Key], until: Instant) {
         for key in keys {
             self.pending_creations.insert(key.clone(), until);
         }
     }
 
-    /// The creation was answered: what there is, is known.
+    /// Close answered the creation.
     pub fn complete_creation(&self, keys: &[Key]) {
         for key in keys {
             self.pending_creations.invalidate(key);
         }
     }
 
-    /// Until when records with these keys are in doubt.
+    /// Until when search may miss a record with these keys.
     pub fn pending_until(&self, keys: &[Key]) -> Option<Instant> {
         keys.iter().filter_map(|key| self.pending_creations.get(key)).max()
     }
 
-    /// Forgets the Contacts of a person: one turned out wrong.
     pub fn forget_contacts(&self, key: &Key) {
         self.people.invalidate(key);
     }
@@ -157,26 +147,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_created_contact_joins_what_is_known_and_an_empty_answer_is_no_knowledge() {
-        let known = IdCache::default();
+    fn created_contacts_add_to_the_cache_and_empty_answers_do_not() {
+        let cache = IdCache::default();
         let key = || Key::Email("j@x.test".into());
         let person = Identity { email: Some("j@x.test".into()), ..Identity::default() };
         let id = |id: &str| ContactId::new(id);
         let made = |contact: &str| CreatedIds { lead: None, contact: Some(id(contact)) };
-        known.remember_contacts(key(), vec![], true);
-        assert_eq!(known.contacts(&key()), Contacts::default());
-        known.remember_created(&person, made("cont_1"), false);
-        assert_eq!(known.contacts(&key()), Contacts { ids: vec![id("cont_1")], complete: false });
-        known.remember_contacts(key(), vec![id("cont_0")], true);
-        known.remember_created(&person, made("cont_2"), false);
-        known.remember_created(&person, made("cont_1"), false);
+        cache.remember_contacts(key(), vec![], true);
+        assert_eq!(cache.contacts(&key()), Contacts::default());
+        cache.remember_created(&person, made("cont_1"), false);
+        assert_eq!(cache.contacts(&key()), Contacts { ids: vec![id("cont_1")], complete: false });
+        cache.remember_contacts(key(), vec![id("cont_0")], true);
+        cache.remember_created(&person, made("cont_2"), false);
+        cache.remember_created(&person, made("cont_1"), false);
         let ids = vec![id("cont_1"), id("cont_0"), id("cont_2")];
         assert_eq!(
-            known.contacts(&key()),
+            cache.contacts(&key()),
             Contacts { ids, complete: true },
             "search may not list cont_1 yet"
         );
-        known.forget_contacts(&key());
-        assert_eq!(known.contacts(&key()), Contacts::default());
+        cache.forget_contacts(&key());
+        assert_eq!(cache.contacts(&key()), Contacts::default());
     }
 }

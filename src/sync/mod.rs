@@ -35,6 +35,8 @@ pub mod preflight;
 mod properties;
 pub mod record_locks;
 mod resolver;
+#[cfg(test)]
+mod tests;
 pub mod version_cache;
 
 use std::sync::Arc;
