@@ -164,7 +164,9 @@ mod tests {
     #[test]
     fn the_largest_message_in_flight_is_too_large() {
         let in_flight = InFlight::default();
-        [10, 30, 20, 40, 30].into_iter().for_each(|size| in_flight.add(size));
+        for size in [10, 30, 20, 40, 30] {
+            in_flight.add(size);
+        }
         in_flight.remove(40);
         assert!(!in_flight.exceeded_by(20), "a smaller one may be allowed");
         // Publishes that come after the channel was closed change nothing.
@@ -175,7 +177,9 @@ mod tests {
     #[test]
     fn a_confirmed_message_is_no_longer_in_flight() {
         let in_flight = InFlight::default();
-        [10, 10, 20].into_iter().for_each(|size| in_flight.add(size));
+        for size in [10, 10, 20] {
+            in_flight.add(size);
+        }
         in_flight.remove(20);
         in_flight.remove(10);
         assert!(in_flight.exceeded_by(10));

@@ -240,7 +240,7 @@ mod tests {
         visit(path, table);
         for (key, value) in table {
             if let Some(inner) = value.as_table().filter(|inner| !inner.contains_key("from")) {
-                tables(inner, &[path, &[key.clone()]].concat(), visit);
+                tables(inner, &[path, std::slice::from_ref(key)].concat(), visit);
             }
         }
     }

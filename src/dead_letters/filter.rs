@@ -43,7 +43,7 @@ pub struct Filter {
     pub about: Option<About>,
 }
 
-/// EventIds an event is about: what its mapping takes for ids.
+/// The ids in an event, as its mapping reads them.
 #[derive(Clone, Debug)]
 pub struct About {
     /// How that is found out.
