@@ -1,8 +1,7 @@
-//! What operators and orchestrators ask over HTTP: `/metrics`, `/healthz`, `/readyz`, and the operator's page
-//! ([`crate::http::admin`]) where it is enabled.
+//! The HTTP server: `/metrics`, `/healthz`, `/readyz`, and the operator's page ([`crate::http::admin`]) if enabled.
 //!
-//! `/healthz` says only that the event loop turns: a worker that waits for a broker or for Close is
-//! alive, and restarting it would help nobody. `/readyz` tells what it is doing and why.
+//! `/healthz` only says that the event loop runs. A worker that waits for the broker or for Close is alive, and a restart
+//! would not help. `/readyz` says what each destination is doing and why.
 
 pub mod admin;
 pub mod registry;
@@ -29,24 +28,23 @@ use tower_http::timeout::TimeoutLayer;
 
 use crate::http::registry::Registry;
 
-/// The longest a request's header may take to come, and a connection may be idle.
+/// The time-out for the header of a request, and for idle connections.
 const HEADER_TIME: Duration = Duration::from_secs(30);
-/// What a request's header may take up.
+/// The size limit for the header of a request.
 const HEADER_BYTES: usize = 64 << 10;
-/// The longest a request may take, its body included.
+/// The time-out for a request, its body included.
 const REQUEST_TIME: Duration = Duration::from_mins(1);
-/// The longest a connection may last: one that only takes up room, by reading nothing of its answer say, is not
-/// kept for ever.
+/// The time-out for a connection, such as one whose client never reads the response.
 const CONNECTION_TIME: Duration = Duration::from_mins(10);
-/// More connections at the same time are closed at once: the worker needs file descriptors of its own.
-const MOST_CONNECTIONS: usize = 256;
-/// The same of one peer: there is room left for whoever asks whether the worker is alive.
-const MOST_OF_ONE: usize = 128;
+/// The limit of concurrent connections. Further ones are closed at once, to leave file descriptors for the worker.
+const MAX_CONNECTIONS: usize = 256;
+/// The limit of connections from one peer, which leaves room for health checks.
+const MAX_PER_PEER: usize = 128;
 
-/// Serves until `shutdown`, with the operator's page if it is given.
+/// Serves until `shutdown`, with the operator's page if it is configured.
 pub async fn serve(
     mut listener: TcpListener,
-    board: Registry,
+    registry: Registry,
     page: Option<admin::Settings>,
     shutdown: CancellationToken,
 ) {
@@ -54,27 +52,27 @@ pub async fn serve(
     let jobs = TaskTracker::new();
     let pages = page
         .map(|settings| {
-            tracing::info!("the operator's page is at http://{addr}{}", admin::HOME);
-            admin::router(settings, board.clone(), addr.ip(), shutdown.clone(), jobs.clone())
+            tracing::info!("operator's page enabled at http://{addr}{}", admin::HOME);
+            admin::router(settings, registry.clone(), addr.ip(), shutdown.clone(), jobs.clone())
         })
         .unwrap_or_default();
     let router = Router::new()
         .route("/metrics", get(metrics))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
-        .with_state(board)
+        .with_state(registry)
         .merge(pages)
         .layer(TimeoutLayer::with_status_code(StatusCode::REQUEST_TIMEOUT, REQUEST_TIME));
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIME).max_buf_size(HEADER_BYTES);
     let connections = GracefulShutdown::new();
-    // axum's own loop has no time limits, but its listener knows how to go on after an error.
+    // axum's own loop has no time-outs, but its listener recovers after an error.
     let mut peers: HashMap<IpAddr, Arc<()>> = HashMap::new();
     while let Some((stream, peer)) = shutdown.run_until_cancelled(Listener::accept(&mut listener)).await {
         peers.retain(|_, open| Arc::strong_count(open) > 1);
         let open = Arc::clone(peers.entry(peer.ip()).or_default());
-        // Counted are the one kept here and this one, too.
-        if connections.count() >= MOST_CONNECTIONS || Arc::strong_count(&open) - 2 >= MOST_OF_ONE {
+        // The count includes the map's own reference and this one.
+        if connections.count() >= MAX_CONNECTIONS || Arc::strong_count(&open) - 2 >= MAX_PER_PEER {
             continue;
         }
         let service = TowerToHyperService::new(router.clone().layer(Extension(ConnectInfo(peer))));
@@ -88,22 +86,22 @@ pub async fn serve(
     tokio::join!(connections.shutdown(), jobs.wait());
 }
 
-async fn metrics(Shared(board): Shared<Registry>) -> impl IntoResponse {
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], board.metrics_page())
+async fn metrics(Shared(registry): Shared<Registry>) -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], registry.metrics_page())
 }
 
-async fn ready(Shared(board): Shared<Registry>) -> impl IntoResponse {
-    let answer = board.readiness();
+async fn ready(Shared(registry): Shared<Registry>) -> impl IntoResponse {
+    let answer = registry.readiness();
     let code = if answer.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (code, Json(answer))
 }
 
-/// Asks a running worker whether it is alive, for container health checks.
+/// Checks that a running worker is alive, for container health checks.
 ///
 /// # Errors
-/// What is wrong, for people.
+/// What is wrong, for the operator.
 pub async fn probe(addr: SocketAddr) -> anyhow::Result<()> {
-    // A worker bound to all addresses is asked over loopback.
+    // A worker bound to all addresses is reachable over loopback.
     let ip = if addr.ip().is_unspecified() { Ipv4Addr::LOCALHOST.into() } else { addr.ip() };
     let url = format!("http://{}/healthz", SocketAddr::new(ip, addr.port()));
     let _ = rustls::crypto::ring::default_provider().install_default();

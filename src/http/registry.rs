@@ -1,6 +1,6 @@
-//! What operators see of all destinations of a process: one page of metrics, one answer about readiness.
+//! The destinations of a process, with their metrics, status and runtime.
 //!
-//! Each destination has metrics of its own, told apart by the label `destination` where destinations have names.
+//! Each destination has its own metrics. Named destinations have the label `destination`.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,22 +13,19 @@ use crate::sync::Worker;
 use crate::telemetry::metrics::{self, Metrics};
 use crate::telemetry::status::{Readiness, Status};
 
-/// The destinations. Clones share them.
+/// All destinations. Clones share them.
 #[derive(Clone, Default)]
 pub struct Registry(Arc<RwLock<BTreeMap<String, DestinationHandle>>>);
 
-/// What one destination shows.
+/// A destination as the HTTP server sees it.
 #[derive(Clone)]
 pub struct DestinationHandle {
-    /// Its numbers.
     pub metrics: Metrics,
-    /// Its state.
     pub status: Status,
-    /// What it works with.
     pub runtime: DestinationRuntime,
 }
 
-/// What a destination works with, for others who want to look through the same eyes. Clones share it.
+/// The settings and the worker of a running destination, for the operator's page. Clones share it.
 #[derive(Clone, Default)]
 pub struct DestinationRuntime(Arc<RwLock<RuntimeParts>>);
 
@@ -39,27 +36,27 @@ struct RuntimeParts {
 }
 
 impl DestinationRuntime {
-    /// The destination runs, by these settings.
+    /// The destination starts with these settings.
     pub fn set_settings(&self, settings: Arc<amqp::Settings>) {
-        self.change(|hands| hands.amqp = Some(settings));
+        self.change(|parts| parts.amqp = Some(settings));
     }
 
-    /// Close lets itself be worked with.
+    /// The preflight check of Close passed.
     pub fn set_worker(&self, worker: Worker) {
-        self.change(|hands| hands.worker = Some(worker));
+        self.change(|parts| parts.worker = Some(worker));
     }
 
-    /// The destination does not run any more.
+    /// The destination stopped.
     pub fn clear(&self) {
-        self.change(|hands| *hands = RuntimeParts::default());
+        self.change(|parts| *parts = RuntimeParts::default());
     }
 
-    /// The broker, while the destination runs.
+    /// The settings of the broker, while the destination runs.
     pub fn amqp(&self) -> Option<Arc<amqp::Settings>> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).amqp.clone()
     }
 
-    /// Who works on messages, once Close was looked at and while the destination runs.
+    /// The worker, after the preflight check and while the destination runs.
     pub fn worker(&self) -> Option<Worker> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).worker.clone()
     }
@@ -69,23 +66,21 @@ impl DestinationRuntime {
     }
 }
 
-/// What `/readyz` tells.
+/// The body of `/readyz`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum Readyz {
-    /// Of the only destination.
+    /// The only destination, without a name.
     One(Readiness),
-    /// Of destinations by name.
+    /// Destinations by name.
     Each {
-        /// Whether all are.
+        /// Whether all destinations are ready.
         ready: bool,
-        /// Each by itself.
         destinations: BTreeMap<String, Readiness>,
     },
 }
 
 impl Readyz {
-    /// Whether messages are, or would be, worked on for everybody.
     pub fn is_ready(&self) -> bool {
         match self {
             Self::One(Readiness { ready, .. }) | Self::Each { ready, .. } => *ready,
@@ -93,7 +88,7 @@ impl Readyz {
     }
 }
 
-/// In one line.
+/// As one line.
 impl fmt::Display for Readyz {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -106,53 +101,53 @@ impl fmt::Display for Readyz {
     }
 }
 
-/// The place of a destination without a name.
+/// The key of a destination without a name.
 const NAMELESS: &str = "";
 
 impl Registry {
-    /// The place of a destination, the same as before if it had one.
+    /// Adds a destination, or returns the handle it already has.
     ///
     /// # Errors
     /// Those of [`Metrics::new`].
     pub fn register(&self, name: Option<&str>) -> prometheus::Result<DestinationHandle> {
-        let mut seats = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        let place = name.unwrap_or(NAMELESS);
-        if let Some(seat) = seats.get(place) {
-            return Ok(seat.clone());
+        let mut handles = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let destination = name.unwrap_or(NAMELESS);
+        if let Some(handle) = handles.get(destination) {
+            return Ok(handle.clone());
         }
-        let seat = DestinationHandle {
+        let handle = DestinationHandle {
             metrics: Metrics::new(name)?,
             status: Status::default(),
             runtime: DestinationRuntime::default(),
         };
-        Ok(seats.entry(place.to_owned()).or_insert(seat).clone())
+        Ok(handles.entry(destination.to_owned()).or_insert(handle).clone())
     }
 
-    /// A destination is gone for good.
+    /// Removes a destination that was deleted from the configuration.
     pub fn remove(&self, name: Option<&str>) {
         self.0.write().unwrap_or_else(PoisonError::into_inner).remove(name.unwrap_or(NAMELESS));
     }
 
-    /// Everybody who has a place, by name; the name of a destination without one is empty.
+    /// All destinations by name. The key of a destination without a name is empty.
     pub fn handles(&self) -> BTreeMap<String, DestinationHandle> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The page Prometheus scrapes.
+    /// The metrics page for Prometheus.
     pub fn metrics_page(&self) -> String {
-        let seats = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        metrics::render(seats.values().map(|seat| &seat.metrics))
+        let handles = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        metrics::render(handles.values().map(|handle| &handle.metrics))
     }
 
-    /// What every destination is doing.
+    /// The readiness of all destinations.
     pub fn readiness(&self) -> Readyz {
-        let seats = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(seat) = seats.get(NAMELESS) {
-            return Readyz::One(seat.status.readiness());
+        let handles = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(handle) = handles.get(NAMELESS) {
+            return Readyz::One(handle.status.readiness());
         }
-        let each = |(name, seat): (&String, &DestinationHandle)| (name.clone(), seat.status.readiness());
-        let destinations: BTreeMap<String, Readiness> = seats.iter().map(each).collect();
-        // Whoever asks before the first has its seat is too early.
+        let each = |(name, handle): (&String, &DestinationHandle)| (name.clone(), handle.status.readiness());
+        let destinations: BTreeMap<String, Readiness> = handles.iter().map(each).collect();
+        // Not ready before the first destination is registered.
         let ready = !destinations.is_empty() && destinations.values().all(|each| each.ready);
         Readyz::Each { ready, destinations }
     }
@@ -163,14 +158,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_board_is_ready_when_somebody_is_there_and_everybody_ready() {
-        let board = Registry::default();
-        assert!(!board.readiness().is_ready(), "nobody is there yet");
+    fn a_process_is_ready_when_all_of_its_destinations_are() {
+        let registry = Registry::default();
+        assert!(!registry.readiness().is_ready(), "no destination yet");
         for name in ["emea", "apac"] {
-            let seat = board.register(Some(name)).unwrap();
-            assert!(!board.readiness().is_ready());
-            seat.status.set(crate::telemetry::status::State::StandingBy, None);
-            assert!(board.readiness().is_ready());
+            let handle = registry.register(Some(name)).unwrap();
+            assert!(!registry.readiness().is_ready());
+            handle.status.set(crate::telemetry::status::State::StandingBy, None);
+            assert!(registry.readiness().is_ready());
         }
     }
 }

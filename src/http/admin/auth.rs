@@ -1,24 +1,20 @@
-//! Who may use the page, and from where.
+//! Authentication for the operator's page, and protection against requests from other sites.
 //!
-//! - **The host** a request names has to be one of ours: a name somebody else points at this machine (DNS rebinding)
-//!   would let their page read ours.
-//! - **Other sites** may link here and nothing else, as far as the browser tells (`Sec-Fetch-Site`, `Origin`).
-//! - **A POST** carries a secret that only our own pages hold, or the token.
-//! - **The token**, where one is set, is taken once, by the form that signs in; after that a cookie stands for it, for
-//!   some hours. Scripts send it as `Authorization: Bearer` each time. It is compared in constant time, and who is
-//!   wrong waits.
+//! - **Host.** The host of a request has to be in the allow list. Otherwise a foreign name that resolves to this machine
+//!   (DNS rebinding) would let another site read the page.
+//! - **Origin.** Other sites may link to the page and nothing else, according to `Sec-Fetch-Site` and `Origin`.
+//! - **CSRF token.** Every POST carries a secret that only the page's own forms contain, or the bearer token.
+//! - **Token.** If a token is configured, the sign-in form exchanges it for a session cookie. Scripts send it as
+//!   `Authorization: Bearer` with each request. It is compared in constant time, and a wrong token costs a delay.
 
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::{Body, HttpBody, to_bytes};
-use axum::extract::{ConnectInfo, Request, State as Shared};
+use axum::extract::Request;
 use axum::http::header::{AUTHORIZATION, COOKIE, HOST, ORIGIN};
 use axum::http::uri::Authority;
 use axum::http::{HeaderMap, Method, StatusCode};
-use axum::middleware::Next;
-use axum::response::{IntoResponse, Response};
 use moka::policy::EvictionPolicy;
 use moka::sync::Cache;
 use secrecy::{ExposeSecret, SecretString};
@@ -26,90 +22,92 @@ use subtle::ConstantTimeEq;
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
-use crate::http::admin::layout::{self, Broken};
-use crate::http::admin::{AppState, Settings};
+use crate::http::admin::{HOME, Settings};
 
-/// How long a session lasts at most, and without being used.
+/// The lifetime of a session, and of one that is not used.
 const SESSION: Duration = Duration::from_hours(12);
 const IDLE: Duration = Duration::from_hours(2);
-/// Sessions at the same time; the one used longest ago ends for one more.
+/// The limit of concurrent sessions. One more ends the least recently used one.
 const SESSIONS: u64 = 100;
-/// How long whoever shows a wrong token waits, one try after the other.
+/// The delay after a wrong token. Attempts from one address are delayed one after the other.
 const PENALTY: Duration = Duration::from_secs(1);
-/// Addresses whose last tries are remembered.
+/// The limit of addresses whose failed attempts are tracked.
 const ADDRESSES: u64 = 1000;
-/// The longest name of an operator, in characters.
-const LONGEST_NAME: usize = 60;
-/// What a form takes besides an event.
-const FORM_BYTES: usize = 64 * 1024;
+/// In characters.
+const MAX_NAME_LENGTH: usize = 60;
 /// The cookie of a session.
 const COOKIE_NAME: &str = "close_sync_page";
-/// The target of log lines about what was done here: they are written whatever the filter of the log is.
+/// The target of audit log lines. The log filter does not suppress them.
 pub const AUDIT: &str = "close_sync::audit";
-/// The field of a form with the secret of our pages.
-pub(crate) const SEAL: &str = "seal";
+/// The form field with the CSRF token.
+pub(crate) const CSRF_FIELD: &str = "csrf_token";
 
-/// Somebody who looks at the page.
+/// The sender of a request.
 #[derive(Clone, Debug)]
 pub(crate) struct Visitor {
-    /// What the log calls them.
+    /// The name for the log.
     pub(crate) who: Arc<str>,
-    /// What their forms carry.
-    pub(crate) seal: Arc<str>,
+    /// The CSRF token of their forms.
+    pub(crate) csrf_token: Arc<str>,
     from: IpAddr,
     entry: Entry,
 }
 
-/// How somebody got in.
+/// How the visitor was authenticated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Entry {
-    /// Through an open door, or not at all.
+    /// Not at all, or the page needs no token.
     Open,
-    /// With the token in hand, as a script does.
+    /// With the bearer token.
     Token,
-    /// By a session with this id.
+    /// With a session of this id.
     Session(Arc<str>),
 }
 
 impl Visitor {
-    /// Whether there is something to sign out of.
+    /// Whether this form token is the visitor's. A request with the bearer token needs none: a browser sends a cookie by
+    /// itself, but never that header.
+    pub(crate) fn may_post(&self, csrf_token: Option<&str>) -> bool {
+        let is_valid = |token: &str| token.as_bytes().ct_eq(self.csrf_token.as_bytes()).into();
+        self.entry == Entry::Token || csrf_token.is_some_and(is_valid)
+    }
+
     pub(crate) fn has_session(&self) -> bool {
         matches!(self.entry, Entry::Session(_))
     }
 
-    /// Notes in the log what they did, to which destination, and about what.
+    /// Logs an action of the visitor.
     pub(crate) fn audit(&self, what: &str, destination: Option<&str>, about: Option<&str>) {
         let Self { who, from, .. } = self;
-        tracing::info!(target: AUDIT, audit = what, who = %who, %from, destination, about, "an operator acted on the page");
+        tracing::info!(target: AUDIT, audit = what, who = %who, %from, destination, about, "action on the operator's page");
     }
 }
 
-/// What a session holds.
 #[derive(Clone)]
 struct Session {
     who: Arc<str>,
-    seal: Arc<str>,
+    csrf_token: Arc<str>,
 }
 
-/// The doorkeeper.
-pub(crate) struct Guard {
+/// Authenticates requests.
+pub(crate) struct Authenticator {
     token: Option<SecretString>,
     hosts: Vec<String>,
     bound: IpAddr,
-    /// The seal of whoever has no session.
-    seal: Arc<str>,
+    /// The CSRF token of visitors without a session.
+    csrf_token: Arc<str>,
     sessions: Cache<Arc<str>, Session>,
     doors: Cache<IpAddr, Arc<Mutex<()>>>,
 }
 
-impl Guard {
+impl Authenticator {
     pub(crate) fn new(settings: Settings, bound: IpAddr) -> Self {
         let Settings { token, hosts } = settings;
         Self {
             token,
             hosts,
             bound,
-            seal: secret(),
+            csrf_token: secret(),
             sessions: Cache::builder()
                 .max_capacity(SESSIONS)
                 .eviction_policy(EvictionPolicy::lru())
@@ -120,10 +118,10 @@ impl Guard {
         }
     }
 
-    /// Lets somebody in who knows the token, and tells the cookie.
+    /// Starts a session and returns its cookie.
     ///
     /// # Errors
-    /// What is wrong, for them.
+    /// What is wrong, for the operator.
     pub(crate) async fn sign_in(
         &self,
         visitor: &Visitor,
@@ -131,21 +129,21 @@ impl Guard {
         who: &str,
     ) -> Result<String, &'static str> {
         let who = who.trim();
-        // It goes into the log.
-        if who.is_empty() || who.chars().count() > LONGEST_NAME || who.chars().any(char::is_control) {
-            return Err("Tell who you are: a name of at most 60 characters, for the log.");
+        // The name goes into the log.
+        if who.is_empty() || who.chars().count() > MAX_NAME_LENGTH || who.chars().any(char::is_control) {
+            return Err("Enter your name for the log, at most 60 characters.");
         }
         if !self.knows_token(token, visitor.from).await {
-            return Err("This is not the token (`http.page_token`).");
+            return Err("Wrong token. Enter the value of `http.page_token`.");
         }
         let (id, who) = (secret(), Arc::from(who));
         Visitor { who: Arc::clone(&who), ..visitor.clone() }.audit("sign-in", None, None);
         self.end(visitor);
-        self.sessions.insert(Arc::clone(&id), Session { who, seal: secret() });
+        self.sessions.insert(Arc::clone(&id), Session { who, csrf_token: secret() });
         Ok(cookie(&id, SESSION))
     }
 
-    /// Ends a session, and tells the cookie that takes its place.
+    /// Ends the session and returns a cookie that deletes its cookie.
     pub(crate) fn sign_out(&self, visitor: &Visitor) -> String {
         visitor.audit("sign-out", None, None);
         self.end(visitor);
@@ -158,8 +156,7 @@ impl Guard {
         }
     }
 
-    /// Whether this is the token. Whoever is wrong waits, of one address one after the other; nobody who is right
-    /// does, as behind a proxy all have one address.
+    /// Whether this is the token. Only a wrong token is delayed: behind a proxy all operators share one address.
     async fn knows_token(&self, token: &str, from: IpAddr) -> bool {
         let Some(right) = &self.token else { return false };
         let knows: bool = right.expose_secret().as_bytes().ct_eq(token.trim().as_bytes()).into();
@@ -172,8 +169,8 @@ impl Guard {
         knows
     }
 
-    /// Who this is, if they may come in.
-    async fn recognize(&self, headers: &HeaderMap, from: IpAddr) -> Option<Visitor> {
+    /// Authenticates a request. `None` if it has to sign in.
+    pub(crate) async fn recognize(&self, headers: &HeaderMap, from: IpAddr) -> Option<Visitor> {
         if self.token.is_none() {
             return Some(Visitor { who: "local".into(), ..self.stranger(from) });
         }
@@ -186,34 +183,34 @@ impl Guard {
         let mut ids = cookies
             .flat_map(|value| value.split(';'))
             .filter_map(|pair| pair.trim().strip_prefix(COOKIE_NAME)?.strip_prefix('='));
-        let (id, Session { who, seal }) = ids.find_map(|id| Some((id, self.sessions.get(id)?)))?;
-        Some(Visitor { who, seal, from, entry: Entry::Session(id.into()) })
+        let (id, Session { who, csrf_token }) = ids.find_map(|id| Some((id, self.sessions.get(id)?)))?;
+        Some(Visitor { who, csrf_token, from, entry: Entry::Session(id.into()) })
     }
 
-    /// Somebody who has not signed in.
-    fn stranger(&self, from: IpAddr) -> Visitor {
-        Visitor { who: "nobody".into(), seal: Arc::clone(&self.seal), from, entry: Entry::Open }
+    /// A visitor who has not signed in.
+    pub(crate) fn stranger(&self, from: IpAddr) -> Visitor {
+        Visitor { who: "nobody".into(), csrf_token: Arc::clone(&self.csrf_token), from, entry: Entry::Open }
     }
 
-    /// Whether the request is meant for us, and no other site is behind it.
-    fn trusts(&self, request: &Request) -> Result<(), (StatusCode, &'static str)> {
+    /// Checks the host, and that no other site caused the request.
+    pub(crate) fn check_origin(&self, request: &Request) -> Result<(), (StatusCode, &'static str)> {
         const FOREIGN: (StatusCode, &str) =
-            (StatusCode::FORBIDDEN, "Another site sent this request. Open the page itself.");
+            (StatusCode::FORBIDDEN, "Another site sent this request. Open the page directly.");
         let headers = request.headers();
         let text = |name: &str| headers.get(name).map(|value| value.to_str().unwrap_or_default());
-        let told = headers.get_all(HOST).into_iter().map(|value| value.to_str().ok()?.parse().ok());
+        let named = headers.get_all(HOST).into_iter().map(|value| value.to_str().ok()?.parse().ok());
         let hosts: Option<Vec<Authority>> =
-            told.chain(request.uri().authority().cloned().map(Some)).collect();
+            named.chain(request.uri().authority().cloned().map(Some)).collect();
         let hosts = hosts.unwrap_or_default();
         if hosts.is_empty() || !hosts.iter().all(|host| self.is_ours(host.host())) {
             return Err((
                 StatusCode::MISDIRECTED_REQUEST,
-                "The page is not reached by this name. If it should be, add the name to `http.page_hosts` \
-                 (HTTP_PAGE_HOSTS) and restart close-sync.",
+                "This host name is not allowed. To allow it, add it to `http.page_hosts` (HTTP_PAGE_HOSTS) and restart \
+                 close-sync.",
             ));
         }
         let reads = is_read(request.method());
-        // A link from elsewhere is fine, a picture or a form is not.
+        // Another site may link here, but not embed the page or submit a form.
         let is_link =
             reads && text("sec-fetch-mode") == Some("navigate") && text("sec-fetch-dest") == Some("document");
         match text("sec-fetch-site") {
@@ -242,66 +239,7 @@ impl Guard {
     }
 }
 
-/// Stands in front of every page.
-pub(crate) async fn guard(
-    Shared(office): Shared<AppState>,
-    ConnectInfo(peer): ConnectInfo<std::net::SocketAddr>,
-    mut request: Request,
-    next: Next,
-) -> Response {
-    let guard = &office.0.guard;
-    if let Err((status, why)) = guard.trusts(&request) {
-        return Broken::new(status, why).into_response();
-    }
-    let is_open = matches!(request.uri().path(), "/page/style.css" | "/page/sign-in");
-    let visitor = match guard.recognize(request.headers(), peer.ip()).await {
-        Some(visitor) => visitor,
-        None if is_open => guard.stranger(peer.ip()),
-        None => {
-            let asked =
-                if is_read(request.method()) { request.uri().path() } else { crate::http::admin::HOME };
-            let form = layout::sign_in(&guard.stranger(peer.ip()), asked, None);
-            let how = [(axum::http::header::WWW_AUTHENTICATE, "Bearer")];
-            return (StatusCode::UNAUTHORIZED, how, form).into_response();
-        }
-    };
-    if !is_read(request.method()) {
-        let (parts, body) = request.into_parts();
-        let limit = if parts.uri.path().ends_with("/test") { office.largest_event() } else { FORM_BYTES };
-        // What says so of itself is not waited for.
-        let fits = usize::try_from(body.size_hint().lower()).is_ok_and(|least| least <= limit);
-        let form = if fits { to_bytes(body, limit).await.ok() } else { None };
-        let Some(form) = form else {
-            return Broken::new(StatusCode::PAYLOAD_TOO_LARGE, "This is more than a message may have.")
-                .into_response();
-        };
-        let mut seals = url::form_urlencoded::parse(&form).filter(|(name, _)| name == SEAL);
-        let is_sealed =
-            seals.next().is_some_and(|(_, seal)| seal.as_bytes().ct_eq(visitor.seal.as_bytes()).into());
-        // A cookie comes by itself, a token does not.
-        if !is_sealed && visitor.entry != Entry::Token {
-            return Broken::new(
-                StatusCode::FORBIDDEN,
-                "The form is not from this page, or from before a restart or a new sign-in. Go back, load it again, and \
-                 send it once more.",
-            ).into_response();
-        }
-        request = Request::from_parts(parts, Body::from(form));
-    }
-    request.extensions_mut().insert(visitor);
-    next.run(request).await
-}
-
-impl AppState {
-    /// What a form with an event may take, in bytes: the notation of forms makes three of one.
-    fn largest_event(&self) -> usize {
-        let workers = self.places().into_iter().filter_map(|place| place.seat.runtime.worker());
-        let event = workers.map(|worker| worker.settings().max_message_bytes).max().unwrap_or_default();
-        event.saturating_mul(3).saturating_add(FORM_BYTES)
-    }
-}
-
-fn is_read(method: &Method) -> bool {
+pub(crate) fn is_read(method: &Method) -> bool {
     matches!(*method, Method::GET | Method::HEAD)
 }
 
@@ -309,15 +247,12 @@ fn bearer(headers: &HeaderMap) -> Option<&str> {
     headers.get(AUTHORIZATION)?.to_str().ok()?.strip_prefix("Bearer ")
 }
 
-/// Something nobody can guess: 122 random bits from the system.
+/// A secret of 122 random bits.
 fn secret() -> Arc<str> {
     Uuid::new_v4().simple().to_string().into()
 }
 
 fn cookie(id: &str, lasts: Duration) -> String {
     let seconds = lasts.as_secs();
-    format!(
-        "{COOKIE_NAME}={id}; Path={}; Max-Age={seconds}; HttpOnly; SameSite=Strict",
-        crate::http::admin::HOME
-    )
+    format!("{COOKIE_NAME}={id}; Path={}; Max-Age={seconds}; HttpOnly; SameSite=Strict", HOME)
 }

@@ -1,4 +1,4 @@
-//! One dead letter whole: where it comes from, what was decided, its body, and what would become of it now.
+//! The page of one dead letter: its origin, its error, its body, and a dry run of a replay.
 
 use std::sync::Arc;
 
@@ -11,44 +11,45 @@ use serde_json::Value;
 use crate::dead_letters::filter::remedy;
 use crate::dead_letters::letter::DeadLetter;
 use crate::http::admin::auth::Visitor;
-use crate::http::admin::dead_letters::{At, Target, gone, unavailable};
-use crate::http::admin::layout::{Broken, ago, moment, prose, seal};
-use crate::http::admin::redact::Sight;
+use crate::http::admin::dead_letters::{DeadLetterContext, Target, gone, unavailable};
+use crate::http::admin::layout::{ErrorPage, ago, csrf_token, moment, prose};
+use crate::http::admin::redact::Visibility;
 use crate::http::admin::test_event;
 use crate::outcome::Reason;
 
 #[derive(Deserialize)]
-pub(crate) struct Opening {
+pub(crate) struct MessageQuery {
     id: String,
-    /// What is asked for: `plan`, or `show` for personal data as well.
+    /// `plan` for a dry run, `show` for personal data as well.
     #[serde(default)]
     ask: String,
 }
 
-/// What can be seen without asking for it. It is not rehearsed: whoever follows a link must not spend Close's budget.
+/// Shows the redacted page. It does no dry run: following a link must not use up Close's rate limit.
 pub(crate) async fn show(
-    at: At,
+    context: DeadLetterContext,
     Extension(visitor): Extension<Visitor>,
-    Query(Opening { id, .. }): Query<Opening>,
-) -> Result<Markup, Broken> {
-    let letter = open(&at, id).await?;
-    Ok(page(&at, &visitor, &letter, Sight::Masked, html! {}))
+    Query(MessageQuery { id, .. }): Query<MessageQuery>,
+) -> Result<Markup, ErrorPage> {
+    let letter = open(&context, id).await?;
+    Ok(page(&context, &visitor, &letter, Visibility::Redacted, html! {}))
 }
 
-/// What was asked for.
+/// Shows what the operator asked for.
 pub(crate) async fn reveal(
-    at: At,
+    context: DeadLetterContext,
     Extension(visitor): Extension<Visitor>,
-    Form(Opening { id, ask }): Form<Opening>,
-) -> Result<Markup, Broken> {
-    let sight = Sight::asked(ask == "show");
-    let what = match sight {
-        Sight::Masked => "plan of a dead letter",
-        Sight::Personal => "personal data of a dead letter",
+    Form(MessageQuery { id, ask }): Form<MessageQuery>,
+) -> Result<Markup, ErrorPage> {
+    let visibility = Visibility::requested(ask == "show");
+    let what = match visibility {
+        Visibility::Redacted => "plan of a dead letter",
+        Visibility::Full => "personal data of a dead letter",
     };
-    visitor.audit(what, at.place.name.as_deref(), Some(&id));
-    let letter = open(&at, id).await?;
-    let plan = test_event::outlook(&at.place, &letter.body, letter.arrival(), sight).await;
+    visitor.audit(what, context.destination.name.as_deref(), Some(&id));
+    let letter = open(&context, id).await?;
+    let plan =
+        test_event::explain_event(&context.destination, &letter.body, letter.arrival(), visibility).await;
     let plan = html! {
         section .card aria-labelledby="plan" {
             h2 #plan { "What a replay would do now" }
@@ -56,63 +57,74 @@ pub(crate) async fn reveal(
                 Ok(plan) => {
                     (plan)
                     @if letter.reason.as_deref() == Some(Reason::Rejected.label()) {
-                        p .hint { "What Close refuses is only found out by sending it: replay this one alone first." }
+                        p .hint { "Close validates values only when they are written. Replay this message alone first." }
                     }
                 }
                 Err(why) => { p .notice.bad role="alert" { (why) } }
             }
         }
     };
-    Ok(page(&at, &visitor, &letter, sight, plan))
+    Ok(page(&context, &visitor, &letter, visibility, plan))
 }
 
-async fn open(at: &At, id: String) -> Result<DeadLetter, Broken> {
-    at.bench.open(Arc::clone(&at.amqp), id.trim().to_owned()).await.map_err(unavailable)?.ok_or_else(gone)
+async fn open(context: &DeadLetterContext, id: String) -> Result<DeadLetter, ErrorPage> {
+    context
+        .cache
+        .open(Arc::clone(&context.amqp), id.trim().to_owned())
+        .await
+        .map_err(unavailable)?
+        .ok_or_else(gone)
 }
 
-fn page(at: &At, visitor: &Visitor, letter: &DeadLetter, sight: Sight, plan: Markup) -> Markup {
+fn page(
+    context: &DeadLetterContext,
+    visitor: &Visitor,
+    letter: &DeadLetter,
+    visibility: Visibility,
+    plan: Markup,
+) -> Markup {
     let group = Target::Group(letter.fingerprint.clone());
     let this = Target::Id(letter.id.clone());
-    at.frame("Dead letter", visitor).around(html! {
+    context.frame("Dead letter", visitor).around(html! {
         p {
-            a href=(at.place.path("dead")) { "All dead letters" } " › "
-            a href=(group.path(&at.place, "dead/group")) { (letter.fingerprint) }
+            a href=(context.destination.path("dead")) { "All dead letters" } " › "
+            a href=(group.path(&context.destination, "dead/group")) { (letter.fingerprint) }
         }
         section .card aria-labelledby="what" {
-            h2 #what { "What happened" }
+            h2 #what { "Error" }
             @if let Some(error) = &letter.error { p { (error) } }
             p { strong { "What to do: " } (prose(remedy(&letter.fingerprint))) }
             div .actions {
-                form method="post" action=(at.place.path("dead/message")) {
-                    (seal(visitor))
+                form method="post" action=(context.destination.path("dead/message")) {
+                    (csrf_token(visitor))
                     input type="hidden" name="id" value=(letter.id);
                     div .actions {
-                        @match sight {
-                            Sight::Masked => {
-                                button name="ask" value="plan" { "See what it would do" }
+                        @match visibility {
+                            Visibility::Redacted => {
+                                button name="ask" value="plan" { "Show what a replay would do" }
                                 button .quiet name="ask" value="show" { "Show personal data" }
                             }
-                            Sight::Personal => {
-                                a .button.quiet href=(this.path(&at.place, "dead/message")) { "Hide personal data" }
+                            Visibility::Full => {
+                                a .button.quiet href=(this.path(&context.destination, "dead/message")) { "Hide personal data" }
                             }
                         }
                     }
                 }
-                (this.actions(&at.place))
+                (this.actions(&context.destination))
             }
         }
         (plan)
         section .card aria-labelledby="body" {
             h2 #body { "Body" }
-            @if sight == Sight::Masked { p .hint { "Values are hidden." } }
-            pre tabindex="0" aria-labelledby="body" { (sight.body(&letter.body)) }
+            @if visibility == Visibility::Redacted { p .hint { "Values are hidden." } }
+            pre tabindex="0" aria-labelledby="body" { (visibility.body(&letter.body)) }
             @if let Some(original) = letter.original() {
                 h3 { "Before it was edited" }
-                pre tabindex="0" { (sight.body(&original)) }
+                pre tabindex="0" { (visibility.body(&original)) }
             }
         }
         (facts(letter))
-        (carried(letter, sight))
+        (producer_headers(letter, visibility))
     })
 }
 
@@ -149,23 +161,23 @@ fn facts(letter: &DeadLetter) -> Markup {
     }
 }
 
-/// What its producer sent along.
-fn carried(letter: &DeadLetter, sight: Sight) -> Markup {
+/// The properties and headers the producer sent.
+fn producer_headers(letter: &DeadLetter, visibility: Visibility) -> Markup {
     let (properties, headers) = letter.carried();
-    let theirs: Vec<(String, Value)> = properties
+    let shown: Vec<(String, Value)> = properties
         .into_iter()
         .filter(|(name, _)| name != "message_id")
         .chain(headers.into_iter().filter(|(name, _)| !name.starts_with("x-close-sync-")))
         .collect();
     html! {
-        @if !theirs.is_empty() {
+        @if !shown.is_empty() {
             section .card aria-labelledby="headers" {
                 h2 #headers { "Properties and headers of the producer" }
                 dl .facts {
-                    @for (name, value) in theirs {
+                    @for (name, value) in shown {
                         @let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
                         dt { (name) }
-                        dd { code { (sight.of(&text)) } }
+                        dd { code { (visibility.of(&text)) } }
                     }
                 }
             }

@@ -1,8 +1,8 @@
-//! The dead letters of one destination, as several pages and several operators work on them.
+//! Scans the dead letters of one destination for the pages, caches the results, and runs replays.
 //!
-//! A look takes all dead letters off the queue for a moment, so there is one at a time, and what it found is kept for
-//! some seconds: loading a page again is no work. A look goes on when whoever asked has gone, so that no message is in
-//! hand for longer than needed. Of each group only the oldest are kept.
+//! A scan takes all dead letters off the queue for a moment. So only one scan runs at a time, and its result is cached
+//! for some seconds. A scan finishes even if the browser has disconnected, so that no message stays unacked for longer
+//! than needed. Of each group only the oldest letters are kept.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, OnceLock, PoisonError};
@@ -24,32 +24,31 @@ use crate::dead_letters::scan::{Disposition, ScanSummary, find_by_id, scan};
 use crate::http::admin::AppState;
 use crate::http::admin::auth::Visitor;
 
-/// How long what a look found is good for.
+/// How long a result is cached.
 const FRESH: Duration = Duration::from_secs(5);
-/// Dead letters of a group that are kept, oldest first.
+/// The number of dead letters kept per group, oldest first.
 pub(crate) const KEPT: usize = 1000;
-/// Ids in a line of the log.
+/// The number of ids in a log line.
 const IDS_A_LINE: usize = 100;
-/// Dead letters that were opened, to be opened again.
+/// The number of opened dead letters that are cached.
 const OPENED: u64 = 32;
-/// How long a look is waited for: another operator may be at it.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// The time-out for a scan. Another operator may hold the lock.
+const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// What a look found.
+/// The result of a scan.
 #[derive(Default)]
 pub(crate) struct Listing {
-    /// Dead letters in the queue.
     pub(crate) found: usize,
-    /// A replay is under way, and what it has in hand is not among them.
+    /// A replay is running. The messages it holds are not counted.
     pub(crate) replaying: bool,
-    /// What they have in common, the most frequent first.
+    /// The most frequent first.
     pub(crate) groups: Vec<Group>,
-    /// The oldest of each group, without their bodies.
+    /// The oldest letters of each group by fingerprint, without bodies.
     letters: HashMap<String, Vec<DeadLetter>>,
 }
 
 impl Listing {
-    async fn look(amqp: &Settings) -> Result<Self, BrokerError> {
+    async fn scan(amqp: &Settings) -> Result<Self, BrokerError> {
         let (mut groups, mut letters) = (Groups::default(), HashMap::<String, Vec<DeadLetter>>::new());
         let keep = |letter: &DeadLetter| {
             groups.add(letter);
@@ -66,7 +65,7 @@ impl Listing {
         Ok(Self { found, replaying, groups: groups.sorted(), letters })
     }
 
-    /// A group, and the oldest of its dead letters.
+    /// A group and its oldest dead letters.
     pub(crate) fn group(&self, fingerprint: &str) -> Option<(&Group, &[DeadLetter])> {
         let group = self.groups.iter().find(|group| group.fingerprint == fingerprint)?;
         Some((group, self.letters.get(fingerprint).map(Vec::as_slice).unwrap_or_default()))
@@ -78,16 +77,15 @@ fn oldest(letters: &mut Vec<DeadLetter>) {
     letters.truncate(KEPT);
 }
 
-/// What somebody wants to replay.
-pub(crate) struct Wish {
+pub(crate) struct JobRequest {
     pub(crate) filter: Filter,
-    /// The same for people.
+    /// The filter, for people.
     pub(crate) what: String,
     /// The name of the destination, for the log.
     pub(crate) destination: Option<String>,
 }
 
-/// A replay that somebody started here.
+/// A replay that was started on the page.
 pub(crate) struct Job {
     /// What is replayed, for people.
     pub(crate) what: String,
@@ -101,7 +99,6 @@ pub(crate) struct Job {
 }
 
 impl Job {
-    /// How far it has come.
     pub(crate) fn progress(&self) -> Progress {
         self.progress.borrow().clone()
     }
@@ -110,71 +107,71 @@ impl Job {
         self.progress.has_changed().is_err()
     }
 
-    /// Why it ended, if that was RabbitMQ's doing.
+    /// The error that ended the replay.
     pub(crate) fn failure(&self) -> Option<&str> {
         self.failure.get().map(String::as_str)
     }
 
-    /// Dead letters with an end a second, as long as it lasted so far.
+    /// Finished messages per second.
     pub(crate) fn rate(&self) -> f64 {
         let settled = u32::try_from(self.progress.borrow().ended()).unwrap_or(u32::MAX);
         let lasted = self.ended.get().copied().unwrap_or_else(Instant::now) - self.began;
         f64::from(settled) / lasted.as_secs_f64().max(1.0)
     }
 
-    /// Nothing more is sent.
+    /// Sends no more messages.
     pub(crate) fn stop(&self) {
         self.stop.cancel();
     }
 }
 
-/// A look, and what it found, or why it found nothing.
-struct Look<T> {
+/// The result of a load, with its times.
+struct Loaded<T> {
     began: Instant,
     ended: Instant,
     found: Result<T, String>,
 }
 
-/// What was found a moment ago.
-struct Kept<T> {
-    found: Mutex<Option<Look<T>>>,
-    /// What was looked for before is not true any more.
+/// A value that is loaded again after a few seconds.
+struct Cached<T> {
+    found: Mutex<Option<Loaded<T>>>,
+    /// Results of loads that started before this time are stale.
     changed: std::sync::Mutex<Option<Instant>>,
 }
 
-impl<T> Default for Kept<T> {
+impl<T> Default for Cached<T> {
     fn default() -> Self {
         Self { found: Mutex::default(), changed: std::sync::Mutex::default() }
     }
 }
 
-impl<T: Clone> Kept<T> {
-    /// It, or what `look` finds if that was too long ago. Who comes meanwhile waits for the same look.
-    async fn or(&self, look: impl Future<Output = Result<T, BrokerError>>) -> Result<T, String> {
+impl<T: Clone> Cached<T> {
+    /// Returns the cached value, or loads it. Concurrent callers share one load.
+    async fn get_or_load(&self, load: impl Future<Output = Result<T, BrokerError>>) -> Result<T, String> {
         let mut kept = self.found.lock().await;
         let changed = *self.changed.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_fresh =
-            |look: &&Look<T>| look.ended.elapsed() < FRESH && changed.is_none_or(|at| at < look.began);
-        if let Some(look) = kept.as_ref().filter(is_fresh) {
-            return look.found.clone();
+        let is_fresh = |loaded: &&Loaded<T>| {
+            loaded.ended.elapsed() < FRESH && changed.is_none_or(|changed| changed < loaded.began)
+        };
+        if let Some(loaded) = kept.as_ref().filter(is_fresh) {
+            return loaded.found.clone();
         }
         let began = Instant::now();
-        let found = look.await.map_err(|error| error.to_string());
-        *kept = Some(Look { began, ended: Instant::now(), found: found.clone() });
+        let found = load.await.map_err(|error| error.to_string());
+        *kept = Some(Loaded { began, ended: Instant::now(), found: found.clone() });
         found
     }
 }
 
-/// The tools and what lies there.
 pub(crate) struct DeadLetterCache {
-    listing: Kept<Arc<Listing>>,
-    backlog: Kept<Option<u32>>,
-    /// Those that were opened a moment ago, or were not there.
+    listing: Cached<Arc<Listing>>,
+    backlog: Cached<Option<u32>>,
+    /// Recently opened dead letters, and ids that do not exist.
     opened: Cache<String, Result<Option<DeadLetter>, String>>,
-    /// Ids that the next look is to open.
+    /// Ids for the next scan.
     wanted: std::sync::Mutex<BTreeSet<String>>,
-    /// Whoever has it looks.
-    look: Mutex<()>,
+    /// Held during a scan.
+    scan_lock: Mutex<()>,
     job: std::sync::Mutex<Option<Arc<Job>>>,
 }
 
@@ -182,52 +179,52 @@ impl Default for DeadLetterCache {
     fn default() -> Self {
         let opened = Cache::builder().max_capacity(OPENED).time_to_live(FRESH).build();
         Self {
-            listing: Kept::default(),
-            backlog: Kept::default(),
+            listing: Cached::default(),
+            backlog: Cached::default(),
             opened,
             wanted: std::sync::Mutex::default(),
-            look: Mutex::default(),
+            scan_lock: Mutex::default(),
             job: std::sync::Mutex::default(),
         }
     }
 }
 
 impl DeadLetterCache {
-    /// What is in the queue, as of some seconds ago at most.
+    /// The dead letters, at most some seconds old.
     ///
     /// # Errors
-    /// Why that cannot be told, for people.
+    /// The reason, for the operator.
     pub(crate) async fn listing(self: &Arc<Self>, amqp: Arc<Settings>) -> Result<Arc<Listing>, String> {
-        let bench = Arc::clone(self);
-        finish(async move {
-            let look = async {
-                let _alone = bench.look.lock().await;
-                Listing::look(&amqp).await.map(Arc::new)
+        let cache = Arc::clone(self);
+        run_detached(async move {
+            let load = async {
+                let _alone = cache.scan_lock.lock().await;
+                Listing::scan(&amqp).await.map(Arc::new)
             };
-            bench.listing.or(look).await
+            cache.listing.get_or_load(load).await
         })
         .await
     }
 
-    /// Messages in the work queue, as of some seconds ago at most: for when nobody consumes and counts them.
+    /// The number of messages in the work queue, at most some seconds old. For a paused worker, which does not measure it.
     ///
     /// # Errors
     /// Those of [`DeadLetterCache::listing`].
     pub(crate) async fn backlog(self: &Arc<Self>, amqp: Arc<Settings>) -> Result<Option<u32>, String> {
-        let bench = Arc::clone(self);
-        finish(async move {
-            let look = async {
+        let cache = Arc::clone(self);
+        run_detached(async move {
+            let load = async {
                 let connection = amqp.connect("close-sync page").await?;
                 let depth = topology::depth(&connection, &amqp.queue).await;
                 disconnect(&connection).await;
                 Ok(depth?.map(|depth| depth.ready))
             };
-            bench.backlog.or(look).await
+            cache.backlog.get_or_load(load).await
         })
         .await
     }
 
-    /// One dead letter, whole.
+    /// A dead letter with its body.
     ///
     /// # Errors
     /// Those of [`DeadLetterCache::listing`].
@@ -236,31 +233,31 @@ impl DeadLetterCache {
         amqp: Arc<Settings>,
         id: String,
     ) -> Result<Option<DeadLetter>, String> {
-        if let Some(known) = self.opened.get(&id) {
-            return known;
+        if let Some(cached) = self.opened.get(&id) {
+            return cached;
         }
         self.wanted.lock().unwrap_or_else(PoisonError::into_inner).insert(id.clone());
-        let bench = Arc::clone(self);
-        finish(async move {
-            let _alone = bench.look.lock().await;
-            // Somebody else's look may have found it meanwhile.
-            if let Some(known) = bench.opened.get(&id) {
-                return known;
+        let cache = Arc::clone(self);
+        run_detached(async move {
+            let _alone = cache.scan_lock.lock().await;
+            // Another scan may have found it in the meantime.
+            if let Some(cached) = cache.opened.get(&id) {
+                return cached;
             }
-            let wanted = std::mem::take(&mut *bench.wanted.lock().unwrap_or_else(PoisonError::into_inner));
+            let wanted = std::mem::take(&mut *cache.wanted.lock().unwrap_or_else(PoisonError::into_inner));
             let ids = wanted.into_iter().chain([id.clone()]).collect();
             let found = find_by_id(&amqp, &ids, &mut |_| {}).await.map_err(|error| error.to_string());
             let of =
                 |id: &String| found.as_ref().map(|(found, _)| found.get(id).cloned()).map_err(String::clone);
             for each in &ids {
-                bench.opened.insert(each.clone(), of(each));
+                cache.opened.insert(each.clone(), of(each));
             }
             of(&id)
         })
         .await
     }
 
-    /// Deletes those meant, and notes in the log which they were. Tells how many.
+    /// Deletes the selected dead letters and logs their ids. Returns their number.
     ///
     /// # Errors
     /// Those of [`DeadLetterCache::listing`].
@@ -271,44 +268,44 @@ impl DeadLetterCache {
         visitor: Visitor,
         destination: Option<String>,
     ) -> Result<usize, String> {
-        let bench = Arc::clone(self);
-        finish(async move {
+        let cache = Arc::clone(self);
+        run_detached(async move {
             let mut ids = Vec::new();
             let discard = |letter: &DeadLetter| {
                 ids.push(letter.id.clone());
                 Disposition::Delete
             };
-            let sifted = {
-                let _alone = bench.look.lock().await;
+            let scanned = {
+                let _alone = cache.scan_lock.lock().await;
                 match edit::complete_interrupted(&amqp, &mut |_| {}).await {
                     Ok(()) => scan(&amqp, &which, discard, &mut |_| {}).await,
                     Err(error) => Err(error),
                 }
             };
-            bench.forget();
-            let what = if sifted.is_ok() { "discarded" } else { "perhaps discarded" };
+            cache.invalidate();
+            let what = if scanned.is_ok() { "discarded" } else { "perhaps discarded" };
             for ids in ids.chunks(IDS_A_LINE) {
                 visitor.audit(what, destination.as_deref(), Some(&ids.join(" ")));
             }
-            sifted.map(|sifted| sifted.removed).map_err(|error| error.to_string())
+            scanned.map(|summary| summary.removed).map_err(|error| error.to_string())
         })
         .await
     }
 
-    /// Begins to replay those meant, until all are or close-sync stops. `false` if a replay is under way already.
+    /// Starts a replay. Returns `false` if another one is running.
     pub(crate) fn replay(
         self: &Arc<Self>,
         amqp: Arc<Settings>,
-        Wish { filter, what, destination }: Wish,
+        JobRequest { filter, what, destination }: JobRequest,
         visitor: &Visitor,
-        office: &AppState,
+        state: &AppState,
     ) -> bool {
         let mut current = self.job.lock().unwrap_or_else(PoisonError::into_inner);
         if current.as_ref().is_some_and(|job| !job.is_over()) {
             return false;
         }
         let order = ReplayRequest::from(Selection::from(filter));
-        let (told, progress) = watch::channel(Progress::default());
+        let (sender, progress) = watch::channel(Progress::default());
         let job = Arc::new(Job {
             what,
             who: Arc::clone(&visitor.who),
@@ -316,55 +313,55 @@ impl DeadLetterCache {
             began: Instant::now(),
             ended: OnceLock::new(),
             progress,
-            stop: office.0.shutdown.child_token(),
+            stop: state.0.shutdown.child_token(),
             failure: OnceLock::new(),
         });
         *current = Some(Arc::clone(&job));
-        let bench = Arc::clone(self);
-        office.0.jobs.spawn(async move {
-            // It is not over before everything is told.
-            let _until = told.clone();
-            match replay(&amqp, order, told, &job.stop).await {
+        let cache = Arc::clone(self);
+        state.0.jobs.spawn(async move {
+            // The job is over once all senders are dropped, after the last update.
+            let _sender = sender.clone();
+            match replay(&amqp, order, sender, &job.stop).await {
                 Ok((progress, _)) => tracing::info!(
                     destination,
                     about = job.what,
                     replayed = progress.sent,
                     failed_again = progress.failed_again(),
-                    "the replay begun on the page has ended"
+                    "replay started on the operator's page ended"
                 ),
                 Err(error) => {
-                    tracing::error!(destination, about = job.what, %error, "the replay begun on the page has failed");
+                    tracing::error!(destination, about = job.what, %error, "replay started on the operator's page failed");
                     let _ = job.failure.set(error.to_string());
                 }
             }
             let _ = job.ended.set(Instant::now());
-            bench.forget();
+            cache.invalidate();
         });
         true
     }
 
-    /// The last replay that was begun here.
+    /// The last replay that was started on the page.
     pub(crate) fn job(&self) -> Option<Arc<Job>> {
         self.job.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// What was found is not true any more.
-    fn forget(&self) {
+    /// Discards the cached results.
+    fn invalidate(&self) {
         *self.listing.changed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
         self.opened.invalidate_all();
     }
 }
 
-/// Does it, whether or not whoever asked for it waits.
-async fn finish<T: Send + 'static>(
+/// Runs a task to its end, even if the caller stops waiting.
+async fn run_detached<T: Send + 'static>(
     work: impl Future<Output = Result<T, String>> + Send + 'static,
 ) -> Result<T, String> {
-    match tokio::time::timeout(PATIENCE, tokio::spawn(work)).await {
+    match tokio::time::timeout(TIMEOUT, tokio::spawn(work)).await {
         Ok(Ok(done)) => done,
-        Ok(Err(_)) => Err("A defect of close-sync, which the log tells of.".to_owned()),
+        Ok(Err(_)) => Err("A bug in close-sync; see the log.".to_owned()),
         Err(_) => Err(format!(
-            "It takes longer than {} s: another operator is at the dead letters, or RabbitMQ is slow. Load the page again.",
-            PATIENCE.as_secs()
+            "Reading the dead letters takes longer than {} s. Another operator may be using them, or RabbitMQ is slow. Reload the page.",
+            TIMEOUT.as_secs()
         )),
     }
 }

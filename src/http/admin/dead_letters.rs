@@ -1,7 +1,7 @@
-//! Dead letters: what failed, how often and since when; one of them whole; replaying and discarding.
+//! The pages that list dead letters, and replay or discard them.
 //!
-//! Nothing is done without a page in between that says what would be. A replay sends one first and the rest only
-//! when that did not fail again ([`crate::dead_letters::replay`]).
+//! Every action has a confirmation page. A replay sends one message first, and the others only if that one does not fail
+//! again ([`crate::dead_letters::replay`]).
 
 use std::sync::Arc;
 
@@ -19,21 +19,21 @@ use crate::amqp::Settings;
 use crate::dead_letters::filter::{Filter, Group, Selection};
 use crate::dead_letters::letter::DeadLetter;
 use crate::http::admin::auth::Visitor;
-use crate::http::admin::dead_letter_cache::{DeadLetterCache, KEPT, Wish};
-use crate::http::admin::layout::{Broken, Frame, Tab, ago, prose, seal};
-use crate::http::admin::{AppState, Place};
+use crate::http::admin::dead_letter_cache::{DeadLetterCache, JobRequest, KEPT};
+use crate::http::admin::layout::{ErrorPage, Frame, Tab, ago, csrf_token, prose};
+use crate::http::admin::{AppState, Destination};
 use crate::text::count;
 
-/// Dead letters on a page.
+/// The number of dead letters on a page.
 const PAGE: usize = 50;
 
-/// Which dead letters a page is about.
+/// The dead letters a page is about.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Target {
-    /// All that failed alike, by their fingerprint.
+    /// All with this fingerprint.
     Group(String),
-    /// One, by its id.
+    /// The one with this id.
     Id(String),
 }
 
@@ -51,7 +51,7 @@ impl Target {
         }
     }
 
-    /// As a part of an address or a form.
+    /// The name of the field in a URL or a form.
     fn field(&self) -> &'static str {
         match self {
             Self::Group(_) => "group",
@@ -66,105 +66,108 @@ impl Target {
         }
     }
 
-    /// The address of a page about them.
-    pub(crate) fn path(&self, place: &Place, page: &str) -> String {
+    /// The path of a page about them.
+    pub(crate) fn path(&self, destination: &Destination, page: &str) -> String {
         let query = url::form_urlencoded::Serializer::new(String::new())
             .append_pair(self.field(), self.value())
             .finish();
-        format!("{}?{query}", place.path(page))
+        format!("{}?{query}", destination.path(page))
     }
 
-    /// The pages that ask whether to go on.
-    pub(crate) fn actions(&self, place: &Place) -> Markup {
+    /// Links to the confirmation pages.
+    pub(crate) fn actions(&self, destination: &Destination) -> Markup {
         html! {
-            a .button.quiet href=(self.path(place, "dead/replay")) { "Replay…" }
-            a .button.quiet href=(self.path(place, "dead/discard")) { "Discard…" }
+            a .button.quiet href=(self.path(destination, "dead/replay")) { "Replay…" }
+            a .button.quiet href=(self.path(destination, "dead/discard")) { "Discard…" }
         }
     }
 }
 
-/// A destination's dead letters, and how to get at them.
-pub(crate) struct At {
-    pub(crate) place: Place,
-    pub(crate) bench: Arc<DeadLetterCache>,
+/// A running destination and its dead letters.
+pub(crate) struct DeadLetterContext {
+    pub(crate) destination: Destination,
+    pub(crate) cache: Arc<DeadLetterCache>,
     pub(crate) amqp: Arc<Settings>,
 }
 
-impl FromRequestParts<AppState> for At {
-    type Rejection = Broken;
+impl FromRequestParts<AppState> for DeadLetterContext {
+    type Rejection = ErrorPage;
 
-    async fn from_request_parts(parts: &mut Parts, office: &AppState) -> Result<Self, Broken> {
-        let place = Place::from_request_parts(parts, office).await?;
-        let Some(amqp) = place.seat.runtime.amqp() else {
-            let why = "This destination does not run: its live page tells why.";
-            return Err(Broken::new(StatusCode::SERVICE_UNAVAILABLE, why));
+    async fn from_request_parts(parts: &mut Parts, state: &AppState) -> Result<Self, ErrorPage> {
+        let destination = Destination::from_request_parts(parts, state).await?;
+        let Some(amqp) = destination.handle.runtime.amqp() else {
+            let why = "This destination is not running. Its live page shows why.";
+            return Err(ErrorPage::new(StatusCode::SERVICE_UNAVAILABLE, why));
         };
-        let bench = office.workbench(&place);
-        Ok(Self { place, bench, amqp })
+        let cache = state.dead_letter_cache(&destination);
+        Ok(Self { destination, cache, amqp })
     }
 }
 
-impl At {
+impl DeadLetterContext {
     pub(crate) fn frame<'a>(&'a self, title: &'a str, visitor: &'a Visitor) -> Frame<'a> {
-        Frame { title, visitor: Some(visitor), of: Some((&self.place, Tab::Dead)), refresh: None }
+        Frame { title, visitor: Some(visitor), of: Some((&self.destination, Tab::Dead)), refresh: None }
     }
 }
 
-/// What was just done.
+/// The result of an action, after a redirect.
 #[derive(Deserialize)]
-pub(crate) struct Done {
+pub(crate) struct ListQuery {
     discarded: Option<u32>,
 }
 
-pub(crate) async fn list(at: At, Extension(visitor): Extension<Visitor>, Query(done): Query<Done>) -> Markup {
-    let listing = at.bench.listing(Arc::clone(&at.amqp)).await;
-    let running = at.bench.job().filter(|job| !job.is_over());
-    at.frame("Dead letters", &visitor).around(html! {
+pub(crate) async fn list(
+    context: DeadLetterContext,
+    Extension(visitor): Extension<Visitor>,
+    Query(done): Query<ListQuery>,
+) -> Markup {
+    let listing = context.cache.listing(Arc::clone(&context.amqp)).await;
+    let running = context.cache.job().filter(|job| !job.is_over());
+    context.frame("Dead letters", &visitor).around(html! {
         @if let Some(discarded) = done.discarded {
             p .notice.good role="status" { (count(discarded, "dead letter was", "dead letters were")) " discarded." }
         }
         @if let Some(job) = running {
             p .notice.so-so {
-                "A replay of " (job.what) " is under way. " a href=(at.place.path("dead/progress")) { "Follow it" }
+                "A replay of " (job.what) " is running. " a href=(context.destination.path("dead/progress")) { "Show progress" }
             }
         }
         @match &listing {
             Err(why) => { p .notice.bad role="alert" { (why) } }
             Ok(listing) => {
                 @if listing.replaying {
-                    p .quiet { "A replay is under way: what it has in hand is not among them." }
+                    p .quiet { "A replay is running. The messages it holds are not listed." }
                 }
                 @if listing.groups.is_empty() {
                     p .notice.good { "There are no dead letters." }
                 } @else {
-                    form .row method="get" action=(at.place.path("dead/message")) {
+                    form .row method="get" action=(context.destination.path("dead/message")) {
                         label for="id" { "Id, or the producer's message id" }
                         input #id name="id" required;
                         button .quiet type="submit" { "Open" }
                     }
-                    p { (count(listing.found as u64, "dead letter", "dead letters")) ", sorted by what they have in common." }
-                    @for group in &listing.groups { (card(group, &at.place)) }
+                    p { (count(listing.found as u64, "dead letter", "dead letters")) ", grouped by error." }
+                    @for group in &listing.groups { (card(group, &context.destination)) }
                 }
             }
         }
     })
 }
 
-fn card(group: &Group, place: &Place) -> Markup {
+fn card(group: &Group, destination: &Destination) -> Markup {
     let target = Target::Group(group.fingerprint.clone());
     html! {
         section .card.group {
-            h2 { a href=(target.path(place, "dead/group")) { (group.fingerprint) } }
+            h2 { a href=(target.path(destination, "dead/group")) { (group.fingerprint) } }
             (facts(group))
             div .actions {
-                a .button href=(target.path(place, "dead/group")) { "Open" }
-                (target.actions(place))
+                a .button href=(target.path(destination, "dead/group")) { "Open" }
+                (target.actions(destination))
             }
         }
     }
 }
 
-/// What is known of a group.
 fn facts(group: &Group) -> Markup {
     html! {
         p .lead {
@@ -172,7 +175,7 @@ fn facts(group: &Group) -> Markup {
             span {
                 @if let Some(first) = group.first { "first " (ago(first)) }
                 @if let Some(last) = group.last { ", last " (ago(last)) }
-                @if group.failed_again > 0 { ", " (group.failed_again) " of them failed again after a replay" }
+                @if group.failed_again > 0 { ", " (group.failed_again) " failed again after a replay" }
             }
         }
         @if let Some(error) = &group.error { p { (error) } }
@@ -180,30 +183,30 @@ fn facts(group: &Group) -> Markup {
     }
 }
 
-/// A group, and which of its pages.
+/// A group and one of its pages.
 #[derive(Deserialize)]
-pub(crate) struct Asked {
+pub(crate) struct GroupQuery {
     group: String,
     #[serde(default)]
     page: usize,
 }
 
 pub(crate) async fn group(
-    at: At,
+    context: DeadLetterContext,
     Extension(visitor): Extension<Visitor>,
-    Query(Asked { group, page }): Query<Asked>,
-) -> Result<Markup, Broken> {
-    let listing = at.bench.listing(Arc::clone(&at.amqp)).await.map_err(unavailable)?;
+    Query(GroupQuery { group, page }): Query<GroupQuery>,
+) -> Result<Markup, ErrorPage> {
+    let listing = context.cache.listing(Arc::clone(&context.amqp)).await.map_err(unavailable)?;
     let Some((known, letters)) = listing.group(&group) else { return Err(gone()) };
     let target = Target::Group(group.clone());
     let pages = letters.len().div_ceil(PAGE).max(1);
     let page = page.min(pages - 1);
     let shown = letters.iter().skip(page * PAGE).take(PAGE);
-    let link = |page: usize| format!("{}&page={page}", target.path(&at.place, "dead/group"));
-    Ok(at.frame(&group, &visitor).around(html! {
-        p { a href=(at.place.path("dead")) { "All dead letters" } }
-        section .card { (facts(known)) div .actions { (target.actions(&at.place)) } }
-        (table(shown, &at.place))
+    let link = |page: usize| format!("{}&page={page}", target.path(&context.destination, "dead/group"));
+    Ok(context.frame(&group, &visitor).around(html! {
+        p { a href=(context.destination.path("dead")) { "All dead letters" } }
+        section .card { (facts(known)) div .actions { (target.actions(&context.destination)) } }
+        (table(shown, &context.destination))
         @if pages > 1 {
             nav .pages aria-label="Pages of dead letters" {
                 @if page > 0 { a href=(link(page - 1)) rel="prev" { "Older" } }
@@ -212,12 +215,12 @@ pub(crate) async fn group(
             }
         }
         @if known.count > letters.len() {
-            p .hint { "The oldest " (KEPT) " are listed; " code { "close-sync dlq list --each" } " lists all." }
+            p .hint { "Only the oldest " (KEPT) " are listed. " code { "close-sync dlq list --each" } " lists all." }
         }
     }))
 }
 
-fn table<'a>(letters: impl Iterator<Item = &'a DeadLetter>, place: &Place) -> Markup {
+fn table<'a>(letters: impl Iterator<Item = &'a DeadLetter>, destination: &Destination) -> Markup {
     html! {
         div .card.wide {
             table .letters {
@@ -235,7 +238,7 @@ fn table<'a>(letters: impl Iterator<Item = &'a DeadLetter>, place: &Place) -> Ma
                     @for letter in letters {
                         tr {
                             th scope="row" {
-                                a href=(Target::Id(letter.id.clone()).path(place, "dead/message")) { code { (letter.id) } }
+                                a href=(Target::Id(letter.id.clone()).path(destination, "dead/message")) { code { (letter.id) } }
                                 @if letter.edited_at.is_some() { " edited" }
                             }
                             td { @if let Some(failed) = letter.failed_at { (ago(failed)) } @else { "unknown" } }
@@ -250,102 +253,107 @@ fn table<'a>(letters: impl Iterator<Item = &'a DeadLetter>, place: &Place) -> Ma
     }
 }
 
-/// A form about some dead letters, with how many they were when it was made, and when the last had failed.
+/// A form about dead letters, with their number when it was rendered, and the time of the last failure.
 #[derive(Debug, Deserialize)]
-pub(crate) struct Wanted {
+pub(crate) struct TargetQuery {
     group: Option<String>,
     id: Option<String>,
     #[serde(default)]
     count: usize,
     until: Option<Timestamp>,
-    /// Of one, what it is exactly: others may have its id.
+    /// The content id of a single dead letter. Several may share an id.
     content: Option<Uuid>,
 }
 
-impl Wanted {
-    fn target(self) -> Result<Target, Broken> {
+impl TargetQuery {
+    fn target(self) -> Result<Target, ErrorPage> {
         match (self.group, self.id) {
             (Some(group), None) => Ok(Target::Group(group)),
             (None, Some(id)) => Ok(Target::Id(id)),
-            (Some(_), Some(_)) | (None, None) => {
-                Err(Broken::new(StatusCode::BAD_REQUEST, "Which dead letters? This address names none."))
-            }
+            (Some(_), Some(_)) | (None, None) => Err(ErrorPage::new(
+                StatusCode::BAD_REQUEST,
+                "The address names no dead letters: either `group` or `id` is needed.",
+            )),
         }
     }
 }
 
-/// What can be done to dead letters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Verb {
+enum Action {
     Replay,
     Discard,
 }
 
 pub(crate) async fn ask_to_replay(
-    at: At,
+    context: DeadLetterContext,
     Extension(visitor): Extension<Visitor>,
-    Query(which): Query<Wanted>,
-) -> Result<Markup, Broken> {
-    ask(&at, &visitor, which, Verb::Replay).await
+    Query(which): Query<TargetQuery>,
+) -> Result<Markup, ErrorPage> {
+    ask(&context, &visitor, which, Action::Replay).await
 }
 
 pub(crate) async fn ask_to_discard(
-    at: At,
+    context: DeadLetterContext,
     Extension(visitor): Extension<Visitor>,
-    Query(which): Query<Wanted>,
-) -> Result<Markup, Broken> {
-    ask(&at, &visitor, which, Verb::Discard).await
+    Query(which): Query<TargetQuery>,
+) -> Result<Markup, ErrorPage> {
+    ask(&context, &visitor, which, Action::Discard).await
 }
 
-/// The page between a wish and its fulfilment.
-async fn ask(at: &At, visitor: &Visitor, which: Wanted, verb: Verb) -> Result<Markup, Broken> {
+/// The confirmation page of an action.
+async fn ask(
+    context: &DeadLetterContext,
+    visitor: &Visitor,
+    which: TargetQuery,
+    action_kind: Action,
+) -> Result<Markup, ErrorPage> {
     let (target, number, until, content) = match which.target()? {
         Target::Group(fingerprint) => {
-            let listing = at.bench.listing(Arc::clone(&at.amqp)).await.map_err(unavailable)?;
+            let listing = context.cache.listing(Arc::clone(&context.amqp)).await.map_err(unavailable)?;
             let (group, _) = listing.group(&fingerprint).ok_or_else(gone)?;
             (Target::Group(fingerprint), group.count, group.last, None)
         }
         Target::Id(id) => {
-            let found = at.bench.open(Arc::clone(&at.amqp), id).await.map_err(unavailable)?;
-            // It may have been named by the id of its producer.
+            let found = context.cache.open(Arc::clone(&context.amqp), id).await.map_err(unavailable)?;
+            // The request may contain the message id of the producer.
             let letter = found.ok_or_else(gone)?;
             let content = letter.content();
             (Target::Id(letter.id), 1, None, Some(content))
         }
     };
     let back = match &target {
-        Target::Group(_) => target.path(&at.place, "dead/group"),
-        Target::Id(_) => target.path(&at.place, "dead/message"),
+        Target::Group(_) => target.path(&context.destination, "dead/group"),
+        Target::Id(_) => target.path(&context.destination, "dead/message"),
     };
-    let (title, action, button, danger) = match verb {
-        Verb::Replay => ("Replay?", "dead/replay", "Replay", false),
-        Verb::Discard => ("Discard?", "dead/discard", "Discard for good", true),
+    let (title, action, button, danger) = match action_kind {
+        Action::Replay => ("Replay?", "dead/replay", "Replay", false),
+        Action::Discard => ("Discard?", "dead/discard", "Discard", true),
     };
-    Ok(at.frame(title, visitor).around(html! {
+    Ok(context.frame(title, visitor).around(html! {
         section .card.narrow {
             p { strong { (count(number as u64, "message", "messages")) } ": " (target.describe()) "." }
-            @match verb {
-                Verb::Replay => {
+            @match action_kind {
+                Action::Replay => {
                     @if number > 1 {
                         p {
-                            "The oldest is sent through the work queue first. Only if it does not fail again, the others \
-                             follow, a few at a time behind live messages. It stops when one fails as before."
+                            "The oldest message is sent to the work queue first. The others follow only if it does not fail \
+                             again, a few at a time and behind live messages. The replay stops when one fails with the same \
+                             error."
                         }
                     } @else {
-                        p { "It is sent through the work queue once more. If it fails again, it is a new dead letter." }
+                        p { "The message is sent to the work queue. If it fails again, it becomes a new dead letter." }
                     }
-                    p .hint { "What newer events have told about meanwhile stays as it is." }
+                    p .hint { "Values from newer events are not overwritten." }
                 }
-                Verb::Discard => {
+                Action::Discard => {
                     p {
-                        @if number > 1 { "They are" } @else { "It is" }
-                        " deleted from RabbitMQ, and cannot be brought back. " code { "close-sync dlq export" }
-                        " keeps a copy."
+                        "Deletes " @if number > 1 { "them" } @else { "it" }
+                        " from RabbitMQ. This cannot be undone. " code { "close-sync dlq export" } " saves a copy."
                     }
                 }
             }
-            form .actions method="post" action=(at.place.path(action)) {
-                (seal(visitor))
+            form .actions method="post" action=(context.destination.path(action)) {
+                (csrf_token(visitor))
                 input type="hidden" name=(target.field()) value=(target.value());
                 input type="hidden" name="count" value=(number);
                 @if let Some(content) = content { input type="hidden" name="content" value=(content); }
@@ -358,44 +366,44 @@ async fn ask(at: &At, visitor: &Visitor, which: Wanted, verb: Verb) -> Result<Ma
 }
 
 pub(crate) async fn replay(
-    Shared(office): Shared<AppState>,
-    at: At,
+    Shared(state): Shared<AppState>,
+    context: DeadLetterContext,
     Extension(visitor): Extension<Visitor>,
-    Form(which): Form<Wanted>,
-) -> Result<Redirect, Broken> {
+    Form(which): Form<TargetQuery>,
+) -> Result<Redirect, ErrorPage> {
     let target = which.target()?;
-    let destination = at.place.name.clone();
-    let wish = Wish { filter: target.filter(), what: target.value().to_owned(), destination };
-    if !at.bench.replay(at.amqp, wish, &visitor, &office) {
-        let why = "A replay is under way already; one can be begun when it has ended.";
-        return Err(Broken::new(StatusCode::CONFLICT, why));
+    let destination = context.destination.name.clone();
+    let request = JobRequest { filter: target.filter(), what: target.value().to_owned(), destination };
+    if !context.cache.replay(context.amqp, request, &visitor, &state) {
+        let why = "Another replay is running. Wait until it has ended.";
+        return Err(ErrorPage::new(StatusCode::CONFLICT, why));
     }
-    visitor.audit("replay", at.place.name.as_deref(), Some(target.value()));
-    Ok(Redirect::to(&at.place.path("dead/progress")))
+    visitor.audit("replay", context.destination.name.as_deref(), Some(target.value()));
+    Ok(Redirect::to(&context.destination.path("dead/progress")))
 }
 
 pub(crate) async fn discard(
-    at: At,
+    context: DeadLetterContext,
     Extension(visitor): Extension<Visitor>,
-    Form(which): Form<Wanted>,
-) -> Result<Redirect, Broken> {
-    // Those that came since were not agreed to, as far as they have a time; nor was another one of the same id.
+    Form(which): Form<TargetQuery>,
+) -> Result<Redirect, ErrorPage> {
+    // Leaves out messages that failed after the form was rendered, and another message with the same id.
     let (limit, until, content) = (Some(which.count), which.until, which.content);
     let target = which.target()?;
     let which = Selection { filter: Filter { content, until, ..target.filter() }, limit };
-    visitor.audit("discard", at.place.name.as_deref(), Some(target.value()));
-    let done = at.bench.discard(at.amqp, which, visitor, at.place.name.clone()).await;
+    visitor.audit("discard", context.destination.name.as_deref(), Some(target.value()));
+    let done = context.cache.discard(context.amqp, which, visitor, context.destination.name.clone()).await;
     let discarded = done.map_err(unavailable)?;
-    Ok(Redirect::to(&format!("{}?discarded={discarded}", at.place.path("dead"))))
+    Ok(Redirect::to(&format!("{}?discarded={discarded}", context.destination.path("dead"))))
 }
 
-/// RabbitMQ does not let itself be looked at.
-pub(crate) fn unavailable(why: String) -> Broken {
-    Broken::new(StatusCode::SERVICE_UNAVAILABLE, why)
+/// The dead letters cannot be read.
+pub(crate) fn unavailable(why: String) -> ErrorPage {
+    ErrorPage::new(StatusCode::SERVICE_UNAVAILABLE, why)
 }
 
-/// They were there a moment ago.
-pub(crate) fn gone() -> Broken {
-    let why = "There is no such dead letter any more: it was replayed, edited or discarded meanwhile.";
-    Broken::new(StatusCode::NOT_FOUND, why)
+/// The dead letter no longer exists.
+pub(crate) fn gone() -> ErrorPage {
+    let why = "Dead letter not found. It was replayed, edited or discarded in the meantime.";
+    ErrorPage::new(StatusCode::NOT_FOUND, why)
 }

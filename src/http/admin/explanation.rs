@@ -1,12 +1,12 @@
-//! What an event would do, as `close-sync plan` tells it.
+//! Renders the explanation of a dry run, like `close-sync plan`.
 
 use maud::{Markup, html};
 
-use crate::http::admin::redact::Sight;
+use crate::http::admin::redact::Visibility;
 use crate::sync::explain::{DEAD, Explanation, LeftOut, Record};
 
-/// The report, with values as far as they may be seen.
-pub(crate) fn report(report: &Explanation, sight: Sight) -> Markup {
+/// Renders a report, with values only if visible.
+pub(crate) fn report(report: &Explanation, visibility: Visibility) -> Markup {
     let kind = match report.outcome {
         DEAD => "bad",
         "skipped" | "unchanged" => "so-so",
@@ -18,10 +18,10 @@ pub(crate) fn report(report: &Explanation, sight: Sight) -> Markup {
             @if let Some(reason) = report.reason { " " code { (reason) } }
         }
         @if let Some(error) = &report.error { p { (error) } }
-        @for record in &report.records { (one(record, sight)) }
+        @for record in &report.records { (one(record, visibility)) }
         @if !report.left_out.is_empty() {
             h3 { "Left out" }
-            ul { @for left_out in &report.left_out { li { (left(left_out, sight)) } } }
+            ul { @for left_out in &report.left_out { li { (left(left_out, visibility)) } } }
         }
         dl .facts {
             @if let Some(rule) = report.rule_in_words { dt { "Rule" } dd { (rule) } }
@@ -34,33 +34,33 @@ pub(crate) fn report(report: &Explanation, sight: Sight) -> Markup {
                 dd { code { (candidate.id) } " " (candidate.in_words) }
             }
             dt { "Calls to Close" }
-            dd { (report.calls) ", nothing was written" }
+            dd { (report.calls) "; nothing was written" }
         }
     }
 }
 
-fn one(record: &Record, sight: Sight) -> Markup {
+fn one(record: &Record, visibility: Visibility) -> Markup {
     html! {
         section .record {
             h3 {
                 (record.action)
-                @if let Some(name) = &record.name { " " q { (sight.of(name)) } }
+                @if let Some(name) = &record.name { " " q { (visibility.of(name)) } }
                 @if let Some(id) = &record.id { " " code { (id) } }
             }
-            @if let Some(switch) = record.forbidden { p { "Not done: the switch " code { (switch) } " is off." } }
+            @if let Some(switch) = record.forbidden { p { "Not written: the switch " code { (switch) } " is off." } }
             @if !record.fields.is_empty() {
                 div .wide {
                     table {
                         caption .hidden { "Fields of the record" }
-                        thead { tr { th scope="col" { "Field" } th scope="col" { "What comes of it" } } }
+                        thead { tr { th scope="col" { "Field" } th scope="col" { "Result" } } }
                         tbody {
                             @for field in &record.fields {
                                 tr {
                                     th scope="row" { (field.label) }
                                     td {
-                                        @match sight {
-                                            Sight::Masked => { code { (field.verdict) } }
-                                            Sight::Personal => { (field.change) }
+                                        @match visibility {
+                                            Visibility::Redacted => { code { (field.verdict) } }
+                                            Visibility::Full => { (field.change) }
                                         }
                                     }
                                 }
@@ -73,11 +73,11 @@ fn one(record: &Record, sight: Sight) -> Markup {
     }
 }
 
-fn left(left_out: &LeftOut, sight: Sight) -> Markup {
+fn left(left_out: &LeftOut, visibility: Visibility) -> Markup {
     html! {
-        @match sight {
-            Sight::Masked => { (left_out.field) ": " code { (left_out.reason) } }
-            Sight::Personal => { (left_out.in_words) }
+        @match visibility {
+            Visibility::Redacted => { (left_out.field) ": " code { (left_out.reason) } }
+            Visibility::Full => { (left_out.in_words) }
         }
     }
 }

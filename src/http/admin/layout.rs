@@ -1,4 +1,4 @@
-//! What all pages have in common: the frame, the headers, and small parts.
+//! The frame of all pages, their HTTP headers, and small parts.
 
 use std::borrow::Cow;
 use std::time::Duration;
@@ -9,11 +9,11 @@ use jiff::{SignedDuration, Timestamp};
 use maud::{DOCTYPE, Markup, html};
 use serde::Deserialize;
 
-use crate::http::admin::auth::{SEAL, Visitor};
-use crate::http::admin::{HOME, Place};
+use crate::http::admin::auth::{CSRF_FIELD, Visitor};
+use crate::http::admin::{Destination, HOME};
 
-/// Nothing but our own style, no frames, no forms that go elsewhere. `same-origin` and not `no-referrer`: with the
-/// latter, browsers send `Origin: null` along with our own forms.
+/// Only the own style sheet, no frames, no forms to other sites. The referrer policy is `same-origin`, because with
+/// `no-referrer` browsers send `Origin: null` with the own forms.
 const HEADERS: [(HeaderName, HeaderValue); 8] = [
     (
         header::CONTENT_SECURITY_POLICY,
@@ -33,7 +33,7 @@ const HEADERS: [(HeaderName, HeaderValue); 8] = [
     ),
 ];
 
-/// Adds what every answer says to browsers.
+/// Adds the security headers.
 pub(crate) async fn headers(mut response: Response) -> Response {
     response.headers_mut().extend(HEADERS);
     response
@@ -67,20 +67,20 @@ impl Tab {
     }
 }
 
-/// What is around the content of a page.
+/// The frame around the content of a page.
 #[derive(Clone, Copy)]
 pub(crate) struct Frame<'a> {
     pub(crate) title: &'a str,
     pub(crate) visitor: Option<&'a Visitor>,
-    /// Whose page it is, and which.
-    pub(crate) of: Option<(&'a Place, Tab)>,
-    /// Loads itself again after so long.
+    /// The destination and the current tab.
+    pub(crate) of: Option<(&'a Destination, Tab)>,
+    /// The interval of automatic reloads.
     pub(crate) refresh: Option<Duration>,
 }
 
 impl Frame<'_> {
     pub(crate) fn around(&self, content: Markup) -> Markup {
-        let name = self.of.map_or("close-sync", |(place, _)| place.title());
+        let name = self.of.map_or("close-sync", |(destination, _)| destination.title());
         html! {
             (DOCTYPE)
             html lang="en" {
@@ -98,10 +98,10 @@ impl Frame<'_> {
                     a .skip href="#content" { "Skip to content" }
                     header {
                         p .brand { a href=(HOME) { "close-sync" } }
-                        @if let Some((place, tab)) = self.of { (navigation(place, tab)) }
+                        @if let Some((destination, tab)) = self.of { (navigation(destination, tab)) }
                         @if let Some(visitor) = self.visitor.filter(|visitor| visitor.has_session()) {
                             form .who method="post" action="/page/sign-out" {
-                                (seal(visitor))
+                                (csrf_token(visitor))
                                 span { (visitor.who) }
                                 button .quiet type="submit" { "Sign out" }
                             }
@@ -110,7 +110,7 @@ impl Frame<'_> {
                     main #content tabindex="-1" {
                         h1 {
                             (self.title)
-                            @if let Some(name) = self.of.and_then(|(place, _)| place.name.as_deref()) {
+                            @if let Some(name) = self.of.and_then(|(destination, _)| destination.name.as_deref()) {
                                 " " span .of { (name) }
                             }
                         }
@@ -122,13 +122,13 @@ impl Frame<'_> {
     }
 }
 
-fn navigation(place: &Place, current: Tab) -> Markup {
+fn navigation(destination: &Destination, current: Tab) -> Markup {
     html! {
         nav aria-label="Pages" {
             ul {
                 @for tab in Tab::ALL {
                     li {
-                        a href=(place.path(tab.path())) aria-current=[(tab == current).then_some("page")] {
+                        a href=(destination.path(tab.path())) aria-current=[(tab == current).then_some("page")] {
                             (tab.title())
                         }
                     }
@@ -138,87 +138,85 @@ fn navigation(place: &Place, current: Tab) -> Markup {
     }
 }
 
-/// What makes a form one of ours.
-pub(crate) fn seal(visitor: &Visitor) -> Markup {
-    html! { input type="hidden" name=(SEAL) value=(visitor.seal); }
+/// The hidden field with the CSRF token.
+pub(crate) fn csrf_token(visitor: &Visitor) -> Markup {
+    html! { input type="hidden" name=(CSRF_FIELD) value=(visitor.csrf_token); }
 }
 
-/// The form that asks who this is; afterwards it goes on to the page `to`.
+/// The sign-in form. A successful sign-in opens the page `to`.
 pub(crate) fn sign_in(visitor: &Visitor, to: &str, wrong: Option<&str>) -> Markup {
     let frame = Frame { title: "Sign in", visitor: None, of: None, refresh: None };
     frame.around(html! {
         @if let Some(wrong) = wrong { p .notice.bad role="alert" { (prose(wrong)) } }
         form .card.narrow method="post" action="/page/sign-in" {
-            (seal(visitor))
+            (csrf_token(visitor))
             input type="hidden" name="to" value=(to);
             label for="who" { "Your name" }
             input #who name="who" autocomplete="username" required maxlength="60" aria-describedby="why";
-            p #why .hint { "What you do here is noted in the log, under this name." }
+            p #why .hint { "The log records your actions under this name." }
             label for="token" { "Token" }
             input #token name="token" type="password" autocomplete="current-password" required;
-            p .hint { "The setting " code { "http.page_token" } " of close-sync." }
+            p .hint { "The value of the setting " code { "http.page_token" } "." }
             button type="submit" { "Sign in" }
         }
     })
 }
 
-/// A page that says why there is no other.
+/// A page with an error message.
 #[derive(Debug)]
-pub(crate) struct Broken {
+pub(crate) struct ErrorPage {
     status: StatusCode,
     why: Cow<'static, str>,
 }
 
-impl Broken {
+impl ErrorPage {
     pub(crate) fn new(status: StatusCode, why: impl Into<Cow<'static, str>>) -> Self {
         Self { status, why: why.into() }
     }
 
-    /// The page that is not there.
-    pub(crate) fn nowhere() -> Self {
-        Self::new(StatusCode::NOT_FOUND, "There is no such page, or no such destination.")
+    pub(crate) fn not_found() -> Self {
+        Self::new(StatusCode::NOT_FOUND, "Page or destination not found.")
     }
 }
 
-impl IntoResponse for Broken {
+impl IntoResponse for ErrorPage {
     fn into_response(self) -> Response {
-        let frame = Frame { title: "That did not work", visitor: None, of: None, refresh: None };
+        let frame = Frame { title: "Error", visitor: None, of: None, refresh: None };
         let page = frame.around(html! {
             p .notice.bad role="alert" { (prose(&self.why)) }
-            p { a href=(HOME) { "To the first page" } }
+            p { a href=(HOME) { "Back to the start page" } }
         });
         (self.status, page).into_response()
     }
 }
 
-/// How long ago that was, `2 min 5 s ago`, with the time itself to point at.
+/// `2 min 5 s ago`, with the exact time as a tooltip.
 pub(crate) fn ago(time: Timestamp) -> Markup {
     let since = Timestamp::now().duration_since(time);
     html! { time datetime=(time) title=(moment(time)) { (span(since)) " ago" } }
 }
 
-/// A time for people, to the second.
 pub(crate) fn moment(time: Timestamp) -> String {
     time.strftime("%Y-%m-%d %H:%M:%S UTC").to_string()
 }
 
-/// Words of ours, in which what is between backticks is to be taken literally.
+/// Renders text between backticks as code.
 pub(crate) fn prose(text: &str) -> Markup {
     html! {
-        @for (place, part) in text.split('`').enumerate() {
-            @if place % 2 == 1 { code { (part) } } @else { (part) }
+        @for (destination, part) in text.split('`').enumerate() {
+            @if destination % 2 == 1 { code { (part) } } @else { (part) }
         }
     }
 }
 
-/// Words as a sentence.
+/// Starts with a capital letter and ends with a full stop.
 pub(crate) fn sentence(words: &str) -> String {
     let mut letters = words.chars();
     let first: String = letters.next().into_iter().flat_map(char::to_uppercase).collect();
     format!("{first}{}.", letters.as_str())
 }
 
-/// A length of time for people: its two largest units.
+/// A duration in its two largest units.
 pub(crate) fn span(duration: SignedDuration) -> String {
     let seconds = duration.as_secs().max(0);
     let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86400);
@@ -230,35 +228,35 @@ pub(crate) fn span(duration: SignedDuration) -> String {
     }
 }
 
-/// How a page that shows something live is to be shown.
+/// The query of pages with live data.
 #[derive(Default, Deserialize)]
-pub(crate) struct Wishes {
-    /// Not to be loaded again.
+pub(crate) struct RefreshQuery {
+    /// Present: no automatic reloads.
     still: Option<String>,
 }
 
-impl Wishes {
-    /// After how long it is loaded again, of a page for which that would be `every`.
+impl RefreshQuery {
+    /// The interval of reloads, for a page that normally reloads every `every`.
     pub(crate) fn refresh(&self, every: Duration) -> Option<Duration> {
         self.still.is_none().then_some(every)
     }
 }
 
-/// Tells that a page is loaded again, and how to stop that.
-pub(crate) fn follow(refresh: Option<Duration>, path: &str) -> Markup {
+/// Says how often the page refreshes, with a link to pause or resume that.
+pub(crate) fn refresh_notice(refresh: Option<Duration>, path: &str) -> Markup {
     html! {
         p .quiet {
             @match refresh {
                 Some(every) => {
-                    "Loaded again every " (every.as_secs()) " s. " a href={ (path) "?still=1" } { "Stop that" }
+                    "Refreshes every " (every.as_secs()) " s. " a href={ (path) "?still=1" } { "Pause" }
                 }
-                None => { "As it was when you loaded it. " a href=(path) { "Follow it" } }
+                None => { "Automatic refresh is paused. " a href=(path) { "Resume" } }
             }
         }
     }
 }
 
-/// Counts with their labels, or the words for none.
+/// A table of counts, or the text `none` if it is empty.
 pub(crate) fn counts(title: &str, none: &str, counts: &[(&str, u64)]) -> Markup {
     html! {
         @if counts.is_empty() { p { (none) } } @else {
@@ -279,7 +277,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_length_of_time_is_told_by_its_two_largest_units() {
+    fn a_duration_is_shown_in_its_two_largest_units() {
         let cases = [
             (-5, "0 s"),
             (59, "59 s"),
@@ -288,13 +286,13 @@ mod tests {
             (3600 + 119, "1 h 1 min"),
             (86400 * 3 + 7200, "3 d 2 h"),
         ];
-        for (seconds, told) in cases {
-            assert_eq!(span(SignedDuration::from_secs(seconds)), told);
+        for (seconds, shown) in cases {
+            assert_eq!(span(SignedDuration::from_secs(seconds)), shown);
         }
     }
 
     #[test]
-    fn only_what_is_between_backticks_is_literal() {
+    fn only_text_between_backticks_is_code() {
         let page = prose("set `close.api_key` to <b>").into_string();
         assert_eq!(page, "set <code>close.api_key</code> to &lt;b&gt;");
     }

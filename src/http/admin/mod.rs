@@ -1,15 +1,20 @@
-//! The operator's page: what the worker is doing, its dead letters, and what an event would do, for people with a
-//! browser.
+//! The operator's page: the status of the worker, its dead letters, and a dry run of an event, in a browser.
 //!
-//! It is off unless enabled. Everything is rendered here: there is no script, no asset from elsewhere, and pages
-//! that show something live ask to be loaded again, unless told not to. What changes or reveals anything is a POST.
+//! The page is off by default. All HTML is rendered here, without scripts and external assets. Pages with live data
+//! refresh themselves, unless the operator pauses that. Everything that changes or reveals something is a POST.
 //!
-//! In reading order: `guard` is who may; `layout` what all pages look like; `mask` keeps personal data out of sight
-//! until somebody asks for it, which is audited. The pages are `live`, `trial` for a test event, and for dead letters
-//! `dead`, `message` and `progress`, which work at one `workbench`; `plan` tells what an event would do.
+//! | file | content |
+//! | --- | --- |
+//! | `auth`, `middleware` | who may use the page |
+//! | `layout` | the frame of all pages, and small parts |
+//! | `redact` | hides personal data until an operator asks for it, which is audited |
+//! | `status` | the page with the state of a destination |
+//! | `test_event`, `explanation` | the dry run of an event |
+//! | `dead_letters`, `dead_letter`, `replay_progress` | the pages about dead letters |
+//! | `dead_letter_cache` | scans the dead letters for them, and runs replays |
 //!
-//! Every action is one log line with a field `audit`: what was done, who did it, from which address. Such a line has
-//! nothing of a message but its id.
+//! Every action writes one log line with a field `audit`: the action, the operator and the address. The line contains
+//! nothing of a message except its id.
 
 mod auth;
 mod dead_letter;
@@ -17,6 +22,7 @@ mod dead_letter_cache;
 mod dead_letters;
 mod explanation;
 mod layout;
+mod middleware;
 mod redact;
 mod replay_progress;
 mod status;
@@ -31,7 +37,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Redirect, Response};
 use axum::routing::{get, post};
-use axum::{Extension, Router, middleware};
+use axum::{Extension, Router};
 use secrecy::SecretString;
 use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
@@ -39,138 +45,137 @@ use tokio_util::task::TaskTracker;
 
 use crate::http::registry::{DestinationHandle, Registry};
 pub use auth::AUDIT;
-use auth::{Guard, Visitor};
+use auth::{Authenticator, Visitor};
 use dead_letter_cache::DeadLetterCache;
-use layout::{Broken, Wishes};
+use layout::{ErrorPage, RefreshQuery};
 
-/// How the page is served.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// What operators sign in with. Without, whoever reaches the page may use it.
+    /// The token for sign-in. Without one, everybody who reaches the page may use it.
     pub token: Option<SecretString>,
-    /// Host names by which it is reached, in small letters, besides loopback and the bound address.
+    /// Allowed host names in lower case, in addition to loopback and the bound address.
     pub hosts: Vec<String>,
 }
 
-/// What all pages share.
 #[derive(Clone)]
 struct AppState(Arc<Inner>);
 
 struct Inner {
-    board: Registry,
-    guard: Guard,
-    /// The dead letters by destination.
-    workbenches: Mutex<HashMap<String, Arc<DeadLetterCache>>>,
-    /// Nothing is begun or goes on after it.
+    registry: Registry,
+    authenticator: Authenticator,
+    /// By destination.
+    dead_letter_caches: Mutex<HashMap<String, Arc<DeadLetterCache>>>,
+    /// Stops replays.
     shutdown: CancellationToken,
-    /// What goes on whether or not somebody looks.
+    /// Replays that run in the background.
     jobs: TaskTracker,
 }
 
-/// Where it begins. Everything else is below.
+/// The path of the first page. All others are below it.
 pub const HOME: &str = "/page";
 
-/// The page, for a server bound to this address, until `shutdown`; `jobs` are at an end soon after it.
+/// The routes of the page, for a server bound to this address. Background `jobs` end soon after `shutdown`.
 pub fn router(
     settings: Settings,
-    board: Registry,
+    registry: Registry,
     bound: IpAddr,
     shutdown: CancellationToken,
     jobs: TaskTracker,
 ) -> Router {
-    let (guard, workbenches) = (Guard::new(settings, bound), Mutex::default());
-    let office = AppState(Arc::new(Inner { board, guard, workbenches, shutdown, jobs }));
-    let guarded = middleware::from_fn_with_state(office.clone(), auth::guard);
+    let (authenticator, dead_letter_caches) = (Authenticator::new(settings, bound), Mutex::default());
+    let state = AppState(Arc::new(Inner { registry, authenticator, dead_letter_caches, shutdown, jobs }));
+    let guarded = axum::middleware::from_fn_with_state(state.clone(), middleware::require_operator);
     let pages = Router::new()
         .route("/", get(home))
         .route("/style.css", get(style))
         .route("/sign-in", get(sign_in_form).post(sign_in))
         .route("/sign-out", post(sign_out))
-        .route("/{place}", get(status::show))
-        .route("/{place}/dead", get(dead_letters::list))
-        .route("/{place}/dead/group", get(dead_letters::group))
-        .route("/{place}/dead/message", get(dead_letter::show).post(dead_letter::reveal))
-        .route("/{place}/dead/replay", get(dead_letters::ask_to_replay).post(dead_letters::replay))
-        .route("/{place}/dead/discard", get(dead_letters::ask_to_discard).post(dead_letters::discard))
-        .route("/{place}/dead/progress", get(replay_progress::show).post(replay_progress::reveal))
-        .route("/{place}/dead/stop", post(replay_progress::stop))
-        .route("/{place}/test", get(test_event::form).post(test_event::rehearse))
-        .fallback(async || Broken::nowhere())
-        // The guard has one, by what the page is for.
+        .route("/{destination}", get(status::show))
+        .route("/{destination}/dead", get(dead_letters::list))
+        .route("/{destination}/dead/group", get(dead_letters::group))
+        .route("/{destination}/dead/message", get(dead_letter::show).post(dead_letter::reveal))
+        .route("/{destination}/dead/replay", get(dead_letters::ask_to_replay).post(dead_letters::replay))
+        .route("/{destination}/dead/discard", get(dead_letters::ask_to_discard).post(dead_letters::discard))
+        .route("/{destination}/dead/progress", get(replay_progress::show).post(replay_progress::reveal))
+        .route("/{destination}/dead/stop", post(replay_progress::stop))
+        .route("/{destination}/test", get(test_event::form).post(test_event::rehearse))
+        .fallback(async || ErrorPage::not_found())
+        // The middleware has its own limits.
         .layer(DefaultBodyLimit::disable());
     Router::new()
         .nest(HOME, pages)
         .layer(guarded)
-        .layer(middleware::map_response(layout::headers))
-        .with_state(office)
+        .layer(axum::middleware::map_response(layout::headers))
+        .with_state(state)
 }
 
-/// A destination as the page names it.
-struct Place {
-    /// Its part of the path.
+/// A destination with its paths.
+struct Destination {
+    /// Its segment in paths.
     segment: String,
-    /// Its name, if it has one.
     name: Option<String>,
-    seat: DestinationHandle,
+    handle: DestinationHandle,
 }
 
-/// The segment of a destination without a name, which no name can be.
+/// The segment of a destination without a name. No name has this form.
 const NAMELESS: &str = "-";
 
-impl Place {
-    fn new(name: String, seat: DestinationHandle) -> Self {
+impl Destination {
+    fn new(name: String, handle: DestinationHandle) -> Self {
         let name = Some(name).filter(|name| !name.is_empty());
-        Self { segment: name.clone().unwrap_or_else(|| NAMELESS.to_owned()), name, seat }
+        Self { segment: name.clone().unwrap_or_else(|| NAMELESS.to_owned()), name, handle }
     }
 
-    /// The path of one of its pages; empty for the first.
+    /// The path of one of its pages. Its first page is the empty string.
     fn path(&self, page: &str) -> String {
         let slash = if page.is_empty() { "" } else { "/" };
         format!("{HOME}/{}{slash}{page}", self.segment)
     }
 
-    /// What it is called in front of people.
     fn title(&self) -> &str {
         self.name.as_deref().unwrap_or("close-sync")
     }
 }
 
 impl AppState {
-    fn places(&self) -> Vec<Place> {
-        self.0.board.handles().into_iter().map(|(name, seat)| Place::new(name, seat)).collect()
+    fn destinations(&self) -> Vec<Destination> {
+        self.0.registry.handles().into_iter().map(|(name, handle)| Destination::new(name, handle)).collect()
     }
 
-    fn workbench(&self, place: &Place) -> Arc<DeadLetterCache> {
-        let mut all = self.0.workbenches.lock().unwrap_or_else(PoisonError::into_inner);
-        Arc::clone(all.entry(place.segment.clone()).or_default())
+    fn dead_letter_cache(&self, destination: &Destination) -> Arc<DeadLetterCache> {
+        let mut all = self.0.dead_letter_caches.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(all.entry(destination.segment.clone()).or_default())
     }
 }
 
-/// Of the path of a page.
 #[derive(Deserialize)]
-struct Of {
-    place: String,
+struct PathParameters {
+    destination: String,
 }
 
-impl FromRequestParts<AppState> for Place {
-    type Rejection = Broken;
+impl FromRequestParts<AppState> for Destination {
+    type Rejection = ErrorPage;
 
-    async fn from_request_parts(parts: &mut Parts, office: &AppState) -> Result<Self, Broken> {
-        let Path(Of { place }) =
-            Path::from_request_parts(parts, office).await.map_err(|_| Broken::nowhere())?;
-        office.places().into_iter().find(|found| found.segment == place).ok_or_else(Broken::nowhere)
+    async fn from_request_parts(parts: &mut Parts, state: &AppState) -> Result<Self, ErrorPage> {
+        let Path(PathParameters { destination }) =
+            Path::from_request_parts(parts, state).await.map_err(|_| ErrorPage::not_found())?;
+        state
+            .destinations()
+            .into_iter()
+            .find(|found| found.segment == destination)
+            .ok_or_else(ErrorPage::not_found)
     }
 }
 
-/// The only destination, or all of them.
+/// Shows the only destination, or the list of all.
 async fn home(
-    Shared(office): Shared<AppState>,
+    Shared(state): Shared<AppState>,
     Extension(visitor): Extension<Visitor>,
-    Query(wishes): Query<Wishes>,
+    Query(query): Query<RefreshQuery>,
 ) -> Response {
-    match office.places().as_slice() {
-        [place] => Redirect::to(&place.path("")).into_response(),
-        places => status::overview(places, &visitor, &wishes).into_response(),
+    match state.destinations().as_slice() {
+        [destination] => Redirect::to(&destination.path("")).into_response(),
+        destinations => status::overview(destinations, &visitor, &query).into_response(),
     }
 }
 
@@ -178,12 +183,11 @@ async fn style() -> impl IntoResponse {
     ([(header::CONTENT_TYPE, "text/css; charset=utf-8")], include_str!("style.css"))
 }
 
-/// What is asked of somebody who wants to sign in.
 #[derive(Deserialize)]
 struct Credentials {
     token: String,
     who: String,
-    /// The page that was asked for.
+    /// The page to open after the sign-in.
     #[serde(default)]
     to: String,
 }
@@ -193,31 +197,31 @@ async fn sign_in_form(Extension(visitor): Extension<Visitor>) -> Response {
 }
 
 async fn sign_in(
-    Shared(office): Shared<AppState>,
+    Shared(state): Shared<AppState>,
     Extension(visitor): Extension<Visitor>,
     headers: HeaderMap,
     Form(Credentials { token, who, to }): Form<Credentials>,
 ) -> Response {
-    // Only to a page of ours, and nothing that could be more than the value of a header.
+    // Only redirect to a page of this program, and to a valid header value.
     let is_ours = (to == HOME || to.starts_with("/page/")) && to.bytes().all(|byte| byte.is_ascii_graphic());
     let to = if is_ours { to } else { HOME.to_owned() };
-    match office.0.guard.sign_in(&visitor, &token, &who).await {
+    match state.0.authenticator.sign_in(&visitor, &token, &who).await {
         Ok(cookie) => redirect(&headers, &to, cookie),
         Err(why) => (StatusCode::UNAUTHORIZED, layout::sign_in(&visitor, &to, Some(why))).into_response(),
     }
 }
 
 async fn sign_out(
-    Shared(office): Shared<AppState>,
+    Shared(state): Shared<AppState>,
     Extension(visitor): Extension<Visitor>,
     headers: HeaderMap,
 ) -> Response {
-    redirect(&headers, HOME, office.0.guard.sign_out(&visitor))
+    redirect(&headers, HOME, state.0.authenticator.sign_out(&visitor))
 }
 
-/// Sends a browser elsewhere, with a cookie.
+/// Redirects the browser, with a cookie.
 fn redirect(headers: &HeaderMap, to: &str, mut cookie: String) -> Response {
-    // Something in front of us speaks TLS: then the cookie never travels without.
+    // A proxy terminates TLS, so the cookie must never travel without it.
     if headers.get(header::ORIGIN).is_some_and(|origin| origin.as_bytes().starts_with(b"https://")) {
         cookie.push_str("; Secure");
     }

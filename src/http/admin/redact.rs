@@ -1,48 +1,46 @@
-//! Personal data out of sight: what a person's values are is shown to whoever asks, and asking is audited.
+//! Hides personal data. An operator can ask for the values, which is audited.
 
 use serde_json::Value;
 
-/// What stands for a value.
+/// Replaces a value.
 pub(crate) const HIDDEN: &str = "•••";
 
-/// Whether values are shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Sight {
-    /// Only what kind of thing is there.
-    Masked,
-    /// Everything: somebody asked for it.
-    Personal,
+pub(crate) enum Visibility {
+    /// Only names and structure.
+    Redacted,
+    /// Everything, on request of an operator.
+    Full,
 }
 
-impl Sight {
-    /// What was asked for.
-    pub(crate) fn asked(personal: bool) -> Self {
-        if personal { Self::Personal } else { Self::Masked }
+impl Visibility {
+    pub(crate) fn requested(personal: bool) -> Self {
+        if personal { Self::Full } else { Self::Redacted }
     }
 
-    /// A text, or what stands for it.
+    /// The text, or its replacement.
     pub(crate) fn of(self, text: &str) -> &str {
         match self {
-            Self::Masked => HIDDEN,
-            Self::Personal => text,
+            Self::Redacted => HIDDEN,
+            Self::Full => text,
         }
     }
 
-    /// The body of a message: as it came if it is no JSON, else easy to read.
+    /// The body of a message: pretty-printed JSON, or as it is.
     pub(crate) fn body(self, bytes: &[u8]) -> String {
         match (serde_json::from_slice::<Value>(bytes), self) {
-            (Ok(mut body), Self::Masked) => {
+            (Ok(mut body), Self::Redacted) => {
                 hide(&mut body);
                 serde_json::to_string_pretty(&body).unwrap_or_default()
             }
-            (Ok(body), Self::Personal) => serde_json::to_string_pretty(&body).unwrap_or_default(),
-            (Err(_), Self::Masked) => format!("{HIDDEN} (no JSON)"),
-            (Err(_), Self::Personal) => String::from_utf8_lossy(bytes).into_owned(),
+            (Ok(body), Self::Full) => serde_json::to_string_pretty(&body).unwrap_or_default(),
+            (Err(_), Self::Redacted) => format!("{HIDDEN} (not JSON)"),
+            (Err(_), Self::Full) => String::from_utf8_lossy(bytes).into_owned(),
         }
     }
 }
 
-/// Leaves of a value only what its parts are called.
+/// Replaces all strings and numbers in a value.
 fn hide(value: &mut Value) {
     match value {
         Value::String(_) | Value::Number(_) => *value = HIDDEN.into(),
@@ -59,19 +57,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn of_a_masked_body_only_names_and_shape_are_left() {
+    fn a_redacted_body_keeps_only_names_and_structure() {
         let body =
             json!({"userId": 7, "traits": {"name": "Ada", "vip": true, "tags": ["a", null, {"b": 1.5}]}});
         let bytes = serde_json::to_vec(&body).unwrap();
-        let masked: Value = serde_json::from_str(&Sight::Masked.body(&bytes)).unwrap();
+        let redacted: Value = serde_json::from_str(&Visibility::Redacted.body(&bytes)).unwrap();
         let dots = HIDDEN;
         assert_eq!(
-            masked,
+            redacted,
             json!({"userId": dots, "traits": {"name": dots, "vip": true, "tags": [dots, null, {"b": dots}]}})
         );
-        let shown: Value = serde_json::from_str(&Sight::Personal.body(&bytes)).unwrap();
+        let shown: Value = serde_json::from_str(&Visibility::Full.body(&bytes)).unwrap();
         assert_eq!(shown, body);
-        assert!(!Sight::Masked.body(b"Ada, no JSON").contains("Ada"));
-        assert_eq!(Sight::Personal.body(b"\xffAda"), "\u{fffd}Ada");
+        assert!(!Visibility::Redacted.body(b"Ada, not JSON").contains("Ada"));
+        assert_eq!(Visibility::Full.body(b"\xffAda"), "\u{fffd}Ada");
     }
 }

@@ -1,4 +1,4 @@
-//! What a destination is doing right now.
+//! The page with the state and the load of a destination.
 
 use std::time::Duration;
 
@@ -8,42 +8,44 @@ use jiff::SignedDuration;
 use maud::{Markup, html};
 
 use crate::http::admin::auth::Visitor;
-use crate::http::admin::layout::{Frame, Tab, Wishes, ago, counts, follow, prose, span};
-use crate::http::admin::{AppState, HOME, Place};
+use crate::http::admin::layout::{Frame, RefreshQuery, Tab, ago, counts, prose, refresh_notice, span};
+use crate::http::admin::{AppState, Destination, HOME};
 use crate::telemetry::metrics::{Load, Metrics};
 use crate::telemetry::status::{Readiness, State};
 
-/// How often a page that shows something live is loaded again.
+/// The interval of automatic reloads.
 const REFRESH: Duration = Duration::from_secs(5);
 
 pub(crate) async fn show(
-    Shared(office): Shared<AppState>,
-    place: Place,
+    Shared(state): Shared<AppState>,
+    destination: Destination,
     Extension(visitor): Extension<Visitor>,
-    Query(wishes): Query<Wishes>,
+    Query(query): Query<RefreshQuery>,
 ) -> Markup {
-    let refresh = wishes.refresh(REFRESH);
-    let frame = Frame { title: "Live", visitor: Some(&visitor), of: Some((&place, Tab::Live)), refresh };
-    let metrics = &place.seat.metrics;
-    let backlog = match (counted(&place), place.seat.status.state(), place.seat.runtime.amqp()) {
-        (None, State::Paused(_), Some(amqp)) => {
-            office.workbench(&place).backlog(amqp).await.ok().flatten().map(u64::from)
-        }
-        (counted, _, _) => counted,
-    };
+    let refresh = query.refresh(REFRESH);
+    let frame =
+        Frame { title: "Live", visitor: Some(&visitor), of: Some((&destination, Tab::Live)), refresh };
+    let metrics = &destination.handle.metrics;
+    let backlog =
+        match (counted(&destination), destination.handle.status.state(), destination.handle.runtime.amqp()) {
+            (None, State::Paused(_), Some(amqp)) => {
+                state.dead_letter_cache(&destination).backlog(amqp).await.ok().flatten().map(u64::from)
+            }
+            (counted, _, _) => counted,
+        };
     frame.around(html! {
-        (follow(refresh, &place.path("")))
-        (state(&place.seat.status.readiness()))
-        (load(metrics.load(), backlog, &place))
+        (refresh_notice(refresh, &destination.path("")))
+        (state_card(&destination.handle.status.readiness()))
+        (load(metrics.load(), backlog, &destination))
         (budget(metrics))
         (so_far(metrics))
     })
 }
 
-/// The backlog, while there is a session that counts it.
-fn counted(place: &Place) -> Option<u64> {
-    match place.seat.status.state() {
-        State::StandingBy | State::Consuming | State::Stopping => place.seat.metrics.load().backlog,
+/// The backlog, while a session measures it.
+fn counted(destination: &Destination) -> Option<u64> {
+    match destination.handle.status.state() {
+        State::StandingBy | State::Consuming | State::Stopping => destination.handle.metrics.load().backlog,
         State::Connecting(_) | State::Paused(_) | State::Failed => None,
     }
 }
@@ -52,31 +54,31 @@ fn or_unknown(number: Option<u64>) -> String {
     number.map_or_else(|| "unknown".to_owned(), |number| number.to_string())
 }
 
-/// All destinations at a glance.
-pub(crate) fn overview(places: &[Place], visitor: &Visitor, wishes: &Wishes) -> Markup {
-    let refresh = wishes.refresh(REFRESH);
+/// The list of all destinations.
+pub(crate) fn overview(destinations: &[Destination], visitor: &Visitor, query: &RefreshQuery) -> Markup {
+    let refresh = query.refresh(REFRESH);
     let frame = Frame { title: "Destinations", visitor: Some(visitor), of: None, refresh };
     frame.around(html! {
-        (follow(refresh, HOME))
-        @if places.is_empty() { p { "There is no destination yet." } } @else {
+        (refresh_notice(refresh, HOME))
+        @if destinations.is_empty() { p { "No destination is running yet." } } @else {
             div .wide {
                 table {
-                    caption .hidden { "Close organizations this process keeps in step" }
+                    caption .hidden { "Close organizations this process syncs to" }
                     thead {
                         tr {
                             th scope="col" { "Destination" }
                             th scope="col" { "State" }
                             th .number scope="col" { "Backlog" }
-                            th .number scope="col" { "A second" }
+                            th .number scope="col" { "Per second" }
                         }
                     }
                     tbody {
-                        @for place in places {
-                            @let load = place.seat.metrics.load();
+                        @for destination in destinations {
+                            @let load = destination.handle.metrics.load();
                             tr {
-                                th scope="row" { a href=(place.path("")) { (place.title()) } }
-                                td { (badge(&place.seat.status.readiness())) }
-                                td .number { (or_unknown(counted(place))) }
+                                th scope="row" { a href=(destination.path("")) { (destination.title()) } }
+                                td { (badge(&destination.handle.status.readiness())) }
+                                td .number { (or_unknown(counted(destination))) }
                                 td .number { (format!("{:.1}", load.rate)) }
                             }
                         }
@@ -95,34 +97,34 @@ fn badge(readiness: &Readiness) -> Markup {
     }
 }
 
-fn state(readiness: &Readiness) -> Markup {
+fn state_card(readiness: &Readiness) -> Markup {
     html! {
         section .card aria-labelledby="state" {
             h2 #state { "State" }
             p { (badge(readiness)) " " span .quiet { "since " (ago(readiness.since)) } }
             @if readiness.state == "standing_by" {
-                p .hint { "Connected, and no message came yet: either there is none, or another worker is the active one." }
+                p .hint { "Connected, no message received yet. Either the queue is empty, or another worker is active." }
             }
             @if let Some(detail) = &readiness.detail { p { (detail) } }
             @if let Some(remedy) = readiness.remedy { p { strong { "What to do: " } (prose(remedy)) } }
             @if let Some(alarm) = &readiness.alarm {
                 p .notice.bad {
-                    "RabbitMQ has an alarm: " (alarm) ". Events are written to Close; what would go to a delay or \
-                     dead-letter queue is held."
+                    "RabbitMQ has an alarm: " (alarm) ". Events are still written to Close. Messages for a delay or \
+                     dead-letter queue are held."
                 }
             }
         }
     }
 }
 
-fn load(load: Load, backlog: Option<u64>, place: &Place) -> Markup {
+fn load(load: Load, backlog: Option<u64>, destination: &Destination) -> Markup {
     let drain = load.drain.and_then(|drain| SignedDuration::try_from(drain).ok()).map(span);
     let items = [
         ("Backlog", or_unknown(backlog)),
         ("Time to drain", drain.unwrap_or_else(|| "unknown".into())),
-        ("Settled a second", format!("{:.1}", load.rate)),
+        ("Settled per second", format!("{:.1}", load.rate)),
         ("In flight", load.in_flight.to_string()),
-        ("Waiting their turn", load.waiting.to_string()),
+        ("Waiting", load.waiting.to_string()),
         ("Held for RabbitMQ", load.held.to_string()),
         ("In delay queues", or_unknown(load.delayed)),
     ];
@@ -131,7 +133,7 @@ fn load(load: Load, backlog: Option<u64>, place: &Place) -> Markup {
             h2 #load { "Work" }
             dl .tiles {
                 @for (name, number) in items { div { dt { (name) } dd { (number) } } }
-                div { dt { "Dead letters" } dd { a href=(place.path("dead")) { (or_unknown(load.dead)) } } }
+                div { dt { "Dead letters" } dd { a href=(destination.path("dead")) { (or_unknown(load.dead)) } } }
             }
         }
     }
@@ -142,7 +144,7 @@ fn budget(metrics: &Metrics) -> Markup {
     html! {
         section .card aria-labelledby="budget" {
             h2 #budget { "Close's rate limits" }
-            @if standings.is_empty() { p { "Close has not told them yet." } } @else {
+            @if standings.is_empty() { p { "Close has not reported them yet." } } @else {
                 div .wide {
                     table {
                         caption .hidden { "Calls by endpoint group" }
@@ -150,9 +152,9 @@ fn budget(metrics: &Metrics) -> Markup {
                             tr {
                                 th scope="col" { "Endpoint" }
                                 th .number scope="col" { "Allowed" }
-                                th .number scope="col" { "Left" }
+                                th .number scope="col" { "Remaining" }
                                 th .number scope="col" { "Reset" }
-                                th .number scope="col" { "A second" }
+                                th .number scope="col" { "Per second" }
                             }
                         }
                         tbody {
@@ -172,7 +174,7 @@ fn budget(metrics: &Metrics) -> Markup {
                         }
                     }
                 }
-                p .hint { "Allowed and left: calls in a window. Reset: until it is renewed. A second: what may be made for long." }
+                p .hint { "Allowed and remaining: calls per window. Reset: time until the next window. Per second: the sustainable rate." }
             }
         }
     }
@@ -182,7 +184,7 @@ fn so_far(metrics: &Metrics) -> Markup {
     html! {
         section .card aria-labelledby="so-far" {
             h2 #so-far { "Since the start" }
-            (counts("Messages by outcome", "Nothing was settled yet.", &metrics.settled_by_outcome()))
+            (counts("Messages by outcome", "No messages settled yet.", &metrics.settled_by_outcome()))
             @let deaths = metrics.dead_letters_by_reason();
             @if !deaths.is_empty() { (counts("Dead letters by reason", "", &deaths)) }
         }

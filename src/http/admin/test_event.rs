@@ -1,4 +1,4 @@
-//! A test event: what it would do, found out with the worker's own eyes and within its budget. Nothing is written.
+//! The page for a test event: a dry run with the worker's own client and rate limit. Nothing is written.
 
 use std::time::Duration;
 
@@ -9,89 +9,101 @@ use maud::{Markup, html};
 use serde::Deserialize;
 
 use crate::http::admin::auth::Visitor;
-use crate::http::admin::layout::{Frame, Tab, seal};
-use crate::http::admin::redact::Sight;
-use crate::http::admin::{Place, explanation};
+use crate::http::admin::layout::{Frame, Tab, csrf_token};
+use crate::http::admin::redact::Visibility;
+use crate::http::admin::{Destination, explanation};
 use crate::sync::{ReceivedAt, Worker, explain};
 
-/// The longest it may take to find out; Close's budget may be short.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// The time-out of a dry run, which may wait for Close's rate limit.
+const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// An event that is to be tried.
 #[derive(Deserialize)]
-pub(crate) struct Trial {
+pub(crate) struct EventForm {
     event: String,
-    /// Whether its values are to be seen.
+    /// Present: show values.
     #[serde(default)]
     personal: Option<String>,
 }
 
-pub(crate) async fn form(place: Place, Extension(visitor): Extension<Visitor>) -> Markup {
-    page(&place, &visitor, "", Sight::Masked, html! {})
+pub(crate) async fn form(destination: Destination, Extension(visitor): Extension<Visitor>) -> Markup {
+    page(&destination, &visitor, "", Visibility::Redacted, html! {})
 }
 
 pub(crate) async fn rehearse(
-    place: Place,
+    destination: Destination,
     Extension(visitor): Extension<Visitor>,
-    Form(trial): Form<Trial>,
+    Form(form): Form<EventForm>,
 ) -> (StatusCode, Markup) {
-    let sight = Sight::asked(trial.personal.is_some());
-    let what = match sight {
-        Sight::Masked => "test event",
-        Sight::Personal => "test event with personal data",
+    let visibility = Visibility::requested(form.personal.is_some());
+    let what = match visibility {
+        Visibility::Redacted => "test event",
+        Visibility::Full => "test event with personal data",
     };
-    visitor.audit(what, place.name.as_deref(), None);
-    let (status, result) = match outlook(&place, trial.event.as_bytes(), ReceivedAt::now(), sight).await {
-        Ok(told) => (StatusCode::OK, told),
-        Err(why) => (StatusCode::SERVICE_UNAVAILABLE, html! { p .notice.bad role="alert" { (why) } }),
-    };
+    visitor.audit(what, destination.name.as_deref(), None);
+    let (status, result) =
+        match explain_event(&destination, form.event.as_bytes(), ReceivedAt::now(), visibility).await {
+            Ok(told) => (StatusCode::OK, told),
+            Err(why) => (StatusCode::SERVICE_UNAVAILABLE, html! { p .notice.bad role="alert" { (why) } }),
+        };
     let result = html! { section .card aria-label="Result" { h2 { "What would happen now" } (result) } };
-    (status, page(&place, &visitor, &trial.event, sight, result))
+    (status, page(&destination, &visitor, &form.event, visibility, result))
 }
 
-/// What an event that came like this would do now.
+/// Explains what an event would do now.
 ///
 /// # Errors
-/// Why that cannot be told, for people.
-pub(crate) async fn outlook(
-    place: &Place,
+/// The reason, for the operator.
+pub(crate) async fn explain_event(
+    destination: &Destination,
     event: &[u8],
     arrival: ReceivedAt,
-    sight: Sight,
+    visibility: Visibility,
 ) -> Result<Markup, String> {
-    let worker: Worker = place.seat.runtime.worker().ok_or(
-        "The worker has not been able to look at Close yet: its live page tells why. Nothing can be said before that.",
-    )?;
+    let worker: Worker = destination
+        .handle
+        .runtime
+        .worker()
+        .ok_or("The worker has not passed the preflight check of Close yet. The live page shows why.")?;
     let rehearsal = explain::dry_run(&worker, event, arrival);
-    let (_, report) = tokio::time::timeout(PATIENCE, rehearsal)
+    let (_, report) = tokio::time::timeout(TIMEOUT, rehearsal)
         .await
         .map_err(|_| {
             format!(
-                "It was not found out within {} s: Close's rate limits are short. Try again later.",
-                PATIENCE.as_secs()
+                "The dry run timed out after {} s, waiting for Close's rate limit. Try again later.",
+                TIMEOUT.as_secs()
             )
         })?
         .map_err(|why| format!("The event {why}."))?;
-    Ok(explanation::report(&report, sight))
+    Ok(explanation::report(&report, visibility))
 }
 
-fn page(place: &Place, visitor: &Visitor, event: &str, sight: Sight, result: Markup) -> Markup {
-    let frame =
-        Frame { title: "Test an event", visitor: Some(visitor), of: Some((place, Tab::Test)), refresh: None };
+fn page(
+    destination: &Destination,
+    visitor: &Visitor,
+    event: &str,
+    visibility: Visibility,
+    result: Markup,
+) -> Markup {
+    let frame = Frame {
+        title: "Test an event",
+        visitor: Some(visitor),
+        of: Some((destination, Tab::Test)),
+        refresh: None,
+    };
     frame.around(html! {
         (result)
         form .card method="post" {
-            (seal(visitor))
+            (csrf_token(visitor))
             label for="event" { "An identify event, as JSON" }
             // The first line break after the tag is not part of the text.
             textarea #event name="event" rows="14" required spellcheck="false" aria-describedby="nothing" {
                 "\n" (event)
             }
             p .check {
-                input #personal name="personal" type="checkbox" value="yes" checked[sight == Sight::Personal];
-                label for="personal" { "Show values: personal data, noted in the log" }
+                input #personal name="personal" type="checkbox" value="yes" checked[visibility == Visibility::Full];
+                label for="personal" { "Show values (personal data; the log records this)" }
             }
-            p #nothing .hint { "Close is asked, with the worker's own budget; nothing is written." }
+            p #nothing .hint { "This reads from Close, within the worker's rate limit. It writes nothing." }
             button type="submit" { "Show what would happen" }
         }
     })

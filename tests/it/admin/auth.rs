@@ -65,7 +65,7 @@ async fn without_the_token_there_is_nothing_to_see() {
     let start = std::time::Instant::now();
     let wrong = browser.sign_in("a-token-of-32-characters-or-less", "Ada", "/page/-").await;
     assert_eq!((wrong.status, wrong.header(SET_COOKIE)), (StatusCode::UNAUTHORIZED, ""));
-    wrong.assert_has(&["This is not the token"]);
+    wrong.assert_has(&["Wrong token"]);
     let bearer = [("authorization", "Bearer a-token-of-32-characters-or-less")];
     let (one, other) =
         tokio::join!(browser.get_with("/page/-", &bearer), browser.get_with("/page/-", &bearer));
@@ -74,7 +74,7 @@ async fn without_the_token_there_is_nothing_to_see() {
     for who in ["", " ", "two\nlines", &"x".repeat(61)] {
         let nameless = browser.sign_in(TOKEN, who, "/page/-").await;
         assert_eq!(nameless.status, StatusCode::UNAUTHORIZED, "{who:?}");
-        nameless.assert_has(&["Tell who you are"]);
+        nameless.assert_has(&["Enter your name for the log"]);
     }
     // A wrong token does not stand for the seal of a form.
     let fields = [("token", TOKEN), ("who", "Ada")];
@@ -101,8 +101,10 @@ async fn who_knows_the_token_signs_in_and_out() {
     // Once more, through something that speaks TLS: the session before is over.
     let before = browser.cookie.clone();
     let form = browser.get("/page/sign-in").await;
-    let (fields, origin) =
-        ([("seal", form.seal()), ("token", TOKEN), ("who", "Ada")], browser.base.replace("http:", "https:"));
+    let (fields, origin) = (
+        [("csrf_token", form.csrf_token()), ("token", TOKEN), ("who", "Ada")],
+        browser.base.replace("http:", "https:"),
+    );
     let again = browser.post("/page/sign-in", &fields, &[("origin", &origin)]).await;
     assert!(again.header(SET_COOKIE).ends_with("; Secure") && !cookie.contains("Secure"), "{again:#?}");
     assert_eq!(browser.get("/page/-").await.status, StatusCode::UNAUTHORIZED);
@@ -154,14 +156,17 @@ async fn a_form_of_somebody_else_does_nothing() {
         let browser = if is_closed { Browser::signed_in(&worker).await } else { Browser::of(&worker).await };
         let own = browser.get(TEST).await;
         let event = ("event", "{}");
-        assert_eq!(browser.post(TEST, &[("seal", own.seal()), event], &[]).await.status, StatusCode::OK);
+        assert_eq!(
+            browser.post(TEST, &[("csrf_token", own.csrf_token()), event], &[]).await.status,
+            StatusCode::OK
+        );
         let strange = Browser::of(&worker).await.get("/page/sign-in").await;
         let mut wrong = vec!["", "0123456789abcdef0123456789abcdef"];
         // That of whoever has not signed in is not that of a session.
-        wrong.extend(is_closed.then(|| strange.seal()));
-        for seal in wrong {
-            let page = browser.post(TEST, &[("seal", seal), event], &[]).await;
-            assert_eq!(page.status, StatusCode::FORBIDDEN, "{seal}");
+        wrong.extend(is_closed.then(|| strange.csrf_token()));
+        for csrf_token in wrong {
+            let page = browser.post(TEST, &[("csrf_token", csrf_token), event], &[]).await;
+            assert_eq!(page.status, StatusCode::FORBIDDEN, "{csrf_token}");
         }
         assert_eq!(browser.post(TEST, &[event], &[]).await.status, StatusCode::FORBIDDEN);
         // Not even the right seal helps another site.
@@ -171,7 +176,7 @@ async fn a_form_of_somebody_else_does_nothing() {
             vec![("sec-fetch-site", "none")],
         ];
         for headers in good {
-            let page = browser.post(TEST, &[("seal", own.seal()), event], &headers).await;
+            let page = browser.post(TEST, &[("csrf_token", own.csrf_token()), event], &headers).await;
             assert_eq!(page.status, StatusCode::OK, "{headers:?}");
         }
         let (port, path) = (format!("http://127.0.0.1:{}", 1), format!("http://{host}.evil.example"));
@@ -183,7 +188,7 @@ async fn a_form_of_somebody_else_does_nothing() {
             ("origin", &port),
             ("origin", &path),
         ] {
-            let page = browser.post(TEST, &[("seal", own.seal()), event], &[(name, value)]).await;
+            let page = browser.post(TEST, &[("csrf_token", own.csrf_token()), event], &[(name, value)]).await;
             assert_eq!(page.status, StatusCode::FORBIDDEN, "{name}: {value}");
             page.assert_has(&["Another site sent this request"]);
         }

@@ -223,8 +223,8 @@ async fn an_operator_finds_what_failed_and_replays_it() {
     browser.press("\u{e007}").await;
     browser.find("//h1[.='Live']").await;
     browser.find("//span[.='consuming']").await;
-    browser.click("//a[.='Stop that']").await;
-    browser.find("//a[.='Follow it']").await;
+    browser.click("//a[.='Pause']").await;
+    browser.find("//a[.='Resume']").await;
     browser.picture("live").await;
 
     // A test event.
@@ -283,11 +283,11 @@ async fn an_operator_finds_what_failed_and_replays_it() {
     assert_eq!(bench.simulator.leads().len(), 70);
 
     // What nobody can mend.
-    browser.click("//a[.='To the dead letters']").await;
+    browser.click("//a[.='Back to the dead letters']").await;
     browser.click("//section[contains(., 'no_identity')]//a[.='Discard…']").await;
     browser.find("//h1[contains(., 'Discard?')]").await;
     browser.picture("discard").await;
-    browser.click("//button[.='Discard for good']").await;
+    browser.click("//button[.='Discard']").await;
     browser.find("//p[contains(., '7 dead letters were discarded')]").await;
     browser.picture("discarded").await;
     bench.depth_becomes(".dead", 1).await;

@@ -26,7 +26,7 @@ async fn ended(browser: &Browser) -> Page {
     let start = std::time::Instant::now();
     loop {
         let page = browser.get("/page/-/dead/progress?still=1").await;
-        if page.text.contains("To the dead letters") {
+        if page.text.contains("Back to the dead letters") {
             return page;
         }
         assert!(start.elapsed() < crate::support::PATIENCE, "{page:#?}");
@@ -83,7 +83,7 @@ async fn from_the_group_to_one_message_to_its_replay() {
     let went = browser.submit(&path, "/page/-/dead/replay", &go).await;
     assert_eq!((went.status, went.header(LOCATION)), (StatusCode::SEE_OTHER, "/page/-/dead/progress"));
     let over = ended(&browser).await;
-    over.assert_has(&["It failed again.", "begun by Ada"]);
+    over.assert_has(&["It failed again.", "started by Ada"]);
     bench.simulator.clear_faults();
     let again = browser.get(&link(&over, "message?id=")).await;
     again.assert_has(&["<dt>Replays</dt><dd>1</dd>"]);
@@ -127,7 +127,7 @@ async fn a_group_is_replayed_and_can_be_stopped() {
         .assert_has(&["http-equiv=\"refresh\" content=\"2\"", "Stop</button>"]);
     browser.get("/page/-/dead/progress?still=1").await.assert_lacks(&["http-equiv=\"refresh\""]);
     worker.until("under way", async |_| !bench.simulator.leads().is_empty()).await;
-    browser.get("/page/-/dead").await.assert_has(&["is under way"]);
+    browser.get("/page/-/dead").await.assert_has(&["is running"]);
     browser.submit("/page/-/dead/progress", "/page/-/dead/stop", &[]).await;
     let over = ended(&browser).await;
     over.assert_has(&[
@@ -154,7 +154,7 @@ async fn what_close_said_is_shown_to_whoever_asks() {
     let (ask, to) = ("/page/-/dead/replay?id=dead-0", "/page/-/dead/progress");
     browser.submit(ask, "/page/-/dead/replay", &[("id", "dead-0")]).await;
     let over = ended(&browser).await;
-    over.assert_has(&["It failed again.", "Show what Close said"]);
+    over.assert_has(&["It failed again.", "Show Close's answer"]);
     over.assert_lacks(&["jane"]);
     assert_eq!(browser.post(to, &[], &[]).await.status, StatusCode::FORBIDDEN);
     let shown = browser.submit(to, to, &[]).await;
@@ -176,7 +176,7 @@ async fn a_replay_ends_in_order_when_the_worker_stops() {
     browser.submit(ask, "/page/-/dead/replay", &[("group", "rejected:write:name")]).await;
     worker.until("under way", async |_| !bench.simulator.leads().is_empty()).await;
     worker.terminate().await;
-    assert_eq!(worker.logged("the replay begun on the page has ended"), 1, "{}", worker.log());
+    assert_eq!(worker.logged("replay started on the operator's page ended"), 1, "{}", worker.log());
     let (left, waiting) = (bench.depth(".dead").await, bench.depth("").await);
     assert!(left > 0, "{left}");
     let done = bench.simulator.leads().len();
@@ -303,14 +303,14 @@ async fn without_the_token_nothing_of_them_is_seen_or_done() {
     let worker = bench.worker().await;
     bench.import(&lines(&people(1))).await;
     let browser = Browser::of(&worker).await;
-    let seal = browser.get("/page/sign-in").await.seal().to_owned();
+    let csrf_token = browser.get("/page/sign-in").await.csrf_token().to_owned();
     for path in ["dead", "dead/group?group=rejected:write:name", "dead/message?id=dead-0", "dead/progress"] {
         let page = browser.get(&format!("/page/-/{path}")).await;
         assert_eq!(page.status, StatusCode::UNAUTHORIZED, "{path}");
         page.assert_lacks(&["Close refused"]);
     }
     for path in ["dead/replay", "dead/discard", "dead/message", "dead/stop"] {
-        let fields = [("seal", seal.as_str()), ("id", "dead-0"), ("count", "1"), ("ask", "show")];
+        let fields = [("csrf_token", csrf_token.as_str()), ("id", "dead-0"), ("count", "1"), ("ask", "show")];
         let page = browser.post(&format!("/page/-/{path}"), &fields, &[]).await;
         assert_eq!(page.status, StatusCode::UNAUTHORIZED, "{path}");
     }

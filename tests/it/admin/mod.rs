@@ -1,4 +1,4 @@
-//! The operator's page, by plain HTTP: no browser, no script.
+//! The operator's page over plain HTTP, and in a browser if one is installed.
 
 mod auth;
 mod browser;
@@ -15,17 +15,17 @@ use crate::support::{Bench, Worker};
 /// The token of tests that have one.
 const TOKEN: &str = "a-token-of-32-characters-or-more";
 
-/// With the page, for whoever comes.
+/// With the page, without a token.
 async fn open() -> Bench {
     Bench::new().await.set("HTTP_PAGE", "true")
 }
 
-/// With the page, for those who know the token.
+/// With the page, protected by a token.
 async fn closed() -> Bench {
     open().await.set("HTTP_PAGE_TOKEN", TOKEN)
 }
 
-/// A page as it came.
+/// A response.
 #[derive(Debug)]
 struct Page {
     status: StatusCode,
@@ -39,9 +39,10 @@ impl Page {
         Self { status, headers, text: response.text().await.unwrap() }
     }
 
-    /// What its forms carry.
-    fn seal(&self) -> &str {
-        let (_, rest) = self.text.split_once(r#"name="seal" value=""#).unwrap_or_else(|| panic!("{self:?}"));
+    /// The CSRF token of its forms.
+    fn csrf_token(&self) -> &str {
+        let (_, rest) =
+            self.text.split_once(r#"name="csrf_token" value=""#).unwrap_or_else(|| panic!("{self:?}"));
         rest.split('"').next().unwrap()
     }
 
@@ -64,7 +65,7 @@ impl Page {
     }
 }
 
-/// Somebody who looks at pages.
+/// An HTTP client with the cookie of a session.
 struct Browser {
     base: String,
     http: Client,
@@ -77,7 +78,7 @@ impl Browser {
         Self { base: worker.base().await, http, cookie: None }
     }
 
-    /// Who has signed in.
+    /// A signed-in client.
     async fn signed_in(worker: &Worker) -> Self {
         let mut browser = Self::of(worker).await;
         let page = browser.sign_in(TOKEN, "Ada", "/page/-").await;
@@ -102,7 +103,7 @@ impl Browser {
         self.send(self.http.get(format!("{}{path}", self.base)), headers).await
     }
 
-    /// Posts a form as it is.
+    /// Posts form fields without a CSRF token.
     async fn post(&self, path: &str, fields: &[(&str, &str)], headers: &[(&str, &str)]) -> Page {
         let form = url::form_urlencoded::Serializer::new(String::new()).extend_pairs(fields).finish();
         let request = self.http.post(format!("{}{path}", self.base)).body(form);
@@ -110,10 +111,10 @@ impl Browser {
         self.send(request, &[&[kind], headers].concat()).await
     }
 
-    /// Fills in the form of a page, and sends it.
+    /// Submits the form of a page.
     async fn submit(&self, page: &str, to: &str, fields: &[(&str, &str)]) -> Page {
         let page = self.get(page).await;
-        self.post(to, &[&[("seal", page.seal())], fields].concat(), &[]).await
+        self.post(to, &[&[("csrf_token", page.csrf_token())], fields].concat(), &[]).await
     }
 
     async fn send(&self, request: reqwest::RequestBuilder, headers: &[(&str, &str)]) -> Page {

@@ -1,4 +1,4 @@
-//! What the page tells of the work.
+//! The live page.
 
 use close_sync_simulator::{Settings, Simulator};
 use reqwest::StatusCode;
@@ -8,7 +8,7 @@ use super::{Browser, open};
 use crate::support::people;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn it_shows_what_is_going_on_without_a_script() {
+async fn the_live_page_shows_the_state_and_the_load() {
     let bench = open().await;
     let worker = bench.worker().await;
     let browser = Browser::of(&worker).await;
@@ -16,7 +16,7 @@ async fn it_shows_what_is_going_on_without_a_script() {
     assert_eq!((home.status, home.header(LOCATION)), (StatusCode::SEE_OTHER, "/page/-"));
     browser.get("/page/-").await.assert_has(&[
         "standing by",
-        "Nothing was settled yet",
+        "No messages settled yet",
         "http-equiv=\"refresh\"",
     ]);
     browser.get("/page/-?still=1").await.assert_lacks(&["http-equiv=\"refresh\""]);
@@ -29,9 +29,9 @@ async fn it_shows_what_is_going_on_without_a_script() {
         r#"<th scope="row">created</th><td class="number">3</td>"#,
         r#"<th scope="row">malformed</th><td class="number">1</td>"#,
         r#"<th scope="row">create_lead</th>"#,
-        "<dt>Settled a second</dt>",
+        "<dt>Settled per second</dt>",
     ]);
-    // A pause tells why, and what to do.
+    // A pause shows its cause and the remedy.
     bench.simulator.set_api_key("api_another.key");
     bench.publish(&people(4)).await;
     worker.until("paused", async |worker| worker.is("paused", Some("unauthorized")).await).await;
@@ -39,14 +39,14 @@ async fn it_shows_what_is_going_on_without_a_script() {
         r#"<span class="badge bad">paused</span> <code>unauthorized</code>"#,
         "set <code>close.api_key</code> to a key that is valid in Close",
     ]);
-    // Nobody consumes; what waits is counted all the same.
+    // The worker does not consume, and the backlog is measured anyway.
     let waiting = "<dt>Backlog</dt><dd>4</dd>";
     worker.until("counted", async |_| browser.get("/page/-").await.text.contains(waiting)).await;
     worker.terminate().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_several_destinations_each_has_its_page() {
+async fn each_destination_has_its_own_page() {
     let apac = Simulator::start(Settings::fast(), "127.0.0.1:0".parse().unwrap()).await.unwrap();
     let bench = open().await.unset("CLOSE_API_KEY").set("DESTINATIONS", "{ emea = {}, apac = {} }");
     let keys = ["EMEA", "APAC"].map(|name| format!("DESTINATIONS_{name}_CLOSE_API_KEY"));
@@ -60,7 +60,7 @@ async fn of_several_destinations_each_has_its_page() {
     home.assert_has(&[r#"<a href="/page/apac">apac</a>"#, r#"<a href="/page/emea">emea</a>"#]);
     bench.publish(&people(1)).await;
     worker.until("synced", async |_| apac.contacts().len() == 1).await;
-    worker.until("told", async |_| browser.get("/page/apac").await.text.contains("created")).await;
+    worker.until("shown", async |_| browser.get("/page/apac").await.text.contains("created")).await;
     browser.get("/page/apac/test").await.assert_has(&[r#"<span class="of">apac</span>"#]);
     for nowhere in
         ["/page/-", "/page/asia", "/page/..", "/page/apac/nothing", "/page/%00", "/page/apac%2ftest"]

@@ -1,4 +1,4 @@
-//! A test event.
+//! The dry run of a test event.
 
 use reqwest::StatusCode;
 use serde_json::json;
@@ -7,7 +7,7 @@ use super::{Browser, open};
 use crate::support::identify;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn it_tells_what_an_event_would_do_and_writes_nothing() {
+async fn a_test_event_is_explained_and_nothing_is_written() {
     let bench = open().await;
     let worker = bench.worker().await;
     bench.publish(&[identify("u1", json!({"email": "ada@example.test", "company": {"id": "c1"}}))]).await;
@@ -23,20 +23,20 @@ async fn it_tells_what_an_event_would_do_and_writes_nothing() {
         assert_eq!(page.status, StatusCode::OK, "{page:#?}");
         page
     };
-    // Masked: fields and what comes of them.
+    // Redacted: field names and results.
     let event = event.to_string();
-    let masked = test(&[("event", &event)]).await;
-    masked.assert_has(&["update contact", "<th scope=\"row\">title</th><td><code>set</code></td>", "•••"]);
-    let (result, form) = masked.text.split_once("<textarea").unwrap();
+    let redacted = test(&[("event", &event)]).await;
+    redacted.assert_has(&["update contact", "<th scope=\"row\">title</th><td><code>set</code></td>", "•••"]);
+    let (result, form) = redacted.text.split_once("<textarea").unwrap();
     assert!(!result.contains("alert") && !result.contains("Ada"), "{result}");
     assert!(form.contains("&lt;script&gt;alert(1)"), "the event stays in the form: {form}");
-    masked.assert_lacks(&["<script"]);
-    // In full, for whoever asks.
+    redacted.assert_lacks(&["<script"]);
+    // Values are shown on request.
     let whole = test(&[("event", &event), ("personal", "yes")]).await;
     whole.assert_has(&["&lt;script&gt;alert(1)&lt;/script&gt;"]);
     whole.assert_lacks(&["<script"]);
-    test(&[("event", "no event")]).await.assert_has(&["dead-lettered", "malformed"]);
-    // Nothing happened, and nothing was counted.
+    test(&[("event", "not an event")]).await.assert_has(&["dead-lettered", "malformed"]);
+    // Nothing was written or counted.
     assert_eq!(bench.writes(), before);
     assert_eq!(worker.metrics().await.settled().to_string(), "1");
     let audited = worker.audited();
@@ -49,13 +49,13 @@ async fn it_tells_what_an_event_would_do_and_writes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_close_it_says_so() {
+async fn without_close_the_page_shows_an_error() {
     let bench = open().await.set("CLOSE_API_URL", "http://127.0.0.1:1/api/v1/");
     let worker = bench.starting_worker();
     worker.until("paused", async |worker| worker.is("paused", Some("unreachable")).await).await;
     let browser = Browser::of(&worker).await;
     let page = browser.submit("/page/-/test", "/page/-/test", &[("event", "{}")]).await;
     assert_eq!(page.status, StatusCode::SERVICE_UNAVAILABLE);
-    page.assert_has(&["has not been able to look at Close yet"]);
+    page.assert_has(&["has not passed the preflight check of Close yet"]);
     worker.terminate().await;
 }

@@ -29,8 +29,8 @@ async fn what_is_more_than_a_message_may_be_is_not_read() {
     let worker = bench.worker().await;
     let browser = Browser::of(&worker).await;
     // Who sends on regardless may find the connection closed before the answer is read.
-    let seal = browser.get("/page/-/test").await.seal().to_owned();
-    let huge = format!("seal={seal}&event={}", "x".repeat(200_000));
+    let csrf_token = browser.get("/page/-/test").await.csrf_token().to_owned();
+    let huge = format!("csrf_token={csrf_token}&event={}", "x".repeat(200_000));
     let request = browser.http.post(format!("{}/page/-/test", browser.base)).body(huge);
     let kind = "application/x-www-form-urlencoded";
     let answer = request.header("content-type", kind).send().await;
