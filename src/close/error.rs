@@ -105,7 +105,8 @@ pub struct Rejection {
     pub response: Option<ResponseExcerpt>,
 }
 
-/// Close's own words. They may quote personal data: for the eyes of whoever asks, never for logs or headers.
+/// The start of Close's answer. It may contain personal data: shown to an operator on request, never logged or put in
+/// headers.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct ResponseExcerpt(String);
@@ -227,7 +228,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn refusals_are_told_by_field_and_without_values() {
+    fn rejections_name_fields_and_withhold_values() {
         let cases = [
             (
                 json!({"errors": [], "field-errors": {"custom.cf_X": "The Custom Field \"Jane\" does not exist."}}),

@@ -19,7 +19,7 @@ use crate::close::settings::Settings;
 /// Carries calls to Close.
 pub trait Transport: Send + Sync {
     /// Sends a call once. `path` is below the base of the API and has its query; a body is sent as JSON.
-    /// Whoever awaits it may drop it; what was sent may still happen.
+    /// The caller may drop the future; what was sent may still take effect.
     ///
     /// # Errors
     /// No answer came: [`CloseError::Unreachable`] when nothing was sent, [`CloseError::Transient`] when it

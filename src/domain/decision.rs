@@ -1,4 +1,4 @@
-//! Why a message did what it did: one value that tells all of it (`design.md` P7).
+//! Why a message had its effect: one value with the whole decision (`design.md` P7).
 //!
 //! The same record feeds the log line and the dead-letter header, as [`Decision::summary`], which has
 //! nothing personal in it, and `close-sync plan`, which shows it whole.
@@ -18,7 +18,7 @@ const MAX_SUMMARY: usize = 1000;
 /// Most candidates in it.
 const MAX_CANDIDATES: usize = 5;
 
-/// One message: what was asked, what was believed, which rule decided, what follows from it.
+/// The decision about one message: what was looked up, which rule applied, what follows from it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Decision {
     /// What was asked, in order, and what came back.
@@ -108,7 +108,7 @@ impl Decision {
         self.candidates.iter().filter(|candidate| candidate.verdict == Verdict::SomebodyElse).count()
     }
 
-    /// Whether nobody was found who has one of the person's keys.
+    /// Whether no Contact has one of the person's keys.
     pub fn nobody_else(&self) -> bool {
         self.case == Some(Case::Nobody) && self.conflicts() == 0
     }

@@ -5,9 +5,9 @@
 //! else in [`Event::body`] for the mapping to pick from. A message it refuses can never succeed, so
 //! the reasons in [`Malformed`] are dead-letter reasons and carry no content of the message.
 //!
-//! Two flaws are mended, because the public SDKs send them and the rest of the event is sound: half of a
+//! Two flaws are repaired, because the public SDKs send them and the rest of the event is sound: half of a
 //! character outside the basic plane, left over when a program cuts text in the middle of an emoji, and a
-//! byte-order mark. `NaN`, which the Python SDKs send for an empty cell of a data frame, is no JSON and stays
+//! byte-order mark. `NaN`, which the Python SDKs send for an empty cell of a data frame, is not JSON and stays
 //! refused.
 
 use serde_json::{Map, Value};
@@ -21,7 +21,7 @@ pub struct Event {
     pub body: Value,
 }
 
-/// Why bytes are no event.
+/// Why bytes are not an event.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Malformed {
     /// More bytes than `worker.max_message_bytes`.
@@ -196,7 +196,7 @@ pub fn split(text: &[u8]) -> Vec<Vec<u8>> {
     match serde_json::from_slice(text) {
         Ok(Value::Array(events)) => events.iter().map(|event| event.to_string().into_bytes()).collect(),
         Ok(_) => vec![text.to_vec()],
-        // One per line; a line that is no JSON is a malformed event and will be shown as such.
+        // One per line; a line that is not JSON is reported as a malformed event.
         Err(_) => {
             let lines = text.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
             let lines: Vec<&[u8]> = lines.filter(|line| !line.is_empty()).collect();
@@ -297,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn what_sdks_break_is_mended_and_nothing_else() {
+    fn only_what_sdks_break_is_repaired() {
         let name = |json: &str| Event::decode(json.as_bytes(), 100).map(|event| event.body["n"].clone());
         let cases = [
             (r#"{"n":"Hal \ud83c"}"#, "Hal \u{fffd}"),

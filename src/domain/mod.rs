@@ -1,11 +1,17 @@
-//! The decisions: what an event means, which record it belongs to, what has to change.
+//! The decisions: what an event means, which record it is about, what has to change.
 //!
-//! Everything here is a function of values. There is no IO, no clock, no randomness and no `async`
-//! below this module, and nothing in it knows RabbitMQ, HTTP or the shape of Close's JSON. In
-//! reading order, as a message meets them: [`event`] decodes it, [`mapping`] turns it into the
-//! records we want (by [`mapping::source`], where values come from, and [`mapping::coerce`], what fields take),
-//! [`matching`] picks the records that are meant, [`plan`] lists the steps between (by [`staleness`] leaving what is
-//! newer), [`merge`] draws the steps of several events together, [`partial_write`] takes out what Close refused, [`decision`] tells all of it. [`record`] and [`schema`] have the words everyone shares.
+//! Everything here is a function of values: no IO, no clock, no randomness, no `async`, and nothing that knows RabbitMQ,
+//! HTTP or Close's JSON. In the order in which a message meets them:
+//!
+//! - [`event`] decodes the message;
+//! - [`mapping`] turns it into the wanted records;
+//! - [`matching`] picks the records in Close that are meant;
+//! - [`planner`] makes the [`plan`]: the steps between the two, without what [`staleness`] leaves out;
+//! - [`merge`] combines the steps of several events;
+//! - [`partial_write`] removes what Close rejected;
+//! - [`decision`] explains all of it.
+//!
+//! [`record`], [`schema`], [`switches`] and [`dropped`] are the vocabulary. A file imports only files below it.
 
 pub mod decision;
 pub mod dropped;

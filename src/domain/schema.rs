@@ -9,7 +9,7 @@ pub struct Schema {
     pub lead: Vec<CustomField>,
     /// Custom fields of Contacts, shared ones included.
     pub contact: Vec<CustomField>,
-    /// Lead statuses, in the organization's order. Empty when Close did not tell.
+    /// Lead statuses, in the organization's order. Empty when Close did not send them.
     pub statuses: Vec<Status>,
     /// The members of the organization. Empty when no field asks for one.
     pub users: Vec<User>,

@@ -38,7 +38,7 @@ fn one(values: &[Value]) -> Result<String, DropReason> {
     values.first().and_then(text).ok_or(DropReason::NotAValue)
 }
 
-/// A name or title: one line, cut to what Close takes. A boolean is a defect and nobody's name.
+/// A name or title: one line, cut to what Close takes. A boolean is not a name.
 pub fn line(values: &[Value]) -> Result<Value, DropReason> {
     if values.first().is_some_and(Value::is_boolean) {
         return Err(DropReason::NotAValue);
@@ -62,7 +62,7 @@ pub fn id(values: &[Value]) -> Result<String, DropReason> {
     }
 }
 
-/// A lead status by id or label. When Close did not tell its statuses, an id is handed on.
+/// A lead status by id or label. If Close did not send its statuses, an id is passed on.
 pub fn status(values: &[Value], statuses: &[Status]) -> Result<Value, DropReason> {
     let wanted = one(values)?;
     let by_id = statuses.iter().find(|status| status.id == wanted);

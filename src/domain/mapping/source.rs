@@ -143,7 +143,7 @@ impl Alternative {
 
 /// Parses a JSONPath.
 pub(crate) fn path(text: &str) -> Result<JpQuery, String> {
-    parse_json_path(text).map_err(|_| format!("`{text}` is no JSONPath (try `$.traits.title`)"))
+    parse_json_path(text).map_err(|_| format!("`{text}` is not a valid JSONPath (try `$.traits.title`)"))
 }
 
 /// The nodes a path selects.
@@ -364,10 +364,10 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_understood_is_told_with_a_remedy() {
+    fn an_invalid_source_is_reported_with_a_remedy() {
         let error = |text: &str| Alternative::parse(text).unwrap_err();
-        assert_eq!(error("$.traits["), "`$.traits[` is no JSONPath (try `$.traits.title`)");
-        assert_eq!(error("{traits.a}"), "`traits.a` is no JSONPath (try `$.traits.title`)");
+        assert_eq!(error("$.traits["), "`$.traits[` is not a valid JSONPath (try `$.traits.title`)");
+        assert_eq!(error("{traits.a}"), "`traits.a` is not a valid JSONPath (try `$.traits.title`)");
         assert_eq!(error("{$.a"), "`{$.a` has a `{` without its `}`");
         assert!(error("Customer").ends_with("a constant is written `{ value = \"Customer\" }`"));
     }
