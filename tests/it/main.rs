@@ -1,7 +1,8 @@
-//! The promises, tried on the real thing: a real RabbitMQ, real HTTP to the simulator, and the real
-//! program as a process of its own. `tests/run` starts the broker and runs everything.
+//! Integration tests: the real program as a process, a real RabbitMQ, and HTTP to the simulator.
+//!
+//! `tests/run` starts the broker and runs them. Those in `slow` run with `tests/run --all` only.
 
-#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on ends")]
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a panic is how a test fails")]
 
 mod admin;
 mod broker;
@@ -9,7 +10,7 @@ mod cli;
 mod dead_letters;
 mod model;
 mod repo;
-mod soak;
+mod slow;
 mod support;
 mod sync;
 mod telemetry;

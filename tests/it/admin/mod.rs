@@ -1,7 +1,6 @@
 //! The operator's page over plain HTTP, and in a browser if one is installed.
 
 mod auth;
-mod browser;
 mod dead_letters;
 mod status;
 mod test_event;
@@ -13,7 +12,7 @@ use reqwest::{Client, Response, StatusCode, redirect};
 use crate::support::{Bench, Worker};
 
 /// The token of tests that have one.
-const TOKEN: &str = "a-token-of-32-characters-or-more";
+pub(crate) const TOKEN: &str = "a-token-of-32-characters-or-more";
 
 /// With the page, without a token.
 async fn open() -> Bench {
@@ -21,7 +20,7 @@ async fn open() -> Bench {
 }
 
 /// With the page, protected by a token.
-async fn closed() -> Bench {
+pub(crate) async fn closed() -> Bench {
     open().await.set("HTTP_PAGE_TOKEN", TOKEN)
 }
 

@@ -1,6 +1,5 @@
 //! What the broker and its administrators can do.
 
-mod cluster;
 mod misbehaving;
 mod nodes;
 mod outcome_events;

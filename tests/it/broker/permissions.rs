@@ -108,7 +108,10 @@ async fn each_user_may_do_its_work_and_no_more() {
         |bench: Bench| bench.set("RETRY_DELAYS", "[\"200ms\", \"400ms\"]").set("RETRY_IN_PLACE", "0s");
     let worker = short(worker);
     let (code, text) = worker.words(&["check"], "").await;
-    assert!(code == Some(78) && text.contains("missing in RabbitMQ: queue `close-sync.retry.200ms`"), "{text}");
+    assert!(
+        code == Some(78) && text.contains("missing in RabbitMQ: queue `close-sync.retry.200ms`"),
+        "{text}"
+    );
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), definitions(&settings(&worker))).unwrap();
     node.ctl(&["import_definitions", file.path().to_str().unwrap()]).await;

@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
 
-use super::{TOKEN, closed};
+use crate::admin::{TOKEN, closed};
 use crate::support::{Bench, PATIENCE, Worker, env, identify};
 
 /// Chromium, driven by W3C `WebDriver`.
