@@ -254,5 +254,5 @@ fn secret() -> Arc<str> {
 
 fn cookie(id: &str, lasts: Duration) -> String {
     let seconds = lasts.as_secs();
-    format!("{COOKIE_NAME}={id}; Path={}; Max-Age={seconds}; HttpOnly; SameSite=Strict", HOME)
+    format!("{COOKIE_NAME}={id}; Path={HOME}; Max-Age={seconds}; HttpOnly; SameSite=Strict")
 }

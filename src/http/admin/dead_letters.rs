@@ -307,7 +307,7 @@ async fn ask(
     which: TargetQuery,
     action_kind: Action,
 ) -> Result<Markup, ErrorPage> {
-    let (target, number, until, content) = match which.target()? {
+    let (target, number, until, content_id) = match which.target()? {
         Target::Group(fingerprint) => {
             let listing = context.cache.listing(Arc::clone(&context.amqp)).await.map_err(unavailable)?;
             let (group, _) = listing.group(&fingerprint).ok_or_else(gone)?;
@@ -317,8 +317,8 @@ async fn ask(
             let found = context.cache.open(Arc::clone(&context.amqp), id).await.map_err(unavailable)?;
             // The request may contain the message id of the producer.
             let letter = found.ok_or_else(gone)?;
-            let content = letter.content();
-            (Target::Id(letter.id), 1, None, Some(content))
+            let content_id = letter.content();
+            (Target::Id(letter.id), 1, None, Some(content_id))
         }
     };
     let back = match &target {
@@ -356,7 +356,7 @@ async fn ask(
                 (csrf_token(visitor))
                 input type="hidden" name=(target.field()) value=(target.value());
                 input type="hidden" name="count" value=(number);
-                @if let Some(content) = content { input type="hidden" name="content" value=(content); }
+                @if let Some(id) = content_id { input type="hidden" name="content" value=(id); }
                 @if let Some(until) = until { input type="hidden" name="until" value=(until); }
                 button .danger[danger] type="submit" { (button) }
                 a .button.quiet href=(back) { "Back" }
@@ -388,9 +388,9 @@ pub(crate) async fn discard(
     Form(which): Form<TargetQuery>,
 ) -> Result<Redirect, ErrorPage> {
     // Leaves out messages that failed after the form was rendered, and another message with the same id.
-    let (limit, until, content) = (Some(which.count), which.until, which.content);
+    let (limit, until, content_id) = (Some(which.count), which.until, which.content);
     let target = which.target()?;
-    let which = Selection { filter: Filter { content, until, ..target.filter() }, limit };
+    let which = Selection { filter: Filter { content: content_id, until, ..target.filter() }, limit };
     visitor.audit("discard", context.destination.name.as_deref(), Some(target.value()));
     let done = context.cache.discard(context.amqp, which, visitor, context.destination.name.clone()).await;
     let discarded = done.map_err(unavailable)?;
