@@ -84,7 +84,7 @@ impl Page {
     /// The anchors that GitHub gives to the headings.
     fn anchors(&self) -> BTreeSet<String> {
         let headings =
-            self.prose().filter_map(|line| line.starts_with('#').then(|| line.trim_start_matches('#')));
+            self.prose().filter(|line| line.starts_with('#')).map(|line| line.trim_start_matches('#'));
         let kept = |c: &char| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_');
         headings
             .map(|title| {
