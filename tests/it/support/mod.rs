@@ -311,7 +311,7 @@ impl Bench {
 
     /// A Lead with a company id, made by somebody else.
     pub(crate) fn lead(&self, company_id: Option<&str>, contacts: Value) -> Value {
-        let mut body = json!({"name": "CreatedIds by hand", "contacts": contacts});
+        let mut body = json!({"name": "Made by hand", "contacts": contacts});
         if let Some(id) = company_id {
             body["custom.cf_leadcompanyid"] = id.into();
         }
