@@ -1,40 +1,38 @@
-//! One Close organization, from the first look at it until it is told to stop.
+//! One destination: session after session, until it is stopped.
 //!
-//! One session follows the other: a lost broker is reconnected to with growing, jittered pauses and without end;
-//! while Close cannot be worked with there is no session at all, and Close is probed instead, so that messages
-//! wait in the queue without being touched (`design.md` P5). After that, the first session begins with a few
-//! messages at a time: Close is on trial, and what proves that it works is a message that succeeds.
+//! A lost broker is reconnected to with growing, jittered pauses and without end. While Close is unavailable there is no
+//! session at all: the destination probes Close, and messages wait in the queue untouched (`design.md` P5). The first
+//! session after such a pause starts with reduced concurrency (half-open), until a message succeeds.
 //!
-//! Settings that come while it runs are taken over if they are others and Close agrees to them: what is in hand is
-//! finished by the old ones first. Otherwise the old ones stay; the same ones again disturb nothing.
+//! New settings replace the old ones if they differ and pass the check (`reload`). Messages in progress finish with the
+//! old settings first.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
-use crate::amqp::{self, BrokerError, topology};
-use crate::close::Client;
+use crate::amqp::{self, BrokerError};
 use crate::config::Destination;
 use crate::consumer::scheduler::delayed::DelayedMessages;
 use crate::consumer::{End, Session, SessionStats};
-use crate::domain::mapping::{Key, Mapping, Rules};
+use crate::domain::mapping::{Key, Mapping};
 use crate::http::registry::{DestinationHandle, DestinationRuntime};
 use crate::outcome::PauseCause;
 use crate::retry::Backoff;
 use crate::supervisor::RunError;
 use crate::supervisor::pause::Pause;
-use crate::sync::preflight::{self, PreflightError};
-use crate::sync::{Worker, log_mapping_problems};
+use crate::supervisor::reload::{Accepted, Candidate, Reloads, prepare};
+use crate::sync::Worker;
+use crate::sync::preflight::PreflightError;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::status::{State, Status};
 
-/// Keeps a Close organization in step until `shutdown`, with the settings that `reloads` brings once they work. Those
-/// that are worked by can be seen in `in_force`.
+/// Syncs messages to one Close organization until `shutdown`. Settings from `reloads` replace those in force once they
+/// pass the check; `in_force` shows which ones are in use.
 pub(super) async fn run(
     in_force: watch::Sender<Destination>,
     reloads: mpsc::UnboundedReceiver<Destination>,
@@ -44,12 +42,12 @@ pub(super) async fn run(
     let DestinationHandle { metrics, status, runtime: access } = seat;
     let settings = in_force.borrow().clone();
     access.set_settings(Arc::new(settings.amqp.clone()));
-    let mut supervisor = SessionLoop::new(status.clone(), metrics.clone(), access);
-    // Before anything about Close: producers may publish from now on, whatever state Close is in.
+    let mut sessions = SessionLoop::new(status.clone(), metrics.clone(), access);
+    // Before the check of Close, so that producers can publish whatever state Close is in.
     let declared = async {
         match settings.amqp.topology {
             amqp::TopologyMode::Declare => prepare(&settings.amqp).await,
-            // Nothing for us to do; the first session looks.
+            // The first session checks that they exist.
             amqp::TopologyMode::Check => Ok(()),
         }
     };
@@ -58,77 +56,52 @@ pub(super) async fn run(
             metrics.set_broker_trouble(Some(error.trouble()));
             return Err(RunError::Configuration(error.to_string()));
         }
-        // The first session tries again, once Close agrees: it is the same incident.
-        Some(Err(error)) => supervisor.tell(&error),
+        // The first session tries again, after the check of Close. It is the same incident.
+        Some(Err(error)) => sessions.log_loss(&error),
         Some(Ok(())) | None => {}
     }
-    let preflight = Preflight {
-        client: client(&settings, &metrics)?,
-        rules: settings.rules.clone(),
-        api_key: settings.api_key_setting(),
-        status: status.clone(),
-        metrics: metrics.clone(),
-    };
+    let candidate = Candidate::new(settings, &metrics)?;
     let mut reloads = Reloads { settings: reloads, checking: None, in_force, metrics: metrics.clone() };
-    let assembly = tokio::select! {
-        mapping = preflight.mapping(shutdown) => match mapping? {
-            Some(mapping) => Assembly { client: preflight.client, settings, mapping },
+    let accepted = tokio::select! {
+        mapping = mapping(&candidate, &status, &metrics, shutdown) => match mapping? {
+            Some(mapping) => candidate.accepted(mapping),
             None => return Ok(SessionStats::default()),
         },
-        // Mended while we wait for Close.
-        assembly = reloads.next() => assembly,
+        // New settings may fix what the check at start waits for.
+        accepted = reloads.next() => accepted,
     };
     metrics.paused(None);
-    supervisor.run(assembly, reloads, shutdown).await
+    sessions.run(accepted, reloads, shutdown).await
 }
 
-fn client(settings: &Destination, metrics: &Metrics) -> anyhow::Result<Client> {
-    let metrics = metrics.clone();
-    Client::new(settings.close.clone(), move |call| metrics.request_done(call))
-        .context("TLS cannot be set up: are CA certificates installed (Debian: ca-certificates)?")
-}
-
-/// The checks at start.
-struct Preflight {
-    client: Client,
-    rules: Rules,
-    /// How its operator finds the setting.
-    api_key: String,
-    status: Status,
-    metrics: Metrics,
-}
-
-impl Preflight {
-    /// A mistake in the configuration is an error; what may pass is waited for. `None` when asked to stop
-    /// meanwhile.
-    async fn mapping(&self, shutdown: &CancellationToken) -> Result<Option<Mapping>, RunError> {
-        let asks = "asks Close whether it can be worked with, as soon as its rate limits allow";
-        self.status.set(State::Connecting(None), Some(asks.to_owned()));
-        // Close may make the checks wait; being asked to stop ends them.
-        let check = || preflight::run(&self.client, &self.rules);
-        let cause = match shutdown.run_until_cancelled(check()).await {
-            None => return Ok(None),
-            Some(Ok(ready)) => {
-                tracing::info!(organization = ready.organization, "Close accepts the API key");
-                log_mapping_problems(&ready.mapping);
-                return Ok(Some(ready.mapping));
-            }
-            Some(Err(obstacles)) => cause_or_refusal(&obstacles, &self.api_key)?,
-        };
-        let probe = || async {
-            let ready = check().await?;
-            log_mapping_problems(&ready.mapping);
-            Ok(ready.mapping)
-        };
-        let pause = Pause { status: &self.status, metrics: &self.metrics, again: false, last_failure: None };
-        let found = pause.until(cause, &mut Backoff::probe(), probe, shutdown).await;
-        Ok(found.map(|(_, mapping)| mapping))
-    }
+/// Checks Close at start. Waits while Close is unavailable; a mistake in the configuration is an error. `None` on
+/// shutdown.
+async fn mapping(
+    candidate: &Candidate,
+    status: &Status,
+    metrics: &Metrics,
+    shutdown: &CancellationToken,
+) -> Result<Option<Mapping>, RunError> {
+    let detail = "checking Close, as soon as its rate limits allow";
+    status.set(State::Connecting(None), Some(detail.to_owned()));
+    // Close's rate limits may delay the check; a shutdown ends it.
+    let cause = match shutdown.run_until_cancelled(candidate.check()).await {
+        None => return Ok(None),
+        Some(Ok(ready)) => {
+            tracing::info!(organization = ready.organization, "Close accepts the API key");
+            return Ok(Some(ready.mapping));
+        }
+        Some(Err(obstacles)) => cause_or_refusal(&obstacles, &candidate.settings.api_key_setting())?,
+    };
+    let probe = || async { candidate.check().await.map(|ready| ready.mapping) };
+    let pause = Pause { status, metrics, again: false, last_failure: None };
+    let found = pause.until(cause, &mut Backoff::probe(), probe, shutdown).await;
+    Ok(found.map(|(_, mapping)| mapping))
 }
 
 fn cause_or_refusal(obstacles: &[PreflightError], api_key: &str) -> Result<PauseCause, RunError> {
     let lines: Vec<_> = obstacles.iter().map(|obstacle| obstacle.with_remedy(api_key)).collect();
-    tracing::error!(obstacle = lines.join("; "), "Close cannot be worked with");
+    tracing::error!(obstacle = lines.join("; "), "Close preflight check failed");
     match obstacles.first().and_then(PreflightError::pause_cause) {
         None => Ok(PauseCause::Unreachable),
         Some(cause @ (PauseCause::Unreachable | PauseCause::Failing | PauseCause::PlanLimit)) => Ok(cause),
@@ -138,83 +111,10 @@ fn cause_or_refusal(obstacles: &[PreflightError], api_key: &str) -> Result<Pause
     }
 }
 
-/// Settings that Close agrees to, with what was made of them.
-struct Assembly {
-    settings: Destination,
-    client: Client,
-    mapping: Mapping,
-}
-
-/// What may be missed in what was taken over.
-const NOT_YET: &str = "`http`, `log` and `otel` change with the next start only, and the environment still wins \
-                       over the file";
-
-/// How long new settings may take to be checked.
-const CHECK_TIME: Duration = Duration::from_secs(30);
-
-/// New settings, and how it is found out whether they work.
-struct Reloads {
-    settings: mpsc::UnboundedReceiver<Destination>,
-    /// Those being checked: what was cut short begins again.
-    checking: Option<Destination>,
-    /// Those that are worked by. What of the broker they have in common with new ones is declared, and not asked
-    /// again: it may be away just now.
-    in_force: watch::Sender<Destination>,
-    metrics: Metrics,
-}
-
-impl Reloads {
-    /// Waits for other settings that work. What is wrong with them otherwise is told, and the old ones stay in force.
-    async fn next(&mut self) -> Assembly {
-        loop {
-            if self.checking.is_none() {
-                self.checking = self.settings.recv().await;
-            }
-            // Nobody is left who could bring any.
-            let Some(settings) = self.checking.clone() else { std::future::pending().await };
-            // Compared when their turn has come: those before them may have been taken over, or not.
-            if settings == *self.in_force.borrow() {
-                self.checking = None;
-                tracing::info!(
-                    "the configuration was read again and says nothing new: all stays as it is. {NOT_YET}"
-                );
-                continue;
-            }
-            let checked = self.check(settings).await;
-            self.checking = None;
-            match checked {
-                Ok(assembly) => {
-                    tracing::info!("the configuration was read again and is taken over. {NOT_YET}");
-                    return assembly;
-                }
-                Err(error) => tracing::error!(
-                    problem = format!("{error:#}"),
-                    "the configuration was read again and cannot be used: the old one stays"
-                ),
-            }
-        }
-    }
-
-    async fn check(&self, settings: Destination) -> anyhow::Result<Assembly> {
-        let declared = self.in_force.borrow().amqp.clone();
-        if !declared.is_same(&settings.amqp) {
-            prepare(&settings.amqp).await?;
-        }
-        let client = client(&settings, &self.metrics)?;
-        let asked = tokio::time::timeout(CHECK_TIME, preflight::run(&client, &settings.rules));
-        let asked = asked.await.context("Close did not answer in time, or let us wait for rate limits")?;
-        let ready = asked.map_err(|obstacles| {
-            anyhow::anyhow!(obstacles.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
-        })?;
-        log_mapping_problems(&ready.mapping);
-        Ok(Assembly { settings, client, mapping: ready.mapping })
-    }
-}
-
-/// A session that stood this long was a good one, also without messages.
+/// A session that lasted this long counts as stable, also without messages.
 const STABLE: Duration = Duration::from_mins(1);
 
-/// One session after the other, and what has to be remembered between them.
+/// Runs sessions one after another, and keeps what must outlive them.
 struct SessionLoop {
     status: Status,
     metrics: Metrics,
@@ -222,7 +122,7 @@ struct SessionLoop {
     total: SessionStats,
     reconnects: Backoff,
     probes: Backoff,
-    /// The broker was lost, and this has been told.
+    /// The loss of the broker has been logged.
     lost: bool,
 }
 
@@ -232,18 +132,18 @@ impl SessionLoop {
         Self { status, metrics, access, total: SessionStats::default(), reconnects, probes, lost: false }
     }
 
-    /// Works by one configuration after the other.
+    /// Runs with one configuration after another.
     async fn run(
         mut self,
-        mut assembly: Assembly,
+        mut accepted: Accepted,
         mut reloads: Reloads,
         shutdown: &CancellationToken,
     ) -> Result<SessionStats, RunError> {
         loop {
-            // Only now: until here those before were worked by.
-            reloads.in_force.send_replace(assembly.settings.clone());
+            // Only now: the settings before were in use until here.
+            reloads.in_force.send_replace(accepted.settings.clone());
             let turn = shutdown.child_token();
-            let mut working = Box::pin(self.work(assembly, &turn));
+            let mut working = Box::pin(self.work(accepted, &turn));
             let next = tokio::select! {
                 ended = &mut working => { ended?; None }
                 next = reloads.next() => {
@@ -253,7 +153,7 @@ impl SessionLoop {
                 }
             };
             match next {
-                Some(next) => assembly = next,
+                Some(next) => accepted = next,
                 None => break,
             }
         }
@@ -261,9 +161,9 @@ impl SessionLoop {
         Ok(self.total)
     }
 
-    /// Works until `turn` is over.
-    async fn work(&mut self, assembly: Assembly, turn: &CancellationToken) -> Result<(), RunError> {
-        let Assembly { settings, client, mapping } = assembly;
+    /// Runs sessions with the same settings until `turn` is cancelled.
+    async fn work(&mut self, accepted: Accepted, turn: &CancellationToken) -> Result<(), RunError> {
+        let Accepted { settings, client, mapping } = accepted;
         self.metrics.set_close_client(Some(client.clone()));
         self.metrics.set_config_hash(&settings.hash);
         let worker = Worker::new(settings.worker, &settings.rules, mapping, client, self.metrics.clone());
@@ -290,8 +190,8 @@ impl SessionLoop {
         Ok(())
     }
 
-    /// One line per incident, not per try.
-    fn tell(&mut self, error: &BrokerError) {
+    /// Logs one warning per incident, not per attempt.
+    fn log_loss(&mut self, error: &BrokerError) {
         if self.lost {
             tracing::debug!(%error, "still no connection to RabbitMQ");
         } else {
@@ -300,7 +200,7 @@ impl SessionLoop {
         self.lost = true;
     }
 
-    /// One session, and what has to pass before the next.
+    /// Runs one session, then waits until the next one may start.
     async fn session(
         &mut self,
         session: &mut Session,
@@ -313,11 +213,11 @@ impl SessionLoop {
         if report.breaker_closed {
             self.probes.reset();
             session.on_trial = None;
-            // The log said that it was connected.
+            // The session logged that it was connected.
             self.lost = false;
         }
         if report.settled > 0 || began.elapsed() > STABLE {
-            // It worked, or stood by, for a while.
+            // The session worked, or was on standby, for a while.
             self.reconnects.reset();
         }
         match end {
@@ -340,7 +240,7 @@ impl SessionLoop {
                 self.status.set(State::Connecting(Some(error.trouble())), Some(error.to_string()));
                 self.metrics.set_broker_trouble(Some(error.trouble()));
                 let wait = self.reconnects.next_delay().unwrap_or_default();
-                self.tell(&error);
+                self.log_loss(&error);
                 turn.run_until_cancelled(tokio::time::sleep(wait)).await;
             }
         }
@@ -348,30 +248,23 @@ impl SessionLoop {
     }
 }
 
-/// Looks at the fields in Close from time to time.
+/// Reads the fields in Close at regular intervals.
 async fn refresh(worker: Worker, every: Duration) {
     loop {
         tokio::time::sleep(every).await;
         if let Err(obstacles) = worker.refresh_mapping().await {
-            // The next message that meets it pauses consumption; this is no message's business.
+            // No pause here: if the problem affects messages, the next one pauses consumption.
             let obstacle = obstacles.first().map(ToString::to_string);
-            tracing::warn!(obstacle, "the fields in Close cannot be looked at; the mapping stays as it is");
+            tracing::warn!(obstacle, "cannot read the fields in Close; keeping the current mapping");
         }
     }
 }
 
-/// A task that ends with whoever wanted it.
+/// Aborts the task when dropped.
 struct AbortOnDrop(tokio::task::JoinHandle<()>);
 
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {
         self.0.abort();
     }
-}
-
-async fn prepare(settings: &amqp::Settings) -> Result<(), BrokerError> {
-    let connection = settings.connect("close-sync prepare").await?;
-    amqp::with_timeout(topology::prepare(&connection, settings)).await?;
-    amqp::disconnect(&connection).await;
-    Ok(())
 }

@@ -11,6 +11,7 @@
 
 mod destination;
 mod pause;
+mod reload;
 mod systemd;
 
 use std::collections::{BTreeMap, HashMap};
@@ -42,7 +43,7 @@ pub enum RunError {
     Unavailable(#[from] anyhow::Error),
 }
 
-/// What the worker is told while it runs.
+/// How the running worker is controlled.
 pub struct Control {
     /// To stop.
     pub shutdown: CancellationToken,
@@ -55,50 +56,50 @@ pub struct Control {
 impl From<CancellationToken> for Control {
     /// Only to stop.
     fn from(shutdown: CancellationToken) -> Self {
-        let load = || unreachable!("nobody asks for it");
+        let load = || unreachable!("never reloads");
         Self { shutdown, reload: stream::pending().boxed(), load: Box::new(load) }
     }
 }
 
-/// Runs the worker until it is told to stop, and tells what it did.
+/// Runs the worker until shutdown, and returns what it did.
 ///
 /// # Errors
 /// When it cannot start: what is wrong with Close's lookup fields or key, with the broker's objects,
 /// or with the HTTP address.
-pub async fn run(config: Config, orders: impl Into<Control>) -> Result<SessionStats, RunError> {
-    let Control { shutdown, reload, load } = orders.into();
+pub async fn run(config: Config, control: impl Into<Control>) -> Result<SessionStats, RunError> {
+    let Control { shutdown, reload, load } = control.into();
     let addr = config.http_addr;
     let listener = TcpListener::bind(addr)
         .await
         .with_context(|| format!("cannot listen on {addr}: set `http.addr` (HTTP_ADDR) to a free address"))?;
     let bound = listener.local_addr().unwrap_or(addr);
     tracing::info!(%bound, "serving /metrics, /healthz and /readyz");
-    let board = Registry::default();
+    let registry = Registry::default();
     let stop_http = CancellationToken::new();
-    let server = tokio::spawn(http::serve(listener, board.clone(), config.page, stop_http.clone()));
+    let server = tokio::spawn(http::serve(listener, registry.clone(), config.page, stop_http.clone()));
 
     let mut asked_to_stop = Box::pin(shutdown.clone().cancelled_owned().fuse());
-    let mut fleet = Supervisor::new(board.clone(), shutdown);
-    fleet.take_over(config.destinations)?;
-    let mut manager = systemd::SystemdNotifier::new();
-    manager.ready();
+    let mut supervisor = Supervisor::new(registry.clone(), shutdown);
+    supervisor.take_over(config.destinations)?;
+    let mut notifier = systemd::SystemdNotifier::new();
+    notifier.ready();
     let mut reload = reload.chain(stream::pending());
     let result = loop {
         tokio::select! {
-            ended = fleet.ended() => if let Some(result) = ended { break result },
-            () = &mut asked_to_stop => manager.stopping(),
-            () = manager.turn() => manager.alive(&board.readiness()),
+            ended = supervisor.ended() => if let Some(result) = ended { break result },
+            () = &mut asked_to_stop => notifier.stopping(),
+            () = notifier.turn() => notifier.alive(&registry.readiness()),
             Some(()) = reload.next() => {
-                tracing::info!("reading the configuration again, and asking RabbitMQ and Close about it");
-                manager.reloading();
+                tracing::info!("reloading the configuration");
+                notifier.reloading();
                 match load() {
-                    Ok(config) => fleet.take_over(config.destinations)?,
+                    Ok(config) => supervisor.take_over(config.destinations)?,
                     Err(problems) => tracing::error!(
                         problem = %problems,
-                        "the configuration was read again and cannot be used: the old one stays"
+                        "configuration reload rejected; keeping the current configuration"
                     ),
                 }
-                manager.ready();
+                notifier.ready();
             }
         }
     };
@@ -111,20 +112,20 @@ pub async fn run(config: Config, orders: impl Into<Control>) -> Result<SessionSt
 
 /// The destinations that run.
 struct Supervisor {
-    board: Registry,
+    registry: Registry,
     shutdown: CancellationToken,
     running: HashMap<Id, Running>,
     tasks: JoinSet<Result<SessionStats, RunError>>,
-    /// Those that are wanted, but not at once with one that stops.
+    /// Deferred until a conflicting destination has stopped.
     waiting: Vec<Destination>,
     total: SessionStats,
-    /// Why destinations ended without being asked to.
+    /// Destinations that failed, and why.
     failed: BTreeMap<Option<String>, RunError>,
 }
 
 struct Running {
     name: Option<String>,
-    seat: DestinationHandle,
+    handle: DestinationHandle,
     reloads: mpsc::UnboundedSender<Destination>,
     in_force: watch::Receiver<Destination>,
     stop: CancellationToken,
@@ -137,29 +138,32 @@ impl Running {
 }
 
 impl Supervisor {
-    fn new(board: Registry, shutdown: CancellationToken) -> Self {
+    fn new(registry: Registry, shutdown: CancellationToken) -> Self {
         let (running, tasks) = (HashMap::new(), JoinSet::new());
         let (waiting, failed) = (Vec::new(), BTreeMap::new());
-        Self { board, shutdown, running, tasks, waiting, total: SessionStats::default(), failed }
+        Self { registry, shutdown, running, tasks, waiting, total: SessionStats::default(), failed }
     }
 
-    /// Hands settings to the destinations that run, starts those that do not, and stops those that are gone.
+    /// Passes settings to running destinations, starts new ones, and stops removed ones.
     fn take_over(&mut self, destinations: Vec<Destination>) -> Result<(), RunError> {
         let is_gone =
             |name: &Option<String>| destinations.iter().all(|destination| destination.name != *name);
         for running in self.running.values().filter(|running| is_gone(&running.name) && !running.stops()) {
-            tracing::info!(destination = running.name, "is no destination any more: it stops");
+            tracing::info!(
+                destination = running.name,
+                "destination removed from the configuration, stopping it"
+            );
             running.stop.cancel();
         }
         for (name, _) in self.failed.extract_if(.., |name, _| is_gone(name)) {
-            self.board.remove(name.as_deref());
+            self.registry.remove(name.as_deref());
         }
-        // Those that are still wanted are among the new ones.
+        // The new settings contain every destination that is still wanted.
         self.waiting.clear();
         for destination in destinations {
             let is_it = |running: &&Running| running.name == destination.name && !running.stops();
             match self.running.values().find(is_it) {
-                // The end of a task that does not listen any more is noticed elsewhere.
+                // If the task has ended, `ended` handles it.
                 Some(running) => drop(running.reloads.send(destination)),
                 None => self.start_or_wait(destination)?,
             }
@@ -167,14 +171,18 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Starts a destination, once those have ended that stop and have something in common with it: two memories and
-    /// two budgets of one organization would know nothing of each other.
+    /// Starts a destination, but not while one that conflicts with it is still stopping: two workers for one
+    /// organization would not share caches and rate limits.
     fn start_or_wait(&mut self, destination: Destination) -> Result<(), RunError> {
         let excludes =
             |running: &&Running| running.stops() && running.in_force.borrow().excludes(&destination);
         let Some(first) = self.running.values().find(excludes) else { return self.start(destination) };
         let (name, before) = (&destination.name, &first.name);
-        tracing::info!(destination = name, before, "waits until that one has finished what is in hand");
+        tracing::info!(
+            destination = name,
+            before,
+            "start deferred until the conflicting destination has stopped"
+        );
         self.waiting.push(destination);
         Ok(())
     }
@@ -182,17 +190,17 @@ impl Supervisor {
     fn start(&mut self, destination: Destination) -> Result<(), RunError> {
         let name = destination.name.clone();
         self.failed.remove(&name);
-        let seat = self.board.register(name.as_deref()).context("the metrics are defective")?;
+        let handle = self.registry.register(name.as_deref()).context("the metrics are defective")?;
         let span = name
             .as_deref()
             .map_or_else(tracing::Span::none, |destination| tracing::info_span!("destination", destination));
         let (reloads, reloaded) = mpsc::unbounded_channel();
         let stop = self.shutdown.child_token();
         let (settings, in_force) = watch::channel(destination);
-        let (its, until) = (seat.clone(), stop.clone());
+        let (its, until) = (handle.clone(), stop.clone());
         let run = async move { Box::pin(destination::run(settings, reloaded, its, &until)).await };
         let task = self.tasks.spawn(run.instrument(span));
-        self.running.insert(task.id(), Running { name, seat, reloads, in_force, stop });
+        self.running.insert(task.id(), Running { name, handle, reloads, in_force, stop });
         Ok(())
     }
 
@@ -202,21 +210,21 @@ impl Supervisor {
             Ok((id, result)) => (id, result),
             Err(error) => (error.id(), Err(anyhow::anyhow!("a destination panicked").into())),
         };
-        let Running { name, seat, stop, .. } = self.running.remove(&id)?;
-        seat.metrics.reset_gauges();
-        seat.runtime.clear();
+        let Running { name, handle, stop, .. } = self.running.remove(&id)?;
+        handle.metrics.reset_gauges();
+        handle.runtime.clear();
         if let Ok(report) = &result {
             self.total += *report;
         }
         match result {
             Err(error) if !stop.is_cancelled() => {
                 if !self.tasks.is_empty() {
-                    tracing::error!(destination = name, problem = %error, "cannot work: the other destinations go on");
+                    tracing::error!(destination = name, problem = %error, "destination failed; the other destinations keep running");
                 }
-                seat.status.set(State::Failed, Some(error.to_string()));
+                handle.status.set(State::Failed, Some(error.to_string()));
                 self.failed.insert(name.clone(), error);
             }
-            // It was asked to stop, whatever became of it.
+            // It was asked to stop, so its error does not matter.
             Ok(_) | Err(_) => {}
         }
         if !self.shutdown.is_cancelled() {
@@ -228,7 +236,7 @@ impl Supervisor {
         }
         let is_there = |running: &Running| running.name == name;
         if !self.failed.contains_key(&name) && !self.running.values().any(is_there) {
-            self.board.remove(name.as_deref());
+            self.registry.remove(name.as_deref());
         }
         if !self.tasks.is_empty() {
             return None;
@@ -236,7 +244,7 @@ impl Supervisor {
         Some(self.end())
     }
 
-    /// What the program ends with: what it did if it was asked to stop, else why nothing is left to do.
+    /// The result of the process: its totals after a shutdown, else why every destination failed.
     fn end(&mut self) -> Result<SessionStats, RunError> {
         if self.shutdown.is_cancelled() {
             return Ok(self.total);
@@ -251,7 +259,7 @@ impl Supervisor {
             }
         };
         let all = std::mem::take(&mut self.failed).into_iter().map(told);
-        // Whoever starts it again should know if that helps.
+        // One that is unavailable makes the exit code 69, so that a service manager restarts the process.
         let both = |a, b| match (a, b) {
             (RunError::Unavailable(a), b) => RunError::Unavailable(anyhow::anyhow!("{a:#}\n{b}")),
             (RunError::Configuration(a), RunError::Unavailable(b)) => {

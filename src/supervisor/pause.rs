@@ -1,4 +1,4 @@
-//! The time between two sessions in which Close cannot be worked with.
+//! The time between two sessions while Close is unavailable.
 
 use tokio_util::sync::CancellationToken;
 
@@ -8,20 +8,19 @@ use crate::sync::preflight::PreflightError;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::status::{State, Status};
 
-/// A time without consumption.
+/// A pause of consumption.
 pub(super) struct Pause<'a> {
     pub(super) status: &'a Status,
     pub(super) metrics: &'a Metrics,
-    /// The last one ended a moment ago, and nothing has succeeded since: the same incident.
+    /// The previous pause just ended and no message has succeeded since: the same incident.
     pub(super) again: bool,
-    /// What went wrong last.
+    /// The last error before the pause.
     pub(super) last_failure: Option<String>,
 }
 
 impl Pause<'_> {
-    /// Probes Close until it can be worked with again. Tells the cause that was last, and what the probe
-    /// found; `None` when `turn` was over meanwhile. The metric is left as it is where the probe alone does
-    /// not prove that messages succeed.
+    /// Probes Close until it recovers. Returns the last cause and the result of the probe, or `None` if `turn` was
+    /// cancelled. The metric stays as it is, because a probe alone does not prove that messages succeed.
     pub(super) async fn until<T, F: Future<Output = Result<T, Vec<PreflightError>>>>(
         &self,
         mut cause: PauseCause,
@@ -37,10 +36,10 @@ impl Pause<'_> {
                 cause = cause.label(),
                 last_failure = self.last_failure,
                 remedy = cause.remedy(),
-                "paused: messages stay in the queue until Close can be worked with"
+                "paused: messages stay in the queue until Close recovers"
             );
         }
-        // What only a message proves to be gone is not gone because a probe met something else meanwhile.
+        // Some causes end only when a message succeeds. Such a cause stays although a probe found another one.
         let first = cause;
         let found = loop {
             self.status.set(State::Paused(cause), self.last_failure.clone());

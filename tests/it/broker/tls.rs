@@ -84,7 +84,7 @@ async fn a_broker_is_believed_when_its_authority_and_its_name_are_known() {
     worker.until("trying again", async |worker| worker.logged("still no connection") >= 2).await;
     assert_eq!(worker.logged("reconnecting to RabbitMQ until it works"), 1, "{}", worker.log());
     worker.signal("HUP");
-    worker.until("read", async |worker| worker.logged("says nothing new") == 1).await;
+    worker.until("read", async |worker| worker.logged("configuration reloaded: no changes") == 1).await;
     std::fs::copy(authority.path("ca.pem"), &trusted).unwrap();
     worker.signal("HUP");
     worker.until("ready", async |worker| worker.ready().await.0 == 200).await;

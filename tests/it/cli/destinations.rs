@@ -127,8 +127,20 @@ async fn an_organization_of_which_nothing_new_is_said_goes_on_undisturbed() {
     two.write(&[emea.clone(), table("apac", &two.apac, KEY) + "\nworker.concurrency = 8"]);
     worker.signal("HUP");
     worker.until("taken over", async |_| said("waiting for messages", "apac") == 2).await;
-    assert_eq!((said("says nothing new", "emea"), said("says nothing new", "apac")), (1, 0));
-    assert_eq!((said("is taken over", "emea"), said("is taken over", "apac")), (0, 1));
+    assert_eq!(
+        (
+            said("configuration reloaded: no changes", "emea"),
+            said("configuration reloaded: no changes", "apac")
+        ),
+        (1, 0)
+    );
+    assert_eq!(
+        (
+            said("configuration reloaded: new settings", "emea"),
+            said("configuration reloaded: new settings", "apac")
+        ),
+        (0, 1)
+    );
     assert_eq!(state(&worker, "emea").await, "consuming");
     assert_eq!((said("stopping", "emea"), said("waiting for messages", "emea")), (0, 1));
     // It has not forgotten what it knows, as the other one has.
@@ -141,11 +153,11 @@ async fn an_organization_of_which_nothing_new_is_said_goes_on_undisturbed() {
     two.write(&[table("emea", &two.emea, "api_wrong.key"), table("apac", &two.apac, KEY)]);
     for times in 1..3 {
         worker.signal("HUP");
-        worker.until("refused", async |_| said("the old one stays", "emea") == times).await;
+        worker.until("refused", async |_| said("configuration reload rejected", "emea") == times).await;
     }
     two.write(&[emea, table("apac", &two.apac, KEY)]);
     worker.signal("HUP");
-    worker.until("read", async |_| said("says nothing new", "emea") == 2).await;
+    worker.until("read", async |_| said("configuration reloaded: no changes", "emea") == 2).await;
     assert_eq!(said("waiting for messages", "emea"), 1);
     worker.terminate().await;
 }
@@ -200,7 +212,7 @@ async fn an_organization_that_is_renamed_begins_once_it_has_finished_under_its_o
         log.lines().position(|line| line.contains(text) && line.contains(&of)).unwrap()
     };
     let lines = [
-        line("waits until that one has finished", "europe"),
+        line("start deferred until", "europe"),
         line(r#""outcome":"created""#, "emea"),
         line("Close accepts the API key", "europe"),
     ];

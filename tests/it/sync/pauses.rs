@@ -250,7 +250,7 @@ async fn a_new_key_is_taken_over_on_sighup_and_a_bad_configuration_is_not() {
     worker.settled(1).await;
 
     worker.signal("HUP");
-    worker.until("read", async |worker| worker.logged("says nothing new") == 1).await;
+    worker.until("read", async |worker| worker.logged("configuration reloaded: no changes") == 1).await;
     assert_eq!(worker.logged("waiting for messages"), 1, "an unchanged file changes nothing");
 
     let problems = [
@@ -265,7 +265,9 @@ async fn a_new_key_is_taken_over_on_sighup_and_a_bad_configuration_is_not() {
     for (refused, (text, told)) in (1..).zip(problems) {
         write(text);
         worker.signal("HUP");
-        worker.until("refusing", async |worker| worker.logged("the old one stays") == refused).await;
+        worker
+            .until("refusing", async |worker| worker.logged("configuration reload rejected") == refused)
+            .await;
         assert!(worker.log().contains(told), "{told}: {}", worker.log());
     }
     assert_eq!(worker.logged("hunter2"), 0);
@@ -305,13 +307,15 @@ async fn a_key_in_a_file_is_replaced_while_the_worker_runs() {
     // Not there for a moment, as while somebody replaces it: the old one stays.
     std::fs::remove_file(&key).unwrap();
     worker.signal("HUP");
-    worker.until("refusing", async |worker| worker.logged("the old one stays") == 1).await;
+    worker.until("refusing", async |worker| worker.logged("configuration reload rejected") == 1).await;
     assert!(worker.log().contains("(CLOSE_API_KEY_FILE) cannot be read"), "{}", worker.log());
 
     write("key", "api_simulator.second");
     bench.simulator.set_api_key("api_simulator.second");
     worker.signal("HUP");
-    worker.until("taken over", async |worker| worker.logged("is taken over") == 1).await;
+    worker
+        .until("taken over", async |worker| worker.logged("configuration reloaded: new settings") == 1)
+        .await;
     bench.depth_becomes("", 0).await;
     worker.until("done", async |_| bench.simulator.leads().len() == 100).await;
     worker.terminate().await;
