@@ -1,133 +1,137 @@
-//! Putting dead letters back: edited, or from a file.
+//! Edit: replaces the bodies of dead letters.
+//!
+//! An edited copy is published first and the old dead letter is deleted then. If the process is killed in between, both
+//! are in the queue. The copy names in a header what it replaces, and the next edit, replay or discard deletes that.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::HashMap;
 
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use crate::amqp::publisher::{Publisher, Sent};
+use crate::amqp::publisher::Publisher;
 use crate::amqp::{BrokerError, Settings, disconnect, envelope};
 use crate::dead_letters::filter::Selection;
 use crate::dead_letters::letter::DeadLetter;
 use crate::dead_letters::scan::{DeadLetterQueue, Disposition, Observer};
 
-/// In bytes. What its producer sent is kept in a header, where the producer's own headers have to fit in, too.
+/// The largest body, in bytes, that can be edited. The original is kept in a header, which shares a frame with the
+/// producer's headers.
 pub const LARGEST_ORIGINAL: usize = 32 << 10;
 
-/// Whether what its producer sent can be kept with an edited body.
+/// Whether the original body can be kept with an edited one.
 pub fn is_editable(letter: &DeadLetter) -> bool {
     letter.original().is_some() || letter.body.len() <= LARGEST_ORIGINAL
 }
 
-/// What came of an edit.
+/// The result of an edit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Edited {
-    /// So many of those meant have another body now.
     Done {
-        /// Those meant.
         matched: usize,
-        /// Those that have another body.
+        /// Dead letters whose body is different now.
         changed: usize,
-        /// Somebody replays: what they have in hand was not among them.
+        /// A replay is running, so its batch was not edited.
         replaying: bool,
     },
-    /// Nothing was changed, for what is wrong with one of them.
+    /// Nothing was changed, because one of them cannot be edited.
     Refused {
-        /// Its id.
+        /// The dead letter that cannot be edited.
         id: String,
-        /// Why.
         why: String,
     },
 }
 
-/// Puts other bodies in place of those of dead letters, keeping what their producers sent in a header. `change` tells
-/// the new body, `None` where it stays as it is, or why it cannot be changed: then none is.
+/// Replaces the bodies of the selected dead letters and keeps the originals in a header. `change` returns the new body,
+/// `None` to leave it, or the reason why it cannot be changed. One such reason, and nothing is edited.
 ///
 /// # Errors
-/// When the broker is gone, or does not take a message: that one and those after it stay as they were.
+/// When the broker is gone or does not take a message. That dead letter and the following ones stay as they were.
 pub async fn edit(
     settings: &Settings,
-    which: &Selection,
+    selection: &Selection,
     change: impl Fn(&DeadLetter) -> Result<Option<Vec<u8>>, String>,
-    watch: &mut Observer<'_>,
+    observer: &mut Observer<'_>,
 ) -> Result<Edited, BrokerError> {
-    let operator = DeadLetterQueue::connect(settings, "close-sync dlq").await?;
+    let queue = DeadLetterQueue::connect(settings, "close-sync dlq").await?;
     let publishing = settings.connect("close-sync dlq publish").await?;
     let publisher = Publisher::new(&publishing).await?;
-    finish(&operator, watch).await?;
-    let (mut hand, matched) = operator.pick(which, |_| Disposition::Keep, watch).await?;
-    let replaying = hand.replaying;
+    complete(&queue, observer).await?;
+    let (mut batch, matched) = queue.take_selected(selection, |_| Disposition::Keep, observer).await?;
+    let replaying = batch.replaying;
     let done = async {
-        let mut to_do = Vec::new();
-        while let Some(held) = hand.next() {
-            let wanted = change(&held.letter).and_then(|body| match body {
+        let mut edits = Vec::new();
+        while let Some(held) = batch.next() {
+            let edited = change(&held.letter).and_then(|body| match body {
                 Some(_) if !is_editable(&held.letter) => Err(format!(
-                    "a body of more than {LARGEST_ORIGINAL} bytes cannot be kept with an edited one"
+                    "the body has more than {LARGEST_ORIGINAL} bytes, so the original cannot be kept with the edited one; export, edit the file and import it"
                 )),
                 body => Ok(body),
             });
-            match wanted {
-                Ok(Some(body)) => to_do.push((held, body)),
+            match edited {
+                Ok(Some(body)) => edits.push((held, body)),
                 Ok(None) => {}
                 Err(why) => return Ok(Edited::Refused { id: held.letter.id, why }),
             }
         }
-        let changed = to_do.len();
-        for (held, body) in to_do {
+        let changed = edits.len();
+        for (held, body) in edits {
             let letter = &held.letter;
             let properties =
                 envelope::for_edited(&letter.restored(), &letter.body, letter.content(), Timestamp::now());
             publisher.publish(&settings.dead_letter_queue(), "", &body, properties).await?;
-            held.remove().await?;
+            held.delete().await?;
         }
         Ok(Edited::Done { matched, changed, replaying })
     };
     let done = done.await;
-    hand.close().await;
-    operator.leave().await;
+    batch.close().await;
+    queue.leave().await;
     disconnect(&publishing).await;
     done
 }
 
-/// Finishes edits and imports that were killed after a copy was confirmed, and before what it takes the place of was
-/// deleted. What RabbitMQ dead-lettered by itself has no id of its own, and stays twice.
-pub(crate) async fn finish(
-    operator: &DeadLetterQueue<'_>,
-    watch: &mut Observer<'_>,
+/// Completes edits and imports that were interrupted between the confirm of a copy and the deletion of what it replaces.
+/// A message that RabbitMQ itself dead-lettered has no id of its own, so both copies stay.
+pub(crate) async fn complete(
+    queue: &DeadLetterQueue<'_>,
+    observer: &mut Observer<'_>,
 ) -> Result<(), BrokerError> {
-    let mut known = Replaced::default();
-    let note = |letter: &DeadLetter| {
-        known.note(letter);
+    let mut seen = Replaced::default();
+    let collect = |letter: &DeadLetter| {
+        seen.note(letter);
         Disposition::Return
     };
-    operator.take(note, watch).await?.close().await;
-    if known.0.is_empty() {
+    queue.take(collect, observer).await?.close().await;
+    if seen.0.is_empty() {
         return Ok(());
     }
-    // Again, for it counts only what is in one hand with the copy: another operator may have been faster.
-    let mut now = Replaced::default();
+    // Another operator may have been faster, so only a copy in the same batch counts.
+    let mut current = Replaced::default();
     let decide = |letter: &DeadLetter| {
-        now.note(letter);
-        if known.has(letter) { Disposition::Keep } else { Disposition::Return }
+        current.note(letter);
+        if seen.has(letter) { Disposition::Keep } else { Disposition::Return }
     };
-    let mut hand = operator.take(decide, watch).await?;
-    let removed = hand.remove_those(|letter| now.has(letter)).await;
-    hand.close().await;
-    removed.map(|_| ())
+    let mut batch = queue.take(decide, observer).await?;
+    let deleted = batch.delete_those(|letter| current.has(letter)).await;
+    batch.close().await;
+    deleted.map(|_| ())
 }
 
-/// The same, for whoever has no connection yet.
+/// [`complete`] over a connection of its own.
 ///
 /// # Errors
 /// When the broker is gone.
-pub async fn complete_interrupted(settings: &Settings, watch: &mut Observer<'_>) -> Result<(), BrokerError> {
-    let operator = DeadLetterQueue::connect(settings, "close-sync dlq").await?;
-    finish(&operator, watch).await?;
-    operator.leave().await;
+pub async fn complete_interrupted(
+    settings: &Settings,
+    observer: &mut Observer<'_>,
+) -> Result<(), BrokerError> {
+    let queue = DeadLetterQueue::connect(settings, "close-sync dlq").await?;
+    complete(&queue, observer).await?;
+    queue.leave().await;
     Ok(())
 }
 
-/// What copies take the place of, by their ids.
+/// What edited or imported copies replace: contents by id.
 #[derive(Default)]
 pub(crate) struct Replaced(HashMap<String, Vec<Uuid>>);
 
@@ -139,111 +143,9 @@ impl Replaced {
         }
     }
 
-    /// Whether a copy of it takes its place.
+    /// Whether a copy replaces this dead letter.
     pub(crate) fn has(&self, letter: &DeadLetter) -> bool {
         let contents = self.0.get(&letter.id).filter(|_| letter.has_own_id());
         contents.is_some_and(|contents| contents.contains(&letter.content()))
     }
-}
-
-/// What came of a file.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Restored {
-    /// Put into the queue.
-    pub added: usize,
-    /// Put in place of one with the same id and another content.
-    pub replaced: usize,
-    /// In the queue already.
-    pub present: usize,
-}
-
-/// Publishes under way at once: enough to keep a broker busy (rabbitmq.md §2.4).
-const WINDOW: usize = 100;
-
-/// Puts dead letters into the queue. One that is there already stays; those with the same id and other contents than
-/// `letters` has are replaced. So the same file can be restored twice, and a restoring that was cut short goes on.
-///
-/// # Errors
-/// When the broker is gone, or does not take a message: what was restored stays, and nothing was deleted that has no
-/// successor. [`BrokerError::Busy`] while somebody replays.
-pub async fn restore(
-    settings: &Settings,
-    letters: &[DeadLetter],
-    watch: &mut Observer<'_>,
-) -> Result<Restored, BrokerError> {
-    let operator = DeadLetterQueue::connect(settings, "close-sync dlq").await?;
-    let publishing = settings.connect("close-sync dlq publish").await?;
-    let publisher = Publisher::new(&publishing).await?;
-    let mut wanted: HashMap<&str, HashSet<Uuid>> = HashMap::new();
-    for letter in letters {
-        wanted.entry(&letter.id).or_default().insert(letter.content_alone());
-    }
-    let (mut present, mut outdated) = (HashSet::new(), HashMap::<String, Vec<Uuid>>::new());
-    // All in one look: nobody else puts one back, or takes one, meanwhile.
-    let mut hand = operator
-        .take(
-            |letter| {
-                let Some(contents) = wanted.get(letter.id.as_str()) else { return Disposition::Return };
-                let content = letter.content_alone();
-                if contents.contains(&content) {
-                    present.insert((letter.id.clone(), content));
-                    return Disposition::Return;
-                }
-                outdated.entry(letter.id.clone()).or_default().push(letter.content());
-                Disposition::Keep
-            },
-            watch,
-        )
-        .await?;
-    let restored = if hand.replaying {
-        Err(BrokerError::Busy(
-            "a replay is under way, and has dead letters in hand that an import would not see: wait for its end",
-        ))
-    } else {
-        publish(settings, &publisher, letters, present, &outdated).await
-    };
-    let done = match restored {
-        Ok(restored) => hand.remove_those(|_| true).await.map(|_| restored),
-        Err(error) => Err(error),
-    };
-    hand.close().await;
-    operator.leave().await;
-    disconnect(&publishing).await;
-    done
-}
-
-/// Publishes those that are not there yet.
-async fn publish(
-    settings: &Settings,
-    publisher: &Publisher,
-    letters: &[DeadLetter],
-    mut present: HashSet<(String, Uuid)>,
-    outdated: &HashMap<String, Vec<Uuid>>,
-) -> Result<Restored, BrokerError> {
-    let mut restored = Restored::default();
-    let mut under_way: VecDeque<Sent> = VecDeque::with_capacity(WINDOW);
-    for letter in letters {
-        if !present.insert((letter.id.clone(), letter.content_alone())) {
-            restored.present += 1;
-            continue;
-        }
-        let properties = if let Some(contents) = outdated.get(&letter.id) {
-            restored.replaced += 1;
-            envelope::for_replacing(&letter.restored(), contents.iter().copied())
-        } else {
-            restored.added += 1;
-            letter.restored()
-        };
-        under_way
-            .push_back(publisher.send(&settings.dead_letter_queue(), "", &letter.body, properties).await?);
-        if under_way.len() == WINDOW
-            && let Some(first) = under_way.pop_front()
-        {
-            first.confirmed().await?;
-        }
-    }
-    for sent in under_way {
-        sent.confirmed().await?;
-    }
-    Ok(restored)
 }

@@ -13,6 +13,7 @@
 pub mod edit;
 pub mod export;
 pub mod filter;
+pub mod import;
 pub mod letter;
 pub mod progress;
 pub mod replay;

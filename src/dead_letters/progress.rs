@@ -8,7 +8,7 @@ use crate::outcome::DEAD;
 use crate::text::count;
 
 /// How far a replay has come.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Progress {
     /// What it is doing.
     pub stage: Stage,

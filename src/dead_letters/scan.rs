@@ -1,17 +1,17 @@
-//! Taking dead letters off the queue, deciding on each, and giving back what is to stay.
+//! Scans: take dead letters off the queue, decide on each, and return the others.
 //!
-//! **In their places.** They are consumed, and go back when the channel is closed: so they return in the order they
-//! came. `basic.get` would scramble them, and so would giving back more than 32 at a time with `basic.nack`
-//! (rabbitmq.md §5.4; measured on 3.10.8). The consumer may take exactly as many as were there at the start and is
-//! cancelled after them. Each look counts as a delivery, of which the queue allows a million.
+//! **Order is kept.** The dead letters are consumed and return to the queue when the channel is closed, in the order in
+//! which they came. `basic.get` would mix the order, and so would returning more than 32 at a time with `basic.nack`
+//! (rabbitmq.md §5.4; measured on 3.10.8). The consumer takes exactly as many messages as the queue held at the start,
+//! and is cancelled after them. Each scan counts as a delivery, of which the queue allows a million.
 //!
-//! That is so however the process ends, as long as all of them fit into one hand (5000). A look at more that
-//! is killed has only the first of them in hand, and RabbitMQ puts what returns behind what returned before (measured
-//! on 3.10.8). Nothing goes by the order of the queue: whatever is limited or replayed goes by the time of failure.
+//! This holds however the process ends, as long as one batch takes the whole queue (5000). When a scan of a longer queue
+//! is killed, only the first of them are in the batch, and RabbitMQ puts what returns behind what returned before
+//! (measured on 3.10.8). No command depends on the order of the queue: limits and replays go by the time of failure.
 //!
-//! **One at a time.** While one operator has taken everything, another would see an empty queue. So whoever looks
-//! holds an exclusive queue of a known name meanwhile, which RabbitMQ takes away with the connection: a killed
-//! process locks nobody out. A look at 10,000 takes a second, and the others wait for it.
+//! **One scan at a time.** While one operator has the whole batch, another would see an empty queue. A scan therefore
+//! holds a lock: an exclusive queue with a fixed name. RabbitMQ deletes it with the connection, so a killed process
+//! never locks others out. A scan of 10,000 dead letters takes a second, and the others wait for it.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -30,117 +30,107 @@ use crate::amqp::{ACK_FLUSH_TIME, BrokerError, Settings, disconnect, topology, w
 use crate::dead_letters::filter::Selection;
 use crate::dead_letters::letter::DeadLetter;
 
-/// What to do with one dead letter.
+/// What a scan does with one dead letter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Disposition {
-    /// Give it back.
     Return,
-    /// Keep it in hand for what comes next.
+    /// Leave it in the batch for the caller.
     Keep,
-    /// Delete it.
     Delete,
 }
 
-/// How far a look has come.
+/// Progress of a scan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ScanStep {
-    /// Another operator looks; it is our turn afterwards.
+    /// Another operator holds the lock.
     Waiting,
-    /// So many were looked at.
     Scanned {
-        /// Dead letters so far.
+        /// Dead letters seen so far.
         at: usize,
         /// Dead letters at the start.
         of: u32,
     },
 }
 
-/// Whoever wants to follow it.
+/// Called with each step of a scan.
 pub type Observer<'a> = dyn FnMut(ScanStep) + Send + 'a;
 
-/// An operator's connection to the broker.
+/// The dead-letter queue, over an operator's connection.
 pub(crate) struct DeadLetterQueue<'a> {
     settings: &'a Settings,
     pub(crate) connection: Connection,
-    /// How long another one is waited for.
-    patience: Duration,
+    lock_timeout: Duration,
 }
 
-/// What came of a look.
+/// The result of a scan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ScanSummary {
     /// Dead letters in the queue.
     pub found: usize,
-    /// Those meant.
     pub matched: usize,
-    /// Those of them that were deleted.
-    pub removed: usize,
-    /// Somebody replays: what they have in hand was not among them.
+    pub deleted: usize,
+    /// A replay is running, so its batch was not scanned.
     pub replaying: bool,
 }
 
-/// All dead letters, while nobody else can look at any.
+/// The dead letters of one scan. Closing it returns what was not deleted.
 pub(crate) struct Batch {
-    /// How many they are.
     found: usize,
-    /// How many were deleted as it was decided.
-    removed: usize,
-    /// Somebody else replays: what they have in hand is not among them.
+    deleted: usize,
+    /// A replay is running, so its batch is not in this one.
     pub(crate) replaying: bool,
-    /// Since when it has them all.
-    pub(crate) since: Instant,
-    /// Those held, oldest first.
-    held: VecDeque<HeldLetter>,
-    /// Those that go back, in their order.
-    back: Vec<DeliveryTag>,
+    /// Kept for the caller, oldest first.
+    kept: VecDeque<HeldLetter>,
+    /// To return, in the order of the queue.
+    to_return: Vec<DeliveryTag>,
     channel: Channel,
-    desk: Option<Channel>,
-    desk_name: String,
+    lock: Option<Channel>,
+    lock_name: String,
 }
 
-/// One that is held.
 pub(crate) struct HeldLetter {
     pub(crate) letter: DeadLetter,
     acker: Acker,
 }
 
-/// Their bodies are in memory until they are looked at: RabbitMQ's, and ours.
-const AT_A_TIME: u16 = 5000;
-/// Nothing comes any more: somebody else took the rest, or the queue lost it.
-const QUIET: Duration = Duration::from_secs(5);
-/// How long another operator is waited for.
-const TURN: Duration = Duration::from_mins(2);
+/// Most deliveries in the buffer. Their bodies are in memory, here and in RabbitMQ.
+const PREFETCH: u16 = 5000;
+/// After this time without a delivery the rest is gone: another client took it, or the queue lost it.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long to wait for other operators.
+const LOCK_TIMEOUT: Duration = Duration::from_mins(2);
 
-/// Looks at all dead letters, and does with each of those meant what `decide` says.
+/// Scans all dead letters and calls `decide` for each that `selection` contains.
 ///
 /// # Errors
-/// When the broker is gone: then everything is in its place, but what was deleted, of which some may be there again.
+/// When the broker is gone. Every dead letter is then in its place. Deleted ones may be there again.
 pub async fn scan(
     settings: &Settings,
-    which: &Selection,
+    selection: &Selection,
     decide: impl FnMut(&DeadLetter) -> Disposition + Send,
-    watch: &mut Observer<'_>,
+    observer: &mut Observer<'_>,
 ) -> Result<ScanSummary, BrokerError> {
-    let operator = DeadLetterQueue::connect(settings, "close-sync dlq").await?;
-    let (hand, matched) = operator.pick(which, decide, watch).await?;
-    let sifted = ScanSummary { found: hand.found, matched, removed: hand.removed, replaying: hand.replaying };
-    hand.close().await;
-    operator.leave().await;
-    Ok(sifted)
+    let queue = DeadLetterQueue::connect(settings, "close-sync dlq").await?;
+    let (batch, matched) = queue.take_selected(selection, decide, observer).await?;
+    let summary =
+        ScanSummary { found: batch.found, matched, deleted: batch.deleted, replaying: batch.replaying };
+    batch.close().await;
+    queue.leave().await;
+    Ok(summary)
 }
 
-/// Looks for dead letters by their ids or those that producers gave the messages, of which the last one that failed
-/// counts. Tells them by what they were looked for, and what it saw.
+/// Finds dead letters by their id or by the message id of their producer, and returns them by the id that was asked
+/// for. Of several with one id, the last that failed is returned.
 ///
 /// # Errors
-/// Those of [`sift`].
+/// Those of [`scan`].
 pub async fn find_by_id(
     settings: &Settings,
     ids: &BTreeSet<String>,
-    watch: &mut Observer<'_>,
+    observer: &mut Observer<'_>,
 ) -> Result<(BTreeMap<String, DeadLetter>, ScanSummary), BrokerError> {
     let mut found: BTreeMap<String, DeadLetter> = BTreeMap::new();
-    let seek = |letter: &DeadLetter| {
+    let decide = |letter: &DeadLetter| {
         let names = [Some(&letter.id), letter.message_id.as_ref()].into_iter().flatten();
         for name in names.filter(|name| ids.contains(*name)) {
             let rank = |letter: &DeadLetter| (letter.id == *name, letter.failed_at, letter.edited_at);
@@ -150,57 +140,55 @@ pub async fn find_by_id(
         }
         Disposition::Return
     };
-    let sifted = scan(settings, &Selection::default(), seek, watch).await?;
-    Ok((found, sifted))
+    let summary = scan(settings, &Selection::default(), decide, observer).await?;
+    Ok((found, summary))
 }
 
 impl<'a> DeadLetterQueue<'a> {
     /// Connects, visible in RabbitMQ's management under `name`.
     pub(crate) async fn connect(settings: &'a Settings, name: &str) -> Result<Self, BrokerError> {
-        Ok(Self { settings, connection: settings.connect(name).await?, patience: TURN })
+        Ok(Self { settings, connection: settings.connect(name).await?, lock_timeout: LOCK_TIMEOUT })
     }
 
-    /// Waits for others for so long.
-    pub(crate) fn with_patience(self, patience: Duration) -> Self {
-        Self { patience, ..self }
+    pub(crate) fn with_lock_timeout(self, lock_timeout: Duration) -> Self {
+        Self { lock_timeout, ..self }
     }
 
-    /// Takes all dead letters, and deletes those of which `decide` says so.
+    /// Takes all dead letters and deletes those for which `decide` says so.
     pub(crate) async fn take(
         &self,
         decide: impl FnMut(&DeadLetter) -> Disposition + Send,
-        watch: &mut Observer<'_>,
+        observer: &mut Observer<'_>,
     ) -> Result<Batch, BrokerError> {
-        let busy = "another operator has been at the dead letters for too long: try again later";
+        let busy = "another operator has held the dead letters for too long; try again later";
         let name = self.settings.scan_lock_queue();
         let mut waited = false;
         let mut wait = || {
             waited = true;
-            watch(ScanStep::Waiting);
+            observer(ScanStep::Waiting);
         };
-        let desk = claim(&self.connection, &name, self.patience, busy, &mut wait).await?;
+        let lock = acquire_lock(&self.connection, &name, self.lock_timeout, busy, &mut wait).await?;
         if waited {
-            // What the one before had in hand may come back a moment after its place is free.
+            // The batch of the previous operator may return a moment after its lock is free.
             tokio::time::sleep(ACK_FLUSH_TIME).await;
         }
-        // Asked while nobody can begin to take any.
-        let replaying = is_claimed(&self.connection, &self.settings.replay_queue()).await?;
+        // Checked under the lock: no replay can take a batch now.
+        let replaying = is_locked_by_other(&self.connection, &self.settings.replay_queue()).await?;
         let channel = self.connection.create_channel().await?;
-        let mut hand = Batch {
+        let mut batch = Batch {
             found: 0,
-            removed: 0,
+            deleted: 0,
             replaying,
-            since: Instant::now(),
-            held: VecDeque::new(),
-            back: Vec::new(),
+            kept: VecDeque::new(),
+            to_return: Vec::new(),
             channel,
-            desk: Some(desk),
-            desk_name: name,
+            lock: Some(lock),
+            lock_name: name,
         };
-        match self.fill(&mut hand, decide, watch).await {
-            Ok(()) => Ok(hand),
+        match self.fill(&mut batch, decide, observer).await {
+            Ok(()) => Ok(batch),
             Err(error) => {
-                hand.close().await;
+                batch.close().await;
                 Err(error)
             }
         }
@@ -208,201 +196,196 @@ impl<'a> DeadLetterQueue<'a> {
 
     async fn fill(
         &self,
-        hand: &mut Batch,
+        batch: &mut Batch,
         mut decide: impl FnMut(&DeadLetter) -> Disposition + Send,
-        watch: &mut Observer<'_>,
+        observer: &mut Observer<'_>,
     ) -> Result<(), BrokerError> {
         let depth =
             with_timeout(topology::depth(&self.connection, &self.settings.dead_letter_queue())).await?;
         let ready = depth.map_or(0, |depth| depth.ready);
-        let mut removed = Vec::new();
-        while let Some(left) = usize::try_from(ready).unwrap_or(usize::MAX).checked_sub(hand.found)
+        let mut deleted = Vec::new();
+        while let Some(left) = usize::try_from(ready).unwrap_or(usize::MAX).checked_sub(batch.found)
             && left > 0
         {
-            // So many are on their way to us at a time. They stay this consumer's until they are settled; the next one
-            // goes on from there, with a tag that sorts behind: in the order of tags they are given back.
-            let credit = u16::try_from(left).unwrap_or(u16::MAX).min(AT_A_TIME);
-            let mut took = 0;
-            let tag = format!("look-{:09}", hand.found);
+            // One consumer takes at most so many, and keeps them until they are settled. The next consumer continues
+            // with a tag that sorts behind it: RabbitMQ returns messages in the order of consumer tags.
+            let credit = u16::try_from(left).unwrap_or(u16::MAX).min(PREFETCH);
+            let mut taken = 0;
+            let tag = format!("look-{:09}", batch.found);
             let (queue, options) = (self.settings.dead_letter_queue(), BasicConsumeOptions::default());
             let mut deliveries = with_timeout(async {
-                hand.channel.basic_qos(credit, BasicQosOptions::default()).await?;
+                batch.channel.basic_qos(credit, BasicQosOptions::default()).await?;
                 let none = FieldTable::default();
-                Ok(hand.channel.basic_consume(queue.into(), tag.as_str().into(), options, none).await?)
+                Ok(batch.channel.basic_consume(queue.into(), tag.as_str().into(), options, none).await?)
             })
             .await?;
-            while took < credit
-                && let Ok(delivery) = tokio::time::timeout(QUIET, deliveries.next()).await
+            while taken < credit
+                && let Ok(delivery) = tokio::time::timeout(IDLE_TIMEOUT, deliveries.next()).await
             {
                 let delivery = delivery.ok_or(BrokerError::Cancelled)??;
-                took += 1;
+                taken += 1;
                 let letter = DeadLetter::read(&delivery);
                 let tag = delivery.delivery_tag;
                 match decide(&letter) {
-                    Disposition::Return => hand.back.push(tag),
-                    Disposition::Keep => hand.held.push_back(HeldLetter { letter, acker: delivery.acker }),
-                    Disposition::Delete => removed.push(tag),
+                    Disposition::Return => batch.to_return.push(tag),
+                    Disposition::Keep => batch.kept.push_back(HeldLetter { letter, acker: delivery.acker }),
+                    Disposition::Delete => deleted.push(tag),
                 }
-                hand.found += 1;
-                watch(ScanStep::Scanned { at: hand.found, of: ready });
+                batch.found += 1;
+                observer(ScanStep::Scanned { at: batch.found, of: ready });
             }
-            // Before anything is given back: it would come again at once.
-            let cancel = hand.channel.basic_cancel(tag.as_str().into(), BasicCancelOptions::default());
+            // Before anything is returned: RabbitMQ would deliver it again at once.
+            let cancel = batch.channel.basic_cancel(tag.as_str().into(), BasicCancelOptions::default());
             with_timeout(async { Ok(cancel.await?) }).await?;
-            if took < credit {
+            if taken < credit {
                 break;
             }
         }
-        hand.since = Instant::now();
-        hand.removed = removed.len();
-        for tag in removed {
-            hand.channel.basic_ack(tag, BasicAckOptions::default()).await?;
+        batch.deleted = deleted.len();
+        for tag in deleted {
+            batch.channel.basic_ack(tag, BasicAckOptions::default()).await?;
         }
-        hand.confirm().await?;
-        hand.held.make_contiguous().sort_by_key(|held| held.letter.failed_at);
+        batch.flush_acks().await?;
+        batch.kept.make_contiguous().sort_by_key(|held| held.letter.failed_at);
         Ok(())
     }
 
-    /// Takes all dead letters, and does with those meant what `decide` says. Tells how many they are.
-    pub(crate) async fn pick(
+    /// Takes all dead letters and calls `decide` for each that `selection` contains. Returns how many those are, too.
+    pub(crate) async fn take_selected(
         &self,
-        which: &Selection,
+        selection: &Selection,
         mut decide: impl FnMut(&DeadLetter) -> Disposition + Send,
-        watch: &mut Observer<'_>,
+        observer: &mut Observer<'_>,
     ) -> Result<(Batch, usize), BrokerError> {
-        let is_meant = |letter: &DeadLetter| which.filter.matches(letter);
-        let (most, newest) = match which.limit {
+        let matches = |letter: &DeadLetter| selection.filter.matches(letter);
+        let (most, newest) = match selection.limit {
             None => (usize::MAX, Some(Timestamp::MAX)),
             Some(limit) => {
-                let oldest = self.oldest(limit, is_meant, watch).await?;
+                let oldest = self.oldest(limit, matches, observer).await?;
                 (oldest.len(), oldest.last().copied().flatten())
             }
         };
         let mut matched = 0;
-        let among = |letter: &DeadLetter| {
-            if matched == most || letter.failed_at > newest || !is_meant(letter) {
+        let decide = |letter: &DeadLetter| {
+            if matched == most || letter.failed_at > newest || !matches(letter) {
                 return Disposition::Return;
             }
             matched += 1;
             decide(letter)
         };
-        let hand = self.take(among, watch).await?;
-        Ok((hand, matched))
+        let batch = self.take(decide, observer).await?;
+        Ok((batch, matched))
     }
 
-    /// When those meant failed, at most so many of them and the oldest first.
+    /// The times of failure of the dead letters that match, oldest first and at most `limit`.
     pub(crate) async fn oldest(
         &self,
         limit: usize,
-        mut is_meant: impl FnMut(&DeadLetter) -> bool + Send,
-        watch: &mut Observer<'_>,
+        mut matches: impl FnMut(&DeadLetter) -> bool + Send,
+        observer: &mut Observer<'_>,
     ) -> Result<Vec<Option<Timestamp>>, BrokerError> {
         let mut times = Vec::new();
-        let note = |letter: &DeadLetter| {
-            times.extend(is_meant(letter).then_some(letter.failed_at));
+        let collect = |letter: &DeadLetter| {
+            times.extend(matches(letter).then_some(letter.failed_at));
             Disposition::Return
         };
-        self.take(note, watch).await?.close().await;
+        self.take(collect, observer).await?.close().await;
         times.sort_unstable();
         times.truncate(limit);
         Ok(times)
     }
 
-    /// Closes the connection.
     pub(crate) async fn leave(&self) {
         disconnect(&self.connection).await;
     }
 }
 
 impl Batch {
-    /// Whether none is held.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.held.is_empty()
+    /// The times of failure of the kept dead letters, oldest first.
+    pub(crate) fn failed_at(&self) -> impl Iterator<Item = Option<Timestamp>> {
+        self.kept.iter().map(|held| held.letter.failed_at)
     }
 
-    /// When those held failed, the oldest first.
-    pub(crate) fn times(&self) -> impl DoubleEndedIterator<Item = Option<Timestamp>> {
-        self.held.iter().map(|held| held.letter.failed_at)
-    }
-
-    /// Takes the oldest of those held.
+    /// Removes the oldest kept dead letter from the batch.
     pub(crate) fn next(&mut self) -> Option<HeldLetter> {
-        self.held.pop_front()
+        self.kept.pop_front()
     }
 
-    /// Deletes some of those that are held, and tells how many.
-    pub(crate) async fn remove_those(
+    /// Deletes some of the kept dead letters and returns how many.
+    pub(crate) async fn delete_those(
         &mut self,
-        which: impl Fn(&DeadLetter) -> bool,
+        matches: impl Fn(&DeadLetter) -> bool,
     ) -> Result<usize, BrokerError> {
-        let (gone, kept): (VecDeque<HeldLetter>, VecDeque<HeldLetter>) =
-            std::mem::take(&mut self.held).into_iter().partition(|held| which(&held.letter));
-        self.held = kept;
-        let number = gone.len();
-        for held in gone {
-            held.remove().await?;
+        let (deleted, kept): (VecDeque<HeldLetter>, VecDeque<HeldLetter>) =
+            std::mem::take(&mut self.kept).into_iter().partition(|held| matches(&held.letter));
+        self.kept = kept;
+        let number = deleted.len();
+        for held in deleted {
+            held.delete().await?;
         }
-        self.confirm().await?;
+        self.flush_acks().await?;
         Ok(number)
     }
 
-    /// Waits until RabbitMQ has been told of all that was deleted: an ack has no answer, so it is asked something that
-    /// has one and stands behind them.
-    async fn confirm(&self) -> Result<(), BrokerError> {
-        with_timeout(async { Ok(self.channel.basic_qos(AT_A_TIME, BasicQosOptions::default()).await?) }).await
+    /// Waits until RabbitMQ has processed all acks. An ack has no answer, so this sends a request behind them that has one.
+    async fn flush_acks(&self) -> Result<(), BrokerError> {
+        with_timeout(async { Ok(self.channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?) }).await
     }
 
-    /// Gives back all that is not held, and lets others look: what is held, they do not see. Those given back may
-    /// have another order in the queue afterwards.
-    pub(crate) async fn let_go(&mut self) -> Result<(), BrokerError> {
-        for tag in std::mem::take(&mut self.back) {
-            let back = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
-            self.channel.basic_nack(tag, back).await?;
+    /// Returns all that is not kept and releases the lock. Other operators do not see what is kept. The order of what is
+    /// returned may change.
+    pub(crate) async fn return_others(&mut self) -> Result<(), BrokerError> {
+        for tag in std::mem::take(&mut self.to_return) {
+            let requeue = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
+            self.channel.basic_nack(tag, requeue).await?;
         }
-        self.leave_desk().await;
+        self.release_lock().await;
         Ok(())
     }
 
-    /// Gives back all that is left, and lets others look.
+    /// Returns everything that was not deleted and releases the lock.
     pub(crate) async fn close(mut self) {
         tokio::time::sleep(ACK_FLUSH_TIME).await;
         let _ = self.channel.close(200, "done".into()).await;
-        self.leave_desk().await;
+        self.release_lock().await;
     }
 
-    async fn leave_desk(&mut self) {
-        let Some(desk) = self.desk.take() else { return };
-        // What was given back is there for the next one.
+    async fn release_lock(&mut self) {
+        let Some(lock) = self.lock.take() else { return };
+        // The next operator must find what was returned.
         tokio::time::sleep(ACK_FLUSH_TIME).await;
-        let _ = desk.queue_delete(self.desk_name.as_str().into(), QueueDeleteOptions::default()).await;
-        let _ = desk.close(200, "done".into()).await;
+        let _ = lock.queue_delete(self.lock_name.as_str().into(), QueueDeleteOptions::default()).await;
+        let _ = lock.close(200, "done".into()).await;
     }
 }
 
 impl HeldLetter {
-    /// Takes it off the queue for good.
-    pub(crate) async fn remove(self) -> Result<(), BrokerError> {
-        let removed = self.acker.ack(BasicAckOptions::default()).await?;
-        if removed { Ok(()) } else { Err(BrokerError::Lost("the dead letters in hand went back".into())) }
+    pub(crate) async fn delete(self) -> Result<(), BrokerError> {
+        let is_acked = self.acker.ack(BasicAckOptions::default()).await?;
+        if is_acked {
+            Ok(())
+        } else {
+            Err(BrokerError::Lost("the batch of dead letters went back to the queue".into()))
+        }
     }
 }
 
-/// Declares an exclusive queue that only one connection can have at a time, and waits for it if another has it:
-/// RabbitMQ tells nobody when it goes, so it is asked again and again.
-pub(crate) async fn claim(
+/// Acquires a lock: an exclusive queue, which only one connection can have. RabbitMQ does not report when another
+/// connection releases it, so this polls.
+pub(crate) async fn acquire_lock(
     connection: &Connection,
     name: &str,
-    patience: Duration,
+    timeout: Duration,
     busy: &'static str,
     waiting: &mut (dyn FnMut() + Send),
 ) -> Result<Channel, BrokerError> {
-    const AGAIN: Duration = Duration::from_millis(100);
-    let deadline = Instant::now() + patience;
+    const POLL_INTERVAL: Duration = Duration::from_millis(100);
+    let deadline = Instant::now() + timeout;
     loop {
         let channel = connection.create_channel().await?;
         let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
         let mut arguments = FieldTable::default();
-        // A virtual host may have another kind by default, which cannot be exclusive.
+        // The default queue type of a virtual host may be one that cannot be exclusive.
         arguments.insert("x-queue-type".into(), AMQPValue::LongString("classic".into()));
         match channel.queue_declare(name.into(), options, arguments).await {
             Ok(_) => return Ok(channel),
@@ -411,20 +394,19 @@ pub(crate) async fn claim(
                     return Err(BrokerError::Busy(busy));
                 }
                 waiting();
-                tokio::time::sleep(AGAIN).await;
+                tokio::time::sleep(POLL_INTERVAL).await;
             }
             Err(error) => return Err(BrokerError::from_lapin(&error, &format!("queue `{name}`"))),
         }
     }
 }
 
-/// Whether another connection has such a queue.
-async fn is_claimed(connection: &Connection, name: &str) -> Result<bool, BrokerError> {
+/// Whether another connection holds this lock.
+async fn is_locked_by_other(connection: &Connection, name: &str) -> Result<bool, BrokerError> {
     let channel = connection.create_channel().await?;
     let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
     match channel.queue_declare(name.into(), options, FieldTable::default()).await {
         Ok(_) => {
-            // Ours.
             let _ = channel.close(200, "looked".into()).await;
             Ok(false)
         }
@@ -434,12 +416,12 @@ async fn is_claimed(connection: &Connection, name: &str) -> Result<bool, BrokerE
     }
 }
 
-/// AMQP's reply code 404, not found.
+/// AMQP reply code 404, not found.
 fn is_missing(error: &lapin::Error) -> bool {
     matches!(error.kind(), ErrorKind::ProtocolError(amqp) if amqp.get_id() == 404)
 }
 
-/// AMQP's reply code 405, resource locked.
+/// AMQP reply code 405, resource locked.
 fn is_locked(error: &lapin::Error) -> bool {
     matches!(error.kind(), ErrorKind::ProtocolError(amqp) if amqp.get_id() == 405)
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::cli::dlq::{Disposition, Failure, Meant, UNFIT, follow, look};
 use crate::cli::read;
 use crate::config::Destination;
-use crate::dead_letters::edit;
+use crate::dead_letters::import;
 use crate::dead_letters::letter::DeadLetter;
 use crate::text::count;
 
@@ -84,9 +84,9 @@ fn new_file(path: &Path) -> std::io::Result<std::fs::File> {
 pub(super) async fn import(args: &Import, destination: &Destination) -> Result<(), Failure> {
     let letters = parse(&read(&args.file).await?)?;
     let bar = look();
-    let restored = edit::restore(&destination.amqp, &letters, &mut follow(&bar)).await;
+    let restored = import::import(&destination.amqp, &letters, &mut follow(&bar)).await;
     bar.finish_and_clear();
-    let edit::Restored { added, replaced, present } = restored?;
+    let import::Imported { added, replaced, present } = restored?;
     anstream::println!("imported {added}, replaced {replaced}, {present} were there already");
     Ok(())
 }

@@ -234,12 +234,12 @@ async fn discard(which: &Which, yes: bool, destination: &Destination) -> Result<
         // What is left over from an edit must not outlive the copy.
         dead_letters::edit::complete_interrupted(&destination.amqp, &mut |_| {}).await?;
     }
-    let ScanSummary { found, matched, removed, .. } = which.meant.each(destination, |_| fate).await?;
+    let ScanSummary { found, matched, deleted, .. } = which.meant.each(destination, |_| fate).await?;
     if matched == 0 {
         return nothing(&which.meant);
     }
     if yes {
-        anstream::println!("discarded {removed}, {} remain", found - removed);
+        anstream::println!("discarded {deleted}, {} remain", found - deleted);
         return Ok(());
     }
     Err(Failure::Input(format!(

@@ -1,36 +1,39 @@
-//! Replaying: dead letters through the work queue again, with proof.
+//! Replay: sends dead letters through the work queue again and checks what becomes of them.
 //!
-//! **One first.** The oldest dead letter meant is sent by itself, and the worker tells what became of it
-//! ([`crate::consumer::outcome_events`]). Only if it did not fail again, the others follow, a few under way at a time: live
-//! messages that come meanwhile stand behind a few, not behind thousands. Close's budget goes to live messages first
-//! anyway ([`crate::close::Priority`]). As soon as one fails in a way that is known already, it stops: whatever was
-//! to be mended is not.
+//! **Canary first.** The oldest dead letter is sent alone. The worker reports its outcome
+//! ([`crate::consumer::outcome_events`]). Only if it does not fail again do the others follow, with a limited number in
+//! flight: a live message waits behind a few replayed ones, not behind thousands. Close's rate limit serves live messages
+//! first in any case ([`crate::close::Priority`]). The replay stops at the first failure of a kind that was seen before:
+//! the cause is not fixed.
 //!
-//! **In portions**, those first that failed first. What cannot be sent soon goes back, and is taken anew when there is
-//! room: RabbitMQ would take it away (`consumer_timeout`, 30 minutes), and what is in the queue everybody sees. What is
-//! in hand when the process is killed goes back, what was sent is in the work queue: replaying again goes on from
-//! there.
+//! **In batches**, oldest failure first. What cannot be sent soon goes back to the queue and is taken again later.
+//! Otherwise RabbitMQ would take it back (`consumer_timeout`, 30 minutes), and other operators could not see it. If the
+//! process is killed, the batch goes back to the queue and sent messages stay in the work queue, so running the replay
+//! again continues it.
 //!
-//! **A lost connection** is made anew. What the worker told meanwhile nobody heard: those that were under way take no
-//! places from the others any more (so that live messages may stand behind a few more). Those of them that failed again
-//! are found among the dead letters, as a dead letter is there before it is told of; the others are waited for at the
-//! end, and it is said of how many nothing was heard. What was not confirmed is sent again, and may be there twice.
+//! **A lost connection** is opened again. Outcomes that were published meanwhile are missed. The messages in question no
+//! longer count against the limit, so live messages may wait behind a few more. Those that failed again are found among
+//! the dead letters, because a dead letter is published before its outcome. The others are awaited at the end, and the
+//! result counts those that never reported. A message that was not confirmed is sent again and may arrive twice.
 //!
-//! **One replay at a time**: whoever comes second waits. What fails again meanwhile is a new dead letter, known by
-//! the replay it came from, and is left for the next replay. Older values do not overwrite newer ones: that is the
-//! worker's stale guard.
+//! **One replay at a time**: a second one waits. A message that fails again becomes a new dead letter with the id of this
+//! replay, and is left for the next replay. The worker's staleness check keeps old values from overwriting newer ones.
+//!
+//! [`state`] decides, and has the unit tests. This file does the IO.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+mod in_flight;
+mod state;
+#[cfg(test)]
+mod tests;
+
 use std::time::Duration;
 
 use futures_util::{FutureExt, StreamExt};
-use jiff::Timestamp;
-use lapin::message::Delivery;
 use lapin::options::{BasicConsumeOptions, QueueBindOptions};
 use lapin::types::FieldTable;
 use lapin::{Connection, Consumer};
 use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -42,397 +45,120 @@ use crate::dead_letters::edit;
 use crate::dead_letters::filter::Selection;
 use crate::dead_letters::letter::DeadLetter;
 use crate::dead_letters::progress::{End, Progress, Stage};
-use crate::dead_letters::scan::{Batch, DeadLetterQueue, Disposition, HeldLetter, ScanStep, claim};
+use crate::dead_letters::replay::state::{Action, Event, FailedAt, Policy, ReplayState};
+use crate::dead_letters::scan::{Batch, DeadLetterQueue, Disposition, HeldLetter, ScanStep, acquire_lock};
 use crate::outcome::DEAD;
-use crate::retry::Backoff;
 
-/// What is to be replayed, and how.
+/// What to replay, and how.
 #[derive(Clone, Debug)]
 pub struct ReplayRequest {
-    /// Which dead letters.
     pub selection: Selection,
-    /// So many are under way at most.
+    /// Most messages in flight.
     pub max_in_flight: usize,
-    /// Whether to go on when they fail again.
+    /// Continue when messages fail again.
     pub keep_going: bool,
-    /// How long to wait for news of those under way. `None`: send all at once, and wait for nothing.
+    /// How long to wait for an outcome. `None`: send everything and wait for nothing.
     pub outcome_timeout: Option<Duration>,
 }
 
 impl ReplayRequest {
-    /// Under way at most, unless said otherwise.
+    /// The default of `max_in_flight`.
     pub const MAX_IN_FLIGHT: u16 = 32;
-    /// Patience, unless said otherwise.
+    /// The default of `outcome_timeout`.
     pub const OUTCOME_TIMEOUT: Duration = Duration::from_mins(10);
 }
 
 impl From<Selection> for ReplayRequest {
     fn from(selection: Selection) -> Self {
-        let max_in_flight = Self::MAX_IN_FLIGHT.into();
-        Self { selection, max_in_flight, keep_going: false, outcome_timeout: Some(Self::OUTCOME_TIMEOUT) }
+        Self {
+            selection,
+            max_in_flight: Self::MAX_IN_FLIGHT.into(),
+            keep_going: false,
+            outcome_timeout: Some(Self::OUTCOME_TIMEOUT),
+        }
     }
 }
 
-/// Dead letters in hand at a time, at most.
-const PORTION: usize = 500;
-/// Their bytes.
-const PORTION_BYTES: usize = 32 << 20;
-/// How long they are.
-const IN_HAND: Duration = Duration::from_secs(30);
-/// How long those under way are waited for after the end.
-const LAST_NEWS: Duration = Duration::from_secs(30);
-/// How often the work queue is looked at while nothing is heard, and the dead letters while some are missing.
-const LOOKS_APART: Duration = Duration::from_secs(2);
-/// So often are they looked at, then: others may have dealt with them.
-const LOOKS: usize = 4;
-/// How long another operator, or another replay, is waited for.
-const TURN: Duration = Duration::from_hours(24);
-/// How long the broker may be gone.
-const RECONNECTING: Duration = Duration::from_mins(5);
+/// Most bytes in one batch.
+const BATCH_BYTES: usize = 32 << 20;
+/// How often the work queue is checked while no outcome arrives.
+const POLL_INTERVAL: Duration = Duration::from_secs(2);
+/// How long to wait for other operators and other replays.
+const LOCK_TIMEOUT: Duration = Duration::from_hours(24);
 
-/// Replays, and tells how far it has come until `stop`; at last how far that was, and how it ended.
+/// Replays until everything is done or `stop`. Publishes its progress, and returns the last one and how it ended.
 ///
 /// # Errors
-/// When the broker is gone for five minutes, or does not take the messages: what was not confirmed is still, or again,
-/// in the dead-letter queue.
+/// When the broker is gone for five minutes or does not take a message. Every message that was not confirmed is still,
+/// or again, in the dead-letter queue.
 pub async fn replay(
     settings: &Settings,
-    order: ReplayRequest,
+    request: ReplayRequest,
     progress: watch::Sender<Progress>,
     stop: &CancellationToken,
 ) -> Result<(Progress, End), BrokerError> {
-    let mut replay = Replay {
-        settings,
-        order,
-        progress,
-        ours: HashSet::new(),
-        sent: 0,
-        under_way: HashMap::new(),
-        known: HashSet::new(),
-        proven: false,
-        caught_up: false,
-        deadline: Instant::now(),
-        lost: None,
+    let policy = Policy {
+        limit: request.selection.limit,
+        max_in_flight: request.max_in_flight,
+        keep_going: request.keep_going,
+        outcome_timeout: request.outcome_timeout,
     };
-    let mut pauses = Backoff::reconnect();
+    let (mut state, mut action) = ReplayState::start(policy, Instant::now());
+    let mut shell = Shell { settings, request, progress, stop, session: None };
     loop {
-        let before = replay.sent;
-        match replay.session(stop).await {
-            Ok(end) => return Ok(replay.over(end)),
-            Err(error) => {
-                if replay.sent > before {
-                    (pauses, replay.lost) = (Backoff::reconnect(), None);
-                }
-                let since = *replay.lost.get_or_insert_with(Instant::now);
-                if !is_gone(&error) || replay.ours.is_empty() || since.elapsed() > RECONNECTING {
-                    return Err(error);
-                }
-                replay.tell(|progress| progress.stage = Stage::Reconnecting);
-                let pause = pauses.next_delay().unwrap_or_default();
-                if stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
-                    return Ok(replay.over(End::Stopped));
-                }
+        shell.publish(state.progress());
+        action = match action {
+            Action::Finish(end) => {
+                shell.disconnect().await;
+                return Ok((state.progress().clone(), end));
             }
-        }
+            Action::Fail(error) => {
+                shell.disconnect().await;
+                return Err(error);
+            }
+            action => {
+                let event = shell.perform(action, &state).await.unwrap_or_else(|error| shell.failure(error));
+                state.on(event, Instant::now())
+            }
+        };
     }
 }
 
-/// Whether the broker may be there again in a moment.
-fn is_gone(error: &BrokerError) -> bool {
-    matches!(error, BrokerError::Lost(_) | BrokerError::Unreachable(_))
-}
-
-/// What was heard of one that was sent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Heard {
-    /// Nothing, not even from RabbitMQ whether it has it: its dead letter stays.
-    Unconfirmed,
-    /// Nothing yet.
-    Nothing,
-    /// It failed for now, and comes again then.
-    Delayed(Instant),
-    /// Nothing, and it may have been told of while there was no connection.
-    Missed,
-}
-
-impl Heard {
-    /// Whether news will come, as far as we know.
-    fn is_awaited(self) -> bool {
-        match self {
-            Self::Nothing | Self::Delayed(_) => true,
-            Self::Unconfirmed | Self::Missed => false,
-        }
-    }
-}
-
-struct Replay<'a> {
+/// Does what the state decides.
+struct Shell<'a> {
     settings: &'a Settings,
-    order: ReplayRequest,
+    request: ReplayRequest,
     progress: watch::Sender<Progress>,
-    /// All replays of this run.
-    ours: HashSet<Uuid>,
-    /// How many of them RabbitMQ has confirmed.
-    sent: usize,
-    /// Those nothing final was heard of.
-    under_way: HashMap<Uuid, Heard>,
-    /// Fingerprints of what was sent, and of what failed again.
-    known: HashSet<String>,
-    /// The others need not wait for the first any more.
-    proven: bool,
-    /// One has an end that was sent by this connection.
-    caught_up: bool,
-    /// News is awaited until then.
-    deadline: Instant,
-    /// Since when there is no connection, or none that is of use.
-    lost: Option<Instant>,
+    stop: &'a CancellationToken,
+    session: Option<Session<'a>>,
 }
 
-impl Replay<'_> {
-    fn tell(&self, change: impl FnOnce(&mut Progress)) {
-        self.progress.send_modify(|progress| {
-            change(progress);
-            progress.in_flight = self.awaited();
-            progress.missed = self.missed();
-            progress.sent = self.sent;
+/// Everything that ends with the connection.
+struct Session<'a> {
+    queue: DeadLetterQueue<'a>,
+    /// A connection of its own: an alarm of the broker must not hold up returning a batch.
+    publishing: Connection,
+    publisher: Publisher,
+    /// The outcomes of sent messages, if the replay waits for them.
+    outcomes: Option<Consumer>,
+    batch: Option<Batch>,
+    /// Its message is confirmed, so it may be deleted.
+    confirmed: Option<HeldLetter>,
+}
+
+impl<'a> Shell<'a> {
+    fn publish(&self, now: &Progress) {
+        self.progress.send_if_modified(|progress| {
+            let is_new = progress != now;
+            if is_new {
+                progress.clone_from(now);
+            }
+            is_new
         });
     }
 
-    fn awaited(&self) -> usize {
-        self.under_way.values().filter(|heard| heard.is_awaited()).count()
-    }
-
-    fn missed(&self) -> usize {
-        self.under_way.values().filter(|heard| **heard == Heard::Missed).count()
-    }
-
-    /// There is a connection again: from now on, nothing is told that we do not hear.
-    fn resume(&mut self) {
-        let now = Instant::now();
-        for heard in self.under_way.values_mut() {
-            match *heard {
-                Heard::Nothing => *heard = Heard::Missed,
-                Heard::Delayed(due) if due <= now => *heard = Heard::Missed,
-                Heard::Delayed(_) | Heard::Unconfirmed | Heard::Missed => {}
-            }
-        }
-        if let Some(patience) = self.order.outcome_timeout.filter(|_| !self.under_way.is_empty()) {
-            self.deadline = self.deadline.max(now + patience);
-        }
-        self.caught_up = false;
-    }
-
-    fn over(&self, end: End) -> (Progress, End) {
-        self.tell(|progress| progress.stage = Stage::Finished(end.clone()));
-        (self.progress.borrow().clone(), end)
-    }
-
-    /// With one connection, until the end.
-    async fn session(&mut self, stop: &CancellationToken) -> Result<End, BrokerError> {
-        let connect = async {
-            let operator =
-                DeadLetterQueue::connect(self.settings, "close-sync replay").await?.with_patience(TURN);
-            // Of its own: an alarm of the broker must not hold up giving back what is in hand.
-            let publishing = self.settings.connect("close-sync replay publish").await?;
-            let publisher = Publisher::new(&publishing).await?;
-            Ok::<_, BrokerError>((operator, publishing, publisher))
-        };
-        let Some(connected) = stop.run_until_cancelled(connect).await else { return Ok(End::Stopped) };
-        let (operator, publishing, publisher) = connected?;
-        let mut line = Line { connection: &operator.connection, publisher, news: None };
-        let open = async {
-            let news = self.mailbox(&operator.connection).await?;
-            line.news = self.order.outcome_timeout.is_some().then_some(news);
-            Ok::<_, BrokerError>(line)
-        };
-        let Some(line) = stop.run_until_cancelled(open).await else { return Ok(End::Stopped) };
-        let mut line = line?;
-        self.resume();
-        let end = match self.portions(&operator, &mut line, stop).await {
-            Err(error) if is_gone(&error) => self.last_heard(&mut line).ok().flatten().ok_or(error),
-            end => end,
-        };
-        operator.leave().await;
-        disconnect(&publishing).await;
-        end
-    }
-
-    /// Where the worker tells what becomes of the messages. Whoever has it replays.
-    async fn mailbox(&self, connection: &Connection) -> Result<Consumer, BrokerError> {
-        let name = self.settings.replay_queue();
-        let busy = "another replay has been going on for a day";
-        let channel = claim(connection, &name, TURN, busy, &mut || {
-            self.tell(|progress| progress.stage = Stage::Waiting);
-        })
-        .await?;
-        let (exchange, none) = (self.settings.retry_exchange(), FieldTable::default());
-        let queue = name.as_str();
-        channel
-            .queue_bind(
-                queue.into(),
-                exchange.as_str().into(),
-                REPLAYED.into(),
-                QueueBindOptions::default(),
-                none,
-            )
-            .await?;
-        let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
-        Ok(channel.basic_consume(queue.into(), "".into(), options, FieldTable::default()).await?)
-    }
-
-    async fn portions(
-        &mut self,
-        operator: &DeadLetterQueue<'_>,
-        line: &mut Line<'_>,
-        stop: &CancellationToken,
-    ) -> Result<End, BrokerError> {
-        let Some(looked) = stop.run_until_cancelled(self.look(operator)).await else {
-            return Ok(End::Stopped);
-        };
-        let (times, failed) = looked?;
-        let mut end = None;
-        for told in failed {
-            end = end.or(self.note(told));
-        }
-        let end = match end {
-            Some(end) => end,
-            None => self.send_all(operator, line, times, stop).await?,
-        };
-        self.last_news(line, end, stop).await
-    }
-
-    /// Sends all those that failed at these `times`. Tells why it sends no more.
-    async fn send_all(
-        &mut self,
-        operator: &DeadLetterQueue<'_>,
-        line: &mut Line<'_>,
-        mut times: VecDeque<Option<Timestamp>>,
-        stop: &CancellationToken,
-    ) -> Result<End, BrokerError> {
-        loop {
-            if let Some(end) = self.canary(line, stop).await? {
-                return Ok(end);
-            }
-            if times.is_empty() {
-                return Ok(End::Done);
-            }
-            if let Some(end) = self.room(line, None, stop).await? {
-                return Ok(end);
-            }
-            // What a look that is cut short has in hand goes back with the connection.
-            let Some(hand) = stop.run_until_cancelled(self.take(operator, &mut times)).await else {
-                return Ok(End::Stopped);
-            };
-            let mut hand = hand?;
-            let sent = self.portion(&mut hand, &mut times, line, stop).await;
-            // Also after an error: what is in hand has its place in the queue.
-            hand.close().await;
-            if let Some(end) = sent? {
-                return Ok(end);
-            }
-        }
-    }
-
-    /// Waits for what becomes of those that are under way when no more are sent.
-    async fn last_news(
-        &mut self,
-        line: &mut Line<'_>,
-        mut end: End,
-        stop: &CancellationToken,
-    ) -> Result<End, BrokerError> {
-        self.tell(|progress| progress.stage = Stage::Finishing);
-        if end == End::Done {
-            self.lost = None;
-        }
-        let mut hurry = None;
-        while self.awaited() + self.missed() > 0 {
-            // Those whose news were missed stood in the work queue before one that has an end by now.
-            let is_late = self.awaited() == 0 && self.caught_up;
-            hurry =
-                (is_late || end != End::Done).then(|| hurry.unwrap_or_else(|| Instant::now() + LAST_NEWS));
-            let until = hurry.map_or(self.deadline, |until| until.min(self.deadline));
-            match self.hear(line, until, stop).await {
-                Ok(Some(End::TimedOut)) if end == End::Done => return Ok(End::TimedOut),
-                // What fails last is as bad as what fails first.
-                Ok(Some(heard)) if end == End::Done => end = heard,
-                Ok(Some(End::Done | End::CanaryFailed | End::SameFailure) | None) => {}
-                Err(error) if end == End::Done => return Err(error),
-                // With another connection it would begin to send again.
-                Ok(Some(End::TimedOut | End::Stopped)) | Err(_) => break,
-            }
-        }
-        Ok(end)
-    }
-
-    /// When those that are meant failed, the oldest first: in that order they are sent, whatever order the queue has.
-    /// And which of those under way failed again while there was no connection.
-    async fn look(
-        &self,
-        operator: &DeadLetterQueue<'_>,
-    ) -> Result<(VecDeque<Option<Timestamp>>, Vec<Replayed>), BrokerError> {
-        self.tell(|progress| progress.stage = Stage::Scanning);
-        edit::finish(operator, &mut self.watch()).await?;
-        let left = self.order.selection.limit.map_or(usize::MAX, |limit| limit.saturating_sub(self.sent));
-        // Of a session before. A queue that has no leader for a moment counts as empty, and what was in hand when the
-        // connection went comes back when RabbitMQ has noticed.
-        let expected = self.progress.borrow().matched.saturating_sub(self.sent);
-        let (mut failed, mut looks) = (Vec::new(), 0);
-        loop {
-            let is_meant = |letter: &DeadLetter| {
-                failed.extend(told_by(letter).filter(|told| self.under_way.contains_key(&told.replay)));
-                self.is_meant(letter)
-            };
-            let times = operator.oldest(left, is_meant, &mut self.watch()).await?;
-            looks += 1;
-            if times.len() >= expected || looks == LOOKS {
-                self.tell(|progress| progress.matched = self.sent + times.len());
-                return Ok((times.into(), failed));
-            }
-            tokio::time::sleep(LOOKS_APART).await;
-        }
-    }
-
-    /// Takes the next portion in hand, of those that failed at these `times`.
-    async fn take(
-        &self,
-        operator: &DeadLetterQueue<'_>,
-        times: &mut VecDeque<Option<Timestamp>>,
-    ) -> Result<Batch, BrokerError> {
-        let fits = times.len().min(if self.is_canary() { 1 } else { PORTION });
-        let portion: Vec<_> = times.drain(..fits).collect();
-        let (mut held, mut bytes) = (0, 0);
-        let mut replaced = edit::Replaced::default();
-        let decide = |letter: &DeadLetter| {
-            replaced.note(letter);
-            let next = portion.last().is_some_and(|last| letter.failed_at <= *last);
-            let full = held == portion.len() || (held > 0 && bytes > PORTION_BYTES);
-            if full || !next || !self.is_meant(letter) {
-                return Disposition::Return;
-            }
-            held += 1;
-            bytes += letter.size();
-            Disposition::Keep
-        };
-        let mut hand = operator.take(decide, &mut self.watch()).await?;
-        // Edited since this replay began, by a command that was killed: the copy is in our hand, too.
-        let removed = hand.remove_those(|letter| replaced.has(letter)).await?;
-        self.tell(|progress| progress.matched = progress.matched.saturating_sub(removed));
-        if held == 0 {
-            // Somebody else was faster.
-            self.tell(|progress| progress.matched = progress.matched.saturating_sub(portion.len()));
-        } else {
-            // Too large for one portion.
-            portion.into_iter().skip(held).rev().for_each(|time| times.push_front(time));
-        }
-        Ok(hand)
-    }
-
-    /// What failed again during this run is left for the next one.
-    fn is_meant(&self, letter: &DeadLetter) -> bool {
-        let ours = letter.replay().is_some_and(|replay| self.ours.contains(&replay));
-        !ours && self.order.selection.filter.matches(letter)
-    }
-
-    fn watch(&self) -> impl FnMut(ScanStep) + Send {
+    /// Reports that others have to finish first.
+    fn observer(&self) -> impl FnMut(ScanStep) + Send + use<> {
         let progress = self.progress.clone();
         move |step| {
             if step == ScanStep::Waiting {
@@ -441,184 +167,223 @@ impl Replay<'_> {
         }
     }
 
-    /// Whether the next one is the first, which the rest waits for.
-    fn is_canary(&self) -> bool {
-        self.order.outcome_timeout.is_some() && !self.proven
+    fn failure(&mut self, error: BrokerError) -> Event {
+        match error {
+            BrokerError::Lost(_) | BrokerError::Unreachable(_) => {
+                Event::ConnectionLost { error, buffered: self.buffered() }
+            }
+            error => Event::Failed(error),
+        }
     }
 
-    /// Waits until another one may be under way, or `until`. `Some` when nothing more is to be sent.
-    async fn room(
+    /// Outcomes that arrived before the connection was lost.
+    fn buffered(&mut self) -> Vec<Replayed> {
+        let Some(consumer) = self.session.as_mut().and_then(|session| session.outcomes.as_mut()) else {
+            return Vec::new();
+        };
+        let mut buffered = Vec::new();
+        while let Some(Some(Ok(delivery))) = consumer.next().now_or_never() {
+            buffered.extend(serde_json::from_slice::<Replayed>(&delivery.data));
+        }
+        buffered
+    }
+
+    async fn disconnect(&mut self) {
+        let Some(mut session) = self.session.take() else { return };
+        if let Some(batch) = session.batch.take() {
+            batch.close().await;
+        }
+        session.queue.leave().await;
+        disconnect(&session.publishing).await;
+    }
+
+    async fn perform(&mut self, action: Action, state: &ReplayState) -> Result<Event, BrokerError> {
+        if let Action::Connect { pause } = action {
+            self.disconnect().await;
+            let connect = async {
+                sleep(pause).await;
+                self.connect().await
+            };
+            let Some(session) = self.stop.run_until_cancelled(connect).await else {
+                return Ok(Event::StopRequested);
+            };
+            self.session = Some(session?);
+            return Ok(Event::Connected);
+        }
+        let mut observer = self.observer();
+        let Some(session) = &mut self.session else { return Ok(Event::StopRequested) };
+        let matches = |letter: &DeadLetter| {
+            // What failed again during this replay is left for the next one.
+            let is_own = letter.replay().is_some_and(|replay| state.is_own(replay));
+            !is_own && self.request.selection.filter.matches(letter)
+        };
+        // A scan that is cut short returns its batch with the connection.
+        let until_stopped = self.stop;
+        let done = match action {
+            Action::CompleteEdits => {
+                let edits = edit::complete(&session.queue, &mut observer);
+                let done = until_stopped.run_until_cancelled(edits).await.transpose()?;
+                done.map(|()| Event::EditsCompleted)
+            }
+            Action::Scan { pause, limit } => {
+                let mut failed_again = Vec::new();
+                let scan = async {
+                    sleep(pause).await;
+                    let matches = |letter: &DeadLetter| {
+                        failed_again
+                            .extend(outcome_of(letter).filter(|outcome| state.is_open(outcome.replay)));
+                        matches(letter)
+                    };
+                    session.queue.oldest(limit, matches, &mut observer).await
+                };
+                let failed_at = until_stopped.run_until_cancelled(scan).await.transpose()?;
+                failed_at.map(|failed_at| Event::Scanned { failed_at, failed_again })
+            }
+            Action::TakeBatch { failed_at, exclusive } => {
+                let take = session.take_batch(&failed_at, exclusive, matches, &mut observer);
+                until_stopped.run_until_cancelled(take).await.transpose()?
+            }
+            Action::Publish { replay } => Some(session.publish(self.settings, replay).await?),
+            Action::Delete => {
+                if let Some(letter) = session.confirmed.take() {
+                    letter.delete().await?;
+                }
+                Some(Event::Deleted)
+            }
+            Action::ReturnBatch => {
+                if let Some(batch) = session.batch.take() {
+                    batch.close().await;
+                }
+                Some(Event::BatchReturned)
+            }
+            Action::ReadBuffered => match session.read_buffered()? {
+                Some(outcome) => Some(Event::Outcome(outcome)),
+                None => (!self.stop.is_cancelled()).then_some(Event::BufferRead),
+            },
+            Action::Wait { until } => Some(session.wait(self.settings, until, self.stop).await?),
+            Action::Connect { .. } | Action::Finish(_) | Action::Fail(_) => None,
+        };
+        Ok(done.unwrap_or(Event::StopRequested))
+    }
+
+    async fn connect(&self) -> Result<Session<'a>, BrokerError> {
+        let queue = DeadLetterQueue::connect(self.settings, "close-sync replay").await?;
+        let queue = queue.with_lock_timeout(LOCK_TIMEOUT);
+        let publishing = self.settings.connect("close-sync replay publish").await?;
+        let publisher = Publisher::new(&publishing).await?;
+        let outcomes = self.subscribe(&queue.connection).await?;
+        let outcomes = self.request.outcome_timeout.is_some().then_some(outcomes);
+        Ok(Session { queue, publishing, publisher, outcomes, batch: None, confirmed: None })
+    }
+
+    /// Receives outcomes. The queue for them is exclusive, so it is also the lock that admits one replay at a time.
+    async fn subscribe(&self, connection: &Connection) -> Result<Consumer, BrokerError> {
+        let name = self.settings.replay_queue();
+        let busy = "another replay has been running for a day; stop it and try again";
+        let channel = acquire_lock(connection, &name, LOCK_TIMEOUT, busy, &mut || {
+            self.progress.send_modify(|progress| progress.stage = Stage::Waiting);
+        })
+        .await?;
+        let (exchange, none) = (self.settings.retry_exchange(), FieldTable::default());
+        let (queue, exchange) = (name.as_str(), exchange.as_str());
+        let options = QueueBindOptions::default();
+        channel.queue_bind(queue.into(), exchange.into(), REPLAYED.into(), options, none).await?;
+        let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
+        Ok(channel.basic_consume(queue.into(), "".into(), options, FieldTable::default()).await?)
+    }
+}
+
+impl Session<'_> {
+    async fn take_batch(
         &mut self,
-        line: &mut Line<'_>,
-        until: Option<Instant>,
-        stop: &CancellationToken,
-    ) -> Result<Option<End>, BrokerError> {
-        // What was told while nobody listened.
-        if let Some(end) = self.last_heard(line)? {
-            return Ok(Some(end));
-        }
-        while !self.has_room(line) && until.is_none_or(|until| Instant::now() < until) {
-            if let Some(end) = self.hear(line, self.deadline, stop).await? {
-                return Ok(Some(end));
+        requested: &[FailedAt],
+        exclusive: bool,
+        matches: impl Fn(&DeadLetter) -> bool + Send + Sync,
+        observer: &mut (impl FnMut(ScanStep) + Send),
+    ) -> Result<Event, BrokerError> {
+        let (mut chosen, mut bytes) = (0, 0);
+        let mut replaced = edit::Replaced::default();
+        let decide = |letter: &DeadLetter| {
+            replaced.note(letter);
+            let is_next = requested.last().is_some_and(|last| letter.failed_at <= *last);
+            let is_full = chosen == requested.len() || (chosen > 0 && bytes > BATCH_BYTES);
+            if is_full || !is_next || !matches(letter) {
+                return Disposition::Return;
             }
+            chosen += 1;
+            bytes += letter.size();
+            Disposition::Keep
+        };
+        let batch = self.queue.take(decide, observer).await?;
+        let batch = self.batch.insert(batch);
+        // An edit that was interrupted since this replay began: the copy is in this batch, too.
+        let replaced = batch.delete_those(|letter| replaced.has(letter)).await?;
+        if !exclusive {
+            batch.return_others().await?;
         }
-        Ok(stop.is_cancelled().then_some(End::Stopped))
+        Ok(Event::BatchTaken { chosen, replaced, failed_at: batch.failed_at().collect() })
     }
 
-    fn has_room(&self, line: &Line<'_>) -> bool {
-        line.news.is_none() || self.awaited() < self.order.max_in_flight
-    }
-
-    /// Sends what is in hand. `Some` when that was the last.
-    async fn portion(
-        &mut self,
-        hand: &mut Batch,
-        times: &mut VecDeque<Option<Timestamp>>,
-        line: &mut Line<'_>,
-        stop: &CancellationToken,
-    ) -> Result<Option<End>, BrokerError> {
-        let stage = if self.is_canary() { Stage::Canary } else { Stage::Sending };
-        self.tell(|progress| progress.stage = stage);
-        if !self.is_canary() {
-            hand.let_go().await?;
-        }
-        let until = hand.since + IN_HAND;
-        while !hand.is_empty() {
-            if let Some(end) = self.room(line, Some(until), stop).await? {
-                return Ok(Some(end));
-            }
-            if Instant::now() > until {
-                hand.times().rev().for_each(|time| times.push_front(time));
-                return Ok(None);
-            }
-            if let Some(held) = hand.next() {
-                self.send(held, line).await?;
-            }
-        }
-        Ok(None)
-    }
-
-    /// Waits for what becomes of the first.
-    async fn canary(
-        &mut self,
-        line: &mut Line<'_>,
-        stop: &CancellationToken,
-    ) -> Result<Option<End>, BrokerError> {
-        while self.is_canary() && self.awaited() > 0 {
-            if let Some(end) = self.hear(line, self.deadline, stop).await? {
-                return Ok(Some(end));
-            }
-        }
-        Ok(None)
-    }
-
-    /// Sends one. What is not confirmed goes back with the rest.
-    async fn send(&mut self, held: HeldLetter, line: &Line<'_>) -> Result<(), BrokerError> {
-        let replay = Uuid::now_v7();
-        let exchange = self.settings.retry_exchange();
+    /// Publishes the oldest dead letter of the batch. What is not confirmed goes back with the rest.
+    async fn publish(&mut self, settings: &Settings, replay: Uuid) -> Result<Event, BrokerError> {
+        let Some(held) = self.batch.as_mut().and_then(Batch::next) else {
+            return Err(BrokerError::Lost("the batch of dead letters went back to the queue".into()));
+        };
         let properties = envelope::for_replay(&held.letter.properties, replay);
-        // Before it is: it may arrive without our knowing.
-        self.ours.insert(replay);
-        if self.order.outcome_timeout.is_some() {
-            self.under_way.insert(replay, Heard::Unconfirmed);
-        }
-        match line.publisher.publish(&exchange, NOW, &held.letter.body, properties).await {
+        let exchange = settings.retry_exchange();
+        match self.publisher.publish(&exchange, NOW, &held.letter.body, properties).await {
             Err(BrokerError::TooLarge(detail)) => {
                 return Err(BrokerError::TooLarge(format!("{detail} (dead letter `{}`)", held.letter.id)));
             }
             published => published?,
         }
-        self.sent += 1;
-        self.known.insert(held.letter.fingerprint.clone());
-        if let Some(patience) = self.order.outcome_timeout {
-            self.under_way.insert(replay, Heard::Nothing);
-            self.deadline = self.deadline.max(Instant::now() + patience);
-        }
-        self.tell(|_| {});
-        held.remove().await
+        let fingerprint = held.letter.fingerprint.clone();
+        self.confirmed = Some(held);
+        Ok(Event::Confirmed { fingerprint })
     }
 
-    /// Waits for news. `Some` when nothing more is to be sent for it.
-    async fn hear(
+    fn read_buffered(&mut self) -> Result<Option<Replayed>, BrokerError> {
+        let Some(consumer) = &mut self.outcomes else { return Ok(None) };
+        while let Some(delivery) = consumer.next().now_or_never() {
+            let delivery = delivery.ok_or(BrokerError::Cancelled)??;
+            if let Ok(outcome) = serde_json::from_slice(&delivery.data) {
+                return Ok(Some(outcome));
+            }
+        }
+        Ok(None)
+    }
+
+    async fn wait(
         &mut self,
-        line: &mut Line<'_>,
+        settings: &Settings,
         until: Instant,
         stop: &CancellationToken,
-    ) -> Result<Option<End>, BrokerError> {
-        let Some(news) = &mut line.news else { return Ok(None) };
-        let delivery = tokio::select! {
-            biased;
-            () = stop.cancelled() => return Ok(Some(End::Stopped)),
-            delivery = news.next() => delivery.ok_or(BrokerError::Cancelled)??,
-            () = tokio::time::sleep_until(until) => return Ok(Some(End::TimedOut)),
-            () = tokio::time::sleep(LOOKS_APART) => {
-                // Whoever may not look is not told.
-                let depth = with_timeout(topology::depth(line.connection, &self.settings.queue)).await.ok().flatten();
-                if depth.is_some() {
-                    self.lost = None;
+    ) -> Result<Event, BrokerError> {
+        let Some(consumer) = &mut self.outcomes else { return Ok(Event::TimedOut) };
+        let poll = Instant::now() + POLL_INTERVAL;
+        loop {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return Ok(Event::StopRequested),
+                delivery = consumer.next() => {
+                    let delivery = delivery.ok_or(BrokerError::Cancelled)??;
+                    if let Ok(outcome) = serde_json::from_slice(&delivery.data) {
+                        return Ok(Event::Outcome(outcome));
+                    }
                 }
-                self.tell(|progress| progress.work = depth);
-                return Ok(None);
+                () = sleep_until(until) => return Ok(Event::TimedOut),
+                () = sleep_until(poll) => {
+                    // The user may lack the permission to look at the work queue.
+                    let depth = with_timeout(topology::depth(&self.queue.connection, &settings.queue)).await;
+                    return Ok(Event::Polled(depth.ok().flatten()));
+                }
             }
-        };
-        Ok(self.read(&delivery))
-    }
-
-    /// Events that are here already. That the connection is gone is told after them, and only once: where they end the
-    /// replay, nothing more has to be known, otherwise it is the caller's to know.
-    fn last_heard(&mut self, line: &mut Line<'_>) -> Result<Option<End>, BrokerError> {
-        let Some(news) = &mut line.news else { return Ok(None) };
-        let mut end = None;
-        while let Some(told) = news.next().now_or_never() {
-            match told {
-                Some(Ok(delivery)) => end = end.or(self.read(&delivery)),
-                Some(Err(_)) | None if end.is_some() => break,
-                Some(Err(error)) => return Err(error.into()),
-                None => return Err(BrokerError::Cancelled),
-            }
-        }
-        Ok(end)
-    }
-
-    fn read(&mut self, news: &Delivery) -> Option<End> {
-        serde_json::from_slice(&news.data).ok().and_then(|told| self.note(told))
-    }
-
-    /// What became of one. `Some` when nothing more is to be sent for it.
-    fn note(&mut self, told: Replayed) -> Option<End> {
-        let heard = self.under_way.get_mut(&told.replay)?;
-        let due = Instant::now() + Duration::from_secs(told.comes_again_s.unwrap_or(0));
-        self.deadline = self.deadline.max(due + self.order.outcome_timeout.unwrap_or_default());
-        if told.comes_again_s.is_some() {
-            *heard = Heard::Delayed(due);
-            self.tell(|progress| progress.delayed += 1);
-            return None;
-        }
-        self.caught_up |= *heard == Heard::Nothing;
-        self.under_way.remove(&told.replay);
-        self.tell(|progress| *progress.outcomes.entry(told.outcome).or_default() += 1);
-        let end = told.dead_letter.and_then(|again| self.failed(again));
-        self.proven |= end.is_none();
-        end
-    }
-
-    /// One failed again.
-    fn failed(&mut self, again: Again) -> Option<End> {
-        let alike = !self.known.insert(again.fingerprint.clone());
-        self.tell(|progress| {
-            *progress.failures.entry(again.fingerprint.clone()).or_default() += 1;
-            progress.last_failure = Some(again);
-        });
-        match (self.order.keep_going, self.proven) {
-            (true, _) => None,
-            (false, false) => Some(End::CanaryFailed),
-            (false, true) => alike.then_some(End::SameFailure),
         }
     }
 }
 
-/// What the worker told when it made this dead letter.
-fn told_by(letter: &DeadLetter) -> Option<Replayed> {
+/// The outcome that the worker reported when it published this dead letter.
+fn outcome_of(letter: &DeadLetter) -> Option<Replayed> {
     let again = Again {
         id: letter.id.parse().ok()?,
         fingerprint: letter.fingerprint.clone(),
@@ -627,12 +392,4 @@ fn told_by(letter: &DeadLetter) -> Option<Replayed> {
     };
     let (outcome, dead_letter) = (DEAD.to_owned(), Some(again));
     Some(Replayed { replay: letter.replay()?, outcome, dead_letter, comes_again_s: None })
-}
-
-/// The ways to the broker and back.
-struct Line<'a> {
-    connection: &'a Connection,
-    publisher: Publisher,
-    /// What became of the messages, if that is waited for.
-    news: Option<Consumer>,
 }

@@ -287,7 +287,7 @@ impl DeadLetterCache {
             for ids in ids.chunks(IDS_A_LINE) {
                 visitor.audit(what, destination.as_deref(), Some(&ids.join(" ")));
             }
-            scanned.map(|summary| summary.removed).map_err(|error| error.to_string())
+            scanned.map(|summary| summary.deleted).map_err(|error| error.to_string())
         })
         .await
     }
