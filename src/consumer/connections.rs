@@ -1,95 +1,73 @@
-//! The connections of a session: how they are opened and closed, and what happens to them by itself.
+//! The connections of a session with lapin: the [`Broker`] of the program.
+//!
+//! Two connections, as the broker blocks one that publishes during an alarm, and acks on it would be blocked too.
 
-use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::{BoxFuture, FutureExt};
 use futures_util::{Stream, StreamExt, stream};
-use lapin::options::{BasicConsumeOptions, BasicQosOptions};
+use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, BasicRejectOptions};
 use lapin::types::FieldTable;
-use lapin::{Channel, Connection, Event};
-use tokio::time::{Instant, MissedTickBehavior};
+use lapin::{Acker, BasicProperties, Channel, Connection, Event};
+use tokio::sync::Mutex;
+use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::amqp::publisher::Publisher;
+use crate::amqp::publisher::{Publisher, UNANSWERED};
 use crate::amqp::server_info::ServerInfo;
 use crate::amqp::{
     ACK_FLUSH_TIME, BrokerError, OpenConnection, Settings, disconnect, topology, with_timeout,
 };
-use crate::consumer::outcome_events::LazyPublisher;
-use crate::telemetry::backlog_eta::BacklogEta;
+use crate::consumer::broker::{Broker, BrokerEvent, Delivery, Publish, Publishers, Receipt};
+use crate::consumer::topology_monitor;
 use crate::telemetry::metrics::Metrics;
 
-/// How often the queues are looked at.
-const LOOKS_APART: Duration = Duration::from_secs(5);
-/// How often everything is declared again, which changes nothing where nothing is missing, or only looked at.
-const PREPARED_APART: Duration = Duration::from_secs(15);
+/// How long publishing an outcome event may take: the next message about the same person waits for it.
+const EVENT_PATIENCE: Duration = Duration::from_secs(2);
+/// A channel for outcome events that the broker closed is not opened again before this.
+const REOPEN_AFTER: Duration = Duration::from_secs(1);
 
-/// What happens to a connection by itself.
-pub(crate) enum ConnectionEvent {
-    /// It ended.
-    Ended(BrokerError),
-    /// The broker raised an alarm for this reason, or cleared it.
-    Alarm(Option<String>),
-}
-
-/// As it comes.
-pub(crate) type ConnectionEvents = stream::BoxStream<'static, ConnectionEvent>;
-
-/// The connections of a session and what comes out of them.
+/// The connections of a session and the events on them.
 pub(crate) struct Connections {
-    /// Cut when they are dropped, which is after they were closed or had their time for it. First, so that what is
-    /// dropped with them has nothing to tell the broker any more.
+    /// Cuts the connections when dropped, after they were closed or had their time for it. The first field, so that
+    /// what is dropped after it can send nothing.
     _cut: [DropGuard; 2],
-    pub(crate) broker: ServerInfo,
-    pub(crate) consuming: Connection,
+    pub(crate) server: ServerInfo,
+    consuming: Arc<Connection>,
     publishing: Arc<Connection>,
     channel: Channel,
-    pub(crate) out: Publishers,
-    pub(crate) deliveries: lapin::Consumer,
-    pub(crate) happenings: ConnectionEvents,
-}
-
-/// The ways out of a session. What is told has channels of its own: whatever the broker holds against it, a missing
-/// permission or exchange, it answers by closing the channel.
-#[derive(Clone)]
-pub(crate) struct Publishers {
-    /// Successors of messages.
-    pub(crate) successors: Publisher,
-    /// To whoever replays.
-    pub(crate) replays: LazyPublisher,
-    /// To producers.
-    pub(crate) outcomes: LazyPublisher,
-}
-
-impl Publishers {
-    async fn open(connection: &Arc<Connection>) -> Result<Self, BrokerError> {
-        let voice = || LazyPublisher::new(Arc::clone(connection));
-        Ok(Self { successors: Publisher::new(connection).await?, replays: voice(), outcomes: voice() })
-    }
+    publishers: Publishers,
+    deliveries: lapin::Consumer,
+    events: stream::BoxStream<'static, BrokerEvent>,
+    missing: stream::BoxStream<'static, Option<BrokerError>>,
+    receiving: bool,
 }
 
 impl Connections {
-    pub(crate) async fn open(settings: &Settings) -> Result<Self, BrokerError> {
-        // Listened to at once: what nobody listens to is not kept.
+    pub(crate) async fn open(settings: &Arc<Settings>, metrics: &Metrics) -> Result<Self, BrokerError> {
+        // Events are not kept for a later listener, so each connection gets one at once.
         let consuming = settings.open("close-sync consume").await?;
-        let first = happenings(&consuming.connection);
+        let first = events(&consuming.connection);
         let publishing = settings.open("close-sync publish").await?;
-        let happenings = stream::select(first, happenings(&publishing.connection)).boxed();
-        with_timeout(Self::set_up(consuming, publishing, happenings, settings)).await
+        let events = stream::select(first, events(&publishing.connection)).boxed();
+        with_timeout(Self::set_up(consuming, publishing, events, settings, metrics)).await
     }
 
     async fn set_up(
         consuming: OpenConnection,
         publishing: OpenConnection,
-        happenings: ConnectionEvents,
-        settings: &Settings,
+        events: stream::BoxStream<'static, BrokerEvent>,
+        settings: &Arc<Settings>,
+        metrics: &Metrics,
     ) -> Result<Self, BrokerError> {
         let cut = [consuming.abort, publishing.abort];
-        let (broker, consuming, publishing) = (consuming.server, consuming.connection, publishing.connection);
+        let server = consuming.server;
+        let (consuming, publishing) = (Arc::new(consuming.connection), Arc::new(publishing.connection));
         topology::prepare(&consuming, settings).await?;
-        let publishing = Arc::new(publishing);
-        let out = Publishers::open(&publishing).await?;
+        let lazy = || Arc::new(LazyPublisher::new(Arc::clone(&publishing)));
+        let successors = Arc::new(Publisher::new(&publishing).await?);
+        let publishers = Publishers { successors, replays: lazy(), producers: lazy() };
         let channel = consuming.create_channel().await?;
         channel.basic_qos(settings.prefetch, BasicQosOptions::default()).await?;
         let deliveries = channel
@@ -101,19 +79,60 @@ impl Connections {
             )
             .await?;
         let cut = cut.map(CancellationToken::drop_guard);
-        Ok(Self { _cut: cut, broker, consuming, publishing, channel, out, deliveries, happenings })
+        let missing =
+            topology_monitor::watch(Arc::clone(&consuming), Arc::clone(settings), metrics.clone()).boxed();
+        Ok(Self {
+            _cut: cut,
+            server,
+            consuming,
+            publishing,
+            channel,
+            publishers,
+            deliveries,
+            events,
+            missing,
+            receiving: true,
+        })
+    }
+}
+
+impl Broker for Connections {
+    async fn next_event(&mut self) -> BrokerEvent {
+        let Self { deliveries, events, missing, receiving, .. } = self;
+        tokio::select! {
+            biased;
+            Some(event) = events.next() => event,
+            Some(missing) = missing.next(), if *receiving => BrokerEvent::Missing(missing),
+            // Not polled again after the end: it would hang (rabbitmq.md §0, 8).
+            delivery = deliveries.next(), if *receiving => match delivery {
+                Some(Ok(delivery)) => BrokerEvent::Delivery(Box::new(delivery.into())),
+                Some(Err(error)) => BrokerEvent::Lost(error.into()),
+                None => BrokerEvent::Lost(BrokerError::Cancelled),
+            },
+            else => BrokerEvent::Lost(BrokerError::Lost("no more events of the connections".into())),
+        }
     }
 
-    /// How long the process may stand still: the broker gives its queue away after three heartbeats.
-    pub(crate) fn patience(&self) -> Duration {
+    fn stop_receiving(&mut self) {
+        // The consumer is kept: dropping it would cancel it.
+        self.receiving = false;
+    }
+
+    fn publishers(&self) -> Publishers {
+        self.publishers.clone()
+    }
+
+    fn stall_limit(&self) -> Duration {
+        // The broker gives the queue to the standby after three heartbeats.
         match self.consuming.configuration().heartbeat() {
             0 => Duration::from_secs(20),
             heartbeat => 2 * Duration::from_secs(heartbeat.into()),
         }
     }
 
-    /// Closes both in order. Of a connection that is blocked by an alarm this has no end.
-    pub(crate) async fn close(self) {
+    /// Closes, and does not drop, also when only one connection is lost: dropping a consumer cancels it. A connection
+    /// that is blocked by an alarm does not close before the alarm ends.
+    async fn close(self) {
         tokio::time::sleep(ACK_FLUSH_TIME).await;
         let _ = self.channel.close(200, "bye".into()).await;
         disconnect(&self.consuming).await;
@@ -121,73 +140,94 @@ impl Connections {
     }
 }
 
-/// What happens to a connection, as events. lapin tells of the end of a channel as well: that is noticed by who uses
-/// it, and concerns nobody else.
+/// What happens to a connection. The end of a channel is left out: its user notices.
 #[expect(clippy::wildcard_enum_match_arm, reason = "lapin may add events; only these matter here")]
-fn happenings(connection: &Connection) -> impl Stream<Item = ConnectionEvent> + Send + 'static {
+fn events(connection: &Connection) -> impl Stream<Item = BrokerEvent> + Send + 'static {
     let status = connection.status().clone();
     connection.events_listener().filter_map(move |event| {
-        let happening = match event {
-            Event::Error(error) if !status.connected() => Some(ConnectionEvent::Ended(error.into())),
-            Event::ConnectionBlocked(reason) => {
-                tracing::warn!(reason, "RabbitMQ raised an alarm: nothing can be published until it clears");
-                Some(ConnectionEvent::Alarm(Some(reason)))
-            }
-            Event::ConnectionUnblocked => {
-                tracing::info!("RabbitMQ's alarm cleared");
-                Some(ConnectionEvent::Alarm(None))
-            }
+        let event = match event {
+            Event::Error(error) if !status.connected() => Some(BrokerEvent::Lost(error.into())),
+            Event::ConnectionBlocked(reason) => Some(BrokerEvent::Alarm(Some(reason))),
+            Event::ConnectionUnblocked => Some(BrokerEvent::Alarm(None)),
             _ => None,
         };
-        std::future::ready(happening)
+        std::future::ready(event)
     })
 }
 
-/// Looks at the queues from time to time, and puts back what somebody deleted: without the exchange or a binding
-/// no message comes, and nothing would tell. A broker that does not answer is noticed elsewhere.
-///
-/// What must not be put back is told to `lacks` when that is news. The session goes on: the next one would wait for
-/// all of it, and with it those whose messages need none of it. A message that has to go to a queue that is gone is
-/// held, and without the work queue the session ends by itself.
-pub(crate) async fn watch(
-    connection: &Connection,
-    settings: &Settings,
-    metrics: &Metrics,
-    lacks: impl Fn(Option<BrokerError>),
-) -> Infallible {
-    let mut drain = BacklogEta::default();
-    let mut prepared = Instant::now();
-    let mut known = Vec::new();
-    let mut tick = tokio::time::interval(LOOKS_APART);
-    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let (mut settled, mut calls) = metrics.totals();
-    let (mut then, mut waited) = (Instant::now(), false);
-    loop {
-        tick.tick().await;
-        if prepared.elapsed() > PREPARED_APART {
-            prepared = Instant::now();
-            // What fails otherwise fails at the next session, and is told then.
-            let missing = match topology::prepare(connection, settings).await {
-                Ok(()) => Vec::new(),
-                Err(BrokerError::Incomplete(missing)) => missing,
-                Err(_) => known.clone(),
-            };
-            if missing != known {
-                known.clone_from(&missing);
-                lacks((!missing.is_empty()).then_some(BrokerError::Incomplete(missing)));
+impl From<lapin::message::Delivery> for Delivery {
+    fn from(delivery: lapin::message::Delivery) -> Self {
+        Self {
+            properties: delivery.properties,
+            exchange: delivery.exchange.to_string(),
+            routing_key: delivery.routing_key.to_string(),
+            redelivered: delivery.redelivered,
+            body: delivery.data,
+            receipt: Box::new(delivery.acker),
+        }
+    }
+}
+
+impl Receipt for Acker {
+    fn ack(&self) -> BoxFuture<'_, Result<bool, BrokerError>> {
+        async { Ok(Self::ack(self, BasicAckOptions::default()).await?) }.boxed()
+    }
+
+    fn reject(&self) -> BoxFuture<'_, Result<bool, BrokerError>> {
+        async { Ok(Self::reject(self, BasicRejectOptions { requeue: false }).await?) }.boxed()
+    }
+}
+
+impl Publish for Publisher {
+    fn publish<'a>(
+        &'a self,
+        exchange: &'a str,
+        key: &'a str,
+        body: &'a [u8],
+        properties: BasicProperties,
+    ) -> BoxFuture<'a, Result<(), BrokerError>> {
+        async move { self.send(exchange, key, body, properties).await?.confirmed().await }.boxed()
+    }
+}
+
+/// A channel that is opened for the first event, and again after the broker has closed it.
+struct LazyPublisher {
+    connection: Arc<Connection>,
+    channel: Mutex<Option<(Publisher, Instant)>>,
+}
+
+impl LazyPublisher {
+    fn new(connection: Arc<Connection>) -> Self {
+        Self { connection, channel: Mutex::default() }
+    }
+
+    async fn channel(&self) -> Result<Publisher, BrokerError> {
+        let mut channel = self.channel.lock().await;
+        if let Some((publisher, opened)) = &*channel {
+            if publisher.is_open() {
+                return Ok(publisher.clone());
+            }
+            if opened.elapsed() < REOPEN_AFTER {
+                return Err(BrokerError::Lost("the channel was closed".into()));
             }
         }
-        let topology::Depths { work, dead, delayed } = topology::depths(connection, settings).await;
-        metrics.set_queue_depths(dead, delayed);
-        let Some(ready) = work else { continue };
-        let (settled_now, calls_now) = metrics.totals();
-        let made =
-            calls.iter().zip(&calls_now).map(|((endpoint, before), (_, now))| (*endpoint, now - before));
-        // A standby's backlog is another's work.
-        let waits = ready > 0 && metrics.unsettled() > 0;
-        drain.record(then.elapsed(), settled_now - settled, made, waited && waits);
-        let backlog = ready.saturating_add(metrics.unsettled());
-        metrics.set_backlog(backlog, drain.estimate(backlog, metrics.rate_limits()));
-        (settled, calls, then, waited) = (settled_now, calls_now, Instant::now(), waits);
+        let publisher = Publisher::new(&self.connection).await?;
+        *channel = Some((publisher.clone(), Instant::now()));
+        Ok(publisher)
+    }
+}
+
+impl Publish for LazyPublisher {
+    fn publish<'a>(
+        &'a self,
+        exchange: &'a str,
+        key: &'a str,
+        body: &'a [u8],
+        properties: BasicProperties,
+    ) -> BoxFuture<'a, Result<(), BrokerError>> {
+        let publish = async move { self.channel().await?.publish(exchange, key, body, properties).await };
+        tokio::time::timeout(EVENT_PATIENCE, publish)
+            .map(|published| published.unwrap_or(Err(UNANSWERED)))
+            .boxed()
     }
 }

@@ -1,35 +1,44 @@
 //! One session: from connecting to the first thing that ends it.
 //!
-//! A delivery is received, prepared, laid on the [`Scheduler`] and, when its turn has come, worked on in a
-//! task of its own, perhaps with others about the same person. The task (`task.rs`) also settles it: the
-//! successor (delay queue, dead-letter queue) is published and confirmed first, then the delivery is acked.
-//! A crash between the two duplicates a message, it never loses one; and because a message that changes
-//! nothing sends nothing, a duplicate does no harm.
+//! A delivery is decoded and mapped (`delivery`), scheduled ([`scheduler`]) and, when its turn has come, processed in a
+//! task of its own, perhaps merged with others about the same person (`process`). The task also settles it (`settle`):
+//! the successor (delay queue, dead-letter queue) is published and confirmed first, then the delivery is acked. A crash
+//! between the two duplicates a message and never loses one. A message that changes nothing sends nothing, so a
+//! duplicate does no harm.
 //!
-//! **How a session ends.** Never by `basic.cancel`: under single active consumer that would start
-//! the standby while we still hold messages (rabbitmq.md §0, 6). Reading stops, what runs is finished
-//! or dropped, a moment passes so that the last acks arrive (rabbitmq.md §0, 5), and the channel is
-//! closed: everything unacked goes back to the front of the queue in its order.
+//! The loop runs over a [`Broker`] and keeps its state in a pure `SessionState`, so that tests run the same loop without
+//! RabbitMQ. In the order of their imports, lowest first: `broker` (the port), [`scheduler`], `state`, `context`,
+//! `delivery`, `settle`, `span`, [`outcome_events`], `process`, `topology_monitor`, `connections`, and this file.
+//!
+//! **How a session ends.** Never by `basic.cancel`: under single active consumer that would start the standby while
+//! messages are still in progress here (rabbitmq.md §0, 6). Receiving stops, what runs is finished or dropped, a moment
+//! passes so that the last acks arrive (rabbitmq.md §0, 5), and the channel is closed: everything unacked returns to the
+//! front of the queue in its order.
 //!
 //! When the connection is lost, work stops at once: the standby may already have the same messages.
 //!
-//! **A message that kills the process all the same** (by an abort, or out of memory; panics are caught, and `frames.rs`
-//! knows what kills lapin) kills the standbys one after the other. The broker counts each death for all messages in
-//! hand, its neighbours included (rabbitmq.md §0, 2): they stay, as the limit is a million. Working one by one from
-//! some count on, to find out which it is (rabbitmq.md §5.2, 7), is not built: each pause and each lost connection
-//! raises the same counts.
+//! **A message that kills the process all the same** (by an abort, or out of memory; panics are caught, and the frame
+//! sanitizer knows what kills lapin) kills the standbys one after the other. The broker counts each death for all
+//! unacked messages, also for its neighbours (rabbitmq.md §0, 2): they stay, as the limit is a million. Working one by
+//! one from some count on, to find out which it is (rabbitmq.md §5.2, 7), is not built: each pause and each lost
+//! connection raises the same counts.
 
+pub mod broker;
 mod connections;
+mod context;
+mod delivery;
 pub mod outcome_events;
+mod process;
 pub mod scheduler;
+mod settle;
 mod span;
-mod task;
+mod state;
+mod topology_monitor;
 
-use std::ops::AddAssign;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
@@ -37,14 +46,19 @@ use tokio_util::sync::CancellationToken;
 use crate::amqp::{BrokerError, Settings};
 use crate::close::Priority;
 use crate::close::stall_guard::StallGuard;
-use crate::consumer::connections::{ConnectionEvent, ConnectionEvents, Connections, Publishers, watch};
+use crate::consumer::broker::{Broker, BrokerEvent};
+use crate::consumer::connections::Connections;
+use crate::consumer::context::Context;
+pub use crate::consumer::context::{Environment, System};
+use crate::consumer::delivery::ReceivedMessage;
+use crate::consumer::process::{process, skip};
 use crate::consumer::scheduler::delayed::DelayedMessages;
 use crate::consumer::scheduler::key_queues::JobId;
 use crate::consumer::scheduler::{Next, Scheduler};
-use crate::consumer::task::{Done, Ended, Incoming};
+pub use crate::consumer::state::{End, SessionStats};
+use crate::consumer::state::{Processed, Resume, SessionState, Settlement};
 use crate::domain::mapping::Key;
 use crate::outcome::PauseCause;
-use crate::sync::circuit_breaker::HALF_OPEN_PROBES;
 use crate::sync::{RunContext, Worker};
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::status::{State, Status};
@@ -56,84 +70,43 @@ pub struct Session {
     pub destination: Option<Arc<str>>,
     /// The broker.
     pub settings: Arc<Settings>,
-    /// Who does the work.
+    /// Makes Close agree with messages.
     pub worker: Worker,
-    /// Where it is counted.
+    /// The metrics.
     pub metrics: Metrics,
-    /// Where the state is shown.
+    /// The state for operators.
     pub status: Status,
-    /// Messages worked on at the same time.
+    /// How many tasks may run at the same time.
     pub concurrency: usize,
-    /// How long messages in hand may take to finish on shutdown.
+    /// How long messages in progress may take to finish on shutdown.
     pub grace: Duration,
-    /// Close could not be worked with before: begin with a few messages at a time, and with one more for each
-    /// that succeeds.
-    pub on_trial: Option<PauseCause>,
+    /// The pause that ended before this session: it starts with a few messages, and with one more for each that
+    /// succeeds.
+    pub paused_before: Option<PauseCause>,
 }
 
-/// Where no message comes that could prove that Close works again, it is believed after this long without any.
-const LONGEST_TRIAL: Duration = Duration::from_mins(1);
-
-/// How long messages are received before some are drawn.
-const TIME_TO_DRAW: Duration = Duration::from_millis(200);
-/// What a session did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct SessionStats {
-    /// Deliveries settled.
-    pub settled: u64,
-    /// Those of them that Close had a part in: it can be worked with.
-    pub by_close: u64,
-    /// Nothing is known against Close any more.
-    pub breaker_closed: bool,
-    /// Deliveries received but not settled: they went back to the queue.
-    pub handed_back: u64,
-}
-
-impl AddAssign for SessionStats {
-    fn add_assign(&mut self, more: Self) {
-        let Self { settled, by_close, breaker_closed, handed_back } = self;
-        *settled += more.settled;
-        *by_close += more.by_close;
-        *breaker_closed |= more.breaker_closed;
-        *handed_back += more.handed_back;
-    }
-}
-
-/// Why a session ended.
-#[derive(Debug)]
-pub enum End {
-    /// It was asked to.
-    Stopped,
-    /// Close cannot be worked with.
-    Paused(PauseCause),
-    /// The broker is gone, or does not want us.
-    Lost(BrokerError),
-}
+/// How long closing may take. A broker that no longer answers, or a connection that is blocked by an alarm, is left.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
 
 impl Session {
-    /// Runs until something ends it. `shutdown` asks for a graceful end; `detours` are those of the sessions
-    /// before.
+    /// Runs until something ends it. `shutdown` asks for a graceful end. `delayed` lasts from session to session.
     pub async fn run(
         &self,
-        detours: &mut DelayedMessages<Key>,
+        delayed: &mut DelayedMessages<Key>,
         shutdown: &CancellationToken,
     ) -> (End, SessionStats) {
-        let link = match shutdown.run_until_cancelled(Connections::open(&self.settings)).await {
-            Some(Ok(link)) => link,
+        let opening = Connections::open(&self.settings, &self.metrics);
+        let connections = match shutdown.run_until_cancelled(opening).await {
+            Some(Ok(connections)) => connections,
             Some(Err(error)) => return (End::Lost(error), SessionStats::default()),
             None => return (End::Stopped, SessionStats::default()),
         };
         self.metrics.connected(true);
-        if self.metrics.set_broker_version(&link.broker.version) {
-            let Connections { broker, .. } = &link;
-            tracing::info!("{broker}: {}", broker.describe());
+        if self.metrics.set_broker_version(&connections.server.version) {
+            let server = &connections.server;
+            tracing::info!("{server}: {}", server.describe());
         }
-        if let Some(cause) = self.unproven() {
-            tracing::debug!(cause = cause.label(), "trying whether Close can be worked with");
-        } else {
-            self.acquit();
-        }
-        let ended = self.consume(link, detours, shutdown).await;
+        let ended = self.run_on(connections, Arc::new(System), delayed, shutdown).await;
         self.metrics.connected(false);
         if let End::Lost(error) = &ended.0 {
             self.metrics.connection_lost(error.trouble());
@@ -141,299 +114,264 @@ impl Session {
         ended
     }
 
-    async fn consume(
+    /// The same on a broker that is connected.
+    pub async fn run_on(
         &self,
-        mut link: Connections,
-        detours: &mut DelayedMessages<Key>,
+        mut broker: impl Broker,
+        environment: Arc<dyn Environment>,
+        delayed: &mut DelayedMessages<Key>,
         shutdown: &CancellationToken,
     ) -> (End, SessionStats) {
-        // A predecessor may have worked until our first delivery: what it created can be missing from
-        // search for this long after it. A standby may have waited for hours before.
-        let mut search_complete_from = None;
-        let stop = CancellationToken::new();
-        let mut in_hand = InHand::new(Scheduler::new(detours));
-        let mut received = 0;
-        let mut on_trial = self.unproven().is_some();
-        in_hand.report.breaker_closed = !on_trial;
-        let nothing_in_hand = tokio::time::sleep(LONGEST_TRIAL);
-        tokio::pin!(nothing_in_hand);
-        // After a pause the messages that are tried are drawn from those in hand: the first in line may be
-        // those that always fail, and would be the first every time.
-        let mut drawing = on_trial;
-        let time_to_draw = tokio::time::sleep(TIME_TO_DRAW);
-        tokio::pin!(time_to_draw);
-        let pulse = self.worker.stall_guard();
-        pulse.arm(link.patience());
-        let mut beat = tokio::time::interval(StallGuard::HEARTBEAT_INTERVAL);
-        beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let watch = watch(&link.consuming, &self.settings, &self.metrics, |what| self.lacks(what.as_ref()));
-        let mut watch = Box::pin(watch);
+        let context = Context {
+            destination: self.destination.clone(),
+            settings: Arc::clone(&self.settings),
+            worker: self.worker.clone(),
+            metrics: self.metrics.clone(),
+            status: self.status.clone(),
+            environment,
+            publishers: broker.publishers(),
+            stop: CancellationToken::new(),
+            outcome_events_fail: AtomicBool::new(false),
+        };
+        let mut consumer = Consumer::new(Arc::new(context), self, delayed);
+        let end = consumer.run(&mut broker, shutdown).await;
+        if matches!(end, End::Stopped) {
+            consumer.wind_down(&mut broker, self.grace).await;
+        }
+        let stats = consumer.hand_back().await;
+        let _ = tokio::time::timeout(CLOSE_PATIENCE, broker.close()).await;
+        (end, stats)
+    }
+}
 
-        let end = loop {
-            let at_once = self.at_once(&in_hand.report);
-            if on_trial && in_hand.report.by_close > 0 {
-                (on_trial, in_hand.report.breaker_closed) = (false, true);
-                self.acquit();
+/// The loop of a session: feeds its state with events, and starts the tasks that the state allows.
+struct Consumer<'a> {
+    context: Arc<Context>,
+    state: SessionState<'a, Key, Priority, ReceivedMessage>,
+    resume: Resume,
+    paused_before: Option<PauseCause>,
+    tasks: JoinSet<Processed<ReceivedMessage>>,
+    /// Messages that need no call to Close. They take no concurrency from those that do, and do not stay in memory
+    /// until there is some.
+    skips: JoinSet<Settlement>,
+    heartbeat: Interval,
+}
+
+impl<'a> Consumer<'a> {
+    fn new(context: Arc<Context>, session: &Session, delayed: &'a mut DelayedMessages<Key>) -> Self {
+        let resume = Resume::after(session.paused_before);
+        let mut heartbeat = tokio::time::interval(StallGuard::HEARTBEAT_INTERVAL);
+        heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Self {
+            context,
+            state: SessionState::new(Scheduler::new(delayed), session.concurrency, resume, Instant::now()),
+            resume,
+            paused_before: session.paused_before,
+            tasks: JoinSet::new(),
+            skips: JoinSet::new(),
+            heartbeat,
+        }
+    }
+
+    /// Runs until something ends the session.
+    async fn run(&mut self, broker: &mut impl Broker, shutdown: &CancellationToken) -> End {
+        let context = Arc::clone(&self.context);
+        match self.paused_before {
+            Some(cause) if self.resume == Resume::HalfOpen => {
+                tracing::debug!(cause = cause.label(), "circuit breaker half-open, trying a few messages");
             }
-            if !on_trial && received > 0 {
-                self.status.set(State::Consuming, None);
+            _ => self.breaker_closed(),
+        }
+        let stall_guard = context.worker.stall_guard();
+        stall_guard.arm(broker.stall_limit());
+        loop {
+            if self.state.close_breaker(Instant::now()) {
+                self.breaker_closed();
             }
-            while !drawing
-                && in_hand.tasks.len() < at_once
-                && let Some(run) = in_hand.next(at_once < self.concurrency, self)
-            {
-                let turn = RunContext {
-                    attempts: run[0].1.envelope.attempts,
-                    priority: run[0].1.envelope.priority(),
-                    search_complete_from: search_complete_from.unwrap_or_else(Instant::now),
-                };
-                let out = link.out.clone();
-                nothing_in_hand.as_mut().reset(Instant::now() + LONGEST_TRIAL);
-                in_hand.tasks.spawn(self.clone().work(run, out, turn, stop.clone()));
+            if self.state.is_consuming() {
+                context.status.set(State::Consuming, None);
             }
-            let (busy, waiting) = (in_hand.tasks.len() == self.concurrency, in_hand.desk.waiting());
-            self.metrics.set_load(in_hand.messages + in_hand.passing.len(), waiting);
-            self.worker.set_backlog(busy && waiting >= self.concurrency);
+            self.start_tasks();
+            self.report_load();
+            let wake_at = self.state.wake_at();
             tokio::select! {
                 biased;
-                () = shutdown.cancelled() => break End::Stopped,
-                _ = beat.tick() => if let Some(gap) = pulse.heartbeat() {
-                    break End::Lost(BrokerError::StoodStill(gap));
+                () = shutdown.cancelled() => return End::Stopped,
+                _ = self.heartbeat.tick() => if let Some(gap) = stall_guard.heartbeat() {
+                    return End::Lost(BrokerError::StoodStill(gap));
                 },
-                Some(ended) = in_hand.next_end() => if let Some(end) = ended {
-                    break end;
+                Some(task) = self.tasks.join_next() => if let Some(end) = self.processed(task) {
+                    return end;
                 },
-                Some(happened) = link.happenings.next() => match happened {
-                    ConnectionEvent::Ended(error) => break End::Lost(error),
-                    ConnectionEvent::Alarm(reason) => self.alarm(reason),
+                Some(skip) = self.skips.join_next() => if let Some(end) = self.skipped(skip) {
+                    return end;
                 },
-                never = &mut watch => match never {},
-                () = &mut time_to_draw, if drawing && received > 0 => drawing = false,
-                () = &mut nothing_in_hand, if on_trial && in_hand.tasks.is_empty() => {
-                    (on_trial, in_hand.report.breaker_closed) = (false, true);
-                    self.acquit();
-                }
-                // Never polled again after the end: it would hang (rabbitmq.md §0, 8).
-                delivery = link.deliveries.next() => match delivery {
-                    Some(Ok(delivery)) => {
-                        received += 1;
-                        if received == 1 {
-                            time_to_draw.as_mut().reset(Instant::now() + TIME_TO_DRAW);
-                            self.worker.forget_records();
+                () = sleep_until(wake_at) => {}
+                event = broker.next_event() => match event {
+                    BrokerEvent::Delivery(delivery) => {
+                        if self.state.received(Instant::now(), context.worker.settings().search_lag) {
+                            context.worker.forget_records();
                         }
-                        search_complete_from.get_or_insert_with(|| Instant::now() + self.worker.settings().search_lag);
-                        in_hand.receive(Incoming::of(delivery, self), self, &link.out, &stop);
+                        self.receive(ReceivedMessage::prepare(*delivery, &context));
                     }
-                    Some(Err(error)) => break End::Lost(error.into()),
-                    None => break End::Lost(BrokerError::Cancelled),
+                    BrokerEvent::Lost(error) => return End::Lost(error),
+                    BrokerEvent::Alarm(reason) => self.alarm(reason),
+                    BrokerEvent::Missing(missing) => self.missing(missing.as_ref()),
                 },
             }
-        };
-
-        if matches!(end, End::Stopped) {
-            self.wind_down(&mut in_hand, &mut link.happenings, &mut beat).await;
         }
-        drop(watch);
-        stop.cancel();
-        in_hand.finish().await;
-        pulse.disarm();
-        let mut report = in_hand.report;
-        report.handed_back = received - report.settled;
-        self.metrics.set_load(0, 0);
-        self.metrics.handed_back(report.handed_back);
-        // Of the next connection the broker tells anew, and the next session looks.
-        self.alarm(None);
-        self.show_lack(None);
-        // Closed, not dropped, also when only half of it is lost: dropping a consumer cancels it. A
-        // broker that says nothing any more, or to which lapin says nothing during an alarm, is not waited for.
-        let _ = tokio::time::timeout(Duration::from_secs(5), link.close()).await;
-        (end, report)
     }
 
-    /// Finishes what is worked on, as far as the grace period and the connection allow.
-    async fn wind_down(
-        &self,
-        in_hand: &mut InHand<'_>,
-        happenings: &mut ConnectionEvents,
-        beat: &mut Interval,
-    ) {
-        self.status.set(State::Stopping, None);
-        let grace_s = self.grace.as_secs();
-        tracing::info!(in_hand = in_hand.messages, grace_s, "stopping: finishing what is in hand");
-        let stands_still = async {
-            while self.worker.stall_guard().heartbeat().is_none() {
-                beat.tick().await;
+    /// Finishes what is in progress, as far as the grace period and the connection allow.
+    async fn wind_down(&mut self, broker: &mut impl Broker, grace: Duration) {
+        let context = Arc::clone(&self.context);
+        context.status.set(State::Stopping, None);
+        let in_progress = self.state.load().in_progress;
+        tracing::info!(
+            in_hand = in_progress,
+            grace_s = grace.as_secs(),
+            "stopping, finishing messages in progress"
+        );
+        broker.stop_receiving();
+        let grace = tokio::time::sleep(grace);
+        tokio::pin!(grace);
+        // Without a connection, or after a stall, the standby is at work already.
+        while !(self.tasks.is_empty() && self.skips.is_empty()) {
+            tokio::select! {
+                biased;
+                () = &mut grace => return,
+                _ = self.heartbeat.tick() => if context.worker.stall_guard().heartbeat().is_some() {
+                    return;
+                },
+                Some(task) = self.tasks.join_next() => drop(self.processed(task)),
+                Some(skip) = self.skips.join_next() => drop(self.skipped(skip)),
+                event = broker.next_event() => match event {
+                    BrokerEvent::Lost(_) => return,
+                    BrokerEvent::Alarm(reason) => self.alarm(reason),
+                    BrokerEvent::Delivery(_) | BrokerEvent::Missing(_) => {}
+                },
             }
-        };
-        let ends = async {
-            while let Some(ConnectionEvent::Alarm(reason)) = happenings.next().await {
-                self.alarm(reason);
-            }
-        };
-        // Without a connection the standby is at work already.
-        tokio::select! {
-            _ = tokio::time::timeout(self.grace, in_hand.finish()) => {}
-            () = ends => {}
-            () = stands_still => {}
         }
     }
 
-    /// The broker takes no messages for a reason, or takes them again. What needs no successor goes on.
-    fn alarm(&self, reason: Option<String>) {
-        self.metrics.set_broker_alarm(reason.is_some());
-        self.status.set_alarm(reason);
-    }
-
-    /// Something that has to exist was deleted, or all of it is there again. What does not need it goes on.
-    fn lacks(&self, what: Option<&BrokerError>) {
-        if let Some(error) = what {
-            tracing::error!(%error, "going on with what can be done without it");
-        } else {
-            tracing::info!("RabbitMQ has everything again");
+    /// Ends the session: messages that were not settled return to the queue when the channel is closed.
+    async fn hand_back(mut self) -> SessionStats {
+        self.context.stop.cancel();
+        while let Some(task) = self.tasks.join_next().await {
+            self.processed(task);
         }
-        self.show_lack(what);
-    }
-
-    fn show_lack(&self, what: Option<&BrokerError>) {
-        self.metrics.set_broker_trouble(what.map(BrokerError::trouble));
-        self.status.set_missing(what.map(ToString::to_string));
-    }
-
-    /// How many messages may be worked on now: after a pause with one more for each that succeeds.
-    fn at_once(&self, report: &SessionStats) -> usize {
-        let restarted =
-            usize::try_from(report.by_close).unwrap_or(usize::MAX).saturating_add(HALF_OPEN_PROBES);
-        if self.on_trial.is_some() { self.concurrency.min(restarted) } else { self.concurrency }
-    }
-
-    /// The cause of the last pause, if only a message that succeeds proves that it is gone.
-    fn unproven(&self) -> Option<PauseCause> {
-        self.on_trial.filter(|cause| !cause.ends_with_probe())
-    }
-
-    /// Nothing is known against Close any more.
-    fn acquit(&self) {
-        if self.unproven().is_some() {
-            self.worker.close_breaker();
+        while let Some(skip) = self.skips.join_next().await {
+            self.skipped(skip);
         }
-        self.metrics.paused(None);
-        self.status.set(State::StandingBy, None);
-        if self.on_trial.is_some() {
-            tracing::info!("Close can be worked with again: going on, slowly at first");
-        } else {
-            tracing::info!(queue = self.settings.queue, "connected to RabbitMQ, waiting for messages");
-        }
-    }
-}
-
-/// What a session has received and not settled.
-struct InHand<'a> {
-    desk: Scheduler<'a, Key, Priority, Incoming>,
-    tasks: JoinSet<Ended>,
-    /// Those that are worked on.
-    messages: usize,
-    /// Messages that need no Close. They take no place from those that do, and do not stay in memory until one is
-    /// free.
-    passing: JoinSet<Done>,
-    report: SessionStats,
-}
-
-impl<'a> InHand<'a> {
-    fn new(desk: Scheduler<'a, Key, Priority, Incoming>) -> Self {
-        let (tasks, passing) = (JoinSet::new(), JoinSet::new());
-        Self { desk, tasks, messages: 0, passing, report: SessionStats::default() }
+        let Context { metrics, status, worker, .. } = &*self.context;
+        worker.stall_guard().disarm();
+        let stats = self.state.stats();
+        metrics.set_load(0, 0);
+        metrics.handed_back(stats.handed_back);
+        // The broker announces an alarm on the next connection again, and the next session checks what is missing.
+        metrics.set_broker_alarm(false);
+        status.set_alarm(None);
+        metrics.set_broker_trouble(None);
+        status.set_missing(None);
+        stats
     }
 
-    fn receive(&mut self, incoming: Incoming, session: &Session, out: &Publishers, stop: &CancellationToken) {
-        if let Some(outcome) = incoming.outcome().cloned() {
-            self.desk.pass(incoming.envelope.delay_id);
-            self.passing.spawn(session.clone().pass(incoming, outcome, out.clone(), stop.clone()));
+    fn receive(&mut self, message: ReceivedMessage) {
+        let id = message.envelope.delay_id;
+        if let Some(outcome) = message.outcome().cloned() {
+            self.state.skip(id);
+            self.skips.spawn(skip(Arc::clone(&self.context), message, outcome));
             return;
         }
-        let (keys, rank, id) = (incoming.keys(), incoming.envelope.priority(), incoming.envelope.delay_id);
-        self.desk.receive(keys, rank, id, incoming);
+        let (keys, priority) = (message.keys(), message.envelope.priority());
+        self.state.schedule(keys, priority, id, message);
     }
 
-    /// What is to be worked on next, one message at least; with `draw`, any one.
-    fn next(&mut self, draw: bool, session: &Session) -> Option<Vec<(JobId, Incoming)>> {
-        let along = |first: &Incoming, next: &Incoming| next.goes_along(first, &session.worker);
-        let next = if draw { self.desk.any(random()) } else { self.desk.next(along) }?;
-        let run = match next {
-            Next::Run(run) => run,
-            Next::Defer(ticket, incoming, until) => {
-                session.metrics.yielded();
-                let wait = until.saturating_duration_since(Instant::now());
-                let level = session.worker.settings().retry.level_for(wait);
-                vec![(ticket, incoming.behind(level))]
-            }
-        };
-        self.messages += run.len();
-        Some(run)
-    }
-
-    /// Waits for work to end, and for what it means: `Some` inside when the session has to end for it.
-    async fn next_end(&mut self) -> Option<Option<End>> {
-        tokio::select! {
-            Some(ended) = self.tasks.join_next() => Some(self.book(ended)),
-            Some(ended) = self.passing.join_next() => {
-                Some(ended.map_or_else(|_| Some(panicked()), |done| self.count(done)))
-            }
-            else => None,
+    /// Starts everything that may run now.
+    fn start_tasks(&mut self) {
+        let Context { worker, environment, .. } = &*self.context;
+        let can_merge = |first: &ReceivedMessage, next: &ReceivedMessage| next.can_merge_with(first, worker);
+        while let Some(next) = self.state.next(Instant::now(), || environment.draw(), can_merge) {
+            let run = match next {
+                Next::Run(run) => run,
+                Next::Defer(job, message, until) => vec![self.defer(job, message, until)],
+            };
+            let Some((_, first)) = run.first() else { continue };
+            let run_context = RunContext {
+                attempts: first.envelope.attempts,
+                priority: first.envelope.priority(),
+                search_complete_from: self.state.search_complete_from().unwrap_or_else(Instant::now),
+            };
+            self.tasks.spawn(process(Arc::clone(&self.context), run, run_context));
         }
     }
 
-    /// Waits until nothing is worked on any more.
-    async fn finish(&mut self) {
-        while self.next_end().await.is_some() {}
+    fn defer(&self, job: JobId, message: ReceivedMessage, until: Instant) -> (JobId, ReceivedMessage) {
+        self.context.metrics.yielded();
+        let wait = until.saturating_duration_since(Instant::now());
+        (job, message.deferred(self.context.worker.settings().retry.level_for(wait)))
     }
 
-    /// Books what became of messages; `Some` when the session has to end for it. Those that were not settled
-    /// keep their place, so that nobody behind them goes on.
-    fn book(&mut self, ended: Result<Ended, JoinError>) -> Option<End> {
-        let each = match ended {
-            Ok(Ended::Each(each)) => each,
-            Ok(Ended::Apart(run)) => {
-                self.messages -= run.len();
-                for (ticket, incoming) in run {
-                    self.desk.put_back(ticket, incoming);
-                }
-                return None;
-            }
-            Err(_) => return Some(panicked()),
-        };
-        self.messages -= each.len();
-        let mut end = None;
-        for (ticket, done) in each {
-            if let Done::Settled { fate, .. } = done {
-                self.desk.finish(ticket, fate);
-            }
-            end = end.or(self.count(done));
-        }
-        end
+    fn processed(&mut self, task: Result<Processed<ReceivedMessage>, JoinError>) -> Option<End> {
+        task.map_or_else(|_| Some(panicked()), |processed| self.state.processed(processed))
     }
 
-    fn count(&mut self, done: Done) -> Option<End> {
-        match done {
-            Done::Settled { by_close, .. } => {
-                self.report.settled += 1;
-                self.report.by_close += u64::from(by_close);
-                None
-            }
-            Done::HandedBack => None,
-            Done::Paused(cause) => Some(End::Paused(cause)),
-            Done::Failed(error) => Some(End::Lost(error)),
+    fn skipped(&mut self, skip: Result<Settlement, JoinError>) -> Option<End> {
+        skip.map_or_else(|_| Some(panicked()), |settlement| self.state.settled(settlement))
+    }
+
+    fn report_load(&self) {
+        let load = self.state.load();
+        self.context.metrics.set_load(load.in_progress + self.skips.len(), load.waiting);
+        self.context.worker.set_backlog(load.saturated);
+    }
+
+    /// Close works, or there was no pause.
+    fn breaker_closed(&self) {
+        let Context { settings, worker, metrics, status, .. } = &*self.context;
+        if self.resume == Resume::HalfOpen {
+            worker.close_breaker();
         }
+        metrics.paused(None);
+        status.set(State::StandingBy, None);
+        if self.resume == Resume::Normal {
+            tracing::info!(queue = settings.queue, "connected to RabbitMQ, waiting for messages");
+        } else {
+            tracing::info!("Close recovered; resuming with reduced concurrency");
+        }
+    }
+
+    /// During an alarm only messages that need no successor are settled.
+    fn alarm(&self, reason: Option<String>) {
+        if let Some(reason) = &reason {
+            tracing::warn!(reason, "RabbitMQ raised an alarm, publishing is blocked until it clears");
+        } else {
+            tracing::info!("RabbitMQ cleared the alarm");
+        }
+        self.context.metrics.set_broker_alarm(reason.is_some());
+        self.context.status.set_alarm(reason);
+    }
+
+    /// Messages that do not need what is missing go on.
+    fn missing(&self, missing: Option<&BrokerError>) {
+        if let Some(error) = missing {
+            tracing::error!(%error, "exchange or queue missing, going on without it");
+        } else {
+            tracing::info!("no exchange or queue is missing any more");
+        }
+        self.context.metrics.set_broker_trouble(missing.map(BrokerError::trouble));
+        self.context.status.set_missing(missing.map(ToString::to_string));
     }
 }
 
-/// Work on a message is guarded against panics; this one was in settling it.
+/// Work on a message is guarded against panics. This one was in settling it.
 fn panicked() -> End {
     End::Lost(BrokerError::Lost("settling a message panicked".into()))
 }
 
-/// A number nobody foresees.
-fn random() -> usize {
-    // The lower half of such an id is random.
-    let (_, random) = uuid::Uuid::now_v7().as_u64_pair();
-    usize::try_from(random >> 8).unwrap_or_default()
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
 }

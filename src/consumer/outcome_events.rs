@@ -1,45 +1,35 @@
-//! What became of a message, told to whoever wants to know, once it is settled.
+//! Outcome events: published once a message is settled, to the replay it came from and to its producer.
 //!
-//! **Whoever replays** it: the message names the replay in a header, and a few words are published under that name to
-//! the retry exchange, with a key that leads to a queue only while somebody replays. So telling needs no permission that
-//! settling did not need.
+//! **Replays.** The message names its replay in a header. A short event with that name goes to the retry exchange, with
+//! a key that leads to a queue only while a replay runs. So it needs no permission that settling did not need.
 //!
-//! **Its producer**, if `amqp.outcomes` names an exchange: one message each, with the ids of the records in Close. The
-//! routing key is `synced.created`, `skipped.trigger`, `dead.rejected`, …: the outcome and its label.
+//! **Producers.** If `amqp.outcomes` names an exchange, one event per message, with the ids of the records in Close. The
+//! routing key is the outcome and its label: `synced.created`, `skipped.trigger`, `dead.rejected`.
 //!
-//! Both are a courtesy, by channels of their own. A crash between settling and telling loses them, an alarm too (they
-//! are not held, so that Close is kept in step meanwhile), and a message that is delivered twice is told of twice. Nothing depends on them.
+//! Both are best effort, on channels of their own. A crash after settling loses an event. So does an alarm: events are
+//! not held, so that Close stays in sync meanwhile. A message that is delivered twice has two events. Nothing depends
+//! on them.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::atomic::Ordering;
 
 use jiff::Timestamp;
-use lapin::{BasicProperties, Connection};
+use lapin::BasicProperties;
 use serde::{Deserialize, Serialize};
-use tokio::sync::Mutex;
-use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::amqp::envelope::Envelope;
-use crate::amqp::publisher::{Publisher, UNANSWERED};
 use crate::amqp::topology::REPLAYED;
 use crate::amqp::{BrokerError, Delay};
 use crate::close::ResponseExcerpt;
-use crate::consumer::Session;
-use crate::consumer::connections::Publishers;
+use crate::consumer::context::Context;
 use crate::domain::decision::Decision;
 use crate::outcome::Outcome;
 
-/// How long telling may take: the next message about the same person waits for it.
-const PATIENCE: Duration = Duration::from_secs(2);
-/// A channel that is closed at once is not opened for every message.
-const APART: Duration = Duration::from_secs(1);
-/// Milliseconds after which whoever replays has gone.
-const FORGOTTEN: &str = "60000";
+/// Milliseconds after which a replay that has not read an event no longer runs.
+const REPLAY_EVENT_TTL: &str = "60000";
 
-/// What there is to tell about a message that was settled.
+/// A message that was settled.
 pub(crate) struct OutcomeEvent<'a> {
     pub(crate) envelope: &'a Envelope,
     pub(crate) outcome: &'a Outcome,
@@ -48,7 +38,7 @@ pub(crate) struct OutcomeEvent<'a> {
     pub(crate) dead_letter: Option<Uuid>,
 }
 
-/// What whoever replays is told.
+/// The event for a replay.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Replayed {
     /// The replay it came from.
@@ -58,12 +48,12 @@ pub(crate) struct Replayed {
     /// The dead letter it became.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) dead_letter: Option<Again>,
-    /// The delay it waits for, in seconds, before it is tried again.
+    /// Seconds until it is retried from a delay queue.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) comes_again_s: Option<u64>,
 }
 
-/// A dead letter that was made.
+/// The dead letter that a message became again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Again {
     /// Its id.
@@ -72,17 +62,17 @@ pub struct Again {
     pub fingerprint: String,
     /// What happened, without personal data.
     pub error: String,
-    /// What Close said. Personal data, perhaps: told to whoever replays, and nobody else.
+    /// What Close said. It may hold personal data, and goes only to the replay.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub close_said: Option<ResponseExcerpt>,
 }
 
-/// What a producer is told.
+/// The event for a producer.
 #[derive(Debug, Serialize)]
-struct Told<'a> {
+struct ProducerEvent<'a> {
     /// `synced`, `skipped` or `dead`.
     outcome: &'static str,
-    /// What was done, or why not.
+    /// What was done, or the reason.
     detail: &'static str,
     /// The producer's ids of the message.
     message_id: &'a str,
@@ -90,7 +80,7 @@ struct Told<'a> {
     correlation_id: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     destination: Option<&'a str>,
-    /// Ids of the records in Close it is about.
+    /// Ids of the records in Close that it is about.
     leads: BTreeSet<&'a str>,
     contacts: BTreeSet<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -111,7 +101,7 @@ impl OutcomeEvent<'_> {
         }
     }
 
-    fn replayed(&self, delays: &[Delay]) -> Option<Replayed> {
+    fn for_replay(&self, delays: &[Delay]) -> Option<Replayed> {
         let comes_again_s = match self.outcome {
             Outcome::Delayed { level, .. } => delays.get(*level).map(|delay| delay.duration.as_secs()),
             Outcome::Synced(_) | Outcome::Skipped(_) | Outcome::Dead(_) | Outcome::Paused(_) => None,
@@ -124,8 +114,8 @@ impl OutcomeEvent<'_> {
         })
     }
 
-    /// `None` when it is not over yet.
-    fn told<'a>(&'a self, destination: Option<&'a str>) -> Option<Told<'a>> {
+    /// `None` while the message is to be retried.
+    fn for_producer<'a>(&'a self, destination: Option<&'a str>, now: Timestamp) -> Option<ProducerEvent<'a>> {
         let (outcome, detail) = match self.outcome {
             Outcome::Synced(effect) => ("synced", effect.label()),
             Outcome::Skipped(skip) => ("skipped", skip.label()),
@@ -133,7 +123,7 @@ impl OutcomeEvent<'_> {
             Outcome::Delayed { .. } | Outcome::Paused(_) => return None,
         };
         let (leads, contacts) = self.decision.map(Decision::records).unwrap_or_default();
-        Some(Told {
+        Some(ProducerEvent {
             outcome,
             detail,
             message_id: self.envelope.message_id(),
@@ -142,96 +132,51 @@ impl OutcomeEvent<'_> {
             leads,
             contacts,
             dead_letter: self.dead_letter().map(|again| Again { close_said: None, ..again }),
-            at: Timestamp::now(),
+            at: now,
         })
     }
 }
 
-impl Session {
-    /// Tells everybody.
-    pub(crate) async fn spread(&self, news: &OutcomeEvent<'_>, out: &Publishers) {
-        // During an alarm nothing can be published.
-        let is_mute = self.status.is_alarmed();
-        if let Some(replayed) = news.replayed(&self.settings.delays).filter(|_| !is_mute) {
-            let body = serde_json::to_vec(&replayed).unwrap_or_default();
-            let exchange = self.settings.retry_exchange();
-            // Where nobody replays any more, it leads nowhere.
-            let properties = BasicProperties::default().with_expiration(FORGOTTEN.into());
-            let _ = out.replays.publish(&exchange, REPLAYED, &body, properties).await;
-        }
-        let told = news.told(self.destination.as_deref());
-        if let Some((exchange, told)) = self.settings.outcomes.as_ref().zip(told) {
-            let routed = if is_mute { None } else { self.tell(exchange, &told, &out.outcomes).await };
-            self.metrics.outcome_published(routed);
-        }
+/// Publishes the outcome events of a message.
+pub(crate) async fn notify(context: &Context, event: &OutcomeEvent<'_>) {
+    // During an alarm nothing can be published.
+    let is_blocked = context.status.is_alarmed();
+    if let Some(replayed) = event.for_replay(&context.settings.delays).filter(|_| !is_blocked) {
+        let body = serde_json::to_vec(&replayed).unwrap_or_default();
+        let exchange = context.settings.retry_exchange();
+        // Once the replay has ended, the key leads nowhere.
+        let properties = BasicProperties::default().with_expiration(REPLAY_EVENT_TTL.into());
+        let _ = context.publishers.replays.publish(&exchange, REPLAYED, &body, properties).await;
     }
-
-    /// Whether a queue has it; `None` when that is not known.
-    async fn tell(&self, exchange: &str, told: &Told<'_>, voice: &LazyPublisher) -> Option<bool> {
-        let mut properties = BasicProperties::default()
-            .with_content_type("application/json".into())
-            .with_type("outcome".into())
-            .with_message_id(Uuid::now_v7().to_string().into());
-        if let Some(id) = told.correlation_id {
-            properties = properties.with_correlation_id(id.into());
-        }
-        let (key, body) = (format!("{}.{}", told.outcome, told.detail), serde_json::to_vec(told).ok()?);
-        let told = match voice.publish(exchange, &key, &body, properties).await {
-            Ok(()) => Some(true),
-            Err(BrokerError::Unroutable { .. }) => Some(false),
-            Err(error) => {
-                if !voice.0.mute.swap(true, Ordering::Relaxed) {
-                    tracing::warn!(exchange, %error, "producers are not told what becomes of their messages, for now");
-                }
-                return None;
-            }
-        };
-        if voice.0.mute.swap(false, Ordering::Relaxed) {
-            tracing::info!(exchange, "producers are told again what becomes of their messages");
-        }
-        told
+    let event = event.for_producer(context.destination.as_deref(), context.environment.now());
+    if let Some((exchange, event)) = context.settings.outcomes.as_ref().zip(event) {
+        let routed = if is_blocked { None } else { notify_producer(context, exchange, &event).await };
+        context.metrics.outcome_published(routed);
     }
 }
 
-/// A channel to tell by, opened when there is something to tell, and anew when the broker has closed it.
-#[derive(Clone)]
-pub(crate) struct LazyPublisher(Arc<Line>);
-
-struct Line {
-    connection: Arc<Connection>,
-    channel: Mutex<Option<(Publisher, Instant)>>,
-    /// The last that was to be told was not.
-    mute: AtomicBool,
-}
-
-impl LazyPublisher {
-    pub(crate) fn new(connection: Arc<Connection>) -> Self {
-        Self(Arc::new(Line { connection, channel: Mutex::default(), mute: AtomicBool::new(false) }))
+/// Returns whether the event reached a queue, or `None` when that is not known.
+async fn notify_producer(context: &Context, exchange: &str, event: &ProducerEvent<'_>) -> Option<bool> {
+    let mut properties = BasicProperties::default()
+        .with_content_type("application/json".into())
+        .with_type("outcome".into())
+        .with_message_id(Uuid::now_v7().to_string().into());
+    if let Some(id) = event.correlation_id {
+        properties = properties.with_correlation_id(id.into());
     }
-
-    async fn publish(
-        &self,
-        exchange: &str,
-        key: &str,
-        body: &[u8],
-        properties: BasicProperties,
-    ) -> Result<(), BrokerError> {
-        let publish = async { self.channel().await?.publish(exchange, key, body, properties).await };
-        tokio::time::timeout(PATIENCE, publish).await.unwrap_or(Err(UNANSWERED))
-    }
-
-    async fn channel(&self) -> Result<Publisher, BrokerError> {
-        let mut channel = self.0.channel.lock().await;
-        if let Some((publisher, opened)) = &*channel {
-            if publisher.is_open() {
-                return Ok(publisher.clone());
+    let (key, body) = (format!("{}.{}", event.outcome, event.detail), serde_json::to_vec(event).ok()?);
+    let routed = match context.publishers.producers.publish(exchange, &key, &body, properties).await {
+        Ok(()) => true,
+        Err(BrokerError::Unroutable { .. }) => false,
+        Err(error) => {
+            if !context.outcome_events_fail.swap(true, Ordering::Relaxed) {
+                tracing::warn!(exchange, %error, "cannot publish outcome events; retrying");
             }
-            if opened.elapsed() < APART {
-                return Err(BrokerError::Lost("the channel was closed".into()));
-            }
+            return None;
         }
-        let publisher = Publisher::new(&self.0.connection).await?;
-        *channel = Some((publisher.clone(), Instant::now()));
-        Ok(publisher)
+    };
+    if context.outcome_events_fail.swap(false, Ordering::Relaxed) {
+        tracing::info!(exchange, "publishing outcome events again");
     }
+    Some(routed)
 }

@@ -1,24 +1,50 @@
 //! The span of a message in a trace, by OpenTelemetry's conventions for messaging.
 //!
-//! It lasts from the start of the work on a message until it is settled, and is the child of the span its producer
-//! names. Calls to Close are its children. It has the message's ids and no word of what the message says.
+//! It lasts from the start of the work on a message until it is settled, and is the child of the producer's span.
+//! Calls to Close are its children. It has the message's ids and nothing of its content.
 
 use tracing::Span;
 use tracing::field::Empty;
 
-use crate::amqp::envelope::TraceParent;
-use crate::consumer::Session;
-use crate::consumer::task::{Done, Incoming};
+use crate::amqp::envelope::{Envelope, TraceParent};
+use crate::consumer::context::Context;
+use crate::consumer::delivery::ReceivedMessage;
+use crate::consumer::state::Settlement;
 use crate::outcome::{DelayCause, Outcome};
 use crate::telemetry::otel::{self, RemoteParent, SPANS};
 
-/// What becomes of a delivery that is not settled.
+/// The outcome of a delivery that is not settled.
 const HANDED_BACK: &str = "handed_back";
 
-/// Begins the span of a message.
-pub(crate) fn begin(incoming: &Incoming, session: &Session) -> Span {
-    let Incoming { delivery, envelope, .. } = incoming;
-    let queue = &session.settings.queue;
+/// The span of a message, from the start of the work on it.
+pub(crate) fn of(message: &ReceivedMessage) -> Span {
+    message.span.clone().unwrap_or_else(Span::none)
+}
+
+/// Begins the span of a message. One that was split goes on in its span.
+pub(crate) fn begin(message: &mut ReceivedMessage, context: &Context) {
+    if message.span.is_none() {
+        message.span = Some(new(message, context));
+    }
+}
+
+/// The fields that all log lines about a message have.
+pub(crate) fn log_span(message: &ReceivedMessage, context: &Context) -> Span {
+    let Envelope { attempts, trace, .. } = &message.envelope;
+    tracing::info_span!(
+        "message",
+        destination = context.destination.as_deref(),
+        message_id = message.envelope.message_id(),
+        correlation_id = message.envelope.correlation_id(),
+        trace_id = trace_id(&of(message), trace.as_ref()),
+        parent_span_id = trace.as_ref().map(TraceParent::span_id),
+        attempt = attempts + 1,
+    )
+}
+
+fn new(message: &ReceivedMessage, context: &Context) -> Span {
+    let ReceivedMessage { body, envelope, .. } = message;
+    let queue = &context.settings.queue;
     let span = tracing::info_span!(
         target: SPANS,
         parent: None,
@@ -33,8 +59,8 @@ pub(crate) fn begin(incoming: &Incoming, session: &Session) -> Span {
         "messaging.rabbitmq.destination.routing_key" = envelope.routing_key,
         "messaging.message.id" = envelope.own_id(),
         "messaging.message.conversation_id" = envelope.correlation_id(),
-        "messaging.message.body.size" = i64::try_from(delivery.data.len()).unwrap_or(i64::MAX),
-        "close_sync.destination" = session.destination.as_deref(),
+        "messaging.message.body.size" = i64::try_from(body.len()).unwrap_or(i64::MAX),
+        "close_sync.destination" = context.destination.as_deref(),
         "close_sync.attempt" = i64::from(envelope.attempts) + 1,
         "close_sync.outcome" = Empty,
         "close_sync.skipped_for" = Empty,
@@ -48,16 +74,16 @@ pub(crate) fn begin(incoming: &Incoming, session: &Session) -> Span {
     span
 }
 
-/// Tells what became of it.
-pub(crate) fn conclude(span: &Span, outcome: &Outcome, done: &Done) {
-    let settled = match done {
-        Done::Settled { .. } => outcome,
-        Done::HandedBack => return hand_back(span),
-        Done::Paused(cause) => {
+/// Records the outcome of a message.
+pub(crate) fn conclude(span: &Span, outcome: &Outcome, settlement: &Settlement) {
+    let settled = match settlement {
+        Settlement::Settled { .. } => outcome,
+        Settlement::HandedBack => return hand_back(span),
+        Settlement::Paused(cause) => {
             otel::fail(span, cause.label(), "");
             return hand_back(span);
         }
-        Done::Failed(error) => {
+        Settlement::Failed(error) => {
             otel::fail(span, error.trouble().label(), "");
             return hand_back(span);
         }
@@ -81,6 +107,6 @@ pub(crate) fn hand_back(span: &Span) {
 }
 
 /// The id of the trace it belongs to: its producer's, or one that begins with it.
-pub(crate) fn trace_id(span: &Span, parent: Option<&TraceParent>) -> Option<String> {
+fn trace_id(span: &Span, parent: Option<&TraceParent>) -> Option<String> {
     parent.map_or_else(|| otel::trace_id(span), |parent| Some(parent.trace_id().to_owned()))
 }

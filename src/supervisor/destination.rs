@@ -180,7 +180,7 @@ impl SessionLoop {
             status: self.status.clone(),
             concurrency: settings.concurrency,
             grace: settings.grace,
-            on_trial: None,
+            paused_before: None,
         };
         let mut detours = DelayedMessages::default();
         while !turn.is_cancelled() {
@@ -212,7 +212,7 @@ impl SessionLoop {
         self.total += report;
         if report.breaker_closed {
             self.probes.reset();
-            session.on_trial = None;
+            session.paused_before = None;
             // The session logged that it was connected.
             self.lost = false;
         }
@@ -224,12 +224,12 @@ impl SessionLoop {
             End::Stopped => {}
             End::Paused(cause) => {
                 let probe = || session.worker.refresh_mapping();
-                let again = session.on_trial.is_some();
+                let again = session.paused_before.is_some();
                 let last_failure = session.worker.last_failure();
                 let pause = Pause { status: &self.status, metrics: &self.metrics, again, last_failure };
                 if let Some((cause, ())) = pause.until(cause, &mut self.probes, probe, turn).await {
                     session.worker.half_open_breaker();
-                    session.on_trial = Some(cause);
+                    session.paused_before = Some(cause);
                 }
             }
             End::Lost(error) if error.is_lasting() => {

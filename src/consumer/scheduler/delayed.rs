@@ -1,19 +1,20 @@
-//! Who may not overtake a message that waits in a delay queue.
+//! Keeps later messages from overtaking one that waits in a delay queue.
 //!
-//! A message that failed for now leaves the work queue and comes back later. Until then, a later one that
-//! shares a key with it must not run: it leaves as well, and is charged nothing. Everybody else goes on.
+//! A message that failed leaves the work queue and returns later. Until then a later message that shares a key with it
+//! must not run: it is deferred into a delay queue as well, without counting an attempt. All other messages go on.
 //!
-//! **Order.** Messages away are numbered as they first left; one that leaves again keeps its number. A message
-//! yields to those with a smaller number only, for as long as the last of them takes ([`DelayedMessages::behind`]), and
-//! leaves again if it is back too early. It does not go into the same queue behind them: a company that is
-//! never quiet would then stay late by an hour for ever because of one message, each following the one before it.
+//! **Order.** Delayed messages are numbered as they first left; one that leaves again keeps its number. A message is
+//! deferred only behind those with a smaller number, for as long as the last of them takes
+//! ([`DelayedMessages::blocked_until`]), and leaves again if it returns too early. It does not go into the same queue
+//! behind them: one message would then make a company that is never quiet an hour late for ever, each message following
+//! the one before it.
 //!
-//! **What is lost.** The work queue gives in the order it took. When a message comes back, those that were due
-//! well before it and are still away will not come: someone purged their queue, or they were settled in the
-//! moment a session ended. They are forgotten; nobody waits for them for ever.
+//! **Lost messages.** The work queue delivers in its order. When a message returns, those that were due well before it
+//! and have not returned are lost: an operator purged their queue, or they were settled in the moment a session ended.
+//! They are removed, so that none waits for them for ever.
 //!
-//! Pure. The memory ends with the process, or when the configuration is read again: after that an older
-//! message may come after a newer one, and is then kept from overwriting it by its time ([`crate::domain::staleness`]).
+//! Pure. The memory ends with the process, or when the configuration is reloaded. After that an older message may run
+//! after a newer one, and its time keeps it from overwriting the newer one ([`crate::domain::staleness`]).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::Hash;
@@ -22,11 +23,10 @@ use std::time::Duration;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-/// Most messages that are remembered. One takes some 500 bytes; with more away, the oldest are forgotten and may be
-/// overtaken.
+/// Most messages that are kept. One takes some 500 bytes. Beyond that the oldest are removed and may be overtaken.
 const CAPACITY: usize = 20_000;
-/// So much later has one to be due that shows another to be lost: queues have leaders of their own, which may be
-/// away for a while.
+/// A message is lost once one that was due this much later has returned. Queues have leaders of their own, which may be
+/// unavailable for a while.
 const WELL_BEFORE: Duration = Duration::from_mins(1);
 
 /// Messages in delay queues, by key.
@@ -34,9 +34,9 @@ const WELL_BEFORE: Duration = Duration::from_mins(1);
 pub struct DelayedMessages<K> {
     messages: HashMap<Uuid, DelayedMessage<K>>,
     by_number: BTreeMap<u64, Uuid>,
-    /// Of those whose turn has not come again, by number.
+    /// Those that have not started again, by number.
     by_key: HashMap<K, BTreeSet<(u64, Uuid)>>,
-    /// When those that are away are due.
+    /// When those that have not returned are due.
     due: BTreeSet<(Instant, Uuid)>,
     next: u64,
 }
@@ -61,30 +61,30 @@ impl<K> Default for DelayedMessages<K> {
 }
 
 impl<K: Clone + Eq + Hash> DelayedMessages<K> {
-    /// When a message may be back at the earliest, because earlier ones that share a key are away.
-    pub fn behind(&self, message: Option<Uuid>, keys: &[K]) -> Option<Instant> {
-        // One that was away and is forgotten left before all that are remembered.
-        let known = |id| self.messages.get(&id).map_or(0, |detour| detour.number);
-        let number = message.map_or(u64::MAX, known);
+    /// When a message may return at the earliest, because earlier ones that share a key are delayed.
+    pub fn blocked_until(&self, message: Option<Uuid>, keys: &[K]) -> Option<Instant> {
+        // One that was delayed and is not kept any more left before all that are kept.
+        let number = |id| self.messages.get(&id).map_or(0, |delayed| delayed.number);
+        let number = message.map_or(u64::MAX, number);
         let earlier = |key| {
             let mut earlier = self.by_key.get(key)?.range(..(number, Uuid::nil()));
-            // The first may be away for an hour, those after it follow for a while.
+            // The first may be delayed for an hour, those after it follow for a while.
             let (first, last) = (earlier.next()?, earlier.next_back());
-            let due = |(_, id): &(u64, Uuid)| self.messages.get(id).map(|detour| detour.due);
+            let due = |(_, id): &(u64, Uuid)| self.messages.get(id).map(|delayed| delayed.due);
             due(first).max(last.and_then(due))
         };
         keys.iter().filter_map(earlier).max()
     }
 
-    /// A message has left for a delay queue, which gives it back at `due`.
-    pub fn leave(&mut self, id: Uuid, keys: Vec<K>, due: Instant) {
+    /// A message left for a delay queue, from which it returns at `due`.
+    pub fn add(&mut self, id: Uuid, keys: Vec<K>, due: Instant) {
         self.next += 1;
-        let number = self.messages.get(&id).map_or(self.next, |detour| detour.number);
-        self.forget(id);
+        let number = self.messages.get(&id).map_or(self.next, |delayed| delayed.number);
+        self.remove(id);
         if self.messages.len() >= CAPACITY
             && let Some((_, oldest)) = self.by_number.pop_first()
         {
-            self.forget(oldest);
+            self.remove(oldest);
         }
         for key in &keys {
             self.by_key.entry(key.clone()).or_default().insert((number, id));
@@ -94,47 +94,47 @@ impl<K: Clone + Eq + Hash> DelayedMessages<K> {
         self.messages.insert(id, DelayedMessage { number, keys, due });
     }
 
-    /// A message has come back, and waits for its turn. Until then it is as good as away: one that waits
-    /// before it still has to yield.
-    pub fn come_back(&mut self, id: Uuid) {
+    /// A message has returned and waits for its turn. Until it starts it counts as delayed: one that waits before it is
+    /// still deferred.
+    pub fn returned(&mut self, id: Uuid) {
         let Some(DelayedMessage { due, .. }) = self.messages.get(&id) else { return };
         let due = *due;
         self.due.remove(&(due, id));
         let lost = self.due.iter().take_while(|(before, _)| *before + WELL_BEFORE <= due);
         for id in lost.map(|(_, id)| *id).collect::<Vec<_>>() {
-            self.forget(id);
+            self.remove(id);
         }
     }
 
-    /// Its turn has come: nobody yields to it any more.
-    pub fn begin(&mut self, id: Uuid) {
-        let Some(detour) = self.messages.get(&id) else { return };
-        for key in &detour.keys {
-            if let Some(away) = self.by_key.get_mut(key) {
-                away.remove(&(detour.number, id));
-                if away.is_empty() {
+    /// A message has started: none is deferred behind it any more.
+    pub fn started(&mut self, id: Uuid) {
+        let Some(delayed) = self.messages.get(&id) else { return };
+        for key in &delayed.keys {
+            if let Some(numbers) = self.by_key.get_mut(key) {
+                numbers.remove(&(delayed.number, id));
+                if numbers.is_empty() {
                     self.by_key.remove(key);
                 }
             }
         }
     }
 
-    /// It is settled.
-    pub fn forget(&mut self, id: Uuid) {
-        self.begin(id);
-        if let Some(detour) = self.messages.remove(&id) {
-            self.due.remove(&(detour.due, id));
-            self.by_number.remove(&detour.number);
+    /// A message is settled.
+    pub fn remove(&mut self, id: Uuid) {
+        self.started(id);
+        if let Some(delayed) = self.messages.remove(&id) {
+            self.due.remove(&(delayed.due, id));
+            self.by_number.remove(&delayed.number);
         }
     }
 
-    /// The session is over: what had come back and is not settled goes back to the work queue, in its order,
-    /// and will come as if for the first time.
-    pub fn start_over(&mut self) {
-        for (id, detour) in &self.messages {
-            self.due.insert((detour.due, *id));
-            for key in &detour.keys {
-                self.by_key.entry(key.clone()).or_default().insert((detour.number, *id));
+    /// A new session has started: what had returned and was not settled went back to the work queue in its order, and
+    /// will be delivered as if for the first time.
+    pub fn session_started(&mut self) {
+        for (id, delayed) in &self.messages {
+            self.due.insert((delayed.due, *id));
+            for key in &delayed.keys {
+                self.by_key.entry(key.clone()).or_default().insert((delayed.number, *id));
             }
         }
     }
@@ -149,71 +149,79 @@ mod tests {
     }
 
     #[test]
-    fn later_messages_yield_and_earlier_ones_do_not() {
-        let (mut detours, now) = (DelayedMessages::default(), Instant::now());
+    fn later_messages_are_deferred_and_earlier_ones_are_not() {
+        let (mut delayed, now) = (DelayedMessages::default(), Instant::now());
         let at = |minutes| Some(now + Duration::from_mins(minutes));
         let due = |minutes| now + Duration::from_mins(minutes);
-        assert_eq!(detours.behind(None, &["jane"]), None);
-        detours.leave(id(1), vec!["jane", "acme"], due(60));
-        detours.leave(id(2), vec!["acme", "bob"], due(1));
-        detours.leave(id(3), vec!["acme", "bob"], due(2));
-        assert_eq!(detours.behind(None, &["jane"]), at(60));
-        assert_eq!(detours.behind(None, &["bob"]), at(2), "behind those that are themselves behind another");
-        assert_eq!(detours.behind(None, &["acme"]), at(60), "the first of them takes longest");
-        assert_eq!(detours.behind(None, &["kim"]), None);
-        assert_eq!(detours.behind(Some(id(2)), &["acme", "bob"]), at(60), "back too early");
-        detours.come_back(id(2));
-        detours.begin(id(2));
-        assert_eq!(detours.behind(None, &["bob"]), at(2));
-        detours.leave(id(2), vec!["acme", "bob"], due(59));
-        assert_eq!(detours.behind(Some(id(3)), &["bob"]), at(59), "it has kept its number");
+        assert_eq!(delayed.blocked_until(None, &["jane"]), None);
+        delayed.add(id(1), vec!["jane", "acme"], due(60));
+        delayed.add(id(2), vec!["acme", "bob"], due(1));
+        delayed.add(id(3), vec!["acme", "bob"], due(2));
+        assert_eq!(delayed.blocked_until(None, &["jane"]), at(60));
+        assert_eq!(
+            delayed.blocked_until(None, &["bob"]),
+            at(2),
+            "behind those that are themselves behind another"
+        );
+        assert_eq!(delayed.blocked_until(None, &["acme"]), at(60), "the first of them takes longest");
+        assert_eq!(delayed.blocked_until(None, &["kim"]), None);
+        assert_eq!(delayed.blocked_until(Some(id(2)), &["acme", "bob"]), at(60), "returned too early");
+        delayed.returned(id(2));
+        delayed.started(id(2));
+        assert_eq!(delayed.blocked_until(None, &["bob"]), at(2));
+        delayed.add(id(2), vec!["acme", "bob"], due(59));
+        assert_eq!(delayed.blocked_until(Some(id(3)), &["bob"]), at(59), "it has kept its number");
 
-        detours.come_back(id(1));
-        assert_eq!(detours.behind(Some(id(1)), &["jane", "acme"]), None);
-        assert_eq!(detours.behind(None, &["jane"]), at(60), "its turn has not come yet");
-        detours.begin(id(1));
-        assert_eq!(detours.behind(None, &["jane"]), None, "lanes keep them in order from here on");
-        detours.forget(id(1));
+        delayed.returned(id(1));
+        assert_eq!(delayed.blocked_until(Some(id(1)), &["jane", "acme"]), None);
+        assert_eq!(delayed.blocked_until(None, &["jane"]), at(60), "it has not started yet");
+        delayed.started(id(1));
+        assert_eq!(
+            delayed.blocked_until(None, &["jane"]),
+            None,
+            "the key queues keep the order from here on"
+        );
+        delayed.remove(id(1));
         for n in [2, 3] {
-            detours.come_back(id(n));
-            assert_eq!(detours.behind(Some(id(n)), &["acme"]), None);
-            detours.begin(id(n));
-            detours.forget(id(n));
+            delayed.returned(id(n));
+            assert_eq!(delayed.blocked_until(Some(id(n)), &["acme"]), None);
+            delayed.started(id(n));
+            delayed.remove(id(n));
         }
-        assert!(detours.messages.is_empty() && detours.by_key.is_empty() && detours.due.is_empty());
+        assert!(delayed.messages.is_empty() && delayed.by_key.is_empty() && delayed.due.is_empty());
     }
 
     #[test]
-    fn nobody_waits_for_what_is_lost() {
-        let (mut detours, now) = (DelayedMessages::default(), Instant::now());
-        detours.leave(id(1), vec!["jane"], now);
-        detours.leave(id(2), vec!["jane"], now + WELL_BEFORE / 2);
-        detours.come_back(id(2));
-        assert_eq!(detours.behind(Some(id(2)), &["jane"]), Some(now), "it may be just behind");
+    fn none_waits_for_a_lost_message() {
+        let (mut delayed, now) = (DelayedMessages::default(), Instant::now());
+        delayed.add(id(1), vec!["jane"], now);
+        delayed.add(id(2), vec!["jane"], now + WELL_BEFORE / 2);
+        delayed.returned(id(2));
+        assert_eq!(delayed.blocked_until(Some(id(2)), &["jane"]), Some(now), "it may be just behind");
         // The queue of the first was purged.
-        detours.begin(id(2));
-        detours.leave(id(2), vec!["jane"], now + WELL_BEFORE);
-        detours.come_back(id(2));
-        assert_eq!(detours.behind(Some(id(2)), &["jane"]), None);
+        delayed.started(id(2));
+        delayed.add(id(2), vec!["jane"], now + WELL_BEFORE);
+        delayed.returned(id(2));
+        assert_eq!(delayed.blocked_until(Some(id(2)), &["jane"]), None);
 
-        // The session ends while it is worked on: it comes again, or was settled all the same.
-        detours.begin(id(2));
-        detours.start_over();
-        assert_eq!(detours.behind(None, &["jane"]), Some(now + WELL_BEFORE));
-        detours.leave(id(3), vec!["jane"], now + 2 * WELL_BEFORE);
-        detours.come_back(id(3));
-        assert_eq!(detours.behind(Some(id(3)), &["jane"]), None);
+        // The session ends while it runs: it is delivered again, or was settled all the same.
+        delayed.started(id(2));
+        delayed.session_started();
+        assert_eq!(delayed.blocked_until(None, &["jane"]), Some(now + WELL_BEFORE));
+        delayed.add(id(3), vec!["jane"], now + 2 * WELL_BEFORE);
+        delayed.returned(id(3));
+        assert_eq!(delayed.blocked_until(Some(id(3)), &["jane"]), None);
     }
 
     #[test]
-    fn there_is_a_limit() {
-        let (mut detours, now) = (DelayedMessages::default(), Instant::now());
+    fn the_oldest_are_removed_at_the_limit() {
+        let (mut delayed, now) = (DelayedMessages::default(), Instant::now());
         for n in 0..=CAPACITY {
-            detours.leave(id(n as u128), vec![n], now);
+            delayed.add(id(n as u128), vec![n], now);
         }
-        assert_eq!((detours.messages.len(), detours.due.len()), (CAPACITY, CAPACITY));
-        assert_eq!((detours.behind(None, &[0]), detours.behind(None, &[1])), (None, Some(now)));
-        // The one that was forgotten is back: it was before all others, and does not go round for ever.
-        assert_eq!(detours.behind(Some(id(0)), &[0, 1, 2]), None);
+        assert_eq!((delayed.messages.len(), delayed.due.len()), (CAPACITY, CAPACITY));
+        assert_eq!((delayed.blocked_until(None, &[0]), delayed.blocked_until(None, &[1])), (None, Some(now)));
+        // The one that was removed returns. It was before all others, and is not deferred for ever.
+        assert_eq!(delayed.blocked_until(Some(id(0)), &[0, 1, 2]), None);
     }
 }

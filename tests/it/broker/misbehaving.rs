@@ -104,7 +104,7 @@ async fn a_message_whose_successor_leads_nowhere_is_held() {
     bench.depth_becomes("", 0).await;
     let metrics = worker.metrics().await;
     assert_eq!((metrics.count("successors_held"), metrics.sum("broker_connection_losses_total")), (0, 0));
-    assert_eq!(worker.logged("held until RabbitMQ takes the successor"), 1);
+    assert_eq!(worker.logged("holding the message until RabbitMQ accepts its successor"), 1);
     assert_eq!(worker.logged("no queue is bound to exchange"), 1);
     worker.terminate().await;
 }
@@ -284,7 +284,7 @@ async fn a_trace_goes_on() {
     let (_, headers, properties) = bench.take_dead_letter().await;
     assert_eq!((headers["traceparent"].as_str(), headers["tracestate"].as_str()), (TRACE, "vendor=1"));
     assert_eq!(properties.correlation_id().as_ref().unwrap().as_str(), "c-1");
-    for (line, attempt) in [("failed for now", 1), ("dead-lettered", 2)] {
+    for (line, attempt) in [("failed, retrying from a delay queue", 1), ("dead-lettered", 2)] {
         let log = worker.log();
         let line: serde_json::Value =
             serde_json::from_str(log.lines().find(|each| each.contains(line)).unwrap()).unwrap();

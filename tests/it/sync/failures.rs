@@ -200,7 +200,7 @@ async fn a_panic_costs_one_message_and_not_the_worker() {
         status: Status::default(),
         concurrency: 1,
         grace: config.grace,
-        on_trial: None,
+        paused_before: None,
     };
     let shutdown = CancellationToken::new();
     let running = tokio::spawn({

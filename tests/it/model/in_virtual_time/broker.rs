@@ -1,23 +1,29 @@
-//! A quorum queue with a single active consumer, as far as a worker can tell: messages in order, a window of
-//! unacked ones, and what was not acked back at the front in its order when its consumer is gone. Delay
-//! queues give back at the tail; what is dead stays dead.
+//! A quorum queue with a single active consumer, as a worker sees it: messages in order, a window of unacked ones, and
+//! what was not acked back at the front in its order when its consumer is gone. Messages return from delay queues at
+//! the tail. Dead letters stay.
 
 use std::collections::{BTreeMap, VecDeque};
 
+use lapin::BasicProperties;
 use tokio::sync::mpsc;
-use uuid::Uuid;
 
 /// A message on its way. Copies of it have the same number.
 #[derive(Clone, Debug)]
 pub(super) struct Message {
     pub(super) number: usize,
     pub(super) body: Vec<u8>,
-    pub(super) attempts: u32,
-    /// As the headers tell: by what it is known since it left for a delay queue.
-    pub(super) detour: Option<Uuid>,
+    pub(super) properties: BasicProperties,
 }
 
-/// A message in a consumer's hands.
+impl Message {
+    /// As its producer publishes it: the id is the number.
+    pub(super) fn new(number: usize, body: Vec<u8>) -> Self {
+        let properties = BasicProperties::default().with_message_id(number.to_string().into());
+        Self { number, body, properties }
+    }
+}
+
+/// A message that was delivered to a consumer.
 #[derive(Debug)]
 pub(super) struct Delivery {
     pub(super) tag: u64,
@@ -33,7 +39,7 @@ struct Consumer {
     channel: Channel,
     deliveries: mpsc::UnboundedSender<Delivery>,
     unacked: BTreeMap<u64, Message>,
-    /// Acks that are still on their way, in their order.
+    /// Acks in flight, in order.
     acks: VecDeque<u64>,
 }
 
@@ -47,11 +53,11 @@ pub(super) struct Broker {
     consumers: Vec<Consumer>,
     /// Copies in delay queues.
     delayed: usize,
-    /// How often each message was put in and taken out: it has to come out as often as it was put in.
-    put_in: BTreeMap<usize, u32>,
+    /// How often each message was published and acked. Both have to be equal in the end.
+    published: BTreeMap<usize, u32>,
     acked: BTreeMap<usize, u32>,
-    /// Messages that were given up, and why.
-    pub(super) dead: Vec<(usize, &'static str)>,
+    /// Messages that were dead-lettered, and the reason.
+    pub(super) dead: Vec<(usize, String)>,
 }
 
 impl Broker {
@@ -61,19 +67,19 @@ impl Broker {
 
     /// Puts a message at the tail, for the first time.
     pub(super) fn publish(&mut self, message: Message) {
-        *self.put_in.entry(message.number).or_default() += 1;
+        *self.published.entry(message.number).or_default() += 1;
         self.ready.push_back(message);
         self.pump();
     }
 
     /// A copy waits in a delay queue.
     pub(super) fn delay(&mut self, number: usize) {
-        *self.put_in.entry(number).or_default() += 1;
+        *self.published.entry(number).or_default() += 1;
         self.delayed += 1;
     }
 
-    /// It has waited long enough.
-    pub(super) fn comes_back(&mut self, message: Message) {
+    /// Its delay is over.
+    pub(super) fn returns(&mut self, message: Message) {
         self.delayed -= 1;
         self.ready.push_back(message);
         self.pump();
@@ -93,7 +99,7 @@ impl Broker {
         (channel, received)
     }
 
-    /// Who is active, if anybody.
+    /// The active consumer.
     pub(super) fn active(&self) -> Option<Channel> {
         self.consumers.first().map(|consumer| consumer.channel)
     }
@@ -105,7 +111,7 @@ impl Broker {
         }
     }
 
-    /// The first ack that is on its way arrives; none when the channel is gone.
+    /// The first ack in flight arrives, unless the channel is gone.
     pub(super) fn ack_arrives(&mut self, channel: Channel) -> Option<usize> {
         let consumer = self.consumer(channel)?;
         let tag = consumer.acks.pop_front()?;
@@ -115,7 +121,7 @@ impl Broker {
         Some(message.number)
     }
 
-    /// A consumer is gone. Acks on their way arrive or do not.
+    /// A consumer is gone. Acks in flight arrive or are lost.
     pub(super) fn unsubscribe(&mut self, channel: Channel, acks_arrive: bool) {
         while acks_arrive && self.ack_arrives(channel).is_some() {}
         let Some(at) = self.consumers.iter().position(|consumer| consumer.channel == channel) else { return };
@@ -126,18 +132,18 @@ impl Broker {
         self.pump();
     }
 
-    /// Nothing is left to do.
+    /// All messages are settled.
     pub(super) fn is_empty(&self) -> bool {
         self.delayed == 0
             && self.ready.is_empty()
             && self.consumers.iter().all(|consumer| consumer.unacked.is_empty())
     }
 
-    /// Messages that did not come out as often as they were put in.
+    /// Messages that were not acked as often as they were published.
     pub(super) fn unsettled(&self) -> Vec<usize> {
         let missing =
             |(number, times): (&usize, &u32)| (self.acked.get(number) != Some(times)).then_some(*number);
-        self.put_in.iter().filter_map(missing).collect()
+        self.published.iter().filter_map(missing).collect()
     }
 
     fn next(&mut self) -> u64 {
@@ -157,16 +163,16 @@ impl Broker {
         {
             *next += 1;
             active.unacked.insert(*next, message.clone());
-            // Whoever does not listen any more is about to be noticed as gone.
+            // A receiver that is gone is about to be unsubscribed.
             let _ = active.deliveries.send(Delivery { tag: *next, message });
         }
     }
 }
 
 #[test]
-fn what_is_not_acked_comes_back_in_order_and_goes_to_the_next() {
+fn unacked_messages_return_in_order_and_go_to_the_next_consumer() {
     let mut broker = Broker::new(2);
-    let message = |number| Message { number, body: Vec::new(), attempts: 0, detour: None };
+    let message = |number| Message::new(number, Vec::new());
     (0..4).for_each(|number| broker.publish(message(number)));
     let (first, mut to_first) = broker.subscribe();
     let (second, mut to_second) = broker.subscribe();

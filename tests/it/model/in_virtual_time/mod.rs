@@ -76,7 +76,13 @@ static PARTS: LazyLock<Parts> = LazyLock::new(|| {
         let client = Client::with_transport(line, TIMEOUT, 1.0, |_| {});
         preflight::run(&client, &rules).await.unwrap().mapping
     });
-    Parts { settings: config.worker, rules: config.rules, mapping, metrics: Metrics::new(None).unwrap() }
+    Parts {
+        amqp: Arc::new(config.amqp),
+        settings: config.worker,
+        rules: config.rules,
+        mapping,
+        metrics: Metrics::new(None).unwrap(),
+    }
 });
 
 /// Runs something in one thread and in its own time.
@@ -132,7 +138,7 @@ fn play(seed: u64, patience: Patience) -> Run {
         }
         let leads = world.close().leads();
         let dead = world.broker().dead.clone();
-        if dead.iter().any(|(_, reason)| patience == Patience::Endless || *reason != "exhausted") {
+        if dead.iter().any(|(_, reason)| patience == Patience::Endless || reason != "exhausted") {
             let _ = writeln!(wrong, "dead: {dead:?}");
         }
         // One process that knows the order of messages in delay queues, and which values are the newest.
@@ -192,7 +198,7 @@ async fn publish(world: &World, history: &History, random: &mut fastrand::Rng) {
     for event in history.published() {
         tokio::time::sleep(Duration::from_millis(random.u64(0..=gap))).await;
         let body = event.message(Timestamp::UNIX_EPOCH).to_string().into_bytes();
-        world.broker().publish(Message { number: event.number, body, attempts: 0, detour: None });
+        world.broker().publish(Message::new(event.number, body));
     }
 }
 

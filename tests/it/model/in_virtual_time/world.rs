@@ -126,7 +126,7 @@ impl World {
         tokio::time::sleep(Duration::from_millis(self.random(|random| random.u64(1..5)))).await;
     }
 
-    /// Acks, which the broker learns a little later, one after the other.
+    /// Sends an ack, which arrives a little later, after those before it.
     pub(super) fn ack(self: &Arc<Self>, channel: Channel, tag: u64) {
         self.broker().ack_sent(channel, tag);
         let world = Arc::clone(self);
@@ -138,15 +138,22 @@ impl World {
         });
     }
 
-    /// Puts a copy into a delay queue; returns when that is confirmed.
+    /// Puts a copy into a delay queue. Returns when that is confirmed.
     pub(super) async fn delay(self: &Arc<Self>, message: Message, delay: Duration) {
         self.travel().await;
         self.broker().delay(message.number);
         let world = Arc::clone(self);
         tokio::spawn(async move {
             tokio::time::sleep(delay).await;
-            world.broker().comes_back(message);
+            world.broker().returns(message);
         });
+        self.travel().await;
+    }
+
+    /// Dead-letters a message. Returns when that is confirmed.
+    pub(super) async fn dead_letter(&self, number: usize, reason: String) {
+        self.travel().await;
+        self.broker().dead.push((number, reason));
         self.travel().await;
     }
 }
