@@ -1,6 +1,6 @@
 //! The port between the consumer and a broker: what the loop needs of one, in a few verbs.
 //!
-//! [`super::connections`] implements it with lapin. Unit tests and the model in virtual time implement it with queues
+//! `connections` implements it with lapin. Unit tests and the model in virtual time implement it with queues
 //! in memory, so that they run the same loop. Of lapin only the properties of a message come through, which are plain
 //! values.
 

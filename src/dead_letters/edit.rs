@@ -117,7 +117,7 @@ pub(crate) async fn complete(
     deleted.map(|_| ())
 }
 
-/// [`complete`] over a connection of its own.
+/// `complete` over a connection of its own.
 ///
 /// # Errors
 /// When the broker is gone.

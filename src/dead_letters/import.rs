@@ -57,14 +57,14 @@ pub async fn import(
             observer,
         )
         .await?;
-    let published = if batch.replaying {
+    let outcome = if batch.replaying {
         Err(BrokerError::Busy(
             "a replay is under way, and an import would not see the dead letters in its batch; try again when it has ended",
         ))
     } else {
         publish(settings, &publisher, letters, present, &outdated).await
     };
-    let done = match published {
+    let done = match outcome {
         Ok(imported) => batch.delete_those(|_| true).await.map(|_| imported),
         Err(error) => Err(error),
     };

@@ -257,17 +257,17 @@ impl<'a> DeadLetterQueue<'a> {
         mut decide: impl FnMut(&DeadLetter) -> Disposition + Send,
         observer: &mut Observer<'_>,
     ) -> Result<(Batch, usize), BrokerError> {
-        let matches = |letter: &DeadLetter| selection.filter.matches(letter);
+        let is_selected = |letter: &DeadLetter| selection.filter.matches(letter);
         let (most, newest) = match selection.limit {
             None => (usize::MAX, Some(Timestamp::MAX)),
             Some(limit) => {
-                let oldest = self.oldest(limit, matches, observer).await?;
+                let oldest = self.oldest(limit, is_selected, observer).await?;
                 (oldest.len(), oldest.last().copied().flatten())
             }
         };
         let mut matched = 0;
         let decide = |letter: &DeadLetter| {
-            if matched == most || letter.failed_at > newest || !matches(letter) {
+            if matched == most || letter.failed_at > newest || !is_selected(letter) {
                 return Disposition::Return;
             }
             matched += 1;

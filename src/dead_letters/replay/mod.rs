@@ -19,7 +19,7 @@
 //! **One replay at a time**: a second one waits. A message that fails again becomes a new dead letter with the id of this
 //! replay, and is left for the next replay. The worker's staleness check keeps old values from overwriting newer ones.
 //!
-//! [`state`] decides, and has the unit tests. This file does the IO.
+//! `state` decides, and has the unit tests. This file does the IO.
 
 mod in_flight;
 mod state;
@@ -107,20 +107,16 @@ pub async fn replay(
     let mut shell = Shell { settings, request, progress, stop, session: None };
     loop {
         shell.publish(state.progress());
-        action = match action {
-            Action::Finish(end) => {
-                shell.disconnect().await;
-                return Ok((state.progress().clone(), end));
-            }
-            Action::Fail(error) => {
-                shell.disconnect().await;
-                return Err(error);
-            }
-            action => {
-                let event = shell.perform(action, &state).await.unwrap_or_else(|error| shell.failure(error));
-                state.on(event, Instant::now())
-            }
-        };
+        if let Action::Finish(end) = action {
+            shell.disconnect().await;
+            return Ok((state.progress().clone(), end));
+        }
+        if let Action::Fail(error) = action {
+            shell.disconnect().await;
+            return Err(error);
+        }
+        let event = shell.perform(action, &state).await.unwrap_or_else(|error| shell.failure(error));
+        action = state.on(event, Instant::now());
     }
 }
 
@@ -168,11 +164,10 @@ impl<'a> Shell<'a> {
     }
 
     fn failure(&mut self, error: BrokerError) -> Event {
-        match error {
-            BrokerError::Lost(_) | BrokerError::Unreachable(_) => {
-                Event::ConnectionLost { error, buffered: self.buffered() }
-            }
-            error => Event::Failed(error),
+        if matches!(error, BrokerError::Lost(_) | BrokerError::Unreachable(_)) {
+            Event::ConnectionLost { error, buffered: self.buffered() }
+        } else {
+            Event::Failed(error)
         }
     }
 
