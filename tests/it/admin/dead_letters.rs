@@ -341,8 +341,8 @@ async fn a_look_is_kept_for_some_seconds_and_not_waited_for_forever() {
     while looked.elapsed() < Duration::from_secs(4) {
         browser.get("/page/-/dead").await.assert_has(&["2 dead letters"]);
     }
-    let told = "another operator is at the dead letters";
-    worker.until("told", async |_| browser.get("/page/-/dead").await.text.contains(told)).await;
+    let busy = "Reading the dead letters takes longer than";
+    worker.until("busy", async |_| browser.get("/page/-/dead").await.text.contains(busy)).await;
     assert_eq!(browser.get("/page/-").await.status, StatusCode::OK);
     channel.queue_delete(desk.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
     browser.get("/page/-/dead").await.assert_has(&["2 dead letters"]);

@@ -137,7 +137,7 @@ async fn a_broker_that_asks_for_a_certificate_gets_it() {
     let external = format!("amqps://{}/%2f?auth_mechanism=external", node.tls_addr("127.0.0.1"));
     let bench = bench.set("AMQP_URL", &external);
     let told = check(&bench).await;
-    assert!(told.contains("refuses the connection") && told.contains("EXTERNAL"), "{told}");
+    assert!(told.contains("refused the connection") && told.contains("EXTERNAL"), "{told}");
     node.ctl(&["add_user", "worker", "not needed"]).await;
     node.ctl(&["clear_password", "worker"]).await;
     node.ctl(&["set_permissions", "worker", ".*", ".*", ".*"]).await;
