@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 
-#[cfg(feature = "simulator")]
 use serde_json::Value;
 
 use crate::close::error::CloseError;
@@ -25,8 +24,6 @@ pub(crate) struct InMemoryRecords {
     made: usize,
 }
 
-/// For scenarios, whose records come from the simulator.
-#[cfg(feature = "simulator")]
 impl InMemoryRecords {
     /// Takes over records in Close's JSON.
     pub(crate) fn read(leads: &[Value], contacts: &[Value]) -> Self {
@@ -39,6 +36,11 @@ impl InMemoryRecords {
         }
     }
 
+}
+
+/// For scenarios, whose records come from the simulator.
+#[cfg(feature = "simulator")]
+impl InMemoryRecords {
     /// The same, with search still showing what was there before.
     pub(crate) fn after(mut self, before: &Self) -> Self {
         let (leads, contacts) = &mut self.gone;
