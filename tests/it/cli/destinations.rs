@@ -178,7 +178,7 @@ async fn an_organization_that_is_wanted_again_while_it_stops_is_there_once() {
     two.write(&both);
     for times in 2..5 {
         worker.signal("HUP");
-        worker.until("read", async |worker| worker.logged("reading the configuration again") == times).await;
+        worker.until("read", async |worker| worker.logged("reloading the configuration") == times).await;
     }
     worker.until("done", async |worker| worker.metrics().await.outcome_of("created", "emea") == 1).await;
     worker.until("ready", async |worker| worker.ready().await.0 == 200).await;

@@ -308,7 +308,7 @@ async fn a_key_in_a_file_is_replaced_while_the_worker_runs() {
     std::fs::remove_file(&key).unwrap();
     worker.signal("HUP");
     worker.until("refusing", async |worker| worker.logged("configuration reload rejected") == 1).await;
-    assert!(worker.log().contains("(CLOSE_API_KEY_FILE) cannot be read"), "{}", worker.log());
+    assert!(worker.log().contains("(CLOSE_API_KEY_FILE): No such file"), "{}", worker.log());
 
     write("key", "api_simulator.second");
     bench.simulator.set_api_key("api_simulator.second");
