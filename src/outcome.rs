@@ -252,8 +252,8 @@ impl Reason {
                 "have the producer send `userId` or a valid `traits.email`, and discard this one"
             }
             Self::Rejected => {
-                "mend the field Close named (if none, a replay of one shows what Close says): in Close, in the mapping, or in \
-                 the message with `dlq edit`; and replay"
+                "fix the field that Close named: in Close, in the mapping, or in the message with `dlq edit`; then replay. To see \
+                 Close's full answer, replay one message with `dlq replay --id`"
             }
             Self::Forbidden => "give the API key's user the permission in Close, and replay",
             Self::NotFound => "replay: the record was deleted or merged while the message was worked on",

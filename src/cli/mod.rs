@@ -116,7 +116,7 @@ impl From<Problems> for Failure {
             return Self::Input(message.to_owned());
         }
         Self::Configuration(format!(
-            "{problems}\nhint: every setting with its default is in the README; `close-sync check` tests changes"
+            "{problems}\nhint: deploy/docs/settings.md lists every setting; `close-sync check` tests a change"
         ))
     }
 }

@@ -35,7 +35,6 @@ impl InMemoryRecords {
             ..Self::default()
         }
     }
-
 }
 
 /// For scenarios, whose records come from the simulator.

@@ -51,7 +51,7 @@ async fn from_the_group_to_one_message_to_its_replay() {
         "rejected:write:name",
         "no_identity:map:-",
         "What to do",
-        "mend the field Close named",
+        "fix the field that Close named",
     ]);
     let group = browser.get(&link(&list, "rejected")).await;
     group.assert_has(&["Close refused the request (400)", r#"<strong class="big">1</strong>"#]);

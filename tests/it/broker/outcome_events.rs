@@ -116,7 +116,7 @@ async fn what_cannot_be_told_holds_up_nothing() {
     worker.until("told", async |worker| worker.metrics().await.count(LOST) == 40).await;
     assert_eq!(bench.depth(".dead").await, 20, "each once");
     bench.assert_each_once(20);
-    assert_eq!(worker.logged("producers are not told"), 1, "{}", worker.log());
+    assert_eq!(worker.logged("cannot publish outcome events"), 1, "{}", worker.log());
     assert_eq!(worker.logged("waiting for messages"), 1, "{}", worker.log());
 
     let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
@@ -129,7 +129,7 @@ async fn what_cannot_be_told_holds_up_nothing() {
     worker
         .until("told again", async |worker| {
             bench.publish(&[json!({"type": "track"})]).await;
-            worker.logged("producers are told again") == 1
+            worker.logged("publishing outcome events again") == 1
         })
         .await;
     assert_eq!(next(&mut all).await.0, "skipped.trigger");

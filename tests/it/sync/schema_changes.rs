@@ -32,7 +32,7 @@ async fn a_field_made_while_the_worker_runs_is_filled_from_the_next_look_on() {
     assert_eq!(dropped(&bench, &worker, 1).await, (0, 1), "there is no such field yet");
 
     bench.simulator.add_field(region()).unwrap();
-    worker.until("following", async |worker| worker.logged("the mapping follows") == 1).await;
+    worker.until("following", async |worker| worker.logged("mapping updated") == 1).await;
     assert_eq!(dropped(&bench, &worker, 2).await, (0, 1), "nothing more is left out");
     assert_eq!(newest_region(&bench), "north");
 }
@@ -52,7 +52,7 @@ async fn a_field_deleted_while_the_worker_runs_costs_its_values_and_no_message()
             sent += 1;
             let (refused, _) = dropped(&bench, worker, sent).await;
             assert_eq!(refused as usize, sent - 1);
-            worker.logged("the mapping follows") == 1
+            worker.logged("mapping updated") == 1
         })
         .await;
     let (refused, unknown) = dropped(&bench, &worker, sent + 1).await;
