@@ -99,7 +99,7 @@ async fn a_routing_key_can_be_chosen() {
     };
     let (code, words) = publish(&[]).await;
     assert!(
-        code == Some(69) && words.contains("for key `identify`") && words.contains("(emea.#)"),
+        code == Some(69) && words.contains("with key `identify`") && words.contains("(emea.#)"),
         "{words}"
     );
     let (code, words) = publish(&["--routing-key", "emea.users"]).await;
