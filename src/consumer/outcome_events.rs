@@ -40,14 +40,14 @@ pub(crate) struct OutcomeEvent<'a> {
 
 /// The event for a replay.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Replayed {
+pub(crate) struct ReplayEvent {
     /// The replay it came from.
     pub(crate) replay: Uuid,
     /// [`Outcome::label`].
     pub(crate) outcome: String,
     /// The dead letter it became.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) dead_letter: Option<Again>,
+    pub(crate) dead_letter: Option<DeadLetterSummary>,
     /// Seconds until it is retried from a delay queue.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) comes_again_s: Option<u64>,
@@ -55,7 +55,7 @@ pub(crate) struct Replayed {
 
 /// The dead letter that a message became again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Again {
+pub struct DeadLetterSummary {
     /// Its id.
     pub id: Uuid,
     /// [`crate::outcome::DeadLetter::fingerprint`].
@@ -84,14 +84,14 @@ struct ProducerEvent<'a> {
     leads: BTreeSet<&'a str>,
     contacts: BTreeSet<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    dead_letter: Option<Again>,
+    dead_letter: Option<DeadLetterSummary>,
     at: Timestamp,
 }
 
 impl OutcomeEvent<'_> {
-    fn dead_letter(&self) -> Option<Again> {
+    fn dead_letter(&self) -> Option<DeadLetterSummary> {
         match self.outcome {
-            Outcome::Dead(dead) => Some(Again {
+            Outcome::Dead(dead) => Some(DeadLetterSummary {
                 id: self.dead_letter?,
                 fingerprint: dead.fingerprint(),
                 error: dead.error.clone(),
@@ -101,12 +101,12 @@ impl OutcomeEvent<'_> {
         }
     }
 
-    fn for_replay(&self, delays: &[Delay]) -> Option<Replayed> {
+    fn for_replay(&self, delays: &[Delay]) -> Option<ReplayEvent> {
         let comes_again_s = match self.outcome {
             Outcome::Delayed { level, .. } => delays.get(*level).map(|delay| delay.duration.as_secs()),
             Outcome::Synced(_) | Outcome::Skipped(_) | Outcome::Dead(_) | Outcome::Paused(_) => None,
         };
-        Some(Replayed {
+        Some(ReplayEvent {
             replay: self.envelope.replay?,
             outcome: self.outcome.label().to_owned(),
             dead_letter: self.dead_letter(),
@@ -131,7 +131,7 @@ impl OutcomeEvent<'_> {
             destination,
             leads,
             contacts,
-            dead_letter: self.dead_letter().map(|again| Again { close_said: None, ..again }),
+            dead_letter: self.dead_letter().map(|again| DeadLetterSummary { close_said: None, ..again }),
             at: now,
         })
     }

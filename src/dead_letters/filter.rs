@@ -40,12 +40,12 @@ pub struct Filter {
     /// Dead-lettered at this time or before.
     pub until: Option<Timestamp>,
     /// About this person or company.
-    pub about: Option<About>,
+    pub identity: Option<IdentityFilter>,
 }
 
 /// The ids in an event, as its mapping reads them.
 #[derive(Clone, Debug)]
-pub struct About {
+pub struct IdentityFilter {
     /// How that is found out.
     pub rules: Rules,
     /// The user id.
@@ -80,12 +80,12 @@ impl Filter {
                 || letter.message_id.as_ref().is_some_and(|id| self.message_ids.contains(id)))
             && self.since.is_none_or(|since| letter.failed_at.is_some_and(|at| at >= since))
             && self.until.is_none_or(|until| letter.failed_at.is_some_and(|at| at <= until))
-            && self.about.as_ref().is_none_or(|about| about.matches(&letter.body))
+            && self.identity.as_ref().is_none_or(|identity| identity.matches(&letter.body))
             && self.content.is_none_or(|content| letter.content() == content)
     }
 }
 
-impl About {
+impl IdentityFilter {
     fn matches(&self, body: &[u8]) -> bool {
         let Some(whom) = self.rules.event_ids(body) else { return false };
         let same = |wanted: &Option<String>, is: &Option<String>| wanted.is_none() || wanted == is;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::amqp::topology::Depth;
-use crate::consumer::outcome_events::Again;
+use crate::consumer::outcome_events::DeadLetterSummary;
 use crate::outcome::DEAD;
 use crate::text::count;
 
@@ -25,7 +25,7 @@ pub struct Progress {
     /// Times one failed for now and waits in a delay queue.
     pub delayed: usize,
     /// The last of those that failed again.
-    pub last_failure: Option<Again>,
+    pub last_failure: Option<DeadLetterSummary>,
     /// Fingerprints of those that failed again, and how many they were.
     pub failures: BTreeMap<String, usize>,
     /// The work queue, as it was found while nothing was heard, if the broker tells us.

@@ -13,7 +13,7 @@ use jiff::{SignedDuration, Timestamp};
 use crate::cli::{Failure, INPUT, UNFIT};
 use crate::config::{Config, Destination, Problems};
 use crate::dead_letters;
-use crate::dead_letters::filter::{About, Filter, Selection};
+use crate::dead_letters::filter::{Filter, IdentityFilter, Selection};
 use crate::dead_letters::letter::DeadLetter;
 use crate::dead_letters::scan::{Disposition, ScanStep, ScanSummary, find_by_id, scan};
 use crate::domain::mapping::Rules;
@@ -122,8 +122,8 @@ fn moment(text: &str) -> Result<Timestamp, String> {
 impl Meant {
     fn selection(&self, rules: &Rules) -> Selection {
         let Self { fingerprint, id, message_id, user_id, company_id, email, since, until, .. } = self;
-        let about = [user_id, company_id, email].iter().any(|named| named.is_some());
-        let about = about.then(|| About {
+        let has_identity = [user_id, company_id, email].iter().any(|named| named.is_some());
+        let identity = has_identity.then(|| IdentityFilter {
             rules: rules.clone(),
             user_id: user_id.clone(),
             company_id: company_id.clone(),
@@ -141,7 +141,7 @@ impl Meant {
             content: None,
             since: *since,
             until: *until,
-            about,
+            identity,
         };
         Selection { filter, limit: self.limit }
     }

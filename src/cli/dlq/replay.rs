@@ -184,7 +184,7 @@ struct Summary<'a> {
     missed: usize,
     failed_again: usize,
     failures: &'a BTreeMap<String, usize>,
-    last_failure: Option<&'a crate::consumer::outcome_events::Again>,
+    last_failure: Option<&'a crate::consumer::outcome_events::DeadLetterSummary>,
 }
 
 impl<'a> Summary<'a> {

@@ -40,7 +40,7 @@ use uuid::Uuid;
 use crate::amqp::publisher::Publisher;
 use crate::amqp::topology::{self, NOW, REPLAYED};
 use crate::amqp::{BrokerError, Settings, disconnect, envelope, with_timeout};
-use crate::consumer::outcome_events::{Again, Replayed};
+use crate::consumer::outcome_events::{DeadLetterSummary, ReplayEvent};
 use crate::dead_letters::edit;
 use crate::dead_letters::filter::Selection;
 use crate::dead_letters::letter::DeadLetter;
@@ -172,13 +172,13 @@ impl<'a> Shell<'a> {
     }
 
     /// Outcomes that arrived before the connection was lost.
-    fn buffered(&mut self) -> Vec<Replayed> {
+    fn buffered(&mut self) -> Vec<ReplayEvent> {
         let Some(consumer) = self.session.as_mut().and_then(|session| session.outcomes.as_mut()) else {
             return Vec::new();
         };
         let mut buffered = Vec::new();
         while let Some(Some(Ok(delivery))) = consumer.next().now_or_never() {
-            buffered.extend(serde_json::from_slice::<Replayed>(&delivery.data));
+            buffered.extend(serde_json::from_slice::<ReplayEvent>(&delivery.data));
         }
         buffered
     }
@@ -337,7 +337,7 @@ impl Session<'_> {
         Ok(Event::Confirmed { fingerprint })
     }
 
-    fn read_buffered(&mut self) -> Result<Option<Replayed>, BrokerError> {
+    fn read_buffered(&mut self) -> Result<Option<ReplayEvent>, BrokerError> {
         let Some(consumer) = &mut self.outcomes else { return Ok(None) };
         while let Some(delivery) = consumer.next().now_or_never() {
             let delivery = delivery.ok_or(BrokerError::Cancelled)??;
@@ -378,13 +378,13 @@ impl Session<'_> {
 }
 
 /// The outcome that the worker reported when it published this dead letter.
-fn outcome_of(letter: &DeadLetter) -> Option<Replayed> {
-    let again = Again {
+fn outcome_of(letter: &DeadLetter) -> Option<ReplayEvent> {
+    let again = DeadLetterSummary {
         id: letter.id.parse().ok()?,
         fingerprint: letter.fingerprint.clone(),
         error: letter.error.clone().unwrap_or_default(),
         close_said: None,
     };
     let (outcome, dead_letter) = (DEAD.to_owned(), Some(again));
-    Some(Replayed { replay: letter.replay()?, outcome, dead_letter, comes_again_s: None })
+    Some(ReplayEvent { replay: letter.replay()?, outcome, dead_letter, comes_again_s: None })
 }

@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use crate::amqp::BrokerError;
 use crate::amqp::topology::Depth;
-use crate::consumer::outcome_events::{Again, Replayed};
+use crate::consumer::outcome_events::{DeadLetterSummary, ReplayEvent};
 use crate::dead_letters::progress::{End, Progress, Stage};
 use crate::dead_letters::replay::in_flight::{Deadline, InFlight};
 use crate::retry::Backoff;
@@ -50,7 +50,7 @@ pub(super) enum Event {
         /// The dead letters to replay, oldest first.
         failed_at: Vec<FailedAt>,
         /// Messages of this replay that are dead letters again.
-        failed_again: Vec<Replayed>,
+        failed_again: Vec<ReplayEvent>,
     },
     BatchTaken {
         /// Dead letters chosen from those that were asked for.
@@ -69,7 +69,7 @@ pub(super) enum Event {
     /// The dead letter of the confirmed message was deleted.
     Deleted,
     /// The worker reported an outcome.
-    Outcome(Replayed),
+    Outcome(ReplayEvent),
     /// All outcomes that had arrived were read.
     BufferRead,
     /// No outcome for a while. `None` where the user may not look at the work queue.
@@ -81,7 +81,7 @@ pub(super) enum Event {
     ConnectionLost {
         error: BrokerError,
         /// Outcomes that had arrived before.
-        buffered: Vec<Replayed>,
+        buffered: Vec<ReplayEvent>,
     },
     /// An error that a new connection does not cure.
     Failed(BrokerError),
@@ -141,7 +141,7 @@ enum Phase {
     Connecting,
     Scanning {
         scans: usize,
-        failed_again: Vec<Replayed>,
+        failed_again: Vec<ReplayEvent>,
     },
     Sending,
     /// Nothing more is sent. The last outcomes are awaited.
@@ -311,7 +311,7 @@ impl ReplayState {
         Action::Scan { pause, limit }
     }
 
-    fn scanned(&mut self, failed_at: Vec<FailedAt>, found: Vec<Replayed>, now: Instant) -> Option<Action> {
+    fn scanned(&mut self, failed_at: Vec<FailedAt>, found: Vec<ReplayEvent>, now: Instant) -> Option<Action> {
         let Phase::Scanning { scans, failed_again } = &mut self.phase else { return None };
         *scans += 1;
         failed_again.extend(found);
@@ -445,7 +445,7 @@ impl ReplayState {
         Action::Finish(end)
     }
 
-    fn connection_lost(&mut self, error: BrokerError, buffered: Vec<Replayed>, now: Instant) -> Action {
+    fn connection_lost(&mut self, error: BrokerError, buffered: Vec<ReplayEvent>, now: Instant) -> Action {
         (self.batch, self.publishing) = (None, None);
         for outcome in buffered {
             self.outcome(outcome, now);
@@ -466,8 +466,8 @@ impl ReplayState {
         Action::Connect { pause: self.outage.backoff.next_delay().unwrap_or_default() }
     }
 
-    fn outcome(&mut self, outcome: Replayed, now: Instant) {
-        let Replayed { replay, outcome, dead_letter, comes_again_s } = outcome;
+    fn outcome(&mut self, outcome: ReplayEvent, now: Instant) {
+        let ReplayEvent { replay, outcome, dead_letter, comes_again_s } = outcome;
         if !self.in_flight.is_open(replay) {
             return;
         }
@@ -488,7 +488,7 @@ impl ReplayState {
     }
 
     /// Why this failure ends the replay, if it does.
-    fn failed_again(&mut self, again: Again) -> Option<End> {
+    fn failed_again(&mut self, again: DeadLetterSummary) -> Option<End> {
         let is_known = !self.fingerprints.insert(again.fingerprint.clone());
         *self.progress.failures.entry(again.fingerprint.clone()).or_default() += 1;
         self.progress.last_failure = Some(again);

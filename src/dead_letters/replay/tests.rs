@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use crate::amqp::BrokerError;
 use crate::amqp::topology::Depth;
-use crate::consumer::outcome_events::{Again, Replayed};
+use crate::consumer::outcome_events::{DeadLetterSummary, ReplayEvent};
 use crate::dead_letters::progress::{End, Stage};
 use crate::dead_letters::replay::state::{
     Action, BATCH_HOLD, Event, FailedAt, LAST_OUTCOMES, Policy, RECONNECT_TIMEOUT, RESCAN_PAUSE, ReplayState,
@@ -28,17 +28,22 @@ fn times(count: usize) -> Vec<FailedAt> {
     (0..count).map(|n| Timestamp::from_second(i64::try_from(n).unwrap()).ok()).collect()
 }
 
-fn created(replay: Uuid) -> Replayed {
-    Replayed { replay, outcome: "created".into(), dead_letter: None, comes_again_s: None }
+fn created(replay: Uuid) -> ReplayEvent {
+    ReplayEvent { replay, outcome: "created".into(), dead_letter: None, comes_again_s: None }
 }
 
-fn dead(replay: Uuid, fingerprint: &str) -> Replayed {
-    let again = Again { id: replay, fingerprint: fingerprint.into(), error: String::new(), close_said: None };
-    Replayed { replay, outcome: "dead".into(), dead_letter: Some(again), comes_again_s: None }
+fn dead(replay: Uuid, fingerprint: &str) -> ReplayEvent {
+    let again = DeadLetterSummary {
+        id: replay,
+        fingerprint: fingerprint.into(),
+        error: String::new(),
+        close_said: None,
+    };
+    ReplayEvent { replay, outcome: "dead".into(), dead_letter: Some(again), comes_again_s: None }
 }
 
-fn delayed(replay: Uuid, seconds: u64) -> Replayed {
-    Replayed { replay, outcome: "delayed".into(), dead_letter: None, comes_again_s: Some(seconds) }
+fn delayed(replay: Uuid, seconds: u64) -> ReplayEvent {
+    ReplayEvent { replay, outcome: "delayed".into(), dead_letter: None, comes_again_s: Some(seconds) }
 }
 
 fn lost() -> Event {
@@ -143,7 +148,7 @@ impl Run {
         panic!("never ended");
     }
 
-    fn outcome(&mut self, outcome: Replayed) {
+    fn outcome(&mut self, outcome: ReplayEvent) {
         self.on(Event::Outcome(outcome));
     }
 
@@ -596,8 +601,8 @@ fn play(world: &World) -> Result<(), TestCaseError> {
     let mut batch: VecDeque<usize> = VecDeque::new();
     let mut publishing = 0;
     // Outcomes on their way: when, and what. Without a connection they are lost.
-    let mut coming: Vec<(Instant, Replayed)> = Vec::new();
-    let mut dead_again: Vec<Replayed> = Vec::new();
+    let mut coming: Vec<(Instant, ReplayEvent)> = Vec::new();
+    let mut dead_again: Vec<ReplayEvent> = Vec::new();
     let (mut finished, mut sent, mut delivered) = (Vec::new(), Vec::new(), std::collections::HashSet::new());
     // Sent over this connection, without a final outcome.
     let mut open: Vec<Uuid> = Vec::new();
@@ -642,7 +647,7 @@ fn play(world: &World) -> Result<(), TestCaseError> {
             continue;
         }
         let now = run.now;
-        let arrived = |coming: &mut Vec<(Instant, Replayed)>, until: Instant| {
+        let arrived = |coming: &mut Vec<(Instant, ReplayEvent)>, until: Instant| {
             let first = (0..coming.len()).filter(|n| coming[*n].0 <= until).min_by_key(|n| coming[*n].0)?;
             Some(coming.remove(first))
         };
