@@ -1,39 +1,37 @@
-//! What can become of a message: closed lists, with the labels that logs, metrics and dead-letter
-//! headers share.
+//! The possible outcomes of a message, as closed lists. Logs, metrics and dead-letter headers share their labels.
 
 use std::fmt;
 use std::time::Duration;
-use strum::VariantArray;
+use strum::{EnumString, IntoStaticStr, VariantArray};
 
 use crate::close::{CloseError, ResponseExcerpt};
 use crate::domain::event::NotForClose;
 use crate::domain::plan::{Plan, Refusal, Step};
 
-/// The label of messages that can't succeed.
+/// The label of a dead-lettered message.
 pub const DEAD: &str = "dead";
 
-/// What the broker edge has to do with a delivery.
+/// The outcome of a delivery, which decides how the consumer settles it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// Close agrees with the message: ack.
+    /// The records in Close match the message: ack.
     Synced(Effect),
-    /// Nothing was to be done, for a reason: ack.
+    /// There was nothing to do: ack.
     Skipped(Skip),
-    /// Again later: publish to a delay queue, then ack.
+    /// Retry later: publish to a delay queue, then ack.
     Delayed {
-        /// Which of the configured delays.
+        /// The index of the delay queue.
         level: usize,
-        /// What stood in the way.
         cause: DelayCause,
     },
-    /// Can't succeed: publish to the dead-letter queue, then ack.
+    /// The message cannot succeed: publish to the dead-letter queue, then ack.
     Dead(DeadLetter),
-    /// Not the message's fault: consumption stops, the delivery goes back.
+    /// The message is not the cause: pause consumption and requeue the delivery.
     Paused(PauseCause),
 }
 
 impl Outcome {
-    /// The label in metrics and in what a replay is told.
+    /// The label in metrics and in outcome events.
     pub fn label(&self) -> &'static str {
         match self {
             Self::Synced(effect) => effect.label(),
@@ -44,8 +42,8 @@ impl Outcome {
         }
     }
 
-    /// Whether Close did its part: then nothing is wrong with it in general.
-    pub fn proves_close(&self) -> bool {
+    /// Whether the outcome shows that Close works. It then closes the circuit breaker.
+    pub fn proves_close_works(&self) -> bool {
         match self {
             Self::Synced(_) | Self::Skipped(Skip::Switch(_)) => true,
             Self::Dead(dead) => match dead.reason {
@@ -64,16 +62,16 @@ impl Outcome {
 /// Why a message waits in a delay queue.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DelayCause {
-    /// It failed, which has used up an attempt.
+    /// An attempt failed.
     Failed(String),
-    /// The rate limits did not let it through for as long as it may be held.
+    /// The rate limits held the message back for the longest time that a delivery may be held.
     RateLimited(Duration),
-    /// An earlier message that shares a key waits there.
+    /// An earlier message with a common key waits in a delay queue.
     BehindEarlier,
 }
 
 impl DelayCause {
-    /// Whether the message has used up an attempt.
+    /// Whether the delay counts as an attempt.
     pub fn uses_attempt(&self) -> bool {
         match self {
             Self::Failed(_) => true,
@@ -90,49 +88,49 @@ impl fmt::Display for DelayCause {
                 write!(f, "held for {} s, waiting for Close's rate limits", held.as_secs())
             }
             Self::BehindEarlier => {
-                f.write_str("an earlier message of the same person or company waits there")
+                f.write_str("an earlier message about the same person or company is delayed")
             }
         }
     }
 }
 
-/// What a synced message did to Close.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+/// What a synced message changed in Close.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum Effect {
-    /// A Lead was created, with its Contact as far as the switches allow.
+    /// A Lead was created, with its Contact unless the switches forbid it.
     Created,
-    /// A Contact was added to a Lead.
+    /// A Contact was added to an existing Lead.
     Added,
-    /// Records were changed.
+    /// Existing records were changed.
     Updated,
-    /// Everything was as wanted; nothing was sent.
+    /// The records already matched; nothing was written.
     Unchanged,
 }
 
-/// Why nothing was to be done.
+/// Why there was nothing to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Skip {
     /// The event is not for Close.
     Event(NotForClose),
-    /// The event names nobody, and the configuration lets such events go.
+    /// The event identifies no person, and the configuration skips such events.
     Anonymous,
     /// The switches forbid every step.
     Switch(Refusal),
 }
 
 impl Skip {
-    /// All reasons, for metrics.
+    /// Every reason, for metrics.
     pub fn all() -> impl Iterator<Item = Self> {
-        [Self::Event(NotForClose::Trigger), Self::Event(NotForClose::Integrations), Self::Anonymous]
-            .into_iter()
-            .chain(Refusal::VARIANTS.iter().copied().map(Self::Switch))
+        let events = NotForClose::VARIANTS.iter().copied().map(Self::Event);
+        let switches = Refusal::VARIANTS.iter().copied().map(Self::Switch);
+        events.chain([Self::Anonymous]).chain(switches)
     }
 
     /// The label in logs and metrics.
     pub fn label(self) -> &'static str {
         match self {
-            Self::Event(NotForClose::Trigger) => "trigger",
-            Self::Event(NotForClose::Integrations) => "integrations",
+            Self::Event(reason) => reason.label(),
             Self::Anonymous => "anonymous",
             Self::Switch(refusal) => refusal.label(),
         }
@@ -140,7 +138,7 @@ impl Skip {
 }
 
 impl Outcome {
-    /// What became of a message whose plan was carried out as far as the switches allow.
+    /// The outcome of a message whose plan was executed as far as the switches allow.
     pub fn of(plan: &Plan, effect: Effect) -> Self {
         match plan.refused.first() {
             Some(refusal) if effect == Effect::Unchanged => Self::Skipped(Skip::Switch(*refusal)),
@@ -150,7 +148,7 @@ impl Outcome {
 }
 
 impl Effect {
-    /// What a step does, once Close has accepted it.
+    /// The effect of a step that Close accepted.
     pub fn of(step: &Step) -> Self {
         match step {
             Step::CreateLead { .. } => Self::Created,
@@ -159,118 +157,93 @@ impl Effect {
         }
     }
 
-    /// All effects, for metrics.
-    pub const ALL: [Self; 4] = [Self::Created, Self::Added, Self::Updated, Self::Unchanged];
-
     /// The label in logs and metrics.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::Created => "created",
-            Self::Added => "added",
-            Self::Updated => "updated",
-            Self::Unchanged => "unchanged",
-        }
+        self.into()
     }
 }
 
-/// A message that can't succeed, and why.
+/// Why a message is dead-lettered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeadLetter {
-    /// Why, from a closed list.
     pub reason: Reason,
-    /// Where it failed.
     pub stage: Stage,
-    /// What happened, in words without personal data.
+    /// The error message, without personal data.
     pub error: String,
-    /// The field of Close it is about, if Close named one; of what is no event, what is wrong with it.
+    /// The field that Close rejected, if it named one. For a malformed event, a label of what is wrong.
     pub field: Option<String>,
-    /// How far it came, [`crate::domain::decision::Decision::summary`].
+    /// The [`crate::domain::decision::Decision::summary`], if processing got that far.
     pub decision: Option<String>,
-    /// What Close said.
-    pub said: Option<ResponseExcerpt>,
+    /// The response of Close.
+    pub response: Option<ResponseExcerpt>,
 }
 
 impl DeadLetter {
-    /// Equal for messages that failed alike: reason, stage and field.
+    /// Reason, stage and field: the same for all messages that failed in the same way.
     pub fn fingerprint(&self) -> String {
         let field = self.field.as_deref().unwrap_or("-");
         format!("{}:{}:{field}", self.reason.label(), self.stage.label())
     }
 }
 
-/// Why a message was dead-lettered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+/// The reason of a dead letter.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, EnumString, IntoStaticStr, VariantArray,
+)]
+#[strum(serialize_all = "snake_case")]
 pub enum Reason {
-    /// Not an event.
+    /// The body is not a valid event.
     Malformed,
-    /// Names nobody.
+    /// The event identifies no person.
     NoIdentity,
-    /// Close refused what it says.
+    /// Close rejected a value.
     Rejected,
-    /// The key's user may not do what it asks for.
+    /// The user of the API key lacks a permission.
     Forbidden,
-    /// The record vanished, twice.
+    /// The record was gone in two consecutive attempts.
     NotFound,
-    /// Failed at every attempt.
+    /// Every attempt failed.
     Exhausted,
-    /// A defect of ours.
+    /// A bug in close-sync.
     Internal,
 }
 
 impl Reason {
-    /// All reasons, for metrics and `--help`.
-    pub const ALL: [Self; 7] = [
-        Self::Malformed,
-        Self::NoIdentity,
-        Self::Rejected,
-        Self::Forbidden,
-        Self::NotFound,
-        Self::Exhausted,
-        Self::Internal,
-    ];
-
     /// The label in logs, metrics and headers.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::Malformed => "malformed",
-            Self::NoIdentity => "no_identity",
-            Self::Rejected => "rejected",
-            Self::Forbidden => "forbidden",
-            Self::NotFound => "not_found",
-            Self::Exhausted => "exhausted",
-            Self::Internal => "internal",
-        }
+        self.into()
     }
 
-    /// What to do about it.
+    /// What the operator can do.
     pub fn remedy(self) -> &'static str {
         match self {
             Self::Malformed => {
-                "have the producer send a JSON object as the README describes, and discard this one"
+                "have the producer send a JSON object as the README describes, and discard this message"
             }
             Self::NoIdentity => {
-                "have the producer send `userId` or a valid `traits.email`, and discard this one"
+                "have the producer send `userId` or a valid `traits.email`, and discard this message"
             }
             Self::Rejected => {
                 "fix the field that Close named: in Close, in the mapping, or in the message with `dlq edit`; then replay. To see \
                  Close's full answer, replay one message with `dlq replay --id`"
             }
-            Self::Forbidden => "give the API key's user the permission in Close, and replay",
-            Self::NotFound => "replay: the record was deleted or merged while the message was worked on",
-            Self::Exhausted => "replay once Close answers again",
+            Self::Forbidden => "give the user of the API key the permission in Close, then replay",
+            Self::NotFound => "replay: the record was deleted or merged while the message was processed",
+            Self::Exhausted => "replay when Close is available again",
             Self::Internal => "report the error with the version of close-sync; replay after an upgrade",
         }
     }
 }
 
-/// Where a message failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// The stage of processing in which a message failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum Stage {
     /// Reading the body.
     Decode,
-    /// Mapping it to fields of Close.
+    /// Mapping the event to the fields of Close.
     Map,
-    /// Looking up what Close has.
+    /// Looking up records in Close.
     LookUp,
     /// Writing to Close.
     Write,
@@ -279,44 +252,30 @@ pub enum Stage {
 impl Stage {
     /// The label in logs and headers.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::Decode => "decode",
-            Self::Map => "map",
-            Self::LookUp => "look_up",
-            Self::Write => "write",
-        }
+        self.into()
     }
 }
 
-/// Why consumption stops.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+/// Why consumption is paused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum PauseCause {
-    /// Close does not accept the key.
+    /// Close rejects the API key.
     Unauthorized,
-    /// The organization's plan is at its limit.
+    /// The organization has reached a limit of its Close plan.
     PlanLimit,
-    /// The key's user may do nothing at all.
+    /// The user of the API key has no access at all.
     Forbidden,
     /// Close cannot be reached.
     Unreachable,
     /// Close answers, but most messages fail.
     Failing,
-    /// A lookup field is gone or has another type.
+    /// A lookup field was deleted or has another type.
     LookupField,
 }
 
 impl PauseCause {
-    /// All causes, for metrics.
-    pub const ALL: [Self; 6] = [
-        Self::Unauthorized,
-        Self::PlanLimit,
-        Self::Forbidden,
-        Self::Unreachable,
-        Self::Failing,
-        Self::LookupField,
-    ];
-
-    /// Whether a probe of Close proves that the cause is gone. Otherwise only a message that succeeds does.
+    /// Whether a successful probe ends the pause. Otherwise only a message that succeeds ends it.
     pub fn ends_with_probe(self) -> bool {
         match self {
             Self::Unauthorized | Self::Unreachable | Self::LookupField => true,
@@ -324,40 +283,35 @@ impl PauseCause {
         }
     }
 
-    /// What an operator can do.
+    /// What the operator can do.
     pub fn remedy(self) -> &'static str {
         match self {
             Self::Unauthorized => {
                 "set `close.api_key` to a key that is valid in Close, then send SIGHUP or restart"
             }
-            Self::PlanLimit => "extend the plan of the Close organization, or free what is counted",
-            Self::Forbidden => "let the user of the API key read and write Leads and Contacts in Close",
-            Self::Unreachable => "check the network, and whether Close is down (its status page)",
-            Self::Failing => {
-                "check whether Close is down (its status page); if only certain messages fail, stop those who publish them"
+            Self::PlanLimit => {
+                "upgrade the plan of the Close organization, or delete what counts towards its limit"
             }
-            Self::LookupField => "`close-sync check` tells what is wrong with the lookup fields",
+            Self::Forbidden => {
+                "give the user of the API key permission to read and write Leads and Contacts in Close"
+            }
+            Self::Unreachable => "check the network, and check on Close's status page whether it is down",
+            Self::Failing => {
+                "check on Close's status page whether it is down; if only certain messages fail, stop their producers"
+            }
+            Self::LookupField => "run `close-sync check`, which reports what is wrong with the lookup fields",
         }
     }
 
     /// The label in logs, metrics and `/readyz`.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::Unauthorized => "unauthorized",
-            Self::PlanLimit => "plan_limit",
-            Self::Forbidden => "forbidden",
-            Self::Unreachable => "unreachable",
-            Self::Failing => "failing",
-            Self::LookupField => "lookup_field",
-        }
+        self.into()
     }
 }
 
-/// A sync that failed.
+/// A failed attempt to sync a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
-    /// Where.
     pub stage: Stage,
-    /// What Close said.
     pub error: CloseError,
 }

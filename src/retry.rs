@@ -1,14 +1,14 @@
-//! What to do after a failure: a pure decision, and the arithmetic of waiting.
+//! What follows a failure (a pure function), and the exponential backoff between retries.
 //!
-//! Two layers retry, and nothing else does. *In place*: the delivery is held unacked and the whole
-//! sync runs again, from the look-up on, after a jittered pause. Starting over is what makes it safe
-//! to repeat: what the failed try already did is found, and not done twice. *Through a delay queue*:
-//! when the pauses in place are used up, the message waits in the broker, which costs an attempt.
-//! When the attempts are used up too, it is dead-lettered. Later messages that share a key follow it there
-//! ([`crate::consumer::scheduler::delayed`]).
+//! There are two layers of retries, and no others.
 //!
-//! This is the only module that uses the `backoff` crate (see `.deny.toml`), and it uses only its
-//! arithmetic.
+//! - **In place.** The delivery stays unacked, and after a pause the whole sync runs again, including the look-ups. This
+//!   makes a retry safe: it finds what the failed attempt has written and does not write it again.
+//! - **Through a delay queue.** When the time for retries in place is used up, the message goes to a delay queue. This
+//!   counts as an attempt. After the last attempt the message is dead-lettered. Later messages that share a key with a
+//!   delayed message are delayed too ([`crate::consumer::scheduler::delayed`]).
+//!
+//! Only this module uses the `backoff` crate (see `.deny.toml`), and only to compute intervals.
 
 use std::time::Duration;
 
@@ -20,26 +20,26 @@ use tokio::time::Instant;
 use crate::close::{CloseError, Rejection};
 use crate::outcome::{DeadLetter, DelayCause, Failure, Outcome, PauseCause, Reason, Stage};
 
-/// How patient we are.
+/// The retry policy.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Policy {
-    /// Total time a delivery is held for retries in place.
+    /// How long a delivery is held for retries in place, in total.
     pub in_place: Duration,
-    /// How far the pauses in place stray from their length, as a part of it: messages that failed together
-    /// do not try again together.
+    /// The jitter of the pauses in place, as a fraction of their length. It spreads the retries of messages that failed
+    /// at the same time.
     pub jitter: f64,
-    /// The delay queues, shortest first: their number is the number of further attempts.
+    /// The delays of the delay queues, shortest first. Their number is the number of further attempts.
     pub delays: Vec<Duration>,
 }
 
-/// How far pauses stray from their length, as a part of it.
+/// The default jitter, as a fraction of the pause.
 pub const JITTER: f64 = 0.5;
 
-/// Jittered pauses that grow.
+/// Exponential backoff with jitter.
 #[derive(Debug)]
 pub struct Backoff(ExponentialBackoff<TokioClock>);
 
-/// The same clock as that of the pauses themselves: tests stop both.
+/// Tokio's clock, so that tests with paused time also control the backoff.
 #[derive(Debug, Default)]
 struct TokioClock;
 
@@ -50,36 +50,36 @@ impl Clock for TokioClock {
 }
 
 impl Backoff {
-    /// Backoff from `first` to `longest`, each ± `jitter` of it, ending after `total` when given.
+    /// Pauses from `first` to `longest`, each ± `jitter` of its length. Without `total` they never end.
     fn new(first: Duration, longest: Duration, jitter: f64, total: Option<Duration>) -> Self {
-        let mut arithmetic = ExponentialBackoffBuilder::new()
+        let mut backoff = ExponentialBackoffBuilder::new()
             .with_initial_interval(first)
             .with_max_interval(longest)
             .with_multiplier(2.0)
             .with_randomization_factor(jitter)
             .with_max_elapsed_time(total)
             .build();
-        // It begins by the system's clock.
-        arithmetic.reset();
-        Self(arithmetic)
+        // The builder takes the start time from the system clock; `reset` takes it from Tokio's.
+        backoff.reset();
+        Self(backoff)
     }
 
-    /// The pauses between tries in place.
+    /// The pauses between retries in place.
     pub fn in_place(policy: &Policy) -> Self {
         Self::new(Duration::from_millis(250), Duration::from_secs(8), policy.jitter, Some(policy.in_place))
     }
 
-    /// The pauses between connections to the broker: without end (rabbitmq.md §5.2).
+    /// The pauses between attempts to connect to RabbitMQ. They never end (rabbitmq.md §5.2).
     pub fn reconnect() -> Self {
         Self::new(Duration::from_millis(200), Duration::from_secs(30), JITTER, None)
     }
 
-    /// The pauses between probes while consumption is paused: without end.
+    /// The pauses between probes of Close while consumption is paused. They never end.
     pub fn probe() -> Self {
         Self::new(Duration::from_secs(1), Duration::from_mins(1), JITTER, None)
     }
 
-    /// The next pause; `None` when the total is used up.
+    /// The next pause. `None` when the total time is used up.
     pub fn next_delay(&mut self) -> Option<Duration> {
         self.0.next_backoff()
     }
@@ -91,32 +91,32 @@ impl Backoff {
 }
 
 impl Policy {
-    /// The delay for a message that has to wait for others until then: the longest that is not too long, as it
-    /// can wait again.
+    /// The delay queue for a message that has to wait for others: the longest delay within `wait`, else the shortest.
+    /// The message can be delayed again.
     pub fn level_for(&self, wait: Duration) -> usize {
         self.delays.iter().rposition(|delay| *delay <= wait).unwrap_or(0)
     }
 }
 
-/// What a delivery has been through.
+/// What has already been tried for a delivery.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct History {
-    /// Attempts before this one, as the header of the message tells.
+    /// Attempts before this one, from the header of the message.
     pub attempts: u32,
-    /// Whether this delivery has already been looked up again after a 404.
-    pub looked_again: bool,
+    /// Whether this delivery was already retried after a 404.
+    pub retried_after_404: bool,
 }
 
-/// The answer to a failure.
+/// What follows a failure.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// Start over, after a pause.
+    /// Run the sync again after this pause.
     Retry(Duration),
-    /// That's it for this delivery.
+    /// Settle the delivery.
     Settle(Outcome),
 }
 
-/// Decides what follows a failure. `pause` is the next pause in place, if there is one left.
+/// Decides what follows a failure. `pause` is the next pause in place; `None` when the time for them is used up.
 pub fn settle(failure: &Failure, history: History, pause: Option<Duration>, policy: &Policy) -> Verdict {
     let dead = |reason, field: Option<String>| {
         let error = failure.error.to_string();
@@ -126,19 +126,12 @@ pub fn settle(failure: &Failure, history: History, pause: Option<Duration>, poli
             None
         };
         let stage = failure.stage;
-        Verdict::Settle(Outcome::Dead(DeadLetter {
-            reason,
-            stage,
-            error,
-            field,
-            decision: None,
-            said: response,
-        }))
+        Verdict::Settle(Outcome::Dead(DeadLetter { reason, stage, error, field, decision: None, response }))
     };
     match &failure.error {
         CloseError::Unauthorized => Verdict::Settle(Outcome::Paused(PauseCause::Unauthorized)),
         CloseError::PlanLimit => Verdict::Settle(Outcome::Paused(PauseCause::PlanLimit)),
-        // Nothing a message says decides whether its records may be looked up.
+        // Permission to look up records does not depend on the message, so every message would fail.
         CloseError::Forbidden if failure.stage == Stage::LookUp => {
             Verdict::Settle(Outcome::Paused(PauseCause::Forbidden))
         }
@@ -146,10 +139,10 @@ pub fn settle(failure: &Failure, history: History, pause: Option<Duration>, poli
         CloseError::Rejected(rejection) => {
             dead(Reason::Rejected, rejection.fields.first().map(|field| field.path.join(".")))
         }
-        // Search may still list what was deleted or merged away (close-api.md §9): look once more.
-        CloseError::NotFound if history.looked_again => dead(Reason::NotFound, None),
+        // Search may still list a record that was deleted or merged (close-api.md §9), so look it up once more.
+        CloseError::NotFound if history.retried_after_404 => dead(Reason::NotFound, None),
         CloseError::NotFound => Verdict::Retry(Duration::ZERO),
-        // Nothing was sent, and the next message would fare no better.
+        // Nothing was sent, and the next message would fail too.
         CloseError::Unreachable(_) => {
             pause.map_or(Verdict::Settle(Outcome::Paused(PauseCause::Unreachable)), Verdict::Retry)
         }
@@ -176,11 +169,11 @@ mod tests {
         Policy { in_place: Duration::from_secs(30), jitter: JITTER, delays: vec![Duration::from_secs(30); 4] }
     }
 
-    fn verdict(error: CloseError, attempts: u32, looked_again: bool, pause: bool) -> String {
+    fn verdict(error: CloseError, attempts: u32, retried_after_404: bool, pause: bool) -> String {
         let failure = Failure { stage: Stage::Write, error };
         let pause = pause.then_some(Duration::from_secs(1));
-        match settle(&failure, History { attempts, looked_again }, pause, &policy()) {
-            Verdict::Retry(pause) => format!("again in {}s", pause.as_secs()),
+        match settle(&failure, History { attempts, retried_after_404 }, pause, &policy()) {
+            Verdict::Retry(pause) => format!("retry in {}s", pause.as_secs()),
             Verdict::Settle(Outcome::Dead(dead)) => format!("dead {}", dead.reason.label()),
             Verdict::Settle(Outcome::Delayed { level, .. }) => format!("delay {level}"),
             Verdict::Settle(Outcome::Paused(cause)) => format!("pause {}", cause.label()),
@@ -189,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn each_failure_gets_what_may_help() {
+    fn each_failure_leads_to_the_right_verdict() {
         let rejected =
             CloseError::Rejected(Rejection { status: 400, fields: vec![], message: None, response: None });
         let timeout = CloseError::Transient(Fault::Timeout);
@@ -198,23 +191,22 @@ mod tests {
             (CloseError::PlanLimit, 0, false, true, "pause plan_limit"),
             (CloseError::Forbidden, 0, false, true, "dead forbidden"),
             (rejected, 0, false, true, "dead rejected"),
-            (CloseError::NotFound, 0, false, false, "again in 0s"),
+            (CloseError::NotFound, 0, false, false, "retry in 0s"),
             (CloseError::NotFound, 0, true, true, "dead not_found"),
-            (CloseError::Unreachable(String::new()), 9, false, true, "again in 1s"),
+            (CloseError::Unreachable(String::new()), 9, false, true, "retry in 1s"),
             (CloseError::Unreachable(String::new()), 9, false, false, "pause unreachable"),
-            (timeout.clone(), 4, false, true, "again in 1s"),
+            (timeout.clone(), 4, false, true, "retry in 1s"),
             (timeout.clone(), 0, false, false, "delay 0"),
             (timeout.clone(), 3, false, false, "delay 3"),
             (timeout.clone(), 4, false, false, "dead exhausted"),
             (timeout, u32::MAX, false, false, "dead exhausted"),
         ];
-        for (error, attempts, looked_again, pause, expected) in cases {
-            assert_eq!(verdict(error.clone(), attempts, looked_again, pause), expected, "{error:?}");
+        for (error, attempts, retried_after_404, pause, expected) in cases {
+            assert_eq!(verdict(error.clone(), attempts, retried_after_404, pause), expected, "{error:?}");
         }
     }
 
-    /// Every failure there is.
-    fn some_error() -> impl Strategy<Value = CloseError> {
+    fn any_error() -> impl Strategy<Value = CloseError> {
         let fault = prop_oneof![
             (500u16..600).prop_map(Fault::Status),
             Just(Fault::Timeout),
@@ -238,27 +230,27 @@ mod tests {
     }
 
     proptest! {
-        /// However a message fails, and keeps failing, it comes to an end: a dead letter after at most
-        /// one attempt more than there are delays, or a pause, which charges nothing.
+        /// A message that keeps failing is eventually dead-lettered, after at most one attempt more than there are
+        /// delays. A pause does not count as an attempt.
         #[test]
-        fn every_sequence_of_failures_ends(errors in proptest::collection::vec(some_error(), 200), delays in 0usize..6) {
+        fn every_sequence_of_failures_ends(errors in proptest::collection::vec(any_error(), 200), delays in 0usize..6) {
             let policy = Policy { in_place: Duration::ZERO, jitter: JITTER, delays: vec![Duration::from_secs(1); delays] };
             let mut history = History::default();
             let mut ended = false;
             for error in errors {
-                let looked_again = error == CloseError::NotFound;
+                let not_found = error == CloseError::NotFound;
                 match settle(&Failure { stage: Stage::Write, error }, history, None, &policy) {
-                    Verdict::Retry(_) => history.looked_again |= looked_again,
+                    Verdict::Retry(_) => history.retried_after_404 |= not_found,
                     Verdict::Settle(Outcome::Delayed { level, cause }) => {
                         prop_assert!(cause.uses_attempt() && level < delays);
-                        history = History { attempts: history.attempts + 1, looked_again: false };
+                        history = History { attempts: history.attempts + 1, retried_after_404: false };
                     }
-                    Verdict::Settle(Outcome::Paused(_)) => history.looked_again = false,
+                    Verdict::Settle(Outcome::Paused(_)) => history.retried_after_404 = false,
                     Verdict::Settle(Outcome::Dead(_)) => {
                         ended = true;
                         break;
                     }
-                    Verdict::Settle(outcome) => prop_assert!(false, "a failure is no {outcome:?}"),
+                    Verdict::Settle(outcome) => prop_assert!(false, "a failure must not lead to {outcome:?}"),
                 }
             }
             prop_assert!(ended);
@@ -266,7 +258,7 @@ mod tests {
         }
 
         #[test]
-        fn pauses_grow_within_their_window(first in 1u64..1000, longest in 1000u64..60_000) {
+        fn pauses_stay_within_their_bounds(first in 1u64..1000, longest in 1000u64..60_000) {
             let (first, longest) = (Duration::from_millis(first), Duration::from_millis(longest));
             let mut pauses = Backoff::new(first, longest, JITTER, None);
             for _ in 0..40 {

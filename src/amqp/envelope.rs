@@ -493,7 +493,7 @@ mod tests {
             error: "no".into(),
             field: Some("phones".into()),
             decision: Some("nobody_known; calls: 3".into()),
-            said: None,
+            response: None,
         };
         let properties = envelope.for_dead_letter(&dead, Uuid::now_v7(), now);
         assert_eq!(text(&properties, REASON).as_deref(), Some("rejected"));

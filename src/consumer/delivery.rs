@@ -84,5 +84,5 @@ impl ReceivedMessage {
 /// The dead letter of a message whose work panicked.
 pub(crate) fn panicked(stage: Stage) -> DeadLetter {
     let error = format!("close-sync {VERSION} panicked at {}", panic_hook::last_location());
-    DeadLetter { reason: Reason::Internal, stage, error, field: None, decision: None, said: None }
+    DeadLetter { reason: Reason::Internal, stage, error, field: None, decision: None, response: None }
 }

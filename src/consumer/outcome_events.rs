@@ -95,7 +95,7 @@ impl OutcomeEvent<'_> {
                 id: self.dead_letter?,
                 fingerprint: dead.fingerprint(),
                 error: dead.error.clone(),
-                close_said: dead.said.clone(),
+                close_said: dead.response.clone(),
             }),
             Outcome::Synced(_) | Outcome::Skipped(_) | Outcome::Delayed { .. } | Outcome::Paused(_) => None,
         }

@@ -67,7 +67,7 @@ pub(crate) async fn settle(
     // An ack on a connection that no longer answers may never return.
     match context.stop.run_until_cancelled(message.receipt.ack()).await {
         Some(Ok(true)) => {
-            Settlement::Settled { by_close: result.outcome.proves_close(), completion, dead_letter }
+            Settlement::Settled { by_close: result.outcome.proves_close_works(), completion, dead_letter }
         }
         // The channel of the delivery is gone. The broker delivers the message again.
         Some(Ok(false)) => {
@@ -159,7 +159,7 @@ async fn reject(context: &Context, message: &ReceivedMessage, outcome: &Outcome)
     match context.stop.run_until_cancelled(message.receipt.reject()).await {
         Some(Ok(true)) => {
             let dead_letter = Some(id_from_content(message.envelope.own_id(), &message.body));
-            let by_close = outcome.proves_close();
+            let by_close = outcome.proves_close_works();
             Settlement::Settled { by_close, completion: Completion::Done, dead_letter }
         }
         Some(Ok(false)) | None => Settlement::HandedBack,

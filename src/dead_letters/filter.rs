@@ -178,6 +178,5 @@ impl Group {
 
 /// The reason a fingerprint begins with.
 fn reason_of(fingerprint: &str) -> Option<Reason> {
-    let label = fingerprint.split(':').next()?;
-    Reason::ALL.into_iter().find(|reason| reason.label() == label)
+    fingerprint.split(':').next()?.parse().ok()
 }

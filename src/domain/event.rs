@@ -11,6 +11,7 @@
 //! refused.
 
 use serde_json::{Map, Value};
+use strum::{IntoStaticStr, VariantArray};
 
 use crate::domain::value;
 
@@ -75,12 +76,19 @@ impl Malformed {
 }
 
 /// Why an event is not for Close. Skipping is an outcome, not a failure.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum NotForClose {
     /// The trigger does not hold: by default, `type` is not `identify`.
     Trigger,
     /// `integrations` excludes Close.
     Integrations,
+}
+
+impl NotForClose {
+    pub fn label(self) -> &'static str {
+        self.into()
+    }
 }
 
 impl Event {

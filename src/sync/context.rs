@@ -138,7 +138,7 @@ impl Context {
                     || rejection.fields.iter().any(|field| is_key_field(&field.path))
             }
             // Check before the message is dead-lettered.
-            CloseError::NotFound => history.looked_again,
+            CloseError::NotFound => history.retried_after_404,
             CloseError::Transient(_) => is_last_attempt,
             CloseError::Unauthorized | CloseError::PlanLimit | CloseError::Unreachable(_) => false,
         };

@@ -147,7 +147,7 @@ impl Worker {
                 error: no_identity.to_string(),
                 field: None,
                 decision: None,
-                said: None,
+                response: None,
             })),
         }
     }
@@ -241,6 +241,6 @@ fn undecodable(malformed: &Malformed) -> DeadLetter {
         error: malformed.to_string(),
         field: Some(malformed.label().to_owned()),
         decision: None,
-        said: None,
+        response: None,
     }
 }

@@ -6,9 +6,11 @@ mod list;
 mod replay;
 mod show;
 
+use clap::builder::PossibleValuesParser;
 use indicatif::{ProgressBar, ProgressStyle};
 use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp};
+use strum::VariantArray as _;
 
 use crate::cli::{Failure, INPUT, UNFIT};
 use crate::config::{Config, Destination, Problems};
@@ -50,11 +52,15 @@ pub(super) enum Command {
     Import(export::Import),
 }
 
+fn reasons() -> PossibleValuesParser {
+    Reason::VARIANTS.iter().map(|reason| reason.label()).into()
+}
+
 /// Which dead letters: those that all of it holds for.
 #[derive(clap::Args)]
 pub(super) struct Meant {
     /// Only this reason; may be given several times.
-    #[arg(long, value_name = "REASON", value_parser = Reason::ALL.map(Reason::label))]
+    #[arg(long, value_name = "REASON", value_parser = reasons())]
     reason: Vec<String>,
     /// Only those that failed like this: `rejected:write:phones`, or its first parts, `rejected:write`; `broker` for what
     /// RabbitMQ gave up on. May be given several times.
@@ -130,8 +136,9 @@ impl Meant {
             email: email.clone(),
         });
         let filter = Filter {
-            reasons: Reason::ALL
-                .into_iter()
+            reasons: Reason::VARIANTS
+                .iter()
+                .copied()
                 .filter(|known| self.reason.iter().any(|is| is == known.label()))
                 .collect(),
             fingerprints: fingerprint.clone(),

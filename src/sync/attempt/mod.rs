@@ -67,7 +67,7 @@ impl Attempts<'_> {
         let context = self.context;
         let policy = &context.settings.retry;
         let mut backoff = Backoff::in_place(policy);
-        let mut history = History { attempts: self.run.attempts, looked_again: false };
+        let mut history = History { attempts: self.run.attempts, retried_after_404: false };
         let mut failed_before = false;
         loop {
             let failure = match self.run_once().await {
@@ -96,14 +96,14 @@ impl Attempts<'_> {
             }
             match retry::settle(&failure, history, delay, policy) {
                 Verdict::Settle(outcome) => {
-                    if self.writes() && outcome.proves_close() {
+                    if self.writes() && outcome.proves_close_works() {
                         context.record_success();
                     }
                     return outcome;
                 }
                 Verdict::Retry(delay) => {
                     tracing::debug!(stage = failure.stage.label(), error = %failure.error, pause = ?delay, "attempt failed, retrying in place");
-                    history.looked_again |= failure.error == CloseError::NotFound;
+                    history.retried_after_404 |= failure.error == CloseError::NotFound;
                     tokio::time::sleep(delay).await;
                     if self.writes() {
                         context.metrics.retried(failure.stage);

@@ -28,7 +28,7 @@ const AGE_BUCKETS: [f64; 10] = [0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0,
 
 /// The outcomes of an acked delivery.
 fn acked() -> impl Iterator<Item = &'static str> {
-    Effect::ALL.map(Effect::label).into_iter().chain(NO_EFFECT)
+    Effect::VARIANTS.iter().map(|effect| effect.label()).chain(NO_EFFECT)
 }
 
 /// The outcomes of a delivery.
@@ -37,13 +37,13 @@ pub(crate) fn outcomes() -> impl Iterator<Item = &'static str> {
 }
 
 /// The reasons to dead-letter a message.
-pub(crate) fn reasons() -> [&'static str; Reason::ALL.len()] {
-    Reason::ALL.map(Reason::label)
+pub(crate) fn reasons() -> impl Iterator<Item = &'static str> {
+    Reason::VARIANTS.iter().map(|reason| reason.label())
 }
 
 /// The causes of a pause.
-pub(crate) fn pause_causes() -> [&'static str; PauseCause::ALL.len()] {
-    PauseCause::ALL.map(PauseCause::label)
+pub(crate) fn pause_causes() -> Vec<&'static str> {
+    PauseCause::VARIANTS.iter().map(|cause| cause.label()).collect()
 }
 
 fn endpoint() -> Label {

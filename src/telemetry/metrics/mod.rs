@@ -408,13 +408,13 @@ mod tests {
         let metrics = Metrics::new(None).unwrap();
         let series = |page: String| page.lines().filter(|line| !line.starts_with('#')).count();
         let before = series(render([&metrics]));
-        for effect in Effect::ALL {
+        for &effect in Effect::VARIANTS {
             metrics.settled(&Outcome::Synced(effect), Duration::ZERO);
         }
         for skip in Skip::all() {
             metrics.settled(&Outcome::Skipped(skip), Duration::ZERO);
         }
-        for cause in PauseCause::ALL {
+        for &cause in PauseCause::VARIANTS {
             metrics.settled(&Outcome::Paused(cause), Duration::ZERO);
             metrics.paused(Some(cause));
         }
