@@ -76,8 +76,12 @@ pub async fn edit(
         let changed = edits.len();
         for (held, body) in edits {
             let letter = &held.letter;
-            let properties =
-                envelope::for_edited(&letter.restored(), &letter.body, letter.content(), Timestamp::now());
+            let properties = envelope::for_edited(
+                &letter.restored_properties(),
+                &letter.body,
+                letter.content_id(),
+                Timestamp::now(),
+            );
             publisher.publish(&settings.dead_letter_queue(), "", &body, properties).await?;
             held.delete().await?;
         }
@@ -146,6 +150,6 @@ impl Replaced {
     /// Whether a copy replaces this dead letter.
     pub(crate) fn has(&self, letter: &DeadLetter) -> bool {
         let contents = self.0.get(&letter.id).filter(|_| letter.has_own_id());
-        contents.is_some_and(|contents| contents.contains(&letter.content()))
+        contents.is_some_and(|contents| contents.contains(&letter.content_id()))
     }
 }

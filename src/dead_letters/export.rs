@@ -1,9 +1,9 @@
-//! Dead letters in a file: one JSON object per line, with everything that is needed to put them back as they were.
+//! The format of exported dead letters: one JSON object per line, with everything that is needed to restore the message.
 //!
-//! A header that is text is a JSON string, a 64-bit number, a truth value or nothing is what it is in JSON, and any other type
-//! of AMQP is an object that names it, `{"ShortInt": 5}`. A body that is UTF-8 is text, byte for byte; any other is
-//! in base64. What tells of the dead letter besides stands in front, for whoever reads or filters the file, and does not
-//! count when it is read back. What the broker notes down for itself is left out.
+//! A header that is text, a 64-bit number, a boolean or void is written as plain JSON. Any other AMQP type is written as an
+//! object with its name: `{"ShortInt": 5}`. A body in UTF-8 is written as text, byte for byte, and any other body in
+//! base64. The fields at the start (reason, error and so on) are for people and filters, and an import ignores them. Headers
+//! that RabbitMQ adds are left out.
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
@@ -15,7 +15,6 @@ use serde_json::{Map, Value};
 use crate::amqp::envelope;
 use crate::dead_letters::letter::DeadLetter;
 
-/// A line of the file.
 #[derive(Serialize, Deserialize)]
 struct Line {
     #[serde(flatten, skip_deserializing)]
@@ -29,7 +28,7 @@ struct Line {
 }
 
 impl DeadLetter {
-    /// As a line of a file, without its end.
+    /// A line of the file, without the line break.
     pub fn to_line(&self) -> String {
         let about = match serde_json::to_value(self) {
             Ok(Value::Object(about)) => about.into_iter().filter(|(_, value)| !value.is_null()).collect(),
@@ -39,37 +38,36 @@ impl DeadLetter {
             Ok(text) => (Some(text.to_owned()), None),
             Err(_) => (None, Some(BASE64_STANDARD.encode(&self.body))),
         };
-        let (properties, headers) = self.carried();
+        let (properties, headers) = self.properties_and_headers();
         serde_json::to_string(&Line { about, properties, headers, body, body_base64 }).unwrap_or_default()
     }
 
-    /// Reads a line of a file.
+    /// Parses a line of the file.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// What is wrong with the line.
     pub fn from_line(line: &str) -> Result<Self, String> {
-        let line: Line =
-            serde_json::from_str(line).map_err(|error| format!("it is no dead letter: {error}"))?;
+        let line: Line = serde_json::from_str(line).map_err(|error| format!("not a dead letter: {error}"))?;
         let body = match (line.body, line.body_base64) {
             (Some(text), None) => text.into_bytes(),
-            (None, Some(encoded)) => {
-                BASE64_STANDARD.decode(encoded).map_err(|error| format!("`body_base64` is none: {error}"))?
-            }
-            _ => return Err("one of `body` and `body_base64` is needed".to_owned()),
+            (None, Some(encoded)) => BASE64_STANDARD
+                .decode(encoded)
+                .map_err(|error| format!("`body_base64` is not valid base64: {error}"))?,
+            _ => return Err("either `body` or `body_base64` is required".to_owned()),
         };
         let properties: BasicProperties = serde_json::from_value(Value::Object(line.properties))
-            .map_err(|error| format!("`properties` cannot be read: {error}"))?;
+            .map_err(|error| format!("`properties` are not valid: {error}"))?;
         let mut table = FieldTable::default();
         for (name, value) in line.headers {
-            let value = to_amqp(value).map_err(|error| format!("header `{name}` cannot be read: {error}"))?;
+            let value = to_amqp(value).map_err(|error| format!("header `{name}` is not valid: {error}"))?;
             table.insert(name.into(), value);
         }
-        Ok(Self::of(properties.with_headers(table), body))
+        Ok(Self::from_parts(properties.with_headers(table), body))
     }
 
-    /// Its properties that are set, and its headers, as they would be restored.
-    pub fn carried(&self) -> (Map<String, Value>, Map<String, Value>) {
-        let restored = self.restored();
+    /// The properties that are set, and the headers, as a restored copy has them.
+    pub fn properties_and_headers(&self) -> (Map<String, Value>, Map<String, Value>) {
+        let restored = self.restored_properties();
         let headers = restored.headers().iter().flat_map(FieldTable::inner);
         let headers = headers.map(|(name, value)| (name.to_string(), to_json(value))).collect();
         let properties = match serde_json::to_value(&restored) {
@@ -81,13 +79,16 @@ impl DeadLetter {
         (properties, headers)
     }
 
-    /// The properties to put it back with.
-    pub(crate) fn restored(&self) -> BasicProperties {
+    /// The properties of a restored copy.
+    pub(crate) fn restored_properties(&self) -> BasicProperties {
         envelope::for_restoring(&self.properties, &self.id, &self.fingerprint)
     }
 }
 
-#[expect(clippy::wildcard_enum_match_arm, reason = "every other type of AMQP names itself")]
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "every other AMQP type is written as an object with its name"
+)]
 fn to_json(value: &AMQPValue) -> Value {
     match value {
         AMQPValue::LongString(text) => match std::str::from_utf8(text.as_bytes()) {
@@ -162,7 +163,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_line_holds_everything(
+        fn an_exported_line_restores_the_whole_message(
             headers in table(value()),
             id in option::of("[a-z]{1,5}"),
             priority in option::of(any::<u8>()),
@@ -173,12 +174,12 @@ mod tests {
             if let Some(id) = id { properties = properties.with_message_id(id.into()); }
             if let Some(priority) = priority { properties = properties.with_priority(priority); }
             if let Some(timestamp) = timestamp { properties = properties.with_timestamp(timestamp); }
-            let letter = DeadLetter::of(properties, body);
+            let letter = DeadLetter::from_parts(properties, body);
             let line = letter.to_line();
             prop_assert!(!line.contains('\n'));
             let read = DeadLetter::from_line(&line).unwrap();
             prop_assert_eq!(&read.body, &letter.body);
-            prop_assert_eq!(read.restored(), letter.restored());
+            prop_assert_eq!(read.restored_properties(), letter.restored_properties());
             prop_assert_eq!(read.to_line(), line);
         }
     }

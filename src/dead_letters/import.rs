@@ -38,7 +38,7 @@ pub async fn import(
     let publisher = Publisher::new(&publishing).await?;
     let mut wanted: HashMap<&str, HashSet<Uuid>> = HashMap::new();
     for letter in letters {
-        wanted.entry(&letter.id).or_default().insert(letter.content_alone());
+        wanted.entry(&letter.id).or_default().insert(letter.content_id_without_replaces());
     }
     let (mut present, mut outdated) = (HashSet::new(), HashMap::<String, Vec<Uuid>>::new());
     // One scan for all: meanwhile other operators can neither take nor return a dead letter.
@@ -46,12 +46,12 @@ pub async fn import(
         .take(
             |letter| {
                 let Some(contents) = wanted.get(letter.id.as_str()) else { return Disposition::Return };
-                let content = letter.content_alone();
+                let content = letter.content_id_without_replaces();
                 if contents.contains(&content) {
                     present.insert((letter.id.clone(), content));
                     return Disposition::Return;
                 }
-                outdated.entry(letter.id.clone()).or_default().push(letter.content());
+                outdated.entry(letter.id.clone()).or_default().push(letter.content_id());
                 Disposition::Keep
             },
             observer,
@@ -85,16 +85,16 @@ async fn publish(
     let mut imported = Imported::default();
     let mut unconfirmed: VecDeque<Sent> = VecDeque::with_capacity(WINDOW);
     for letter in letters {
-        if !present.insert((letter.id.clone(), letter.content_alone())) {
+        if !present.insert((letter.id.clone(), letter.content_id_without_replaces())) {
             imported.present += 1;
             continue;
         }
         let properties = if let Some(contents) = outdated.get(&letter.id) {
             imported.replaced += 1;
-            envelope::for_replacing(&letter.restored(), contents.iter().copied())
+            envelope::for_replacing(&letter.restored_properties(), contents.iter().copied())
         } else {
             imported.added += 1;
-            letter.restored()
+            letter.restored_properties()
         };
         unconfirmed
             .push_back(publisher.send(&settings.dead_letter_queue(), "", &letter.body, properties).await?);

@@ -1,4 +1,4 @@
-//! One dead letter, as its headers tell it.
+//! One dead letter, read from the headers of its message.
 
 use jiff::Timestamp;
 use lapin::BasicProperties;
@@ -9,60 +9,54 @@ use uuid::Uuid;
 use crate::amqp::envelope;
 use crate::sync::ReceivedAt;
 
-/// One message of the dead-letter queue.
+/// A message of the dead-letter queue.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct DeadLetter {
-    /// Its id, to name it by.
     pub id: String,
-    /// Why, from the closed list; absent when the broker put it here by itself.
+    /// [`crate::outcome::Reason::label`]. Absent if RabbitMQ dead-lettered the message.
     pub reason: Option<String>,
-    /// Where it failed.
+    /// [`crate::outcome::Stage::label`].
     pub stage: Option<String>,
-    /// What happened.
     pub error: Option<String>,
-    /// Attempts made.
     pub attempts: Option<i64>,
-    /// Times it was replayed before.
     pub replays: i64,
     /// When close-sync first received it.
     pub first_seen: Option<Timestamp>,
     /// When it was dead-lettered.
     pub failed_at: Option<Timestamp>,
-    /// When it was edited.
     pub edited_at: Option<Timestamp>,
     /// The exchange the producer published to.
     pub exchange: Option<String>,
     /// The producer's routing key.
     pub routing_key: Option<String>,
-    /// Equal for messages that failed alike.
+    /// `reason:stage:field`. Equal for messages that failed with the same error.
     pub fingerprint: String,
-    /// How far it came: what was found, which rule decided, what was to be written.
+    /// What was found, which rule decided, and what was to be written.
     pub decision: Option<String>,
     /// The producer's id of the message.
     pub message_id: Option<String>,
-    /// The body, untouched. Personal data: only `show` prints it.
+    /// Personal data: only `show` prints it.
     #[serde(skip)]
     pub body: Vec<u8>,
-    /// What it carries besides.
     #[serde(skip)]
     pub(crate) properties: BasicProperties,
 }
 
-/// Fingerprints of what the broker put here by itself begin with it; its reason follows.
-pub const BY_THE_BROKER: &str = "broker";
+/// The first part of the fingerprint if RabbitMQ dead-lettered the message. RabbitMQ's reason follows.
+pub const BROKER_FINGERPRINT: &str = "broker";
 
 impl DeadLetter {
-    pub(crate) fn read(delivery: &Delivery) -> Self {
-        Self::of(delivery.properties.clone(), delivery.data.clone())
+    pub(crate) fn from_delivery(delivery: &Delivery) -> Self {
+        Self::from_parts(delivery.properties.clone(), delivery.data.clone())
     }
 
-    pub(crate) fn of(properties: BasicProperties, body: Vec<u8>) -> Self {
+    pub(crate) fn from_parts(properties: BasicProperties, body: Vec<u8>) -> Self {
         let text = |name| envelope::text(&properties, name);
         let time = |name| text(name)?.parse().ok();
         let message_id = properties.message_id().as_ref().map(ToString::to_string);
-        let by_the_broker = || {
+        let broker_fingerprint = || {
             let reason = text("x-first-death-reason");
-            format!("{BY_THE_BROKER}:{}:-", reason.as_deref().unwrap_or("-"))
+            format!("{BROKER_FINGERPRINT}:{}:-", reason.as_deref().unwrap_or("-"))
         };
         Self {
             id: text(envelope::ID)
@@ -77,7 +71,7 @@ impl DeadLetter {
             edited_at: time(envelope::EDITED_AT),
             exchange: text(envelope::EXCHANGE),
             routing_key: text(envelope::ROUTING_KEY),
-            fingerprint: text(envelope::FINGERPRINT).unwrap_or_else(by_the_broker),
+            fingerprint: text(envelope::FINGERPRINT).unwrap_or_else(broker_fingerprint),
             decision: text(envelope::DECISION),
             message_id,
             body,
@@ -85,53 +79,53 @@ impl DeadLetter {
         }
     }
 
-    /// Without its body: what a list needs.
+    /// A copy without the body and the properties, for lists.
     #[must_use]
     pub fn without_body(&self) -> Self {
         Self { body: Vec::new(), properties: BasicProperties::default(), ..self.clone() }
     }
 
-    /// Equal for dead letters that would be restored alike.
-    pub fn content(&self) -> Uuid {
+    /// A hash of everything that a restored copy contains.
+    pub fn content_id(&self) -> Uuid {
         Uuid::new_v5(&Uuid::NAMESPACE_OID, self.to_line().as_bytes())
     }
 
-    /// The same, whatever they took the place of.
-    pub(crate) fn content_alone(&self) -> Uuid {
+    /// Like [`Self::content_id`], but ignores which dead letters this one replaces.
+    pub(crate) fn content_id_without_replaces(&self) -> Uuid {
         let properties = envelope::without_replaces(&self.properties);
-        Self { properties, ..self.clone() }.content()
+        Self { properties, ..self.clone() }.content_id()
     }
 
-    /// Whether it was given its id, which then no other has.
+    /// Whether close-sync gave it an id. Only such an id is unique.
     pub(crate) fn has_own_id(&self) -> bool {
         envelope::text(&self.properties, envelope::ID).is_some()
     }
 
-    /// The contents of those whose place it took.
+    /// The content ids of the dead letters that this one replaces.
     pub(crate) fn replaces(&self) -> Vec<Uuid> {
         envelope::replaces(&self.properties)
     }
 
-    /// The body as its producer sent it, if it was edited since.
+    /// The body that the producer sent, if it was edited.
     pub fn original(&self) -> Option<Vec<u8>> {
         envelope::bytes(&self.properties, envelope::ORIGINAL)
     }
 
-    /// When the message came, for want of a better time of its event.
-    pub fn arrival(&self) -> ReceivedAt {
+    /// The time of the event, for events that do not contain one.
+    pub fn received_at(&self) -> ReceivedAt {
         ReceivedAt {
             published: envelope::sent(&self.properties),
             received: self.first_seen.unwrap_or_else(Timestamp::now),
         }
     }
 
-    /// The replay it came from last, if it failed again.
-    pub(crate) fn replay(&self) -> Option<Uuid> {
+    /// The last replay of the message, if it failed again.
+    pub(crate) fn replay_id(&self) -> Option<Uuid> {
         envelope::text(&self.properties, envelope::REPLAY)?.parse().ok()
     }
 
-    /// What it weighs in memory, in bytes and roughly.
-    pub(crate) fn size(&self) -> usize {
+    /// An estimate of its size in memory, in bytes.
+    pub(crate) fn memory_size(&self) -> usize {
         self.body.len() + 2048
     }
 }

@@ -1,18 +1,24 @@
-//! The operator's side of the dead-letter queue.
+//! The dead-letter queue, as operators use it: list, filter, replay, edit, export and import.
 //!
-//! In reading order: [`letter`] is one dead letter; [`filter`] which ones are meant, and what they have in common;
-//! [`scan`] takes them off the queue, has each decided on, and gives back what is to stay; [`replay`] sends them
-//! through the work queue again, first one and then the rest, and hears what becomes of them ([`progress`]);
-//! [`export`] is how they look in a file; [`edit`] puts edited and restored ones back.
+//! | file | content |
+//! | --- | --- |
+//! | [`letter`] | one dead letter |
+//! | [`filter`] | selects dead letters |
+//! | [`group`] | groups dead letters that failed with the same error |
+//! | [`scan`] | takes dead letters off the queue, decides on each, and returns the others |
+//! | [`replay`], [`progress`] | sends dead letters through the work queue again, the first one alone |
+//! | [`export`] | the format of a dead letter in a file |
+//! | [`edit`], [`import`] | put edited and exported dead letters into the queue |
 //!
-//! **Nothing is lost.** A dead letter is acked only after its successor is confirmed, be it a replay or an edited
-//! copy: whoever is killed in between leaves both, never neither. A replay too many changes nothing in Close. A copy
-//! names in a header exactly what it takes the place of, by its whole content, so that the next replay, edit or
-//! discard finishes what was killed ([`edit`]); an id alone proves nothing, as files and producers may repeat it.
+//! **Nothing is lost.** A dead letter is acked only after RabbitMQ confirmed its successor: a replayed message or an edited
+//! copy. If the process is killed in between, both exist. An extra replay changes nothing in Close. An edited copy names
+//! in a header what it replaces, by a hash of the whole content, so that the next replay, edit or discard deletes the
+//! replaced one ([`edit`]). An id alone is not enough: files and producers may repeat it.
 
 pub mod edit;
 pub mod export;
 pub mod filter;
+pub mod group;
 pub mod import;
 pub mod letter;
 pub mod progress;

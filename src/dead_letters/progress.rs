@@ -1,4 +1,4 @@
-//! How far a replay has come, and how it ended: for terminals and the page alike.
+//! The progress and the result of a replay, for terminals and the operator's page.
 
 use std::collections::BTreeMap;
 
@@ -7,120 +7,115 @@ use crate::consumer::outcome_events::DeadLetterSummary;
 use crate::outcome::DEAD;
 use crate::text::count;
 
-/// How far a replay has come.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Progress {
-    /// What it is doing.
     pub stage: Stage,
-    /// Dead letters that are meant.
+    /// Dead letters to replay.
     pub matched: usize,
-    /// Those sent.
     pub sent: usize,
-    /// Those under way, of which there will be news.
+    /// Sent messages whose outcome will arrive.
     pub in_flight: usize,
-    /// Those without an end of which it may have been told while there was no connection.
+    /// Sent messages whose outcome may have been reported while there was no connection.
     pub missed: usize,
-    /// Those with an end, by what became of them.
+    /// Finished messages by outcome.
     pub outcomes: BTreeMap<String, usize>,
-    /// Times one failed for now and waits in a delay queue.
+    /// How often a message failed for now and went to a delay queue.
     pub delayed: usize,
-    /// The last of those that failed again.
+    /// The last message that failed again.
     pub last_failure: Option<DeadLetterSummary>,
-    /// Fingerprints of those that failed again, and how many they were.
+    /// Messages that failed again, by fingerprint.
     pub failures: BTreeMap<String, usize>,
-    /// The work queue, as it was found while nothing was heard, if the broker tells us.
+    /// The work queue, when no outcome had arrived for a while. `None` if the user may not look at it.
     pub work: Option<Depth>,
 }
 
-/// What a replay is doing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Stage {
-    /// Looking for the dead letters that are meant.
+    /// Looking for the dead letters to replay.
     #[default]
     Scanning,
-    /// Somebody else is at it.
+    /// Another operator holds the dead letters.
     Waiting,
-    /// One was sent; the rest waits for it.
+    /// One message was sent. The others wait for its outcome.
     Canary,
-    /// Sending.
     Sending,
-    /// All that was to be sent is; the last are under way.
+    /// Everything was sent. The last outcomes are awaited.
     Finishing,
-    /// The broker is gone, for now.
     Reconnecting,
-    /// It has ended.
     Finished(End),
 }
 
-/// How a replay ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum End {
-    /// Everything meant was sent.
+    /// Everything was sent.
     Done,
-    /// One failed again before any was known to get through, the first one as a rule: no more were sent.
+    /// A message failed again before any other succeeded, usually the first one. No more were sent.
     CanaryFailed,
-    /// One failed in a way that is known already.
+    /// A message failed with an error that was seen before. No more were sent.
     SameFailure,
-    /// No news for too long.
+    /// No outcome arrived in time.
     TimedOut,
-    /// It was asked to.
+    /// The operator stopped it.
     Stopped,
 }
 
 impl Progress {
-    /// What it is doing, for people.
+    /// One line about the stage, for operators.
     pub fn describe(&self) -> String {
-        match &self.stage {
+        let line = match &self.stage {
             Stage::Canary => match self.work {
-                Some(Depth { consumers: 0, .. }) => "the first waits: no worker consumes just now".to_owned(),
+                Some(Depth { consumers: 0, .. }) => "the first message waits: no worker is consuming",
                 Some(Depth { ready: ahead @ 1.., .. }) => {
-                    format!("the first is under way, {} before it", count(ahead, "message", "messages"))
+                    let ahead = count(ahead, "message is", "messages are");
+                    return format!("the first message was sent, {ahead} ahead of it");
                 }
-                Some(_) | None => "the first is under way".to_owned(),
+                Some(_) | None => "the first message was sent",
             },
-            Stage::Scanning => "looking for them".to_owned(),
-            Stage::Waiting => "waiting for another operator".to_owned(),
-            Stage::Sending => "replaying".to_owned(),
-            Stage::Finishing => "waiting for the last".to_owned(),
-            Stage::Reconnecting => "reconnecting to RabbitMQ".to_owned(),
-            Stage::Finished(End::Done) if self.matched == 0 => "there was nothing to replay".to_owned(),
-            Stage::Finished(End::Done) if self.failed_again() == 0 => "done: none failed again".to_owned(),
-            Stage::Finished(End::Done) => "done, and some failed again".to_owned(),
-            Stage::Finished(End::CanaryFailed) if self.matched == 1 => "it failed again".to_owned(),
+            Stage::Scanning => "scanning the dead letters",
+            Stage::Waiting => "waiting for another operator",
+            Stage::Sending => "replaying",
+            Stage::Finishing => "waiting for the last outcomes",
+            Stage::Reconnecting => "reconnecting to RabbitMQ",
+            Stage::Finished(End::Done) if self.matched == 0 => "nothing to replay",
+            Stage::Finished(End::Done) if self.failed_again() == 0 => "done: none failed again",
+            Stage::Finished(End::Done) => "done, but some failed again",
+            Stage::Finished(End::CanaryFailed) if self.matched == 1 => "the message failed again",
             Stage::Finished(End::CanaryFailed) if self.sent == 1 => {
-                "the first one failed again, so nothing else was sent".to_owned()
+                "the first message failed again, so no others were sent"
             }
             Stage::Finished(End::CanaryFailed) => {
-                "one failed again before it was heard of any that did not, so no more were sent".to_owned()
+                "a message failed again before any other succeeded, so no more were sent"
             }
             Stage::Finished(End::SameFailure) => {
-                "stopped, as what went wrong before goes wrong again".to_owned()
+                "stopped, because a message failed with the same error as one before"
             }
-            Stage::Finished(End::TimedOut) if self.only_missed() => format!(
-                "all were sent, but what became of {} may have been told while the connection was lost; none of them had \
-                 failed again when it was back",
-                count(self.missed as u64, "message", "messages")
-            ),
+            Stage::Finished(End::TimedOut) if self.only_missed() => {
+                let missed = count(self.missed as u64, "message", "messages");
+                return format!(
+                    "all messages were sent, but the connection was lost meanwhile and the outcome of {missed} may have been \
+                     missed; none of them had failed again after the reconnect"
+                );
+            }
             Stage::Finished(End::TimedOut) => {
-                "no worker told what became of them: they were sent, and are worked on when their turn comes"
-                    .to_owned()
+                "no worker reported an outcome in time; the sent messages stay in the work queue until a worker processes \
+                 them"
             }
-            Stage::Finished(End::Stopped) => "stopped; replaying the same again goes on".to_owned(),
-        }
+            Stage::Finished(End::Stopped) => "stopped; run the same replay again to continue",
+        };
+        line.to_owned()
     }
 
-    /// Those that failed again.
     pub fn failed_again(&self) -> usize {
         self.outcomes.get(DEAD).copied().unwrap_or(0)
     }
 
-    /// Whether all were sent, and news are lacking of those only whose news may have been missed.
+    /// Whether everything was sent, and only outcomes that may have been missed are open.
     pub fn only_missed(&self) -> bool {
         self.missed > 0 && self.in_flight == 0 && self.sent >= self.matched
     }
 
-    /// Those with an end.
-    pub fn ended(&self) -> usize {
+    /// Messages with a final outcome.
+    pub fn finished(&self) -> usize {
         self.outcomes.values().sum()
     }
 }

@@ -224,7 +224,7 @@ impl<'a> DeadLetterQueue<'a> {
             {
                 let delivery = delivery.ok_or(BrokerError::Cancelled)??;
                 taken += 1;
-                let letter = DeadLetter::read(&delivery);
+                let letter = DeadLetter::from_delivery(&delivery);
                 let tag = delivery.delivery_tag;
                 match decide(&letter) {
                     Disposition::Return => batch.to_return.push(tag),

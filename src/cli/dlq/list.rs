@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::cli::dlq::{Disposition, Failure, Meant};
 use crate::config::Destination;
-use crate::dead_letters::filter::{Group, Groups};
+use crate::dead_letters::group::{Group, Groups};
 use crate::dead_letters::letter::DeadLetter;
 
 #[derive(clap::Args)]

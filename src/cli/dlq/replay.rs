@@ -134,13 +134,13 @@ async fn show(mut progress: watch::Receiver<Progress>) {
             told = Instant::now();
             anstream::eprintln!(
                 "{} of {} have an end, {} under way",
-                now.ended(),
+                now.finished(),
                 now.matched,
                 now.in_flight
             );
         }
         bar.set_length(now.matched as u64);
-        bar.set_position(now.ended() as u64);
+        bar.set_position(now.finished() as u64);
         bar.set_message(now.describe());
         let is_idle = now.stage == Stage::Canary && now.work.is_some_and(|work| work.consumers == 0);
         if before != Some((now.stage.clone(), is_idle)) {

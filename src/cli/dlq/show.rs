@@ -6,7 +6,7 @@ use crate::cli::dlq::list::printable;
 use crate::cli::dlq::{Failure, open};
 use crate::cli::{plan, single};
 use crate::config::{Config, Destination, Problems};
-use crate::dead_letters::filter::remedy;
+use crate::dead_letters::group::remedy;
 use crate::dead_letters::letter::DeadLetter;
 use crate::outcome::Reason;
 use crate::sync::explain::{self, Explanation};
@@ -49,13 +49,13 @@ async fn plan(
         Failure::Told(_) => String::new(),
     };
     let worker = plan::worker(single(config).map_err(told)?).await.map_err(told)?;
-    let rehearsed = explain::dry_run(&worker, &letter.body, letter.arrival()).await;
+    let rehearsed = explain::dry_run(&worker, &letter.body, letter.received_at()).await;
     rehearsed.map(|(_, report)| report).map_err(|why| why.to_string())
 }
 
 fn as_json(letter: &DeadLetter, plan: Option<Result<Explanation, String>>) -> Value {
     let mut whole = serde_json::to_value(letter).unwrap_or_default();
-    let (properties, headers) = letter.carried();
+    let (properties, headers) = letter.properties_and_headers();
     whole["properties"] = properties.into();
     whole["headers"] = headers.into();
     whole["body"] = body(&letter.body).unwrap_or_else(Into::into);
@@ -80,7 +80,7 @@ fn print(letter: &DeadLetter, plan: Option<Result<Explanation, String>>) {
     let about = whole.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null());
     let mut rows: Vec<_> = about.map(|(name, value)| (name.clone(), text(value))).collect();
     rows.push(("what to do".to_owned(), remedy(&letter.fingerprint).to_owned()));
-    let (properties, headers) = letter.carried();
+    let (properties, headers) = letter.properties_and_headers();
     let told = |name: &str| name.starts_with("x-close-sync-") || name == "message_id";
     for (kind, carried) in [("property", properties), ("header", headers)] {
         let rest: Map<String, Value> = carried.into_iter().filter(|(name, _)| !told(name)).collect();

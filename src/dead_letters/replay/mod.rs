@@ -209,7 +209,7 @@ impl<'a> Shell<'a> {
         let Some(session) = &mut self.session else { return Ok(Event::StopRequested) };
         let matches = |letter: &DeadLetter| {
             // What failed again during this replay is left for the next one.
-            let is_own = letter.replay().is_some_and(|replay| state.is_own(replay));
+            let is_own = letter.replay_id().is_some_and(|replay| state.is_own(replay));
             !is_own && self.request.selection.filter.matches(letter)
         };
         // A scan that is cut short returns its batch with the connection.
@@ -306,7 +306,7 @@ impl Session<'_> {
                 return Disposition::Return;
             }
             chosen += 1;
-            bytes += letter.size();
+            bytes += letter.memory_size();
             Disposition::Keep
         };
         let batch = self.queue.take(decide, observer).await?;
@@ -386,5 +386,5 @@ fn outcome_of(letter: &DeadLetter) -> Option<ReplayEvent> {
         close_said: None,
     };
     let (outcome, dead_letter) = (DEAD.to_owned(), Some(again));
-    Some(ReplayEvent { replay: letter.replay()?, outcome, dead_letter, comes_again_s: None })
+    Some(ReplayEvent { replay: letter.replay_id()?, outcome, dead_letter, comes_again_s: None })
 }

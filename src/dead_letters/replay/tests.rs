@@ -305,7 +305,7 @@ fn an_outcome_counts_once() {
     for _ in 0..3 {
         run.outcome(created(canary));
     }
-    assert_eq!(run.state.progress().ended(), 1);
+    assert_eq!(run.state.progress().finished(), 1);
 }
 
 /// A dead letter is deleted only right after the confirm of its message. An error in between sends it again.
@@ -334,7 +334,7 @@ fn a_lost_connection_is_never_swallowed() {
     run.on(Event::ConnectionLost { error: BrokerError::Lost("test".into()), buffered: vec![created(first)] });
     assert!(matches!(run.action, Action::Connect { .. }), "{:?}", run.action);
     assert_eq!(run.state.progress().stage, Stage::Reconnecting);
-    assert_eq!(run.state.progress().ended(), 2);
+    assert_eq!(run.state.progress().finished(), 2);
 }
 
 /// Past defect: outcomes that had arrived before the connection was lost were not read.
@@ -753,9 +753,9 @@ fn play(world: &World) -> Result<(), TestCaseError> {
         }
         run.on(next);
         let progress = run.state.progress();
-        prop_assert!(progress.ended() <= delivered.len(), "each outcome counts once");
+        prop_assert!(progress.finished() <= delivered.len(), "each outcome counts once");
         prop_assert!(
-            progress.ended() + progress.in_flight + progress.missed <= sent.len(),
+            progress.finished() + progress.in_flight + progress.missed <= sent.len(),
             "each message counts once"
         );
     }

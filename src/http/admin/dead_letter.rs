@@ -8,7 +8,7 @@ use maud::{Markup, html};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::dead_letters::filter::remedy;
+use crate::dead_letters::group::remedy;
 use crate::dead_letters::letter::DeadLetter;
 use crate::http::admin::auth::Visitor;
 use crate::http::admin::dead_letters::{DeadLetterContext, Target, gone, unavailable};
@@ -49,7 +49,7 @@ pub(crate) async fn reveal(
     visitor.audit(what, context.destination.name.as_deref(), Some(&id));
     let letter = open(&context, id).await?;
     let plan =
-        test_event::explain_event(&context.destination, &letter.body, letter.arrival(), visibility).await;
+        test_event::explain_event(&context.destination, &letter.body, letter.received_at(), visibility).await;
     let plan = html! {
         section .card aria-labelledby="plan" {
             h2 #plan { "What a replay would do now" }
@@ -163,7 +163,7 @@ fn facts(letter: &DeadLetter) -> Markup {
 
 /// The properties and headers the producer sent.
 fn producer_headers(letter: &DeadLetter, visibility: Visibility) -> Markup {
-    let (properties, headers) = letter.carried();
+    let (properties, headers) = letter.properties_and_headers();
     let shown: Vec<(String, Value)> = properties
         .into_iter()
         .filter(|(name, _)| name != "message_id")

@@ -16,7 +16,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::amqp::{BrokerError, Settings, disconnect, topology};
 use crate::dead_letters::edit;
-use crate::dead_letters::filter::{Filter, Group, Groups, Selection};
+use crate::dead_letters::filter::{Filter, Selection};
+use crate::dead_letters::group::{Group, Groups};
 use crate::dead_letters::letter::DeadLetter;
 use crate::dead_letters::progress::Progress;
 use crate::dead_letters::replay::{ReplayRequest, replay};
@@ -114,7 +115,7 @@ impl Job {
 
     /// Finished messages per second.
     pub(crate) fn rate(&self) -> f64 {
-        let settled = u32::try_from(self.progress.borrow().ended()).unwrap_or(u32::MAX);
+        let settled = u32::try_from(self.progress.borrow().finished()).unwrap_or(u32::MAX);
         let lasted = self.ended.get().copied().unwrap_or_else(Instant::now) - self.began;
         f64::from(settled) / lasted.as_secs_f64().max(1.0)
     }

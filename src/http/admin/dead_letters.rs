@@ -16,7 +16,8 @@ use serde::Deserialize;
 use uuid::Uuid;
 
 use crate::amqp::Settings;
-use crate::dead_letters::filter::{Filter, Group, Selection};
+use crate::dead_letters::filter::{Filter, Selection};
+use crate::dead_letters::group::Group;
 use crate::dead_letters::letter::DeadLetter;
 use crate::http::admin::auth::Visitor;
 use crate::http::admin::dead_letter_cache::{DeadLetterCache, JobRequest, KEPT};
@@ -317,7 +318,7 @@ async fn ask(
             let found = context.cache.open(Arc::clone(&context.amqp), id).await.map_err(unavailable)?;
             // The request may contain the message id of the producer.
             let letter = found.ok_or_else(gone)?;
-            let content_id = letter.content();
+            let content_id = letter.content_id();
             (Target::Id(letter.id), 1, None, Some(content_id))
         }
     };

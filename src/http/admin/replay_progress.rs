@@ -69,7 +69,7 @@ fn page(
 
 fn bar(job: &Job) -> Markup {
     let progress = job.progress();
-    let ended = progress.ended();
+    let ended = progress.finished();
     let rate = job.rate();
     let left = u32::try_from(progress.matched.saturating_sub(ended)).unwrap_or(u32::MAX);
     let left = Duration::try_from_secs_f64(f64::from(left) / rate).ok().filter(|_| ended > 0);

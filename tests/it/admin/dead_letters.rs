@@ -83,7 +83,7 @@ async fn from_the_group_to_one_message_to_its_replay() {
     let went = browser.submit(&path, "/page/-/dead/replay", &go).await;
     assert_eq!((went.status, went.header(LOCATION)), (StatusCode::SEE_OTHER, "/page/-/dead/progress"));
     let over = ended(&browser).await;
-    over.assert_has(&["It failed again.", "started by Ada"]);
+    over.assert_has(&["The message failed again.", "started by Ada"]);
     bench.simulator.clear_faults();
     let again = browser.get(&link(&over, "message?id=")).await;
     again.assert_has(&["<dt>Replays</dt><dd>1</dd>"]);
@@ -131,7 +131,7 @@ async fn a_group_is_replayed_and_can_be_stopped() {
     browser.submit("/page/-/dead/progress", "/page/-/dead/stop", &[]).await;
     let over = ended(&browser).await;
     over.assert_has(&[
-        "Stopped; replaying the same again goes on.",
+        "Stopped; run the same replay again to continue.",
         "were not sent and are still dead letters",
     ]);
     bench.simulator.clear_faults();
@@ -154,7 +154,7 @@ async fn what_close_said_is_shown_to_whoever_asks() {
     let (ask, to) = ("/page/-/dead/replay?id=dead-0", "/page/-/dead/progress");
     browser.submit(ask, "/page/-/dead/replay", &[("id", "dead-0")]).await;
     let over = ended(&browser).await;
-    over.assert_has(&["It failed again.", "Show Close's answer"]);
+    over.assert_has(&["The message failed again.", "Show Close's answer"]);
     over.assert_lacks(&["jane"]);
     assert_eq!(browser.post(to, &[], &[]).await.status, StatusCode::FORBIDDEN);
     let shown = browser.submit(to, to, &[]).await;

@@ -129,7 +129,7 @@ async fn each_user_may_do_its_work_and_no_more() {
     let letters: Value = serde_json::from_str(&operator.output(&["dlq", "list", "--json"]).await).unwrap();
     assert_eq!(letters["groups"][0]["reason"], "no_identity");
     let (code, text) = operator.words(&["dlq", "replay", "--all"], "").await;
-    assert!(code == Some(1) && text.contains("it failed again"), "{text}");
+    assert!(code == Some(1) && text.contains("the message failed again"), "{text}");
     assert_eq!(running.settled(5).await.outcome("dead"), 2);
     running.terminate().await;
 

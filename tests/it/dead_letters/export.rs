@@ -211,16 +211,19 @@ async fn a_file_that_is_broken_somewhere_does_nothing() {
     bench.worker().await.terminate().await;
     let good = json!({"properties": {}, "headers": {}, "body": "{}"}).to_string();
     for (line, words) in [
-        ("nonsense", "line 2: it is no dead letter"),
-        ("{\"properties\": {}, \"headers\": {}}", "one of `body` and `body_base64`"),
-        ("{\"properties\": {}, \"headers\": {}, \"body_base64\": \"*\"}", "`body_base64` is none"),
+        ("nonsense", "line 2: not a dead letter"),
+        ("{\"properties\": {}, \"headers\": {}}", "either `body` or `body_base64`"),
+        (
+            "{\"properties\": {}, \"headers\": {}, \"body_base64\": \"*\"}",
+            "`body_base64` is not valid base64",
+        ),
         (
             "{\"properties\": {\"priority\": \"x\"}, \"headers\": {}, \"body\": \"\"}",
-            "`properties` cannot be read",
+            "`properties` are not valid",
         ),
         (
             "{\"properties\": {}, \"headers\": {\"a\": {\"Odd\": 1}}, \"body\": \"\"}",
-            "header `a` cannot be read",
+            "header `a` is not valid",
         ),
     ] {
         let (code, _, told) = bench.told(&["dlq", "import", "-"], &format!("{good}\n{line}\n")).await;
@@ -249,7 +252,10 @@ async fn what_the_broker_gave_up_on_is_told_as_such() {
     channel.basic_cancel(deliveries.tag(), BasicCancelOptions::default()).await.unwrap();
 
     let listed = bench.output(&["dlq", "list"]).await;
-    assert!(listed.contains("broker:rejected:-") && listed.contains("RabbitMQ gave up on them"), "{listed}");
+    assert!(
+        listed.contains("broker:rejected:-") && listed.contains("RabbitMQ dead-lettered them"),
+        "{listed}"
+    );
     let exported = bench.output(&["dlq", "export", "--fingerprint", "broker"]).await;
     let id = bench.dead_ids().await.remove(0);
     bench.output(&["dlq", "discard", "--id", &id, "--yes"]).await;

@@ -92,7 +92,7 @@ async fn two_replays_take_turns() {
     third.until("waiting", async |third| third.logged("another operator") == 1).await;
     third.signal("INT");
     assert_eq!(third.ended().await.code(), Some(1), "{}", third.log());
-    assert_eq!(third.logged("replaying the same again goes on"), 1, "{}", third.log());
+    assert_eq!(third.logged("run the same replay again to continue"), 1, "{}", third.log());
     // Looking goes on meanwhile.
     let (code, words) = bench.words(&["dlq", "list"], "").await;
     assert!(code == Some(0) && words.contains("a replay is under way"), "{words}");
@@ -142,7 +142,10 @@ async fn it_stops_at_the_first_that_fails_as_before() {
     // The first fails: nothing else is sent.
     let (code, words) = bench.words(&["dlq", "replay", "--all"], "").await;
     assert!(code == Some(1) && words.starts_with("replayed 1; 1 dead; 29 not sent\n"), "{words}");
-    assert!(words.contains("rejected:write:name") && words.contains("the first one failed again"), "{words}");
+    assert!(
+        words.contains("rejected:write:name") && words.contains("the first message failed again"),
+        "{words}"
+    );
     let metrics = worker.metrics().await;
     assert_eq!(metrics.outcomes(), [("dead", 1)].into());
     assert_eq!(metrics.count("messages_replayed_total{outcome=\"dead\"}"), 1);
@@ -180,7 +183,7 @@ async fn what_close_said_is_shown_to_whoever_replays() {
     let mut told = bench.outcomes(&exchange).await;
     let (code, words) = bench.words(&["dlq", "replay", "--id", "dead-0"], "").await;
     assert!(code == Some(1) && words.contains("Close said: {\"errors\":[\"jane@example.test"), "{words}");
-    assert!(words.contains("it failed again\n") && !words.contains('\u{1b}'), "{words}");
+    assert!(words.contains("the message failed again\n") && !words.contains('\u{1b}'), "{words}");
     let kept = format!("{:?}", bench.dead_letters().await);
     assert!(kept.contains("rejected:write:-") && kept.contains("shows them"), "{kept}");
     let news = told.next().await.unwrap().unwrap();
@@ -237,7 +240,7 @@ async fn what_is_delayed_is_waited_for_and_ctrl_c_stops_in_order() {
     leads(&bench, &worker, 3).await;
     replay.signal("INT");
     assert_eq!(replay.ended().await.code(), Some(1), "{}", replay.log());
-    assert_eq!(replay.logged("replaying the same again goes on"), 1, "{}", replay.log());
+    assert_eq!(replay.logged("run the same replay again to continue"), 1, "{}", replay.log());
     assert_eq!(worker.metrics().await.outcome("delayed"), 1);
     let left = bench.dead_ids().await;
     assert!(left.len() >= 10 && left[..] == ids(20)[20 - left.len()..], "{left:?}");
@@ -272,7 +275,7 @@ async fn a_lost_connection_is_made_anew() {
     }
     assert_eq!(replay.ended().await.code(), Some(69), "{}", replay.log());
     assert!(replay.logged("connecting again") >= 2, "{}", replay.log());
-    assert_eq!(replay.logged("none of them had failed again when it was back"), 1, "{}", replay.log());
+    assert_eq!(replay.logged("none of them had failed again after the reconnect"), 1, "{}", replay.log());
     assert_eq!(bench.depth(".dead").await, 0, "all the others were sent");
     bench.assert_each_once(30);
     worker.terminate().await;
@@ -319,7 +322,7 @@ async fn a_first_one_that_fails_while_the_connection_is_lost_holds_the_others() 
     idle(&worker).await;
     proxy.mute(false);
     assert_eq!(replay.ended().await.code(), Some(1), "{}", replay.log());
-    assert_eq!(replay.logged("the first one failed again"), 1, "{}", replay.log());
+    assert_eq!(replay.logged("the first message failed again"), 1, "{}", replay.log());
     assert_eq!(replay.logged("Close said"), 0, "that is only told");
     assert_eq!(worker.metrics().await.outcome("dead"), 1);
     assert_eq!(bench.depth(".dead").await, 30);
@@ -340,7 +343,7 @@ async fn a_replay_that_reconnects_can_be_stopped() {
     replay.until("lost", async |replay| replay.logged("connecting again") == 1).await;
     replay.signal("INT");
     assert_eq!(replay.ended().await.code(), Some(1), "{}", replay.log());
-    assert_eq!(replay.logged("replaying the same again goes on"), 1, "{}", replay.log());
+    assert_eq!(replay.logged("run the same replay again to continue"), 1, "{}", replay.log());
     worker.terminate().await;
 }
 

@@ -273,7 +273,7 @@ async fn an_operator_finds_what_failed_and_replays_it() {
     browser.picture("replay-group").await;
     browser.click("//button[.='Replay']").await;
     browser
-        .find("//strong[.='Replaying' or contains(., 'first is under way') or contains(., 'All are sent')]")
+        .find("//strong[.='Replaying' or contains(., 'first message was sent') or contains(., 'last outcomes')]")
         .await;
     browser.find("//button[.='Stop']").await;
     browser.picture("replaying").await;
