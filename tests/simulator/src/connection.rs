@@ -21,12 +21,12 @@ use tokio::{
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 /// Accepts connections that end, at the latest, when `stop` is cancelled.
-pub(crate) struct Door {
+pub(crate) struct CuttableListener {
     pub(crate) listener: TcpListener,
     pub(crate) stop: CancellationToken,
 }
 
-impl Listener for Door {
+impl Listener for CuttableListener {
     type Io = Connection;
     type Addr = SocketAddr;
 
@@ -36,7 +36,7 @@ impl Listener for Door {
         let _ = stream.set_nodelay(true);
         let token = self.stop.child_token();
         let cut = Box::pin(token.clone().cancelled_owned());
-        (Connection { stream, scissors: Scissors(token), cut }, addr)
+        (Connection { stream, cutter: ConnectionCutter(token), cut }, addr)
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
@@ -47,29 +47,29 @@ impl Listener for Door {
 /// One connection.
 pub(crate) struct Connection {
     stream: TcpStream,
-    scissors: Scissors,
+    cutter: ConnectionCutter,
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
 }
 
 /// Cuts one connection; given to every request that came through it.
 #[derive(Clone)]
-pub(crate) struct Scissors(CancellationToken);
+pub(crate) struct ConnectionCutter(CancellationToken);
 
-impl Scissors {
+impl ConnectionCutter {
     pub(crate) fn cut(&self) {
         self.0.cancel();
     }
 }
 
-impl Connected<IncomingStream<'_, Door>> for Scissors {
-    fn connect_info(stream: IncomingStream<'_, Door>) -> Self {
-        stream.io().scissors.clone()
+impl Connected<IncomingStream<'_, CuttableListener>> for ConnectionCutter {
+    fn connect_info(stream: IncomingStream<'_, CuttableListener>) -> Self {
+        stream.io().cutter.clone()
     }
 }
 
 impl Connection {
-    fn intact(&self) -> io::Result<()> {
-        if self.scissors.0.is_cancelled() { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
+    fn check_open(&self) -> io::Result<()> {
+        if self.cutter.0.is_cancelled() { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
     }
 }
 
@@ -93,17 +93,17 @@ impl AsyncWrite for Connection {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.intact()?;
+        self.check_open()?;
         Pin::new(&mut self.stream).poll_write(context, bytes)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.intact()?;
+        self.check_open()?;
         Pin::new(&mut self.stream).poll_flush(context)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.intact()?;
+        self.check_open()?;
         Pin::new(&mut self.stream).poll_shutdown(context)
     }
 }

@@ -15,10 +15,10 @@ use serde_json::{Value, json};
 
 use crate::faults::Fault;
 use crate::limits::Group;
+use crate::refusal::{Object, Refusal};
 use crate::schema::{CustomField, Kind};
 use crate::settings::Lag;
 use crate::shared::Shared;
-use crate::validate::{Object, Refusal};
 
 pub(crate) fn router() -> Router<Arc<Shared>> {
     Router::new()
@@ -38,24 +38,24 @@ pub(crate) fn router() -> Router<Arc<Shared>> {
 type Sim = State<Arc<Shared>>;
 
 /// Why a control was refused.
-struct Refused(StatusCode, Value);
+struct ControlError(StatusCode, Value);
 
-impl IntoResponse for Refused {
+impl IntoResponse for ControlError {
     fn into_response(self) -> Response {
         (self.0, Json(self.1)).into_response()
     }
 }
 
-impl From<Refusal> for Refused {
+impl From<Refusal> for ControlError {
     fn from(refusal: Refusal) -> Self {
         Self(StatusCode::from_u16(refusal.status()).unwrap_or(StatusCode::BAD_REQUEST), refusal.body())
     }
 }
 
 /// Reads a body whatever its content type, so that `curl -d` is enough.
-fn read<T: DeserializeOwned>(body: &str) -> Result<T, Refused> {
+fn read<T: DeserializeOwned>(body: &str) -> Result<T, ControlError> {
     serde_json::from_str(body)
-        .map_err(|error| Refused(StatusCode::BAD_REQUEST, json!({"error": error.to_string()})))
+        .map_err(|error| ControlError(StatusCode::BAD_REQUEST, json!({"error": error.to_string()})))
 }
 
 async fn summary(State(shared): Sim) -> Json<Value> {
@@ -74,30 +74,30 @@ async fn summary(State(shared): Sim) -> Json<Value> {
         n_busy += u64::from(request.status == Some(429));
     }
     Json(json!({
-        "leads": world.book.count(Kind::Lead),
-        "contacts": world.book.count(Kind::Contact),
+        "leads": world.records.count(Kind::Lead),
+        "contacts": world.records.count(Kind::Contact),
         "requests": {"total": n_requests, "busy": n_busy, "by_group_and_status": requests},
-        "search_lag": world.book.search_lag.to_string(),
-        "faults": world.faults.left(),
+        "search_lag": world.records.search_lag.to_string(),
+        "faults": world.faults.remaining(),
     }))
 }
 
 async fn leads(State(shared): Sim) -> Json<Vec<Value>> {
-    Json(shared.world().book.all(Kind::Lead))
+    Json(shared.world().records.all(Kind::Lead))
 }
 
 async fn contacts(State(shared): Sim) -> Json<Vec<Value>> {
-    Json(shared.world().book.all(Kind::Contact))
+    Json(shared.world().records.all(Kind::Contact))
 }
 
-async fn add_lead(State(shared): Sim, body: String) -> Result<Json<Value>, Refused> {
+async fn add_lead(State(shared): Sim, body: String) -> Result<Json<Value>, ControlError> {
     let body: Object = read(&body)?;
-    Ok(Json(shared.world().seed(Kind::Lead, &body, Timestamp::now())?))
+    Ok(Json(shared.world().add_indexed(Kind::Lead, &body, Timestamp::now())?))
 }
 
-async fn add_contact(State(shared): Sim, body: String) -> Result<Json<Value>, Refused> {
+async fn add_contact(State(shared): Sim, body: String) -> Result<Json<Value>, ControlError> {
     let body: Object = read(&body)?;
-    Ok(Json(shared.world().seed(Kind::Contact, &body, Timestamp::now())?))
+    Ok(Json(shared.world().add_indexed(Kind::Contact, &body, Timestamp::now())?))
 }
 
 async fn remove(State(shared): Sim, Path(id): Path<String>) -> StatusCode {
@@ -110,21 +110,21 @@ async fn remove(State(shared): Sim, Path(id): Path<String>) -> StatusCode {
 
 async fn requests(State(shared): Sim) -> Json<Vec<Value>> {
     let world = shared.world();
-    let told = world.requests.all().map(|request| {
+    let requests = world.requests.all().map(|request| {
         let at = request.at.to_string();
         json!({"method": request.method, "path": request.path, "status": request.status, "at": at})
     });
-    Json(told.collect())
+    Json(requests.collect())
 }
 
 async fn faults(State(shared): Sim) -> Json<Value> {
-    Json(json!(shared.world().faults.left()))
+    Json(json!(shared.world().faults.remaining()))
 }
 
-async fn add_fault(State(shared): Sim, body: String) -> Result<StatusCode, Refused> {
+async fn add_fault(State(shared): Sim, body: String) -> Result<StatusCode, ControlError> {
     let fault: Fault = read(&body)?;
-    if let Some(problem) = fault.problem() {
-        return Err(Refused(StatusCode::BAD_REQUEST, json!({"error": problem})));
+    if let Some(problem) = fault.validate() {
+        return Err(ControlError(StatusCode::BAD_REQUEST, json!({"error": problem})));
     }
     shared.world().faults.add(fault);
     Ok(StatusCode::NO_CONTENT)
@@ -136,23 +136,23 @@ async fn clear_faults(State(shared): Sim) -> StatusCode {
 }
 
 async fn fields(State(shared): Sim) -> Json<Vec<CustomField>> {
-    Json(shared.world().book.schema.fields.clone())
+    Json(shared.world().records.schema.fields.clone())
 }
 
-async fn add_field(State(shared): Sim, body: String) -> Result<StatusCode, Refused> {
+async fn add_field(State(shared): Sim, body: String) -> Result<StatusCode, ControlError> {
     let field: CustomField = read(&body)?;
-    shared.world().book.add_field(field)?;
+    shared.world().records.add_field(field)?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn change_field(State(shared): Sim, body: String) -> Result<StatusCode, Refused> {
+async fn change_field(State(shared): Sim, body: String) -> Result<StatusCode, ControlError> {
     let field: CustomField = read(&body)?;
-    shared.world().book.change_field(field, Timestamp::now())?;
+    shared.world().records.change_field(field, Timestamp::now())?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 async fn remove_field(State(shared): Sim, Path(id): Path<String>) -> StatusCode {
-    let removed = shared.world().book.remove_field(&id, Timestamp::now());
+    let removed = shared.world().records.remove_field(&id, Timestamp::now());
     if removed { StatusCode::NO_CONTENT } else { StatusCode::NOT_FOUND }
 }
 
@@ -163,14 +163,14 @@ struct Merge {
     destination: String,
 }
 
-async fn merge(State(shared): Sim, body: String) -> Result<StatusCode, Refused> {
+async fn merge(State(shared): Sim, body: String) -> Result<StatusCode, ControlError> {
     let Merge { source, destination } = read(&body)?;
-    shared.world().book.merge(&source, &destination, Timestamp::now())?;
+    shared.world().records.merge(&source, &destination, Timestamp::now())?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 async fn index(State(shared): Sim) -> StatusCode {
-    shared.world().book.index.catch_up_fully();
+    shared.world().records.index.apply_all();
     StatusCode::NO_CONTENT
 }
 
@@ -181,11 +181,11 @@ struct Changes {
     api_key: Option<String>,
 }
 
-async fn settings(State(shared): Sim, body: String) -> Result<StatusCode, Refused> {
+async fn settings(State(shared): Sim, body: String) -> Result<StatusCode, ControlError> {
     let changes: Changes = read(&body)?;
     let mut world = shared.world();
     if let Some(lag) = changes.search_lag {
-        world.book.search_lag = lag;
+        world.records.search_lag = lag;
     }
     if let Some(key) = changes.api_key {
         world.settings.api_key = key;

@@ -3,8 +3,8 @@
 use serde_json::{Value, json};
 
 use crate::ids;
+use crate::refusal::{FieldErrors, NO_SUCH_OBJECT, NOT_A_CHOICE, NOT_A_DATETIME, NOT_TEXT, Object};
 use crate::schema::{CustomField, FieldKind, Kind, Schema};
-use crate::validate::{FieldErrors, NO_SUCH_OBJECT, NOT_A_CHOICE, NOT_A_MOMENT, NOT_TEXT, Object};
 
 /// The changes to a record's custom fields.
 #[derive(Debug, Default, PartialEq)]
@@ -87,24 +87,24 @@ impl CustomPatch {
         schema: &Schema,
         errors: &mut FieldErrors,
     ) {
-        match change(name, value, kind, schema) {
+        match parse_change(name, value, kind, schema) {
             Ok(change) => self.changes.push(change),
             Err(text) => errors.add(key, &text),
         }
     }
 }
 
-fn change(name: &str, value: &Value, kind: Kind, schema: &Schema) -> Result<(String, Change), String> {
-    type Edit = fn(Vec<Value>) -> Change;
-    let edits: [(&str, Edit); 2] = [(".add", Change::Add), (".remove", Change::Remove)];
-    for (suffix, edit) in edits {
+fn parse_change(name: &str, value: &Value, kind: Kind, schema: &Schema) -> Result<(String, Change), String> {
+    type Operation = fn(Vec<Value>) -> Change;
+    let operations: [(&str, Operation); 2] = [(".add", Change::Add), (".remove", Change::Remove)];
+    for (suffix, operation) in operations {
         let Some(field) = name.strip_suffix(suffix).and_then(|name| schema.field(kind, name)) else {
             continue;
         };
         if !field.accepts_multiple_values {
             return Err("This field does not accept multiple values.".into());
         }
-        return Ok((field.id.clone(), edit(list(field, value, schema)?)));
+        return Ok((field.id.clone(), operation(parse_list(field, value, schema)?)));
     }
     let Some(field) = schema.field(kind, name) else {
         return Err(format!("The Custom Field \"{name}\" does not exist."));
@@ -112,22 +112,22 @@ fn change(name: &str, value: &Value, kind: Kind, schema: &Schema) -> Result<(Str
     let change = if value.is_null() || value == "" {
         Change::Clear
     } else if field.accepts_multiple_values {
-        Change::Set(list(field, value, schema)?.into())
+        Change::Set(parse_list(field, value, schema)?.into())
     } else {
-        Change::Set(checked(field, value, schema)?)
+        Change::Set(parse_value(field, value, schema)?)
     };
     Ok((field.id.clone(), change))
 }
 
-fn list(field: &CustomField, value: &Value, schema: &Schema) -> Result<Vec<Value>, String> {
+fn parse_list(field: &CustomField, value: &Value, schema: &Schema) -> Result<Vec<Value>, String> {
     let items = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
-    items.iter().map(|item| checked(field, item, schema)).collect()
+    items.iter().map(|item| parse_value(field, item, schema)).collect()
 }
 
 /// What a field keeps of the values it held before it was changed: those it would take now.
-pub(crate) fn kept(field: &CustomField, held: &Value, schema: &Schema) -> Option<Value> {
+pub(crate) fn still_valid(field: &CustomField, held: &Value, schema: &Schema) -> Option<Value> {
     let items = held.as_array().map_or(std::slice::from_ref(held), Vec::as_slice);
-    let mut valid = items.iter().filter_map(|item| checked(field, item, schema).ok());
+    let mut valid = items.iter().filter_map(|item| parse_value(field, item, schema).ok());
     if field.accepts_multiple_values {
         let valid: Vec<Value> = valid.collect();
         (!valid.is_empty()).then(|| valid.into())
@@ -137,7 +137,7 @@ pub(crate) fn kept(field: &CustomField, held: &Value, schema: &Schema) -> Option
 }
 
 /// One value in the form it is given back in, or why the field does not take it.
-fn checked(field: &CustomField, value: &Value, schema: &Schema) -> Result<Value, String> {
+fn parse_value(field: &CustomField, value: &Value, schema: &Schema) -> Result<Value, String> {
     if field.kind == FieldKind::Number {
         return if value.is_number() {
             Ok(value.clone())
@@ -153,8 +153,8 @@ fn checked(field: &CustomField, value: &Value, schema: &Schema) -> Result<Value,
             Ok(_) | Err(_) => Err("Could not parse date".into()),
         },
         FieldKind::Datetime => {
-            let moment = ids::moment(text).ok_or(NOT_A_MOMENT)?;
-            Ok(json!(ids::iso(moment)))
+            let moment = ids::parse_timestamp(text).ok_or(NOT_A_DATETIME)?;
+            Ok(json!(ids::format_timestamp(moment)))
         }
         FieldKind::Choices if field.choices.iter().any(|choice| choice == text) => Ok(json!(text)),
         FieldKind::Choices => Err(format!("{NOT_A_CHOICE} '{text}' is not one of the choices.")),

@@ -5,8 +5,8 @@ use std::collections::VecDeque;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use crate::ids::{iso, moment};
-use crate::validate::Refusal;
+use crate::ids::{format_timestamp, parse_timestamp};
+use crate::refusal::Refusal;
 
 /// One event.
 #[derive(Debug)]
@@ -19,19 +19,19 @@ pub(crate) struct Event {
     pub(crate) at: Timestamp,
     pub(crate) visible: Timestamp,
     /// Everything else: `data`, `previous_data`, `changed_fields`, `meta` and more.
-    pub(crate) rest: Value,
+    pub(crate) details: Value,
 }
 
 impl Event {
     fn json(&self) -> Value {
-        let mut event = self.rest.clone();
+        let mut event = self.details.clone();
         event["id"] = json!(self.id);
         event["object_type"] = json!(self.object_type);
         event["object_id"] = json!(self.object_id);
         event["lead_id"] = json!(self.lead_id);
         event["action"] = json!(self.action);
-        event["date_created"] = json!(iso(self.at));
-        event["date_updated"] = json!(iso(self.at));
+        event["date_created"] = json!(format_timestamp(self.at));
+        event["date_updated"] = json!(format_timestamp(self.at));
         event
     }
 }
@@ -110,8 +110,8 @@ struct Filter<'a> {
 
 impl<'a> Filter<'a> {
     fn parse(parameters: &'a [(String, String)]) -> Result<Self, Refusal> {
-        const MOST: usize = 50;
-        let mut filter = Self { limit: MOST, bound: None, equal: Vec::new(), dates: Vec::new() };
+        const MAX_LIMIT: usize = 50;
+        let mut filter = Self { limit: MAX_LIMIT, bound: None, equal: Vec::new(), dates: Vec::new() };
         for (name, value) in parameters {
             let malformed = || Refusal::Malformed(format!("Invalid value for {name}: {value}"));
             match name.as_str() {
@@ -120,14 +120,14 @@ impl<'a> Filter<'a> {
                 }
                 "_limit" => {
                     filter.limit = value.parse().map_err(|_| malformed())?;
-                    if filter.limit > MOST {
-                        return Err(Refusal::too_many(MOST));
+                    if filter.limit > MAX_LIMIT {
+                        return Err(Refusal::too_many(MAX_LIMIT));
                     }
                 }
                 "_cursor" => filter.bound = Some(bound(value).ok_or_else(malformed)?),
                 _ => {
                     if let Some(comparison) = name.strip_prefix("date_updated__") {
-                        filter.dates.push((comparison, moment(value).ok_or_else(malformed)?));
+                        filter.dates.push((comparison, parse_timestamp(value).ok_or_else(malformed)?));
                     }
                 }
             }
@@ -149,15 +149,15 @@ impl<'a> Filter<'a> {
             "object_id" => event.object_id == *wanted,
             "lead_id" => event.lead_id.as_deref() == Some(*wanted),
             "action" => event.action == *wanted,
-            other => event.rest[other] == *wanted,
-        }) && self.dates.iter().all(|(comparison, moment)| {
+            other => event.details[other] == *wanted,
+        }) && self.dates.iter().all(|(comparison, timestamp)| {
             // To the millisecond, which is what the answer tells.
-            let (at, moment) = (event.at.as_millisecond(), moment.as_millisecond());
+            let (at, bound) = (event.at.as_millisecond(), timestamp.as_millisecond());
             match *comparison {
-                "gt" => at > moment,
-                "gte" => at >= moment,
-                "lt" => at < moment,
-                "lte" => at <= moment,
+                "gt" => at > bound,
+                "gte" => at >= bound,
+                "lt" => at < bound,
+                "lte" => at <= bound,
                 _ => true,
             }
         })
@@ -190,7 +190,7 @@ mod tests {
                 action: "created",
                 at: at(n),
                 visible: at(n + 1),
-                rest: json!({"user_id": "user_1"}),
+                details: json!({"user_id": "user_1"}),
             });
         }
         log
@@ -212,7 +212,7 @@ mod tests {
         let log = log(7);
         for (query, now, expected) in [
             (&[][..], 100, &["6", "5", "4", "3", "2", "1", "0"][..]),
-            (&[], 3, &["2", "1", "0"]), // the rest does not show yet
+            (&[], 3, &["2", "1", "0"]), // the details does not show yet
             (&[("object_type", "contact")], 100, &["6", "3", "0"]),
             (&[("object_type", "contact"), ("lead_id", "lead_0")], 100, &["6", "0"]),
             (&[("action", "deleted")], 100, &[]),

@@ -66,7 +66,7 @@ impl Fault {
     }
 
     /// What is wrong with the fault itself, if anything.
-    pub(crate) fn problem(&self) -> Option<String> {
+    pub(crate) fn validate(&self) -> Option<String> {
         match self.effect {
             Effect::Status { code, .. } if !(200..=599).contains(&code) => {
                 Some(format!("status codes go from 200 to 599: {code}"))
@@ -169,45 +169,49 @@ pub enum FaultBody {
 
 /// The faults in force.
 #[derive(Debug, Default)]
-pub(crate) struct Script {
-    lines: Vec<Line>,
+pub(crate) struct FaultScript {
+    faults: Vec<ScriptedFault>,
 }
 
 #[derive(Debug)]
-struct Line {
+struct ScriptedFault {
     fault: Fault,
     seen: u32,
     applied: u32,
 }
 
-impl Line {
-    fn is_over(&self) -> bool {
+impl ScriptedFault {
+    fn is_exhausted(&self) -> bool {
         self.fault.times.is_some_and(|times| self.applied >= times)
     }
 }
 
-impl Script {
+impl FaultScript {
     pub(crate) fn add(&mut self, fault: Fault) {
-        self.lines.push(Line { fault, seen: 0, applied: 0 });
+        self.faults.push(ScriptedFault { fault, seen: 0, applied: 0 });
     }
 
     pub(crate) fn clear(&mut self) {
-        self.lines.clear();
+        self.faults.clear();
     }
 
     /// The faults that can still strike.
-    pub(crate) fn left(&self) -> Vec<&Fault> {
-        self.lines.iter().filter(|line| !line.is_over()).map(|line| &line.fault).collect()
+    pub(crate) fn remaining(&self) -> Vec<&Fault> {
+        self.faults
+            .iter()
+            .filter(|scripted| !scripted.is_exhausted())
+            .map(|scripted| &scripted.fault)
+            .collect()
     }
 
     /// What befalls this request.
-    pub(crate) fn strike(&mut self, method: &str, path: &str, body: &str) -> Option<Effect> {
-        self.lines.retain(|line| !line.is_over());
-        for line in self.lines.iter_mut().filter(|line| line.fault.matches(method, path, body)) {
-            line.seen = line.seen.saturating_add(1);
-            if line.seen > line.fault.after {
-                line.applied += 1;
-                return Some(line.fault.effect.clone());
+    pub(crate) fn next_effect(&mut self, method: &str, path: &str, body: &str) -> Option<Effect> {
+        self.faults.retain(|scripted| !scripted.is_exhausted());
+        for scripted in self.faults.iter_mut().filter(|scripted| scripted.fault.matches(method, path, body)) {
+            scripted.seen = scripted.seen.saturating_add(1);
+            if scripted.seen > scripted.fault.after {
+                scripted.applied += 1;
+                return Some(scripted.fault.effect.clone());
             }
         }
         None
@@ -243,26 +247,26 @@ mod tests {
 
     #[test]
     fn faults_strike_in_order_after_some_and_so_many_times() {
-        let mut script = Script::default();
+        let mut script = FaultScript::default();
         script.add(latency(1).on("POST", "/lead/").after(1).times(2));
         script.add(latency(2).on("POST", "/").times(1));
-        let mut struck = Vec::new();
+        let mut effects = Vec::new();
         for _ in 0..5 {
-            struck.push(script.strike("POST", "/lead/", ""));
+            effects.push(script.next_effect("POST", "/lead/", ""));
         }
         let latency = |ms| Some(Effect::Latency { ms });
-        assert_eq!(struck, [latency(2), latency(1), latency(1), None, None]);
-        assert!(script.left().is_empty());
+        assert_eq!(effects, [latency(2), latency(1), latency(1), None, None]);
+        assert!(script.remaining().is_empty());
     }
 
     #[test]
     fn a_fault_without_times_never_ends_until_cleared() {
-        let mut script = Script::default();
+        let mut script = FaultScript::default();
         script.add(latency(1));
-        assert!((0..100).all(|_| script.strike("GET", "/me/", "").is_some()));
-        assert_eq!(script.left().len(), 1);
+        assert!((0..100).all(|_| script.next_effect("GET", "/me/", "").is_some()));
+        assert_eq!(script.remaining().len(), 1);
         script.clear();
-        assert_eq!(script.strike("GET", "/me/", ""), None);
+        assert_eq!(script.next_effect("GET", "/me/", ""), None);
     }
 
     #[test]
@@ -289,9 +293,9 @@ mod tests {
     fn impossible_faults_are_named() {
         let status =
             |code| Fault::new(Effect::Status { code, body: FaultBody::Json, when: When::BeforeCommit });
-        assert_eq!(status(99).problem().as_deref(), Some("status codes go from 200 to 599: 99"));
-        assert_eq!(status(503).problem(), None);
+        assert_eq!(status(99).validate().as_deref(), Some("status codes go from 200 to 599: 99"));
+        assert_eq!(status(503).validate(), None);
         let limited = Effect::RateLimited { retry_after: -1.0, with_headers: true };
-        assert!(Fault::new(limited).problem().is_some());
+        assert!(Fault::new(limited).validate().is_some());
     }
 }

@@ -7,12 +7,12 @@ use uuid::Uuid;
 #[derive(Debug)]
 pub(crate) struct Ids {
     seed: Uuid,
-    made: u64,
+    counter: u64,
 }
 
 impl Ids {
     pub(crate) fn new(seed: Uuid) -> Self {
-        Self { seed, made: 0 }
+        Self { seed, counter: 0 }
     }
 
     /// A prefix and 43 base62 characters, the shape of most of Close's ids (close-api.md §1). They are
@@ -25,15 +25,15 @@ impl Ids {
     }
 
     /// A number from 0 up to, but not including, 1.
-    pub(crate) fn share(&mut self) -> f64 {
+    pub(crate) fn fraction(&mut self) -> f64 {
         let bytes = self.next().to_be_bytes();
         f64::from(u32::from_be_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]))
             / (f64::from(u32::MAX) + 1.0)
     }
 
     fn next(&mut self) -> u128 {
-        self.made += 1;
-        Uuid::new_v5(&self.seed, &self.made.to_be_bytes()).as_u128()
+        self.counter += 1;
+        Uuid::new_v5(&self.seed, &self.counter.to_be_bytes()).as_u128()
     }
 }
 
@@ -48,13 +48,13 @@ fn base62(mut number: u128, digits: usize, onto: &mut String) {
 
 /// Close's way to write a moment: UTC as `+00:00`, six fraction digits, of which three count
 /// (close-api.md §1).
-pub(crate) fn iso(moment: Timestamp) -> String {
+pub(crate) fn format_timestamp(moment: Timestamp) -> String {
     let milliseconds = Timestamp::from_millisecond(moment.as_millisecond()).unwrap_or(moment);
     milliseconds.strftime("%Y-%m-%dT%H:%M:%S%.6f+00:00").to_string()
 }
 
 /// Reads a moment. Without an offset it is taken as UTC, and a date alone as its midnight.
-pub(crate) fn moment(text: &str) -> Option<Timestamp> {
+pub(crate) fn parse_timestamp(text: &str) -> Option<Timestamp> {
     text.parse().ok().or_else(|| {
         let civil: jiff::civil::DateTime = text.parse().ok()?;
         jiff::tz::TimeZone::UTC.to_timestamp(civil).ok()
@@ -77,16 +77,19 @@ mod tests {
     }
 
     #[test]
-    fn shares_lie_between_zero_and_one() {
+    fn fractions_lie_between_zero_and_one() {
         let mut ids = Ids::new(Uuid::nil());
-        let shares: Vec<f64> = (0..1000).map(|_| ids.share()).collect();
-        assert!(shares.iter().all(|share| (0.0..1.0).contains(share)));
-        assert!(shares.iter().any(|share| *share < 0.1) && shares.iter().any(|share| *share > 0.9));
+        let fractions: Vec<f64> = (0..1000).map(|_| ids.fraction()).collect();
+        assert!(fractions.iter().all(|fraction| (0.0..1.0).contains(fraction)));
+        assert!(
+            fractions.iter().any(|fraction| *fraction < 0.1)
+                && fractions.iter().any(|fraction| *fraction > 0.9)
+        );
     }
 
     #[test]
-    fn moments_are_written_like_closes_and_read_back() {
-        let moment_of = |text: &str| moment(text).map(iso);
+    fn timestamps_have_closes_format_and_parse_back() {
+        let rewritten = |text: &str| parse_timestamp(text).map(format_timestamp);
         for (text, written) in [
             ("2013-02-20T05:30:24.844Z", Some("2013-02-20T05:30:24.844000+00:00")),
             ("2013-02-20T05:30:24.844999+00:00", Some("2013-02-20T05:30:24.844000+00:00")),
@@ -95,7 +98,7 @@ mod tests {
             ("2013-02-20", Some("2013-02-20T00:00:00.000000+00:00")),
             ("yesterday", None),
         ] {
-            assert_eq!(moment_of(text).as_deref(), written, "{text}");
+            assert_eq!(rewritten(text).as_deref(), written, "{text}");
         }
     }
 }

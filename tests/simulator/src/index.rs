@@ -22,14 +22,14 @@ pub(crate) struct Document {
 /// The documents search sees, and those it will see.
 #[derive(Debug, Default)]
 pub(crate) struct Index {
-    shown: HashMap<String, Document>,
-    /// The ids of the shown documents that hold a value, by field and folded value: it keeps a search for
+    visible: HashMap<String, Document>,
+    /// The ids of the shown documents that hold a value, by field and normalized value: it keeps a search for
     /// many ids at once from reading everything.
-    holders: HashMap<String, HashSet<String>>,
+    postings: HashMap<String, HashSet<String>>,
     /// The last write each id shows, so that a slow write does not undo a quick one made after it.
     versions: HashMap<String, u64>,
-    coming: BTreeMap<(Timestamp, u64), Write>,
-    written: u64,
+    pending: BTreeMap<(Timestamp, u64), Write>,
+    n_writes: u64,
 }
 
 #[derive(Debug)]
@@ -41,70 +41,70 @@ struct Write {
 impl Index {
     /// Takes a document, or that there is none any more, to show it from a certain moment on.
     pub(crate) fn write(&mut self, id: &str, document: Option<Document>, visible: Timestamp) {
-        self.written += 1;
-        self.coming.insert((visible, self.written), Write { id: id.to_owned(), document });
+        self.n_writes += 1;
+        self.pending.insert((visible, self.n_writes), Write { id: id.to_owned(), document });
     }
 
     /// Shows everything that is due.
-    pub(crate) fn catch_up(&mut self, now: Timestamp) {
-        while let Some(entry) = self.coming.first_entry().filter(|entry| entry.key().0 <= now) {
+    pub(crate) fn apply_due(&mut self, now: Timestamp) {
+        while let Some(entry) = self.pending.first_entry().filter(|entry| entry.key().0 <= now) {
             let ((_, version), write) = entry.remove_entry();
             if self.versions.get(&write.id).is_some_and(|shown| *shown > version) {
                 continue;
             }
             self.versions.insert(write.id.clone(), version);
-            if let Some(old) = self.shown.remove(&write.id) {
+            if let Some(old) = self.visible.remove(&write.id) {
                 for term in terms(&old.value) {
-                    if let Entry::Occupied(mut holders) = self.holders.entry(term) {
-                        holders.get_mut().remove(&old.id);
-                        if holders.get().is_empty() {
-                            holders.remove();
+                    if let Entry::Occupied(mut postings) = self.postings.entry(term) {
+                        postings.get_mut().remove(&old.id);
+                        if postings.get().is_empty() {
+                            postings.remove();
                         }
                     }
                 }
             }
             if let Some(new) = write.document {
                 for term in terms(&new.value) {
-                    self.holders.entry(term).or_default().insert(new.id.clone());
+                    self.postings.entry(term).or_default().insert(new.id.clone());
                 }
-                self.shown.insert(write.id, new);
+                self.visible.insert(write.id, new);
             }
         }
     }
 
     /// Shows everything at once.
-    pub(crate) fn catch_up_fully(&mut self) {
-        self.catch_up(Timestamp::MAX);
+    pub(crate) fn apply_all(&mut self) {
+        self.apply_due(Timestamp::MAX);
     }
 
     pub(crate) fn documents(&self) -> impl Iterator<Item = &Document> {
-        self.shown.values()
+        self.visible.values()
     }
 
     pub(crate) fn get(&self, id: &str) -> Option<&Document> {
-        self.shown.get(id)
+        self.visible.get(id)
     }
 
     /// The ids of the documents with this value in this field, but for case and outer blanks. The fields
     /// are custom fields by their key, `email`, and `lead_id`.
-    pub(crate) fn holding(&self, field: &str, value: &str) -> impl Iterator<Item = &str> {
-        self.holders.get(&term(field, value)).into_iter().flatten().map(String::as_str)
+    pub(crate) fn ids_with(&self, field: &str, value: &str) -> impl Iterator<Item = &str> {
+        self.postings.get(&term(field, value)).into_iter().flatten().map(String::as_str)
     }
 
     /// The contacts of a lead, as far as shown.
     pub(crate) fn contacts_of(&self, lead_id: &str) -> impl Iterator<Item = &Document> {
-        let contacts = self.holding("lead_id", lead_id).filter_map(|id| self.get(id));
+        let contacts = self.ids_with("lead_id", lead_id).filter_map(|id| self.get(id));
         contacts.filter(move |contact| contact.value["lead_id"] == *lead_id)
     }
 }
 
 /// A text without what `exact_value` overlooks.
-pub(crate) fn folded(text: &str) -> String {
+pub(crate) fn normalized(text: &str) -> String {
     text.trim().to_lowercase()
 }
 
 fn term(field: &str, value: &str) -> String {
-    format!("{field}\0{}", folded(value))
+    format!("{field}\0{}", normalized(value))
 }
 
 /// Everything a document can be found by without reading it.
@@ -136,7 +136,7 @@ mod tests {
     }
 
     fn shown(index: &mut Index, second: i64) -> Option<Value> {
-        index.catch_up(at(second));
+        index.apply_due(at(second));
         index.get("lead_1").map(|document| (*document.value).clone())
     }
 

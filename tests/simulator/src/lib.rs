@@ -18,6 +18,7 @@
 //! `validate`, `custom` and `formats` check what is written; `query` and `search` read. From `world` on
 //! nothing does IO or looks at a clock.
 
+mod call;
 mod connection;
 mod control;
 mod custom;
@@ -30,6 +31,7 @@ mod limits;
 mod offline;
 mod query;
 mod records;
+mod refusal;
 mod schema;
 mod search;
 mod server;
@@ -47,20 +49,20 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::{
-    connection::{Door, Scissors},
-    ids::Ids,
-    schema::Kind,
-    shared::Shared,
-    world::World,
-};
 pub use self::{
+    call::Request,
     faults::{Effect, Fault, FaultBody, When},
     limits::{Limits, Rate},
     offline::{Offline, Reply},
     schema::{CustomField, FieldKind, Owner, User},
-    settings::{BusyBody, Country, CreatedLead, ExactValue, HeaderStyle, Lag, MissingSlash, Settings},
-    world::Request,
+    settings::{Country, CreatedLead, ExactValue, HeaderStyle, Lag, MissingSlash, RateLimitBody, Settings},
+};
+use self::{
+    connection::{ConnectionCutter, CuttableListener},
+    ids::Ids,
+    schema::Kind,
+    shared::Shared,
+    world::World,
 };
 
 /// A running simulator. Clones are handles on the same one; it stops when the last is dropped.
@@ -93,11 +95,12 @@ impl Simulator {
         let shared = Arc::new(Shared::new(world));
         let running = Running { stop: CancellationToken::new(), tasks: TaskTracker::new() };
         let stop = running.stop.clone();
-        let door = Door { listener, stop: stop.clone() };
-        let service = server::router(Arc::clone(&shared)).into_make_service_with_connect_info::<Scissors>();
+        let listener = CuttableListener { listener, stop: stop.clone() };
+        let service =
+            server::router(Arc::clone(&shared)).into_make_service_with_connect_info::<ConnectionCutter>();
         running.tasks.spawn(async move {
             // It ends without an error, and only when told to.
-            let _ = axum::serve(door, service).with_graceful_shutdown(stop.cancelled_owned()).await;
+            let _ = axum::serve(listener, service).with_graceful_shutdown(stop.cancelled_owned()).await;
         });
         running.tasks.close();
         Ok(Self { shared, running: Arc::new(running), addr })
@@ -122,23 +125,23 @@ impl Simulator {
 
     /// All leads with their contacts as they are now, whatever search shows; oldest first.
     pub fn leads(&self) -> Vec<Value> {
-        self.shared.world().book.all(Kind::Lead)
+        self.shared.world().records.all(Kind::Lead)
     }
 
     /// All contacts as they are now, oldest first.
     pub fn contacts(&self) -> Vec<Value> {
-        self.shared.world().book.all(Kind::Contact)
+        self.shared.world().records.all(Kind::Contact)
     }
 
     /// The ids and labels of the lead statuses, in the organisation's own order.
     pub fn lead_statuses(&self) -> Vec<(String, String)> {
         let world = self.shared.world();
-        world.book.schema.statuses.iter().map(|status| (status.id.clone(), status.label.clone())).collect()
+        world.records.schema.statuses.iter().map(|status| (status.id.clone(), status.label.clone())).collect()
     }
 
     /// The custom fields there are, in the order they came.
     pub fn fields(&self) -> Vec<CustomField> {
-        self.shared.world().book.schema.fields.clone()
+        self.shared.world().records.schema.fields.clone()
     }
 
     /// Makes a lead as `POST /lead/` would, visible to search at once. The error is the body of the 400.
@@ -155,7 +158,7 @@ impl Simulator {
         let Value::Object(body) = body else {
             return Err(json!({"error": "JSON data must be a dict."}));
         };
-        let made = self.shared.world().seed(kind, &body, Timestamp::now());
+        let made = self.shared.world().add_indexed(kind, &body, Timestamp::now());
         made.map_err(|refusal| refusal.body())
     }
 
@@ -167,31 +170,31 @@ impl Simulator {
 
     /// Merges two leads, as somebody else would.
     pub fn merge(&self, source: &str, destination: &str) -> Result<(), Value> {
-        let merged = self.shared.world().book.merge(source, destination, Timestamp::now());
+        let merged = self.shared.world().records.merge(source, destination, Timestamp::now());
         merged.map_err(|refusal| refusal.body())
     }
 
     /// Adds a custom field. It is refused if its id or name is taken, or if its choices or its multiplicity
     /// do not suit its type. The error is the body of the 400.
     pub fn add_field(&self, field: CustomField) -> Result<(), Value> {
-        self.shared.world().book.add_field(field).map_err(|refusal| refusal.body())
+        self.shared.world().records.add_field(field).map_err(|refusal| refusal.body())
     }
 
     /// Replaces the custom field of the same id: its name, type, choices or owner. Values that the field
     /// does not take any more are lost. It is refused as a new one would be, and if there is no such field.
     pub fn change_field(&self, field: CustomField) -> Result<(), Value> {
-        let changed = self.shared.world().book.change_field(field, Timestamp::now());
+        let changed = self.shared.world().records.change_field(field, Timestamp::now());
         changed.map_err(|refusal| refusal.body())
     }
 
     /// Deletes a custom field with its values. Whether there was one.
     pub fn remove_field(&self, id: &str) -> bool {
-        self.shared.world().book.remove_field(id, Timestamp::now())
+        self.shared.world().records.remove_field(id, Timestamp::now())
     }
 
     /// Lets search see everything written so far.
     pub fn index_now(&self) {
-        self.shared.world().book.index.catch_up_fully();
+        self.shared.world().records.index.apply_all();
     }
 
     /// Adds a fault to the script. Faults that make no sense, such as a status 99, count as a 500.
@@ -211,7 +214,7 @@ impl Simulator {
 
     /// How many of those have this method and a path, below `/api/v1`, that begins so.
     pub fn request_count(&self, method: &str, path_prefix: &str) -> usize {
-        world::count(self.shared.world().requests.all(), method, path_prefix)
+        call::count(self.shared.world().requests.all(), method, path_prefix)
     }
 
     /// Revokes the key and lets another one in.
@@ -221,7 +224,7 @@ impl Simulator {
 
     /// Changes the search lag of the writes to come.
     pub fn set_search_lag(&self, lag: Lag) {
-        self.shared.world().book.search_lag = lag;
+        self.shared.world().records.search_lag = lag;
     }
 
     /// Changes the rate limits from the next request on.
@@ -234,7 +237,7 @@ impl Simulator {
         let world = self.shared.world();
         let url = self.url();
         let controls = format!("http://{}/_sim", self.addr);
-        let fields = &world.book.schema.fields;
+        let fields = &world.records.schema.fields;
         let mut text = format!("Simulated Close API at {url}\n\nCustom fields:\n");
         for field in fields {
             let owner = match field.owner {
@@ -248,11 +251,11 @@ impl Simulator {
             let _ = writeln!(text, "  {owner:<8} {kind:<9} {:<20} {}", field.id, field.name);
         }
         text.push_str("\nUsers:\n");
-        for user in world.book.schema.users() {
+        for user in world.records.schema.users() {
             let _ = writeln!(text, "  {:<20} {}", user.id, user.name());
         }
         text.push_str("\nLead statuses:\n");
-        for status in &world.book.schema.statuses {
+        for status in &world.records.schema.statuses {
             let _ = writeln!(text, "  {:<20} {}", status.id, status.label);
         }
         let text_field = |owner: Owner| {

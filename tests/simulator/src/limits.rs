@@ -92,14 +92,14 @@ impl Group {
 
 /// Whose bucket it is.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(crate) enum Holder {
+pub(crate) enum BucketOwner {
     Key(String),
     Organization,
 }
 
 /// How a bucket stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Standing {
+pub(crate) struct BucketState {
     pub(crate) limit: u32,
     pub(crate) remaining: u32,
     pub(crate) reset: Duration,
@@ -108,92 +108,92 @@ pub(crate) struct Standing {
     group: Group,
 }
 
-/// Whether a request was let in. Either way the standing is that of the bucket closest to being used up.
+/// Whether a request was let in. Either way the state is that of the bucket closest to being used up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    Allowed(Standing),
-    Refused(Standing),
+    Allowed(BucketState),
+    Refused(BucketState),
 }
 
 #[derive(Debug)]
 struct Bucket {
-    closes: Timestamp,
+    ends: Timestamp,
     spent: u32,
 }
 
 /// All buckets.
 #[derive(Debug, Default)]
 pub(crate) struct Limiter {
-    buckets: HashMap<(Holder, Group), Bucket>,
+    buckets: HashMap<(BucketOwner, Group), Bucket>,
 }
 
 impl Limiter {
-    /// Takes a token from the key's bucket and, if the key belongs to the organisation, from that one's too;
+    /// Takes a token from the key's bucket and, if the key in_organization to the organisation, from that one's too;
     /// from neither if either is empty.
-    pub(crate) fn spend(
+    pub(crate) fn acquire(
         &mut self,
         limits: &Limits,
         key: &str,
-        belongs: bool,
+        in_organization: bool,
         group: &Group,
         now: Timestamp,
     ) -> Verdict {
         let rate = limits.of(group.segment);
         let shared = Rate { limit: rate.limit.saturating_mul(limits.organization_multiple), ..rate };
-        let mut holders = vec![(Holder::Key(key.to_owned()), rate)];
-        if belongs {
-            holders.push((Holder::Organization, shared));
+        let mut owners = vec![(BucketOwner::Key(key.to_owned()), rate)];
+        if in_organization {
+            owners.push((BucketOwner::Organization, shared));
         }
-        let empty = holders
+        let empty = owners
             .iter()
-            .map(|(holder, rate)| self.standing(holder, *rate, group, now))
-            .find(|standing| standing.remaining == 0);
-        if let Some(standing) = empty {
-            return Verdict::Refused(standing);
+            .map(|(owner, rate)| self.state(owner, *rate, group, now))
+            .find(|state| state.remaining == 0);
+        if let Some(state) = empty {
+            return Verdict::Refused(state);
         }
-        let mut closest: Option<Standing> = None;
-        for (holder, rate) in holders {
-            self.bucket(&holder, rate, group, now).spent += 1;
-            let standing = self.standing(&holder, rate, group, now);
-            if closest.as_ref().is_none_or(|closest| standing.remaining < closest.remaining) {
-                closest = Some(standing);
+        let mut closest: Option<BucketState> = None;
+        for (owner, rate) in owners {
+            self.bucket(&owner, rate, group, now).spent += 1;
+            let state = self.state(&owner, rate, group, now);
+            if closest.as_ref().is_none_or(|closest| state.remaining < closest.remaining) {
+                closest = Some(state);
             }
         }
         match closest {
-            Some(standing) => Verdict::Allowed(standing),
-            None => Verdict::Refused(Standing::empty(rate, group)),
+            Some(state) => Verdict::Allowed(state),
+            None => Verdict::Refused(BucketState::empty(rate, group)),
         }
     }
 
-    fn standing(&mut self, holder: &Holder, rate: Rate, group: &Group, now: Timestamp) -> Standing {
-        let bucket = self.bucket(holder, rate, group, now);
-        Standing {
+    fn state(&mut self, owner: &BucketOwner, rate: Rate, group: &Group, now: Timestamp) -> BucketState {
+        let bucket = self.bucket(owner, rate, group, now);
+        BucketState {
             remaining: rate.limit.saturating_sub(bucket.spent),
-            reset: Duration::try_from(bucket.closes.duration_since(now)).unwrap_or_default(),
-            organization: *holder == Holder::Organization,
-            ..Standing::empty(rate, group)
+            reset: Duration::try_from(bucket.ends.duration_since(now)).unwrap_or_default(),
+            organization: *owner == BucketOwner::Organization,
+            ..BucketState::empty(rate, group)
         }
     }
 
     /// The bucket of the current window.
-    fn bucket(&mut self, holder: &Holder, rate: Rate, group: &Group, now: Timestamp) -> &mut Bucket {
+    fn bucket(&mut self, owner: &BucketOwner, rate: Rate, group: &Group, now: Timestamp) -> &mut Bucket {
         // Wrong keys make buckets too; the closed ones are only worth keeping while they are few.
         const MANY: usize = 1_000;
         if self.buckets.len() > MANY {
-            self.buckets.retain(|_, bucket| now < bucket.closes);
+            self.buckets.retain(|_, bucket| now < bucket.ends);
         }
-        let opens = Timestamp::from_second(now.as_second()).unwrap_or(now);
+        let starts = Timestamp::from_second(now.as_second()).unwrap_or(now);
         let window = SignedDuration::from_secs(rate.window.max(1).into());
-        let fresh = || Bucket { closes: opens.saturating_add(window).unwrap_or(opens), spent: 0 };
-        let bucket = self.buckets.entry((holder.clone(), group.clone())).or_insert_with(fresh);
-        if bucket.closes <= now {
+        let fresh = || Bucket { ends: starts.saturating_add(window).unwrap_or(starts), spent: 0 };
+        let bucket = self.buckets.entry((owner.clone(), group.clone())).or_insert_with(fresh);
+        if bucket.ends <= now {
             *bucket = fresh();
         }
         bucket
     }
 }
 
-impl Standing {
+impl BucketState {
     fn empty(rate: Rate, group: &Group) -> Self {
         Self {
             limit: rate.limit,
@@ -206,11 +206,11 @@ impl Standing {
     }
 
     /// The same bucket as told by a hidden limit, of which only the reset means anything (close-api.md §2).
-    pub(crate) fn resetting_in(self, reset: Duration) -> Self {
+    pub(crate) fn with_reset(self, reset: Duration) -> Self {
         Self { reset, ..self }
     }
 
-    /// The headers that tell the standing.
+    /// The headers that tell the state.
     pub(crate) fn headers(&self, style: HeaderStyle) -> Vec<(&'static str, String)> {
         let Self { limit, remaining, .. } = self;
         let reset = format!("{:.6}", self.reset.as_secs_f64());
@@ -277,8 +277,8 @@ mod tests {
     /// `Ok(remaining)` or `Err(reset in milliseconds)`.
     fn outcome(verdict: Verdict) -> Result<u32, u128> {
         match verdict {
-            Verdict::Allowed(standing) => Ok(standing.remaining),
-            Verdict::Refused(standing) => Err(standing.reset.as_millis()),
+            Verdict::Allowed(state) => Ok(state.remaining),
+            Verdict::Refused(state) => Err(state.reset.as_millis()),
         }
     }
 
@@ -295,7 +295,7 @@ mod tests {
             (8000, Ok(0)),
             (20_500, Ok(1)),
         ] {
-            let verdict = limiter.spend(&LIMITS, "key", true, &group, at(now));
+            let verdict = limiter.acquire(&LIMITS, "key", true, &group, at(now));
             assert_eq!(outcome(verdict), expected, "{now}");
         }
     }
@@ -313,7 +313,7 @@ mod tests {
             ("GET", "/me/", Err(8000)), // nothing is granted at all
             ("GET", "/nowhere/", Err(8000)),
         ] {
-            let verdict = limiter.spend(&LIMITS, "key", true, &Group::of(method, path), at(0));
+            let verdict = limiter.acquire(&LIMITS, "key", true, &Group::of(method, path), at(0));
             assert_eq!(outcome(verdict), expected, "{method} {path}");
         }
     }
@@ -322,7 +322,7 @@ mod tests {
     fn the_organisation_has_a_bucket_of_its_own() {
         let mut limiter = Limiter::default();
         let group = Group::of("GET", "/lead/");
-        for (key, belongs, expected) in [
+        for (key, in_organization, expected) in [
             ("a", true, Ok(1)),
             ("a", true, Ok(0)),
             ("a", true, Err(8000)), // spends nothing of the organisation's
@@ -333,35 +333,35 @@ mod tests {
             ("d", true, Err(8000)),
             ("wrong", false, Ok(0)),
         ] {
-            let verdict = limiter.spend(&LIMITS, key, belongs, &group, at(0));
+            let verdict = limiter.acquire(&LIMITS, key, in_organization, &group, at(0));
             assert_eq!(outcome(verdict), expected, "{key}");
         }
     }
 
     #[test]
     fn headers_take_every_known_form() {
-        let standing = Standing {
+        let state = BucketState {
             remaining: 3,
-            ..Standing::empty(Rate::new(16, 8), &Group::of("POST", "/data/search/"))
+            ..BucketState::empty(Rate::new(16, 8), &Group::of("POST", "/data/search/"))
         }
-        .resetting_in(Duration::from_millis(5_250));
-        let told = |style| {
-            let headers = standing.headers(style);
+        .with_reset(Duration::from_millis(5_250));
+        let lines = |style| {
+            let headers = state.headers(style);
             headers.into_iter().map(|(name, value)| format!("{name}: {value}")).collect::<Vec<_>>()
         };
-        assert_eq!(told(HeaderStyle::Comma), ["ratelimit: limit=16, remaining=3, reset=5.250000"]);
-        assert_eq!(told(HeaderStyle::Semicolon), ["ratelimit: limit=16; remaining=3; reset=5.250000"]);
+        assert_eq!(lines(HeaderStyle::Comma), ["ratelimit: limit=16, remaining=3, reset=5.250000"]);
+        assert_eq!(lines(HeaderStyle::Semicolon), ["ratelimit: limit=16; remaining=3; reset=5.250000"]);
         let legacy = ["x-rate-limit-limit: 16", "x-rate-limit-remaining: 3", "x-rate-limit-reset: 5.250000"];
-        assert_eq!(told(HeaderStyle::Legacy), legacy);
-        assert_eq!(told(HeaderStyle::Proxy)[..3], legacy);
+        assert_eq!(lines(HeaderStyle::Legacy), legacy);
+        assert_eq!(lines(HeaderStyle::Proxy)[..3], legacy);
         assert_eq!(
-            told(HeaderStyle::Proxy)[3..],
+            lines(HeaderStyle::Proxy)[3..],
             ["ratelimit-limit: 16", "ratelimit-remaining: 3", "ratelimit-reset: 6"]
         );
-        assert!(told(HeaderStyle::Absent).is_empty());
-        assert_eq!(standing.retry_after(), "6");
-        assert_eq!(standing.clone().resetting_in(Duration::from_secs(5)).retry_after(), "5");
-        assert_eq!(standing.details(true)["rate_reset"], json!("5.250000"));
-        assert_eq!(standing.details(false)["rate_reset"], json!(5.25));
+        assert!(lines(HeaderStyle::Absent).is_empty());
+        assert_eq!(state.retry_after(), "6");
+        assert_eq!(state.clone().with_reset(Duration::from_secs(5)).retry_after(), "5");
+        assert_eq!(state.details(true)["rate_reset"], json!("5.250000"));
+        assert_eq!(state.details(false)["rate_reset"], json!(5.25));
     }
 }

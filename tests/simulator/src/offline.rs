@@ -3,11 +3,12 @@
 use jiff::Timestamp;
 use serde_json::Value;
 
+use crate::call::Call;
 use crate::ids::Ids;
+use crate::refusal::Object;
 use crate::schema::Kind;
 use crate::settings::Settings;
-use crate::validate::Object;
-use crate::world::{Admission, Call, Decision, World};
+use crate::world::{Admission, Decision, World};
 
 /// A simulated organization that is asked directly. Pure: the same settings, calls and moments give the
 /// same answers, ids included, when [`Settings::seed`] is set.
@@ -59,8 +60,8 @@ impl Offline {
         let world = &mut self.world;
         let Admission { number, headers, decision } = world.admit(&call, now);
         let answer = match decision {
-            Decision::Turned(answer) => answer,
-            Decision::Through(_) => world.serve(&call, now),
+            Decision::Rejected(answer) => answer,
+            Decision::Accepted(_) => world.serve(&call, now),
         };
         world.requests.answered(number, answer.status);
         let answer = answer.with(headers);
@@ -72,17 +73,17 @@ impl Offline {
     /// # Errors
     /// The body of the 400.
     pub fn add_lead(&mut self, body: &Object, now: Timestamp) -> Result<Value, Value> {
-        self.world.seed(Kind::Lead, body, now).map_err(|refusal| refusal.body())
+        self.world.add_indexed(Kind::Lead, body, now).map_err(|refusal| refusal.body())
     }
 
     /// All leads with their contacts as they are, whatever search shows; oldest first.
     pub fn leads(&self) -> Vec<Value> {
-        self.world.book.all(Kind::Lead)
+        self.world.records.all(Kind::Lead)
     }
 
     /// All contacts as they are, oldest first.
     pub fn contacts(&self) -> Vec<Value> {
-        self.world.book.all(Kind::Contact)
+        self.world.records.all(Kind::Contact)
     }
 }
 

@@ -8,8 +8,8 @@ use std::collections::HashSet;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use crate::ids::moment;
-use crate::index::{Document, Index, folded};
+use crate::ids::parse_timestamp;
+use crate::index::{Document, Index, normalized};
 use crate::schema::{Kind, Schema};
 use crate::settings::ExactValue;
 
@@ -22,8 +22,8 @@ pub(crate) enum Query {
     Not(Box<Query>),
     ObjectType(String),
     Id(String),
-    AnyText(TextTest),
-    Field(Field, Test),
+    AnyText(TextMatch),
+    Field(Field, Condition),
     Related { this: String, related: String, query: Box<Query> },
 }
 
@@ -36,30 +36,30 @@ pub(crate) enum Field {
 
 /// What is asked of a field's value.
 #[derive(Debug)]
-pub(crate) enum Test {
-    Text(TextTest),
+pub(crate) enum Condition {
+    Text(TextMatch),
     OneOf(Vec<Value>),
     Exists,
     Numbers(Vec<(Comparison, f64)>),
-    Moments(Vec<(Comparison, Timestamp)>),
+    Timestamps(Vec<(Comparison, Timestamp)>),
 }
 
 /// A text mode with its needle.
 #[derive(Debug)]
-pub(crate) enum TextTest {
+pub(crate) enum TextMatch {
     Exact(String),
     Folded(String),
     Words(Vec<String>),
     Phrase(Vec<String>),
-    Beginnings(Vec<String>),
+    Prefixes(Vec<String>),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Comparison {
-    Above,
-    From,
-    Below,
-    UpTo,
+    Greater,
+    AtLeast,
+    Less,
+    AtMost,
 }
 
 /// The parts of records that have an object type of their own, and where they are found.
@@ -110,8 +110,8 @@ const REGULAR: [(&str, &[&str]); 6] = [
 
 /// Reads a query tree. The error is the text of the 400.
 pub(crate) fn parse(tree: &Value, schema: &Schema, exact: ExactValue) -> Result<Query, String> {
-    let reader = Reader { schema, exact };
-    reader.query(tree, 0)
+    let parser = Parser { schema, exact };
+    parser.query(tree, 0)
 }
 
 /// Reads a field, as found in conditions and sort orders.
@@ -136,25 +136,25 @@ pub(crate) fn parse_field(field: &Value, schema: &Schema) -> Result<Field, Strin
     }
 }
 
-struct Reader<'a> {
+struct Parser<'a> {
     schema: &'a Schema,
     exact: ExactValue,
 }
 
-impl Reader<'_> {
+impl Parser<'_> {
     fn query(&self, tree: &Value, depth: usize) -> Result<Query, String> {
-        const DEEPEST: usize = 20;
-        if depth > DEEPEST {
+        const MAX_DEPTH: usize = 20;
+        if depth > MAX_DEPTH {
             return Err("The query is nested too deeply.".into());
         }
-        let inner = |key: &str| self.query(&tree[key], depth + 1);
+        let child = |key: &str| self.query(&tree[key], depth + 1);
         let query = match text(tree, "type")? {
             "match_all" => Query::All,
             "and" => Query::And(self.queries(tree, depth)?),
             "or" => Query::Or(self.queries(tree, depth)?),
             "object_type" => Query::ObjectType(text(tree, "object_type")?.into()),
             "id" => Query::Id(text(tree, "value")?.into()),
-            "text" => Query::AnyText(self.text_test(tree)?),
+            "text" => Query::AnyText(self.text_match(tree)?),
             "field_condition" => {
                 Query::Field(parse_field(&tree["field"], self.schema)?, self.condition(&tree["condition"])?)
             }
@@ -168,7 +168,7 @@ impl Reader<'_> {
                 Query::Related {
                     this: this.into(),
                     related: related.into(),
-                    query: Box::new(inner("related_query")?),
+                    query: Box::new(child("related_query")?),
                 }
             }
             other => return Err(format!("Unknown query type '{other}'.")),
@@ -187,22 +187,22 @@ impl Reader<'_> {
         queries.iter().map(|query| self.query(query, depth + 1)).collect()
     }
 
-    fn condition(&self, condition: &Value) -> Result<Test, String> {
+    fn condition(&self, condition: &Value) -> Result<Condition, String> {
         let list =
             |key: &str| condition[key].as_array().cloned().ok_or_else(|| format!("'{key}' must be a list."));
         match text(condition, "type")? {
-            "text" => Ok(Test::Text(self.text_test(condition)?)),
-            "term" => Ok(Test::OneOf(list("values")?)),
-            "reference" => Ok(Test::OneOf(list("object_ids")?)),
-            "boolean" => Ok(Test::OneOf(vec![condition["value"].clone()])),
-            "current_user" => Ok(Test::OneOf(vec![json!(self.schema.user.id)])),
-            "exists" => Ok(Test::Exists),
+            "text" => Ok(Condition::Text(self.text_match(condition)?)),
+            "term" => Ok(Condition::OneOf(list("values")?)),
+            "reference" => Ok(Condition::OneOf(list("object_ids")?)),
+            "boolean" => Ok(Condition::OneOf(vec![condition["value"].clone()])),
+            "current_user" => Ok(Condition::OneOf(vec![json!(self.schema.user.id)])),
+            "exists" => Ok(Condition::Exists),
             "number_range" => {
                 let names = [
-                    ("gt", Comparison::Above),
-                    ("gte", Comparison::From),
-                    ("lt", Comparison::Below),
-                    ("lte", Comparison::UpTo),
+                    ("gt", Comparison::Greater),
+                    ("gte", Comparison::AtLeast),
+                    ("lt", Comparison::Less),
+                    ("lte", Comparison::AtMost),
                 ];
                 let bounds = names.iter().filter(|(name, _)| !condition[*name].is_null());
                 let bound = |(name, comparison): &(&str, Comparison)| {
@@ -210,39 +210,39 @@ impl Reader<'_> {
                         condition[*name].as_f64().ok_or_else(|| format!("'{name}' must be a number."))?;
                     Ok::<_, String>((*comparison, number))
                 };
-                Ok(Test::Numbers(bounds.map(bound).collect::<Result<_, _>>()?))
+                Ok(Condition::Numbers(bounds.map(bound).collect::<Result<_, _>>()?))
             }
             "moment_range" => {
                 let names = [
-                    ("after", Comparison::Above),
-                    ("on_or_after", Comparison::From),
-                    ("before", Comparison::Below),
-                    ("on_or_before", Comparison::UpTo),
+                    ("after", Comparison::Greater),
+                    ("on_or_after", Comparison::AtLeast),
+                    ("before", Comparison::Less),
+                    ("on_or_before", Comparison::AtMost),
                 ];
                 let bounds = names.iter().filter(|(name, _)| !condition[*name].is_null());
                 let bound = |(name, comparison): &(&str, Comparison)| {
                     let value = &condition[*name];
                     let fixed = text(value, "type")? == "fixed_utc";
-                    let moment = moment(text(value, "value")?).filter(|_| fixed);
+                    let timestamp = parse_timestamp(text(value, "value")?).filter(|_| fixed);
                     Ok::<_, String>((
                         *comparison,
-                        moment.ok_or_else(|| format!("'{name}' is not a moment in UTC."))?,
+                        timestamp.ok_or_else(|| format!("'{name}' is not a moment in UTC."))?,
                     ))
                 };
-                Ok(Test::Moments(bounds.map(bound).collect::<Result<_, _>>()?))
+                Ok(Condition::Timestamps(bounds.map(bound).collect::<Result<_, _>>()?))
             }
             other => Err(format!("Unknown condition type '{other}'.")),
         }
     }
 
-    fn text_test(&self, node: &Value) -> Result<TextTest, String> {
+    fn text_match(&self, node: &Value) -> Result<TextMatch, String> {
         let value = text(node, "value")?;
         match (text(node, "mode")?, self.exact) {
-            ("exact_value", ExactValue::Exact) => Ok(TextTest::Exact(value.to_owned())),
-            ("exact_value", ExactValue::FoldsCase) => Ok(TextTest::Folded(folded(value))),
-            ("full_words", _) => Ok(TextTest::Words(words(value))),
-            ("phrase", _) => Ok(TextTest::Phrase(words(value))),
-            ("beginning_of_words", _) => Ok(TextTest::Beginnings(words(value))),
+            ("exact_value", ExactValue::Exact) => Ok(TextMatch::Exact(value.to_owned())),
+            ("exact_value", ExactValue::FoldsCase) => Ok(TextMatch::Folded(normalized(value))),
+            ("full_words", _) => Ok(TextMatch::Words(words(value))),
+            ("phrase", _) => Ok(TextMatch::Phrase(words(value))),
+            ("beginning_of_words", _) => Ok(TextMatch::Prefixes(words(value))),
             (mode, _) => Err(format!("Unknown text mode '{mode}'.")),
         }
     }
@@ -261,7 +261,7 @@ fn words(text: &str) -> Vec<String> {
 }
 
 impl Query {
-    /// The ids of all documents that can match, if the index can name them; `accepts` has the last word.
+    /// The ids of all documents that can match, if the index can name them; `matches` has the last word.
     pub(crate) fn candidates<'a>(&'a self, index: &'a Index) -> Option<HashSet<&'a str>> {
         match self {
             Self::Id(id) => Some(HashSet::from([id.as_str()])),
@@ -272,8 +272,8 @@ impl Query {
                 let all: Option<Vec<_>> = queries.iter().map(|query| query.candidates(index)).collect();
                 all.map(|all| all.into_iter().flatten().collect())
             }
-            Self::Field(Field::Custom(key), Test::Text(test)) => {
-                test.exact().map(|needle| index.holding(key, needle).collect())
+            Self::Field(Field::Custom(key), Condition::Text(test)) => {
+                test.exact().map(|needle| index.ids_with(key, needle).collect())
             }
             Self::Related { related, query, .. } => match (related.as_str(), query.as_ref()) {
                 ("contact", query) => {
@@ -281,10 +281,10 @@ impl Query {
                     let contacts = contacts.into_iter().filter_map(|id| index.get(id));
                     Some(contacts.filter_map(|contact| contact.value["lead_id"].as_str()).collect())
                 }
-                ("contact_email", Self::Field(Field::Regular { name, .. }, Test::Text(test)))
+                ("contact_email", Self::Field(Field::Regular { name, .. }, Condition::Text(test)))
                     if name == "email" =>
                 {
-                    test.exact().map(|needle| index.holding("email", needle).collect())
+                    test.exact().map(|needle| index.ids_with("email", needle).collect())
                 }
                 _ => None,
             },
@@ -293,28 +293,28 @@ impl Query {
     }
 
     /// Whether a document is what is looked for.
-    pub(crate) fn accepts(&self, document: &Document, index: &Index) -> bool {
-        self.accepts_object(document.kind.word(), &document.id, &document.value, index)
+    pub(crate) fn matches(&self, document: &Document, index: &Index) -> bool {
+        self.matches_object(document.kind.word(), &document.id, &document.value, index)
     }
 
-    fn accepts_object(&self, kind: &str, id: &str, value: &Value, index: &Index) -> bool {
-        let accepted = |query: &Self| query.accepts_object(kind, id, value, index);
+    fn matches_object(&self, kind: &str, id: &str, value: &Value, index: &Index) -> bool {
+        let matches = |query: &Self| query.matches_object(kind, id, value, index);
         match self {
             Self::All => true,
-            Self::And(queries) => queries.iter().all(accepted),
-            Self::Or(queries) => queries.iter().any(accepted),
-            Self::Not(query) => !accepted(query),
+            Self::And(queries) => queries.iter().all(matches),
+            Self::Or(queries) => queries.iter().any(matches),
+            Self::Not(query) => !matches(query),
             Self::ObjectType(wanted) => wanted == kind,
             Self::Id(wanted) => wanted == id,
             Self::AnyText(test) => any_text(value, test),
-            Self::Field(field, test) => field.value(kind, value).is_some_and(|value| test.accepts(&value)),
+            Self::Field(field, test) => field.value(kind, value).is_some_and(|value| test.matches(&value)),
             Self::Related { this, related, query } if this == kind => {
                 if related == Kind::Contact.word() {
-                    return index.contacts_of(id).any(|contact| query.accepts(contact, index));
+                    return index.contacts_of(id).any(|contact| query.matches(contact, index));
                 }
                 let list = PARTS.iter().find(|(_, part, _)| part == related).map(|(.., list)| *list);
                 let parts = list.and_then(|list| value[list].as_array()).into_iter().flatten();
-                parts.into_iter().any(|part| query.accepts_object(related, "", part, index))
+                parts.into_iter().any(|part| query.matches_object(related, "", part, index))
             }
             Self::Related { .. } => false,
         }
@@ -338,20 +338,20 @@ impl Field {
     }
 }
 
-impl Test {
-    fn accepts(&self, value: &Value) -> bool {
+impl Condition {
+    fn matches(&self, value: &Value) -> bool {
         if let Value::Array(values) = value {
-            return values.iter().any(|value| self.accepts(value));
+            return values.iter().any(|value| self.matches(value));
         }
         match self {
             Self::Exists => true,
             Self::OneOf(values) => values.contains(value),
-            Self::Text(test) => value.as_str().is_some_and(|text| test.accepts(text)),
+            Self::Text(test) => value.as_str().is_some_and(|text| test.matches(text)),
             Self::Numbers(bounds) => value.as_f64().is_some_and(|number| {
                 bounds.iter().all(|(comparison, bound)| comparison.holds(&number, bound))
             }),
-            Self::Moments(bounds) => value.as_str().and_then(moment).is_some_and(|moment| {
-                bounds.iter().all(|(comparison, bound)| comparison.holds(&moment, bound))
+            Self::Timestamps(bounds) => value.as_str().and_then(parse_timestamp).is_some_and(|timestamp| {
+                bounds.iter().all(|(comparison, bound)| comparison.holds(&timestamp, bound))
             }),
         }
     }
@@ -360,29 +360,29 @@ impl Test {
 impl Comparison {
     fn holds<T: PartialOrd>(self, value: &T, bound: &T) -> bool {
         match self {
-            Self::Above => value > bound,
-            Self::From => value >= bound,
-            Self::Below => value < bound,
-            Self::UpTo => value <= bound,
+            Self::Greater => value > bound,
+            Self::AtLeast => value >= bound,
+            Self::Less => value < bound,
+            Self::AtMost => value <= bound,
         }
     }
 }
 
-impl TextTest {
+impl TextMatch {
     /// The needle of a test for the whole value.
     fn exact(&self) -> Option<&str> {
         match self {
             Self::Exact(needle) | Self::Folded(needle) => Some(needle),
-            Self::Words(_) | Self::Phrase(_) | Self::Beginnings(_) => None,
+            Self::Words(_) | Self::Phrase(_) | Self::Prefixes(_) => None,
         }
     }
 
-    fn accepts(&self, text: &str) -> bool {
+    fn matches(&self, text: &str) -> bool {
         match self {
             Self::Exact(needle) => text == needle,
             // Most values have another length, and almost all are ASCII: no need to copy those.
             Self::Folded(needle) if text.is_ascii() => text.trim().eq_ignore_ascii_case(needle),
-            Self::Folded(needle) => folded(text) == *needle,
+            Self::Folded(needle) => normalized(text) == *needle,
             Self::Words(needles) => {
                 let words = words(text);
                 !needles.is_empty() && needles.iter().all(|needle| words.contains(needle))
@@ -390,7 +390,7 @@ impl TextTest {
             Self::Phrase(needles) => {
                 !needles.is_empty() && words(text).windows(needles.len()).any(|window| window == needles)
             }
-            Self::Beginnings(needles) => {
+            Self::Prefixes(needles) => {
                 let words = words(text);
                 let begins = |needle: &String| words.iter().any(|word| word.starts_with(needle));
                 !needles.is_empty() && needles.iter().all(begins)
@@ -399,9 +399,9 @@ impl TextTest {
     }
 }
 
-fn any_text(value: &Value, test: &TextTest) -> bool {
+fn any_text(value: &Value, test: &TextMatch) -> bool {
     match value {
-        Value::String(string) => test.accepts(string),
+        Value::String(string) => test.matches(string),
         Value::Array(values) => values.iter().any(|value| any_text(value, test)),
         Value::Object(fields) => fields.values().any(|value| any_text(value, test)),
         Value::Null | Value::Bool(_) | Value::Number(_) => false,

@@ -4,9 +4,9 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::ids::{Ids, iso};
+use crate::ids::{Ids, format_timestamp};
+use crate::refusal::Refusal;
 use crate::settings::{Country, Settings};
-use crate::validate::Refusal;
 
 /// A member of the organisation.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -174,7 +174,7 @@ pub(crate) struct Status {
 
 impl Status {
     /// A status whose id tests can foresee.
-    fn of(label: &str) -> Self {
+    fn new(label: &str) -> Self {
         let letters = label.chars().filter(|letter| letter.is_alphanumeric());
         let id = format!("stat_{}", letters.flat_map(char::to_lowercase).collect::<String>());
         Self { id, label: label.to_owned() }
@@ -192,20 +192,20 @@ pub(crate) struct Schema {
     pub(crate) fields: Vec<CustomField>,
     pub(crate) country: Country,
     pub(crate) strict_contact_keys: bool,
-    founded: Timestamp,
+    created: Timestamp,
 }
 
 impl Schema {
-    pub(crate) fn new(settings: &Settings, ids: &mut Ids, founded: Timestamp) -> Self {
+    pub(crate) fn new(settings: &Settings, ids: &mut Ids, created: Timestamp) -> Self {
         Self {
             organization_id: ids.make("orga"),
             user: settings.user.clone(),
             more_users: settings.more_users.clone(),
-            statuses: settings.statuses.iter().map(|label| Status::of(label)).collect(),
+            statuses: settings.statuses.iter().map(|label| Status::new(label)).collect(),
             fields: settings.custom_fields.clone(),
             country: settings.country.clone(),
             strict_contact_keys: settings.strict_contact_keys,
-            founded,
+            created,
         }
     }
 
@@ -238,7 +238,7 @@ impl Schema {
     pub(crate) fn me(&self) -> Value {
         let statuses: Vec<Value> =
             self.statuses.iter().map(|s| json!({"id": s.id, "label": s.label})).collect();
-        let founded = iso(self.founded);
+        let created = format_timestamp(self.created);
         let mut me = self.user_item(&self.user);
         me["last_used_timezone"] = Value::Null;
         me["email_accounts"] = json!([]);
@@ -247,8 +247,8 @@ impl Schema {
         me["organizations"] = json!([{
             "id": self.organization_id,
             "name": "Simulated organisation",
-            "date_created": founded,
-            "date_updated": founded,
+            "date_created": created,
+            "date_updated": created,
             "created_by": null,
             "updated_by": null,
             "lead_statuses": statuses,
@@ -269,7 +269,7 @@ impl Schema {
     }
 
     fn user_item(&self, user: &User) -> Value {
-        let founded = iso(self.founded);
+        let created = format_timestamp(self.created);
         json!({
             "id": user.id,
             "first_name": user.first_name,
@@ -277,8 +277,8 @@ impl Schema {
             "email": user.email,
             "image": null,
             "organizations": [self.organization_id],
-            "date_created": founded,
-            "date_updated": founded,
+            "date_created": created,
+            "date_updated": created,
         })
     }
 
@@ -311,7 +311,7 @@ impl Schema {
     }
 
     pub(crate) fn item(&self, field: &CustomField) -> Value {
-        let founded = iso(self.founded);
+        let created = format_timestamp(self.created);
         let choices = (field.kind == FieldKind::Choices).then_some(&field.choices);
         let mut item = json!({
             "id": field.id,
@@ -327,8 +327,8 @@ impl Schema {
             "organization_id": self.organization_id,
             "created_by": self.user.id,
             "updated_by": self.user.id,
-            "date_created": founded,
-            "date_updated": founded,
+            "date_created": created,
+            "date_updated": created,
         });
         if field.owner == Owner::Shared {
             let association = |kind: Kind| {

@@ -10,18 +10,18 @@ use serde_json::{Value, json};
 
 use crate::index::{Document, Index};
 use crate::query::{self, Field};
+use crate::refusal::{Object, Refusal};
 use crate::schema::{Kind, Schema};
 use crate::settings::ExactValue;
-use crate::validate::{Object, Refusal};
 
 /// Rows per page if the request does not say, and the most it may say. The maximum is not published; 200 is
 /// the highest that was seen to work.
 const DEFAULT_LIMIT: usize = 100;
 const MAX_LIMIT: usize = 200;
-/// The most rows one walk from cursor to cursor gives.
-const MAX_WALK: usize = 10_000;
+/// The most rows one remaining from cursor to cursor gives.
+const MAX_ROWS: usize = 10_000;
 /// How long a cursor is good for.
-const CURSOR_LIFE: SignedDuration = SignedDuration::from_secs(30);
+const CURSOR_TTL: SignedDuration = SignedDuration::from_secs(30);
 
 /// Walks under way: what remains of each, by cursor.
 #[derive(Debug, Default)]
@@ -43,20 +43,20 @@ pub(crate) fn search(
     cursors.open.retain(|_, (expires, _)| now < *expires);
     let (mut ids, total) = match request.cursor {
         Some(cursor) => {
-            let walk = cursors.open.get(cursor).map(|(_, ids)| ids.clone());
+            let remaining = cursors.open.get(cursor).map(|(_, ids)| ids.clone());
             let gone = || Refusal::Malformed("The cursor is invalid or has expired.".into());
-            let ids = walk.ok_or_else(gone)?;
-            let n_left = ids.len();
-            (ids, n_left)
+            let ids = remaining.ok_or_else(gone)?;
+            let n_remaining = ids.len();
+            (ids, n_remaining)
         }
         None => matches(body, schema, exact, index)?,
     };
-    ids.truncate(request.results_limit.unwrap_or(MAX_WALK).min(MAX_WALK));
+    ids.truncate(request.results_limit.unwrap_or(MAX_ROWS).min(MAX_ROWS));
     let limited = ids.len();
     let page: Vec<String> = ids.drain(..request.limit.min(ids.len())).collect();
     let cursor = (!ids.is_empty()).then_some(token);
     if let Some(cursor) = &cursor {
-        let expires = now.saturating_add(CURSOR_LIFE).unwrap_or(now);
+        let expires = now.saturating_add(CURSOR_TTL).unwrap_or(now);
         cursors.open.insert(cursor.clone(), (expires, ids));
     }
     let rows: Vec<Value> =
@@ -82,7 +82,7 @@ fn matches(
         Some(ids) => ids.into_iter().filter_map(|id| index.get(id)).collect(),
         None => index.documents().collect(),
     };
-    found.retain(|document| query.accepts(document, index));
+    found.retain(|document| query.matches(document, index));
     // Ties, and everything when no order is asked for, come in the order of the ids: by chance.
     found.sort_by(|a, b| compare(a, b, &order).then_with(|| a.id.cmp(&b.id)));
     let total = found.len();
@@ -211,8 +211,8 @@ mod tests {
     }
 
     /// Three leads of known age with a contact each, and one that is bare.
-    fn book() -> Records {
-        let mut book = Records::new(&Settings::fast(), Ids::new(Uuid::nil()), at(0));
+    fn records() -> Records {
+        let mut records = Records::new(&Settings::fast(), Ids::new(Uuid::nil()), at(0));
         for (second, body) in [
             (
                 1,
@@ -234,15 +234,15 @@ mod tests {
             ),
             (4, json!({})),
         ] {
-            book.create_lead(&map(body), at(second)).unwrap();
+            records.create_lead(&map(body), at(second)).unwrap();
         }
-        book.index.catch_up(at(10));
-        book
+        records.index.apply_due(at(10));
+        records
     }
 
-    fn run(book: &mut Records, cursors: &mut Cursors, body: Value, now: i64) -> Result<Value, Value> {
-        let token = book.token();
-        let Records { schema, index, .. } = &*book;
+    fn run(records: &mut Records, cursors: &mut Cursors, body: Value, now: i64) -> Result<Value, Value> {
+        let token = records.token();
+        let Records { schema, index, .. } = &*records;
         search(&map(body), schema, ExactValue::FoldsCase, index, cursors, token, at(now))
             .map_err(|refusal| refusal.body()["error"].clone())
     }
@@ -256,7 +256,7 @@ mod tests {
             "_fields": {kind: ["name"]},
             "sort": [{"direction": "asc", "field": sort}],
         });
-        let found = run(&mut book(), &mut Cursors::default(), body, 10).unwrap();
+        let found = run(&mut records(), &mut Cursors::default(), body, 10).unwrap();
         let rows = found["data"].as_array().unwrap().iter();
         rows.map(|row| row["name"].as_str().unwrap_or("-").to_owned()).collect()
     }
@@ -382,19 +382,19 @@ mod tests {
             (json!({"query": all, "cursor": "x"}), "The cursor is invalid or has expired."),
             (json!({"query": all, "sort": "name"}), "'sort' must be a list."),
         ] {
-            let found = run(&mut book(), &mut Cursors::default(), body.clone(), 10);
+            let found = run(&mut records(), &mut Cursors::default(), body.clone(), 10);
             assert_eq!(found, Err(json!(error)), "{body}");
         }
         let mut query = all;
         for _ in 0..30 {
             query = json!({"type": "and", "queries": [query]});
         }
-        assert!(run(&mut book(), &mut Cursors::default(), json!({"query": query}), 10).is_err());
+        assert!(run(&mut records(), &mut Cursors::default(), json!({"query": query}), 10).is_err());
     }
 
     #[test]
     fn exact_value_can_be_read_in_three_ways() {
-        let book = book();
+        let records = records();
         for (exact, value, expected) in [
             (ExactValue::FoldsCase, "acme-1", Some(2)),
             (ExactValue::Exact, "acme-1", Some(1)),
@@ -402,20 +402,27 @@ mod tests {
             (ExactValue::Refused, "acme-1", None),
         ] {
             let body = map(json!({"query": custom("cf_leadcompanyid", text("exact_value", value))}));
-            let found =
-                search(&body, &book.schema, exact, &book.index, &mut Cursors::default(), "c".into(), at(10));
+            let found = search(
+                &body,
+                &records.schema,
+                exact,
+                &records.index,
+                &mut Cursors::default(),
+                "c".into(),
+                at(10),
+            );
             assert_eq!(found.ok().map(|found| found["data"].as_array().unwrap().len()), expected, "{value}");
         }
     }
 
     #[test]
     fn rows_hold_type_id_and_what_was_asked_for() {
-        let (mut book, mut cursors) = (book(), Cursors::default());
+        let (mut records, mut cursors) = (records(), Cursors::default());
         let mut row = |fields: Value| {
             let query = custom("cf_leadplan", json!({"type": "exists"}));
             let body =
                 json!({"query": query, "_fields": fields, "limit": null, "results_limit": null, "sort": []});
-            let mut row = run(&mut book, &mut cursors, body, 10).unwrap()["data"][0].take();
+            let mut row = run(&mut records, &mut cursors, body, 10).unwrap()["data"][0].take();
             assert!(row["id"].as_str().unwrap().starts_with("lead_"));
             row.as_object_mut().unwrap().remove("id");
             row
@@ -431,12 +438,12 @@ mod tests {
 
     #[test]
     fn pages_counts_and_cursors() {
-        let (mut book, mut cursors) = (book(), Cursors::default());
+        let (mut records, mut cursors) = (records(), Cursors::default());
         let all = json!({"type": "and", "queries": [{"type": "object_type", "object_type": "lead"}]});
         let mut page = |extra: Value, now: i64| {
             let mut body = map(json!({"query": all, "_limit": 3, "include_counts": true}));
             body.extend(map(extra));
-            run(&mut book, &mut cursors, Value::Object(body), now)
+            run(&mut records, &mut cursors, Value::Object(body), now)
         };
         let n_rows = |page: &Value| page["data"].as_array().unwrap().len();
         let first = page(json!({}), 10).unwrap();
@@ -461,7 +468,7 @@ mod tests {
                 "sort": [{"direction": direction, "field": field}],
                 "_fields": {"lead": ["custom.cf_leadseats"]},
             });
-            let found = run(&mut book(), &mut Cursors::default(), body, 10).unwrap();
+            let found = run(&mut records(), &mut Cursors::default(), body, 10).unwrap();
             let rows = found["data"].as_array().unwrap().iter();
             rows.map(|row| row["custom.cf_leadseats"].as_u64()).collect::<Vec<_>>()
         };

@@ -13,11 +13,12 @@ use axum::{
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use jiff::Timestamp;
 
-use crate::connection::Scissors;
+use crate::call::{Answer, Call};
+use crate::connection::ConnectionCutter;
 use crate::control;
 use crate::faults::{Effect, When};
 use crate::shared::Shared;
-use crate::world::{Admission, Answer, Call, Decision};
+use crate::world::{Admission, Decision};
 
 const BASE: &str = "/api/v1";
 
@@ -28,22 +29,22 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
 
 async fn api(
     State(shared): State<Arc<Shared>>,
-    ConnectInfo(scissors): ConnectInfo<Scissors>,
+    ConnectInfo(cutter): ConnectInfo<ConnectionCutter>,
     request: Request,
 ) -> Response {
     let max_body_bytes = shared.world().settings.max_body_bytes;
     let call = Arc::new(read(request, max_body_bytes).await);
     let Admission { number, headers, decision } = shared.world().admit(&call, Timestamp::now());
     let answer = match decision {
-        Decision::Turned(answer) => Some(answer),
-        Decision::Through(effect) => serve(&shared, &call, effect).await,
+        Decision::Rejected(answer) => Some(answer),
+        Decision::Accepted(effect) => serve(&shared, &call, effect).await,
     };
     if let Some(answer) = answer {
         shared.world().requests.answered(number, answer.status);
         write(answer.with(headers))
     } else {
         // Nothing of this response gets through the cut.
-        scissors.cut();
+        cutter.cut();
         Response::new(Body::empty())
     }
 }

@@ -17,7 +17,7 @@ use crate::schema::{CustomField, FieldKind, Owner, User};
 pub struct Settings {
     /// The key that is let in, sent as the user name of HTTP Basic (close-api.md §1).
     pub api_key: String,
-    /// Further keys of the same organisation: each has its own rate limits, and all share the
+    /// Further keys of the same organisation: each has its own rate limits, and all fraction the
     /// organisation's (close-api.md §2).
     pub more_api_keys: Vec<String>,
     /// How long a write stays invisible to search (close-api.md §6).
@@ -29,7 +29,7 @@ pub struct Settings {
     /// In which form the limits are told (close-api.md §2).
     pub header_style: HeaderStyle,
     /// What a 429 carries as its body (close-api.md §2).
-    pub busy_body: BusyBody,
+    pub rate_limit_body: RateLimitBody,
     /// How search understands the text mode `exact_value` (close-api.md §6).
     pub exact_value: ExactValue,
     /// What happens to a path without its trailing slash (close-api.md §1).
@@ -68,7 +68,7 @@ impl Default for Settings {
             event_lag: Lag::NONE,
             limits: Limits::documented(),
             header_style: HeaderStyle::Comma,
-            busy_body: BusyBody::Nested,
+            rate_limit_body: RateLimitBody::Nested,
             exact_value: ExactValue::FoldsCase,
             missing_slash: MissingSlash::NotFound,
             created_lead: CreatedLead::Whole,
@@ -139,11 +139,13 @@ impl Lag {
         }
     }
 
-    /// The lag of one write, for a `share` between 0 and 1.
-    pub(crate) fn draw(self, share: f64) -> Duration {
+    /// The lag of one write, for a `fraction` between 0 and 1.
+    pub(crate) fn draw(self, fraction: f64) -> Duration {
         match self {
             Self::Fixed(lag) => lag,
-            Self::Between(least, most) => least + most.saturating_sub(least).mul_f64(share.clamp(0.0, 1.0)),
+            Self::Between(least, most) => {
+                least + most.saturating_sub(least).mul_f64(fraction.clamp(0.0, 1.0))
+            }
         }
     }
 }
@@ -198,7 +200,7 @@ pub enum HeaderStyle {
 
 /// The body of a 429 (close-api.md §2): clients should not need it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum BusyBody {
+pub enum RateLimitBody {
     /// `{"error": {"message": …, "rate_reset": "0.5", …}}`, the recent form.
     Nested,
     /// The same keys at the top level, with a number for `rate_reset`.
@@ -280,7 +282,7 @@ mod tests {
     fn a_drawn_lag_stays_in_its_range() {
         let seconds = Duration::from_secs;
         let lag = Lag::Between(seconds(1), seconds(3));
-        assert_eq!([0.0, 0.5, 1.0].map(|share| lag.draw(share)), [1, 2, 3].map(seconds));
+        assert_eq!([0.0, 0.5, 1.0].map(|fraction| lag.draw(fraction)), [1, 2, 3].map(seconds));
         assert_eq!(Lag::Between(seconds(3), seconds(1)).draw(0.7), seconds(3), "an empty range is its start");
     }
 }

@@ -7,94 +7,14 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use crate::custom::{self, CustomPatch};
+use crate::refusal::{FieldErrors, NO_SUCH_OBJECT, NOT_A_CHOICE, NOT_A_DATETIME, NOT_TEXT, Object, REQUIRED};
 use crate::schema::{Kind, Schema};
 use crate::{formats, ids};
-
-/// A JSON object.
-pub(crate) type Object = serde_json::Map<String, Value>;
-
-pub(crate) const REQUIRED: &str = "This field is required.";
-pub(crate) const NOT_TEXT: &str = "Value must be of str type.";
-pub(crate) const NOT_A_CHOICE: &str = "Not a valid choice.";
-pub(crate) const NO_SUCH_OBJECT: &str = "Object does not exist.";
-pub(crate) const NOT_A_MOMENT: &str = "Could not parse datetime";
-
-/// Why a request is refused, in the terms of close-api.md §3.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) enum Refusal {
-    /// The object of the path, a `Lead` or the like, does not exist: 404.
-    Missing(&'static str),
-    /// One of the leads of a merge does not exist: 404 that blames the source either way.
-    NoMergeSource,
-    /// The request makes no sense: 400.
-    Malformed(String),
-    /// Fields are wrong: 400.
-    Invalid(FieldErrors),
-}
-
-impl Refusal {
-    /// A `_limit` above the maximum.
-    pub(crate) fn too_many(max_limit: usize) -> Self {
-        let text = "The limit you set is larger than the maximum limit for this resource";
-        Self::Malformed(format!("{text} (max_limit = {max_limit})."))
-    }
-
-    pub(crate) fn status(&self) -> u16 {
-        match self {
-            Self::Missing(_) | Self::NoMergeSource => 404,
-            Self::Malformed(_) | Self::Invalid(_) => 400,
-        }
-    }
-
-    pub(crate) fn body(&self) -> Value {
-        match self {
-            Self::Missing(title) => {
-                json!({"error": format!("Empty query: {title} matching query does not exist.")})
-            }
-            Self::NoMergeSource => json!({"errors": ["Source lead does not exist."]}),
-            Self::Malformed(text) => json!({"error": text}),
-            Self::Invalid(errors) => errors.body(),
-        }
-    }
-}
-
-/// Errors by field name, nested ones by index below that.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub(crate) struct FieldErrors {
-    general: Vec<&'static str>,
-    fields: Object,
-}
-
-impl FieldErrors {
-    pub(crate) fn one(field: &str, text: &str) -> Self {
-        let mut errors = Self::default();
-        errors.add(field, text);
-        errors
-    }
-
-    pub(crate) fn add(&mut self, field: &str, text: &str) {
-        self.fields.insert(field.to_owned(), text.into());
-    }
-
-    fn add_nested(&mut self, field: &str, index: usize, errors: &Self) {
-        let nested = self.fields.entry(field).or_insert_with(|| json!({"errors": {}}));
-        nested["errors"][index.to_string()] = errors.body();
-    }
-
-    fn into_result<T>(self, good: T) -> Result<T, Self> {
-        if self.general.is_empty() && self.fields.is_empty() { Ok(good) } else { Err(self) }
-    }
-
-    /// The body of the 400. `errors` is nearly always empty: the fields carry the texts.
-    pub(crate) fn body(&self) -> Value {
-        json!({"errors": self.general, "field-errors": self.fields})
-    }
-}
 
 /// What a checked body asks for.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct Patch {
-    /// Plain fields, in the form they are given back in.
+    /// Plain fields, in the validator they are given back in.
     pub(crate) plain: Object,
     /// Custom fields.
     pub(crate) custom: CustomPatch,
@@ -109,23 +29,23 @@ pub(crate) struct Patch {
 /// Checks the body of a lead. `contacts` in a PUT adds contacts, as an old script of Close did by mistake
 /// (close-api.md §4): it can not update them.
 pub(crate) fn lead(body: &Object, schema: &Schema) -> Result<Patch, FieldErrors> {
-    let mut form = Form::new(body);
-    form.text("name", Some(1000), Blank::Null);
-    form.text("description", None, Blank::Keep);
-    form.url();
-    form.status(schema);
-    form.list("addresses", usize::MAX, address);
-    form.date_created();
-    form.custom(Kind::Lead, schema);
+    let mut validator = Validator::new(body);
+    validator.text("name", Some(1000), BlankPolicy::Null);
+    validator.text("description", None, BlankPolicy::Keep);
+    validator.url();
+    validator.status(schema);
+    validator.list("addresses", usize::MAX, address);
+    validator.date_created();
+    validator.custom(Kind::Lead, schema);
     let mut contacts = Vec::new();
-    for (index, item) in form.array("contacts", usize::MAX).unwrap_or_default().iter().enumerate() {
-        match object(item).and_then(|nested| contact_form(nested, schema)) {
+    for (index, item) in validator.array("contacts", usize::MAX).unwrap_or_default().iter().enumerate() {
+        match object(item).and_then(|nested| contact_fields(nested, schema)) {
             Ok(patch) => contacts.push(Patch { lead_id: None, ..patch }),
-            Err(errors) => form.errors.add_nested("contacts", index, &errors),
+            Err(errors) => validator.errors.add_nested("contacts", index, &errors),
         }
     }
-    form.patch.contacts = contacts;
-    form.finish()
+    validator.patch.contacts = contacts;
+    validator.finish()
 }
 
 /// Checks the body of a contact; `exists` tells whether a lead does.
@@ -140,7 +60,7 @@ pub(crate) fn contact(
         Some(Value::String(_) | Value::Null) | None => {}
         Some(_) => errors.add("lead", NOT_TEXT),
     }
-    match contact_form(body, schema) {
+    match contact_fields(body, schema) {
         Ok(patch) => errors.into_result(patch),
         Err(found) => {
             errors.fields.extend(found.fields);
@@ -149,30 +69,30 @@ pub(crate) fn contact(
     }
 }
 
-fn contact_form(body: &Object, schema: &Schema) -> Result<Patch, FieldErrors> {
+fn contact_fields(body: &Object, schema: &Schema) -> Result<Patch, FieldErrors> {
     const KNOWN: [&str; 7] = ["name", "title", "emails", "phones", "urls", "lead_id", "timezone"];
-    let mut form = Form::new(body);
-    form.text("name", Some(1000), Blank::Null);
-    form.text("title", Some(1000), Blank::Empty);
-    form.text("timezone", None, Blank::Null);
-    form.list("emails", 100, email_item);
-    form.list("phones", 100, |item| phone_item(item, schema));
-    form.list("urls", 100, url_item);
-    form.date_created();
-    form.custom(Kind::Contact, schema);
-    form.patch.lead_id = body.get("lead_id").and_then(Value::as_str).map(str::to_owned);
+    let mut validator = Validator::new(body);
+    validator.text("name", Some(1000), BlankPolicy::Null);
+    validator.text("title", Some(1000), BlankPolicy::Empty);
+    validator.text("timezone", None, BlankPolicy::Null);
+    validator.list("emails", 100, email_item);
+    validator.list("phones", 100, |item| phone_item(item, schema));
+    validator.list("urls", 100, url_item);
+    validator.date_created();
+    validator.custom(Kind::Contact, schema);
+    validator.patch.lead_id = body.get("lead_id").and_then(Value::as_str).map(str::to_owned);
     if schema.strict_contact_keys {
-        let strange = |key: &&String| !KNOWN.contains(&key.as_str()) && !key.starts_with("custom.");
-        for key in body.keys().filter(strange) {
-            form.errors.add(key, "Extra fields not permitted.");
+        let unknown = |key: &&String| !KNOWN.contains(&key.as_str()) && !key.starts_with("custom.");
+        for key in body.keys().filter(unknown) {
+            validator.errors.add(key, "Extra fields not permitted.");
         }
     }
-    form.finish()
+    validator.finish()
 }
 
 /// What becomes of null and the empty string.
 #[derive(Clone, Copy)]
-enum Blank {
+enum BlankPolicy {
     /// Both become null.
     Null,
     /// Both become the empty string.
@@ -182,13 +102,13 @@ enum Blank {
 }
 
 /// A body being read.
-struct Form<'a> {
+struct Validator<'a> {
     body: &'a Object,
     patch: Patch,
     errors: FieldErrors,
 }
 
-impl<'a> Form<'a> {
+impl<'a> Validator<'a> {
     fn new(body: &'a Object) -> Self {
         Self { body, patch: Patch::default(), errors: FieldErrors::default() }
     }
@@ -197,15 +117,15 @@ impl<'a> Form<'a> {
         self.errors.into_result(self.patch)
     }
 
-    fn text(&mut self, field: &str, longest: Option<usize>, blank: Blank) {
+    fn text(&mut self, field: &str, max_length: Option<usize>, blank: BlankPolicy) {
         let value = match (self.body.get(field), blank) {
             (None, _) => return,
-            (Some(Value::Null), Blank::Null | Blank::Keep) => Value::Null,
-            (Some(Value::Null), Blank::Empty) => json!(""),
-            (Some(Value::String(text)), Blank::Null) if text.trim().is_empty() => Value::Null,
-            (Some(Value::String(text)), _) => match longest {
-                Some(longest) if text.chars().count() > longest => {
-                    let error = format!("The value must be no longer than {longest} characters.");
+            (Some(Value::Null), BlankPolicy::Null | BlankPolicy::Keep) => Value::Null,
+            (Some(Value::Null), BlankPolicy::Empty) => json!(""),
+            (Some(Value::String(text)), BlankPolicy::Null) if text.trim().is_empty() => Value::Null,
+            (Some(Value::String(text)), _) => match max_length {
+                Some(max_length) if text.chars().count() > max_length => {
+                    let error = format!("The value must be no longer than {max_length} characters.");
                     return self.errors.add(field, &error);
                 }
                 _ => json!(text),
@@ -216,7 +136,7 @@ impl<'a> Form<'a> {
     }
 
     fn url(&mut self) {
-        self.text("url", None, Blank::Null);
+        self.text("url", None, BlankPolicy::Null);
         if let Some(Value::String(text)) = self.patch.plain.get("url") {
             match formats::url(text) {
                 Some(url) => drop(self.patch.plain.insert("url".into(), url.into())),
@@ -246,10 +166,10 @@ impl<'a> Form<'a> {
     }
 
     /// A list field's items, null being an empty list (close-api.md §12).
-    fn array(&mut self, field: &str, longest: usize) -> Option<&'a [Value]> {
+    fn array(&mut self, field: &str, max_length: usize) -> Option<&'a [Value]> {
         let value = self.body.get(field)?;
         let error = match value.as_array() {
-            Some(items) if items.len() <= longest => return Some(items),
+            Some(items) if items.len() <= max_length => return Some(items),
             Some(_) => "List is too long.",
             None if value.is_null() => return Some(&[]),
             None => "Value must be of list type.",
@@ -261,10 +181,10 @@ impl<'a> Form<'a> {
     fn list(
         &mut self,
         field: &str,
-        longest: usize,
+        max_length: usize,
         check: impl Fn(&Object) -> Result<Option<Value>, FieldErrors>,
     ) {
-        let Some(items) = self.array(field, longest) else { return };
+        let Some(items) = self.array(field, max_length) else { return };
         let mut good = Vec::with_capacity(items.len());
         for (index, item) in items.iter().enumerate() {
             match object(item).and_then(&check) {
@@ -278,9 +198,9 @@ impl<'a> Form<'a> {
     fn date_created(&mut self) {
         match self.body.get("date_created") {
             None | Some(Value::Null) => {}
-            Some(value) => match value.as_str().and_then(ids::moment) {
+            Some(value) => match value.as_str().and_then(ids::parse_timestamp) {
                 Some(moment) => self.patch.date_created = Some(moment),
-                None => self.errors.add("date_created", NOT_A_MOMENT),
+                None => self.errors.add("date_created", NOT_A_DATETIME),
             },
         }
     }
@@ -413,7 +333,7 @@ mod tests {
                 json!({"status": "Customer", "status_id": "x"}),
                 json!({"status": "Only one of status and status_id may be given."}),
             ),
-            (json!({"date_created": "then"}), json!({"date_created": NOT_A_MOMENT})),
+            (json!({"date_created": "then"}), json!({"date_created": NOT_A_DATETIME})),
             (json!({"contacts": {}}), json!({"contacts": "Value must be of list type."})),
             (
                 json!({"contacts": [{}, 1]}),
@@ -493,7 +413,7 @@ mod tests {
             ("cf_date", json!("2026-01-31T00:00:00Z"), Err("Could not parse date")),
             ("cf_when", json!("2026-01-31T01:00:00+01:00"), Ok(json!("2026-01-31T00:00:00.000000+00:00"))),
             ("cf_when", json!(1_700_000_000), Err(NOT_TEXT)),
-            ("cf_when", json!("soon"), Err(NOT_A_MOMENT)),
+            ("cf_when", json!("soon"), Err(NOT_A_DATETIME)),
             ("cf_leadplan", json!("pro"), Ok(json!("pro"))),
             ("cf_leadplan", json!("Pro"), Err("Not a valid choice. 'Pro' is not one of the choices.")),
             ("cf_leadplan", json!(["pro"]), Err(NOT_TEXT)),

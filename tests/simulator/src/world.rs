@@ -3,155 +3,20 @@
 //! A call comes in two steps, because a fault may lie between them: `admit` decides whether it gets through,
 //! and `serve` lets it take effect.
 
-use std::{collections::VecDeque, time::Duration};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use crate::faults::{self, Effect, FaultBody, Script};
+use crate::call::{Answer, Call, Payload, RequestLog};
+use crate::faults::{Effect, FaultScript};
 use crate::ids::Ids;
-use crate::limits::{Group, Limiter, Standing, Verdict};
+use crate::limits::{BucketState, Group, Limiter, Verdict};
 use crate::records::Records;
+use crate::refusal::{Object, Refusal};
 use crate::schema::{Kind, Owner};
 use crate::search::{self, Cursors};
-use crate::settings::{BusyBody, CreatedLead, HeaderStyle, Lag, MissingSlash, Settings};
-use crate::validate::{Object, Refusal};
-
-/// A request as far as the API is concerned.
-#[derive(Debug, Default)]
-pub(crate) struct Call {
-    pub(crate) method: String,
-    /// The path below `/api/v1`.
-    pub(crate) path: String,
-    pub(crate) query: Vec<(String, String)>,
-    /// The user name of HTTP Basic.
-    pub(crate) key: String,
-    pub(crate) is_json: bool,
-    pub(crate) is_chunked: bool,
-    /// The body, unless it was too large to read.
-    pub(crate) body: Option<String>,
-}
-
-impl Call {
-    /// The parameters of a query.
-    pub(crate) fn parameters(query: &str) -> Vec<(String, String)> {
-        url::form_urlencoded::parse(query.as_bytes()).into_owned().collect()
-    }
-}
-
-/// The answer to a call.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Answer {
-    pub(crate) status: u16,
-    pub(crate) payload: Payload,
-    pub(crate) headers: Vec<(&'static str, String)>,
-}
-
-/// What an answer carries.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) enum Payload {
-    Json(Value),
-    /// Nothing, called JSON all the same.
-    Empty,
-    Text(&'static str),
-    Html(&'static str),
-}
-
-impl Payload {
-    /// What it is called, and its text.
-    pub(crate) fn written(&self) -> (&'static str, String) {
-        match self {
-            Self::Json(value) => ("application/json", value.to_string()),
-            Self::Empty => ("application/json", String::new()),
-            Self::Text(text) => ("text/plain; charset=utf-8", (*text).to_owned()),
-            Self::Html(text) => ("text/html; charset=utf-8", (*text).to_owned()),
-        }
-    }
-}
-
-impl Answer {
-    fn json(status: u16, body: Value) -> Self {
-        Self { status, payload: Payload::Json(body), headers: Vec::new() }
-    }
-
-    fn error(status: u16, text: &str) -> Self {
-        Self::json(status, json!({"error": text}))
-    }
-
-    /// The answer of a scripted fault.
-    pub(crate) fn scripted(status: u16, body: FaultBody) -> Self {
-        let payload = match body {
-            FaultBody::Json => Payload::Json(json!({"error": "A scripted fault."})),
-            FaultBody::Exactly(body) => Payload::Json(body),
-            FaultBody::Empty => Payload::Empty,
-            FaultBody::Text if status == 403 => Payload::Text("Forbidden"),
-            FaultBody::Text => Payload::Text("upstream connect error or disconnect/reset before headers"),
-            FaultBody::Html => Payload::Html("<html><body><h1>Service unavailable</h1></body></html>"),
-        };
-        Self { status, payload, headers: Vec::new() }
-    }
-
-    /// The same answer with these headers too.
-    pub(crate) fn with(mut self, headers: Vec<(&'static str, String)>) -> Self {
-        self.headers.extend(headers);
-        self
-    }
-}
-
-impl From<Result<Value, Refusal>> for Answer {
-    fn from(result: Result<Value, Refusal>) -> Self {
-        match result {
-            Ok(value) => Self::json(200, value),
-            Err(refusal) => Self::json(refusal.status(), refusal.body()),
-        }
-    }
-}
-
-/// A request that was made, whatever became of it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Request {
-    /// The HTTP method.
-    pub method: String,
-    /// The path below `/api/v1`, such as `/lead/`.
-    pub path: String,
-    /// The status of the answer; none if it was not, or not yet, answered.
-    pub status: Option<u16>,
-    /// When it came.
-    pub at: Timestamp,
-}
-
-/// The last requests, oldest first.
-#[derive(Debug, Default)]
-pub(crate) struct RequestLog {
-    requests: VecDeque<Request>,
-    forgotten: u64,
-}
-
-impl RequestLog {
-    const KEPT: usize = 100_000;
-
-    fn push(&mut self, call: &Call, at: Timestamp) -> u64 {
-        if self.requests.len() == Self::KEPT {
-            self.requests.pop_front();
-            self.forgotten += 1;
-        }
-        let (method, path) = (call.method.clone(), call.path.clone());
-        self.requests.push_back(Request { method, path, status: None, at });
-        self.forgotten + self.requests.len() as u64 - 1
-    }
-
-    /// Notes the answer to a request by the number `push` gave it.
-    pub(crate) fn answered(&mut self, number: u64, status: u16) {
-        let index = number.checked_sub(self.forgotten).and_then(|index| usize::try_from(index).ok());
-        if let Some(request) = index.and_then(|index| self.requests.get_mut(index)) {
-            request.status = Some(status);
-        }
-    }
-
-    pub(crate) fn all(&self) -> impl Iterator<Item = &Request> {
-        self.requests.iter()
-    }
-}
+use crate::settings::{CreatedLead, HeaderStyle, Lag, MissingSlash, RateLimitBody, Settings};
 
 /// What becomes of a call at the door.
 #[derive(Debug)]
@@ -167,17 +32,17 @@ pub(crate) struct Admission {
 #[derive(Debug)]
 pub(crate) enum Decision {
     /// No: this is the answer.
-    Turned(Answer),
+    Rejected(Answer),
     /// Yes, though something may befall it.
-    Through(Option<Effect>),
+    Accepted(Option<Effect>),
 }
 
 /// The simulated organisation with its API.
 #[derive(Debug)]
 pub(crate) struct World {
     pub(crate) settings: Settings,
-    pub(crate) book: Records,
-    pub(crate) faults: Script,
+    pub(crate) records: Records,
+    pub(crate) faults: FaultScript,
     pub(crate) requests: RequestLog,
     limiter: Limiter,
     cursors: Cursors,
@@ -186,9 +51,9 @@ pub(crate) struct World {
 impl World {
     pub(crate) fn new(settings: Settings, ids: Ids, now: Timestamp) -> Self {
         Self {
-            book: Records::new(&settings, ids, now),
+            records: Records::new(&settings, ids, now),
             settings,
-            faults: Script::default(),
+            faults: FaultScript::default(),
             requests: RequestLog::default(),
             limiter: Limiter::default(),
             cursors: Cursors::default(),
@@ -196,20 +61,25 @@ impl World {
     }
 
     /// Creates a record as a POST would, but visible to search at once.
-    pub(crate) fn seed(&mut self, kind: Kind, body: &Object, now: Timestamp) -> Result<Value, Refusal> {
-        let lag = std::mem::replace(&mut self.book.search_lag, Lag::NONE);
+    pub(crate) fn add_indexed(
+        &mut self,
+        kind: Kind,
+        body: &Object,
+        now: Timestamp,
+    ) -> Result<Value, Refusal> {
+        let lag = std::mem::replace(&mut self.records.search_lag, Lag::NONE);
         let created = match kind {
-            Kind::Lead => self.book.create_lead(body, now),
-            Kind::Contact => self.book.create_contact(body, now),
+            Kind::Lead => self.records.create_lead(body, now),
+            Kind::Contact => self.records.create_contact(body, now),
         };
-        self.book.search_lag = lag;
+        self.records.search_lag = lag;
         created
     }
 
     /// Deletes a record of either kind. Returns whether there was one.
     pub(crate) fn delete_any(&mut self, id: &str, now: Timestamp) -> bool {
-        let kind = self.book.kind_of(id);
-        kind.is_some_and(|kind| self.book.delete(kind, id, now).is_ok())
+        let kind = self.records.kind_of(id);
+        kind.is_some_and(|kind| self.records.delete(kind, id, now).is_ok())
     }
 
     /// Spends a token, then checks the key, the form of the request, and the script. Whoever is refused for
@@ -219,47 +89,46 @@ impl World {
         let known = self.settings.api_key == call.key || self.settings.more_api_keys.contains(&call.key);
         let group = Group::of(&call.method, &call.path);
         let style = self.settings.header_style;
-        let standing = match self.limiter.spend(&self.settings.limits, &call.key, known, &group, now) {
-            Verdict::Allowed(standing) => standing,
-            Verdict::Refused(standing) => {
-                let decision = Decision::Turned(self.busy(&standing));
-                return Admission { number, headers: standing.headers(style), decision };
+        let bucket = match self.limiter.acquire(&self.settings.limits, &call.key, known, &group, now) {
+            Verdict::Allowed(bucket) => bucket,
+            Verdict::Refused(bucket) => {
+                let decision = Decision::Rejected(self.too_many_requests(&bucket));
+                return Admission { number, headers: bucket.headers(style), decision };
             }
         };
-        let headers = standing.headers(style);
-        if let Some(answer) = self.turned_away(call, known) {
-            return Admission { number, headers, decision: Decision::Turned(answer) };
+        let headers = bucket.headers(style);
+        if let Some(answer) = self.reject(call, known) {
+            return Admission { number, headers, decision: Decision::Rejected(answer) };
         }
         let body = call.body.as_deref().unwrap_or_default();
-        match self.faults.strike(&call.method, &call.path, body) {
+        match self.faults.next_effect(&call.method, &call.path, body) {
             Some(Effect::RateLimited { retry_after, with_headers }) => {
-                let hidden =
-                    standing.resetting_in(Duration::try_from_secs_f64(retry_after).unwrap_or_default());
+                let hidden = bucket.with_reset(Duration::try_from_secs_f64(retry_after).unwrap_or_default());
                 let headers = if with_headers { hidden.headers(style) } else { Vec::new() };
-                Admission { number, headers, decision: Decision::Turned(self.busy(&hidden)) }
+                Admission { number, headers, decision: Decision::Rejected(self.too_many_requests(&hidden)) }
             }
-            effect => Admission { number, headers, decision: Decision::Through(effect) },
+            effect => Admission { number, headers, decision: Decision::Accepted(effect) },
         }
     }
 
     /// The 429 for a bucket that stands so.
-    fn busy(&self, standing: &Standing) -> Answer {
-        let payload = match self.settings.busy_body {
-            BusyBody::Nested => Payload::Json(json!({"error": standing.details(true)})),
-            BusyBody::Flat => Payload::Json(standing.details(false)),
-            BusyBody::Empty => Payload::Empty,
-            BusyBody::Text => Payload::Text("Too Many Requests"),
+    fn too_many_requests(&self, bucket: &BucketState) -> Answer {
+        let payload = match self.settings.rate_limit_body {
+            RateLimitBody::Nested => Payload::Json(json!({"error": bucket.details(true)})),
+            RateLimitBody::Flat => Payload::Json(bucket.details(false)),
+            RateLimitBody::Empty => Payload::Empty,
+            RateLimitBody::Text => Payload::Text("Too Many Requests"),
         };
         let headers = match self.settings.header_style {
             HeaderStyle::Absent => Vec::new(),
             HeaderStyle::Comma | HeaderStyle::Semicolon | HeaderStyle::Legacy | HeaderStyle::Proxy => {
-                vec![("retry-after", standing.retry_after())]
+                vec![("retry-after", bucket.retry_after())]
             }
         };
         Answer { status: 429, payload, headers }
     }
 
-    fn turned_away(&self, call: &Call, known: bool) -> Option<Answer> {
+    fn reject(&self, call: &Call, known: bool) -> Option<Answer> {
         if !known {
             return Some(Answer::error(
                 401,
@@ -286,30 +155,32 @@ impl World {
 
     /// Lets a call take effect.
     pub(crate) fn serve(&mut self, call: &Call, now: Timestamp) -> Answer {
-        self.book.index.catch_up(now);
+        self.records.index.apply_due(now);
         let segments: Vec<&str> = call.path.trim_matches('/').split('/').collect();
         match (call.method.as_str(), segments.as_slice()) {
-            ("GET", ["me"]) => Ok(fields_of(call, self.book.schema.me())).into(),
+            ("GET", ["me"]) => Ok(select_fields(call, self.records.schema.me())).into(),
             ("GET", ["user"]) => self.users(call).into(),
-            ("GET", ["user", id]) => self.book.schema.user_by_id(id).map(|user| fields_of(call, user)).into(),
-            ("GET", ["event"]) => self.book.events.page(&call.query, now).into(),
-            ("GET", ["status", "lead"]) => Ok(self.book.schema.statuses()).into(),
+            ("GET", ["user", id]) => {
+                self.records.schema.user_by_id(id).map(|user| select_fields(call, user)).into()
+            }
+            ("GET", ["event"]) => self.records.events.page(&call.query, now).into(),
+            ("GET", ["status", "lead"]) => Ok(self.records.schema.statuses()).into(),
             ("POST", ["data", "search"]) => self.with_body(call, |world, body| world.search(body, now)),
             ("POST", ["lead", "merge"]) => self.with_body(call, |world, body| world.merge(body, now)),
             (method @ ("GET" | "POST"), ["custom_field", owner]) => self.custom_fields(call, method, owner),
             ("GET", ["custom_field_schema", kind]) => match Kind::parse(kind) {
-                Some(kind) => Ok(self.book.schema.custom_field_schema(kind)).into(),
+                Some(kind) => Ok(self.records.schema.custom_field_schema(kind)).into(),
                 None => not_found(),
             },
             (method, [kind]) => match Kind::parse(kind) {
                 Some(kind) => self.collection(call, method, kind, now),
-                None => wrong_place(&segments),
+                None => unknown_route(&segments),
             },
             (method, [kind, id]) => match Kind::parse(kind) {
                 Some(kind) => self.record(call, method, kind, id, now),
-                None => wrong_place(&segments),
+                None => unknown_route(&segments),
             },
-            _ => wrong_place(&segments),
+            _ => unknown_route(&segments),
         }
     }
 
@@ -317,7 +188,7 @@ impl World {
         match (method, kind) {
             ("GET", _) => self.list(call, kind).into(),
             ("POST", Kind::Lead) => self.with_body(call, |world, body| {
-                let mut lead = world.book.create_lead(body, now)?;
+                let mut lead = world.records.create_lead(body, now)?;
                 if let Some(lead) = lead.as_object_mut() {
                     match world.settings.created_lead {
                         CreatedLead::Whole => None,
@@ -325,22 +196,23 @@ impl World {
                         CreatedLead::WithoutContacts => lead.remove("contacts"),
                     };
                 }
-                Ok(fields_of(call, lead))
+                Ok(select_fields(call, lead))
             }),
-            ("POST", Kind::Contact) => {
-                self.with_body(call, |world, body| Ok(fields_of(call, world.book.create_contact(body, now)?)))
-            }
-            _ => wrong_method(),
+            ("POST", Kind::Contact) => self.with_body(call, |world, body| {
+                Ok(select_fields(call, world.records.create_contact(body, now)?))
+            }),
+            _ => method_not_allowed(),
         }
     }
 
     fn record(&mut self, call: &Call, method: &str, kind: Kind, id: &str, now: Timestamp) -> Answer {
         match method {
-            "GET" => self.book.get(kind, id).map(|record| fields_of(call, record)).into(),
-            "PUT" => self
-                .with_body(call, |world, body| Ok(fields_of(call, world.book.update(kind, id, body, now)?))),
-            "DELETE" => self.book.delete(kind, id, now).map(|()| json!({})).into(),
-            _ => wrong_method(),
+            "GET" => self.records.get(kind, id).map(|record| select_fields(call, record)).into(),
+            "PUT" => self.with_body(call, |world, body| {
+                Ok(select_fields(call, world.records.update(kind, id, body, now)?))
+            }),
+            "DELETE" => self.records.delete(kind, id, now).map(|()| json!({})).into(),
+            _ => method_not_allowed(),
         }
     }
 
@@ -352,14 +224,14 @@ impl World {
             _ => return not_found(),
         };
         if method == "POST" {
-            return self.with_body(call, |world, body| world.book.create_field(owner, body));
+            return self.with_body(call, |world, body| world.records.create_field(owner, body));
         }
-        page(call, self.book.schema.custom_fields(owner)).into()
+        page(call, self.records.schema.custom_fields(owner)).into()
     }
 
     fn users(&self, call: &Call) -> Result<Value, Refusal> {
         check_parameters(call, &[])?;
-        page(call, self.book.schema.user_list())
+        page(call, self.records.schema.user_list())
     }
 
     /// A list, newest first.
@@ -370,12 +242,12 @@ impl World {
         };
         check_parameters(call, filters)?;
         let mut records = if self.settings.lists_from_index {
-            let documents = self.book.index.documents().filter(|document| document.kind == kind);
+            let documents = self.records.index.documents().filter(|document| document.kind == kind);
             let mut records: Vec<Value> = documents.map(|document| (*document.value).clone()).collect();
             records.sort_by_key(|record| record["date_created"].as_str().map(str::to_owned));
             records
         } else {
-            self.book.all(kind)
+            self.records.all(kind)
         };
         records.reverse();
         if let Some(lead_id) = parameter(call, "lead_id") {
@@ -385,14 +257,14 @@ impl World {
     }
 
     fn search(&mut self, body: &Object, now: Timestamp) -> Result<Value, Refusal> {
-        let token = self.book.token();
-        let Records { schema, index, .. } = &self.book;
+        let token = self.records.token();
+        let Records { schema, index, .. } = &self.records;
         search::search(body, schema, self.settings.exact_value, index, &mut self.cursors, token, now)
     }
 
     fn merge(&mut self, body: &Object, now: Timestamp) -> Result<Value, Refusal> {
         let id = |key: &str| body.get(key).and_then(Value::as_str).unwrap_or_default();
-        self.book.merge(id("source"), id("destination"), now)?;
+        self.records.merge(id("source"), id("destination"), now)?;
         Ok(json!({"status": "ok"}))
     }
 
@@ -417,18 +289,18 @@ fn not_found() -> Answer {
     Answer::error(404, "The requested URL was not found on the server.")
 }
 
-fn wrong_method() -> Answer {
+fn method_not_allowed() -> Answer {
     Answer::error(405, "The method is not allowed for the requested URL.")
 }
 
 /// 405 for the places that exist, 404 for the others.
-fn wrong_place(segments: &[&str]) -> Answer {
+fn unknown_route(segments: &[&str]) -> Answer {
     match segments {
         ["me" | "event" | "user"]
         | ["status", "lead"]
         | ["data", "search"]
         | ["lead", "merge"]
-        | ["user" | "custom_field" | "custom_field_schema", _] => wrong_method(),
+        | ["user" | "custom_field" | "custom_field_schema", _] => method_not_allowed(),
         _ => not_found(),
     }
 }
@@ -440,8 +312,8 @@ fn parameter<'a>(call: &'a Call, name: &str) -> Option<&'a String> {
 /// Refuses unsupported filters rather than ignoring them, lest everything be taken for a match.
 fn check_parameters(call: &Call, filters: &[&str]) -> Result<(), Refusal> {
     const EVERYWHERE: [&str; 3] = ["_limit", "_skip", "_fields"];
-    let strange = |name: &str| !EVERYWHERE.contains(&name) && !filters.contains(&name);
-    match call.query.iter().find(|(name, _)| strange(name)) {
+    let unknown = |name: &str| !EVERYWHERE.contains(&name) && !filters.contains(&name);
+    match call.query.iter().find(|(name, _)| unknown(name)) {
         Some((name, _)) => {
             Err(Refusal::Malformed(format!("The simulator does not know the parameter {name} here.")))
         }
@@ -450,7 +322,7 @@ fn check_parameters(call: &Call, filters: &[&str]) -> Result<(), Refusal> {
 }
 
 /// The record with nothing but the fields asked for.
-fn fields_of(call: &Call, record: Value) -> Value {
+fn select_fields(call: &Call, record: Value) -> Value {
     match parameter(call, "_fields") {
         Some(names) => Value::Object(search::select(&record, &names.split(',').collect::<Vec<_>>())),
         None => record,
@@ -459,7 +331,7 @@ fn fields_of(call: &Call, record: Value) -> Value {
 
 /// One page by `_skip` and `_limit`, in Close's envelope (close-api.md §1).
 fn page(call: &Call, mut rows: Vec<Value>) -> Result<Value, Refusal> {
-    const MOST: usize = 200;
+    const MAX_LIMIT: usize = 200;
     let number = |name: &str, default: usize| {
         let parse = |text: &String| {
             text.parse().map_err(|_| Refusal::Malformed(format!("Invalid value for {name}: {text}")))
@@ -467,25 +339,12 @@ fn page(call: &Call, mut rows: Vec<Value>) -> Result<Value, Refusal> {
         parameter(call, name).map_or(Ok(default), parse)
     };
     let (skip, limit) = (number("_skip", 0)?, number("_limit", 100)?);
-    if limit > MOST {
-        return Err(Refusal::too_many(MOST));
+    if limit > MAX_LIMIT {
+        return Err(Refusal::too_many(MAX_LIMIT));
     }
     rows.drain(..skip.min(rows.len()));
     let has_more = rows.len() > limit;
     rows.truncate(limit);
-    let rows: Vec<Value> = rows.into_iter().map(|row| fields_of(call, row)).collect();
+    let rows: Vec<Value> = rows.into_iter().map(|row| select_fields(call, row)).collect();
     Ok(json!({"data": rows, "has_more": has_more}))
-}
-
-/// How many of the requests have this method and begin with this path.
-pub(crate) fn count<'a>(
-    requests: impl Iterator<Item = &'a Request>,
-    method: &str,
-    path_prefix: &str,
-) -> usize {
-    requests
-        .filter(|request| {
-            request.method.eq_ignore_ascii_case(method) && faults::starts(&request.path, path_prefix)
-        })
-        .count()
 }

@@ -1,0 +1,158 @@
+//! Calls to the API and the answers to them, apart from HTTP, and the log of requests.
+
+use std::collections::VecDeque;
+
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use crate::faults::{self, FaultBody};
+use crate::refusal::Refusal;
+
+/// A request as far as the API is concerned.
+#[derive(Debug, Default)]
+pub(crate) struct Call {
+    pub(crate) method: String,
+    /// The path below `/api/v1`.
+    pub(crate) path: String,
+    pub(crate) query: Vec<(String, String)>,
+    /// The user name of HTTP Basic.
+    pub(crate) key: String,
+    pub(crate) is_json: bool,
+    pub(crate) is_chunked: bool,
+    /// The body, unless it was too large to read.
+    pub(crate) body: Option<String>,
+}
+
+impl Call {
+    /// The parameters of a query.
+    pub(crate) fn parameters(query: &str) -> Vec<(String, String)> {
+        url::form_urlencoded::parse(query.as_bytes()).into_owned().collect()
+    }
+}
+
+/// The answer to a call.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) payload: Payload,
+    pub(crate) headers: Vec<(&'static str, String)>,
+}
+
+/// What an answer carries.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Payload {
+    Json(Value),
+    /// Nothing, called JSON all the same.
+    Empty,
+    Text(&'static str),
+    Html(&'static str),
+}
+
+impl Payload {
+    /// What it is called, and its text.
+    pub(crate) fn written(&self) -> (&'static str, String) {
+        match self {
+            Self::Json(value) => ("application/json", value.to_string()),
+            Self::Empty => ("application/json", String::new()),
+            Self::Text(text) => ("text/plain; charset=utf-8", (*text).to_owned()),
+            Self::Html(text) => ("text/html; charset=utf-8", (*text).to_owned()),
+        }
+    }
+}
+
+impl Answer {
+    pub(crate) fn json(status: u16, body: Value) -> Self {
+        Self { status, payload: Payload::Json(body), headers: Vec::new() }
+    }
+
+    pub(crate) fn error(status: u16, text: &str) -> Self {
+        Self::json(status, json!({"error": text}))
+    }
+
+    /// The answer of a scripted fault.
+    pub(crate) fn scripted(status: u16, body: FaultBody) -> Self {
+        let payload = match body {
+            FaultBody::Json => Payload::Json(json!({"error": "A scripted fault."})),
+            FaultBody::Exactly(body) => Payload::Json(body),
+            FaultBody::Empty => Payload::Empty,
+            FaultBody::Text if status == 403 => Payload::Text("Forbidden"),
+            FaultBody::Text => Payload::Text("upstream connect error or disconnect/reset before headers"),
+            FaultBody::Html => Payload::Html("<html><body><h1>Service unavailable</h1></body></html>"),
+        };
+        Self { status, payload, headers: Vec::new() }
+    }
+
+    /// The same answer with these headers too.
+    pub(crate) fn with(mut self, headers: Vec<(&'static str, String)>) -> Self {
+        self.headers.extend(headers);
+        self
+    }
+}
+
+impl From<Result<Value, Refusal>> for Answer {
+    fn from(result: Result<Value, Refusal>) -> Self {
+        match result {
+            Ok(value) => Self::json(200, value),
+            Err(refusal) => Self::json(refusal.status(), refusal.body()),
+        }
+    }
+}
+
+/// A request that was made, whatever became of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    /// The HTTP method.
+    pub method: String,
+    /// The path below `/api/v1`, such as `/lead/`.
+    pub path: String,
+    /// The status of the answer; none if it was not, or not yet, answered.
+    pub status: Option<u16>,
+    /// When it came.
+    pub at: Timestamp,
+}
+
+/// The last requests, oldest first.
+#[derive(Debug, Default)]
+pub(crate) struct RequestLog {
+    requests: VecDeque<Request>,
+    forgotten: u64,
+}
+
+impl RequestLog {
+    const KEPT: usize = 100_000;
+
+    pub(crate) fn push(&mut self, call: &Call, at: Timestamp) -> u64 {
+        if self.requests.len() == Self::KEPT {
+            self.requests.pop_front();
+            self.forgotten += 1;
+        }
+        let (method, path) = (call.method.clone(), call.path.clone());
+        self.requests.push_back(Request { method, path, status: None, at });
+        self.forgotten + self.requests.len() as u64 - 1
+    }
+
+    /// Notes the answer to a request by the number `push` gave it.
+    pub(crate) fn answered(&mut self, number: u64, status: u16) {
+        let index = number.checked_sub(self.forgotten).and_then(|index| usize::try_from(index).ok());
+        if let Some(request) = index.and_then(|index| self.requests.get_mut(index)) {
+            request.status = Some(status);
+        }
+    }
+
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Request> {
+        self.requests.iter()
+    }
+}
+
+/// How many of the requests have this method and begin with this path.
+pub(crate) fn count<'a>(
+    requests: impl Iterator<Item = &'a Request>,
+    method: &str,
+    path_prefix: &str,
+) -> usize {
+    requests
+        .filter(|request| {
+            request.method.eq_ignore_ascii_case(method) && faults::starts(&request.path, path_prefix)
+        })
+        .count()
+}
