@@ -1,4 +1,4 @@
-//! Calls to the API and the answers to them, apart from HTTP, and the log of requests.
+//! API calls and answers, independent of HTTP, and the log of requests.
 
 use std::collections::VecDeque;
 
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::faults::{self, FaultBody};
 use crate::refusal::Refusal;
 
-/// A request as far as the API is concerned.
+/// The parts of an HTTP request that matter to the API.
 #[derive(Debug, Default)]
 pub(crate) struct Call {
     pub(crate) method: String,
@@ -24,13 +24,12 @@ pub(crate) struct Call {
 }
 
 impl Call {
-    /// The parameters of a query.
+    /// Parses a query string.
     pub(crate) fn parameters(query: &str) -> Vec<(String, String)> {
         url::form_urlencoded::parse(query.as_bytes()).into_owned().collect()
     }
 }
 
-/// The answer to a call.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Answer {
     pub(crate) status: u16,
@@ -38,19 +37,19 @@ pub(crate) struct Answer {
     pub(crate) headers: Vec<(&'static str, String)>,
 }
 
-/// What an answer carries.
+/// The body of an answer.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Payload {
     Json(Value),
-    /// Nothing, called JSON all the same.
+    /// An empty body with the content type of JSON.
     Empty,
     Text(&'static str),
     Html(&'static str),
 }
 
 impl Payload {
-    /// What it is called, and its text.
-    pub(crate) fn written(&self) -> (&'static str, String) {
+    /// The content type and the text.
+    pub(crate) fn encode(&self) -> (&'static str, String) {
         match self {
             Self::Json(value) => ("application/json", value.to_string()),
             Self::Empty => ("application/json", String::new()),
@@ -82,7 +81,7 @@ impl Answer {
         Self { status, payload, headers: Vec::new() }
     }
 
-    /// The same answer with these headers too.
+    /// Adds headers.
     pub(crate) fn with(mut self, headers: Vec<(&'static str, String)>) -> Self {
         self.headers.extend(headers);
         self
@@ -98,20 +97,20 @@ impl From<Result<Value, Refusal>> for Answer {
     }
 }
 
-/// A request that was made, whatever became of it.
+/// A logged request, answered or not.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
     /// The HTTP method.
     pub method: String,
     /// The path below `/api/v1`, such as `/lead/`.
     pub path: String,
-    /// The status of the answer; none if it was not, or not yet, answered.
+    /// The status of the answer. None if there was no answer, or not yet.
     pub status: Option<u16>,
-    /// When it came.
+    /// When the request arrived.
     pub at: Timestamp,
 }
 
-/// The last requests, oldest first.
+/// The most recent requests, oldest first.
 #[derive(Debug, Default)]
 pub(crate) struct RequestLog {
     requests: VecDeque<Request>,
@@ -131,7 +130,7 @@ impl RequestLog {
         self.forgotten + self.requests.len() as u64 - 1
     }
 
-    /// Notes the answer to a request by the number `push` gave it.
+    /// Records the status of the answer. `number` comes from `push`.
     pub(crate) fn answered(&mut self, number: u64, status: u16) {
         let index = number.checked_sub(self.forgotten).and_then(|index| usize::try_from(index).ok());
         if let Some(request) = index.and_then(|index| self.requests.get_mut(index)) {
@@ -144,7 +143,7 @@ impl RequestLog {
     }
 }
 
-/// How many of the requests have this method and begin with this path.
+/// The number of requests with this method and path prefix.
 pub(crate) fn count<'a>(
     requests: impl Iterator<Item = &'a Request>,
     method: &str,

@@ -1,7 +1,7 @@
-//! TCP connections that can be cut from the outside: by a scripted fault, or because the simulator stops.
+//! TCP connections that can be cut from outside: by a scripted fault, or when the simulator stops.
 //!
-//! An HTTP library always wants to answer. So the cut is made below it: once a connection is cut, every read
-//! and write fails, and the library gives the connection up without a byte of an answer.
+//! An HTTP library always sends a response, so the cut happens below it. After the cut every read and write
+//! fails, and the library drops the connection without sending a byte.
 
 use std::{
     io,
@@ -20,7 +20,7 @@ use tokio::{
 };
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
-/// Accepts connections that end, at the latest, when `stop` is cancelled.
+/// Accepts connections that can be cut one by one, and cuts all of them when `stop` is cancelled.
 pub(crate) struct CuttableListener {
     pub(crate) listener: TcpListener,
     pub(crate) stop: CancellationToken,
@@ -32,7 +32,7 @@ impl Listener for CuttableListener {
 
     async fn accept(&mut self) -> (Connection, SocketAddr) {
         let (stream, addr) = Listener::accept(&mut self.listener).await;
-        // Best effort: without it, answers may come some milliseconds later.
+        // Best effort: without it, responses may arrive some milliseconds later.
         let _ = stream.set_nodelay(true);
         let token = self.stop.child_token();
         let cut = Box::pin(token.clone().cancelled_owned());
@@ -44,14 +44,13 @@ impl Listener for CuttableListener {
     }
 }
 
-/// One connection.
 pub(crate) struct Connection {
     stream: TcpStream,
     cutter: ConnectionCutter,
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
 }
 
-/// Cuts one connection; given to every request that came through it.
+/// Cuts one connection. Every request on that connection has a clone.
 #[derive(Clone)]
 pub(crate) struct ConnectionCutter(CancellationToken);
 
@@ -79,7 +78,7 @@ impl AsyncRead for Connection {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        // Polled, not only asked, so that a waiting reader wakes up when the cut comes.
+        // Polled, not only checked, so that the cut wakes a waiting reader.
         if self.cut.as_mut().poll(context).is_ready() {
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }

@@ -1,4 +1,4 @@
-//! `/_sim/`: the controls for scripts, outside of keys, limits and faults.
+//! `/_sim/`: the controls for scripts. API keys, rate limits and faults do not apply to them.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -37,7 +37,7 @@ pub(crate) fn router() -> Router<Arc<Shared>> {
 
 type Sim = State<Arc<Shared>>;
 
-/// Why a control was refused.
+/// The status and body for a refused control.
 struct ControlError(StatusCode, Value);
 
 impl IntoResponse for ControlError {
@@ -52,7 +52,7 @@ impl From<Refusal> for ControlError {
     }
 }
 
-/// Reads a body whatever its content type, so that `curl -d` is enough.
+/// Parses a body and ignores its content type, so that `curl -d` is enough.
 fn read<T: DeserializeOwned>(body: &str) -> Result<T, ControlError> {
     serde_json::from_str(body)
         .map_err(|error| ControlError(StatusCode::BAD_REQUEST, json!({"error": error.to_string()})))

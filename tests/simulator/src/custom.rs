@@ -1,4 +1,4 @@
-//! Custom fields in request bodies: finding the field a key means, checking the value, applying the change.
+//! Custom fields in request bodies: finds the field of a key, checks the value, applies the change.
 
 use serde_json::{Value, json};
 
@@ -9,7 +9,7 @@ use crate::schema::{CustomField, FieldKind, Kind, Schema};
 /// The changes to a record's custom fields.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct CustomPatch {
-    /// Whether all other fields are cleared: the `custom` object does that (close-api.md §4).
+    /// Whether the change clears all other fields. The `custom` object does (close-api.md §4).
     replaces: bool,
     changes: Vec<(String, Change)>,
 }
@@ -23,25 +23,25 @@ enum Change {
 }
 
 impl CustomPatch {
-    /// Applies the changes to values by field id.
+    /// Applies the changes to `values`, which are keyed by field id.
     pub(crate) fn apply(&self, values: &mut Object) {
         if self.replaces {
             values.clear();
         }
         for (id, change) in &self.changes {
-            let held = || values.get(id).and_then(Value::as_array).cloned().unwrap_or_default();
+            let current = || values.get(id).and_then(Value::as_array).cloned().unwrap_or_default();
             let new = match change {
                 Change::Clear => Value::Null,
                 Change::Set(value) => value.clone(),
                 Change::Add(added) => {
-                    let mut list = held();
+                    let mut list = current();
                     list.extend(
                         added.iter().filter(|value| !list.contains(value)).cloned().collect::<Vec<_>>(),
                     );
                     list.into()
                 }
                 Change::Remove(removed) => {
-                    let mut list = held();
+                    let mut list = current();
                     list.retain(|value| !removed.contains(value));
                     list.into()
                 }
@@ -56,7 +56,7 @@ impl CustomPatch {
     }
 }
 
-/// Reads every custom field of a body. Errors are keyed by the full key sent (close-api.md §3).
+/// Reads the custom fields of a body. Each error has the full key of the request (close-api.md §3).
 pub(crate) fn read(body: &Object, kind: Kind, schema: &Schema, errors: &mut FieldErrors) -> CustomPatch {
     let mut patch = CustomPatch::default();
     match body.get("custom") {
@@ -124,9 +124,9 @@ fn parse_list(field: &CustomField, value: &Value, schema: &Schema) -> Result<Vec
     items.iter().map(|item| parse_value(field, item, schema)).collect()
 }
 
-/// What a field keeps of the values it held before it was changed: those it would take now.
-pub(crate) fn still_valid(field: &CustomField, held: &Value, schema: &Schema) -> Option<Value> {
-    let items = held.as_array().map_or(std::slice::from_ref(held), Vec::as_slice);
+/// The values that are still valid after the field was changed.
+pub(crate) fn still_valid(field: &CustomField, value: &Value, schema: &Schema) -> Option<Value> {
+    let items = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
     let mut valid = items.iter().filter_map(|item| parse_value(field, item, schema).ok());
     if field.accepts_multiple_values {
         let valid: Vec<Value> = valid.collect();
@@ -136,7 +136,7 @@ pub(crate) fn still_valid(field: &CustomField, held: &Value, schema: &Schema) ->
     }
 }
 
-/// One value in the form it is given back in, or why the field does not take it.
+/// Returns the value in the form that responses have, or why the field refuses it.
 fn parse_value(field: &CustomField, value: &Value, schema: &Schema) -> Result<Value, String> {
     if field.kind == FieldKind::Number {
         return if value.is_number() {
@@ -153,8 +153,8 @@ fn parse_value(field: &CustomField, value: &Value, schema: &Schema) -> Result<Va
             Ok(_) | Err(_) => Err("Could not parse date".into()),
         },
         FieldKind::Datetime => {
-            let moment = ids::parse_timestamp(text).ok_or(NOT_A_DATETIME)?;
-            Ok(json!(ids::format_timestamp(moment)))
+            let timestamp = ids::parse_timestamp(text).ok_or(NOT_A_DATETIME)?;
+            Ok(json!(ids::format_timestamp(timestamp)))
         }
         FieldKind::Choices if field.choices.iter().any(|choice| choice == text) => Ok(json!(text)),
         FieldKind::Choices => Err(format!("{NOT_A_CHOICE} '{text}' is not one of the choices.")),

@@ -8,7 +8,6 @@ use serde_json::{Value, json};
 use crate::ids::{format_timestamp, parse_timestamp};
 use crate::refusal::Refusal;
 
-/// One event.
 #[derive(Debug)]
 pub(crate) struct Event {
     pub(crate) id: String,
@@ -18,7 +17,7 @@ pub(crate) struct Event {
     pub(crate) action: &'static str,
     pub(crate) at: Timestamp,
     pub(crate) visible: Timestamp,
-    /// Everything else: `data`, `previous_data`, `changed_fields`, `meta` and more.
+    /// The other keys: `data`, `previous_data`, `changed_fields`, `meta` and more.
     pub(crate) details: Value,
 }
 
@@ -36,19 +35,19 @@ impl Event {
     }
 }
 
-/// The last events, oldest first. Close keeps 30 days; here it is a number of events.
+/// The most recent events, oldest first. Close keeps 30 days; the simulator keeps a fixed number.
 #[derive(Debug, Default)]
 pub(crate) struct EventLog {
     events: VecDeque<Event>,
     forgotten: usize,
 }
 
-/// Which way a page goes from its cursor.
+/// The position and direction of a cursor.
 #[derive(Clone, Copy)]
 enum Bound {
     /// Events before this position.
     Older(usize),
-    /// Events from this position on.
+    /// Events at or after this position.
     Newer(usize),
 }
 
@@ -63,7 +62,7 @@ impl EventLog {
         self.events.push_back(event);
     }
 
-    /// One page, newest first, for the parameters of a query string.
+    /// One page for the parameters of a query string, newest first.
     pub(crate) fn page(&self, parameters: &[(String, String)], now: Timestamp) -> Result<Value, Refusal> {
         let filter = Filter::parse(parameters)?;
         let next = self.forgotten + self.events.len();
@@ -78,7 +77,7 @@ impl EventLog {
             .collect();
         let more_than_a_page = found.len() > filter.limit;
         match filter.bound {
-            // The page that follows the cursor on its newer side is the one next to it.
+            // The next page on the newer side is the one closest to the cursor.
             Some(Bound::Newer(_)) => found.truncate(filter.limit),
             Some(Bound::Older(_)) | None => drop(found.drain(..found.len().saturating_sub(filter.limit))),
         }
@@ -151,7 +150,7 @@ impl<'a> Filter<'a> {
             "action" => event.action == *wanted,
             other => event.details[other] == *wanted,
         }) && self.dates.iter().all(|(comparison, timestamp)| {
-            // To the millisecond, which is what the answer tells.
+            // Compare milliseconds: the response has no finer resolution.
             let (at, bound) = (event.at.as_millisecond(), timestamp.as_millisecond());
             match *comparison {
                 "gt" => at > bound,
@@ -178,7 +177,7 @@ fn bound(cursor: &str) -> Option<Bound> {
 mod tests {
     use super::*;
 
-    /// Event `n` happens in second `n` and shows a second later; every third one is about a contact.
+    /// Event `n` happens at second `n` and becomes visible a second later. Every third is about a contact.
     fn log(n_events: i64) -> EventLog {
         let mut log = EventLog::default();
         for n in 0..n_events {
@@ -212,7 +211,7 @@ mod tests {
         let log = log(7);
         for (query, now, expected) in [
             (&[][..], 100, &["6", "5", "4", "3", "2", "1", "0"][..]),
-            (&[], 3, &["2", "1", "0"]), // the details does not show yet
+            (&[], 3, &["2", "1", "0"]), // the others are not visible yet
             (&[("object_type", "contact")], 100, &["6", "3", "0"]),
             (&[("object_type", "contact"), ("lead_id", "lead_0")], 100, &["6", "0"]),
             (&[("action", "deleted")], 100, &[]),

@@ -1,71 +1,72 @@
-//! Scripted faults: which request meets which misfortune. Pure matching; `server` carries the effects out.
+//! Scripted faults: which requests fail, and how. This only matches requests; `server` applies the effects.
 
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// A misfortune for the requests that match. In JSON:
+/// A scripted failure for the requests that match. In JSON:
 ///
 /// ```json
 /// {"method": "POST", "path": "/lead/", "times": 1, "effect": {"drop_connection": {"when": "after_commit"}}}
 /// ```
 ///
-/// Faults are looked at in the order they were given, after rate limits and the key, so a 401 or 429 uses up
-/// none. The first one that is due is applied; the others do not see that request.
+/// Rate limits and the API key are checked first, so a request with a 401 or 429 does not count. Then the
+/// faults are checked in the order in which they were added. The first that is due is applied; the others do
+/// not count that request.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Fault {
-    /// The HTTP method; any if absent.
+    /// The HTTP method. Absent: any.
     #[serde(default)]
     pub method: Option<String>,
-    /// How the path begins, below `/api/v1`, such as `/lead/`; any if absent.
+    /// A prefix of the path below `/api/v1`, such as `/lead/`. Absent: any.
     #[serde(default)]
     pub path: Option<String>,
-    /// Text the request body must contain.
+    /// A text that the request body must contain.
     #[serde(default)]
     pub body: Option<String>,
-    /// How many matching requests are spared first.
+    /// How many matching requests pass before the first is affected.
     #[serde(default)]
     pub after: u32,
-    /// How many are then hit; all if absent.
+    /// How many are then affected. Absent: all.
     #[serde(default)]
     pub times: Option<u32>,
-    /// What happens to them.
+    /// What happens to the affected requests.
     pub effect: Effect,
 }
 
 impl Fault {
-    /// An effect on every request; narrow it down with the other methods.
+    /// An effect on every request. The other methods narrow it down.
     pub fn new(effect: Effect) -> Self {
         Self { method: None, path: None, body: None, after: 0, times: None, effect }
     }
 
-    /// Only requests with this method whose path begins so.
+    /// Affects only requests with this method and path prefix.
     #[must_use]
     pub fn on(self, method: &str, path: &str) -> Self {
         Self { method: Some(method.to_owned()), path: Some(path.to_owned()), ..self }
     }
 
-    /// Only requests whose body contains this text.
+    /// Affects only requests whose body contains this text.
     #[must_use]
     pub fn containing(self, text: &str) -> Self {
         Self { body: Some(text.to_owned()), ..self }
     }
 
-    /// Spare that many first.
+    /// Lets this many matching requests pass first.
     #[must_use]
     pub fn after(self, after: u32) -> Self {
         Self { after, ..self }
     }
 
-    /// Hit only that many.
+    /// Affects at most this many requests.
     #[must_use]
     pub fn times(self, times: u32) -> Self {
         Self { times: Some(times), ..self }
     }
 
-    /// What is wrong with the fault itself, if anything.
+    /// Returns what is invalid about the fault, if anything.
     pub(crate) fn validate(&self) -> Option<String> {
         match self.effect {
             Effect::Status { code, .. } if !(200..=599).contains(&code) => {
@@ -89,85 +90,85 @@ impl Fault {
     }
 }
 
-/// Whether a path below `/api/v1` begins with a prefix, which may be written with or without that part.
+/// Whether a path below `/api/v1` starts with a prefix. The prefix may include `/api/v1`.
 pub(crate) fn starts(path: &str, prefix: &str) -> bool {
     let prefix = prefix.strip_prefix("/api/v1").unwrap_or(prefix);
     path.trim_start_matches('/').starts_with(prefix.trim_start_matches('/'))
 }
 
-/// What a fault does.
+/// What a fault does to a request.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Effect {
-    /// Answers with a status, whatever the real answer would be.
+    /// Answers with this status instead of the real one.
     Status {
         /// The status code, 200 to 599.
         code: u16,
-        /// What comes with it.
+        /// The response body.
         #[serde(default)]
         body: FaultBody,
-        /// Whether the request took effect.
+        /// Whether the request takes effect.
         #[serde(default)]
         when: When,
     },
-    /// Holds the connection for that long, then closes it without an answer.
+    /// Keeps the connection open for this long, then closes it without a response.
     Timeout {
         /// Milliseconds.
         ms: u64,
-        /// Whether the request took effect; if so, it does at once.
+        /// Whether the request takes effect. If so, it does at once.
         #[serde(default)]
         when: When,
     },
-    /// Closes the connection without an answer.
+    /// Closes the connection without a response.
     DropConnection {
-        /// Whether the request took effect.
+        /// Whether the request takes effect.
         #[serde(default)]
         when: When,
     },
-    /// A 429 of a limit that the headers do not foretell (close-api.md §2).
+    /// A 429 of a hidden limit, which earlier headers did not show (close-api.md §2).
     RateLimited {
         /// Seconds.
         retry_after: f64,
-        /// Whether the rate headers are sent next to `Retry-After`. With [`crate::HeaderStyle::Absent`]
-        /// there is neither.
+        /// Whether rate limit headers accompany `Retry-After`. With [`crate::HeaderStyle::Absent`] neither is
+        /// sent.
         with_headers: bool,
     },
-    /// Waits, then goes on as usual, even if the client has left meanwhile: its request takes effect.
+    /// Delays the request, which then takes effect as usual, even if the client has disconnected.
     Latency {
         /// Milliseconds.
         ms: u64,
     },
 }
 
-/// Whether the request takes effect although its sender will not learn it.
+/// Whether a failed request takes effect nevertheless.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum When {
-    /// It does not.
+    /// It does not take effect.
     #[default]
     BeforeCommit,
-    /// It does.
+    /// It takes effect, but the client does not see that.
     AfterCommit,
 }
 
-/// The body of a scripted status (close-api.md §3).
+/// The response body of a scripted status (close-api.md §3).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FaultBody {
     /// `{"error": "…"}`.
     #[default]
     Json,
-    /// No bytes, yet a JSON content type, as recorded with a 504.
+    /// An empty body with a JSON content type, as recorded with a 504.
     Empty,
     /// Plain text.
     Text,
-    /// A proxy's page.
+    /// The HTML page of a proxy.
     Html,
-    /// This JSON, word for word: `{"exactly": {"errors": [], "field-errors": {…}}}`.
+    /// Exactly this JSON: `{"exactly": {"errors": [], "field-errors": {…}}}`.
     Exactly(Value),
 }
 
-/// The faults in force.
+/// The faults that were added, in order.
 #[derive(Debug, Default)]
 pub(crate) struct FaultScript {
     faults: Vec<ScriptedFault>,
@@ -195,7 +196,7 @@ impl FaultScript {
         self.faults.clear();
     }
 
-    /// The faults that can still strike.
+    /// The faults that can still affect a request.
     pub(crate) fn remaining(&self) -> Vec<&Fault> {
         self.faults
             .iter()
@@ -204,7 +205,7 @@ impl FaultScript {
             .collect()
     }
 
-    /// What befalls this request.
+    /// The effect on this request, if any. Counts the request.
     pub(crate) fn next_effect(&mut self, method: &str, path: &str, body: &str) -> Option<Effect> {
         self.faults.retain(|scripted| !scripted.is_exhausted());
         for scripted in self.faults.iter_mut().filter(|scripted| scripted.fault.matches(method, path, body)) {
@@ -246,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn faults_strike_in_order_after_some_and_so_many_times() {
+    fn faults_apply_in_order_and_respect_after_and_times() {
         let mut script = FaultScript::default();
         script.add(latency(1).on("POST", "/lead/").after(1).times(2));
         script.add(latency(2).on("POST", "/").times(1));
@@ -270,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn faults_are_read_from_json_strictly() {
+    fn faults_are_parsed_strictly_from_json() {
         let read = |value| serde_json::from_value::<Fault>(value).map_err(|error| error.to_string());
         assert_eq!(
             read(json!({"method": "POST", "path": "/lead/", "times": 1,
@@ -290,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn impossible_faults_are_named() {
+    fn invalid_faults_are_reported() {
         let status =
             |code| Fault::new(Effect::Status { code, body: FaultBody::Json, when: When::BeforeCommit });
         assert_eq!(status(99).validate().as_deref(), Some("status codes go from 200 to 599: 99"));

@@ -1,9 +1,9 @@
-//! What Close takes for an email address, a web address and a phone number, and how it rewrites them.
+//! How Close validates and rewrites email addresses, URLs and phone numbers.
 
 use crate::settings::Country;
 
-/// The trimmed address, if it is one. Stricter than the standards, like the regular expression Close uses
-/// (close-api.md §3): ASCII, no quotes, and a domain with a dot and an alphabetic end.
+/// The trimmed address, if it is valid. Stricter than the standards, like the regular expression of Close
+/// (close-api.md §3): ASCII, no quotes, and a domain with a dot and a non-numeric last label.
 pub(crate) fn email(text: &str) -> Option<&str> {
     let address = text.trim();
     let (local, domain) = address.rsplit_once('@')?;
@@ -27,7 +27,7 @@ fn is_domain(domain: &str) -> bool {
     labels_are_good && end.len() >= 2 && !end.bytes().all(|byte| byte.is_ascii_digit())
 }
 
-/// The address with a scheme, which is added when it is missing (close-api.md §3).
+/// The URL, if it is valid. A missing scheme becomes `http://` (close-api.md §3).
 pub(crate) fn url(text: &str) -> Option<String> {
     let text = text.trim();
     let full = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
@@ -40,19 +40,19 @@ pub(crate) fn url(text: &str) -> Option<String> {
         .then_some(full)
 }
 
-/// A phone number as Close keeps it.
+/// A phone number as Close stores it.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Phone {
     /// `+` and digits.
     pub(crate) number: String,
-    /// The country, if the number is a plausible one there.
+    /// The country, if the number is plausible there.
     pub(crate) country: Option<String>,
-    /// The number as shown to people.
+    /// The number in the form shown to people.
     pub(crate) formatted: String,
 }
 
-/// Rewrites a number the way Close does: what has no `+` gets the prefix of the default country, however
-/// short it is (close-api.md §5). Only a number without digits is refused, or one longer than E.164 allows.
+/// Rewrites a number as Close does: a number without `+` gets the prefix of the default country, even if it
+/// is very short (close-api.md §5). Refuses a number without digits, or longer than E.164 allows.
 pub(crate) fn phone(text: &str, default: &Country) -> Option<Phone> {
     let text = text.trim();
     let digits: String = text.chars().filter(char::is_ascii_digit).collect();
@@ -64,7 +64,7 @@ pub(crate) fn phone(text: &str, default: &Country) -> Option<Phone> {
     } else if code == "1" && digits.len() == 11 && digits.starts_with('1') {
         digits
     } else {
-        // National numbers outside North America are dialled with a 0 that is no part of them.
+        // Outside North America, a national number is dialled with a leading 0 that does not belong to it.
         let national =
             if code == "1" { digits.as_str() } else { digits.strip_prefix('0').unwrap_or(&digits) };
         if national.is_empty() { String::new() } else { format!("{code}{national}") }

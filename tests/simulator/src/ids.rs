@@ -1,9 +1,9 @@
-//! Ids, timestamps and the simulator's only source of chance.
+//! Ids, timestamps and the simulator's only random number generator.
 
 use jiff::Timestamp;
 use uuid::Uuid;
 
-/// Makes ids, and draws numbers: everything follows from the seed, so the book stays a pure function of it.
+/// Generates ids and random numbers from a seed. The same seed gives the same sequence.
 #[derive(Debug)]
 pub(crate) struct Ids {
     seed: Uuid,
@@ -15,8 +15,8 @@ impl Ids {
         Self { seed, counter: 0 }
     }
 
-    /// A prefix and 43 base62 characters, the shape of most of Close's ids (close-api.md §1). They are
-    /// scattered, so sorting by id is sorting by chance.
+    /// A prefix and 43 base62 characters: the shape of most of Close's ids (close-api.md §1). Sorting by id
+    /// gives a random order.
     pub(crate) fn make(&mut self, prefix: &str) -> String {
         let mut id = format!("{prefix}_");
         base62(self.next(), 22, &mut id);
@@ -24,7 +24,7 @@ impl Ids {
         id
     }
 
-    /// A number from 0 up to, but not including, 1.
+    /// A random number from 0 (inclusive) to 1 (exclusive).
     pub(crate) fn fraction(&mut self) -> f64 {
         let bytes = self.next().to_be_bytes();
         f64::from(u32::from_be_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]))
@@ -46,14 +46,14 @@ fn base62(mut number: u128, digits: usize, onto: &mut String) {
     }
 }
 
-/// Close's way to write a moment: UTC as `+00:00`, six fraction digits, of which three count
+/// Formats a timestamp as Close does: UTC as `+00:00` and six fraction digits, the last three always zero
 /// (close-api.md §1).
-pub(crate) fn format_timestamp(moment: Timestamp) -> String {
-    let milliseconds = Timestamp::from_millisecond(moment.as_millisecond()).unwrap_or(moment);
+pub(crate) fn format_timestamp(timestamp: Timestamp) -> String {
+    let milliseconds = Timestamp::from_millisecond(timestamp.as_millisecond()).unwrap_or(timestamp);
     milliseconds.strftime("%Y-%m-%dT%H:%M:%S%.6f+00:00").to_string()
 }
 
-/// Reads a moment. Without an offset it is taken as UTC, and a date alone as its midnight.
+/// Parses a timestamp. Without an offset it is UTC; a date alone is midnight of that day.
 pub(crate) fn parse_timestamp(text: &str) -> Option<Timestamp> {
     text.parse().ok().or_else(|| {
         let civil: jiff::civil::DateTime = text.parse().ok()?;

@@ -1,5 +1,5 @@
-//! The search index: what the book held a while ago. Writes become visible one by one, each at its own time,
-//! and those in between are what every client of Close has to live with (close-api.md §6).
+//! The search index: what the records held a while ago. Writes become visible one by one, each at its own
+//! time. Every client of Close has to cope with the states in between (close-api.md §6).
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet, hash_map::Entry},
@@ -19,14 +19,14 @@ pub(crate) struct Document {
     pub(crate) value: Arc<Value>,
 }
 
-/// The documents search sees, and those it will see.
+/// The documents that search sees now, and the writes it will see later.
 #[derive(Debug, Default)]
 pub(crate) struct Index {
     visible: HashMap<String, Document>,
-    /// The ids of the shown documents that hold a value, by field and normalized value: it keeps a search for
-    /// many ids at once from reading everything.
+    /// An inverted index: the ids of the visible documents by field and normalized value. Without it, a search
+    /// for many ids at once would read every document.
     postings: HashMap<String, HashSet<String>>,
-    /// The last write each id shows, so that a slow write does not undo a quick one made after it.
+    /// The number of the last visible write of each id. A slow write must not undo a later, faster one.
     versions: HashMap<String, u64>,
     pending: BTreeMap<(Timestamp, u64), Write>,
     n_writes: u64,
@@ -39,13 +39,13 @@ struct Write {
 }
 
 impl Index {
-    /// Takes a document, or that there is none any more, to show it from a certain moment on.
-    pub(crate) fn write(&mut self, id: &str, document: Option<Document>, visible: Timestamp) {
+    /// Queues a write, or a deletion (`None`), that becomes visible at `visible_at`.
+    pub(crate) fn write(&mut self, id: &str, document: Option<Document>, visible_at: Timestamp) {
         self.n_writes += 1;
-        self.pending.insert((visible, self.n_writes), Write { id: id.to_owned(), document });
+        self.pending.insert((visible_at, self.n_writes), Write { id: id.to_owned(), document });
     }
 
-    /// Shows everything that is due.
+    /// Makes all writes visible that are due.
     pub(crate) fn apply_due(&mut self, now: Timestamp) {
         while let Some(entry) = self.pending.first_entry().filter(|entry| entry.key().0 <= now) {
             let ((_, version), write) = entry.remove_entry();
@@ -72,7 +72,7 @@ impl Index {
         }
     }
 
-    /// Shows everything at once.
+    /// Makes all pending writes visible.
     pub(crate) fn apply_all(&mut self) {
         self.apply_due(Timestamp::MAX);
     }
@@ -85,20 +85,20 @@ impl Index {
         self.visible.get(id)
     }
 
-    /// The ids of the documents with this value in this field, but for case and outer blanks. The fields
-    /// are custom fields by their key, `email`, and `lead_id`.
+    /// The ids of the documents with this value in this field, ignoring case and surrounding whitespace.
+    /// Indexed fields are `email`, `lead_id`, and custom fields by their key.
     pub(crate) fn ids_with(&self, field: &str, value: &str) -> impl Iterator<Item = &str> {
         self.postings.get(&term(field, value)).into_iter().flatten().map(String::as_str)
     }
 
-    /// The contacts of a lead, as far as shown.
+    /// The visible contacts of a lead.
     pub(crate) fn contacts_of(&self, lead_id: &str) -> impl Iterator<Item = &Document> {
         let contacts = self.ids_with("lead_id", lead_id).filter_map(|id| self.get(id));
         contacts.filter(move |contact| contact.value["lead_id"] == *lead_id)
     }
 }
 
-/// A text without what `exact_value` overlooks.
+/// The text without the differences that `exact_value` ignores: case and surrounding whitespace.
 pub(crate) fn normalized(text: &str) -> String {
     text.trim().to_lowercase()
 }
@@ -107,7 +107,7 @@ fn term(field: &str, value: &str) -> String {
     format!("{field}\0{}", normalized(value))
 }
 
-/// Everything a document can be found by without reading it.
+/// The keys of the inverted index for a document.
 fn terms(document: &Value) -> Vec<String> {
     let mut terms = Vec::new();
     for (key, value) in document.as_object().into_iter().flatten() {
@@ -141,11 +141,11 @@ mod tests {
     }
 
     #[test]
-    fn writes_show_when_they_are_due_and_never_go_back() {
+    fn writes_become_visible_when_due_and_never_go_back() {
         let mut index = Index::default();
         index.write("lead_1", Some(document(json!(1))), at(10));
         index.write("lead_1", Some(document(json!(2))), at(30)); // slow
-        index.write("lead_1", Some(document(json!(3))), at(20)); // made later, shown earlier
+        index.write("lead_1", Some(document(json!(3))), at(20)); // written later, visible earlier
         assert_eq!(shown(&mut index, 9), None);
         assert_eq!(shown(&mut index, 10), Some(json!(1)));
         assert_eq!(shown(&mut index, 20), Some(json!(3)));

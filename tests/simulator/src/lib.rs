@@ -1,22 +1,28 @@
-//! A stateful fake of the Close REST API, served over real HTTP: for tests, and for first steps without an
+//! A stateful fake of the Close REST API over real HTTP, for tests and for trying close-sync without a Close
 //! account.
 //!
-//! It keeps leads and contacts and obeys the rules that make Close hard to write to: rate windows, a search
-//! index that lags, typed custom fields, rewritten phone numbers, nested error bodies, answers that get lost.
-//! Its facts are those of close-api.md. Where the real API is unknown it takes the harsher reading, so that a
-//! client which gets along here gets along there; each such choice is a knob in [`Settings`].
+//! It stores leads and contacts and has the properties that make Close hard to write to: rate limits, a search
+//! index that lags, typed custom fields, rewritten phone numbers, nested error bodies, lost responses. Its
+//! behaviour follows close-api.md. Where Close's behaviour is not documented, the simulator takes the stricter
+//! interpretation, so that a client that works here also works with Close. Each such choice is a setting in
+//! [`Settings`].
 //!
-//! It deliberately does not know: OAuth, the legacy `query` parameter, Smart Fields, saved searches, tasks,
-//! opportunities, activities, webhooks, bulk actions, `X-HTTP-Method-Override`, and merges of fields. What it
-//! does not know it refuses, rather than pretending.
+//! It deliberately does not support: OAuth, the legacy `query` parameter, Smart Fields, saved searches, tasks,
+//! opportunities, activities, webhooks, bulk actions, `X-HTTP-Method-Override`, and merges of fields. It refuses
+//! such requests.
 //!
-//! Nothing in the worker may know that it exists: it is reached by its URL and in no other way. Tests that
-//! bring their own time ask it as [`Offline`], without HTTP.
+//! The worker must not depend on it: it only sees a URL. Tests that supply their own time use [`Offline`],
+//! without HTTP.
 //!
-//! Layout, from the wire inwards: `server` and `connection` are HTTP and TCP; `control` is `/_sim/`;
-//! `offline` is the way in without a wire; `world` answers calls; `book` keeps the records, `index` and `events` what others see of them and when;
-//! `validate`, `custom` and `formats` check what is written; `query` and `search` read. From `world` on
-//! nothing does IO or looks at a clock.
+//! Layout, from the network inwards:
+//!
+//! - `server` and `connection` are HTTP and TCP; `control` is `/_sim/`; `offline` is the entry without HTTP.
+//! - `world` answers a `call`, after `limits` and `faults`.
+//! - `records` holds the current state; `index` and `events` show it to clients later.
+//! - `validate`, `custom` and `formats` check writes; `refusal` has the errors.
+//! - `query` and `search` read.
+//!
+//! From `world` on there is no IO and no clock.
 
 mod call;
 mod connection;
@@ -65,7 +71,7 @@ use self::{
     world::World,
 };
 
-/// A running simulator. Clones are handles on the same one; it stops when the last is dropped.
+/// A running simulator. Clones are handles to the same simulator, which stops when the last one is dropped.
 #[derive(Debug, Clone)]
 pub struct Simulator {
     shared: Arc<Shared>,
@@ -86,7 +92,7 @@ impl Drop for Running {
 }
 
 impl Simulator {
-    /// Binds the address and serves in the background. Port 0 takes any free port.
+    /// Binds the address and serves in the background. Port 0 picks a free port.
     pub async fn start(settings: Settings, addr: SocketAddr) -> io::Result<Self> {
         let listener = TcpListener::bind(addr).await?;
         let addr = listener.local_addr()?;
@@ -99,7 +105,7 @@ impl Simulator {
         let service =
             server::router(Arc::clone(&shared)).into_make_service_with_connect_info::<ConnectionCutter>();
         running.tasks.spawn(async move {
-            // It ends without an error, and only when told to.
+            // It never fails, and ends only when `stop` is cancelled.
             let _ = axum::serve(listener, service).with_graceful_shutdown(stop.cancelled_owned()).await;
         });
         running.tasks.close();
@@ -111,19 +117,19 @@ impl Simulator {
         format!("http://{}/api/v1/", self.addr)
     }
 
-    /// The address it listens on.
+    /// The listening address.
     pub fn addr(&self) -> SocketAddr {
         self.addr
     }
 
-    /// Closes the listener and cuts every connection, answered or not. What was written stays readable
-    /// through this handle.
+    /// Closes the listener and cuts all connections, also those that wait for a response. This handle can
+    /// still read the state.
     pub async fn stop(&self) {
         self.running.stop.cancel();
         self.running.tasks.wait().await;
     }
 
-    /// All leads with their contacts as they are now, whatever search shows; oldest first.
+    /// All leads with their contacts as they are now, regardless of the search index; oldest first.
     pub fn leads(&self) -> Vec<Value> {
         self.shared.world().records.all(Kind::Lead)
     }
@@ -133,23 +139,23 @@ impl Simulator {
         self.shared.world().records.all(Kind::Contact)
     }
 
-    /// The ids and labels of the lead statuses, in the organisation's own order.
+    /// The ids and labels of the lead statuses, in the order of the organization.
     pub fn lead_statuses(&self) -> Vec<(String, String)> {
         let world = self.shared.world();
         world.records.schema.statuses.iter().map(|status| (status.id.clone(), status.label.clone())).collect()
     }
 
-    /// The custom fields there are, in the order they came.
+    /// The custom fields, in order of creation.
     pub fn fields(&self) -> Vec<CustomField> {
         self.shared.world().records.schema.fields.clone()
     }
 
-    /// Makes a lead as `POST /lead/` would, visible to search at once. The error is the body of the 400.
+    /// Creates a lead as `POST /lead/` does, but visible to search at once. The error is the body of the 400.
     pub fn add_lead(&self, body: Value) -> Result<Value, Value> {
         self.add(Kind::Lead, body)
     }
 
-    /// Makes a contact as `POST /contact/` would, visible to search at once.
+    /// Creates a contact as `POST /contact/` does, but visible to search at once.
     pub fn add_contact(&self, body: Value) -> Result<Value, Value> {
         self.add(Kind::Contact, body)
     }
@@ -158,71 +164,71 @@ impl Simulator {
         let Value::Object(body) = body else {
             return Err(json!({"error": "JSON data must be a dict."}));
         };
-        let made = self.shared.world().add_indexed(kind, &body, Timestamp::now());
-        made.map_err(|refusal| refusal.body())
+        let record = self.shared.world().add_indexed(kind, &body, Timestamp::now());
+        record.map_err(|refusal| refusal.body())
     }
 
-    /// Deletes a lead with its contacts, or a contact, as somebody else would: search shows it for a while.
-    /// Whether there was one.
+    /// Deletes a lead with its contacts, or a contact, as another user of Close would. Search still shows it
+    /// for a while. Returns whether it existed.
     pub fn delete(&self, id: &str) -> bool {
         self.shared.world().delete_any(id, Timestamp::now())
     }
 
-    /// Merges two leads, as somebody else would.
+    /// Merges two leads, as another user of Close would.
     pub fn merge(&self, source: &str, destination: &str) -> Result<(), Value> {
         let merged = self.shared.world().records.merge(source, destination, Timestamp::now());
         merged.map_err(|refusal| refusal.body())
     }
 
-    /// Adds a custom field. It is refused if its id or name is taken, or if its choices or its multiplicity
-    /// do not suit its type. The error is the body of the 400.
+    /// Adds a custom field. Refuses a field whose id or name is taken, or whose choices or
+    /// `accepts_multiple_values` do not fit its type. The error is the body of the 400.
     pub fn add_field(&self, field: CustomField) -> Result<(), Value> {
         self.shared.world().records.add_field(field).map_err(|refusal| refusal.body())
     }
 
-    /// Replaces the custom field of the same id: its name, type, choices or owner. Values that the field
-    /// does not take any more are lost. It is refused as a new one would be, and if there is no such field.
+    /// Replaces the custom field with the same id: its name, type, choices or owner. Values that are no longer
+    /// valid are deleted. Refuses what `add_field` refuses, and an unknown id.
     pub fn change_field(&self, field: CustomField) -> Result<(), Value> {
         let changed = self.shared.world().records.change_field(field, Timestamp::now());
         changed.map_err(|refusal| refusal.body())
     }
 
-    /// Deletes a custom field with its values. Whether there was one.
+    /// Deletes a custom field and its values. Returns whether the field existed.
     pub fn remove_field(&self, id: &str) -> bool {
         self.shared.world().records.remove_field(id, Timestamp::now())
     }
 
-    /// Lets search see everything written so far.
+    /// Makes everything written so far visible to search.
     pub fn index_now(&self) {
         self.shared.world().records.index.apply_all();
     }
 
-    /// Adds a fault to the script. Faults that make no sense, such as a status 99, count as a 500.
+    /// Adds a scripted fault. An invalid status, such as 99, is sent as a 500.
     pub fn fault(&self, fault: Fault) {
         self.shared.world().faults.add(fault);
     }
 
-    /// Forgets all faults.
+    /// Removes all faults.
     pub fn clear_faults(&self) {
         self.shared.world().faults.clear();
     }
 
-    /// The last 100 000 requests to the API, oldest first, also those that were refused.
+    /// The last 100 000 requests to the API, including refused ones; oldest first.
     pub fn requests(&self) -> Vec<Request> {
         self.shared.world().requests.all().cloned().collect()
     }
 
-    /// How many of those have this method and a path, below `/api/v1`, that begins so.
+    /// The number of those requests with this method and path prefix (below `/api/v1`).
     pub fn request_count(&self, method: &str, path_prefix: &str) -> usize {
         call::count(self.shared.world().requests.all(), method, path_prefix)
     }
 
-    /// Revokes the key and lets another one in.
+    /// Revokes the API key and accepts this one instead.
     pub fn set_api_key(&self, key: &str) {
         key.clone_into(&mut self.shared.world().settings.api_key);
     }
 
-    /// Changes the search lag of the writes to come.
+    /// Changes the search lag for future writes.
     pub fn set_search_lag(&self, lag: Lag) {
         self.shared.world().records.search_lag = lag;
     }
@@ -232,7 +238,7 @@ impl Simulator {
         self.shared.world().settings.limits = limits;
     }
 
-    /// What a person at a terminal needs to know to use it.
+    /// The usage text that `close-sync simulate` prints.
     pub fn usage(&self) -> String {
         let world = self.shared.world();
         let url = self.url();
@@ -247,7 +253,7 @@ impl Simulator {
             };
             let kind = json!(field.kind);
             let kind = kind.as_str().unwrap_or_default();
-            // Writing to a string can not fail.
+            // Writing to a string cannot fail.
             let _ = writeln!(text, "  {owner:<8} {kind:<9} {:<20} {}", field.id, field.name);
         }
         text.push_str("\nUsers:\n");
@@ -270,27 +276,27 @@ impl Simulator {
              \x20 export CLOSE_API_KEY={key}\n\
              \x20 export CLOSE_LEAD_COMPANY_ID_FIELD={lead}\n\
              \x20 export CLOSE_CONTACT_USER_ID_FIELD={contact}\n\
-             \x20 export CLOSE_SEARCH_LAG={lag}s          # how long the worker doubts what search does not show\n\
-             \nLook inside:\n\
+             \x20 export CLOSE_SEARCH_LAG={lag}s          # wait this long before trusting an empty search\n\
+             \nInspect it:\n\
              \x20 curl {controls}/\n\
              \x20 curl {controls}/leads\n\
-             \nMake trouble:\n\
-             \x20 # the next three requests to create a lead meet a 503\n\
+             \nInject faults:\n\
+             \x20 # the next three requests to create a lead fail with a 503\n\
              \x20 curl {controls}/faults -d '{{\"method\": \"POST\", \"path\": \"/lead/\", \"times\": 3, \
              \"effect\": {{\"status\": {{\"code\": 503}}}}}}'\n\
-             \x20 # one lead is created, but the answer is lost\n\
+             \x20 # one lead is created, but the response is lost\n\
              \x20 curl {controls}/faults -d '{{\"method\": \"POST\", \"path\": \"/lead/\", \"times\": 1, \
              \"effect\": {{\"drop_connection\": {{\"when\": \"after_commit\"}}}}}}'\n\
-             \x20 # a custom field appears, and is gone again\n\
+             \x20 # a custom field is added, then deleted\n\
              \x20 curl {controls}/fields -d '{{\"id\": \"cf_region\", \"name\": \"Region\", \
              \"type\": \"text\", \"owner\": \"lead\"}}'\n\
              \x20 curl -X DELETE {controls}/fields/cf_region\n\
-             \x20 # search falls behind; the key is revoked; peace again\n\
+             \x20 # search lags; the API key is revoked; all faults are removed\n\
              \x20 curl -X PUT {controls}/settings -d '{{\"search_lag\": \"1s..10s\"}}'\n\
              \x20 curl -X PUT {controls}/settings -d '{{\"api_key\": \"another\"}}'\n\
              \x20 curl -X DELETE {controls}/faults\n",
             key = world.settings.api_key,
-            // With some time for the call.
+            // One second more, for the duration of the call.
             lag = world.settings.search_lag.longest().as_secs() + 1,
             lead = text_field(Owner::Lead),
             contact = text_field(Owner::Contact),

@@ -1,7 +1,7 @@
-//! Rate limits: token buckets per endpoint group, each kept per key and for the whole organisation.
+//! Rate limits: token buckets per endpoint group, for each API key and for the whole organization.
 //!
-//! A pure state machine; the caller says what time it is. It follows Close's own limiter (close-api.md §2):
-//! windows begin on whole seconds, and a new window fills the whole bucket.
+//! A pure state machine; the caller passes the time. It follows Close's limiter (close-api.md §2): windows
+//! start on whole seconds, and a new window refills the whole bucket.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -38,12 +38,12 @@ pub struct Limits {
     pub search: Rate,
     /// Each other first path segment.
     pub others: Rate,
-    /// How many times one key's allowance the organisation has.
+    /// The limit of the organization, as a multiple of the limit of one key.
     pub organization_multiple: u32,
 }
 
 impl Limits {
-    /// The numbers last seen in the wild, search read the strict way (close-api.md §2 and §12).
+    /// The most recently observed limits, with the stricter interpretation for search (close-api.md §2, §12).
     pub const fn documented() -> Self {
         Self {
             lead: Rate::new(240, 8),
@@ -54,8 +54,8 @@ impl Limits {
         }
     }
 
-    /// A million requests a second, which nobody uses up. The headers still say so, lest a client that
-    /// paces itself by them falls back to its caution.
+    /// A million requests a second: effectively unlimited. The headers are still sent, because without them a
+    /// client would fall back to its own cautious pace.
     pub const fn unlimited() -> Self {
         let rate = Rate::new(1_000_000, 1);
         Self { lead: rate, contact: rate, search: rate, others: rate, organization_multiple: 3 }
@@ -71,7 +71,7 @@ impl Limits {
     }
 }
 
-/// What shares a bucket: an HTTP method and the first segment of the path.
+/// The requests that share a bucket: those with the same HTTP method and first path segment.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Group {
     pub(crate) method: String,
@@ -79,8 +79,8 @@ pub(crate) struct Group {
 }
 
 impl Group {
-    /// The group of a path below `/api/v1`. Unknown places share one group, so that nobody can make buckets
-    /// without end.
+    /// The group of a path below `/api/v1`. Unknown paths share one group, which bounds the number of
+    /// buckets.
     pub(crate) fn of(method: &str, path: &str) -> Self {
         const KNOWN: [&str; 8] =
             ["lead", "contact", "data", "event", "me", "status", "custom_field", "custom_field_schema"];
@@ -90,14 +90,13 @@ impl Group {
     }
 }
 
-/// Whose bucket it is.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) enum BucketOwner {
     Key(String),
     Organization,
 }
 
-/// How a bucket stands.
+/// A snapshot of a bucket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct BucketState {
     pub(crate) limit: u32,
@@ -108,7 +107,7 @@ pub(crate) struct BucketState {
     group: Group,
 }
 
-/// Whether a request was let in. Either way the state is that of the bucket closest to being used up.
+/// Whether a request was allowed, with the state of the bucket that has the fewest tokens left.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Allowed(BucketState),
@@ -121,15 +120,14 @@ struct Bucket {
     spent: u32,
 }
 
-/// All buckets.
 #[derive(Debug, Default)]
 pub(crate) struct Limiter {
     buckets: HashMap<(BucketOwner, Group), Bucket>,
 }
 
 impl Limiter {
-    /// Takes a token from the key's bucket and, if the key in_organization to the organisation, from that one's too;
-    /// from neither if either is empty.
+    /// Takes a token from the bucket of the key and, if the key is valid, from the bucket of the
+    /// organization. Takes none if either bucket is empty.
     pub(crate) fn acquire(
         &mut self,
         limits: &Limits,
@@ -175,9 +173,9 @@ impl Limiter {
         }
     }
 
-    /// The bucket of the current window.
+    /// The bucket, renewed if its window has ended.
     fn bucket(&mut self, owner: &BucketOwner, rate: Rate, group: &Group, now: Timestamp) -> &mut Bucket {
-        // Wrong keys make buckets too; the closed ones are only worth keeping while they are few.
+        // Invalid keys have buckets too, so their number must be bounded: drop those whose window has ended.
         const MANY: usize = 1_000;
         if self.buckets.len() > MANY {
             self.buckets.retain(|_, bucket| now < bucket.ends);
@@ -205,12 +203,12 @@ impl BucketState {
         }
     }
 
-    /// The same bucket as told by a hidden limit, of which only the reset means anything (close-api.md §2).
+    /// The state with another reset time: of a hidden limit, only the reset is meaningful (close-api.md §2).
     pub(crate) fn with_reset(self, reset: Duration) -> Self {
         Self { reset, ..self }
     }
 
-    /// The headers that tell the state.
+    /// The rate limit headers.
     pub(crate) fn headers(&self, style: HeaderStyle) -> Vec<(&'static str, String)> {
         let Self { limit, remaining, .. } = self;
         let reset = format!("{:.6}", self.reset.as_secs_f64());
@@ -243,7 +241,7 @@ impl BucketState {
         whole.to_string()
     }
 
-    /// What a 429 says in its body, `rate_reset` being a string or a number (close-api.md §2).
+    /// The body of a 429, with `rate_reset` as a string or as a number (close-api.md §2).
     pub(crate) fn details(&self, reset_as_text: bool) -> Value {
         let reset = self.reset.as_secs_f64();
         let group = format!("{} {}", self.group.method, self.group.segment);
@@ -283,13 +281,13 @@ mod tests {
     }
 
     #[test]
-    fn a_bucket_empties_and_fills_at_the_window_end() {
+    fn a_bucket_empties_and_is_refilled_at_the_end_of_the_window() {
         let mut limiter = Limiter::default();
         let group = Group::of("POST", "/lead/");
         for (now, expected) in [
             (300, Ok(1)),
             (400, Ok(0)),
-            (500, Err(7500)), // the window began at the whole second
+            (500, Err(7500)), // the window started at the whole second
             (7999, Err(1)),
             (8000, Ok(1)),
             (8000, Ok(0)),
@@ -301,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn groups_do_not_share_but_paths_of_a_group_do() {
+    fn paths_of_a_group_share_a_bucket_and_groups_do_not() {
         let mut limiter = Limiter::default();
         for (method, path, expected) in [
             ("POST", "/lead/", Ok(1)),
@@ -310,7 +308,7 @@ mod tests {
             ("POST", "/lead/", Err(8000)),
             ("POST", "/contact/", Ok(1)),
             ("POST", "/data/search/", Ok(0)),
-            ("GET", "/me/", Err(8000)), // nothing is granted at all
+            ("GET", "/me/", Err(8000)), // a limit of 0 allows nothing
             ("GET", "/nowhere/", Err(8000)),
         ] {
             let verdict = limiter.acquire(&LIMITS, "key", true, &Group::of(method, path), at(0));
@@ -319,16 +317,16 @@ mod tests {
     }
 
     #[test]
-    fn the_organisation_has_a_bucket_of_its_own() {
+    fn the_organization_has_its_own_bucket() {
         let mut limiter = Limiter::default();
         let group = Group::of("GET", "/lead/");
         for (key, in_organization, expected) in [
             ("a", true, Ok(1)),
             ("a", true, Ok(0)),
-            ("a", true, Err(8000)), // spends nothing of the organisation's
+            ("a", true, Err(8000)), // takes no token of the organization
             ("wrong", false, Ok(1)),
             ("b", true, Ok(1)),
-            ("c", true, Ok(0)), // the organisation is closer to its end than the key
+            ("c", true, Ok(0)), // the organization has fewer tokens left than the key
             ("b", true, Err(8000)),
             ("d", true, Err(8000)),
             ("wrong", false, Ok(0)),
@@ -339,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn headers_take_every_known_form() {
+    fn headers_have_every_known_form() {
         let state = BucketState {
             remaining: 3,
             ..BucketState::empty(Rate::new(16, 8), &Group::of("POST", "/data/search/"))

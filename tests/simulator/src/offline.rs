@@ -1,4 +1,4 @@
-//! The simulator without a server and without a clock: for tests that bring the calls and the time.
+//! The simulator without a server and without a clock, for tests that supply the calls and the time.
 
 use jiff::Timestamp;
 use serde_json::Value;
@@ -10,35 +10,34 @@ use crate::schema::Kind;
 use crate::settings::Settings;
 use crate::world::{Admission, Decision, World};
 
-/// A simulated organization that is asked directly. Pure: the same settings, calls and moments give the
-/// same answers, ids included, when [`Settings::seed`] is set.
+/// A simulated organization that is called directly. It is pure: with a fixed [`Settings::seed`], the same
+/// settings, calls and times give the same answers, ids included.
 ///
-/// Calls that get lost, and answers that do, are the business of whoever carries them: there is no script of
-/// faults here.
+/// It has no scripted faults. The caller simulates lost requests and lost answers.
 #[derive(Debug)]
 pub struct Offline {
     world: World,
 }
 
-/// What comes back from a call.
+/// The response to a call.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reply {
-    /// The status.
+    /// The HTTP status code.
     pub status: u16,
-    /// Headers: those that tell the rate limits, mostly.
+    /// The headers, mostly those of the rate limits.
     pub headers: Vec<(&'static str, String)>,
-    /// The body, which is JSON unless something is wrong.
+    /// The body. It is JSON, except in some errors.
     pub body: String,
 }
 
 impl Offline {
-    /// An organization as its settings tell, made at this moment.
+    /// An organization with these settings, created at `now`.
     pub fn new(settings: Settings, now: Timestamp) -> Self {
         let ids = Ids::new(settings.seed);
         Self { world: World::new(settings, ids, now) }
     }
 
-    /// Lets a call take effect, now. `path` is below `/api/v1/` and may have a query; a body is sent as JSON.
+    /// Executes a call at `now`. `path` is below `/api/v1/` and may have a query. A body is sent as JSON.
     pub fn ask(
         &mut self,
         key: &str,
@@ -65,23 +64,23 @@ impl Offline {
         };
         world.requests.answered(number, answer.status);
         let answer = answer.with(headers);
-        Reply { status: answer.status, headers: answer.headers, body: answer.payload.written().1 }
+        Reply { status: answer.status, headers: answer.headers, body: answer.payload.encode().1 }
     }
 
-    /// Makes a lead as `POST /lead/` would, visible to search at once.
+    /// Creates a lead as `POST /lead/` does, but visible to search at once.
     ///
     /// # Errors
-    /// The body of the 400.
+    /// The body of the 400 response.
     pub fn add_lead(&mut self, body: &Object, now: Timestamp) -> Result<Value, Value> {
         self.world.add_indexed(Kind::Lead, body, now).map_err(|refusal| refusal.body())
     }
 
-    /// All leads with their contacts as they are, whatever search shows; oldest first.
+    /// All leads with their contacts as they are now, regardless of the search index; oldest first.
     pub fn leads(&self) -> Vec<Value> {
         self.world.records.all(Kind::Lead)
     }
 
-    /// All contacts as they are, oldest first.
+    /// All contacts as they are now, oldest first.
     pub fn contacts(&self) -> Vec<Value> {
         self.world.records.all(Kind::Contact)
     }
@@ -98,7 +97,7 @@ mod tests {
     use crate::Lag;
 
     #[test]
-    fn the_same_calls_at_the_same_moments_get_the_same_answers() {
+    fn the_same_calls_at_the_same_times_get_the_same_answers() {
         let start: Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
         let play = || {
             let lag = Lag::Between(Duration::from_secs(1), Duration::from_secs(9));

@@ -1,7 +1,7 @@
-//! The query trees of `POST /data/search/`: reading them, and testing documents against them.
+//! The query trees of `POST /data/search/`: parses them and matches documents against them.
 //!
-//! Only what close-api.md §6 lists is understood. Everything else is refused, so that a client cannot come to
-//! rely on a guess.
+//! Supports only what close-api.md §6 lists and refuses everything else, so that a client cannot depend on
+//! behaviour that Close may not have.
 
 use std::collections::HashSet;
 
@@ -27,14 +27,14 @@ pub(crate) enum Query {
     Related { this: String, related: String, query: Box<Query> },
 }
 
-/// A field of a document or of a part of it.
+/// A field of a document, or of a part of a document.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Field {
     Regular { object: String, name: String },
     Custom(String),
 }
 
-/// What is asked of a field's value.
+/// A condition on the value of a field.
 #[derive(Debug)]
 pub(crate) enum Condition {
     Text(TextMatch),
@@ -44,7 +44,7 @@ pub(crate) enum Condition {
     Timestamps(Vec<(Comparison, Timestamp)>),
 }
 
-/// A text mode with its needle.
+/// A text mode with the text to find.
 #[derive(Debug)]
 pub(crate) enum TextMatch {
     Exact(String),
@@ -62,7 +62,7 @@ pub(crate) enum Comparison {
     AtMost,
 }
 
-/// The parts of records that have an object type of their own, and where they are found.
+/// The parts of records that have their own object type: the record, the type, and the list that holds them.
 const PARTS: [(&str, &str, &str); 4] = [
     ("contact", "contact_email", "emails"),
     ("contact", "contact_phone", "phones"),
@@ -108,13 +108,13 @@ const REGULAR: [(&str, &[&str]); 6] = [
     ("address", &["label", "address_1", "address_2", "city", "state", "zipcode", "country"]),
 ];
 
-/// Reads a query tree. The error is the text of the 400.
+/// Parses a query tree. The error is the text of the 400.
 pub(crate) fn parse(tree: &Value, schema: &Schema, exact: ExactValue) -> Result<Query, String> {
     let parser = Parser { schema, exact };
     parser.query(tree, 0)
 }
 
-/// Reads a field, as found in conditions and sort orders.
+/// Parses a field of a condition or of a sort order.
 pub(crate) fn parse_field(field: &Value, schema: &Schema) -> Result<Field, String> {
     match text(field, "type")? {
         "regular_field" => {
@@ -252,7 +252,7 @@ fn text<'a>(node: &'a Value, key: &str) -> Result<&'a str, String> {
     node[key].as_str().ok_or_else(|| format!("'{key}' is required and must be a string."))
 }
 
-/// Lower-cased runs of letters and digits, as the index has them.
+/// Splits a text into lower-cased words of letters and digits, as the index does.
 fn words(text: &str) -> Vec<String> {
     text.split(|c: char| !c.is_alphanumeric())
         .filter(|word| !word.is_empty())
@@ -261,7 +261,7 @@ fn words(text: &str) -> Vec<String> {
 }
 
 impl Query {
-    /// The ids of all documents that can match, if the index can name them; `matches` has the last word.
+    /// The ids of all documents that can match, if the index can narrow them down. `matches` decides.
     pub(crate) fn candidates<'a>(&'a self, index: &'a Index) -> Option<HashSet<&'a str>> {
         match self {
             Self::Id(id) => Some(HashSet::from([id.as_str()])),
@@ -292,7 +292,7 @@ impl Query {
         }
     }
 
-    /// Whether a document is what is looked for.
+    /// Whether a document matches.
     pub(crate) fn matches(&self, document: &Document, index: &Index) -> bool {
         self.matches_object(document.kind.word(), &document.id, &document.value, index)
     }
@@ -322,7 +322,7 @@ impl Query {
 }
 
 impl Field {
-    /// The value an object of this kind has here, unless it is empty.
+    /// The value of the field in an object of this kind, unless it is empty.
     pub(crate) fn value(&self, kind: &str, object: &Value) -> Option<Value> {
         let value = match self {
             Self::Custom(key) => object.get(key)?.clone(),
@@ -369,7 +369,7 @@ impl Comparison {
 }
 
 impl TextMatch {
-    /// The needle of a test for the whole value.
+    /// The text to find, if the mode compares whole values.
     fn exact(&self) -> Option<&str> {
         match self {
             Self::Exact(needle) | Self::Folded(needle) => Some(needle),
@@ -380,7 +380,7 @@ impl TextMatch {
     fn matches(&self, text: &str) -> bool {
         match self {
             Self::Exact(needle) => text == needle,
-            // Most values have another length, and almost all are ASCII: no need to copy those.
+            // Almost all values are ASCII, and comparing those needs no copy.
             Self::Folded(needle) if text.is_ascii() => text.trim().eq_ignore_ascii_case(needle),
             Self::Folded(needle) => normalized(text) == *needle,
             Self::Words(needles) => {

@@ -11,21 +11,21 @@ pub(crate) const NOT_A_CHOICE: &str = "Not a valid choice.";
 pub(crate) const NO_SUCH_OBJECT: &str = "Object does not exist.";
 pub(crate) const NOT_A_DATETIME: &str = "Could not parse datetime";
 
-/// Why a request is refused, in the terms of close-api.md §3.
+/// The reason why a request is refused.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Refusal {
-    /// The object of the path, a `Lead` or the like, does not exist: 404.
+    /// The object of the path, such as a `Lead`, does not exist: 404.
     Missing(&'static str),
-    /// One of the leads of a merge does not exist: 404 that blames the source either way.
+    /// One of the leads of a merge does not exist: 404. The text names the source in both cases.
     NoMergeSource,
-    /// The request makes no sense: 400.
+    /// The request is malformed: 400.
     Malformed(String),
-    /// Fields are wrong: 400.
+    /// Some fields are invalid: 400.
     Invalid(FieldErrors),
 }
 
 impl Refusal {
-    /// A `_limit` above the maximum.
+    /// The refusal of a `_limit` above the maximum.
     pub(crate) fn too_many(max_limit: usize) -> Self {
         let text = "The limit you set is larger than the maximum limit for this resource";
         Self::Malformed(format!("{text} (max_limit = {max_limit})."))
@@ -50,7 +50,7 @@ impl Refusal {
     }
 }
 
-/// Errors by field name, nested ones by index below that.
+/// Errors by field name; errors of nested items also by index.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct FieldErrors {
     pub(crate) general: Vec<&'static str>,
@@ -77,7 +77,7 @@ impl FieldErrors {
         if self.general.is_empty() && self.fields.is_empty() { Ok(good) } else { Err(self) }
     }
 
-    /// The body of the 400. `errors` is nearly always empty: the fields carry the texts.
+    /// The body of the 400. `errors` is nearly always empty; the texts are in `field-errors`.
     pub(crate) fn body(&self) -> Value {
         json!({"errors": self.general, "field-errors": self.fields})
     }

@@ -1,4 +1,4 @@
-//! What an organisation has besides its records: its users, lead statuses and custom fields.
+//! What an organization has besides records: users, lead statuses and custom fields.
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -8,58 +8,57 @@ use crate::ids::{Ids, format_timestamp};
 use crate::refusal::Refusal;
 use crate::settings::{Country, Settings};
 
-/// A member of the organisation.
+/// A member of the organization.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct User {
-    /// `user_` and more.
+    /// The id, which starts with `user_`.
     pub id: String,
     /// The given name.
     pub first_name: String,
     /// The family name.
     pub last_name: String,
-    /// The address they sign in with.
+    /// The email address.
     pub email: String,
 }
 
 impl User {
-    /// A user of this name.
     pub fn new(id: &str, first_name: &str, last_name: &str, email: &str) -> Self {
         let [id, first_name, last_name, email] = [id, first_name, last_name, email].map(str::to_owned);
         Self { id, first_name, last_name, email }
     }
 
-    /// The full name, by which user fields know them too.
+    /// The full name. User fields accept it in place of the id.
     pub fn name(&self) -> String {
         format!("{} {}", self.first_name, self.last_name)
     }
 }
 
-/// A custom field, as configured at the start or made through the API (close-api.md §7).
+/// A custom field: configured at the start or created through the API (close-api.md §7).
 ///
-/// As JSON, for `/_sim/fields`: `{"id": "cf_x", "name": "X", "type": "text", "owner": "lead"}`, and perhaps
-/// `choices` and `accepts_multiple_values`.
+/// As JSON, for `/_sim/fields`: `{"id": "cf_x", "name": "X", "type": "text", "owner": "lead"}`.
+/// `choices` and `accepts_multiple_values` are optional.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CustomField {
-    /// `cf_` and more.
+    /// The id, which starts with `cf_`.
     pub id: String,
-    /// The label salespeople see; writes may use it in place of the id.
+    /// The label in Close's user interface. Writes may use it in place of the id.
     pub name: String,
-    /// What values it takes.
+    /// The type of its values.
     #[serde(rename = "type")]
     pub kind: FieldKind,
     /// The allowed values of a choices field.
     #[serde(default)]
     pub choices: Vec<String>,
-    /// Whether it holds a list.
+    /// Whether its value is a list.
     #[serde(default)]
     pub accepts_multiple_values: bool,
-    /// Which objects have it.
+    /// Which kinds of records have it.
     pub owner: Owner,
 }
 
 impl CustomField {
-    /// A field with one value and no choices.
+    /// A field that holds a single value, without choices.
     pub fn new(id: &str, name: &str, kind: FieldKind, owner: Owner) -> Self {
         Self {
             id: id.to_owned(),
@@ -71,14 +70,14 @@ impl CustomField {
         }
     }
 
-    /// The same field with these choices.
+    /// Sets the choices.
     #[must_use]
     pub fn choices<'a>(mut self, choices: impl IntoIterator<Item = &'a str>) -> Self {
         self.choices = choices.into_iter().map(str::to_owned).collect();
         self
     }
 
-    /// The same field, holding a list.
+    /// Makes the value a list.
     #[must_use]
     pub fn multiple(mut self) -> Self {
         self.accepts_multiple_values = true;
@@ -98,22 +97,22 @@ pub enum FieldKind {
     Number,
     /// `2026-01-31`.
     Date,
-    /// ISO 8601; given back in UTC with six fraction digits.
+    /// ISO 8601. Responses have UTC with six fraction digits.
     Datetime,
     /// One of the field's choices.
     Choices,
-    /// A user's id or exact name; given back as the id.
+    /// A user's id or exact name. Responses have the id.
     User,
     /// A contact's id.
     Contact,
     /// A custom object's id.
     CustomObject,
-    /// A string that the application does not show.
+    /// A string that Close's user interface does not show.
     Hidden,
 }
 
 impl FieldKind {
-    /// Whether the type may hold several values.
+    /// Whether a field of this type may hold a list.
     pub(crate) fn may_be_multiple(self) -> bool {
         match self {
             Self::User | Self::Choices | Self::Contact | Self::CustomObject => true,
@@ -122,7 +121,7 @@ impl FieldKind {
     }
 }
 
-/// The objects that have a custom field.
+/// The kinds of records that have a custom field.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Owner {
@@ -134,7 +133,7 @@ pub enum Owner {
     Shared,
 }
 
-/// The two kinds of record kept here.
+/// The two kinds of records in the simulator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Kind {
     Lead,
@@ -173,7 +172,7 @@ pub(crate) struct Status {
 }
 
 impl Status {
-    /// A status whose id tests can foresee.
+    /// A status with an id that tests can predict from the label.
     fn new(label: &str) -> Self {
         let letters = label.chars().filter(|letter| letter.is_alphanumeric());
         let id = format!("stat_{}", letters.flat_map(char::to_lowercase).collect::<String>());
@@ -181,11 +180,11 @@ impl Status {
     }
 }
 
-/// What writes are checked against.
+/// The schema that writes are validated against.
 #[derive(Debug)]
 pub(crate) struct Schema {
     pub(crate) organization_id: String,
-    /// Whom the key acts as.
+    /// The user of the API keys.
     pub(crate) user: User,
     more_users: Vec<User>,
     pub(crate) statuses: Vec<Status>,
@@ -209,7 +208,7 @@ impl Schema {
         }
     }
 
-    /// The fields a kind of record has, shared ones included.
+    /// The fields of a kind of record, including shared fields.
     pub(crate) fn fields_of(&self, kind: Kind) -> impl Iterator<Item = &CustomField> {
         let own = match kind {
             Kind::Lead => Owner::Lead,
@@ -218,7 +217,7 @@ impl Schema {
         self.fields.iter().filter(move |field| field.owner == own || field.owner == Owner::Shared)
     }
 
-    /// The field of this kind with this id or, failing that, this name.
+    /// The field with this id or, if there is none, with this name.
     pub(crate) fn field(&self, kind: Kind, id_or_name: &str) -> Option<&CustomField> {
         self.fields_of(kind)
             .find(|field| field.id == id_or_name)
@@ -229,7 +228,7 @@ impl Schema {
         self.statuses.iter().find(|status| status.id == id).map(|status| status.label.as_str())
     }
 
-    /// All users, the key's own first.
+    /// All users; the first is the user of the API keys.
     pub(crate) fn users(&self) -> impl Iterator<Item = &User> {
         std::iter::once(&self.user).chain(&self.more_users)
     }
@@ -257,7 +256,7 @@ impl Schema {
         me
     }
 
-    /// `GET /user/`: the members of the organisation (<https://developer.close.com/api/resources/users/list>).
+    /// `GET /user/`: the members of the organization (<https://developer.close.com/api/resources/users/list>).
     pub(crate) fn user_list(&self) -> Vec<Value> {
         self.users().map(|user| self.user_item(user)).collect()
     }
@@ -293,8 +292,8 @@ impl Schema {
         json!({"has_more": false, "data": data})
     }
 
-    /// `GET /custom_field/{owner}/`. Whether the real lists of leads and contacts also hold shared fields is
-    /// unclear (close-api.md §7); here they do not, so that a check against them alone is caught out.
+    /// `GET /custom_field/{owner}/`. It is unclear whether Close's lists for leads and contacts include shared
+    /// fields (close-api.md §7). Here they do not, so a client that checks only these lists fails its tests.
     pub(crate) fn custom_fields(&self, owner: Owner) -> Vec<Value> {
         self.fields.iter().filter(|field| field.owner == owner).map(|field| self.item(field)).collect()
     }

@@ -1,4 +1,4 @@
-//! `POST /data/search/`: matching, order, pages and rows (close-api.md §6). It sees only the lagged index.
+//! `POST /data/search/`: matching, sorting, paging and rows (close-api.md §6). It reads only the lagging index.
 
 use std::{
     cmp::Ordering,
@@ -14,22 +14,22 @@ use crate::refusal::{Object, Refusal};
 use crate::schema::{Kind, Schema};
 use crate::settings::ExactValue;
 
-/// Rows per page if the request does not say, and the most it may say. The maximum is not published; 200 is
-/// the highest that was seen to work.
+/// Rows per page: the default, and the maximum a request may ask for. Close does not document the maximum;
+/// 200 is the highest value that is known to work.
 const DEFAULT_LIMIT: usize = 100;
 const MAX_LIMIT: usize = 200;
-/// The most rows one remaining from cursor to cursor gives.
+/// The maximum number of rows over all pages of one search.
 const MAX_ROWS: usize = 10_000;
-/// How long a cursor is good for.
+/// How long a cursor is valid.
 const CURSOR_TTL: SignedDuration = SignedDuration::from_secs(30);
 
-/// Walks under way: what remains of each, by cursor.
+/// The open cursors: the expiry and the remaining ids of each.
 #[derive(Debug, Default)]
 pub(crate) struct Cursors {
     open: HashMap<String, (Timestamp, VecDeque<String>)>,
 }
 
-/// Answers a search. `token` becomes the cursor if there is more to come.
+/// Answers a search. `token` becomes the cursor if there are more pages.
 pub(crate) fn search(
     body: &Object,
     schema: &Schema,
@@ -68,7 +68,7 @@ pub(crate) fn search(
     Ok(answer)
 }
 
-/// The ids of all documents that match, in order, and their number.
+/// The ids of all matching documents, in order, and their number.
 fn matches(
     body: &Object,
     schema: &Schema,
@@ -83,13 +83,13 @@ fn matches(
         None => index.documents().collect(),
     };
     found.retain(|document| query.matches(document, index));
-    // Ties, and everything when no order is asked for, come in the order of the ids: by chance.
+    // Ties, and all documents when the request has no order, are sorted by id, which is random.
     found.sort_by(|a, b| compare(a, b, &order).then_with(|| a.id.cmp(&b.id)));
     let total = found.len();
     Ok((found.into_iter().map(|document| document.id.clone()).collect(), total))
 }
 
-/// The parts of a request besides the query.
+/// The parameters of a request besides query and order.
 struct Request<'a> {
     limit: usize,
     results_limit: Option<usize>,
@@ -155,7 +155,7 @@ fn sort_key(key: &Value, schema: &Schema) -> Result<SortKey, String> {
     }
 }
 
-/// Documents without a value come last, whatever the direction.
+/// Documents without a value come last in both directions.
 fn compare(a: &Document, b: &Document, order: &[SortKey]) -> Ordering {
     let value = |document: &Document, key: &SortKey| key.field.value(document.kind.word(), &document.value);
     let by_key = |key: &SortKey| match (value(a, key), value(b, key)) {
@@ -165,7 +165,7 @@ fn compare(a: &Document, b: &Document, order: &[SortKey]) -> Ordering {
         (Some(a), Some(b)) => {
             let ordering = match (a.as_f64(), b.as_f64()) {
                 (Some(a), Some(b)) => a.total_cmp(&b),
-                // Dates have one form, so they compare as texts.
+                // All dates have the same format, so they can be compared as texts.
                 _ => a.as_str().unwrap_or_default().cmp(b.as_str().unwrap_or_default()),
             };
             if key.descending { ordering.reverse() } else { ordering }
@@ -174,7 +174,7 @@ fn compare(a: &Document, b: &Document, order: &[SortKey]) -> Ordering {
     order.iter().map(by_key).find(|ordering| ordering.is_ne()).unwrap_or(Ordering::Equal)
 }
 
-/// A row: type and id, and the fields asked for. Names it does not know it leaves out (close-api.md §1).
+/// A row: type, id, and the requested fields. Unknown field names are left out (close-api.md §1).
 fn row(document: &Document, fields: Option<&Object>) -> Value {
     let kind = document.kind.word();
     let wanted = fields.and_then(|fields| fields.get(kind)).and_then(Value::as_array);
@@ -210,7 +210,7 @@ mod tests {
         serde_json::from_value(value).unwrap()
     }
 
-    /// Three leads of known age with a contact each, and one that is bare.
+    /// Three leads with different creation dates and one contact each, and an empty lead.
     fn records() -> Records {
         let mut records = Records::new(&Settings::fast(), Ids::new(Uuid::nil()), at(0));
         for (second, body) in [
@@ -247,7 +247,7 @@ mod tests {
             .map_err(|refusal| refusal.body()["error"].clone())
     }
 
-    /// The names of what a query finds, oldest first.
+    /// The names of the records that a query finds, oldest first.
     fn names(kind: &str, condition: Value) -> Vec<String> {
         let queries = vec![json!({"type": "object_type", "object_type": kind}), condition];
         let sort = json!({"type": "regular_field", "object_type": kind, "field_name": "date_created"});
@@ -261,7 +261,7 @@ mod tests {
         rows.map(|row| row["name"].as_str().unwrap_or("-").to_owned()).collect()
     }
 
-    /// The object with one more field.
+    /// Adds a field to an object.
     fn with(mut object: Value, key: &str, value: Value) -> Value {
         object[key] = value;
         object
@@ -287,13 +287,13 @@ mod tests {
     }
 
     #[test]
-    fn queries_find_what_they_should() {
+    fn queries_find_the_matching_records() {
         let company = |mode: &str, value: &str| custom("cf_leadcompanyid", text(mode, value));
         let email = |mode: &str, value: &str| {
             related("contact", "contact_email", regular("contact_email", "email", text(mode, value)))
         };
         let negated = |query: Value| with(query, "negate", json!(true));
-        let moment = |value: &str| json!({"type": "fixed_utc", "value": value});
+        let timestamp = |value: &str| json!({"type": "fixed_utc", "value": value});
         for (kind, query, expected) in [
             ("lead", json!({"type": "match_all"}), &["Acme", "Acme North", "Beta", "-"][..]),
             ("lead", company("exact_value", "acme-1"), &["Acme", "Acme North"]),
@@ -330,7 +330,7 @@ mod tests {
                 regular(
                     "lead",
                     "date_created",
-                    json!({"type": "moment_range", "on_or_after": moment("1970-01-01T00:00:03Z")}),
+                    json!({"type": "moment_range", "on_or_after": timestamp("1970-01-01T00:00:03Z")}),
                 ),
                 &["Beta", "-"],
             ),
@@ -339,7 +339,7 @@ mod tests {
                 regular(
                     "lead",
                     "date_created",
-                    json!({"type": "moment_range", "before": moment("1970-01-01T00:00:02+00:00")}),
+                    json!({"type": "moment_range", "before": timestamp("1970-01-01T00:00:02+00:00")}),
                 ),
                 &["Acme"],
             ),
@@ -358,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn what_it_does_not_understand_it_refuses() {
+    fn unknown_queries_and_invalid_parameters_are_refused() {
         let query = |query: Value| json!({"query": query});
         let all = json!({"type": "match_all"});
         for (body, error) in [
@@ -393,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn exact_value_can_be_read_in_three_ways() {
+    fn exact_value_has_three_interpretations() {
         let records = records();
         for (exact, value, expected) in [
             (ExactValue::FoldsCase, "acme-1", Some(2)),
@@ -416,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_hold_type_id_and_what_was_asked_for() {
+    fn rows_have_type_id_and_the_requested_fields() {
         let (mut records, mut cursors) = (records(), Cursors::default());
         let mut row = |fields: Value| {
             let query = custom("cf_leadplan", json!({"type": "exists"}));
@@ -452,7 +452,7 @@ mod tests {
         let second = page(next.clone(), 39).unwrap();
         assert_eq!((n_rows(&second), &second["cursor"]), (1, &Value::Null));
         assert!(!first["data"].as_array().unwrap().contains(&second["data"][0]));
-        assert!(page(next, 40).is_err(), "a cursor lives for thirty seconds");
+        assert!(page(next, 40).is_err(), "a cursor expires after thirty seconds");
 
         let counted = page(json!({"results_limit": 0}), 40).unwrap();
         assert_eq!((n_rows(&counted), &counted["count"]), (0, &json!({"limited": 0, "total": 4})));

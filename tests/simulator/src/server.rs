@@ -1,4 +1,4 @@
-//! The HTTP shell of the API: reads a request into a `Call`, carries out faults, writes the `Answer`.
+//! The HTTP side of the API: parses a request into a `Call`, applies faults, and writes the `Answer`.
 
 use std::{sync::Arc, time::Duration};
 
@@ -22,7 +22,7 @@ use crate::world::{Admission, Decision};
 
 const BASE: &str = "/api/v1";
 
-/// The controls at their places, and the API everywhere else.
+/// Routes `/_sim/` to the controls and everything else to the API.
 pub(crate) fn router(shared: Arc<Shared>) -> Router {
     control::router().fallback(any(api)).with_state(shared)
 }
@@ -43,13 +43,13 @@ async fn api(
         shared.world().requests.answered(number, answer.status);
         write(answer.with(headers))
     } else {
-        // Nothing of this response gets through the cut.
+        // The connection is cut first, so this response is never sent.
         cutter.cut();
         Response::new(Body::empty())
     }
 }
 
-/// Serves a call under an effect; nothing if its connection is to be cut.
+/// Executes a call with the effect of a fault. Returns `None` if the connection must be cut.
 async fn serve(shared: &Arc<Shared>, call: &Arc<Call>, effect: Option<Effect>) -> Option<Answer> {
     let serve = || shared.world().serve(call, Timestamp::now());
     let take_effect = |when: When| match when {
@@ -57,10 +57,10 @@ async fn serve(shared: &Arc<Shared>, call: &Arc<Call>, effect: Option<Effect>) -
         When::AfterCommit => drop(serve()),
     };
     match effect {
-        // `admit` answers hidden limits by itself.
+        // `admit` has already answered hidden limits.
         None | Some(Effect::RateLimited { .. }) => Some(serve()),
         Some(Effect::Latency { ms }) => {
-            // A task of its own, because this one ends when its client hangs up.
+            // A separate task: this one is dropped when the client hangs up.
             let (shared, call) = (Arc::clone(shared), Arc::clone(call));
             let late = tokio::spawn(async move {
                 tokio::time::sleep(Duration::from_millis(ms)).await;
@@ -90,7 +90,7 @@ async fn read(request: Request, max_body_bytes: usize) -> Call {
     let path = parts.uri.path();
     Call {
         method: parts.method.as_str().to_owned(),
-        // What lies outside of the API keeps its full path, and is not found there.
+        // A path outside the API stays whole, so it gets a 404.
         path: path.strip_prefix(BASE).unwrap_or(path).to_owned(),
         query: Call::parameters(parts.uri.query().unwrap_or_default()),
         key: header(header::AUTHORIZATION).and_then(basic_user).unwrap_or_default(),
@@ -104,7 +104,7 @@ async fn read(request: Request, max_body_bytes: usize) -> Call {
 }
 
 fn write(answer: Answer) -> Response {
-    let (kind, body) = answer.payload.written();
+    let (kind, body) = answer.payload.encode();
     let mut response = Response::new(Body::from(body));
     let status = StatusCode::from_u16(answer.status).ok().filter(|status| !status.is_informational());
     *response.status_mut() = status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);

@@ -1,7 +1,7 @@
-//! What a test can choose about the simulated Close: one struct, and one small enum per open question.
+//! The settings of the simulated Close: one struct, and a small enum for each open question.
 //!
-//! Each knob stands for something the public material leaves open (close-api.md §12). The default is the
-//! harsher reading; `Settings::fast` turns off what only costs time.
+//! Each setting covers something that the public documentation leaves open (close-api.md §12). The default is
+//! the stricter interpretation. `Settings::fast` turns off what only costs time.
 
 use std::{fmt, str::FromStr, time::Duration};
 
@@ -12,50 +12,50 @@ use uuid::Uuid;
 use crate::limits::Limits;
 use crate::schema::{CustomField, FieldKind, Owner, User};
 
-/// How the simulated organisation behaves and what it holds at the start.
+/// How the simulated organization behaves and what it contains at the start.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// The key that is let in, sent as the user name of HTTP Basic (close-api.md §1).
+    /// The valid API key, sent as the user name of HTTP Basic (close-api.md §1).
     pub api_key: String,
-    /// Further keys of the same organisation: each has its own rate limits, and all fraction the
-    /// organisation's (close-api.md §2).
+    /// More valid API keys. Each key has its own rate limits; all share those of the organization
+    /// (close-api.md §2).
     pub more_api_keys: Vec<String>,
     /// How long a write stays invisible to search (close-api.md §6).
     pub search_lag: Lag,
-    /// How long an event stays out of the event log. No lag is documented, so none is the default.
+    /// How long an event stays invisible in the event log. Close documents no lag, so the default is none.
     pub event_lag: Lag,
-    /// How many requests each endpoint group grants (close-api.md §2).
+    /// The rate limits of each endpoint group (close-api.md §2).
     pub limits: Limits,
-    /// In which form the limits are told (close-api.md §2).
+    /// The form of the rate limit headers (close-api.md §2).
     pub header_style: HeaderStyle,
-    /// What a 429 carries as its body (close-api.md §2).
+    /// The body of a 429 (close-api.md §2).
     pub rate_limit_body: RateLimitBody,
-    /// How search understands the text mode `exact_value` (close-api.md §6).
+    /// How search interprets the text mode `exact_value` (close-api.md §6).
     pub exact_value: ExactValue,
-    /// What happens to a path without its trailing slash (close-api.md §1).
+    /// The response to a path without its trailing slash (close-api.md §1).
     pub missing_slash: MissingSlash,
-    /// Which of its two contact lists the answer to `POST /lead/` has (close-api.md §4).
+    /// Which of its two contact lists the response to `POST /lead/` has (close-api.md §4).
     pub created_lead: CreatedLead,
-    /// Refuse keys that the published contact schema does not know, instead of ignoring them
+    /// Refuse keys that are not in the published contact schema, instead of ignoring them
     /// (close-api.md §5).
     pub strict_contact_keys: bool,
-    /// Let `GET /lead/` and `GET /contact/` answer from the lagged search index (close-api.md §12).
+    /// `GET /lead/` and `GET /contact/` read from the lagging search index (close-api.md §12).
     pub lists_from_index: bool,
     /// The country of phone numbers without a prefix (close-api.md §5).
     pub country: Country,
-    /// Bodies above this size are answered with 413.
+    /// Larger bodies get a 413.
     pub max_body_bytes: usize,
-    /// Whom the keys act as.
+    /// The user of the API keys.
     pub user: User,
-    /// Further users of the organisation.
+    /// More users of the organization.
     pub more_users: Vec<User>,
-    /// Labels of the lead statuses, in the organisation's own order; new leads get the first. The ids are
+    /// Labels of the lead statuses, in the order of the organization. New leads get the first. The ids are
     /// `stat_` and the lower-cased letters and digits of the label, such as `stat_badfit`.
     pub statuses: Vec<String>,
     /// The custom fields that exist from the start.
     pub custom_fields: Vec<CustomField>,
-    /// What ids and drawn numbers follow from: two simulators with one seed give the same ids in the same
-    /// order. Different at every start unless set.
+    /// The seed of ids and random numbers. Two simulators with the same seed give the same ids in the same
+    /// order. By default every start has a new seed.
     pub seed: Uuid,
 }
 
@@ -85,7 +85,7 @@ impl Default for Settings {
     }
 }
 
-/// Fields of all types but the rare ones. The usage text suggests the first text field of each owner.
+/// Fields of all common types. The usage text suggests the first text field of each owner.
 fn default_fields() -> Vec<CustomField> {
     let lead = |id, name, kind| CustomField::new(id, name, kind, Owner::Lead);
     let contact = |id, name, kind| CustomField::new(id, name, kind, Owner::Contact);
@@ -110,13 +110,13 @@ fn default_fields() -> Vec<CustomField> {
 }
 
 impl Settings {
-    /// The defaults without what costs a test its time: no limits that bite, and no search lag.
+    /// The defaults without what slows a test down: no effective rate limits and no search lag.
     pub fn fast() -> Self {
         Self { limits: Limits::unlimited(), search_lag: Lag::NONE, ..Self::default() }
     }
 }
 
-/// How late something becomes visible: always equally, or drawn anew for every write.
+/// How long a write stays invisible: a fixed time, or a random time for each write.
 ///
 /// Its text form is `2s`, or `1s..10s` for a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -124,22 +124,20 @@ impl Settings {
 pub enum Lag {
     /// Every write takes this long.
     Fixed(Duration),
-    /// Every write takes a time drawn evenly from this range, so that writes can overtake one another.
+    /// Every write takes a random time from this range, so that writes can overtake one another.
     Between(Duration, Duration),
 }
 
 impl Lag {
-    /// No lag at all.
     pub const NONE: Self = Self::Fixed(Duration::ZERO);
 
-    /// The longest one.
     pub(crate) fn longest(self) -> Duration {
         match self {
             Self::Fixed(lag) | Self::Between(_, lag) => lag,
         }
     }
 
-    /// The lag of one write, for a `fraction` between 0 and 1.
+    /// The lag of one write. `fraction` is a random number between 0 and 1.
     pub(crate) fn draw(self, fraction: f64) -> Duration {
         match self {
             Self::Fixed(lag) => lag,
@@ -183,7 +181,7 @@ impl fmt::Display for Lag {
     }
 }
 
-/// The forms in which Close has told its rate limits over the years (close-api.md §2).
+/// The forms of Close's rate limit headers over the years (close-api.md §2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HeaderStyle {
     /// `RateLimit: limit=1, remaining=0, reset=0.5`: the documented form.
@@ -198,41 +196,41 @@ pub enum HeaderStyle {
     Absent,
 }
 
-/// The body of a 429 (close-api.md §2): clients should not need it.
+/// The body of a 429 (close-api.md §2). Clients should not need it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RateLimitBody {
     /// `{"error": {"message": …, "rate_reset": "0.5", …}}`, the recent form.
     Nested,
     /// The same keys at the top level, with a number for `rate_reset`.
     Flat,
-    /// Nothing.
+    /// An empty body.
     Empty,
     /// Plain text.
     Text,
 }
 
-/// What search makes of `"mode": "exact_value"`, which Close's documentation does not list.
+/// How search interprets `"mode": "exact_value"`, which Close does not document.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ExactValue {
-    /// Equal without regard to case and outer blanks: a hit can still be a different id.
+    /// Ignores case and surrounding whitespace, so a match can still be a different id.
     FoldsCase,
-    /// Equal to the letter.
+    /// Compares exactly.
     Exact,
-    /// An unknown mode: 400.
+    /// The mode is unknown: 400.
     Refused,
 }
 
-/// What a path without trailing slash gets.
+/// The response to a path without its trailing slash.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MissingSlash {
-    /// 404, so that the mistake shows at once.
+    /// 404, so that a test shows the mistake at once.
     NotFound,
-    /// 301 to the right path, as Close does; clients tend to repeat a POST as a GET.
+    /// 301 to the correct path, as Close does. Many clients then repeat a POST as a GET.
     Redirected,
 }
 
-/// Which contact lists the answer to `POST /lead/` carries. A recording of 2025 had no `contact_ids`, and
-/// the 2026 specification calls `contacts` deprecated (close-api.md §4).
+/// Which contact lists the response to `POST /lead/` has. A recording of 2025 had no `contact_ids`, and the
+/// 2026 specification deprecates `contacts` (close-api.md §4).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CreatedLead {
     /// Both `contacts` and `contact_ids`.
@@ -243,7 +241,7 @@ pub enum CreatedLead {
     WithoutContacts,
 }
 
-/// A country as far as phone numbers are concerned.
+/// A country, for phone numbers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Country {
     /// Two letters, such as `US`.

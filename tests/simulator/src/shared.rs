@@ -1,4 +1,4 @@
-//! The world behind a lock, for everything that serves connections.
+//! The simulator's state behind a lock, shared by all connections.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -14,7 +14,7 @@ impl Shared {
         Self { world: Mutex::new(world) }
     }
 
-    /// Locks the world. A panic in another request leaves it usable.
+    /// Locks the state. It stays usable after a panic in another request.
     pub(crate) fn world(&self) -> MutexGuard<'_, World> {
         self.world.lock().unwrap_or_else(PoisonError::into_inner)
     }

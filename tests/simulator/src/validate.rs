@@ -1,7 +1,7 @@
-//! Checks request bodies, and turns them into patches: what the book then applies without further question.
+//! Validates request bodies and turns them into patches, which the records apply without further checks.
 //!
-//! A body is checked in one pass that collects every error, and it is refused whole (close-api.md §5): one
-//! bad email of one nested contact and no lead is made. Texts come from close-api.md §3.
+//! One pass over the body collects all errors. Any error refuses the whole body (close-api.md §5): one invalid
+//! email address of one nested contact prevents the lead. The error texts come from close-api.md §3.
 
 use jiff::Timestamp;
 use serde_json::{Value, json};
@@ -11,23 +11,22 @@ use crate::refusal::{FieldErrors, NO_SUCH_OBJECT, NOT_A_CHOICE, NOT_A_DATETIME, 
 use crate::schema::{Kind, Schema};
 use crate::{formats, ids};
 
-/// What a checked body asks for.
+/// The changes that a valid body asks for.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct Patch {
-    /// Plain fields, in the validator they are given back in.
+    /// Regular fields, in the form that responses have.
     pub(crate) plain: Object,
-    /// Custom fields.
     pub(crate) custom: CustomPatch,
-    /// The lead a contact shall belong to.
+    /// The new lead of a contact.
     pub(crate) lead_id: Option<String>,
     /// Contacts to add to a lead.
     pub(crate) contacts: Vec<Patch>,
-    /// When the record was made, as importers may say (close-api.md §4).
+    /// The date of creation, which importers may set (close-api.md §4).
     pub(crate) date_created: Option<Timestamp>,
 }
 
-/// Checks the body of a lead. `contacts` in a PUT adds contacts, as an old script of Close did by mistake
-/// (close-api.md §4): it can not update them.
+/// Validates the body of a lead. `contacts` in a PUT adds contacts; it cannot update them. An old script of
+/// Close made that mistake (close-api.md §4).
 pub(crate) fn lead(body: &Object, schema: &Schema) -> Result<Patch, FieldErrors> {
     let mut validator = Validator::new(body);
     validator.text("name", Some(1000), BlankPolicy::Null);
@@ -48,7 +47,7 @@ pub(crate) fn lead(body: &Object, schema: &Schema) -> Result<Patch, FieldErrors>
     validator.finish()
 }
 
-/// Checks the body of a contact; `exists` tells whether a lead does.
+/// Validates the body of a contact. `exists` returns whether a lead exists.
 pub(crate) fn contact(
     body: &Object,
     schema: &Schema,
@@ -90,18 +89,18 @@ fn contact_fields(body: &Object, schema: &Schema) -> Result<Patch, FieldErrors> 
     validator.finish()
 }
 
-/// What becomes of null and the empty string.
+/// How to store null and the empty string.
 #[derive(Clone, Copy)]
 enum BlankPolicy {
     /// Both become null.
     Null,
     /// Both become the empty string.
     Empty,
-    /// Each stays what it is.
+    /// Each is stored as it is.
     Keep,
 }
 
-/// A body being read.
+/// A body under validation: the patch and the errors so far.
 struct Validator<'a> {
     body: &'a Object,
     patch: Patch,
@@ -145,7 +144,7 @@ impl<'a> Validator<'a> {
         }
     }
 
-    /// The status by label or by id. An unknown id is blamed on `status` all the same (close-api.md §3).
+    /// The status, by label or by id. The error for an unknown id names the field `status` too (close-api.md §3).
     fn status(&mut self, schema: &Schema) {
         let named = |key: &str| self.body.get(key).filter(|value| !value.is_null());
         let (label, id) = (named("status"), named("status_id"));
@@ -165,7 +164,7 @@ impl<'a> Validator<'a> {
         }
     }
 
-    /// A list field's items, null being an empty list (close-api.md §12).
+    /// The items of a list. Null is an empty list (close-api.md §12).
     fn array(&mut self, field: &str, max_length: usize) -> Option<&'a [Value]> {
         let value = self.body.get(field)?;
         let error = match value.as_array() {
@@ -199,7 +198,7 @@ impl<'a> Validator<'a> {
         match self.body.get("date_created") {
             None | Some(Value::Null) => {}
             Some(value) => match value.as_str().and_then(ids::parse_timestamp) {
-                Some(moment) => self.patch.date_created = Some(moment),
+                Some(timestamp) => self.patch.date_created = Some(timestamp),
                 None => self.errors.add("date_created", NOT_A_DATETIME),
             },
         }
@@ -216,7 +215,7 @@ fn object(item: &Value) -> Result<&Object, FieldErrors> {
     item.as_object().ok_or_else(wrong)
 }
 
-/// The `type` of an email, phone or url: any text goes (close-api.md §5).
+/// The `type` of an email, phone or url. Any text is valid (close-api.md §5).
 fn kind_word(item: &Object, default: &str) -> Result<Value, FieldErrors> {
     match item.get("type") {
         None | Some(Value::Null) => Ok(json!(default)),
@@ -239,7 +238,7 @@ fn email_item(item: &Object) -> Result<Option<Value>, FieldErrors> {
     Ok(Some(json!({"email": email, "type": kind_word(item, "office")?, "is_unsubscribed": false})))
 }
 
-/// The schema lets a phone be null; such an item is dropped.
+/// The schema allows a null phone; such an item is dropped.
 fn phone_item(item: &Object, schema: &Schema) -> Result<Option<Value>, FieldErrors> {
     if item.get("phone") == Some(&Value::Null) {
         return Ok(None);
@@ -260,7 +259,7 @@ fn url_item(item: &Object) -> Result<Option<Value>, FieldErrors> {
     Ok(Some(json!({"url": url, "type": kind_word(item, "url")?})))
 }
 
-/// An address keeps the keys Close knows (close-api.md §4).
+/// An address keeps only the keys of Close's schema (close-api.md §4).
 fn address(item: &Object) -> Result<Option<Value>, FieldErrors> {
     const KNOWN: [&str; 7] = ["label", "address_1", "address_2", "city", "state", "zipcode", "country"];
     let mut errors = FieldErrors::default();
@@ -315,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_leads() {
+    fn invalid_leads() {
         let too_long = "The value must be no longer than 1000 characters.";
         for (body, expected) in [
             (json!({}), json!(null)),
@@ -357,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_contacts() {
+    fn invalid_contacts() {
         let nested = |list: &str, field: &str, text: &str| {
             json!({list: {"errors": {"0": {"errors": [],
                 "field-errors": {field: text}}}}})
@@ -444,7 +443,7 @@ mod tests {
     }
 
     #[test]
-    fn custom_changes_apply_to_what_is_held() {
+    fn custom_field_changes_apply_to_the_current_values() {
         for (body, expected) in [
             (json!({}), json!({"cf_tags": ["a"], "cf_leadseats": 1})),
             (json!({"custom.cf_leadseats": null}), json!({"cf_tags": ["a"]})),

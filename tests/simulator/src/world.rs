@@ -1,7 +1,7 @@
-//! Everything the simulator knows, and how it answers a call: pure state, given the time.
+//! The whole state of the simulator, and how it answers a call. Pure state: the caller passes the time.
 //!
-//! A call comes in two steps, because a fault may lie between them: `admit` decides whether it gets through,
-//! and `serve` lets it take effect.
+//! A call has two steps, because a fault may happen between them: `admit` decides whether it is accepted, and
+//! `serve` executes it.
 
 use std::time::Duration;
 
@@ -18,26 +18,26 @@ use crate::schema::{Kind, Owner};
 use crate::search::{self, Cursors};
 use crate::settings::{CreatedLead, HeaderStyle, Lag, MissingSlash, RateLimitBody, Settings};
 
-/// What becomes of a call at the door.
+/// The result of admitting a call.
 #[derive(Debug)]
 pub(crate) struct Admission {
-    /// Its number in the request log.
+    /// The number of the call in the request log.
     pub(crate) number: u64,
-    /// Headers that every answer to it carries.
+    /// Headers for every answer to the call.
     pub(crate) headers: Vec<(&'static str, String)>,
     pub(crate) decision: Decision,
 }
 
-/// Whether a call gets through.
+/// Whether a call is accepted.
 #[derive(Debug)]
 pub(crate) enum Decision {
-    /// No: this is the answer.
+    /// The call is rejected with this answer.
     Rejected(Answer),
-    /// Yes, though something may befall it.
+    /// The call may be executed, possibly with the effect of a fault.
     Accepted(Option<Effect>),
 }
 
-/// The simulated organisation with its API.
+/// The simulated organization with its API.
 #[derive(Debug)]
 pub(crate) struct World {
     pub(crate) settings: Settings,
@@ -60,7 +60,7 @@ impl World {
         }
     }
 
-    /// Creates a record as a POST would, but visible to search at once.
+    /// Creates a record as a POST does, but visible to search at once.
     pub(crate) fn add_indexed(
         &mut self,
         kind: Kind,
@@ -76,14 +76,14 @@ impl World {
         created
     }
 
-    /// Deletes a record of either kind. Returns whether there was one.
+    /// Deletes a record of either kind. Returns whether it existed.
     pub(crate) fn delete_any(&mut self, id: &str, now: Timestamp) -> bool {
         let kind = self.records.kind_of(id);
         kind.is_some_and(|kind| self.records.delete(kind, id, now).is_ok())
     }
 
-    /// Spends a token, then checks the key, the form of the request, and the script. Whoever is refused for
-    /// any later reason has spent the token (close-api.md §2).
+    /// Takes a rate limit token, then checks the key, the format of the request, and the scripted faults. A
+    /// request that is refused later has still used its token (close-api.md §2).
     pub(crate) fn admit(&mut self, call: &Call, now: Timestamp) -> Admission {
         let number = self.requests.push(call, now);
         let known = self.settings.api_key == call.key || self.settings.more_api_keys.contains(&call.key);
@@ -111,7 +111,7 @@ impl World {
         }
     }
 
-    /// The 429 for a bucket that stands so.
+    /// The 429 for a bucket in this state.
     fn too_many_requests(&self, bucket: &BucketState) -> Answer {
         let payload = match self.settings.rate_limit_body {
             RateLimitBody::Nested => Payload::Json(json!({"error": bucket.details(true)})),
@@ -153,7 +153,7 @@ impl World {
         None
     }
 
-    /// Lets a call take effect.
+    /// Executes a call.
     pub(crate) fn serve(&mut self, call: &Call, now: Timestamp) -> Answer {
         self.records.index.apply_due(now);
         let segments: Vec<&str> = call.path.trim_matches('/').split('/').collect();
@@ -268,7 +268,7 @@ impl World {
         Ok(json!({"status": "ok"}))
     }
 
-    /// Hands a call's JSON object on, or refuses the body (close-api.md §3).
+    /// Parses the body of a call as a JSON object and calls `then`, or refuses the body (close-api.md §3).
     fn with_body(
         &mut self,
         call: &Call,
@@ -293,7 +293,7 @@ fn method_not_allowed() -> Answer {
     Answer::error(405, "The method is not allowed for the requested URL.")
 }
 
-/// 405 for the places that exist, 404 for the others.
+/// 405 for paths that exist with another method, 404 for all others.
 fn unknown_route(segments: &[&str]) -> Answer {
     match segments {
         ["me" | "event" | "user"]
@@ -309,7 +309,7 @@ fn parameter<'a>(call: &'a Call, name: &str) -> Option<&'a String> {
     call.query.iter().find(|(known, _)| known == name).map(|(_, value)| value)
 }
 
-/// Refuses unsupported filters rather than ignoring them, lest everything be taken for a match.
+/// Refuses unsupported filters. Ignoring one would return every record as a match.
 fn check_parameters(call: &Call, filters: &[&str]) -> Result<(), Refusal> {
     const EVERYWHERE: [&str; 3] = ["_limit", "_skip", "_fields"];
     let unknown = |name: &str| !EVERYWHERE.contains(&name) && !filters.contains(&name);
@@ -321,7 +321,7 @@ fn check_parameters(call: &Call, filters: &[&str]) -> Result<(), Refusal> {
     }
 }
 
-/// The record with nothing but the fields asked for.
+/// The record with only the requested fields.
 fn select_fields(call: &Call, record: Value) -> Value {
     match parameter(call, "_fields") {
         Some(names) => Value::Object(search::select(&record, &names.split(',').collect::<Vec<_>>())),
@@ -329,7 +329,7 @@ fn select_fields(call: &Call, record: Value) -> Value {
     }
 }
 
-/// One page by `_skip` and `_limit`, in Close's envelope (close-api.md §1).
+/// One page according to `_skip` and `_limit`, in Close's envelope (close-api.md §1).
 fn page(call: &Call, mut rows: Vec<Value>) -> Result<Value, Refusal> {
     const MAX_LIMIT: usize = 200;
     let number = |name: &str, default: usize| {

@@ -1,4 +1,4 @@
-//! Creating, changing and deleting custom fields, and what that does to the values records hold.
+//! Creates, changes and deletes custom fields, and updates the values in the records.
 
 use jiff::Timestamp;
 use serde_json::{Value, json};
@@ -9,7 +9,7 @@ use crate::refusal::{FieldErrors, NOT_A_CHOICE, NOT_TEXT, Object, REQUIRED, Refu
 use crate::schema::{CustomField, FieldKind, Owner};
 
 impl Records {
-    /// Makes a custom field from a request body (close-api.md §7).
+    /// Creates a custom field from a request body (close-api.md §7).
     pub(crate) fn create_field(&mut self, owner: Owner, body: &Object) -> Result<Value, Refusal> {
         let invalid = |field: &str, text: &str| Refusal::Invalid(FieldErrors::one(field, text));
         let name = body.get("name").and_then(Value::as_str).ok_or_else(|| invalid("name", REQUIRED))?;
@@ -30,7 +30,7 @@ impl Records {
         Ok(item)
     }
 
-    /// Adds a custom field under an id that is free.
+    /// Adds a custom field. Its id must be unused.
     pub(crate) fn add_field(&mut self, field: CustomField) -> Result<(), Refusal> {
         self.validate_field(&field)?;
         if self.schema.fields.iter().any(|other| other.id == field.id) {
@@ -41,8 +41,8 @@ impl Records {
         Ok(())
     }
 
-    /// Replaces the custom field of the same id. Values that it does not take now are gone; the real Close
-    /// says no more than that it does not return them (close-api.md §7).
+    /// Replaces the custom field with the same id. Values that are no longer valid are deleted; Close documents
+    /// only that it does not return them (close-api.md §7).
     pub(crate) fn change_field(&mut self, field: CustomField, now: Timestamp) -> Result<(), Refusal> {
         self.validate_field(&field)?;
         let id = field.id.clone();
@@ -52,7 +52,7 @@ impl Records {
         Ok(())
     }
 
-    /// Deletes a custom field with its values (close-api.md §7), and says whether there was one.
+    /// Deletes a custom field and its values (close-api.md §7). Returns whether the field existed.
     pub(crate) fn remove_field(&mut self, id: &str, now: Timestamp) -> bool {
         let n_before = self.schema.fields.len();
         self.schema.fields.retain(|field| field.id != id);
@@ -75,20 +75,20 @@ impl Records {
         Ok(())
     }
 
-    /// Makes the values of a custom field what the field, now changed or deleted, takes.
+    /// Deletes the values that a changed or deleted custom field no longer accepts.
     fn revalidate_values(&mut self, field_id: &str, now: Timestamp) {
-        let mut holders = Vec::new();
+        let mut changed = Vec::new();
         for record in self.by_id.values_mut() {
-            let Some(held) = record.custom.remove(field_id) else { continue };
+            let Some(value) = record.custom.remove(field_id) else { continue };
             let field = self.schema.fields_of(record.kind).find(|field| field.id == field_id);
-            if let Some(value) = field.and_then(|field| custom::still_valid(field, &held, &self.schema)) {
+            if let Some(value) = field.and_then(|field| custom::still_valid(field, &value, &self.schema)) {
                 record.custom.insert(field_id.to_owned(), value);
             }
-            holders.push(record.id.clone());
+            changed.push(record.id.clone());
         }
-        // The lags are drawn in this order.
-        holders.sort_unstable();
-        for id in holders {
+        // The order decides which random lag each record gets.
+        changed.sort_unstable();
+        for id in changed {
             self.reindex(&id, now);
         }
     }
@@ -142,7 +142,7 @@ mod tests {
         assert!(!records.remove_field("cf_leadseats", at(2)));
         let lead = records.get(Kind::Lead, &id).unwrap();
         assert_eq!((lead.get("custom.cf_leadseats"), &lead["custom"]), (None, &json!({"Plan": "pro"})));
-        assert_eq!(lead["date_updated"], lead["date_created"], "it is no change of the lead");
+        assert_eq!(lead["date_updated"], lead["date_created"], "deleting a field does not update the lead");
         let seats = map(json!({"custom.cf_leadseats": 6}));
         assert!(records.update(Kind::Lead, &id, &seats, at(3)).is_err());
         records.add_field(CustomField::new("cf_leadseats", "Seats", FieldKind::Number, Owner::Lead)).unwrap();

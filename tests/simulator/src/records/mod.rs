@@ -1,6 +1,7 @@
-//! The records and what may be done to them: pure state, given the time and a seed.
+//! The leads and contacts, and the operations on them. Pure state: the caller passes the time, and random
+//! numbers come from a seed.
 //!
-//! The records is the truth; the search index and the event log are told of every change and show it later.
+//! This is the current state. The search index and the event log receive every change and show it later.
 
 mod custom_fields;
 
@@ -17,7 +18,7 @@ use crate::schema::{Kind, Schema};
 use crate::settings::{Lag, Settings};
 use crate::validate::{self, Patch};
 
-/// Nested contacts are made this much after their lead, and all at once (close-api.md §4).
+/// Nested contacts are created this long after their lead, all at the same time (close-api.md §4).
 const CONTACT_DELAY: SignedDuration = SignedDuration::from_millis(5);
 
 /// A lead or a contact.
@@ -25,19 +26,19 @@ const CONTACT_DELAY: SignedDuration = SignedDuration::from_millis(5);
 struct Record {
     kind: Kind,
     id: String,
-    /// The order of creation, which dates alone do not tell.
+    /// The order of creation. Dates alone are ambiguous: several records can have the same one.
     serial: u64,
     created: Timestamp,
     updated: Timestamp,
     plain: Object,
     custom: Object,
-    /// Of a contact.
+    /// Contacts only.
     lead_id: Option<String>,
-    /// Of a lead, in order.
+    /// Leads only, in order.
     contact_ids: Vec<String>,
 }
 
-/// An organisation's records.
+/// The records of the organization, with its schema, search index and event log.
 #[derive(Debug)]
 pub(crate) struct Records {
     pub(crate) schema: Schema,
@@ -64,7 +65,7 @@ impl Records {
         }
     }
 
-    /// Makes a lead and its nested contacts, or neither.
+    /// Creates a lead with its nested contacts, or nothing if any of them is invalid.
     pub(crate) fn create_lead(&mut self, body: &Object, now: Timestamp) -> Result<Value, Refusal> {
         let mut patch = validate::lead(body, &self.schema).map_err(Refusal::Invalid)?;
         let contacts = mem::take(&mut patch.contacts);
@@ -87,7 +88,7 @@ impl Records {
         self.get(Kind::Lead, &id)
     }
 
-    /// Makes a contact; without a lead it gets a new one of its own name (close-api.md §5).
+    /// Creates a contact. Without a lead, it gets a new lead with the contact's name (close-api.md §5).
     pub(crate) fn create_contact(&mut self, body: &Object, now: Timestamp) -> Result<Value, Refusal> {
         let mut patch = self.validate_contact(body)?;
         let request = self.ids.make("req");
@@ -104,7 +105,7 @@ impl Records {
         self.get(Kind::Contact, &id)
     }
 
-    /// Patches a record.
+    /// Updates a record.
     pub(crate) fn update(
         &mut self,
         kind: Kind,
@@ -141,7 +142,7 @@ impl Records {
         self.get(kind, id)
     }
 
-    /// Deletes a record, a lead with its contacts (close-api.md §4).
+    /// Deletes a record. Deleting a lead deletes its contacts (close-api.md §4).
     pub(crate) fn delete(&mut self, kind: Kind, id: &str, now: Timestamp) -> Result<(), Refusal> {
         self.find(kind, id)?;
         let request = self.ids.make("req");
@@ -153,8 +154,8 @@ impl Records {
         Ok(())
     }
 
-    /// Moves the source's contacts to the destination and deletes the source. The destination keeps its own
-    /// fields, so an id that only the source carried is lost (close-api.md §9).
+    /// Moves the contacts of the source to the destination and deletes the source. The destination keeps its
+    /// own fields, so an id that only the source had is lost (close-api.md §9).
     pub(crate) fn merge(&mut self, source: &str, destination: &str, now: Timestamp) -> Result<(), Refusal> {
         let exists = |id| self.find(Kind::Lead, id).is_ok();
         if !exists(source) || !exists(destination) {
@@ -185,7 +186,7 @@ impl Records {
         Ok(())
     }
 
-    /// A record in full.
+    /// A record with all its fields; a lead with its contacts.
     pub(crate) fn get(&self, kind: Kind, id: &str) -> Result<Value, Refusal> {
         let record = self.find(kind, id)?;
         let mut value = self.to_json(record);
@@ -196,24 +197,23 @@ impl Records {
         Ok(value)
     }
 
-    /// The kind and current existence of an id.
+    /// The kind of the record with this id, if it exists.
     pub(crate) fn kind_of(&self, id: &str) -> Option<Kind> {
         self.by_id.get(id).map(|record| record.kind)
     }
 
-    /// All records of a kind in full, oldest first.
+    /// All records of a kind with all their fields, oldest first.
     pub(crate) fn all(&self, kind: Kind) -> Vec<Value> {
         let mut records: Vec<&Record> = self.by_id.values().filter(|record| record.kind == kind).collect();
         records.sort_by_key(|record| (record.created, record.serial));
         records.into_iter().filter_map(|record| self.get(kind, &record.id).ok()).collect()
     }
 
-    /// How many records of a kind there are.
     pub(crate) fn count(&self, kind: Kind) -> usize {
         self.by_id.values().filter(|record| record.kind == kind).count()
     }
 
-    /// A token that nobody has seen before.
+    /// A new, unused token for a search cursor.
     pub(crate) fn token(&mut self) -> String {
         self.ids.make("cursor")
     }
@@ -227,7 +227,7 @@ impl Records {
         validate::contact(body, &self.schema, exists).map_err(Refusal::Invalid)
     }
 
-    /// Puts a new record into the records, and a contact into its lead.
+    /// Inserts a new record. A contact is also added to its lead.
     fn insert(&mut self, kind: Kind, patch: Patch, now: Timestamp) -> String {
         let id = self.ids.make(match kind {
             Kind::Lead => "lead",
@@ -255,7 +255,7 @@ impl Records {
         id
     }
 
-    /// The plain fields of a record nothing was said about (close-api.md §4 and §5).
+    /// The regular fields of a new record before the request body applies (close-api.md §4 and §5).
     fn default_fields(&self, kind: Kind) -> Object {
         let mut blank = Object::new();
         let mut set = |fields: &[&str], value: Value| {
@@ -311,7 +311,7 @@ impl Records {
         self.log_event(record.kind, id, lead_id, "deleted", details, request, now);
     }
 
-    /// Tells index and event log of a record that was made or changed.
+    /// Writes a created or changed record to the search index and the event log.
     fn record_change(
         &mut self,
         id: &str,
@@ -342,7 +342,7 @@ impl Records {
         }
     }
 
-    /// Writes a record, or its absence, to the index.
+    /// Writes the current state of a record, or its deletion, to the search index.
     fn reindex(&mut self, id: &str, now: Timestamp) {
         let lag = self.search_lag.draw(self.ids.fraction());
         let document = self.by_id.get(id).map(|record| Document {
@@ -353,7 +353,7 @@ impl Records {
         self.index.write(id, document, now.saturating_add(lag).unwrap_or(now));
     }
 
-    #[expect(clippy::too_many_arguments, reason = "an event is that wide")]
+    #[expect(clippy::too_many_arguments, reason = "an event has that many properties")]
     fn log_event(
         &mut self,
         kind: Kind,
@@ -381,7 +381,7 @@ impl Records {
         });
     }
 
-    /// A record as the API tells it, but for a lead's contacts.
+    /// A record as the API returns it, without the contacts of a lead.
     fn to_json(&self, record: &Record) -> Value {
         let mut value = record.plain.clone();
         let mut set = |key: &str, field: Value| drop(value.insert(key.to_owned(), field));
@@ -395,8 +395,8 @@ impl Records {
         set("date_updated", json!(format_timestamp(record.updated)));
         set("integration_links", json!([]));
         set("display_name", json!(display_name(record)));
-        for (id, held) in &record.custom {
-            set(&format!("custom.{id}"), held.clone());
+        for (id, value) in &record.custom {
+            set(&format!("custom.{id}"), value.clone());
         }
         match record.kind {
             Kind::Contact => set("lead_id", json!(record.lead_id)),
@@ -407,8 +407,8 @@ impl Records {
                 set("contact_ids", json!(record.contact_ids));
                 set("tasks", json!([]));
                 set("opportunities", json!([]));
-                let named = record.custom.iter().filter_map(|(id, held)| {
-                    Some((self.schema.field(Kind::Lead, id)?.name.clone(), held.clone()))
+                let named = record.custom.iter().filter_map(|(id, value)| {
+                    Some((self.schema.field(Kind::Lead, id)?.name.clone(), value.clone()))
                 });
                 set("custom", Value::Object(named.collect()));
             }
@@ -426,7 +426,7 @@ fn display_name(record: &Record) -> String {
         .unwrap_or_else(|| "Untitled".into())
 }
 
-/// The old values of the fields that changed, and their names.
+/// The old values and the names of the fields that changed.
 fn difference(before: &Value, after: &Value) -> (Object, Vec<String>) {
     let (Some(old), Some(new)) = (before.as_object(), after.as_object()) else { return Default::default() };
     let counts = |key: &&String| !["date_updated", "contacts", "custom"].contains(&key.as_str());

@@ -3,7 +3,7 @@
 use super::*;
 
 #[tokio::test]
-async fn a_lead_lives_and_dies() {
+async fn a_lead_is_created_updated_and_deleted() {
     let (_simulator, client) = start(Settings::fast()).await;
     let reply = client
         .post(
@@ -48,7 +48,7 @@ async fn a_lead_lives_and_dies() {
 }
 
 #[tokio::test]
-async fn requests_are_refused_in_closes_words() {
+async fn refusals_have_closes_texts() {
     let (simulator, client) = start(Settings { max_body_bytes: 1000, ..Settings::fast() }).await;
     let raw = |body: &'static str, kind: &'static str| {
         client.request(Method::POST, "lead/").header("content-type", kind).body(body)
@@ -103,7 +103,7 @@ async fn requests_are_refused_in_closes_words() {
     ] {
         let reply = Client::send(request).await.unwrap();
         assert_eq!((reply.status.as_u16(), reply.json()), (status, body));
-        assert!(reply.header("ratelimit").is_some(), "every answer tells the limits");
+        assert!(reply.header("ratelimit").is_some(), "every answer has the rate limit headers");
     }
     assert!(simulator.leads().is_empty());
 }
@@ -134,7 +134,7 @@ async fn a_missing_slash_may_redirect() {
 }
 
 #[tokio::test]
-async fn search_lags_behind_and_get_does_not() {
+async fn search_lags_and_get_does_not() {
     let (simulator, client) = start(Settings::fast()).await;
     simulator.set_search_lag(Lag::Fixed(Duration::from_millis(300)));
     let created = client.post("lead/", company("acme-1")).await.json();
@@ -142,12 +142,12 @@ async fn search_lags_behind_and_get_does_not() {
     assert_eq!(client.get(&format!("lead/{id}/")).await.status, 200);
     assert!(client.leads_of("acme-1").await.is_empty());
     tokio::time::sleep(Duration::from_millis(350)).await;
-    assert_eq!(client.leads_of("ACME-1 ").await, [id], "exact_value folds case and blanks");
+    assert_eq!(client.leads_of("ACME-1 ").await, [id], "exact_value ignores case and surrounding whitespace");
 
-    // A merge shows as late as anything else: search names a lead that is gone.
+    // The index lags for merges too: search still finds the deleted lead.
     let other = simulator.add_lead(company("acme-2")).unwrap();
     let other = other["id"].as_str().unwrap();
-    assert_eq!(client.leads_of("acme-2").await, [other], "seeds show at once");
+    assert_eq!(client.leads_of("acme-2").await, [other], "added leads are visible at once");
     simulator.merge(id, other).unwrap();
     assert_eq!(client.leads_of("acme-1").await, [id]);
     assert_eq!(client.put(&format!("lead/{id}/"), json!({"name": "x"})).await.status, 404);

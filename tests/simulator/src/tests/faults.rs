@@ -3,14 +3,14 @@
 use super::*;
 
 #[tokio::test]
-async fn limits_bite_and_tell() {
+async fn rate_limits_are_enforced_and_sent_as_headers() {
     let limits = Limits { search: Rate::new(2, 60), others: Rate::new(1, 60), ..Limits::documented() };
     let (simulator, client) = start(Settings { limits, ..Settings::fast() }).await;
     let search = json!({"query": {"type": "match_all"}});
     let first = client.post("data/search/", search.clone()).await;
     assert!(first.header("ratelimit").unwrap().starts_with("limit=2, remaining=1, reset="));
     let broken = client.post("data/search/", json!({})).await;
-    assert_eq!(broken.status, 400, "and it spends a token");
+    assert_eq!(broken.status, 400, "an invalid request takes a token too");
     let refused = client.post("data/search/", search).await;
     assert_eq!(refused.status, 429);
     assert!(refused.header("ratelimit").unwrap().starts_with("limit=2, remaining=0, reset="));
@@ -20,15 +20,15 @@ async fn limits_bite_and_tell() {
 
     let wrong = Client { key: "wrong".into(), ..Client::new(&simulator) };
     assert_eq!(wrong.get("me/").await.status, 401);
-    assert_eq!(wrong.get("me/").await.status, 429, "a 401 spends a token too");
-    assert_eq!(client.get("me/").await.status, 200, "of its own key");
+    assert_eq!(wrong.get("me/").await.status, 429, "a 401 takes a token too");
+    assert_eq!(client.get("me/").await.status, 200, "each key has its own bucket");
     assert_eq!(simulator.request_count("POST", "data/search/"), 3);
     let statuses: Vec<_> = simulator.requests().into_iter().map(|request| request.status).collect();
     assert_eq!(statuses, [200, 400, 429, 401, 429, 200].map(Some));
 }
 
 #[tokio::test]
-async fn answers_get_lost_before_or_after_the_write() {
+async fn responses_are_lost_before_or_after_the_write() {
     let (simulator, client) = start(Settings::fast()).await;
     for (effect, written) in [
         (Effect::DropConnection { when: When::BeforeCommit }, 0),
@@ -40,7 +40,7 @@ async fn answers_get_lost_before_or_after_the_write() {
         let lost = Client::send(client.request(Method::POST, "lead/").json(&company("a"))).await;
         assert!(lost.is_err(), "{effect:?}");
         assert_eq!(simulator.leads().len(), written, "{effect:?}");
-        assert_eq!(client.get("me/").await.status, 200, "the next connection is fine");
+        assert_eq!(client.get("me/").await.status, 200, "the next connection works");
     }
     let statuses: Vec<_> = simulator.requests().into_iter().map(|request| request.status).collect();
     assert_eq!(statuses, [None, Some(200), None, Some(200), None, Some(200), None, Some(200)]);
@@ -83,12 +83,12 @@ async fn scripted_statuses_and_hidden_limits() {
     let limited = |with_headers| Fault::new(Effect::RateLimited { retry_after: 1.5, with_headers }).times(1);
     simulator.fault(limited(true));
     simulator.fault(limited(false));
-    let told = client.get("me/").await;
-    assert_eq!((told.status.as_u16(), told.header("retry-after")), (429, Some("2")));
-    assert_eq!(told.header("ratelimit"), Some("limit=1000000, remaining=999999, reset=1.500000"));
-    let terse = client.get("me/").await;
-    assert_eq!((terse.status.as_u16(), terse.header("retry-after")), (429, Some("2")));
-    assert_eq!(terse.header("ratelimit"), None);
+    let with_headers = client.get("me/").await;
+    assert_eq!((with_headers.status.as_u16(), with_headers.header("retry-after")), (429, Some("2")));
+    assert_eq!(with_headers.header("ratelimit"), Some("limit=1000000, remaining=999999, reset=1.500000"));
+    let without_headers = client.get("me/").await;
+    assert_eq!((without_headers.status.as_u16(), without_headers.header("retry-after")), (429, Some("2")));
+    assert_eq!(without_headers.header("ratelimit"), None);
 
     simulator.fault(Fault::new(Effect::Latency { ms: 100 }).times(1));
     let before = Instant::now();
@@ -97,7 +97,7 @@ async fn scripted_statuses_and_hidden_limits() {
 }
 
 #[tokio::test]
-async fn a_late_write_happens_although_its_client_has_left() {
+async fn a_delayed_write_happens_after_its_client_disconnected() {
     let (simulator, client) = start(Settings::fast()).await;
     simulator.fault(Fault::new(Effect::Latency { ms: 200 }).on("POST", "/lead/"));
     let request =
@@ -110,7 +110,7 @@ async fn a_late_write_happens_although_its_client_has_left() {
 }
 
 #[tokio::test]
-async fn limits_are_told_in_the_chosen_form() {
+async fn rate_limit_headers_have_the_chosen_form() {
     for (header_style, rate_limit_body, header, body) in [
         (HeaderStyle::Semicolon, RateLimitBody::Flat, Some("ratelimit"), "{\"message\""),
         (HeaderStyle::Legacy, RateLimitBody::Text, Some("x-rate-limit-reset"), "Too Many Requests"),
@@ -124,8 +124,8 @@ async fn limits_are_told_in_the_chosen_form() {
         assert_eq!(reply.status, 429);
         assert!(reply.text.starts_with(body), "{}", reply.text);
         assert_eq!(reply.header("retry-after").is_some(), header.is_some());
-        let told = reply.headers.keys().filter(|name| name.as_str().contains("rate")).count();
-        assert_eq!(told > 0, header.is_some());
+        let n_headers = reply.headers.keys().filter(|name| name.as_str().contains("rate")).count();
+        assert_eq!(n_headers > 0, header.is_some());
         assert!(header.is_none_or(|header| reply.header(header).is_some()), "{header_style:?}");
     }
 }

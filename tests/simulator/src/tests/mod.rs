@@ -1,4 +1,4 @@
-//! The simulator as a client sees it: over HTTP.
+//! Tests of the simulator over HTTP, as a client uses it.
 
 mod api;
 mod faults;
@@ -78,7 +78,7 @@ impl Client {
         Self::send(self.http.request(method, format!("{url}{path}")).body(body.to_string())).await.unwrap()
     }
 
-    /// The ids of the leads search finds by company id.
+    /// The ids of the leads that search finds by company id.
     async fn leads_of(&self, company_id: &str) -> Vec<String> {
         let query = json!({"query": {"type": "and", "queries": [
             {"type": "object_type", "object_type": "lead"},
@@ -161,7 +161,7 @@ async fn the_controls_work_over_http() {
 }
 
 #[tokio::test]
-async fn usage_names_everything_a_person_needs() {
+async fn usage_shows_how_to_use_it() {
     let (simulator, client) = start(Settings::fast()).await;
     let usage = simulator.usage();
     for line in [

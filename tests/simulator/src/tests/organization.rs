@@ -39,7 +39,7 @@ async fn fields_statuses_and_me_can_be_read() {
 }
 
 #[tokio::test]
-async fn lead_statuses_have_foreseeable_ids() {
+async fn lead_statuses_have_predictable_ids() {
     let statuses = ["Potential", "Bad Fit", "Won (2026)"].map(String::from).into();
     let (simulator, client) = start(Settings { statuses, ..Settings::fast() }).await;
     let expected =
@@ -47,7 +47,11 @@ async fn lead_statuses_have_foreseeable_ids() {
     assert_eq!(simulator.lead_statuses(), expected.map(|(id, label)| (id.to_owned(), label.to_owned())));
     let listed = client.get("status/lead/").await.json();
     let ids: Vec<_> = listed["data"].as_array().unwrap().iter().map(|status| &status["id"]).collect();
-    assert_eq!(ids, ["stat_badfit", "stat_potential", "stat_won2026"], "not in the organisation's order");
+    assert_eq!(
+        ids,
+        ["stat_badfit", "stat_potential", "stat_won2026"],
+        "not in the order of the organization"
+    );
     let lead = client.post("lead/", json!({"status_id": "stat_badfit"})).await.json();
     assert_eq!(lead["status_label"], "Bad Fit");
 }
@@ -82,7 +86,7 @@ async fn the_default_fields_cover_the_types() {
 }
 
 #[tokio::test]
-async fn fields_come_change_and_go() {
+async fn fields_are_added_changed_and_deleted() {
     let (simulator, client) = start(Settings::fast()).await;
     let region = CustomField::new("cf_region", "Region", FieldKind::Text, Owner::Lead);
     simulator.add_field(region.clone()).unwrap();
@@ -101,12 +105,12 @@ async fn fields_come_change_and_go() {
 
     assert!(simulator.remove_field("cf_region"));
     assert!(!simulator.remove_field("cf_region"));
-    assert!(simulator.change_field(region).is_err(), "there is none");
+    assert!(simulator.change_field(region).is_err(), "the field does not exist");
     assert!(simulator.add_lead(json!({"custom.Region": "North"})).is_err());
 }
 
 #[tokio::test]
-async fn fields_are_controlled_over_http() {
+async fn fields_can_be_managed_over_http() {
     let custom_fields = vec![CustomField::new("cf_a", "A", FieldKind::Text, Owner::Shared)];
     let (simulator, client) = start(Settings { custom_fields, ..Settings::fast() }).await;
     let a = json!({"id": "cf_a", "name": "A", "type": "text", "choices": [], "accepts_multiple_values": false,
@@ -157,7 +161,7 @@ async fn users_can_be_listed_and_read() {
 }
 
 #[tokio::test]
-async fn an_organisation_may_have_other_users() {
+async fn the_users_can_be_chosen() {
     let settings = Settings {
         user: User::new("user_joe", "Joe", "Doe", "joe@acme.test"),
         more_users: Vec::new(),
