@@ -204,25 +204,29 @@ async fn close(config: &Destination) -> Vec<Finding> {
             });
             let fields = mapping.custom().map(|(setting, field)| {
                 let several = if field.multiple { ", several values" } else { "" };
-                let detail =
-                    format!("custom field \"{}\" ({}), {}{several}", field.name, field.id, field.kind.word());
+                let detail = format!(
+                    "custom field \"{}\" ({}), {}{several}",
+                    field.name,
+                    field.id,
+                    field.kind.as_str()
+                );
                 finding(Verdict::Ok, setting, detail)
             });
-            let unknown = mapping
-                .unknown
+            let unresolved = mapping
+                .unresolved
                 .iter()
-                .map(|unknown| finding(Verdict::Wrong, &unknown.setting, unknown.description()));
-            let misfits = mapping.misfits().into_iter().map(|misfit| {
-                let fits = choices("choices", &misfit.choices);
+                .map(|unresolved| finding(Verdict::Wrong, &unresolved.setting, unresolved.description()));
+            let invalid_constants = mapping.invalid_constants().into_iter().map(|invalid| {
+                let fits = choices("choices", &invalid.choices);
                 let detail =
-                    format!("{} would be left out: {}{fits}", misfit.value, misfit.reason.description());
-                finding(Verdict::Wrong, misfit.setting, detail)
+                    format!("{} would be left out: {}{fits}", invalid.value, invalid.reason.description());
+                finding(Verdict::Wrong, invalid.setting, detail)
             });
             std::iter::once(finding(Verdict::Ok, subject, detail))
                 .chain(keys)
                 .chain(fields)
-                .chain(unknown)
-                .chain(misfits)
+                .chain(unresolved)
+                .chain(invalid_constants)
                 .collect()
         }
         Err(obstacles) => {

@@ -98,12 +98,12 @@ pub(super) async fn worker(config: Destination) -> Result<Worker, Failure> {
             Failure::Unavailable(format!("{told}\nhint: `close-sync check` tells more"))
         }
     })?;
-    for unknown in &ready.mapping.unknown {
-        anstream::eprintln!("note: {}: {}, its values are left out", unknown.setting, unknown.reason);
+    for unresolved in &ready.mapping.unresolved {
+        anstream::eprintln!("note: {}: {}, its values are left out", unresolved.setting, unresolved.reason);
     }
-    for misfit in ready.mapping.misfits() {
-        let (reason, fits) = (misfit.reason.description(), choices("choices", &misfit.choices));
-        anstream::eprintln!("note: {}: {} is left out, {reason}{fits}", misfit.setting, misfit.value);
+    for invalid in ready.mapping.invalid_constants() {
+        let (reason, fits) = (invalid.reason.description(), choices("choices", &invalid.choices));
+        anstream::eprintln!("note: {}: {} is left out, {reason}{fits}", invalid.setting, invalid.value);
     }
     Ok(Worker::new(config.worker, &config.rules, ready.mapping, client, metrics))
 }

@@ -117,7 +117,7 @@ async fn publish_lines(
                     Malformed::TooLarge { .. }
                     | Malformed::NotAnObject { .. }
                     | Malformed::Batch
-                    | Malformed::WrongShape { .. } => {
+                    | Malformed::WrongType { .. } => {
                         format!("line {number}: {malformed}")
                     }
                 };

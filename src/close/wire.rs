@@ -243,7 +243,7 @@ impl From<SchemaField> for CustomField {
         Self {
             id: FieldId::new(field.id),
             name: field.name,
-            kind: FieldKind::read(&field.kind, field.choices.unwrap_or_default()),
+            kind: FieldKind::parse(&field.kind, field.choices.unwrap_or_default()),
             multiple: field.accepts_multiple_values,
         }
     }

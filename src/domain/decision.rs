@@ -1,7 +1,7 @@
-//! Why a message had its effect: one value with the whole decision (`design.md` P7).
+//! The decision about a message: what was looked up, which rule applied and what follows (`design.md` P7).
 //!
-//! The same record feeds the log line and the dead-letter header, as [`Decision::summary`], which has
-//! nothing personal in it, and `close-sync plan`, which shows it whole.
+//! The log line and the dead-letter header contain the [`Decision::summary`], which has no personal data. `close-sync
+//! plan` shows the whole decision.
 
 use std::collections::BTreeSet;
 
@@ -13,54 +13,51 @@ use crate::domain::matching::{Case, Verdict};
 use crate::domain::plan::{FieldPlan, FieldVerdict, Plan, RecordPlan, RecordRef};
 use crate::domain::record::{ContactId, LeadId};
 
-/// Longest summary, in characters: it travels in a header.
+/// The maximum length of a summary in characters. It must fit a header.
 const MAX_SUMMARY: usize = 1000;
-/// Most candidates in it.
+/// The maximum number of candidates in a summary.
 const MAX_CANDIDATES: usize = 5;
 
-/// The decision about one message: what was looked up, which rule applied, what follows from it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Decision {
-    /// What was asked, in order, and what came back.
+    /// The look-ups with their results, in order.
     pub look_ups: Vec<LookUp>,
-    /// The records that came into question.
+    /// The records that the look-ups found.
     pub candidates: Vec<Candidate>,
-    /// The rule that decided. None when the look-up failed before that.
+    /// The rule that applied. `None` when a look-up failed.
     pub case: Option<Case>,
-    /// What follows from it.
     pub plan: Plan,
-    /// Values left out.
+    /// Values that were left out.
     pub dropped: Vec<Dropped>,
-    /// Calls to Close, all tries together.
+    /// Calls to Close, in all attempts.
     pub calls: u32,
-    /// It was looked up and written together with an earlier message.
+    /// The message was looked up and written together with an earlier one.
     pub merged: bool,
-    /// The Lead that was created.
+    /// The created Lead.
     pub new_lead: Option<LeadId>,
-    /// The Contact that was created.
+    /// The created Contact.
     pub new_contact: Option<ContactId>,
 }
 
-/// One question.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LookUp {
-    /// The company's Lead was remembered from an earlier message.
-    RememberedLead,
-    /// All of the person's Contacts were remembered.
-    RememberedContacts(usize),
-    /// Leads were searched for by company id.
+    /// The id cache had the Lead of the company.
+    CachedLead,
+    /// The id cache had all Contacts of the person: how many.
+    CachedContacts(usize),
+    /// Leads were searched by company id: how many were found.
     SearchedLeads(usize),
-    /// Contacts were searched for by user id and email.
+    /// Contacts were searched by user id and email: how many were found.
     SearchedContacts(usize),
-    /// A record was read by its id; a Lead comes with its Contacts.
+    /// A record was read by its id, a Lead with its Contacts.
     Read(String),
 }
 
 impl LookUp {
     pub fn description(&self) -> String {
         match self {
-            Self::RememberedLead => "used the cached Lead of the company".into(),
-            Self::RememberedContacts(found) => format!("used the cached Contacts of the person: {found}"),
+            Self::CachedLead => "used the cached Lead of the company".into(),
+            Self::CachedContacts(found) => format!("used the cached Contacts of the person: {found}"),
             Self::SearchedLeads(found) => format!("searched Leads by company id: {found} found"),
             Self::SearchedContacts(found) => {
                 format!("searched Contacts by user id and email: {found} found")
@@ -70,25 +67,24 @@ impl LookUp {
     }
 }
 
-/// A record that came into question.
+/// A record that a look-up found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Candidate {
-    /// Its id.
     pub id: String,
-    /// What was made of it.
+    /// Whether it matches, and why.
     pub verdict: Verdict,
 }
 
 impl Decision {
-    /// The decision about another event, which was looked up together with this one.
+    /// The decision about another event that was merged with this one.
     #[must_use]
-    pub fn of_another(&self, event: &Desired, plan: Plan) -> Self {
+    pub fn for_merged_event(&self, event: &Desired, plan: Plan) -> Self {
         let dropped = event.dropped.iter().cloned().chain(plan.dropped()).collect();
         let (new_lead, new_contact) = (self.new_lead.clone(), self.new_contact.clone());
         Self { case: self.case, plan, dropped, merged: true, new_lead, new_contact, ..Self::default() }
     }
 
-    /// The ids of the Leads and of the Contacts it is about, new ones included.
+    /// The ids of the Leads and of the Contacts in the plan, including new ones.
     pub fn records(&self) -> (BTreeSet<&str>, BTreeSet<&str>) {
         let (mut leads, mut contacts) = (BTreeSet::new(), BTreeSet::new());
         for record in &self.plan.records {
@@ -103,17 +99,17 @@ impl Decision {
         (leads, contacts)
     }
 
-    /// Contacts with the event's email that were left alone.
+    /// The number of Contacts that have the email of the event but belong to a different person.
     pub fn conflicts(&self) -> usize {
-        self.candidates.iter().filter(|candidate| candidate.verdict == Verdict::SomebodyElse).count()
+        self.candidates.iter().filter(|candidate| candidate.verdict == Verdict::DifferentPerson).count()
     }
 
-    /// Whether no Contact has one of the person's keys.
-    pub fn nobody_else(&self) -> bool {
-        self.case == Some(Case::Nobody) && self.conflicts() == 0
+    /// Whether no Contact has a key of the person.
+    pub fn is_new_person(&self) -> bool {
+        self.case == Some(Case::NoMatch) && self.conflicts() == 0
     }
 
-    /// All of it in one line without personal data: ids of records and names of fields, no values.
+    /// The decision in one line without personal data. It has record ids and field names but no values.
     pub fn summary(&self) -> String {
         let mut parts = vec![self.case.map_or("undecided", Case::label).to_owned()];
         parts.extend(self.merged.then(|| "with the message before it".to_owned()));
@@ -127,7 +123,7 @@ impl Decision {
         part("refused", self.plan.refused.iter().map(|refusal| refusal.label().to_owned()).collect());
         part("dropped", self.dropped.iter().map(|d| format!("{} {}", d.field, d.reason.label())).collect());
         parts.push(format!("calls: {}", self.calls));
-        // Last: there may be many, and what does not fit is cut.
+        // Last, because there may be many and the end of a long summary is cut off.
         let mut candidates: Vec<String> =
             self.candidates.iter().map(|c| format!("{} {}", c.id, c.verdict.label())).collect();
         let more = candidates.len().saturating_sub(MAX_CANDIDATES);
@@ -140,7 +136,7 @@ impl Decision {
     }
 }
 
-/// What becomes of a field, in words with its values: for eyes that may see them.
+/// Describes the change of a field with its values, which may be personal data.
 pub fn change(field: &FieldPlan, mapping: &Mapping) -> String {
     let shown = |value: &Value| mapping.shown(&field.field, value).to_string();
     let wanted = shown(&field.wanted);

@@ -1,16 +1,15 @@
-//! Mapped values that are left out of a write, and why.
+//! Values that are left out of a write, and why.
 
 use serde_json::Value;
 use strum::{IntoStaticStr, VariantArray};
 
-/// A mapped value that was left out.
+/// A value that was left out.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Dropped {
-    /// The field of Close it was meant for, `custom.cf_…`.
+    /// The field in Close that it was meant for, `custom.cf_…`.
     pub field: String,
-    /// Why.
     pub reason: DropReason,
-    /// What was left out, for eyes that may see it. None when it was an object.
+    /// The value, which may be personal data. `None` when it was an object.
     pub value: Option<Value>,
 }
 
@@ -18,29 +17,29 @@ pub struct Dropped {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, IntoStaticStr, VariantArray)]
 #[strum(serialize_all = "snake_case")]
 pub enum DropReason {
-    /// A list or object where one value is needed.
+    /// A list or an object where a single value is needed.
     NotAValue,
-    /// No email address.
+    /// Not a valid email address.
     InvalidEmail,
-    /// A phone without a digit, with letters, or too long.
+    /// A phone number without digits, with letters, or too long.
     InvalidPhone,
-    /// Nothing a URL can be made of.
+    /// Not a valid URL, also with a scheme added.
     InvalidUrl,
-    /// No number.
+    /// Not a number.
     NotANumber,
-    /// No date, or a number too far from today to be one.
+    /// Not a date, or a number that is implausible as a time.
     NotADate,
-    /// None of the field's choices, or no lead status.
+    /// Not a choice of the field, or not a lead status.
     NotAChoice,
-    /// No member of the Close organization.
+    /// Not a user of the Close organization.
     NoSuchUser,
-    /// No id of the kind of record the field refers to.
+    /// Not an id of the kind of record that the field refers to.
     NotAnId,
     /// Close does not have the custom field.
     UnknownField,
-    /// The Contact's list holds as many entries as Close takes.
+    /// The list of the Contact has as many entries as Close accepts.
     ListFull,
-    /// Close refused it.
+    /// Close rejected the value.
     #[strum(serialize = "refused_by_close")]
     Refused,
 }

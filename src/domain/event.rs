@@ -1,81 +1,64 @@
-//! The message as producers send it: a Segment / Customer.io `identify` event.
+//! Decoding a message: an `identify` event as in the specification of Segment and Customer.io.
 //!
-//! [`Event::decode`] is the only door. It asks for what every event must have, a JSON object of
-//! bounded size whose parts have the shapes the specification gives them, and leaves everything
-//! else in [`Event::body`] for the mapping to pick from. A message it refuses can never succeed, so
-//! the reasons in [`Malformed`] are dead-letter reasons and carry no content of the message.
+//! [`Event::decode`] checks what every event must have: it is a JSON object of limited size, and its envelope has the
+//! specified types. Everything else stays in [`Event::body`] for the mapping. A message that is rejected here can never
+//! succeed. [`Malformed`] says why, without content of the message.
 //!
-//! Two flaws are repaired, because the public SDKs send them and the rest of the event is sound: half of a
-//! character outside the basic plane, left over when a program cuts text in the middle of an emoji, and a
-//! byte-order mark. `NaN`, which the Python SDKs send for an empty cell of a data frame, is not JSON and stays
-//! refused.
+//! Two errors are repaired, because public SDKs produce them and the rest of such an event is valid: a lone surrogate,
+//! which remains when a program cuts text in the middle of an emoji, and a byte-order mark. `NaN`, which the Python SDKs
+//! send for an empty cell of a data frame, is not JSON and is rejected.
 
 use serde_json::{Map, Value};
 use strum::{IntoStaticStr, VariantArray};
 
 use crate::domain::value;
 
-/// A decoded event. Its shape is known; what it means is decided by the mapping.
+/// A decoded event. The mapping decides what it means.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Event {
-    /// The whole event, which the paths of the mapping are applied to. Always an object.
+    /// The whole event, to which the paths of the mapping are applied. Always an object.
     pub body: Value,
 }
 
-/// Why bytes are not an event.
+/// Why a message is not an event.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Malformed {
     /// More bytes than `worker.max_message_bytes`.
     #[error("the message has {size} bytes, more than the {limit} allowed")]
-    TooLarge {
-        /// Bytes in the message.
-        size: usize,
-        /// Bytes allowed.
-        limit: usize,
-    },
-    /// Not JSON, or JSON cut short.
+    TooLarge { size: usize, limit: usize },
+    /// Not JSON, or truncated JSON.
     #[error("not JSON: line {line}, column {column}")]
     NotJson {
-        /// Counted from 1.
+        /// From 1.
         line: usize,
-        /// Counted from 1; 0 at the start of a line.
+        /// From 1, or 0 at the start of a line.
         column: usize,
     },
-    /// JSON, but a list, text or number.
+    /// JSON, but for example a list or a number.
     #[error("not a JSON object but {found}")]
-    NotAnObject {
-        /// What it is instead.
-        found: &'static str,
-    },
-    /// What an SDK sends to its server: several events in one.
+    NotAnObject { found: &'static str },
+    /// The format in which an SDK sends several events to its server.
     #[error("a batch of events: publish each of them as a message of its own")]
     Batch,
-    /// A part of the envelope has a shape it cannot have.
+    /// A key of the envelope has the wrong type.
     #[error("`{key}` must be {expected}, not {found}")]
-    WrongShape {
-        /// The key of the envelope.
-        key: &'static str,
-        /// What it has to be.
-        expected: &'static str,
-        /// What it is instead.
-        found: &'static str,
-    },
+    WrongType { key: &'static str, expected: &'static str, found: &'static str },
 }
 
 impl Malformed {
-    /// What is wrong with it, in a word.
+    /// The label in the fingerprint of a dead letter.
     pub fn label(&self) -> &'static str {
         match self {
             Self::TooLarge { .. } => "too_large",
             Self::NotJson { .. } => "not_json",
             Self::NotAnObject { .. } => "not_an_object",
             Self::Batch => "batch",
-            Self::WrongShape { key, .. } => key,
+            Self::WrongType { key, .. } => key,
         }
     }
 }
 
-/// Why an event is not for Close. Skipping is an outcome, not a failure.
+/// Why an event is skipped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, IntoStaticStr, VariantArray)]
 #[strum(serialize_all = "snake_case")]
 pub enum NotForClose {
@@ -92,14 +75,13 @@ impl NotForClose {
 }
 
 impl Event {
-    /// Reads an event from the body of a message.
     pub fn decode(bytes: &[u8], limit: usize) -> Result<Self, Malformed> {
         if bytes.len() > limit {
             return Err(Malformed::TooLarge { size: bytes.len(), limit });
         }
         let text = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(bytes);
         let body: Value = serde_json::from_slice(text)
-            .or_else(|error| serde_json::from_slice(&whole_characters(text)).map_err(|_| error))
+            .or_else(|error| serde_json::from_slice(&replace_lone_surrogates(text)).map_err(|_| error))
             .map_err(|error| Malformed::NotJson { line: error.line(), column: error.column() })?;
         let Value::Object(envelope) = &body else {
             return Err(Malformed::NotAnObject { found: kind(&body) });
@@ -114,28 +96,27 @@ impl Event {
         Ok(Self { body })
     }
 
-    /// A text of the envelope that is present and not blank.
+    /// The text of an envelope key, if it is present and not blank.
     pub fn text(&self, key: &str) -> Option<&str> {
         self.body.get(key).and_then(Value::as_str).map(str::trim).filter(|text| !text.is_empty())
     }
 
-    /// The producer's own id of the event, for logs.
+    /// The id that the producer gave the event, for logs.
     pub fn message_id(&self) -> Option<&str> {
         self.text("messageId")
     }
 
-    /// When it happened at the producer: `timestamp`, else `receivedAt`, else `sentAt`, in any form a datetime
-    /// field takes.
+    /// The time of the event according to its producer: `timestamp`, else `receivedAt`, else `sentAt`. Accepts the same
+    /// notations as a datetime field.
     pub fn time(&self) -> Option<jiff::Timestamp> {
         let keys = ["timestamp", "receivedAt", "sentAt"];
-        keys.iter().find_map(|key| value::moment(self.body.get(key)?).ok())
+        keys.iter().find_map(|key| value::timestamp(self.body.get(key)?).ok())
     }
 
-    /// Whether the event's `integrations` exclude Close (`design.md` §2, rule 9). Without any, everyone
-    /// gets the event.
+    /// Whether `integrations` excludes Close (`design.md` §2, rule 9). Without it, the event is for every integration.
     pub fn excludes_close(&self) -> bool {
         let Some(integrations) = self.body.get("integrations") else { return false };
-        // Options for an integration, `"Close": {…}`, mean that it is switched on.
+        // An object with options, `"Close": {…}`, means that the integration is enabled.
         let switch = |name: &str| match integrations.get(name) {
             None | Some(Value::Null) => None,
             Some(Value::Bool(on)) => Some(*on),
@@ -147,8 +128,8 @@ impl Event {
 
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// JSON with every escaped surrogate that has no partner replaced by U+FFFD, as browsers do.
-fn whole_characters(json: &[u8]) -> Vec<u8> {
+/// Replaces every escaped surrogate that is not part of a pair by U+FFFD, as browsers do.
+fn replace_lone_surrogates(json: &[u8]) -> Vec<u8> {
     let unit = |at: usize| -> Option<u16> {
         let digits = json.get(at..at + 6)?.strip_prefix(b"\\u")?;
         u16::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()
@@ -163,7 +144,7 @@ fn whole_characters(json: &[u8]) -> Vec<u8> {
                 at += 6;
                 continue;
             }
-            // The backslash takes the next byte with it.
+            // An escape: the byte after the backslash is copied with it.
             _ if json[at] == b'\\' => 2,
             _ => 1,
         };
@@ -174,7 +155,7 @@ fn whole_characters(json: &[u8]) -> Vec<u8> {
     whole
 }
 
-/// Refuses a key that is present, not null, and of another shape than expected.
+/// Rejects a key that is present, not null, and of another type than expected.
 fn expect(
     envelope: &Map<String, Value>,
     key: &'static str,
@@ -184,7 +165,7 @@ fn expect(
     match envelope.get(key) {
         None | Some(Value::Null) => Ok(()),
         Some(value) if fits(value) => Ok(()),
-        Some(value) => Err(Malformed::WrongShape { key, expected, found: kind(value) }),
+        Some(value) => Err(Malformed::WrongType { key, expected, found: kind(value) }),
     }
 }
 
@@ -199,17 +180,17 @@ fn kind(value: &Value) -> &'static str {
     }
 }
 
-/// The bytes of each event in a text: one event, a list of events, or one per line.
+/// Splits input into events: one event, a JSON list of events, or one event per line.
 pub fn split(text: &[u8]) -> Vec<Vec<u8>> {
     match serde_json::from_slice(text) {
         Ok(Value::Array(events)) => events.iter().map(|event| event.to_string().into_bytes()).collect(),
         Ok(_) => vec![text.to_vec()],
-        // One per line; a line that is not JSON is reported as a malformed event.
+        // One event per line. A line that is not JSON is later reported as malformed.
         Err(_) => {
             let lines = text.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
             let lines: Vec<&[u8]> = lines.filter(|line| !line.is_empty()).collect();
             let is_object = |line: &&[u8]| serde_json::from_slice::<Map<String, Value>>(line).is_ok();
-            // Unless none of them is: then it is one event over several lines, with a mistake in it.
+            // If no line is an object, this is one event on several lines, with a syntax error.
             let whole = lines.len() > 1 && !lines.iter().any(is_object);
             if whole { vec![text.to_vec()] } else { lines.into_iter().map(<[u8]>::to_vec).collect() }
         }
@@ -228,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_is_one_event_or_a_list_or_lines() {
+    fn input_is_split_into_one_event_a_list_or_lines() {
         let cases: [(&str, &[&str]); 6] = [
             ("{\"a\":1}", &["{\"a\":1}"]),
             ("[{\"a\":1}, {}]", &["{\"a\":1}", "{}"]),
@@ -245,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_event_is_refused_with_the_reason() {
+    fn a_malformed_event_is_rejected_with_the_reason() {
         let cases: [(&[u8], &str); 10] = [
             (
                 b"{\"batch\":[],\"sentAt\":\"\"}",
@@ -268,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn integrations_decide_whether_close_gets_it() {
+    fn integrations_can_exclude_close() {
         let cases = [
             (json!({}), false),
             (json!({"integrations": {}}), false),
@@ -287,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_usable_time_wins() {
+    fn the_first_valid_time_is_used() {
         let cases = [
             (
                 json!({"timestamp": "2026-01-02T03:04:05Z", "sentAt": "2025-01-01T00:00:00Z"}),
@@ -305,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_sdks_break_is_repaired() {
+    fn only_the_errors_of_sdks_are_repaired() {
         let name = |json: &str| Event::decode(json.as_bytes(), 100).map(|event| event.body["n"].clone());
         let cases = [
             (r#"{"n":"Hal \ud83c"}"#, "Hal \u{fffd}"),
@@ -324,7 +305,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        fn decoding_any_bytes_does_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = Event::decode(&bytes, 150).map(|event| (event.excludes_close(), event.time()));
         }
     }

@@ -1,69 +1,70 @@
-//! Which of the records Close found are meant (`design.md` §2, rules 1-5).
+//! Matching: which records in Close an event is about (`design.md` §2, rules 1-5).
 //!
-//! Search is a hint: it analyses text, lags behind writes and may list what is gone (close-api.md
-//! §6). Everything that comes back is compared again here, ids exactly, emails case-folded, before
-//! it is believed. Each candidate gets a [`Verdict`], so that a choice can be explained.
+//! The result of a search is only a hint. Search analyses text, lags behind writes and may list deleted records
+//! (close-api.md §6). So every candidate is compared again here: ids exactly, emails without case. Each candidate gets a
+//! [`Verdict`] that explains the choice.
 //!
-//! **Corners, decided.**
+//! **Special cases.**
 //!
-//! - The user id decides before the email: Contacts that carry the event's user id are the person, and
-//!   a Contact that has only the email is then left alone. The email is appended to the former, though
-//!   it stays with the latter too: which of them is wrong, only people can tell.
-//! - A Contact with the email and another user id is somebody else's, even if it is the only one:
-//!   shared addresses (`info@`) are common, and overwriting a person is worse than a second Contact.
-//!   Without a user id in the event, the email alone decides and any Contact that has it is meant.
-//! - Several Contacts are all updated, at most ten, oldest first. Several Leads with one company id:
-//!   the oldest. Dates may be equal and Close leaves their order open, so ids break the tie
-//!   (close-api.md §12, 13).
-//! - An event with an email and no user id means everybody who has the email, also people who have user
-//!   ids of their own: nothing says which of them, and leaving all alone would make one more.
-//! - A second or later address of a Contact counts like its first.
+//! - The user id takes precedence over the email. If a Contact has the user id of the event, Contacts that have only the
+//!   email are left alone. The email is then appended to the Contacts with the user id, although it remains in the other
+//!   Contacts too: only a person can decide which of them is wrong.
+//! - A Contact that has the email and another user id is a different person, even if no other Contact matches. Shared
+//!   addresses (`info@`) are common, and overwriting a person is worse than a second Contact.
+//! - Without a user id in the event, every Contact with the email matches, also Contacts that have different user ids.
+//!   The event does not say which of them it means, and matching none of them would create one more.
+//! - If several Contacts match, all are updated, oldest first and at most ten. If several Leads have the company id, the
+//!   oldest one is used. Dates may be equal and Close leaves their order open, so the id decides then (close-api.md §12,
+//!   13).
+//! - All email addresses of a Contact count equally.
 use strum::{IntoStaticStr, VariantArray};
 
 use crate::domain::mapping::{Identity, KeyFields};
 use crate::domain::record::{Channel, Contact, ContactId, Lead};
 
-/// At most this many Contacts are updated for one event (`design.md` §2, rule 4).
+/// The maximum number of Contacts to update for one event (`design.md` §2, rule 4).
 pub const MAX_CONTACTS: usize = 10;
 
-/// How a Contact relates to the person an event is about.
+/// How a Contact compares with the person that an event is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Likeness {
-    /// Carries the same user id.
+pub enum ContactMatch {
+    /// Has the user id.
     SameUser,
-    /// Has the email and no user id that says otherwise.
+    /// Has the email, and no other user id.
     SameEmail,
-    /// Has the email but another person's user id: someone else's record, never touched.
+    /// Has the email but another user id: a different person, never changed.
     Conflict,
-    /// Neither.
-    Stranger,
+    /// Has neither the user id nor the email.
+    NoMatch,
 }
 
-/// What was made of a candidate.
+/// Whether a candidate matches, and why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, IntoStaticStr)]
 #[strum(serialize_all = "snake_case")]
 pub enum Verdict {
-    /// The Lead carries the company id.
+    /// The Lead has the company id.
     SameCompany,
-    /// The Lead carries the company id, but an older one does too.
+    /// The Lead has the company id, but an older Lead has it too.
     YoungerLead,
-    /// The Lead carries another company id.
+    /// The Lead has another company id.
     OtherCompany,
-    /// The Lead carries no company id.
+    /// The Lead has no company id.
     NoCompany,
-    /// The Contact carries the user id.
+    /// The Contact has the user id.
     SameUser,
     /// The Contact has the email.
     SameEmail,
-    /// The Contact has the email, but others carry the user id, which decides.
+    /// The Contact has the email, but another Contact has the user id, which takes precedence.
     UserIdDecides,
-    /// The Contact has the email and another user id: it is somebody else's.
-    SomebodyElse,
-    /// The Contact has neither the user id nor the email: search is only a hint.
-    NotThePerson,
-    /// The Contact is the person, but ten older ones are too.
+    /// The Contact has the email but another user id.
+    #[strum(serialize = "somebody_else")]
+    DifferentPerson,
+    /// The Contact has neither the user id nor the email. Search is only a hint.
+    #[strum(serialize = "not_the_person")]
+    NoMatch,
+    /// The Contact matches, but ten older Contacts match too.
     TooMany,
-    /// It was deleted or merged away since search saw it.
+    /// The record was deleted or merged, and search still lists it.
     Gone,
 }
 
@@ -84,65 +85,64 @@ impl Verdict {
             Self::UserIdDecides => {
                 "has the email, but another Contact has the user id, which takes precedence"
             }
-            Self::SomebodyElse => "has the email but another user id: a different person, left alone",
-            Self::NotThePerson => "has neither the user id nor the email",
-            Self::TooMany => "is the person too, but only the ten oldest Contacts are updated",
+            Self::DifferentPerson => "has the email but another user id: a different person, left alone",
+            Self::NoMatch => "has neither the user id nor the email",
+            Self::TooMany => "matches too, but only the ten oldest Contacts are updated",
             Self::Gone => "was deleted or merged",
         }
     }
 }
 
-/// Compares a Contact with the person an event is about.
-pub fn compare(contact: &Contact, person: &Identity, keys: &KeyFields) -> Likeness {
+pub fn compare(contact: &Contact, person: &Identity, keys: &KeyFields) -> ContactMatch {
     let theirs = keys.user.as_ref().and_then(|field| contact.custom(field));
     if theirs.is_some() && theirs == person.user_id.as_deref() {
-        return Likeness::SameUser;
+        return ContactMatch::SameUser;
     }
     let same_email = person.email.as_ref().is_some_and(|email| contact.has(Channel::Email, email));
     match (same_email, theirs, &person.user_id) {
-        (false, ..) => Likeness::Stranger,
-        (true, Some(_), Some(_)) => Likeness::Conflict,
-        (true, ..) => Likeness::SameEmail,
+        (false, ..) => ContactMatch::NoMatch,
+        (true, Some(_), Some(_)) => ContactMatch::Conflict,
+        (true, ..) => ContactMatch::SameEmail,
     }
 }
 
-/// The Contacts that are the person.
+/// The Contacts of a person.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct People {
+pub struct MatchedContacts {
     /// Oldest first, at most [`MAX_CONTACTS`].
     pub contacts: Vec<Contact>,
-    /// What was made of each candidate, oldest first.
+    /// The verdict on each candidate, oldest first.
     pub verdicts: Vec<(ContactId, Verdict)>,
 }
 
-/// Picks the person's Contacts: those with the user id, else those with the email.
-pub fn pick_people(mut candidates: Vec<Contact>, person: &Identity, keys: &KeyFields) -> People {
+/// Selects the Contacts of a person: those with the user id, else those with the email.
+pub fn match_contacts(mut candidates: Vec<Contact>, person: &Identity, keys: &KeyFields) -> MatchedContacts {
     candidates.sort_by(|a, b| (&a.date_created, &a.id).cmp(&(&b.date_created, &b.id)));
     candidates.dedup_by(|a, b| a.id == b.id);
-    let likeness = |contact: &Contact| compare(contact, person, keys);
-    let by_user = candidates.iter().any(|contact| likeness(contact) == Likeness::SameUser);
-    let mut people = People::default();
+    let compared = |contact: &Contact| compare(contact, person, keys);
+    let by_user = candidates.iter().any(|contact| compared(contact) == ContactMatch::SameUser);
+    let mut matched = MatchedContacts::default();
     for contact in candidates {
-        let verdict = match likeness(&contact) {
-            Likeness::SameEmail if by_user => Verdict::UserIdDecides,
-            Likeness::Conflict => Verdict::SomebodyElse,
-            Likeness::Stranger => Verdict::NotThePerson,
-            Likeness::SameUser | Likeness::SameEmail if people.contacts.len() == MAX_CONTACTS => {
+        let verdict = match compared(&contact) {
+            ContactMatch::SameEmail if by_user => Verdict::UserIdDecides,
+            ContactMatch::Conflict => Verdict::DifferentPerson,
+            ContactMatch::NoMatch => Verdict::NoMatch,
+            ContactMatch::SameUser | ContactMatch::SameEmail if matched.contacts.len() == MAX_CONTACTS => {
                 Verdict::TooMany
             }
-            Likeness::SameUser => Verdict::SameUser,
-            Likeness::SameEmail => Verdict::SameEmail,
+            ContactMatch::SameUser => Verdict::SameUser,
+            ContactMatch::SameEmail => Verdict::SameEmail,
         };
-        people.verdicts.push((contact.id.clone(), verdict));
+        matched.verdicts.push((contact.id.clone(), verdict));
         if matches!(verdict, Verdict::SameUser | Verdict::SameEmail) {
-            people.contacts.push(contact);
+            matched.contacts.push(contact);
         }
     }
-    people
+    matched
 }
 
-/// How a Lead relates to a company.
-pub fn judge_lead(lead: &Lead, company_id: &str, keys: &KeyFields) -> Verdict {
+/// Compares a Lead with a company.
+pub fn match_lead(lead: &Lead, company_id: &str, keys: &KeyFields) -> Verdict {
     match keys.company.as_ref().and_then(|field| lead.custom(field)) {
         Some(id) if id == company_id => Verdict::SameCompany,
         Some(_) => Verdict::OtherCompany,
@@ -150,40 +150,39 @@ pub fn judge_lead(lead: &Lead, company_id: &str, keys: &KeyFields) -> Verdict {
     }
 }
 
-/// The Leads that carry exactly this company id, oldest first: the first one is the company's.
+/// The Leads that have exactly this company id, oldest first. The first one is the Lead of the company.
 pub fn company_leads(mut candidates: Vec<Lead>, company_id: &str, keys: &KeyFields) -> Vec<Lead> {
-    candidates.retain(|lead| judge_lead(lead, company_id, keys) == Verdict::SameCompany);
+    candidates.retain(|lead| match_lead(lead, company_id, keys) == Verdict::SameCompany);
     candidates.sort_by(|a, b| (&a.date_created, &a.id).cmp(&(&b.date_created, &b.id)));
     candidates
 }
 
-/// What Close has for an event, in terms of the rules.
+/// The records in Close that match an event.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Found {
-    /// A Lead that is, or becomes, the company's.
+    /// The Lead of the company exists, or an existing Lead is adopted for it.
     InLead {
-        /// The Lead.
         lead: Lead,
-        /// The person's Contacts inside it.
+        /// The Contacts of the person in this Lead.
         contacts: Vec<Contact>,
-        /// The Lead had no company id and is adopted (rule 3).
+        /// The Lead had no company id and gets it now (rule 3).
         adopted: bool,
-        /// The person also exists under another Lead. Only looked up when the switch for duplicate
-        /// Contacts is off and `contacts` is empty; otherwise it changes nothing.
+        /// The person also has a Contact in another Lead. Only looked up when `allow_creating_duplicate_contacts` is off
+        /// and `contacts` is empty. Otherwise it makes no difference.
         elsewhere: bool,
     },
-    /// The person, wherever they are; the event says nothing about the company.
+    /// The person exists, and the event names no company.
     Anywhere {
-        /// Each Contact with its Lead; the Lead is left out when the event has nothing for it.
+        /// Each Contact with its Lead. The Lead is `None` when the event has no values for it.
         people: Vec<(Contact, Option<Lead>)>,
     },
-    /// The person exists, but only under Leads of other companies.
+    /// The person exists, but only in Leads of other companies.
     OtherCompany,
     /// Neither the company nor the person exists.
-    Nobody,
+    NoMatch,
 }
 
-/// Which of the rules decided.
+/// Which rule applied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, IntoStaticStr, VariantArray)]
 #[strum(serialize_all = "snake_case")]
 pub enum Case {
@@ -193,17 +192,17 @@ pub enum Case {
     /// The company has a Lead, and the person is not in it.
     #[strum(serialize = "new_in_company_lead")]
     NewInLead,
-    /// The company has none, but the person is under a Lead without company: it becomes the company's.
+    /// The company has no Lead, but the person is in a Lead without company id. That Lead gets the company id.
     #[strum(serialize = "lead_adopted")]
     AdoptedLead,
-    /// The person is known under Leads of other companies only.
+    /// The company has no Lead, and the person is only in Leads of other companies.
     #[strum(serialize = "person_of_other_company")]
     OtherCompany,
-    /// The event names no company, and the person is known.
+    /// The event names no company, and the person exists.
     KnownPerson,
-    /// Neither the company nor the person is known.
+    /// Neither the company nor the person exists.
     #[strum(serialize = "nobody_known")]
-    Nobody,
+    NoMatch,
 }
 
 impl Case {
@@ -223,15 +222,15 @@ impl Case {
                 "no Lead has the company id, and the person is only in Leads of other companies: a Lead with a Contact is created"
             }
             Self::KnownPerson => {
-                "the event has no company id to look up, and the person is known: their Contacts and Leads are updated"
+                "the event has no company id to look up, and the person exists: their Contacts and Leads are updated"
             }
-            Self::Nobody => "neither the company nor the person is known: a Lead with a Contact is created",
+            Self::NoMatch => "neither the company nor the person exists: a Lead with a Contact is created",
         }
     }
 }
 
 impl Found {
-    /// Which of the rules decided.
+    /// Which rule applied.
     pub fn case(&self) -> Case {
         match self {
             Self::InLead { adopted: true, .. } => Case::AdoptedLead,
@@ -239,16 +238,16 @@ impl Found {
             Self::InLead { .. } => Case::PersonInLead,
             Self::Anywhere { .. } => Case::KnownPerson,
             Self::OtherCompany => Case::OtherCompany,
-            Self::Nobody => Case::Nobody,
+            Self::NoMatch => Case::NoMatch,
         }
     }
 
-    /// The Leads and Contacts there are.
+    /// The existing Leads and Contacts.
     pub fn records(&self) -> (impl Iterator<Item = &Lead>, impl Iterator<Item = &Contact>) {
         let (lead, contacts, people) = match self {
             Self::InLead { lead, contacts, .. } => (Some(lead), contacts.as_slice(), &[][..]),
             Self::Anywhere { people } => (None, &[][..], people.as_slice()),
-            Self::OtherCompany | Self::Nobody => (None, &[][..], &[][..]),
+            Self::OtherCompany | Self::NoMatch => (None, &[][..], &[][..]),
         };
         let leads = lead.into_iter().chain(people.iter().filter_map(|(_, lead)| lead.as_ref()));
         (leads, contacts.iter().chain(people.iter().map(|(contact, _)| contact)))
@@ -260,7 +259,7 @@ impl Found {
             Self::Anywhere { people } => {
                 (None, Some(people.iter_mut().filter_map(|(_, lead)| lead.as_mut())))
             }
-            Self::OtherCompany | Self::Nobody => (None, None),
+            Self::OtherCompany | Self::NoMatch => (None, None),
         };
         inside.into_iter().chain(anywhere.into_iter().flatten())
     }
@@ -269,29 +268,28 @@ impl Found {
         let (inside, anywhere) = match self {
             Self::InLead { contacts, .. } => (Some(contacts.iter_mut()), None),
             Self::Anywhere { people } => (None, Some(people.iter_mut().map(|(contact, _)| contact))),
-            Self::OtherCompany | Self::Nobody => (None, None),
+            Self::OtherCompany | Self::NoMatch => (None, None),
         };
         inside.into_iter().flatten().chain(anywhere.into_iter().flatten())
     }
 
-    /// Whether a Lead is about to be given a company id because no Lead was found by it.
+    /// Whether a Lead is adopted: it gets the company id because no Lead has it.
     pub fn adopts(&self) -> bool {
         matches!(self, Self::InLead { adopted: true, .. })
     }
 }
 
-/// Which Lead becomes the company's, or turns out to be it, of those a person was found under, their
-/// oldest Contact's first; none was found by company id (rule 3, last two cases).
+/// Selects the Lead to adopt when a search by company id found none (rule 3, last two cases). `leads` are those of the
+/// Contacts of the person, oldest Contact first.
 ///
-/// One is adopted, however many the person is under: adopting two would give one company two Leads. A
-/// Lead that already carries the id (search had not caught up) comes first. `None`: all are other
-/// companies', and a new Lead has to be made.
+/// At most one Lead is adopted, or the company would have two. A Lead that already has the company id comes first: search
+/// had not indexed it yet. Returns `None` if all Leads belong to other companies. A new Lead is then needed.
 pub fn adopt<'a>(
     leads: impl Iterator<Item = &'a Lead> + Clone,
     company_id: &str,
     keys: &KeyFields,
 ) -> Option<usize> {
-    let first = |wanted: Verdict| leads.clone().position(|lead| judge_lead(lead, company_id, keys) == wanted);
+    let first = |wanted: Verdict| leads.clone().position(|lead| match_lead(lead, company_id, keys) == wanted);
     first(Verdict::SameCompany).or_else(|| first(Verdict::NoCompany))
 }
 
@@ -334,30 +332,30 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_contact_is_the_person_by_user_id_then_by_email() {
-        use Likeness::{Conflict, SameEmail, SameUser, Stranger};
+    fn contacts_match_by_user_id_then_by_email() {
+        use ContactMatch::{Conflict, NoMatch, SameEmail, SameUser};
         let jane = Some("jane@example.test");
         let cases = [
             (contact("c", "l", Some("u"), None), person(Some("u"), jane), SameUser),
-            (contact("c", "l", Some("U"), None), person(Some("u"), None), Stranger),
+            (contact("c", "l", Some("U"), None), person(Some("u"), None), NoMatch),
             (contact("c", "l", None, Some("JANE@example.test ")), person(Some("u"), jane), SameEmail),
             (contact("c", "l", Some("other"), jane), person(Some("u"), jane), Conflict),
             (contact("c", "l", Some("other"), jane), person(None, jane), SameEmail),
-            (contact("c", "l", None, Some("jane@example.test.other")), person(None, jane), Stranger),
-            (contact("c", "l", None, None), person(None, None), Stranger),
+            (contact("c", "l", None, Some("jane@example.test.other")), person(None, jane), NoMatch),
+            (contact("c", "l", None, None), person(None, None), NoMatch),
         ];
-        for (contact, person, likeness) in cases {
-            assert_eq!(compare(&contact, &person, &keys()), likeness, "{contact:?} {person:?}");
+        for (contact, person, expected) in cases {
+            assert_eq!(compare(&contact, &person, &keys()), expected, "{contact:?} {person:?}");
         }
         let no_field = KeyFields { user: None, ..keys() };
         assert_eq!(
             compare(&contact("c", "l", Some("u"), None), &person(Some("u"), None), &no_field),
-            Stranger
+            NoMatch
         );
     }
 
     #[test]
-    fn the_oldest_lead_with_exactly_the_id_wins() {
+    fn the_oldest_lead_with_exactly_the_company_id_is_used() {
         let dated = |id, company, date: &str| Lead { date_created: date.into(), ..lead(id, company) };
         let candidates = vec![
             dated("lead_c", Some("a"), "2026-01-02"),
@@ -376,8 +374,9 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn one_lead_is_adopted_and_others_companies_are_left_alone() {
-        let home = |leads: &[Lead]| adopt(leads.iter(), "acme", &keys()).map(|at| leads[at].id.to_string());
+    fn one_lead_is_adopted_and_leads_of_other_companies_are_left_alone() {
+        let adopted =
+            |leads: &[Lead]| adopt(leads.iter(), "acme", &keys()).map(|at| leads[at].id.to_string());
         let cases = [
             (vec![lead("l1", Some("x"))], None),
             (vec![lead("l1", Some("x")), lead("l2", None), lead("l3", None)], Some("l2")),
@@ -385,13 +384,13 @@ pub(crate) mod tests {
             (vec![], None),
         ];
         for (leads, expected) in cases {
-            assert_eq!(home(&leads).as_deref(), expected, "{leads:?}");
+            assert_eq!(adopted(&leads).as_deref(), expected, "{leads:?}");
         }
     }
 
     proptest! {
         #[test]
-        fn the_choice_does_not_depend_on_the_order_of_the_answer(
+        fn the_choice_does_not_depend_on_the_order_of_the_candidates(
             days in proptest::collection::vec((0u8..4, 0u8..3), 0..30),
             seed in any::<u64>(),
         ) {
@@ -406,8 +405,8 @@ pub(crate) mod tests {
                 shuffled.swap(i, usize::try_from(state >> 33).unwrap() % (i + 1));
             }
             let who = person(Some("u"), Some("j@x.test"));
-            let picked = pick_people(all, &who, &keys());
-            prop_assert_eq!(&picked, &pick_people(shuffled, &who, &keys()));
+            let picked = match_contacts(all, &who, &keys());
+            prop_assert_eq!(&picked, &match_contacts(shuffled, &who, &keys()));
             prop_assert!(picked.contacts.len() <= MAX_CONTACTS);
             prop_assert!(picked.contacts.is_sorted_by_key(|c| (c.date_created.clone(), c.id.clone())));
         }

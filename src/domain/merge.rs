@@ -21,7 +21,7 @@ pub struct MergedPlan {
 }
 
 impl MergedPlan {
-    /// Plans an event merged with others for which [`Desired::goes_along`] holds.
+    /// Plans an event merged with others for which [`Desired::can_merge_with`] holds.
     pub fn plan(
         first: &Desired,
         others: &[&Desired],

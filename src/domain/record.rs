@@ -1,4 +1,4 @@
-//! The words everyone shares: ids, fields and the two records close-sync keeps in step.
+//! The records that close-sync writes, Leads and Contacts, with their ids and fields.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,12 +13,11 @@ macro_rules! id {
         pub struct $name(String);
 
         impl $name {
-            /// Takes an id as Close wrote it. Ids are opaque and case-sensitive (close-api.md §1).
+            /// An id as Close writes it. Ids are opaque and case-sensitive (close-api.md §1).
             pub fn new(id: impl Into<String>) -> Self {
                 Self(id.into())
             }
 
-            /// The id as Close writes it.
             pub fn as_str(&self) -> &str {
                 &self.0
             }
@@ -50,13 +49,12 @@ id!(
 pub enum Field {
     /// The name of the Lead (a company) or of the Contact (a person).
     Name,
-    /// A Lead's free-text description.
+    /// The description of a Lead.
     Description,
-    /// A Lead's status, by id: labels can be renamed, ids cannot (close-api.md §8).
+    /// The status of a Lead by id. Labels can be changed, ids cannot (close-api.md §8).
     Status,
-    /// A Contact's job title.
+    /// The job title of a Contact.
     Title,
-    /// A custom field.
     Custom(FieldId),
 }
 
@@ -72,11 +70,11 @@ impl fmt::Display for Field {
     }
 }
 
-/// Values by field. A field that is absent has no value, or is not to be touched.
+/// Values by field. A field that is absent has no value, or is not changed.
 pub type Fields = BTreeMap<Field, Value>;
 
-/// Whether two values of a field mean the same: numbers by value, lists in any order, as Close does not
-/// say that it keeps it.
+/// Whether two values of a field are equal. Numbers are compared by value. The order of a list does not matter, because
+/// Close does not document that it keeps it.
 pub fn same(one: &Value, other: &Value) -> bool {
     match (one, other) {
         (Value::Number(one), Value::Number(other)) => one == other || one.as_f64() == other.as_f64(),
@@ -87,7 +85,7 @@ pub fn same(one: &Value, other: &Value) -> bool {
     }
 }
 
-/// A list on a Contact that grows and is never trimmed by us.
+/// A list of a Contact. close-sync appends to it and never removes entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, VariantArray)]
 pub enum Channel {
     /// `emails`.
@@ -117,7 +115,7 @@ impl Channel {
         }
     }
 
-    /// The type given to an entry we add. Close takes any word; these are in use (close-api.md §5).
+    /// The type of an entry that close-sync adds. Close accepts any word; these are common (close-api.md §5).
     pub fn default_kind(self) -> &'static str {
         match self {
             Self::Email | Self::Phone => "office",
@@ -125,11 +123,10 @@ impl Channel {
         }
     }
 
-    /// Whether two values mean the same address, number or page.
+    /// Whether two values are the same email address, phone number or URL.
     ///
-    /// Close rewrites phones (`8004445555` becomes `+18004445555`) and completes URLs, so the value
-    /// read back differs from the value sent (close-api.md §5). Comparing the raw text would append
-    /// the same phone again with every event.
+    /// Close rewrites phone numbers (`8004445555` becomes `+18004445555`) and completes URLs, so a value that is read back
+    /// differs from what was sent (close-api.md §5). Comparing the text would append the same number with every event.
     pub fn same(self, one: &str, other: &str) -> bool {
         match self {
             Self::Email => fold_email(one) == fold_email(other),
@@ -145,7 +142,7 @@ impl fmt::Display for Channel {
     }
 }
 
-/// An email address as it is compared: outer blanks removed, case folded.
+/// An email address in the form in which addresses are compared: trimmed and case-folded.
 pub fn fold_email(email: &str) -> String {
     email.trim().to_lowercase()
 }
@@ -166,7 +163,7 @@ fn same_phone(one: &str, other: &str) -> bool {
     if international(one) && international(other) {
         return false;
     }
-    // A national number: Close put a country's code in front and dropped the trunk zero.
+    // For a national number, Close adds the country code and removes the leading zero.
     let tail = |national: &str, whole: &str| {
         let national = national.trim_start_matches('0');
         !national.is_empty()
@@ -193,61 +190,55 @@ fn fold_url(text: &str) -> String {
 /// One entry of a Contact's list: an email, a phone or a URL with its type.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// The address, number or page.
     pub value: String,
-    /// Close's `type`: `office`, `mobile`, `url` and so on.
+    /// The `type` in Close: `office`, `mobile`, `url` and so on.
     pub kind: String,
 }
 
-/// The lists of a Contact. A channel that is absent is empty, or is not to be touched.
+/// The lists of a Contact. A channel that is absent is empty, or is not changed.
 pub type Lists = BTreeMap<Channel, Vec<Entry>>;
 
-/// A Lead as Close has it.
+/// A Lead in Close.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Lead {
-    /// Its id.
     pub id: LeadId,
-    /// ISO 8601 in UTC with a fixed number of digits, so that text order is time order
-    /// (close-api.md §1).
+    /// ISO 8601 in UTC with a fixed number of digits, so it can be sorted as text (close-api.md §1).
     pub date_created: String,
-    /// Its values; empty ones are left out.
+    /// Without empty values.
     pub fields: Fields,
 }
 
-/// A Contact as Close has it.
+/// A Contact in Close.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Contact {
-    /// Its id.
     pub id: ContactId,
-    /// The Lead it belongs to; the schema allows none (close-api.md §5).
+    /// The schema of Close allows a Contact without a Lead (close-api.md §5).
     pub lead_id: Option<LeadId>,
     /// See [`Lead::date_created`].
     pub date_created: String,
-    /// Its values; empty ones are left out.
+    /// Without empty values.
     pub fields: Fields,
-    /// Its emails, phones and URLs.
     pub lists: Lists,
 }
 
 impl Lead {
-    /// The text in a custom field, if there is any.
+    /// The text in a custom field.
     pub fn custom(&self, field: &FieldId) -> Option<&str> {
         self.fields.get(&Field::Custom(field.clone())).and_then(Value::as_str)
     }
 }
 
 impl Contact {
-    /// The text in a custom field, if there is any.
+    /// The text in a custom field.
     pub fn custom(&self, field: &FieldId) -> Option<&str> {
         self.fields.get(&Field::Custom(field.clone())).and_then(Value::as_str)
     }
 
-    /// The entries of one list.
     pub fn list(&self, channel: Channel) -> &[Entry] {
         self.lists.get(&channel).map_or(&[], Vec::as_slice)
     }
 
-    /// Whether a list holds this value, compared as [`Channel::same`] does.
+    /// Whether the list has this value according to [`Channel::same`].
     pub fn has(&self, channel: Channel, value: &str) -> bool {
         self.list(channel).iter().any(|entry| channel.same(&entry.value, value))
     }
@@ -258,7 +249,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_are_the_same_however_close_rewrote_them() {
+    fn values_that_close_rewrote_are_the_same() {
         let cases = [
             (Channel::Email, " Jane@Example.TEST", "jane@example.test", true),
             (Channel::Email, "jane+crm@example.test", "jane@example.test", false),

@@ -74,5 +74,5 @@ pub fn new_synced_at(
     at: Option<Timestamp>,
 ) -> Option<(Field, Value)> {
     let is_later = record.and_then(|fields| stored(fields, synced_at)) < at;
-    Some((Field::Custom(synced_at?.clone()), value::notation(at?).into())).filter(|_| is_later)
+    Some((Field::Custom(synced_at?.clone()), value::format_timestamp(at?).into())).filter(|_| is_later)
 }

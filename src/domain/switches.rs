@@ -1,19 +1,19 @@
-//! The five switches that decide what close-sync may write.
+//! The five switches for what close-sync may write.
 
-/// What close-sync may do, each switch named as in the configuration.
+/// The names are those in the configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 #[expect(clippy::struct_excessive_bools, reason = "five independent switches are what users set")]
 pub struct Switches {
     /// Create Leads.
     pub allow_creating_new_leads: bool,
-    /// Change Leads that exist.
+    /// Change existing Leads.
     pub allow_updating_existing_leads: bool,
     /// Create Contacts.
     pub allow_creating_new_contacts: bool,
-    /// Change Contacts that exist.
+    /// Change existing Contacts.
     pub allow_updating_existing_contacts: bool,
-    /// Create a Contact for a person who already has one under another Lead.
+    /// Create a Contact for a person who already has one in another Lead.
     pub allow_creating_duplicate_contacts: bool,
 }
 

@@ -19,8 +19,8 @@ pub(crate) fn clean(text: &str) -> String {
 pub(crate) fn text(value: &Value) -> Option<String> {
     match value {
         Value::String(text) => Some(clean(text)).filter(|text| !text.is_empty()),
-        Value::Number(number) => match whole(number) {
-            Some(whole) => Some(whole.to_string()),
+        Value::Number(number) => match integer(number) {
+            Some(integer) => Some(integer.to_string()),
             None => is_exact(number).then(|| number.to_string()),
         },
         Value::Bool(flag) => Some(flag.to_string()),
@@ -36,7 +36,7 @@ fn is_exact(number: &Number) -> bool {
 }
 
 /// The number as an integer, if it is whole and exact.
-pub(crate) fn whole(number: &Number) -> Option<i64> {
+pub(crate) fn integer(number: &Number) -> Option<i64> {
     number.as_i64().or_else(|| {
         let float = number.as_f64()?;
         #[expect(clippy::cast_possible_truncation, reason = "whole and within range")]
@@ -45,7 +45,7 @@ pub(crate) fn whole(number: &Number) -> Option<i64> {
 }
 
 /// The values, with each list replaced by its items.
-pub(crate) fn flat(values: &[Value]) -> impl Iterator<Item = &Value> {
+pub(crate) fn flatten(values: &[Value]) -> impl Iterator<Item = &Value> {
     values.iter().flat_map(|value| value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice))
 }
 
@@ -67,7 +67,7 @@ pub(crate) fn domain(text: &str) -> Option<String> {
 }
 
 /// A point in time: RFC 3339, a date and time without offset (taken as UTC), or seconds or milliseconds since 1970.
-pub(crate) fn moment(value: &Value) -> Result<Timestamp, DropReason> {
+pub(crate) fn timestamp(value: &Value) -> Result<Timestamp, DropReason> {
     if value.is_boolean() || value.is_array() || value.is_object() {
         return Err(DropReason::NotAValue);
     }
@@ -79,8 +79,8 @@ pub(crate) fn moment(value: &Value) -> Result<Timestamp, DropReason> {
         .ok_or(DropReason::NotADate)
 }
 
-/// Seconds or milliseconds, between 1973 and 2286. Other numbers are years, dates such as 20260131 or defects, and a
-/// wrong date is worse than none.
+/// Seconds or milliseconds, between 1973 and 2286. Other numbers are years, dates such as 20260131 or errors, and a
+/// wrong date is worse than no date.
 fn since_1970(number: f64) -> Option<Timestamp> {
     const SECONDS: std::ops::Range<f64> = 1e8..1e10;
     let milliseconds = if SECONDS.contains(&number) { number * 1000.0 } else { number };
@@ -90,9 +90,9 @@ fn since_1970(number: f64) -> Option<Timestamp> {
 }
 
 /// A time in Close's notation: UTC with six decimals, of which Close keeps milliseconds (close-api.md §1).
-pub(crate) fn notation(moment: Timestamp) -> String {
-    let moment = Timestamp::from_millisecond(moment.as_millisecond()).unwrap_or(moment);
-    moment.strftime("%Y-%m-%dT%H:%M:%S.%6f+00:00").to_string()
+pub(crate) fn format_timestamp(timestamp: Timestamp) -> String {
+    let timestamp = Timestamp::from_millisecond(timestamp.as_millisecond()).unwrap_or(timestamp);
+    timestamp.strftime("%Y-%m-%dT%H:%M:%S.%6f+00:00").to_string()
 }
 
 #[cfg(test)]
@@ -102,7 +102,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_number_is_one_text_however_it_is_written() {
+    fn different_notations_of_a_number_give_the_same_text() {
         for (value, expected) in [
             (json!(42), Some("42")),
             (json!(42.0), Some("42")),

@@ -61,7 +61,7 @@ pub fn decision(
     let passed_over = |verdict: &Verdict| match verdict {
         Verdict::YoungerLead
         | Verdict::UserIdDecides
-        | Verdict::SomebodyElse
+        | Verdict::DifferentPerson
         | Verdict::TooMany
         | Verdict::Gone => true,
         Verdict::SameCompany
@@ -69,7 +69,7 @@ pub fn decision(
         | Verdict::NoCompany
         | Verdict::SameUser
         | Verdict::SameEmail
-        | Verdict::NotThePerson => false,
+        | Verdict::NoMatch => false,
     };
     let mut rest: Vec<String> = Vec::new();
     for candidate in decision.candidates.iter().filter(|candidate| passed_over(&candidate.verdict)) {

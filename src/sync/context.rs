@@ -109,7 +109,9 @@ impl Context {
         let mapping = preflight::run(&self.client, &self.rules).await?.mapping;
         *refreshed_at = Instant::now();
         let mut current = self.mapping.write().unwrap_or_else(PoisonError::into_inner);
-        if (&mapping.unknown, mapping.misfits()) != (&current.unknown, current.misfits()) {
+        if (&mapping.unresolved, mapping.invalid_constants())
+            != (&current.unresolved, current.invalid_constants())
+        {
             log_mapping_problems(&mapping);
         }
         if mapping != **current {
@@ -153,15 +155,15 @@ impl Context {
 
 /// Logs rules without a field in Close, and constants that their fields do not accept.
 pub fn log_mapping_problems(mapping: &Mapping) {
-    for unknown in &mapping.unknown {
-        tracing::error!(setting = unknown.setting, "{}", unknown.description());
+    for unresolved in &mapping.unresolved {
+        tracing::error!(setting = unresolved.setting, "{}", unresolved.description());
     }
-    for misfit in mapping.misfits() {
+    for invalid in mapping.invalid_constants() {
         tracing::error!(
-            setting = misfit.setting,
+            setting = invalid.setting,
             "{} is ignored: {} (`close-sync check` lists what fits)",
-            misfit.value,
-            misfit.reason.description()
+            invalid.value,
+            invalid.reason.description()
         );
     }
 }

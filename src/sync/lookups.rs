@@ -5,7 +5,7 @@ use crate::close::{CloseError, Records};
 use crate::domain::decision::{Candidate, Decision, LookUp};
 use crate::domain::mapping::{Identity, Key, KeyFields};
 use crate::domain::matching::{
-    Likeness, MAX_CONTACTS, People, Verdict, company_leads, compare, judge_lead, pick_people,
+    ContactMatch, MAX_CONTACTS, MatchedContacts, Verdict, company_leads, compare, match_contacts, match_lead,
 };
 use crate::domain::record::{Contact, ContactId, FieldId, Lead, LeadId};
 use crate::sync::id_cache::{CreatedIds, IdCache};
@@ -30,7 +30,7 @@ pub(crate) struct ContactHits {
 impl<R: Records> Lookups<'_, R> {
     pub(crate) fn cached_lead(&mut self, company_id: &str) -> Option<LeadId> {
         let id = self.id_cache.lead(company_id)?;
-        self.note(LookUp::RememberedLead);
+        self.note(LookUp::CachedLead);
         Some(id)
     }
 
@@ -43,7 +43,7 @@ impl<R: Records> Lookups<'_, R> {
         let hits = self.records.find_leads(field, company_id).await?;
         self.note(LookUp::SearchedLeads(hits.len()));
         for lead in hits.iter().filter(|lead| lead.custom(field) != Some(company_id)) {
-            self.note_candidate(lead.id.as_str(), judge_lead(lead, company_id, self.keys));
+            self.note_candidate(lead.id.as_str(), match_lead(lead, company_id, self.keys));
         }
         Ok(company_leads(hits, company_id, self.keys))
     }
@@ -57,7 +57,7 @@ impl<R: Records> Lookups<'_, R> {
         let answer = self.records.lead(id).await;
         self.note(LookUp::Read(id.to_string()));
         let verdict = match &answer {
-            Ok((lead, _)) => judge_lead(lead, company_id, self.keys),
+            Ok((lead, _)) => match_lead(lead, company_id, self.keys),
             Err(CloseError::NotFound) => Verdict::Gone,
             Err(_) => return answer.map(Some),
         };
@@ -88,7 +88,7 @@ impl<R: Records> Lookups<'_, R> {
         if !cached.complete {
             return None;
         }
-        self.note(LookUp::RememberedContacts(cached.ids.len()));
+        self.note(LookUp::CachedContacts(cached.ids.len()));
         Some(cached.ids)
     }
 
@@ -98,7 +98,7 @@ impl<R: Records> Lookups<'_, R> {
         let hits = self.records.find_contacts(user, person.email.as_deref()).await?;
         self.note(LookUp::SearchedContacts(hits.contacts.len()));
         let mut candidates = hits.contacts;
-        let is_user = |contact: &Contact| compare(contact, person, self.keys) == Likeness::SameUser;
+        let is_user = |contact: &Contact| compare(contact, person, self.keys) == ContactMatch::SameUser;
         // A shared email can fill the whole page; the person may be on the next one.
         if hits.more && user.is_some() && !candidates.iter().any(is_user) {
             let hits = self.records.find_contacts(user, None).await?;
@@ -106,23 +106,23 @@ impl<R: Records> Lookups<'_, R> {
             candidates.extend(hits.contacts);
         }
         // Not all candidates are read, so note here which ones are left alone.
-        for (id, verdict) in pick_people(candidates.clone(), person, self.keys).verdicts {
+        for (id, verdict) in match_contacts(candidates.clone(), person, self.keys).verdicts {
             if matches!(
                 verdict,
-                Verdict::TooMany | Verdict::UserIdDecides | Verdict::SomebodyElse | Verdict::NotThePerson
+                Verdict::TooMany | Verdict::UserIdDecides | Verdict::DifferentPerson | Verdict::NoMatch
             ) {
                 self.note_candidate(id.as_str(), verdict);
             }
         }
         candidates.sort_by(|a, b| (&a.date_created, &a.id).cmp(&(&b.date_created, &b.id)));
-        let with = |likeness: Likeness| -> Vec<ContactId> {
+        let with = |likeness: ContactMatch| -> Vec<ContactId> {
             let alike = candidates.iter().filter(|contact| compare(contact, person, self.keys) == likeness);
             alike.map(|contact| contact.id.clone()).take(MAX_CONTACTS).collect()
         };
-        let by_user = with(Likeness::SameUser);
+        let by_user = with(ContactMatch::SameUser);
         // A Contact with the email and another user id does not match this person, but may match an event that
         // has only the email.
-        let by_email = [with(Likeness::SameEmail), with(Likeness::Conflict)].concat();
+        let by_email = [with(ContactMatch::SameEmail), with(ContactMatch::Conflict)].concat();
         let complete = self.search_is_complete;
         if let Some(user_id) = &person.user_id {
             self.id_cache.remember_contacts(Key::User(user_id.clone()), by_user.clone(), complete);
@@ -149,7 +149,7 @@ impl<R: Records> Lookups<'_, R> {
         &mut self,
         ids: Vec<ContactId>,
         person: &Identity,
-    ) -> Result<People, CloseError> {
+    ) -> Result<MatchedContacts, CloseError> {
         let mut contacts = Vec::with_capacity(ids.len());
         for id in ids {
             let answer = self.records.contact(&id).await;
@@ -163,7 +163,7 @@ impl<R: Records> Lookups<'_, R> {
                 Err(error) => return Err(error),
             }
         }
-        Ok(pick_people(contacts, person, self.keys))
+        Ok(match_contacts(contacts, person, self.keys))
     }
 
     /// Caches Contacts as the person's. After a write whose answer was lost, the cache lacks them and may count
@@ -180,9 +180,9 @@ impl<R: Records> Lookups<'_, R> {
     }
 
     /// Notes what Contacts were judged to be. Of a Lead's members, other people are not candidates.
-    pub(crate) fn note_people(&mut self, people: &People, others_too: bool) {
+    pub(crate) fn note_people(&mut self, people: &MatchedContacts, others_too: bool) {
         for (id, verdict) in &people.verdicts {
-            if others_too || *verdict != Verdict::NotThePerson {
+            if others_too || *verdict != Verdict::NoMatch {
                 self.note_candidate(id.as_str(), *verdict);
             }
         }

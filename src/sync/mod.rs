@@ -171,7 +171,7 @@ impl Worker {
     /// Whether `next`, which directly follows `first`, can share its write.
     pub fn can_merge(&self, first: &Job, next: &Job) -> bool {
         let Settings { merge, switches, .. } = &self.0.settings;
-        *merge && next.desired.goes_along(&first.desired, *switches)
+        *merge && next.desired.can_merge_with(&first.desired, *switches)
     }
 
     /// Syncs several messages with one write; each can be merged with the first. One attempt only: after `None`

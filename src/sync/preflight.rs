@@ -3,7 +3,7 @@
 //! until it holds again; while it holds, it is asked from time to time what fields there are.
 
 use crate::close::{Client, CloseError};
-use crate::domain::mapping::{BadKey, Mapping, Rules};
+use crate::domain::mapping::{LookupFieldError, Mapping, Rules};
 use crate::domain::schema::Schema;
 use crate::outcome::PauseCause;
 
@@ -15,7 +15,7 @@ pub enum PreflightError {
     Close(CloseError),
     /// A lookup field cannot serve.
     #[error("{0}")]
-    Field(BadKey),
+    Field(LookupFieldError),
 }
 
 /// What was found in order.
@@ -73,7 +73,7 @@ pub async fn run(client: &Client, rules: &Rules) -> Result<Ready, Vec<PreflightE
     if rules.wants_users(&schema) {
         schema.users = client.users().await.map_err(close)?;
     }
-    let fields = |bad: Vec<BadKey>| bad.into_iter().map(PreflightError::Field).collect::<Vec<_>>();
+    let fields = |bad: Vec<LookupFieldError>| bad.into_iter().map(PreflightError::Field).collect::<Vec<_>>();
     let mapping = Mapping::resolve(rules, &schema).map_err(fields)?;
     Ok(Ready { organization: organization.name, mapping })
 }

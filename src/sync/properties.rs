@@ -13,7 +13,7 @@ use crate::domain::decision::Decision;
 use crate::domain::event::Event;
 use crate::domain::mapping::tests::{rules, schema};
 use crate::domain::mapping::{Desired, Mapping, WriteRule};
-use crate::domain::matching::{Case, Likeness, MAX_CONTACTS, compare};
+use crate::domain::matching::{Case, ContactMatch, MAX_CONTACTS, compare};
 use crate::domain::plan::Step;
 use crate::domain::record::{
     Channel, Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists,
@@ -89,7 +89,7 @@ fn carry_out(
         if let (Some(Case::AdoptedLead), Step::UpdateLead { id, .. }) = (decision.case, step) {
             made.lead = Some(id.clone());
         }
-        id_cache.remember_created(&events[0].identity, made, decision.nobody_else());
+        id_cache.remember_created(&events[0].identity, made, decision.is_new_person());
     }
     events.iter().zip(&merged.plans).for_each(|(event, plan)| plan.note_versions(&mut versions, event));
     version_cache.remember(versions, &new);
@@ -293,7 +293,7 @@ proptest! {
         for event in events {
             let Ok(desired) = world.mapping.apply(&Event { body: event }) else { continue };
             let is_known = book.contacts.values().any(|contact| {
-                matches!(compare(contact, &desired.identity, &world.mapping.keys), Likeness::SameUser | Likeness::SameEmail)
+                matches!(compare(contact, &desired.identity, &world.mapping.keys), ContactMatch::SameUser | ContactMatch::SameEmail)
             });
             let (decision, decided) = sync(&mut book, &memory, &world, &[&desired]);
             let about_the_person_alone = desired.identity.company_id.is_none();
@@ -339,7 +339,7 @@ proptest! {
             mapped(&event, at)
         };
         let others: Vec<Desired> = events.into_iter().filter_map(same).collect();
-        let others: Vec<&Desired> = others.iter().filter(|other| other.goes_along(&first, world.switches)).collect();
+        let others: Vec<&Desired> = others.iter().filter(|other| other.can_merge_with(&first, world.switches)).collect();
         let all: Vec<&Desired> = std::iter::once(&first).chain(others).collect();
 
         // What Close holds may be of an event from in between.

@@ -8,7 +8,7 @@
 use crate::close::{CloseError, Records};
 use crate::domain::decision::Decision;
 use crate::domain::mapping::{Desired, Identity, WriteRule};
-use crate::domain::matching::{self, Found, Verdict, judge_lead, pick_people};
+use crate::domain::matching::{self, Found, Verdict, match_contacts, match_lead};
 use crate::domain::merge::MergedPlan;
 use crate::domain::record::{Contact, Lead};
 use crate::domain::staleness::RecordVersions;
@@ -64,7 +64,7 @@ impl<R: Records> Resolver<'_, R> {
 
         let contacts = self.find_contacts(person).await?;
         if contacts.is_empty() {
-            return Ok(Found::Nobody);
+            return Ok(Found::NoMatch);
         }
         self.lookups.remember_contacts(&contacts, person);
         if let Some(company_id) = &person.company_id {
@@ -112,13 +112,13 @@ impl<R: Records> Resolver<'_, R> {
         let keys = self.lookups.keys;
         let mut leads = self.lookups.read_leads_of(contacts).await?;
         for (lead, _) in &leads {
-            self.lookups.note_candidate(lead.id.as_str(), judge_lead(lead, company_id, keys));
+            self.lookups.note_candidate(lead.id.as_str(), match_lead(lead, company_id, keys));
         }
         let Some(chosen) = matching::adopt(leads.iter().map(|(lead, _)| lead), company_id, keys) else {
             return Ok(Found::OtherCompany);
         };
         let (lead, members) = leads.swap_remove(chosen);
-        let adopted = judge_lead(&lead, company_id, keys) == Verdict::NoCompany;
+        let adopted = match_lead(&lead, company_id, keys) == Verdict::NoCompany;
         if !adopted {
             // It is the company's already, but search does not show that yet.
             self.lookups.id_cache.remember_lead(company_id, lead.id.clone());
@@ -130,7 +130,7 @@ impl<R: Records> Resolver<'_, R> {
 
     /// The person's Contacts among the members of a Lead.
     fn pick_members(&mut self, members: Vec<Contact>, person: &Identity) -> Vec<Contact> {
-        let people = pick_people(members, person, self.lookups.keys);
+        let people = match_contacts(members, person, self.lookups.keys);
         self.lookups.note_people(&people, false);
         self.lookups.remember_contacts(&people.contacts, person);
         people.contacts

@@ -81,6 +81,6 @@ fn a_contact_with_the_email_and_another_user_id_is_left_alone() {
     let leads = [lead("lead_1", "2026-01-01", None)];
     let records = InMemoryRecords::read(&leads, &[contact("cont_1", "lead_1", Some("u2"))]);
     let decision = decide(&records, &IdCache::default());
-    assert_eq!(decision.case, Some(Case::Nobody));
-    assert_eq!(verdict(&decision, "cont_1"), Some(Verdict::SomebodyElse));
+    assert_eq!(decision.case, Some(Case::NoMatch));
+    assert_eq!(verdict(&decision, "cont_1"), Some(Verdict::DifferentPerson));
 }

@@ -1,20 +1,19 @@
-//! What the fields of Close take, and how a producer's value is brought into that form.
+//! Coercion: converting a value to the type of its field in Close.
 //!
-//! Nothing is sent that Close is known to refuse: one refused value fails the whole call (close-api.md
-//! §5). A value is turned into what the field takes where that is sensible, and left out with a
-//! [`DropReason`] where it is not. The result has the notation Close gives it back in, so that
-//! planning again finds nothing to change.
+//! Close rejects a whole call if one value in it is invalid (close-api.md §5). So a value is converted to the type of the
+//! field where that makes sense, and otherwise left out with a [`DropReason`]. The result has the notation in which Close
+//! returns the value. Planning again then finds no difference.
 //!
-//! | field | takes |
+//! | field | accepts |
 //! | --- | --- |
 //! | text | text; numbers and booleans as text |
-//! | number | numbers; text that is one; true as 1, false as 0 |
-//! | date | `2026-01-31`; a moment's day as it was written; seconds or milliseconds since 1970, from 1973 on |
-//! | datetime | RFC 3339, UTC without an offset; a day's midnight; seconds or milliseconds since 1970 |
-//! | choices | a choice, in any case; true and false as `true`/`yes` and `false`/`no`, whichever is a choice |
-//! | user | the id, full name or email of a member |
+//! | number | numbers; text that is a number; true as 1, false as 0 |
+//! | date | `2026-01-31`; the day of a time with offset, as written; seconds or milliseconds since 1970, from 1973 on |
+//! | datetime | RFC 3339, UTC if it has no offset; a date, as midnight; seconds or milliseconds since 1970 |
+//! | choices | a choice, in any case; a boolean as `true`/`yes` or `false`/`no`, if that is a choice |
+//! | user | the id, full name or email of a user |
 //! | contact, custom object | an id |
-//! | several values | a list or a single value; items that do not fit are left out |
+//! | several values | a list or a single value; items that cannot be converted are left out |
 
 use jiff::Timestamp;
 use jiff::civil::Date;
@@ -23,22 +22,22 @@ use serde_json::Value;
 
 use crate::domain::dropped::DropReason;
 use crate::domain::schema::{CustomField, FieldKind, Status, User};
-use crate::domain::value::{flat, moment, notation, single_spaces, text, whole};
+use crate::domain::value::{flatten, format_timestamp, integer, single_spaces, text, timestamp};
 
-/// Longest name and title Close takes, in characters (close-api.md §5).
+/// The maximum length of a name or title in Close, in characters (close-api.md §5).
 pub const MAX_TEXT: usize = 1000;
-/// Longest email address Close takes, in characters (close-api.md §3).
+/// The maximum length of an email address in Close, in characters (close-api.md §3).
 const MAX_EMAIL: usize = 254;
 
-/// Why a field does not take a value, and which it was: of a list, the first item that does not fit.
-pub type Unfit = (DropReason, Option<Value>);
+/// Why a value cannot be used, and the value. For a list, the first item that cannot be used.
+pub type Unusable = (DropReason, Option<Value>);
 
-/// The first of several values, when one is needed.
+/// The first value as text, for a field that has one value.
 fn one(values: &[Value]) -> Result<String, DropReason> {
     values.first().and_then(text).ok_or(DropReason::NotAValue)
 }
 
-/// A name or title: one line, cut to what Close takes. A boolean is not a name.
+/// A name or title: one line, cut to the maximum length. A boolean is not a name.
 pub fn line(values: &[Value]) -> Result<Value, DropReason> {
     if values.first().is_some_and(Value::is_boolean) {
         return Err(DropReason::NotAValue);
@@ -47,12 +46,11 @@ pub fn line(values: &[Value]) -> Result<Value, DropReason> {
     Ok(Value::String(text.chars().take(MAX_TEXT).collect()))
 }
 
-/// Text of any length.
 pub fn long_text(values: &[Value]) -> Result<Value, DropReason> {
     one(values).map(Value::String)
 }
 
-/// An id records are found by.
+/// An id that records are looked up by.
 pub fn id(values: &[Value]) -> Result<String, DropReason> {
     match values.first() {
         Some(value @ (Value::String(_) | Value::Number(_))) => text(value).ok_or(DropReason::NotAValue),
@@ -62,7 +60,7 @@ pub fn id(values: &[Value]) -> Result<String, DropReason> {
     }
 }
 
-/// A lead status by id or label. If Close did not send its statuses, an id is passed on.
+/// A lead status by id or label. If Close did not send its statuses, an id is passed on unchecked.
 pub fn status(values: &[Value], statuses: &[Status]) -> Result<Value, DropReason> {
     let wanted = one(values)?;
     let by_id = statuses.iter().find(|status| status.id == wanted);
@@ -74,7 +72,7 @@ pub fn status(values: &[Value], statuses: &[Status]) -> Result<Value, DropReason
     }
 }
 
-/// An email address alone, as Close takes it: without a name in front.
+/// An email address. Close does not accept one with a display name.
 pub fn email(values: &[Value]) -> Result<String, DropReason> {
     let address = one(values)?;
     let options = email_address::Options::default().without_display_text().without_domain_literal();
@@ -83,12 +81,12 @@ pub fn email(values: &[Value]) -> Result<String, DropReason> {
     plausible.then_some(address).ok_or(DropReason::InvalidEmail)
 }
 
-/// Most digits of a phone number (ITU-T E.164).
+/// The maximum number of digits in a phone number (ITU-T E.164).
 const MAX_PHONE_DIGITS: usize = 15;
 
-/// A phone number. Close parses and rewrites it (close-api.md §5), so what it might read in two ways
-/// is taken away first: an extension, and the zero of `+44 (0)20 …` that is not dialled from abroad.
-/// Otherwise the number read back would differ, and be appended again with every event.
+/// A phone number. Close parses and rewrites it (close-api.md §5), so ambiguous parts are removed first: an extension,
+/// and the zero of `+44 (0)20 …`, which is not dialled from abroad. Otherwise the number that is read back would differ
+/// and would be appended again with every event.
 pub fn phone(values: &[Value]) -> Result<String, DropReason> {
     let whole = one(values)?;
     let number = whole.strip_prefix("tel:").unwrap_or(&whole);
@@ -103,8 +101,8 @@ pub fn phone(values: &[Value]) -> Result<String, DropReason> {
     plausible.then_some(number).ok_or(DropReason::InvalidPhone)
 }
 
-/// A web page. Close would add the scheme itself, but its schema asks for a URI (close-api.md §5). A host
-/// without a dot, `n/a`, is none.
+/// A URL. Close would add a missing scheme itself, but its schema requires a URI (close-api.md §5). A host without a dot
+/// is not valid, because it is usually a placeholder such as `n/a`.
 pub fn url(values: &[Value]) -> Result<String, DropReason> {
     let page = one(values)?;
     let whole = if page.contains("://") { page } else { format!("http://{page}") };
@@ -114,21 +112,21 @@ pub fn url(values: &[Value]) -> Result<String, DropReason> {
     }
 }
 
-/// What a custom field takes of the values, and why something was left out: both at once when only
-/// some items of a list fit.
-pub fn custom(values: &[Value], field: &CustomField, users: &[User]) -> (Option<Value>, Option<Unfit>) {
-    let (mut fitting, mut unfit) = (Vec::new(), None);
+/// The value for a custom field, and what was left out of it. Both are present when only some items of a list can be
+/// used.
+pub fn custom(values: &[Value], field: &CustomField, users: &[User]) -> (Option<Value>, Option<Unusable>) {
+    let (mut usable, mut unusable) = (Vec::new(), None);
     let items: Vec<&Value> =
-        if field.multiple { flat(values).collect() } else { values.first().into_iter().collect() };
+        if field.multiple { flatten(values).collect() } else { values.first().into_iter().collect() };
     for value in items {
         match item(value, field, users) {
-            Ok(value) if !fitting.contains(&value) => fitting.push(value),
+            Ok(value) if !usable.contains(&value) => usable.push(value),
             Ok(_) => {}
-            Err(reason) => unfit = unfit.or_else(|| Some((reason, Some(value.clone())))),
+            Err(reason) => unusable = unusable.or_else(|| Some((reason, Some(value.clone())))),
         }
     }
-    let taken = if field.multiple && !fitting.is_empty() { Some(fitting.into()) } else { fitting.pop() };
-    (taken, unfit)
+    let value = if field.multiple && !usable.is_empty() { Some(usable.into()) } else { usable.pop() };
+    (value, unusable)
 }
 
 fn item(value: &Value, field: &CustomField, users: &[User]) -> Result<Value, DropReason> {
@@ -137,7 +135,7 @@ fn item(value: &Value, field: &CustomField, users: &[User]) -> Result<Value, Dro
         FieldKind::Text | FieldKind::Textarea | FieldKind::Hidden => word().map(Value::String),
         FieldKind::Number => number(value),
         FieldKind::Date => date(value).map(|date| date.to_string().into()),
-        FieldKind::Datetime => moment(value).map(|moment| notation(moment).into()),
+        FieldKind::Datetime => timestamp(value).map(|at| format_timestamp(at).into()),
         FieldKind::Choices(choices) => choice(value, choices),
         FieldKind::User => {
             let wanted = word()?;
@@ -165,12 +163,12 @@ fn number(value: &Value) -> Result<Value, DropReason> {
     let number = match value {
         Value::Number(number) => Some(number.clone()),
         Value::Bool(flag) => Some(i64::from(*flag).into()),
-        // JSON's own grammar, so that neither "inf" nor "0x1F" passes.
+        // Parsed as JSON, so that "inf" and "0x1F" are not numbers.
         Value::String(text) => serde_json::from_str(text.trim_start_matches('+')).ok(),
         Value::Null | Value::Array(_) | Value::Object(_) => return Err(DropReason::NotAValue),
     };
     let number = number.ok_or(DropReason::NotANumber)?;
-    Ok(whole(&number).map_or_else(|| Value::Number(number), Value::from))
+    Ok(integer(&number).map_or_else(|| Value::Number(number), Value::from))
 }
 
 fn choice(value: &Value, choices: &[String]) -> Result<Value, DropReason> {
@@ -190,13 +188,13 @@ fn choice(value: &Value, choices: &[String]) -> Result<Value, DropReason> {
 
 fn date(value: &Value) -> Result<Date, DropReason> {
     if let Some(text) = text(value).filter(|_| !value.is_boolean()) {
-        // A moment's day is the one its writer meant, whatever the offset.
+        // The day as written, before conversion to UTC.
         let day = text.get(..10).filter(|_| text.parse::<Timestamp>().is_ok()).unwrap_or(&text);
         if let Ok(day) = day.parse::<Date>() {
             return Ok(day);
         }
     }
-    moment(value).map(|moment| TimeZone::UTC.to_datetime(moment).date())
+    timestamp(value).map(|at| TimeZone::UTC.to_datetime(at).date())
 }
 
 #[cfg(test)]
@@ -206,7 +204,7 @@ mod tests {
     use super::*;
     use crate::domain::record::FieldId;
 
-    fn taken(kind: FieldKind, multiple: bool, value: Value) -> Result<Value, &'static str> {
+    fn coerced(kind: FieldKind, multiple: bool, value: Value) -> Result<Value, &'static str> {
         let field = CustomField { id: FieldId::new("cf_1"), name: "F".into(), kind, multiple };
         let ada = User { id: "user_ada".into(), name: "Ada Account".into(), email: "ada@close.test".into() };
         match custom(&[value], &field, &[ada]) {
@@ -218,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn every_type_takes_what_can_sensibly_be_turned_into_it() {
+    fn values_are_converted_to_the_type_of_the_field() {
         use FieldKind::{Choices, Contact, CustomObject, Date, Datetime, Number, Other, Text, User};
         let plans = || Choices(vec!["Free".into(), "Pro".into(), "2".into()]);
         let yes_no = || Choices(vec!["Yes".into(), "No".into()]);
@@ -275,12 +273,12 @@ mod tests {
             (Other("emoji".into()), json!([5]), Err("not_a_value")),
         ];
         for (kind, value, expected) in cases {
-            assert_eq!(taken(kind.clone(), false, value.clone()), expected, "{kind:?} {value}");
+            assert_eq!(coerced(kind.clone(), false, value.clone()), expected, "{kind:?} {value}");
         }
     }
 
     #[test]
-    fn a_list_loses_only_what_does_not_fit() {
+    fn a_list_loses_only_items_that_cannot_be_used() {
         let colours = || FieldKind::Choices(vec!["red".into(), "blue".into()]);
         let cases = [
             (json!(["red", "Blue", "red"]), Ok(json!(["red", "blue"]))),
@@ -289,12 +287,12 @@ mod tests {
             (json!([{"a": 1}, "pink"]), Err("not_a_value")),
         ];
         for (value, expected) in cases {
-            assert_eq!(taken(colours(), true, value.clone()), expected, "{value}");
+            assert_eq!(coerced(colours(), true, value.clone()), expected, "{value}");
         }
     }
 
     #[test]
-    fn a_status_goes_by_id_or_label() {
+    fn a_status_is_found_by_id_or_label() {
         let statuses = [Status { id: "stat_1".into(), label: "Potential".into() }];
         let status = |value: &str, statuses| super::status(&[json!(value)], statuses);
         assert_eq!(status("stat_1", &statuses), Ok(json!("stat_1")));
@@ -305,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_phones_and_pages_are_checked_before_they_are_sent() {
+    fn emails_phones_and_urls_are_checked() {
         let emails = [
             ("jane@example.test", true),
             ("jane+crm@example.test", true),

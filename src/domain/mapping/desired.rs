@@ -97,12 +97,12 @@ pub struct Desired {
 }
 
 impl Desired {
-    /// Whether this event leads to the same records as `first`, the one right before it, once that is applied. Both can
-    /// then be written together.
+    /// Whether this event can be written together with `first`, the event right before it. This requires that it matches
+    /// the same records as `first` once `first` is applied.
     ///
-    /// It does if it names the same company and the same user, or without a user id the same email. Beside a user id
-    /// the email may be missing: `first` has then stored the user id on a Contact, unless a switch prevents that.
-    pub fn goes_along(&self, first: &Self, switches: Switches) -> bool {
+    /// Both events must name the same company, the same user and the same email. If they have a user id, the email may be
+    /// missing in this event: `first` has then stored the user id in a Contact, unless a switch prevents that.
+    pub fn can_merge_with(&self, first: &Self, switches: Switches) -> bool {
         let (one, other) = (&first.identity, &self.identity);
         let user_id_is_stored = switches.allow_creating_new_contacts
             && switches.allow_updating_existing_contacts

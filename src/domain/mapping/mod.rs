@@ -2,7 +2,7 @@
 //!
 //! [`Rules`] come from the configuration. They name custom fields by id or by name, and what a field accepts depends on
 //! its type. So the rules are resolved against the organization's [`Schema`] to a [`Mapping`] before the first event,
-//! and again when the schema may have changed. Applying a mapping fails only when the event identifies nobody. A value
+//! and again when the schema may have changed. Applying a mapping fails only when the event identifies no person. A value
 //! that cannot be used is left out and reported in [`Desired::dropped`]: one bad optional value must not cost the rest.
 //!
 //! **Identity.** Ids are trimmed and then compared exactly; a number is its digits. Emails are trimmed and compared
@@ -38,13 +38,13 @@ use crate::domain::schema::{CustomField, FieldKind, Schema, User};
 use crate::domain::staleness::SyncedAtFields;
 use crate::domain::value;
 
-use coerce::Unfit;
+use coerce::Unusable;
 use resolve::{CONTACT, LEAD};
 use source::{Picked, Source};
 use target::{Accepts, Target};
 
 pub use desired::{Desired, Identity, Key, KeyFields, NoIdentity, Wanted, WriteRule};
-pub use resolve::{BadKey, Misfit, NoField, Unknown};
+pub use resolve::{InvalidConstant, LookupFieldError, UnresolvedField, UnresolvedReason};
 pub use rules::{Anonymous, EventIds, FreeMail, RecordRules, Rule, Rules, Trigger};
 
 /// How an unusable company id is reported.
@@ -63,7 +63,7 @@ pub struct Mapping {
     pub keys: KeyFields,
     pub synced_at: SyncedAtFields,
     /// Rules whose field does not exist.
-    pub unknown: Vec<Unknown>,
+    pub unresolved: Vec<UnresolvedField>,
 }
 
 impl Mapping {
@@ -71,23 +71,23 @@ impl Mapping {
     ///
     /// # Errors
     /// Every lookup field that cannot be used. The list is never empty.
-    pub fn resolve(rules: &Rules, schema: &Schema) -> Result<Self, Vec<BadKey>> {
-        let (mut unknown, mut bad) = (Vec::new(), Vec::new());
+    pub fn resolve(rules: &Rules, schema: &Schema) -> Result<Self, Vec<LookupFieldError>> {
+        let (mut unresolved, mut bad) = (Vec::new(), Vec::new());
         let company = resolve::key_field(&rules.lead, &schema.lead, &LEAD, &mut bad);
         let user = resolve::key_field(&rules.contact, &schema.contact, &CONTACT, &mut bad);
         if !bad.is_empty() {
             return Err(bad);
         }
-        let lead = resolve::targets(&rules.lead, schema, &schema.lead, &LEAD, &mut unknown);
-        let contact = resolve::targets(&rules.contact, schema, &schema.contact, &CONTACT, &mut unknown);
+        let lead = resolve::targets(&rules.lead, schema, &schema.lead, &LEAD, &mut unresolved);
+        let contact = resolve::targets(&rules.contact, schema, &schema.contact, &CONTACT, &mut unresolved);
         let synced_at = SyncedAtFields {
-            lead: resolve::synced_at_field(&rules.lead, &schema.lead, &lead, &LEAD, &mut unknown),
+            lead: resolve::synced_at_field(&rules.lead, &schema.lead, &lead, &LEAD, &mut unresolved),
             contact: resolve::synced_at_field(
                 &rules.contact,
                 &schema.contact,
                 &contact,
                 &CONTACT,
-                &mut unknown,
+                &mut unresolved,
             ),
         };
         let fields = schema.lead.iter().chain(&schema.contact);
@@ -98,7 +98,7 @@ impl Mapping {
             keys: KeyFields { company, user },
             users: schema.users.clone(),
             names: fields.map(|field| (field.id.clone(), field.name.clone())).collect(),
-            unknown,
+            unresolved,
             rules: rules.clone(),
         })
     }
@@ -124,16 +124,16 @@ impl Mapping {
     }
 
     /// Constants in the rules that their fields do not accept: every event would lose them.
-    pub fn misfits(&self) -> Vec<Misfit> {
-        let mut misfits = self.misfits_in(&self.lead, "mapping.lead");
-        misfits.extend(self.misfits_in(&self.contact, "mapping.contact"));
-        // A field that does not exist is reported in `unknown`.
-        misfits.retain(|misfit| misfit.reason != DropReason::UnknownField);
-        misfits
+    pub fn invalid_constants(&self) -> Vec<InvalidConstant> {
+        let mut invalid_constants = self.invalid_constants_in(&self.lead, "mapping.lead");
+        invalid_constants.extend(self.invalid_constants_in(&self.contact, "mapping.contact"));
+        // A field that does not exist is reported in `unresolved`.
+        invalid_constants.retain(|invalid| invalid.reason != DropReason::UnknownField);
+        invalid_constants
     }
 
-    fn misfits_in(&self, targets: &[Target], table: &str) -> Vec<Misfit> {
-        let mut misfits = Vec::new();
+    fn invalid_constants_in(&self, targets: &[Target], table: &str) -> Vec<InvalidConstant> {
+        let mut invalid_constants = Vec::new();
         for Target { field, accepts, rule } in targets {
             let setting = match field {
                 Field::Custom(id) => format!("{table}.custom.{id}"),
@@ -142,11 +142,16 @@ impl Mapping {
             for value in rule.source.constants().chain(rule.or_on_create.constants()) {
                 if let (_, Some((reason, _))) = accepts.coerce(std::slice::from_ref(value), &self.users) {
                     let choices = accepts.choices(&self.users);
-                    misfits.push(Misfit { setting: setting.clone(), value: value.clone(), reason, choices });
+                    invalid_constants.push(InvalidConstant {
+                        setting: setting.clone(),
+                        value: value.clone(),
+                        reason,
+                        choices,
+                    });
                 }
             }
         }
-        misfits
+        invalid_constants
     }
 
     fn target(&self, key: &str) -> Option<&Target> {
@@ -249,12 +254,12 @@ impl Mapping {
 
     fn take(&self, target: &Target, event: &Event, dropped: &mut Vec<Dropped>) -> Option<Wanted> {
         let (found, write) = target.rule.pick(event);
-        let (value, unfit) = match found {
+        let (value, unusable) = match found {
             Picked::Nothing => return None,
             Picked::Object => (None, Some((DropReason::NotAValue, None))),
             Picked::Values(found) => target.accepts.coerce(&found, &self.users),
         };
-        dropped.extend(unfit.map(|unfit| drop_value(&target.field.to_string(), unfit)));
+        dropped.extend(unusable.map(|unusable| drop_value(&target.field.to_string(), unusable)));
         Some(Wanted { value: value?, write })
     }
 }
@@ -266,7 +271,7 @@ fn usable<T>(
     read: impl FnOnce(&[Value]) -> Result<T, DropReason>,
     dropped: &mut Vec<Dropped>,
 ) -> Option<T> {
-    let unfit = match found {
+    let unusable = match found {
         Picked::Nothing => return None,
         Picked::Object => (DropReason::NotAValue, None),
         Picked::Values(found) => match read(&found) {
@@ -274,11 +279,11 @@ fn usable<T>(
             Err(reason) => (reason, found.into_iter().next()),
         },
     };
-    dropped.push(drop_value(field, unfit));
+    dropped.push(drop_value(field, unusable));
     None
 }
 
-fn drop_value(field: &str, (reason, value): Unfit) -> Dropped {
+fn drop_value(field: &str, (reason, value): Unusable) -> Dropped {
     Dropped { field: field.to_owned(), reason, value }
 }
 

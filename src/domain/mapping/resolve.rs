@@ -6,11 +6,11 @@ use crate::domain::dropped::DropReason;
 use crate::domain::mapping::rules::RecordRules;
 use crate::domain::mapping::target::{Accepts, Target};
 use crate::domain::record::{Field, FieldId};
-use crate::domain::schema::{CustomField, Dangling, FieldKind, FieldRef, Schema};
+use crate::domain::schema::{CustomField, FieldKind, FieldRef, FieldRefError, Schema};
 
 /// Why a lookup field cannot be used. Without it no message can be processed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum BadKey {
+pub enum LookupFieldError {
     #[error(
         "no {records} custom field has the id or name `{field}`{}: create one of type text in Close (Settings > \
          Custom Fields) and set `{setting}` to its id",
@@ -53,7 +53,7 @@ pub enum BadKey {
     AlsoMapped { setting: &'static str, rule: String },
 }
 
-impl BadKey {
+impl LookupFieldError {
     pub fn setting(&self) -> &'static str {
         match self {
             Self::Missing { setting, .. }
@@ -70,7 +70,7 @@ fn suggest(similar: &[String]) -> String {
 
 /// A rule with a constant that its field does not accept.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Misfit {
+pub struct InvalidConstant {
     /// The key in the configuration.
     pub setting: String,
     pub value: Value,
@@ -81,13 +81,13 @@ pub struct Misfit {
 
 /// A rule that has no custom field of its own: its values are left out.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Unknown {
+pub struct UnresolvedField {
     /// The key in the configuration, `mapping.lead.custom.Plan`.
     pub setting: String,
-    pub reason: NoField,
+    pub reason: UnresolvedReason,
 }
 
-impl Unknown {
+impl UnresolvedField {
     /// What is wrong and what it causes.
     pub fn description(&self) -> String {
         let effect = if self.setting == LEAD.synced_at || self.setting == CONTACT.synced_at {
@@ -101,15 +101,15 @@ impl Unknown {
 
 /// Why a rule has no custom field of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum NoField {
+pub enum UnresolvedReason {
     #[error(transparent)]
-    Dangling(#[from] Dangling),
+    Reference(#[from] FieldRefError),
     /// Two rules name one field, by its id and by its name.
     #[error("another rule fills the same custom field; remove one of them")]
-    Taken,
+    AlsoFilled,
     /// It cannot store a time.
     #[error("the custom field is not of type datetime")]
-    NoTime,
+    NotDatetime,
 }
 
 /// How the configuration names the settings of one kind of record.
@@ -138,26 +138,37 @@ pub(super) fn key_field(
     rules: &RecordRules,
     fields: &[CustomField],
     names: &SettingNames,
-    bad: &mut Vec<BadKey>,
+    bad: &mut Vec<LookupFieldError>,
 ) -> Option<FieldId> {
     let SettingNames { records, key: setting, table, synced_at: _ } = *names;
     let reference = rules.key.as_ref()?;
     let field = || reference.as_str().to_owned();
     match reference.find(fields) {
-        Err(Dangling::Missing) => {
+        Err(FieldRefError::Missing) => {
             let similar = fields.iter().filter(|field| field.kind == FieldKind::Text);
             let similar = similar.map(|field| format!("`{}` \"{}\"", field.id, field.name)).collect();
-            bad.push(BadKey::Missing { setting, field: field(), records, similar });
+            bad.push(LookupFieldError::Missing { setting, field: field(), records, similar });
         }
-        Err(Dangling::Ambiguous) => bad.push(BadKey::Ambiguous { setting, field: field(), records }),
+        Err(FieldRefError::Ambiguous) => {
+            bad.push(LookupFieldError::Ambiguous { setting, field: field(), records })
+        }
         Ok(CustomField { id, name, kind, multiple: _ }) if *kind != FieldKind::Text => {
-            let kind = kind.word().to_owned();
-            bad.push(BadKey::WrongType { setting, id: id.clone(), name: name.clone(), records, kind });
+            let kind = kind.as_str().to_owned();
+            bad.push(LookupFieldError::WrongType {
+                setting,
+                id: id.clone(),
+                name: name.clone(),
+                records,
+                kind,
+            });
         }
         Ok(key) => {
             let is_key = |rule: &&FieldRef| rule.find(fields).is_ok_and(|field| field.id == key.id);
             if let Some(rule) = rules.custom.keys().find(is_key) {
-                bad.push(BadKey::AlsoMapped { setting, rule: format!("{table}.{}", rule.as_str()) });
+                bad.push(LookupFieldError::AlsoMapped {
+                    setting,
+                    rule: format!("{table}.{}", rule.as_str()),
+                });
             }
             return Some(key.id.clone());
         }
@@ -172,20 +183,22 @@ pub(super) fn synced_at_field(
     fields: &[CustomField],
     targets: &[Target],
     names: &SettingNames,
-    unknown: &mut Vec<Unknown>,
+    unresolved_fields: &mut Vec<UnresolvedField>,
 ) -> Option<FieldId> {
-    let found = rules.synced_at.as_ref()?.find(fields).map_err(NoField::from);
+    let found = rules.synced_at.as_ref()?.find(fields).map_err(UnresolvedReason::from);
     let found = found.and_then(|field| {
         let id = Field::Custom(field.id.clone());
         if targets.iter().any(|target| target.field == id) {
-            Err(NoField::Taken)
+            Err(UnresolvedReason::AlsoFilled)
         } else if field.kind == FieldKind::Datetime && !field.multiple {
             Ok(field.id.clone())
         } else {
-            Err(NoField::NoTime)
+            Err(UnresolvedReason::NotDatetime)
         }
     });
-    found.map_err(|reason| unknown.push(Unknown { setting: names.synced_at.into(), reason })).ok()
+    found
+        .map_err(|reason| unresolved_fields.push(UnresolvedField { setting: names.synced_at.into(), reason }))
+        .ok()
 }
 
 /// The fields that the rules of one kind of record fill.
@@ -194,7 +207,7 @@ pub(super) fn targets(
     schema: &Schema,
     fields: &[CustomField],
     names: &SettingNames,
-    unknown: &mut Vec<Unknown>,
+    unresolved_fields: &mut Vec<UnresolvedField>,
 ) -> Vec<Target> {
     let plain = rules.fields.iter().map(|(field, rule)| {
         let accepts = match field {
@@ -206,17 +219,17 @@ pub(super) fn targets(
     });
     let mut targets: Vec<Target> = plain.collect();
     for (reference, rule) in &rules.custom {
-        let mut unresolved = |reason: NoField| {
+        let mut unresolved = |reason: UnresolvedReason| {
             let setting = format!("{}.{}", names.table, reference.as_str());
-            unknown.push(Unknown { setting, reason });
+            unresolved_fields.push(UnresolvedField { setting, reason });
             (FieldId::new(reference.as_str()), Accepts::Nothing)
         };
         let (id, accepts) = match reference.find(fields) {
             Ok(field) if targets.iter().any(|target| target.field == Field::Custom(field.id.clone())) => {
-                unresolved(NoField::Taken)
+                unresolved(UnresolvedReason::AlsoFilled)
             }
             Ok(field) => (field.id.clone(), Accepts::Custom(field.clone())),
-            Err(dangling) => unresolved(dangling.into()),
+            Err(error) => unresolved(error.into()),
         };
         targets.push(Target { field: Field::Custom(id), accepts, rule: rule.clone() });
     }

@@ -1,18 +1,18 @@
-//! Where a value comes from: the small language of the mapping's `from`, `normalize` and `values`.
+//! Where a value comes from: the settings `from`, `normalize` and `values` of a mapping rule.
 //!
-//! A source is a list of alternatives, the first that is present wins:
+//! A source is a list of alternatives. The first one that is present in the event is used:
 //!
 //! - a JSONPath (RFC 9535), `$.traits.title`, which may select several nodes;
-//! - a template, `{$.traits.firstName} {$.traits.lastName}`, present when all of its paths are;
+//! - a template, `{$.traits.firstName} {$.traits.lastName}`, which is present when all of its paths are;
 //! - a constant.
 //!
-//! Null, blank text and empty lists count as absent. So does an object, which is a step on the way to
-//! values and never one itself: `["$.traits.company.name", "$.traits.company"]` takes a company that
-//! is sent as plain text, and nothing of one that has only an id. Only where the first alternative
-//! finds an object and no other finds anything is it reported, as a value of the wrong shape.
+//! Null, blank text and empty lists count as absent. So does an object, because only its members can be values:
+//! `["$.traits.company.name", "$.traits.company"]` takes the name of a company that is sent as plain text, and takes
+//! nothing from a company that has only an id. An object is reported as unusable only if the first alternative finds it
+//! and the other alternatives find nothing.
 //!
-//! What is found is cleaned: outer blanks and control characters go (line breaks and tabs stay).
-//! Everything else is kept as it was sent, emoji and right-to-left text included.
+//! Found text is trimmed, and control characters except line breaks and tabs are removed. Everything else stays as it was
+//! sent, including emoji and right-to-left text.
 
 use std::collections::BTreeMap;
 
@@ -23,9 +23,9 @@ use serde_json::Value;
 use strum::{EnumString, IntoStaticStr, VariantArray};
 
 use crate::domain::event::Event;
-use crate::domain::value::{clean, domain, flat, single_spaces, text};
+use crate::domain::value::{clean, domain, flatten, single_spaces, text};
 
-/// Where a value comes from and how its notation is changed.
+/// Where a value comes from and how it is normalized.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Source {
     alternatives: Vec<Alternative>,
@@ -33,7 +33,7 @@ pub struct Source {
     values: BTreeMap<String, Value>,
 }
 
-/// One place to look for a value.
+/// One way to get a value.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Alternative(Form);
 
@@ -50,7 +50,7 @@ enum Piece {
     Path(JpQuery),
 }
 
-/// A change of notation, applied to every text found.
+/// A change that is applied to every text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, EnumString, IntoStaticStr, VariantArray)]
 #[strum(serialize_all = "snake_case")]
 pub enum Normalize {
@@ -58,16 +58,16 @@ pub enum Normalize {
     Lowercase,
     /// `acme` becomes `ACME`.
     Uppercase,
-    /// Runs of blanks and line breaks become one blank.
+    /// Each run of whitespace becomes one space.
     SingleSpaces,
-    /// The domain of an email address or web page: `jane@acme.test` becomes `acme.test`.
+    /// An email address or URL becomes its domain: `jane@acme.test` becomes `acme.test`.
     Domain,
-    /// A list becomes one text, its items joined with `, `.
+    /// The items of a list are joined with `, `.
     Join,
 }
 
 impl Normalize {
-    /// The word in the configuration.
+    /// The name in the configuration.
     pub fn label(self) -> &'static str {
         self.into()
     }
@@ -76,11 +76,11 @@ impl Normalize {
 /// What a source found in an event.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Picked {
-    /// Nothing: the event says nothing about it.
+    /// The event has no value.
     Nothing,
     /// An object where a value is needed.
     Object,
-    /// Values, at least one, none of them null, blank or an object.
+    /// At least one value. None of them is null, blank or an object.
     Values(Vec<Value>),
 }
 
@@ -88,7 +88,7 @@ impl Alternative {
     /// Reads a JSONPath or a template.
     ///
     /// # Errors
-    /// What is wrong with it, in words for the person who wrote it.
+    /// What is wrong with it, for the author of the mapping.
     pub fn parse(text: &str) -> Result<Self, String> {
         if text.starts_with('$') {
             return path(text).map(|path| Self(Form::Path(path)));
@@ -117,7 +117,6 @@ impl Alternative {
         Ok(Self(Form::Template(pieces)))
     }
 
-    /// Always this value.
     pub fn constant(value: impl Into<Value>) -> Self {
         Self(Form::Constant(value.into()))
     }
@@ -141,7 +140,6 @@ impl Alternative {
     }
 }
 
-/// Parses a JSONPath.
 pub(crate) fn path(text: &str) -> Result<JpQuery, String> {
     parse_json_path(text).map_err(|_| format!("`{text}` is not a valid JSONPath (try `$.traits.title`)"))
 }
@@ -165,7 +163,7 @@ fn pick(path: &JpQuery, event: &Event) -> Picked {
     }
 }
 
-/// The value, cleaned, unless there is none.
+/// The cleaned value, if it is not absent.
 fn present(value: &Value) -> Option<Value> {
     match value {
         Value::Null | Value::Object(_) => None,
@@ -187,38 +185,36 @@ fn cleaned(item: &Value) -> Value {
 }
 
 impl Source {
-    /// Values from the first alternative that is present.
     pub fn new(alternatives: impl IntoIterator<Item = Alternative>) -> Self {
         Self { alternatives: alternatives.into_iter().collect(), ..Self::default() }
     }
 
-    /// The same source with its texts changed.
+    /// The same source with normalized texts.
     #[must_use]
     pub fn normalized(mut self, normalize: Vec<Normalize>) -> Self {
         self.normalize = normalize;
         self
     }
 
-    /// The same source with values replaced: those whose text is a key here.
+    /// The same source with values replaced whose text is a key in `values`.
     #[must_use]
     pub fn translated(mut self, values: BTreeMap<String, Value>) -> Self {
         self.values = values;
         self
     }
 
-    /// The values it may give whatever the event says: constants, and what values are replaced with.
+    /// Values that do not depend on the content of the event: constants and replacements.
     pub fn constants(&self) -> impl Iterator<Item = &Value> {
         let constants = self.alternatives.iter().filter_map(|alternative| match &alternative.0 {
             Form::Constant(value) => Some(value),
             Form::Path(_) | Form::Template(_) => None,
         });
-        // A constant that is replaced is only a key.
+        // A constant that is replaced is not a value itself.
         constants
             .filter(|value| text(value).is_none_or(|text| !self.values.contains_key(&text)))
             .chain(self.values.values())
     }
 
-    /// What the event says.
     pub fn pick(&self, event: &Event) -> Picked {
         let mut unusable = false;
         for (n, alternative) in self.alternatives.iter().enumerate() {
@@ -234,7 +230,7 @@ impl Source {
     fn change(&self, mut values: Vec<Value>) -> Vec<Value> {
         for normalize in &self.normalize {
             if *normalize == Normalize::Join {
-                let texts: Vec<_> = flat(&values).filter_map(text).collect();
+                let texts: Vec<_> = flatten(&values).filter_map(text).collect();
                 if !texts.is_empty() {
                     values = vec![texts.join(", ").into()];
                 }
@@ -253,7 +249,7 @@ impl Source {
     }
 }
 
-/// Changes a text, or every text in a list.
+/// Changes a text, or each text in a list.
 fn each(value: &mut Value, change: &impl Fn(&str) -> Value) {
     if let Some(items) = value.as_array_mut() {
         for item in items {
@@ -270,7 +266,7 @@ fn normalized(text: &str, normalize: Normalize) -> String {
         Normalize::Uppercase => text.to_uppercase(),
         Normalize::SingleSpaces => single_spaces(text),
         Normalize::Domain => domain(text).unwrap_or_else(|| text.to_owned()),
-        // Joins values, not a text.
+        // Joins several values, so it does nothing to a single text.
         Normalize::Join => text.to_owned(),
     }
 }
@@ -304,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_alternative_that_is_present_wins() {
+    fn the_first_present_alternative_is_used() {
         let name = source(&[
             "$.traits.name",
             "{$.traits.first} {$.traits.last}",
@@ -336,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn constants_normalisation_and_translation() {
+    fn values_are_normalized_and_replaced() {
         let constant = Source::new([Alternative::constant("Customer")]);
         assert_eq!(picked(&constant, json!({})), json!(["Customer"]));
 

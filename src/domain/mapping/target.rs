@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use crate::domain::dropped::DropReason;
-use crate::domain::mapping::coerce::{self, Unfit};
+use crate::domain::mapping::coerce::{self, Unusable};
 use crate::domain::mapping::rules::Rule;
 use crate::domain::record::Field;
 use crate::domain::schema::{CustomField, FieldKind, Status, User};
@@ -27,7 +27,7 @@ pub(super) enum Accepts {
 
 impl Accepts {
     /// The value to write and what had to be left out: both when only part of a list fits.
-    pub(super) fn coerce(&self, found: &[Value], users: &[User]) -> (Option<Value>, Option<Unfit>) {
+    pub(super) fn coerce(&self, found: &[Value], users: &[User]) -> (Option<Value>, Option<Unusable>) {
         let whole = match self {
             Self::Line => coerce::line(found),
             Self::Text => coerce::long_text(found),

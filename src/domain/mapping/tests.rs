@@ -114,7 +114,7 @@ fn names_have_fallbacks() {
 }
 
 #[test]
-fn an_event_must_name_someone() {
+fn an_event_must_identify_a_person() {
     let identity = |event: Value| mapping().apply(&Event { body: event }).map(|desired| desired.identity);
     let known = |company: Option<&str>, user: Option<&str>, email: Option<&str>| {
         Ok(Identity {
@@ -130,7 +130,7 @@ fn an_event_must_name_someone() {
         (json!({"userId": "u", "traits": {"company": {"id": 7}}}), known(Some("7"), Some("u"), None)),
         (json!({"userId": "u", "traits": {"company": "Acme"}}), known(None, Some("u"), None)),
         (json!({"userId": "u", "traits": {"company": {"id": 7.0}}}), known(Some("7"), Some("u"), None)),
-        (json!({"userId": "", "traits": {"email": "nobody"}}), Err(NoIdentity::BadEmail)),
+        (json!({"userId": "", "traits": {"email": "invalid"}}), Err(NoIdentity::BadEmail)),
         (json!({"anonymousId": "a", "traits": {"company": {"id": "c"}}}), Err(NoIdentity::Anonymous)),
     ];
     for (event, expected) in cases {
@@ -143,7 +143,7 @@ fn an_event_must_name_someone() {
 }
 
 #[test]
-fn the_trigger_and_the_event_decide_whether_it_is_for_close() {
+fn the_trigger_and_integrations_decide_whether_an_event_is_for_close() {
     let wanted = |trigger: &str, body: Value| {
         let rules = Rules { trigger: Trigger::parse(trigger).unwrap(), ..rules() };
         Mapping::resolve(&rules, &schema()).unwrap().not_for_close(&Event { body })
@@ -180,13 +180,13 @@ fn the_trigger_and_the_event_decide_whether_it_is_for_close() {
 }
 
 #[test]
-fn lookup_fields_must_serve_and_other_fields_may_be_missing() {
+fn lookup_fields_are_required_and_other_fields_are_not() {
     let bad = |change: fn(&mut Rules, &mut Schema)| {
         let (mut rules, mut schema) = (rules(), schema());
         change(&mut rules, &mut schema);
         match Mapping::resolve(&rules, &schema) {
             Ok(mapping) => {
-                mapping.unknown.into_iter().map(|u| format!("{}: {}", u.setting, u.reason)).collect()
+                mapping.unresolved.into_iter().map(|u| format!("{}: {}", u.setting, u.reason)).collect()
             }
             Err(bad) => bad.iter().map(ToString::to_string).collect::<Vec<_>>(),
         }
@@ -231,7 +231,7 @@ fn lookup_fields_must_serve_and_other_fields_may_be_missing() {
 }
 
 #[test]
-fn a_bad_value_does_not_cost_the_rest() {
+fn an_unusable_value_is_left_out_and_the_rest_is_kept() {
     let desired = desired(json!({"userId": "u", "traits": {
         "email": "Jane <jane@example.test>", "phone": "n/a", "website": "http://", "title": ["CEO"], "plan": {"a": 1}, "company": {"id": {}},
         "name": "Jane",
@@ -260,8 +260,8 @@ fn ids_are_stored_as_text_and_long_names_are_cut() {
     assert_eq!(desired.contact[&Field::Name].value, json!("é".repeat(coerce::MAX_TEXT)));
 }
 
-/// Any JSON of little depth.
-fn some_json() -> impl Strategy<Value = Value> {
+/// JSON of limited depth.
+fn any_json() -> impl Strategy<Value = Value> {
     let leaf = prop_oneof![
         Just(Value::Null),
         any::<bool>().prop_map(Value::from),
@@ -279,11 +279,11 @@ fn some_json() -> impl Strategy<Value = Value> {
 }
 
 proptest! {
-/// Whatever producers send, what we want of Close has the shape Close asks for.
+    /// Every event gives values of the types that Close accepts.
     #[test]
-    fn any_event_maps_to_values_close_can_take(
-        user in some_json(), email in some_json(), phone in some_json(), website in some_json(),
-        name in some_json(), company in some_json(), plan in some_json(),
+    fn any_event_maps_to_values_that_close_accepts(
+        user in any_json(), email in any_json(), phone in any_json(), website in any_json(),
+        name in any_json(), company in any_json(), plan in any_json(),
     ) {
         let event = json!({"userId": user, "traits": {
             "email": email, "phone": phone, "website": website, "name": name, "title": name,

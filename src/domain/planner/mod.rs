@@ -35,7 +35,7 @@ const MAX_ENTRIES: usize = 100;
 pub fn plan(desired: &Desired, found: &Found, switches: Switches, versions: &RecordVersions) -> Plan {
     let mut planner = Planner { desired, switches, versions, plan: Plan::default() };
     match found {
-        Found::Nobody => planner.create_lead(false),
+        Found::NoMatch => planner.create_lead(false),
         Found::OtherCompany => planner.create_lead(true),
         Found::InLead { lead, contacts, elsewhere, adopted: _ } => {
             planner.update_lead(lead);

@@ -40,10 +40,10 @@ fn the_switches_take_steps_away() {
     };
     let jane = contact("c", "l", Some("u"), None);
     let cases: Vec<Case> = vec![
-        (Found::Nobody, |_| (), &["lead+contact"], &[]),
-        (Found::Nobody, |s| s.allow_creating_new_leads = false, &[], &[Refusal::CreateLead]),
-        (Found::Nobody, |s| s.allow_creating_new_contacts = false, &["lead"], &[Refusal::CreateContact]),
-        (Found::Nobody, |s| s.allow_creating_duplicate_contacts = false, &["lead+contact"], &[]),
+        (Found::NoMatch, |_| (), &["lead+contact"], &[]),
+        (Found::NoMatch, |s| s.allow_creating_new_leads = false, &[], &[Refusal::CreateLead]),
+        (Found::NoMatch, |s| s.allow_creating_new_contacts = false, &["lead"], &[Refusal::CreateContact]),
+        (Found::NoMatch, |s| s.allow_creating_duplicate_contacts = false, &["lead+contact"], &[]),
         (Found::OtherCompany, |_| (), &["lead+contact"], &[]),
         (
             Found::OtherCompany,
@@ -96,7 +96,7 @@ fn the_switches_take_steps_away() {
 fn a_lead_alone_needs_a_company_id() {
     let nameless = desired(json!({"userId": "u"}));
     let switches = Switches { allow_creating_new_contacts: false, ..Switches::default() };
-    let plan = plan(&nameless, &Found::Nobody, switches, &RecordVersions::new());
+    let plan = plan(&nameless, &Found::NoMatch, switches, &RecordVersions::new());
     assert_eq!((plan.steps.len(), plan.refused.as_slice()), (0, [Refusal::CreateContact].as_slice()));
 }
 
@@ -147,7 +147,7 @@ fn write_rules_guard_fields_and_lists() {
 #[test]
 fn a_refused_value_is_spared_unless_it_is_an_identity() {
     let desired = event();
-    let create = &plan(&desired, &Found::Nobody, Switches::default(), &RecordVersions::new()).steps[0];
+    let create = &plan(&desired, &Found::NoMatch, Switches::default(), &RecordVersions::new()).steps[0];
     let without = |create: &Step, desired: &Desired, paths: &[&str]| {
         let paths: Vec<Vec<String>> =
             paths.iter().map(|path| path.split(' ').map(str::to_owned).collect()).collect();
@@ -170,7 +170,7 @@ fn a_refused_value_is_spared_unless_it_is_an_identity() {
     }
 
     let by_email = self::desired(json!({"traits": {"email": "jane@example.test"}}));
-    let create = &plan(&by_email, &Found::Nobody, Switches::default(), &RecordVersions::new()).steps[0];
+    let create = &plan(&by_email, &Found::NoMatch, Switches::default(), &RecordVersions::new()).steps[0];
     assert_eq!(without(create, &by_email, &["contacts 0 emails"]), None);
 }
 
@@ -213,7 +213,7 @@ fn apply(plan: &Plan, found: &Found) -> Found {
             (Step::UpdateContact { id, changes }, Found::Anywhere { people }) => {
                 people.iter_mut().filter(|(c, _)| c.id == *id).for_each(|(c, _)| change(c, changes));
             }
-            (_, Found::OtherCompany | Found::Nobody) => panic!("nothing to change"),
+            (_, Found::OtherCompany | Found::NoMatch) => panic!("nothing to change"),
             (Step::CreateContact { .. }, Found::Anywhere { .. }) => panic!("no Lead to add to"),
         }
     }
@@ -245,7 +245,7 @@ fn some_contact() -> impl Strategy<Value = Contact> {
 
 fn some_found() -> impl Strategy<Value = Found> {
     prop_oneof![
-        Just(Found::Nobody),
+        Just(Found::NoMatch),
         Just(Found::OtherCompany),
         (some_lead(), proptest::collection::vec(some_contact(), 0..3), any::<bool>(), any::<bool>())
             .prop_map(|(lead, contacts, adopted, elsewhere)| Found::InLead {

@@ -103,7 +103,7 @@ impl Executor<'_> {
         }
         let ids = result?;
         tracing::debug!(step = step.label(), made = ?ids, "wrote to Close");
-        id_cache.remember_created(&self.desired.identity, ids.clone(), self.decision.nobody_else());
+        id_cache.remember_created(&self.desired.identity, ids.clone(), self.decision.is_new_person());
         Ok(ids)
     }
 }

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use crate::close::{Client, CloseError};
 use crate::domain::decision::Decision;
 use crate::domain::mapping::{Desired, Key};
-use crate::domain::matching::{self, Found, Likeness, compare, judge_lead};
+use crate::domain::matching::{self, ContactMatch, Found, compare, match_lead};
 use crate::domain::merge::MergedPlan;
 use crate::domain::plan::Plan;
 use crate::domain::record::Contact;
@@ -261,7 +261,7 @@ impl Attempts<'_> {
         };
         let others = self.others.iter().zip(merged.plans.into_iter().skip(1));
         let others: Vec<Decision> =
-            others.map(|(event, plan)| self.decision.of_another(event, plan)).collect();
+            others.map(|(event, plan)| self.decision.for_merged_event(event, plan)).collect();
         if self.writes() {
             std::iter::once(&self.decision)
                 .chain(&others)
@@ -285,10 +285,10 @@ impl Attempts<'_> {
         let lead = person.company_id.as_deref().and_then(|company_id| {
             leads
                 .into_iter()
-                .find(|lead| judge_lead(lead, company_id, keys) == matching::Verdict::SameCompany)
+                .find(|lead| match_lead(lead, company_id, keys) == matching::Verdict::SameCompany)
         });
         let is_person = |contact: &Contact| {
-            matches!(compare(contact, person, keys), Likeness::SameUser | Likeness::SameEmail)
+            matches!(compare(contact, person, keys), ContactMatch::SameUser | ContactMatch::SameEmail)
         };
         let contact = contacts.into_iter().find(is_person);
         let found = lead.is_some() || contact.is_some();
