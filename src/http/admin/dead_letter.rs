@@ -8,17 +8,17 @@ use maud::{Markup, html};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::dead_letters::group::remedy;
+use crate::dead_letters::group;
 use crate::dead_letters::letter::DeadLetter;
 use crate::http::admin::auth::Visitor;
-use crate::http::admin::dead_letters::{DeadLetterContext, Target, gone, unavailable};
-use crate::http::admin::layout::{ErrorPage, ago, csrf_token, moment, prose};
+use crate::http::admin::dead_letter_context::{DeadLetterContext, Target, not_found, unavailable};
+use crate::http::admin::explanation;
+use crate::http::admin::layout::{ErrorPage, ago, alert, csrf_token, moment, remedy};
 use crate::http::admin::redact::Visibility;
-use crate::http::admin::test_event;
 use crate::outcome::Reason;
 
 #[derive(Deserialize)]
-pub(crate) struct MessageQuery {
+pub(super) struct MessageQuery {
     id: String,
     /// `plan` for a dry run, `show` for personal data as well.
     #[serde(default)]
@@ -26,7 +26,7 @@ pub(crate) struct MessageQuery {
 }
 
 /// Shows the redacted page. It does no dry run: following a link must not use up Close's rate limit.
-pub(crate) async fn show(
+pub(super) async fn show(
     context: DeadLetterContext,
     Extension(visitor): Extension<Visitor>,
     Query(MessageQuery { id, .. }): Query<MessageQuery>,
@@ -36,20 +36,20 @@ pub(crate) async fn show(
 }
 
 /// Shows what the operator asked for.
-pub(crate) async fn reveal(
+pub(super) async fn reveal(
     context: DeadLetterContext,
     Extension(visitor): Extension<Visitor>,
     Form(MessageQuery { id, ask }): Form<MessageQuery>,
 ) -> Result<Markup, ErrorPage> {
     let visibility = Visibility::requested(ask == "show");
-    let what = match visibility {
+    let action = match visibility {
         Visibility::Redacted => "plan of a dead letter",
         Visibility::Full => "personal data of a dead letter",
     };
-    visitor.audit(what, context.destination.name.as_deref(), Some(&id));
+    visitor.audit(action, context.destination.name.as_deref(), Some(&id));
     let letter = open(&context, id).await?;
     let plan =
-        test_event::explain_event(&context.destination, &letter.body, letter.received_at(), visibility).await;
+        explanation::dry_run(&context.destination, &letter.body, letter.received_at(), visibility).await;
     let plan = html! {
         section .card aria-labelledby="plan" {
             h2 #plan { "What a replay would do now" }
@@ -60,7 +60,7 @@ pub(crate) async fn reveal(
                         p .hint { "Close validates values only when they are written. Replay this message alone first." }
                     }
                 }
-                Err(why) => { p .notice.bad role="alert" { (why) } }
+                Err(error) => { (alert(&error)) }
             }
         }
     };
@@ -73,7 +73,7 @@ async fn open(context: &DeadLetterContext, id: String) -> Result<DeadLetter, Err
         .open(Arc::clone(&context.amqp), id.trim().to_owned())
         .await
         .map_err(unavailable)?
-        .ok_or_else(gone)
+        .ok_or_else(not_found)
 }
 
 fn page(
@@ -83,17 +83,17 @@ fn page(
     visibility: Visibility,
     plan: Markup,
 ) -> Markup {
-    let group = Target::Group(letter.fingerprint.clone());
+    let same_error = Target::Group(letter.fingerprint.clone());
     let this = Target::Id(letter.id.clone());
     context.frame("Dead letter", visitor).around(html! {
         p {
             a href=(context.destination.path("dead")) { "All dead letters" } " › "
-            a href=(group.path(&context.destination, "dead/group")) { (letter.fingerprint) }
+            a href=(same_error.path(&context.destination, "dead/group")) { (letter.fingerprint) }
         }
         section .card aria-labelledby="what" {
             h2 #what { "Error" }
             @if let Some(error) = &letter.error { p { (error) } }
-            p { strong { "What to do: " } (prose(remedy(&letter.fingerprint))) }
+            (remedy(group::remedy(&letter.fingerprint)))
             div .actions {
                 form method="post" action=(context.destination.path("dead/message")) {
                     (csrf_token(visitor))

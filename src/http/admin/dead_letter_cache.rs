@@ -13,6 +13,7 @@ use moka::sync::Cache;
 use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::amqp::{BrokerError, Settings, disconnect, topology};
 use crate::dead_letters::edit;
@@ -22,28 +23,27 @@ use crate::dead_letters::letter::DeadLetter;
 use crate::dead_letters::progress::Progress;
 use crate::dead_letters::replay::{ReplayRequest, replay};
 use crate::dead_letters::scan::{Disposition, ScanSummary, find_by_id, scan};
-use crate::http::admin::AppState;
 use crate::http::admin::auth::Visitor;
 
 /// How long a result is cached.
-const FRESH: Duration = Duration::from_secs(5);
+const TTL: Duration = Duration::from_secs(5);
 /// The number of dead letters kept per group, oldest first.
-pub(crate) const KEPT: usize = 1000;
+pub(super) const KEPT_PER_GROUP: usize = 1000;
 /// The number of ids in a log line.
-const IDS_A_LINE: usize = 100;
+const IDS_PER_LOG_LINE: usize = 100;
 /// The number of opened dead letters that are cached.
-const OPENED: u64 = 32;
+const MAX_OPENED: u64 = 32;
 /// The time-out for a scan. Another operator may hold the lock.
 const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The result of a scan.
 #[derive(Default)]
-pub(crate) struct Listing {
-    pub(crate) found: usize,
+pub(super) struct Listing {
+    pub(super) found: usize,
     /// A replay is running. The messages it holds are not counted.
-    pub(crate) replaying: bool,
+    pub(super) replaying: bool,
     /// The most frequent first.
-    pub(crate) groups: Vec<Group>,
+    pub(super) groups: Vec<Group>,
     /// The oldest letters of each group by fingerprint, without bodies.
     letters: HashMap<String, Vec<DeadLetter>>,
 }
@@ -53,45 +53,45 @@ impl Listing {
         let (mut groups, mut letters) = (Groups::default(), HashMap::<String, Vec<DeadLetter>>::new());
         let keep = |letter: &DeadLetter| {
             groups.add(letter);
-            let alike = letters.entry(letter.fingerprint.clone()).or_default();
-            alike.push(letter.without_body());
-            if alike.len() == 2 * KEPT {
-                oldest(alike);
+            let group = letters.entry(letter.fingerprint.clone()).or_default();
+            group.push(letter.without_body());
+            if group.len() == 2 * KEPT_PER_GROUP {
+                keep_oldest(group);
             }
             Disposition::Return
         };
         let ScanSummary { found, replaying, .. } =
             scan(amqp, &Selection::default(), keep, &mut |_| {}).await?;
-        letters.values_mut().for_each(oldest);
+        letters.values_mut().for_each(keep_oldest);
         Ok(Self { found, replaying, groups: groups.sorted(), letters })
     }
 
     /// A group and its oldest dead letters.
-    pub(crate) fn group(&self, fingerprint: &str) -> Option<(&Group, &[DeadLetter])> {
+    pub(super) fn group(&self, fingerprint: &str) -> Option<(&Group, &[DeadLetter])> {
         let group = self.groups.iter().find(|group| group.fingerprint == fingerprint)?;
         Some((group, self.letters.get(fingerprint).map(Vec::as_slice).unwrap_or_default()))
     }
 }
 
-fn oldest(letters: &mut Vec<DeadLetter>) {
+fn keep_oldest(letters: &mut Vec<DeadLetter>) {
     letters.sort_by_key(|letter| letter.failed_at);
-    letters.truncate(KEPT);
+    letters.truncate(KEPT_PER_GROUP);
 }
 
-pub(crate) struct JobRequest {
-    pub(crate) filter: Filter,
-    /// The filter, for people.
-    pub(crate) what: String,
+pub(super) struct JobRequest {
+    pub(super) filter: Filter,
+    /// What is replayed, for people and the log.
+    pub(super) description: String,
     /// The name of the destination, for the log.
-    pub(crate) destination: Option<String>,
+    pub(super) destination: Option<String>,
 }
 
 /// A replay that was started on the page.
-pub(crate) struct Job {
-    /// What is replayed, for people.
-    pub(crate) what: String,
-    pub(crate) who: Arc<str>,
-    pub(crate) since: Timestamp,
+pub(super) struct Job {
+    /// [`JobRequest::description`].
+    pub(super) description: String,
+    pub(super) who: Arc<str>,
+    pub(super) since: Timestamp,
     began: Instant,
     ended: OnceLock<Instant>,
     progress: watch::Receiver<Progress>,
@@ -100,28 +100,28 @@ pub(crate) struct Job {
 }
 
 impl Job {
-    pub(crate) fn progress(&self) -> Progress {
+    pub(super) fn progress(&self) -> Progress {
         self.progress.borrow().clone()
     }
 
-    pub(crate) fn is_over(&self) -> bool {
+    pub(super) fn is_over(&self) -> bool {
         self.progress.has_changed().is_err()
     }
 
     /// The error that ended the replay.
-    pub(crate) fn failure(&self) -> Option<&str> {
+    pub(super) fn failure(&self) -> Option<&str> {
         self.failure.get().map(String::as_str)
     }
 
     /// Finished messages per second.
-    pub(crate) fn rate(&self) -> f64 {
-        let settled = u32::try_from(self.progress.borrow().finished()).unwrap_or(u32::MAX);
-        let lasted = self.ended.get().copied().unwrap_or_else(Instant::now) - self.began;
-        f64::from(settled) / lasted.as_secs_f64().max(1.0)
+    pub(super) fn rate(&self) -> f64 {
+        let finished = u32::try_from(self.progress.borrow().finished()).unwrap_or(u32::MAX);
+        let duration = self.ended.get().copied().unwrap_or_else(Instant::now) - self.began;
+        f64::from(finished) / duration.as_secs_f64().max(1.0)
     }
 
     /// Sends no more messages.
-    pub(crate) fn stop(&self) {
+    pub(super) fn stop(&self) {
         self.stop.cancel();
     }
 }
@@ -130,41 +130,41 @@ impl Job {
 struct Loaded<T> {
     began: Instant,
     ended: Instant,
-    found: Result<T, String>,
+    result: Result<T, String>,
 }
 
 /// A value that is loaded again after a few seconds.
 struct Cached<T> {
-    found: Mutex<Option<Loaded<T>>>,
+    loaded: Mutex<Option<Loaded<T>>>,
     /// Results of loads that started before this time are stale.
     changed: std::sync::Mutex<Option<Instant>>,
 }
 
 impl<T> Default for Cached<T> {
     fn default() -> Self {
-        Self { found: Mutex::default(), changed: std::sync::Mutex::default() }
+        Self { loaded: Mutex::default(), changed: std::sync::Mutex::default() }
     }
 }
 
 impl<T: Clone> Cached<T> {
     /// Returns the cached value, or loads it. Concurrent callers share one load.
     async fn get_or_load(&self, load: impl Future<Output = Result<T, BrokerError>>) -> Result<T, String> {
-        let mut kept = self.found.lock().await;
+        let mut cached = self.loaded.lock().await;
         let changed = *self.changed.lock().unwrap_or_else(PoisonError::into_inner);
         let is_fresh = |loaded: &&Loaded<T>| {
-            loaded.ended.elapsed() < FRESH && changed.is_none_or(|changed| changed < loaded.began)
+            loaded.ended.elapsed() < TTL && changed.is_none_or(|changed| changed < loaded.began)
         };
-        if let Some(loaded) = kept.as_ref().filter(is_fresh) {
-            return loaded.found.clone();
+        if let Some(loaded) = cached.as_ref().filter(is_fresh) {
+            return loaded.result.clone();
         }
         let began = Instant::now();
-        let found = load.await.map_err(|error| error.to_string());
-        *kept = Some(Loaded { began, ended: Instant::now(), found: found.clone() });
-        found
+        let result = load.await.map_err(|error| error.to_string());
+        *cached = Some(Loaded { began, ended: Instant::now(), result: result.clone() });
+        result
     }
 }
 
-pub(crate) struct DeadLetterCache {
+pub(super) struct DeadLetterCache {
     listing: Cached<Arc<Listing>>,
     backlog: Cached<Option<u32>>,
     /// Recently opened dead letters, and ids that do not exist.
@@ -174,11 +174,15 @@ pub(crate) struct DeadLetterCache {
     /// Held during a scan.
     scan_lock: Mutex<()>,
     job: std::sync::Mutex<Option<Arc<Job>>>,
+    /// Stops replays.
+    shutdown: CancellationToken,
+    /// Replays that run in the background.
+    jobs: TaskTracker,
 }
 
-impl Default for DeadLetterCache {
-    fn default() -> Self {
-        let opened = Cache::builder().max_capacity(OPENED).time_to_live(FRESH).build();
+impl DeadLetterCache {
+    pub(super) fn new(shutdown: CancellationToken, jobs: TaskTracker) -> Self {
+        let opened = Cache::builder().max_capacity(MAX_OPENED).time_to_live(TTL).build();
         Self {
             listing: Cached::default(),
             backlog: Cached::default(),
@@ -186,16 +190,16 @@ impl Default for DeadLetterCache {
             wanted: std::sync::Mutex::default(),
             scan_lock: Mutex::default(),
             job: std::sync::Mutex::default(),
+            shutdown,
+            jobs,
         }
     }
-}
 
-impl DeadLetterCache {
     /// The dead letters, at most some seconds old.
     ///
     /// # Errors
     /// The reason, for the operator.
-    pub(crate) async fn listing(self: &Arc<Self>, amqp: Arc<Settings>) -> Result<Arc<Listing>, String> {
+    pub(super) async fn listing(self: &Arc<Self>, amqp: Arc<Settings>) -> Result<Arc<Listing>, String> {
         let cache = Arc::clone(self);
         run_detached(async move {
             let load = async {
@@ -211,7 +215,7 @@ impl DeadLetterCache {
     ///
     /// # Errors
     /// Those of [`DeadLetterCache::listing`].
-    pub(crate) async fn backlog(self: &Arc<Self>, amqp: Arc<Settings>) -> Result<Option<u32>, String> {
+    pub(super) async fn backlog(self: &Arc<Self>, amqp: Arc<Settings>) -> Result<Option<u32>, String> {
         let cache = Arc::clone(self);
         run_detached(async move {
             let load = async {
@@ -229,7 +233,7 @@ impl DeadLetterCache {
     ///
     /// # Errors
     /// Those of [`DeadLetterCache::listing`].
-    pub(crate) async fn open(
+    pub(super) async fn open(
         self: &Arc<Self>,
         amqp: Arc<Settings>,
         id: String,
@@ -248,12 +252,12 @@ impl DeadLetterCache {
             let wanted = std::mem::take(&mut *cache.wanted.lock().unwrap_or_else(PoisonError::into_inner));
             let ids = wanted.into_iter().chain([id.clone()]).collect();
             let found = find_by_id(&amqp, &ids, &mut |_| {}).await.map_err(|error| error.to_string());
-            let of =
+            let result_of =
                 |id: &String| found.as_ref().map(|(found, _)| found.get(id).cloned()).map_err(String::clone);
             for each in &ids {
-                cache.opened.insert(each.clone(), of(each));
+                cache.opened.insert(each.clone(), result_of(each));
             }
-            of(&id)
+            result_of(&id)
         })
         .await
     }
@@ -262,10 +266,10 @@ impl DeadLetterCache {
     ///
     /// # Errors
     /// Those of [`DeadLetterCache::listing`].
-    pub(crate) async fn discard(
+    pub(super) async fn discard(
         self: &Arc<Self>,
         amqp: Arc<Settings>,
-        which: Selection,
+        selection: Selection,
         visitor: Visitor,
         destination: Option<String>,
     ) -> Result<usize, String> {
@@ -279,14 +283,14 @@ impl DeadLetterCache {
             let scanned = {
                 let _alone = cache.scan_lock.lock().await;
                 match edit::complete_interrupted(&amqp, &mut |_| {}).await {
-                    Ok(()) => scan(&amqp, &which, discard, &mut |_| {}).await,
+                    Ok(()) => scan(&amqp, &selection, discard, &mut |_| {}).await,
                     Err(error) => Err(error),
                 }
             };
             cache.invalidate();
-            let what = if scanned.is_ok() { "discarded" } else { "perhaps discarded" };
-            for ids in ids.chunks(IDS_A_LINE) {
-                visitor.audit(what, destination.as_deref(), Some(&ids.join(" ")));
+            let action = if scanned.is_ok() { "discarded" } else { "perhaps discarded" };
+            for ids in ids.chunks(IDS_PER_LOG_LINE) {
+                visitor.audit(action, destination.as_deref(), Some(&ids.join(" ")));
             }
             scanned.map(|summary| summary.deleted).map_err(|error| error.to_string())
         })
@@ -294,44 +298,43 @@ impl DeadLetterCache {
     }
 
     /// Starts a replay. Returns `false` if another one is running.
-    pub(crate) fn replay(
+    pub(super) fn replay(
         self: &Arc<Self>,
         amqp: Arc<Settings>,
-        JobRequest { filter, what, destination }: JobRequest,
+        JobRequest { filter, description, destination }: JobRequest,
         visitor: &Visitor,
-        state: &AppState,
     ) -> bool {
         let mut current = self.job.lock().unwrap_or_else(PoisonError::into_inner);
         if current.as_ref().is_some_and(|job| !job.is_over()) {
             return false;
         }
-        let order = ReplayRequest::from(Selection::from(filter));
+        let request = ReplayRequest::from(Selection::from(filter));
         let (sender, progress) = watch::channel(Progress::default());
         let job = Arc::new(Job {
-            what,
+            description,
             who: Arc::clone(&visitor.who),
             since: Timestamp::now(),
             began: Instant::now(),
             ended: OnceLock::new(),
             progress,
-            stop: state.0.shutdown.child_token(),
+            stop: self.shutdown.child_token(),
             failure: OnceLock::new(),
         });
         *current = Some(Arc::clone(&job));
         let cache = Arc::clone(self);
-        state.0.jobs.spawn(async move {
+        self.jobs.spawn(async move {
             // The job is over once all senders are dropped, after the last update.
             let _sender = sender.clone();
-            match replay(&amqp, order, sender, &job.stop).await {
+            match replay(&amqp, request, sender, &job.stop).await {
                 Ok((progress, _)) => tracing::info!(
                     destination,
-                    about = job.what,
+                    about = job.description,
                     replayed = progress.sent,
                     failed_again = progress.failed_again(),
                     "replay started on the operator's page ended"
                 ),
                 Err(error) => {
-                    tracing::error!(destination, about = job.what, %error, "replay started on the operator's page failed");
+                    tracing::error!(destination, about = job.description, %error, "replay started on the operator's page failed");
                     let _ = job.failure.set(error.to_string());
                 }
             }
@@ -342,7 +345,7 @@ impl DeadLetterCache {
     }
 
     /// The last replay that was started on the page.
-    pub(crate) fn job(&self) -> Option<Arc<Job>> {
+    pub(super) fn job(&self) -> Option<Arc<Job>> {
         self.job.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 

@@ -10,7 +10,7 @@ use maud::{DOCTYPE, Markup, html};
 use serde::Deserialize;
 
 use crate::http::admin::auth::{CSRF_FIELD, Visitor};
-use crate::http::admin::{Destination, HOME};
+use crate::http::admin::destination::{Destination, HOME};
 
 /// Only the own style sheet, no frames, no forms to other sites. The referrer policy is `same-origin`, because with
 /// `no-referrer` browsers send `Origin: null` with the own forms.
@@ -34,14 +34,14 @@ const HEADERS: [(HeaderName, HeaderValue); 8] = [
 ];
 
 /// Adds the security headers.
-pub(crate) async fn headers(mut response: Response) -> Response {
+pub(super) async fn headers(mut response: Response) -> Response {
     response.headers_mut().extend(HEADERS);
     response
 }
 
 /// A page of a destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Tab {
+pub(super) enum Tab {
     Live,
     Dead,
     Test,
@@ -69,18 +69,33 @@ impl Tab {
 
 /// The frame around the content of a page.
 #[derive(Clone, Copy)]
-pub(crate) struct Frame<'a> {
-    pub(crate) title: &'a str,
-    pub(crate) visitor: Option<&'a Visitor>,
-    /// The destination and the current tab.
-    pub(crate) of: Option<(&'a Destination, Tab)>,
+pub(super) struct Frame<'a> {
+    title: &'a str,
+    visitor: Option<&'a Visitor>,
+    location: Option<(&'a Destination, Tab)>,
     /// The interval of automatic reloads.
-    pub(crate) refresh: Option<Duration>,
+    refresh: Option<Duration>,
 }
 
-impl Frame<'_> {
-    pub(crate) fn around(&self, content: Markup) -> Markup {
-        let name = self.of.map_or("close-sync", |(destination, _)| destination.title());
+impl<'a> Frame<'a> {
+    pub(super) fn new(title: &'a str) -> Self {
+        Self { title, visitor: None, location: None, refresh: None }
+    }
+
+    pub(super) fn visitor(self, visitor: &'a Visitor) -> Self {
+        Self { visitor: Some(visitor), ..self }
+    }
+
+    pub(super) fn location(self, destination: &'a Destination, tab: Tab) -> Self {
+        Self { location: Some((destination, tab)), ..self }
+    }
+
+    pub(super) fn refresh(self, refresh: Option<Duration>) -> Self {
+        Self { refresh, ..self }
+    }
+
+    pub(super) fn around(&self, content: Markup) -> Markup {
+        let name = self.location.map_or("close-sync", |(destination, _)| destination.title());
         html! {
             (DOCTYPE)
             html lang="en" {
@@ -98,7 +113,7 @@ impl Frame<'_> {
                     a .skip href="#content" { "Skip to content" }
                     header {
                         p .brand { a href=(HOME) { "close-sync" } }
-                        @if let Some((destination, tab)) = self.of { (navigation(destination, tab)) }
+                        @if let Some((destination, tab)) = self.location { (navigation(destination, tab)) }
                         @if let Some(visitor) = self.visitor.filter(|visitor| visitor.has_session()) {
                             form .who method="post" action="/page/sign-out" {
                                 (csrf_token(visitor))
@@ -110,7 +125,7 @@ impl Frame<'_> {
                     main #content tabindex="-1" {
                         h1 {
                             (self.title)
-                            @if let Some(name) = self.of.and_then(|(destination, _)| destination.name.as_deref()) {
+                            @if let Some(name) = self.location.and_then(|(destination, _)| destination.name.as_deref()) {
                                 " " span .of { (name) }
                             }
                         }
@@ -139,51 +154,31 @@ fn navigation(destination: &Destination, current: Tab) -> Markup {
 }
 
 /// The hidden field with the CSRF token.
-pub(crate) fn csrf_token(visitor: &Visitor) -> Markup {
+pub(super) fn csrf_token(visitor: &Visitor) -> Markup {
     html! { input type="hidden" name=(CSRF_FIELD) value=(visitor.csrf_token); }
-}
-
-/// The sign-in form. A successful sign-in opens the page `to`.
-pub(crate) fn sign_in(visitor: &Visitor, to: &str, wrong: Option<&str>) -> Markup {
-    let frame = Frame { title: "Sign in", visitor: None, of: None, refresh: None };
-    frame.around(html! {
-        @if let Some(wrong) = wrong { p .notice.bad role="alert" { (prose(wrong)) } }
-        form .card.narrow method="post" action="/page/sign-in" {
-            (csrf_token(visitor))
-            input type="hidden" name="to" value=(to);
-            label for="who" { "Your name" }
-            input #who name="who" autocomplete="username" required maxlength="60" aria-describedby="why";
-            p #why .hint { "The log records your actions under this name." }
-            label for="token" { "Token" }
-            input #token name="token" type="password" autocomplete="current-password" required;
-            p .hint { "The value of the setting " code { "http.page_token" } "." }
-            button type="submit" { "Sign in" }
-        }
-    })
 }
 
 /// A page with an error message.
 #[derive(Debug)]
-pub(crate) struct ErrorPage {
+pub(super) struct ErrorPage {
     status: StatusCode,
-    why: Cow<'static, str>,
+    error: Cow<'static, str>,
 }
 
 impl ErrorPage {
-    pub(crate) fn new(status: StatusCode, why: impl Into<Cow<'static, str>>) -> Self {
-        Self { status, why: why.into() }
+    pub(super) fn new(status: StatusCode, error: impl Into<Cow<'static, str>>) -> Self {
+        Self { status, error: error.into() }
     }
 
-    pub(crate) fn not_found() -> Self {
+    pub(super) fn not_found() -> Self {
         Self::new(StatusCode::NOT_FOUND, "Page or destination not found.")
     }
 }
 
 impl IntoResponse for ErrorPage {
     fn into_response(self) -> Response {
-        let frame = Frame { title: "Error", visitor: None, of: None, refresh: None };
-        let page = frame.around(html! {
-            p .notice.bad role="alert" { (prose(&self.why)) }
+        let page = Frame::new("Error").around(html! {
+            (alert(&self.error))
             p { a href=(HOME) { "Back to the start page" } }
         });
         (self.status, page).into_response()
@@ -191,33 +186,33 @@ impl IntoResponse for ErrorPage {
 }
 
 /// `2 min 5 s ago`, with the exact time as a tooltip.
-pub(crate) fn ago(time: Timestamp) -> Markup {
+pub(super) fn ago(time: Timestamp) -> Markup {
     let since = Timestamp::now().duration_since(time);
     html! { time datetime=(time) title=(moment(time)) { (span(since)) " ago" } }
 }
 
-pub(crate) fn moment(time: Timestamp) -> String {
+pub(super) fn moment(time: Timestamp) -> String {
     time.strftime("%Y-%m-%d %H:%M:%S UTC").to_string()
 }
 
 /// Renders text between backticks as code.
-pub(crate) fn prose(text: &str) -> Markup {
+pub(super) fn prose(text: &str) -> Markup {
     html! {
-        @for (destination, part) in text.split('`').enumerate() {
-            @if destination % 2 == 1 { code { (part) } } @else { (part) }
+        @for (index, part) in text.split('`').enumerate() {
+            @if index % 2 == 1 { code { (part) } } @else { (part) }
         }
     }
 }
 
 /// Starts with a capital letter and ends with a full stop.
-pub(crate) fn sentence(words: &str) -> String {
+pub(super) fn sentence(words: &str) -> String {
     let mut letters = words.chars();
     let first: String = letters.next().into_iter().flat_map(char::to_uppercase).collect();
     format!("{first}{}.", letters.as_str())
 }
 
 /// A duration in its two largest units.
-pub(crate) fn span(duration: SignedDuration) -> String {
+pub(super) fn span(duration: SignedDuration) -> String {
     let seconds = duration.as_secs().max(0);
     let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86400);
     match (days, hours, minutes) {
@@ -230,20 +225,20 @@ pub(crate) fn span(duration: SignedDuration) -> String {
 
 /// The query of pages with live data.
 #[derive(Default, Deserialize)]
-pub(crate) struct RefreshQuery {
+pub(super) struct RefreshQuery {
     /// Present: no automatic reloads.
     still: Option<String>,
 }
 
 impl RefreshQuery {
     /// The interval of reloads, for a page that normally reloads every `every`.
-    pub(crate) fn refresh(&self, every: Duration) -> Option<Duration> {
+    pub(super) fn refresh(&self, every: Duration) -> Option<Duration> {
         self.still.is_none().then_some(every)
     }
 }
 
 /// Says how often the page refreshes, with a link to pause or resume that.
-pub(crate) fn refresh_notice(refresh: Option<Duration>, path: &str) -> Markup {
+pub(super) fn refresh_notice(refresh: Option<Duration>, path: &str) -> Markup {
     html! {
         p .quiet {
             @match refresh {
@@ -256,8 +251,47 @@ pub(crate) fn refresh_notice(refresh: Option<Duration>, path: &str) -> Markup {
     }
 }
 
+/// An error message. Text between backticks is code.
+pub(super) fn alert(error: &str) -> Markup {
+    html! { p .notice.bad role="alert" { (prose(error)) } }
+}
+
+/// What the operator can do.
+pub(super) fn remedy(text: &str) -> Markup {
+    html! { p { strong { "What to do: " } (prose(text)) } }
+}
+
+/// The heading of a column.
+#[derive(Clone, Copy)]
+pub(super) enum Column {
+    Text(&'static str),
+    Number(&'static str),
+}
+
+/// A table. Screen readers read its caption.
+pub(super) fn table(caption: &str, columns: &[Column], rows: Markup) -> Markup {
+    html! {
+        div .wide {
+            table {
+                caption .hidden { (caption) }
+                thead {
+                    tr {
+                        @for column in columns {
+                            @match column {
+                                Column::Text(name) => { th scope="col" { (name) } }
+                                Column::Number(name) => { th .number scope="col" { (name) } }
+                            }
+                        }
+                    }
+                }
+                tbody { (rows) }
+            }
+        }
+    }
+}
+
 /// A table of counts, or the text `none` if it is empty.
-pub(crate) fn counts(title: &str, none: &str, counts: &[(&str, u64)]) -> Markup {
+pub(super) fn counts(title: &str, none: &str, counts: &[(&str, u64)]) -> Markup {
     html! {
         @if counts.is_empty() { p { (none) } } @else {
             table .counts {

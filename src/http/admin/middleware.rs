@@ -1,43 +1,45 @@
 //! Checks every request to the operator's page: host and origin, sign-in, and the CSRF token of forms.
 
 use axum::body::{Body, HttpBody, to_bytes};
-use axum::extract::{ConnectInfo, Request, State as Shared};
+use axum::extract::{ConnectInfo, Request, State};
 use axum::http::StatusCode;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
+use crate::http::admin::app_state::AppState;
 use crate::http::admin::auth::{CSRF_FIELD, is_read};
-use crate::http::admin::layout::{self, ErrorPage};
-use crate::http::admin::{AppState, HOME};
+use crate::http::admin::destination::HOME;
+use crate::http::admin::layout::ErrorPage;
+use crate::http::admin::sign_in;
 
 /// The size limit for a form without an event.
 const FORM_BYTES: usize = 64 * 1024;
 
 /// Runs before every page.
-pub(crate) async fn require_operator(
-    Shared(state): Shared<AppState>,
+pub(super) async fn require_operator(
+    State(state): State<AppState>,
     ConnectInfo(peer): ConnectInfo<std::net::SocketAddr>,
     mut request: Request,
     next: Next,
 ) -> Response {
-    let authenticator = &state.0.authenticator;
-    if let Err((status, why)) = authenticator.check_origin(&request) {
-        return ErrorPage::new(status, why).into_response();
+    let authenticator = state.authenticator();
+    if let Err((status, error)) = authenticator.check_origin(&request) {
+        return ErrorPage::new(status, error).into_response();
     }
-    let is_open = matches!(request.uri().path(), "/page/style.css" | "/page/sign-in");
-    let visitor = match authenticator.recognize(request.headers(), peer.ip()).await {
+    let is_public = matches!(request.uri().path(), "/page/style.css" | "/page/sign-in");
+    let visitor = match authenticator.authenticate(request.headers(), peer.ip()).await {
         Some(visitor) => visitor,
-        None if is_open => authenticator.stranger(peer.ip()),
+        None if is_public => authenticator.anonymous(peer.ip()),
         None => {
             let requested = if is_read(request.method()) { request.uri().path() } else { HOME };
-            let form = layout::sign_in(&authenticator.stranger(peer.ip()), requested, None);
+            let form = sign_in::form(&authenticator.anonymous(peer.ip()), requested, None);
             let challenge = [(axum::http::header::WWW_AUTHENTICATE, "Bearer")];
             return (StatusCode::UNAUTHORIZED, challenge, form).into_response();
         }
     };
     if !is_read(request.method()) {
         let (parts, body) = request.into_parts();
-        let limit = if parts.uri.path().ends_with("/test") { state.max_event_form() } else { FORM_BYTES };
+        let limit = if parts.uri.path().ends_with("/test") { max_event_form(&state) } else { FORM_BYTES };
         // Reject a declared size above the limit without reading the body.
         let fits = usize::try_from(body.size_hint().lower()).is_ok_and(|size| size <= limit);
         let form = if fits { to_bytes(body, limit).await.ok() } else { None };
@@ -61,12 +63,10 @@ pub(crate) async fn require_operator(
     next.run(request).await
 }
 
-impl AppState {
-    /// The size limit for a form with an event, in bytes. URL encoding can triple the size of an event.
-    fn max_event_form(&self) -> usize {
-        let workers =
-            self.destinations().into_iter().filter_map(|destination| destination.handle.runtime.worker());
-        let event = workers.map(|worker| worker.settings().max_message_bytes).max().unwrap_or_default();
-        event.saturating_mul(3).saturating_add(FORM_BYTES)
-    }
+/// The size limit for a form with an event, in bytes. URL encoding can triple the size of an event.
+fn max_event_form(state: &AppState) -> usize {
+    let workers =
+        state.destinations().into_iter().filter_map(|destination| destination.handle.runtime.worker());
+    let event = workers.map(|worker| worker.settings().max_message_bytes).max().unwrap_or_default();
+    event.saturating_mul(3).saturating_add(FORM_BYTES)
 }

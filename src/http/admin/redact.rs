@@ -2,11 +2,11 @@
 
 use serde_json::Value;
 
-/// Replaces a value.
-pub(crate) const HIDDEN: &str = "•••";
+/// Shown in place of a value.
+pub(super) const HIDDEN: &str = "•••";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Visibility {
+pub(super) enum Visibility {
     /// Only names and structure.
     Redacted,
     /// Everything, on request of an operator.
@@ -14,12 +14,12 @@ pub(crate) enum Visibility {
 }
 
 impl Visibility {
-    pub(crate) fn requested(personal: bool) -> Self {
+    pub(super) fn requested(personal: bool) -> Self {
         if personal { Self::Full } else { Self::Redacted }
     }
 
     /// The text, or its replacement.
-    pub(crate) fn of(self, text: &str) -> &str {
+    pub(super) fn of(self, text: &str) -> &str {
         match self {
             Self::Redacted => HIDDEN,
             Self::Full => text,
@@ -27,7 +27,7 @@ impl Visibility {
     }
 
     /// The body of a message: pretty-printed JSON, or as it is.
-    pub(crate) fn body(self, bytes: &[u8]) -> String {
+    pub(super) fn body(self, bytes: &[u8]) -> String {
         match (serde_json::from_slice::<Value>(bytes), self) {
             (Ok(mut body), Self::Redacted) => {
                 hide(&mut body);

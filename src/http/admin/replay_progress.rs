@@ -9,19 +9,17 @@ use jiff::SignedDuration;
 use maud::{Markup, html};
 
 use crate::dead_letters::progress::{End, Progress, Stage};
-use crate::http::admin::Destination;
 use crate::http::admin::auth::Visitor;
 use crate::http::admin::dead_letter_cache::Job;
-use crate::http::admin::dead_letters::{DeadLetterContext, Target};
-use crate::http::admin::layout::{
-    Frame, RefreshQuery, ago, counts, csrf_token, refresh_notice, sentence, span,
-};
+use crate::http::admin::dead_letter_context::{DeadLetterContext, Target};
+use crate::http::admin::destination::Destination;
+use crate::http::admin::layout::{RefreshQuery, ago, counts, csrf_token, refresh_notice, sentence, span};
 use crate::http::admin::redact::Visibility;
 
 /// The interval of automatic reloads.
 const REFRESH: Duration = Duration::from_secs(2);
 
-pub(crate) async fn show(
+pub(super) async fn show(
     context: DeadLetterContext,
     Extension(visitor): Extension<Visitor>,
     Query(query): Query<RefreshQuery>,
@@ -30,11 +28,11 @@ pub(crate) async fn show(
 }
 
 /// Shows the page with Close's answer.
-pub(crate) async fn reveal(context: DeadLetterContext, Extension(visitor): Extension<Visitor>) -> Markup {
+pub(super) async fn reveal(context: DeadLetterContext, Extension(visitor): Extension<Visitor>) -> Markup {
     visitor.audit(
         "what Close said",
         context.destination.name.as_deref(),
-        context.cache.job().map(|job| job.what.clone()).as_deref(),
+        context.cache.job().map(|job| job.description.clone()).as_deref(),
     );
     page(&context, &visitor, &RefreshQuery::default(), Visibility::Full)
 }
@@ -53,15 +51,14 @@ fn page(
             }
         });
     };
-    let runs = !job.is_over();
-    let refresh = query.refresh(REFRESH).filter(|_| runs);
-    let frame = Frame { refresh, ..context.frame("Replay", visitor) };
-    frame.around(html! {
-        @if runs { (refresh_notice(refresh, &context.destination.path("dead/progress"))) }
+    let is_running = !job.is_over();
+    let refresh = query.refresh(REFRESH).filter(|_| is_running);
+    context.frame("Replay", visitor).refresh(refresh).around(html! {
+        @if is_running { (refresh_notice(refresh, &context.destination.path("dead/progress"))) }
         section .card {
-            p { "Replay of " code { (job.what) } ", started by " (job.who) " " (ago(job.since)) "." }
+            p { "Replay of " code { (job.description) } ", started by " (job.who) " " (ago(job.since)) "." }
             (bar(&job))
-            @if runs { (stop_form(context, visitor)) } @else { (result(&job, &context.destination, visitor, visibility)) }
+            @if is_running { (stop_form(context, visitor)) } @else { (result(&job, &context.destination, visitor, visibility)) }
         }
         (outcomes(&job.progress()))
     })
@@ -69,10 +66,10 @@ fn page(
 
 fn bar(job: &Job) -> Markup {
     let progress = job.progress();
-    let ended = progress.finished();
+    let finished = progress.finished();
     let rate = job.rate();
-    let left = u32::try_from(progress.matched.saturating_sub(ended)).unwrap_or(u32::MAX);
-    let left = Duration::try_from_secs_f64(f64::from(left) / rate).ok().filter(|_| ended > 0);
+    let remaining = u32::try_from(progress.matched.saturating_sub(finished)).unwrap_or(u32::MAX);
+    let left = Duration::try_from_secs_f64(f64::from(remaining) / rate).ok().filter(|_| finished > 0);
     // The first message alone does not predict the others.
     let is_steady = matches!(progress.stage, Stage::Sending | Stage::Finishing);
     let left = left.and_then(|left| SignedDuration::try_from(left).ok()).filter(|_| is_steady);
@@ -84,10 +81,10 @@ fn bar(job: &Job) -> Markup {
             }
         }
         @if progress.matched > 0 {
-            progress max=(progress.matched) value=(ended) aria-label="Replayed" {}
+            progress max=(progress.matched) value=(finished) aria-label="Replayed" {}
         }
         dl .tiles {
-            div { dt { "Done" } dd { (ended) " of " (progress.matched) } }
+            div { dt { "Done" } dd { (finished) " of " (progress.matched) } }
             @if !job.is_over() { div { dt { "In progress" } dd { (progress.in_flight) } } }
             div { dt { "Per second" } dd { (format!("{rate:.1}")) } }
             @if let Some(left) = left {
@@ -160,9 +157,9 @@ fn outcomes(progress: &Progress) -> Markup {
     }
 }
 
-pub(crate) async fn stop(context: DeadLetterContext, Extension(visitor): Extension<Visitor>) -> Redirect {
+pub(super) async fn stop(context: DeadLetterContext, Extension(visitor): Extension<Visitor>) -> Redirect {
     if let Some(job) = context.cache.job() {
-        visitor.audit("stop of a replay", context.destination.name.as_deref(), Some(&job.what));
+        visitor.audit("stop of a replay", context.destination.name.as_deref(), Some(&job.description));
         job.stop();
     }
     Redirect::to(&context.destination.path("dead/progress"))
