@@ -1,22 +1,22 @@
-//! `close-sync check`: one finding per line.
+//! `close-sync check`.
 
 use serde::Serialize;
 
 use crate::amqp::server_info::ServerInfo;
 use crate::amqp::{self, BrokerError, OpenConnection, topology};
-use crate::cli::{CONFIGURATION, Failure, UNAVAILABLE};
+use crate::cli::failure::{CONFIGURATION, Failure, UNAVAILABLE};
 use crate::close::Client;
 use crate::config::{Config, Destination, Need, Problems};
 use crate::sync::preflight::{self, PreflightError, Ready};
 use crate::text::{choices, count};
 
-/// Check the configuration, RabbitMQ, the API key, the lookup fields and what the mapping names in Close.
+/// Check the configuration, RabbitMQ, the API key, and the fields that the settings name in Close.
 ///
-/// Each finding is a line. Nothing is changed, neither in RabbitMQ nor in Close. Exits with 78 when
-/// the configuration cannot work, with 69 when RabbitMQ or Close is not there.
+/// Prints one finding per line. Changes nothing in RabbitMQ or Close. Exits with 78 if the configuration cannot work,
+/// and with 69 if RabbitMQ or Close is unavailable.
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// Print the settings in force as TOML, secrets masked, and check nothing but them.
+    /// Print the effective settings as TOML with masked secrets. Checks only the settings.
     #[arg(long)]
     print_config: bool,
     /// Print the findings as a JSON list.
@@ -25,7 +25,7 @@ pub(super) struct Args {
 }
 
 impl Args {
-    /// Settings can be printed before there is a key.
+    /// Settings can be printed before an API key exists.
     pub(super) fn need(&self) -> Need {
         if self.print_config { Need::Broker } else { Need::All }
     }
@@ -35,20 +35,20 @@ impl Args {
 struct Finding {
     #[serde(skip_serializing_if = "Option::is_none")]
     destination: Option<String>,
-    status: Verdict,
+    status: Status,
     subject: String,
     detail: String,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-enum Verdict {
+enum Status {
     Ok,
-    /// Works, but someone should know.
+    /// Works, but the operator should know.
     Note,
     /// The configuration cannot work.
     Wrong,
-    /// Something is not there.
+    /// RabbitMQ or Close is unavailable.
     Unavailable,
 }
 
@@ -59,9 +59,9 @@ pub(super) async fn check(args: &Args, config: Result<Config, Problems>) -> Resu
     }
     let findings = match &config {
         Err(problems) => {
-            problems.lines().map(|(key, message)| finding(Verdict::Wrong, key, message)).collect()
+            problems.lines().map(|(key, message)| finding(Status::Wrong, key, message)).collect()
         }
-        Ok(config) => look(config).await,
+        Ok(config) => check_all(config).await,
     };
     if args.json {
         let json = serde_json::to_string_pretty(&findings).unwrap_or_default();
@@ -69,71 +69,71 @@ pub(super) async fn check(args: &Args, config: Result<Config, Problems>) -> Resu
     } else {
         findings.iter().for_each(print);
     }
-    let has = |verdict| findings.iter().any(|finding| finding.status == verdict);
-    if has(Verdict::Wrong) {
-        Err(Failure::Told(CONFIGURATION))
-    } else if has(Verdict::Unavailable) {
-        Err(Failure::Told(UNAVAILABLE))
+    let has = |status| findings.iter().any(|finding| finding.status == status);
+    if has(Status::Wrong) {
+        Err(Failure::Reported(CONFIGURATION))
+    } else if has(Status::Unavailable) {
+        Err(Failure::Reported(UNAVAILABLE))
     } else {
         Ok(())
     }
 }
 
-fn finding(status: Verdict, subject: impl Into<String>, detail: impl Into<String>) -> Finding {
+fn finding(status: Status, subject: impl Into<String>, detail: impl Into<String>) -> Finding {
     Finding { destination: None, status, subject: subject.into(), detail: detail.into() }
 }
 
 fn print(finding: &Finding) {
     use anstyle::AnsiColor::{Green, Red, Yellow};
     let (color, word) = match finding.status {
-        Verdict::Ok => (Green, "ok"),
-        Verdict::Note => (Yellow, "note"),
-        Verdict::Wrong => (Red, "wrong"),
-        Verdict::Unavailable => (Red, "missing"),
+        Status::Ok => (Green, "ok"),
+        Status::Note => (Yellow, "note"),
+        Status::Wrong => (Red, "wrong"),
+        Status::Unavailable => (Red, "missing"),
     };
     let style = color.on_default();
     let Finding { destination, subject, detail, status: _ } = finding;
-    let whose = destination.as_ref().map(|name| format!("{name}: ")).unwrap_or_default();
-    anstream::println!("{style}{word:<8}{style:#}{whose}{subject}: {detail}");
+    let prefix = destination.as_ref().map(|name| format!("{name}: ")).unwrap_or_default();
+    anstream::println!("{style}{word:<8}{style:#}{prefix}{subject}: {detail}");
 }
 
-async fn look(config: &Config) -> Vec<Finding> {
-    let mut findings = vec![finding(Verdict::Ok, "configuration", "every setting is valid")];
+async fn check_all(config: &Config) -> Vec<Finding> {
+    let mut findings = vec![finding(Status::Ok, "configuration", "every setting is valid")];
     for destination in &config.destinations {
-        let found = look_at(destination).await.into_iter();
-        findings.extend(found.map(|finding| Finding { destination: destination.name.clone(), ..finding }));
+        let own = check_destination(destination).await.into_iter();
+        findings.extend(own.map(|finding| Finding { destination: destination.name.clone(), ..finding }));
     }
     findings
 }
 
-async fn look_at(config: &Destination) -> Vec<Finding> {
-    let mut findings = broker(config).await;
-    findings.extend(close(config).await);
-    for (setting, key, without) in [
-        ("close.lead_company_id_field", &config.rules.lead.key, "Leads are never looked up by company"),
+async fn check_destination(config: &Destination) -> Vec<Finding> {
+    let mut findings = check_broker(config).await;
+    findings.extend(check_close(config).await);
+    for (setting, key, consequence) in [
+        ("close.lead_company_id_field", &config.rules.lead.key, "Leads are not looked up by company"),
         ("close.contact_user_id_field", &config.rules.contact.key, "people are matched by email only"),
     ] {
         if key.is_none() {
-            findings.push(finding(Verdict::Note, setting, format!("is not set: {without}")));
+            findings.push(finding(Status::Note, setting, format!("not set; {consequence}")));
         }
     }
     findings
 }
 
-async fn broker(config: &Destination) -> Vec<Finding> {
+async fn check_broker(config: &Destination) -> Vec<Finding> {
     let settings = &config.amqp;
     let subject = format!("RabbitMQ at {}", settings.nodes.masked());
-    let (broker, depths) = match meet(settings).await {
+    let (broker, depths) = match query_broker(settings).await {
         Ok(found) => found,
         Err(error) => {
             let is_setup = matches!(error, BrokerError::Incomplete(_) | BrokerError::MayNotDeclare(_));
             let is_refused = matches!(error, BrokerError::Refused(_));
-            let verdict = if error.is_lasting() || is_setup || is_refused {
-                Verdict::Wrong
+            let status = if error.is_lasting() || is_setup || is_refused {
+                Status::Wrong
             } else {
-                Verdict::Unavailable
+                Status::Unavailable
             };
-            return vec![finding(verdict, subject, error.to_string())];
+            return vec![finding(status, subject, error.to_string())];
         }
     };
     let detail = match depths {
@@ -147,20 +147,20 @@ async fn broker(config: &Destination) -> Vec<Finding> {
                 count(dead, "dead letter", "dead letters"),
                 match settings.topology {
                     amqp::TopologyMode::Declare => "",
-                    amqp::TopologyMode::Check => " (whether this user may read and write them, `run` tells)",
+                    amqp::TopologyMode::Check => "; read and write permissions are checked only by `run`",
                 }
             )
         }
-        (None, _) => format!("reachable; queue `{}` does not exist yet, `run` declares it", settings.queue),
+        (None, _) => format!("reachable; queue `{}` does not exist yet; `run` declares it", settings.queue),
     };
-    vec![finding(Verdict::Ok, subject, detail), finding(Verdict::Ok, broker.to_string(), broker.describe())]
+    vec![finding(Status::Ok, subject, detail), finding(Status::Ok, broker.to_string(), broker.describe())]
 }
 
-/// How full a queue is that exists.
+/// The depth of a queue, if it exists.
 type Depth = Option<topology::Depth>;
 
-/// Who the broker is, and how full the work queue and the dead-letter queue are.
-async fn meet(settings: &amqp::Settings) -> Result<(ServerInfo, (Depth, Depth)), BrokerError> {
+/// The broker's version and features, and the depths of the work queue and the dead-letter queue.
+async fn query_broker(settings: &amqp::Settings) -> Result<(ServerInfo, (Depth, Depth)), BrokerError> {
     let OpenConnection { connection, server: broker, .. } = settings.open("close-sync check").await?;
     match settings.topology {
         amqp::TopologyMode::Declare => topology::compare(&connection, settings).await?,
@@ -172,23 +172,23 @@ async fn meet(settings: &amqp::Settings) -> Result<(ServerInfo, (Depth, Depth)),
     Ok((broker, (work, dead)))
 }
 
-async fn close(config: &Destination) -> Vec<Finding> {
+async fn check_close(config: &Destination) -> Vec<Finding> {
     let subject = format!("Close at {}", config.close.url);
     let client = match Client::new(config.close.clone(), |_| {}) {
         Ok(client) => client,
         Err(error) => {
             return vec![finding(
-                Verdict::Unavailable,
+                Status::Unavailable,
                 subject,
                 format!(
-                    "TLS cannot be set up, are CA certificates installed (Debian: ca-certificates)? {error}"
+                    "cannot set up TLS: {error}; install CA certificates (Debian: package ca-certificates)"
                 ),
             )];
         }
     };
     match preflight::run(&client, &config.rules).await {
         Ok(ready) => {
-            let detail = format!("accepts the API key, of the organization \"{}\"", ready.organization);
+            let detail = format!("accepts the API key of the organization \"{}\"", ready.organization);
             let Ready { mapping, .. } = &ready;
             let keys = [
                 ("close.lead_company_id_field", &mapping.keys.company, "text"),
@@ -200,7 +200,7 @@ async fn close(config: &Destination) -> Vec<Finding> {
                 let id = id.as_ref()?;
                 let name = mapping.label(&format!("custom.{id}"));
                 let detail = format!("custom field \"{name}\" ({id}) is of type {kind}");
-                Some(finding(Verdict::Ok, setting, detail))
+                Some(finding(Status::Ok, setting, detail))
             });
             let fields = mapping.custom().map(|(setting, field)| {
                 let several = if field.multiple { ", several values" } else { "" };
@@ -210,40 +210,40 @@ async fn close(config: &Destination) -> Vec<Finding> {
                     field.id,
                     field.kind.as_str()
                 );
-                finding(Verdict::Ok, setting, detail)
+                finding(Status::Ok, setting, detail)
             });
             let unresolved = mapping
                 .unresolved
                 .iter()
-                .map(|unresolved| finding(Verdict::Wrong, &unresolved.setting, unresolved.description()));
+                .map(|unresolved| finding(Status::Wrong, &unresolved.setting, unresolved.description()));
             let invalid_constants = mapping.invalid_constants().into_iter().map(|invalid| {
                 let fits = choices("choices", &invalid.choices);
                 let detail =
                     format!("{} would be left out: {}{fits}", invalid.value, invalid.reason.description());
-                finding(Verdict::Wrong, invalid.setting, detail)
+                finding(Status::Wrong, invalid.setting, detail)
             });
-            std::iter::once(finding(Verdict::Ok, subject, detail))
+            std::iter::once(finding(Status::Ok, subject, detail))
                 .chain(keys)
                 .chain(fields)
                 .chain(unresolved)
                 .chain(invalid_constants)
                 .collect()
         }
-        Err(obstacles) => {
+        Err(errors) => {
             let api_key = config.api_key_setting();
-            obstacles.iter().map(|obstacle| of_obstacle(obstacle, &subject, &api_key)).collect()
+            errors.iter().map(|error| preflight_finding(error, &subject, &api_key)).collect()
         }
     }
 }
 
-fn of_obstacle(obstacle: &PreflightError, close: &str, api_key: &str) -> Finding {
+fn preflight_finding(error: &PreflightError, close: &str, api_key: &str) -> Finding {
     use crate::outcome::PauseCause::{Failing, Forbidden, LookupField, PlanLimit, Unauthorized, Unreachable};
-    let detail = obstacle.with_remedy(api_key);
-    match (obstacle, obstacle.pause_cause()) {
-        (PreflightError::Field(key), _) => finding(Verdict::Wrong, key.setting(), detail),
-        (PreflightError::Close(_), Some(Unauthorized | Forbidden)) => finding(Verdict::Wrong, close, detail),
+    let detail = error.with_remedy(api_key);
+    match (error, error.pause_cause()) {
+        (PreflightError::Field(key), _) => finding(Status::Wrong, key.setting(), detail),
+        (PreflightError::Close(_), Some(Unauthorized | Forbidden)) => finding(Status::Wrong, close, detail),
         (PreflightError::Close(_), Some(PlanLimit | Unreachable | Failing | LookupField) | None) => {
-            finding(Verdict::Unavailable, close, detail)
+            finding(Status::Unavailable, close, detail)
         }
     }
 }

@@ -1,4 +1,4 @@
-//! `close-sync plan`: what events would do to Close, and why. The engine is the worker's own.
+//! `close-sync plan`. It uses the same code as the worker.
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
@@ -8,7 +8,8 @@ use anstyle::{AnsiColor, Style};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
-use crate::cli::{Failure, UNFIT, read};
+use crate::cli::failure::{CHECK_FAILED, Failure};
+use crate::cli::input::read;
 use crate::close::Client;
 use crate::config::Destination;
 use crate::domain::event::{self, Event};
@@ -19,26 +20,25 @@ use crate::sync::{ReceivedAt, Worker};
 use crate::telemetry::metrics::Metrics;
 use crate::text::{choices, count};
 
-/// Show what events would do to Close, and why, without writing anything.
+/// Show what events would change in Close, and why, without writing anything.
 ///
-/// Reads Close with the configured key and mapping, through the very code `run` uses, and tells for
-/// each event what was looked up, which records came into question, which rule decided, and each
-/// field before and after. The output holds personal data.
+/// Reads Close with the configured key and mapping and the same code as `run`. Shows for each event what was looked
+/// up, the candidate records, the rule that decided, and each field before and after. The output contains personal
+/// data.
 ///
-/// Each event is planned against Close as it is now: what an earlier event of the same file would
-/// change first is not taken into account, but pointed out. What Close would refuse is known only
-/// as far as its fields tell.
+/// Each event is planned against the current state of Close. A note names the earlier events of the file that would
+/// change the same records first. Close may still reject a value when it is written.
 ///
-/// A file is one event, a list of events, or one event per line.
+/// A file contains one event, a list of events, or one event per line.
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// A file with events as JSON, or `-` for standard input.
+    /// Read events as JSON from this file, or from standard input with `-`.
     #[arg(value_name = "FILE")]
     file: PathBuf,
-    /// Print a JSON object per event and line.
+    /// Print one JSON object per line for each event.
     #[arg(long)]
     json: bool,
-    /// Exit with 1 if any event would be dead-lettered.
+    /// Exit with 1 if an event would be dead-lettered.
     #[arg(long)]
     strict: bool,
 }
@@ -49,9 +49,9 @@ pub(super) async fn plan(args: Args, config: Destination) -> Result<(), Failure>
 
     let mut counts: Vec<(&'static str, usize)> = Vec::new();
     let (mut calls, mut left_out, mut dead) = (0, 0, false);
-    let mut earlier = Earlier::default();
+    let mut earlier = EarlierWrites::default();
     let bar = progress(events.len());
-    // One after the other, so that the same file tells the same twice.
+    // One by one, so that the same file gives the same output each time.
     for (number, event) in (1..).zip(&events) {
         let (keys, report) = explain::dry_run(&worker, event, ReceivedAt::now())
             .await
@@ -67,11 +67,11 @@ pub(super) async fn plan(args: Args, config: Destination) -> Result<(), Failure>
             None => counts.push((report.outcome, 1)),
         }
         bar.suspend(|| {
-            let numbered = Numbered { event: number, message_id, report, after };
+            let planned = PlannedEvent { event: number, message_id, report, after };
             if args.json {
-                anstream::println!("{}", serde_json::to_string(&numbered).unwrap_or_default());
+                anstream::println!("{}", serde_json::to_string(&planned).unwrap_or_default());
             } else {
-                numbered.print();
+                planned.print();
             }
         });
         bar.inc(1);
@@ -82,7 +82,7 @@ pub(super) async fn plan(args: Args, config: Destination) -> Result<(), Failure>
     parts.extend((left_out > 0).then(|| format!("{} left out", count(left_out, "value", "values"))));
     parts.push(format!("{} to Close, nothing was written", count(calls, "call", "calls")));
     anstream::eprintln!("{}: {}", count(events.len() as u64, "event", "events"), parts.join("; "));
-    if args.strict && dead { Err(Failure::Told(UNFIT)) } else { Ok(()) }
+    if args.strict && dead { Err(Failure::Reported(CHECK_FAILED)) } else { Ok(()) }
 }
 
 /// A worker without a broker.
@@ -90,28 +90,28 @@ pub(super) async fn worker(config: Destination) -> Result<Worker, Failure> {
     let unavailable = |error: &dyn std::fmt::Display| Failure::Unavailable(error.to_string());
     let client = Client::new(config.close, |_| {}).map_err(|error| unavailable(&error))?;
     let metrics = Metrics::new(None).map_err(|error| unavailable(&error))?;
-    let ready = preflight::run(&client, &config.rules).await.map_err(|obstacles| {
-        let told = obstacles.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
-        if obstacles.iter().any(|obstacle| matches!(obstacle, PreflightError::Field(_))) {
-            Failure::Configuration(told)
+    let ready = preflight::run(&client, &config.rules).await.map_err(|errors| {
+        let message = errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+        if errors.iter().any(|error| matches!(error, PreflightError::Field(_))) {
+            Failure::Configuration(message)
         } else {
-            Failure::Unavailable(format!("{told}\nhint: `close-sync check` tells more"))
+            Failure::Unavailable(format!("{message}\nhint: run `close-sync check` for details"))
         }
     })?;
     for unresolved in &ready.mapping.unresolved {
-        anstream::eprintln!("note: {}: {}, its values are left out", unresolved.setting, unresolved.reason);
+        anstream::eprintln!("note: {}: {}; its values are left out", unresolved.setting, unresolved.reason);
     }
     for invalid in ready.mapping.invalid_constants() {
         let (reason, fits) = (invalid.reason.description(), choices("choices", &invalid.choices));
-        anstream::eprintln!("note: {}: {} is left out, {reason}{fits}", invalid.setting, invalid.value);
+        anstream::eprintln!("note: {}: {} is left out: {reason}{fits}", invalid.setting, invalid.value);
     }
     Ok(Worker::new(config.worker, &config.rules, ready.mapping, client, metrics))
 }
 
-/// Only on a terminal, and only where there is something to wait for.
+/// Visible only for several events, on a terminal, with standard output redirected.
 fn progress(events: usize) -> ProgressBar {
     if events < 2 || std::io::stdout().is_terminal() {
-        // Each event that is printed is progress enough.
+        // The printed events show the progress.
         return ProgressBar::hidden();
     }
     let style = ProgressStyle::with_template("{wide_bar} {pos} of {len} events, {eta} left");
@@ -119,26 +119,26 @@ fn progress(events: usize) -> ProgressBar {
     style.map_or(bar.clone(), |style| bar.with_style(style))
 }
 
-/// Events that would have written something, by their keys.
+/// The last event for each key that would have written something.
 #[derive(Default)]
-struct Earlier(HashMap<Key, usize>);
+struct EarlierWrites(HashMap<Key, usize>);
 
-impl Earlier {
-    /// The earlier events that this one would meet the work of.
+impl EarlierWrites {
+    /// Records an event. Returns the earlier events with the same keys that would have written something.
     fn note(&mut self, number: usize, keys: &[Key], writes: bool) -> Vec<usize> {
-        let mut met: Vec<usize> = keys.iter().filter_map(|key| self.0.get(key)).copied().collect();
-        met.sort_unstable();
-        met.dedup();
+        let mut conflicts: Vec<usize> = keys.iter().filter_map(|key| self.0.get(key)).copied().collect();
+        conflicts.sort_unstable();
+        conflicts.dedup();
         if writes {
             self.0.extend(keys.iter().map(|key| (key.clone(), number)));
         }
-        met
+        conflicts
     }
 }
 
-/// One event of a file.
+/// The output for one event of a file.
 #[derive(Serialize)]
-struct Numbered {
+struct PlannedEvent {
     event: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
     message_id: Option<String>,
@@ -151,7 +151,7 @@ struct Numbered {
 const BOLD: Style = Style::new().bold();
 const DIM: Style = Style::new().dimmed();
 
-impl Numbered {
+impl PlannedEvent {
     fn print(&self) {
         let id = self.message_id.as_ref().map(|id| format!(" {id}")).unwrap_or_default();
         print(&format!("event {}{id}", self.event), &self.report);
@@ -165,8 +165,8 @@ fn line(title: &str, text: &str) {
     anstream::println!("  {DIM}{title:<10}{DIM:#} {text}");
 }
 
-/// What would become of `what`, for a terminal.
-pub(super) fn print(what: &str, report: &Explanation) {
+/// Prints a plan for people, under a title.
+pub(super) fn print(title: &str, report: &Explanation) {
     let color = match report.outcome {
         DEAD => AnsiColor::Red,
         "skipped" | "unchanged" => AnsiColor::Yellow,
@@ -174,7 +174,7 @@ pub(super) fn print(what: &str, report: &Explanation) {
     };
     let color = color.on_default();
     let reason = report.reason.map(|reason| format!(" ({reason})")).unwrap_or_default();
-    anstream::println!("{BOLD}{what}{BOLD:#}: {color}{}{color:#}{reason}", report.outcome);
+    anstream::println!("{BOLD}{title}{BOLD:#}: {color}{}{color:#}{reason}", report.outcome);
     if let Some(error) = &report.error {
         line("error", error);
     }

@@ -1,4 +1,4 @@
-//! `close-sync publish`: events from a file or a pipe to the exchange, as a producer would.
+//! `close-sync publish`.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -10,43 +10,44 @@ use tokio::io::{AsyncBufRead, AsyncBufReadExt, BufReader};
 
 use crate::amqp::publisher::{self, Publisher, Sent};
 use crate::amqp::{self, BrokerError, Settings, topology};
-use crate::cli::{Failure, INPUT};
+use crate::cli::failure::{Failure, USAGE};
+use crate::cli::input::cannot_read;
 use crate::domain::event::{Event, Malformed};
 use crate::text::count;
 
-/// Publish events, one JSON object per line, as a producer would.
+/// Publish events from a file to the exchange, as a producer would.
 ///
-/// Each message is persistent, mandatory and confirmed, in the order of the lines, and carries
-/// `message_id` (the event's `messageId`, else a new one), `type`, `timestamp` and `content_type`. Its routing
-/// key is the event's type, `identify` without one. A
-/// line that is no JSON object, or has an envelope of the wrong shape, is not published but reported
-/// with its number; the exit code is 2 then. Whether an event names somebody depends on the worker's
-/// mapping and is not checked here.
+/// The file contains one JSON object per line. Messages are published in this order, persistent, mandatory and
+/// confirmed, with `message_id` (the event's `messageId`, or a new id), `type`, `timestamp` and `content_type`. The
+/// routing key is the event's type, or `identify` if it has none.
+///
+/// A line that is not a JSON object, or not a valid event, is reported with its number and not published. The exit
+/// code is then 2. Use `plan` to check what the mapping finds in an event.
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// A file with one JSON object per line, or `-` for standard input.
+    /// Read events from this file, one JSON object per line, or from standard input with `-`.
     #[arg(value_name = "FILE")]
     file: PathBuf,
-    /// Publish every line as it is, also what is no event: to see what becomes of it.
+    /// Publish every line unchanged, even if it is not a valid event.
     #[arg(long)]
     unchecked: bool,
-    /// The routing key of all of them, instead of each event's type.
+    /// Use this routing key for all events. Default: each event's type.
     #[arg(long, value_name = "KEY", value_parser = routing_key)]
     routing_key: Option<String>,
 }
 
-/// AMQP bounds it.
+/// AMQP limits routing keys to 255 bytes.
 fn routing_key(text: &str) -> Result<String, String> {
-    if text.len() <= 255 { Ok(text.to_owned()) } else { Err("it has more than 255 bytes".to_owned()) }
+    if text.len() <= 255 { Ok(text.to_owned()) } else { Err("longer than 255 bytes".to_owned()) }
 }
 
-/// Messages on their way at once: enough to keep a broker busy (rabbitmq.md §2.4).
-const WINDOW: usize = 100;
+/// How many messages may be unconfirmed: enough to keep the broker busy (rabbitmq.md §2.4).
+const MAX_UNCONFIRMED: usize = 100;
 
 pub(super) async fn publish(args: Args, settings: Settings) -> Result<(), Failure> {
     let (input, bar) = open(&args.file).await?;
     let connection = settings.connect("close-sync publish").await?;
-    // Publishing into nowhere would end the channel, with an error that does not say why.
+    // Publishing to a missing exchange would close the channel with an error that does not name the cause.
     topology::expect_exchange(&connection, &settings)
         .await
         .map_err(|error| Failure::Unavailable(explain(&error, &settings)))?;
@@ -59,20 +60,20 @@ pub(super) async fn publish(args: Args, settings: Settings) -> Result<(), Failur
     anstream::eprintln!("published {} to `{}`{with}", count(published, "event", "events"), settings.exchange);
     if bad > 0 {
         anstream::eprintln!("{} not published, see above", count(bad, "line was", "lines were"));
-        return Err(Failure::Told(INPUT));
+        return Err(Failure::Reported(USAGE));
     }
     Ok(())
 }
 
 async fn open(file: &PathBuf) -> Result<(Box<dyn AsyncBufRead + Unpin + Send>, ProgressBar), Failure> {
-    // Hidden by itself when standard error is no terminal.
+    // Bars hide themselves when standard error is not a terminal.
     let style =
         |template| ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
     if file.as_os_str() == "-" {
         let bar = ProgressBar::new_spinner().with_style(style("{spinner} {msg}"));
         return Ok((Box::new(BufReader::new(tokio::io::stdin())), bar));
     }
-    let unreadable = |error| Failure::Input(format!("{} cannot be read: {error}", file.display()));
+    let unreadable = |error| cannot_read(file, &error);
     let handle = tokio::fs::File::open(file).await.map_err(unreadable)?;
     let bytes = handle.metadata().await.map_err(unreadable)?.len();
     let bar = ProgressBar::new(bytes).with_style(style("{wide_bar} {percent}% {msg}, {eta} left"));
@@ -93,12 +94,12 @@ async fn publish_lines(
     bar: &ProgressBar,
 ) -> Result<Counts, Failure> {
     let mut counts = Counts::default();
-    let mut under_way: VecDeque<(usize, Sent)> = VecDeque::new();
+    let mut unconfirmed: VecDeque<(usize, Sent)> = VecDeque::new();
     let mut line = Vec::new();
     for number in 1.. {
         line.clear();
         let read = input.read_until(b'\n', &mut line).await;
-        let read = read.map_err(|error| Failure::Input(format!("line {number} cannot be read: {error}")))?;
+        let read = read.map_err(|error| Failure::Input(format!("cannot read line {number}: {error}")))?;
         if read == 0 {
             break;
         }
@@ -112,7 +113,7 @@ async fn publish_lines(
             Err(_) if args.unchecked => None,
             Err(malformed) => {
                 counts.bad += 1;
-                let told = match malformed {
+                let message = match malformed {
                     Malformed::NotJson { column, .. } => format!("line {number}, column {column}: not JSON"),
                     Malformed::TooLarge { .. }
                     | Malformed::NotAnObject { .. }
@@ -121,7 +122,7 @@ async fn publish_lines(
                         format!("line {number}: {malformed}")
                     }
                 };
-                bar.suspend(|| anstream::eprintln!("{told}"));
+                bar.suspend(|| anstream::eprintln!("{message}"));
                 continue;
             }
         };
@@ -129,25 +130,25 @@ async fn publish_lines(
         let publish = publisher.send(&settings.exchange, key, body, properties(event.as_ref()));
         let sent =
             tokio::time::timeout(publisher::PATIENCE, publish).await.unwrap_or(Err(publisher::UNANSWERED));
-        under_way
+        unconfirmed
             .push_back((number, sent.map_err(|error| stopped(&error, number, counts.published, settings))?));
-        if under_way.len() >= WINDOW {
-            confirm(&mut under_way, &mut counts, settings, bar).await?;
+        if unconfirmed.len() >= MAX_UNCONFIRMED {
+            confirm(&mut unconfirmed, &mut counts, settings, bar).await?;
         }
     }
-    while !under_way.is_empty() {
-        confirm(&mut under_way, &mut counts, settings, bar).await?;
+    while !unconfirmed.is_empty() {
+        confirm(&mut unconfirmed, &mut counts, settings, bar).await?;
     }
     Ok(counts)
 }
 
 async fn confirm(
-    under_way: &mut VecDeque<(usize, Sent)>,
+    unconfirmed: &mut VecDeque<(usize, Sent)>,
     counts: &mut Counts,
     settings: &Settings,
     bar: &ProgressBar,
 ) -> Result<(), Failure> {
-    if let Some((number, sent)) = under_way.pop_front() {
+    if let Some((number, sent)) = unconfirmed.pop_front() {
         let confirmed = tokio::time::timeout(publisher::PATIENCE, sent.confirmed()).await;
         confirmed
             .unwrap_or(Err(publisher::UNANSWERED))
@@ -158,37 +159,37 @@ async fn confirm(
     Ok(())
 }
 
-/// Where it stopped.
+/// A publishing error, with the position in the file.
 fn stopped(error: &BrokerError, line: usize, published: u64, settings: &Settings) -> Failure {
     let message = explain(error, settings);
     Failure::Unavailable(format!(
-        "line {line}: {message}\n{} published before it; this one and later ones perhaps",
+        "line {line}: {message}\n{} published before this line; this event and later ones may have been published too",
         count(published, "event was", "events were")
     ))
 }
 
-/// What to do.
+/// The error with a hint what to do.
 fn explain(error: &BrokerError, settings: &Settings) -> String {
     let unroutable = matches!(error, BrokerError::Unroutable { .. });
     let hint = match settings.topology {
         _ if unroutable => format!(
-            "\nhint: a worker that has run binds its queue with `amqp.binding_keys` ({}): does one of them match? \
-             `--routing-key` publishes with another key",
+            "\nhint: the worker binds its queue with `amqp.binding_keys` ({}); start it, or use a matching key with \
+             `--routing-key`",
             settings.binding_keys.join(", ")
         ),
         _ if !matches!(error, BrokerError::Missing(_)) => String::new(),
         amqp::TopologyMode::Declare => format!(
-            "\nhint: `close-sync run` declares exchange `{}` and its queue: start it once",
+            "\nhint: start `close-sync run` once; it declares exchange `{}` and its queue",
             settings.exchange
         ),
         amqp::TopologyMode::Check => {
-            "\nhint: `close-sync check` tells what an administrator has to make".into()
+            "\nhint: `close-sync check` reports what an administrator must create".into()
         }
     };
     format!("{error}{hint}")
 }
 
-/// The event's type, which is also the routing key unless another is given. AMQP bounds both to 255 bytes.
+/// The event's type, which is also the default routing key. AMQP limits both to 255 bytes.
 fn kind(event: Option<&Event>) -> &str {
     event.and_then(|event| event.text("type")).filter(|kind| kind.len() <= 255).unwrap_or("identify")
 }

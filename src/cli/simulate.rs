@@ -1,27 +1,28 @@
-//! `close-sync simulate`: a fake Close to try things with.
+//! `close-sync simulate`.
 
 use std::net::SocketAddr;
 
-use crate::cli::Failure;
+use crate::cli::failure::Failure;
+use crate::cli::signals;
 use close_sync_simulator::{Lag, Limits, Settings, Simulator};
 
-/// Serve a fake Close, for first steps and tests.
+/// Start a simulated Close, for first steps and tests.
 ///
-/// It keeps leads and contacts in memory, obeys Close's rate limits, and lets search lag behind writes
-/// as Close does. Faults are scripted over HTTP; what it prints after the start shows how. It ends on
-/// SIGINT or SIGTERM, and what it held is gone.
+/// It keeps Leads and Contacts in memory, enforces Close's rate limits, and lets search lag behind writes as Close
+/// does. Faults are injected over HTTP. The output after the start shows how. SIGINT or SIGTERM stops it and discards
+/// the records.
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// Where to listen; port 0 takes a free one.
+    /// Listen on this address. Port 0 selects a free port.
     #[arg(long, default_value = "127.0.0.1:8484")]
     addr: SocketAddr,
-    /// How long a write stays invisible to search: `2s`, or `1s..10s` for a range.
+    /// Set how long search lags behind writes: `2s`, or `1s..10s` for a range.
     #[arg(long, default_value = "2s")]
     search_lag: Lag,
-    /// Grant every request, whatever Close's rate limits are.
+    /// Disable rate limits. By default, Close's documented limits apply.
     #[arg(long)]
     unlimited: bool,
-    /// The API key that is let in.
+    /// Accept this API key.
     #[arg(long, default_value = "api_simulator.key")]
     api_key: String,
 }
@@ -35,12 +36,12 @@ pub(super) async fn simulate(args: Args) -> Result<(), Failure> {
     };
     let simulator = Simulator::start(settings, args.addr).await.map_err(|error| {
         Failure::Unavailable(format!(
-            "cannot listen on {}: {error}\nhint: choose another with --addr",
+            "cannot listen on {}: {error}\nhint: choose another address with --addr",
             args.addr
         ))
     })?;
     anstream::println!("{}", simulator.usage());
-    crate::cli::shutdown_signal()?.cancelled().await;
+    signals::shutdown()?.cancelled().await;
     simulator.stop().await;
     Ok(())
 }

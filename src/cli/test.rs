@@ -1,42 +1,41 @@
-//! `close-sync test`: unit tests for a mapping.
+//! `close-sync test`.
 
 use std::path::PathBuf;
 
 use anstyle::{AnsiColor, Style};
 use serde::Serialize;
 
-use crate::cli::{Failure, UNFIT};
+use crate::cli::failure::{CHECK_FAILED, Failure};
 use crate::config::Layers;
 use crate::scenario::{Scenario, Suite, Told, Unplayable};
 
-/// A file of scenarios, as `--help` shows it.
+/// A scenario file, shown by `--help`.
 const EXAMPLE: &str = include_str!("test.example.toml");
 
-/// Test a mapping: play events on a fake Close, and compare what comes of them with what should.
+/// Test a mapping: run events against a simulated Close, and compare the result with the expected one.
 ///
-/// Needs neither RabbitMQ nor a Close account: each scenario gets a fake Close of its own and runs through
-/// the very code `run` uses, with the configured mapping and switches. A difference is shown as a diff,
-/// and the exit code is 1.
+/// Needs neither RabbitMQ nor a Close account. Each scenario gets a simulated Close of its own, and uses the same code
+/// as `run` with the configured mapping and switches. Prints a diff and exits with 1 if a result differs.
 ///
-/// `expect` is what is decided and done, `records` what Close holds afterwards; one of them is enough.
-/// Write neither, and what comes is shown to be copied.
+/// `expect` is the decision and the writes. `records` is the content of Close afterwards. One of them is enough. If a
+/// scenario has neither, the command prints the actual result, ready to be copied.
 #[derive(clap::Args)]
-#[command(after_long_help = format!("A file is TOML:\n\n{EXAMPLE}"))]
+#[command(after_long_help = format!("A scenario file in TOML:\n\n{EXAMPLE}"))]
 pub(super) struct Args {
-    /// Files of scenarios.
+    /// Read scenarios from these files.
     #[arg(value_name = "FILE", required = true)]
     files: Vec<PathBuf>,
-    /// Only scenarios with this text in their title.
+    /// Run only scenarios with this text in their title.
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
-    /// Print a JSON object per scenario and line.
+    /// Print one JSON object per line for each scenario.
     #[arg(long)]
     json: bool,
 }
 
-/// One scenario, as it is told.
+/// The output for one scenario.
 #[derive(Serialize)]
-struct Report<'a> {
+struct ScenarioOutput<'a> {
     file: String,
     scenario: &'a str,
     passed: bool,
@@ -51,7 +50,7 @@ struct Report<'a> {
 }
 
 pub(super) async fn test(args: Args, base: Layers) -> Result<(), Failure> {
-    // A file that cannot be read is told before any other is played.
+    // An unreadable file is reported before any scenario runs.
     let mut suites = Vec::new();
     for path in &args.files {
         let suite = Suite::load(path);
@@ -65,28 +64,30 @@ pub(super) async fn test(args: Args, base: Layers) -> Result<(), Failure> {
         let wanted =
             |scenario: &&Scenario| args.only.as_ref().is_none_or(|text| scenario.title.contains(text));
         for scenario in suite.scenarios.iter().filter(wanted) {
-            let report = Report::new(path.display().to_string(), scenario, suite.play(scenario, &base).await);
-            *(if report.passed { &mut passed } else { &mut failed }) += 1;
+            let output =
+                ScenarioOutput::new(path.display().to_string(), scenario, suite.play(scenario, &base).await);
+            *(if output.passed { &mut passed } else { &mut failed }) += 1;
             if args.json {
-                anstream::println!("{}", serde_json::to_string(&report).unwrap_or_default());
+                anstream::println!("{}", serde_json::to_string(&output).unwrap_or_default());
             } else {
-                print(&report);
+                print(&output);
             }
         }
     }
     anstream::eprintln!("{passed} passed, {failed} failed");
     match (passed, failed) {
         (0, 0) => Err(Failure::Input(
-            "there is nothing to test: no scenario in the files, or none of this title".into(),
+            "no scenarios to run: the files have none, or none whose title contains the text of `--only`"
+                .into(),
         )),
         (_, 0) => Ok(()),
-        (_, _) => Err(Failure::Told(UNFIT)),
+        (_, _) => Err(Failure::Reported(CHECK_FAILED)),
     }
 }
 
-impl<'a> Report<'a> {
-    fn new(file: String, scenario: &'a Scenario, played: Result<Told, Unplayable>) -> Self {
-        let mut report = Self {
+impl<'a> ScenarioOutput<'a> {
+    fn new(file: String, scenario: &'a Scenario, result: Result<Told, Unplayable>) -> Self {
+        let mut output = Self {
             file,
             scenario: &scenario.title,
             passed: false,
@@ -95,37 +96,38 @@ impl<'a> Report<'a> {
             expect: None,
             records: None,
         };
-        match played {
-            Err(error) => report.error = Some(error.to_string()),
-            Ok(told) if scenario.expect.is_none() && scenario.records.is_none() => {
-                report.error =
-                    Some("nothing is expected: copy what is right into `expect` or `records`".into());
-                (report.expect, report.records) = (Some(told.decision), Some(told.records));
+        match result {
+            Err(error) => output.error = Some(error.to_string()),
+            Ok(actual) if scenario.expect.is_none() && scenario.records.is_none() => {
+                output.error = Some(
+                    "the scenario expects nothing; copy the correct result into `expect` or `records`".into(),
+                );
+                (output.expect, output.records) = (Some(actual.decision), Some(actual.records));
             }
-            Ok(told) => {
-                report.difference = scenario.difference(&told);
-                report.passed = report.difference.is_empty();
+            Ok(actual) => {
+                output.difference = scenario.difference(&actual);
+                output.passed = output.difference.is_empty();
             }
         }
-        report
+        output
     }
 }
 
 const BOLD: Style = Style::new().bold();
 
-fn print(report: &Report<'_>) {
-    let (color, word) = if report.passed { (AnsiColor::Green, "ok  ") } else { (AnsiColor::Red, "FAIL") };
+fn print(output: &ScenarioOutput<'_>) {
+    let (color, word) = if output.passed { (AnsiColor::Green, "ok  ") } else { (AnsiColor::Red, "FAIL") };
     let color = color.on_default();
-    anstream::println!("  {color}{word}{color:#} {}", report.scenario);
-    for line in report.error.iter().flat_map(|error| error.lines()) {
+    anstream::println!("  {color}{word}{color:#} {}", output.scenario);
+    for line in output.error.iter().flat_map(|error| error.lines()) {
         anstream::println!("       {line}");
     }
-    for (key, text) in [("expect", &report.expect), ("records", &report.records)] {
+    for (key, text) in [("expect", &output.expect), ("records", &output.records)] {
         if let Some(text) = text {
             anstream::println!("{key} = '''\n{text}'''");
         }
     }
-    for line in report.difference.lines() {
+    for line in output.difference.lines() {
         let color = match line.as_bytes().first() {
             Some(b'-') => AnsiColor::Red.on_default(),
             Some(b'+') => AnsiColor::Green.on_default(),

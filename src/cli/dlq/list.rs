@@ -5,19 +5,23 @@ use comfy_table::{ContentArrangement, Table, presets};
 use jiff::{Timestamp, Unit};
 use serde::Serialize;
 
-use crate::cli::dlq::{Disposition, Failure, Meant};
+use crate::cli::dlq::select::FilterArgs;
+use crate::cli::dlq::terminal::printable;
+use crate::cli::failure::Failure;
 use crate::config::Destination;
 use crate::dead_letters::group::{Group, Groups};
 use crate::dead_letters::letter::DeadLetter;
+use crate::dead_letters::scan::Disposition;
 
+/// List what failed, grouped by fingerprint, the most frequent first, with the remedy.
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
     #[command(flatten)]
-    meant: Meant,
-    /// Also list each dead letter, oldest first, however many there are; otherwise only a few are.
+    filter: FilterArgs,
+    /// List each dead letter, oldest first. Default: only if there are at most 20.
     #[arg(long)]
     each: bool,
-    /// Print a JSON object: counts, groups and each dead letter without its body.
+    /// Print a JSON object with counts, groups, and each dead letter without its body.
     #[arg(long)]
     json: bool,
 }
@@ -26,15 +30,15 @@ pub(in crate::cli) struct Args {
 struct Listing {
     /// Dead letters in the queue.
     found: usize,
-    /// What a replay has in hand is not among them.
+    /// A replay is under way. Its messages are not included.
     replaying: bool,
     groups: Vec<Group>,
     dead_letters: Vec<DeadLetter>,
 }
 
 const BOLD: Style = Style::new().bold();
-/// More are listed only when asked for.
-const A_FEW: usize = 20;
+/// With more dead letters, `list` shows each one only with `--each`.
+const MAX_LISTED: usize = 20;
 
 pub(super) async fn list(args: &Args, destination: &Destination) -> Result<(), Failure> {
     let (mut groups, mut letters) = (Groups::default(), Vec::new());
@@ -43,11 +47,11 @@ pub(super) async fn list(args: &Args, destination: &Destination) -> Result<(), F
         letters.push(letter.without_body());
         Disposition::Return
     };
-    let sifted = args.meant.each(destination, keep).await?;
+    let summary = args.filter.scan(destination, keep).await?;
     letters.sort_by_key(|letter| letter.failed_at);
     let listing = Listing {
-        found: sifted.found,
-        replaying: sifted.replaying,
+        found: summary.found,
+        replaying: summary.replaying,
         groups: groups.sorted(),
         dead_letters: letters,
     };
@@ -65,14 +69,14 @@ impl Listing {
         if dead_letters.is_empty() {
             match found {
                 0 => anstream::println!("no dead letters"),
-                found => anstream::println!("none of {found} dead letters matches"),
+                found => anstream::println!("none of {found} dead letters match"),
             }
             return;
         }
         let now = Timestamp::now();
-        if each || dead_letters.len() <= A_FEW {
+        if each || dead_letters.len() <= MAX_LISTED {
             let mut table = plain_table();
-            table.set_header(["id", "message id", "age", "tries", "replays", "what"]);
+            table.set_header(["id", "message id", "age", "attempts", "replays", "fingerprint"]);
             for letter in dead_letters {
                 table.add_row([
                     printable(&letter.id),
@@ -98,25 +102,13 @@ impl Listing {
             anstream::println!("    what to do: {remedy}");
             anstream::println!("    close-sync dlq show {}", printable(example));
         }
-        if !each && dead_letters.len() > A_FEW {
+        if !each && dead_letters.len() > MAX_LISTED {
             anstream::eprintln!(
-                "{} of {found} dead letters; `--each` lists them, `--reason` and others choose",
+                "{} of {found} dead letters; use `--each` to list them, and `--reason` or other filters to select",
                 dead_letters.len()
             );
         }
     }
-}
-
-/// Bytes of strangers must not steer the terminal.
-pub(super) fn printable(text: &str) -> String {
-    text.chars()
-        .map(|c| if (c.is_control() && c != '\n') || is_direction(c) { '\u{fffd}' } else { c })
-        .collect()
-}
-
-/// Turns the text around it.
-fn is_direction(c: char) -> bool {
-    matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 fn plain_table() -> Table {

@@ -9,96 +9,97 @@ use serde_json::json;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::cli::dlq::list::printable;
-use crate::cli::dlq::{Disposition, Failure, ScanSummary, UNFIT, Which, bar, nothing};
+use crate::cli::dlq::select::SelectionArgs;
+use crate::cli::dlq::terminal::{WAITING, bar, printable};
+use crate::cli::failure::{CHECK_FAILED, Failure};
 use crate::config::Destination;
 use crate::dead_letters::letter::DeadLetter;
 use crate::dead_letters::progress::{End, Progress, Stage};
 use crate::dead_letters::replay::{ReplayRequest, replay as run};
+use crate::dead_letters::scan::{Disposition, ScanSummary};
 use crate::text::count;
 
-/// Send dead letters through the work queue again: one first, then the rest.
+/// Send dead letters to the work queue again: one first, then the rest.
 ///
-/// The oldest one meant is sent by itself. When the worker has told that it did not fail again, the others follow, a
-/// few at a time, so that live messages do not stand behind all of them. It stops as soon as one fails in a way that
-/// is known already.
+/// Sends the oldest message and waits for its outcome. If it does not fail again, sends the others, a few at a time, so
+/// that live messages do not queue behind all of them. Stops when a message fails with a known fingerprint.
 ///
-/// Each is confirmed by the broker before its dead letter is removed. Interrupt it at any time, and run it again to
-/// go on: what was not sent is still there. An interruption may send a message twice, which changes nothing in Close.
+/// A dead letter is deleted only after the work queue has it. Ctrl-C stops the replay, and the same command continues
+/// it. An interruption may send a message twice, which changes nothing in Close.
 ///
-/// Exits with 1 when dead letters failed again or it was stopped, with 69 when it was not told what became of all: no
-/// worker answers, or the connection was lost meanwhile. While another replay is under way, it waits.
+/// Exits with 1 if messages failed again or the replay was stopped. Exits with 69 if the outcome of some messages is
+/// unknown, because no worker answered or the connection was lost. Waits while another replay is under way.
 #[derive(clap::Args)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a switch of the command line")]
 pub(in crate::cli) struct Args {
     #[command(flatten)]
-    which: Which,
-    /// Only count what would be replayed.
+    selection: SelectionArgs,
+    /// Count the messages, and replay nothing.
     #[arg(long)]
     dry_run: bool,
-    /// At most so many under way at a time: live messages stand behind them.
+    /// Send at most this many at a time. Live messages queue behind them.
     #[arg(long, value_name = "N", default_value_t = ReplayRequest::MAX_IN_FLIGHT, value_parser = clap::value_parser!(u16).range(1..))]
     at_once: u16,
-    /// Go on when they fail again.
+    /// Continue when messages fail with a known fingerprint. By default, the replay stops.
     #[arg(long)]
     keep_going: bool,
-    /// How long to wait for news of a worker.
-    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = time)]
+    /// Wait this long for an outcome, for example `30s` or `1h`.
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = duration)]
     wait: Duration,
-    /// Send all at once, without waiting for what becomes of the first or of any.
+    /// Send all messages at once, without waiting for outcomes.
     #[arg(long, conflicts_with_all = ["at_once", "keep_going", "wait"])]
     no_wait: bool,
-    /// Print a JSON object with what became of them.
+    /// Print the result as a JSON object.
     #[arg(long)]
     json: bool,
 }
 
-fn time(text: &str) -> Result<Duration, String> {
+fn duration(text: &str) -> Result<Duration, String> {
     let span: Result<jiff::SignedDuration, _> = text.parse();
-    let time = span.ok().and_then(|span| Duration::try_from(span).ok());
-    time.ok_or_else(|| "it is a time like 30s, 10m or 1h".to_owned())
+    let duration = span.ok().and_then(|span| Duration::try_from(span).ok());
+    duration.ok_or_else(|| "expected a duration like 30s, 10m or 1h".to_owned())
 }
 
 pub(super) async fn replay(args: &Args, destination: &Destination) -> Result<(), Failure> {
-    let meant = &args.which.meant;
+    let filter = &args.selection.filter;
     if args.dry_run {
         let mut groups = BTreeMap::new();
         let count = |letter: &DeadLetter| {
             *groups.entry(letter.fingerprint.clone()).or_default() += 1;
             Disposition::Return
         };
-        let ScanSummary { found, matched, .. } = meant.each(destination, count).await?;
+        let ScanSummary { found, matched, .. } = filter.scan(destination, count).await?;
         if args.json {
-            let told = json!({"end": "dry_run", "found": found, "matched": matched, "groups": groups});
-            anstream::println!("{}", serde_json::to_string_pretty(&told).unwrap_or_default());
+            let summary = json!({"end": "dry_run", "found": found, "matched": matched, "groups": groups});
+            anstream::println!("{}", serde_json::to_string_pretty(&summary).unwrap_or_default());
         }
         if matched == 0 {
-            return nothing(meant);
+            return filter.nothing_matches();
         }
         if !args.json {
-            let kinds = by_number(&groups);
+            let kinds = counts(&groups);
             anstream::println!("would replay {matched} of {found} ({kinds}); run without --dry-run to do it");
         }
         return Ok(());
     }
-    let order = ReplayRequest {
-        selection: meant.selection(&destination.rules),
+    let request = ReplayRequest {
+        selection: filter.selection(&destination.rules),
         max_in_flight: args.at_once.into(),
         keep_going: args.keep_going,
         outcome_timeout: (!args.no_wait).then_some(args.wait),
     };
-    let (told, progress) = watch::channel(Progress::default());
-    let stop = interrupted();
+    let (sender, progress) = watch::channel(Progress::default());
+    let stop = stop_on_interrupt();
     let shown = tokio::spawn(show(progress));
-    let ended = run(&destination.amqp, order, told, &stop).await;
+    let result = run(&destination.amqp, request, sender, &stop).await;
     let _ = shown.await;
-    let (progress, end) = ended?;
+    let (progress, end) = result?;
     if args.json {
         let summary = Summary::of(&progress, &end);
         anstream::println!("{}", serde_json::to_string_pretty(&summary).unwrap_or_default());
     }
     if end == End::Done && progress.matched == 0 {
-        return nothing(meant);
+        return filter.nothing_matches();
     }
     if !args.json {
         print(&progress, args.no_wait);
@@ -106,34 +107,34 @@ pub(super) async fn replay(args: &Args, destination: &Destination) -> Result<(),
     conclude(&progress, &end)
 }
 
-/// The first interruption stops sending; a second one ends the process, which loses nothing either.
-fn interrupted() -> CancellationToken {
+/// The first Ctrl-C stops sending. A second one ends the process, which loses nothing either.
+fn stop_on_interrupt() -> CancellationToken {
     let stop = CancellationToken::new();
-    let asked = stop.clone();
+    let requested = stop.clone();
     tokio::spawn(async move {
         while tokio::signal::ctrl_c().await.is_ok() {
-            if asked.is_cancelled() {
-                std::process::exit(UNFIT.into());
+            if requested.is_cancelled() {
+                std::process::exit(CHECK_FAILED.into());
             }
-            asked.cancel();
+            requested.cancel();
         }
     });
     stop
 }
 
-/// Without a terminal, a line that often.
-const LINES_APART: Duration = Duration::from_secs(30);
+/// How often to print a line when standard error is not a terminal.
+const LINE_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Shows how far it has come: a bar on a terminal, otherwise a line for each stage and now and then.
+/// Shows progress: a bar on a terminal, otherwise a line for each stage and every [`LINE_INTERVAL`].
 async fn show(mut progress: watch::Receiver<Progress>) {
     let bar = bar("{msg} {wide_bar} {pos} of {len}, {per_sec}, {eta} left");
-    let (mut before, mut told) = (None, Instant::now());
+    let (mut before, mut last_line) = (None, Instant::now());
     while progress.changed().await.is_ok() {
         let now = progress.borrow_and_update().clone();
-        if bar.is_hidden() && now.stage == Stage::Sending && told.elapsed() > LINES_APART {
-            told = Instant::now();
+        if bar.is_hidden() && now.stage == Stage::Sending && last_line.elapsed() > LINE_INTERVAL {
+            last_line = Instant::now();
             anstream::eprintln!(
-                "{} of {} have an end, {} under way",
+                "{} of {} finished, {} under way",
                 now.finished(),
                 now.matched,
                 now.in_flight
@@ -144,30 +145,30 @@ async fn show(mut progress: watch::Receiver<Progress>) {
         bar.set_message(now.describe());
         let is_idle = now.stage == Stage::Canary && now.work.is_some_and(|work| work.consumers == 0);
         if before != Some((now.stage.clone(), is_idle)) {
-            tell(&bar, &now, is_idle);
+            print_stage(&bar, &now, is_idle);
         }
         before = Some((now.stage, is_idle));
     }
     bar.finish_and_clear();
 }
 
-/// How many there are of each.
-fn by_number(counts: &BTreeMap<String, usize>) -> String {
+/// `3 created, 1 dead`.
+fn counts(counts: &BTreeMap<String, usize>) -> String {
     let all: Vec<_> = counts.iter().map(|(what, number)| format!("{number} {}", printable(what))).collect();
     all.join(", ")
 }
 
-/// What is worth a line.
-fn tell(bar: &ProgressBar, progress: &Progress, is_idle: bool) {
+/// Prints a line if the stage is worth one.
+fn print_stage(bar: &ProgressBar, progress: &Progress, is_idle: bool) {
     let line = match progress.stage {
         Stage::Canary if is_idle => {
-            "no worker consumes from the work queue: start one, or see why it is paused (`/readyz`)"
+            "no worker consumes from the work queue; start one, or see why it is paused (`/readyz`)"
                 .to_owned()
         }
-        Stage::Waiting => "another operator is at the dead letters; waiting".to_owned(),
-        Stage::Reconnecting => "the connection to RabbitMQ was lost; connecting again".to_owned(),
+        Stage::Waiting => WAITING.to_owned(),
+        Stage::Reconnecting => "lost connection to RabbitMQ, reconnecting".to_owned(),
         Stage::Canary if bar.is_hidden() => {
-            format!("sent the first of {}, waiting for what becomes of it", progress.matched)
+            format!("sent the first of {}, waiting for its outcome", progress.matched)
         }
         Stage::Canary | Stage::Scanning | Stage::Sending | Stage::Finishing | Stage::Finished(_) => return,
     };
@@ -211,50 +212,50 @@ impl<'a> Summary<'a> {
 
 fn print(progress: &Progress, no_wait: bool) {
     let mut parts = vec![format!("replayed {}", progress.sent)];
-    parts.extend((!progress.outcomes.is_empty()).then(|| by_number(&progress.outcomes)));
+    parts.extend((!progress.outcomes.is_empty()).then(|| counts(&progress.outcomes)));
     parts.extend((progress.in_flight > 0 && !no_wait).then(|| format!("{} under way", progress.in_flight)));
-    parts.extend((progress.missed > 0).then(|| format!("{} not heard of", progress.missed)));
-    let rest = progress.matched.saturating_sub(progress.sent);
-    parts.extend((rest > 0).then(|| format!("{rest} not sent")));
+    parts.extend((progress.missed > 0).then(|| format!("{} with unknown outcome", progress.missed)));
+    let unsent = progress.matched.saturating_sub(progress.sent);
+    parts.extend((unsent > 0).then(|| format!("{unsent} not sent")));
     anstream::println!("{}", parts.join("; "));
 }
 
-/// What to do next, and the exit code.
+/// Prints failures and what to do next, and decides on the exit code.
 fn conclude(progress: &Progress, end: &End) -> Result<(), Failure> {
-    if let Some(again) = &progress.last_failure {
+    if let Some(failure) = &progress.last_failure {
         let several = progress.failures.len() > 1;
         if several {
-            anstream::eprintln!("failed again: {}; the last:", by_number(&progress.failures));
+            anstream::eprintln!("failed again: {}; the last:", counts(&progress.failures));
         }
         let lead = if several { "" } else { "failed again: " };
-        anstream::eprintln!("{lead}{}, {}", printable(&again.fingerprint), printable(&again.error));
-        if let Some(said) = &again.close_said {
+        anstream::eprintln!("{lead}{}, {}", printable(&failure.fingerprint), printable(&failure.error));
+        if let Some(said) = &failure.close_said {
             anstream::eprintln!("Close said: {}", printable(said.reveal()));
         }
-        anstream::eprintln!("hint: `close-sync dlq show {}` tells more", again.id);
+        anstream::eprintln!("hint: for details, run `close-sync dlq show {}`", failure.id);
     }
     match end {
-        End::Done if progress.failed_again() > 0 => Err(Failure::Told(UNFIT)),
+        End::Done if progress.failed_again() > 0 => Err(Failure::Reported(CHECK_FAILED)),
         End::Done => Ok(()),
         End::CanaryFailed | End::SameFailure | End::Stopped => {
-            let hint = if *end == End::SameFailure { " (--keep-going does not stop)" } else { "" };
+            let hint = if *end == End::SameFailure { " (use --keep-going to continue)" } else { "" };
             anstream::eprintln!("{}{hint}", progress.describe());
-            Err(Failure::Told(UNFIT))
+            Err(Failure::Reported(CHECK_FAILED))
         }
         End::TimedOut if progress.only_missed() => Err(Failure::Unavailable(format!(
-            "{}. If one still does, `close-sync dlq list` shows it",
+            "{}. Later failures appear in `close-sync dlq list`",
             progress.describe()
         ))),
         End::TimedOut => {
-            let ahead = progress.work.map(|work| work.ready).filter(|ahead| *ahead > 0);
-            let line = ahead.map(|ahead| {
-                format!(" {} in the work queue.", count(ahead, "message waits", "messages wait"))
+            let ready = progress.work.map(|work| work.ready).filter(|ready| *ready > 0);
+            let waiting = ready.map(|ready| {
+                format!(" {} in the work queue.", count(ready, "message waits", "messages wait"))
             });
             Err(Failure::Unavailable(format!(
-                "no worker told what became of {}: what was sent is worked on when its turn comes.{} Does a worker run, and \
-                 is it ready (`/readyz`)? `--wait` waits longer, `--no-wait` not at all",
+                "no outcome received for {}. The next worker will process what was sent.{} Check that a worker is \
+                 running and ready (`/readyz`). `--wait` sets a longer timeout, `--no-wait` does not wait",
                 count((progress.in_flight + progress.missed) as u64, "message", "messages"),
-                line.unwrap_or_default()
+                waiting.unwrap_or_default()
             )))
         }
     }

@@ -2,20 +2,24 @@
 
 use serde_json::{Map, Value};
 
-use crate::cli::dlq::list::printable;
-use crate::cli::dlq::{Failure, open};
-use crate::cli::{plan, single};
-use crate::config::{Config, Destination, Problems};
+use crate::cli::dlq::select::find;
+use crate::cli::dlq::terminal::printable;
+use crate::cli::failure::Failure;
+use crate::cli::plan;
+use crate::config::Destination;
 use crate::dead_letters::group::remedy;
 use crate::dead_letters::letter::DeadLetter;
 use crate::outcome::Reason;
 use crate::sync::explain::{self, Explanation};
 
+/// Show one dead letter with its body, and what a replay would do now.
+///
+/// The output contains personal data.
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
-    /// The id, as `list` prints it, or the message id its producer gave it.
+    /// Show the dead letter with this id (see `list`) or this message id of the producer.
     id: String,
-    /// Do not ask Close what would become of it now.
+    /// Skip the plan of a replay, and with it all calls to Close.
     #[arg(long)]
     no_plan: bool,
     /// Print JSON.
@@ -26,10 +30,10 @@ pub(in crate::cli) struct Args {
 pub(super) async fn show(
     args: &Args,
     destination: &Destination,
-    whole: impl FnOnce() -> Result<Config, Problems>,
+    load: impl FnOnce() -> Result<Destination, Failure>,
 ) -> Result<(), Failure> {
-    let letter = open(&args.id, destination).await?;
-    let plan = if args.no_plan { None } else { Some(plan(&letter, whole).await) };
+    let letter = find(&args.id, destination).await?;
+    let plan = if args.no_plan { None } else { Some(plan(&letter, load).await) };
     if args.json {
         anstream::println!("{}", serde_json::to_string_pretty(&as_json(&letter, plan)).unwrap_or_default());
     } else {
@@ -38,52 +42,48 @@ pub(super) async fn show(
     Ok(())
 }
 
-/// What would become of it now, or why that is not known.
+/// What a replay would do now, or why this cannot be planned.
 async fn plan(
     letter: &DeadLetter,
-    whole: impl FnOnce() -> Result<Config, Problems>,
+    load: impl FnOnce() -> Result<Destination, Failure>,
 ) -> Result<Explanation, String> {
-    let config = whole().map_err(|problems| problems.to_string())?;
-    let told = |failure| match failure {
-        Failure::Input(told) | Failure::Unavailable(told) | Failure::Configuration(told) => told,
-        Failure::Told(_) => String::new(),
-    };
-    let worker = plan::worker(single(config).map_err(told)?).await.map_err(told)?;
-    let rehearsed = explain::dry_run(&worker, &letter.body, letter.received_at()).await;
-    rehearsed.map(|(_, report)| report).map_err(|why| why.to_string())
+    let message = |failure: Failure| failure.message().unwrap_or_default().to_owned();
+    let worker = plan::worker(load().map_err(message)?).await.map_err(message)?;
+    let planned = explain::dry_run(&worker, &letter.body, letter.received_at()).await;
+    planned.map(|(_, explanation)| explanation).map_err(|why| why.to_string())
 }
 
 fn as_json(letter: &DeadLetter, plan: Option<Result<Explanation, String>>) -> Value {
-    let mut whole = serde_json::to_value(letter).unwrap_or_default();
+    let mut json = serde_json::to_value(letter).unwrap_or_default();
     let (properties, headers) = letter.properties_and_headers();
-    whole["properties"] = properties.into();
-    whole["headers"] = headers.into();
-    whole["body"] = body(&letter.body).unwrap_or_else(Into::into);
+    json["properties"] = properties.into();
+    json["headers"] = headers.into();
+    json["body"] = body(&letter.body).unwrap_or_else(Into::into);
     if let Some(original) = letter.original() {
-        whole["original"] = body(&original).unwrap_or_else(Into::into);
+        json["original"] = body(&original).unwrap_or_else(Into::into);
     }
     match plan {
-        Some(Ok(report)) => whole["plan"] = serde_json::to_value(report).unwrap_or_default(),
-        Some(Err(why)) => whole["no_plan"] = why.into(),
+        Some(Ok(explanation)) => json["plan"] = serde_json::to_value(explanation).unwrap_or_default(),
+        Some(Err(why)) => json["no_plan"] = why.into(),
         None => {}
     }
-    whole
+    json
 }
 
-/// The body as JSON, or else as text.
+/// The body as JSON, or as text if it is not JSON.
 fn body(bytes: &[u8]) -> Result<Value, String> {
     serde_json::from_slice(bytes).map_err(|_| String::from_utf8_lossy(bytes).into_owned())
 }
 
 fn print(letter: &DeadLetter, plan: Option<Result<Explanation, String>>) {
-    let whole = serde_json::to_value(letter).unwrap_or_default();
-    let about = whole.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null());
-    let mut rows: Vec<_> = about.map(|(name, value)| (name.clone(), text(value))).collect();
+    let json = serde_json::to_value(letter).unwrap_or_default();
+    let fields = json.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null());
+    let mut rows: Vec<_> = fields.map(|(name, value)| (name.clone(), text(value))).collect();
     rows.push(("what to do".to_owned(), remedy(&letter.fingerprint).to_owned()));
     let (properties, headers) = letter.properties_and_headers();
-    let told = |name: &str| name.starts_with("x-close-sync-") || name == "message_id";
+    let is_shown = |name: &str| name.starts_with("x-close-sync-") || name == "message_id";
     for (kind, carried) in [("property", properties), ("header", headers)] {
-        let rest: Map<String, Value> = carried.into_iter().filter(|(name, _)| !told(name)).collect();
+        let rest: Map<String, Value> = carried.into_iter().filter(|(name, _)| !is_shown(name)).collect();
         for (name, value) in rest {
             rows.push((format!("{kind} {}", printable(&name)), text(&value)));
         }
@@ -91,34 +91,34 @@ fn print(letter: &DeadLetter, plan: Option<Result<Explanation, String>>) {
     for (name, value) in rows {
         anstream::println!("{name:<24} {value}");
     }
-    anstream::println!("\n{}", cut(pretty(&letter.body)));
+    anstream::println!("\n{}", truncated(pretty(&letter.body)));
     if let Some(original) = letter.original() {
-        anstream::println!("\nbefore it was edited:\n{}", cut(pretty(&original)));
+        anstream::println!("\nbefore it was edited:\n{}", truncated(pretty(&original)));
     }
     match plan {
-        Some(Ok(report)) => {
+        Some(Ok(explanation)) => {
             anstream::println!();
-            plan::print("if it were replayed now", &report);
+            plan::print("if it were replayed now", &explanation);
             if letter.reason.as_deref() == Some(Reason::Rejected.label()) {
                 anstream::println!(
-                    "\nwhat Close refuses is only found out by sending it: `close-sync dlq replay --id {}`",
+                    "\nonly a replay shows whether Close accepts it now: `close-sync dlq replay --id {}`",
                     printable(&letter.id)
                 );
             }
         }
-        Some(Err(why)) => anstream::println!("\nwhat would become of it now is not known: {why}"),
+        Some(Err(why)) => anstream::println!("\ncannot plan a replay: {why}"),
         None => {}
     }
 }
 
-/// Characters of a body for a terminal.
-const MOST_SHOWN: usize = 16 * 1024;
+/// Longer bodies are truncated on a terminal.
+const MAX_CHARS: usize = 16 * 1024;
 
-fn cut(mut text: String) -> String {
+fn truncated(mut text: String) -> String {
     let length = text.chars().count();
-    if let Some((end, _)) = text.char_indices().nth(MOST_SHOWN) {
+    if let Some((end, _)) = text.char_indices().nth(MAX_CHARS) {
         text.truncate(end);
-        return format!("{text}\n… {MOST_SHOWN} of {length} characters; `--json` has all");
+        return format!("{text}\n… {MAX_CHARS} of {length} characters; `--json` shows all");
     }
     text
 }

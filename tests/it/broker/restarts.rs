@@ -117,13 +117,10 @@ async fn a_rolling_restart_loses_nothing_and_does_nothing_twice() {
         active.signal("TERM");
         let before = std::mem::replace(&mut active, standby);
         assert!(before.ended().await.success(), "{}", before.log());
-        let ends = before.log();
-        let ends = ends
-            .lines()
-            .find_map(|line| line.split_once(r#""message":"close-sync ends","settled":"#))
-            .unwrap()
-            .1;
-        settled += ends.split(',').next().unwrap().parse::<u32>().unwrap();
+        let log = before.log();
+        let last = log.lines().find(|line| line.contains(r#""handed_back":"#)).unwrap();
+        let fields: serde_json::Value = serde_json::from_str(last).unwrap();
+        settled += u32::try_from(fields["settled"].as_u64().unwrap()).unwrap();
     }
     bench.depth_becomes("", 0).await;
     let rest = async |active: &Worker| active.metrics().await.sum("messages_settled_total");

@@ -125,10 +125,7 @@ async fn without_a_worker_a_replay_gives_up_after_the_first() {
     let bench = three().await;
     let (code, text, words) = bench.told(&["dlq", "replay", "--all", "--wait", "1s"], "").await;
     assert_eq!((code, text.as_str()), (Some(69), "replayed 1; 1 under way; 2 not sent\n"), "{words}");
-    assert!(
-        words.contains("no worker told what became of 1 message") && words.contains("/readyz"),
-        "{words}"
-    );
+    assert!(words.contains("no outcome received for 1 message") && words.contains("/readyz"), "{words}");
     // After a look or two at the work queue it is known why.
     let waiting = bench.starting(&["dlq", "replay", "--all"]);
     waiting

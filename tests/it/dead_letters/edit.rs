@@ -180,7 +180,7 @@ async fn a_replay_goes_on_with_what_is_left() {
         bench.words(&["dlq", "edit", "--id", "dead-19", "--patch", r#"{"userId": "mended"}"#], "").await;
     assert!(code == Some(0) && words.contains("a replay is under way"), "{words}");
     let (code, words) = bench.words(&["dlq", "edit", "dead-0", "--patch", "{}"], "").await;
-    assert!(code == Some(2) && words.contains("the replay under way has in hand"), "{words}");
+    assert!(code == Some(2) && words.contains("its messages are not included"), "{words}");
     let (code, words) = bench.words(&["dlq", "export"], "").await;
     assert!(
         code == Some(1) && words.contains("a replay is under way"),
@@ -289,7 +289,7 @@ async fn many_are_edited_by_one_patch() {
     bench.import(&line("text", 10, &json!("text"))).await;
     let before = bench.dead_letters().await;
     let remove = r#"[{"op": "remove", "path": "/traits/name"}]"#;
-    for (patch, why) in [(remove, "the patch does not apply"), ("7", "the new body is no JSON object")] {
+    for (patch, why) in [(remove, "the patch does not apply"), ("7", "the new body is not a JSON object")] {
         let (code, words) =
             bench.words(&["dlq", "edit", "--since", "2000-01-01", "--patch", patch], "").await;
         assert!(code == Some(2) && words.contains(why) && words.contains("nothing was changed"), "{words}");

@@ -27,9 +27,9 @@ async fn a_dead_letter_is_edited_and_then_succeeds() {
     let (bench, id) = nobody(sent.clone()).await;
     let refused = |words: &'static str, patch: &'static str| (words, ["dlq", "edit", "ID", "--patch", patch]);
     for (words, mut arguments) in [
-        refused("the patch is no JSON", "{"),
+        refused("the patch is not valid JSON", "{"),
         refused("the patch does not apply", "[{\"op\": \"remove\", \"path\": \"/nothing\"}]"),
-        refused("no JSON object", "\"text\""),
+        refused("not a JSON object", "\"text\""),
     ] {
         arguments[2] = &id;
         let (code, _, told) = bench.told(&arguments, "").await;
@@ -81,15 +81,15 @@ async fn an_editor_is_opened() {
     for (editor, expected, words) in [
         ("true", Some(0), "nothing was changed"),
         ("false", Some(69), "nothing was changed"),
-        ("sed -i s/{/[/", Some(2), "no JSON object"),
+        ("sed -i s/{/[/", Some(2), "not a JSON object"),
         ("sed -i '1s/{/{\"userId\": \"u7\",/'", Some(0), "dlq replay --id"),
     ] {
         bench = bench.set("EDITOR", editor);
         let (code, _, told) = bench.told(&["dlq", "edit", &id], "").await;
         assert!(code == expected && told.contains(words), "{editor}: {told}");
         // What cannot be used is not lost.
-        let kept = told.split("what you wrote is in ").nth(1).and_then(|rest| rest.split_once(':'));
-        assert_eq!(kept.is_some(), words == "no JSON object", "{told}");
+        let kept = told.split("your edit is saved in ").nth(1).and_then(|rest| rest.split_once(';'));
+        assert_eq!(kept.is_some(), words == "not a JSON object", "{told}");
         if let Some((path, _)) = kept {
             assert!(std::fs::read_to_string(path).unwrap().starts_with('['));
             std::fs::remove_file(path).unwrap();

@@ -274,7 +274,7 @@ async fn a_lost_connection_is_made_anew() {
         proxy.mute(false);
     }
     assert_eq!(replay.ended().await.code(), Some(69), "{}", replay.log());
-    assert!(replay.logged("connecting again") >= 2, "{}", replay.log());
+    assert!(replay.logged("lost connection to RabbitMQ, reconnecting") >= 2, "{}", replay.log());
     assert_eq!(replay.logged("none of them had failed again after the reconnect"), 1, "{}", replay.log());
     assert_eq!(bench.depth(".dead").await, 0, "all the others were sent");
     bench.assert_each_once(30);
@@ -340,7 +340,9 @@ async fn a_replay_that_reconnects_can_be_stopped() {
     let replay = bench.starting(&["dlq", "replay", "--all", "--at-once", "1"]);
     leads(&bench, &worker, 3).await;
     drop(proxy);
-    replay.until("lost", async |replay| replay.logged("connecting again") == 1).await;
+    replay
+        .until("lost", async |replay| replay.logged("lost connection to RabbitMQ, reconnecting") == 1)
+        .await;
     replay.signal("INT");
     assert_eq!(replay.ended().await.code(), Some(1), "{}", replay.log());
     assert_eq!(replay.logged("run the same replay again to continue"), 1, "{}", replay.log());

@@ -76,7 +76,7 @@ fn outcomes(decisions: &str) -> BTreeMap<&str, u32> {
 async fn the_file_to_start_from_works_as_it_is_shown() {
     let bench = Bench::new().await.set("COLUMNS", "80");
     let help = bench.output(&["test", "--help"]).await;
-    let (_, file) = help.split_once("A file is TOML:\n\n").unwrap();
+    let (_, file) = help.split_once("A scenario file in TOML:\n\n").unwrap();
     let copy = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(copy.path(), file).unwrap();
     let played = bench.output(&["test", copy.path().to_str().unwrap()]).await;

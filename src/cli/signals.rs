@@ -1,0 +1,44 @@
+//! What signals do: SIGTERM and SIGINT shut down, SIGHUP reloads.
+
+use futures_util::stream::BoxStream;
+use futures_util::{StreamExt, stream};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use crate::cli::failure::{Failure, UNAVAILABLE};
+
+/// Cancelled by the first SIGTERM or SIGINT. A second one exits at once; RabbitMQ then redelivers the messages in
+/// progress.
+pub(super) fn shutdown() -> Result<CancellationToken, Failure> {
+    let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
+    let shutdown = CancellationToken::new();
+    let requested = shutdown.clone();
+    tokio::spawn(async move {
+        loop {
+            let name = tokio::select! {
+                _ = terminate.recv() => "SIGTERM",
+                _ = interrupt.recv() => "SIGINT",
+            };
+            if requested.is_cancelled() {
+                tracing::warn!(
+                    signal = name,
+                    "stopping at once; RabbitMQ will redeliver the messages in progress"
+                );
+                std::process::exit(i32::from(UNAVAILABLE));
+            }
+            tracing::info!(signal = name, "shutting down; a second signal stops at once");
+            requested.cancel();
+        }
+    });
+    Ok(shutdown)
+}
+
+/// One item for each SIGHUP.
+pub(super) fn reload() -> Result<BoxStream<'static, ()>, Failure> {
+    let next = |mut signal: Signal| async move { signal.recv().await.map(|()| ((), signal)) };
+    Ok(stream::unfold(listen(SignalKind::hangup())?, next).boxed())
+}
+
+fn listen(kind: SignalKind) -> Result<Signal, Failure> {
+    signal(kind).map_err(|error| Failure::Unavailable(format!("cannot install a signal handler: {error}")))
+}
