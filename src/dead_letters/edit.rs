@@ -58,7 +58,7 @@ pub async fn edit(
     complete(&queue, observer).await?;
     let (mut batch, matched) = queue.take_selected(selection, |_| Disposition::Keep, observer).await?;
     let replaying = batch.replaying;
-    let done = async {
+    let result = async {
         let mut edits = Vec::new();
         while let Some(held) = batch.next() {
             let edited = change(&held.letter).and_then(|body| match body {
@@ -87,11 +87,11 @@ pub async fn edit(
         }
         Ok(Edited::Done { matched, changed, replaying })
     };
-    let done = done.await;
+    let result = result.await;
     batch.close().await;
     queue.leave().await;
     disconnect(&publishing).await;
-    done
+    result
 }
 
 /// Completes edits and imports that were interrupted between the confirm of a copy and the deletion of what it replaces.
@@ -102,21 +102,21 @@ pub(crate) async fn complete(
 ) -> Result<(), BrokerError> {
     let mut seen = Replaced::default();
     let collect = |letter: &DeadLetter| {
-        seen.note(letter);
+        seen.add(letter);
         Disposition::Return
     };
     queue.take(collect, observer).await?.close().await;
     if seen.0.is_empty() {
         return Ok(());
     }
-    // Another operator may have been faster, so only a copy in the same batch counts.
+    // Another operator may have taken a copy in the meantime, so only a copy in the same batch counts.
     let mut current = Replaced::default();
     let decide = |letter: &DeadLetter| {
-        current.note(letter);
-        if seen.has(letter) { Disposition::Keep } else { Disposition::Return }
+        current.add(letter);
+        if seen.contains(letter) { Disposition::Keep } else { Disposition::Return }
     };
     let mut batch = queue.take(decide, observer).await?;
-    let deleted = batch.delete_those(|letter| current.has(letter)).await;
+    let deleted = batch.delete_those(|letter| current.contains(letter)).await;
     batch.close().await;
     deleted.map(|_| ())
 }
@@ -140,7 +140,7 @@ pub async fn complete_interrupted(
 pub(crate) struct Replaced(HashMap<String, Vec<Uuid>>);
 
 impl Replaced {
-    pub(crate) fn note(&mut self, letter: &DeadLetter) {
+    pub(crate) fn add(&mut self, letter: &DeadLetter) {
         let contents = letter.replaces();
         if !contents.is_empty() {
             self.0.entry(letter.id.clone()).or_default().extend(contents);
@@ -148,7 +148,7 @@ impl Replaced {
     }
 
     /// Whether a copy replaces this dead letter.
-    pub(crate) fn has(&self, letter: &DeadLetter) -> bool {
+    pub(crate) fn contains(&self, letter: &DeadLetter) -> bool {
         let contents = self.0.get(&letter.id).filter(|_| letter.has_own_id());
         contents.is_some_and(|contents| contents.contains(&letter.content_id()))
     }

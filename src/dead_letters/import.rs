@@ -59,19 +59,19 @@ pub async fn import(
         .await?;
     let outcome = if batch.replaying {
         Err(BrokerError::Busy(
-            "a replay is under way, and an import would not see the dead letters in its batch; try again when it has ended",
+            "a replay is running, and an import would not see the dead letters in its batch; try again when it has ended",
         ))
     } else {
         publish(settings, &publisher, letters, present, &outdated).await
     };
-    let done = match outcome {
+    let result = match outcome {
         Ok(imported) => batch.delete_those(|_| true).await.map(|_| imported),
         Err(error) => Err(error),
     };
     batch.close().await;
     queue.leave().await;
     disconnect(&publishing).await;
-    done
+    result
 }
 
 /// Publishes the dead letters that are not in the queue yet.

@@ -11,7 +11,7 @@
 //!
 //! **One scan at a time.** While one operator has the whole batch, another would see an empty queue. A scan therefore
 //! holds a lock: an exclusive queue with a fixed name. RabbitMQ deletes it with the connection, so a killed process
-//! never locks others out. A scan of 10,000 dead letters takes a second, and the others wait for it.
+//! never locks others out. A scan of 10,000 dead letters takes a second.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -250,7 +250,7 @@ impl<'a> DeadLetterQueue<'a> {
         Ok(())
     }
 
-    /// Takes all dead letters and calls `decide` for each that `selection` contains. Returns how many those are, too.
+    /// Takes all dead letters and calls `decide` for each that `selection` contains. Also returns their number.
     pub(crate) async fn take_selected(
         &self,
         selection: &Selection,

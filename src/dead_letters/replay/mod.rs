@@ -299,7 +299,7 @@ impl Session<'_> {
         let (mut chosen, mut bytes) = (0, 0);
         let mut replaced = edit::Replaced::default();
         let decide = |letter: &DeadLetter| {
-            replaced.note(letter);
+            replaced.add(letter);
             let is_next = requested.last().is_some_and(|last| letter.failed_at <= *last);
             let is_full = chosen == requested.len() || (chosen > 0 && bytes > BATCH_BYTES);
             if is_full || !is_next || !matches(letter) {
@@ -312,7 +312,7 @@ impl Session<'_> {
         let batch = self.queue.take(decide, observer).await?;
         let batch = self.batch.insert(batch);
         // An edit that was interrupted since this replay began: the copy is in this batch, too.
-        let replaced = batch.delete_those(|letter| replaced.has(letter)).await?;
+        let replaced = batch.delete_those(|letter| replaced.contains(letter)).await?;
         if !exclusive {
             batch.return_others().await?;
         }

@@ -173,7 +173,7 @@ async fn a_replay_goes_on_with_what_is_left() {
     let replay = bench.starting(&["dlq", "replay", "--all"]);
     replay.until("sent", async |_| bench.depth(".dead").await == 19).await;
     let (code, words) = bench.words(&["dlq", "import", "-"], &exported).await;
-    assert!(code == Some(69) && words.contains("a replay is under way"), "{words}");
+    assert!(code == Some(69) && words.contains("a replay is running"), "{words}");
     let (code, words) = bench.words(&["dlq", "discard", "--id", "dead-18", "--yes"], "").await;
     assert!(code == Some(0) && words.contains("discarded 1, 18 remain"), "{words}");
     let (code, words) =
