@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
+use crate::close::api::CreatedIds;
 use crate::close::error::CloseError;
 use crate::close::records::{Hits, Records};
 use crate::close::wire;
 use crate::domain::plan::{ContactValues, Step};
 use crate::domain::record::{Channel, Contact, ContactId, Entry, FieldId, Lead, LeadId, Lists, fold_email};
-use crate::sync::id_cache::CreatedIds;
 
 /// All records, and what search shows of them.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -4,6 +4,7 @@
 //! failures by what the caller can do. Every call passes the rate limiter of its endpoint group. A 429 never leaves this
 //! module: the call waits for the window that Close reported and is sent again.
 
+mod api;
 mod client;
 mod endpoint;
 mod error;
@@ -19,6 +20,7 @@ pub mod stall_guard;
 mod transport;
 mod wire;
 
+pub use api::{Api, CreatedIds};
 pub use client::Client;
 pub use endpoint::{Call, Endpoint, StatusClass};
 pub use error::{CloseError, Fault, FieldError, Rejection, ResponseExcerpt};

@@ -11,6 +11,7 @@ use moka::policy::EvictionPolicy;
 use moka::sync::Cache;
 use tokio::time::Instant;
 
+use crate::close::CreatedIds;
 use crate::domain::mapping::{Identity, Key};
 use crate::domain::record::{ContactId, LeadId};
 
@@ -32,15 +33,6 @@ pub struct Contacts {
     pub ids: Vec<ContactId>,
     /// A search has shown that these are all, so another search is not needed.
     pub complete: bool,
-}
-
-/// The records a step created, or set the keys of a person or a company on.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct CreatedIds {
-    /// The Lead that is the company's from now on.
-    pub lead: Option<LeadId>,
-    /// The person's Contact.
-    pub contact: Option<ContactId>,
 }
 
 impl Default for IdCache {

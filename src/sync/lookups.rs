@@ -1,14 +1,14 @@
 //! Access to records for the resolver: asks the id cache and Close, and notes each look-up and each candidate in
 //! the [`Decision`]. Which look-up comes next is the resolver's decision.
 
-use crate::close::{CloseError, Records};
+use crate::close::{CloseError, CreatedIds, Records};
 use crate::domain::decision::{Candidate, Decision, LookUp};
 use crate::domain::mapping::{Identity, Key, KeyFields};
 use crate::domain::matching::{
     ContactMatch, MAX_CONTACTS, MatchedContacts, Verdict, company_leads, compare, match_contacts, match_lead,
 };
 use crate::domain::record::{Contact, ContactId, FieldId, Lead, LeadId};
-use crate::sync::id_cache::{CreatedIds, IdCache};
+use crate::sync::id_cache::IdCache;
 
 pub(crate) type LeadWithContacts = (Lead, Vec<Contact>);
 

@@ -220,7 +220,13 @@ impl Worker {
         }
     }
 
-    fn attempts<'a>(&'a self, job: &'a Job, others: &[&'a Job], run: RunContext, mode: Mode) -> Attempts<'a> {
+    fn attempts<'a>(
+        &'a self,
+        job: &'a Job,
+        others: &[&'a Job],
+        run: RunContext,
+        mode: Mode,
+    ) -> Attempts<'a, Client> {
         Attempts {
             context: &self.0,
             client: self.0.client.for_message(run.priority),

@@ -7,8 +7,8 @@ use jiff::Timestamp;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use crate::close::CloseError;
 use crate::close::in_memory::InMemoryRecords;
+use crate::close::{CloseError, CreatedIds};
 use crate::domain::decision::Decision;
 use crate::domain::event::Event;
 use crate::domain::mapping::tests::{rules, schema};
@@ -20,7 +20,7 @@ use crate::domain::record::{
 };
 use crate::domain::schema::FieldRef;
 use crate::domain::switches::Switches;
-use crate::sync::id_cache::{CreatedIds, IdCache};
+use crate::sync::id_cache::IdCache;
 use crate::sync::lookups::Lookups;
 use crate::sync::resolver::{Decided, Resolver};
 use crate::sync::version_cache::VersionCache;

@@ -7,11 +7,11 @@ use jiff::Timestamp;
 use moka::policy::EvictionPolicy;
 use moka::sync::Cache;
 
+use crate::close::CreatedIds;
 use crate::domain::matching::Found;
 use crate::domain::plan::{NEW_CONTACT, NEW_LEAD};
 use crate::domain::record::{FieldId, Fields};
 use crate::domain::staleness::{self, FieldVersions, RecordVersions, SyncedAtFields};
-use crate::sync::id_cache::CreatedIds;
 
 /// How many records are remembered. One takes some 500 bytes.
 const CAPACITY: u64 = 50_000;

@@ -2,7 +2,7 @@
 
 use tokio::time::Instant;
 
-use crate::close::{Client, CloseError, FieldError};
+use crate::close::{Api, CloseError, CreatedIds, FieldError};
 use crate::domain::decision::Decision;
 use crate::domain::mapping::{Desired, Key};
 use crate::domain::matching::Found;
@@ -10,11 +10,10 @@ use crate::domain::partial_write;
 use crate::domain::plan::Step;
 use crate::outcome::Effect;
 use crate::sync::context::Context;
-use crate::sync::id_cache::CreatedIds;
 
-pub(super) struct Executor<'a> {
+pub(super) struct Executor<'a, C> {
     pub(super) context: &'a Context,
-    pub(super) client: &'a Client,
+    pub(super) client: &'a C,
     pub(super) desired: &'a Desired,
     /// Several events share the write. When Close rejects a field of it, they are retried one by one.
     pub(super) merges: bool,
@@ -22,7 +21,7 @@ pub(super) struct Executor<'a> {
     pub(super) decision: &'a mut Decision,
 }
 
-impl Executor<'_> {
+impl<C: Api> Executor<'_, C> {
     /// Executes a step. When Close rejects optional fields, repeats it without them, each time with fewer: Close
     /// may name one only after another is gone.
     pub(super) async fn execute(
@@ -67,32 +66,13 @@ impl Executor<'_> {
     /// Sends one write and caches the ids it returns. A creation is pending from before the call, because the
     /// call may be dropped at any moment and still happen.
     async fn send(&self, step: &Step, found: &Found) -> Result<CreatedIds, CloseError> {
-        let Context { id_cache, settings, .. } = self.context;
-        let client = self.client;
+        let Context { id_cache, settings, client, .. } = self.context;
         let adopts = found.adopts() && matches!(step, Step::UpdateLead { .. });
         let gives_keys = adopts || step.creates();
         if gives_keys {
             id_cache.add_pending_creation(self.keys, Instant::now() + client.timeout() + settings.search_lag);
         }
-        let result = match step {
-            Step::CreateLead { lead, contact } => client
-                .create_lead(lead, contact.as_ref())
-                .await
-                .map(|(lead, contact)| CreatedIds { lead: Some(lead), contact }),
-            Step::CreateContact { lead, contact } => client
-                .create_contact(lead, contact)
-                .await
-                .map(|id| CreatedIds { lead: None, contact: Some(id) }),
-            Step::UpdateLead { id, changes } => client
-                .update_lead(id, changes)
-                .await
-                .map(|()| CreatedIds { lead: adopts.then(|| id.clone()), contact: None }),
-            // It may have gained the user id or the email, which search does not know yet.
-            Step::UpdateContact { id, changes } => client
-                .update_contact(id, changes)
-                .await
-                .map(|()| CreatedIds { lead: None, contact: Some(id.clone()) }),
-        };
+        let result = self.client.write(step).await;
         if gives_keys {
             match &result {
                 Err(error) if error.may_have_been_applied() => {
@@ -101,7 +81,10 @@ impl Executor<'_> {
                 Ok(_) | Err(_) => id_cache.complete_creation(self.keys),
             }
         }
-        let ids = result?;
+        let mut ids = result?;
+        if adopts && let Step::UpdateLead { id, .. } = step {
+            ids.lead = Some(id.clone());
+        }
         tracing::debug!(step = step.label(), made = ?ids, "wrote to Close");
         id_cache.remember_created(&self.desired.identity, ids.clone(), self.decision.is_new_person());
         Ok(ids)

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::close::{Client, CloseError};
+use crate::close::{Api, CloseError, CreatedIds};
 use crate::domain::decision::Decision;
 use crate::domain::mapping::{Desired, Key};
 use crate::domain::matching::{self, ContactMatch, Found, compare, match_lead};
@@ -17,7 +17,6 @@ use crate::domain::staleness::RecordVersions;
 use crate::outcome::{Effect, Failure, Outcome, PauseCause, Stage};
 use crate::retry::{self, Backoff, History, Verdict};
 use crate::sync::context::Context;
-use crate::sync::id_cache::CreatedIds;
 use crate::sync::job::RunContext;
 use crate::sync::lookups::Lookups;
 use crate::sync::record_locks::RecordGuard;
@@ -40,10 +39,10 @@ pub(crate) struct Completed {
 }
 
 /// The attempts at one message, with those merged into it.
-pub(crate) struct Attempts<'a> {
+pub(crate) struct Attempts<'a, C> {
     pub(crate) context: &'a Context,
     /// Counts the calls of this message.
-    pub(crate) client: Client,
+    pub(crate) client: C,
     pub(crate) desired: &'a Desired,
     /// Events that are merged into the same write.
     pub(crate) others: Vec<&'a Desired>,
@@ -61,7 +60,7 @@ struct LagGuard {
     wanted_to_create: bool,
 }
 
-impl Attempts<'_> {
+impl<C: Api> Attempts<'_, C> {
     /// Repeats attempts until the message is settled or the retries in place are used up.
     pub(crate) async fn retry_in_place(&mut self) -> Outcome {
         let context = self.context;

@@ -1,0 +1,70 @@
+//! The calls that syncing a message makes.
+
+use crate::close::client::Client;
+use crate::close::error::CloseError;
+use crate::close::records::Records;
+use crate::domain::plan::Step;
+use crate::domain::record::{Contact, ContactId, Lead, LeadId};
+
+/// The records that a step created or gave keys to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CreatedIds {
+    /// The Lead that has the company id from now on.
+    pub lead: Option<LeadId>,
+    /// The person's Contact.
+    pub contact: Option<ContactId>,
+}
+
+/// Close as one message sees it. A trait, so that attempts can be tested on records in memory.
+pub trait Api: Records {
+    /// Sends a write. Returns the ids of the created records; for a changed Contact its id, because the change may
+    /// have given it the user id or the email.
+    fn write(&self, step: &Step) -> impl Future<Output = Result<CreatedIds, CloseError>> + Send;
+
+    /// Lists the Leads and Contacts created since a time, from the event log. Unlike search, the event log shows
+    /// them at once.
+    fn created_since(
+        &self,
+        since: jiff::Timestamp,
+    ) -> impl Future<Output = Result<(Vec<Lead>, Vec<Contact>), CloseError>> + Send;
+
+    /// The number of calls made for this message.
+    fn calls(&self) -> u32;
+
+    /// Whether another message already counts the last failure. Resets the flag.
+    fn take_duplicate_failure(&self) -> bool;
+}
+
+impl Api for Client {
+    async fn write(&self, step: &Step) -> Result<CreatedIds, CloseError> {
+        Ok(match step {
+            Step::CreateLead { lead, contact } => {
+                let (lead, contact) = self.create_lead(lead, contact.as_ref()).await?;
+                CreatedIds { lead: Some(lead), contact }
+            }
+            Step::CreateContact { lead, contact } => {
+                CreatedIds { lead: None, contact: Some(self.create_contact(lead, contact).await?) }
+            }
+            Step::UpdateLead { id, changes } => {
+                self.update_lead(id, changes).await?;
+                CreatedIds::default()
+            }
+            Step::UpdateContact { id, changes } => {
+                self.update_contact(id, changes).await?;
+                CreatedIds { lead: None, contact: Some(id.clone()) }
+            }
+        })
+    }
+
+    async fn created_since(&self, since: jiff::Timestamp) -> Result<(Vec<Lead>, Vec<Contact>), CloseError> {
+        Client::created_since(self, since).await
+    }
+
+    fn calls(&self) -> u32 {
+        Client::calls(self)
+    }
+
+    fn take_duplicate_failure(&self) -> bool {
+        Client::take_duplicate_failure(self)
+    }
+}
