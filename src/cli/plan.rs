@@ -16,7 +16,7 @@ use crate::domain::event::{self, Event};
 use crate::domain::mapping::Key;
 use crate::sync::explain::{self, DEAD, Explanation, Record};
 use crate::sync::preflight::{self, PreflightError};
-use crate::sync::{ReceivedAt, Worker};
+use crate::sync::{Dependencies, ReceivedAt, Worker};
 use crate::telemetry::metrics::Metrics;
 use crate::text::{choices, count};
 
@@ -105,7 +105,13 @@ pub(super) async fn worker(config: Destination) -> Result<Worker, Failure> {
         let (reason, fits) = (invalid.reason.description(), choices("choices", &invalid.choices));
         anstream::eprintln!("note: {}: {} is left out: {reason}{fits}", invalid.setting, invalid.value);
     }
-    Ok(Worker::new(config.worker, &config.rules, ready.mapping, client, metrics))
+    Ok(Worker::new(Dependencies {
+        settings: config.worker,
+        rules: &config.rules,
+        mapping: ready.mapping,
+        client,
+        metrics,
+    }))
 }
 
 /// Visible only for several events, on a terminal, with standard output redirected.

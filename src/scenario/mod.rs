@@ -23,7 +23,7 @@ use crate::domain::decision::Decision;
 use crate::domain::event;
 use crate::domain::schema::FieldRef;
 use crate::sync::preflight::{self, Ready};
-use crate::sync::{Prepared, ReceivedAt, RunContext, Worker};
+use crate::sync::{Dependencies, Prepared, ReceivedAt, RunContext, Worker};
 use crate::telemetry::metrics::Metrics;
 use close_sync_simulator::{CustomField, Owner, Settings, Simulator, User};
 
@@ -251,7 +251,7 @@ pub(crate) async fn worker(config: Destination) -> Result<Worker, Unplayable> {
         let told: Vec<String> = obstacles.iter().map(ToString::to_string).collect();
         failed(&told.join("\n"))
     })?;
-    Ok(Worker::new(config.worker, &config.rules, mapping, client, metrics))
+    Ok(Worker::new(Dependencies { settings: config.worker, rules: &config.rules, mapping, client, metrics }))
 }
 
 impl Scenario {

@@ -26,8 +26,8 @@ use crate::retry::Backoff;
 use crate::supervisor::RunError;
 use crate::supervisor::pause::Pause;
 use crate::supervisor::reload::{Accepted, Candidate, Reloads, prepare};
-use crate::sync::Worker;
 use crate::sync::preflight::PreflightError;
+use crate::sync::{Dependencies, Worker};
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::status::{State, Status};
 
@@ -166,7 +166,13 @@ impl SessionLoop {
         let Accepted { settings, client, mapping } = accepted;
         self.metrics.set_close_client(Some(client.clone()));
         self.metrics.set_config_hash(&settings.hash);
-        let worker = Worker::new(settings.worker, &settings.rules, mapping, client, self.metrics.clone());
+        let worker = Worker::new(Dependencies {
+            settings: settings.worker,
+            rules: &settings.rules,
+            mapping,
+            client,
+            metrics: self.metrics.clone(),
+        });
         let amqp = Arc::new(settings.amqp);
         self.access.set_settings(Arc::clone(&amqp));
         self.access.set_worker(worker.clone());

@@ -37,14 +37,19 @@ pub(crate) struct Context {
     last_failure: Mutex<Option<String>>,
 }
 
+/// What a [`crate::sync::Worker`] is made from.
+pub struct Dependencies<'a> {
+    pub settings: Settings,
+    pub rules: &'a Rules,
+    /// The result of resolving `rules`.
+    pub mapping: Mapping,
+    pub client: Client,
+    pub metrics: Metrics,
+}
+
 impl Context {
-    pub(crate) fn new(
-        settings: Settings,
-        rules: &Rules,
-        mapping: Mapping,
-        client: Client,
-        metrics: Metrics,
-    ) -> Self {
+    pub(crate) fn new(dependencies: Dependencies<'_>) -> Self {
+        let Dependencies { settings, rules, mapping, client, metrics } = dependencies;
         Self {
             settings,
             client,

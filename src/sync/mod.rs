@@ -35,8 +35,6 @@ pub mod preflight;
 mod properties;
 pub mod record_locks;
 mod resolver;
-#[cfg(test)]
-mod tests;
 pub mod version_cache;
 
 use std::sync::Arc;
@@ -47,13 +45,12 @@ use crate::close::Client;
 use crate::close::stall_guard::StallGuard;
 use crate::domain::decision::Decision;
 use crate::domain::event::{Event, Malformed};
-use crate::domain::mapping::{Anonymous, Mapping, NoIdentity, Rules};
+use crate::domain::mapping::{Anonymous, Mapping, NoIdentity};
 use crate::outcome::{DeadLetter, DelayCause, Outcome, Reason, Skip, Stage};
 use crate::sync::circuit_breaker::CircuitBreaker;
 use crate::sync::preflight::PreflightError;
-use crate::telemetry::metrics::Metrics;
 
-pub use context::log_mapping_problems;
+pub use context::{Dependencies, log_mapping_problems};
 pub use job::{Job, Prepared, ReceivedAt, RunContext, Settings};
 
 use attempt::{Attempts, Mode};
@@ -64,15 +61,8 @@ use context::Context;
 pub struct Worker(Arc<Context>);
 
 impl Worker {
-    /// `mapping` is what `rules` were resolved to.
-    pub fn new(
-        settings: Settings,
-        rules: &Rules,
-        mapping: Mapping,
-        client: Client,
-        metrics: Metrics,
-    ) -> Self {
-        Self(Arc::new(Context::new(settings, rules, mapping, client, metrics)))
+    pub fn new(dependencies: Dependencies<'_>) -> Self {
+        Self(Arc::new(Context::new(dependencies)))
     }
 
     pub fn settings(&self) -> &Settings {

@@ -7,7 +7,7 @@ use close_sync::close::{Client, Endpoint};
 use close_sync::config::{Config, Need};
 use close_sync::consumer::scheduler::delayed::DelayedMessages;
 use close_sync::consumer::{End, Session};
-use close_sync::sync::{Worker, preflight};
+use close_sync::sync::{Dependencies, Worker, preflight};
 use close_sync::telemetry::metrics::Metrics;
 use close_sync::telemetry::status::Status;
 use close_sync_simulator::{Effect, Fault, FaultBody, Limits, Rate, Settings, When};
@@ -195,7 +195,13 @@ async fn a_panic_costs_one_message_and_not_the_worker() {
     let session = Session {
         destination: None,
         settings: Arc::new(config.amqp),
-        worker: Worker::new(config.worker, &config.rules, mapping, client, metrics.clone()),
+        worker: Worker::new(Dependencies {
+            settings: config.worker,
+            rules: &config.rules,
+            mapping,
+            client,
+            metrics: metrics.clone(),
+        }),
         metrics: metrics.clone(),
         status: Status::default(),
         concurrency: 1,

@@ -13,7 +13,7 @@ use close_sync::consumer::broker::{self, BrokerEvent, Publish, Publishers, Recei
 use close_sync::consumer::scheduler::delayed::DelayedMessages;
 use close_sync::consumer::{End, Environment, Session};
 use close_sync::domain::mapping::{Mapping, Rules};
-use close_sync::sync::{Settings, Worker};
+use close_sync::sync::{Dependencies, Settings, Worker};
 use close_sync::telemetry::metrics::Metrics;
 use close_sync::telemetry::status::Status;
 use futures_util::future::{BoxFuture, FutureExt};
@@ -61,7 +61,13 @@ impl Process {
         let session = Session {
             destination: Some(format!("process {number}").into()),
             settings: amqp,
-            worker: Worker::new(settings, &rules, mapping, client, metrics.clone()),
+            worker: Worker::new(Dependencies {
+                settings,
+                rules: &rules,
+                mapping,
+                client,
+                metrics: metrics.clone(),
+            }),
             metrics,
             status: Status::default(),
             concurrency: world.plan.concurrency,
