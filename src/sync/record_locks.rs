@@ -74,6 +74,14 @@ impl RecordLocks {
         }
         None
     }
+
+    /// The locked records, sorted.
+    #[cfg(test)]
+    pub fn locked(&self) -> Vec<String> {
+        let mut locked: Vec<String> = self.0.taken.lock().unwrap().iter().cloned().collect();
+        locked.sort();
+        locked
+    }
 }
 
 impl Drop for RecordGuard {

@@ -1,6 +1,8 @@
 //! The attempts at one message: decide, lock, execute, record. A failed attempt starts over with the look-up.
 
 mod executor;
+#[cfg(test)]
+mod tests;
 
 use std::time::Duration;
 
