@@ -1,38 +1,37 @@
-//! Random histories of events whose outcome is certain, from a seed.
+//! Generates random histories of events from a seed. Every history has exactly one correct outcome.
 //!
-//! Few people and companies, so that events collide, and values that occur once, so that it shows which
-//! event won. Events that share no key (company id, user id, email) have no order between them, so a
-//! history must not depend on one. These rules of [`History::generate`] make it so; that they suffice is
-//! tested in [`super`], by playing histories in other orders that keys allow:
+//! There are few people and companies, so that events collide. Every value occurs only once, so that the result
+//! shows which event won. close-sync does not order events that share no key (company id, user id, email), so the
+//! outcome must not depend on their order. The rules of [`History::generate`] ensure that. A test in [`super`]
+//! checks it: it applies histories in other permitted orders. The rules are:
 //!
-//! - Only events with the person's *main* address set the title: all of them share that key.
-//! - Events with another address, or with the user id alone, come only after one with both the user id and
-//!   the main address: until then it is open whether what they find is the same person.
-//! - Events without user id name no company. Else they could adopt the person's Lead for one company
-//!   while an event with the user id alone adopts it for another.
-//! - An event without company id names the Lead only with user id and main address, and only before the
-//!   person's first event with a company: later it would name the Leads of companies whose key it does not
-//!   have.
-//! - What is left to events that meet at one Contact in any order is phones and addresses, which are sets.
-//! - Some messages are published again long after, as a dead letter that is replayed: with the time of the
-//!   first. What newer events have told about has to stay then.
+//! - Only events with the person's *main* address set the title. They all share that key.
+//! - Events with another address, or with only the user id, come after an event with both the user id and the main
+//!   address. Before that, the Contact they find may be another person.
+//! - Events without user id have no company. Otherwise they could adopt the person's Lead for one company while an
+//!   event with only the user id adopts it for another.
+//! - An event without company id sets the Lead's name only if it has user id and main address, and only before the
+//!   person's first event with a company. Later it would rename Leads of companies whose key it does not have.
+//! - Events that update the same Contact in any order add only phones and addresses, which are sets.
+//! - Some messages are published again much later, like a replayed dead letter, with the time of the first. They
+//!   must not overwrite the values of newer events.
 
 use std::fmt;
 
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
-/// How large a history is. The defaults fit all ways of playing.
+/// The size of a history. The defaults suit all tests.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {
     pub(crate) events: usize,
-    /// At most four: with more, more than ten Contacts may have one address, and only ten are updated.
+    /// At most 4. With more, over ten Contacts could share an address, and only ten are updated.
     pub(crate) users: usize,
-    /// At most three, likewise.
+    /// At most 3, for the same reason.
     pub(crate) companies: usize,
-    /// Of a hundred events, how many are published twice.
+    /// The percentage of events that are published twice in a row.
     pub(crate) twice: u8,
-    /// Of a hundred events, how many are earlier ones once more.
+    /// The percentage of events that repeat an earlier event.
     pub(crate) late: u8,
 }
 
@@ -42,12 +41,12 @@ impl Default for Shape {
     }
 }
 
-/// One event. What it says of a person and a company is text that occurs in no other event.
+/// One event. Its title, phone and company name occur in no other event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Event {
-    /// Its place in the order of publishing, and its message id.
+    /// The position in the order of publishing; also the message id.
     pub(crate) number: usize,
-    /// When it happened: its number, or that of an earlier one that is published once more.
+    /// When it happened: its number, or the number of the earlier event that it repeats.
     pub(crate) at: usize,
     pub(crate) user: Option<String>,
     pub(crate) email: Option<String>,
@@ -60,13 +59,13 @@ pub(crate) struct Event {
 }
 
 impl Event {
-    /// What it is about. Events that share a key are applied in their order.
+    /// The keys. Events that share a key are applied in order.
     pub(crate) fn keys(&self) -> Vec<String> {
         let email = self.email.as_ref().map(|email| email.to_lowercase());
         [self.user.clone(), email, self.company.clone()].into_iter().flatten().collect()
     }
 
-    /// The message, as it happened that many seconds after the base as its number says.
+    /// The message. Its timestamp is `at` seconds after `base`.
     pub(crate) fn message(&self, base: Timestamp) -> Value {
         let seconds = SignedDuration::from_secs(i64::try_from(self.at).unwrap());
         let mut traits = json!({"email": self.email, "title": self.title, "phone": self.phone});
@@ -114,31 +113,31 @@ pub(crate) struct History {
     pub(crate) events: Vec<Event>,
 }
 
-/// By what an event names its person.
+/// How an event identifies its person.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Names {
-    UserAndMain,
-    UserAndOther,
-    UserAlone,
-    Main,
-    Other,
+enum Identifiers {
+    UserAndMainEmail,
+    UserAndOtherEmail,
+    UserOnly,
+    MainEmail,
+    OtherEmail,
 }
 
-/// What events before have said of a user.
+/// What earlier events contained about a user.
 #[derive(Clone, Copy, Default)]
-struct Past {
-    /// There was one with the user id and the main address.
+struct UserState {
+    /// There was an event with the user id and the main address.
     introduced: bool,
-    /// There was one with a company.
+    /// There was an event with a company.
     has_company: bool,
 }
 
 impl History {
-    /// The history of a seed: always the same.
+    /// Generates the history of a seed. The result is always the same.
     pub(crate) fn generate(seed: u64, shape: Shape) -> Self {
         assert!((1..=4).contains(&shape.users) && (1..=3).contains(&shape.companies), "{shape:?}");
         let mut random = fastrand::Rng::with_seed(seed);
-        let mut past = vec![Past::default(); shape.users];
+        let mut state = vec![UserState::default(); shape.users];
         let mut events: Vec<Event> = Vec::with_capacity(shape.events);
         for number in 0..shape.events {
             if number > 0 && random.u8(..100) < shape.late {
@@ -146,13 +145,13 @@ impl History {
                 events.push(Event { number, ..earlier });
             } else {
                 let user = random.usize(..shape.users);
-                events.push(event(number, user, &mut past[user], shape, &mut random));
+                events.push(event(number, user, &mut state[user], shape, &mut random));
             }
         }
         Self { seed, events }
     }
 
-    /// The events as often as they are published.
+    /// The events, each as often as it is published.
     pub(crate) fn published(&self) -> impl Iterator<Item = &Event> {
         self.events.iter().flat_map(|event| std::iter::repeat_n(event, 1 + usize::from(event.twice)))
     }
@@ -165,51 +164,67 @@ impl fmt::Display for History {
     }
 }
 
-fn event(number: usize, user: usize, past: &mut Past, shape: Shape, random: &mut fastrand::Rng) -> Event {
-    let names = match random.u8(..100) {
-        0..60 => Names::UserAndMain,
-        60..72 => Names::UserAndOther,
-        72..82 => Names::UserAlone,
-        82..94 => Names::Main,
-        _ => Names::Other,
+fn event(
+    number: usize,
+    user: usize,
+    state: &mut UserState,
+    shape: Shape,
+    random: &mut fastrand::Rng,
+) -> Event {
+    let identifiers = match random.u8(..100) {
+        0..60 => Identifiers::UserAndMainEmail,
+        60..72 => Identifiers::UserAndOtherEmail,
+        72..82 => Identifiers::UserOnly,
+        82..94 => Identifiers::MainEmail,
+        _ => Identifiers::OtherEmail,
     };
-    let names = match names {
-        Names::UserAndOther | Names::UserAlone if !past.introduced => Names::UserAndMain,
-        Names::UserAndMain | Names::UserAndOther | Names::UserAlone | Names::Main | Names::Other => names,
+    let identifiers = match identifiers {
+        Identifiers::UserAndOtherEmail | Identifiers::UserOnly if !state.introduced => {
+            Identifiers::UserAndMainEmail
+        }
+        Identifiers::UserAndMainEmail
+        | Identifiers::UserAndOtherEmail
+        | Identifiers::UserOnly
+        | Identifiers::MainEmail
+        | Identifiers::OtherEmail => identifiers,
     };
-    let mut chance = |percent| random.u8(..100) < percent;
-    let has_user = matches!(names, Names::UserAndMain | Names::UserAndOther | Names::UserAlone);
-    let in_company = has_user && chance(60);
-    let names_lead = if in_company {
-        // One without an address to call the Lead after has to bring a name, as it may have to make it.
-        names == Names::UserAlone || chance(40)
+    let mut with_probability = |percent| random.u8(..100) < percent;
+    let has_user = matches!(
+        identifiers,
+        Identifiers::UserAndMainEmail | Identifiers::UserAndOtherEmail | Identifiers::UserOnly
+    );
+    let in_company = has_user && with_probability(60);
+    let has_company_name = if in_company {
+        // The event may create the Lead. Without an address to derive a name from, it needs a company name.
+        identifiers == Identifiers::UserOnly || with_probability(40)
     } else {
-        names == Names::UserAndMain && !past.has_company && chance(30)
+        identifiers == Identifiers::UserAndMainEmail && !state.has_company && with_probability(30)
     };
-    let titled = matches!(names, Names::UserAndMain | Names::Main) && chance(50);
-    let phoned = chance(35);
-    let twice = chance(shape.twice);
-    let shouted = chance(15);
-    past.introduced |= names == Names::UserAndMain;
-    past.has_company |= in_company;
+    let has_title =
+        matches!(identifiers, Identifiers::UserAndMainEmail | Identifiers::MainEmail) && with_probability(50);
+    let has_phone = with_probability(35);
+    let twice = with_probability(shape.twice);
+    let uppercase = with_probability(15);
+    state.introduced |= identifiers == Identifiers::UserAndMainEmail;
+    state.has_company |= in_company;
 
-    let email = match names {
-        Names::UserAndMain | Names::Main => Some(format!("main{}", user + 1)),
-        // The last two users share theirs.
-        Names::UserAndOther | Names::Other if user > 1 => Some("team".to_owned()),
-        Names::UserAndOther | Names::Other => Some(format!("other{}", user + 1)),
-        Names::UserAlone => None,
+    let email = match identifiers {
+        Identifiers::UserAndMainEmail | Identifiers::MainEmail => Some(format!("main{}", user + 1)),
+        // The last two users share their other address.
+        Identifiers::UserAndOtherEmail | Identifiers::OtherEmail if user > 1 => Some("team".to_owned()),
+        Identifiers::UserAndOtherEmail | Identifiers::OtherEmail => Some(format!("other{}", user + 1)),
+        Identifiers::UserOnly => None,
     };
-    let email = email.map(|name| if shouted { name.to_uppercase() } else { name });
+    let email = email.map(|name| if uppercase { name.to_uppercase() } else { name });
     Event {
         number,
         at: number,
         user: has_user.then(|| format!("u{}", user + 1)),
         email: email.map(|name| format!("{name}@{}", super::DOMAIN)),
         company: in_company.then(|| format!("c{}", random.usize(..shape.companies) + 1)),
-        company_name: names_lead.then(|| format!("n{number}")),
-        title: titled.then(|| format!("t{number}")),
-        phone: phoned.then(|| format!("+4930{:06}", 100_000 + number)),
+        company_name: has_company_name.then(|| format!("n{number}")),
+        title: has_title.then(|| format!("t{number}")),
+        phone: has_phone.then(|| format!("+4930{:06}", 100_000 + number)),
         twice,
     }
 }

@@ -1,7 +1,8 @@
-//! What has to come of a history: the rules of matching, applied to one event after the other.
+//! The model: applies the matching rules to one event after the other and computes the expected records.
 //!
-//! Written from the rules and not from the code of the worker, with all switches on and every value written
-//! whenever it differs and no newer event has told another. No search, no ids, no clocks: a list of Leads and a list of Contacts.
+//! It is written from the documented rules, not from the worker's code. All switches are on. A value is written
+//! if it differs and no newer event has set it. There is no search, there are no ids and no clocks: only a list
+//! of Leads and a list of Contacts.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -14,11 +15,10 @@ use super::history::{Event, History};
 struct Lead {
     company: Option<String>,
     name: String,
-    /// When the event was that told the name, if one did.
-    named: Option<usize>,
+    /// The time of the event that set the name, if one did.
+    name_set_at: Option<usize>,
 }
 
-/// A person in a Lead.
 #[derive(Clone, Debug, Default)]
 struct Contact {
     lead: usize,
@@ -26,10 +26,11 @@ struct Contact {
     emails: BTreeSet<String>,
     phones: BTreeSet<String>,
     title: Option<String>,
-    titled: Option<usize>,
+    /// The time of the event that set the title.
+    title_set_at: Option<usize>,
 }
 
-/// What Close has to hold in the end. Contacts are in the order in which they were made.
+/// The expected final records. Contacts are in order of creation.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Expected {
     leads: Vec<Lead>,
@@ -37,7 +38,7 @@ pub(crate) struct Expected {
 }
 
 impl Expected {
-    /// What comes of a whole history.
+    /// The records after a whole history.
     pub(crate) fn of(history: &History) -> Self {
         let mut expected = Self::default();
         for event in history.published() {
@@ -46,115 +47,114 @@ impl Expected {
         expected
     }
 
-    /// Applies one event.
     pub(crate) fn apply(&mut self, event: &Event) {
         let of_company =
             self.leads.iter().position(|lead| lead.company.is_some() && lead.company == event.company);
         if let Some(lead) = of_company {
-            self.write_into(lead, event);
+            self.update(lead, event);
             return;
         }
-        let people = self.people(event, |_| true);
+        let people = self.find_contacts(event, |_| true);
         if people.is_empty() {
             self.create(event);
         } else if event.company.is_none() {
             for person in people {
-                self.write_lead(self.contacts[person].lead, event);
-                self.write_contact(person, event);
+                self.update_lead(self.contacts[person].lead, event);
+                self.update_contact(person, event);
             }
         } else {
-            let homes = people.iter().map(|person| self.contacts[*person].lead);
-            match homes.into_iter().find(|lead| self.leads[*lead].company.is_none()) {
-                Some(adopted) => self.write_into(adopted, event),
+            let leads_of_person = people.iter().map(|person| self.contacts[*person].lead);
+            match leads_of_person.into_iter().find(|lead| self.leads[*lead].company.is_none()) {
+                Some(lead) => self.update(lead, event),
                 None => self.create(event),
             }
         }
     }
 
-    /// The person's Contacts among some: those with the user id, else those with the address who are nobody
-    /// else, oldest first.
-    fn people(&self, event: &Event, among: impl Fn(&Contact) -> bool) -> Vec<usize> {
+    /// Finds the person's Contacts among those that `among` accepts, oldest first: by user id, otherwise by email
+    /// address if the Contact does not belong to another user.
+    fn find_contacts(&self, event: &Event, among: impl Fn(&Contact) -> bool) -> Vec<usize> {
         let candidates: Vec<usize> =
             (0..self.contacts.len()).filter(|at| among(&self.contacts[*at])).collect();
-        let those = |test: &dyn Fn(&Contact) -> bool| -> Vec<usize> {
+        let matching = |test: &dyn Fn(&Contact) -> bool| -> Vec<usize> {
             candidates.iter().copied().filter(|at| test(&self.contacts[*at])).take(10).collect()
         };
-        let by_user = those(&|contact| event.user.is_some() && contact.user == event.user);
+        let by_user = matching(&|contact| event.user.is_some() && contact.user == event.user);
         if !by_user.is_empty() {
             return by_user;
         }
         let Some(email) = event.email.as_ref().map(|email| email.to_lowercase()) else { return Vec::new() };
-        let is_free = |contact: &Contact| event.user.is_none() || contact.user.is_none();
-        those(&|contact| contact.emails.contains(&email) && is_free(contact))
+        let not_another_user = |contact: &Contact| event.user.is_none() || contact.user.is_none();
+        matching(&|contact| contact.emails.contains(&email) && not_another_user(contact))
     }
 
-    /// The Lead is the company's, and the person belongs into it.
-    fn write_into(&mut self, lead: usize, event: &Event) {
-        self.write_lead(lead, event);
-        let inside = self.people(event, |contact| contact.lead == lead);
+    /// Updates the Lead, and updates or adds the person in it.
+    fn update(&mut self, lead: usize, event: &Event) {
+        self.update_lead(lead, event);
+        let inside = self.find_contacts(event, |contact| contact.lead == lead);
         if inside.is_empty() {
-            self.add(lead, event);
+            self.add_contact(lead, event);
         }
         for person in inside {
-            self.write_contact(person, event);
+            self.update_contact(person, event);
         }
     }
 
     fn create(&mut self, event: &Event) {
         let name = event.company_name.clone().unwrap_or_else(|| super::DOMAIN.to_owned());
-        let named = event.company_name.as_ref().map(|_| event.at);
-        self.leads.push(Lead { company: event.company.clone(), name, named });
-        self.add(self.leads.len() - 1, event);
+        let name_set_at = event.company_name.as_ref().map(|_| event.at);
+        self.leads.push(Lead { company: event.company.clone(), name, name_set_at });
+        self.add_contact(self.leads.len() - 1, event);
     }
 
-    fn add(&mut self, lead: usize, event: &Event) {
+    fn add_contact(&mut self, lead: usize, event: &Event) {
         self.contacts.push(Contact { lead, ..Contact::default() });
-        self.write_contact(self.contacts.len() - 1, event);
+        self.update_contact(self.contacts.len() - 1, event);
     }
 
-    fn write_lead(&mut self, lead: usize, event: &Event) {
+    fn update_lead(&mut self, lead: usize, event: &Event) {
         let lead = &mut self.leads[lead];
         event.company.clone_into_some(&mut lead.company);
         if let Some(name) = &event.company_name
-            && lead.named <= Some(event.at)
+            && lead.name_set_at <= Some(event.at)
         {
-            (lead.name, lead.named) = (name.clone(), Some(event.at));
+            (lead.name, lead.name_set_at) = (name.clone(), Some(event.at));
         }
     }
 
-    fn write_contact(&mut self, contact: usize, event: &Event) {
+    fn update_contact(&mut self, contact: usize, event: &Event) {
         let contact = &mut self.contacts[contact];
         event.user.clone_into_some(&mut contact.user);
-        if event.title.is_some() && contact.titled <= Some(event.at) {
-            (contact.title, contact.titled) = (event.title.clone(), Some(event.at));
+        if event.title.is_some() && contact.title_set_at <= Some(event.at) {
+            (contact.title, contact.title_set_at) = (event.title.clone(), Some(event.at));
         }
         contact.emails.extend(event.email.as_ref().map(|email| email.to_lowercase()));
         contact.phones.extend(event.phone.clone());
     }
 
-    /// Compares with the Leads of the simulator, their Contacts inside them.
+    /// Compares the expected records with the Leads of the simulator and their Contacts.
     ///
     /// # Errors
-    /// Everything that differs.
+    /// All differences.
     pub(crate) fn compare(&self, leads: &[Value]) -> Result<(), String> {
-        let mut wrong = doubles(leads);
-        let (expected, held) = (self.lines(), lines(leads));
-        for (line, wanted) in &expected {
-            let there = held.get(line).copied().unwrap_or_default();
-            for _ in there..*wanted {
-                let _ = writeln!(wrong, "missing:    {line}");
+        let mut differences = duplicates(leads);
+        let (expected, actual) = (self.lines(), lines(leads));
+        for (line, n_expected) in &expected {
+            let n_actual = actual.get(line).copied().unwrap_or_default();
+            for _ in n_actual..*n_expected {
+                let _ = writeln!(differences, "missing:    {line}");
             }
         }
-        for (line, there) in &held {
-            let wanted = expected.get(line).copied().unwrap_or_default();
-            for _ in wanted..*there {
-                let _ = writeln!(wrong, "unexpected: {line}");
+        for (line, n_actual) in &actual {
+            let n_expected = expected.get(line).copied().unwrap_or_default();
+            for _ in n_expected..*n_actual {
+                let _ = writeln!(differences, "unexpected: {line}");
             }
         }
-        if wrong.is_empty() { Ok(()) } else { Err(wrong) }
+        if differences.is_empty() { Ok(()) } else { Err(differences) }
     }
 
-    /// A line for each Lead with its Contacts, and how often there is one like it.
+    /// One line per Lead with its Contacts, and how many equal Leads there are.
     pub(crate) fn lines(&self) -> BTreeMap<String, usize> {
         let lead = |(at, lead): (usize, &Lead)| {
             let inside = self.contacts.iter().filter(|contact| contact.lead == at);
@@ -173,7 +173,7 @@ impl Expected {
     }
 }
 
-/// Sets a value that an event may have.
+/// Overwrites the target if there is a value.
 trait CloneIntoSome {
     fn clone_into_some(&self, target: &mut Self);
 }
@@ -186,7 +186,7 @@ impl CloneIntoSome for Option<String> {
     }
 }
 
-/// The same for what the simulator holds.
+/// The same lines for the records of the simulator.
 fn lines(leads: &[Value]) -> BTreeMap<String, usize> {
     count(leads.iter().map(|lead| {
         let people = members(lead).map(|contact| {
@@ -197,10 +197,10 @@ fn lines(leads: &[Value]) -> BTreeMap<String, usize> {
     }))
 }
 
-/// What there must never be two of.
-pub(crate) fn doubles(leads: &[Value]) -> String {
-    let mut wrong = String::new();
-    let twice = |values: Vec<String>| -> Vec<String> {
+/// Lists duplicates that must never exist.
+pub(crate) fn duplicates(leads: &[Value]) -> String {
+    let mut differences = String::new();
+    let repeated = |values: Vec<String>| -> Vec<String> {
         count(values.into_iter())
             .into_iter()
             .filter(|(_, times)| *times > 1)
@@ -208,24 +208,27 @@ pub(crate) fn doubles(leads: &[Value]) -> String {
             .collect()
     };
     let companies = leads.iter().filter_map(|lead| text(lead, COMPANY)).map(str::to_owned);
-    for company in twice(companies.collect()) {
-        let _ = writeln!(wrong, "several Leads of company {company}");
+    for company in repeated(companies.collect()) {
+        let _ = writeln!(differences, "several Leads of company {company}");
     }
     for lead in leads {
         let company = text(lead, COMPANY);
         let users = members(lead).filter_map(|contact| text(contact, USER)).map(str::to_owned);
-        for user in twice(users.collect()) {
-            let _ = writeln!(wrong, "several Contacts of {user} in a Lead of {company:?}");
+        for user in repeated(users.collect()) {
+            let _ = writeln!(differences, "several Contacts of {user} in a Lead of {company:?}");
         }
         for contact in members(lead) {
             let emails = list(contact, "emails", "email").iter().map(|email| email.to_lowercase()).collect();
-            for value in [twice(emails), twice(list(contact, "phones", "phone"))].concat() {
-                let _ =
-                    writeln!(wrong, "{value} twice in a Contact of {:?} in {company:?}", text(contact, USER));
+            for value in [repeated(emails), repeated(list(contact, "phones", "phone"))].concat() {
+                let _ = writeln!(
+                    differences,
+                    "{value} twice in a Contact of {:?} in {company:?}",
+                    text(contact, USER)
+                );
             }
         }
     }
-    wrong
+    differences
 }
 
 const COMPANY: &str = "custom.cf_leadcompanyid";
@@ -265,5 +268,5 @@ fn person(
     emails.sort();
     phones.sort();
     let lists = [emails.join(" "), phones.join(" ")].join(" ");
-    format!("{} [{}] {}", user.unwrap_or("nobody"), title.unwrap_or_default(), lists.trim())
+    format!("{} [{}] {}", user.unwrap_or("no user"), title.unwrap_or_default(), lists.trim())
 }

@@ -1,4 +1,4 @@
-//! What goes wrong while a history is played, drawn from its seed.
+//! The failures during a run with real parts, drawn from the seed of the history.
 
 use std::fmt;
 use std::time::Duration;
@@ -7,51 +7,51 @@ use close_sync_simulator::{Effect, Fault, FaultBody, When};
 
 use super::history::History;
 
-/// How long a worker waits for an answer of Close.
+/// How long a worker waits for a response from Close.
 pub(crate) const TIMEOUT: Duration = Duration::from_millis(600);
 
-/// What a history meets when it is played with real parts.
+/// The conditions and failures of one run.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
-    /// How late a write shows in search, at most.
+    /// The maximum search lag.
     pub(crate) lag: Duration,
     pub(crate) concurrency: usize,
-    /// A second worker stands by all the time.
+    /// A second worker is always on standby.
     pub(crate) standby: bool,
-    /// On a broker of its own, which is killed on the way.
+    /// The run has its own broker, which is killed during the run.
     pub(crate) own_broker: bool,
-    /// Failed messages go through delay queues at once.
+    /// Failed messages go to delay queues at once.
     pub(crate) delays: bool,
-    /// What Close does, each once.
+    /// Faults of Close, each applied once.
     pub(crate) faults: Vec<(&'static str, Fault)>,
-    /// In order.
+    /// The steps, in order.
     pub(crate) steps: Vec<Step>,
 }
 
-/// Something that happens once Close has had so many requests, or sooner if nothing is left to do.
+/// A step of the run. It happens after this many requests to Close, or earlier if everything is settled.
 #[derive(Clone, Debug)]
 pub(crate) struct Step {
     pub(crate) after_requests: usize,
-    pub(crate) what: What,
+    pub(crate) action: Action,
 }
 
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum What {
-    /// So many events more are published.
+pub(crate) enum Action {
+    /// Publishes this many more events.
     Publish(usize),
-    /// The worker that works is killed, and another one started at once.
+    /// Kills the active worker and starts another one at once.
     Kill,
-    /// A worker is started, and the old one told to end.
+    /// Starts a worker, then terminates the active one.
     Handover,
-    /// The worker that works loses its connections to the broker.
+    /// Cuts all broker connections of the active worker.
     Cut,
-    /// It loses one of them, by a drawn number.
+    /// Cuts one of its broker connections, selected by a random number.
     CutOne(usize),
-    /// The broker is killed and started again.
+    /// Kills the broker and starts it again.
     KillBroker,
 }
 
-impl What {
+impl Action {
     pub(crate) fn label(self) -> &'static str {
         match self {
             Self::Publish(_) => "published",
@@ -64,38 +64,38 @@ impl What {
     }
 }
 
-/// How many requests Close gets for an event, by and large.
+/// The approximate number of requests to Close per event.
 const REQUESTS_PER_EVENT: usize = 4;
 
 impl Plan {
-    /// With `one_process`, no worker is replaced by one that does not know what it knew.
+    /// Draws a plan. With `one_process` no other worker takes over: it would not have the first one's caches.
     pub(crate) fn generate(history: &History, own_broker: bool, one_process: bool) -> Self {
-        // Another stream than that of the history.
+        // A different random sequence than that of the history.
         let mut random = fastrand::Rng::with_seed(history.seed.wrapping_add(1).wrapping_mul(0x9e37_79b9));
         let lag = [0, 0, 200, 500, 1000, 1500, 3000][random.usize(..7)];
         let requests = history.events.len() * REQUESTS_PER_EVENT;
         let mut steps = Vec::new();
-        let (mut left, mut at) = (history.events.len(), 0);
-        while left > 0 {
-            let burst = random.usize(1..=15).min(left);
-            steps.push(Step { after_requests: at, what: What::Publish(burst) });
-            left -= burst;
+        let (mut remaining, mut at) = (history.events.len(), 0);
+        while remaining > 0 {
+            let burst = random.usize(1..=15).min(remaining);
+            steps.push(Step { after_requests: at, action: Action::Publish(burst) });
+            remaining -= burst;
             at += random.usize(..=burst * REQUESTS_PER_EVENT);
         }
-        // Who knew the order of messages in delay queues must not be gone then.
+        // Only the running worker knows the order of messages in delay queues, so it must not be replaced.
         let delays = !own_broker && random.u8(..4) == 0;
         let disturbances = if delays { 0 } else { random.usize(..=4) };
         for _ in 0..disturbances {
-            let what = match random.u8(if one_process { 6..10 } else { 0..10 }) {
-                0..4 => What::Kill,
-                4..6 => What::Handover,
-                6..8 => What::Cut,
-                _ => What::CutOne(random.usize(..8)),
+            let action = match random.u8(if one_process { 6..10 } else { 0..10 }) {
+                0..4 => Action::Kill,
+                4..6 => Action::Handover,
+                6..8 => Action::Cut,
+                _ => Action::CutOne(random.usize(..8)),
             };
-            steps.push(Step { after_requests: random.usize(1..requests), what });
+            steps.push(Step { after_requests: random.usize(1..requests), action });
         }
         if own_broker {
-            steps.push(Step { after_requests: random.usize(1..requests / 2), what: What::KillBroker });
+            steps.push(Step { after_requests: random.usize(1..requests / 2), action: Action::KillBroker });
         }
         steps.sort_by_key(|step| step.after_requests);
         Self {
@@ -109,18 +109,18 @@ impl Plan {
         }
     }
 
-    /// How long messages wait in delay queues.
+    /// The delays of the delay queues.
     pub(crate) fn delay_queues(&self) -> &'static [&'static str] {
         if self.delays { &["1s", "1500ms", "2s"] } else { &["1s"] }
     }
 }
 
-/// Something Close does to one request.
+/// Draws a fault for one request to Close.
 fn fault(random: &mut fastrand::Rng) -> (&'static str, Fault) {
     let when = if random.bool() { When::BeforeCommit } else { When::AfterCommit };
-    let long = u64::try_from(TIMEOUT.as_millis()).unwrap_or_default() + 900;
-    // The first requests are few of each kind, and creations are few at all.
-    let (method, path, most) = [
+    let timeout = u64::try_from(TIMEOUT.as_millis()).unwrap_or_default() + 900;
+    // The maximum `after` of each kind of request: there are few creations and many reads.
+    let (method, path, max_after) = [
         ("POST", "/lead/", 4),
         ("POST", "/lead/", 4),
         ("POST", "/contact/", 6),
@@ -130,11 +130,11 @@ fn fault(random: &mut fastrand::Rng) -> (&'static str, Fault) {
         ("GET", "/contact/", 30),
         ("POST", "/data/", 20),
     ][random.usize(..8)];
-    // It may take effect when its sender has given up already. Not so changes: they would undo what came
-    // after them, and nobody could tell.
-    let latest = if method == "PUT" { TIMEOUT.as_millis() / 2 } else { TIMEOUT.as_millis() + 400 };
+    // A delayed creation may take effect after its client has given up. A delayed update must not: it would
+    // overwrite later updates, which neither client nor test could detect.
+    let max_latency = if method == "PUT" { TIMEOUT.as_millis() / 2 } else { TIMEOUT.as_millis() + 400 };
     let (label, effect) = match random.u8(..12) {
-        0..3 => ("time-out", Effect::Timeout { ms: long, when }),
+        0..3 => ("time-out", Effect::Timeout { ms: timeout, when }),
         3..6 => ("connection dropped", Effect::DropConnection { when }),
         6..9 => {
             let code = [500, 502, 504][random.usize(..3)];
@@ -145,9 +145,9 @@ fn fault(random: &mut fastrand::Rng) -> (&'static str, Fault) {
             ("5xx", effect)
         }
         10 => ("429", Effect::RateLimited { retry_after: 0.3, with_headers: random.bool() }),
-        _ => ("late answer", Effect::Latency { ms: random.u64(100..u64::try_from(latest).unwrap()) }),
+        _ => ("late answer", Effect::Latency { ms: random.u64(100..u64::try_from(max_latency).unwrap()) }),
     };
-    (label, Fault::new(effect).on(method, path).after(random.u32(..most)).times(1))
+    (label, Fault::new(effect).on(method, path).after(random.u32(..max_after)).times(1))
 }
 
 impl fmt::Display for Plan {
@@ -162,8 +162,8 @@ impl fmt::Display for Plan {
             let (method, path) = (method.as_deref().unwrap_or("*"), path.as_deref().unwrap_or("*"));
             writeln!(f, "{method} {path} after {after}: {effect:?}")?;
         }
-        for Step { after_requests, what } in steps {
-            writeln!(f, "after {after_requests} requests: {what:?}")?;
+        for Step { after_requests, action } in steps {
+            writeln!(f, "after {after_requests} requests: {action:?}")?;
         }
         Ok(())
     }

@@ -1,13 +1,14 @@
-//! A quorum queue with a single active consumer, as a worker sees it: messages in order, a window of unacked ones, and
-//! what was not acked back at the front in its order when its consumer is gone. Messages return from delay queues at
-//! the tail. Dead letters stay.
+//! A simulated quorum queue with a single active consumer.
+//!
+//! It delivers messages in order, up to a window of unacked ones. When a consumer disconnects, its unacked messages
+//! return to the head in their order. Messages from delay queues return to the tail. Dead letters are kept.
 
 use std::collections::{BTreeMap, VecDeque};
 
 use lapin::BasicProperties;
 use tokio::sync::mpsc;
 
-/// A message on its way. Copies of it have the same number.
+/// A message. Copies have the same number.
 #[derive(Clone, Debug)]
 pub(super) struct Message {
     pub(super) number: usize,
@@ -16,7 +17,7 @@ pub(super) struct Message {
 }
 
 impl Message {
-    /// As its producer publishes it: the id is the number.
+    /// A message as a producer publishes it. The message id is the number.
     pub(super) fn new(number: usize, body: Vec<u8>) -> Self {
         let properties = BasicProperties::default().with_message_id(number.to_string().into());
         Self { number, body, properties }
@@ -30,7 +31,7 @@ pub(super) struct Delivery {
     pub(super) message: Message,
 }
 
-/// One consumer's channel; a new one for each session.
+/// The channel of a consumer. Each session has a new one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Channel(u64);
 
@@ -43,20 +44,19 @@ struct Consumer {
     acks: VecDeque<u64>,
 }
 
-/// The queues.
 #[derive(Debug, Default)]
 pub(super) struct Broker {
     prefetch: usize,
     next: u64,
     ready: VecDeque<Message>,
-    /// The first one is active, the others stand by.
+    /// The first is active, the others are on standby.
     consumers: Vec<Consumer>,
-    /// Copies in delay queues.
+    /// The number of messages in delay queues.
     delayed: usize,
-    /// How often each message was published and acked. Both have to be equal in the end.
+    /// How often each message was published and acked. Both must be equal at the end.
     published: BTreeMap<usize, u32>,
     acked: BTreeMap<usize, u32>,
-    /// Messages that were dead-lettered, and the reason.
+    /// Dead-lettered messages with their reasons.
     pub(super) dead: Vec<(usize, String)>,
 }
 
@@ -65,27 +65,27 @@ impl Broker {
         Self { prefetch, ..Self::default() }
     }
 
-    /// Puts a message at the tail, for the first time.
+    /// Publishes a new message at the tail.
     pub(super) fn publish(&mut self, message: Message) {
         *self.published.entry(message.number).or_default() += 1;
         self.ready.push_back(message);
-        self.pump();
+        self.dispatch();
     }
 
-    /// A copy waits in a delay queue.
+    /// Puts a copy into a delay queue.
     pub(super) fn delay(&mut self, number: usize) {
         *self.published.entry(number).or_default() += 1;
         self.delayed += 1;
     }
 
-    /// Its delay is over.
-    pub(super) fn returns(&mut self, message: Message) {
+    /// Returns a message from its delay queue to the tail.
+    pub(super) fn return_from_delay(&mut self, message: Message) {
         self.delayed -= 1;
         self.ready.push_back(message);
-        self.pump();
+        self.dispatch();
     }
 
-    /// Adds a consumer, which is active once those before it are gone.
+    /// Adds a consumer. It becomes active when all earlier consumers are gone.
     pub(super) fn subscribe(&mut self) -> (Channel, mpsc::UnboundedReceiver<Delivery>) {
         let (deliveries, received) = mpsc::unbounded_channel();
         let channel = Channel(self.next());
@@ -95,7 +95,7 @@ impl Broker {
             unacked: BTreeMap::new(),
             acks: VecDeque::new(),
         });
-        self.pump();
+        self.dispatch();
         (channel, received)
     }
 
@@ -104,35 +104,35 @@ impl Broker {
         self.consumers.first().map(|consumer| consumer.channel)
     }
 
-    /// A consumer sends an ack, which takes its time.
+    /// A consumer sends an ack. It arrives later.
     pub(super) fn ack_sent(&mut self, channel: Channel, tag: u64) {
         if let Some(consumer) = self.consumer(channel) {
             consumer.acks.push_back(tag);
         }
     }
 
-    /// The first ack in flight arrives, unless the channel is gone.
+    /// The first ack in flight arrives. Returns `None` if there is none or the channel is closed.
     pub(super) fn ack_arrives(&mut self, channel: Channel) -> Option<usize> {
         let consumer = self.consumer(channel)?;
         let tag = consumer.acks.pop_front()?;
-        let message = consumer.unacked.remove(&tag).expect("an ack for a delivery that is not acked yet");
+        let message = consumer.unacked.remove(&tag).expect("the ack of an unacked delivery");
         *self.acked.entry(message.number).or_default() += 1;
-        self.pump();
+        self.dispatch();
         Some(message.number)
     }
 
-    /// A consumer is gone. Acks in flight arrive or are lost.
+    /// Removes a consumer. Its acks in flight arrive or are lost.
     pub(super) fn unsubscribe(&mut self, channel: Channel, acks_arrive: bool) {
         while acks_arrive && self.ack_arrives(channel).is_some() {}
         let Some(at) = self.consumers.iter().position(|consumer| consumer.channel == channel) else { return };
-        let gone = self.consumers.remove(at);
-        for (_, message) in gone.unacked.into_iter().rev() {
+        let removed = self.consumers.remove(at);
+        for (_, message) in removed.unacked.into_iter().rev() {
             self.ready.push_front(message);
         }
-        self.pump();
+        self.dispatch();
     }
 
-    /// All messages are settled.
+    /// Whether all messages are settled.
     pub(super) fn is_empty(&self) -> bool {
         self.delayed == 0
             && self.ready.is_empty()
@@ -155,7 +155,7 @@ impl Broker {
         self.consumers.iter_mut().find(|consumer| consumer.channel == channel)
     }
 
-    fn pump(&mut self) {
+    fn dispatch(&mut self) {
         let Self { prefetch, next, ready, consumers, .. } = self;
         let Some(active) = consumers.first_mut() else { return };
         while active.unacked.len() < *prefetch
@@ -163,7 +163,7 @@ impl Broker {
         {
             *next += 1;
             active.unacked.insert(*next, message.clone());
-            // A receiver that is gone is about to be unsubscribed.
+            // A failed send is fine: the consumer is about to be unsubscribed.
             let _ = active.deliveries.send(Delivery { tag: *next, message });
         }
     }
@@ -181,15 +181,15 @@ fn unacked_messages_return_in_order_and_go_to_the_next_consumer() {
             .map(|delivery| (delivery.tag, delivery.message.number))
             .collect()
     };
-    let got = numbers(&mut to_first);
-    assert_eq!(got.iter().map(|(_, number)| *number).collect::<Vec<_>>(), [0, 1]);
-    broker.ack_sent(first, got[1].0);
+    let received = numbers(&mut to_first);
+    assert_eq!(received.iter().map(|(_, number)| *number).collect::<Vec<_>>(), [0, 1]);
+    broker.ack_sent(first, received[1].0);
     assert_eq!(broker.ack_arrives(first), Some(1));
     assert_eq!(numbers(&mut to_first).len(), 1);
-    broker.ack_sent(first, got[0].0);
+    broker.ack_sent(first, received[0].0);
     broker.unsubscribe(first, false);
     assert_eq!(broker.active(), Some(second));
-    let got = numbers(&mut to_second);
-    assert_eq!(got.iter().map(|(_, number)| *number).collect::<Vec<_>>(), [0, 2]);
+    let received = numbers(&mut to_second);
+    assert_eq!(received.iter().map(|(_, number)| *number).collect::<Vec<_>>(), [0, 2]);
     assert_eq!((broker.unsettled(), broker.is_empty()), (vec![0, 2, 3], false));
 }

@@ -1,51 +1,51 @@
-//! What goes wrong in a history, drawn from its seed.
+//! The conditions and failures of a run, drawn from the seed.
 
 use std::ops::Range;
 use std::time::Duration;
 
 use close_sync_simulator::{Limits, Rate};
 
-/// Everything about a run that is not the history.
+/// The parameters of a run, apart from the history.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
-    /// Of a hundred calls, how many meet trouble.
-    pub(super) trouble: u8,
-    /// When nothing gets through.
+    /// The percentage of calls to Close that fail or are delayed.
+    pub(super) failure_percent: u8,
+    /// When Close is unreachable.
     pub(super) outage: Option<Range<Duration>>,
-    /// The longest a request, or its answer, usually travels.
+    /// The usual maximum latency of a request, and of a response.
     pub(super) latency: Duration,
-    /// The longest search lags behind.
+    /// The maximum search lag.
     pub(super) search_lag: Duration,
     pub(super) limits: Limits,
-    /// What happens to the active worker, and when.
-    pub(super) blows: Vec<(Duration, Blow)>,
-    /// A second worker stands by.
+    /// When the active worker is disrupted, and how.
+    pub(super) disruptions: Vec<(Duration, Disruption)>,
+    /// A second worker is on standby.
     pub(super) standby: bool,
-    /// The longest pause between two messages that are published.
+    /// The maximum pause between two published messages.
     pub(super) gap: Duration,
     pub(super) concurrency: usize,
     pub(super) prefetch: usize,
 }
 
-/// What happens to a worker.
+/// A disruption of a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Blow {
-    /// The process is gone, with all it knew. Another one starts at once.
+pub(super) enum Disruption {
+    /// The process is killed and loses its caches. Another one starts at once.
     Killed,
-    /// It loses the broker, and connects again.
-    CutOff,
+    /// The process loses its broker connection and reconnects.
+    Disconnected,
 }
 
 impl Plan {
     pub(super) fn draw(random: &mut fastrand::Rng) -> Self {
         let seconds = Duration::from_secs;
         let millis = Duration::from_millis;
-        let blows = (0..random.usize(..5)).map(|_| {
-            let blow = if random.u8(..3) == 0 { Blow::CutOff } else { Blow::Killed };
-            (millis(random.u64(..90_000)), blow)
+        let disruptions = (0..random.usize(..5)).map(|_| {
+            let disruption = if random.u8(..3) == 0 { Disruption::Disconnected } else { Disruption::Killed };
+            (millis(random.u64(..90_000)), disruption)
         });
-        let mut blows: Vec<_> = blows.collect();
-        blows.sort_by_key(|(at, _)| *at);
+        let mut disruptions: Vec<_> = disruptions.collect();
+        disruptions.sort_by_key(|(at, _)| *at);
         let outage = (random.u8(..5) == 0).then(|| {
             let from = millis(random.u64(..60_000));
             from..from + millis(random.u64(1000..40_000))
@@ -62,12 +62,12 @@ impl Plan {
             },
         };
         Self {
-            trouble: [0, 2, 10, 25][random.usize(..4)],
+            failure_percent: [0, 2, 10, 25][random.usize(..4)],
             outage,
             latency: millis([20, 100, 150][random.usize(..3)]),
             search_lag: seconds([0, 2, 10][random.usize(..3)]),
             limits,
-            blows,
+            disruptions,
             standby: random.bool(),
             gap: millis([0, 100, 1500, 5000][random.usize(..4)]),
             concurrency: [1, 4, 32][random.usize(..3)],
@@ -76,59 +76,59 @@ impl Plan {
     }
 }
 
-/// What becomes of one call.
+/// The outcome of one call to Close.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Completion {
-    /// How long it travels.
-    pub(super) there: Duration,
-    /// How long its answer travels.
-    pub(super) back: Duration,
-    /// It takes effect.
-    pub(super) arrives: bool,
-    /// It takes effect even if its sender is gone meanwhile.
-    pub(super) stubborn: bool,
-    pub(super) end: End,
+pub(super) struct CallOutcome {
+    /// The latency of the request.
+    pub(super) request_latency: Duration,
+    /// The latency of the response.
+    pub(super) response_latency: Duration,
+    /// The request takes effect.
+    pub(super) takes_effect: bool,
+    /// The request takes effect even if its client has given up.
+    pub(super) survives_client: bool,
+    pub(super) result: CallResult,
 }
 
-/// What the sender of a call learns.
+/// What the client of a call gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum End {
+pub(super) enum CallResult {
     Answer,
     Status(u16),
     Lost,
     Unreachable,
-    Silence,
+    NoResponse,
 }
 
 impl Plan {
-    /// `at` is the time since the start.
-    pub(super) fn fate(&self, random: &mut fastrand::Rng, creates: bool, at: Duration) -> Completion {
+    /// Draws the outcome of a call `at` this time since the start.
+    pub(super) fn draw_call(&self, random: &mut fastrand::Rng, creates: bool, at: Duration) -> CallOutcome {
         let latency = u64::try_from(self.latency.as_millis()).unwrap_or(u64::MAX);
         let mut travel = || Duration::from_millis(random.u64(1..=latency));
-        let (mut there, back) = (travel(), travel());
-        let stubborn = random.bool();
-        let is_out = self.outage.as_ref().is_some_and(|outage| outage.contains(&at));
-        let (arrives, end) = if is_out {
-            (false, if random.bool() { End::Unreachable } else { End::Status(503) })
-        } else if random.u8(..100) < self.trouble {
+        let (mut request_latency, response_latency) = (travel(), travel());
+        let survives_client = random.bool();
+        let in_outage = self.outage.as_ref().is_some_and(|outage| outage.contains(&at));
+        let (takes_effect, result) = if in_outage {
+            (false, if random.bool() { CallResult::Unreachable } else { CallResult::Status(503) })
+        } else if random.u8(..100) < self.failure_percent {
             match random.u8(..9) {
-                0 => (false, End::Unreachable),
-                1 => (false, End::Lost),
-                2 | 3 => (true, End::Lost),
-                4 => (false, End::Status([500, 502, 503, 504][random.usize(..4)])),
-                5 => (true, End::Status([500, 502, 504][random.usize(..3)])),
-                6 => (false, End::Silence),
-                7 => (true, End::Silence),
-                _ => (true, End::Answer),
+                0 => (false, CallResult::Unreachable),
+                1 => (false, CallResult::Lost),
+                2 | 3 => (true, CallResult::Lost),
+                4 => (false, CallResult::Status([500, 502, 503, 504][random.usize(..4)])),
+                5 => (true, CallResult::Status([500, 502, 504][random.usize(..3)])),
+                6 => (false, CallResult::NoResponse),
+                7 => (true, CallResult::NoResponse),
+                _ => (true, CallResult::Answer),
             }
         } else {
-            (true, End::Answer)
+            (true, CallResult::Answer)
         };
-        // A creation may be under way for longer than anybody waits for it. A change may not: nothing keeps
-        // one that arrives that late from undoing what came after it.
-        if creates && end != End::Unreachable && random.u8(..100) < self.trouble {
-            there = Duration::from_millis(random.u64(1..=4500));
+        // A creation may take longer than its client waits. An update must not: if it arrived that late, it would
+        // overwrite later updates, and close-sync cannot prevent that.
+        if creates && result != CallResult::Unreachable && random.u8(..100) < self.failure_percent {
+            request_latency = Duration::from_millis(random.u64(1..=4500));
         }
-        Completion { there, back, arrives, stubborn, end }
+        CallOutcome { request_latency, response_latency, takes_effect, survives_client, result }
     }
 }

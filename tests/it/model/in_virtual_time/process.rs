@@ -1,5 +1,4 @@
-//! A worker process: the real [`Session`] on a played broker, and the pauses between sessions as the supervisor makes
-//! them.
+//! A worker process: the real [`Session`] on the simulated broker. It pauses between sessions as the supervisor does.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,11 +23,11 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::broker::{Channel, Delivery, Message};
-use super::world::{Line, TIMEOUT, World};
+use super::world::{SimulatedTransport, TIMEOUT, World};
 
-/// What all workers are made of.
+/// The configuration of all workers.
 #[derive(Clone)]
-pub(super) struct Parts {
+pub(super) struct WorkerConfig {
     pub(super) amqp: Arc<amqp::Settings>,
     pub(super) settings: Settings,
     pub(super) rules: Rules,
@@ -36,7 +35,7 @@ pub(super) struct Parts {
     pub(super) metrics: Metrics,
 }
 
-/// A handle on a process that runs.
+/// A handle to a running process.
 pub(super) struct Process {
     world: Arc<World>,
     alive: Arc<AtomicBool>,
@@ -45,19 +44,20 @@ pub(super) struct Process {
     task: tokio::task::JoinHandle<()>,
 }
 
-/// The broker notices a lost connection after this. What was in flight has arrived by then.
-const NOTICED: Duration = Duration::from_millis(250);
+/// The broker detects a lost connection after this time. Everything in flight has arrived by then.
+const DETECTION_DELAY: Duration = Duration::from_millis(250);
 
-/// How long the last acks of a session may take.
-const LAST_ACKS: Duration = Duration::from_millis(200);
+/// The maximum latency of the last acks of a session.
+const LAST_ACKS_DELAY: Duration = Duration::from_millis(200);
 
 impl Process {
-    /// Starts one with empty caches.
-    pub(super) fn start(world: &Arc<World>, number: usize, parts: Parts) -> Self {
+    /// Starts a process with empty caches.
+    pub(super) fn start(world: &Arc<World>, number: usize, config: WorkerConfig) -> Self {
         let alive = Arc::new(AtomicBool::new(true));
-        let line = Line { world: Arc::clone(world), process: number, alive: Arc::clone(&alive) };
-        let client = Client::with_transport(line, TIMEOUT, 1.0, |_| {});
-        let Parts { amqp, settings, rules, mapping, metrics } = parts;
+        let transport =
+            SimulatedTransport { world: Arc::clone(world), process: number, alive: Arc::clone(&alive) };
+        let client = Client::with_transport(transport, TIMEOUT, 1.0, |_| {});
+        let WorkerConfig { amqp, settings, rules, mapping, metrics } = config;
         let session = Session {
             destination: Some(format!("process {number}").into()),
             settings: amqp,
@@ -71,20 +71,20 @@ impl Process {
             metrics,
             status: Status::default(),
             concurrency: world.plan.concurrency,
-            // None is stopped in order: it is killed or cut off.
+            // There is no graceful shutdown here: a process is killed or disconnected.
             grace: Duration::ZERO,
             paused_before: None,
         };
         let (cut, channel) = (Arc::<Notify>::default(), Arc::default());
-        let process = Life {
+        let process = ProcessTask {
             world: Arc::clone(world),
             number,
             session,
             cut: Arc::clone(&cut),
             channel: Arc::clone(&channel),
         };
-        world.tell(format_args!("process {number} starts"));
-        let task = tokio::spawn(process.live());
+        world.log(format_args!("process {number} starts"));
+        let task = tokio::spawn(process.run());
         Self { world: Arc::clone(world), alive, cut, channel, task }
     }
 
@@ -94,30 +94,30 @@ impl Process {
         channel.is_some() && channel == self.world.broker().active()
     }
 
-    /// It loses its connection to the broker.
-    pub(super) fn cut_off(&self) {
+    /// Cuts the connection to the broker.
+    pub(super) fn disconnect(&self) {
         self.cut.notify_one();
     }
 
-    /// It is gone at once.
+    /// Kills the process.
     pub(super) async fn kill(self) {
         self.alive.store(false, Ordering::Relaxed);
         self.task.abort();
         let channel = *self.channel.lock().unwrap();
         if let Some(channel) = channel {
-            lose(&self.world, channel).await;
+            disconnect(&self.world, channel).await;
         }
     }
 }
 
-/// The broker notices that a consumer is gone.
-async fn lose(world: &World, channel: Channel) {
-    tokio::time::sleep(NOTICED).await;
+/// The broker detects that a consumer is disconnected.
+async fn disconnect(world: &World, channel: Channel) {
+    tokio::time::sleep(DETECTION_DELAY).await;
     let acks_arrive = world.random(fastrand::Rng::bool);
     world.broker().unsubscribe(channel, acks_arrive);
 }
 
-struct Life {
+struct ProcessTask {
     world: Arc<World>,
     number: usize,
     session: Session,
@@ -125,16 +125,16 @@ struct Life {
     channel: Arc<Mutex<Option<Channel>>>,
 }
 
-impl Life {
-    /// One session after the other.
-    async fn live(mut self) {
+impl ProcessTask {
+    /// Runs one session after the other.
+    async fn run(mut self) {
         let mut delayed = DelayedMessages::default();
-        let environment: Arc<dyn Environment> = Arc::new(Seeded(Arc::clone(&self.world)));
+        let environment: Arc<dyn Environment> = Arc::new(SeededEnvironment(Arc::clone(&self.world)));
         loop {
             let (channel, deliveries) = self.world.broker().subscribe();
             *self.channel.lock().unwrap() = Some(channel);
-            let broker = PlayedBroker {
-                outgoing: Arc::new(Outgoing {
+            let broker = SimulatedBroker {
+                publisher: Arc::new(SimulatedPublisher {
                     world: Arc::clone(&self.world),
                     settings: Arc::clone(&self.session.settings),
                     replaced: Mutex::default(),
@@ -153,7 +153,7 @@ impl Life {
             }
             match end {
                 End::Paused(cause) => {
-                    self.world.tell(format_args!("process {} pauses: {}", self.number, cause.label()));
+                    self.world.log(format_args!("process {} pauses: {}", self.number, cause.label()));
                     let mut wait = Duration::from_secs(1);
                     loop {
                         tokio::time::sleep(wait).await;
@@ -172,10 +172,10 @@ impl Life {
     }
 }
 
-/// Close's clock, and chance from the seed.
-struct Seeded(Arc<World>);
+/// Virtual time, and random numbers from the seed.
+struct SeededEnvironment(Arc<World>);
 
-impl Environment for Seeded {
+impl Environment for SeededEnvironment {
     fn now(&self) -> Timestamp {
         self.0.now()
     }
@@ -189,9 +189,9 @@ impl Environment for Seeded {
     }
 }
 
-/// The connection of one session to the played broker.
-struct PlayedBroker {
-    outgoing: Arc<Outgoing>,
+/// The connection of one session to the simulated broker.
+struct SimulatedBroker {
+    publisher: Arc<SimulatedPublisher>,
     channel: Channel,
     deliveries: mpsc::UnboundedReceiver<Delivery>,
     cut: Arc<Notify>,
@@ -199,7 +199,7 @@ struct PlayedBroker {
     process: usize,
 }
 
-impl broker::Broker for PlayedBroker {
+impl broker::Broker for SimulatedBroker {
     async fn next_event(&mut self) -> BrokerEvent {
         tokio::select! {
             biased;
@@ -209,14 +209,14 @@ impl broker::Broker for PlayedBroker {
             }
             Some(Delivery { tag, message }) = self.deliveries.recv() => {
                 let Message { number, body, properties } = message;
-                let outgoing = Arc::clone(&self.outgoing);
+                let publisher = Arc::clone(&self.publisher);
                 BrokerEvent::Delivery(Box::new(broker::Delivery {
                     properties,
                     exchange: "identify".into(),
                     routing_key: "users".into(),
                     redelivered: false,
                     body,
-                    receipt: Box::new(PlayedReceipt { outgoing, channel: self.channel, tag, number }),
+                    receipt: Box::new(SimulatedReceipt { publisher, channel: self.channel, tag, number }),
                 }))
             }
         }
@@ -227,8 +227,8 @@ impl broker::Broker for PlayedBroker {
     }
 
     fn publishers(&self) -> Publishers {
-        let outgoing = || Arc::clone(&self.outgoing) as Arc<dyn Publish>;
-        Publishers { successors: outgoing(), replays: outgoing(), producers: outgoing() }
+        let publisher = || Arc::clone(&self.publisher) as Arc<dyn Publish>;
+        Publishers { successors: publisher(), replays: publisher(), producers: publisher() }
     }
 
     fn stall_limit(&self) -> Duration {
@@ -236,26 +236,26 @@ impl broker::Broker for PlayedBroker {
     }
 
     async fn close(self) {
-        let world = &self.outgoing.world;
+        let world = &self.publisher.world;
         if self.is_cut {
-            world.tell(format_args!("process {} is cut off", self.process));
-            lose(world, self.channel).await;
+            world.log(format_args!("process {} is disconnected", self.process));
+            disconnect(world, self.channel).await;
         } else {
-            tokio::time::sleep(LAST_ACKS).await;
+            tokio::time::sleep(LAST_ACKS_DELAY).await;
             world.broker().unsubscribe(self.channel, true);
         }
     }
 }
 
-/// Publishes to the played delay queues and dead-letter queue.
-struct Outgoing {
+/// Publishes to the simulated delay queues and dead-letter queue.
+struct SimulatedPublisher {
     world: Arc<World>,
     settings: Arc<amqp::Settings>,
-    /// Messages that have a successor and are not acked.
+    /// Unacked messages of which a copy was published.
     replaced: Mutex<HashSet<usize>>,
 }
 
-impl Publish for Outgoing {
+impl Publish for SimulatedPublisher {
     fn publish<'a>(
         &'a self,
         exchange: &'a str,
@@ -280,24 +280,24 @@ impl Publish for Outgoing {
     }
 }
 
-struct PlayedReceipt {
-    outgoing: Arc<Outgoing>,
+struct SimulatedReceipt {
+    publisher: Arc<SimulatedPublisher>,
     channel: Channel,
     tag: u64,
     number: usize,
 }
 
-impl Receipt for PlayedReceipt {
+impl Receipt for SimulatedReceipt {
     fn ack(&self) -> BoxFuture<'_, Result<bool, BrokerError>> {
-        let Outgoing { world, replaced, .. } = &*self.outgoing;
+        let SimulatedPublisher { world, replaced, .. } = &*self.publisher;
         if !replaced.lock().unwrap().remove(&self.number) {
-            world.settled(self.number);
+            world.mark_settled(self.number);
         }
         world.ack(self.channel, self.tag);
         std::future::ready(Ok(true)).boxed()
     }
 
     fn reject(&self) -> BoxFuture<'_, Result<bool, BrokerError>> {
-        panic!("{}: the played broker accepts messages of any size", self.number)
+        panic!("message {}: the simulated broker accepts messages of any size", self.number)
     }
 }

@@ -1,5 +1,5 @@
-//! What surrounds the workers of one history: the time, Close and the way to it, the broker, and a trace of
-//! what happened.
+//! The environment of the workers in one run: time, Close and the network to it, the broker, and a trace of all
+//! events.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -19,31 +19,31 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::broker::{Broker, Channel, Message};
-use super::plan::{Completion, End, Plan};
+use super::plan::{CallOutcome, CallResult, Plan};
 
-/// How long a worker waits for an answer.
+/// How long a worker waits for a response.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(3);
 
-/// The key Close lets in.
+/// The valid API key.
 const KEY: &str = "api_simulator.key";
 
-/// Far in the future: the worker asks the event log by the clock on the wall, and what happens here is to
-/// be after that.
+/// The start of virtual time, far in the future. The worker queries the event log with the wall clock, and all
+/// events here must be later than that.
 const BASE: i64 = 4_102_444_800;
 
-/// One history's world.
 pub(super) struct World {
     pub(super) plan: Plan,
-    began: Instant,
+    start: Instant,
     close: Mutex<Offline>,
     broker: Mutex<Broker>,
     random: Mutex<fastrand::Rng>,
     trace: Mutex<Vec<String>>,
-    /// The newest event whose title or name a record was given, and where an older one came after it.
-    told: Mutex<HashMap<String, usize>>,
-    /// Messages that are done with.
+    /// By path, the newest event that set the title or name of a record.
+    newest_written: Mutex<HashMap<String, usize>>,
+    /// Settled messages.
     settled: Mutex<HashSet<usize>>,
-    undone: Mutex<Vec<String>>,
+    /// Cases where an older event overwrote a newer one.
+    overwritten: Mutex<Vec<String>>,
 }
 
 impl World {
@@ -55,23 +55,23 @@ impl World {
             ..Settings::default()
         };
         Arc::new(Self {
-            began: Instant::now(),
+            start: Instant::now(),
             close: Mutex::new(Offline::new(settings, Timestamp::from_second(BASE).unwrap())),
             broker: Mutex::new(Broker::new(plan.prefetch)),
             random: Mutex::new(fastrand::Rng::with_seed(seed)),
             trace: Mutex::default(),
-            told: Mutex::default(),
+            newest_written: Mutex::default(),
             settled: Mutex::default(),
-            undone: Mutex::default(),
+            overwritten: Mutex::default(),
             plan,
         })
     }
 
     pub(super) fn elapsed(&self) -> Duration {
-        self.began.elapsed()
+        self.start.elapsed()
     }
 
-    /// What time it is in Close.
+    /// The virtual time, as Close's clock shows it.
     pub(super) fn now(&self) -> Timestamp {
         let base = Timestamp::from_second(BASE).unwrap();
         base.saturating_add(jiff::SignedDuration::try_from(self.elapsed()).unwrap()).unwrap()
@@ -89,107 +89,105 @@ impl World {
         draw(&mut self.random.lock().unwrap())
     }
 
-    /// Notes that something happened, now.
-    pub(super) fn tell(&self, what: fmt::Arguments<'_>) {
+    /// Adds a line to the trace, with the current time.
+    pub(super) fn log(&self, what: fmt::Arguments<'_>) {
         let line = format!("{:>10.3}  {what}", self.elapsed().as_secs_f64());
         self.trace.lock().unwrap().push(line);
     }
 
-    /// A message is done with: what it told has to stay.
-    pub(super) fn settled(&self, number: usize) {
+    /// Marks a message as settled. From now on no older event may overwrite its values.
+    pub(super) fn mark_settled(&self, number: usize) {
         self.settled.lock().unwrap().insert(number);
     }
 
-    /// Notes which event a change tells about: what a record was given by a newer one is not to be undone.
-    fn changed(&self, path: &str, body: &Value) {
+    /// Records which event an update comes from, and whether it overwrites a newer, settled one.
+    fn record_update(&self, path: &str, body: &Value) {
         let text = body["title"].as_str().or(body["name"].as_str());
         let Some(number) = text.and_then(|text| text.get(1..)?.parse().ok()) else { return };
-        let newest = self.told.lock().unwrap().insert(path.to_owned(), number);
-        // One that is not done with will be written again.
-        let lasts = |newest: &usize| *newest > number && self.settled.lock().unwrap().contains(newest);
-        if let Some(newest) = newest.filter(lasts) {
-            self.undone.lock().unwrap().push(format!("{path}: {newest} undone by {number}"));
+        let newest = self.newest_written.lock().unwrap().insert(path.to_owned(), number);
+        // An unsettled event will be written again.
+        let is_final = |newest: &usize| *newest > number && self.settled.lock().unwrap().contains(newest);
+        if let Some(newest) = newest.filter(is_final) {
+            self.overwritten
+                .lock()
+                .unwrap()
+                .push(format!("{path}: event {newest} overwritten by older event {number}"));
         }
     }
 
-    /// Where an older event undid what a newer one had told.
-    pub(super) fn undone(&self) -> String {
-        self.undone.lock().unwrap().join("\n")
+    /// All cases where an older event overwrote a newer one.
+    pub(super) fn overwritten(&self) -> String {
+        self.overwritten.lock().unwrap().join("\n")
     }
 
     pub(super) fn trace(&self) -> Vec<String> {
         self.trace.lock().unwrap().clone()
     }
 
-    /// A message of ours goes to the broker, or something of the broker's to us.
-    pub(super) async fn travel(&self) {
+    /// The latency between worker and broker, in one direction.
+    pub(super) async fn latency(&self) {
         tokio::time::sleep(Duration::from_millis(self.random(|random| random.u64(1..5)))).await;
     }
 
-    /// Sends an ack, which arrives a little later, after those before it.
+    /// Sends an ack. It arrives a little later; acks arrive in order.
     pub(super) fn ack(self: &Arc<Self>, channel: Channel, tag: u64) {
         self.broker().ack_sent(channel, tag);
         let world = Arc::clone(self);
         tokio::spawn(async move {
-            world.travel().await;
+            world.latency().await;
             if let Some(number) = world.broker().ack_arrives(channel) {
-                world.tell(format_args!("broker: {number} is acked"));
+                world.log(format_args!("broker: {number} is acked"));
             }
         });
     }
 
-    /// Puts a copy into a delay queue. Returns when that is confirmed.
+    /// Puts a copy into a delay queue and waits for the confirm.
     pub(super) async fn delay(self: &Arc<Self>, message: Message, delay: Duration) {
-        self.travel().await;
+        self.latency().await;
         self.broker().delay(message.number);
         let world = Arc::clone(self);
         tokio::spawn(async move {
             tokio::time::sleep(delay).await;
-            world.broker().returns(message);
+            world.broker().return_from_delay(message);
         });
-        self.travel().await;
+        self.latency().await;
     }
 
-    /// Dead-letters a message. Returns when that is confirmed.
+    /// Dead-letters a message and waits for the confirm.
     pub(super) async fn dead_letter(&self, number: usize, reason: String) {
-        self.travel().await;
+        self.latency().await;
         self.broker().dead.push((number, reason));
-        self.travel().await;
+        self.latency().await;
     }
 }
 
-/// The way of one process to Close.
-pub(super) struct Line {
+/// The network between one process and Close.
+pub(super) struct SimulatedTransport {
     pub(super) world: Arc<World>,
     pub(super) process: usize,
     pub(super) alive: Arc<AtomicBool>,
 }
 
-impl Line {
-    async fn exchange(
-        &self,
-        method: Method,
-        path: &str,
-        body: Option<&Value>,
-    ) -> Result<Response, CloseError> {
+impl SimulatedTransport {
+    async fn call(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Response, CloseError> {
         if !self.alive.load(Ordering::Relaxed) {
-            // What is left of a process that was killed does nothing more.
+            // The process was killed, so its remaining tasks must not do anything.
             return std::future::pending().await;
         }
         let world = &self.world;
         let creates = method == Method::POST && path != "data/search/";
-        let fate = world.random(|random| world.plan.fate(random, creates, world.elapsed()));
+        let outcome = world.random(|random| world.plan.draw_call(random, creates, world.elapsed()));
         let (path_alone, _) = path.split_once('?').unwrap_or((path, ""));
         let written = body.filter(|_| path != "data/search/").map(ToString::to_string).unwrap_or_default();
         let call = format!("process {}: {method} {path_alone} {written}", self.process);
-        world.tell(format_args!("{call}"));
-        if fate.end == End::Unreachable {
-            world.tell(format_args!("{call} does not reach Close"));
+        world.log(format_args!("{call}"));
+        if outcome.result == CallResult::Unreachable {
+            world.log(format_args!("{call} does not reach Close"));
             return Err(CloseError::Unreachable("no route".into()));
         }
         let (answer, received) = oneshot::channel();
         let (world, method, path) = (Arc::clone(world), method, path.to_owned());
-        tokio::spawn(carry(world, call, (method, path, body.cloned()), fate, answer));
+        tokio::spawn(deliver(world, call, (method, path, body.cloned()), outcome, answer));
         match tokio::time::timeout(TIMEOUT, received).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(_)) | Err(_) => Err(CloseError::Transient(Fault::Timeout)),
@@ -197,54 +195,54 @@ impl Line {
     }
 }
 
-impl Transport for Line {
+impl Transport for SimulatedTransport {
     fn send<'a>(
         &'a self,
         method: Method,
         path: &'a str,
         body: Option<&'a Value>,
     ) -> BoxFuture<'a, Result<Response, CloseError>> {
-        Box::pin(self.exchange(method, path, body))
+        Box::pin(self.call(method, path, body))
     }
 }
 
-/// Carries a call to Close, and what comes of it back.
-async fn carry(
+/// Delivers a call to Close, and the response to the client.
+async fn deliver(
     world: Arc<World>,
     call: String,
     (method, path, body): (Method, String, Option<Value>),
-    fate: Completion,
+    outcome: CallOutcome,
     answer: oneshot::Sender<Result<Response, CloseError>>,
 ) {
-    tokio::time::sleep(fate.there).await;
-    let arrives = fate.arrives && (fate.stubborn || !answer.is_closed());
-    let reply = arrives.then(|| {
+    tokio::time::sleep(outcome.request_latency).await;
+    let takes_effect = outcome.takes_effect && (outcome.survives_client || !answer.is_closed());
+    let reply = takes_effect.then(|| {
         let now = world.now();
         if let Some(body) = body.as_ref().filter(|_| method == Method::PUT) {
-            world.changed(&path, body);
+            world.record_update(&path, body);
         }
         world.close().ask(KEY, method.as_str(), &path, body.as_ref(), now)
     });
     let status = reply.as_ref().map(|reply| reply.status);
-    world.tell(format_args!("{call} -> {status:?}, {:?}", fate.end));
-    if fate.end == End::Silence {
-        // The sender gives up first.
+    world.log(format_args!("{call} -> {status:?}, {:?}", outcome.result));
+    if outcome.result == CallResult::NoResponse {
+        // The client times out first.
         tokio::time::sleep(TIMEOUT * 2).await;
         return drop(answer);
     }
-    tokio::time::sleep(fate.back).await;
-    let answered = match (fate.end, reply) {
-        (End::Answer, Some(reply)) => Ok(read(reply)),
-        (End::Status(status), _) => Ok(plain(status)),
-        (End::Answer | End::Lost | End::Unreachable | End::Silence, _) => {
+    tokio::time::sleep(outcome.response_latency).await;
+    let answered = match (outcome.result, reply) {
+        (CallResult::Answer, Some(reply)) => Ok(to_response(reply)),
+        (CallResult::Status(status), _) => Ok(error_response(status)),
+        (CallResult::Answer | CallResult::Lost | CallResult::Unreachable | CallResult::NoResponse, _) => {
             Err(CloseError::Transient(Fault::ConnectionLost))
         }
     };
-    // Its sender may be gone.
+    // The client may have given up.
     let _ = answer.send(answered);
 }
 
-fn read(reply: Reply) -> Response {
+fn to_response(reply: Reply) -> Response {
     let headers = reply
         .headers
         .into_iter()
@@ -256,7 +254,7 @@ fn read(reply: Reply) -> Response {
     }
 }
 
-fn plain(status: u16) -> Response {
+fn error_response(status: u16) -> Response {
     let body = b"upstream connect error".to_vec();
     Response { status: StatusCode::from_u16(status).unwrap(), headers: HeaderMap::new(), body }
 }

@@ -1,4 +1,4 @@
-//! One history on its way through real parts.
+//! Executes one history with real parts.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -9,46 +9,46 @@ use lapin::BasicProperties;
 use serde_json::Value;
 
 use super::history::History;
-use super::plan::{Plan, Step, What};
+use super::plan::{Action, Plan, Step};
 use crate::support::{Bench, Node, Proxy, Worker};
 
-/// No history takes longer, even with many at once.
-const PATIENCE: Duration = Duration::from_secs(100);
+/// The time limit of a run. It suffices even with many runs at once.
+const TIME_LIMIT: Duration = Duration::from_secs(100);
 
-/// A worker with its own way to the broker.
+/// A worker process with its own proxy to the broker.
 struct Running {
     worker: Worker,
     proxy: Proxy,
     alive: bool,
-    /// Lines of its log that were read.
+    /// How many lines of its log have been read.
     read: usize,
 }
 
-/// The end of a history.
-pub(crate) struct Played {
+/// The result of a run.
+pub(crate) struct RunResult {
     pub(crate) leads: Vec<Value>,
-    /// Numbers of the messages in the order in which they were settled.
+    /// Message numbers in the order in which the messages were settled.
     pub(crate) settled: Vec<usize>,
-    /// What was wrong besides what Close holds.
-    pub(crate) trouble: String,
-    /// What happened how often.
+    /// Problems apart from the records in Close.
+    pub(crate) problems: String,
+    /// How often each kind of failure happened.
     pub(crate) faults: BTreeMap<&'static str, usize>,
-    journal: String,
+    timeline: String,
     log: String,
 }
 
-impl Played {
-    /// What was wrong, with everything needed to find out why.
-    pub(crate) fn told(&self, wrong: &str) -> String {
+impl RunResult {
+    /// Adds everything needed for debugging to a failure text.
+    pub(crate) fn report(&self, wrong: &str) -> String {
         let path =
             std::env::temp_dir().join(format!("close-sync-model-{}.log", uuid::Uuid::now_v7().simple()));
-        let kept = std::fs::write(&path, &self.log);
-        let place = kept.map_or_else(|error| error.to_string(), |()| path.display().to_string());
-        format!("{}settled: {:?}\n{wrong}logs and requests: {place}\n", self.journal, self.settled)
+        let written = std::fs::write(&path, &self.log);
+        let place = written.map_or_else(|error| error.to_string(), |()| path.display().to_string());
+        format!("{}settled: {:?}\n{wrong}logs and requests: {place}\n", self.timeline, self.settled)
     }
 }
 
-pub(crate) struct Play<'a> {
+pub(crate) struct Runner<'a> {
     bench: &'a Bench,
     node: Option<&'a Node>,
     history: &'a History,
@@ -58,14 +58,14 @@ pub(crate) struct Play<'a> {
     began: Timestamp,
     workers: Vec<Running>,
     published: usize,
-    /// When, which message, and as what.
+    /// Timestamp, message number, and outcome of each settlement.
     settled: Vec<(Timestamp, usize, String)>,
-    trouble: String,
+    problems: String,
     faults: BTreeMap<&'static str, usize>,
-    journal: String,
+    timeline: String,
 }
 
-impl<'a> Play<'a> {
+impl<'a> Runner<'a> {
     pub(crate) fn new(
         bench: &'a Bench,
         node: Option<&'a Node>,
@@ -84,65 +84,64 @@ impl<'a> Play<'a> {
             workers: Vec::new(),
             published: 0,
             settled: Vec::new(),
-            trouble: String::new(),
+            problems: String::new(),
             faults: BTreeMap::new(),
-            journal: String::new(),
+            timeline: String::new(),
         }
     }
 
-    /// Something that is wrong.
-    pub(crate) fn trouble(&mut self, what: &str) {
-        self.trouble.push_str(what);
+    pub(crate) fn add_problem(&mut self, problem: &str) {
+        self.problems.push_str(problem);
     }
 
-    pub(crate) async fn perform(&mut self) {
+    pub(crate) async fn execute(&mut self) {
         for (_, fault) in &self.plan.faults {
             self.bench.simulator.fault(fault.clone());
         }
-        // The queue has to be there before something is published.
-        self.hire().await;
-        self.ready().await;
+        // The queue must exist before anything is published.
+        self.start_worker().await;
+        self.wait_until_ready().await;
         if self.plan.standby {
-            self.hire().await;
+            self.start_worker().await;
         }
-        for Step { after_requests, what } in &self.plan.steps {
-            self.until(async |play| {
-                play.bench.simulator.requests().len() >= *after_requests || play.all_settled()
+        for Step { after_requests, action } in &self.plan.steps {
+            self.wait_until(async |run| {
+                run.bench.simulator.requests().len() >= *after_requests || run.all_settled()
             })
             .await;
-            self.step(*what).await;
+            self.step(*action).await;
         }
-        self.come_to_rest().await;
+        self.drain().await;
         let dead = self.bench.depth(".dead").await;
         if dead > 0 {
             if !self.plan.delays {
-                let _ = writeln!(self.trouble, "{dead} dead letters, and no fault deserved one");
+                let _ = writeln!(self.problems, "{dead} dead letters, although no fault justifies one");
             }
-            self.hire().await;
+            self.start_worker().await;
             self.bench.output(&["dlq", "replay", "--all", "--no-wait"]).await;
-            self.come_to_rest().await;
+            self.drain().await;
         }
         let dead = self.bench.depth(".dead").await;
         if dead > 0 {
-            let _ = writeln!(self.trouble, "{dead} dead letters again after a replay");
+            let _ = writeln!(self.problems, "{dead} dead letters remain after a replay");
         }
         let counts = self.settlements();
         let missing: Vec<_> =
             self.history.published().filter(|event| !counts.contains_key(&event.number)).collect();
         for event in missing {
-            let _ = writeln!(self.trouble, "never settled: {event}");
+            let _ = writeln!(self.problems, "never settled: {event}");
         }
-        let disturbed = self.plan.steps.iter().any(|step| !matches!(step.what, What::Publish(_)));
+        let disturbed = self.plan.steps.iter().any(|step| !matches!(step.action, Action::Publish(_)));
         let published = self.history.published().count();
         if !disturbed && !self.plan.delays && self.settled.len() != published {
-            let _ = writeln!(self.trouble, "{published} published, {} settled", self.settled.len());
+            let _ = writeln!(self.problems, "{published} published, {} settled", self.settled.len());
         }
     }
 
-    async fn step(&mut self, what: What) {
-        let _ = writeln!(self.journal, "{:>6} ms: {what:?}", self.start.elapsed().as_millis());
-        match what {
-            What::Publish(events) => {
+    async fn step(&mut self, action: Action) {
+        let _ = writeln!(self.timeline, "{:>6} ms: {action:?}", self.start.elapsed().as_millis());
+        match action {
+            Action::Publish(events) => {
                 let (from, to) = (self.published, self.published + events);
                 let messages = self.history.events[from..to].iter();
                 for event in
@@ -156,38 +155,37 @@ impl<'a> Play<'a> {
                 self.published = to;
                 return;
             }
-            What::Kill => {
+            Action::Kill => {
                 let active = self.active().await;
                 self.workers[active].alive = false;
                 self.workers[active].worker.kill().await;
-                self.hire().await;
+                self.start_worker().await;
             }
-            What::Handover => {
+            Action::Handover => {
                 let active = self.active().await;
-                self.hire().await;
-                self.ready().await;
+                self.start_worker().await;
+                self.wait_until_ready().await;
                 self.workers[active].alive = false;
                 self.workers[active].worker.terminate().await;
             }
-            What::Cut => {
+            Action::Cut => {
                 let active = self.active().await;
                 self.workers[active].proxy.cut();
             }
-            What::CutOne(drawn) => {
+            Action::CutOne(number) => {
                 let active = self.active().await;
-                self.workers[active].proxy.cut_one(drawn);
+                self.workers[active].proxy.cut_one(number);
             }
-            What::KillBroker => {
+            Action::KillBroker => {
                 let node = self.node.unwrap();
                 node.kill().await;
                 node.start_again().await;
             }
         }
-        *self.faults.entry(what.label()).or_default() += 1;
+        *self.faults.entry(action.label()).or_default() += 1;
     }
 
-    /// Starts a worker.
-    async fn hire(&mut self) {
+    async fn start_worker(&mut self) {
         let proxy = Proxy::start(&self.bench.amqp_url).await;
         let mut environment: BTreeMap<_, _> = self.bench.environment().into_iter().collect();
         environment.insert("AMQP_URL".to_owned(), proxy.url.clone());
@@ -199,12 +197,12 @@ impl<'a> Play<'a> {
         });
     }
 
-    /// Waits until the worker that came last is ready.
-    async fn ready(&mut self) {
-        self.until(async |play| play.workers.last().unwrap().worker.ready().await.0 == 200).await;
+    /// Waits until the newest worker is ready.
+    async fn wait_until_ready(&mut self) {
+        self.wait_until(async |run| run.workers.last().unwrap().worker.ready().await.0 == 200).await;
     }
 
-    /// The one that works, as far as can be told.
+    /// The worker that is consuming or, if none is, the first that is alive.
     async fn active(&self) -> usize {
         let mut alive = self.workers.iter().enumerate().filter(|(_, running)| running.alive);
         let first = alive.next().unwrap().0;
@@ -216,26 +214,27 @@ impl<'a> Play<'a> {
         first
     }
 
-    /// Waits until everything is settled, the queues are empty, and nobody has anything in hand.
-    async fn come_to_rest(&mut self) {
+    /// Waits until everything is settled, the queues are empty and no worker has a message in flight. Then
+    /// terminates the workers.
+    async fn drain(&mut self) {
         loop {
-            self.until(async |play| play.all_settled() && play.nothing_waits().await).await;
+            self.wait_until(async |run| run.all_settled() && run.is_idle().await).await;
             for at in 0..self.workers.len() {
                 if self.workers[at].alive {
                     self.workers[at].alive = false;
                     self.workers[at].worker.terminate().await;
                 }
             }
-            self.listen();
-            // What came again at the last moment was handed back.
-            if self.nothing_waits().await {
+            self.read_logs();
+            // A message that was redelivered at the last moment is in the queue again.
+            if self.is_idle().await {
                 return;
             }
-            self.hire().await;
+            self.start_worker().await;
         }
     }
 
-    async fn nothing_waits(&self) -> bool {
+    async fn is_idle(&self) -> bool {
         for running in self.workers.iter().filter(|running| running.alive) {
             let Some((200, page)) = running.worker.page("/metrics").await else { return false };
             let idle = ["messages_in_flight 0", "messages_waiting 0"];
@@ -266,8 +265,8 @@ impl<'a> Play<'a> {
         })
     }
 
-    /// Reads what the workers have logged since.
-    fn listen(&mut self) {
+    /// Reads the new log lines of the workers.
+    fn read_logs(&mut self) {
         for running in &mut self.workers {
             let lines = running.worker.log_after(running.read);
             running.read += lines.len();
@@ -276,31 +275,35 @@ impl<'a> Play<'a> {
         self.settled.sort();
     }
 
-    async fn until(&mut self, mut condition: impl AsyncFnMut(&Self) -> bool) {
+    async fn wait_until(&mut self, mut condition: impl AsyncFnMut(&Self) -> bool) {
         loop {
-            self.listen();
+            self.read_logs();
             if condition(self).await {
                 return;
             }
-            assert!(self.start.elapsed() < PATIENCE, "no rest; settled: {:?}", self.settlements());
+            assert!(
+                self.start.elapsed() < TIME_LIMIT,
+                "time limit exceeded; settled: {:?}",
+                self.settlements()
+            );
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 
-    /// How it went, faults of Close after the rest. Leaves nothing on the broker.
-    pub(crate) async fn story(mut self) -> Played {
-        self.listen();
-        let mut left = self.bench.faults_left().await;
+    /// Collects the result of the run and deletes everything from the broker.
+    pub(crate) async fn finish(mut self) -> RunResult {
+        self.read_logs();
+        let mut remaining = self.bench.faults_left().await;
         for (label, fault) in &self.plan.faults {
-            match left.iter().position(|left| left == fault) {
-                Some(at) => drop(left.swap_remove(at)),
+            match remaining.iter().position(|remaining| remaining == fault) {
+                Some(at) => drop(remaining.swap_remove(at)),
                 None => *self.faults.entry(label).or_default() += 1,
             }
         }
         let mut log = String::new();
         for (at, running) in self.workers.iter().enumerate() {
             let _ = writeln!(log, "worker {at}\n{}", running.worker.log());
-            // One that does not come to rest.
+            // A worker that has not become idle.
             if running.alive {
                 for page in ["/readyz", "/metrics"] {
                     let _ = writeln!(log, "{page}: {:?}", running.worker.page(page).await);
@@ -312,29 +315,30 @@ impl<'a> Play<'a> {
             if request.status != Some(200) {
                 let at = request.at.duration_since(self.began).as_millis();
                 let _ = writeln!(
-                    self.journal,
+                    self.timeline,
                     "{at:>6} ms: {} {}: {:?}",
                     request.method, request.path, request.status
                 );
             }
         }
         self.bench.clean_up(self.plan.delay_queues()).await;
-        Played {
+        RunResult {
             leads: self.bench.simulator.leads(),
             settled: self.settled.into_iter().map(|(_, number, _)| number).collect(),
-            trouble: self.trouble,
+            problems: self.problems,
             faults: self.faults,
-            journal: self.journal,
+            timeline: self.timeline,
             log,
         }
     }
 }
 
-/// What a log line says of a message that was settled for good.
+/// Parses the log line of a settled message.
 fn settlement(line: &str) -> Option<(Timestamp, usize, String)> {
     let line: Value = serde_json::from_str(line).ok()?;
-    let what =
-        line["message"].as_str().filter(|what| matches!(*what, "synced" | "skipped" | "dead-lettered"))?;
+    let outcome = line["message"]
+        .as_str()
+        .filter(|outcome| matches!(*outcome, "synced" | "skipped" | "dead-lettered"))?;
     let number = line["span"]["message_id"].as_str()?.parse().ok()?;
-    Some((line["timestamp"].as_str()?.parse().ok()?, number, what.to_owned()))
+    Some((line["timestamp"].as_str()?.parse().ok()?, number, outcome.to_owned()))
 }
