@@ -9,18 +9,20 @@ use url::Url;
 use crate::amqp::nodes::Nodes;
 use crate::amqp::tls::{Files, Tls};
 use crate::amqp::{self, Delay, TopologyMode};
-use crate::config::layers::{hash, within};
+use crate::config::effective::hash;
+use crate::config::keys::within;
+use crate::config::mapping;
 use crate::config::problems::{NOT_TOML, Problem};
 use crate::config::raw::{self, setting};
 use crate::config::reader::{Reader, duration};
-use crate::config::{Destination, Need, mapping};
+use crate::config::settings::{Destination, Need};
 use crate::retry::{self, Policy};
 use crate::{close, sync};
 
 /// Half of RabbitMQ's `consumer_timeout` (rabbitmq.md), and the threshold of the alert for stuck messages.
 const LONGEST_HOLD: Duration = Duration::from_mins(15);
 
-/// Checks every key; `None` if anything is wrong.
+/// Checks every key. Returns `None` if there is a problem.
 pub(super) fn read(
     name: Option<&str>,
     settings: Table,
@@ -194,7 +196,7 @@ fn close(
 fn api_key(raw: &raw::Destination, name: Option<&str>, need: Need, reader: &mut Reader<'_>) -> SecretString {
     let setting = setting!(raw, close.api_key);
     let text = setting.text().to_owned();
-    // A key that was given wrongly, or whose file is not valid TOML, is reported already.
+    // A problem with the key or with the whole file is reported already.
     let keys = [Some(setting.key.clone()), name.map(|name| within(name, &setting.key))];
     let is_reported = reader.problems.iter().any(|problem| {
         keys.iter().flatten().any(|key| problem.key == *key) || problem.message.starts_with(NOT_TOML)

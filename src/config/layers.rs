@@ -8,59 +8,24 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use toml::{Table, Value};
-use uuid::Uuid;
 
-use crate::amqp::nodes::masked;
+use crate::config::effective::effective;
+use crate::config::keys::{
+    DEFAULTS, DESTINATIONS, OPEN_TABLES, SECRETS, is_leaf, is_rule, join, key, leaf, leaf_mut, split,
+    split_process, variable,
+};
 use crate::config::problems::{NOT_TOML, Problem, Problems};
-use crate::config::{Config, Destination, Need, destination, process};
+use crate::config::settings::{Config, Destination, Need};
+use crate::config::{destination, process};
 
-/// The defaults, which are also the reference manual.
-pub const DEFAULTS: &str = include_str!("defaults.toml");
-
-/// Keys whose values are never shown, and can be given as files.
-pub(super) const SECRETS: [&str; 4] =
-    ["close.api_key", "amqp.url", "http.page_token", "otel.exporter.otlp.headers"];
 /// The suffix of the variable that names a file with a secret.
-const FILE: &str = "_FILE";
-/// Tables whose keys are the user's.
-const OPEN: [&str; 3] = ["mapping.lead.custom", "mapping.contact.custom", DESTINATIONS];
-/// The table of destinations, by name.
-const DESTINATIONS: &str = "destinations";
-/// Tables that concern the whole process; a destination cannot have its own.
-const PROCESS: [&str; 4] = ["http", "log", "otel", DESTINATIONS];
-
+const FILE_SUFFIX: &str = "_FILE";
 /// The environment of the process. Skips variables that are not valid UTF-8.
 #[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
 pub fn environment() -> HashMap<String, String> {
     std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
         .collect()
-}
-
-/// The environment variable of a key.
-pub(super) fn variable(key: &str) -> String {
-    key.replace('.', "_").to_uppercase()
-}
-
-/// The key of a destination's own setting.
-pub(super) fn within(name: &str, key: &str) -> String {
-    format!("{DESTINATIONS}.{name}.{key}")
-}
-
-/// A setting as the operator finds it, with its variable: "`close.api_key` (`CLOSE_API_KEY`)".
-pub(super) fn spell(destination: Option<&str>, key: &str) -> String {
-    let key = destination.map_or_else(|| key.to_owned(), |name| within(name, key));
-    format!("`{key}` ({})", variable(&key))
-}
-
-/// Splits the key of a destination's own setting into the destination's name and the key.
-pub(super) fn split(key: &str) -> Option<(&str, &str)> {
-    key.strip_prefix(DESTINATIONS)?.strip_prefix('.')?.split_once('.')
-}
-
-/// Splits merged settings into the tables of the process and those of a destination.
-pub(super) fn parts(settings: Table) -> (Table, Table) {
-    settings.into_iter().partition(|(key, _)| PROCESS.contains(&key.as_str()))
 }
 
 /// The merged settings, not yet checked.
@@ -151,7 +116,7 @@ impl Layers {
     /// All problems at once.
     pub fn read(self, need: Need) -> Result<Config, Problems> {
         let Self { shared, destinations, mut problems } = self;
-        let (process, shared_destination) = parts(shared.clone());
+        let (process, shared_destination) = split_process(shared.clone());
         let process = process::read(process, &mut problems);
         let checked: Vec<Option<Destination>> = if destinations.is_empty() {
             vec![destination::read(None, shared_destination, need, &mut problems)]
@@ -163,7 +128,11 @@ impl Layers {
                 problems.extend(own.drain(before..).map(|problem| {
                     let is_own = leaf(settings, &problem.key) != leaf(&shared, &problem.key);
                     // A problem with a shared setting is reported once. An API key is needed by each destination.
-                    if is_own || problem.key == "close.api_key" { problem.of(name) } else { problem }
+                    if is_own || problem.key == key!(Destination: close.api_key) {
+                        problem.of(name)
+                    } else {
+                        problem
+                    }
                 }));
                 checked
             };
@@ -199,7 +168,7 @@ fn merged(
     environment: &HashMap<String, String>,
     problems: &mut Vec<Problem>,
 ) -> Table {
-    let (_, mut settings) = parts(shared.clone());
+    let (_, mut settings) = split_process(shared.clone());
     let key = format!("{DESTINATIONS}.{name}");
     // The name becomes part of variables and labels.
     let fits = !name.is_empty() && name.chars().all(|c| matches!(c, 'a'..='z' | '0'..='9' | '_'));
@@ -210,7 +179,7 @@ fn merged(
         ));
     }
     // Each destination needs broker objects of its own, so the default differs by destination.
-    if let Some(Value::String(queue)) = leaf_mut(&mut settings, "amqp.queue") {
+    if let Some(Value::String(queue)) = leaf_mut(&mut settings, key!(Destination: amqp.queue)) {
         *queue = format!("{queue}-{name}");
     }
     let mut own = Vec::new();
@@ -238,7 +207,7 @@ fn clashes(destinations: &[Destination]) -> Vec<Problem> {
         if earlier.amqp.overlaps(&later.amqp) {
             let (queue, theirs) = (&later.amqp.queue, &earlier.amqp.queue);
             clash(
-                "amqp.queue",
+                key!(Destination: amqp.queue),
                 format!(
                     "\"{queue}\" conflicts with \"{theirs}\" of destination `{other}`; choose another name"
                 ),
@@ -246,7 +215,7 @@ fn clashes(destinations: &[Destination]) -> Vec<Problem> {
         }
         if earlier.close.is_same_key(&later.close) {
             clash(
-                "close.api_key",
+                key!(Destination: close.api_key),
                 format!(
                     "same API key as destination `{other}`; each destination needs its own Close organization"
                 ),
@@ -254,63 +223,6 @@ fn clashes(destinations: &[Destination]) -> Vec<Problem> {
         }
     }
     problems
-}
-
-/// The settings in force with secrets masked; for destinations, only what differs from the shared settings.
-fn effective(shared: Table, destinations: BTreeMap<String, Table>) -> Table {
-    let own = |(name, settings): (String, Table)| (name, Value::Table(mask(difference(settings, &shared))));
-    let destinations: Table = destinations.into_iter().map(own).collect();
-    let mut all = mask(shared.clone());
-    if !destinations.is_empty() {
-        all.insert(DESTINATIONS.into(), Value::Table(destinations));
-    }
-    all
-}
-
-/// The values of `table` that differ from `base`.
-fn difference(table: Table, base: &Table) -> Table {
-    let differs = |(key, value): (String, Value)| match (value, base.get(&key)) {
-        (value, Some(same)) if value == *same => None,
-        (Value::Table(inner), Some(Value::Table(base))) if !is_rule(&inner) => {
-            Some((key, Value::Table(difference(inner, base))))
-        }
-        (value, _) => Some((key, value)),
-    };
-    table.into_iter().filter_map(differs).collect()
-}
-
-fn mask(mut settings: Table) -> Table {
-    for path in SECRETS {
-        match leaf_mut(&mut settings, path) {
-            // Only the password is secret.
-            Some(Value::String(url)) if path == "amqp.url" => *url = masked(url),
-            Some(Value::String(secret)) if !secret.is_empty() => *secret = "***".into(),
-            Some(_) | None => {}
-        }
-    }
-    settings
-}
-
-/// A short fingerprint of a destination's settings. It leaves secrets out, as it could be used to guess them.
-pub(super) fn hash(settings: &Table) -> String {
-    let (_, settings) = parts(mask(settings.clone()));
-    let text = toml::to_string(&settings).unwrap_or_default();
-    let mut hash = Uuid::new_v5(&Uuid::nil(), text.as_bytes()).simple().to_string();
-    hash.truncate(12);
-    hash
-}
-
-pub(super) fn join(path: &str, key: &str) -> String {
-    if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") }
-}
-
-/// Whether the value has one variable: everything but a table, a mapping rule, or a table with the user's own keys.
-pub(super) fn is_leaf(path: &str, value: &Value) -> bool {
-    value.as_table().is_none_or(|table| OPEN.contains(&path) || is_rule(table))
-}
-
-pub(super) fn is_rule(table: &Table) -> bool {
-    table.contains_key("from")
 }
 
 /// Merges a layer into the settings. Reports unknown keys and values of the wrong type.
@@ -324,7 +236,7 @@ fn overlay(settings: &mut Table, layer: Table, path: &str, problems: &mut Vec<Pr
             }
             // The keys in it are checked where rules are read.
             (Some(Value::Table(inner)), Value::Table(value))
-                if OPEN.contains(&path.as_str()) || is_rule(inner) =>
+                if OPEN_TABLES.contains(&path.as_str()) || is_rule(inner) =>
             {
                 inner.extend(value);
             }
@@ -374,7 +286,7 @@ impl Variables<'_> {
     fn text(&self, path: &str) -> Result<Option<String>, String> {
         let name = format!("{}{}", self.prefix, variable(path));
         let value = self.environment.get(&name);
-        let file = format!("{name}{FILE}");
+        let file = format!("{name}{FILE_SUFFIX}");
         match (value, self.environment.get(&file).filter(|_| SECRETS.contains(&path))) {
             (value, None) => Ok(value.cloned()),
             (None, Some(path)) => secret(path, &file).map(Some),
@@ -405,7 +317,7 @@ fn set(current: &mut Value, path: &str, text: String) -> Result<(), String> {
         toml::from_str::<Table>(&format!("value = {text}")).ok().and_then(|mut table| table.remove("value"))
     };
     match (current, value) {
-        (Value::Table(inner), Some(Value::Table(value))) if OPEN.contains(&path) => *inner = value,
+        (Value::Table(inner), Some(Value::Table(value))) if OPEN_TABLES.contains(&path) => *inner = value,
         (Value::Table(inner), Some(Value::Table(value))) => inner.extend(value),
         (current, value) => {
             if !value.is_some_and(|value| put(current, value)) {
@@ -443,19 +355,5 @@ fn kind(value: &Value) -> &'static str {
         Value::Datetime(_) => "a date",
         Value::Array(_) => "a list",
         Value::Table(_) => "a table",
-    }
-}
-
-pub(super) fn leaf<'a>(table: &'a Table, path: &str) -> Option<&'a Value> {
-    match path.split_once('.') {
-        None => table.get(path),
-        Some((first, rest)) => leaf(table.get(first)?.as_table()?, rest),
-    }
-}
-
-fn leaf_mut<'a>(table: &'a mut Table, path: &str) -> Option<&'a mut Value> {
-    match path.split_once('.') {
-        None => table.get_mut(path),
-        Some((first, rest)) => leaf_mut(table.get_mut(first)?.as_table_mut()?, rest),
     }
 }

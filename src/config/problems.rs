@@ -1,19 +1,18 @@
-//! What is wrong with the settings: the key, and a message that says what to do.
+//! Problems of the settings: the key, and a message that says what to do.
 
 use std::fmt;
 
 use toml::{Table, Value};
 
-use crate::config::layers::{DEFAULTS, is_leaf, is_rule, leaf, split, variable, within};
+use crate::config::keys::{DEFAULTS, is_leaf, is_rule, leaf, split, variable, within};
 
-/// How the message about a file that cannot be parsed begins.
+/// The start of the message about a file that cannot be parsed.
 pub(super) const NOT_TOML: &str = "not valid TOML";
 
-/// Everything that is wrong with the settings.
+/// All problems of the settings.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub struct Problems(pub(super) Vec<Problem>);
 
-/// One mistake.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Problem {
     pub(super) key: String,
@@ -25,18 +24,18 @@ impl Problem {
         Self { key: key.into(), message: message.into() }
     }
 
-    /// An unknown key, with those that its table has.
+    /// An unknown key. The message lists the keys of its table.
     pub(super) fn unknown<'a>(key: String, known: impl IntoIterator<Item = &'a str>) -> Self {
         let known: Vec<_> = known.into_iter().collect();
         Self { key, message: format!("unknown setting; this table has: {}", known.join(", ")) }
     }
 
-    /// Merged settings that do not fit `raw`. A unit test keeps the two the same.
+    /// Merged settings that do not fit `raw`. A unit test prevents this.
     pub(super) fn bug(error: &toml::de::Error) -> Self {
         Self::new("defaults", format!("bug in close-sync: {}", error.message()))
     }
 
-    /// The same problem under the destination's own key.
+    /// The same problem with the key of a destination's own setting.
     pub(super) fn of(self, destination: &str) -> Self {
         Self { key: within(destination, &self.key), ..self }
     }

@@ -5,10 +5,10 @@ use std::net::SocketAddr;
 use secrecy::SecretString;
 use toml::{Table, Value};
 
-use crate::config::LogFormat;
 use crate::config::problems::Problem;
 use crate::config::raw::{self, setting};
 use crate::config::reader::Reader;
+use crate::config::settings::LogFormat;
 use crate::http::admin;
 use crate::telemetry::otel;
 
@@ -19,7 +19,7 @@ pub(super) struct Process {
     pub(super) traces: otel::Settings,
 }
 
-/// Checks every key; `None` if anything is wrong.
+/// Checks every key. Returns `None` if there is a problem.
 pub(super) fn read(settings: Table, problems: &mut Vec<Problem>) -> Option<Process> {
     let raw: raw::Process = match settings.try_into() {
         Ok(raw) => raw,
@@ -56,7 +56,7 @@ pub(super) fn read(settings: Table, problems: &mut Vec<Problem>) -> Option<Proce
     })
 }
 
-/// The operator's page. Its settings are checked also while it is off.
+/// The settings of the operator's page. They are checked even if the page is off.
 fn page(raw: &raw::Process, addr: Option<SocketAddr>, reader: &mut Reader<'_>) -> Option<admin::Settings> {
     /// Long enough that it cannot be guessed.
     const MIN_LENGTH: usize = 16;

@@ -1,8 +1,8 @@
 //! The settings as written, typed but not yet checked.
 //!
-//! Each struct is a table of `defaults.toml` and each field is one of its keys. `Layers` merges file and environment into
+//! Each struct is a table of `defaults.toml` and each field is one of its keys. `layers` merges file and environment into
 //! the defaults and refuses values of another type, so a merged table always has this shape. A misspelt setting does
-//! not compile, and a unit test compares the fields with the defaults.
+//! not compile, and a unit test in `keys` compares the fields with the defaults.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use toml::{Table, Value};
 
 use crate::domain::switches::Switches;
 
-/// A raw value together with its key, which problems are reported under. Made by [`setting!`] only.
+/// A raw value with its key, under which problems are reported. [`setting!`] creates it.
 pub(super) struct Setting<'a, T> {
     pub(super) key: String,
     pub(super) value: &'a T,
@@ -23,8 +23,8 @@ impl<'a> Setting<'a, String> {
     }
 }
 
-/// `setting!(raw, amqp.url)` is the value of the field and its key, `amqp.url`.
-/// `setting!(rule => from)` is a field of the table that a setting holds, with the key extended.
+/// `setting!(raw, amqp.url)` is the value of the field with its key, `amqp.url`.
+/// `setting!(rule => from)` is a field of the table in the setting `rule`, with the key extended.
 macro_rules! setting {
     ($raw:expr, $first:ident $(. $rest:ident)*) => {
         $crate::config::raw::Setting {
@@ -41,7 +41,7 @@ macro_rules! setting {
 }
 pub(super) use setting;
 
-/// The tables that concern the whole process.
+/// The tables of the whole process.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Process {
@@ -50,7 +50,7 @@ pub(super) struct Process {
     pub(super) otel: Otel,
 }
 
-/// The tables that each destination can have for itself.
+/// The tables that each destination can override.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Destination {
@@ -215,70 +215,4 @@ pub(super) struct OtelTraces {
 #[serde(deny_unknown_fields)]
 pub(super) struct OtelSampler {
     pub(super) arg: f64,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::DEFAULTS;
-    use crate::config::layers::parts;
-
-    /// The defaults as `Layers` hands them over.
-    fn defaults() -> Table {
-        let mut defaults: Table = toml::from_str(DEFAULTS).unwrap();
-        defaults.remove("destinations").unwrap();
-        defaults
-    }
-
-    fn fits(settings: &Table) -> bool {
-        let (process, destination) = parts(settings.clone());
-        process.try_into::<Process>().is_ok() && destination.try_into::<Destination>().is_ok()
-    }
-
-    /// Calls `visit` with each table that is not a rule, and with the path to it.
-    fn tables(table: &Table, path: &[String], visit: &mut impl FnMut(&[String], &Table)) {
-        visit(path, table);
-        for (key, value) in table {
-            if let Some(inner) = value.as_table().filter(|inner| !inner.contains_key("from")) {
-                tables(inner, &[path, std::slice::from_ref(key)].concat(), visit);
-            }
-        }
-    }
-
-    fn at<'a>(settings: &'a mut Table, path: &[String]) -> &'a mut Table {
-        path.iter().fold(settings, |table, key| table[key].as_table_mut().unwrap())
-    }
-
-    #[test]
-    fn every_key_of_the_defaults_is_a_field_and_every_field_is_a_key_of_the_defaults() {
-        let defaults = defaults();
-        assert!(fits(&defaults));
-        let mut keys = 0;
-        tables(&defaults, &[], &mut |path, table| {
-            let name = path.join(".");
-            for key in table.keys() {
-                let mut without = defaults.clone();
-                at(&mut without, path).remove(key);
-                assert!(!fits(&without), "{name}.{key} is not a field");
-                keys += 1;
-            }
-            // The keys of this table are the user's.
-            if !name.ends_with(".custom") {
-                let mut more = defaults.clone();
-                at(&mut more, path).insert("typo".into(), Value::Boolean(true));
-                assert!(!fits(&more), "{name} takes any key");
-            }
-        });
-        assert!(keys > 50, "{keys}");
-    }
-
-    #[test]
-    fn a_setting_has_the_path_of_its_field_as_key() {
-        let (_, destination) = parts(defaults());
-        let raw: Destination = destination.try_into().unwrap();
-        assert_eq!(setting!(raw, amqp.tls.ca_file).key, "amqp.tls.ca_file");
-        let rule = setting!(raw, mapping.lead.name);
-        assert_eq!(setting!(rule => from).key, "mapping.lead.name.from");
-        assert!(setting!(rule => from).value.as_ref().is_some_and(Value::is_array));
-    }
 }

@@ -1,9 +1,9 @@
-//! How single settings are checked: a value that does not fit is reported, and `None`.
+//! Checks single settings. A value that is not valid is reported, and `None`.
 
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use crate::config::layers::SECRETS;
+use crate::config::keys::SECRETS;
 use crate::config::problems::Problem;
 use crate::config::raw::Setting;
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use secrecy::ExposeSecret;
 use url::Url;
 
-use crate::config::layers::SECRETS;
+use crate::config::keys::SECRETS;
 use crate::config::{Config, Destination, Layers, Need, Problems};
 use crate::domain::mapping::Rules;
 use crate::domain::mapping::WriteRule;
