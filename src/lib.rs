@@ -47,6 +47,7 @@
 //! - [`outcome`]: the closed lists of what can become of a message; [`retry`]: what follows a failure.
 //! - [`close`]: the only place that knows Close's HTTP API, with its rate limiter.
 //! - [`domain`]: the decisions, as pure functions of values.
+//! - [`spans`]: what code needs to create a span; [`text`]: phrases of commands and of the operator's page.
 //! - `scenario`: test files for a mapping, played on `close-sync-simulator`, a stateful fake Close. Only with the
 //!   feature `simulator`, which the commands `simulate` and `test` need and the worker does not.
 //!
@@ -96,4 +97,5 @@ pub mod retry;
 pub mod close;
 
 pub mod domain;
+pub mod spans;
 pub mod text;

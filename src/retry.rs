@@ -211,7 +211,7 @@ mod tests {
             (500u16..600).prop_map(Fault::Status),
             Just(Fault::Timeout),
             Just(Fault::ConnectionLost),
-            Just(Fault::Garbled),
+            Just(Fault::InvalidResponse),
         ];
         prop_oneof![
             Just(CloseError::Unauthorized),

@@ -12,6 +12,7 @@ use tracing_subscriber::{EnvFilter, Layer};
 use crate::cli::failure::Failure;
 use crate::config::LogFormat;
 use crate::http::admin::AUDIT;
+use crate::spans::SPANS;
 use crate::telemetry::otel::{self, Traces};
 
 /// Starts logging and tracing. Returns the exporter of traces, to be flushed on shutdown.
@@ -27,7 +28,7 @@ fn log_layer<S: Subscriber + for<'a> LookupSpan<'a>>(format: LogFormat) -> Box<d
     // lapin logs lost connections, which close-sync logs itself.
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,lapin=off"));
     let audits = filter_fn(|metadata| metadata.target() == AUDIT).with_max_level_hint(LevelFilter::INFO);
-    let not_traces = filter_fn(|metadata| metadata.target() != otel::SPANS)
+    let not_traces = filter_fn(|metadata| metadata.target() != SPANS)
         // Without a hint of its own, this filter would remove the hint of the other one.
         .with_max_level_hint(LevelFilter::TRACE);
     let filter = filter.or(audits).and(not_traces);

@@ -17,7 +17,7 @@ use crate::close::search_batch::Rows;
 use crate::close::settings::Settings;
 use crate::close::stall_guard::StallGuard;
 use crate::close::transport::{Http, Transport};
-use crate::close::wire::{self, Members};
+use crate::close::wire::{self, LeadContacts};
 use crate::domain::plan::ContactValues;
 use crate::domain::record::{Contact, ContactId, FieldId, Fields, Lead, LeadId};
 use crate::domain::schema::{CustomField, User};
@@ -79,7 +79,7 @@ impl Client {
         limiters.filter_map(|(endpoint, limiter)| Some((*endpoint, limiter.status()?)))
     }
 
-    /// Blocks writes after the process stood still.
+    /// Blocks writes after the process was suspended.
     pub fn stall_guard(&self) -> &StallGuard {
         self.requests.stall_guard()
     }
@@ -174,8 +174,8 @@ impl Client {
     ) -> Result<(LeadId, Option<ContactId>), CloseError> {
         let body = wire::lead_body(lead, contact);
         let answer: Value = self.requests.request(Endpoint::CreateLead, "lead/", Some(body)).await?;
-        let lead = wire::read_lead(&answer).ok_or(CloseError::Transient(Fault::Garbled))?;
-        Ok((lead.id, wire::first_member(&answer)))
+        let lead = wire::read_lead(&answer).ok_or(CloseError::Transient(Fault::InvalidResponse))?;
+        Ok((lead.id, wire::first_contact_id(&answer)))
     }
 
     /// Creates a Contact in a Lead. Never retry it without looking the record up first.
@@ -186,7 +186,7 @@ impl Client {
     ) -> Result<ContactId, CloseError> {
         let body = wire::contact_body(contact, Some(lead));
         let answer: Value = self.requests.request(Endpoint::CreateContact, "contact/", Some(body)).await?;
-        let contact = wire::read_contact(&answer).ok_or(CloseError::Transient(Fault::Garbled))?;
+        let contact = wire::read_contact(&answer).ok_or(CloseError::Transient(Fault::InvalidResponse))?;
         Ok(contact.id)
     }
 
@@ -231,10 +231,10 @@ impl Records for Client {
 
     async fn lead(&self, id: &LeadId) -> Result<(Lead, Vec<Contact>), CloseError> {
         let answer = self.read(Endpoint::ReadLead, &format!("lead/{id}/")).await?;
-        let lead = wire::read_lead(&answer).ok_or(CloseError::Transient(Fault::Garbled))?;
-        let contacts = match wire::read_members(&answer) {
-            Members::Whole(contacts) => contacts,
-            Members::Ids(ids) => {
+        let lead = wire::read_lead(&answer).ok_or(CloseError::Transient(Fault::InvalidResponse))?;
+        let contacts = match wire::read_lead_contacts(&answer) {
+            LeadContacts::Full(contacts) => contacts,
+            LeadContacts::Ids(ids) => {
                 let mut contacts = Vec::with_capacity(ids.len());
                 for id in ids {
                     contacts.push(self.contact(&id).await?);
@@ -247,6 +247,6 @@ impl Records for Client {
 
     async fn contact(&self, id: &ContactId) -> Result<Contact, CloseError> {
         let answer = self.read(Endpoint::ReadContact, &format!("contact/{id}/")).await?;
-        wire::read_contact(&answer).ok_or(CloseError::Transient(Fault::Garbled))
+        wire::read_contact(&answer).ok_or(CloseError::Transient(Fault::InvalidResponse))
     }
 }

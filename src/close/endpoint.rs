@@ -1,11 +1,11 @@
-//! The endpoint groups Close counts calls by, and how calls end, for gates and metrics.
+//! Endpoint groups and the results of calls, for rate limits and metrics.
 
 use std::time::Duration;
 
 use reqwest::{Method, StatusCode};
 use strum::{IntoStaticStr, VariantArray};
 
-/// The endpoint groups Close counts calls by: path and method (close-api.md §2).
+/// The groups of path and method that Close limits separately (close-api.md §2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, IntoStaticStr, VariantArray)]
 #[strum(serialize_all = "snake_case")]
 pub enum Endpoint {
@@ -15,7 +15,7 @@ pub enum Endpoint {
     Schema,
     /// `GET /user/`.
     Users,
-    /// `POST /data/search/`, by far the scarcest.
+    /// `POST /data/search/`, by far the lowest limit.
     Search,
     /// `GET /event/`.
     Events,
@@ -49,7 +49,7 @@ impl Endpoint {
         }
     }
 
-    /// The path of its calls below the base of the API, without what differs from call to call.
+    /// The path template, relative to the base of the API.
     pub(crate) fn template(self) -> &'static str {
         match self {
             Self::Me => "/me/",
@@ -64,7 +64,6 @@ impl Endpoint {
         }
     }
 
-    /// Whether a call changes anything.
     pub(crate) fn writes(self) -> bool {
         match self {
             Self::CreateLead | Self::CreateContact | Self::UpdateLead | Self::UpdateContact => true,
@@ -79,7 +78,7 @@ impl Endpoint {
     }
 }
 
-/// How a call ended, for metrics.
+/// The result of a call, for metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, IntoStaticStr, VariantArray)]
 #[strum(serialize_all = "snake_case")]
 pub enum StatusClass {
@@ -91,11 +90,11 @@ pub enum StatusClass {
     NotFound,
     /// 429.
     RateLimited,
-    /// Other 4xx, and anything else that is no success.
+    /// Any other status that is not a success.
     Refused,
     /// 5xx.
     ServerError,
-    /// No answer.
+    /// No response.
     NoAnswer,
 }
 
@@ -117,15 +116,13 @@ impl StatusClass {
     }
 }
 
-/// One call, as the metrics see it.
+/// One call, for metrics.
 #[derive(Clone, Copy, Debug)]
 pub struct Call {
-    /// The endpoint group.
     pub endpoint: Endpoint,
-    /// How it ended.
     pub status: StatusClass,
-    /// From sending to the end of the answer.
+    /// From sending to the end of the response.
     pub took: Duration,
-    /// Waiting for budget before it.
+    /// The wait for the rate limiter.
     pub waited: Duration,
 }

@@ -1,4 +1,4 @@
-//! What can come back from Close instead of an answer, in terms of what may help.
+//! Failed calls to Close, classified by what the caller can do.
 
 use std::fmt;
 
@@ -8,48 +8,47 @@ use serde_json::Value;
 /// A call to Close that did not succeed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CloseError {
-    /// 401: the key is wrong, revoked, or of another organization.
+    /// 401: the API key is wrong or was revoked.
     #[error("Close does not accept the API key (401)")]
     Unauthorized,
-    /// 402: the organization's plan does not allow it.
+    /// 402: the plan of the organization does not allow the call.
     #[error("the plan of the Close organization does not allow this (402)")]
     PlanLimit,
-    /// 403: the user of the key may not do this, perhaps nothing at all.
+    /// 403: the user of the API key lacks the permission.
     #[error("the user of the API key may not do this (403)")]
     Forbidden,
-    /// 404: the record is not, or no longer, there.
+    /// 404: the record does not exist.
     #[error("Close does not have the record (404)")]
     NotFound,
-    /// 400 and other refusals that will never pass as they are.
+    /// 400 and other rejections. The same call would be rejected again.
     #[error("{0}")]
     Rejected(Rejection),
-    /// No connection to Close could be made; nothing was sent.
+    /// No connection could be made, so nothing was sent.
     #[error("Close cannot be reached: {0}")]
     Unreachable(String),
-    /// May pass by itself.
+    /// A later call may succeed.
     #[error("{0}")]
     Transient(Fault),
 }
 
-/// A fault of the moment.
+/// A transient fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
     /// 5xx.
     #[error("Close answered {0}")]
     Status(u16),
-    /// No answer in time.
     #[error("Close did not answer in time")]
     Timeout,
-    /// The connection broke while the call was under way.
+    /// The connection broke during the call.
     #[error("the connection to Close broke")]
     ConnectionLost,
-    /// A success whose body could not be understood.
-    #[error("Close answered something that could not be read")]
-    Garbled,
+    /// A successful response whose body is not valid.
+    #[error("Close sent a response that could not be parsed")]
+    InvalidResponse,
 }
 
 impl CloseError {
-    /// The label in traces of a call that got no answer, or none that could be read.
+    /// The error type in traces.
     pub(crate) fn label(&self) -> &'static str {
         match self {
             Self::Unauthorized => "unauthorized",
@@ -61,11 +60,11 @@ impl CloseError {
             Self::Transient(Fault::Status(_)) => "server_error",
             Self::Transient(Fault::Timeout) => "timeout",
             Self::Transient(Fault::ConnectionLost) => "connection_lost",
-            Self::Transient(Fault::Garbled) => "garbled",
+            Self::Transient(Fault::InvalidResponse) => "garbled",
         }
     }
 
-    /// Whether it may pass by itself, whatever the message says.
+    /// Whether a retry may succeed.
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Unreachable(_) | Self::Transient(_) => true,
@@ -75,13 +74,13 @@ impl CloseError {
         }
     }
 
-    /// Whether a write may have happened although it failed. Close has no idempotency key, so such a
-    /// POST must be looked up before it is repeated (close-api.md §10). A 503 is refused in front of
-    /// the application and taken as not done, as Close's own client does (close-api.md §2).
+    /// Whether a write may have been applied although the call failed. Close has no idempotency keys, so the record must
+    /// be looked up before such a POST is repeated (close-api.md §10). A 503 comes from in front of the application and
+    /// counts as not applied, as in Close's own client (close-api.md §2).
     pub fn may_have_been_applied(&self) -> bool {
         match self {
             Self::Transient(Fault::Status(status)) => *status != 503,
-            Self::Transient(Fault::Timeout | Fault::ConnectionLost | Fault::Garbled) => true,
+            Self::Transient(Fault::Timeout | Fault::ConnectionLost | Fault::InvalidResponse) => true,
             Self::Unauthorized
             | Self::PlanLimit
             | Self::Forbidden
@@ -92,30 +91,27 @@ impl CloseError {
     }
 }
 
-/// A refusal, with the fields Close named.
+/// A rejected call, with the fields that Close named.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rejection {
-    /// The status code.
     pub status: u16,
     /// One entry per field named in `field-errors`, at any depth.
     pub fields: Vec<FieldError>,
-    /// What Close said in general, without values.
+    /// The general error message, without values.
     pub message: Option<&'static str>,
-    /// All it said.
     pub response: Option<ResponseExcerpt>,
 }
 
-/// The start of Close's answer. It may contain personal data: shown to an operator on request, never logged or put in
-/// headers.
+/// The start of a response. It may contain personal data, so it is shown to an operator on request and is never logged
+/// or written to headers.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct ResponseExcerpt(String);
 
-/// Bytes of them that are kept.
-const MOST_SAID: usize = 2048;
+/// The maximum size of an excerpt in bytes.
+const MAX_EXCERPT: usize = 2048;
 
 impl ResponseExcerpt {
-    /// The words.
     pub fn reveal(&self) -> &str {
         &self.0
     }
@@ -127,19 +123,19 @@ impl fmt::Debug for ResponseExcerpt {
     }
 }
 
-/// One field Close refused.
+/// A field that Close rejected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FieldError {
-    /// The way to the field: `["contacts", "0", "custom.cf_X"]`.
+    /// The path to the field: `["contacts", "0", "custom.cf_X"]`.
     pub path: Vec<String>,
-    /// What Close said about it, without values.
+    /// The error message, without values.
     pub message: &'static str,
 }
 
 const NO_SUCH_FIELD: &str = "the custom field does not exist";
 
 impl FieldError {
-    /// Whether Close says that it does not have the custom field.
+    /// Whether the custom field does not exist.
     pub fn field_is_missing(&self) -> bool {
         self.message == NO_SUCH_FIELD
     }
@@ -147,7 +143,7 @@ impl FieldError {
 
 impl fmt::Display for Rejection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Close refused the request ({})", self.status)?;
+        write!(f, "Close rejected the request ({})", self.status)?;
         for field in &self.fields {
             write!(f, "; {}: {}", field.path.join("."), field.message)?;
         }
@@ -158,11 +154,11 @@ impl fmt::Display for Rejection {
     }
 }
 
-/// Beginnings of what Close is known to say (close-api.md §3), and how we repeat it.
+/// How error messages of Close start (close-api.md §3), and what close-sync logs for them.
 ///
-/// Close quotes values in its messages, and values are people's names, phones and emails, which must
-/// not reach logs or headers. Only a known beginning is repeated; the rest of the text is not.
-const KNOWN: [(&str, &str); 15] = [
+/// Close quotes values in its messages: names, phone numbers and emails, which must not get into logs or headers. So only
+/// these texts are used, never the message itself.
+const KNOWN_MESSAGES: [(&str, &str); 15] = [
     ("this field is required", "this field is required"),
     ("value must be of", "the value has the wrong type"),
     ("the value must be no longer", "the value is too long"),
@@ -180,41 +176,40 @@ const KNOWN: [(&str, &str); 15] = [
     ("the request contains invalid json", "the request contains invalid JSON"),
 ];
 
-/// Stands for text that is not repeated.
-const WITHHELD: &str = "refused (Close's own words may quote personal data: a replay shows them)";
+/// Replaces any other message.
+const WITHHELD: &str = "rejected (the message of Close may contain personal data; a replay shows it)";
 
-fn known(text: &str) -> &'static str {
+fn safe_message(text: &str) -> &'static str {
     let text = text.to_lowercase();
-    KNOWN.iter().find(|(start, _)| text.starts_with(start)).map_or(WITHHELD, |(_, ours)| *ours)
+    KNOWN_MESSAGES.iter().find(|(start, _)| text.starts_with(start)).map_or(WITHHELD, |(_, ours)| *ours)
 }
 
 impl Rejection {
-    /// Reads an error body. Any body will do, also none (close-api.md §3: never fail on a body that
-    /// is not JSON).
+    /// Reads the body of an error response. It may be empty or not JSON (close-api.md §3).
     pub(crate) fn read(status: u16, body: &[u8]) -> Self {
-        let text = String::from_utf8_lossy(&body[..body.len().min(MOST_SAID)]).into_owned();
+        let text = String::from_utf8_lossy(&body[..body.len().min(MAX_EXCERPT)]).into_owned();
         let body: Value = serde_json::from_slice(body).unwrap_or_default();
         let mut fields = Vec::new();
-        collect(&body, &mut Vec::new(), &mut fields);
+        collect_field_errors(&body, &mut Vec::new(), &mut fields);
         let general = body.get("error").or_else(|| body.get("errors")?.get(0)).and_then(Value::as_str);
-        let message = general.map(known);
+        let message = general.map(safe_message);
         let response = (!text.trim().is_empty()).then_some(ResponseExcerpt(text));
         Self { status, fields, message, response }
     }
 }
 
-/// Walks `field-errors` and the `errors` inside it, which for nested data is an object by index.
-fn collect(node: &Value, path: &mut Vec<String>, into: &mut Vec<FieldError>) {
+/// Collects `field-errors` and the `errors` in it. For nested data, `errors` is an object by index.
+fn collect_field_errors(node: &Value, path: &mut Vec<String>, into: &mut Vec<FieldError>) {
     let children = ["field-errors", "errors"].iter().filter_map(|key| node.get(key)?.as_object()).flatten();
     for (name, child) in children {
         path.push(name.clone());
         match child {
-            Value::String(text) => into.push(FieldError { path: path.clone(), message: known(text) }),
+            Value::String(text) => into.push(FieldError { path: path.clone(), message: safe_message(text) }),
             Value::Array(texts) => {
                 let text = texts.first().and_then(Value::as_str).unwrap_or_default();
-                into.push(FieldError { path: path.clone(), message: known(text) });
+                into.push(FieldError { path: path.clone(), message: safe_message(text) });
             }
-            Value::Object(_) => collect(child, path, into),
+            Value::Object(_) => collect_field_errors(child, path, into),
             Value::Null | Value::Bool(_) | Value::Number(_) => {}
         }
         path.pop();
@@ -232,56 +227,56 @@ mod tests {
         let cases = [
             (
                 json!({"errors": [], "field-errors": {"custom.cf_X": "The Custom Field \"Jane\" does not exist."}}),
-                "Close refused the request (400); custom.cf_X: the custom field does not exist",
+                "Close rejected the request (400); custom.cf_X: the custom field does not exist",
             ),
             (
                 json!({"errors": [], "field-errors": {"contacts": {"errors": {
                     "0": {"errors": [], "field-errors": {"emails": {"errors": {
                         "1": {"errors": [], "field-errors": {"email": "Invalid email address."}}}}}}}}}}),
-                "Close refused the request (400); contacts.0.emails.1.email: invalid email address",
+                "Close rejected the request (400); contacts.0.emails.1.email: invalid email address",
             ),
             (
                 json!({"field-errors": {"status": "Not a valid choice. \"foo\"", "lead": "Object does not exist."}}),
-                "Close refused the request (400); lead: the object does not exist; status: not a valid choice",
+                "Close rejected the request (400); lead: the object does not exist; status: not a valid choice",
             ),
             (
-                json!({"error": "jane@example.test is silly"}),
-                "Close refused the request (400): refused (Close's own words may quote personal data: a replay shows them)",
+                json!({"error": "jane@example.test is odd"}),
+                "Close rejected the request (400): rejected (the message of Close may contain personal data; a replay shows it)",
             ),
-            (json!({"errors": ["Invalid request: x"]}), "Close refused the request (400): invalid request"),
-            (json!("Forbidden"), "Close refused the request (400)"),
-            (json!({"field-errors": {"name": null}}), "Close refused the request (400)"),
+            (json!({"errors": ["Invalid request: x"]}), "Close rejected the request (400): invalid request"),
+            (json!("Forbidden"), "Close rejected the request (400)"),
+            (json!({"field-errors": {"name": null}}), "Close rejected the request (400)"),
         ];
         for (body, text) in cases {
             assert_eq!(Rejection::read(400, body.to_string().as_bytes()).to_string(), text);
         }
-        let silly = Rejection::read(400, br#"{"error": "jane@example.test is silly"}"#);
+        let withheld = Rejection::read(400, br#"{"error": "jane@example.test is odd"}"#);
         assert!(
-            silly.response.as_ref().unwrap().reveal().contains("jane")
-                && !format!("{silly:?}").contains("jane")
+            withheld.response.as_ref().unwrap().reveal().contains("jane")
+                && !format!("{withheld:?}").contains("jane")
         );
-        let known = Rejection::read(413, b"<html>");
-        let told = (known.to_string(), known.response.as_ref().map(ResponseExcerpt::reveal));
-        assert_eq!(told, ("Close refused the request (413)".into(), Some("<html>")));
+        let rejection = Rejection::read(413, b"<html>");
+        let parts = (rejection.to_string(), rejection.response.as_ref().map(ResponseExcerpt::reveal));
+        assert_eq!(parts, ("Close rejected the request (413)".into(), Some("<html>")));
         assert_eq!(Rejection::read(400, b" ").response, None);
     }
 
     #[test]
-    fn a_write_may_have_happened_unless_it_was_refused_or_never_sent() {
-        let unknown = [
+    fn a_failed_write_may_have_been_applied_unless_it_was_rejected_or_not_sent() {
+        let maybe_applied = [
             CloseError::Transient(Fault::Timeout),
             CloseError::Transient(Fault::ConnectionLost),
-            CloseError::Transient(Fault::Garbled),
+            CloseError::Transient(Fault::InvalidResponse),
             CloseError::Transient(Fault::Status(500)),
             CloseError::Transient(Fault::Status(502)),
             CloseError::Transient(Fault::Status(504)),
         ];
-        let known = [
+        let not_applied = [
             CloseError::Transient(Fault::Status(503)),
             CloseError::Unreachable(String::new()),
             CloseError::NotFound,
         ];
-        assert!(unknown.iter().all(CloseError::may_have_been_applied));
-        assert!(!known.iter().any(CloseError::may_have_been_applied));
+        assert!(maybe_applied.iter().all(CloseError::may_have_been_applied));
+        assert!(!not_applied.iter().any(CloseError::may_have_been_applied));
     }
 }

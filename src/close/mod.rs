@@ -1,4 +1,4 @@
-//! The only module that knows Close's HTTP API.
+//! The client for Close's HTTP API. No other module uses the API.
 //!
 //! [`Client`] has one short method per operation and returns records of [`crate::domain`]. [`CloseError`] classifies
 //! failures by what the caller can do. Every call passes the rate limiter of its endpoint group. A 429 never leaves this

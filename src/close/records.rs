@@ -1,4 +1,4 @@
-//! What is read from Close, and what is searched for.
+//! Reading records: the interface, its results and the look-ups of a search.
 
 use crate::close::error::CloseError;
 use crate::domain::record::{Contact, ContactId, FieldId, Lead, LeadId};

@@ -22,7 +22,7 @@ use crate::close::rate_limit::headers::{self, RateLimit};
 use crate::close::rate_limit::{self, Permit, Priority, RateLimiter};
 use crate::close::stall_guard::StallGuard;
 use crate::close::transport::{Response, Transport};
-use crate::telemetry::otel::{self, SPANS};
+use crate::spans::{self, SPANS};
 
 /// A permit for one call, and how long acquiring it took.
 pub(crate) type Acquired = (Permit, Duration);
@@ -123,7 +123,8 @@ impl Requests {
                 None => self.acquire(endpoint).await,
             };
             if let Some(answer) = self.send(permit, endpoint, path, body.as_ref()).await? {
-                return serde_json::from_slice(&answer).map_err(|_| CloseError::Transient(Fault::Garbled));
+                return serde_json::from_slice(&answer)
+                    .map_err(|_| CloseError::Transient(Fault::InvalidResponse));
             }
         }
     }
@@ -212,9 +213,9 @@ fn record_result(span: &Span, result: &Result<Response, CloseError>) {
         Ok(answer) => {
             span.record("http.response.status_code", i64::from(answer.status.as_u16()));
             if answer.status.is_client_error() || answer.status.is_server_error() {
-                otel::fail(span, answer.status.as_str(), "");
+                spans::fail(span, answer.status.as_str(), "");
             }
         }
-        Err(error) => otel::fail(span, error.label(), ""),
+        Err(error) => spans::fail(span, error.label(), ""),
     }
 }

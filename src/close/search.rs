@@ -14,7 +14,7 @@ use crate::close::records::Lookup;
 use crate::close::requests::{Acquired, Requests};
 use crate::close::search_batch::{Batcher, Failed, PendingLookup, Rows, SearchResult};
 use crate::close::wire::{self, TextMode};
-use crate::telemetry::otel;
+use crate::spans;
 
 /// Rows, oldest first, and whether there are more.
 type Page = (Vec<Value>, bool);
@@ -22,7 +22,7 @@ type Page = (Vec<Value>, bool);
 /// The searches of one organization.
 #[derive(Debug, Default)]
 pub(crate) struct Search {
-    /// More messages are waiting than are being worked on.
+    /// More messages are waiting than are being processed.
     backlog: AtomicBool,
     leads: Batcher,
     contacts: Batcher,
@@ -39,7 +39,7 @@ impl Search {
     pub(crate) async fn look_up(self: &Arc<Self>, requests: &Requests, lookup: Lookup) -> SearchResult {
         let (answer, received) = oneshot::channel();
         let kind = lookup.clone();
-        let pending = PendingLookup { lookup, priority: requests.priority(), span: otel::current(), answer };
+        let pending = PendingLookup { lookup, priority: requests.priority(), span: spans::current(), answer };
         if self.batcher(&kind).add(pending) {
             // In a task of its own: this caller may give up while others wait for the same search.
             let (search, requests) = (self.clone(), requests.clone());
@@ -117,18 +117,18 @@ impl Search {
         };
         if split && lookups.len() > 1 {
             let (one, other) = lookups.split_at(lookups.len() / 2);
-            let of_one = self.search(requests, one, None).await;
-            let of_other = self.search(requests, other, None).await;
-            if !(is_transient(&of_one) && is_transient(&of_other)) {
-                let mut results = Box::pin(self.distribute(requests, one, of_one)).await;
-                results.extend(Box::pin(self.distribute(requests, other, of_other)).await);
+            let first = self.search(requests, one, None).await;
+            let second = self.search(requests, other, None).await;
+            if !(is_transient(&first) && is_transient(&second)) {
+                let mut results = Box::pin(self.distribute(requests, one, first)).await;
+                results.extend(Box::pin(self.distribute(requests, other, second)).await);
                 return results;
             }
         }
         let alone = lookups.len() == 1;
         let part = |lookup: &Lookup| {
             let (rows, more) = page.clone().map_err(|error| Failed { error, duplicate: false })?;
-            let found = rows.into_iter().filter(|row| alone || wire::may_mean(lookup, row)).collect();
+            let found = rows.into_iter().filter(|row| alone || wire::may_match(lookup, row)).collect();
             Ok(Rows { found, more, calls: 0 })
         };
         lookups.iter().map(part).collect()

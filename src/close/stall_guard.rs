@@ -1,10 +1,10 @@
-//! The stall guard: after this process stood still, no write is sent any more.
+//! The stall guard: blocks writes after the process was suspended.
 //!
-//! A worker that loses the broker notices and stops. A frozen worker (a suspended machine, SIGSTOP, a node without
-//! memory) does not notice. The broker passes its queue to the standby after three missed heartbeats (rabbitmq.md §2.2),
-//! and when the worker wakes up it would carry out old decisions before it learns that its connection is gone. So a
-//! session sends heartbeats to this guard, and every write checks it first. After a gap no write is sent, whether the
-//! write or the heartbeat that ends the session comes first.
+//! A worker that loses the broker notices and stops. A suspended worker (a suspended machine, SIGSTOP, a node
+//! without memory) does not notice. RabbitMQ gives its queue to the standby after three missed heartbeats (rabbitmq.md
+//! §2.2). When the worker resumes, it would execute old decisions before it notices that its connection is lost. So each
+//! session sends heartbeats to this guard, and every write checks the guard first. After a gap no write is sent,
+//! whichever comes first: the write, or the heartbeat that ends the session.
 //!
 //! It compares two clocks, because the monotonic clock stops while a machine is suspended.
 
@@ -21,9 +21,9 @@ pub struct StallGuard(Arc<Mutex<Option<Heartbeat>>>);
 struct Heartbeat {
     at: Instant,
     wall_clock: SystemTime,
-    /// A longer gap means that the process stood still.
+    /// A longer gap between heartbeats means that the process was suspended.
     limit: Duration,
-    stood_still: Option<Duration>,
+    stalled_for: Option<Duration>,
 }
 
 impl StallGuard {
@@ -32,7 +32,7 @@ impl StallGuard {
     /// Starts guarding. A gap up to `limit` counts as a busy machine.
     pub fn arm(&self, limit: Duration) {
         let (at, wall_clock) = (Instant::now(), SystemTime::now());
-        self.with(|heartbeat| *heartbeat = Some(Heartbeat { at, wall_clock, limit, stood_still: None }));
+        self.with(|heartbeat| *heartbeat = Some(Heartbeat { at, wall_clock, limit, stalled_for: None }));
     }
 
     /// Disarms the guard: no session is running.
@@ -40,13 +40,13 @@ impl StallGuard {
         self.with(|heartbeat| *heartbeat = None);
     }
 
-    /// Records a heartbeat. Returns for how long the process stood still, if it did.
+    /// Records a heartbeat. Returns the longest gap so far if the process was suspended.
     pub fn heartbeat(&self) -> Option<Duration> {
         self.with(|heartbeat| {
             let heartbeat = heartbeat.as_mut()?;
             heartbeat.check();
             (heartbeat.at, heartbeat.wall_clock) = (Instant::now(), SystemTime::now());
-            heartbeat.stood_still
+            heartbeat.stalled_for
         })
     }
 
@@ -65,9 +65,9 @@ impl Heartbeat {
         let wall_clock = self.wall_clock.elapsed().unwrap_or_default();
         let gap = self.at.elapsed().max(wall_clock);
         if gap > self.limit {
-            self.stood_still = self.stood_still.max(Some(gap));
+            self.stalled_for = self.stalled_for.max(Some(gap));
         }
-        self.stood_still
+        self.stalled_for
     }
 }
 

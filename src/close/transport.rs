@@ -1,9 +1,7 @@
-//! How a call travels to Close and its answer back.
+//! The transport of calls to Close. In production this is HTTPS, [`Http`].
 //!
-//! In production that is HTTPS, [`Http`]. It is a seam so that the whole worker, with its gates, its
-//! doubts and its retries, can be tried against a simulated Close without sockets: in one thread and in
-//! virtual time, where thousands of histories with lost answers and late searches take seconds and come
-//! out the same each time. What is behind the seam decides nothing; it carries.
+//! The trait lets tests run the whole worker against a simulated Close without sockets, in one thread and in virtual
+//! time. Thousands of deterministic runs with lost responses and a lagging search index then take seconds.
 
 use futures_util::future::BoxFuture;
 use reqwest::header::{self, HeaderMap};
@@ -16,14 +14,13 @@ use url::Url;
 use crate::close::error::{CloseError, Fault};
 use crate::close::settings::Settings;
 
-/// Carries calls to Close.
 pub trait Transport: Send + Sync {
-    /// Sends a call once. `path` is below the base of the API and has its query; a body is sent as JSON.
-    /// The caller may drop the future; what was sent may still take effect.
+    /// Sends a call once. `path` is relative to the base of the API and includes the query. The body is sent as JSON. The
+    /// caller may drop the future, but a call that was already sent may still take effect.
     ///
     /// # Errors
-    /// No answer came: [`CloseError::Unreachable`] when nothing was sent, [`CloseError::Transient`] when it
-    /// may have happened. An answer of any status is none.
+    /// No response: [`CloseError::Unreachable`] if nothing was sent, [`CloseError::Transient`] if the call may have been
+    /// applied. A response with an error status is `Ok`.
     fn send<'a>(
         &'a self,
         method: Method,
@@ -32,21 +29,17 @@ pub trait Transport: Send + Sync {
     ) -> BoxFuture<'a, Result<Response, CloseError>>;
 }
 
-/// An answer, whatever its status.
+/// A response with any status.
 #[derive(Clone, Debug)]
 pub struct Response {
-    /// Its status.
     pub status: StatusCode,
-    /// Its headers.
     pub headers: HeaderMap,
-    /// Its whole body.
     pub body: Vec<u8>,
 }
 
-/// Bodies larger than this are not read to the end; a Lead with hundreds of Contacts stays below.
-const MAX_ANSWER: usize = 32 << 20;
+/// The maximum size of a response body. A Lead with hundreds of Contacts is smaller.
+const MAX_BODY: usize = 32 << 20;
 
-/// Close over HTTPS.
 pub(crate) struct Http {
     client: reqwest::Client,
     url: Url,
@@ -55,12 +48,12 @@ pub(crate) struct Http {
 
 impl Http {
     pub(crate) fn new(settings: Settings) -> Result<Self, reqwest::Error> {
-        // One TLS stack for the process; a second installation is refused and harmless.
+        // The provider is installed once per process. A second installation fails, which is harmless.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = reqwest::Client::builder()
             .user_agent(concat!("close-sync/", env!("CARGO_PKG_VERSION")))
             .timeout(settings.timeout)
-            // Of its own, so that a call that was never sent is known as such.
+            // A separate timeout shows that the call was not sent.
             .connect_timeout(settings.timeout / 2)
             // A redirect may lose the body of a POST (close-api.md §1).
             .redirect(reqwest::redirect::Policy::none())
@@ -90,8 +83,8 @@ impl Http {
         let (status, headers) = (response.status(), std::mem::take(response.headers_mut()));
         let mut body = Vec::new();
         while let Some(chunk) = response.chunk().await.map_err(|error| fault(&error))? {
-            if body.len() + chunk.len() > MAX_ANSWER {
-                return Err(CloseError::Transient(Fault::Garbled));
+            if body.len() + chunk.len() > MAX_BODY {
+                return Err(CloseError::Transient(Fault::InvalidResponse));
             }
             body.extend_from_slice(&chunk);
         }
@@ -112,7 +105,7 @@ impl Transport for Http {
 
 fn fault(error: &reqwest::Error) -> CloseError {
     if error.is_connect() {
-        // The innermost cause says most: refused, no such host, a bad certificate.
+        // The innermost cause is the most specific: connection refused, unknown host, invalid certificate.
         let causes = std::iter::successors(std::error::Error::source(error), |cause| cause.source());
         CloseError::Unreachable(causes.last().map_or_else(|| "no connection".to_owned(), ToString::to_string))
     } else if error.is_timeout() {

@@ -1,4 +1,4 @@
-//! Close's JSON, in and out. Nothing here is public past `close`.
+//! Converting records to and from the JSON of Close. Only `close` uses it.
 
 use std::collections::BTreeSet;
 
@@ -13,7 +13,7 @@ use crate::domain::record::{
 };
 use crate::domain::schema::{CustomField, FieldKind, Status, User};
 
-/// Keys of a record that map to a [`Field`]; custom fields are flat `custom.cf_…` keys beside them.
+/// The values of a record. Custom fields have keys `custom.cf_…` at the same level.
 fn fields(object: &Value, plain: &[Field]) -> Fields {
     let plain =
         plain.iter().filter_map(|field| Some((field.clone(), object.get(field.to_string())?.clone())));
@@ -56,25 +56,24 @@ pub(crate) fn read_contact(object: &Value) -> Option<Contact> {
     })
 }
 
-/// The Contacts of a Lead: whole, or only their ids where Close left them out. The list of whole
-/// Contacts is marked deprecated in the 2026 specification (close-api.md §4).
-pub(crate) enum Members {
-    Whole(Vec<Contact>),
+/// The Contacts of a Lead, or only their ids if Close did not send the Contacts. The list of Contacts is deprecated in the
+/// specification of 2026 (close-api.md §4).
+pub(crate) enum LeadContacts {
+    Full(Vec<Contact>),
     Ids(Vec<ContactId>),
 }
 
-pub(crate) fn read_members(lead: &Value) -> Members {
+pub(crate) fn read_lead_contacts(lead: &Value) -> LeadContacts {
     if let Some(contacts) = lead.get("contacts").and_then(Value::as_array) {
-        return Members::Whole(contacts.iter().filter_map(read_contact).collect());
+        return LeadContacts::Full(contacts.iter().filter_map(read_contact).collect());
     }
     let ids = lead.get("contact_ids").and_then(Value::as_array);
     let id = |value: &Value| value.as_str().map(ContactId::new);
-    Members::Ids(ids.into_iter().flatten().filter_map(id).collect())
+    LeadContacts::Ids(ids.into_iter().flatten().filter_map(id).collect())
 }
 
-/// The id of the first Contact of a Lead just created. `contact_ids` was missing in a recorded
-/// answer (close-api.md §4).
-pub(crate) fn first_member(lead: &Value) -> Option<ContactId> {
+/// The id of the first Contact of a created Lead. `contact_ids` was missing in a recorded response (close-api.md §4).
+pub(crate) fn first_contact_id(lead: &Value) -> Option<ContactId> {
     let by_id = lead.pointer("/contact_ids/0").or_else(|| lead.pointer("/contacts/0/id"));
     by_id.and_then(Value::as_str).map(ContactId::new)
 }
@@ -100,7 +99,7 @@ fn field_body(fields: &Fields) -> Map<String, Value> {
     fields.iter().map(|(field, value)| (field.to_string(), value.clone())).collect()
 }
 
-/// Only the keys the schema knows: anything else may be refused (close-api.md §5).
+/// Only the keys in the schema of Close, which may reject others (close-api.md §5).
 fn list_body(lists: &Lists) -> Map<String, Value> {
     let entry = |channel: Channel, entry: &Entry| json!({channel.item(): entry.value, "type": entry.kind});
     let list =
@@ -108,17 +107,17 @@ fn list_body(lists: &Lists) -> Map<String, Value> {
     lists.iter().map(|(&channel, entries)| (channel.list().to_owned(), list(channel, entries))).collect()
 }
 
-/// How search compares text.
+/// The mode in which search compares text.
 #[derive(Clone, Copy)]
 pub(crate) enum TextMode {
-    /// Not in the documentation, but what Close's own app sends (close-api.md §6).
+    /// Undocumented, but Close's own app uses it (close-api.md §6).
     ExactValue,
-    /// The documented one; finds more than is meant, which is sorted out by comparing again.
+    /// Documented. It also finds inexact matches, which the caller removes.
     Phrase,
 }
 
 impl TextMode {
-    fn word(self) -> &'static str {
+    fn as_str(self) -> &'static str {
         match self {
             Self::ExactValue => "exact_value",
             Self::Phrase => "phrase",
@@ -126,13 +125,12 @@ impl TextMode {
     }
 }
 
-/// Page size of a search; 200 is the assumed maximum, 100 is safe (close-api.md §12, 12).
+/// The page size of a search. The maximum is probably 200; 100 is safe (close-api.md §12, 12).
 pub(crate) const PAGE: usize = 100;
 
-/// The body of a search for records of one kind that any of the look-ups may mean, oldest first. The
-/// look-ups are all of one kind.
+/// The body of a search for the records of all look-ups, oldest first. The look-ups must be of the same kind.
 pub(crate) fn search_body(lookups: &[Lookup], mode: TextMode) -> Value {
-    let text = |value: &str| json!({"type": "text", "mode": mode.word(), "value": value});
+    let text = |value: &str| json!({"type": "text", "mode": mode.as_str(), "value": value});
     let custom = |field: &FieldId, value: &str| {
         json!({
             "type": "field_condition",
@@ -184,22 +182,22 @@ pub(crate) fn search_body(lookups: &[Lookup], mode: TextMode) -> Value {
     })
 }
 
-/// Whether a row of a search that several look-ups share may be meant by this one: as search folds texts,
-/// which is less exact than what is believed later.
-pub(crate) fn may_mean(lookup: &Lookup, row: &Value) -> bool {
+/// Whether a row of a shared search may belong to this look-up. Compares inexactly, as search does; the caller compares
+/// again.
+pub(crate) fn may_match(lookup: &Lookup, row: &Value) -> bool {
     let fold = |text: &str| text.trim().to_lowercase();
-    let alike = |field: &FieldId, id: &str| {
-        row[format!("custom.{field}")].as_str().is_some_and(|theirs| fold(theirs) == fold(id))
+    let is_hit = |field: &FieldId, id: &str| {
+        row[format!("custom.{field}")].as_str().is_some_and(|stored| fold(stored) == fold(id))
     };
     match lookup {
-        Lookup::Lead { field, company_id } => alike(field, company_id),
+        Lookup::Lead { field, company_id } => is_hit(field, company_id),
         Lookup::Contact { user, email } => {
             let emails = row["emails"].as_array().into_iter().flatten();
-            user.as_ref().is_some_and(|(field, id)| alike(field, id))
+            user.as_ref().is_some_and(|(field, id)| is_hit(field, id))
                 || email.as_deref().is_some_and(|email| {
                     emails
                         .filter_map(|entry| entry["email"].as_str())
-                        .any(|theirs| fold(theirs) == fold(email))
+                        .any(|stored| fold(stored) == fold(email))
                 })
         }
     }
@@ -308,7 +306,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_contact_is_read_and_written_without_what_close_computes() {
+    fn a_contact_is_written_without_the_values_that_close_computes() {
         let object = json!({
             "id": "cont_1", "lead_id": "lead_1", "name": "Jane", "title": "", "date_created": "d",
             "emails": [{"email": "j@x.test", "type": "home", "is_unsubscribed": false}],
@@ -328,14 +326,16 @@ mod tests {
     }
 
     #[test]
-    fn members_are_found_whichever_list_close_sends() {
-        let ids = |lead: Value| match read_members(&lead) {
-            Members::Whole(contacts) => contacts.into_iter().map(|contact| contact.id.to_string()).collect(),
-            Members::Ids(ids) => ids.into_iter().map(|id| format!("only {id}")).collect::<Vec<_>>(),
+    fn contacts_of_a_lead_are_read_from_either_list() {
+        let ids = |lead: Value| match read_lead_contacts(&lead) {
+            LeadContacts::Full(contacts) => {
+                contacts.into_iter().map(|contact| contact.id.to_string()).collect()
+            }
+            LeadContacts::Ids(ids) => ids.into_iter().map(|id| format!("only {id}")).collect::<Vec<_>>(),
         };
         assert_eq!(ids(json!({"contacts": [{"id": "c"}], "contact_ids": ["c"]})), ["c"]);
         assert_eq!(ids(json!({"contact_ids": ["c"]})), ["only c"]);
         assert!(ids(json!({})).is_empty());
-        assert_eq!(first_member(&json!({"contacts": [{"id": "c"}]})), Some(ContactId::new("c")));
+        assert_eq!(first_contact_id(&json!({"contacts": [{"id": "c"}]})), Some(ContactId::new("c")));
     }
 }

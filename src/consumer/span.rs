@@ -11,7 +11,8 @@ use crate::consumer::context::Context;
 use crate::consumer::delivery::ReceivedMessage;
 use crate::consumer::state::Settlement;
 use crate::outcome::{DelayCause, Outcome};
-use crate::telemetry::otel::{self, RemoteParent, SPANS};
+use crate::spans::{self, SPANS};
+use crate::telemetry::otel::{self, RemoteParent};
 
 /// The outcome of a delivery that is not settled.
 const HANDED_BACK: &str = "handed_back";
@@ -80,11 +81,11 @@ pub(crate) fn conclude(span: &Span, outcome: &Outcome, settlement: &Settlement) 
         Settlement::Settled { .. } => outcome,
         Settlement::HandedBack => return hand_back(span),
         Settlement::Paused(cause) => {
-            otel::fail(span, cause.label(), "");
+            spans::fail(span, cause.label(), "");
             return hand_back(span);
         }
         Settlement::Failed(error) => {
-            otel::fail(span, error.trouble().label(), "");
+            spans::fail(span, error.trouble().label(), "");
             return hand_back(span);
         }
     };
@@ -93,8 +94,8 @@ pub(crate) fn conclude(span: &Span, outcome: &Outcome, settlement: &Settlement) 
         Outcome::Skipped(skip) => {
             span.record("close_sync.skipped_for", skip.label());
         }
-        Outcome::Dead(dead) => otel::fail(span, dead.reason.label(), &dead.error),
-        Outcome::Delayed { cause: DelayCause::Failed(why), .. } => otel::fail(span, "failed", why),
+        Outcome::Dead(dead) => spans::fail(span, dead.reason.label(), &dead.error),
+        Outcome::Delayed { cause: DelayCause::Failed(why), .. } => spans::fail(span, "failed", why),
         Outcome::Delayed { cause: DelayCause::RateLimited(_) | DelayCause::BehindEarlier, .. }
         | Outcome::Synced(_)
         | Outcome::Paused(_) => {}

@@ -1,17 +1,17 @@
-//! The decisions: what an event means, which record it is about, what has to change.
+//! The decisions: what an event means, which records it is about, and what to change in them.
 //!
-//! Everything here is a function of values: no IO, no clock, no randomness, no `async`, and nothing that knows RabbitMQ,
-//! HTTP or Close's JSON. In the order in which a message meets them:
+//! All functions here are pure: no IO, no clock, no randomness and no `async`. They do not depend on RabbitMQ, HTTP or the
+//! JSON of Close. In the order in which a message passes them:
 //!
 //! - [`event`] decodes the message;
 //! - [`mapping`] turns it into the wanted records;
-//! - [`matching`] picks the records in Close that are meant;
+//! - [`matching`] selects the records in Close that the event is about;
 //! - [`planner`] makes the [`plan`]: the steps between the two, without what [`staleness`] leaves out;
 //! - [`merge`] combines the steps of several events;
 //! - [`partial_write`] removes what Close rejected;
 //! - [`decision`] explains all of it.
 //!
-//! [`record`], [`schema`], [`switches`] and [`dropped`] are the vocabulary. A file imports only files below it.
+//! [`record`], [`schema`], [`switches`] and [`dropped`] are shared types. A file imports only files below it.
 
 pub mod decision;
 pub mod dropped;

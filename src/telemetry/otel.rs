@@ -28,8 +28,7 @@ use tracing_subscriber::{Layer, Registry};
 use url::Url;
 use uuid::Uuid;
 
-/// The target of exported spans.
-pub const SPANS: &str = "close_sync::span";
+use crate::spans::SPANS;
 
 /// The time-out for a batch, retries included: the default of the specification.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -221,20 +220,6 @@ pub fn trace_id(span: &Span) -> Option<String> {
     let context = span.context();
     let context = context.span().span_context().clone();
     context.is_sampled().then(|| context.trace_id().to_string())
-}
-
-/// The current span, as the parent for work that several messages share. None without a collector.
-pub fn current() -> Span {
-    let current = Span::current();
-    let is_exported = current.metadata().is_some_and(|metadata| metadata.target() == SPANS);
-    if is_exported { current } else { Span::none() }
-}
-
-/// Marks a span as failed: with a `kind` from a closed list and a description without personal data. The span needs
-/// the fields `error.type` and `otel.status_description`.
-pub fn fail(span: &Span, kind: &str, description: &str) {
-    span.record("error.type", kind);
-    span.record("otel.status_description", description);
 }
 
 #[cfg(test)]

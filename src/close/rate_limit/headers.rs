@@ -1,25 +1,25 @@
-//! What Close's answers say about its rate limits (close-api.md §2).
+//! The rate limits in the headers of a response (close-api.md §2).
 
 use std::time::Duration;
 
-/// What an answer said about the budget of its endpoint group.
+/// The rate limit of an endpoint group, as reported by one response.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct RateLimit {
     /// Calls per window.
     pub(crate) limit: u32,
-    /// Calls left in this window.
+    /// Calls that remain in this window.
     pub(crate) remaining: u32,
     /// Time until the window is renewed.
     pub(crate) reset: Duration,
 }
 
-/// Never wait longer than this for one window, whatever a header says: the next answer tells anew.
+/// The longest wait for one window, whatever a header says. The next response reports the window again.
 pub(crate) const LONGEST_WAIT: Duration = Duration::from_mins(5);
 
 impl RateLimit {
-    /// Reads the headers of an answer: the present `RateLimit: limit=…, remaining=…, reset=…` with
-    /// `,` or `;`, else of the older `ratelimit-*` and `x-rate-limit-*` triples, which came together in
-    /// 2022, the one of which less is left. Anything malformed counts as absent.
+    /// Reads the headers of a response. The current form is `RateLimit: limit=…, remaining=…, reset=…` with `,` or `;`.
+    /// Without it, the older headers `ratelimit-*` and `x-rate-limit-*` are read. In 2022 Close sent both of these; the one
+    /// with the smaller remaining part counts. Malformed headers count as absent.
     pub(crate) fn read<'a>(header: impl Fn(&str) -> Option<&'a str>) -> Option<Self> {
         if let Some(all) = header("ratelimit") {
             let item = |name: &str| {
@@ -34,9 +34,9 @@ impl RateLimit {
             let part = |name: &str| header(&format!("{prefix}-{name}")).map(str::trim);
             Self::parse(part("limit")?, part("remaining")?, part("reset")?)
         };
-        let left = |told: &Self| f64::from(told.remaining) / f64::from(told.limit.max(1));
-        let told = ["ratelimit", "x-rate-limit"].into_iter().filter_map(triple);
-        told.min_by(|one, other| left(one).total_cmp(&left(other)))
+        let remaining = |limit: &Self| f64::from(limit.remaining) / f64::from(limit.limit.max(1));
+        let limits = ["ratelimit", "x-rate-limit"].into_iter().filter_map(triple);
+        limits.min_by(|one, other| remaining(one).total_cmp(&remaining(other)))
     }
 
     fn parse(limit: &str, remaining: &str, reset: &str) -> Option<Self> {
@@ -44,7 +44,7 @@ impl RateLimit {
     }
 }
 
-/// Reads seconds, decimals allowed, as in `reset` and `Retry-After`.
+/// Parses the seconds in `reset` and `Retry-After`, which may have decimals.
 pub(crate) fn seconds(text: &str) -> Option<Duration> {
     let seconds = Duration::try_from_secs_f64(text.trim().parse().ok()?).ok()?;
     Some(seconds.min(LONGEST_WAIT))
@@ -59,7 +59,7 @@ mod tests {
     }
 
     #[test]
-    fn every_form_of_the_header_is_read() {
+    fn all_forms_of_the_headers_are_parsed() {
         let limit = |limit, remaining, millis| {
             Some(RateLimit { limit, remaining, reset: Duration::from_millis(millis) })
         };

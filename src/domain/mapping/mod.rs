@@ -12,8 +12,8 @@
 //! has a defect. An unusable company id is a defect too: what the event says about the company then goes into new Leads
 //! only, because it is unclear which company is meant.
 //!
-//! **A field that Close does not have** loses its values, reported as `unknown_field`, but the sync goes on: someone may
-//! delete a field while the worker runs. Only the lookup fields are required.
+//! **A field that Close does not have** loses its values, reported as `unknown_field`, but the sync continues, because a
+//! user of Close may delete a field while the worker runs. Only the lookup fields are required.
 //!
 //! **A Lead created for an event without a company name** is named after the person, else after the domain of the email
 //! unless it belongs to a free-mail provider, else after the email. An existing Lead is never renamed to such a name.

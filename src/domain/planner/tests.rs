@@ -31,7 +31,7 @@ fn plan_of(found: &Found, off: fn(&mut Switches)) -> (Vec<&'static str>, Vec<Ref
 }
 
 #[test]
-fn the_switches_take_steps_away() {
+fn switches_remove_steps() {
     let in_lead = |contacts: Vec<Contact>, elsewhere| Found::InLead {
         lead: lead("l", Some("acme")),
         contacts,
@@ -93,7 +93,7 @@ fn the_switches_take_steps_away() {
 }
 
 #[test]
-fn a_lead_alone_needs_a_company_id() {
+fn a_lead_without_a_contact_needs_a_company_id() {
     let nameless = desired(json!({"userId": "u"}));
     let switches = Switches { allow_creating_new_contacts: false, ..Switches::default() };
     let plan = plan(&nameless, &Found::NoMatch, switches, &RecordVersions::new());
@@ -101,7 +101,7 @@ fn a_lead_alone_needs_a_company_id() {
 }
 
 #[test]
-fn lists_grow_at_the_end_and_only_when_needed() {
+fn only_missing_entries_are_appended_to_lists() {
     let mut jane = contact("c", "l", Some("u"), Some("JANE@example.test"));
     jane.lists.insert(Channel::Phone, vec![Entry { value: "+441234".into(), kind: "mobile".into() }]);
     let found = Found::Anywhere { people: vec![(jane, None)] };
@@ -113,7 +113,7 @@ fn lists_grow_at_the_end_and_only_when_needed() {
 }
 
 #[test]
-fn write_rules_guard_fields_and_lists() {
+fn write_rules_apply_to_fields_and_lists() {
     let current: Fields = [(Field::Title, json!("CEO"))].into();
     let wanted = |field: Field, write| [(field, Wanted { value: json!("new"), write })].into();
     let changed =
@@ -145,14 +145,14 @@ fn write_rules_guard_fields_and_lists() {
 }
 
 #[test]
-fn a_refused_value_is_spared_unless_it_is_an_identity() {
+fn a_rejected_value_is_removed_unless_it_is_an_identity() {
     let desired = event();
     let create = &plan(&desired, &Found::NoMatch, Switches::default(), &RecordVersions::new()).steps[0];
     let without = |create: &Step, desired: &Desired, paths: &[&str]| {
         let paths: Vec<Vec<String>> =
             paths.iter().map(|path| path.split(' ').map(str::to_owned).collect()).collect();
-        let (_, spared) = without_rejected(create, paths.iter().map(Vec::as_slice), desired, &keys())?;
-        Some(spared.into_iter().map(|spared| spared.field).collect::<Vec<_>>().join(" "))
+        let (_, removed) = without_rejected(create, paths.iter().map(Vec::as_slice), desired, &keys())?;
+        Some(removed.into_iter().map(|removed| removed.field).collect::<Vec<_>>().join(" "))
     };
     let cases: [(&[&str], _); 9] = [
         (&["contacts 0 phones 0 phone"], Some("phones")),
@@ -165,8 +165,8 @@ fn a_refused_value_is_spared_unless_it_is_an_identity() {
         (&["lead"], None),
         (&[], None),
     ];
-    for (paths, spared) in cases {
-        assert_eq!(without(create, &desired, paths).as_deref(), spared, "{paths:?}");
+    for (paths, removed) in cases {
+        assert_eq!(without(create, &desired, paths).as_deref(), removed, "{paths:?}");
     }
 
     let by_email = self::desired(json!({"traits": {"email": "jane@example.test"}}));
@@ -174,7 +174,7 @@ fn a_refused_value_is_spared_unless_it_is_an_identity() {
     assert_eq!(without(create, &by_email, &["contacts 0 emails"]), None);
 }
 
-/// Carries out a plan the way Close would.
+/// Applies a plan as Close would.
 fn apply(plan: &Plan, found: &Found) -> Found {
     let set = |fields: &mut Fields, changes: &Fields| fields.extend(changes.clone());
     let change = |contact: &mut Contact, values: &ContactValues| {
@@ -220,7 +220,7 @@ fn apply(plan: &Plan, found: &Found) -> Found {
     found
 }
 
-fn some_lead() -> impl Strategy<Value = Lead> {
+fn any_lead() -> impl Strategy<Value = Lead> {
     ("l[12]", proptest::option::of("[ab]"), proptest::option::of("[AB]")).prop_map(|(id, company, name)| {
         let mut lead = lead(&id, company.as_deref());
         lead.fields.extend(name.map(|name| (Field::Name, json!(name))));
@@ -228,7 +228,7 @@ fn some_lead() -> impl Strategy<Value = Lead> {
     })
 }
 
-fn some_contact() -> impl Strategy<Value = Contact> {
+fn any_contact() -> impl Strategy<Value = Contact> {
     (
         "c[1-4]",
         proptest::option::of("[uv]"),
@@ -243,18 +243,14 @@ fn some_contact() -> impl Strategy<Value = Contact> {
         })
 }
 
-fn some_found() -> impl Strategy<Value = Found> {
+fn any_found() -> impl Strategy<Value = Found> {
     prop_oneof![
         Just(Found::NoMatch),
         Just(Found::OtherCompany),
-        (some_lead(), proptest::collection::vec(some_contact(), 0..3), any::<bool>(), any::<bool>())
-            .prop_map(|(lead, contacts, adopted, elsewhere)| Found::InLead {
-                lead,
-                contacts,
-                adopted,
-                elsewhere
-            }),
-        proptest::collection::vec((some_contact(), proptest::option::of(some_lead())), 1..4).prop_map(
+        (any_lead(), proptest::collection::vec(any_contact(), 0..3), any::<bool>(), any::<bool>()).prop_map(
+            |(lead, contacts, adopted, elsewhere)| Found::InLead { lead, contacts, adopted, elsewhere }
+        ),
+        proptest::collection::vec((any_contact(), proptest::option::of(any_lead())), 1..4).prop_map(
             |mut people| {
                 people.sort_by_key(|(contact, _)| contact.id.clone());
                 people.dedup_by_key(|(contact, _)| contact.id.clone());
@@ -270,7 +266,7 @@ fn some_found() -> impl Strategy<Value = Found> {
     ]
 }
 
-fn some_event() -> impl Strategy<Value = Value> {
+fn any_event() -> impl Strategy<Value = Value> {
     let traits = (
         proptest::option::of("[JK]@x\\.test"),
         proptest::option::of("[ \\-+]?0?[1-3]{3}"),
@@ -287,8 +283,8 @@ fn some_event() -> impl Strategy<Value = Value> {
 
 proptest! {
     #[test]
-    fn planning_again_after_applying_yields_nothing(
-        event in some_event(), found in some_found(), bits in 0u8..32,
+    fn planning_again_after_applying_gives_no_steps(
+        event in any_event(), found in any_found(), bits in 0u8..32,
     ) {
         let on = |bit: u8| bits & (1 << bit) != 0;
         let switches = Switches {
@@ -306,7 +302,7 @@ proptest! {
     }
 
     #[test]
-    fn existing_entries_are_never_removed_or_reordered(event in some_event(), contact in some_contact()) {
+    fn existing_entries_are_never_removed_or_reordered(event in any_event(), contact in any_contact()) {
         let lists = contact_changes(&desired(event), Some(&contact), None).0.lists;
         for (channel, grown) in lists {
             prop_assert!(grown.starts_with(contact.list(channel)));

@@ -54,7 +54,7 @@ async fn from_the_group_to_one_message_to_its_replay() {
         "fix the field that Close named",
     ]);
     let group = browser.get(&link(&list, "rejected")).await;
-    group.assert_has(&["Close refused the request (400)", r#"<strong class="big">1</strong>"#]);
+    group.assert_has(&["Close rejected the request (400)", r#"<strong class="big">1</strong>"#]);
     let address = link(&group, "message?id=");
     let message = browser.get(&address).await;
     message.assert_has(&[

@@ -55,7 +55,7 @@ async fn looking_changes_nothing() {
     let shown = bench.output(&["dlq", "show", "--json", &ids(&first, "rejected")]).await;
     let shown: Value = serde_json::from_str(&shown).unwrap();
     assert_eq!(shown["body"]["userId"], "u1");
-    assert_eq!(shown["error"], "Close refused the request (400); name: this field is required");
+    assert_eq!(shown["error"], "Close rejected the request (400); name: this field is required");
     assert_eq!(
         (&shown["plan"]["outcome"], &shown["plan"]["rule"]),
         (&json!("created"), &json!("nobody_known"))

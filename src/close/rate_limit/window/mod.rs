@@ -3,9 +3,9 @@
 //! Close keeps two windows per endpoint group, one for the key and one for the organization. Most answers report how
 //! much of the tighter one remains and when it is renewed (close-api.md §2). The two are distinguished by their limits
 //! and kept as [`Bucket`]s; a call is admitted when all buckets allow it. A report is older than our own state: calls
-//! under way are not in `remaining` yet, and are subtracted here. No limit is built in.
+//! in flight are not in `remaining` yet, and are subtracted here. No limit is built in.
 //!
-//! **A share.** Only a share of each window is ours; the rest is for other integrations. When they spend more than that,
+//! **A share.** close-sync uses only a share of each window; the rest is for other integrations. If they use more than that,
 //! what they are likely to spend until the window ends is left to them too. One call per window is always admitted, to
 //! get a report.
 //!
@@ -25,20 +25,20 @@ use tokio::time::Instant;
 
 use crate::close::rate_limit::headers::{LONGEST_WAIT, RateLimit};
 
-/// How soon to try again before the first report.
-const ASK_AGAIN: Duration = Duration::from_millis(50);
-/// The most calls under way before the first answer.
-const FIRST_CALLS: u32 = 2;
-/// The part of a window's budget that is not paced.
+/// The pause before the next try while no report is available.
+const RETRY_AFTER: Duration = Duration::from_millis(50);
+/// The maximum number of calls in flight before the first response.
+const MAX_INITIAL_CALLS: u32 = 2;
+/// The part of the budget of a window that is not paced.
 const BURST: f64 = 0.25;
-/// The part of the window over which the rest is spread. Below 1, so that the last call does not miss the end.
+/// The part of the window over which the rest is spread. It is below 1 so that the last call is sent in time.
 const SPREAD: f64 = 0.9;
-/// How much more than before others may spend.
-const CAUTION: f64 = 1.1;
-/// The presumed length of a window before Close reports it.
-const PRESUMED_LENGTH: Duration = Duration::from_secs(1);
-/// A bucket without a report for this long, while others have reports, is forgotten: its limit may have changed.
-const FORGOTTEN: Duration = Duration::from_mins(2);
+/// The safety factor for the calls that others are expected to make.
+const OTHERS_MARGIN: f64 = 1.1;
+/// The assumed length of a window before Close reports it.
+const DEFAULT_LENGTH: Duration = Duration::from_secs(1);
+/// A bucket expires after this time without a report while other buckets have reports. Its limit may have changed.
+const EXPIRY: Duration = Duration::from_mins(2);
 /// The smallest and the largest spacing of calls after an unexplained 429.
 const SPACING: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(10));
 /// The spacing shrinks after this time without an unexplained 429.
@@ -46,89 +46,87 @@ const EASE_AFTER: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
 pub(crate) struct Window {
-    /// The part of each window that is ours, above 0 and at most 1.
+    /// The part of each window that close-sync uses, above 0 and at most 1.
     share: f64,
-    /// Nothing goes out before: a 429 said so.
-    closed_until: Option<Instant>,
-    /// Distance of calls, and when it was set: a hidden limit struck.
+    /// No call is admitted before, because of a 429.
+    blocked_until: Option<Instant>,
+    /// The minimum interval between calls after an unexplained 429, and when it was set.
     spacing: Option<(Duration, Instant)>,
     last_admitted: Option<Instant>,
-    /// The key's and the organization's, as far as reported.
+    /// The buckets of the key and of the organization, as far as Close reported them.
     buckets: Vec<Bucket>,
-    /// Calls under way.
     in_flight: u32,
     answered: bool,
     /// Calls made before the first report.
-    before_report: u32,
+    calls_before_report: u32,
 }
 
-/// One of Close's buckets, in its present window.
+/// One bucket of Close, in its current window.
 ///
-/// An answer gives the end of a window only within the duration of the call, because Close counted at some time between
-/// sending and answer. Two answers are about one window when these ranges overlap.
+/// A response gives the end of the window only within the duration of the call, because Close counted the call at some
+/// time between request and response. Two responses are about the same window if these ranges overlap.
 #[derive(Debug)]
 struct Bucket {
     limit: u32,
-    /// Calls left, at least.
-    left: u32,
-    /// When the call that reported it was sent.
+    /// The minimum number of calls that remain.
+    remaining: u32,
+    /// When the call that reported `remaining` was sent.
     latest_sent: Instant,
-    /// Calls of ours.
+    /// Calls of close-sync in this window.
     used: u32,
-    /// Calls of others, at least, and in the window before.
+    /// The minimum number of calls that others made in this window, and the expected number from the window before.
     others: u32,
     others_before: Option<f64>,
-    /// It had begun by then.
+    /// The latest possible start of the window.
     began: Instant,
-    /// It does not end before.
+    /// The earliest possible end of the window.
     earliest_end: Instant,
-    /// It has ended by then. `None` until an answer reports it.
+    /// The latest possible end of the window. `None` until a response reports it.
     latest_end: Option<Instant>,
-    /// The longest times to a reset that were reported in this window and in the last ones that were reported:
-    /// their maximum is the length of a window, as far as known.
+    /// The longest reported time to a reset, in this window and in the two reported before it. Their maximum is the best
+    /// estimate of the length of a window.
     resets: [Duration; 3],
-    /// The time of the last report.
     reported_at: Instant,
 }
 
-/// What is known about the rate limit of an endpoint group.
+/// The rate limit of an endpoint group.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RateLimitStatus {
-    /// Calls Close allows per window.
+    /// Calls that Close allows per window.
     pub limit: u32,
-    /// Calls left in this window, as far as known.
+    /// Calls that remain in this window, according to the last report.
     pub remaining: u32,
-    /// Time until it is renewed.
+    /// Time until the window is renewed.
     pub reset: Duration,
-    /// Calls a second that may be made for long.
+    /// The sustained rate of calls per second.
     pub rate: f64,
-    /// Calls others make in a window, as far as noticed.
+    /// The estimated calls of others per window.
     pub others: f64,
 }
 
 impl Window {
-    /// A group nothing is known of yet, of which `share` is ours.
+    /// A group without reports yet. close-sync may use `share` of it.
     pub(crate) fn new(share: f64) -> Self {
         Self {
             share,
-            closed_until: None,
+            blocked_until: None,
             spacing: None,
             last_admitted: None,
             buckets: Vec::new(),
             in_flight: 0,
             answered: false,
-            before_report: 0,
+            calls_before_report: 0,
         }
     }
 
     /// Takes a call out of the budget, or returns when to try again.
     pub(crate) fn admit(&mut self, now: Instant) -> Result<(), Instant> {
-        if let Some(until) = self.closed_until.filter(|until| now < *until) {
+        if let Some(until) = self.blocked_until.filter(|until| now < *until) {
             return Err(until);
         }
-        self.closed_until = None;
-        if !self.answered && self.in_flight >= FIRST_CALLS {
-            return Err(now + ASK_AGAIN);
+        self.blocked_until = None;
+        if !self.answered && self.in_flight >= MAX_INITIAL_CALLS {
+            return Err(now + RETRY_AFTER);
         }
         if let (Some(spacing), Some(last)) = (self.spacing(now), self.last_admitted)
             && now < last + spacing
@@ -136,34 +134,35 @@ impl Window {
             return Err(last + spacing);
         }
         let latest = self.buckets.iter().map(|bucket| bucket.reported_at).max();
-        self.buckets.retain(|bucket| latest.is_none_or(|latest| latest < bucket.reported_at + FORGOTTEN));
+        self.buckets.retain(|bucket| latest.is_none_or(|latest| latest < bucket.reported_at + EXPIRY));
         let (share, in_flight) = (self.share, self.in_flight);
         self.buckets.iter_mut().for_each(|bucket| bucket.renew(now, in_flight));
         if let Some(due) = self.buckets.iter().filter_map(|bucket| bucket.due(now, share, in_flight)).max() {
             return Err(due);
         }
         for bucket in &mut self.buckets {
-            bucket.left = bucket.left.saturating_sub(1);
+            bucket.remaining = bucket.remaining.saturating_sub(1);
             bucket.used += 1;
         }
         if self.buckets.is_empty() {
-            self.before_report += 1;
+            self.calls_before_report += 1;
         }
         self.last_admitted = Some(now);
         self.in_flight += 1;
         Ok(())
     }
 
-    /// A call that was admitted is not made.
+    /// Returns the budget of an admitted call that is not made.
     pub(crate) fn give_back(&mut self) {
         self.in_flight = self.in_flight.saturating_sub(1);
         for bucket in &mut self.buckets {
-            bucket.left += 1;
+            bucket.remaining += 1;
             bucket.used = bucket.used.saturating_sub(1);
         }
     }
 
-    /// A call that was sent at `sent` ended, perhaps with a report about the budget. `answered`: with an answer.
+    /// Records the end of a call that was sent at `sent`. `answered` says whether there was a response, which may have a
+    /// report about the budget.
     pub(crate) fn done(&mut self, sent: Instant, now: Instant, answered: bool, report: Option<RateLimit>) {
         self.in_flight = self.in_flight.saturating_sub(1);
         self.answered |= answered;
@@ -172,10 +171,10 @@ impl Window {
             Some(bucket) => bucket.update(sent, now, report, self.in_flight),
             None => self.buckets.push(Bucket {
                 limit: report.limit,
-                left: report.remaining.saturating_sub(self.in_flight),
+                remaining: report.remaining.saturating_sub(self.in_flight),
                 latest_sent: sent,
-                // Of a second bucket it is not known how many fell into its window.
-                used: if self.buckets.is_empty() { self.before_report } else { 0 },
+                // For a second bucket, the number of calls in its window is unknown.
+                used: if self.buckets.is_empty() { self.calls_before_report } else { 0 },
                 others: 0,
                 others_before: None,
                 began: sent,
@@ -187,71 +186,72 @@ impl Window {
         }
     }
 
-    /// Close refused a call that was sent at `sent` with 429, and asked to wait. `explained`: by a window that
-    /// is used up.
+    /// Records a 429 for a call that was sent at `sent`, and the wait that Close asked for. `explained` says whether a
+    /// used-up window explains the 429.
     pub(crate) fn refused(&mut self, sent: Instant, now: Instant, wait: Duration, explained: bool) {
         let until = now + wait.min(LONGEST_WAIT);
-        self.closed_until = Some(self.closed_until.map_or(until, |known| known.max(until)));
-        // Calls that were under way when the last refusal came carry no new information.
+        self.blocked_until = Some(self.blocked_until.map_or(until, |known| known.max(until)));
+        // A call that was in flight at the last 429 gives no new information.
         let is_new = self.spacing.is_none_or(|(_, set)| sent >= set);
         if !explained && is_new {
-            let (closest, widest) = SPACING;
-            let paces = self.buckets.iter().filter(|bucket| bucket.used > 0);
-            let pace = paces.map(|bucket| now.saturating_duration_since(bucket.began) / bucket.used).max();
-            let spacing = self.spacing(now).or(pace).unwrap_or_default();
-            self.spacing = Some(((spacing * 2).clamp(closest, widest), now));
+            let (min, max) = SPACING;
+            let used = self.buckets.iter().filter(|bucket| bucket.used > 0);
+            let interval = used.map(|bucket| now.saturating_duration_since(bucket.began) / bucket.used).max();
+            let spacing = self.spacing(now).or(interval).unwrap_or_default();
+            self.spacing = Some(((spacing * 2).clamp(min, max), now));
         }
     }
 
-    /// The status of the narrowest bucket, if Close reported any.
+    /// The status of the tightest bucket. `None` before the first report.
     pub(crate) fn status(&self, now: Instant) -> Option<RateLimitStatus> {
         let spaced = self.spacing(now).map(|spacing| 1.0 / spacing.as_secs_f64());
         let statuses = self.buckets.iter().map(|bucket| bucket.status(now, self.share));
-        let narrowest = statuses.min_by(|one, other| one.rate.total_cmp(&other.rate))?;
+        let tightest = statuses.min_by(|one, other| one.rate.total_cmp(&other.rate))?;
         Some(RateLimitStatus {
-            rate: spaced.map_or(narrowest.rate, |spaced| spaced.min(narrowest.rate)),
-            ..narrowest
+            rate: spaced.map_or(tightest.rate, |spaced| spaced.min(tightest.rate)),
+            ..tightest
         })
     }
 
-    /// The distance of calls now: they move closer while no hidden limit strikes.
+    /// The current minimum interval between calls. It shrinks while no unexplained 429 comes.
     fn spacing(&self, now: Instant) -> Option<Duration> {
         let (spacing, set) = self.spacing?;
         let eased = now.saturating_duration_since(set).as_secs() / EASE_AFTER.as_secs();
-        let closer = spacing.mul_f64(0.7_f64.powi(i32::try_from(eased).unwrap_or(i32::MAX)));
-        (eased == 0 || closer > SPACING.0).then_some(closer)
+        let shrunk = spacing.mul_f64(0.7_f64.powi(i32::try_from(eased).unwrap_or(i32::MAX)));
+        (eased == 0 || shrunk > SPACING.0).then_some(shrunk)
     }
 }
 
 impl Bucket {
     fn length(&self) -> Duration {
-        self.resets.iter().max().copied().unwrap_or_default().max(PRESUMED_LENGTH)
+        self.resets.iter().max().copied().unwrap_or_default().max(DEFAULT_LENGTH)
     }
 
     fn end(&self) -> Instant {
         self.latest_end.unwrap_or(self.began + self.length())
     }
 
-    /// Updates the bucket from an answer.
+    /// Updates the bucket with a report.
     fn update(&mut self, sent: Instant, now: Instant, report: RateLimit, in_flight: u32) {
         let (earliest_end, latest_end) = (sent + report.reset, now + report.reset);
         self.reported_at = now;
-        // A late answer about a window that is over.
+        // A late response about an earlier window.
         if latest_end < self.earliest_end || earliest_end <= self.began {
             return;
         }
-        // Close renewed it before we thought so: this call is in it, and those under way may be.
+        // Close renewed the window earlier than expected. This call is in the new window, and calls in flight may be.
         if self.latest_end.is_some_and(|end| earliest_end > end) {
             self.next(sent, in_flight);
             self.used += 1;
         }
-        // Answers overtake each other: the call that was sent last knows most. Of those under way it may know
-        // some already, so that this is the least that is left; the next answer is more precise.
+        // Responses may arrive out of order; the call that was sent last has the most recent count. It may include some
+        // calls in flight, so this is the minimum that remains. The next response is more precise.
         if sent >= self.latest_sent {
             self.latest_sent = sent;
-            self.left = report.remaining.saturating_sub(in_flight);
+            self.remaining = report.remaining.saturating_sub(in_flight);
         }
-        // As if all of ours were counted, those still under way too: phantoms would cost budget.
+        // Assumes that Close has counted all calls of close-sync, also those in flight. Otherwise calls of others would
+        // be overestimated.
         let others = report.limit.saturating_sub(report.remaining).saturating_sub(self.used);
         self.others = self.others.max(others);
         self.earliest_end = self.earliest_end.max(earliest_end);
@@ -259,11 +259,11 @@ impl Bucket {
         self.resets[0] = self.resets[0].max(report.reset);
     }
 
-    /// Begins the next window when this one is over.
+    /// Starts the next window if this one is over.
     fn renew(&mut self, now: Instant, in_flight: u32) {
         let over = match self.latest_end {
             Some(end) => now >= end,
-            // The first answer in it reports its end; a call under way may bring it.
+            // The first response in a window reports its end, and a call in flight may bring it.
             None => in_flight == 0 && now >= self.end(),
         };
         if over {
@@ -271,65 +271,65 @@ impl Bucket {
         }
     }
 
-    /// Starts the next window, without a report yet: full, but for the calls that are still under way and may
-    /// land in it.
+    /// Starts the next window, which has no report yet. Its whole budget remains, except for calls in flight, which Close
+    /// may count in it.
     fn next(&mut self, now: Instant, in_flight: u32) {
         if self.latest_end.is_some() {
-            // What others spent after the last answer is not reported: extrapolate at the same pace.
-            self.others_before = Some(self.others_at_this_pace(self.reported_at, 0.75));
+            // What others spent after the last response was not reported, so it is extrapolated.
+            self.others_before = Some(self.extrapolate_others(self.reported_at, 0.75));
             self.resets = [Duration::ZERO, self.resets[0], self.resets[1]];
         }
-        self.left = self.limit.saturating_sub(in_flight);
+        self.remaining = self.limit.saturating_sub(in_flight);
         self.latest_sent = now;
         self.used = in_flight;
         self.others = 0;
         (self.began, self.earliest_end, self.latest_end) = (now, now, None);
     }
 
-    /// What others spend in all of the window, if they go on as until then. What they did in less than the
-    /// `least` part of it says little.
-    fn others_at_this_pace(&self, until: Instant, least: f64) -> f64 {
+    /// Extrapolates the calls that others made until `until` to the whole window. The elapsed part counts as at least
+    /// `min_part`, because a shorter part says little.
+    fn extrapolate_others(&self, until: Instant, min_part: f64) -> f64 {
         let whole = self.end().saturating_duration_since(self.began).as_secs_f64().max(0.001);
         let part = until.saturating_duration_since(self.began).as_secs_f64() / whole;
-        f64::from(self.others) / part.clamp(least, 1.0)
+        f64::from(self.others) / part.clamp(min_part, 1.0)
     }
 
-    /// What is ours of a window.
-    fn ours(&self, share: f64) -> f64 {
+    /// The calls per window that close-sync may make.
+    fn own_budget(&self, share: f64) -> f64 {
         (f64::from(self.limit) * share).floor().max(1.0)
     }
 
-    /// When the next call may go, unless it may go now.
+    /// When the next call may be sent. `None` if it may be sent now.
     fn due(&self, now: Instant, share: f64, in_flight: u32) -> Option<Instant> {
-        // No report for this window yet: one call is admitted to get one, even if the last report allowed none.
+        // There is no report for this window yet. One call is admitted to get one, even if the last limit was 0.
         if self.latest_end.is_none() && self.used == 0 && in_flight == 0 {
             return None;
         }
         let end = self.end();
         let whole = end.saturating_duration_since(self.began).max(Duration::from_millis(1));
-        let gone = now.saturating_duration_since(self.began).as_secs_f64() / whole.as_secs_f64();
+        let elapsed = now.saturating_duration_since(self.began).as_secs_f64() / whole.as_secs_f64();
         let soon = now + Duration::from_millis(1);
 
         let used = f64::from(self.used);
-        // Others have spent more since the last report.
-        let looked = self.reported_at.max(self.began).min(now);
+        // Others have made more calls since the last report.
+        let reported = self.reported_at.max(self.began).min(now);
         let part = |span: Duration| (span.as_secs_f64() / whole.as_secs_f64()).min(1.0);
         let others = match self.others_before {
             Some(before) => before.max(self.others.into()),
-            // The first window: all there is to go by is their pace in it.
-            None => self.others_at_this_pace(looked, 0.25),
+            // In the first window there is only their rate so far.
+            None => self.extrapolate_others(reported, 0.25),
         };
-        let expected = others * CAUTION * part(end.saturating_duration_since(looked));
-        let spendable = (self.ours(share) - used).min(f64::from(self.left) - expected.ceil());
+        let expected = others * OTHERS_MARGIN * part(end.saturating_duration_since(reported));
+        let spendable = (self.own_budget(share) - used).min(f64::from(self.remaining) - expected.ceil());
         if spendable < 1.0 {
-            // Others may spend less than expected: looked at again before the end.
-            let nothing_left = self.left == 0 || used >= self.ours(share);
-            let again = if nothing_left { end } else { (now + ASK_AGAIN).min(end) };
-            return Some(if again > now { again } else { now + ASK_AGAIN });
+            // Others may make fewer calls than expected, so this is checked again before the end.
+            let is_used_up = self.remaining == 0 || used >= self.own_budget(share);
+            let again = if is_used_up { end } else { (now + RETRY_AFTER).min(end) };
+            return Some(if again > now { again } else { now + RETRY_AFTER });
         }
         let all = used + spendable;
         let burst = (all * BURST).ceil();
-        if used + 1.0 <= burst + (all - burst) * (gone / SPREAD) {
+        if used + 1.0 <= burst + (all - burst) * (elapsed / SPREAD) {
             return None;
         }
         let at = SPREAD * (used + 1.0 - burst) / (all - burst);
@@ -338,13 +338,13 @@ impl Bucket {
 
     fn status(&self, now: Instant, share: f64) -> RateLimitStatus {
         let end = self.latest_end.filter(|end| now < *end);
-        // What they did when Close was asked last says nothing after a while, as of a worker that stands by now.
-        let lately = now < self.reported_at + FORGOTTEN;
-        let others = if lately { self.others_before.unwrap_or(0.0).max(self.others.into()) } else { 0.0 };
-        let allowed = self.ours(share).min(f64::from(self.limit) - others).max(1.0);
+        // An old report says nothing about the present, for example in a worker that is the standby now.
+        let is_recent = now < self.reported_at + EXPIRY;
+        let others = if is_recent { self.others_before.unwrap_or(0.0).max(self.others.into()) } else { 0.0 };
+        let allowed = self.own_budget(share).min(f64::from(self.limit) - others).max(1.0);
         RateLimitStatus {
             limit: self.limit,
-            remaining: if end.is_some() { self.left } else { self.limit },
+            remaining: if end.is_some() { self.remaining } else { self.limit },
             reset: end.map_or(Duration::ZERO, |end| end - now),
             rate: allowed / self.length().as_secs_f64(),
             others,

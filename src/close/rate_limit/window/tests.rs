@@ -6,7 +6,7 @@ use super::*;
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// Close's side of one bucket: windows of equal length, calls counted when they are sent.
+/// One bucket in Close. Its windows have equal length, and a call counts when it is sent.
 struct FakeClose {
     limit: u32,
     length: Duration,
@@ -26,7 +26,7 @@ impl FakeClose {
         }
     }
 
-    /// Whether the call is let in, and what the answer says.
+    /// Whether the call is accepted, and the rate limit in the response.
     fn call(&mut self, now: Instant) -> (bool, RateLimit) {
         self.renew(now);
         let good = self.used < self.limit;
@@ -36,7 +36,7 @@ impl FakeClose {
     }
 }
 
-/// Endless demand on a window, in steps of 10 ms.
+/// Constant demand on a window, in steps of 10 ms.
 struct Demand {
     window: Window,
     delay: Duration,
@@ -50,12 +50,12 @@ const STEP: Duration = Duration::from_millis(10);
 const STEPS: u32 = 800;
 
 impl Demand {
-    /// `delay`: how long an answer takes.
+    /// `delay` is the time until the response.
     fn new(share: f64, delay: Duration) -> Self {
         Self { window: Window::new(share), delay, answers: VecDeque::new(), ours: 0, refused: 0 }
     }
 
-    /// Takes the answers that are due and makes every call that may be made.
+    /// Handles the responses that are due, then makes every call that is admitted.
     fn step(&mut self, now: Instant, mut call: impl FnMut() -> (bool, RateLimit)) {
         while let Some((at, sent, report)) = self.answers.pop_front_if(|(at, ..)| *at <= now) {
             self.window.done(sent, at, true, Some(report));
@@ -77,7 +77,7 @@ fn report(limit: u32, remaining: u32, reset: Duration) -> RateLimit {
     RateLimit { limit, remaining, reset }
 }
 
-/// A window that knows it is in the first moment of 8 s with `limit` calls, one of them made.
+/// A window of 8 s that has just started, with one of `limit` calls made.
 fn fresh(limit: u32, start: Instant) -> Window {
     let mut window = Window::new(1.0);
     window.admit(start).unwrap();
@@ -86,7 +86,7 @@ fn fresh(limit: u32, start: Instant) -> Window {
 }
 
 #[test]
-fn a_quarter_goes_at_once_and_the_rest_evenly() {
+fn a_quarter_is_a_burst_and_the_rest_is_paced() {
     let start = Instant::now();
     let mut window = fresh(17, start);
     let mut at = start;
@@ -98,15 +98,15 @@ fn a_quarter_goes_at_once_and_the_rest_evenly() {
         window.done(at, at, true, None);
         times.push((at - start).as_millis());
     }
-    assert_eq!(times[..4], [0, 0, 0, 0], "the burst, of which one is made already");
+    assert_eq!(times[..4], [0, 0, 0, 0], "the burst, of which one call was made before");
     let gaps: Vec<_> = times[3..].windows(2).map(|pair| pair[1] - pair[0]).collect();
     assert!(gaps.iter().all(|gap| (590..=610).contains(gap)), "{times:?}");
-    assert_eq!(window.admit(at), Err(start + 8 * SECOND), "all are made");
+    assert_eq!(window.admit(at), Err(start + 8 * SECOND), "the budget is used up");
     assert_eq!(window.admit(start + 8 * SECOND), Ok(()));
 }
 
 #[test]
-fn a_429_is_obeyed_and_an_unexplained_one_spaces_calls_out_for_a_while() {
+fn a_429_blocks_and_an_unexplained_429_spaces_calls_out() {
     let start = Instant::now();
     let mut window = fresh(1000, start);
     for _ in 0..9 {
@@ -117,25 +117,25 @@ fn a_429_is_obeyed_and_an_unexplained_one_spaces_calls_out_for_a_while() {
     window.refused(start, start + SECOND, 3 * SECOND, false);
     assert_eq!(window.admit(start + 2 * SECOND), Err(start + 4 * SECOND));
     assert_eq!(window.admit(start + 4 * SECOND), Ok(()));
-    // Ten calls in a second met a limit: five a second it is.
+    // Ten calls per second met a hidden limit, so the rate is halved.
     let next = window.admit(start + 4 * SECOND).unwrap_err() - (start + 4 * SECOND);
     assert_eq!(next, Duration::from_millis(200));
     window.refused(start + 4 * SECOND, start + 5 * SECOND, Duration::ZERO, false);
     assert_eq!(window.spacing(start + 5 * SECOND), Some(Duration::from_millis(400)));
-    assert_eq!(window.spacing(start + 90 * SECOND), None, "forgotten when none came for long");
+    assert_eq!(window.spacing(start + 90 * SECOND), None, "expired without another 429");
 }
 
 #[test]
-fn what_others_are_likely_to_spend_is_left_to_them() {
+fn the_expected_calls_of_others_are_reserved() {
     let start = Instant::now();
     let mut window = Window::new(1.0);
     window.admit(start).unwrap();
-    // Half a window is over, and others have spent 40 of 100.
+    // Half of the window is over, and others have made 40 of 100 calls.
     window.done(start, start, true, Some(report(100, 99, 8 * SECOND)));
     window.admit(start + 4 * SECOND).unwrap();
     window.done(start + 4 * SECOND, start + 4 * SECOND, true, Some(report(100, 58, 4 * SECOND)));
     assert!((window.status(start + 4 * SECOND).unwrap().others - 40.0).abs() < f64::EPSILON);
-    assert!(window.status(start + 4 * SECOND + FORGOTTEN).unwrap().others < f64::EPSILON);
+    assert!(window.status(start + 4 * SECOND + EXPIRY).unwrap().others < f64::EPSILON);
     let mut at = start + 4 * SECOND;
     let mut n_calls = 0;
     loop {
@@ -148,12 +148,12 @@ fn what_others_are_likely_to_spend_is_left_to_them() {
     }
     assert!(
         (10..=20).contains(&n_calls),
-        "{n_calls}: 58 were left, and others are likely to want 40 of them"
+        "{n_calls}: 58 calls remained, and others are expected to make 40 of them"
     );
 }
 
 #[test]
-fn a_bucket_is_kept_until_it_has_no_report_for_long() {
+fn a_bucket_expires_after_a_long_time_without_reports() {
     let start = Instant::now();
     let mut window = fresh(16, start);
     let mut limits = Vec::new();
@@ -167,13 +167,12 @@ fn a_bucket_is_kept_until_it_has_no_report_for_long() {
     assert_eq!((limits[0], limits[13], limits[15]), (16, 16, 48));
     let much_later = start + 10_000 * SECOND;
     window.admit(much_later).unwrap();
-    assert_eq!(window.status(much_later).unwrap().limit, 48, "no reports at all forget nothing");
+    assert_eq!(window.status(much_later).unwrap().limit, 48, "without any reports nothing expires");
 }
 
-/// Close's two buckets, of different phase, of which it reports the one that is closer to its end; others
-/// spend from the second.
+/// Two buckets in Close with different phases. Close reports the tighter one. Others use the second one.
 #[test]
-fn the_keys_and_the_organizations_window_are_kept_apart() {
+fn the_windows_of_key_and_organization_are_tracked_separately() {
     for (limit, theirs_per_window, phase) in
         [(16, 0, 3), (16, 37, 0), (16, 41, 3), (240, 550, 3), (240, 700, 5)]
     {
@@ -211,7 +210,7 @@ fn without_a_report_or_budget_one_call_is_still_admitted() {
     let mut window = Window::new(0.8);
     window.admit(start).unwrap();
     window.admit(start).unwrap();
-    assert!(window.admit(start).is_err(), "two calls are enough to get a report");
+    assert!(window.admit(start).is_err(), "two calls suffice to get a report");
     window.done(start, start, true, None);
     for _ in 0..20 {
         window.admit(start).unwrap();
@@ -220,12 +219,12 @@ fn without_a_report_or_budget_one_call_is_still_admitted() {
     window.admit(start).unwrap();
     window.done(start, start, true, Some(report(0, 0, 2 * SECOND)));
     assert_eq!(window.admit(start + SECOND), Err(start + 2 * SECOND));
-    assert_eq!(window.admit(start + 2 * SECOND), Ok(()), "the limit may be another by now");
+    assert_eq!(window.admit(start + 2 * SECOND), Ok(()), "the limit may have changed");
 }
 
-/// Somebody else spends a share that changes every few windows, from nothing to two thirds.
+/// The calls of others change every few windows, from none to two thirds of the limit.
 #[test]
-fn others_who_come_and_go_cost_hardly_a_refusal_and_are_made_up_for() {
+fn changing_use_by_others_causes_few_429s_and_little_unused_budget() {
     let start = Instant::now();
     let mut close = FakeClose::new(start, 240, 8 * SECOND);
     let mut demand = Demand::new(1.0, 10 * STEP);
@@ -236,7 +235,7 @@ fn others_who_come_and_go_cost_hardly_a_refusal_and_are_made_up_for() {
         (number * 4 * STEPS..(number + 1) * 4 * STEPS).map(move |tick| (share, tick))
     }) {
         let now = start + STEP * tick;
-        // They spread their calls evenly, 240 times their share in a window.
+        // Others spread their calls evenly, 240 times their share per window.
         owed += share * 240.0 / f64::from(STEPS);
         while owed >= 1.0 {
             owed -= 1.0;
@@ -248,12 +247,12 @@ fn others_who_come_and_go_cost_hardly_a_refusal_and_are_made_up_for() {
     let all = u32::try_from(shares.len()).unwrap() * 4 * 240;
     let free = all - theirs;
     assert!(refused * 500 <= ours, "{refused} of {ours} refused");
-    assert!(ours * 10 >= free * 9, "{ours} of {free} that others left");
+    assert!(ours * 10 >= free * 9, "{ours} of {free} calls that others did not use");
 }
 
-/// Somebody else takes half of it, in a burst every second.
+/// Others use half of the limit, in a burst every second.
 #[test]
-fn bursts_of_others_cost_hardly_a_refusal() {
+fn bursts_of_others_cause_few_429s() {
     for phase in [0, 150, 470, 730, 990] {
         let start = Instant::now();
         let mut close = FakeClose::new(start, 240, 8 * SECOND);
@@ -272,10 +271,9 @@ fn bursts_of_others_cost_hardly_a_refusal() {
 }
 
 proptest! {
-    /// However calls are timed and however late the answers come, no more than our share of a window is
-    /// spent, and no call is sent that would be refused.
+    /// For any timing of calls and responses, close-sync uses at most its share of a window, and no call gets a 429.
     #[test]
-    fn no_call_is_sent_into_a_spent_window(
+    fn no_call_is_sent_in_a_used_up_window(
         limit in 1u32..20,
         percent in 1u32..=100,
         length in 1u64..9,
@@ -296,28 +294,28 @@ proptest! {
                 window.done(sent, at, true, Some(report));
                 known = true;
             }
-            // Nothing is known before the first answer; there it may be two calls for a limit of one.
+            // Before the first response two calls are possible even if the limit is one.
             if !known && !answers.is_empty() {
                 continue;
             }
             if window.admit(now).is_ok() {
                 let (good, report) = close.call(now);
-                prop_assert!(good, "a call more than {limit}");
+                prop_assert!(good, "more than {limit} calls");
                 if close.began != began {
                     (began, ours) = (close.began, 0);
                 }
                 ours += 1;
                 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a small count")]
                 let allowed = ((f64::from(limit) * share).floor() as u32).max(1);
-                prop_assert!(ours <= allowed, "{ours} calls, of which {allowed} are ours");
+                prop_assert!(ours <= allowed, "{ours} calls, but {allowed} are allowed");
                 answers.push((now + Duration::from_millis(delay), now, report));
             }
         }
     }
 
-    /// Under steady demand every whole window is spent to the last call that is ours.
+    /// Under constant demand close-sync uses its whole share of every complete window.
     #[test]
-    fn under_demand_all_that_is_ours_is_spent(
+    fn constant_demand_uses_the_whole_share(
         limit in 1u32..300, percent in 10u32..=100, length in 1u32..9, delay in 0u64..150,
     ) {
         let start = Instant::now();
@@ -337,7 +335,7 @@ proptest! {
                 Ok(()) => {
                     let (good, report) = close.call(now);
                     prop_assert!(good || spent.len() < 2);
-                    // Answers overtake one another.
+                    // Responses arrive out of order.
                     n_calls += 1;
                     let took = Duration::from_millis(n_calls * 7919 % (delay + 1));
                     answers.push((now + took, now, report));
@@ -352,7 +350,7 @@ proptest! {
         }
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a small count")]
         let allowed = ((f64::from(limit) * share).floor() as u32).max(1);
-        // The end of a window is known as late as an answer takes.
+        // The end of a window is known only within the time that a response takes.
         let a_while = u64::from(allowed) * delay / (2000 * u64::from(length));
         let late = u32::from(delay > 0) * (1 + (allowed / 20).max(u32::try_from(a_while).unwrap()).max(1));
         for (number, spent) in spent.iter().enumerate().take(5).skip(1) {
@@ -360,9 +358,9 @@ proptest! {
         }
     }
 
-    /// Whatever an answer says, there is no panic, and no wait is longer than the longest.
+    /// For any response there is no panic, and no wait exceeds the maximum.
     #[test]
-    fn any_answer_is_survived(
+    fn any_response_is_handled(
         events in proptest::collection::vec(
             (0u64..5000, any::<bool>(), proptest::option::of((any::<u32>(), any::<u32>(), 0u64..400_000)), any::<bool>()),
             1..60,
@@ -370,14 +368,14 @@ proptest! {
     ) {
         let mut now = Instant::now();
         let mut window = Window::new(0.8);
-        let mut under_way = Vec::new();
+        let mut in_flight = Vec::new();
         for (gap, end, limit, refused) in events {
             now += Duration::from_millis(gap);
             match window.admit(now) {
-                Ok(()) => under_way.push(now),
+                Ok(()) => in_flight.push(now),
                 Err(at) => prop_assert!(at > now && at <= now + 2 * LONGEST_WAIT, "{:?}", at - now),
             }
-            if let (true, Some(sent)) = (end, under_way.pop()) {
+            if let (true, Some(sent)) = (end, in_flight.pop()) {
                 let limit = limit.map(|(limit, remaining, reset)| RateLimit {
                     limit, remaining, reset: Duration::from_millis(reset).min(LONGEST_WAIT),
                 });
