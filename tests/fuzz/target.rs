@@ -1,4 +1,4 @@
-//! What is fuzzed: from the bytes of a message to what it wants of Close.
+//! The fuzz target: decodes a message and maps it to fields of Close.
 
 use std::path::Path;
 use std::sync::LazyLock;
@@ -9,10 +9,10 @@ use close_sync::domain::mapping::Mapping;
 use close_sync::domain::record::{Channel, FieldId};
 use close_sync::domain::schema::{CustomField, FieldKind, Schema, Status, User};
 
-/// Mappings that take every way a value can go: the defaults, and one with everything in it.
+/// Two mappings: the default, and one that uses every feature.
 static MAPPINGS: LazyLock<[Mapping; 2]> = LazyLock::new(|| {
     let all = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fuzz/mapping.toml");
-    // As cargo-fuzz builds it, the package is this folder.
+    // For cargo-fuzz, the package is this folder.
     let alone = concat!(env!("CARGO_MANIFEST_DIR"), "/mapping.toml");
     let file = [all, alone].map(Path::new).into_iter().find(|file| file.exists());
     [None, file].map(|file| {
@@ -53,7 +53,7 @@ fn schema() -> Schema {
     }
 }
 
-/// Decodes and maps. Panics when that breaks a promise.
+/// Decodes and maps a message. Panics if the result is not valid.
 pub(crate) fn decode_and_map(bytes: &[u8]) {
     let Ok(event) = Event::decode(bytes, 1 << 20) else { return };
     let _ = (event.time(), event.message_id());
@@ -61,12 +61,12 @@ pub(crate) fn decode_and_map(bytes: &[u8]) {
         let _ = mapping.not_for_close(&event);
         let Ok(desired) = mapping.apply(&event) else { continue };
         let identity = &desired.identity;
-        assert!(identity.user_id.is_some() || identity.email.is_some(), "about nobody: {desired:?}");
+        assert!(identity.user_id.is_some() || identity.email.is_some(), "no identity: {desired:?}");
         let ids = [&identity.company_id, &identity.user_id, &identity.email].into_iter().flatten();
-        ids.for_each(|id| assert!(!id.trim().is_empty() && id == id.trim(), "no id: {desired:?}"));
+        ids.for_each(|id| assert!(!id.trim().is_empty() && id == id.trim(), "invalid id: {desired:?}"));
         for (field, wanted) in desired.lead.iter().chain(&desired.contact) {
             let value = &wanted.value;
-            // close-api.md §5: anything but an object, and an empty text would clear the field.
+            // Close accepts no objects, and empty text would clear the field (close-api.md §5).
             assert!(!value.is_object() && !value.is_null() && *value != "", "{field}: {value}");
             let name = ["name", "title"].contains(&field.to_string().as_str());
             let fits = value
@@ -78,6 +78,6 @@ pub(crate) fn decode_and_map(bytes: &[u8]) {
             let value = wanted.value.as_str().unwrap();
             assert!(!value.is_empty() && (*channel != Channel::Email || value.contains('@')), "{value}");
         }
-        assert_eq!(mapping.apply(&event).as_ref(), Ok(&desired), "the same event maps to the same");
+        assert_eq!(mapping.apply(&event).as_ref(), Ok(&desired), "mapping must be deterministic");
     }
 }

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Records what an SDK sends.
+"""Records the requests of an SDK.
 
 usage: capture.py OUT.ndjson REQUESTS.ndjson COMMAND...
 
-Runs COMMAND with CAPTURE_URL in its environment, the address of an HTTP server of ours on a free local
-port, which accepts every POST and PUT. Each request becomes a line of REQUESTS, {method, path, body},
-and each event a line of OUT: the body, or the items of its "batch", byte for byte as they came. Events
-that are not JSON (NaN) go to OUT.not-json.ndjson, their suffix in place of OUT's.
+Runs COMMAND with CAPTURE_URL in its environment, the URL of a local HTTP server that accepts every POST
+and PUT. Writes each request as a line {method, path, body} to REQUESTS. Writes each event as a line to
+OUT: the body, or the items of its "batch", byte for byte. Events that are not JSON (NaN) go to a file
+with the suffix .not-json.ndjson instead of .ndjson.
 """
 
 import gzip
@@ -29,7 +29,7 @@ def blanks(text, at):
 
 
 def members(text):
-    """The members of an object or a list: key (None in a list) and text, both as they are written."""
+    """The members of an object or a list: the key (None in a list) and the unchanged text."""
     decoder = json.JSONDecoder()
     in_object = text[0] == "{"
     at = blanks(text, 1)
@@ -62,7 +62,7 @@ def no_constant(name):
 
 
 def is_json(text):
-    """Python's own reader takes NaN and Infinity, which JSON does not have."""
+    """Python's parser accepts NaN and Infinity, which are not JSON."""
     try:
         json.loads(text, parse_constant=no_constant)
     except ValueError:
@@ -100,7 +100,7 @@ def main():
     server.lock, server.requests = threading.Lock(), []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
-    # Times without a zone do not depend on where this runs.
+    # With a fixed zone, times without a zone are the same on every machine.
     environment = {**os.environ, "CAPTURE_URL": url, "NO_PROXY": "127.0.0.1", "TZ": "UTC"}
     subprocess.run(command, env=environment, check=True, timeout=120)
     server.shutdown()

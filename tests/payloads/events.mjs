@@ -3,10 +3,10 @@
 
 import { createRequire } from 'node:module';
 
-// The SDKs are installed elsewhere, where the command is run.
+// The SDKs are installed in the current directory.
 const load = createRequire(`${process.cwd()}/`);
 
-// [method, event]. The people are invented.
+// [method, event]. The people are fictitious.
 const events = [
   ['identify', {
     userId: 'user-2001',
@@ -67,15 +67,15 @@ const events = [
     timestamp: new Date('2026-11-20T10:15:30.000+01:00'),
     messageId: 'import-2026-11-20-0008',
   }],
-  // A time in the producer's own notation, with its offset.
+  // A time as text, with an offset.
   ['identify', { userId: 'user-2009', traits: { email: 'gus@example.com' }, timestamp: '2026-11-20T10:15:30+01:00' }],
   ['identify', {
     userId: 'user-2010',
     traits: { email: 'zoe@example.com', name: 'Zoë 🦊 Ōkami 李', title: 'مديرة', company: { id: 'comp-903', name: 'Ünïcode \u2028& Søns 🚀' } },
   }],
-  // A name cut in the middle of an emoji, as `slice(0, 12)` does it.
+  // `slice(0, 12)` cuts the name in the middle of an emoji.
   ['identify', { userId: 'user-2011', traits: { email: 'hal@example.com', name: 'Hal Winter 🏔️'.slice(0, 12) } }],
-  // Not what the types allow, but plain JavaScript has no types.
+  // The types do not allow these, but plain JavaScript does not check types.
   ['identify', { userId: 2012, traits: { email: 'ida@example.com', company: { id: null, name: '' } } }],
   ['identify', { userId: null, anonymousId: 'anon-2013', traits: { email: null, name: 'Nobody' } }],
   ['identify', { userId: 'u', traits: { a: 1 } }],
@@ -86,14 +86,14 @@ const events = [
   ['alias', { userId: 'user-2003', previousId: 'anon-2003' }],
 ];
 
-// Sends through the queue of the SDK, in one batch if it makes batches.
+// Sends through the queue of the SDK, in one batch if the SDK supports batches.
 async function queued(client) {
   client.on('error', (error) => { throw new Error(`${error.code}: ${error.reason}`); });
   for (const [method, event] of events) {
     try {
       client[method](event);
     } catch (error) {
-      console.log(`  refused by the SDK: ${method} ${JSON.stringify(event.userId)}: ${error.message}`);
+      console.log(`  rejected by the SDK: ${method} ${JSON.stringify(event.userId)}: ${error.message}`);
     }
   }
   await client.closeAndFlush();
@@ -109,7 +109,7 @@ const senders = {
     const { Analytics } = load('@customerio/cdp-analytics-node');
     await queued(new Analytics({ writeKey: 'write-key', host, maxEventsInBatch: 100 }));
   },
-  // One request for each event, and some once more in a batch.
+  // One request per event, and some events again in a batch.
   async pipelines() {
     const { PipelinesClient } = load('customerio-node');
     const client = new PipelinesClient('write-key', { url: `${host}/v1` });

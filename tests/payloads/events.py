@@ -22,7 +22,7 @@ class Plan(Enum):
 
 BERLIN = timezone(timedelta(hours=1))
 
-# (method, arguments). The people are invented.
+# (method, arguments). The people are fictitious.
 EVENTS = [
     ("identify", dict(user_id="user-3001", traits={
         "email": "alma.berg@northwind.example.com",
@@ -83,11 +83,11 @@ EVENTS = [
     ("identify", dict(user_id="user-3010", traits={
         "email": "zoe@example.com", "name": "Zoë 🦊 Ōkami 李", "title": "مديرة",
         "company": {"id": "comp-903", "name": "Ünïcode \u2028& Søns 🚀"}})),
-    # Half an emoji, as it comes out of JSON that some JavaScript wrote.
+    # A lone surrogate, as JavaScript may write it to JSON.
     ("identify", dict(user_id="user-3011", traits={"email": "hal@example.com", "name": "Hal Winter \ud83c"})),
     ("identify", dict(user_id=3012, traits={"email": "ida@example.com", "company": {"id": None, "name": ""}})),
     ("identify", dict(user_id=None, anonymous_id="anon-3013", traits={"email": None, "name": "Nobody"})),
-    # A number column of a data frame: an id that became a float, a blank cell that became NaN.
+    # From a numeric column of a data frame: an id as float, and an empty cell as NaN.
     ("identify", dict(user_id=3014.0, traits={"email": "jon@example.com", "company": {"id": 78.0}})),
     ("identify", dict(user_id="user-3015", traits={"email": "kim@example.com", "seats": float("nan")})),
     ("identify", dict(user_id="u", traits={"a": 1})),
@@ -110,5 +110,5 @@ for method, arguments in EVENTS:
     try:
         getattr(client, method)(**arguments)
     except Exception as error:
-        print(f"  refused by the SDK: {method} {arguments.get('user_id')}: {error!r}")
+        print(f"  rejected by the SDK: {method} {arguments.get('user_id')}: {error!r}")
 client.shutdown()

@@ -1,15 +1,15 @@
-// Sends with customerio-node's client of the track API, whose bodies are not Segment-like.
+// Sends with the track client of customerio-node. Its bodies are not like those of Segment.
 // usage: node track.mjs, with CAPTURE_URL set
 
 import { createRequire } from 'node:module';
 
-// The SDK is installed elsewhere, where the command is run.
+// The SDK is installed in the current directory.
 const load = createRequire(`${process.cwd()}/`);
 const { TrackClient } = load('customerio-node');
 
 const client = new TrackClient('site-id', 'api-key', { url: `${process.env.CAPTURE_URL}/api/v1` });
 
-// The people are invented.
+// The people are fictitious.
 await client.identify('user-4001', {
   email: 'alma.berg@northwind.example.com',
   first_name: 'Alma',

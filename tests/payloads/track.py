@@ -1,4 +1,4 @@
-"""Sends with the `customerio` package's client of the track API, whose bodies are not Segment-like.
+"""Sends with the track client of the package `customerio`. Its bodies are not like those of Segment.
 
 usage: python3 track.py, with CAPTURE_URL set
 """
@@ -10,7 +10,7 @@ from customerio import CustomerIO
 
 
 class Plain(CustomerIO):
-    """The SDK speaks HTTPS only; what captures it does not."""
+    """The SDK uses only HTTPS, but the capture server uses HTTP."""
 
     def send_request(self, method, url, data):
         return super().send_request(method, url.replace("https://", "http://", 1), data)
@@ -19,7 +19,7 @@ class Plain(CustomerIO):
 host, port = os.environ["CAPTURE_URL"].removeprefix("http://").split(":")
 client = Plain("site-id", "api-key", host=host, port=int(port), retries=0)
 
-# The people are invented.
+# The people are fictitious.
 client.identify(
     id="user-5001",
     email="alma.berg@northwind.example.com",
@@ -60,4 +60,4 @@ client.batch([
 try:
     client.identify(id="user-5006", birthday=date(1990, 5, 17))
 except Exception as error:
-    print(f"  refused by the SDK: date: {error!r}")
+    print(f"  rejected by the SDK: date: {error!r}")
