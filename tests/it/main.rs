@@ -1,6 +1,6 @@
 //! Integration tests: the real program as a process, a real RabbitMQ, and HTTP to the simulator.
 //!
-//! `tests/run` starts the broker and runs them. Those in `slow` run with `tests/run --all` only.
+//! `tests/run` starts the broker and runs them. `slow::cluster` and `slow::soak` run with `tests/run --all` only.
 
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a panic is how a test fails")]
 

@@ -1,5 +1,7 @@
-//! The slow tier: tests that start brokers or a browser of their own, or put load on the machine for a while.
-//! `tests/run` leaves them out, `tests/run --all` and `.ci/run` do not.
+//! The slow tier: tests that need a cluster or a browser, or put load on the machine for a while.
+//!
+//! `tests/run` runs `browser`, which is quick. `cluster` and `soak` run with `tests/run --all`, as in `.ci/run`.
+//! A test that takes longer than about 15 seconds on an idle machine belongs in one of these two.
 
 mod browser;
 mod cluster;
