@@ -156,12 +156,10 @@ async fn the_event_log_tells_of_a_creation_whose_answer_was_lost() {
     let lost = Effect::DropConnection { when: When::AfterCommit };
     bench.simulator.fault(Fault::new(lost.clone()).on("POST", "/lead/").times(1));
     bench.simulator.fault(Fault::new(lost).on("POST", "/contact/").times(1));
-    let start = std::time::Instant::now();
     bench.publish(&[in_company("u1", "new"), in_company("u2", "there"), in_company("u1", "new")]).await;
     let metrics = worker.settled(4).await;
-    let took = start.elapsed();
-    assert!(took < std::time::Duration::from_secs(6), "{took:?}: it waited for search");
     assert_eq!(metrics.outcomes(), [("created", 1), ("unchanged", 3)].into());
+    // A worker that only waited for search would find nothing there, and create each of the two again.
     assert_eq!((bench.simulator.leads().len(), bench.simulator.contacts().len()), (3, 3));
     worker.terminate().await;
 }

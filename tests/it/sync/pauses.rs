@@ -92,17 +92,15 @@ async fn a_revoked_key_pauses_and_costs_no_message_anything() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_unreachable_close_pauses_too() {
-    let bench = Bench::new().await.set("RETRY_IN_PLACE", "300ms");
+    let bench = Bench::new().await.set("RETRY_IN_PLACE", "300ms").set("WORKER_GRACE", "10m");
     let worker = bench.worker().await;
     bench.simulator.stop().await;
     bench.publish(&[identify("u1", json!({}))]).await;
     paused(&worker, "unreachable").await;
     bench.depth_becomes("", 1).await;
     assert_eq!((bench.depth(".dead").await, bench.depth(".retry.200ms").await), (0, 0));
-    // Even while it is paused it stops at once.
-    let asked = Instant::now();
+    // A paused worker does not use its grace period, which is longer than this test waits.
     worker.terminate().await;
-    assert!(asked.elapsed() < Duration::from_secs(5));
 }
 
 /// The key works, everything but creating works, and no message can be worked on.
