@@ -33,6 +33,8 @@ pub mod scheduler;
 mod settle;
 mod span;
 mod state;
+#[cfg(test)]
+mod tests;
 mod topology_monitor;
 
 use std::sync::Arc;

@@ -1,0 +1,110 @@
+//! A message is acked once everything about it is safe, and never before.
+
+use serde_json::json;
+
+use super::harness::{Confirm, Entry, Harness, event, failing_searches, published};
+use crate::amqp::BrokerError;
+use crate::consumer::End;
+
+fn position(log: &[Entry], wanted: impl Fn(&Entry) -> bool) -> usize {
+    log.iter().position(wanted).unwrap_or_else(|| panic!("{log:#?}"))
+}
+
+fn is_published(entry: &Entry) -> bool {
+    matches!(entry, Entry::Published(_))
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_synced_message_is_acked_and_has_no_successor() {
+    let harness = Harness::new(|_| {});
+    let session = harness.start();
+    session.deliver("1", &event("jane", "acme"));
+    let log = harness.log.wait_for_ack("1").await;
+    assert!(published(&log).is_empty());
+    let stats = session.stop().await;
+    assert_eq!((stats.settled, stats.by_close, stats.handed_back), (1, 1, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_successor_is_confirmed_before_the_ack() {
+    for (body, exchange) in
+        [(json!("not an event"), "close-sync.dead"), (event("jane", "acme"), "close-sync.retry")]
+    {
+        let harness = Harness::new(|_| {});
+        harness.close_answers(failing_searches);
+        let session = harness.start();
+        session.deliver("1", &body);
+        let log = harness.log.wait_for_ack("1").await;
+        assert_eq!(published(&log)[0].exchange, exchange);
+        assert!(position(&log, is_published) < position(&log, |entry| *entry == Entry::Acked("1".into())));
+        assert_eq!(session.stop().await.settled, 1);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_message_whose_successor_is_never_confirmed_is_handed_back() {
+    let harness = Harness::new(|_| {});
+    harness.broker_answers(|_| Confirm::Never);
+    let session = harness.start();
+    session.deliver("1", &json!("not an event"));
+    session.deliver("2", &event("jane", "acme"));
+    harness.log.wait_for_ack("2").await;
+    let stats = session.stop().await;
+    assert_eq!((stats.settled, stats.handed_back), (1, 1));
+    assert_eq!(harness.log.entries().last(), Some(&Entry::Closed), "and no ack");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_successor_that_the_broker_does_not_take_is_published_until_it_does() {
+    let refusals = [
+        BrokerError::Unconfirmed("nacked"),
+        BrokerError::Unroutable { exchange: "close-sync.dead".into(), key: String::new() },
+    ];
+    for refusal in refusals {
+        let harness = Harness::new(|_| {});
+        let mut refused = 0;
+        harness.broker_answers(move |_| {
+            refused += 1;
+            if refused < 20 { Confirm::Error(refusal.clone()) } else { Confirm::Ok }
+        });
+        let session = harness.start();
+        session.deliver("1", &json!("not an event"));
+        let log = harness.log.wait_for_ack("1").await;
+        assert_eq!(published(&log).len(), 1);
+        assert_eq!(session.stop().await.settled, 1);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dead_letter_that_is_too_large_to_publish_is_rejected() {
+    let harness = Harness::new(|_| {});
+    harness.broker_answers(|_| Confirm::Error(BrokerError::TooLarge("limit".into())));
+    let session = harness.start();
+    session.deliver("1", &json!("not an event"));
+    harness.log.wait_for(|log| log.contains(&Entry::Rejected("1".into()))).await;
+    assert_eq!(session.stop().await.settled, 1);
+    assert!(!harness.log.entries().contains(&Entry::Acked("1".into())));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_publish_ends_the_session_without_an_ack() {
+    let harness = Harness::new(|_| {});
+    harness.broker_answers(|_| Confirm::Error(BrokerError::Lost("gone".into())));
+    let session = harness.start();
+    session.deliver("1", &json!("not an event"));
+    let (end, stats) = session.end().await;
+    assert!(matches!(end, End::Lost(BrokerError::Lost(_))), "{end:?}");
+    assert_eq!((stats.settled, stats.handed_back), (0, 1));
+    assert_eq!(harness.log.entries(), [Entry::Closed]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_message_acked_on_a_lost_channel_counts_as_handed_back() {
+    let harness = Harness::new(|_| {});
+    harness.lose_channel();
+    let session = harness.start();
+    session.deliver("1", &event("jane", "acme"));
+    harness.log.wait_for_calls(3).await;
+    let stats = session.stop().await;
+    assert_eq!((stats.settled, stats.handed_back), (0, 1));
+}
