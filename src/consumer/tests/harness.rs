@@ -111,16 +111,23 @@ impl Log {
     }
 }
 
+fn select<T: ?Sized>(log: &[Entry], part: impl Fn(&Entry) -> Option<&T>) -> Vec<&T> {
+    log.iter().filter_map(part).collect()
+}
+
+/// The ids of the messages that were acked.
+pub(super) fn acked(log: &[Entry]) -> Vec<&str> {
+    select(log, |entry| if let Entry::Acked(id) = entry { Some(id.as_str()) } else { None })
+}
+
 /// The calls in a log.
 pub(super) fn calls(log: &[Entry]) -> Vec<&str> {
-    let call = |entry| if let &Entry::Called(ref call) = entry { Some(call.as_str()) } else { None };
-    log.iter().filter_map(call).collect()
+    select(log, |entry| if let Entry::Called(call) = entry { Some(call.as_str()) } else { None })
 }
 
 /// The published messages in a log.
 pub(super) fn published(log: &[Entry]) -> Vec<&Published> {
-    let message = |entry| if let &Entry::Published(ref message) = entry { Some(message) } else { None };
-    log.iter().filter_map(message).collect()
+    select(log, |entry| if let Entry::Published(message) = entry { Some(message) } else { None })
 }
 
 type Script<Request, Reply> = Arc<Mutex<Box<dyn FnMut(&Request) -> Reply + Send>>>;

@@ -3,12 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::harness::{Answer, Entry, Harness, event, failing_searches, published};
-
-fn acked(log: &[Entry]) -> Vec<&str> {
-    let id = |entry| if let &Entry::Acked(ref id) = entry { Some(id.as_str()) } else { None };
-    log.iter().filter_map(id).collect()
-}
+use super::harness::{Answer, Entry, Harness, acked, event, failing_searches, published};
 
 fn creations(calls: &[Entry]) -> usize {
     calls.iter().filter(|entry| **entry == Entry::Called("POST lead/".into())).count()

@@ -82,14 +82,14 @@ async fn a_session_forgets_the_records_that_another_worker_may_have_changed() {
     session.deliver("2", &event("jane", "acme"));
     let log = harness.log.wait_for_ack("2").await;
     let searches = |log: &[Entry]| calls(log).iter().filter(|call| call.contains("search")).count();
-    let searched = searches(&log);
+    let before = searches(&log);
     session.stop().await;
 
     // It stood by, and another worker was active.
     let session = harness.start();
     session.deliver("3", &event("jane", "acme"));
     let log = harness.log.wait_for_ack("3").await;
-    assert!(searches(&log) > searched, "the ids of the session before are not used: {log:#?}");
+    assert!(searches(&log) > before, "the ids of the session before are not used: {log:#?}");
     session.stop().await;
 }
 

@@ -1,8 +1,10 @@
 //! A message is acked once everything about it is safe, and never before.
 
+use std::time::Duration;
+
 use serde_json::json;
 
-use super::harness::{Confirm, Entry, Harness, event, failing_searches, published};
+use super::harness::{Confirm, Entry, Harness, calls, event, failing_searches, published};
 use crate::amqp::BrokerError;
 use crate::consumer::End;
 
@@ -99,12 +101,16 @@ async fn a_failed_publish_ends_the_session_without_an_ack() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_message_acked_on_a_lost_channel_counts_as_handed_back() {
-    let harness = Harness::new(|_| {});
+async fn a_message_acked_on_a_lost_channel_is_handed_back_and_blocks_those_behind_it() {
+    let harness = Harness::new(|settings| settings.merge = false);
     harness.lose_channel();
     let session = harness.start();
     session.deliver("1", &event("jane", "acme"));
-    harness.log.wait_for_calls(3).await;
+    session.deliver("2", &event("jane", "acme"));
+    tokio::time::sleep(Duration::from_mins(1)).await;
+    let creations = calls(&harness.log.entries()).iter().filter(|call| **call == "POST lead/").count();
+    let reads = calls(&harness.log.entries()).iter().filter(|call| call.starts_with("GET")).count();
+    assert_eq!((creations, reads), (1, 0), "the second has not started");
     let stats = session.stop().await;
-    assert_eq!((stats.settled, stats.handed_back), (0, 1));
+    assert_eq!((stats.settled, stats.handed_back), (0, 2));
 }

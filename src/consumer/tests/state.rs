@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::consumer::End;
 use crate::consumer::scheduler::delayed::DelayedMessages;
 use crate::consumer::scheduler::key_queues::JobId;
 use crate::consumer::scheduler::{Completion, Next, Scheduler};
 use crate::consumer::state::{Processed, Resume, SessionState, Settlement};
+use crate::consumer::{End, SessionStats};
 use crate::outcome::PauseCause;
 use crate::sync::circuit_breaker::HALF_OPEN_PROBES;
 
@@ -129,6 +129,6 @@ fn a_pause_ends_the_session_and_the_rest_is_handed_back() {
     let paused = Settlement::Paused(PauseCause::Failing);
     let end = state.processed(Processed::Settled(vec![(running[1], paused)]));
     assert!(matches!(end, Some(End::Paused(PauseCause::Failing))));
-    let stats = state.stats();
-    assert_eq!((stats.settled, stats.handed_back), (1, 19));
+    let SessionStats { settled, handed_back, .. } = state.stats();
+    assert_eq!((settled, handed_back), (1, 19));
 }
