@@ -1,17 +1,17 @@
-//! Wiring, reloading and shutdown order.
+//! Starts, reloads and stops the destinations.
 //!
-//! [`run`] takes settings and a reason to stop, so that a test stops it the way an operator does. Each destination
-//! runs by itself (`destination`): what is wrong with one concerns no other. One whose configuration cannot work
-//! ends, and the program with the last of them.
+//! Each destination runs by itself (`destination`, `sessions`): a problem of one does not affect the others. A
+//! destination whose configuration cannot work ends. The process ends with the last of them.
 //!
-//! On SIGHUP the configuration is read again. One that is valid is handed to each destination, which takes its part
-//! over if that says something new and its Close agrees; new destinations begin, those that are gone stop. One that
-//! is gone and one that is new may be the same organization, renamed: the new one waits for the end of the other. The
-//! service manager that started the process hears of all this (`service`).
+//! SIGHUP reloads the configuration. If the file is valid, each destination receives its part and uses it once Close
+//! accepts it. New destinations start, and removed ones stop. A removed and a new destination may be the same
+//! organization under another name: the new one starts once the other has stopped. The service manager is notified of
+//! all this (`systemd`).
 
 mod destination;
 mod pause;
 mod reload;
+mod sessions;
 mod systemd;
 
 use std::collections::{BTreeMap, HashMap};
@@ -32,40 +32,40 @@ use crate::http;
 use crate::http::registry::{DestinationHandle, Registry};
 use crate::telemetry::status::State;
 
-/// Why `run` ended without being asked to.
+/// Why [`run`] ended without a shutdown.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// The configuration cannot work: exit code 78.
+    /// The configuration cannot work. Exit code 78.
     #[error("{0}")]
     Configuration(String),
-    /// Something that is needed is not there: exit code 69.
+    /// Something that is needed is unavailable. Exit code 69.
     #[error("{0:#}")]
     Unavailable(#[from] anyhow::Error),
 }
 
 /// How the running worker is controlled.
 pub struct Control {
-    /// To stop.
+    /// Requests a shutdown.
     pub shutdown: CancellationToken,
-    /// To read the configuration again, at each item.
+    /// Requests a reload of the configuration with each item.
     pub reload: BoxStream<'static, ()>,
-    /// How that is done.
+    /// Loads the configuration.
     pub load: Box<dyn Fn() -> Result<Config, Problems> + Send + Sync>,
 }
 
 impl From<CancellationToken> for Control {
-    /// Only to stop.
+    /// Without reloads.
     fn from(shutdown: CancellationToken) -> Self {
         let load = || unreachable!("never reloads");
         Self { shutdown, reload: stream::pending().boxed(), load: Box::new(load) }
     }
 }
 
-/// Runs the worker until shutdown, and returns what it did.
+/// Runs the worker until shutdown. Returns the statistics of all sessions.
 ///
 /// # Errors
-/// When it cannot start: what is wrong with Close's lookup fields or key, with the broker's objects,
-/// or with the HTTP address.
+/// When the HTTP address cannot be bound, or when all destinations failed: Close does not accept the key or the lookup
+/// fields, or the broker's objects have other properties.
 pub async fn run(config: Config, control: impl Into<Control>) -> Result<SessionStats, RunError> {
     let Control { shutdown, reload, load } = control.into();
     let addr = config.http_addr;
@@ -78,22 +78,22 @@ pub async fn run(config: Config, control: impl Into<Control>) -> Result<SessionS
     let stop_http = CancellationToken::new();
     let server = tokio::spawn(http::serve(listener, registry.clone(), config.page, stop_http.clone()));
 
-    let mut asked_to_stop = Box::pin(shutdown.clone().cancelled_owned().fuse());
+    let mut stop_requested = Box::pin(shutdown.clone().cancelled_owned().fuse());
     let mut supervisor = Supervisor::new(registry.clone(), shutdown);
-    supervisor.take_over(config.destinations)?;
+    supervisor.apply(config.destinations)?;
     let mut notifier = systemd::SystemdNotifier::new();
     notifier.ready();
     let mut reload = reload.chain(stream::pending());
     let result = loop {
         tokio::select! {
             ended = supervisor.ended() => if let Some(result) = ended { break result },
-            () = &mut asked_to_stop => notifier.stopping(),
-            () = notifier.turn() => notifier.alive(&registry.readiness()),
+            () = &mut stop_requested => notifier.stopping(),
+            () = notifier.tick() => notifier.alive(&registry.readiness()),
             Some(()) = reload.next() => {
                 tracing::info!("reloading the configuration");
                 notifier.reloading();
                 match load() {
-                    Ok(config) => supervisor.take_over(config.destinations)?,
+                    Ok(config) => supervisor.apply(config.destinations)?,
                     Err(problems) => tracing::error!(
                         problem = %problems,
                         "configuration reload rejected; keeping the current configuration"
@@ -105,7 +105,7 @@ pub async fn run(config: Config, control: impl Into<Control>) -> Result<SessionS
     };
 
     stop_http.cancel();
-    // A scraper that keeps its connection open must not hold up the exit; a replay of the page gives back what it has.
+    // A scraper that keeps its connection open must not hold up the exit; a replay from the operator's page returns its messages.
     let _ = tokio::time::timeout(Duration::from_secs(3), server).await;
     result
 }
@@ -132,7 +132,7 @@ struct Running {
 }
 
 impl Running {
-    fn stops(&self) -> bool {
+    fn is_stopping(&self) -> bool {
         self.stop.is_cancelled()
     }
 }
@@ -145,10 +145,12 @@ impl Supervisor {
     }
 
     /// Passes settings to running destinations, starts new ones, and stops removed ones.
-    fn take_over(&mut self, destinations: Vec<Destination>) -> Result<(), RunError> {
+    fn apply(&mut self, destinations: Vec<Destination>) -> Result<(), RunError> {
         let is_gone =
             |name: &Option<String>| destinations.iter().all(|destination| destination.name != *name);
-        for running in self.running.values().filter(|running| is_gone(&running.name) && !running.stops()) {
+        for running in
+            self.running.values().filter(|running| is_gone(&running.name) && !running.is_stopping())
+        {
             tracing::info!(
                 destination = running.name,
                 "destination removed from the configuration, stopping it"
@@ -161,7 +163,7 @@ impl Supervisor {
         // The new settings contain every destination that is still wanted.
         self.waiting.clear();
         for destination in destinations {
-            let is_it = |running: &&Running| running.name == destination.name && !running.stops();
+            let is_it = |running: &&Running| running.name == destination.name && !running.is_stopping();
             match self.running.values().find(is_it) {
                 // If the task has ended, `ended` handles it.
                 Some(running) => drop(running.reloads.send(destination)),
@@ -175,7 +177,7 @@ impl Supervisor {
     /// organization would not share caches and rate limits.
     fn start_or_wait(&mut self, destination: Destination) -> Result<(), RunError> {
         let excludes =
-            |running: &&Running| running.stops() && running.in_force.borrow().excludes(&destination);
+            |running: &&Running| running.is_stopping() && running.in_force.borrow().excludes(&destination);
         let Some(first) = self.running.values().find(excludes) else { return self.start(destination) };
         let (name, before) = (&destination.name, &first.name);
         tracing::info!(
@@ -197,14 +199,14 @@ impl Supervisor {
         let (reloads, reloaded) = mpsc::unbounded_channel();
         let stop = self.shutdown.child_token();
         let (settings, in_force) = watch::channel(destination);
-        let (its, until) = (handle.clone(), stop.clone());
-        let run = async move { Box::pin(destination::run(settings, reloaded, its, &until)).await };
+        let (shared, requested) = (handle.clone(), stop.clone());
+        let run = async move { Box::pin(destination::run(settings, reloaded, shared, &requested)).await };
         let task = self.tasks.spawn(run.instrument(span));
         self.running.insert(task.id(), Running { name, handle, reloads, in_force, stop });
         Ok(())
     }
 
-    /// Waits until a destination has ended; `Some` when it was the last.
+    /// Waits until a destination has ended. Returns the result of the process if it was the last one.
     async fn ended(&mut self) -> Option<Result<SessionStats, RunError>> {
         let (id, result) = match self.tasks.join_next_with_id().await? {
             Ok((id, result)) => (id, result),
@@ -213,8 +215,8 @@ impl Supervisor {
         let Running { name, handle, stop, .. } = self.running.remove(&id)?;
         handle.metrics.reset_gauges();
         handle.runtime.clear();
-        if let Ok(report) = &result {
-            self.total += *report;
+        if let Ok(stats) = &result {
+            self.total += *stats;
         }
         match result {
             Err(error) if !stop.is_cancelled() => {
@@ -224,7 +226,7 @@ impl Supervisor {
                 handle.status.set(State::Failed, Some(error.to_string()));
                 self.failed.insert(name.clone(), error);
             }
-            // It was asked to stop, so its error does not matter.
+            // It was stopped, so its error does not matter.
             Ok(_) | Err(_) => {}
         }
         if !self.shutdown.is_cancelled() {
@@ -249,7 +251,7 @@ impl Supervisor {
         if self.shutdown.is_cancelled() {
             return Ok(self.total);
         }
-        let told = |(name, error): (Option<String>, RunError)| match (name, error) {
+        let name_it = |(name, error): (Option<String>, RunError)| match (name, error) {
             (None, error) => error,
             (Some(name), RunError::Configuration(message)) => {
                 RunError::Configuration(format!("destination `{name}`: {message}"))
@@ -258,7 +260,7 @@ impl Supervisor {
                 error.context(format!("destination `{name}`")).into()
             }
         };
-        let all = std::mem::take(&mut self.failed).into_iter().map(told);
+        let all = std::mem::take(&mut self.failed).into_iter().map(name_it);
         // One that is unavailable makes the exit code 69, so that a service manager restarts the process.
         let both = |a, b| match (a, b) {
             (RunError::Unavailable(a), b) => RunError::Unavailable(anyhow::anyhow!("{a:#}\n{b}")),

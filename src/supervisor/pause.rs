@@ -19,17 +19,17 @@ pub(super) struct Pause<'a> {
 }
 
 impl Pause<'_> {
-    /// Probes Close until it recovers. Returns the last cause and the result of the probe, or `None` if `turn` was
+    /// Probes Close until it recovers. Returns the last cause and the result of the probe, or `None` if `stop` was
     /// cancelled. The metric stays as it is, because a probe alone does not prove that messages succeed.
     pub(super) async fn until<T, F: Future<Output = Result<T, Vec<PreflightError>>>>(
         &self,
         mut cause: PauseCause,
         probes: &mut Backoff,
         probe: impl Fn() -> F,
-        turn: &CancellationToken,
+        stop: &CancellationToken,
     ) -> Option<(PauseCause, T)> {
         if self.again {
-            tracing::debug!(cause = cause.label(), "paused again");
+            tracing::debug!(cause = cause.label(), "half-open circuit breaker opened again, pausing");
         } else {
             self.metrics.pause_began(cause);
             tracing::error!(
@@ -41,20 +41,23 @@ impl Pause<'_> {
         }
         // Some causes end only when a message succeeds. Such a cause stays although a probe found another one.
         let first = cause;
-        let found = loop {
+        let result = loop {
             self.status.set(State::Paused(cause), self.last_failure.clone());
             self.metrics.paused(Some(cause));
             let wait = probes.next_delay().unwrap_or_default();
-            turn.run_until_cancelled(tokio::time::sleep(wait)).await?;
-            match turn.run_until_cancelled(probe()).await? {
-                Ok(found) => break found,
-                Err(obstacles) => {
-                    let obstacle = obstacles.first();
-                    tracing::debug!(obstacle = obstacle.map(ToString::to_string), "still paused");
+            stop.run_until_cancelled(tokio::time::sleep(wait)).await?;
+            match stop.run_until_cancelled(probe()).await? {
+                Ok(result) => break result,
+                Err(errors) => {
+                    let obstacle = errors.first();
+                    tracing::debug!(
+                        obstacle = obstacle.map(ToString::to_string),
+                        "Close still fails, staying paused"
+                    );
                     cause = obstacle.and_then(PreflightError::pause_cause).unwrap_or(cause);
                 }
             }
         };
-        Some((if first.ends_with_probe() { cause } else { first }, found))
+        Some((if first.ends_with_probe() { cause } else { first }, result))
     }
 }

@@ -1,13 +1,9 @@
-//! What a service manager is told: systemd, by the protocol of `sd_notify(3)`.
+//! Notifies systemd by the protocol of `sd_notify(3)`. Without a service manager it does nothing.
 //!
-//! The worker is ready once it supervises its destinations: it serves HTTP, listens to signals, and tries for as long
-//! as it takes. That RabbitMQ or Close is away is no failed start, and starting again would help nobody; what it is
-//! doing is its status.
+//! The worker is ready once it supervises its destinations: it serves HTTP, handles signals and keeps trying to connect.
+//! An unavailable RabbitMQ or Close is not a failed start, because a restart would not help. The status line shows it.
 //!
-//! A sign of life is due to whoever started it with a watchdog. The loop that supervises gives it, so that there is
-//! none when that loop, or the runtime that wakes it up, stands still.
-//!
-//! Without a service manager, all of this does nothing.
+//! Watchdog notifications come from the supervisor's loop. They stop when that loop, or the runtime that runs it, hangs.
 
 use std::time::Duration;
 
@@ -16,70 +12,70 @@ use tokio::time::{Interval, MissedTickBehavior, interval};
 
 use crate::http::registry::Readyz;
 
-/// The service manager that started the process, if one did.
+/// The connection to the service manager, if there is one.
 pub(super) struct SystemdNotifier {
-    turns: Interval,
+    ticks: Interval,
     watches: bool,
-    /// What it was told last.
+    /// The last status that was sent.
     status: String,
-    /// It could not be told, and that was logged.
-    deaf: bool,
+    /// The last notification failed. Only the first failure is logged.
+    failing: bool,
 }
 
-/// How often it is told what the worker is doing, if that has changed.
-const EVERY: Duration = Duration::from_secs(5);
+/// The longest interval between status updates.
+const INTERVAL: Duration = Duration::from_secs(5);
 
 impl SystemdNotifier {
     pub(super) fn new() -> Self {
         let watchdog = sd_notify::watchdog_enabled();
         // Half of what it allows, as its manual advises.
-        let every = watchdog.map_or(EVERY, |limit| limit / 2).clamp(Duration::from_millis(1), EVERY);
-        let mut turns = interval(every);
-        turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Self { turns, watches: watchdog.is_some(), status: String::new(), deaf: false }
+        let period = watchdog.map_or(INTERVAL, |limit| limit / 2).clamp(Duration::from_millis(1), INTERVAL);
+        let mut ticks = interval(period);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Self { ticks, watches: watchdog.is_some(), status: String::new(), failing: false }
     }
 
-    /// Waits until it is time for a sign of life.
-    pub(super) async fn turn(&mut self) {
-        self.turns.tick().await;
+    /// Waits until the next notification is due.
+    pub(super) async fn tick(&mut self) {
+        self.ticks.tick().await;
     }
 
-    /// The worker lives, and this is what it does.
+    /// Sends the watchdog notification, and the status if it changed.
     pub(super) fn alive(&mut self, answer: &Readyz) {
         if self.watches {
-            self.tell(&[NotifyState::Watchdog]);
+            self.notify(&[NotifyState::Watchdog]);
         }
         let status = answer.to_string();
         if status != self.status {
-            self.tell(&[NotifyState::Status(&status)]);
+            self.notify(&[NotifyState::Status(&status)]);
             self.status = status;
         }
     }
 
-    /// The worker serves, for the first time or again after [`SystemdNotifier::reloading`].
+    /// The worker runs, or a reload is complete.
     pub(super) fn ready(&mut self) {
-        self.tell(&[NotifyState::Ready]);
+        self.notify(&[NotifyState::Ready]);
     }
 
-    /// The configuration is read again. From 253 on, systemd wants to know when that began.
+    /// A reload began. systemd needs the time since version 253.
     pub(super) fn reloading(&mut self) {
         let began = NotifyState::monotonic_usec_now().ok();
-        let told: Vec<_> = std::iter::once(NotifyState::Reloading).chain(began).collect();
-        self.tell(&told);
+        let states: Vec<_> = std::iter::once(NotifyState::Reloading).chain(began).collect();
+        self.notify(&states);
     }
 
-    /// What is in hand is finished, nothing else is begun.
+    /// A shutdown began. Messages in progress are finished.
     pub(super) fn stopping(&mut self) {
-        self.tell(&[NotifyState::Stopping]);
+        self.notify(&[NotifyState::Stopping]);
     }
 
-    fn tell(&mut self, told: &[NotifyState<'_>]) {
-        let result = sd_notify::notify(told);
+    fn notify(&mut self, states: &[NotifyState<'_>]) {
+        let result = sd_notify::notify(states);
         if let Err(error) = &result
-            && !self.deaf
+            && !self.failing
         {
-            tracing::warn!(%error, "the service manager (NOTIFY_SOCKET) cannot be told anything");
+            tracing::warn!(%error, "cannot notify the service manager (NOTIFY_SOCKET)");
         }
-        self.deaf = result.is_err();
+        self.failing = result.is_err();
     }
 }

@@ -27,7 +27,7 @@ use crate::domain::mapping::Key;
 use crate::domain::mapping::tests::{mapping, rules};
 use crate::domain::switches::Switches;
 use crate::retry::Policy;
-use crate::sync::{self, Worker};
+use crate::sync::{self, Dependencies, Worker};
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::status::Status;
 
@@ -185,7 +185,13 @@ impl Harness {
         let session = Session {
             destination: None,
             settings: Arc::new(amqp),
-            worker: Worker::new(settings, &rules(), mapping(), client, metrics.clone()),
+            worker: Worker::new(Dependencies {
+                settings,
+                rules: &rules(),
+                mapping: mapping(),
+                client,
+                metrics: metrics.clone(),
+            }),
             metrics,
             status: Status::default(),
             concurrency: 10,

@@ -8,7 +8,7 @@ use crate::support::{Bench, Worker, identify};
 
 /// Lines that tell of a lost broker: one for each incident.
 fn incidents(worker: &Worker) -> usize {
-    worker.logged("reconnecting to RabbitMQ until it works")
+    worker.logged("no connection to RabbitMQ, reconnecting")
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -111,7 +111,7 @@ async fn most_messages_failing_pauses_and_costs_none_anything() {
     bench.simulator.fault(Fault::new(status(500)).on("POST", "/lead/"));
     bench.publish(&(0..200).map(|n| identify(&format!("u{n}"), json!({}))).collect::<Vec<_>>()).await;
     paused(&worker, "failing").await;
-    worker.until("tried again", async |worker| worker.logged("paused again") >= 2).await;
+    worker.until("tried again", async |worker| worker.logged("opened again") >= 2).await;
     assert_eq!(worker.ready().await.1["cause"], "failing", "also while it is tried whether Close works");
     let metrics = worker.metrics().await;
     assert_eq!(
@@ -122,13 +122,13 @@ async fn most_messages_failing_pauses_and_costs_none_anything() {
     // Those that were in hand, and then three at a time. How often each is tried before enough others have
     // failed as well is a matter of time: such retries are counted by themselves, after what they are taken from.
     let tried = bench.simulator.request_count("POST", "/lead/");
-    let trials = worker.logged("paused again");
+    let reopened = worker.logged("opened again");
     let retried = worker.metrics().await.count("retries_total{stage=\"write\"}");
     assert!(tried < 200, "{tried} attempts to create: as many as there are messages");
     let first_tries = tried.saturating_sub(retried as usize);
     assert!(
-        first_tries <= 16 + 3 * (trials + 1),
-        "{first_tries} first attempts to create in {trials} trials"
+        first_tries <= 16 + 3 * (reopened + 1),
+        "{first_tries} first attempts to create, reopened {reopened} times"
     );
 
     bench.simulator.clear_faults();
