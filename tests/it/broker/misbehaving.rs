@@ -1,4 +1,5 @@
-//! Whatever a broker does: what is deleted, refused or frozen costs no message anything, and is told.
+//! Deleted queues, refused messages, revoked credentials and silent connections: no message is lost, and the cause is
+//! reported.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use crate::support::producer::{Producer, long, nested, text};
 use crate::support::{Bench, Node, PATIENCE, Proxy, Worker, people};
 
-/// Waits until the worker has lost its connection for this cause, once or, on a busy machine, more often.
+/// Waits until the worker has lost its connection for this cause at least once.
 async fn lost(worker: &Worker, cause: &str) {
     let name = format!("broker_connection_losses_total{{cause=\"{cause}\"}}");
     worker.until(cause, async |worker| worker.metrics().await.count(&name) >= 1).await;
@@ -23,7 +24,7 @@ async fn unbind(bench: &Bench, queue: &str, exchange: &str, key: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_queue_deleted_under_the_worker_is_made_again() {
+async fn a_deleted_queue_is_declared_again() {
     let bench = Bench::new().await;
     let worker = bench.worker().await;
     bench.publish(&people(1)).await;
@@ -38,9 +39,9 @@ async fn a_queue_deleted_under_the_worker_is_made_again() {
     worker.terminate().await;
 }
 
-/// The channel dies of it, with a message in hand that has nowhere to go.
+/// The missing exchange closes the channel while a message is to be published to it.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_exchange_deleted_under_the_worker_is_made_again() {
+async fn a_deleted_exchange_is_declared_again() {
     let bench = Bench::new().await.set("RETRY_IN_PLACE", "0s");
     let worker = bench.worker().await;
     bench
@@ -60,9 +61,9 @@ async fn an_exchange_deleted_under_the_worker_is_made_again() {
     worker.terminate().await;
 }
 
-/// Nothing tells that a binding is gone: no message comes, that is all.
+/// RabbitMQ does not report a removed binding.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_binding_that_somebody_removed_is_put_back() {
+async fn a_removed_binding_is_declared_again() {
     let bench = Bench::new().await;
     let worker = bench.worker().await;
     unbind(&bench, &bench.queue, &bench.exchange, "#").await;
@@ -87,9 +88,9 @@ async fn a_binding_that_somebody_removed_is_put_back() {
     worker.terminate().await;
 }
 
-/// A dead letter that no queue takes: it is held, told once, and everybody else goes on.
+/// A dead letter that cannot be routed is held and logged once. Other messages are processed meanwhile.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_whose_successor_leads_nowhere_is_held() {
+async fn a_message_is_held_while_its_dead_letter_cannot_be_routed() {
     let bench = Bench::new().await;
     let worker = bench.worker().await;
     let dead = format!("{}.dead", bench.queue);
@@ -98,7 +99,7 @@ async fn a_message_whose_successor_leads_nowhere_is_held() {
     bench.publish(&people(3)).await;
     worker.until("held", async |worker| worker.metrics().await.count("successors_held") == 1).await;
     assert_eq!(worker.settled(3).await.outcomes(), [("created", 3)].into());
-    // Its worker puts the binding back by itself.
+    // The worker declares the binding again.
     worker.settled(4).await;
     bench.depth_becomes(".dead", 1).await;
     bench.depth_becomes("", 0).await;
@@ -109,9 +110,9 @@ async fn a_message_whose_successor_leads_nowhere_is_held() {
     worker.terminate().await;
 }
 
-/// A queue that is full answers with a nack.
+/// A full queue rejects messages with a nack.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_whose_successor_is_refused_is_held() {
+async fn a_message_is_held_while_the_dead_letter_queue_is_full() {
     let node = Node::start().await;
     let bench = Bench::on(&node.url, Settings::fast()).await;
     let worker = bench.worker().await;
@@ -122,22 +123,21 @@ async fn a_message_whose_successor_is_refused_is_held() {
     limit(1).await;
     for n in 1..=6 {
         bench.publish_bytes(b"nonsense", BasicProperties::default()).await;
-        // One at a time, as a queue may take some more than its limit at once.
-        let seen = async |worker: &Worker| {
+        // One at a time, because a queue may accept a few messages beyond its limit.
+        let is_handled = async |worker: &Worker| {
             let metrics = worker.metrics().await;
             metrics.outcome("dead") + metrics.count("successors_held") == n
         };
-        worker.until("looked at", seen).await;
+        worker.until("handled", is_handled).await;
     }
     let metrics = worker.metrics().await;
-    let (taken, held) = (metrics.outcome("dead"), metrics.count("successors_held"));
+    let (accepted, held) = (metrics.outcome("dead"), metrics.count("successors_held"));
     assert!(held > 0);
     bench.publish(&people(1)).await;
     worker.until("synced", async |worker| worker.metrics().await.outcome("created") == 1).await;
     limit(100).await;
-    // A queue that was full takes messages again when it becomes shorter; one that has lost its limit never does on
-    // RabbitMQ 3.10.
-    for _ in 0..taken {
+    // RabbitMQ 3.10 accepts messages again only when a full queue becomes shorter, not when its limit is raised.
+    for _ in 0..accepted {
         bench.take_dead_letter().await;
     }
     worker.settled(7).await;
@@ -147,9 +147,9 @@ async fn a_message_whose_successor_is_refused_is_held() {
     worker.terminate().await;
 }
 
-/// A password that is changed, then a permission that is taken away: the worker waits until they are back.
+/// A changed password and a revoked permission. The worker waits until both are restored.
 #[tokio::test(flavor = "multi_thread")]
-async fn credentials_taken_away_are_waited_for() {
+async fn the_worker_waits_for_revoked_credentials() {
     let node = Node::start().await;
     node.ctl(&["add_user", "worker", "first"]).await;
     node.ctl(&["set_permissions", "worker", ".*", ".*", ".*"]).await;
@@ -162,15 +162,15 @@ async fn credentials_taken_away_are_waited_for() {
     node.ctl(&["change_password", "worker", "second"]).await;
     node.ctl(&["close_all_connections", "credentials were revoked"]).await;
     worker.until("refused", async |worker| worker.is("connecting", Some("refused")).await).await;
-    let (status, told) = worker.ready().await;
+    let (status, readiness) = worker.ready().await;
     assert_eq!(status, 503);
-    assert!(told["detail"].as_str().unwrap().contains("ACCESS_REFUSED"), "{told}");
+    assert!(readiness["detail"].as_str().unwrap().contains("ACCESS_REFUSED"), "{readiness}");
     assert_eq!(worker.metrics().await.count("broker_trouble{cause=\"refused\"}"), 1);
     assert_eq!(worker.page("/healthz").await.unwrap().0, 200);
     bench.publish(&people(2)).await;
     node.ctl(&["change_password", "worker", "first"]).await;
     worker.settled(3).await;
-    assert_eq!(worker.logged("reconnecting to RabbitMQ"), 1, "one line per incident");
+    assert_eq!(worker.logged("no connection to RabbitMQ, reconnecting"), 1, "one line per incident");
     assert_eq!(worker.logged("first") + worker.logged("second"), 0, "{}", worker.log());
 
     node.ctl(&["set_permissions", "worker", ".*", "^$", ".*"]).await;
@@ -184,9 +184,10 @@ async fn credentials_taken_away_are_waited_for() {
     worker.terminate().await;
 }
 
-/// Connections stay open and nothing comes any more, as when a network drops everything in silence.
+/// The connections stay open, but nothing arrives, as when a network drops packets. The worker notices it within
+/// [`PATIENCE`], which is less than RabbitMQ's default heartbeat needs.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_broker_that_falls_silent_is_noticed_by_its_heartbeats() {
+async fn missing_heartbeats_end_a_silent_connection() {
     let node = Node::start().await;
     let url = format!("{}?heartbeat=2", node.url);
     let bench =
@@ -205,19 +206,19 @@ async fn a_broker_that_falls_silent_is_noticed_by_its_heartbeats() {
     worker.terminate().await;
 }
 
-/// The head of `basic.qos`, which comes when a session has both connections, and before it consumes.
+/// The start of `basic.qos`, which a session sends after it has both connections and before it consumes.
 const QOS: [u8; 8] = [0, 0, 0, 11, 0, 60, 0, 10];
 
-/// It answers no more, and is there: without heartbeats only patience ends.
+/// RabbitMQ is connected but does not answer. Without heartbeats only the time-out ends the session.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_session_that_cannot_begin_is_given_up() {
+async fn a_session_start_without_answer_times_out() {
     let bench = Bench::new().await;
     let proxy = Proxy::start(&bench.amqp_url).await;
     let bench = bench.set("AMQP_URL", &format!("{}?heartbeat=0", proxy.url));
     proxy.set_trap(&QOS);
     let worker = bench.starting_worker();
     proxy.sprung().await;
-    worker.until("given up", async |worker| worker.logged("no answer within 30 s") >= 1).await;
+    worker.until("timed out", async |worker| worker.logged("no answer within 30 s") >= 1).await;
     worker.until("back", async |worker| worker.is("standing_by", None).await).await;
     proxy.release();
     bench.publish(&people(1)).await;
@@ -226,9 +227,9 @@ async fn a_session_that_cannot_begin_is_given_up() {
     worker.terminate().await;
 }
 
-/// Its publishing connection ends before it consumes. Nothing would tell later, until something is to be published.
+/// The publishing connection is lost before the session consumes. Later, only a publish would notice it.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_lost_while_a_session_begins_is_noticed() {
+async fn a_connection_lost_during_session_start_is_noticed() {
     let bench = Bench::new().await;
     let proxy = Proxy::start(&bench.amqp_url).await;
     let bench = bench.set("AMQP_URL", &proxy.url).set("RUST_LOG", "info,lapin=error");
@@ -236,16 +237,16 @@ async fn a_connection_lost_while_a_session_begins_is_noticed() {
     let worker = bench.starting_worker();
     proxy.sprung().await;
     proxy.cut_last();
-    worker.until("lapin knows", async |worker| worker.logged("report it as broken") >= 1).await;
+    worker.until("noticed by lapin", async |worker| worker.logged("report it as broken") >= 1).await;
     proxy.release();
     lost(&worker, "lost").await;
     worker.until("back", async |worker| worker.is("standing_by", None).await).await;
     worker.terminate().await;
 }
 
-/// What needs no Close does not wait for a place among those that do.
+/// A message that needs no call to Close does not wait for the concurrency limit.
 #[tokio::test(flavor = "multi_thread")]
-async fn nonsense_is_settled_at_once_while_every_place_is_taken() {
+async fn malformed_messages_are_settled_while_the_concurrency_limit_is_reached() {
     let bench = Bench::new().await.set("WORKER_CONCURRENCY", "1").set("WORKER_MAX_MESSAGE_BYTES", "1000");
     bench.simulator.fault(
         Fault::new(Effect::Timeout { ms: 60_000, when: When::BeforeCommit }).on("POST", "/lead/").times(1),
@@ -261,9 +262,9 @@ async fn nonsense_is_settled_at_once_while_every_place_is_taken() {
     worker.kill().await;
 }
 
-/// A trace goes on through a delay queue into the dead letter, and every line about the message belongs to it.
+/// Delay queues and dead letters keep the trace, and every log line about the message names it.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_trace_goes_on() {
+async fn delayed_and_dead_lettered_messages_keep_their_trace() {
     const TRACE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
     let bench = Bench::new().await.set("RETRY_IN_PLACE", "0s").set("RETRY_DELAYS", "[\"200ms\"]");
     let fails = Effect::Status { code: 500, body: FaultBody::Text, when: When::BeforeCommit };
@@ -296,17 +297,17 @@ async fn a_trace_goes_on() {
     worker.terminate().await;
 }
 
-/// A message larger than the broker takes any more, which it took before an upgrade: the broker dead-letters it, and
-/// those behind it go on.
+/// A message that is larger than the limit of RabbitMQ, which was lowered after it was published. RabbitMQ dead-letters it,
+/// and the messages behind it are processed.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_that_cannot_be_published_again_blocks_nobody() {
+async fn a_message_above_the_brokers_size_limit_does_not_block_others() {
     let node = Node::start().await;
     let bench = Bench::on(&node.url, Settings::fast()).await;
     bench.worker().await.terminate().await;
     bench.publish_bytes(&vec![b'x'; 3_000_000], BasicProperties::default()).await;
     bench.publish(&people(3)).await;
     node.ctl(&["eval", "application:set_env(rabbit, max_message_size, 2000000)."]).await;
-    // What a channel lets through is remembered.
+    // Channels read the limit from here.
     node.ctl(&["eval", "persistent_term:put(max_message_size, 2000000)."]).await;
     let worker = bench.worker().await;
     bench.depth_becomes(".dead", 1).await;
@@ -314,7 +315,7 @@ async fn a_message_that_cannot_be_published_again_blocks_nobody() {
     bench.depth_becomes("", 0).await;
     bench.assert_each_once(3);
     assert_eq!(worker.logged("too large to be published again"), 1, "{}", worker.log());
-    // The channel it was tried on is gone, and nobody needs it yet.
+    // RabbitMQ closed the publishing channel. The next publish notices it.
     assert_eq!(worker.metrics().await.sum("broker_connection_losses_total"), 0);
     bench.publish_bytes(b"nonsense", BasicProperties::default()).await;
     bench.depth_becomes(".dead", 2).await;
@@ -323,9 +324,10 @@ async fn a_message_that_cannot_be_published_again_blocks_nobody() {
     worker.terminate().await;
 }
 
-/// The producer's headers fill a frame: with ours, the successor's would not fit in, and end the connection each time.
+/// The producer's headers almost fill a frame. Together with ours they would not fit, and RabbitMQ would close the
+/// connection.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_with_headers_that_fill_a_frame_blocks_nobody() {
+async fn a_message_with_headers_as_large_as_a_frame_does_not_block_others() {
     let bench = Bench::new().await;
     let worker = bench.worker().await;
     let mut headers = FieldTable::default();
@@ -340,10 +342,10 @@ async fn a_message_with_headers_that_fill_a_frame_blocks_nobody() {
     worker.terminate().await;
 }
 
-/// Read as lapin does, a single such message ends the process, and the next one, and so on. Only properties with a
-/// message id and with headers are used here.
+/// lapin cannot parse these messages: without the sanitizer, each would crash the process again after every restart. Only
+/// the properties message id and headers are used here.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_that_lapin_could_not_read_blocks_nobody() {
+async fn a_message_that_lapin_cannot_parse_does_not_block_others() {
     let bench = Bench::new().await;
     let worker = bench.worker().await;
     let mut producer = Producer::connect(&bench.amqp_url).await;
@@ -377,11 +379,11 @@ async fn a_message_that_lapin_could_not_read_blocks_nobody() {
     dead_letters.sort();
     let expected = [("m-0", "users"), ("m-1", "users"), ("m-2", "users"), ("m-?", "us?rs")];
     assert_eq!(dead_letters, expected.map(|(id, key)| (id.to_owned(), key.to_owned())));
-    let told = |text: &str| worker.logged(text);
-    assert_eq!((told("unreadable headers"), told("not UTF-8")), (2, 6), "{}", worker.log());
+    let logged = |text: &str| worker.logged(text);
+    assert_eq!((logged("unreadable headers"), logged("not UTF-8")), (2, 6), "{}", worker.log());
     assert_eq!(worker.metrics().await.sum("broker_connection_losses_total"), 0);
 
-    // Nor does it harm an operator who finds it among the dead letters.
+    // `dlq` commands can read it among the dead letters, too.
     let (dead, headers) = (format!("{}.dead", bench.queue), properties(&nested(9000), b"m-4"));
     producer.publish(&dead, b"us\xE9rs", &headers, people[0].to_string().as_bytes()).await;
     let listed: serde_json::Value =

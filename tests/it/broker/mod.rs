@@ -1,4 +1,4 @@
-//! What the broker and its administrators can do.
+//! RabbitMQ and its administrators: outages, alarms, permissions, TLS, topology.
 
 mod misbehaving;
 mod nodes;

@@ -1,4 +1,4 @@
-//! What producers are told about their messages, where that is switched on.
+//! Outcome events for producers (`amqp.outcomes`).
 
 use futures_util::StreamExt;
 use lapin::options::{ExchangeDeclareOptions, ExchangeDeleteOptions};
@@ -11,7 +11,7 @@ use crate::support::{Bench, identify, people};
 
 const LOST: &str = "outcome_messages_total{result=\"lost\"}";
 
-/// The next message: its routing key, its correlation id, its body without the time.
+/// The next event: its routing key, correlation id, and body without the time.
 async fn next(deliveries: &mut Consumer) -> (String, Option<String>, Value) {
     let delivery = deliveries.next().await.unwrap().unwrap();
     let mut body: Value = serde_json::from_slice(&delivery.data).unwrap();
@@ -23,7 +23,7 @@ async fn next(deliveries: &mut Consumer) -> (String, Option<String>, Value) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn producers_are_told_what_became_of_their_messages() {
+async fn each_message_has_one_outcome_event() {
     let bench = Bench::new().await;
     let exchange = format!("{}-outcomes", bench.exchange);
     let bench = bench.set("AMQP_OUTCOMES", &exchange);
@@ -56,20 +56,20 @@ async fn producers_are_told_what_became_of_their_messages() {
         let letter = body.as_object_mut().unwrap().remove("dead_letter");
         assert_eq!(letter.is_some(), outcome == "dead");
         let (leads, contacts) = if records { (vec![lead], vec![contact]) } else { (vec![], vec![]) };
-        let told = json!({
+        let expected = json!({
             "outcome": outcome, "detail": detail, "message_id": id, "correlation_id": "order-7",
             "leads": leads, "contacts": contacts, "at": null,
         });
-        assert_eq!(body, told);
+        assert_eq!(body, expected);
     }
-    let (_, _, told) = next(&mut dead).await;
+    let (_, _, event) = next(&mut dead).await;
     let listed: Value = serde_json::from_str(&bench.output(&["dlq", "list", "--json"]).await).unwrap();
-    assert_eq!(told["dead_letter"]["id"], listed["dead_letters"][0]["id"]);
-    assert_eq!(told["dead_letter"]["fingerprint"], "no_identity:map:-");
+    assert_eq!(event["dead_letter"]["id"], listed["dead_letters"][0]["id"]);
+    assert_eq!(event["dead_letter"]["fingerprint"], "no_identity:map:-");
     assert_eq!(worker.metrics().await.count("outcome_messages_total{result=\"routed\"}"), 4);
     worker.terminate().await;
 
-    // Who does not declare waits for it.
+    // With `topology = "check"`, the exchange has to exist.
     bench
         .channel()
         .await
@@ -85,9 +85,9 @@ async fn producers_are_told_what_became_of_their_messages() {
     );
 }
 
-/// Nobody listens: nothing is held up, and it is counted.
+/// No queue is bound to the exchange. The worker continues and counts the events.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_nobody_wants_to_know_is_dropped() {
+async fn unrouted_outcome_events_are_dropped_and_counted() {
     let bench = Bench::new().await;
     let exchange = format!("{}-outcomes", bench.exchange);
     let bench = bench.set("AMQP_OUTCOMES", &exchange);
@@ -97,9 +97,9 @@ async fn what_nobody_wants_to_know_is_dropped() {
     assert_eq!(refused.status.code(), Some(78));
 }
 
-/// Its exchange is deleted: that costs what is told, and nothing else. Once it is back, it is told again.
+/// Without the exchange the events are lost, and nothing else. They are published again once it exists.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_cannot_be_told_holds_up_nothing() {
+async fn a_missing_outcome_exchange_does_not_delay_messages() {
     let bench = Bench::new().await;
     let exchange = format!("{}-outcomes", bench.exchange);
     let bench = bench.set("AMQP_OUTCOMES", &exchange);
@@ -113,7 +113,7 @@ async fn what_cannot_be_told_holds_up_nothing() {
     bench.publish(&events).await;
     let metrics = worker.settled(40).await;
     assert_eq!(metrics.outcomes(), [("created", 20), ("dead", 20)].into());
-    worker.until("told", async |worker| worker.metrics().await.count(LOST) == 40).await;
+    worker.until("lost", async |worker| worker.metrics().await.count(LOST) == 40).await;
     assert_eq!(bench.depth(".dead").await, 20, "each once");
     bench.assert_each_once(20);
     assert_eq!(worker.logged("cannot publish outcome events"), 1, "{}", worker.log());
@@ -125,9 +125,9 @@ async fn what_cannot_be_told_holds_up_nothing() {
         .await
         .unwrap();
     let mut all = bench.outcomes(&exchange).await;
-    // The channel is opened anew a second after the last time.
+    // The worker opens a channel at most once a second.
     worker
-        .until("told again", async |worker| {
+        .until("published again", async |worker| {
             bench.publish(&[json!({"type": "track"})]).await;
             worker.logged("publishing outcome events again") == 1
         })

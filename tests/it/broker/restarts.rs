@@ -1,4 +1,4 @@
-//! Workers and brokers that stop, die and come back in the middle of the work.
+//! Workers and brokers that stop, crash and return while messages are processed.
 
 use std::io::Write as _;
 use std::time::Instant;
@@ -9,10 +9,10 @@ use serde_json::json;
 
 use crate::support::{Bench, Node, Proxy, Worker, identify, people};
 
-/// The Lead is made, the answer is under way, and the worker dies: its successor must neither lose
-/// the message nor make the Lead again, although search does not list it yet.
+/// The worker is killed after Close created the Lead and before it answered. Search does not list the Lead yet, and the
+/// next worker must not create it again.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_half_done_at_a_crash_is_neither_lost_nor_doubled() {
+async fn a_message_interrupted_by_a_crash_is_neither_lost_nor_duplicated() {
     let settings = Settings { search_lag: "4s".parse().unwrap(), ..Settings::fast() };
     let bench = Bench::with(settings).await.set("CLOSE_SEARCH_LAG", "5s");
     let held = Effect::Timeout { ms: 60_000, when: When::AfterCommit };
@@ -32,7 +32,7 @@ async fn a_message_half_done_at_a_crash_is_neither_lost_nor_doubled() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sigterm_finishes_what_is_in_hand_and_hands_the_rest_back() {
+async fn sigterm_finishes_messages_in_flight_and_requeues_the_others() {
     let bench = Bench::new().await.set("WORKER_CONCURRENCY", "4");
     // Slow enough that a busy machine still sees some of them waiting.
     bench.simulator.fault(Fault::new(Effect::Latency { ms: 1000 }).on("POST", "/lead/"));
@@ -64,7 +64,7 @@ async fn sigterm_finishes_what_is_in_hand_and_hands_the_rest_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_grace_period_ends() {
+async fn a_worker_stops_at_the_end_of_the_grace_period() {
     let bench = Bench::new().await.set("WORKER_GRACE", "200ms").set("CLOSE_SEARCH_LAG", "1s");
     // A worker that waited for this answer would not end while the test waits for it.
     bench.simulator.fault(Fault::new(Effect::Latency { ms: 600_000 }).on("POST", "/lead/").times(1));
@@ -89,26 +89,30 @@ async fn a_standby_takes_over_when_the_active_worker_dies() {
     assert!(standby.is("standing_by", None).await);
     bench.publish(&people(3)).await;
     active.settled(4).await;
-    assert_eq!(standby.metrics().await.outcomes(), [].into(), "only one works");
+    assert_eq!(standby.metrics().await.outcomes(), [].into(), "only the active worker processes messages");
 
     bench.publish(&people(5)[4..]).await;
     active.settled(5).await;
     active.kill().await;
     let killed = Instant::now();
     bench.publish(&people(5)).await;
-    standby.until("at work", async |standby| standby.metrics().await.settled() > 0.0).await;
+    standby.until("processing", async |standby| standby.metrics().await.settled() > 0.0).await;
     let took = killed.elapsed();
-    writeln!(std::io::stderr(), "takeover: the standby works {} ms after the kill", took.as_millis())
-        .unwrap();
+    writeln!(
+        std::io::stderr(),
+        "takeover: the standby processes messages {} ms after the kill",
+        took.as_millis()
+    )
+    .unwrap();
     standby.settled(5).await;
     assert_eq!(standby.ready().await.1["state"], "consuming");
     bench.assert_each_once(5);
     standby.terminate().await;
 }
 
-/// One worker after the other is replaced, with work in hand: a new one stands by, an old one is asked to stop.
+/// Workers are replaced one after the other while they process messages: a new one stands by, then the old one stops.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rolling_restart_loses_nothing_and_does_nothing_twice() {
+async fn a_rolling_restart_processes_each_message_once() {
     let bench = Bench::new().await.set("WORKER_CONCURRENCY", "8");
     bench.simulator.fault(Fault::new(Effect::Latency { ms: 30 }).on("POST", "/lead/"));
     let mut active = bench.worker().await;
@@ -134,12 +138,12 @@ async fn a_rolling_restart_loses_nothing_and_does_nothing_twice() {
     active.terminate().await;
 }
 
-/// While the broker takes nothing, a message that has to be dead-lettered is held, and then is so once.
+/// During an alarm RabbitMQ accepts no messages. A message to dead-letter is held, and dead-lettered once after it.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_alarm_of_the_broker_is_waited_out() {
+async fn a_message_to_dead_letter_is_held_during_an_alarm() {
     let node = Node::start().await;
     let bench = Bench::on(&node.url, Settings::fast()).await;
-    // Publishes once, so that the alarm concerns its connection.
+    // RabbitMQ blocks only connections that have published.
     let worker = bench.worker().await;
     bench.publish_bytes(b"nonsense", BasicProperties::default()).await;
     worker.settled(1).await;
@@ -150,13 +154,15 @@ async fn an_alarm_of_the_broker_is_waited_out() {
     bench.publish(&people(1)).await;
     worker.until("looking up", async |_| bench.simulator.request_count("POST", "/data/") == 1).await;
     node.alarm(true).await;
-    worker.until("blocked", async |worker| worker.logged("RabbitMQ raised an alarm") >= 1).await;
+    worker.until("blocked", async |worker| worker.metrics().await.count("broker_alarm") == 1).await;
     worker.until("held", async |worker| worker.metrics().await.count("successors_held") == 1).await;
     let metrics = worker.metrics().await;
-    assert_eq!((metrics.outcome("dead"), worker.logged("dead-lettered")), (1, 1), "not yet");
-    assert_eq!(metrics.count("broker_alarm"), 1);
-    let (status, told) = worker.ready().await;
-    assert_eq!((status, &told["state"], &told["alarm"]), (503, &json!("consuming"), &json!("low on memory")));
+    assert_eq!((metrics.outcome("dead"), worker.logged("dead-lettered")), (1, 1), "held");
+    let (status, readiness) = worker.ready().await;
+    assert_eq!(
+        (status, &readiness["state"], &readiness["alarm"]),
+        (503, &json!("consuming"), &json!("low on memory"))
+    );
     node.alarm(false).await;
     let metrics = worker.settled(2).await;
     assert_eq!((metrics.count("broker_alarm"), metrics.count("successors_held")), (0, 0));
@@ -166,7 +172,7 @@ async fn an_alarm_of_the_broker_is_waited_out() {
     worker.terminate().await;
 }
 
-/// A connection that an alarm has blocked cannot be closed in order. Each session that ends meanwhile has one.
+/// A connection that is blocked by an alarm cannot be closed gracefully. Each session that ends meanwhile has one.
 #[tokio::test(flavor = "multi_thread")]
 async fn sessions_that_end_during_an_alarm_leave_no_connections_behind() {
     let node = Node::start().await;
@@ -176,9 +182,9 @@ async fn sessions_that_end_during_an_alarm_leave_no_connections_behind() {
     node.alarm(true).await;
     let worker = bench.starting_worker();
     for sessions in 1.. {
-        // It has published a dead letter, and there is no answer.
+        // It has published a dead letter, and RabbitMQ does not confirm it.
         worker.until("blocked", async |worker| worker.logged("raised an alarm") >= sessions).await;
-        worker.until("two left", async |worker| worker.threads("lapin-io-loop") == 2).await;
+        worker.until("down to two connections", async |worker| worker.threads("lapin-io-loop") == 2).await;
         if sessions == 3 {
             break;
         }
@@ -188,13 +194,13 @@ async fn sessions_that_end_during_an_alarm_leave_no_connections_behind() {
     }
     node.alarm(false).await;
     bench.depth_becomes("", 0).await;
-    // Those of the sessions before were on their way, and may arrive now as well.
+    // Unconfirmed dead letters of earlier sessions may arrive now, too.
     assert!(bench.depth(".dead").await >= 1);
     worker.terminate().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_broker_that_dies_and_comes_back_costs_nothing() {
+async fn a_broker_restart_loses_and_duplicates_nothing() {
     let node = Node::start().await;
     let bench = Bench::on(&node.url, Settings::fast()).await.set("WORKER_CONCURRENCY", "4");
     let worker = bench.worker().await;
@@ -209,7 +215,11 @@ async fn a_broker_that_dies_and_comes_back_costs_nothing() {
         (metrics.count("broker_connected"), metrics.count(r#"broker_trouble{cause="unreachable"}"#)),
         (0, 1)
     );
-    assert_eq!(worker.page("/healthz").await.unwrap().0, 200, "it lives, restarting it would help nobody");
+    assert_eq!(
+        worker.page("/healthz").await.unwrap().0,
+        200,
+        "the worker is alive; a restart would not help"
+    );
     node.start_again().await;
 
     worker.until("done", async |_| bench.simulator.leads().len() >= 60).await;
@@ -218,17 +228,17 @@ async fn a_broker_that_dies_and_comes_back_costs_nothing() {
     let metrics = worker.metrics().await;
     assert_eq!(metrics.count(r#"broker_connection_losses_total{cause="lost"}"#), 1);
     assert_eq!(metrics.count(r#"broker_trouble{cause="unreachable"}"#), 0);
-    assert_eq!(worker.logged("reconnecting to RabbitMQ"), 1, "one line per incident");
+    assert_eq!(worker.logged("no connection to RabbitMQ, reconnecting"), 1, "one line per incident");
     let version = node.ctl(&["version"]).await;
-    assert_eq!(worker.logged(&format!("RabbitMQ {version}: quorum queues")), 1, "told when it is news");
+    assert_eq!(worker.logged(&format!("RabbitMQ {version}: quorum queues")), 1, "logged once per version");
     assert_eq!(worker.metrics().await.count(&format!("broker_info{{version=\"{version}\"}}")), 1);
     worker.terminate().await;
 }
 
-/// Close answers so late that RabbitMQ takes the message away (rabbitmq.md §3.5): it is worked on again, and what
-/// the first try has done is found. On some versions that ends the channel, on some the consumer.
+/// Close answers so late that RabbitMQ redelivers the message (rabbitmq.md §3.5). The second attempt finds the record of
+/// the first one. Depending on its version, RabbitMQ closes the channel or cancels the consumer.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_held_for_too_long_is_neither_lost_nor_doubled() {
+async fn a_message_past_the_consumer_timeout_is_neither_lost_nor_duplicated() {
     let node = Node::with(&["--advanced", QUICK_CONSUMER_TIMEOUT]).await;
     let bench = Bench::on(&node.url, Settings::fast()).await.set("CLOSE_TIMEOUT", "1m");
     let held = Effect::Timeout { ms: 60_000, when: When::AfterCommit };
@@ -244,11 +254,11 @@ async fn a_message_held_for_too_long_is_neither_lost_nor_doubled() {
     worker.terminate().await;
 }
 
-/// Ten seconds. Before RabbitMQ 4.3 it looks at each tick of a channel only (rabbitmq.md §1.2).
+/// Ten seconds. RabbitMQ before 4.3 checks it only at each channel tick (rabbitmq.md §1.2).
 const QUICK_CONSUMER_TIMEOUT: &str =
     "[{rabbit, [{consumer_timeout, 10000}, {channel_tick_interval, 5000}]}].";
 
-/// A connection that breaks while messages are acked: the session ends all the same, and the next begins.
+/// The session ends although the connection is lost while messages are acked, and the next one begins.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_lost_between_acks_is_replaced() {
     let bench = Bench::new().await;
@@ -256,7 +266,7 @@ async fn a_connection_lost_between_acks_is_replaced() {
     let bench = bench.set("AMQP_URL", &proxy.url);
     let worker = bench.worker().await;
     for round in 0..20 {
-        // Nothing to write: acks come as fast as they can.
+        // Nothing to write, so acks follow each other closely.
         let people: Vec<_> = (0..150).map(|n| identify(&format!("u{n}"), json!({}))).collect();
         let before = bench.simulator.requests().len();
         bench.publish(&people).await;
@@ -267,9 +277,9 @@ async fn a_connection_lost_between_acks_is_replaced() {
     worker.terminate().await;
 }
 
-/// The grace period is longer than a worker may stand still: it does not stand still, and writes.
+/// The grace period is longer than the stall guard's limit. The guard must not stop writes while the worker shuts down.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_in_hand_is_written_also_late_in_the_grace_period() {
+async fn messages_in_flight_are_written_until_the_end_of_the_grace_period() {
     let bench = Bench::new().await;
     let url = format!("{}?heartbeat=1", bench.amqp_url);
     let bench = bench.set("AMQP_URL", &url);

@@ -1,4 +1,4 @@
-//! `amqps://`: whom the worker trusts, and whom the broker lets in.
+//! `amqps://`: server and client certificates.
 
 use close_sync_simulator::Settings;
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
@@ -6,7 +6,7 @@ use serde_json::json;
 
 use crate::support::{Bench, Node, identify};
 
-/// A certificate authority in a directory of its own: `ca.pem`.
+/// A certificate authority with its own directory, which contains `ca.pem`.
 struct Authority {
     directory: tempfile::TempDir,
     issuer: Issuer<'static, KeyPair>,
@@ -43,7 +43,7 @@ impl Authority {
     }
 }
 
-/// What `check` says of the broker.
+/// The line of `check` about RabbitMQ.
 async fn check(bench: &Bench) -> String {
     let output = bench.run(&["check"], b"").await;
     let text = String::from_utf8(output.stdout).unwrap();
@@ -57,31 +57,30 @@ async fn check(bench: &Bench) -> String {
     line.to_owned()
 }
 
-/// The worker does its work.
-async fn works(bench: &Bench) {
+/// The check passes and a worker syncs a message.
+async fn assert_works(bench: &Bench) {
     assert!(check(bench).await.starts_with("ok"), "{}", check(bench).await);
     let metrics = bench.sync(&[identify("u1", json!({}))]).await;
     assert_eq!(metrics.outcomes(), [("created", 1)].into());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_broker_is_believed_when_its_authority_and_its_name_are_known() {
+async fn a_broker_is_trusted_if_its_ca_and_host_name_match() {
     let authority = Authority::new("CA of the broker");
     authority.issue("", "broker", &["127.0.0.1"]);
     let node = Node::with(&["--tls", &authority.directory()]).await;
     let url = format!("amqps://guest:guest@{}/%2f", node.tls_addr("127.0.0.1"));
     let bench = Bench::on(&node.url, Settings::fast()).await.set("AMQP_URL", &url);
 
-    // The authority is known to nobody: the worker keeps trying, and is mended while it does. The file is another
-    // one then, although its name is the same.
-    let told = check(&bench).await;
-    assert!(told.contains("UnknownIssuer. Set `amqp.tls.ca_file` (AMQP_TLS_CA_FILE)"), "{told}");
+    // The CA is unknown, so the worker keeps reconnecting. Then the content of the CA file is replaced.
+    let line = check(&bench).await;
+    assert!(line.contains("UnknownIssuer. Set `amqp.tls.ca_file` (AMQP_TLS_CA_FILE)"), "{line}");
     let (file, trusted) = (authority.path("close-sync.toml"), authority.path("trusted.pem"));
     std::fs::write(&file, format!("[amqp.tls]\nca_file = '{trusted}'")).unwrap();
-    std::fs::copy(Authority::new("CA of somebody else").path("ca.pem"), &trusted).unwrap();
+    std::fs::copy(Authority::new("another CA").path("ca.pem"), &trusted).unwrap();
     let bench = bench.set("CLOSE_SYNC_CONFIG", &file);
     let worker = bench.starting_worker();
-    worker.until("trying again", async |worker| worker.logged("still no connection") >= 2).await;
+    worker.until("reconnecting", async |worker| worker.logged("still no connection") >= 2).await;
     assert_eq!(worker.logged("no connection to RabbitMQ, reconnecting"), 1, "{}", worker.log());
     worker.signal("HUP");
     worker.until("read", async |worker| worker.logged("configuration reloaded: no changes") == 1).await;
@@ -89,18 +88,18 @@ async fn a_broker_is_believed_when_its_authority_and_its_name_are_known() {
     worker.signal("HUP");
     worker.until("ready", async |worker| worker.ready().await.0 == 200).await;
     worker.terminate().await;
-    works(&bench).await;
+    assert_works(&bench).await;
 
     let bench = bench.set("AMQP_URL", &url.replace("127.0.0.1", "localhost"));
-    let told = check(&bench).await;
-    assert!(told.contains("not valid for name \"localhost\"") && told.contains("`amqp.url`"), "{told}");
-    let told = check(&bench.set("AMQP_URL", &node.url.replace("amqp:", "amqps:"))).await;
-    assert!(told.contains("Check that this is a TLS port"), "{told}");
+    let line = check(&bench).await;
+    assert!(line.contains("not valid for name \"localhost\"") && line.contains("`amqp.url`"), "{line}");
+    let line = check(&bench.set("AMQP_URL", &node.url.replace("amqp:", "amqps:"))).await;
+    assert!(line.contains("Check that this is a TLS port"), "{line}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_broker_that_asks_for_a_certificate_gets_it() {
-    let (authority, stranger) = (Authority::new("CA of the broker"), Authority::new("CA of somebody else"));
+async fn a_broker_that_requires_a_client_certificate_receives_it() {
+    let (authority, other) = (Authority::new("CA of the broker"), Authority::new("another CA"));
     authority.issue("", "broker", &["127.0.0.1"]);
     let conf = [
         "ssl_options.verify = verify_peer",
@@ -119,25 +118,25 @@ async fn a_broker_that_asks_for_a_certificate_gets_it() {
         .set("AMQP_URL", &url)
         .set("AMQP_TLS_CA_FILE", &authority.path("ca.pem"));
 
-    let told = check(&bench).await;
-    assert!(told.contains("TLS with RabbitMQ failed") && told.contains("`amqp.tls.cert_file`"), "{told}");
+    let line = check(&bench).await;
+    assert!(line.contains("TLS with RabbitMQ failed") && line.contains("`amqp.tls.cert_file`"), "{line}");
     let with_certificate = |bench: Bench, of: &Authority| {
         of.issue("client-", "worker", &[]);
         bench
             .set("AMQP_TLS_CERT_FILE", &of.path("client-cert.pem"))
             .set("AMQP_TLS_KEY_FILE", &of.path("client-key.pem"))
     };
-    let bench = with_certificate(bench, &stranger);
-    let told = check(&bench).await;
-    assert!(told.contains("TLS with RabbitMQ failed") && told.contains("`amqp.tls.cert_file`"), "{told}");
+    let bench = with_certificate(bench, &other);
+    let line = check(&bench).await;
+    assert!(line.contains("TLS with RabbitMQ failed") && line.contains("`amqp.tls.cert_file`"), "{line}");
     let bench = with_certificate(bench, &authority);
-    works(&bench).await;
+    assert_works(&bench).await;
 
-    // The certificate can be the login, of the user its common name says.
+    // With EXTERNAL, the common name of the certificate is the user name.
     let external = format!("amqps://{}/%2f?auth_mechanism=external", node.tls_addr("127.0.0.1"));
     let bench = bench.set("AMQP_URL", &external);
-    let told = check(&bench).await;
-    assert!(told.contains("refused the connection") && told.contains("EXTERNAL"), "{told}");
+    let line = check(&bench).await;
+    assert!(line.contains("refused the connection") && line.contains("EXTERNAL"), "{line}");
     node.ctl(&["add_user", "worker", "not needed"]).await;
     node.ctl(&["clear_password", "worker"]).await;
     node.ctl(&["set_permissions", "worker", ".*", ".*", ".*"]).await;
@@ -145,7 +144,7 @@ async fn a_broker_that_asks_for_a_certificate_gets_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn mistakes_in_its_settings_are_told_at_once() {
+async fn invalid_tls_settings_are_reported_together() {
     let bench = Bench::new()
         .await
         .set("AMQP_TLS_CA_FILE", "/nowhere/ca.pem")

@@ -1,4 +1,4 @@
-//! What exists on the broker: who makes it, and what a worker says that may not.
+//! The topology: a worker declares it, or only checks it.
 
 use lapin::options::{BasicPublishOptions, ExchangeDeleteOptions, QueueDeleteOptions};
 use lapin::{BasicProperties, Confirmation};
@@ -6,22 +6,22 @@ use serde_json::{Value, json};
 
 use crate::support::{Bench, Worker, identify};
 
-/// Lines that tell of a lost broker: one for each incident.
+/// Log lines about a lost broker, one per incident.
 fn incidents(worker: &Worker) -> usize {
     worker.logged("no connection to RabbitMQ, reconnecting")
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_worker_that_only_looks_waits_until_everything_is_there() {
+async fn a_worker_that_only_checks_the_topology_waits_until_it_is_complete() {
     let bench = Bench::new().await;
-    let only_looks = Bench::new().await.named(&bench.exchange, &bench.queue).set("AMQP_TOPOLOGY", "check");
-    insta::assert_snapshot!("nothing_is_there", only_looks.transcript(&["check"], b"").await);
-    let published = only_looks.run(&["publish", "-"], identify("u", json!({})).to_string().as_bytes()).await;
+    let check_only = Bench::new().await.named(&bench.exchange, &bench.queue).set("AMQP_TOPOLOGY", "check");
+    insta::assert_snapshot!("empty_broker", check_only.transcript(&["check"], b"").await);
+    let published = check_only.run(&["publish", "-"], identify("u", json!({})).to_string().as_bytes()).await;
     let words = String::from_utf8(published.stderr).unwrap();
-    assert!(words.contains("`close-sync check` tells what"), "{words}");
+    assert!(words.contains("`close-sync check` reports what"), "{words}");
 
-    let waiting = only_looks.starting_worker();
-    waiting.until("trying again", async |worker| worker.logged("still no connection") >= 2).await;
+    let waiting = check_only.starting_worker();
+    waiting.until("reconnecting", async |worker| worker.logged("still no connection") >= 2).await;
     let log = waiting.log();
     assert!(
         log.contains(&format!("missing in RabbitMQ: exchange `{}` (durable, topic)", bench.exchange)),
@@ -35,21 +35,20 @@ async fn a_worker_that_only_looks_waits_until_everything_is_there() {
     bench.publish(&[identify("u1", json!({}))]).await;
     assert_eq!(waiting.settled(1).await.outcomes(), [("created", 1)].into());
     assert_eq!(incidents(&waiting), 1);
-    let check = only_looks.transcript(&["check"], b"").await;
+    let check = check_only.transcript(&["check"], b"").await;
     assert!(
-        check.contains("queue `QUEUE`: 0 messages ready, 1 consumer, 0 dead letters (whether this user may"),
+        check.contains("queue `QUEUE`: 0 messages ready, 1 consumer, 0 dead letters; read and write"),
         "{check}"
     );
 
-    // It never makes anything, also while it works: what goes missing is named, and nothing else is. What can be done
-    // without it goes on.
+    // Nor does it declare anything while it consumes. It reports what is missing, and processes what it can.
     let level = format!("{}.retry.400ms", bench.queue);
     let channel = bench.channel().await;
     channel.queue_delete(level.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
     channel.exchange_delete(bench.exchange.as_str().into(), ExchangeDeleteOptions::default()).await.unwrap();
-    waiting.until("telling", async |worker| worker.is("consuming", Some("missing")).await).await;
-    let (status, told) = waiting.ready().await;
-    let detail = told["detail"].as_str().unwrap();
+    waiting.until("reporting", async |worker| worker.is("consuming", Some("missing")).await).await;
+    let (status, readiness) = waiting.ready().await;
+    let detail = readiness["detail"].as_str().unwrap();
     assert_eq!(status, 503);
     for missing in [format!("exchange `{}` (durable, topic)", bench.exchange), format!("queue `{level}`")] {
         assert!(detail.contains(&missing), "{detail}");
@@ -60,9 +59,9 @@ async fn a_worker_that_only_looks_waits_until_everything_is_there() {
     let confirm = channel.basic_publish("".into(), to, options, event.as_bytes(), BasicProperties::default());
     confirm.await.unwrap().await.unwrap();
     assert_eq!(waiting.settled(2).await.outcomes(), [("created", 2)].into());
-    assert!(waiting.is("consuming", Some("missing")).await, "nobody has made it");
+    assert!(waiting.is("consuming", Some("missing")).await, "still missing");
 
-    // An administrator mends it.
+    // Another worker declares it.
     bench.worker().await.terminate().await;
     waiting.until("ready", async |worker| worker.ready().await.0 == 200).await;
     assert_eq!(waiting.metrics().await.count(r#"broker_trouble{cause="missing"}"#), 0);
@@ -73,10 +72,10 @@ async fn a_worker_that_only_looks_waits_until_everything_is_there() {
 
     channel.queue_delete(level.into(), QueueDeleteOptions::default()).await.unwrap();
     waiting.terminate().await;
-    insta::assert_snapshot!("a_queue_is_missing", only_looks.transcript(&["check"], b"").await);
+    insta::assert_snapshot!("missing_queue", check_only.transcript(&["check"], b"").await);
 }
 
-/// Publishes with a routing key; whether some queue got it.
+/// Publishes with a routing key and returns whether a queue received the message.
 async fn is_routed(bench: &Bench, key: &str) -> bool {
     let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
     let event: Value = identify("u1", json!({}));
@@ -96,7 +95,7 @@ async fn is_routed(bench: &Bench, key: &str) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_work_queue_gets_what_its_binding_keys_let_through() {
+async fn binding_keys_decide_which_messages_reach_the_work_queue() {
     let bench = Bench::new().await.set("AMQP_BINDING_KEYS", "[\"users.*\", \"identify\"]");
     let worker = bench.worker().await;
     for (key, routed) in [("users.new", true), ("identify", true), ("users", false), ("orders.new", false)] {
@@ -105,7 +104,7 @@ async fn the_work_queue_gets_what_its_binding_keys_let_through() {
     worker.settled(2).await;
     worker.terminate().await;
 
-    // A key that is removed stays bound, as the README says.
+    // A removed key stays bound, as the README says.
     let bench = bench.set("AMQP_BINDING_KEYS", "[\"orders.#\"]");
     let worker = bench.worker().await;
     for (key, routed) in [("users.new", true), ("orders.new", true), ("users", false)] {
