@@ -29,7 +29,7 @@ async fn ended(browser: &Browser) -> Page {
         if page.text.contains("Back to the dead letters") {
             return page;
         }
-        assert!(start.elapsed() < crate::support::PATIENCE, "{page:#?}");
+        assert!(start.elapsed() < crate::support::TIMEOUT, "{page:#?}");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }

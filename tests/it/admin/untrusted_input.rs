@@ -5,7 +5,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::{Browser, TOKEN, closed, open};
-use crate::support::{PATIENCE, Worker};
+use crate::support::{TIMEOUT, Worker};
 
 async fn connect(worker: &Worker) -> TcpStream {
     let base = worker.base().await;
@@ -17,7 +17,7 @@ async fn raw(worker: &Worker, bytes: &str) -> String {
     let mut stream = connect(worker).await;
     stream.write_all(bytes.as_bytes()).await.unwrap();
     let mut answer = Vec::new();
-    tokio::time::timeout(PATIENCE, stream.read_to_end(&mut answer)).await.unwrap().unwrap();
+    tokio::time::timeout(TIMEOUT, stream.read_to_end(&mut answer)).await.unwrap().unwrap();
     String::from_utf8_lossy(&answer).into_owned()
 }
 
@@ -128,7 +128,7 @@ async fn slow_clients_are_nobodys_trouble() {
     let mut answer = Vec::new();
     let open = slow[0].try_read(&mut [0; 1]).unwrap_err();
     assert_eq!(open.kind(), std::io::ErrorKind::WouldBlock);
-    tokio::time::timeout(PATIENCE, slow[0].read_to_end(&mut answer)).await.expect("it is let go").unwrap();
+    tokio::time::timeout(TIMEOUT, slow[0].read_to_end(&mut answer)).await.expect("it is let go").unwrap();
     worker.terminate().await;
 }
 
@@ -142,7 +142,7 @@ async fn connections_are_counted() {
     }
     // The last are let go, the first are not.
     let mut answer = [0; 1];
-    let last = tokio::time::timeout(PATIENCE, idle.last_mut().unwrap().read(&mut answer)).await;
+    let last = tokio::time::timeout(TIMEOUT, idle.last_mut().unwrap().read(&mut answer)).await;
     assert!(matches!(last, Ok(Ok(0) | Err(_))), "{last:?}");
     idle[0].write_all(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
     assert_eq!(idle[0].read(&mut answer).await.unwrap(), 1);

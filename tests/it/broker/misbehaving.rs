@@ -10,7 +10,7 @@ use lapin::options::{BasicPublishOptions, ExchangeDeleteOptions, QueueDeleteOpti
 use lapin::types::{AMQPValue, FieldTable};
 
 use crate::support::producer::{Producer, long, nested, text};
-use crate::support::{Bench, Node, PATIENCE, Proxy, Worker, people};
+use crate::support::{Bench, Node, Proxy, TIMEOUT, Worker, people};
 
 /// Waits until the worker has lost its connection for this cause at least once.
 async fn lost(worker: &Worker, cause: &str) {
@@ -81,7 +81,7 @@ async fn a_removed_binding_is_declared_again() {
         if sent.await.unwrap().await.unwrap() == lapin::Confirmation::Ack(None) {
             break;
         }
-        assert!(start.elapsed() < PATIENCE);
+        assert!(start.elapsed() < TIMEOUT);
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
     worker.settled(1).await;

@@ -97,7 +97,7 @@ async fn each_user_has_the_permissions_it_needs_and_no_others() {
 
     // The imported objects equal those that `declare` would create: no conflict.
     let setup = login(bench().await, "setup");
-    let (code, text) = setup.words(&["check"], "").await;
+    let (code, text) = setup.run_combined(&["check"], "").await;
     assert!(code == Some(0) && text.contains("queue `close-sync`: 0 messages ready"), "{text}");
     // The binding exists, too: published messages arrive.
     let worker = login(bench().await, "worker").set("AMQP_TOPOLOGY", "check");
@@ -107,7 +107,7 @@ async fn each_user_has_the_permissions_it_needs_and_no_others() {
     let short =
         |bench: Bench| bench.set("RETRY_DELAYS", "[\"200ms\", \"400ms\"]").set("RETRY_IN_PLACE", "0s");
     let worker = short(worker);
-    let (code, text) = worker.words(&["check"], "").await;
+    let (code, text) = worker.run_combined(&["check"], "").await;
     assert!(
         code == Some(78) && text.contains("missing in RabbitMQ: queue `close-sync.retry.200ms`"),
         "{text}"
@@ -128,7 +128,7 @@ async fn each_user_has_the_permissions_it_needs_and_no_others() {
     let operator = login(bench().await, "operator");
     let letters: Value = serde_json::from_str(&operator.output(&["dlq", "list", "--json"]).await).unwrap();
     assert_eq!(letters["groups"][0]["reason"], "no_identity");
-    let (code, text) = operator.words(&["dlq", "replay", "--all"], "").await;
+    let (code, text) = operator.run_combined(&["dlq", "replay", "--all"], "").await;
     assert!(code == Some(1) && text.contains("the message failed again"), "{text}");
     assert_eq!(running.settled(5).await.outcome("dead"), 2);
     running.terminate().await;
@@ -136,7 +136,7 @@ async fn each_user_has_the_permissions_it_needs_and_no_others() {
     // No other permissions.
     let event = identify("u3", json!({})).to_string();
     for user in ["worker", "operator"] {
-        let (code, text) = login(bench().await, user).words(&["publish", "-"], &event).await;
+        let (code, text) = login(bench().await, user).run_combined(&["publish", "-"], &event).await;
         assert!(code == Some(69) && text.contains("permission denied by RabbitMQ"), "{user}: {text}");
     }
     let operator = short(operator).set("AMQP_TOPOLOGY", "check");
@@ -153,7 +153,7 @@ async fn a_worker_without_permission_to_declare_logs_the_remedy() {
     let bench = Bench::on(&node.url, Settings::fast()).await.named("identify", "close-sync");
     let bench = login(bench.unset("RETRY_DELAYS"), "worker");
     let remedy = "set `amqp.topology = \"check\"`";
-    let (code, text) = bench.words(&["check"], "").await;
+    let (code, text) = bench.run_combined(&["check"], "").await;
     assert!(
         code == Some(78) && text.contains("denies the permission to declare") && text.contains(remedy),
         "{text}"

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::net::UnixDatagram;
 
-use crate::support::{Bench, PATIENCE, identify};
+use crate::support::{Bench, TIMEOUT, identify};
 
 /// The socket, and a file that can be given to the worker.
 struct Manager {
@@ -47,7 +47,7 @@ impl Manager {
     async fn until(&self, wanted: &str) -> Vec<String> {
         let mut messages = Vec::new();
         while !messages.last().is_some_and(|last: &String| last.starts_with(wanted)) {
-            let told = tokio::time::timeout(PATIENCE, self.told()).await;
+            let told = tokio::time::timeout(TIMEOUT, self.told()).await;
             messages.push(told.unwrap_or_else(|_| panic!("no {wanted}, only {messages:?}")));
         }
         messages

@@ -61,7 +61,7 @@ async fn looking_changes_nothing() {
         (&json!("created"), &json!("nobody_known"))
     );
 
-    let (code, _, words) = bench.told(&["dlq", "show", "nothing"], "").await;
+    let (code, _, words) = bench.run_text(&["dlq", "show", "nothing"], "").await;
     assert!(code == Some(2) && words.contains("there is no dead letter `nothing`"), "{words}");
 }
 
@@ -71,13 +71,13 @@ async fn a_replay_goes_through_the_work_queue_and_counts() {
     let dry = bench.output(&["dlq", "replay", "--reason", "rejected", "--dry-run"]).await;
     assert_eq!(dry, "would replay 1 of 3 (1 rejected:write:name); run without --dry-run to do it\n");
     let worker = bench.worker().await;
-    let (code, text, words) = bench.told(&["dlq", "replay", "--reason", "rejected"], "").await;
+    let (code, text, words) = bench.run_text(&["dlq", "replay", "--reason", "rejected"], "").await;
     assert_eq!((code, text.as_str()), (Some(0), "replayed 1; 1 created\n"), "{words}");
     assert_eq!(worker.metrics().await.outcomes(), [("created", 1)].into());
     assert_eq!(bench.the_lead()["contacts"][0]["custom.cf_contactuserid"], "u1");
 
     // What fails again is a new dead letter with the count of replays.
-    let (code, text, words) = bench.told(&["dlq", "replay", "--all", "--keep-going"], "").await;
+    let (code, text, words) = bench.run_text(&["dlq", "replay", "--all", "--keep-going"], "").await;
     assert_eq!((code, text.as_str()), (Some(1), "replayed 2; 2 dead\n"), "{words}");
     let letters = list(&bench).await;
     assert!(letters.len() == 2 && words.contains(letters[1]["id"].as_str().unwrap()), "{words} {letters:#?}");
@@ -94,7 +94,7 @@ async fn a_replay_that_leads_nowhere_keeps_the_dead_letter() {
     bench.channel().await.queue_unbind(queue, exchange, "now".into(), FieldTable::default()).await.unwrap();
     let before = list(&bench).await;
     for wait in ["--no-wait", "--keep-going"] {
-        let (code, _, words) = bench.told(&["dlq", "replay", "--all", wait], "").await;
+        let (code, _, words) = bench.run_text(&["dlq", "replay", "--all", wait], "").await;
         assert!(code == Some(69) && words.contains("no queue is bound to exchange"), "{words}");
         assert_eq!(list(&bench).await, before, "all of them, and in their order");
     }
@@ -104,13 +104,13 @@ async fn a_replay_that_leads_nowhere_keeps_the_dead_letter() {
 async fn discarding_needs_a_confirmation() {
     let bench = three().await;
     let id = ids(&list(&bench).await, "malformed");
-    let (code, _, words) = bench.told(&["dlq", "discard", "--id", &id], "").await;
+    let (code, _, words) = bench.run_text(&["dlq", "discard", "--id", &id], "").await;
     assert_eq!(code, Some(2));
     assert!(words.contains("would delete 1 of 3 dead letters for good; add --yes"), "{words}");
     assert_eq!(bench.output(&["dlq", "discard", "--id", &id, "--yes"]).await, "discarded 1, 2 remain\n");
     assert_eq!(list(&bench).await.len(), 2);
-    assert_eq!(bench.told(&["dlq", "discard", "--yes"], "").await.0, Some(2), "say which");
-    assert_eq!(bench.told(&["dlq", "replay", "--id", &id], "").await.0, Some(2));
+    assert_eq!(bench.run_text(&["dlq", "discard", "--yes"], "").await.0, Some(2), "say which");
+    assert_eq!(bench.run_text(&["dlq", "replay", "--id", &id], "").await.0, Some(2));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -123,7 +123,7 @@ async fn without_a_worker_so_far_there_are_no_dead_letters() {
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_worker_a_replay_gives_up_after_the_first() {
     let bench = three().await;
-    let (code, text, words) = bench.told(&["dlq", "replay", "--all", "--wait", "1s"], "").await;
+    let (code, text, words) = bench.run_text(&["dlq", "replay", "--all", "--wait", "1s"], "").await;
     assert_eq!((code, text.as_str()), (Some(69), "replayed 1; 1 under way; 2 not sent\n"), "{words}");
     assert!(words.contains("no outcome received for 1 message") && words.contains("/readyz"), "{words}");
     // After a look or two at the work queue it is known why.

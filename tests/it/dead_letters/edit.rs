@@ -36,20 +36,20 @@ async fn an_edit_that_is_killed_is_finished_by_a_replay_or_another_edit() {
         bench.depth_becomes(".dead", 5).await;
         let bench = bench.set("AMQP_URL", &direct);
         let worker = bench.worker().await;
-        let (code, words) = bench.words(next, "").await;
+        let (code, words) = bench.run_combined(next, "").await;
         assert_eq!(code, Some(0), "{words}");
         match next[1] {
             "edit" => assert_eq!(bench.dead_ids().await, ["dead-0", "dead-2", "dead-3", "dead-1"]),
             "list" => {
                 // Looking changes nothing. The file from before wins, and nothing is lost by it.
                 assert_eq!(bench.dead_ids().await, ["dead-0", "dead-1", "dead-2", "dead-3", "dead-1"]);
-                let (_, words) = bench.words(&["dlq", "import", "-"], &before).await;
+                let (_, words) = bench.run_combined(&["dlq", "import", "-"], &before).await;
                 assert_eq!(words, "imported 0, replaced 0, 4 were there already\n");
                 assert_eq!(bench.output(&["dlq", "export"]).await, before);
             }
             _ => {}
         }
-        bench.words(&["dlq", "replay", "--all"], "").await;
+        bench.run_combined(&["dlq", "replay", "--all"], "").await;
         let left = if next[1] == "discard" { 3 } else { 4 };
         worker.settled(left).await;
         bench.assert_each_once(left);
@@ -81,7 +81,7 @@ async fn an_import_that_is_killed_leaves_nothing_outdated_to_replay() {
     bench.depth_becomes(".dead", 8).await;
     let bench = bench.set("AMQP_URL", &direct);
     let worker = bench.worker().await;
-    let (_, words) = bench.words(&["dlq", "replay", "--all"], "").await;
+    let (_, words) = bench.run_combined(&["dlq", "replay", "--all"], "").await;
     assert!(words.contains("replayed 4; 4 created"), "{words}");
     let contacts = bench.simulator.contacts();
     let is_new = |contact: &Value| contact["custom.cf_contactuserid"].as_str().unwrap().starts_with("new-");
@@ -98,10 +98,10 @@ async fn an_edit_replaces_nothing_else_of_its_id() {
     bench.import(&lines.join("\n")).await;
     let patch = r#"{"traits": {"title": "Dr"}}"#;
     let (_, words) =
-        bench.words(&["dlq", "edit", "--id", "same", "--limit", "1", "--patch", patch], "").await;
+        bench.run_combined(&["dlq", "edit", "--id", "same", "--limit", "1", "--patch", patch], "").await;
     assert_eq!(words, "edited 1 of 1 dead letter\n");
     let worker = bench.worker().await;
-    let (_, words) = bench.words(&["dlq", "replay", "--all"], "").await;
+    let (_, words) = bench.run_combined(&["dlq", "replay", "--all"], "").await;
     assert!(words.contains("replayed 2; 2 created"), "{words}");
     worker.terminate().await;
 }
@@ -115,7 +115,7 @@ async fn a_discard_that_is_killed_deletes_nothing_else() {
         discard.until("at it", async |_| bench.depth(".dead").await < 1000).await;
         discard.kill().await;
     }
-    bench.told(&old, "").await;
+    bench.run_text(&old, "").await;
     assert!(bench.dead_ids().await == ids(2000)[1000..]);
 }
 
@@ -152,7 +152,8 @@ async fn two_imports_take_turns() {
     let bench = Bench::dead_people(1).await;
     let all = lines(&people(500));
     let import = ["dlq", "import", "-"];
-    let ((_, one, _), (_, two, _)) = tokio::join!(bench.told(&import, &all), bench.told(&import, &all));
+    let ((_, one, _), (_, two, _)) =
+        tokio::join!(bench.run_text(&import, &all), bench.run_text(&import, &all));
     let mut both = [one, two];
     both.sort();
     assert_eq!(
@@ -172,16 +173,17 @@ async fn a_replay_goes_on_with_what_is_left() {
     let exported = bench.output(&["dlq", "export"]).await;
     let replay = bench.starting(&["dlq", "replay", "--all"]);
     replay.until("sent", async |_| bench.depth(".dead").await == 19).await;
-    let (code, words) = bench.words(&["dlq", "import", "-"], &exported).await;
+    let (code, words) = bench.run_combined(&["dlq", "import", "-"], &exported).await;
     assert!(code == Some(69) && words.contains("a replay is running"), "{words}");
-    let (code, words) = bench.words(&["dlq", "discard", "--id", "dead-18", "--yes"], "").await;
+    let (code, words) = bench.run_combined(&["dlq", "discard", "--id", "dead-18", "--yes"], "").await;
     assert!(code == Some(0) && words.contains("discarded 1, 18 remain"), "{words}");
-    let (code, words) =
-        bench.words(&["dlq", "edit", "--id", "dead-19", "--patch", r#"{"userId": "mended"}"#], "").await;
+    let (code, words) = bench
+        .run_combined(&["dlq", "edit", "--id", "dead-19", "--patch", r#"{"userId": "mended"}"#], "")
+        .await;
     assert!(code == Some(0) && words.contains("a replay is under way"), "{words}");
-    let (code, words) = bench.words(&["dlq", "edit", "dead-0", "--patch", "{}"], "").await;
+    let (code, words) = bench.run_combined(&["dlq", "edit", "dead-0", "--patch", "{}"], "").await;
     assert!(code == Some(2) && words.contains("its messages are not included"), "{words}");
-    let (code, words) = bench.words(&["dlq", "export"], "").await;
+    let (code, words) = bench.run_combined(&["dlq", "export"], "").await;
     assert!(
         code == Some(1) && words.contains("a replay is under way"),
         "an archive has to be whole: {words}"
@@ -230,10 +232,10 @@ async fn a_limit_takes_the_oldest() {
     let id = |line: &str| serde_json::from_str::<Value>(line).unwrap()["id"].clone();
     let first: Vec<_> = exported.lines().map(id).collect();
     assert_eq!(first, ["dead-3", "dead-1", "unknown"]);
-    let (_, words) = bench.words(&["dlq", "discard", "--all", "--limit", "2", "--yes"], "").await;
+    let (_, words) = bench.run_combined(&["dlq", "discard", "--all", "--limit", "2", "--yes"], "").await;
     assert_eq!(words, "discarded 2, 4 remain\n");
     assert_eq!(bench.dead_ids().await, ["dead-5", "dead-3", "dead-9", "dead-7"]);
-    let (_, words) = bench.words(&["dlq", "replay", "--all", "--limit", "0", "--dry-run"], "").await;
+    let (_, words) = bench.run_combined(&["dlq", "replay", "--all", "--limit", "0", "--dry-run"], "").await;
     assert!(words.contains("no dead letter matches"), "{words}");
 }
 
@@ -255,13 +257,13 @@ async fn the_largest_body_can_be_edited_and_no_larger() {
     assert_eq!(shown["body"]["traits"]["name"], "Ada");
     assert!(shown["original"]["traits"]["name"].as_str().unwrap().len() > 32_000);
     assert_eq!(shown["headers"]["x-trail"].as_str().unwrap().len(), 60_000);
-    let (code, words) = bench.words(&["dlq", "edit", "large", "--patch", patch], "").await;
+    let (code, words) = bench.run_combined(&["dlq", "edit", "large", "--patch", patch], "").await;
     assert!(code == Some(2) && words.contains("dlq export --id large"), "{words}");
     // As it says.
     let exported = bench.output(&["dlq", "export", "--id", "large"]).await;
     let mut letter: Value = serde_json::from_str(&exported).unwrap();
     letter["body"] = identify("u1", json!({"name": "Ada"})).to_string().into();
-    let told = bench.told(&["dlq", "import", "-"], &letter.to_string()).await.1;
+    let told = bench.run_text(&["dlq", "import", "-"], &letter.to_string()).await.1;
     assert_eq!(told, "imported 0, replaced 1, 0 were there already\n");
 }
 
@@ -275,9 +277,10 @@ async fn many_are_edited_by_one_patch() {
     let bench = Bench::dead(&events).await;
     bench.import(&line("list", 9, &json!(["no object"]))).await;
     let edit = ["dlq", "edit", "--reason", "rejected", "--patch", r#"{"traits": {"phone": null}}"#];
-    let (code, words) = bench.words(&edit, "").await;
+    let (code, words) = bench.run_combined(&edit, "").await;
     assert!(code == Some(0) && words == "edited 4 of 4 dead letters\n", "{words}");
-    let (code, words) = bench.words(&["dlq", "edit", "--reason", "rejected", "--patch", "[]"], "").await;
+    let (code, words) =
+        bench.run_combined(&["dlq", "edit", "--reason", "rejected", "--patch", "[]"], "").await;
     assert!(code == Some(0) && words == "edited 0 of 4 dead letters\n", "{words}");
     let letters = bench.dead_letters().await;
     for (letter, id) in letters.iter().zip(&ids) {
@@ -291,11 +294,11 @@ async fn many_are_edited_by_one_patch() {
     let remove = r#"[{"op": "remove", "path": "/traits/name"}]"#;
     for (patch, why) in [(remove, "the patch does not apply"), ("7", "the new body is not a JSON object")] {
         let (code, words) =
-            bench.words(&["dlq", "edit", "--since", "2000-01-01", "--patch", patch], "").await;
+            bench.run_combined(&["dlq", "edit", "--since", "2000-01-01", "--patch", patch], "").await;
         assert!(code == Some(2) && words.contains(why) && words.contains("nothing was changed"), "{words}");
         assert_eq!(bench.dead_letters().await, before);
     }
     for wrong in [&["dlq", "edit", "--reason", "rejected"][..], &["dlq", "edit", "--patch", "{}"]] {
-        assert_eq!(bench.words(wrong, "").await.0, Some(2), "{wrong:?}");
+        assert_eq!(bench.run_combined(wrong, "").await.0, Some(2), "{wrong:?}");
     }
 }

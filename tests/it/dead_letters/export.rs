@@ -32,10 +32,10 @@ async fn a_dead_letter_is_edited_and_then_succeeds() {
         refused("not a JSON object", "\"text\""),
     ] {
         arguments[2] = &id;
-        let (code, _, told) = bench.told(&arguments, "").await;
+        let (code, _, told) = bench.run_text(&arguments, "").await;
         assert!(code == Some(2) && told.contains(words), "{told}");
     }
-    let (_, _, words) = bench.told(&["dlq", "edit", &id, "--patch", "{}"], "").await;
+    let (_, _, words) = bench.run_text(&["dlq", "edit", &id, "--patch", "{}"], "").await;
     assert_eq!(words, "nothing was changed\n");
     assert_eq!(shown(&bench, &id).await["edited_at"], Value::Null);
 
@@ -67,7 +67,7 @@ async fn a_dead_letter_is_edited_and_then_succeeds() {
     assert_eq!(bench.output(&["dlq", "replay", "--id", &id]).await, "replayed 1; 1 created\n");
     assert_eq!(bench.the_lead()["contacts"][0]["title"], "Dr");
     worker.terminate().await;
-    let (code, _, words) = bench.told(&["dlq", "edit", &id, "--patch", "{}"], "").await;
+    let (code, _, words) = bench.run_text(&["dlq", "edit", &id, "--patch", "{}"], "").await;
     assert!(code == Some(2) && words.contains("there is no dead letter"), "{words}");
 }
 
@@ -76,7 +76,7 @@ async fn a_dead_letter_is_edited_and_then_succeeds() {
 async fn an_editor_is_opened() {
     let (bench, id) = nobody(json!({"type": "identify", "traits": {"name": "Ines"}})).await;
     let mut bench = bench.set("PATH", &env("PATH").unwrap());
-    let (code, _, words) = bench.told(&["dlq", "edit", &id], "").await;
+    let (code, _, words) = bench.run_text(&["dlq", "edit", &id], "").await;
     assert!(code == Some(2) && words.contains("neither VISUAL nor EDITOR"), "{words}");
     for (editor, expected, words) in [
         ("true", Some(0), "nothing was changed"),
@@ -85,7 +85,7 @@ async fn an_editor_is_opened() {
         ("sed -i '1s/{/{\"userId\": \"u7\",/'", Some(0), "dlq replay --id"),
     ] {
         bench = bench.set("EDITOR", editor);
-        let (code, _, told) = bench.told(&["dlq", "edit", &id], "").await;
+        let (code, _, told) = bench.run_text(&["dlq", "edit", &id], "").await;
         assert!(code == expected && told.contains(words), "{editor}: {told}");
         // What cannot be used is not lost.
         let kept = told.split("your edit is saved in ").nth(1).and_then(|rest| rest.split_once(';'));
@@ -147,7 +147,7 @@ async fn what_is_exported_is_restored_exactly() {
         ),
         ("imported 0, replaced 1, 2 were there already\n", exported.clone()),
     ] {
-        let (code, told, words) = bench.told(&["dlq", "import", "-"], &file).await;
+        let (code, told, words) = bench.run_text(&["dlq", "import", "-"], &file).await;
         assert_eq!((code, told.as_str()), (Some(0), expected), "{words}");
     }
     let mut after = take_all(&bench).await;
@@ -182,7 +182,7 @@ async fn an_id_that_occurs_twice_costs_nothing() {
     };
     let import = async |bodies: &[&str]| {
         let lines: Vec<_> = bodies.iter().map(|body| line(body)).collect();
-        bench.told(&["dlq", "import", "-"], &lines.join("\n")).await.1
+        bench.run_text(&["dlq", "import", "-"], &lines.join("\n")).await.1
     };
     let bodies = async || {
         let lines = bench.output(&["dlq", "export"]).await;
@@ -226,7 +226,7 @@ async fn a_file_that_is_broken_somewhere_does_nothing() {
             "header `a` is not valid",
         ),
     ] {
-        let (code, _, told) = bench.told(&["dlq", "import", "-"], &format!("{good}\n{line}\n")).await;
+        let (code, _, told) = bench.run_text(&["dlq", "import", "-"], &format!("{good}\n{line}\n")).await;
         assert!(code == Some(2) && told.contains(words) && told.contains("nothing was imported"), "{told}");
     }
     assert_eq!(bench.depth(".dead").await, 0);
@@ -259,7 +259,7 @@ async fn what_the_broker_gave_up_on_is_told_as_such() {
     let exported = bench.output(&["dlq", "export", "--fingerprint", "broker"]).await;
     let id = bench.dead_ids().await.remove(0);
     bench.output(&["dlq", "discard", "--id", &id, "--yes"]).await;
-    bench.told(&["dlq", "import", "-"], &exported).await;
+    bench.run_text(&["dlq", "import", "-"], &exported).await;
     let restored = shown(&bench, &id).await;
     assert_eq!(
         (&restored["fingerprint"], &restored["message_id"]),
@@ -294,7 +294,7 @@ async fn dead_letters_are_chosen_by_what_they_are_about() {
         line("c", 3, "exhausted:write:-", about(json!("u3"), "c3", "c@x.example")),
         line("d", 4, "malformed:decode:-", json!("no event")),
     ];
-    bench.told(&["dlq", "import", "-"], &lines.join("\n")).await;
+    bench.run_text(&["dlq", "import", "-"], &lines.join("\n")).await;
     for (arguments, meant) in [
         (&["--reason", "rejected"][..], "ab"),
         (&["--reason", "rejected", "--reason", "malformed"], "abd"),
@@ -326,9 +326,9 @@ async fn dead_letters_are_chosen_by_what_they_are_about() {
     }
     assert_eq!(shown(&bench, "m-b").await["id"], "b");
     let (_, _, words) =
-        bench.told(&["dlq", "edit", "m-b", "--patch", r#"{"traits": {"title": "Dr"}}"#], "").await;
+        bench.run_text(&["dlq", "edit", "m-b", "--patch", r#"{"traits": {"title": "Dr"}}"#], "").await;
     assert!(words.contains("dlq replay --id b`"), "{words}");
-    let (code, _, words) = bench.told(&["dlq", "list", "--since", "yesterday"], "").await;
+    let (code, _, words) = bench.run_text(&["dlq", "list", "--since", "yesterday"], "").await;
     assert!(code == Some(2) && words.contains("neither a time"), "{words}");
     let groups: Value =
         serde_json::from_str(&bench.output(&["dlq", "list", "--json", "--company-id", "c1"]).await).unwrap();

@@ -67,7 +67,7 @@ async fn a_replay_that_is_killed_loses_nothing_and_doubles_nobody() {
         replay.kill().await;
         worker.until("in the middle", async |_| bench.depth(".dead").await > 0).await;
     }
-    let rest = bench.words(&["dlq", "replay", "--all"], "").await;
+    let rest = bench.run_combined(&["dlq", "replay", "--all"], "").await;
     assert_eq!(rest.0, Some(0), "{rest:?}");
     // Those that were under way when it was killed nobody waits for.
     leads(&bench, &worker, 60).await;
@@ -94,7 +94,7 @@ async fn two_replays_take_turns() {
     assert_eq!(third.ended().await.code(), Some(1), "{}", third.log());
     assert_eq!(third.logged("run the same replay again to continue"), 1, "{}", third.log());
     // Looking goes on meanwhile.
-    let (code, words) = bench.words(&["dlq", "list"], "").await;
+    let (code, words) = bench.run_combined(&["dlq", "list"], "").await;
     assert!(code == Some(0) && words.contains("a replay is under way"), "{words}");
     leads(&bench, &worker, 10).await;
     first.kill().await;
@@ -140,7 +140,7 @@ async fn it_stops_at_the_first_that_fails_as_before() {
     bench.refuse("bad");
     let worker = bench.worker().await;
     // The first fails: nothing else is sent.
-    let (code, words) = bench.words(&["dlq", "replay", "--all"], "").await;
+    let (code, words) = bench.run_combined(&["dlq", "replay", "--all"], "").await;
     assert!(code == Some(1) && words.starts_with("replayed 1; 1 dead; 29 not sent\n"), "{words}");
     assert!(
         words.contains("rejected:write:name") && words.contains("the first message failed again"),
@@ -152,7 +152,7 @@ async fn it_stops_at_the_first_that_fails_as_before() {
     assert_eq!(bench.dead_ids().await[..29], ids(30)[1..]);
 
     // It is the last now. Of the others the tenth fails as it did before.
-    let (code, words) = bench.words(&["dlq", "replay", "--all", "--at-once", "1"], "").await;
+    let (code, words) = bench.run_combined(&["dlq", "replay", "--all", "--at-once", "1"], "").await;
     assert!(code == Some(1) && words.starts_with("replayed 9; 8 created, 1 dead; 21 not sent\n"), "{words}");
     assert!(words.contains("stopped"), "{words}");
     let output = bench.run(&["dlq", "replay", "--all", "--keep-going", "--json"], b"").await;
@@ -163,7 +163,7 @@ async fn it_stops_at_the_first_that_fails_as_before() {
 
     // Mended.
     bench.simulator.clear_faults();
-    let (code, words) = bench.words(&["dlq", "replay", "--reason", "rejected"], "").await;
+    let (code, words) = bench.run_combined(&["dlq", "replay", "--reason", "rejected"], "").await;
     assert!(code == Some(0) && words.starts_with("replayed 3; 2 added, 1 created\n"), "{words}");
     assert_eq!(bench.depth(".dead").await, 0);
     worker.terminate().await;
@@ -181,7 +181,7 @@ async fn what_close_said_is_shown_to_whoever_replays() {
     bench.simulator.fault(Fault::new(effect).on("POST", "/lead/"));
     let worker = bench.worker().await;
     let mut told = bench.outcomes(&exchange).await;
-    let (code, words) = bench.words(&["dlq", "replay", "--id", "dead-0"], "").await;
+    let (code, words) = bench.run_combined(&["dlq", "replay", "--id", "dead-0"], "").await;
     assert!(code == Some(1) && words.contains("Close said: {\"errors\":[\"jane@example.test"), "{words}");
     assert!(words.contains("the message failed again\n") && !words.contains('\u{1b}'), "{words}");
     let kept = format!("{:?}", bench.dead_letters().await);
@@ -204,7 +204,7 @@ async fn kinds_are_counted() {
             &line("other", 9, &json!([])).replace("rejected:write:name", "malformed:decode:not_an_object"),
         )
         .await;
-    let (_, words) = bench.words(&["dlq", "replay", "--all", "--dry-run"], "").await;
+    let (_, words) = bench.run_combined(&["dlq", "replay", "--all", "--dry-run"], "").await;
     assert!(
         words.contains("would replay 4 of 4 (1 malformed:decode:not_an_object, 3 rejected:write:name)"),
         "{words}"
@@ -222,7 +222,7 @@ async fn kinds_are_counted() {
     );
     bench.refuse("");
     let worker = bench.worker().await;
-    let (_, words) = bench.words(&["dlq", "replay", "--all", "--keep-going"], "").await;
+    let (_, words) = bench.run_combined(&["dlq", "replay", "--all", "--keep-going"], "").await;
     let kinds = "failed again: 1 malformed:decode:not_an_object, 3 rejected:write:name; the last:";
     assert!(words.contains(kinds), "{words}");
     worker.terminate().await;

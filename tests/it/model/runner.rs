@@ -293,7 +293,7 @@ impl<'a> Runner<'a> {
     /// Collects the result of the run and deletes everything from the broker.
     pub(crate) async fn finish(mut self) -> RunResult {
         self.read_logs();
-        let mut remaining = self.bench.faults_left().await;
+        let mut remaining = self.bench.remaining_faults().await;
         for (label, fault) in &self.plan.faults {
             match remaining.iter().position(|remaining| remaining == fault) {
                 Some(at) => drop(remaining.swap_remove(at)),

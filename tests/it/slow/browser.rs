@@ -15,7 +15,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
 
 use crate::admin::{TOKEN, closed};
-use crate::support::{Bench, PATIENCE, Worker, env, identify};
+use crate::support::{Bench, TIMEOUT, Worker, env, identify};
 
 /// Chromium, driven by W3C `WebDriver`.
 struct Chromium {
@@ -43,7 +43,7 @@ impl Chromium {
         };
         let mut lines = BufReader::new(driver.stdout.take().unwrap()).lines();
         let port = loop {
-            let line = tokio::time::timeout(PATIENCE, lines.next_line()).await.expect("a port");
+            let line = tokio::time::timeout(TIMEOUT, lines.next_line()).await.expect("a port");
             let line = line.unwrap().expect("chromedriver tells its port");
             if let Some((_, port)) = line.split_once("started successfully on port ") {
                 break port.trim_end_matches('.').to_owned();
@@ -66,7 +66,7 @@ impl Chromium {
         let options = json!({"args": arguments, "prefs": no_scripts});
         let wanted = json!({"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}});
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let http = Client::builder().no_proxy().timeout(PATIENCE).build().unwrap();
+        let http = Client::builder().no_proxy().timeout(TIMEOUT).build().unwrap();
         let url = format!("http://127.0.0.1:{port}/session");
         let session: Value = http.post(&url).json(&wanted).send().await.unwrap().json().await.unwrap();
         let id = session["value"]["sessionId"].as_str().unwrap_or_else(|| panic!("{session:#}"));
@@ -118,7 +118,7 @@ impl Chromium {
                 Err(error) => Err(error),
             };
             let Err(error) = done else { return };
-            assert!(start.elapsed() < PATIENCE, "{xpath}: {error}\n{}", self.source().await);
+            assert!(start.elapsed() < TIMEOUT, "{xpath}: {error}\n{}", self.source().await);
             tokio::time::sleep(std::time::Duration::from_millis(50)).await;
         }
     }

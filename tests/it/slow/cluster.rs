@@ -1,12 +1,12 @@
-//! A cluster of brokers that loses a node in the middle of the work.
+//! A cluster of three brokers loses a node while messages are processed.
 
 use close_sync_simulator::{Effect, Fault, Settings};
 use serde_json::Value;
 
 use crate::support::{Bench, Node, Worker, people};
 
-/// The queues a worker has declared have a copy on each of the three nodes.
-async fn assert_three_copies(node: &Node, bench: &Bench) {
+/// Asserts that every queue of the worker has a replica on each of the three nodes.
+async fn assert_three_replicas(node: &Node, bench: &Bench) {
     let queues = node.ctl(&["list_queues", "name", "members", "--formatter", "json"]).await;
     let queues: Vec<Value> = serde_json::from_str(&queues).unwrap();
     let members = |suffix: &str| {
@@ -17,7 +17,7 @@ async fn assert_three_copies(node: &Node, bench: &Bench) {
     assert_eq!(["", ".dead", ".retry.200ms", ".retry.400ms"].map(members), [3; 4], "{queues:#?}");
 }
 
-/// Which node has the leader of the work queue.
+/// The index of the node that leads the work queue.
 async fn leader(nodes: &[Node; 3], bench: &Bench) -> usize {
     for (index, node) in nodes.iter().enumerate() {
         if node.ctl(&["list_queues", "--local", "name"]).await.lines().any(|name| name == bench.queue) {
@@ -27,14 +27,15 @@ async fn leader(nodes: &[Node; 3], bench: &Bench) -> usize {
     panic!("no node has the queue");
 }
 
-/// Publishes before and after a node is killed in the middle of the work; nothing is lost, nothing doubled.
-async fn work_while_one_dies(bench: &Bench, worker: &Worker, victim: &Node) {
+/// Kills a node while messages are processed, and publishes before and after that. Asserts that no message is lost
+/// or duplicated.
+async fn process_while_a_node_dies(bench: &Bench, worker: &Worker, victim: &Node) {
     bench.simulator.fault(Fault::new(Effect::Latency { ms: 250 }).on("POST", "/lead/"));
     let people = people(80);
     bench.publish(&people[..50]).await;
     worker.until("working", async |_| bench.simulator.leads().len() > 8).await;
     victim.kill().await;
-    assert!(bench.simulator.leads().len() < 50, "it dies in the middle of the work");
+    assert!(bench.simulator.leads().len() < 50, "the node dies while messages are processed");
     bench.publish(&people[50..]).await;
     worker.until("done", async |_| bench.simulator.leads().len() >= 80).await;
     bench.depth_becomes("", 0).await;
@@ -42,31 +43,30 @@ async fn work_while_one_dies(bench: &Bench, worker: &Worker, victim: &Node) {
     assert_eq!(bench.depth(".dead").await, 0);
 }
 
-async fn losses(worker: &Worker) -> u32 {
+async fn connection_losses(worker: &Worker) -> u32 {
     worker.metrics().await.sum("broker_connection_losses_total")
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_death_of_the_node_that_leads_the_queue_is_not_noticed() {
+async fn the_worker_keeps_its_connection_when_another_node_with_the_queue_leader_dies() {
     let nodes = Node::cluster().await;
     let bench = Bench::on(&nodes[0].url, Settings::fast()).await.set("WORKER_CONCURRENCY", "4");
-    // Declares, and leaves.
+    // Declares the queues, then stops.
     bench.worker().await.terminate().await;
-    assert_three_copies(&nodes[0], &bench).await;
+    assert_three_replicas(&nodes[0], &bench).await;
     let leader = leader(&nodes, &bench).await;
 
     let mut bench = bench.set("AMQP_URL", &nodes[(leader + 1) % 3].url);
     bench.amqp_url.clone_from(&nodes[(leader + 2) % 3].url);
     let worker = bench.worker().await;
-    work_while_one_dies(&bench, &worker, &nodes[leader]).await;
-    assert_eq!(losses(&worker).await, 0, "{}", worker.log());
+    process_while_a_node_dies(&bench, &worker, &nodes[leader]).await;
+    assert_eq!(connection_losses(&worker).await, 0, "{}", worker.log());
     worker.terminate().await;
 }
 
-/// The node the worker is connected to dies, and with it the leader of the queue: the worker goes on with
-/// another node of its list.
+/// The node of the worker's connection dies. The worker connects to another node of its list.
 #[tokio::test(flavor = "multi_thread")]
-async fn when_its_node_dies_the_worker_goes_on_with_another() {
+async fn the_worker_reconnects_to_another_node_when_its_node_dies() {
     let nodes = Node::cluster().await;
     let urls = nodes.each_ref().map(|node| node.url.as_str()).join(",");
     let mut bench = Bench::on(&nodes[0].url, Settings::fast()).await.set("AMQP_URL", &urls);
@@ -74,12 +74,12 @@ async fn when_its_node_dies_the_worker_goes_on_with_another() {
     let worker = bench.worker().await;
     let victim = connected_to(&nodes).await;
     bench.amqp_url.clone_from(&nodes[(victim + 1) % 3].url);
-    work_while_one_dies(&bench, &worker, &nodes[victim]).await;
-    assert!(losses(&worker).await > 0);
+    process_while_a_node_dies(&bench, &worker, &nodes[victim]).await;
+    assert!(connection_losses(&worker).await > 0);
     worker.terminate().await;
 }
 
-/// Which node the worker consumes from.
+/// The index of the node that the worker consumes from.
 async fn connected_to(nodes: &[Node; 3]) -> usize {
     let connections = nodes[0].ctl(&["list_connections", "port", "client_properties"]).await;
     let ours = connections.lines().find(|line| line.contains("close-sync consume")).unwrap();

@@ -1,4 +1,4 @@
-//! Dead letters of a bench, without anything having failed before.
+//! Puts dead letters into a bench directly, without failed messages.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{Bench, people};
 
-/// A line for `dlq import`: a dead letter of an id and an event, that failed in the `second`th second.
+/// A line for `dlq import`: a dead letter with this id and event. `second` shifts its time of failure.
 pub(crate) fn line(id: &str, second: usize, event: &Value) -> String {
     let at = jiff::Timestamp::UNIX_EPOCH + Duration::from_secs(1_700_000_000 + second as u64);
     let line = json!({
@@ -24,19 +24,19 @@ pub(crate) fn line(id: &str, second: usize, event: &Value) -> String {
     line.to_string()
 }
 
-/// The ids of as many dead letters, `dead-0` the oldest.
+/// The ids of this many dead letters. `dead-0` is the oldest.
 pub(crate) fn ids(count: usize) -> Vec<String> {
     (0..count).map(|number| format!("dead-{number}")).collect()
 }
 
-/// Lines of dead letters with these events.
+/// Lines for `dlq import`, one for each event.
 pub(crate) fn lines(events: &[Value]) -> String {
     let lines = events.iter().enumerate().map(|(n, event)| line(&format!("dead-{n}"), n, event));
     lines.collect::<Vec<_>>().join("\n")
 }
 
 impl Bench {
-    /// With queues, and dead letters with these events.
+    /// A bench with queues and with dead letters of these events.
     pub(crate) async fn dead(events: &[Value]) -> Self {
         let bench = Self::new().await;
         bench.worker().await.terminate().await;
@@ -44,44 +44,44 @@ impl Bench {
         bench
     }
 
-    /// Dead letters of as many people.
+    /// A bench with the dead letters of this many people.
     pub(crate) async fn dead_people(count: usize) -> Self {
         Self::dead(&people(count)).await
     }
 
-    /// Puts new dead letters into the queue.
+    /// Imports new dead letters.
     pub(crate) async fn import(&self, lines: &str) {
-        let (code, told, words) = self.told(&["dlq", "import", "-"], lines).await;
+        let (code, stdout, stderr) = self.run_text(&["dlq", "import", "-"], lines).await;
         let all = format!("imported {}, replaced 0, 0 were there already\n", lines.lines().count());
-        assert_eq!((code, told), (Some(0), all), "{words}");
+        assert_eq!((code, stdout), (Some(0), all), "{stderr}");
     }
 
     /// The exit code of a command, its standard output and its standard error.
-    pub(crate) async fn told(&self, arguments: &[&str], input: &str) -> (Option<i32>, String, String) {
+    pub(crate) async fn run_text(&self, arguments: &[&str], input: &str) -> (Option<i32>, String, String) {
         let output = self.run(arguments, input.as_bytes()).await;
         let text = |bytes| String::from_utf8(bytes).unwrap();
         (output.status.code(), text(output.stdout), text(output.stderr))
     }
 
-    /// The exit code of a command, and all it prints.
-    pub(crate) async fn words(&self, arguments: &[&str], input: &str) -> (Option<i32>, String) {
-        let (code, told, words) = self.told(arguments, input).await;
-        (code, told + &words)
+    /// The exit code of a command, and its standard output and standard error as one text.
+    pub(crate) async fn run_combined(&self, arguments: &[&str], input: &str) -> (Option<i32>, String) {
+        let (code, stdout, stderr) = self.run_text(arguments, input).await;
+        (code, stdout + &stderr)
     }
 
-    /// The dead letters in the order of their queue.
+    /// The dead letters in queue order.
     pub(crate) async fn dead_letters(&self) -> Vec<Value> {
         let lines = self.output(&["dlq", "export"]).await;
         lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
-    /// Their ids.
+    /// The ids of the dead letters in queue order.
     pub(crate) async fn dead_ids(&self) -> Vec<String> {
         let letters = self.dead_letters().await.into_iter();
         letters.map(|letter| letter["id"].as_str().unwrap().to_owned()).collect()
     }
 
-    /// From now on, Close refuses Leads whose event has this in it, naming a field.
+    /// From now on, Close refuses new Leads whose request contains this text, and names a field.
     pub(crate) fn refuse(&self, containing: &str) {
         let refusal = json!({"errors": [], "field-errors": {"name": "This field is required."}});
         let effect =
@@ -89,7 +89,7 @@ impl Bench {
         self.simulator.fault(Fault::new(effect).on("POST", "/lead/").containing(containing));
     }
 
-    /// From now on, Close takes its time for new Leads.
+    /// From now on, Close delays new Leads by this time.
     pub(crate) fn slow(&self, time: Duration) {
         let ms = u64::try_from(time.as_millis()).unwrap();
         self.simulator.fault(Fault::new(Effect::Latency { ms }).on("POST", "/lead/"));

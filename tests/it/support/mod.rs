@@ -1,4 +1,4 @@
-//! A bench for one test: its own simulator, its own queues on the shared broker, workers as processes.
+//! The test bench: each test has its own simulator, its own queues on the shared broker, and workers as processes.
 
 pub(crate) mod dead_letters;
 mod node;
@@ -26,10 +26,10 @@ pub(crate) use node::Node;
 pub(crate) use proxy::Proxy;
 pub(crate) use worker::Worker;
 
-/// Nothing a test waits for takes longer, even on a busy machine.
-pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
+/// The timeout of everything a test waits for, long enough for a busy machine.
+pub(crate) const TIMEOUT: Duration = Duration::from_mins(1);
 
-/// One test's world.
+/// The environment of one test.
 pub(crate) struct Bench {
     pub(crate) simulator: Simulator,
     pub(crate) amqp_url: String,
@@ -40,7 +40,7 @@ pub(crate) struct Bench {
 }
 
 impl Bench {
-    /// Without rate limits and search lag.
+    /// A bench without rate limits and search lag.
     pub(crate) async fn new() -> Self {
         Self::with(Settings::fast()).await
     }
@@ -49,13 +49,13 @@ impl Bench {
         Self::on(&shared_broker(), settings).await
     }
 
-    /// On a broker of one's own.
+    /// A bench on another broker than the shared one.
     pub(crate) async fn on(amqp_url: &str, settings: Settings) -> Self {
         let simulator = Simulator::start(settings, "127.0.0.1:0".parse().unwrap()).await.unwrap();
         Self::around(simulator, amqp_url)
     }
 
-    /// With a Close that is there already.
+    /// A bench with an existing simulator.
     pub(crate) fn around(simulator: Simulator, amqp_url: &str) -> Self {
         let name = format!("t-{}", uuid::Uuid::now_v7().simple());
         let exchange = format!("{name}-identify");
@@ -87,14 +87,14 @@ impl Bench {
         }
     }
 
-    /// Sets a variable for the processes to come.
+    /// Sets an environment variable for processes started later.
     #[must_use]
     pub(crate) fn set(mut self, variable: &str, value: &str) -> Self {
         self.environment.insert(variable.to_owned(), value.to_owned());
         self
     }
 
-    /// With these objects on the broker instead of its own.
+    /// Uses this exchange and queue instead of its own.
     #[must_use]
     pub(crate) fn named(mut self, exchange: &str, queue: &str) -> Self {
         (self.exchange, self.queue) = (exchange.to_owned(), queue.to_owned());
@@ -106,7 +106,7 @@ impl Bench {
         self
     }
 
-    /// The environment of its processes.
+    /// The environment variables of its processes.
     pub(crate) fn environment(&self) -> HashMap<String, String> {
         self.environment.clone().into_iter().collect()
     }
@@ -118,29 +118,28 @@ impl Bench {
         worker
     }
 
-    /// Starts a worker.
     pub(crate) fn starting_worker(&self) -> Worker {
         Worker::start(&self.environment, &["run"])
     }
 
-    /// Starts another command, to be signalled.
+    /// Starts another command and keeps it running, for example to send it a signal.
     pub(crate) fn starting(&self, arguments: &[&str]) -> Worker {
         Worker::start(&self.environment, arguments)
     }
 
-    /// Runs another command of the program to its end.
+    /// Runs another command and waits until it exits.
     pub(crate) async fn run(&self, arguments: &[&str], input: &[u8]) -> Output {
         worker::run(&self.environment, arguments, input).await
     }
 
-    /// Standard output of a command that must succeed.
+    /// The standard output of a command that must succeed.
     pub(crate) async fn output(&self, arguments: &[&str]) -> String {
         let output = self.run(arguments, b"").await;
         assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// What a command prints and its exit code, with what differs from run to run replaced.
+    /// The output and exit code of a command, with placeholders for values that differ between runs.
     pub(crate) async fn transcript(&self, arguments: &[&str], input: &[u8]) -> String {
         let output = self.run(arguments, input).await;
         let text = format!(
@@ -163,7 +162,7 @@ impl Bench {
             .replace(&self.simulator.addr().to_string(), "SIMULATOR")
     }
 
-    /// Which broker its processes connect to, if it answers.
+    /// The version and features of the broker, if it answers.
     async fn broker(&self) -> Option<ServerInfo> {
         let config = Config::load(None, &self.environment(), Need::Broker).ok()?;
         Some(config.single().ok()?.amqp.open("test").await.ok()?.server)
@@ -192,7 +191,7 @@ impl Bench {
         assert_eq!(confirm.await.unwrap(), lapin::Confirmation::Ack(None), "the message was not routed");
     }
 
-    /// Starts a worker, publishes, waits until everything is settled, and ends the worker.
+    /// Starts a worker, publishes, waits until everything is settled, and stops the worker.
     pub(crate) async fn sync(&self, events: &[Value]) -> Metrics {
         let worker = self.worker().await;
         self.publish(events).await;
@@ -201,12 +200,12 @@ impl Bench {
         metrics
     }
 
-    /// Messages ready in a queue whose name ends so: "", ".dead", ".retry.200ms".
+    /// The ready messages in the queue with this suffix: "", ".dead" or ".retry.200ms".
     pub(crate) async fn depth(&self, suffix: &str) -> u32 {
         self.try_depth(suffix).await.unwrap()
     }
 
-    /// The same of a broker that may be away.
+    /// The same, for a broker that may be unreachable.
     pub(crate) async fn try_depth(&self, suffix: &str) -> lapin::Result<u32> {
         let connection = connect(&self.amqp_url).await?;
         let channel = connection.create_channel().await?;
@@ -218,12 +217,12 @@ impl Bench {
         Ok(depth)
     }
 
-    /// What is published to an exchange from now on.
+    /// Consumes everything published to an exchange from now on.
     pub(crate) async fn outcomes(&self, exchange: &str) -> Consumer {
         self.outcomes_like(exchange, "#").await
     }
 
-    /// The same, of what a routing key lets through.
+    /// The same, for messages that match a routing key.
     pub(crate) async fn outcomes_like(&self, exchange: &str, key: &str) -> Consumer {
         let (channel, none) = (self.channel().await, FieldTable::default());
         let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
@@ -234,7 +233,7 @@ impl Bench {
         channel.basic_consume(name, "".into(), options, none).await.unwrap()
     }
 
-    /// Waits until a queue holds that many messages.
+    /// Waits until the queue with this suffix has exactly this many ready messages.
     pub(crate) async fn depth_becomes(&self, suffix: &str, wanted: u32) {
         let start = Instant::now();
         loop {
@@ -242,12 +241,12 @@ impl Bench {
             if depth == wanted {
                 return;
             }
-            assert!(start.elapsed() < PATIENCE, "{suffix:?} holds {depth} messages, not {wanted}");
+            assert!(start.elapsed() < TIMEOUT, "{suffix:?} holds {depth} messages, not {wanted}");
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
 
-    /// Takes a dead letter out of the queue: its body and its text and number headers.
+    /// Removes a dead letter from its queue. Returns its body, its text and number headers, and its properties.
     pub(crate) async fn take_dead_letter(&self) -> (Vec<u8>, BTreeMap<String, String>, BasicProperties) {
         let channel = self.channel().await;
         let name = format!("{}.dead", self.queue);
@@ -264,12 +263,12 @@ impl Bench {
         (message.data.clone(), texts.collect(), properties.clone())
     }
 
-    /// A channel of the test's own, a new one after its connection was lost.
+    /// The test's own channel. Opens a new one if the connection was lost.
     pub(crate) async fn channel(&self) -> Channel {
         self.try_channel().await.unwrap()
     }
 
-    /// The same of a broker that may be away.
+    /// The same, for a broker that may be unreachable.
     pub(crate) async fn try_channel(&self) -> lapin::Result<Channel> {
         let mut channel = self.channel.lock().await;
         if let Some(open) = channel.as_ref().filter(|channel| channel.status().connected()) {
@@ -281,7 +280,7 @@ impl Bench {
         Ok(channel.insert(new).clone())
     }
 
-    /// Removes what its workers declared, for tests that make many benches.
+    /// Deletes everything its workers declared, for tests with many benches.
     pub(crate) async fn clean_up(&self, delays: &[&str]) {
         let channel = self.channel().await;
         let mut queues = vec![self.queue.clone(), format!("{}.dead", self.queue)];
@@ -296,20 +295,20 @@ impl Bench {
         }
     }
 
-    /// The faults of the simulator that have not struck as often as they may.
-    pub(crate) async fn faults_left(&self) -> Vec<Fault> {
+    /// The simulator's faults that can still affect a request.
+    pub(crate) async fn remaining_faults(&self) -> Vec<Fault> {
         let url = format!("http://{}/_sim/faults", self.simulator.addr());
         reqwest::get(url).await.unwrap().json().await.unwrap()
     }
 
-    /// The only Lead there is.
+    /// The only Lead. Panics if there is not exactly one.
     pub(crate) fn the_lead(&self) -> Value {
         let mut leads = self.simulator.leads();
         assert_eq!(leads.len(), 1, "{leads:#?}");
         leads.remove(0)
     }
 
-    /// A Lead with a company id, made by somebody else.
+    /// Creates a Lead as another user of Close would, optionally with a company id.
     pub(crate) fn lead(&self, company_id: Option<&str>, contacts: Value) -> Value {
         let mut body = json!({"name": "Made by hand", "contacts": contacts});
         if let Some(id) = company_id {
@@ -318,7 +317,7 @@ impl Bench {
         self.simulator.add_lead(body).unwrap()
     }
 
-    /// Of so many [`people`], each company is there once and each person once.
+    /// Asserts that Close has each company and each person of `people(count)` exactly once.
     pub(crate) fn assert_each_once(&self, count: usize) {
         let leads = self.simulator.leads();
         let mut companies: Vec<_> =
@@ -329,7 +328,7 @@ impl Bench {
         assert_eq!(self.simulator.contacts().len(), count);
     }
 
-    /// Writes to Close so far.
+    /// All writes to Close so far, such as `POST lead`.
     pub(crate) fn writes(&self) -> Vec<String> {
         let requests = self.simulator.requests();
         let written =
@@ -340,10 +339,10 @@ impl Bench {
     }
 }
 
-/// The broker `tests/run` starts for all tests.
+/// The URL of the broker that `tests/run` starts for all tests.
 pub(crate) fn shared_broker() -> String {
     env("CLOSE_SYNC_TEST_AMQP_URL").unwrap_or_else(|| {
-        panic!("these tests need a broker: run `tests/run`, or set CLOSE_SYNC_TEST_AMQP_URL to one")
+        panic!("these tests need RabbitMQ: run `tests/run`, or set CLOSE_SYNC_TEST_AMQP_URL to the URL of a broker")
     })
 }
 
@@ -352,12 +351,12 @@ pub(crate) fn identify(user: &str, traits: Value) -> Value {
     json!({"type": "identify", "userId": user, "traits": traits})
 }
 
-/// Events about so many people, each of a company of their own.
+/// Events about this many people, each in another company.
 pub(crate) fn people(count: usize) -> Vec<Value> {
     (0..count).map(|n| identify(&format!("u{n}"), json!({"company": {"id": format!("c{n}")}}))).collect()
 }
 
-/// Values of a list of a Contact: `values(&contact, "emails", "email")`.
+/// The values of a list of a Contact: `values(&contact, "emails", "email")`.
 pub(crate) fn values(contact: &Value, list: &str, item: &str) -> Vec<String> {
     let entries = contact[list].as_array().unwrap_or_else(|| panic!("no {list} in {contact:#}"));
     entries.iter().map(|entry| entry[item].as_str().unwrap().to_owned()).collect()
@@ -367,7 +366,7 @@ async fn connect(url: &str) -> lapin::Result<Connection> {
     Connection::connect(url, ConnectionProperties::default()).await
 }
 
-/// The samples of a metrics page by name and labels.
+/// The samples of `/metrics`, by name and labels.
 #[derive(Debug)]
 pub(crate) struct Metrics(BTreeMap<String, f64>);
 
@@ -385,18 +384,18 @@ impl Metrics {
         )
     }
 
-    /// A sample, without the prefix: `messages_settled_total{outcome="created"}`.
+    /// A sample by its name without the prefix `close_sync_`: `messages_settled_total{outcome="created"}`.
     pub(crate) fn get(&self, name: &str) -> f64 {
         *self.0.get(&format!("close_sync_{name}")).unwrap_or_else(|| panic!("no metric {name}"))
     }
 
-    /// The same as a count.
+    /// The same, as an integer.
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small counts")]
     pub(crate) fn count(&self, name: &str) -> u32 {
         self.get(name) as u32
     }
 
-    /// All samples of a name together, whatever their labels.
+    /// The sum of all samples of a name.
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small counts")]
     pub(crate) fn sum(&self, name: &str) -> u32 {
         let prefix = format!("close_sync_{name}{{");
@@ -407,18 +406,18 @@ impl Metrics {
         self.count(&format!("messages_settled_total{{outcome=\"{outcome}\"}}"))
     }
 
-    /// The same of one of several destinations.
+    /// The same, for one of several destinations.
     pub(crate) fn outcome_of(&self, outcome: &str, destination: &str) -> u32 {
         self.count(&format!("messages_settled_total{{outcome=\"{outcome}\",destination=\"{destination}\"}}"))
     }
 
-    /// Everything settled for good or waiting in a delay queue; what was handed back is not.
+    /// All settled messages, including those in delay queues, without `handed_back`.
     pub(crate) fn settled(&self) -> f64 {
         let all = self.0.iter().filter(|(name, _)| name.starts_with("close_sync_messages_settled_total"));
         all.filter(|(name, _)| !name.contains("handed_back")).map(|(_, value)| value).sum()
     }
 
-    /// What became of messages, without zeros.
+    /// The settled messages by outcome, without zeros.
     pub(crate) fn outcomes(&self) -> BTreeMap<&str, u32> {
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small counts")]
         self.0
@@ -431,13 +430,13 @@ impl Metrics {
             .collect()
     }
 
-    /// Names and label sets, in order.
+    /// The names of all samples with their labels, in order.
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
         self.0.keys().map(String::as_str)
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "how `tests/run` tells where things are")]
+#[expect(clippy::disallowed_methods, reason = "`tests/run` passes its settings in environment variables")]
 pub(crate) fn env(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }

@@ -1,10 +1,10 @@
-//! A broker of one's own, for tests that break it.
+//! A private broker, for tests that break it.
 
 use std::process::Command;
 
 use super::env;
 
-/// A private RabbitMQ node. Removed when dropped.
+/// A private RabbitMQ node. It is removed when dropped.
 pub(crate) struct Node {
     directory: tempfile::TempDir,
     pub(crate) url: String,
@@ -15,7 +15,7 @@ impl Node {
         Self::with(&[]).await
     }
 
-    /// With more to say to `deploy/rabbitmq-node start`.
+    /// Starts a node with more options for `deploy/rabbitmq-node start`.
     pub(crate) async fn with(options: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let mut node = Self { directory, url: String::new() };
@@ -23,53 +23,53 @@ impl Node {
         node
     }
 
-    /// Where it listens with TLS, for a node that does: host and port.
+    /// The host and port of its TLS listener, if it has one.
     pub(crate) fn tls_addr(&self, host: &str) -> String {
         let port = url::Url::parse(&self.url).unwrap().port().unwrap();
         format!("{host}:{}", port + 3)
     }
 
-    /// Three nodes that are one broker.
+    /// Starts a cluster of three nodes.
     pub(crate) async fn cluster() -> [Self; 3] {
-        // From 4.3 on, what a consumer had in hand waits for a minute when its node dies. Older versions do not
-        // know the setting, and give it to the next at once.
-        let soon = ["--advanced", "[{rabbit, [{consumer_disconnected_timeout, 2000}]}]."];
-        let first = Self::with(&soon).await;
+        // Since 4.3, RabbitMQ waits a minute before it redelivers the unacked messages of a consumer whose node
+        // died. Older versions redeliver at once and ignore the setting.
+        let redeliver_soon = ["--advanced", "[{rabbit, [{consumer_disconnected_timeout, 2000}]}]."];
+        let first = Self::with(&redeliver_soon).await;
         let directory = first.directory.path().to_str().unwrap().to_owned();
-        let joining = [soon.as_slice(), &["--join", &directory]].concat();
-        // One after the other, as each has to find a cluster and not another beginner.
+        let joining = [redeliver_soon.as_slice(), &["--join", &directory]].concat();
+        // One after the other: each must find a running cluster, not another node that is starting.
         let second = Self::with(&joining).await;
         let third = Self::with(&joining).await;
         [first, second, third]
     }
 
-    /// Starts it again, on the same port and data.
+    /// Starts the node again, with the same port and data.
     pub(crate) async fn start_again(&self) {
         self.run("start", &[]).await;
     }
 
-    /// Kills it with all its connections.
+    /// Kills the node and all its connections.
     pub(crate) async fn kill(&self) {
         self.run("kill", &[]).await;
     }
 
-    /// Freezes it: connections stay open, and nothing answers.
+    /// Freezes the node: connections stay open, but it does not respond.
     pub(crate) async fn pause(&self) {
         self.run("pause", &[]).await;
     }
 
-    /// Lets it go on.
+    /// Resumes a frozen node.
     pub(crate) async fn resume(&self) {
         self.run("resume", &[]).await;
     }
 
-    /// Raises the memory alarm, or clears it: the broker takes no messages then.
+    /// Sets or clears the memory alarm. During an alarm the broker accepts no messages.
     pub(crate) async fn alarm(&self, on: bool) {
         let limit = if on { "0.0000001" } else { "0.6" };
         self.ctl(&["set_vm_memory_high_watermark", limit]).await;
     }
 
-    /// What `rabbitmqctl` prints.
+    /// Runs `rabbitmqctl` and returns its output.
     pub(crate) async fn ctl(&self, arguments: &[&str]) -> String {
         self.run("ctl", arguments).await
     }

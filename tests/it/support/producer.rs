@@ -1,9 +1,9 @@
-//! A producer that sends what no client library would.
+//! A producer that sends messages that no client library can send.
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-/// One connection with one channel, in AMQP's own bytes.
+/// A connection with one channel. It writes raw AMQP frames.
 pub(crate) struct Producer(TcpStream);
 
 impl Producer {
@@ -18,7 +18,7 @@ impl Producer {
         let start = [&[0; 4], text(b"PLAIN").as_slice(), &long(login.as_bytes()), &text(b"en_US")].concat();
         producer.method(0, [0, 10, 0, 11], &start).await;
         let limits = producer.answer([0, 10, 0, 30]).await;
-        // As proposed, without a heartbeat.
+        // The limits that the broker proposes, without a heartbeat.
         producer.method(0, [0, 10, 0, 31], &[&limits[..6], &[0, 0]].concat()).await;
         producer.method(0, [0, 10, 0, 40], &[text(b"/").as_slice(), &[0, 0]].concat()).await;
         producer.answer([0, 10, 0, 41]).await;
@@ -29,7 +29,7 @@ impl Producer {
         producer
     }
 
-    /// Publishes, with properties as they are in a content header: their flags, and those that are there.
+    /// Publishes. `properties` are raw bytes as in a content header: the flags, then the values.
     pub(crate) async fn publish(&mut self, exchange: &str, key: &[u8], properties: &[u8], body: &[u8]) {
         let to = [&[0, 0], text(exchange.as_bytes()).as_slice(), &text(key), &[0]].concat();
         self.method(1, [0, 60, 0, 40], &to).await;
@@ -48,7 +48,7 @@ impl Producer {
         self.0.write_all(&frame).await.unwrap();
     }
 
-    /// The arguments of the method that comes next.
+    /// Reads the next method and returns its arguments.
     async fn answer(&mut self, method: [u8; 4]) -> Vec<u8> {
         let mut head = [0; 7];
         self.0.read_exact(&mut head).await.unwrap();
@@ -60,21 +60,21 @@ impl Producer {
     }
 }
 
-/// A short text.
+/// Encodes a short string.
 pub(crate) fn text(text: &[u8]) -> Vec<u8> {
     [&[u8::try_from(text.len()).unwrap()], text].concat()
 }
 
-/// A long text, a table or an array.
+/// Encodes a long string, a table or an array.
 pub(crate) fn long(bytes: &[u8]) -> Vec<u8> {
     [u32::try_from(bytes.len()).unwrap().to_be_bytes().as_slice(), bytes].concat()
 }
 
-/// Headers that are a table within a table, so many times.
+/// Headers with tables nested this many levels deep.
 pub(crate) fn nested(levels: usize) -> Vec<u8> {
     let mut headers = Vec::new();
     for inner in (0..levels).rev() {
-        // A name without letters, a type and a length are six bytes.
+        // An empty name, a type and a length have six bytes.
         headers.extend(u32::try_from(inner * 6).unwrap().to_be_bytes());
         if inner > 0 {
             headers.extend([0, b'F']);

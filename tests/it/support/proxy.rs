@@ -1,4 +1,4 @@
-//! A way to the broker that can be cut, or fall silent.
+//! A TCP proxy to the broker that can cut connections or stop forwarding.
 
 use std::sync::{Arc, Mutex};
 
@@ -7,17 +7,17 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-/// What is waited for among what clients send.
+/// A trap for bytes that clients send.
 enum Trap {
     Off,
     Set(Vec<u8>),
-    /// It came, and is held with all that its connection sends after it.
+    /// The bytes came. They are held, with everything their connection sends after them.
     Sprung,
 }
 
-/// Passes TCP connections on to a broker. Ends with all of them when dropped.
+/// Forwards TCP connections to a broker. Closes all of them when dropped.
 pub(crate) struct Proxy {
-    /// The broker's URL, by this way.
+    /// The URL of the broker through this proxy.
     pub(crate) url: String,
     connections: Arc<Mutex<Vec<CancellationToken>>>,
     mute: watch::Sender<bool>,
@@ -37,14 +37,14 @@ impl Proxy {
         let stop = CancellationToken::new();
         let open = Arc::clone(&connections);
         let mute = watch::Sender::new(false);
-        let silence = mute.subscribe();
+        let muted = mute.subscribe();
         let trap = watch::Sender::new(Trap::Off);
         let traps = trap.clone();
         let accept = async move |stop: CancellationToken| {
             while let Ok((client, _)) = listener.accept().await {
                 let cut = stop.child_token();
                 open.lock().unwrap().push(cut.clone());
-                tokio::spawn(pass(client, broker.clone(), silence.clone(), traps.clone(), cut));
+                tokio::spawn(pass(client, broker.clone(), muted.clone(), traps.clone(), cut));
             }
         };
         let until = stop.clone();
@@ -52,29 +52,32 @@ impl Proxy {
         Self { url: url.to_string(), connections, mute, trap, _stop: stop.drop_guard() }
     }
 
-    /// Passes nothing on any more, or goes on: connections stay open, and nothing that was sent is lost.
+    /// Stops or resumes forwarding. Connections stay open, and no data is lost.
     pub(crate) fn mute(&self, mute: bool) {
         self.mute.send_replace(mute);
     }
 
-    /// Holds the next such bytes, once.
+    /// Holds these bytes the next time a client sends them.
     pub(crate) fn set_trap(&self, bytes: &[u8]) {
         self.trap.send_replace(Trap::Set(bytes.to_vec()));
     }
 
-    /// Waits until they came.
+    /// Waits until the bytes of the trap came.
     pub(crate) async fn sprung(&self) {
         let mut trap = self.trap.subscribe();
         let sprung = trap.wait_for(|trap| matches!(trap, Trap::Sprung));
-        assert!(tokio::time::timeout(super::PATIENCE, sprung).await.is_ok(), "these bytes never came");
+        assert!(
+            tokio::time::timeout(super::TIMEOUT, sprung).await.is_ok(),
+            "the bytes of the trap never came"
+        );
     }
 
-    /// Passes on what is held.
+    /// Forwards the held bytes.
     pub(crate) fn release(&self) {
         self.trap.send_replace(Trap::Off);
     }
 
-    /// Cuts the connection that was opened last.
+    /// Cuts the newest connection.
     pub(crate) fn cut_last(&self) {
         self.connections.lock().unwrap().pop().unwrap().cancel();
     }
@@ -86,22 +89,22 @@ impl Proxy {
         }
     }
 
-    /// Cuts one of those that are open, by a number that was drawn.
-    pub(crate) fn cut_one(&self, drawn: usize) {
+    /// Cuts one of the open connections, selected by a random number.
+    pub(crate) fn cut_one(&self, number: usize) {
         let mut connections = self.connections.lock().unwrap();
         connections.retain(|connection| !connection.is_cancelled());
         if !connections.is_empty() {
-            let one = drawn % connections.len();
+            let one = number % connections.len();
             connections.swap_remove(one).cancel();
         }
     }
 }
 
-/// One connection, until either end closes it or it is cut.
+/// Forwards one connection until either side closes it or it is cut.
 async fn pass(
     client: TcpStream,
     broker: String,
-    silence: watch::Receiver<bool>,
+    muted: watch::Receiver<bool>,
     trap: watch::Sender<Trap>,
     cut: CancellationToken,
 ) {
@@ -109,8 +112,8 @@ async fn pass(
         let ((from_client, to_client), (from_broker, to_broker)) = (client.into_split(), broker.into_split());
         let both = async {
             tokio::select! {
-                () = copy(from_client, to_broker, silence.clone(), Some(trap)) => {}
-                () = copy(from_broker, to_client, silence, None) => {}
+                () = copy(from_client, to_broker, muted.clone(), Some(trap)) => {}
+                () = copy(from_broker, to_client, muted, None) => {}
             }
         };
         let _ = cut.run_until_cancelled(both).await;
@@ -118,11 +121,11 @@ async fn pass(
     cut.cancel();
 }
 
-/// Passes on what comes, when nobody asked for silence.
+/// Copies bytes in one direction, and waits while the proxy is muted.
 async fn copy(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,
-    mut silence: watch::Receiver<bool>,
+    mut muted: watch::Receiver<bool>,
     trap: Option<watch::Sender<Trap>>,
 ) {
     let mut buffer = vec![0; 16 * 1024];
@@ -130,13 +133,13 @@ async fn copy(
         if let Some(trap) = &trap {
             hold(&buffer[..read], trap).await;
         }
-        if silence.wait_for(|mute| !mute).await.is_err() || to.write_all(&buffer[..read]).await.is_err() {
+        if muted.wait_for(|mute| !mute).await.is_err() || to.write_all(&buffer[..read]).await.is_err() {
             return;
         }
     }
 }
 
-/// Waits if these bytes spring the trap.
+/// Waits while the bytes are held by the trap.
 async fn hold(bytes: &[u8], trap: &watch::Sender<Trap>) {
     let springs = trap.send_if_modified(|trap| {
         let springs =

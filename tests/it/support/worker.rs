@@ -1,4 +1,4 @@
-//! The program as a process: a worker that runs, and commands that end.
+//! close-sync as a process: workers that keep running, and commands that exit.
 
 use std::collections::BTreeMap;
 use std::process::{ExitStatus, Output, Stdio};
@@ -10,14 +10,14 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 
-use super::{Metrics, PATIENCE};
+use super::{Metrics, TIMEOUT};
 
-/// A running worker. Killed when dropped.
+/// A running worker. It is killed when dropped.
 pub(crate) struct Worker {
     child: tokio::sync::Mutex<Child>,
     pid: u32,
     log: Arc<Mutex<Vec<String>>>,
-    /// Reads the log to its end.
+    /// The task that reads the log.
     reader: tokio::sync::Mutex<Option<JoinHandle<()>>>,
     http: reqwest::Client,
 }
@@ -28,16 +28,16 @@ fn command(environment: &BTreeMap<String, String>, arguments: &[&str]) -> Comman
     command
 }
 
-/// Runs a command to its end.
+/// Runs a command and waits until it exits.
 pub(crate) async fn run(environment: &BTreeMap<String, String>, arguments: &[&str], input: &[u8]) -> Output {
     let mut command = command(environment, arguments);
     let mut child =
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
-    // A command that does not read its input is fine.
+    // A command need not read its input.
     let _ = stdin.write_all(input).await;
     drop(stdin);
-    tokio::time::timeout(PATIENCE, child.wait_with_output()).await.expect("the command ends").unwrap()
+    tokio::time::timeout(TIMEOUT, child.wait_with_output()).await.expect("the command ends").unwrap()
 }
 
 impl Worker {
@@ -58,23 +58,23 @@ impl Worker {
         Self { child: tokio::sync::Mutex::new(child), pid, log, reader, http }
     }
 
-    /// Everything it logged so far.
+    /// The log so far.
     pub(crate) fn log(&self) -> String {
         self.log.lock().unwrap().join("\n")
     }
 
-    /// The log lines after so many.
+    /// The log lines after the first `lines`.
     pub(crate) fn log_after(&self, lines: usize) -> Vec<String> {
         self.log.lock().unwrap()[lines..].to_vec()
     }
 
-    /// The actions of operators: what, who, and about what.
+    /// The audited actions of operators: fields `audit`, `who` and `about`.
     pub(crate) fn audited(&self) -> Vec<[String; 3]> {
         let lines = self.log.lock().unwrap();
         let lines = lines.iter().filter_map(|line| serde_json::from_str::<Value>(line).ok());
         let field = |line: &Value, name: &str| line[name].as_str().unwrap_or_default().to_owned();
-        let told = lines.filter(|line| line.get("audit").is_some());
-        told.map(|line| ["audit", "who", "about"].map(|name| field(&line, name))).collect()
+        let audited = lines.filter(|line| line.get("audit").is_some());
+        audited.map(|line| ["audit", "who", "about"].map(|name| field(&line, name))).collect()
     }
 
     /// The first log line that contains a text.
@@ -83,12 +83,12 @@ impl Worker {
         log.iter().find(|line| line.contains(text)).unwrap_or_else(|| panic!("no {text} in the log")).clone()
     }
 
-    /// How many log lines contain a text.
+    /// The number of log lines that contain a text.
     pub(crate) fn logged(&self, text: &str) -> usize {
         self.log.lock().unwrap().iter().filter(|line| line.contains(text)).count()
     }
 
-    /// The address it serves HTTP on, from its own log: `http://127.0.0.1:1234`.
+    /// Its HTTP address, which it logs: `http://127.0.0.1:1234`.
     pub(crate) async fn base(&self) -> String {
         let start = Instant::now();
         loop {
@@ -99,7 +99,7 @@ impl Worker {
             if let Some(bound) = bound {
                 return format!("http://{bound}");
             }
-            assert!(start.elapsed() < PATIENCE, "no HTTP address in:\n{}", self.log());
+            assert!(start.elapsed() < TIMEOUT, "no HTTP address in:\n{}", self.log());
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
@@ -109,16 +109,16 @@ impl Worker {
         Some((response.status().as_u16(), response.text().await.ok()?))
     }
 
-    /// Status and body of `/readyz`; 0 when it does not answer.
+    /// The status and body of `/readyz`. The status is 0 if it does not answer.
     pub(crate) async fn ready(&self) -> (u16, Value) {
         let (status, body) = self.page("/readyz").await.unwrap_or_default();
         (status, serde_json::from_str(&body).unwrap_or_default())
     }
 
-    /// Whether `/readyz` tells this state and cause.
+    /// Whether `/readyz` has this state and cause.
     pub(crate) async fn is(&self, state: &str, cause: Option<&str>) -> bool {
-        let told = self.ready().await.1;
-        told["state"] == state && told.get("cause").and_then(Value::as_str) == cause
+        let status = self.ready().await.1;
+        status["state"] == state && status.get("cause").and_then(Value::as_str) == cause
     }
 
     pub(crate) async fn metrics(&self) -> Metrics {
@@ -129,12 +129,12 @@ impl Worker {
     pub(crate) async fn until(&self, what: &str, mut condition: impl AsyncFnMut(&Self) -> bool) {
         let start = Instant::now();
         while !condition(self).await {
-            assert!(start.elapsed() < PATIENCE, "not {what} after {PATIENCE:?}:\n{}", self.log());
+            assert!(start.elapsed() < TIMEOUT, "not {what} after {TIMEOUT:?}:\n{}", self.log());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 
-    /// Waits until that many deliveries are settled.
+    /// Waits until this many deliveries are settled.
     #[expect(clippy::cast_precision_loss, reason = "small counts")]
     pub(crate) async fn settled(&self, deliveries: usize) -> Metrics {
         self.until(&format!("settled {deliveries}"), async |worker| {
@@ -148,14 +148,14 @@ impl Worker {
         self.pid
     }
 
-    /// The most memory it ever took, in KiB, while it lives.
+    /// Its peak memory in KiB, while it is running.
     pub(crate) fn peak_memory(&self) -> Option<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).ok()?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
         line.trim().strip_suffix(" kB")?.parse().ok()
     }
 
-    /// How many of its threads have this name.
+    /// The number of its threads with this name.
     pub(crate) fn threads(&self, name: &str) -> usize {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid)).unwrap();
         let names = tasks.filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).ok());
@@ -168,25 +168,25 @@ impl Worker {
         assert!(status.unwrap().success());
     }
 
-    /// Waits for its end.
+    /// Waits until it exits.
     pub(crate) async fn ended(&self) -> ExitStatus {
         let mut child = self.child.lock().await;
-        let status = tokio::time::timeout(PATIENCE, child.wait()).await.expect("the worker ends").unwrap();
-        // Its last words may be on their way still.
+        let status = tokio::time::timeout(TIMEOUT, child.wait()).await.expect("the worker ends").unwrap();
+        // The last lines of the log may not have been read yet.
         if let Some(reader) = self.reader.lock().await.take() {
-            tokio::time::timeout(PATIENCE, reader).await.expect("the log ends").unwrap();
+            tokio::time::timeout(TIMEOUT, reader).await.expect("the log ends").unwrap();
         }
         status
     }
 
-    /// Ends it as an orchestrator does.
+    /// Stops it as an orchestrator does.
     pub(crate) async fn terminate(&self) {
         self.signal("TERM");
         let status = self.ended().await;
         assert!(status.success(), "{status}:\n{}", self.log());
     }
 
-    /// Ends it as a power cut does.
+    /// Kills it, as a power failure would.
     pub(crate) async fn kill(&self) {
         self.signal("KILL");
         self.ended().await;

@@ -1,8 +1,8 @@
-//! Ten minutes at full speed while something breaks every few seconds. `tests/soak` runs it.
+//! The soak test: full load while something fails every few seconds. `tests/soak` runs it for ten minutes.
 //!
-//! Two workers, one active and one standing by, each with a way of its own to a private broker; a producer that
-//! keeps messages waiting; and faults of workers, broker, network and Close, drawn from a seed. Each event carries
-//! the number it has among those of its person, so that afterwards Close itself tells whether the newest one won.
+//! There are two workers, one active and one on standby, each with its own proxy to a private broker. A producer keeps
+//! messages waiting in the queue. Failures of workers, broker, network and Close are drawn from a seed. The title in
+//! each event is its number among the events of its person. So the records in Close show whether the newest event won.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::Write as _;
@@ -14,33 +14,34 @@ use lapin::options::BasicPublishOptions;
 use lapin::{BasicProperties, Confirmation};
 use serde_json::{Value, json};
 
-use self::crew::Crew;
-use self::strike::{Bag, Strike};
+use self::disruption::{Disruption, DisruptionBag};
+use self::workers::Workers;
 use crate::support::{Bench, Node, env};
 
-mod crew;
-mod strike;
+mod disruption;
+mod workers;
 
-/// Among all other tests: enough for a few kinds of faults. `tests/soak` takes minutes, in which each comes several times.
+/// The default duration, enough for a few kinds of failures. `tests/soak` runs for minutes, with each kind several
+/// times.
 const SECONDS: u64 = 20;
-/// Messages that wait, at most.
+/// The maximum number of waiting messages.
 const WAITING: u32 = 1500;
-/// Published one after the other before their confirms are awaited.
+/// The number of messages published before their confirms are awaited.
 const BATCH: usize = 100;
-/// Nothing keeps messages from being settled for longer once everything works again.
-const TIME_TO_DRAIN: Duration = Duration::from_mins(5);
+/// The time limit for settling all messages after the last failure.
+const DRAIN_LIMIT: Duration = Duration::from_mins(5);
 const DELAYS: [&str; 3] = ["1s", "2s", "5s"];
 
 fn number(name: &str, default: u64) -> u64 {
     env(name).map_or(default, |text| text.parse().unwrap())
 }
 
-fn say(line: &str) {
+fn print(line: &str) {
     std::io::stderr().write_all(format!("{line}\n").as_bytes()).unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_lost_or_doubled_while_something_breaks_every_few_seconds() {
+async fn no_message_is_lost_or_duplicated_while_components_fail() {
     let (seconds, seed) = (number("SOAK_SECONDS", SECONDS), number("SOAK_SEED", 1));
     let node = Node::start().await;
     let settings = Settings { search_lag: "0s..500ms".parse().unwrap(), ..Settings::fast() };
@@ -54,8 +55,8 @@ async fn nothing_is_lost_or_doubled_while_something_breaks_every_few_seconds() {
         .set("RETRY_DELAYS", &format!("{DELAYS:?}"))
         .set("RUST_LOG", "info,lapin=off");
     let mut random = fastrand::Rng::with_seed(seed);
-    let mut bag = Bag::default();
-    let mut crew = Crew::new(&bench).await;
+    let mut bag = DisruptionBag::default();
+    let mut workers = Workers::new(&bench).await;
     let mut producer = Producer::new(seed);
 
     let (start, mut journal) = (Instant::now(), Vec::new());
@@ -63,77 +64,77 @@ async fn nothing_is_lost_or_doubled_while_something_breaks_every_few_seconds() {
     while start.elapsed() < run {
         let pause = Duration::from_millis(random.u64(500..4000));
         producer.publish_for(&bench, pause).await;
-        let (strike, began) = (bag.draw(&mut random), Timestamp::now());
-        let strikes = strike.strike(&bench, &node, &mut crew, &mut random);
-        // The producer goes on meanwhile.
-        tokio::join!(strikes, producer.publish_for(&bench, Duration::from_secs(1)));
-        journal.push((strike, began, Timestamp::now()));
-        crew.look();
-        say(&format!(
+        let (disruption, began) = (bag.draw(&mut random), Timestamp::now());
+        let disrupting = disruption.apply(&bench, &node, &mut workers, &mut random);
+        // The producer continues meanwhile.
+        tokio::join!(disrupting, producer.publish_for(&bench, Duration::from_secs(1)));
+        journal.push((disruption, began, Timestamp::now()));
+        workers.read_logs();
+        print(&format!(
             "{:>4} s  {:<28} published {}, settled {}; {}",
             start.elapsed().as_secs(),
-            strike.label(),
+            disruption.label(),
             producer.published(),
-            crew.settled.len(),
-            crew.states().await
+            workers.settled.len(),
+            workers.states().await
         ));
     }
     bench.simulator.clear_faults();
     producer.finish(&bench).await;
     let busy_until = Timestamp::now();
-    drain(&bench, &mut crew).await;
+    drain(&bench, &mut workers).await;
     let dead = bench.depth(".dead").await;
     if dead > 0 {
         bench.output(&["dlq", "replay", "--all", "--no-wait"]).await;
-        drain(&bench, &mut crew).await;
+        drain(&bench, &mut workers).await;
     }
     let left = bench.depth(".dead").await;
-    crew.dismiss().await;
+    workers.terminate().await;
 
     let report = Report {
         seconds: start.elapsed().as_secs(),
         messages: producer.published(),
-        outcomes: crew.outcomes(),
+        outcomes: workers.outcomes(),
         dead_letters_replayed: dead,
         dead_letters_left: left,
-        lost: producer.lost(&crew),
+        lost: producer.lost(&workers),
         doubled: doubled(&bench),
         wrong: producer.wrong(&bench),
-        peak_memory_mib: crew.peak_memory / 1024,
-        longest_stall: stall(&crew, &journal, busy_until),
-        faults: journal.iter().fold(BTreeMap::new(), |mut counts, (strike, ..)| {
-            *counts.entry(strike.label()).or_default() += 1;
+        peak_memory_mib: workers.peak_memory / 1024,
+        longest_stall: stall(&workers, &journal, busy_until),
+        faults: journal.iter().fold(BTreeMap::new(), |mut counts, (disruption, ..)| {
+            *counts.entry(disruption.label()).or_default() += 1;
             counts
         }),
     };
-    say(&report.told(seed));
+    print(&report.render(seed));
     assert!(report.is_clean(), "see above");
 }
 
-/// Waits until nothing waits and nobody has anything in hand.
-async fn drain(bench: &Bench, crew: &mut Crew) {
+/// Waits until the queues are empty and the workers are idle.
+async fn drain(bench: &Bench, workers: &mut Workers) {
     let start = Instant::now();
     loop {
         let mut waiting = bench.depth("").await;
         for delay in DELAYS {
             waiting += bench.depth(&format!(".retry.{delay}")).await;
         }
-        crew.look();
-        if waiting == 0 && crew.is_idle().await {
+        workers.read_logs();
+        if waiting == 0 && workers.is_idle().await {
             return;
         }
-        assert!(start.elapsed() < TIME_TO_DRAIN, "{waiting} messages wait\n{}", crew.log());
+        assert!(start.elapsed() < DRAIN_LIMIT, "{waiting} messages wait\n{}", workers.log());
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }
 
-/// Publishes events at full speed, and knows what each person's newest one says.
+/// Publishes events at full speed, and knows the newest event of each person.
 struct Producer {
     random: fastrand::Rng,
     base: Timestamp,
-    /// How many events there were of each person.
+    /// The number of events of each person.
     events: Vec<u64>,
-    /// Published and not confirmed yet.
+    /// Published events without a confirm.
     pending: Vec<(usize, u64)>,
     published: usize,
 }
@@ -149,18 +150,18 @@ impl Producer {
         self.published
     }
 
-    /// Publishes for so long, as fast as the broker confirms and not so much that too many wait.
+    /// Publishes for this time, as fast as the broker confirms, and pauses while too many messages wait.
     async fn publish_for(&mut self, bench: &Bench, time: Duration) {
         let end = Instant::now() + time;
         while let Some(left) = end.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
-            // A broker that is away, or takes nothing, is waited for.
+            // The broker may be unreachable or accept no messages.
             if tokio::time::timeout(left, self.batch(bench)).await.is_err() {
                 return;
             }
         }
     }
 
-    /// Publishes what was not confirmed so far.
+    /// Publishes everything that is not confirmed yet.
     async fn finish(&mut self, bench: &Bench) {
         while !self.pending.is_empty() {
             self.batch(bench).await;
@@ -168,20 +169,20 @@ impl Producer {
     }
 
     async fn batch(&mut self, bench: &Bench) {
-        if !self.tried(bench).await.unwrap_or(false) {
+        if !self.try_batch(bench).await.unwrap_or(false) {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }
 
-    /// Whether there was something to publish, and all of it is confirmed.
-    async fn tried(&mut self, bench: &Bench) -> lapin::Result<bool> {
+    /// Publishes one batch. Returns whether there was anything to publish and all of it was confirmed.
+    async fn try_batch(&mut self, bench: &Bench) -> lapin::Result<bool> {
         let channel = bench.try_channel().await?;
         if self.pending.is_empty() {
             if bench.try_depth("").await? > WAITING {
                 return Ok(false);
             }
             for _ in 0..BATCH {
-                // Some are new.
+                // Sometimes there is a new person.
                 if self.random.u8(..40) == 0 {
                     self.events.push(0);
                 }
@@ -201,7 +202,7 @@ impl Producer {
             let (exchange, key) = (bench.exchange.as_str().into(), "users".into());
             confirms.push(channel.basic_publish(exchange, key, options, body.as_bytes(), properties).await?);
         }
-        // What is not confirmed is published again, in its order; also when this is cut short.
+        // Unconfirmed events stay pending and are published again in order, even if this future is dropped.
         let mut unconfirmed = Vec::new();
         for (event, confirm) in self.pending.iter().zip(confirms) {
             if !matches!(confirm.await, Ok(Confirmation::Ack(None))) {
@@ -227,14 +228,14 @@ impl Producer {
         })
     }
 
-    fn lost(&self, crew: &Crew) -> Vec<String> {
+    fn lost(&self, workers: &Workers) -> Vec<String> {
         let all = self.events.iter().enumerate();
         let ids =
             all.flat_map(|(person, count)| (1..=*count).map(move |number| format!("{person}-{number}")));
-        ids.filter(|id| !crew.done.contains(id)).collect()
+        ids.filter(|id| !workers.done.contains(id)).collect()
     }
 
-    /// Persons whose record does not say what their newest event said.
+    /// The people whose record does not match their newest event.
     fn wrong(&self, bench: &Bench) -> Vec<String> {
         let contacts = bench.simulator.contacts();
         let titles: HashMap<_, _> = contacts
@@ -252,7 +253,7 @@ impl Producer {
     }
 }
 
-/// Companies with several Leads, and persons with several Contacts.
+/// Companies with several Leads, and people with several Contacts.
 fn doubled(bench: &Bench) -> Vec<String> {
     let mut counts: BTreeMap<String, usize> = BTreeMap::new();
     let leads = bench.simulator.leads();
@@ -264,15 +265,19 @@ fn doubled(bench: &Bench) -> Vec<String> {
     counts.into_iter().filter(|(_, count)| *count > 1).map(|(id, count)| format!("{id}: {count}")).collect()
 }
 
-/// The longest time in which nothing was settled while messages waited, and what went wrong then.
-fn stall(crew: &Crew, journal: &[(Strike, Timestamp, Timestamp)], until: Timestamp) -> (u64, String) {
+/// The longest time without a settled message while messages waited, and the disruptions during it.
+fn stall(
+    workers: &Workers,
+    journal: &[(Disruption, Timestamp, Timestamp)],
+    until: Timestamp,
+) -> (u64, String) {
     let mut times: Vec<Timestamp> =
-        crew.settled.values().flatten().copied().filter(|at| *at < until).collect();
+        workers.settled.values().flatten().copied().filter(|at| *at < until).collect();
     times.sort();
     let gaps = times.windows(2).map(|pair| (pair[1].duration_since(pair[0]), pair[0], pair[1]));
     let Some((gap, from, to)) = gaps.max() else { return (0, String::new()) };
     let during = journal.iter().filter(|(_, began, ended)| *began <= to && *ended >= from);
-    let labels: Vec<_> = during.map(|(strike, ..)| strike.label()).collect();
+    let labels: Vec<_> = during.map(|(disruption, ..)| disruption.label()).collect();
     (u64::try_from(gap.as_millis()).unwrap(), labels.join(", "))
 }
 
@@ -298,7 +303,7 @@ impl Report {
             && self.dead_letters_left == 0
     }
 
-    fn told(&self, seed: u64) -> String {
+    fn render(&self, seed: u64) -> String {
         let (stall, during) = &self.longest_stall;
         if env("SOAK_JSON").is_some() {
             return json!({
@@ -319,14 +324,14 @@ impl Report {
         let rate = self.messages as u64 / self.seconds.max(1);
         [
             String::new(),
-            format!("seed {seed}: {} messages in {} s ({rate} a second)", self.messages, self.seconds),
+            format!("seed {seed}: {} messages in {} s ({rate} per second)", self.messages, self.seconds),
             format!("settled            {:?}", self.outcomes),
             format!(
-                "dead letters       {} replayed, {} left",
+                "dead letters       {} replayed, {} remaining",
                 self.dead_letters_replayed, self.dead_letters_left
             ),
             format!("lost               {}", list(&self.lost)),
-            format!("doubled            {}", list(&self.doubled)),
+            format!("duplicated         {}", list(&self.doubled)),
             format!("wrong              {}", list(&self.wrong)),
             format!("peak memory        {} MiB", self.peak_memory_mib),
             format!("longest stall      {stall} ms ({during})"),
@@ -336,8 +341,8 @@ impl Report {
     }
 }
 
-/// What a worker holds does not depend on how much waits: so many messages make no difference to one worker that has
-/// settled as many as another.
+/// The memory of a worker does not depend on the length of the queue. This compares two workers that have settled the
+/// same number of messages, with a short and with a long queue.
 #[tokio::test(flavor = "multi_thread")]
 async fn memory_does_not_grow_with_the_backlog() {
     const SETTLED: usize = 3000;
@@ -346,7 +351,7 @@ async fn memory_does_not_grow_with_the_backlog() {
     let mut peaks = Vec::new();
     for backlog in [few, many] {
         let bench = Bench::new().await.set("RUST_LOG", "info,lapin=off");
-        // Declares, and leaves.
+        // Declares the queues, then stops.
         bench.worker().await.terminate().await;
         let began = Instant::now();
         publish(&bench, backlog).await;
@@ -354,7 +359,7 @@ async fn memory_does_not_grow_with_the_backlog() {
         let worker = bench.worker().await;
         worker.settled(SETTLED).await;
         let peak = worker.peak_memory().unwrap();
-        say(&format!(
+        print(&format!(
             "{backlog} messages, published in {:.1} s: peak memory {} MiB",
             took.as_secs_f64(),
             peak / 1024
@@ -367,11 +372,11 @@ async fn memory_does_not_grow_with_the_backlog() {
     assert!(peaks[1] < peaks[0] + 10 * 1024, "{peaks:?} KiB");
 }
 
-/// Publishes small events about many people, many at once.
+/// Publishes small events about many people, with many unconfirmed at a time.
 async fn publish(bench: &Bench, messages: usize) {
     let channel = bench.channel().await;
     let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-    let mut under_way = std::collections::VecDeque::new();
+    let mut unconfirmed_messages = std::collections::VecDeque::new();
     for number in 0..messages {
         let body =
             json!({"type": "identify", "userId": format!("u{}", number % 1000), "traits": {}}).to_string();
@@ -379,12 +384,12 @@ async fn publish(bench: &Bench, messages: usize) {
         let (exchange, key) = (bench.exchange.as_str().into(), "users".into());
         let confirm =
             channel.basic_publish(exchange, key, options, body.as_bytes(), properties).await.unwrap();
-        under_way.push_back(confirm);
-        if under_way.len() == 1000 {
-            assert_eq!(under_way.pop_front().unwrap().await.unwrap(), Confirmation::Ack(None));
+        unconfirmed_messages.push_back(confirm);
+        if unconfirmed_messages.len() == 1000 {
+            assert_eq!(unconfirmed_messages.pop_front().unwrap().await.unwrap(), Confirmation::Ack(None));
         }
     }
-    for confirm in under_way {
+    for confirm in unconfirmed_messages {
         assert_eq!(confirm.await.unwrap(), Confirmation::Ack(None));
     }
 }

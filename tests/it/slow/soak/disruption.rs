@@ -1,4 +1,4 @@
-//! What goes wrong.
+//! The disruptions of a soak test.
 
 use std::time::Duration;
 
@@ -6,11 +6,11 @@ use close_sync_simulator::{Effect, Fault, FaultBody, When};
 use lapin::options::ExchangeDeleteOptions;
 use lapin::types::FieldTable;
 
-use super::crew::Crew;
+use super::workers::Workers;
 use crate::support::{Bench, Node};
 
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Strike {
+pub(super) enum Disruption {
     WorkerKilled,
     WorkerReplaced,
     WorkerFrozenForAMoment,
@@ -29,31 +29,31 @@ pub(super) enum Strike {
     CloseIsBusy,
 }
 
-const ALL: [Strike; 16] = [
-    Strike::WorkerKilled,
-    Strike::WorkerReplaced,
-    Strike::WorkerFrozenForAMoment,
-    Strike::WorkerFrozenForLong,
-    Strike::BrokerKilled,
-    Strike::BrokerFrozen,
-    Strike::BrokerAlarm,
-    Strike::ConnectionsCut,
-    Strike::ConnectionsMute,
-    Strike::ConnectionsClosed,
-    Strike::BindingRemoved,
-    Strike::ExchangeDeleted,
-    Strike::CloseFails,
-    Strike::CloseDropsConnections,
-    Strike::CloseHangs,
-    Strike::CloseIsBusy,
+const ALL: [Disruption; 16] = [
+    Disruption::WorkerKilled,
+    Disruption::WorkerReplaced,
+    Disruption::WorkerFrozenForAMoment,
+    Disruption::WorkerFrozenForLong,
+    Disruption::BrokerKilled,
+    Disruption::BrokerFrozen,
+    Disruption::BrokerAlarm,
+    Disruption::ConnectionsCut,
+    Disruption::ConnectionsMute,
+    Disruption::ConnectionsClosed,
+    Disruption::BindingRemoved,
+    Disruption::ExchangeDeleted,
+    Disruption::CloseFails,
+    Disruption::CloseDropsConnections,
+    Disruption::CloseHangs,
+    Disruption::CloseIsBusy,
 ];
 
-/// Those that have not been drawn since it was filled: each kind comes once before any comes again.
+/// The disruptions not yet drawn. Every kind is drawn once before any is drawn again.
 #[derive(Default)]
-pub(super) struct Bag(Vec<Strike>);
+pub(super) struct DisruptionBag(Vec<Disruption>);
 
-impl Bag {
-    pub(super) fn draw(&mut self, random: &mut fastrand::Rng) -> Strike {
+impl DisruptionBag {
+    pub(super) fn draw(&mut self, random: &mut fastrand::Rng) -> Disruption {
         if self.0.is_empty() {
             self.0.extend(ALL);
         }
@@ -61,7 +61,7 @@ impl Bag {
     }
 }
 
-impl Strike {
+impl Disruption {
     pub(super) fn label(self) -> &'static str {
         match self {
             Self::WorkerKilled => "worker killed",
@@ -83,24 +83,24 @@ impl Strike {
         }
     }
 
-    /// Strikes, and mends it again; what Close does stops by itself.
-    pub(super) async fn strike(
+    /// Applies the disruption and reverts it. Faults of Close end by themselves.
+    pub(super) async fn apply(
         self,
         bench: &Bench,
         node: &Node,
-        crew: &mut Crew,
+        workers: &mut Workers,
         random: &mut fastrand::Rng,
     ) {
-        let hold = async |ms: u64| tokio::time::sleep(Duration::from_millis(ms)).await;
+        let wait = async |ms: u64| tokio::time::sleep(Duration::from_millis(ms)).await;
         match self {
-            Self::WorkerKilled => crew.replace_active("KILL").await,
-            Self::WorkerReplaced => crew.replace_active("TERM").await,
+            Self::WorkerKilled => workers.replace_active("KILL").await,
+            Self::WorkerReplaced => workers.replace_active("TERM").await,
             Self::WorkerFrozenForAMoment | Self::WorkerFrozenForLong => {
-                let long = matches!(self, Self::WorkerFrozenForLong);
-                let worker = &crew.active().await.worker;
+                let is_long = matches!(self, Self::WorkerFrozenForLong);
+                let worker = &workers.active().await.worker;
                 worker.signal("STOP");
-                // The broker gives its queue away after three heartbeats of three seconds.
-                hold(if long { 12_000 } else { random.u64(500..3000) }).await;
+                // The broker drops the connection after three missed heartbeats of three seconds.
+                wait(if is_long { 12_000 } else { random.u64(500..3000) }).await;
                 worker.signal("CONT");
             }
             Self::BrokerKilled => {
@@ -109,19 +109,19 @@ impl Strike {
             }
             Self::BrokerFrozen => {
                 node.pause().await;
-                hold(random.u64(500..9000)).await;
+                wait(random.u64(500..9000)).await;
                 node.resume().await;
             }
             Self::BrokerAlarm => {
                 node.alarm(true).await;
-                hold(random.u64(500..4000)).await;
+                wait(random.u64(500..4000)).await;
                 node.alarm(false).await;
             }
-            Self::ConnectionsCut => crew.active().await.proxy.cut(),
+            Self::ConnectionsCut => workers.active().await.proxy.cut(),
             Self::ConnectionsMute => {
-                let proxy = &crew.active().await.proxy;
+                let proxy = &workers.active().await.proxy;
                 proxy.mute(true);
-                hold(random.u64(500..9000)).await;
+                wait(random.u64(500..9000)).await;
                 proxy.mute(false);
             }
             Self::ConnectionsClosed => drop(node.ctl(&["close_all_connections", "a test"]).await),
@@ -138,23 +138,22 @@ impl Strike {
             Self::CloseFails => {
                 let code = [500, 502, 503, 504][random.usize(..4)];
                 let when = when(random);
-                hit(bench, random, Effect::Status { code, body: FaultBody::Empty, when });
+                add_fault(bench, random, Effect::Status { code, body: FaultBody::Empty, when });
             }
             Self::CloseDropsConnections => {
                 let when = when(random);
-                hit(bench, random, Effect::DropConnection { when });
+                add_fault(bench, random, Effect::DropConnection { when });
             }
-            // Longer than the worker waits.
+            // Longer than the worker's timeout.
             Self::CloseHangs => {
                 let when = when(random);
-                hit(bench, random, Effect::Timeout { ms: 3000, when });
+                add_fault(bench, random, Effect::Timeout { ms: 3000, when });
             }
             Self::CloseIsBusy => {
                 let with_headers = random.bool();
-                // A few: each one that its headers do not explain makes the worker slower, as there may be a limit it
-                // does not know.
-                let busy = Effect::RateLimited { retry_after: 0.5, with_headers };
-                bench.simulator.fault(Fault::new(busy).times(random.u32(1..4)));
+                // Only a few. A 429 without matching headers suggests a hidden limit, so each one slows the worker down.
+                let effect = Effect::RateLimited { retry_after: 0.5, with_headers };
+                bench.simulator.fault(Fault::new(effect).times(random.u32(1..4)));
             }
         }
     }
@@ -164,8 +163,8 @@ fn when(random: &mut fastrand::Rng) -> When {
     if random.bool() { When::BeforeCommit } else { When::AfterCommit }
 }
 
-/// Some requests of one kind meet it.
-fn hit(bench: &Bench, random: &mut fastrand::Rng, effect: Effect) {
+/// Applies the effect to some requests of one kind.
+fn add_fault(bench: &Bench, random: &mut fastrand::Rng, effect: Effect) {
     let kinds = [("POST", "/lead/"), ("POST", "/contact/"), ("PUT", "/"), ("GET", "/"), ("POST", "/data/")];
     let (method, path) = kinds[random.usize(..kinds.len())];
     bench.simulator.fault(Fault::new(effect).on(method, path).times(random.u32(1..40)));

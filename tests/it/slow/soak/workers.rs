@@ -1,4 +1,4 @@
-//! The two workers, and what they said they settled.
+//! The two workers of a soak test, and the messages they settled according to their logs.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,31 +7,31 @@ use serde_json::Value;
 
 use crate::support::{Bench, Proxy, Worker};
 
-/// Two workers, one active and one standing by.
-pub(super) struct Crew {
+/// Two workers: one active, one on standby.
+pub(super) struct Workers {
     environment: BTreeMap<String, String>,
     amqp_url: String,
     members: Vec<Member>,
-    /// When each message was settled for good, by its id; more than once if it came again.
+    /// When each message was settled, by message id. A redelivered message can have several times.
     pub(super) settled: BTreeMap<String, Vec<Timestamp>>,
-    /// Those that Close has, or need not have. A dead letter may yet be lost: it is not among them until it was replayed.
+    /// The messages that were synced or skipped. A dead letter can still be lost, so it counts only after its replay.
     pub(super) done: BTreeSet<String>,
     outcomes: BTreeMap<String, usize>,
-    /// Of all, those that are gone included; KiB.
+    /// The peak memory in KiB of all workers, including those that have exited.
     pub(super) peak_memory: u64,
 }
 
-/// A worker with its own way to the broker.
+/// A worker with its own proxy to the broker.
 pub(super) struct Member {
     pub(super) worker: Worker,
     pub(super) proxy: Proxy,
-    /// Lines of its log that were read.
+    /// How many lines of its log have been read.
     read: usize,
 }
 
-impl Crew {
+impl Workers {
     pub(super) async fn new(bench: &Bench) -> Self {
-        let mut crew = Self {
+        let mut workers = Self {
             environment: bench.environment().into_iter().collect(),
             amqp_url: bench.amqp_url.clone(),
             members: Vec::new(),
@@ -40,21 +40,21 @@ impl Crew {
             outcomes: BTreeMap::new(),
             peak_memory: 0,
         };
-        crew.hire().await;
-        let first = &crew.members[0].worker;
+        workers.start_worker().await;
+        let first = &workers.members[0].worker;
         first.until("ready", async |worker| worker.ready().await.0 == 200).await;
-        crew.hire().await;
-        crew
+        workers.start_worker().await;
+        workers
     }
 
-    async fn hire(&mut self) {
+    async fn start_worker(&mut self) {
         let proxy = Proxy::start(&self.amqp_url).await;
-        // Short, so that silence is noticed in a test's time.
+        // A short heartbeat, so that a silent connection is detected within the test.
         self.environment.insert("AMQP_URL".to_owned(), format!("{}?heartbeat=3", proxy.url));
         self.members.push(Member { worker: Worker::start(&self.environment, &["run"]), proxy, read: 0 });
     }
 
-    /// The one that works, as far as can be told.
+    /// The worker that is consuming, or the first if none is.
     pub(super) async fn active(&self) -> &Member {
         for member in &self.members {
             if member.worker.ready().await.1["state"] == "consuming" {
@@ -64,19 +64,19 @@ impl Crew {
         &self.members[0]
     }
 
-    /// Another one takes the place of the active one, which ends by `signal`.
+    /// Ends the active worker with a signal and starts another one.
     pub(super) async fn replace_active(&mut self, signal: &str) {
         let active = self.active().await.worker.pid();
         let at = self.members.iter().position(|member| member.worker.pid() == active).unwrap();
         self.members[at].worker.signal(signal);
         self.members[at].worker.ended().await;
-        self.look();
+        self.read_logs();
         self.members.remove(at);
-        self.hire().await;
+        self.start_worker().await;
     }
 
-    /// Reads what the workers have logged since, and how much memory they took.
-    pub(super) fn look(&mut self) {
+    /// Reads the new log lines and the memory use of the workers.
+    pub(super) fn read_logs(&mut self) {
         for member in &mut self.members {
             self.peak_memory = self.peak_memory.max(member.worker.peak_memory().unwrap_or(0));
             let lines = member.worker.log_after(member.read);
@@ -95,13 +95,13 @@ impl Crew {
         self.outcomes.clone()
     }
 
-    /// What the workers say they are doing.
+    /// The states of the workers from `/readyz`.
     pub(super) async fn states(&self) -> String {
         let mut states = Vec::new();
         for member in &self.members {
-            let told = member.worker.ready().await.1;
-            let words = ["state", "cause", "alarm"].iter().filter_map(|key| told[key].as_str());
-            states.push(words.collect::<Vec<_>>().join(" "));
+            let status = member.worker.ready().await.1;
+            let fields = ["state", "cause", "alarm"].iter().filter_map(|key| status[key].as_str());
+            states.push(fields.collect::<Vec<_>>().join(" "));
         }
         states.join(", ")
     }
@@ -121,17 +121,17 @@ impl Crew {
         self.members.iter().map(|member| member.worker.log()).collect::<Vec<_>>().join("\n")
     }
 
-    pub(super) async fn dismiss(&mut self) {
+    pub(super) async fn terminate(&mut self) {
         for member in &self.members {
             member.worker.terminate().await;
         }
-        self.look();
+        self.read_logs();
     }
 }
 
 const DEAD: &str = "dead: ";
 
-/// What a log line says of a message that was settled for good.
+/// Parses the log line of a settled message.
 fn settlement(line: &str) -> Option<(Timestamp, String, String)> {
     let line: Value = serde_json::from_str(line).ok()?;
     let what = line["message"].as_str()?;
