@@ -1,10 +1,14 @@
-//! What a run of events costs of Close's rate limits, and how close the worker comes to the time it must take.
+//! Measures how many calls to Close a set of events needs, and how the time compares with its lower bound.
 //!
-//! The real worker on a real broker, against the simulator with Close's strict limits (close-api.md §2: search
-//! 16 calls in 8 s). A plain client that handles one message after the other is measured beside it. Run it by
+//! Runs the real worker on a real broker, against the simulator with Close's strict limits (close-api.md §2: search
+//! 16 calls in 8 s). For comparison, a plain client processes one message after the other. Run it with
 //! `tests/budget/run`.
 
-#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a measurement that cannot go on ends")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a measurement ends with a panic if it cannot continue"
+)]
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -20,7 +24,7 @@ const PEOPLE: usize = 1000;
 const COMPANIES: usize = 300;
 const WINDOW: f64 = 8.0;
 
-/// The endpoint groups that matter, and Close's limit of calls in a window.
+/// The relevant endpoint groups: name, method, path, and Close's limit of calls per window.
 const GROUPS: [(&str, &str, &str, f64); 6] = [
     ("search", "POST", "/data/search/", 16.0),
     ("read lead", "GET", "/lead/", 240.0),
@@ -30,7 +34,7 @@ const GROUPS: [(&str, &str, &str, f64); 6] = [
     ("update", "PUT", "/", 240.0),
 ];
 
-/// What keeps records single and values in order.
+/// The settings that avoid duplicates and keep values in order.
 const GUARDS_ON: [(&str, &str); 4] = [
     ("CLOSE_SEARCH_LAG", "5s"),
     ("WORKER_MERGE", "true"),
@@ -47,13 +51,13 @@ const GUARDS_OFF: [(&str, &str); 4] = [
 /// A row of the table.
 struct Row {
     name: &'static str,
-    /// Of the rate limits, in percent.
+    /// `close.rate_limit_share` in percent.
     share: u32,
-    /// The worker knows everybody.
+    /// The worker has all people in its cache.
     warm: bool,
-    /// Another client takes half.
+    /// Another client uses half of the limits.
     shared: bool,
-    /// What is left for us at best.
+    /// The fraction of the limits that the worker can use at most.
     bound: f64,
     guards: bool,
 }
@@ -71,7 +75,7 @@ const ROWS: [Row; 5] = [
     },
     Row { name: "cold start, share 80 %", share: 80, warm: false, shared: false, bound: 0.8, guards: true },
     Row {
-        name: "cold, half taken by another, 80 %",
+        name: "cold, half used by another, 80 %",
         share: 80,
         warm: false,
         shared: true,
@@ -80,7 +84,7 @@ const ROWS: [Row; 5] = [
     },
 ];
 
-/// The events, and the calls each group has to get for them.
+/// The events, and the necessary calls for them in each group.
 struct Work {
     events: Vec<Value>,
     needed: [f64; 6],
@@ -93,13 +97,13 @@ fn person(n: usize, company: usize, title: &str) -> Value {
     }})
 }
 
-/// 60 % unchanged repeats, 25 % changed, 10 % a new person in a known company, 5 % a new company; mixed.
+/// A mix of events: 60 % unchanged, 25 % changed, 10 % a new person in a known company, 5 % a new company.
 fn work(count: usize) -> Work {
     let (mut events, mut needed) = (Vec::new(), [0.0; 6]);
     for n in 0..count {
         let known = n * 7919 % PEOPLE;
         let company = known % COMPANIES;
-        // Every event has to look at its Lead, whatever it wants; a new company has none.
+        // Every event reads its Lead, unless the company is new.
         let (event, calls): (_, &[usize]) = match n * 37 % 20 {
             0..12 => (person(known, company, "CEO"), &[1]),
             12..17 => (person(known, company, &format!("CEO {n}")), &[1, 5]),
@@ -109,7 +113,7 @@ fn work(count: usize) -> Work {
         for group in calls {
             needed[*group] += 1.0;
         }
-        // Two look-ups, of which up to 25 share a search.
+        // Two lookups. Up to 25 lookups share a search.
         if calls == [3] {
             needed[0] += 2.0 / 25.0;
         }
@@ -118,7 +122,7 @@ fn work(count: usize) -> Work {
     Work { events, needed }
 }
 
-/// A Close that has the people and companies.
+/// A simulator that already has the people and companies.
 async fn close() -> Simulator {
     let settings = Settings {
         limits: Limits::documented(),
@@ -141,7 +145,7 @@ async fn close() -> Simulator {
     simulator
 }
 
-/// What a run took.
+/// The result of a run.
 struct Figures {
     name: String,
     took: f64,
@@ -152,17 +156,17 @@ struct Figures {
 }
 
 impl Figures {
-    /// The time the calls that had to be made take, with `share` of each window.
+    /// The minimum time for the necessary calls, with this share of each window.
     fn bound(needed: &[f64; 6], share: f64) -> f64 {
         let times = GROUPS.iter().zip(needed).map(|((_, _, _, limit), needed)| {
-            // The first window is there at once.
+            // The first window is available at once.
             let allowed = (limit * share).floor();
             ((needed / allowed).ceil() - 1.0).max(0.0) * WINDOW
         });
         times.fold(0.0, f64::max)
     }
 
-    /// Calls by group and those answered with 429, as Close saw them.
+    /// The calls by group, and the calls answered with 429, as the simulator counted them.
     fn count(simulator: &Simulator) -> ([f64; 6], f64) {
         let (mut calls, mut busy) = ([0.0; 6], 0.0);
         for request in simulator.requests() {
@@ -209,7 +213,7 @@ struct Worker {
 
 impl Worker {
     async fn start(amqp: &str, close: &Simulator, queue: &str, row: &Row) -> Self {
-        // Free now, and nobody else here takes one.
+        // A free port. No other process here takes ports.
         let http = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
         let exchange = format!("{queue}-identify");
         let environment: HashMap<String, String> = [
@@ -242,7 +246,7 @@ impl Worker {
         worker
     }
 
-    /// The sum of the samples whose lines begin so and contain that.
+    /// The sum of the samples whose lines start with the prefix and contain the part.
     async fn metric(&self, prefix: &str, part: &str) -> f64 {
         let Ok(answer) = reqwest::get(format!("http://{}/metrics", self.http)).await else { return 0.0 };
         let page = answer.text().await.unwrap_or_default();
@@ -253,7 +257,7 @@ impl Worker {
         lines.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
     }
 
-    /// Calls of its own by group, and those answered with 429.
+    /// The worker's calls by group, and the calls answered with 429.
     async fn calls(&self) -> ([f64; 6], f64) {
         let mut calls = [0.0; 6];
         for (group, endpoint) in
@@ -303,7 +307,7 @@ impl Worker {
     }
 }
 
-/// Someone else with the same key, who makes half the calls the limits allow.
+/// Another client with the same key. It makes half of the allowed calls.
 fn other(close: &Simulator) -> tokio::task::JoinHandle<()> {
     let url = close.url();
     tokio::spawn(async move {
@@ -316,7 +320,7 @@ fn other(close: &Simulator) -> tokio::task::JoinHandle<()> {
                     client.request(method, format!("{url}{path}")).basic_auth("api_simulator.key", Some(""));
                 let _ = request.json(&body).send().await;
             };
-            // Calls that are refused as wrong count like any other.
+            // Invalid calls count like all others.
             call(reqwest::Method::POST, "data/search/", json!({})).await;
             for _ in 0..15 {
                 call(reqwest::Method::GET, "lead/lead_none/", Value::Null).await;
@@ -326,7 +330,8 @@ fn other(close: &Simulator) -> tokio::task::JoinHandle<()> {
     })
 }
 
-/// Look-up, look-up, write, write, one event after the other; on 429 it sleeps as long as it is told.
+/// A plain client: two lookups and two writes for each event, one event after the other. After a 429 it sleeps for
+/// `Retry-After`.
 async fn plain_client(close: &Simulator, events: &[Value]) -> Duration {
     let client = reqwest::Client::new();
     let url = close.url();
@@ -404,9 +409,9 @@ async fn main() {
         let close = close().await;
         let worker = Worker::start(&amqp, &close, &format!("budget-{number}"), row).await;
         if row.warm {
-            let everybody: Vec<Value> = (0..PEOPLE).map(|n| person(n, n % COMPANIES, "CEO")).collect();
-            worker.drain(&everybody).await;
-            // The next window is as full as any.
+            let people: Vec<Value> = (0..PEOPLE).map(|n| person(n, n % COMPANIES, "CEO")).collect();
+            worker.drain(&people).await;
+            // Start with a new window.
             tokio::time::sleep(Duration::from_secs_f64(WINDOW)).await;
         }
         let before = worker.calls().await;
@@ -416,9 +421,9 @@ async fn main() {
             other.abort();
         }
         let after = worker.calls().await;
-        // Whoever gives messages up is fast.
-        for given_up in ["dead", "delayed"] {
-            assert!(worker.metric("messages_settled_total", given_up).await < 1.0, "{given_up}");
+        // Without this check, giving up messages would look fast.
+        for outcome in ["dead", "delayed"] {
+            assert!(worker.metric("messages_settled_total", outcome).await < 1.0, "{outcome}");
         }
         let calls = std::array::from_fn(|group| after.0[group] - before.0[group]);
         let busy = after.1 - before.1;
@@ -437,7 +442,7 @@ async fn main() {
     if !only.is_empty() {
         return;
     }
-    // It is slow: a part has to do.
+    // It is slow, so it processes only a part of the events.
     let part = &work.events[..count.min(60)];
     let close = close().await;
     let took = plain_client(&close, part).await;

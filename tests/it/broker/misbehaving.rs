@@ -185,7 +185,7 @@ async fn the_worker_waits_for_revoked_credentials() {
 }
 
 /// The connections stay open, but nothing arrives, as when a network drops packets. The worker notices it within
-/// [`PATIENCE`], which is less than RabbitMQ's default heartbeat needs.
+/// [`TIMEOUT`], which is less than RabbitMQ's default heartbeat needs.
 #[tokio::test(flavor = "multi_thread")]
 async fn missing_heartbeats_end_a_silent_connection() {
     let node = Node::start().await;
