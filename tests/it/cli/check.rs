@@ -1,4 +1,4 @@
-//! `close-sync check` on every kind of bad configuration, and `run` refusing to start.
+//! `close-sync check` with valid and invalid configurations, and how `run` refuses to start.
 
 use close_sync_simulator::{Effect, Fault, FaultBody, When};
 
@@ -9,7 +9,7 @@ use lapin::types::FieldTable;
 use crate::support::Bench;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn everything_in_order() {
+async fn a_valid_configuration_passes() {
     let bench = Bench::new().await;
     insta::assert_snapshot!("before_the_first_run", bench.transcript(&["check"], b"").await);
     let worker = bench.worker().await;
@@ -21,7 +21,7 @@ async fn everything_in_order() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn each_bad_configuration_is_told_with_its_remedy() {
+async fn each_invalid_configuration_is_reported_with_its_remedy() {
     let cases: [(&str, &[(&str, &str)]); 9] = [
         ("no_key", &[("CLOSE_API_KEY", "")]),
         ("wrong_key", &[("CLOSE_API_KEY", "api_wrong.key")]),
@@ -59,7 +59,7 @@ async fn each_bad_configuration_is_told_with_its_remedy() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_broker_that_does_not_let_us_in() {
+async fn wrong_broker_credentials_are_a_configuration_error() {
     let bench = Bench::new().await;
     let wrong = bench.amqp_url.replace("guest:guest", "guest:hunter2");
     let output = bench.set("AMQP_URL", &wrong).run(&["check"], b"").await;
@@ -72,7 +72,7 @@ async fn a_broker_that_does_not_let_us_in() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn close_in_trouble_is_no_mistake_of_the_configuration() {
+async fn errors_of_close_are_not_configuration_errors() {
     let bench = Bench::new().await;
     for code in [403, 503] {
         bench.simulator.clear_faults();
@@ -86,7 +86,7 @@ async fn close_in_trouble_is_no_mistake_of_the_configuration() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn run_refuses_what_cannot_work() {
+async fn run_refuses_an_invalid_configuration() {
     let cases: [(&str, &str); 2] =
         [("CLOSE_LEAD_COMPANY_ID_FIELD", "cf_leadnumericid"), ("CLOSE_API_KEY", "api_wrong.key")];
     for (variable, value) in cases {
@@ -94,20 +94,20 @@ async fn run_refuses_what_cannot_work() {
         let worker = bench.starting_worker();
         assert_eq!(worker.ended().await.code(), Some(78));
         let name = format!("run_with_bad_{}", variable.to_lowercase());
-        worker.until("told", async |worker| worker.logged("error:") == 1).await;
-        let told = worker
+        worker.until("error logged", async |worker| worker.logged("error:") == 1).await;
+        let error = worker
             .log()
             .lines()
             .skip_while(|line| !line.starts_with("error:"))
             .collect::<Vec<_>>()
             .join("\n");
-        insta::assert_snapshot!(name, told);
+        insta::assert_snapshot!(name, error);
     }
 }
 
-/// A queue of that name with other arguments: both values are named, and there is no endless loop.
+/// The error names both values, and the worker does not retry forever.
 #[tokio::test(flavor = "multi_thread")]
-async fn run_refuses_a_queue_that_is_not_ours() {
+async fn run_refuses_a_queue_with_other_arguments() {
     let bench = Bench::new().await;
     let options = QueueDeclareOptions::durable();
     bench
@@ -122,16 +122,15 @@ async fn run_refuses_a_queue_that_is_not_ours() {
 
     let worker = bench.starting_worker();
     assert_eq!(worker.ended().await.code(), Some(78));
-    worker.until("told", async |worker| worker.logged("error:") == 1).await;
+    worker.until("error logged", async |worker| worker.logged("error:") == 1).await;
     let log = worker.log();
     let both = format!("received the value '{}.dead' of type 'longstr' but current is none", bench.queue);
     assert!(log.contains("inequivalent arg 'x-dead-letter-exchange'") && log.contains(&both), "{log}");
     assert!(log.contains("amqp.queue"), "{log}");
 }
 
-/// The same of an exchange that is of another kind.
 #[tokio::test(flavor = "multi_thread")]
-async fn run_refuses_an_exchange_that_is_not_ours() {
+async fn run_refuses_an_exchange_of_another_type() {
     let bench = Bench::new().await;
     let options = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
     let channel = bench.channel().await;
@@ -144,7 +143,7 @@ async fn run_refuses_an_exchange_that_is_not_ours() {
     declared.await.unwrap();
     let worker = bench.starting_worker();
     assert_eq!(worker.ended().await.code(), Some(78));
-    worker.until("told", async |worker| worker.logged("error:") == 1).await;
+    worker.until("error logged", async |worker| worker.logged("error:") == 1).await;
     let log = worker.log();
     assert!(
         log.contains("received 'topic' but current is 'fanout'") && log.contains("amqp.exchange"),
@@ -153,7 +152,7 @@ async fn run_refuses_an_exchange_that_is_not_ours() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_settings_in_force_are_shown_without_secrets() {
+async fn print_config_shows_the_effective_settings_without_secrets() {
     let bench = Bench::new().await;
     insta::assert_snapshot!("print_config", bench.transcript(&["check", "--print-config"], b"").await);
 }

@@ -1,4 +1,4 @@
-//! The commands and their settings.
+//! Tests of the commands and their settings.
 
 mod check;
 mod destinations;

@@ -1,4 +1,4 @@
-//! `close-sync plan`: tells what would happen and why, and touches nothing.
+//! `close-sync plan`: explains each event and writes nothing.
 
 use serde_json::{Value, json};
 
@@ -10,22 +10,23 @@ fn lines(events: &[Value]) -> Vec<u8> {
     events.iter().flat_map(|event| [event.to_string(), "\n".to_owned()]).collect::<String>().into_bytes()
 }
 
-/// A transcript with ids replaced in the order they are met.
+/// Replaces the ids in a transcript by numbers, in the order of their first occurrence.
 fn without_ids(transcript: &str) -> String {
-    let mut known: Vec<String> = Vec::new();
+    let mut ids: Vec<String> = Vec::new();
     let mut text = transcript.to_owned();
     for word in transcript.split(|c: char| !c.is_ascii_alphanumeric() && c != '_') {
-        let id = ["lead_", "cont_", "stat_"].iter().any(|prefix| word.starts_with(prefix) && word.len() > 20);
-        if id && !known.iter().any(|other| other == word) {
-            known.push(word.to_owned());
-            text = text.replace(word, &format!("{}{}", word.get(..5).unwrap(), known.len()));
+        let is_id =
+            ["lead_", "cont_", "stat_"].iter().any(|prefix| word.starts_with(prefix) && word.len() > 20);
+        if is_id && !ids.iter().any(|other| other == word) {
+            ids.push(word.to_owned());
+            text = text.replace(word, &format!("{}{}", word.get(..5).unwrap(), ids.len()));
         }
     }
     text
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_plan_tells_what_would_happen_and_why_and_writes_nothing() {
+async fn plan_explains_each_event_and_writes_nothing() {
     let bench = Bench::new()
         .await
         .set("MAPPING_LEAD_NAME", "{ write = \"on_create\" }")
@@ -61,13 +62,13 @@ async fn a_plan_tells_what_would_happen_and_why_and_writes_nothing() {
         "a_plan_for_people",
         without_ids(&bench.transcript(&["plan", "-"], &events).await)
     );
-    let told = bench.transcript(&["plan", "-", "--json", "--strict"], &events).await;
-    insta::assert_snapshot!("a_plan_for_scripts", without_ids(&told));
+    let json = bench.transcript(&["plan", "-", "--json", "--strict"], &events).await;
+    insta::assert_snapshot!("a_plan_for_scripts", without_ids(&json));
     assert_eq!(bench.writes().len(), writes);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_file_may_hold_one_event_a_list_or_lines() {
+async fn a_file_may_contain_one_event_a_list_or_lines() {
     let bench = Bench::new().await;
     let event = identify("u1", json!({"email": "jane@acme.test"}));
     let forms = [
@@ -75,12 +76,12 @@ async fn a_file_may_hold_one_event_a_list_or_lines() {
         serde_json::to_vec_pretty(&json!([event])).unwrap(),
         lines(std::slice::from_ref(&event)),
     ];
-    let mut told = Vec::new();
+    let mut plans = Vec::new();
     for form in forms {
-        told.push(String::from_utf8(bench.run(&["plan", "-", "--json"], &form).await.stdout).unwrap());
+        plans.push(String::from_utf8(bench.run(&["plan", "-", "--json"], &form).await.stdout).unwrap());
     }
-    assert!(told.iter().all(|one| *one == told[0] && one.lines().count() == 1), "{told:#?}");
-    assert!(told[0].contains("\"outcome\":\"created\""), "{}", told[0]);
+    assert!(plans.iter().all(|plan| *plan == plans[0] && plan.lines().count() == 1), "{plans:#?}");
+    assert!(plans[0].contains("\"outcome\":\"created\""), "{}", plans[0]);
 
     let ok = bench.run(&["plan", "-", "--strict"], &lines(&[event])).await;
     assert_eq!(ok.status.code(), Some(0));
@@ -88,7 +89,7 @@ async fn a_file_may_hold_one_event_a_list_or_lines() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_close_there_is_no_plan() {
+async fn plan_fails_without_access_to_close() {
     let bench = Bench::new().await.set("CLOSE_API_KEY", "api_wrong.key");
     insta::assert_snapshot!("a_plan_without_a_key", bench.transcript(&["plan", "-"], b"{}").await);
     let bench = Bench::new().await.set("CLOSE_LEAD_COMPANY_ID_FIELD", "Seats");

@@ -1,4 +1,4 @@
-//! `close-sync publish` and the producer's contract, and the metrics page after it all.
+//! `close-sync publish`, and the metrics after a scenario.
 
 use close_sync_simulator::{Effect, Fault, When};
 use lapin::BasicProperties;
@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::support::{Bench, Worker, identify};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn events_arrive_in_order_with_their_properties_and_bad_lines_are_named() {
+async fn events_are_published_in_order_and_invalid_lines_are_reported() {
     let bench = Bench::new().await;
     // The queues exist once a worker has run.
     bench.worker().await.terminate().await;
@@ -27,7 +27,7 @@ async fn events_arrive_in_order_with_their_properties_and_bad_lines_are_named() 
         )
     );
 
-    // The work queue has a single active consumer, which excludes `basic.get`; so look at a copy.
+    // A queue with a single active consumer does not allow `basic.get`, so the test reads a copy.
     let channel = bench.channel().await;
     let copy = format!("{}-copy", bench.queue);
     channel
@@ -80,16 +80,15 @@ async fn events_arrive_in_order_with_their_properties_and_bad_lines_are_named() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn publishing_before_any_worker_says_what_to_do() {
+async fn publishing_before_the_first_run_reports_the_remedy() {
     let bench = Bench::new().await;
     let event = identify("u1", json!({})).to_string();
     insta::assert_snapshot!(bench.transcript(&["publish", "-"], event.as_bytes()).await);
     insta::assert_snapshot!(bench.transcript(&["publish", "no-such-file"], b"").await);
 }
 
-/// Which series exist, and what a scenario did to those that do not measure time.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_routing_key_can_be_chosen() {
+async fn the_routing_key_can_be_set() {
     let bench = Bench::new().await.set("AMQP_BINDING_KEYS", "[\"emea.#\"]");
     let worker = bench.worker().await;
     let event = identify("u1", json!({})).to_string();
@@ -97,26 +96,26 @@ async fn a_routing_key_can_be_chosen() {
         let output = bench.run(&[&["publish", "-"], arguments].concat(), event.as_bytes()).await;
         (output.status.code(), String::from_utf8(output.stderr).unwrap())
     };
-    let (code, words) = publish(&[]).await;
+    let (code, stderr) = publish(&[]).await;
     assert!(
-        code == Some(69) && words.contains("with key `identify`") && words.contains("(emea.#)"),
-        "{words}"
+        code == Some(69) && stderr.contains("with key `identify`") && stderr.contains("(emea.#)"),
+        "{stderr}"
     );
-    let (code, words) = publish(&["--routing-key", "emea.users"]).await;
-    let told = format!("published 1 event to `{}` with routing key `emea.users`\n", bench.exchange);
-    assert_eq!((code, words), (Some(0), told));
+    let (code, stderr) = publish(&["--routing-key", "emea.users"]).await;
+    let expected = format!("published 1 event to `{}` with routing key `emea.users`\n", bench.exchange);
+    assert_eq!((code, stderr), (Some(0), expected));
     worker.settled(1).await;
     worker.terminate().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_waits_in_rabbitmq_is_told_while_there_is_a_connection() {
+async fn queue_depths_are_exported_only_while_connected() {
     let bench = Bench::new().await.set("RETRY_DELAYS", "[\"1m\", \"2m\"]").set("RETRY_IN_PLACE", "0s");
     let worker = bench.worker().await;
     bench
         .simulator
         .fault(Fault::new(Effect::Timeout { ms: 1, when: When::BeforeCommit }).on("POST", "/lead/"));
-    // Nobody, somebody for whom it is tried again later, and somebody who waited a minute in the queue.
+    // One event without identity, one that is retried later, and one that was in the queue for a minute.
     let minute_ago = u64::try_from(jiff::Timestamp::now().as_second() - 60).unwrap();
     let sent = BasicProperties::default().with_timestamp(minute_ago);
     bench.publish(&[json!({}), identify("u1", json!({}))]).await;
@@ -126,22 +125,23 @@ async fn what_waits_in_rabbitmq_is_told_while_there_is_a_connection() {
     let metrics = worker.settled(3).await;
     let waited = ["bucket{le=\"15\"}", "bucket{le=\"300\"}"]
         .map(|le| metrics.count(&format!("queue_wait_seconds_{le}")));
-    assert_eq!(waited, [0, 1], "of those that have a timestamp: {metrics:?}");
+    assert_eq!(waited, [0, 1], "only messages with a timestamp count: {metrics:?}");
 
-    let waiting = ["backlog_messages", "dead_letter_messages", "delayed_messages"];
-    let told = async |worker: &Worker| {
+    let depths = ["backlog_messages", "dead_letter_messages", "delayed_messages"];
+    let is_exported = async |worker: &Worker| {
         let metrics = worker.metrics().await;
-        waiting.map(|name| metrics.count(name)) == [0, 1, 1]
+        depths.map(|name| metrics.count(name)) == [0, 1, 1]
     };
-    worker.until("told", told).await;
+    worker.until("exported", is_exported).await;
     bench.simulator.set_api_key("another");
     bench.publish(&[identify("u3", json!({}))]).await;
     worker.until("paused", async |worker| worker.is("paused", Some("unauthorized")).await).await;
     let metrics = worker.metrics().await;
-    assert!(waiting.iter().all(|name| metrics.get(name).is_nan()), "{metrics:?}");
+    assert!(depths.iter().all(|name| metrics.get(name).is_nan()), "{metrics:?}");
     worker.terminate().await;
 }
 
+/// The series that exist, and the values of those that do not depend on time.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_metrics_page_after_a_scenario() {
     let bench = Bench::new().await;
