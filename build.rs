@@ -1,10 +1,10 @@
-//! Tells the program which commit it is made of, for `--version` and the metrics.
+//! Embeds the commit of the build, for `--version` and the metrics.
 //!
-//! `CLOSE_SYNC_COMMIT` says so where there is no git, in an image say; else git does, with `-dirty` for changes that are
-//! in no commit. A build is never refused for want of either. Debug builds only say that they are some: otherwise each
-//! commit would build everything anew.
+//! The commit is the variable `CLOSE_SYNC_COMMIT` (for builds without git, of a container image for example), or else
+//! the answer of git, with `-dirty` if there are uncommitted changes. Without either it is `unknown`. In debug builds it
+//! is `debug`, because otherwise each commit would rebuild everything.
 
-#![expect(clippy::disallowed_methods, reason = "how cargo talks to a build script")]
+#![expect(clippy::disallowed_methods, reason = "cargo passes arguments to build scripts in variables")]
 
 use std::path::Path;
 use std::process::Command;
@@ -20,10 +20,10 @@ fn main() {
 }
 
 fn ask_git() -> Option<String> {
-    // What makes the answer another one: a commit, a checkout, a change.
+    // The answer changes with a commit, a checkout or an edit.
     let log = git(&["rev-parse", "--git-path", "logs/HEAD"])?;
     for path in [log.as_str(), "src", "Cargo.toml", "Cargo.lock"] {
-        // One that is missing would run this each time.
+        // A missing path would run this script at each build.
         if Path::new(path).exists() {
             println!("cargo::rerun-if-changed={path}");
         }
