@@ -59,7 +59,7 @@ pub async fn import(
         .await?;
     let outcome = if batch.replaying {
         Err(BrokerError::Busy(
-            "a replay is running, and an import would not see the dead letters in its batch; try again when it has ended",
+            "a replay is under way, and an import would not see the dead letters in its batch; try again when it has ended",
         ))
     } else {
         publish(settings, &publisher, letters, present, &outdated).await

@@ -1,4 +1,4 @@
-//! Operating dead letters with the program itself.
+//! The first steps with dead letters: list, show, replay, discard.
 
 use std::collections::BTreeSet;
 
@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 
 use crate::support::{Bench, identify};
 
-/// Three dead letters: refused by Close, without identity, malformed.
-async fn three() -> Bench {
+/// Three dead letters: rejected by Close, without identity, malformed.
+async fn three_dead_letters() -> Bench {
     let bench = Bench::new().await;
     bench.refuse("");
     let worker = bench.worker().await;
@@ -30,14 +30,14 @@ async fn list(bench: &Bench) -> Vec<Value> {
     listing(bench).await["dead_letters"].as_array().unwrap().clone()
 }
 
-fn ids(letters: &[Value], reason: &str) -> String {
+fn id_of(letters: &[Value], reason: &str) -> String {
     let letter = letters.iter().find(|letter| letter["reason"] == reason).unwrap();
     letter["id"].as_str().unwrap().to_owned()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn looking_changes_nothing() {
-    let bench = three().await;
+async fn list_and_show_change_nothing() {
+    let bench = three_dead_letters().await;
     let first = list(&bench).await;
     let reasons: Vec<_> = first.iter().map(|letter| letter["reason"].as_str().unwrap()).collect();
     assert_eq!(BTreeSet::from_iter(reasons), ["malformed", "no_identity", "rejected"].into());
@@ -47,12 +47,12 @@ async fn looking_changes_nothing() {
     let table = bench.output(&["dlq", "list"]).await;
     assert!(table.contains("no_identity:map:-") && table.contains("what to do"), "{table}");
 
-    let shown = bench.output(&["dlq", "show", &ids(&first, "malformed")]).await;
+    let shown = bench.output(&["dlq", "show", &id_of(&first, "malformed")]).await;
     assert!(
         shown.contains("{\"name\": \"") && !shown.contains('\u{1b}'),
-        "the terminal is not steered: {shown}"
+        "control characters are escaped: {shown}"
     );
-    let shown = bench.output(&["dlq", "show", "--json", &ids(&first, "rejected")]).await;
+    let shown = bench.output(&["dlq", "show", "--json", &id_of(&first, "rejected")]).await;
     let shown: Value = serde_json::from_str(&shown).unwrap();
     assert_eq!(shown["body"]["userId"], "u1");
     assert_eq!(shown["error"], "Close rejected the request (400); name: this field is required");
@@ -66,8 +66,8 @@ async fn looking_changes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replay_goes_through_the_work_queue_and_counts() {
-    let bench = three().await;
+async fn a_replay_goes_through_the_work_queue_and_is_counted() {
+    let bench = three_dead_letters().await;
     let dry = bench.output(&["dlq", "replay", "--reason", "rejected", "--dry-run"]).await;
     assert_eq!(dry, "would replay 1 of 3 (1 rejected:write:name); run without --dry-run to do it\n");
     let worker = bench.worker().await;
@@ -76,7 +76,7 @@ async fn a_replay_goes_through_the_work_queue_and_counts() {
     assert_eq!(worker.metrics().await.outcomes(), [("created", 1)].into());
     assert_eq!(bench.the_lead()["contacts"][0]["custom.cf_contactuserid"], "u1");
 
-    // What fails again is a new dead letter with the count of replays.
+    // A message that fails again becomes a new dead letter, which counts its replays.
     let (code, text, words) = bench.run_text(&["dlq", "replay", "--all", "--keep-going"], "").await;
     assert_eq!((code, text.as_str()), (Some(1), "replayed 2; 2 dead\n"), "{words}");
     let letters = list(&bench).await;
@@ -86,50 +86,50 @@ async fn a_replay_goes_through_the_work_queue_and_counts() {
     worker.terminate().await;
 }
 
-/// No queue takes the replay: its dead letter stays.
+/// The replayed message cannot be routed, so the dead letter stays.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replay_that_leads_nowhere_keeps_the_dead_letter() {
-    let bench = three().await;
+async fn an_unroutable_replay_keeps_the_dead_letter() {
+    let bench = three_dead_letters().await;
     let (queue, exchange) = (bench.queue.as_str().into(), format!("{}.retry", bench.queue).into());
     bench.channel().await.queue_unbind(queue, exchange, "now".into(), FieldTable::default()).await.unwrap();
     let before = list(&bench).await;
     for wait in ["--no-wait", "--keep-going"] {
         let (code, _, words) = bench.run_text(&["dlq", "replay", "--all", wait], "").await;
         assert!(code == Some(69) && words.contains("no queue is bound to exchange"), "{words}");
-        assert_eq!(list(&bench).await, before, "all of them, and in their order");
+        assert_eq!(list(&bench).await, before, "all of them, in the same order");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn discarding_needs_a_confirmation() {
-    let bench = three().await;
-    let id = ids(&list(&bench).await, "malformed");
+    let bench = three_dead_letters().await;
+    let id = id_of(&list(&bench).await, "malformed");
     let (code, _, words) = bench.run_text(&["dlq", "discard", "--id", &id], "").await;
     assert_eq!(code, Some(2));
     assert!(words.contains("would delete 1 of 3 dead letters for good; add --yes"), "{words}");
     assert_eq!(bench.output(&["dlq", "discard", "--id", &id, "--yes"]).await, "discarded 1, 2 remain\n");
     assert_eq!(list(&bench).await.len(), 2);
-    assert_eq!(bench.run_text(&["dlq", "discard", "--yes"], "").await.0, Some(2), "say which");
+    assert_eq!(bench.run_text(&["dlq", "discard", "--yes"], "").await.0, Some(2), "a selection is required");
     assert_eq!(bench.run_text(&["dlq", "replay", "--id", &id], "").await.0, Some(2));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_a_worker_so_far_there_are_no_dead_letters() {
+async fn before_the_first_worker_there_are_no_dead_letters() {
     let bench = Bench::new().await;
     assert_eq!(bench.output(&["dlq", "list"]).await, "no dead letters\n");
 }
 
-/// Without a worker nobody tells what becomes of the first: the others stay.
+/// Without a worker the first message has no outcome, so the others stay in the queue.
 #[tokio::test(flavor = "multi_thread")]
-async fn without_a_worker_a_replay_gives_up_after_the_first() {
-    let bench = three().await;
+async fn without_a_worker_a_replay_times_out_after_the_first_message() {
+    let bench = three_dead_letters().await;
     let (code, text, words) = bench.run_text(&["dlq", "replay", "--all", "--wait", "1s"], "").await;
     assert_eq!((code, text.as_str()), (Some(69), "replayed 1; 1 under way; 2 not sent\n"), "{words}");
     assert!(words.contains("no outcome received for 1 message") && words.contains("/readyz"), "{words}");
-    // After a look or two at the work queue it is known why.
+    // The replay polls the work queue and reports that it has no consumer.
     let waiting = bench.starting(&["dlq", "replay", "--all"]);
     waiting
-        .until("told", async |waiting| waiting.logged("no worker consumes from the work queue") == 1)
+        .until("reported", async |waiting| waiting.logged("no worker consumes from the work queue") == 1)
         .await;
     waiting.kill().await;
     bench.depth_becomes(".dead", 1).await;

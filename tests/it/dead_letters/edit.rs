@@ -1,4 +1,4 @@
-//! Dead letters edited, discarded and restored while something else happens to them: nothing is lost, nothing doubled.
+//! Edits, discards and imports that are killed or run at the same time: nothing is lost or duplicated.
 
 use std::io::Write;
 
@@ -8,12 +8,12 @@ use serde_json::{Value, json};
 use crate::support::dead_letters::{ids, line, lines};
 use crate::support::{Bench, Proxy, identify, people};
 
-/// The head of `basic.ack`.
+/// The start of `basic.ack`.
 const ACK: [u8; 4] = [0, 60, 0, 80];
 
-/// It is killed when the edited copy is there, and before the other one is deleted.
+/// The edit is killed after the copy is in the queue, and before the old dead letter is deleted.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_edit_that_is_killed_is_finished_by_a_replay_or_another_edit() {
+async fn a_killed_edit_is_completed_by_a_replay_another_edit_or_a_discard() {
     let title = r#"{"traits": {"title": "Dr"}}"#;
     let discard = ["dlq", "discard", "--id", "dead-1", "--yes"];
     for next in [
@@ -28,9 +28,9 @@ async fn an_edit_that_is_killed_is_finished_by_a_replay_or_another_edit() {
         let proxy = Proxy::start(&direct).await;
         let bench = bench.set("AMQP_URL", &proxy.url);
         proxy.set_trap(&ACK);
-        let edit = bench.starting(&["dlq", "edit", "dead-1", "--patch", r#"{"userId": "mended"}"#]);
+        let edit = bench.starting(&["dlq", "edit", "dead-1", "--patch", r#"{"userId": "fixed"}"#]);
         proxy.sprung().await;
-        assert_eq!(bench.depth(".dead").await, 1, "the copy; the others are in hand");
+        assert_eq!(bench.depth(".dead").await, 1, "only the copy; the edit holds the others");
         edit.kill().await;
         proxy.cut();
         bench.depth_becomes(".dead", 5).await;
@@ -41,7 +41,7 @@ async fn an_edit_that_is_killed_is_finished_by_a_replay_or_another_edit() {
         match next[1] {
             "edit" => assert_eq!(bench.dead_ids().await, ["dead-0", "dead-2", "dead-3", "dead-1"]),
             "list" => {
-                // Looking changes nothing. The file from before wins, and nothing is lost by it.
+                // A list changes nothing. An import of the old file replaces the copy.
                 assert_eq!(bench.dead_ids().await, ["dead-0", "dead-1", "dead-2", "dead-3", "dead-1"]);
                 let (_, words) = bench.run_combined(&["dlq", "import", "-"], &before).await;
                 assert_eq!(words, "imported 0, replaced 0, 4 were there already\n");
@@ -55,7 +55,7 @@ async fn an_edit_that_is_killed_is_finished_by_a_replay_or_another_edit() {
         bench.assert_each_once(left);
         let contacts = bench.simulator.contacts();
         let users: Vec<_> = contacts.iter().map(|contact| &contact["custom.cf_contactuserid"]).collect();
-        let (one, other) = if next[1] == "list" { ("u1", "mended") } else { ("mended", "u1") };
+        let (one, other) = if next[1] == "list" { ("u1", "fixed") } else { ("fixed", "u1") };
         assert_eq!(users.contains(&&json!(one)), next[1] != "discard", "{users:?}");
         assert!(!users.contains(&&json!(other)), "{users:?}");
         assert_eq!(bench.depth(".dead").await, 0);
@@ -63,9 +63,9 @@ async fn an_edit_that_is_killed_is_finished_by_a_replay_or_another_edit() {
     }
 }
 
-/// An import as well: what it has put there counts, not what it takes the place of.
+/// The imported dead letters are replayed, not those that they replace.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_import_that_is_killed_leaves_nothing_outdated_to_replay() {
+async fn after_a_killed_import_only_the_imported_dead_letters_are_replayed() {
     let bench = Bench::dead_people(4).await;
     let mut file = tempfile::NamedTempFile::new().unwrap();
     let edited = bench.output(&["dlq", "export"]).await.replace(r#"\"userId\":\"u"#, r#"\"userId\":\"new-u"#);
@@ -90,9 +90,9 @@ async fn an_import_that_is_killed_leaves_nothing_outdated_to_replay() {
     worker.terminate().await;
 }
 
-/// Different dead letters of one id, as a file may bring them, are never taken for one.
+/// A file may contain different dead letters with the same id. They are kept apart.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_edit_replaces_nothing_else_of_its_id() {
+async fn an_edit_does_not_replace_another_dead_letter_with_the_same_id() {
     let bench = Bench::dead_people(0).await;
     let lines = [line("same", 1, &identify("a", json!({}))), line("same", 2, &identify("b", json!({})))];
     bench.import(&lines.join("\n")).await;
@@ -107,12 +107,12 @@ async fn an_edit_replaces_nothing_else_of_its_id() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_discard_that_is_killed_deletes_nothing_else() {
+async fn a_killed_discard_deletes_only_what_was_selected() {
     let bench = Bench::dead_people(2000).await;
     let old = ["dlq", "discard", "--until", "2023-11-14T22:29:59Z", "--yes"];
     for _ in 0..3 {
         let discard = bench.starting(&old);
-        discard.until("at it", async |_| bench.depth(".dead").await < 1000).await;
+        discard.until("discarding", async |_| bench.depth(".dead").await < 1000).await;
         discard.kill().await;
     }
     bench.run_text(&old, "").await;
@@ -120,33 +120,33 @@ async fn a_discard_that_is_killed_deletes_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_import_that_is_killed_goes_on() {
+async fn a_killed_import_can_be_repeated() {
     let bench = Bench::dead_people(0).await;
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(lines(&people(3000)).as_bytes()).unwrap();
     let import = ["dlq", "import", file.path().to_str().unwrap()];
     let mut there = 0;
-    for time in 0..3 {
+    for attempt in 0..3 {
         let importing = bench.starting(&import);
         // It has put some there; the next ones have in hand what is there, or have put back more.
-        importing.until("at it", async |_| bench.depth(".dead").await != there).await;
+        importing.until("importing", async |_| bench.depth(".dead").await != there).await;
         importing.kill().await;
         bench.output(&["dlq", "list"]).await;
         there = bench.depth(".dead").await;
-        assert!(there > 0, "{time}");
+        assert!(there > 0, "{attempt}");
         if there == 3000 {
             break;
         }
     }
     let rest = 3000 - there;
-    let told = format!("imported {rest}, replaced 0, {there} were there already\n");
-    assert_eq!(bench.output(&import).await, told);
+    let expected = format!("imported {rest}, replaced 0, {there} were there already\n");
+    assert_eq!(bench.output(&import).await, expected);
     let mut restored = bench.dead_ids().await;
     restored.sort_by_key(|id| id["dead-".len()..].parse::<usize>().unwrap());
     assert!(restored == ids(3000));
 }
 
-/// The same file twice, at the same time.
+/// The same file twice at the same time.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_imports_take_turns() {
     let bench = Bench::dead_people(1).await;
@@ -166,41 +166,39 @@ async fn two_imports_take_turns() {
     assert_eq!(bench.depth(".dead").await, 500);
 }
 
-/// What waits for the first one can be edited and discarded. An import would put back what was replayed.
+/// While a replay waits for the first message, the other dead letters can be edited and discarded. An import is refused,
+/// because it would restore what was replayed.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replay_goes_on_with_what_is_left() {
+async fn a_replay_continues_with_the_remaining_dead_letters() {
     let bench = Bench::dead_people(20).await;
     let exported = bench.output(&["dlq", "export"]).await;
     let replay = bench.starting(&["dlq", "replay", "--all"]);
     replay.until("sent", async |_| bench.depth(".dead").await == 19).await;
     let (code, words) = bench.run_combined(&["dlq", "import", "-"], &exported).await;
-    assert!(code == Some(69) && words.contains("a replay is running"), "{words}");
+    assert!(code == Some(69) && words.contains("a replay is under way"), "{words}");
     let (code, words) = bench.run_combined(&["dlq", "discard", "--id", "dead-18", "--yes"], "").await;
     assert!(code == Some(0) && words.contains("discarded 1, 18 remain"), "{words}");
     let (code, words) = bench
-        .run_combined(&["dlq", "edit", "--id", "dead-19", "--patch", r#"{"userId": "mended"}"#], "")
+        .run_combined(&["dlq", "edit", "--id", "dead-19", "--patch", r#"{"userId": "fixed"}"#], "")
         .await;
     assert!(code == Some(0) && words.contains("a replay is under way"), "{words}");
     let (code, words) = bench.run_combined(&["dlq", "edit", "dead-0", "--patch", "{}"], "").await;
     assert!(code == Some(2) && words.contains("its messages are not included"), "{words}");
     let (code, words) = bench.run_combined(&["dlq", "export"], "").await;
-    assert!(
-        code == Some(1) && words.contains("a replay is under way"),
-        "an archive has to be whole: {words}"
-    );
-    // Until here no worker was there to tell of the first.
+    assert!(code == Some(1) && words.contains("a replay is under way"), "the export is incomplete: {words}");
+    // Only now a worker processes the first message.
     let worker = bench.worker().await;
     assert!(replay.ended().await.success(), "{}", replay.log());
     bench.assert_each_once(19);
     let contacts = bench.simulator.contacts();
-    assert!(contacts.iter().any(|contact| contact["custom.cf_contactuserid"] == "mended"));
+    assert!(contacts.iter().any(|contact| contact["custom.cf_contactuserid"] == "fixed"));
     assert_eq!((bench.depth("").await, bench.depth(".dead").await), (0, 0));
     worker.terminate().await;
 }
 
-/// One that waits for long keeps the others from being sent, and nobody from seeing them.
+/// A delayed message holds back the others, but other operators see them.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_cannot_be_sent_soon_goes_back() {
+async fn a_batch_that_cannot_be_sent_soon_returns_to_the_queue() {
     let bench = Bench::dead_people(4).await.set("RETRY_IN_PLACE", "0s").set("RETRY_DELAYS", "[\"40s\"]");
     let unavailable = Effect::Status { code: 500, body: FaultBody::default(), when: When::BeforeCommit };
     let once = Fault::new(unavailable).on("POST", "/lead/").containing("c1").times(1);
@@ -208,7 +206,7 @@ async fn what_cannot_be_sent_soon_goes_back() {
     let worker = bench.worker().await;
     let replay = bench.starting(&["dlq", "replay", "--all", "--at-once", "1"]);
     worker.until("delayed", async |worker| worker.metrics().await.outcome("delayed") == 1).await;
-    assert_eq!(bench.depth(".dead").await, 0, "in hand");
+    assert_eq!(bench.depth(".dead").await, 0, "the replay holds them");
     bench.depth_becomes(".dead", 2).await;
     assert_eq!(worker.metrics().await.outcomes(), [("created", 1), ("delayed", 1)].into());
     assert!(replay.ended().await.success(), "{}", replay.log());
@@ -217,14 +215,14 @@ async fn what_cannot_be_sent_soon_goes_back() {
     worker.terminate().await;
 }
 
-/// In whatever order the queue has them.
+/// The order in the queue does not matter.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_limit_takes_the_oldest() {
-    // As in a container, where there is no place for a file.
+    // As in a container without a writable temporary directory.
     let bench = Bench::dead_people(0).await.set("TMPDIR", "/nowhere");
     let seconds = [5, 3, 9, 1, 7];
     let all: Vec<_> = seconds.iter().map(|n| line(&format!("dead-{n}"), *n, &json!({}))).collect();
-    // One that nobody knows the time of.
+    // Its time of failure is unknown.
     let unknown =
         json!({"properties": {}, "headers": {"x-close-sync-dead-letter-id": "unknown"}, "body": ""});
     bench.import(&format!("{}\n{unknown}", all.join("\n"))).await;
@@ -239,7 +237,7 @@ async fn a_limit_takes_the_oldest() {
     assert!(words.contains("no dead letter matches"), "{words}");
 }
 
-/// As much as can be kept, with headers of a producer that tells a lot.
+/// The original body is kept in a header, next to large headers of the producer.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_largest_body_can_be_edited_and_no_larger() {
     let bench = Bench::dead_people(0).await;
@@ -259,17 +257,17 @@ async fn the_largest_body_can_be_edited_and_no_larger() {
     assert_eq!(shown["headers"]["x-trail"].as_str().unwrap().len(), 60_000);
     let (code, words) = bench.run_combined(&["dlq", "edit", "large", "--patch", patch], "").await;
     assert!(code == Some(2) && words.contains("dlq export --id large"), "{words}");
-    // As it says.
+    // The remedy works.
     let exported = bench.output(&["dlq", "export", "--id", "large"]).await;
     let mut letter: Value = serde_json::from_str(&exported).unwrap();
     letter["body"] = identify("u1", json!({"name": "Ada"})).to_string().into();
-    let told = bench.run_text(&["dlq", "import", "-"], &letter.to_string()).await.1;
-    assert_eq!(told, "imported 0, replaced 1, 0 were there already\n");
+    let text = bench.run_text(&["dlq", "import", "-"], &letter.to_string()).await.1;
+    assert_eq!(text, "imported 0, replaced 1, 0 were there already\n");
 }
 
-/// Many at once, with what their producers sent kept; or none, where one cannot be edited so.
+/// All originals are kept. If one of them cannot be edited, none is.
 #[tokio::test(flavor = "multi_thread")]
-async fn many_are_edited_by_one_patch() {
+async fn one_patch_edits_all_selected_or_none() {
     let ids = [json!(1_234_567_890_123_456_789_u64), json!("u2"), json!(9_007_199_254_740_993_u64)];
     let event =
         |id: &Value| json!({"type": "identify", "userId": id, "traits": {"phone": "x", "name": "Ada"}});
@@ -292,10 +290,10 @@ async fn many_are_edited_by_one_patch() {
     bench.import(&line("text", 10, &json!("text"))).await;
     let before = bench.dead_letters().await;
     let remove = r#"[{"op": "remove", "path": "/traits/name"}]"#;
-    for (patch, why) in [(remove, "the patch does not apply"), ("7", "the new body is not a JSON object")] {
+    for (patch, error) in [(remove, "the patch does not apply"), ("7", "the new body is not a JSON object")] {
         let (code, words) =
             bench.run_combined(&["dlq", "edit", "--since", "2000-01-01", "--patch", patch], "").await;
-        assert!(code == Some(2) && words.contains(why) && words.contains("nothing was changed"), "{words}");
+        assert!(code == Some(2) && words.contains(error) && words.contains("nothing was changed"), "{words}");
         assert_eq!(bench.dead_letters().await, before);
     }
     for wrong in [&["dlq", "edit", "--reason", "rejected"][..], &["dlq", "edit", "--patch", "{}"]] {

@@ -1,4 +1,4 @@
-//! Dead letters edited, in files and back.
+//! Dead letters: edit one, export and import, and the ways to select.
 
 use close_sync::amqp::envelope;
 use futures_util::StreamExt;
@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 
 use crate::support::{Bench, env, identify};
 
-/// One dead letter that no mapping takes, and its id.
-async fn nobody(event: Value) -> (Bench, String) {
+/// A dead letter without identity, and its id.
+async fn without_identity(event: Value) -> (Bench, String) {
     let bench = Bench::new().await;
     bench.sync(&[event]).await;
     let id = bench.dead_ids().await.remove(0);
@@ -24,16 +24,16 @@ async fn shown(bench: &Bench, id: &str) -> Value {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_letter_is_edited_and_then_succeeds() {
     let sent = json!({"type": "identify", "traits": {"name": "Ines", "company": {"id": "c1"}}});
-    let (bench, id) = nobody(sent.clone()).await;
-    let refused = |words: &'static str, patch: &'static str| (words, ["dlq", "edit", "ID", "--patch", patch]);
+    let (bench, id) = without_identity(sent.clone()).await;
+    let invalid = |words: &'static str, patch: &'static str| (words, ["dlq", "edit", "ID", "--patch", patch]);
     for (words, mut arguments) in [
-        refused("the patch is not valid JSON", "{"),
-        refused("the patch does not apply", "[{\"op\": \"remove\", \"path\": \"/nothing\"}]"),
-        refused("not a JSON object", "\"text\""),
+        invalid("the patch is not valid JSON", "{"),
+        invalid("the patch does not apply", "[{\"op\": \"remove\", \"path\": \"/nothing\"}]"),
+        invalid("not a JSON object", "\"text\""),
     ] {
         arguments[2] = &id;
-        let (code, _, told) = bench.run_text(&arguments, "").await;
-        assert!(code == Some(2) && told.contains(words), "{told}");
+        let (code, _, text) = bench.run_text(&arguments, "").await;
+        assert!(code == Some(2) && text.contains(words), "{text}");
     }
     let (_, _, words) = bench.run_text(&["dlq", "edit", &id, "--patch", "{}"], "").await;
     assert_eq!(words, "nothing was changed\n");
@@ -56,7 +56,7 @@ async fn a_dead_letter_is_edited_and_then_succeeds() {
         now["body"],
         json!({"type": "identify", "userId": "u1", "traits": {"title": "Dr", "company": {"id": "c1"}}})
     );
-    assert_eq!(now["original"], sent, "as its producer sent it, however often it is edited");
+    assert_eq!(now["original"], sent, "the body that the producer sent, after any number of edits");
     assert_eq!(
         (&now["reason"], &now["replays"], &now["plan"]["outcome"]),
         (&json!("no_identity"), &json!(0), &json!("created"))
@@ -71,10 +71,10 @@ async fn a_dead_letter_is_edited_and_then_succeeds() {
     assert!(code == Some(2) && words.contains("there is no dead letter"), "{words}");
 }
 
-/// The editor is what the environment says; what it does not change stays, and so does what it breaks.
+/// Runs the editor of the environment. An unchanged or unusable text changes nothing.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_editor_is_opened() {
-    let (bench, id) = nobody(json!({"type": "identify", "traits": {"name": "Ines"}})).await;
+async fn an_edit_without_patch_opens_an_editor() {
+    let (bench, id) = without_identity(json!({"type": "identify", "traits": {"name": "Ines"}})).await;
     let mut bench = bench.set("PATH", &env("PATH").unwrap());
     let (code, _, words) = bench.run_text(&["dlq", "edit", &id], "").await;
     assert!(code == Some(2) && words.contains("neither VISUAL nor EDITOR"), "{words}");
@@ -85,11 +85,11 @@ async fn an_editor_is_opened() {
         ("sed -i '1s/{/{\"userId\": \"u7\",/'", Some(0), "dlq replay --id"),
     ] {
         bench = bench.set("EDITOR", editor);
-        let (code, _, told) = bench.run_text(&["dlq", "edit", &id], "").await;
-        assert!(code == expected && told.contains(words), "{editor}: {told}");
-        // What cannot be used is not lost.
-        let kept = told.split("your edit is saved in ").nth(1).and_then(|rest| rest.split_once(';'));
-        assert_eq!(kept.is_some(), words == "not a JSON object", "{told}");
+        let (code, _, text) = bench.run_text(&["dlq", "edit", &id], "").await;
+        assert!(code == expected && text.contains(words), "{editor}: {text}");
+        // The text of the operator is kept in a file.
+        let kept = text.split("your edit is saved in ").nth(1).and_then(|rest| rest.split_once(';'));
+        assert_eq!(kept.is_some(), words == "not a JSON object", "{text}");
         if let Some((path, _)) = kept {
             assert!(std::fs::read_to_string(path).unwrap().starts_with('['));
             std::fs::remove_file(path).unwrap();
@@ -98,9 +98,9 @@ async fn an_editor_is_opened() {
     assert_eq!(shown(&bench, &id).await["body"]["userId"], "u7");
 }
 
-/// Bodies of any bytes and headers of any type come back as they were, and only once.
+/// Bodies of any bytes and headers of any type are restored exactly once.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_exported_is_restored_exactly() {
+async fn an_import_restores_exported_dead_letters_exactly() {
     let bench = Bench::new().await;
     bench.worker().await.terminate().await;
     let mut inner = FieldTable::default();
@@ -147,15 +147,15 @@ async fn what_is_exported_is_restored_exactly() {
         ),
         ("imported 0, replaced 1, 2 were there already\n", exported.clone()),
     ] {
-        let (code, told, words) = bench.run_text(&["dlq", "import", "-"], &file).await;
-        assert_eq!((code, told.as_str()), (Some(0), expected), "{words}");
+        let (code, text, words) = bench.run_text(&["dlq", "import", "-"], &file).await;
+        assert_eq!((code, text.as_str()), (Some(0), expected), "{words}");
     }
     let mut after = take_all(&bench).await;
     after.sort_by_key(|(body, _)| before.iter().position(|(before, _)| before == body));
     assert_eq!(after, before);
 }
 
-/// All dead letters as RabbitMQ has them, but for its counts of deliveries and what they took the place of.
+/// All dead letters as they are in RabbitMQ, without delivery counts and the header that names what they replace.
 async fn take_all(bench: &Bench) -> Vec<(Vec<u8>, BasicProperties)> {
     let mut all = Vec::new();
     while bench.depth(".dead").await > 0 {
@@ -172,9 +172,9 @@ async fn take_all(bench: &Bench) -> Vec<(Vec<u8>, BasicProperties)> {
     all
 }
 
-/// Several dead letters of one id, as a killed command or a file put together may leave them: none is lost.
+/// Several dead letters with one id, as a killed command or a concatenated file may leave them. None is lost.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_id_that_occurs_twice_costs_nothing() {
+async fn dead_letters_with_the_same_id_are_kept_apart() {
     let bench = Bench::new().await;
     bench.worker().await.terminate().await;
     let line = |body: &str| {
@@ -193,12 +193,12 @@ async fn an_id_that_occurs_twice_costs_nothing() {
         bodies.join(" ")
     };
     assert_eq!(import(&["c0"]).await, "imported 1, replaced 0, 0 were there already\n");
-    // Old and new in one file.
+    // The old and the new one in one file.
     assert_eq!(import(&["c1", "c0"]).await, "imported 1, replaced 0, 1 were there already\n");
     assert_eq!(bodies().await, "c0 c1");
     assert_eq!(import(&["c0", "c1", "c1"]).await, "imported 0, replaced 0, 3 were there already\n");
     assert_eq!(bodies().await, "c0 c1");
-    // An import that was cut short: new and old are there, and the file has the new one.
+    // As after an interrupted import: both are in the queue, and the file contains the new one.
     assert_eq!(import(&["c1"]).await, "imported 0, replaced 0, 1 were there already\n");
     assert_eq!(bodies().await, "c1");
     assert_eq!(import(&["c2"]).await, "imported 0, replaced 1, 0 were there already\n");
@@ -206,7 +206,7 @@ async fn an_id_that_occurs_twice_costs_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_file_that_is_broken_somewhere_does_nothing() {
+async fn a_file_with_one_invalid_line_imports_nothing() {
     let bench = Bench::new().await;
     bench.worker().await.terminate().await;
     let good = json!({"properties": {}, "headers": {}, "body": "{}"}).to_string();
@@ -226,15 +226,15 @@ async fn a_file_that_is_broken_somewhere_does_nothing() {
             "header `a` is not valid",
         ),
     ] {
-        let (code, _, told) = bench.run_text(&["dlq", "import", "-"], &format!("{good}\n{line}\n")).await;
-        assert!(code == Some(2) && told.contains(words) && told.contains("nothing was imported"), "{told}");
+        let (code, _, text) = bench.run_text(&["dlq", "import", "-"], &format!("{good}\n{line}\n")).await;
+        assert!(code == Some(2) && text.contains(words) && text.contains("nothing was imported"), "{text}");
     }
     assert_eq!(bench.depth(".dead").await, 0);
 }
 
-/// What RabbitMQ itself dead-letters has none of our headers: it is told as such, and can be kept and replayed.
+/// A message that RabbitMQ dead-lettered has none of our headers. It can be exported, imported and replayed.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_broker_gave_up_on_is_told_as_such() {
+async fn a_message_dead_lettered_by_the_broker_can_be_restored_and_replayed() {
     let bench = Bench::new().await;
     bench.worker().await.terminate().await;
     let channel = bench.channel().await;
@@ -270,9 +270,9 @@ async fn what_the_broker_gave_up_on_is_told_as_such() {
     worker.terminate().await;
 }
 
-/// Each way to choose, with one dead letter that is meant.
+/// Each filter, with the ids that it selects.
 #[tokio::test(flavor = "multi_thread")]
-async fn dead_letters_are_chosen_by_what_they_are_about() {
+async fn filters_select_dead_letters() {
     let bench = Bench::new().await;
     bench.worker().await.terminate().await;
     let line = |id: &str, hour: u32, fingerprint: &str, body: Value| {
@@ -295,7 +295,7 @@ async fn dead_letters_are_chosen_by_what_they_are_about() {
         line("d", 4, "malformed:decode:-", json!("no event")),
     ];
     bench.run_text(&["dlq", "import", "-"], &lines.join("\n")).await;
-    for (arguments, meant) in [
+    for (arguments, selected) in [
         (&["--reason", "rejected"][..], "ab"),
         (&["--reason", "rejected", "--reason", "malformed"], "abd"),
         (&["--fingerprint", "rejected:write"], "ab"),
@@ -322,7 +322,7 @@ async fn dead_letters_are_chosen_by_what_they_are_about() {
             .iter()
             .map(|letter| letter["id"].as_str().unwrap())
             .collect();
-        assert_eq!((ids.as_str(), &listed["found"]), (meant, &json!(4)), "{arguments:?}");
+        assert_eq!((ids.as_str(), &listed["found"]), (selected, &json!(4)), "{arguments:?}");
     }
     assert_eq!(shown(&bench, "m-b").await["id"], "b");
     let (_, _, words) =

@@ -1,4 +1,4 @@
-//! Operating dead letters.
+//! `dlq`: operators list, edit, export, import, replay and discard dead letters.
 
 mod commands;
 mod edit;

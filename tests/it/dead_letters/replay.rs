@@ -1,4 +1,4 @@
-//! Dead letters under load, under several hands, and under fire.
+//! Replays: killed, concurrent, delayed, disconnected, and under live traffic.
 
 use std::collections::BTreeSet;
 use std::io::Write;
@@ -11,21 +11,21 @@ use serde_json::{Value, json};
 use crate::support::dead_letters::{ids, line};
 use crate::support::{Bench, Proxy, Worker, identify, people};
 
-/// What Close takes for a new Lead, so that there is something to be in the middle of.
+/// The latency of Close for a new Lead, so that a replay can be interrupted.
 const SLOW: Duration = Duration::from_millis(100);
 
-/// Waits until as many Leads are there.
+/// Waits until so many Leads exist.
 async fn leads(bench: &Bench, worker: &Worker, count: usize) {
-    worker.until("that far", async |_| bench.simulator.leads().len() >= count).await;
+    worker.until("enough leads", async |_| bench.simulator.leads().len() >= count).await;
 }
 
-/// Waits until nothing is in hand: all is settled and told.
+/// Waits until every message is settled.
 async fn idle(worker: &Worker) {
     worker.until("idle", async |worker| worker.metrics().await.count("messages_in_flight") == 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_looks_sees_all_of_them_however_many_look_at_once() {
+async fn concurrent_exports_see_all_dead_letters() {
     let bench = Bench::dead_people(300).await;
     let looks = (0..6).map(|_| bench.dead_ids());
     for seen in futures_util::future::join_all(looks).await {
@@ -33,21 +33,21 @@ async fn whoever_looks_sees_all_of_them_however_many_look_at_once() {
     }
 }
 
-/// All of them are in one hand when they fit in; of more, those in hand come back behind the others.
+/// A killed list keeps the order if one batch takes the whole queue. Otherwise its batch returns behind the others.
 #[tokio::test(flavor = "multi_thread")]
-async fn looking_that_is_killed_leaves_everything_in_its_place() {
-    for (count, fit) in [(1500, true), (6000, false)] {
+async fn a_killed_list_loses_nothing() {
+    for (count, fits) in [(1500, true), (6000, false)] {
         let bench = Bench::dead_people(count).await;
         let all = u32::try_from(count).unwrap();
         for _ in 0..2 {
-            let looking = bench.starting(&["dlq", "list"]);
-            looking.until("looking", async |_| bench.depth(".dead").await < all).await;
-            looking.kill().await;
+            let listing = bench.starting(&["dlq", "list"]);
+            listing.until("listing", async |_| bench.depth(".dead").await < all).await;
+            listing.kill().await;
             bench.depth_becomes(".dead", all).await;
         }
         let mut seen = bench.dead_ids().await;
         let mut wanted = ids(count);
-        if !fit {
+        if !fits {
             seen.sort_unstable();
             wanted.sort_unstable();
         }
@@ -55,9 +55,9 @@ async fn looking_that_is_killed_leaves_everything_in_its_place() {
     }
 }
 
-/// Killed again and again, it goes on where it was.
+/// A replay that is killed several times continues each time.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replay_that_is_killed_loses_nothing_and_doubles_nobody() {
+async fn a_killed_replay_loses_and_duplicates_nothing() {
     let bench = Bench::dead_people(60).await;
     bench.slow(SLOW);
     let worker = bench.worker().await;
@@ -69,7 +69,7 @@ async fn a_replay_that_is_killed_loses_nothing_and_doubles_nobody() {
     }
     let rest = bench.run_combined(&["dlq", "replay", "--all"], "").await;
     assert_eq!(rest.0, Some(0), "{rest:?}");
-    // Those that were under way when it was killed nobody waits for.
+    // The replay does not wait for messages that a killed one had sent.
     leads(&bench, &worker, 60).await;
     bench.depth_becomes("", 0).await;
     bench.assert_each_once(60);
@@ -77,7 +77,7 @@ async fn a_replay_that_is_killed_loses_nothing_and_doubles_nobody() {
     worker.terminate().await;
 }
 
-/// The second waits for the first, also when that is killed, and each dead letter is replayed by one of them.
+/// The second replay waits for the first, which is killed. Each dead letter is replayed once.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_replays_take_turns() {
     let bench = Bench::dead_people(40).await;
@@ -87,13 +87,13 @@ async fn two_replays_take_turns() {
     leads(&bench, &worker, 3).await;
     let second = bench.starting(&["dlq", "replay", "--all", "--at-once", "1"]);
     second.until("waiting", async |second| second.logged("another operator") == 1).await;
-    // Who does not want to wait is told that nothing was sent.
+    // A waiting replay can be stopped.
     let third = bench.starting(&["dlq", "replay", "--all"]);
     third.until("waiting", async |third| third.logged("another operator") == 1).await;
     third.signal("INT");
     assert_eq!(third.ended().await.code(), Some(1), "{}", third.log());
     assert_eq!(third.logged("run the same replay again to continue"), 1, "{}", third.log());
-    // Looking goes on meanwhile.
+    // Other operators can list the dead letters meanwhile.
     let (code, words) = bench.run_combined(&["dlq", "list"], "").await;
     assert!(code == Some(0) && words.contains("a replay is under way"), "{words}");
     leads(&bench, &worker, 10).await;
@@ -105,9 +105,9 @@ async fn two_replays_take_turns() {
     worker.terminate().await;
 }
 
-/// Events about the same people come live, newer than those replayed: what they say stays.
+/// Newer live events about the same people arrive during the replay. Their values stay.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replay_under_live_traffic_overwrites_nothing_newer() {
+async fn a_replay_does_not_overwrite_newer_live_values() {
     let about = |number: usize, year: u32, title: &str| {
         let mut event = people(number + 1).remove(number);
         event["timestamp"] = json!(format!("{year}-01-01T00:00:00Z"));
@@ -131,7 +131,7 @@ async fn a_replay_under_live_traffic_overwrites_nothing_newer() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn it_stops_at_the_first_that_fails_as_before() {
+async fn a_replay_stops_at_the_first_repeated_failure() {
     let mut events = people(30);
     for bad in [0, 9, 20] {
         events[bad] = identify(&format!("u{bad}"), json!({"company": {"id": "bad"}}));
@@ -139,7 +139,7 @@ async fn it_stops_at_the_first_that_fails_as_before() {
     let bench = Bench::dead(&events).await;
     bench.refuse("bad");
     let worker = bench.worker().await;
-    // The first fails: nothing else is sent.
+    // The first message fails, so no others are sent.
     let (code, words) = bench.run_combined(&["dlq", "replay", "--all"], "").await;
     assert!(code == Some(1) && words.starts_with("replayed 1; 1 dead; 29 not sent\n"), "{words}");
     assert!(
@@ -151,17 +151,17 @@ async fn it_stops_at_the_first_that_fails_as_before() {
     assert_eq!(metrics.count("messages_replayed_total{outcome=\"dead\"}"), 1);
     assert_eq!(bench.dead_ids().await[..29], ids(30)[1..]);
 
-    // It is the last now. Of the others the tenth fails as it did before.
+    // It is the last one now. The ninth of the others fails with the same error.
     let (code, words) = bench.run_combined(&["dlq", "replay", "--all", "--at-once", "1"], "").await;
     assert!(code == Some(1) && words.starts_with("replayed 9; 8 created, 1 dead; 21 not sent\n"), "{words}");
     assert!(words.contains("stopped"), "{words}");
     let output = bench.run(&["dlq", "replay", "--all", "--keep-going", "--json"], b"").await;
     let summary: Value = serde_json::from_slice(&output.stdout).unwrap();
-    let told = (output.status.code(), &summary["end"], &summary["failed_again"]);
-    assert_eq!(told, (Some(1), &json!("done"), &json!(3)), "{summary:#}");
+    let result = (output.status.code(), &summary["end"], &summary["failed_again"]);
+    assert_eq!(result, (Some(1), &json!("done"), &json!(3)), "{summary:#}");
     assert_eq!(summary["outcomes"], json!({"created": 19, "dead": 3}));
 
-    // Mended.
+    // The cause is fixed.
     bench.simulator.clear_faults();
     let (code, words) = bench.run_combined(&["dlq", "replay", "--reason", "rejected"], "").await;
     assert!(code == Some(0) && words.starts_with("replayed 3; 2 added, 1 created\n"), "{words}");
@@ -169,9 +169,9 @@ async fn it_stops_at_the_first_that_fails_as_before() {
     worker.terminate().await;
 }
 
-/// Close's own words may quote what is personal. Whoever replays is shown them, and nothing keeps them.
+/// Close's answer may contain personal data. The replay shows it, and it is stored nowhere.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_close_said_is_shown_to_whoever_replays() {
+async fn the_answer_of_close_is_shown_by_the_replay_and_not_stored() {
     let bench = Bench::dead_people(2).await;
     let exchange = format!("{}-outcomes", bench.exchange);
     let bench = bench.set("AMQP_OUTCOMES", &exchange);
@@ -180,24 +180,24 @@ async fn what_close_said_is_shown_to_whoever_replays() {
     let effect = Effect::Status { code: 400, body: FaultBody::Exactly(refusal), when: When::BeforeCommit };
     bench.simulator.fault(Fault::new(effect).on("POST", "/lead/"));
     let worker = bench.worker().await;
-    let mut told = bench.outcomes(&exchange).await;
+    let mut events = bench.outcomes(&exchange).await;
     let (code, words) = bench.run_combined(&["dlq", "replay", "--id", "dead-0"], "").await;
     assert!(code == Some(1) && words.contains("Close said: {\"errors\":[\"jane@example.test"), "{words}");
     assert!(words.contains("the message failed again\n") && !words.contains('\u{1b}'), "{words}");
     let kept = format!("{:?}", bench.dead_letters().await);
     assert!(kept.contains("rejected:write:-") && kept.contains("shows them"), "{kept}");
-    let news = told.next().await.unwrap().unwrap();
-    let news = String::from_utf8(news.data).unwrap();
-    assert!(news.contains("rejected:write:-"), "{news}");
-    for text in [kept, news, worker.log(), worker.page("/metrics").await.unwrap().1] {
+    let event = events.next().await.unwrap().unwrap();
+    let event = String::from_utf8(event.data).unwrap();
+    assert!(event.contains("rejected:write:-"), "{event}");
+    for text in [kept, event, worker.log(), worker.page("/metrics").await.unwrap().1] {
         assert!(!text.contains("jane"), "{text}");
     }
     worker.terminate().await;
 }
 
-/// Of several kinds each is counted, before and after.
+/// The dry run and the result count messages by fingerprint.
 #[tokio::test(flavor = "multi_thread")]
-async fn kinds_are_counted() {
+async fn failures_are_counted_by_fingerprint() {
     let bench = Bench::dead_people(3).await;
     bench
         .import(
@@ -223,14 +223,14 @@ async fn kinds_are_counted() {
     bench.refuse("");
     let worker = bench.worker().await;
     let (_, words) = bench.run_combined(&["dlq", "replay", "--all", "--keep-going"], "").await;
-    let kinds = "failed again: 1 malformed:decode:not_an_object, 3 rejected:write:name; the last:";
-    assert!(words.contains(kinds), "{words}");
+    let failures = "failed again: 1 malformed:decode:not_an_object, 3 rejected:write:name; the last:";
+    assert!(words.contains(failures), "{words}");
     worker.terminate().await;
 }
 
-/// What waits in a delay queue is waited for; what is stopped goes on.
+/// The replay waits for a message in a delay queue. After Ctrl-C, another replay continues.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_delayed_is_waited_for_and_ctrl_c_stops_in_order() {
+async fn a_replay_waits_for_delayed_messages_and_stops_on_ctrl_c() {
     let bench = Bench::dead_people(20).await.set("RETRY_IN_PLACE", "0s");
     let unavailable = Effect::Status { code: 500, body: FaultBody::default(), when: When::BeforeCommit };
     bench.simulator.fault(Fault::new(unavailable).on("POST", "/lead/").times(1));
@@ -242,18 +242,18 @@ async fn what_is_delayed_is_waited_for_and_ctrl_c_stops_in_order() {
     assert_eq!(replay.ended().await.code(), Some(1), "{}", replay.log());
     assert_eq!(replay.logged("run the same replay again to continue"), 1, "{}", replay.log());
     assert_eq!(worker.metrics().await.outcome("delayed"), 1);
-    let left = bench.dead_ids().await;
-    assert!(left.len() >= 10 && left[..] == ids(20)[20 - left.len()..], "{left:?}");
+    let rest = bench.dead_ids().await;
+    assert!(rest.len() >= 10 && rest[..] == ids(20)[20 - rest.len()..], "{rest:?}");
     bench.output(&["dlq", "replay", "--all"]).await;
     leads(&bench, &worker, 20).await;
     bench.assert_each_once(20);
     worker.terminate().await;
 }
 
-/// What was told while there was no connection nobody heard: the others are sent all the same, and it does not say
-/// that all went well.
+/// Outcomes that were published without a connection are missed. The others are sent, and the result says that outcomes
+/// are missing.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_lost_connection_is_made_anew() {
+async fn a_replay_reconnects_and_reports_missed_outcomes() {
     let bench = Bench::dead_people(30).await;
     bench.slow(3 * SLOW);
     let worker = bench.worker().await;
@@ -264,7 +264,7 @@ async fn a_lost_connection_is_made_anew() {
         leads(&bench, &worker, reached).await;
         proxy.mute(true);
         proxy.cut();
-        // All that was sent, also by halves, is done before it has a connection again.
+        // Every sent message is settled before the replay has a connection again.
         worker
             .until("idle", async |worker| {
                 let settled = worker.metrics().await.sum("messages_settled_total") as usize;
@@ -281,9 +281,9 @@ async fn a_lost_connection_is_made_anew() {
     worker.terminate().await;
 }
 
-/// One that waits in a delay comes out of it while there is no connection: nothing waits for it any more.
+/// A message leaves its delay queue and is settled while there is no connection.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_delayed_and_done_while_the_connection_was_lost_takes_no_place() {
+async fn a_delayed_message_that_finished_while_disconnected_does_not_hold_back_others() {
     let bench = Bench::dead_people(3).await.set("RETRY_IN_PLACE", "0s").set("RETRY_DELAYS", "[\"6s\"]");
     let unavailable = Effect::Status { code: 500, body: FaultBody::default(), when: When::BeforeCommit };
     bench.simulator.fault(Fault::new(unavailable).on("POST", "/lead/").containing("\"u1\"").times(1));
@@ -304,9 +304,9 @@ async fn what_was_delayed_and_done_while_the_connection_was_lost_takes_no_place(
     worker.terminate().await;
 }
 
-/// That it failed again shows among the dead letters when nobody could be told.
+/// The dead letter shows that the message failed again, although its outcome was missed.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_first_one_that_fails_while_the_connection_is_lost_holds_the_others() {
+async fn a_first_message_that_fails_while_disconnected_stops_the_replay() {
     let bench = Bench::dead_people(30).await;
     bench.simulator.fault(Fault::new(Effect::Latency { ms: 8000 }).on("POST", "/data/").times(1));
     bench.refuse("");
@@ -315,7 +315,7 @@ async fn a_first_one_that_fails_while_the_connection_is_lost_holds_the_others() 
     let bench = bench.set("AMQP_URL", &proxy.url);
     let replay = bench.starting(&["dlq", "replay", "--all"]);
     bench.depth_becomes(".dead", 29).await;
-    worker.until("at it", async |worker| worker.metrics().await.count("messages_in_flight") == 1).await;
+    worker.until("processing", async |worker| worker.metrics().await.count("messages_in_flight") == 1).await;
     proxy.mute(true);
     proxy.cut();
     bench.depth_becomes(".dead", 30).await;
@@ -323,13 +323,13 @@ async fn a_first_one_that_fails_while_the_connection_is_lost_holds_the_others() 
     proxy.mute(false);
     assert_eq!(replay.ended().await.code(), Some(1), "{}", replay.log());
     assert_eq!(replay.logged("the first message failed again"), 1, "{}", replay.log());
-    assert_eq!(replay.logged("Close said"), 0, "that is only told");
+    assert_eq!(replay.logged("Close said"), 0, "the answer is only in the missed outcome");
     assert_eq!(worker.metrics().await.outcome("dead"), 1);
     assert_eq!(bench.depth(".dead").await, 30);
     worker.terminate().await;
 }
 
-/// While RabbitMQ is gone, it can be stopped as well.
+/// Ctrl-C works while RabbitMQ is unavailable, too.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replay_that_reconnects_can_be_stopped() {
     let bench = Bench::dead_people(30).await;
@@ -349,27 +349,27 @@ async fn a_replay_that_reconnects_can_be_stopped() {
     worker.terminate().await;
 }
 
-/// Ten thousand are looked at in seconds, with little memory.
+/// A list needs little memory. Prints how long it takes.
 #[tokio::test(flavor = "multi_thread")]
-async fn ten_thousand_are_no_burden() {
+async fn ten_thousand_dead_letters_are_listed_in_little_memory() {
     const MANY: usize = 10_000;
     let started = Instant::now();
     let bench = Bench::dead_people(MANY).await;
     let imported = started.elapsed();
     let started = Instant::now();
-    let looking = bench.starting(&["dlq", "list"]);
+    let listing = bench.starting(&["dlq", "list"]);
     let mut memory = 0;
-    while let Some(peak) = looking.peak_memory() {
+    while let Some(peak) = listing.peak_memory() {
         memory = memory.max(peak);
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    assert!(looking.ended().await.success(), "{}", looking.log());
-    let looked = started.elapsed();
+    assert!(listing.ended().await.success(), "{}", listing.log());
+    let listed_in = started.elapsed();
     writeln!(
         std::io::stderr(),
         "{MANY} dead letters: imported in {} ms, listed in {} ms with {} MiB",
         imported.as_millis(),
-        looked.as_millis(),
+        listed_in.as_millis(),
         memory / 1024
     )
     .unwrap();
