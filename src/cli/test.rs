@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::cli::failure::{CHECK_FAILED, Failure};
 use crate::config::Layers;
-use crate::scenario::{Scenario, Suite, Told, Unplayable};
+use crate::scenario::{Scenario, ScenarioError, ScenarioResult, Suite};
 
 /// A scenario file, shown by `--help`.
 const EXAMPLE: &str = include_str!("test.example.toml");
@@ -65,7 +65,7 @@ pub(super) async fn test(args: Args, base: Layers) -> Result<(), Failure> {
             |scenario: &&Scenario| args.only.as_ref().is_none_or(|text| scenario.title.contains(text));
         for scenario in suite.scenarios.iter().filter(wanted) {
             let output =
-                ScenarioOutput::new(path.display().to_string(), scenario, suite.play(scenario, &base).await);
+                ScenarioOutput::new(path.display().to_string(), scenario, suite.run(scenario, &base).await);
             *(if output.passed { &mut passed } else { &mut failed }) += 1;
             if args.json {
                 anstream::println!("{}", serde_json::to_string(&output).unwrap_or_default());
@@ -86,7 +86,7 @@ pub(super) async fn test(args: Args, base: Layers) -> Result<(), Failure> {
 }
 
 impl<'a> ScenarioOutput<'a> {
-    fn new(file: String, scenario: &'a Scenario, result: Result<Told, Unplayable>) -> Self {
+    fn new(file: String, scenario: &'a Scenario, result: Result<ScenarioResult, ScenarioError>) -> Self {
         let mut output = Self {
             file,
             scenario: &scenario.title,

@@ -1,4 +1,4 @@
-//! Puts into the simulated Close what a scenario says it holds.
+//! Creates the records of a scenario in the simulated Close.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -11,29 +11,29 @@ use crate::domain::record::Channel;
 use crate::scenario::render;
 use close_sync_simulator::{CustomField, Lag, Owner, Simulator};
 
-/// A Lead, its custom fields by name.
+/// A Lead, with its custom fields by name.
 #[derive(Clone, Debug, Deserialize)]
-pub(super) struct LeadSeed {
+pub(super) struct LeadFixture {
     name: Option<String>,
     description: Option<String>,
     /// By label.
     status: Option<String>,
-    /// When it was made. Those without follow one another in the order of the file.
+    /// When the Lead was created. Without it, records are created one second apart, in the order of the file.
     created: Option<String>,
     #[serde(default)]
-    contacts: Vec<ContactSeed>,
-    /// It was deleted just now: search still shows it.
+    contacts: Vec<ContactFixture>,
+    /// Deleted a moment ago: search still shows the record.
     #[serde(default)]
     deleted: bool,
-    /// It was merged into the Lead of this name just now: search still shows it.
+    /// Merged a moment ago into the Lead with this name: search still shows the record.
     merged_into: Option<String>,
     #[serde(flatten)]
     custom: BTreeMap<String, toml::Value>,
 }
 
-/// A Contact of a Lead, its custom fields by name.
+/// A Contact of a Lead, with its custom fields by name.
 #[derive(Clone, Debug, Deserialize)]
-struct ContactSeed {
+struct ContactFixture {
     name: Option<String>,
     title: Option<String>,
     #[serde(default)]
@@ -43,36 +43,36 @@ struct ContactSeed {
     #[serde(default)]
     urls: Vec<String>,
     created: Option<String>,
-    /// It was deleted just now: search still shows it.
+    /// Deleted a moment ago: search still shows the record.
     #[serde(default)]
     deleted: bool,
     #[serde(flatten)]
     custom: BTreeMap<String, toml::Value>,
 }
 
-/// Plants records.
-pub(super) struct Seed<'a> {
+pub(super) struct Fixtures<'a> {
     pub(super) simulator: &'a Simulator,
     pub(super) fields: &'a [CustomField],
 }
 
-/// Longer than any scenario.
+/// Longer than any scenario takes.
 const NOT_YET_IN_SEARCH: Lag = Lag::Fixed(Duration::from_hours(1));
 
-/// What was planted, and what of it is to go.
-pub(crate) struct Planted {
+/// The records that were created, and those that are to be merged or deleted.
+pub(crate) struct CreatedRecords {
+    /// Ids of Leads, each with the id of the Lead to merge it into.
     merged: Vec<(String, String)>,
     deleted: Vec<String>,
-    /// By id: what is gone has no name in Close any more.
+    /// By id. A record that was merged or deleted has no name in Close.
     names: BTreeMap<String, String>,
 }
 
-impl Planted {
-    /// Merges and deletes what the scenario says was merged or deleted just now.
-    pub(crate) fn bury(&self, simulator: &Simulator) -> Result<(), String> {
+impl CreatedRecords {
+    /// Merges and deletes records. Search still shows them.
+    pub(crate) fn merge_and_delete(&self, simulator: &Simulator) -> Result<(), String> {
         simulator.set_search_lag(NOT_YET_IN_SEARCH);
         for (id, into) in &self.merged {
-            simulator.merge(id, into).map_err(|refused| refused.to_string())?;
+            simulator.merge(id, into).map_err(|error| error.to_string())?;
         }
         for id in &self.deleted {
             simulator.delete(id);
@@ -81,14 +81,14 @@ impl Planted {
         Ok(())
     }
 
-    /// What a record was called.
+    /// The name that a record had at first.
     pub(super) fn name(&self, id: &str) -> Option<&String> {
         self.names.get(id)
     }
 }
 
-impl Seed<'_> {
-    pub(super) fn plant(&self, leads: &[LeadSeed]) -> Result<Planted, String> {
+impl Fixtures<'_> {
+    pub(super) fn create(&self, leads: &[LeadFixture]) -> Result<CreatedRecords, String> {
         let mut ids = BTreeMap::new();
         let (mut deleted, mut merged) = (Vec::new(), Vec::new());
         let mut serial = 0;
@@ -111,12 +111,12 @@ impl Seed<'_> {
             merged.extend(lead.merged_into.as_deref().map(|into| (id.clone(), into)));
             ids.insert(lead.name.as_deref().unwrap_or_default(), id);
         }
-        let known = |(id, into): (String, &str)| {
-            let into = ids.get(into).ok_or_else(|| format!("no Lead is called \"{into}\" to merge into"))?;
+        let resolve = |(id, into): (String, &str)| {
+            let into = ids.get(into).ok_or_else(|| format!("merged_into: unknown Lead \"{into}\""))?;
             Ok((id, into.clone()))
         };
-        let merged = merged.into_iter().map(known).collect::<Result<_, String>>()?;
-        Ok(Planted { merged, deleted, names: render::names(self.simulator) })
+        let merged = merged.into_iter().map(resolve).collect::<Result<_, String>>()?;
+        Ok(CreatedRecords { merged, deleted, names: render::names(self.simulator) })
     }
 
     fn record(
@@ -136,17 +136,17 @@ impl Seed<'_> {
         body.extend(lead.map(|id| ("lead_id".to_owned(), id.into())));
         for (name, value) in custom {
             let field = self.fields.iter().find(|field| field.name == *name && kind.has(field.owner));
-            let field = field.ok_or_else(|| format!("{} have no field \"{name}\"", kind.plural()))?;
+            let field = field.ok_or_else(|| format!("unknown field \"{name}\" of {}", kind.plural()))?;
             let value = serde_json::to_value(value).map_err(|error| error.to_string())?;
             body.insert(format!("custom.{}", field.id), value);
         }
         let body = Value::Object(body);
-        let made = match kind {
+        let record = match kind {
             Kind::Lead => self.simulator.add_lead(body),
             Kind::Contact => self.simulator.add_contact(body),
         };
-        let made = made.map_err(|refused| refused.to_string())?;
-        made["id"].as_str().map(str::to_owned).ok_or_else(|| "a record has no id".to_owned())
+        let record = record.map_err(|error| error.to_string())?;
+        record["id"].as_str().map(str::to_owned).ok_or_else(|| "a record has no id".to_owned())
     }
 }
 
@@ -172,13 +172,13 @@ impl Kind {
     }
 }
 
-impl LeadSeed {
+impl LeadFixture {
     fn body(&self) -> Map<String, Value> {
         texts([("name", &self.name), ("description", &self.description), ("status", &self.status)])
     }
 }
 
-impl ContactSeed {
+impl ContactFixture {
     fn body(&self) -> Map<String, Value> {
         let mut body = texts([("name", &self.name), ("title", &self.title)]);
         for &channel in Channel::VARIANTS {

@@ -1,12 +1,11 @@
-//! Test files for a mapping: what Close holds, an event, and what has to come of it.
+//! Scenarios: test files for a mapping. A scenario lists records in Close, an event, and the expected result.
 //!
-//! A [`Suite`] is one file. Each of its scenarios gets a Close of its own, the [`close_sync_simulator`], and
-//! runs through the same [`Worker`] as every message; only the broker is missing. What comes of it is
-//! told as text ([`render`]) and compared with the text in the file, so that the difference reads like a
-//! review of the change.
+//! A [`Suite`] is one file. Each scenario runs against its own [`close_sync_simulator`], through the same [`Worker`] as
+//! every message, without a broker. The result is rendered as text ([`render`]) and compared with the text in the file,
+//! so that a failure shows a diff.
 //!
-//! The project's own matching rules are proven by such files too, `tests/scenarios`; there each scenario
-//! also runs on records in memory and, with a real broker, through the whole program.
+//! The matching rules of this project are tested with such files too, in `tests/scenarios`. Those scenarios also run on
+//! records in memory and, with a broker, through the whole program.
 
 mod fixtures;
 pub mod render;
@@ -27,25 +26,23 @@ use crate::sync::{Dependencies, Prepared, ReceivedAt, RunContext, Worker};
 use crate::telemetry::metrics::Metrics;
 use close_sync_simulator::{CustomField, Owner, Settings, Simulator, User};
 
-use fixtures::{LeadSeed, Planted, Seed};
+use fixtures::{CreatedRecords, Fixtures, LeadFixture};
 
 /// One file of scenarios that share an organization and settings.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Suite {
-    /// Settings for all scenarios of the file, laid over the user's own.
+    /// Settings for all scenarios of the file, which override those of the user.
     #[serde(default)]
     settings: Table,
-    /// Lead statuses of the organization, by label; the first is that of new Leads.
+    /// Labels of the Lead statuses. New Leads get the first.
     #[serde(default)]
     statuses: Vec<String>,
-    /// Its users.
     #[serde(default, rename = "user")]
     users: Vec<Member>,
-    /// Its custom fields. The lookup fields need not be listed.
+    /// Custom fields. The lookup fields may be left out.
     #[serde(default, rename = "field")]
-    fields: Vec<FieldSeed>,
-    /// The scenarios, in order.
+    fields: Vec<FieldFixture>,
     #[serde(default, rename = "scenario")]
     pub scenarios: Vec<Scenario>,
 }
@@ -60,10 +57,10 @@ struct Member {
 /// A custom field of the organization.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct FieldSeed {
+struct FieldFixture {
     of: Owner,
     name: String,
-    /// Made up when it does not matter.
+    /// Derived from the name if missing.
     id: Option<String>,
     #[serde(rename = "type")]
     kind: close_sync_simulator::FieldKind,
@@ -73,52 +70,50 @@ struct FieldSeed {
     multiple: bool,
 }
 
-/// What Close holds, what arrives, and what has to come of it.
+/// Records in Close, events, and the expected result.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Scenario {
-    /// What it shows.
     pub title: String,
-    /// Settings of this scenario alone.
+    /// Settings for this scenario only.
     #[serde(default)]
     settings: Table,
-    /// What Close holds before.
+    /// The records in Close before the events.
     #[serde(default)]
-    leads: Vec<LeadSeed>,
-    /// One event as JSON, several as a list or one per line; they arrive in this order.
+    leads: Vec<LeadFixture>,
+    /// One event as JSON, or several in order, as a list or one per line.
     pub event: String,
-    /// What is decided and done, as [`render::decision`] tells it.
+    /// The expected decisions, as [`render::decision`] renders them.
     pub expect: Option<String>,
-    /// What Close holds afterwards, as [`render::records`] tells it.
+    /// The expected records afterwards, as [`render::records`] renders them.
     pub records: Option<String>,
 }
 
-/// Why a scenario could not be played.
+/// Why a scenario could not run.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Unplayable {
-    /// The file cannot be read.
+pub enum ScenarioError {
     #[error("cannot be read: {0}")]
     Unreadable(String),
-    /// It is no TOML, or not of this form.
-    #[error("is no file of scenarios: {0}")]
+    /// The file is not TOML, or does not have the form of a [`Suite`].
+    #[error("not a valid scenario file: {0}")]
     Form(String),
-    /// The settings are not valid together.
+    /// The settings are not valid.
     #[error("{0}")]
     Settings(String),
-    /// The simulated Close refuses what it is to hold.
-    #[error("Close could not hold this: {0}")]
-    Seed(String),
-    /// The worker could not start on it.
+    /// The simulated Close rejects a record, a field or a status.
+    #[error("cannot create the records of the scenario: {0}")]
+    Fixture(String),
+    /// The worker cannot start.
     #[error("{0}")]
     Worker(String),
 }
 
-/// What came of a scenario.
+/// The result of a scenario, as text.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Told {
-    /// What was decided and done.
+pub struct ScenarioResult {
+    /// The decisions about the events.
     pub decision: String,
-    /// What Close holds afterwards.
+    /// The records in Close afterwards.
     pub records: String,
 }
 
@@ -126,24 +121,24 @@ impl Suite {
     /// Reads a file.
     ///
     /// # Errors
-    /// [`Unplayable::Unreadable`] and [`Unplayable::Form`].
-    pub fn load(path: &Path) -> Result<Self, Unplayable> {
+    /// [`ScenarioError::Unreadable`] and [`ScenarioError::Form`].
+    pub fn load(path: &Path) -> Result<Self, ScenarioError> {
         let text =
-            std::fs::read_to_string(path).map_err(|error| Unplayable::Unreadable(error.to_string()))?;
+            std::fs::read_to_string(path).map_err(|error| ScenarioError::Unreadable(error.to_string()))?;
         Self::parse(&text)
     }
 
-    fn parse(text: &str) -> Result<Self, Unplayable> {
-        toml::from_str(text).map_err(|error| Unplayable::Form(error.to_string()))
+    fn parse(text: &str) -> Result<Self, ScenarioError> {
+        toml::from_str(text).map_err(|error| ScenarioError::Form(error.to_string()))
     }
 
-    /// The settings of a scenario, for a Close at this URL.
+    /// The configuration of a scenario for this simulated Close.
     pub fn config(
         &self,
         scenario: &Scenario,
         base: &Layers,
         close: &Simulator,
-    ) -> Result<Destination, Unplayable> {
+    ) -> Result<Destination, ScenarioError> {
         let mut at = Table::new();
         at.insert("api_url".into(), close.url().into());
         at.insert("api_key".into(), Settings::default().api_key.into());
@@ -152,7 +147,7 @@ impl Suite {
         read(layers, Need::All)
     }
 
-    /// The settings of a scenario without those below: the file's, with its own over them.
+    /// The settings of the file, overridden by those of the scenario.
     pub fn settings(&self, scenario: &Scenario) -> Table {
         merged(self.settings.clone(), scenario.settings.clone())
     }
@@ -161,26 +156,26 @@ impl Suite {
         base.clone().over(self.settings(scenario))
     }
 
-    /// A Close that holds what the scenario says.
+    /// Starts a simulated Close with the records of the scenario.
     ///
     /// # Errors
-    /// [`Unplayable::Seed`], and [`Unplayable::Settings`] when the lookup fields are not told.
-    pub async fn stage(&self, scenario: &Scenario, base: &Layers) -> Result<Simulator, Unplayable> {
-        let (simulator, planted) = self.plant(scenario, base).await?;
-        planted.bury(&simulator).map_err(Unplayable::Seed)?;
+    /// [`ScenarioError::Fixture`], and [`ScenarioError::Settings`] if the settings are not valid.
+    pub async fn start_close(&self, scenario: &Scenario, base: &Layers) -> Result<Simulator, ScenarioError> {
+        let (simulator, created) = self.create_records(scenario, base).await?;
+        created.merge_and_delete(&simulator).map_err(ScenarioError::Fixture)?;
         Ok(simulator)
     }
 
-    /// The same, before anything was merged or deleted.
-    pub(crate) async fn plant(
+    /// Like [`Self::start_close`], without the merges and deletions.
+    pub(crate) async fn create_records(
         &self,
         scenario: &Scenario,
         base: &Layers,
-    ) -> Result<(Simulator, Planted), Unplayable> {
-        let seed = |message: String| Unplayable::Seed(message);
-        // The key and the URL are not known yet, and the lookup fields need neither.
+    ) -> Result<(Simulator, CreatedRecords), ScenarioError> {
+        let failed = |message: String| ScenarioError::Fixture(message);
+        // There is no URL yet. The lookup fields do not need one.
         let config = read(self.layers(scenario, base), Need::Broker)?;
-        let mut fields: Vec<CustomField> = self.fields.iter().map(FieldSeed::field).collect();
+        let mut fields: Vec<CustomField> = self.fields.iter().map(FieldFixture::field).collect();
         let keys = [
             (&config.rules.lead.key, Owner::Lead, "Company ID"),
             (&config.rules.contact.key, Owner::Contact, "User ID"),
@@ -188,34 +183,35 @@ impl Suite {
         for (key, owner, name) in keys {
             let Some(key) = key.as_ref().map(FieldRef::as_str) else { continue };
             if !fields.iter().any(|field| field.id == key || (field.name == key && field.owner == owner)) {
-                fields.push(FieldSeed::lookup(key, owner, name).field());
+                fields.push(FieldFixture::lookup(key, owner, name).field());
             }
         }
-        // The same ids each time: they break the tie of records made at the same moment.
+        // With the same ids each time: they order records that were created at the same time.
         let mut settings = Settings { custom_fields: Vec::new(), seed: Uuid::nil(), ..Settings::fast() };
         if !self.statuses.is_empty() {
             settings.statuses.clone_from(&self.statuses);
         }
         settings.more_users = self.users.iter().map(Member::user).collect();
-        let any = "127.0.0.1:0".parse().map_err(|error: std::net::AddrParseError| seed(error.to_string()))?;
-        let simulator = Simulator::start(settings, any).await.map_err(|error| seed(error.to_string()))?;
+        let any =
+            "127.0.0.1:0".parse().map_err(|error: std::net::AddrParseError| failed(error.to_string()))?;
+        let simulator = Simulator::start(settings, any).await.map_err(|error| failed(error.to_string()))?;
         for field in &fields {
             simulator
                 .add_field(field.clone())
-                .map_err(|refused| seed(format!("custom field \"{}\": {refused}", field.name)))?;
+                .map_err(|error| failed(format!("custom field \"{}\": {error}", field.name)))?;
         }
-        let seeds = Seed { simulator: &simulator, fields: &fields };
-        let planted = seeds.plant(&scenario.leads).map_err(seed)?;
-        Ok((simulator, planted))
+        let fixtures = Fixtures { simulator: &simulator, fields: &fields };
+        let created = fixtures.create(&scenario.leads).map_err(failed)?;
+        Ok((simulator, created))
     }
 
-    /// Plays a scenario.
+    /// Runs a scenario.
     ///
     /// # Errors
-    /// Why it could not be played. That something else came of it than expected is no error.
-    pub async fn play(&self, scenario: &Scenario, base: &Layers) -> Result<Told, Unplayable> {
-        let (simulator, planted) = self.plant(scenario, base).await?;
-        planted.bury(&simulator).map_err(Unplayable::Seed)?;
+    /// When the scenario cannot run. An unexpected result is not an error.
+    pub async fn run(&self, scenario: &Scenario, base: &Layers) -> Result<ScenarioResult, ScenarioError> {
+        let (simulator, created) = self.create_records(scenario, base).await?;
+        created.merge_and_delete(&simulator).map_err(ScenarioError::Fixture)?;
         let config = self.config(scenario, base, &simulator)?;
         let worker = worker(config).await?;
         let mut decisions = Vec::new();
@@ -225,41 +221,41 @@ impl Suite {
                 Prepared::Job(job) => worker.run(&job, RunContext::first()).await,
             };
             let names = render::names(&simulator);
-            let name = |id: &str| names.get(id).or_else(|| planted.name(id)).cloned();
+            let name = |id: &str| names.get(id).or_else(|| created.name(id)).cloned();
             decisions.push(render::decision(&outcome, &decision, &worker.mapping(), name));
         }
-        Ok(Told { decision: decisions.join("\n"), records: render::records(&simulator) })
+        Ok(ScenarioResult { decision: decisions.join("\n"), records: render::records(&simulator) })
     }
 }
 
-fn read(layers: Layers, need: Need) -> Result<Destination, Unplayable> {
-    let config = layers.read(need).map_err(|problems| Unplayable::Settings(problems.to_string()))?;
+fn read(layers: Layers, need: Need) -> Result<Destination, ScenarioError> {
+    let config = layers.read(need).map_err(|problems| ScenarioError::Settings(problems.to_string()))?;
     config.single().map_err(|names| {
-        Unplayable::Settings(format!(
+        ScenarioError::Settings(format!(
             "name one of several destinations with `--destination`: {}",
             names.join(", ")
         ))
     })
 }
 
-/// A worker on the simulated Close.
-pub(crate) async fn worker(config: Destination) -> Result<Worker, Unplayable> {
-    let failed = |error: &dyn std::fmt::Display| Unplayable::Worker(error.to_string());
+/// Starts a worker for the simulated Close.
+pub(crate) async fn worker(config: Destination) -> Result<Worker, ScenarioError> {
+    let failed = |error: &dyn std::fmt::Display| ScenarioError::Worker(error.to_string());
     let client = Client::new(config.close, |_| {}).map_err(|error| failed(&error))?;
     let metrics = Metrics::new(None).map_err(|error| failed(&error))?;
-    let Ready { mapping, .. } = preflight::run(&client, &config.rules).await.map_err(|obstacles| {
-        let told: Vec<String> = obstacles.iter().map(ToString::to_string).collect();
-        failed(&told.join("\n"))
+    let Ready { mapping, .. } = preflight::run(&client, &config.rules).await.map_err(|errors| {
+        let lines: Vec<String> = errors.iter().map(ToString::to_string).collect();
+        failed(&lines.join("\n"))
     })?;
     Ok(Worker::new(Dependencies { settings: config.worker, rules: &config.rules, mapping, client, metrics }))
 }
 
 impl Scenario {
-    /// Where what came differs from what is expected; empty when it does not.
-    pub fn difference(&self, told: &Told) -> String {
+    /// The diff between the expected and the actual result. Empty if they are the same.
+    pub fn difference(&self, result: &ScenarioResult) -> String {
         let sides = [
-            ("what is done", &self.expect, &told.decision),
-            ("what Close holds", &self.records, &told.records),
+            ("decisions", &self.expect, &result.decision),
+            ("records in Close", &self.records, &result.records),
         ];
         let mut text = String::new();
         for (title, expected, actual) in sides {
@@ -270,7 +266,7 @@ impl Scenario {
                 text += &diff
                     .unified_diff()
                     .context_radius(20)
-                    .header(&format!("{title}: expected"), &format!("{title}: came"))
+                    .header(&format!("{title}: expected"), &format!("{title}: actual"))
                     .to_string();
             }
         }
@@ -278,7 +274,7 @@ impl Scenario {
     }
 }
 
-/// One table over another.
+/// Merges tables. Values of `above` win.
 fn merged(mut below: Table, above: Table) -> Table {
     for (key, value) in above {
         let value = match (below.remove(&key), value) {
@@ -290,7 +286,7 @@ fn merged(mut below: Table, above: Table) -> Table {
     below
 }
 
-/// Without blanks at the ends of lines and blank lines at both ends.
+/// Trims the ends of lines, and blank lines at both ends.
 fn tidy(text: &str) -> String {
     let lines: Vec<&str> = text.trim_matches('\n').lines().map(str::trim_end).collect();
     lines.join("\n").trim_end().to_owned() + "\n"
@@ -303,7 +299,7 @@ impl Member {
     }
 }
 
-impl FieldSeed {
+impl FieldFixture {
     fn lookup(key: &str, of: Owner, name: &str) -> Self {
         let is_id = key.starts_with("cf_");
         let name = if is_id { name } else { key }.to_owned();

@@ -1,4 +1,4 @@
-//! What came of a scenario, as text that people write into files and read in differences.
+//! Renders the result of a scenario as text, for scenario files and diffs.
 //!
 //! ```text
 //! added: new_in_company_lead
@@ -9,8 +9,8 @@
 //! left out phones: invalid_phone
 //! ```
 //!
-//! The first line is the outcome, its reason, and the rule that decided; then what is written, record by
-//! record, with the value before where there was one; then the records and values that were not.
+//! The first line has the outcome, its reason, and the matching rule that decided. Then follow the writes, record by
+//! record, each with the value before if there was one. Then follow the records and values that were not written.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -26,7 +26,7 @@ use crate::domain::record::{Channel, LeadId};
 use crate::outcome::Outcome;
 use close_sync_simulator::Simulator;
 
-/// One message. `name` knows what records are called.
+/// Renders the decision about one message. `name` returns the name of a record by its id.
 pub fn decision(
     outcome: &Outcome,
     decision: &Decision,
@@ -58,7 +58,7 @@ pub fn decision(
             }
         }
     }
-    let passed_over = |verdict: &Verdict| match verdict {
+    let is_left_alone = |verdict: &Verdict| match verdict {
         Verdict::YoungerLead
         | Verdict::UserIdDecides
         | Verdict::DifferentPerson
@@ -72,10 +72,10 @@ pub fn decision(
         | Verdict::NoMatch => false,
     };
     let mut rest: Vec<String> = Vec::new();
-    for candidate in decision.candidates.iter().filter(|candidate| passed_over(&candidate.verdict)) {
+    for candidate in decision.candidates.iter().filter(|candidate| is_left_alone(&candidate.verdict)) {
         rest.push(format!("left alone {}: {}", called(&candidate.id), candidate.verdict.label()));
     }
-    // The order in which they were found says nothing.
+    // Search does not promise an order.
     rest.sort();
     for dropped in &decision.dropped {
         rest.push(format!("left out {}: {}", mapping.label(&dropped.field), dropped.reason.label()));
@@ -86,7 +86,7 @@ pub fn decision(
     text
 }
 
-/// The line that names a record and what is done with it. None when nothing is.
+/// The line with the action and the name of a record. `None` if nothing is done.
 fn title(record: &RecordPlan, called: &dyn Fn(&str) -> String) -> Option<String> {
     let name = quoted(record.name.as_deref());
     let touched = record.refused.is_some() || record.written().next().is_some();
@@ -105,7 +105,7 @@ fn quoted(name: Option<&str>) -> String {
     name.map_or_else(|| "without name".to_owned(), |name| Value::from(name).to_string())
 }
 
-/// What the records of the simulated Close are called, by id.
+/// The names of the records in the simulated Close, by id.
 pub(super) fn names(close: &Simulator) -> BTreeMap<String, String> {
     let records = close.leads().into_iter().chain(close.contacts());
     let text =
@@ -113,7 +113,7 @@ pub(super) fn names(close: &Simulator) -> BTreeMap<String, String> {
     records.filter_map(|record| text(&record, "id").zip(text(&record, "name"))).collect()
 }
 
-/// All records of the simulated Close: Leads oldest first, each with its Contacts in the order they came.
+/// Renders all records of the simulated Close: Leads, oldest first, each with its Contacts in order of creation.
 ///
 /// ```text
 /// lead "Acme"
@@ -123,7 +123,7 @@ pub(super) fn names(close: &Simulator) -> BTreeMap<String, String> {
 ///     emails: "bob@acme.test"
 /// ```
 ///
-/// The first lead status, which Close gives by itself, is not shown.
+/// Leaves out the first Lead status, which Close sets by default.
 pub fn records(close: &Simulator) -> String {
     let statuses = close.lead_statuses();
     let fields = close.fields();

@@ -1,4 +1,4 @@
-//! Opens when most messages fail: then Close has a fault, not the messages.
+//! Opens when most messages fail: the fault is then in Close, not in the messages.
 //!
 //! Counts the share of messages with a transient failure (a 5xx, a time-out, a lost connection) among those of the
 //! last minute. A message that fails first and succeeds later counts as both. Above half, the breaker opens:

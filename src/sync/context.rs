@@ -152,7 +152,7 @@ impl Context {
         if !may_be_systemic {
             return None;
         }
-        // A check without a clear answer is not a reason to give the message up.
+        // A check that fails without a definite cause does not prove that the message is at fault.
         let errors = self.refresh_mapping().await.err()?;
         Some(errors.first().and_then(PreflightError::pause_cause).unwrap_or(PauseCause::Unreachable))
     }

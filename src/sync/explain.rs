@@ -1,4 +1,4 @@
-//! What an event would do to Close, and why, for people and scripts: the decision in words. Holds personal data.
+//! Explains what an event would do to Close, and why, for people and for scripts. Contains personal data.
 
 use std::fmt;
 
@@ -18,46 +18,44 @@ use crate::text::choices;
 /// The outcome of an event that cannot succeed.
 pub const DEAD: &str = "dead-lettered";
 
-/// One event, as it is told.
+/// The explanation of one event. The fields without `skip` are the JSON of `plan --json`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Explanation {
-    /// What would become of it: an effect, `skipped` or [`DEAD`].
+    /// An effect, `skipped` or [`DEAD`].
     pub outcome: &'static str,
-    /// Why it would be skipped or dead-lettered, from a closed list.
+    /// Why the event would be skipped or dead-lettered, from a closed list.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<&'static str>,
-    /// What is wrong with it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
-    /// Which rule of matching decided.
+    /// The label of the matching rule that decided.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rule: Option<&'static str>,
-    /// The same for people.
+    /// The description of the rule.
     #[serde(skip)]
     pub rule_in_words: Option<&'static str>,
-    /// What Close was asked for.
+    /// The look-ups in order, cached and from Close.
     pub look_ups: Vec<String>,
-    /// The records that came into question.
+    /// The records that were considered.
     pub candidates: Vec<Candidate>,
-    /// The records it is about.
+    /// The records that the event is about.
     pub records: Vec<Record>,
-    /// Values that would not be written.
+    /// The values that would not be written.
     pub left_out: Vec<LeftOut>,
-    /// Calls to Close that finding this out took.
+    /// The number of calls to Close that the explanation took.
     pub calls: u32,
     /// Whether anything would be written.
     #[serde(skip)]
     pub writes: bool,
 }
 
-/// A record that came into question.
+/// A record that was considered.
 #[derive(Clone, Debug, Serialize)]
 pub struct Candidate {
-    /// Its id.
     pub id: String,
-    /// What was thought of it.
+    /// The label of the verdict.
     pub verdict: &'static str,
-    /// The same for people.
+    /// The description of the verdict.
     #[serde(skip)]
     pub in_words: &'static str,
 }
@@ -65,60 +63,58 @@ pub struct Candidate {
 /// A value that would not be written.
 #[derive(Clone, Debug, Serialize)]
 pub struct LeftOut {
-    /// The field of Close.
+    /// The name of the field in Close's API.
     pub field: String,
-    /// Why, from a closed list.
+    /// The reason, from a closed list.
     pub reason: &'static str,
-    /// The value.
     pub value: Option<Value>,
-    /// All of it for people.
+    /// A line for people with field, value and reason.
     #[serde(skip)]
     pub in_words: String,
 }
 
-/// A Lead or Contact, with what would become of it.
+/// A Lead or Contact, with the planned changes.
 #[derive(Clone, Debug, Serialize)]
 pub struct Record {
-    /// `create lead`, `update contact`, or `lead` when nothing is to change.
+    /// `create lead`, `update contact`, or `lead` if nothing changes.
     pub action: &'static str,
-    /// Its id; of a new Contact, the Lead's.
+    /// The id of the record. For a new Contact, the id of its Lead.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
-    /// Its name.
     pub name: Option<String>,
-    /// The switch that forbids it.
+    /// The switch that forbids the change.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub forbidden: Option<&'static str>,
-    /// Its fields that the event tells about.
+    /// The fields for which the event has a value.
     pub fields: Vec<Field>,
 }
 
 /// A field of a record.
 #[derive(Clone, Debug, Serialize)]
 pub struct Field {
-    /// As Close names it.
+    /// The name in Close's API.
     #[serde(rename = "field")]
     pub key: String,
-    /// As people name it.
+    /// The name that Close shows to people.
     #[serde(skip)]
     pub label: String,
-    /// What Close has.
+    /// The value in Close.
     pub before: Option<Value>,
-    /// What the event says.
+    /// The value of the event.
     pub event: Value,
-    /// What comes of it.
+    /// The label of the verdict on the field.
     pub verdict: &'static str,
-    /// All of it for people.
+    /// The change as text for people.
     #[serde(skip)]
     pub change: String,
 }
 
-/// Why it cannot be told what an event would do.
+/// Why an event could not be planned.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Unplanned {
-    /// Something stood in the way, even after retries.
+    /// The look-up failed, also after retries.
     Delayed(DelayCause),
-    /// Close cannot be worked with.
+    /// The preflight check failed.
     Paused(PauseCause),
 }
 
@@ -128,17 +124,17 @@ impl fmt::Display for Unplanned {
             Self::Delayed(cause) => write!(f, "could not be planned: {cause}"),
             Self::Paused(cause) => write!(
                 f,
-                "could not be planned, Close cannot be worked with: {}\nhint: `close-sync check` tells more",
+                "could not be planned, Close preflight check failed: {}\nhint: run `close-sync check` for details",
                 cause.label()
             ),
         }
     }
 }
 
-/// Finds out what an event that came like this would do now, with the worker's own code, and what it is about.
+/// Plans an event with the code of the worker, without writing. Returns the keys of the event too.
 ///
 /// # Errors
-/// When Close does not let itself be looked at.
+/// When a look-up fails.
 pub async fn dry_run(
     worker: &Worker,
     event: &[u8],

@@ -93,12 +93,12 @@ impl IdCache {
         self.people.insert(key, contacts);
     }
 
-    /// Caches what was just created for a person. `only`: no other Contact has their keys.
-    pub fn remember_created(&self, person: &Identity, made: CreatedIds, only: bool) {
-        if let Some((company_id, lead)) = person.company_id.as_ref().zip(made.lead) {
+    /// Caches the records just created for a person. `only`: no other Contact has the person's keys.
+    pub fn remember_created(&self, person: &Identity, created: CreatedIds, only: bool) {
+        if let Some((company_id, lead)) = person.company_id.as_ref().zip(created.lead) {
             self.remember_lead(company_id, lead);
         }
-        if let Some(contact) = made.contact {
+        if let Some(contact) = created.contact {
             person.person().for_each(|key| self.add(key, vec![contact.clone()], only));
         }
     }
@@ -144,14 +144,14 @@ mod tests {
         let key = || Key::Email("j@x.test".into());
         let person = Identity { email: Some("j@x.test".into()), ..Identity::default() };
         let id = |id: &str| ContactId::new(id);
-        let made = |contact: &str| CreatedIds { lead: None, contact: Some(id(contact)) };
+        let created = |contact: &str| CreatedIds { lead: None, contact: Some(id(contact)) };
         cache.remember_contacts(key(), vec![], true);
         assert_eq!(cache.contacts(&key()), Contacts::default());
-        cache.remember_created(&person, made("cont_1"), false);
+        cache.remember_created(&person, created("cont_1"), false);
         assert_eq!(cache.contacts(&key()), Contacts { ids: vec![id("cont_1")], complete: false });
         cache.remember_contacts(key(), vec![id("cont_0")], true);
-        cache.remember_created(&person, made("cont_2"), false);
-        cache.remember_created(&person, made("cont_1"), false);
+        cache.remember_created(&person, created("cont_2"), false);
+        cache.remember_created(&person, created("cont_1"), false);
         let ids = vec![id("cont_1"), id("cont_0"), id("cont_2")];
         assert_eq!(
             cache.contacts(&key()),

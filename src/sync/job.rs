@@ -1,4 +1,4 @@
-//! What a message needs from Close, and the circumstances of a run.
+//! A message that needs Close, and the context of a run.
 
 use std::time::Duration;
 
@@ -50,7 +50,7 @@ pub struct RunContext {
     pub attempts: u32,
     /// Which messages get rate budget first.
     pub priority: Priority,
-    /// Until then, search may miss what other workers created.
+    /// Before this time, search may miss records that other workers created.
     pub search_complete_from: Instant,
 }
 
@@ -61,12 +61,12 @@ impl RunContext {
     }
 }
 
-/// When a message was received: stands in for the time of an event that has none.
+/// When a message was received. Replaces the time of an event that has none.
 #[derive(Clone, Copy, Debug)]
 pub struct ReceivedAt {
-    /// From the message's properties, if they have it.
+    /// The timestamp in the message's properties.
     pub published: Option<Timestamp>,
-    /// First received. No event is later than that, whatever its own time says.
+    /// When the message was first received. An event that claims a later time gets this time.
     pub received: Timestamp,
 }
 

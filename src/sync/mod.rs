@@ -1,6 +1,6 @@
 //! Syncs one message: from the bytes of its body to its outcome.
 //!
-//! [`Worker::prepare`] is pure: it decodes and maps, and settles what needs no Close. [`Worker::run`] looks up,
+//! [`Worker::prepare`] is pure: it decodes and maps, and settles messages that need no call to Close. [`Worker::run`] looks up,
 //! plans and writes. When a step fails, the next attempt starts over with the look-up, so that a write whose
 //! outcome is unknown is never repeated blindly.
 //!
@@ -188,7 +188,7 @@ impl Worker {
         Some(outcomes)
     }
 
-    /// What [`Worker::run`] would do now, except for errors that only a write shows. Writes nothing.
+    /// Returns what [`Worker::run`] would do now, except for errors that only a write shows. Writes nothing.
     pub async fn dry_run(&self, job: &Job) -> (Outcome, Decision) {
         let mut attempts = self.attempts(job, &[], RunContext::first(), Mode::DryRun);
         let outcome = attempts.retry_in_place().await;

@@ -1,34 +1,34 @@
-//! What must be true of a Close organization before anything is written to it: the key is accepted,
-//! and the lookup fields exist and are of type text. `check` and `run` ask at start; a pause asks
-//! until it holds again; while it holds, it is asked from time to time what fields there are.
+//! The preflight check: Close accepts the API key, and the lookup fields exist and are of type text.
+//!
+//! Nothing is written to Close before the check succeeds. `check` and `run` run it at the start. During a pause it is
+//! repeated until it succeeds. Afterwards it runs periodically, to read changes of the custom fields.
 
 use crate::close::{Client, CloseError};
 use crate::domain::mapping::{LookupFieldError, Mapping, Rules};
 use crate::domain::schema::Schema;
 use crate::outcome::PauseCause;
 
-/// Why Close cannot be worked with.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PreflightError {
-    /// Close did not answer as it should.
+    /// A call failed.
     #[error("{0}")]
     Close(CloseError),
-    /// A lookup field cannot serve.
+    /// A lookup field is missing or has the wrong type.
     #[error("{0}")]
     Field(LookupFieldError),
 }
 
-/// What was found in order.
+/// The result of a check that succeeded.
 #[derive(Clone, Debug)]
 pub struct Ready {
     /// The name of the organization.
     pub organization: String,
-    /// The mapping, with every field known.
+    /// The mapping, resolved against the custom fields in Close.
     pub mapping: Mapping,
 }
 
 impl PreflightError {
-    /// The pause this obstacle calls for. Without one it is a fault of the moment.
+    /// The cause of the pause that this error leads to. `None` if the error may be temporary.
     pub fn pause_cause(&self) -> Option<PauseCause> {
         match self {
             Self::Field(_) => Some(PauseCause::LookupField),
@@ -40,7 +40,7 @@ impl PreflightError {
         }
     }
 
-    /// The obstacle, and what to do about it if it is the key's. `api_key` is how its operator finds that setting.
+    /// The error, with a remedy if the API key causes it. `api_key` is the name of that setting.
     pub fn with_remedy(&self, api_key: &str) -> String {
         match self.pause_cause() {
             Some(PauseCause::Unauthorized) => {
@@ -58,7 +58,10 @@ impl PreflightError {
     }
 }
 
-/// Asks Close. Tells everything that is wrong with the lookup fields; the list is never empty.
+/// Runs the check.
+///
+/// # Errors
+/// The failed call, or every lookup field that cannot be used. The list is never empty.
 pub async fn run(client: &Client, rules: &Rules) -> Result<Ready, Vec<PreflightError>> {
     let close = |error| vec![PreflightError::Close(error)];
     let organization = client.me().await.map_err(close)?;

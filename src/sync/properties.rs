@@ -1,4 +1,4 @@
-//! The laws of matching, tried on whole worlds in memory: look up, decide, carry out, and look again.
+//! Property tests of matching on random records in memory: look up, decide, apply, and look up again.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -25,18 +25,17 @@ use crate::sync::lookups::Lookups;
 use crate::sync::resolver::{Decided, Resolver};
 use crate::sync::version_cache::VersionCache;
 
-/// What the worker remembers from one message to the next.
+/// The caches that the worker keeps from one message to the next.
 #[derive(Default)]
-pub(crate) struct Memory {
+pub(crate) struct Caches {
     id_cache: IdCache,
     version_cache: VersionCache,
 }
 
-/// What the worker decides about messages that go together, short of failures: a record that vanished is looked
-/// for once more.
+/// Decides about messages that are merged, like an attempt of the worker. After a 404 it looks up once more.
 fn decide(
-    book: &InMemoryRecords,
-    Memory { id_cache, version_cache }: &Memory,
+    records: &InMemoryRecords,
+    Caches { id_cache, version_cache }: &Caches,
     mapping: &Mapping,
     switches: Switches,
     events: &[&Desired],
@@ -44,7 +43,7 @@ fn decide(
     let mut decision = Decision::default();
     let mut resolver = Resolver {
         lookups: Lookups {
-            records: book,
+            records,
             id_cache,
             keys: &mapping.keys,
             search_is_complete: true,
@@ -54,7 +53,8 @@ fn decide(
         switches,
     };
     let (first, others) = events.split_first().expect("an event");
-    let mut decided = || resolver.decide(first, others).now_or_never().expect("memory answers at once");
+    let mut decided =
+        || resolver.decide(first, others).now_or_never().expect("records in memory answer at once");
     let decided = match decided() {
         Err(CloseError::NotFound) => decided(),
         first => first,
@@ -63,26 +63,26 @@ fn decide(
 }
 
 fn sync(
-    book: &mut InMemoryRecords,
-    memory: &Memory,
-    world: &World,
+    records: &mut InMemoryRecords,
+    caches: &Caches,
+    setup: &Setup,
     events: &[&Desired],
 ) -> (Decision, Decided) {
-    let decided = decide(book, memory, &world.mapping, world.switches, events).unwrap();
-    carry_out(book, memory, events, &decided);
+    let decided = decide(records, caches, &setup.mapping, setup.switches, events).unwrap();
+    apply(records, caches, events, &decided);
     decided
 }
 
-/// Writes, and remembers what the worker would.
-fn carry_out(
-    book: &mut InMemoryRecords,
-    Memory { id_cache, version_cache }: &Memory,
+/// Applies the steps and updates the caches, like the worker.
+fn apply(
+    records: &mut InMemoryRecords,
+    Caches { id_cache, version_cache }: &Caches,
     events: &[&Desired],
     (decision, Decided { versions, merged, .. }): &(Decision, Decided),
 ) {
     let (mut new, mut versions) = (CreatedIds::default(), versions.clone());
     for step in &merged.steps {
-        let mut made = book.apply(step);
+        let mut made = records.apply(step);
         if step.creates() {
             new = made.clone();
         }
@@ -95,10 +95,10 @@ fn carry_out(
     version_cache.remember(versions, &new);
 }
 
-/// Records, and the rules they are treated by.
+/// Records in Close, with the mapping and the switches.
 #[derive(Clone, Debug)]
-struct World {
-    book: InMemoryRecords,
+struct Setup {
+    records: InMemoryRecords,
     mapping: Mapping,
     switches: Switches,
 }
@@ -112,8 +112,8 @@ const USERS: &[&str] = &["u1", "u2", "U1"];
 const EMAILS: &[&str] =
     &["jane@acme.test", "Jane@Acme.test", "jane+crm@acme.test", "info@acme.test", "bob@gmail.com"];
 const PHONES: &[&str] = &["+1 800 444 5555", "800 444-5555", "n/a", "+49 30 1234567"];
-/// As Close keeps them; the last one is older than its checks.
-const KEPT_PHONES: &[&str] = &["+18004445555", "+49301234567", "n/a"];
+/// As Close stores them. The last one is older than Close's validation.
+const STORED_PHONES: &[&str] = &["+18004445555", "+49301234567", "n/a"];
 const NAMES: &[&str] = &["Jane", "Bob", " ", "\u{202e}Jane\u{0}"];
 const DATES: &[&str] = &["2026-01-01", "2026-01-02"];
 
@@ -124,7 +124,7 @@ fn lists() -> impl Strategy<Value = Lists> {
             (channel, values.iter().map(entry).collect::<Vec<_>>())
         })
     };
-    (entries(Channel::Email, EMAILS), entries(Channel::Phone, KEPT_PHONES))
+    (entries(Channel::Email, EMAILS), entries(Channel::Phone, STORED_PHONES))
         .prop_map(|(emails, phones)| [emails, phones].into_iter().collect())
 }
 
@@ -133,7 +133,7 @@ fn fields(key: &str, id: Option<&str>, name: Option<&str>) -> Fields {
     id.into_iter().chain(name.map(|name| (Field::Name, json!(name)))).collect()
 }
 
-fn book() -> impl Strategy<Value = InMemoryRecords> {
+fn records() -> impl Strategy<Value = InMemoryRecords> {
     let leads =
         proptest::collection::vec((maybe(COMPANIES), maybe(NAMES), proptest::sample::select(DATES)), 1..5);
     let contact = (
@@ -144,7 +144,7 @@ fn book() -> impl Strategy<Value = InMemoryRecords> {
         any::<proptest::sample::Index>(),
     );
     (leads, proptest::collection::vec(contact, 0..25)).prop_map(|(leads, contacts)| {
-        let mut book = InMemoryRecords::default();
+        let mut records = InMemoryRecords::default();
         for (number, (company, name, date)) in leads.iter().enumerate() {
             let id = LeadId::new(format!("lead_{number}"));
             let lead = Lead {
@@ -152,43 +152,46 @@ fn book() -> impl Strategy<Value = InMemoryRecords> {
                 date_created: (*date).into(),
                 fields: fields("cf_company", *company, *name),
             };
-            book.leads.insert(id, lead);
+            records.leads.insert(id, lead);
         }
         for (number, (user, name, lists, date, lead)) in contacts.into_iter().enumerate() {
             let id = ContactId::new(format!("cont_{number:02}"));
             let lead_id = Some(LeadId::new(format!("lead_{}", lead.index(leads.len()))));
             let fields = fields("cf_user", user, name);
-            book.contacts
+            records
+                .contacts
                 .insert(id.clone(), Contact { id, lead_id, date_created: date.into(), fields, lists });
         }
-        book
+        records
     })
 }
 
-fn world() -> impl Strategy<Value = World> {
+fn setup() -> impl Strategy<Value = Setup> {
     let write = proptest::sample::select(&[WriteRule::Always, WriteRule::IfEmpty, WriteRule::OnCreate][..]);
     let switch = || proptest::bool::weighted(0.8);
     let switches = (switch(), switch(), switch(), switch(), switch());
     let keys = (proptest::bool::weighted(0.9), proptest::bool::weighted(0.9), any::<bool>());
-    (book(), proptest::collection::vec(write, 8), switches, keys).prop_map(|(book, writes, on, keys)| {
-        let mut rules = rules();
-        let mut writes = writes.into_iter().cycle();
-        let all = rules.lead.fields.values_mut().chain(rules.lead.custom.values_mut());
-        let all = all.chain(rules.contact.fields.values_mut()).chain(rules.channels.values_mut());
-        all.for_each(|rule| rule.write = writes.next().unwrap());
-        rules.lead.key.take_if(|_| !keys.0);
-        rules.contact.key.take_if(|_| !keys.1);
-        rules.lead.synced_at = keys.2.then(|| FieldRef::new("cf_lead_at"));
-        rules.contact.synced_at = keys.2.then(|| FieldRef::new("cf_contact_at"));
-        let switches = Switches {
-            allow_creating_new_leads: on.0,
-            allow_updating_existing_leads: on.1,
-            allow_creating_new_contacts: on.2,
-            allow_updating_existing_contacts: on.3,
-            allow_creating_duplicate_contacts: on.4,
-        };
-        World { book, mapping: Mapping::resolve(&rules, &schema()).unwrap(), switches }
-    })
+    (records(), proptest::collection::vec(write, 8), switches, keys).prop_map(
+        |(records, writes, on, keys)| {
+            let mut rules = rules();
+            let mut writes = writes.into_iter().cycle();
+            let all = rules.lead.fields.values_mut().chain(rules.lead.custom.values_mut());
+            let all = all.chain(rules.contact.fields.values_mut()).chain(rules.channels.values_mut());
+            all.for_each(|rule| rule.write = writes.next().unwrap());
+            rules.lead.key.take_if(|_| !keys.0);
+            rules.contact.key.take_if(|_| !keys.1);
+            rules.lead.synced_at = keys.2.then(|| FieldRef::new("cf_lead_at"));
+            rules.contact.synced_at = keys.2.then(|| FieldRef::new("cf_contact_at"));
+            let switches = Switches {
+                allow_creating_new_leads: on.0,
+                allow_updating_existing_leads: on.1,
+                allow_creating_new_contacts: on.2,
+                allow_updating_existing_contacts: on.3,
+                allow_creating_duplicate_contacts: on.4,
+            };
+            Setup { records, mapping: Mapping::resolve(&rules, &schema()).unwrap(), switches }
+        },
+    )
 }
 
 fn event() -> impl Strategy<Value = Value> {
@@ -202,7 +205,7 @@ fn event() -> impl Strategy<Value = Value> {
     )
 }
 
-/// Any JSON, with the keys the mapping looks at among its keys.
+/// Any JSON, with keys that the mapping reads among its keys.
 fn any_json() -> impl Strategy<Value = Value> {
     let leaf = prop_oneof![
         Just(Value::Null),
@@ -236,7 +239,7 @@ fn any_json() -> impl Strategy<Value = Value> {
     })
 }
 
-fn kinds(decision: &Decision) -> Vec<&'static str> {
+fn labels(decision: &Decision) -> Vec<&'static str> {
     decision.plan.steps.iter().map(Step::label).collect()
 }
 
@@ -244,92 +247,92 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
     #[test]
-    fn a_second_time_there_is_nothing_to_do(world in world(), events in proptest::collection::vec(event(), 1..4)) {
-        let (mut book, memory) = (world.book.clone(), Memory::default());
+    fn syncing_an_event_again_changes_nothing(setup in setup(), events in proptest::collection::vec(event(), 1..4)) {
+        let (mut records, caches) = (setup.records.clone(), Caches::default());
         for event in events {
-            let Ok(desired) = world.mapping.apply(&Event { body: event }) else { continue };
-            sync(&mut book, &memory, &world, &[&desired]);
-            // Whether the worker remembers, or was restarted since.
-            for memory in [&memory, &Memory::default()] {
-                let again = decide(&book, memory, &world.mapping, world.switches, &[&desired]).unwrap();
+            let Ok(desired) = setup.mapping.apply(&Event { body: event }) else { continue };
+            sync(&mut records, &caches, &setup, &[&desired]);
+            // With the caches, and after a restart.
+            for caches in [&caches, &Caches::default()] {
+                let again = decide(&records, caches, &setup.mapping, setup.switches, &[&desired]).unwrap();
                 prop_assert_eq!(&again.1.merged.steps, &[]);
             }
         }
     }
 
     #[test]
-    fn a_sync_adds_and_never_takes_away(world in world(), event in event()) {
-        let Ok(desired) = world.mapping.apply(&Event { body: event }) else { return Ok(()) };
-        let mut book = world.book.clone();
-        let (decision, decided) = sync(&mut book, &Memory::default(), &world, &[&desired]);
+    fn a_sync_never_removes_values_or_records(setup in setup(), event in event()) {
+        let Ok(desired) = setup.mapping.apply(&Event { body: event }) else { return Ok(()) };
+        let mut records = setup.records.clone();
+        let (decision, decided) = sync(&mut records, &Caches::default(), &setup, &[&desired]);
 
-        for (id, before) in &world.book.contacts {
-            let after = &book.contacts[id];
+        for (id, before) in &setup.records.contacts {
+            let after = &records.contacts[id];
             prop_assert_eq!(&after.lead_id, &before.lead_id);
             for (channel, entries) in &before.lists {
                 prop_assert!(after.list(*channel).starts_with(entries), "{:?}", after);
             }
             prop_assert!(before.fields.keys().all(|field| after.fields.contains_key(field)));
         }
-        let kept = |id| book.leads.contains_key(id);
-        prop_assert!(world.book.leads.keys().all(kept));
+        let exists = |id| records.leads.contains_key(id);
+        prop_assert!(setup.records.leads.keys().all(exists));
 
         let changed = decided.merged.changed();
-        let touched: BTreeSet<&String> = changed.iter().collect();
-        prop_assert_eq!(touched.len(), changed.len(), "a record is written twice");
-        let contacts = kinds(&decision).iter().filter(|kind| **kind == "update_contact").count();
+        let distinct: BTreeSet<&String> = changed.iter().collect();
+        prop_assert_eq!(distinct.len(), changed.len(), "a record is written twice");
+        let contacts = labels(&decision).iter().filter(|label| **label == "update_contact").count();
         prop_assert!(contacts <= MAX_CONTACTS);
-        prop_assert!(book.leads.len() <= world.book.leads.len() + 1);
-        prop_assert!(book.contacts.len() <= world.book.contacts.len() + 1);
+        prop_assert!(records.leads.len() <= setup.records.leads.len() + 1);
+        prop_assert!(records.contacts.len() <= setup.records.contacts.len() + 1);
     }
 
     #[test]
-    fn nobody_is_made_twice_and_no_company_gets_a_second_lead(
-        world in world(), events in proptest::collection::vec(event(), 1..6), lags in any::<bool>(),
+    fn no_duplicate_contact_or_lead_is_created(
+        setup in setup(), events in proptest::collection::vec(event(), 1..6), lags in any::<bool>(),
     ) {
-        // Also while search shows nothing of what we do: we remember.
-        let book = world.book.clone();
-        let (mut book, memory) = (if lags { book.with_frozen_search() } else { book }, Memory::default());
+        // Also while search does not show what the worker writes, because its caches do.
+        let records = setup.records.clone();
+        let (mut records, caches) = (if lags { records.with_frozen_search() } else { records }, Caches::default());
         for event in events {
-            let Ok(desired) = world.mapping.apply(&Event { body: event }) else { continue };
-            let is_known = book.contacts.values().any(|contact| {
-                matches!(compare(contact, &desired.identity, &world.mapping.keys), ContactMatch::SameUser | ContactMatch::SameEmail)
+            let Ok(desired) = setup.mapping.apply(&Event { body: event }) else { continue };
+            let is_known = records.contacts.values().any(|contact| {
+                matches!(compare(contact, &desired.identity, &setup.mapping.keys), ContactMatch::SameUser | ContactMatch::SameEmail)
             });
-            let (decision, decided) = sync(&mut book, &memory, &world, &[&desired]);
-            let about_the_person_alone = desired.identity.company_id.is_none();
-            prop_assert!(!(is_known && about_the_person_alone && decided.merged.creates()), "{}", decision.summary());
+            let (decision, decided) = sync(&mut records, &caches, &setup, &[&desired]);
+            let has_no_company = desired.identity.company_id.is_none();
+            prop_assert!(!(is_known && has_no_company && decided.merged.creates()), "{}", decision.summary());
         }
-        let Mapping { keys, .. } = &world.mapping;
-        let companies = |book: &InMemoryRecords| count(book.leads.values().filter_map(|lead| {
+        let Mapping { keys, .. } = &setup.mapping;
+        let companies = |records: &InMemoryRecords| count(records.leads.values().filter_map(|lead| {
             lead.custom(keys.company.as_ref()?).map(str::to_owned)
         }));
-        let before = companies(&world.book);
-        for (company, number) in companies(&book) {
+        let before = companies(&setup.records);
+        for (company, number) in companies(&records) {
             prop_assert!(number <= before.get(&company).copied().unwrap_or(1), "{} {}", company, number);
         }
-        // Contacts there were before may share a user id: those with only the email turn out to be one person.
-        let people = |book: &InMemoryRecords, new: bool| count(book.contacts.values().filter_map(|contact| {
+        // Contacts from before may get the same user id, if they have the same email.
+        let people = |records: &InMemoryRecords, new: bool| count(records.contacts.values().filter_map(|contact| {
             let user = contact.custom(keys.user.as_ref()?)?.to_owned();
-            (new != world.book.contacts.contains_key(&contact.id)).then(|| (user, contact.lead_id.clone()))
+            (new != setup.records.contacts.contains_key(&contact.id)).then(|| (user, contact.lead_id.clone()))
         }));
-        let before = people(&world.book, false);
-        for (person, number) in people(&book, true) {
+        let before = people(&setup.records, false);
+        for (person, number) in people(&records, true) {
             prop_assert!(number == 1 && !before.contains_key(&person), "{:?}", person);
         }
     }
 
     #[test]
-    fn merged_or_one_after_the_other_makes_no_difference(
-        world in world(), first in event(), events in proptest::collection::vec((event(), 0i64..9), 1..6),
+    fn merged_events_have_the_same_effect_as_single_ones(
+        setup in setup(), first in event(), events in proptest::collection::vec((event(), 0i64..9), 1..6),
         before in proptest::option::of(event()),
     ) {
         let mapped = |event: &Value, at: i64| {
-            let mut desired = world.mapping.apply(&Event { body: event.clone() }).ok()?;
+            let mut desired = setup.mapping.apply(&Event { body: event.clone() }).ok()?;
             desired.at = Timestamp::from_second(1_000_000_000 + at).ok();
             Some(desired)
         };
         let Some(first) = mapped(&first, 4) else { return Ok(()) };
-        // The same person; what they say differs.
+        // Events about the same person with other values.
         let same = |(event, at): (Value, i64)| {
             let (mut event, identity) = (event, &first.identity);
             event["userId"] = json!(identity.user_id);
@@ -339,38 +342,38 @@ proptest! {
             mapped(&event, at)
         };
         let others: Vec<Desired> = events.into_iter().filter_map(same).collect();
-        let others: Vec<&Desired> = others.iter().filter(|other| other.can_merge_with(&first, world.switches)).collect();
+        let others: Vec<&Desired> = others.iter().filter(|other| other.can_merge_with(&first, setup.switches)).collect();
         let all: Vec<&Desired> = std::iter::once(&first).chain(others).collect();
 
-        // What Close holds may be of an event from in between.
+        // Close may hold values of an event with a time between the others.
         let start = || {
-            let (mut book, memory) = (world.book.clone(), Memory::default());
+            let (mut records, caches) = (setup.records.clone(), Caches::default());
             if let Some(before) = before.as_ref().and_then(|event| mapped(event, 4)) {
-                sync(&mut book, &memory, &world, &[&before]);
+                sync(&mut records, &caches, &setup, &[&before]);
             }
-            (book, memory)
+            (records, caches)
         };
-        let (mut one_by_one, memory) = start();
+        let (mut one_by_one, caches) = start();
         for event in &all {
-            sync(&mut one_by_one, &memory, &world, &[event]);
+            sync(&mut one_by_one, &caches, &setup, &[event]);
         }
-        let (mut at_once, memory) = start();
-        let (_, decided) = sync(&mut at_once, &memory, &world, &all);
+        let (mut merged_records, caches) = start();
+        let (_, decided) = sync(&mut merged_records, &caches, &setup, &all);
         let changed = decided.merged.changed();
         prop_assert_eq!(changed.iter().collect::<BTreeSet<_>>().len(), changed.len(), "a record is written twice");
-        prop_assert_eq!(&one_by_one.leads, &at_once.leads);
-        prop_assert_eq!(&one_by_one.contacts, &at_once.contacts);
-        // And what is known afterwards is the same as well.
+        prop_assert_eq!(&one_by_one.leads, &merged_records.leads);
+        prop_assert_eq!(&one_by_one.contacts, &merged_records.contacts);
+        // The caches have the same effect afterwards.
         for event in &all {
-            let again = decide(&at_once, &memory, &world.mapping, world.switches, &[event]).unwrap();
+            let again = decide(&merged_records, &caches, &setup.mapping, setup.switches, &[event]).unwrap();
             let steps = again.1.merged.steps;
-            let before = decide(&one_by_one, &memory, &world.mapping, world.switches, &[event]).unwrap();
+            let before = decide(&one_by_one, &caches, &setup.mapping, setup.switches, &[event]).unwrap();
             prop_assert_eq!(steps, before.1.merged.steps);
         }
     }
 
     #[test]
-    fn the_order_of_arrival_makes_no_difference_to_what_is_set(
+    fn events_in_any_order_set_the_same_values(
         events in proptest::collection::vec(event(), 1..6).prop_shuffle(), arrival in any::<u64>(), stores in any::<bool>(),
     ) {
         let mut rules = rules();
@@ -379,73 +382,73 @@ proptest! {
             rules.contact.synced_at = Some(FieldRef::new("cf_contact_at"));
         }
         let mapping = Mapping::resolve(&rules, &schema()).unwrap();
-        let world = World { book: InMemoryRecords::default(), mapping, switches: Switches::default() };
-        // One person, known from the start; each event says something else.
+        let setup = Setup { records: InMemoryRecords::default(), mapping, switches: Switches::default() };
+        // Events about one person, who exists from the start. Each has other values.
         let mut late: Vec<Desired> = (1..).zip(&events).map(|(at, event)| {
             let mut event = event.clone();
             event["userId"] = json!("u1");
             event["traits"]["company"]["id"] = json!("acme");
-            let mut desired = world.mapping.apply(&Event { body: event }).unwrap();
+            let mut desired = setup.mapping.apply(&Event { body: event }).unwrap();
             desired.at = Timestamp::from_second(1_000_000_000 + at).ok();
             desired
         }).collect();
         let person = json!({"userId": "u1", "traits": {"name": "Who", "plan": "none", "company": {"id": "acme", "name": "What"}}});
-        let mut person = world.mapping.apply(&Event { body: person }).unwrap();
+        let mut person = setup.mapping.apply(&Event { body: person }).unwrap();
         person.at = Timestamp::from_second(1_000_000_000).ok();
 
-        let play = |events: &[Desired]| {
-            let (mut book, memory) = (InMemoryRecords::default(), Memory::default());
+        let final_values = |events: &[Desired]| {
+            let (mut records, caches) = (InMemoryRecords::default(), Caches::default());
             for event in std::iter::once(&person).chain(events) {
-                sync(&mut book, &memory, &world, &[event]);
+                sync(&mut records, &caches, &setup, &[event]);
             }
-            // An event that changes nothing is not stored.
+            // An event that changes nothing does not store its time.
             let values = |mut fields: Fields| {
                 fields.retain(|field, _| !field.to_string().ends_with("_at"));
                 fields
             };
-            let leads: Vec<Fields> = book.leads.into_values().map(|lead| values(lead.fields)).collect();
-            let contacts = book.contacts.into_values().map(|contact| values(contact.fields));
+            let leads: Vec<Fields> = records.leads.into_values().map(|lead| values(lead.fields)).collect();
+            let contacts = records.contacts.into_values().map(|contact| values(contact.fields));
             (leads, contacts.collect::<Vec<_>>())
         };
-        let in_order = play(&late);
+        let in_order = final_values(&late);
         let turn = usize::try_from(arrival).unwrap_or_default() % late.len();
         late.rotate_left(turn);
         if arrival % 2 == 0 {
             late.reverse();
         }
-        prop_assert_eq!(play(&late), in_order);
+        prop_assert_eq!(final_values(&late), in_order);
     }
 
     #[test]
-    fn a_switch_that_is_off_means_no_call_of_that_kind(world in world(), event in event()) {
-        let Ok(desired) = world.mapping.apply(&Event { body: event }) else { return Ok(()) };
+    fn a_switch_that_is_off_prevents_its_steps(setup in setup(), event in event()) {
+        let Ok(desired) = setup.mapping.apply(&Event { body: event }) else { return Ok(()) };
         let (decision, _) =
-            decide(&world.book, &Memory::default(), &world.mapping, world.switches, &[&desired]).unwrap();
+            decide(&setup.records, &Caches::default(), &setup.mapping, setup.switches, &[&desired]).unwrap();
         let Switches {
             allow_creating_new_leads,
             allow_updating_existing_leads,
             allow_creating_new_contacts,
             allow_updating_existing_contacts,
             allow_creating_duplicate_contacts,
-        } = world.switches;
+        } = setup.switches;
         let with_contact = decision.plan.steps.iter().any(|step| {
             matches!(step, Step::CreateContact { .. } | Step::CreateLead { contact: Some(_), .. })
         });
-        let kinds = kinds(&decision);
-        prop_assert!(allow_creating_new_leads || !kinds.contains(&"create_lead"));
-        prop_assert!(allow_updating_existing_leads || !kinds.contains(&"update_lead"));
+        let labels = labels(&decision);
+        prop_assert!(allow_creating_new_leads || !labels.contains(&"create_lead"));
+        prop_assert!(allow_updating_existing_leads || !labels.contains(&"update_lead"));
         prop_assert!(allow_creating_new_contacts || !with_contact);
-        prop_assert!(allow_updating_existing_contacts || !kinds.contains(&"update_contact"));
+        prop_assert!(allow_updating_existing_contacts || !labels.contains(&"update_contact"));
         let person = desired.identity;
-        let known = world.book.contacts.values().any(|contact| {
-            let user = world.mapping.keys.user.as_ref().and_then(|field| contact.custom(field));
+        let known = setup.records.contacts.values().any(|contact| {
+            let user = setup.mapping.keys.user.as_ref().and_then(|field| contact.custom(field));
             user.is_some() && user == person.user_id.as_deref()
         });
         prop_assert!(allow_creating_duplicate_contacts || !known || !with_contact);
     }
 
     #[test]
-    fn no_json_makes_the_mapping_panic(body in any_json()) {
+    fn mapping_never_panics(body in any_json()) {
         if let Ok(event) = Event::decode(body.to_string().as_bytes(), 1 << 20) {
             let mapping = Mapping::resolve(&rules(), &schema()).unwrap();
             let _ = (mapping.not_for_close(&event), mapping.apply(&event).map(|desired| desired.identity.keys()));
@@ -459,7 +462,7 @@ fn count<T: Ord>(items: impl Iterator<Item = T>) -> BTreeMap<T, usize> {
     counts
 }
 
-/// The project's own scenarios, played on records in memory.
+/// The scenarios in `tests/scenarios`, on records in memory.
 #[cfg(feature = "simulator")]
 mod scenarios {
     use std::collections::HashMap;
@@ -469,10 +472,9 @@ mod scenarios {
     use crate::config::Layers;
     use crate::domain::event;
     use crate::outcome::{Effect, Outcome};
-    use crate::scenario::{self, Scenario, Suite, Told, render};
+    use crate::scenario::{self, Scenario, ScenarioResult, Suite, render};
     use crate::sync::{Prepared, ReceivedAt};
 
-    /// Where the project's own scenarios are.
     fn scenario_files() -> Vec<PathBuf> {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/scenarios");
         let mut files: Vec<_> =
@@ -482,7 +484,7 @@ mod scenarios {
     }
 
     #[tokio::test]
-    async fn every_scenario_comes_out_in_memory_as_it_says() {
+    async fn every_scenario_has_the_expected_result() {
         let base = Layers::load(None, &HashMap::new()).unwrap();
         let (mut number, mut wrong) = (0, Vec::new());
         for file in scenario_files() {
@@ -499,39 +501,39 @@ mod scenarios {
         assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     }
 
-    /// How a scenario played on the records alone differs from what it says.
+    /// The diff between the expected result of a scenario and that on records in memory.
     async fn in_memory(suite: &Suite, scenario: &Scenario, base: &Layers) -> String {
-        let (simulator, planted) = suite.plant(scenario, base).await.unwrap();
-        let book = || InMemoryRecords::read(&simulator.leads(), &simulator.contacts());
-        let before = book();
-        planted.bury(&simulator).unwrap();
-        let mut book = book().after(&before);
+        let (simulator, created) = suite.create_records(scenario, base).await.unwrap();
+        let records = || InMemoryRecords::read(&simulator.leads(), &simulator.contacts());
+        let before = records();
+        created.merge_and_delete(&simulator).unwrap();
+        let mut records = records().after(&before);
 
         let config = suite.config(scenario, base, &simulator).unwrap();
         let switches = config.worker.switches;
         let worker = scenario::worker(config).await.unwrap();
-        let (mapping, memory) = (worker.mapping(), Memory::default());
-        let mut told = Vec::new();
+        let (mapping, caches) = (worker.mapping(), Caches::default());
+        let mut decisions = Vec::new();
         for event in event::split(scenario.event.as_bytes()) {
             let (outcome, decision) = match worker.prepare(&event, ReceivedAt::now()) {
                 Prepared::Settled(outcome) => (outcome, Decision::default()),
                 Prepared::Job(job) => {
                     let desired = job.desired();
-                    let decided = decide(&book, &memory, &mapping, switches, &[desired]).unwrap();
-                    carry_out(&mut book, &memory, &[desired], &decided);
-                    let again = decide(&book, &memory, &mapping, switches, &[desired]).unwrap();
+                    let decided = decide(&records, &caches, &mapping, switches, &[desired]).unwrap();
+                    apply(&mut records, &caches, &[desired], &decided);
+                    let again = decide(&records, &caches, &mapping, switches, &[desired]).unwrap();
                     assert_eq!(again.1.merged.steps, [], "{}: twice", scenario.title);
                     let decision = decided.0;
                     let effect = decision.plan.steps.iter().map(Effect::of).min();
                     (Outcome::of(&decision.plan, effect.unwrap_or(Effect::Unchanged)), decision)
                 }
             };
-            told.push(render::decision(&outcome, &decision, &mapping, |id| book.name(id)));
+            decisions.push(render::decision(&outcome, &decision, &mapping, |id| records.name(id)));
         }
-        // The records are the simulator's to tell.
-        let told = Told { decision: told.join("\n"), records: String::new() };
+        // The test with the simulator compares the records.
+        let result = ScenarioResult { decision: decisions.join("\n"), records: String::new() };
         let mut scenario = scenario.clone();
         scenario.records = None;
-        scenario.difference(&told)
+        scenario.difference(&result)
     }
 }

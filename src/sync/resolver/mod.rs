@@ -5,6 +5,9 @@
 //! because search lags and reading does not (close-api.md §6). How records are looked up is in
 //! [`crate::sync::lookups`].
 
+#[cfg(test)]
+mod tests;
+
 use crate::close::{CloseError, Records};
 use crate::domain::decision::Decision;
 use crate::domain::mapping::{Desired, Identity, WriteRule};

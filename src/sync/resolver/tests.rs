@@ -4,13 +4,15 @@ use futures_util::FutureExt;
 use serde_json::{Value, json};
 
 use crate::close::in_memory::InMemoryRecords;
-use crate::domain::decision::Decision;
+use crate::domain::decision::{Decision, LookUp};
 use crate::domain::event::Event;
+use crate::domain::mapping::Key;
 use crate::domain::mapping::tests::mapping;
-use crate::domain::matching::{Case, Verdict};
-use crate::domain::record::LeadId;
+use crate::domain::matching::{Case, MAX_CONTACTS, Verdict};
+use crate::domain::plan::Step;
+use crate::domain::record::{ContactId, LeadId};
 use crate::domain::switches::Switches;
-use crate::sync::id_cache::IdCache;
+use crate::sync::id_cache::{Contacts, IdCache};
 use crate::sync::lookups::Lookups;
 use crate::sync::resolver::Resolver;
 use crate::sync::version_cache::VersionCache;
@@ -24,11 +26,29 @@ fn contact(id: &str, lead_id: &str, user_id: Option<&str>) -> Value {
         "emails": [{"type": "office", "email": "jane@acme.test"}]})
 }
 
+fn jane_of_acme() -> Value {
+    json!({"email": "jane@acme.test", "company": {"id": "acme"}})
+}
+
 /// Decides about Jane of Acme.
 fn decide(records: &InMemoryRecords, id_cache: &IdCache) -> Decision {
+    decide_traits(records, id_cache, jane_of_acme(), Switches::default())
+}
+
+/// Decides about Jane alone.
+fn decide_person(records: &InMemoryRecords, id_cache: &IdCache) -> Decision {
+    let traits = json!({"email": "jane@acme.test", "title": "CEO"});
+    decide_traits(records, id_cache, traits, Switches::default())
+}
+
+fn decide_traits(
+    records: &InMemoryRecords,
+    id_cache: &IdCache,
+    traits: Value,
+    switches: Switches,
+) -> Decision {
     let mapping = mapping();
-    let body = json!({"type": "identify", "userId": "u1",
-        "traits": {"email": "jane@acme.test", "company": {"id": "acme"}}});
+    let body = json!({"type": "identify", "userId": "u1", "traits": traits});
     let desired = mapping.apply(&Event { body }).unwrap();
     let mut decision = Decision::default();
     let mut resolver = Resolver {
@@ -40,7 +60,7 @@ fn decide(records: &InMemoryRecords, id_cache: &IdCache) -> Decision {
             decision: &mut decision,
         },
         version_cache: &VersionCache::default(),
-        switches: Switches::default(),
+        switches,
     };
     resolver.decide(&desired, &[]).now_or_never().unwrap().unwrap();
     decision
@@ -48,6 +68,15 @@ fn decide(records: &InMemoryRecords, id_cache: &IdCache) -> Decision {
 
 fn verdict(decision: &Decision, id: &str) -> Option<Verdict> {
     decision.candidates.iter().find(|candidate| candidate.id == id).map(|candidate| candidate.verdict)
+}
+
+/// The labels and records of the steps.
+fn steps(decision: &Decision) -> Vec<(&'static str, Option<&str>)> {
+    decision.plan.steps.iter().map(|step| (step.label(), step.changes())).collect()
+}
+
+fn user() -> Key {
+    Key::User("u1".into())
 }
 
 #[test]
@@ -83,4 +112,165 @@ fn a_contact_with_the_email_and_another_user_id_is_left_alone() {
     let decision = decide(&records, &IdCache::default());
     assert_eq!(decision.case, Some(Case::NoMatch));
     assert_eq!(verdict(&decision, "cont_1"), Some(Verdict::DifferentPerson));
+}
+
+#[test]
+fn a_cached_lead_saves_the_search() {
+    let records = InMemoryRecords::read(&[lead("lead_1", "2026-01-01", Some("acme"))], &[]);
+    let id_cache = IdCache::default();
+    id_cache.remember_lead("acme", LeadId::new("lead_1"));
+    let decision = decide(&records, &id_cache);
+    assert_eq!(decision.look_ups, [LookUp::CachedLead, LookUp::Read("lead_1".into())]);
+}
+
+#[test]
+fn a_cached_lead_that_is_gone_leaves_the_cache() {
+    let id_cache = IdCache::default();
+    id_cache.remember_lead("acme", LeadId::new("lead_gone"));
+    let decision = decide(&InMemoryRecords::default(), &id_cache);
+    assert_eq!(decision.case, Some(Case::NoMatch));
+    assert_eq!(id_cache.lead("acme"), None);
+}
+
+#[test]
+fn a_cached_lead_that_has_another_company_id_by_now_is_not_used() {
+    let records = InMemoryRecords::read(&[lead("lead_1", "2026-01-01", Some("other"))], &[]);
+    let id_cache = IdCache::default();
+    id_cache.remember_lead("acme", LeadId::new("lead_1"));
+    let decision = decide(&records, &id_cache);
+    assert_eq!(verdict(&decision, "lead_1"), Some(Verdict::OtherCompany));
+    assert_eq!((decision.case, id_cache.lead("acme")), (Some(Case::NoMatch), None));
+}
+
+#[test]
+fn a_search_hit_whose_company_id_differs_in_case_is_not_used() {
+    let records = InMemoryRecords::read(&[lead("lead_1", "2026-01-01", Some("ACME"))], &[]);
+    let decision = decide(&records, &IdCache::default());
+    assert_eq!(verdict(&decision, "lead_1"), Some(Verdict::OtherCompany));
+    assert_eq!(decision.case, Some(Case::NoMatch));
+}
+
+#[test]
+fn only_a_complete_cache_saves_the_search_for_contacts() {
+    let records = InMemoryRecords::read(
+        &[lead("lead_1", "2026-01-01", None)],
+        &[contact("cont_1", "lead_1", Some("u1")), contact("cont_2", "lead_1", Some("u1"))],
+    );
+    for (complete, contacts) in [(true, 1), (false, 2)] {
+        let id_cache = IdCache::default();
+        id_cache.remember_contacts(user(), vec![ContactId::new("cont_1")], complete);
+        let decision = decide_person(&records, &id_cache);
+        let searched = decision.look_ups.iter().any(|it| matches!(it, LookUp::SearchedContacts(_)));
+        assert_eq!((searched, steps(&decision).len()), (!complete, contacts));
+    }
+}
+
+#[test]
+fn a_cached_contact_that_search_does_not_show_yet_is_found() {
+    let mut records = InMemoryRecords::default().with_frozen_search();
+    let InMemoryRecords { leads, contacts, .. } = InMemoryRecords::read(
+        &[lead("lead_1", "2026-01-01", None)],
+        &[contact("cont_1", "lead_1", Some("u1"))],
+    );
+    (records.leads, records.contacts) = (leads, contacts);
+    let id_cache = IdCache::default();
+    id_cache.remember_contacts(user(), vec![ContactId::new("cont_1")], false);
+    let decision = decide_person(&records, &id_cache);
+    assert_eq!(steps(&decision), [("update_contact", Some("cont_1"))]);
+}
+
+#[test]
+fn a_cached_contact_that_was_merged_away_is_forgotten_and_searched_again() {
+    let records = InMemoryRecords::read(
+        &[lead("lead_1", "2026-01-01", None)],
+        &[contact("cont_1", "lead_1", Some("u1"))],
+    );
+    let id_cache = IdCache::default();
+    id_cache.remember_contacts(user(), vec![ContactId::new("cont_gone")], true);
+    let decision = decide_person(&records, &id_cache);
+    assert_eq!(verdict(&decision, "cont_gone"), Some(Verdict::Gone));
+    assert_eq!(steps(&decision), [("update_contact", Some("cont_1"))]);
+    let cached = Contacts { ids: vec![ContactId::new("cont_1")], complete: true };
+    assert_eq!(id_cache.contacts(&user()), cached);
+}
+
+#[test]
+fn a_cached_contact_is_updated_in_the_lead_it_was_moved_to() {
+    let leads = [lead("lead_1", "2026-01-01", None), lead("lead_2", "2026-01-02", Some("acme"))];
+    let records = InMemoryRecords::read(&leads, &[contact("cont_1", "lead_2", Some("u1"))]);
+    let id_cache = IdCache::default();
+    id_cache.remember_lead("acme", LeadId::new("lead_1"));
+    id_cache.remember_contacts(user(), vec![ContactId::new("cont_1")], true);
+    let decision = decide(&records, &id_cache);
+    assert_eq!(decision.case, Some(Case::PersonInLead));
+    assert_eq!(id_cache.lead("acme"), Some(LeadId::new("lead_2")));
+}
+
+#[test]
+fn the_user_id_decides_before_the_email() {
+    let people = [contact("cont_email", "lead_1", None), contact("cont_user", "lead_1", Some("u1"))];
+    for (company_id, traits) in
+        [(Some("acme"), jane_of_acme()), (None, json!({"email": "jane@acme.test", "title": "CEO"}))]
+    {
+        let records = InMemoryRecords::read(&[lead("lead_1", "2026-01-01", company_id)], &people);
+        let mut traits = traits;
+        traits["title"] = json!("CEO");
+        let decision = decide_traits(&records, &IdCache::default(), traits, Switches::default());
+        assert_eq!(verdict(&decision, "cont_email"), Some(Verdict::UserIdDecides), "{company_id:?}");
+        let contacts: Vec<_> =
+            steps(&decision).into_iter().filter(|step| step.0 == "update_contact").collect();
+        assert_eq!(contacts, [("update_contact", Some("cont_user"))], "{company_id:?}");
+    }
+}
+
+#[test]
+fn of_many_contacts_the_ten_oldest_are_updated() {
+    let all = MAX_CONTACTS + 2;
+    // The oldest are last in the list.
+    let contacts: Vec<Value> = (0..all)
+        .map(|number| {
+            let mut contact = contact(&format!("cont_{number:02}"), "lead_1", Some("u1"));
+            contact["date_created"] = json!(format!("2026-01-{:02}", all - number));
+            contact
+        })
+        .collect();
+    let records = InMemoryRecords::read(&[lead("lead_1", "2026-01-01", None)], &contacts);
+    let decision = decide_person(&records, &IdCache::default());
+    let updated: Vec<_> = steps(&decision).into_iter().filter_map(|(_, id)| id).collect();
+    assert_eq!(updated.len(), MAX_CONTACTS);
+    assert!(!updated.contains(&"cont_00") && !updated.contains(&"cont_01"), "{updated:?}");
+    assert_eq!(verdict(&decision, "cont_00"), Some(Verdict::TooMany));
+}
+
+#[test]
+fn a_person_behind_a_shared_email_is_found_by_the_user_id() {
+    let mut contacts: Vec<Value> =
+        (0..101).map(|number| contact(&format!("cont_{number:03}"), "lead_1", Some("other"))).collect();
+    contacts.push(contact("cont_999", "lead_1", Some("u1")));
+    let records = InMemoryRecords::read(&[lead("lead_1", "2026-01-01", None)], &contacts);
+    let decision = decide_person(&records, &IdCache::default());
+    assert_eq!(steps(&decision), [("update_contact", Some("cont_999"))]);
+}
+
+#[test]
+fn a_person_under_another_companys_lead_gets_a_new_lead() {
+    let records = InMemoryRecords::read(
+        &[lead("lead_1", "2026-01-01", Some("other"))],
+        &[contact("cont_1", "lead_1", Some("u1"))],
+    );
+    let decision = decide(&records, &IdCache::default());
+    assert_eq!(decision.case, Some(Case::OtherCompany));
+    assert!(matches!(decision.plan.steps[..], [Step::CreateLead { contact: Some(_), .. }]));
+}
+
+#[test]
+fn a_contact_elsewhere_matters_only_if_duplicates_are_forbidden() {
+    let leads = [lead("lead_1", "2026-01-01", Some("acme")), lead("lead_2", "2026-01-01", Some("other"))];
+    let records = InMemoryRecords::read(&leads, &[contact("cont_1", "lead_2", Some("u1"))]);
+    for (allow, steps_expected) in [(true, vec![("create_contact", None)]), (false, vec![])] {
+        let switches = Switches { allow_creating_duplicate_contacts: allow, ..Switches::default() };
+        let decision = decide_traits(&records, &IdCache::default(), jane_of_acme(), switches);
+        let steps: Vec<_> = steps(&decision).into_iter().filter(|step| step.0 != "update_lead").collect();
+        assert_eq!(steps, steps_expected);
+    }
 }

@@ -30,9 +30,9 @@ async fn every_scenario_comes_out_of_the_whole_program_as_it_says() {
 /// What came otherwise than expected.
 async fn play(suite: &Suite, scenario: &Scenario) -> String {
     let base = Layers::load(None, &HashMap::new()).unwrap();
-    let played = suite.play(scenario, &base).await.unwrap();
+    let played = suite.run(scenario, &base).await.unwrap();
 
-    let simulator = suite.stage(scenario, &base).await.unwrap();
+    let simulator = suite.start_close(scenario, &base).await.unwrap();
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("close-sync.toml");
     std::fs::write(&file, suite.settings(scenario).to_string()).unwrap();
