@@ -27,7 +27,7 @@ pub(crate) use proxy::Proxy;
 pub(crate) use worker::Worker;
 
 /// The timeout of everything a test waits for, long enough for a busy machine.
-pub(crate) const TIMEOUT: Duration = Duration::from_mins(1);
+pub(crate) const TIMEOUT: Duration = Duration::from_mins(3);
 
 /// The environment of one test.
 pub(crate) struct Bench {

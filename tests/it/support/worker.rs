@@ -122,7 +122,14 @@ impl Worker {
     }
 
     pub(crate) async fn metrics(&self) -> Metrics {
-        Metrics::parse(&self.page("/metrics").await.expect("the metrics page").1)
+        let mut page = None;
+        // A request may time out on a busy machine.
+        self.until("serving metrics", async |worker| {
+            page = worker.page("/metrics").await;
+            page.is_some()
+        })
+        .await;
+        Metrics::parse(&page.unwrap().1)
     }
 
     /// Waits until a condition holds.
