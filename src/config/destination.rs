@@ -142,23 +142,21 @@ fn binding_keys(raw: &raw::Destination, reader: &mut Reader<'_>) -> Option<Vec<S
     keys
 }
 
-/// The window that the scheduler and merging choose from. It is wide enough to keep all of the concurrency busy with
-/// messages whose look-ups can share a search: messages that share a key wait for one another, so each one at work
-/// needs others behind it.
+/// The number of unacked messages that the scheduler chooses from. It must exceed the concurrency: messages with a common
+/// key wait for each other, so the scheduler needs others to run meanwhile.
 ///
-/// Close's rate limit has no part in it. The limit is learnt from Close's answers and differs by endpoint and hour, while
-/// RabbitMQ takes the number when a consumer starts (rabbitmq.md §2.3). A message in the window costs nothing: each
-/// call waits for the rate limiter, and `worker.hold` counts from the start of the work. A small limit calls for a
-/// wide window, because that is where merging and shared searches save calls.
+/// It does not depend on Close's rate limits. They differ by endpoint and hour, and RabbitMQ takes the number when a
+/// consumer starts (rabbitmq.md §2.3). A waiting message makes no calls, and `worker.hold` counts from the start of its
+/// processing. Low rate limits need a large number, because merging and shared searches save calls.
 fn prefetch(raw: &raw::Destination, reader: &mut Reader<'_>) -> Option<u16> {
-    // With a smaller window, key queues wait behind the first message of a person, and few messages can be merged.
-    const LEAST: i64 = 200;
+    // With fewer, one person's messages can fill the window, and few messages can be merged.
+    const MIN_PREFETCH: i64 = 200;
     let concurrency = raw.worker.concurrency;
     let setting = setting!(raw, amqp.prefetch);
     let key = setting.key.clone();
     let prefetch = reader.number(setting, 0..=u16::MAX.into())?;
     if prefetch == 0 {
-        return u16::try_from(concurrency.saturating_mul(3).max(LEAST)).ok();
+        return u16::try_from(concurrency.saturating_mul(3).max(MIN_PREFETCH)).ok();
     }
     if prefetch < concurrency {
         let message = format!(

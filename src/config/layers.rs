@@ -1,7 +1,7 @@
 //! The layers: the defaults, the file and the environment, merged into one table of raw settings.
 //!
-//! The defaults are the schema: a key they do not have is unknown, and a value must have the type of its default. A
-//! wrong value is reported, and the value below it stays, so that every mistake is found in one run. Each destination
+//! The defaults are the schema: other keys are unknown, and a value must have the type of its default. A value of
+//! another type is reported, and the value of the layer below stays. So one run finds all mistakes. Each destination
 //! is one more layer over the shared settings: first its table in the file, then its environment variables.
 
 use std::collections::{BTreeMap, HashMap};
@@ -20,6 +20,7 @@ use crate::config::{destination, process};
 
 /// The suffix of the variable that names a file with a secret.
 const FILE_SUFFIX: &str = "_FILE";
+
 /// The environment of the process. Skips variables that are not valid UTF-8.
 #[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
 pub fn environment() -> HashMap<String, String> {
