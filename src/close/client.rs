@@ -148,8 +148,8 @@ impl Client {
         ))
     }
 
-    /// Reads a record. A record that is gone is created again, so a 404 is checked with a second call: a misconfigured
-    /// gateway answers 404 too.
+    /// Reads a record. A 404 is checked with a second call, because a misconfigured gateway may also answer 404, and a
+    /// record that does not exist is created again.
     async fn read(&self, endpoint: Endpoint, path: &str) -> Result<Value, CloseError> {
         match self.requests.request(endpoint, path, None).await {
             Err(CloseError::NotFound) => self.requests.request(endpoint, path, None).await,

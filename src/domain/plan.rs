@@ -246,7 +246,7 @@ impl Plan {
                     FieldVerdict::Set if synced_at.as_ref() == Some(field) => {
                         record.stored = wanted.as_str().and_then(|text| text.parse().ok());
                     }
-                    // A fallback name is not something the event said.
+                    // A fallback name is not a value of the event.
                     FieldVerdict::Set | FieldVerdict::Same if *write == WriteRule::OnCreate => {}
                     FieldVerdict::Set | FieldVerdict::Same => {
                         let newest = record.fields.entry(field.clone()).or_insert(at);

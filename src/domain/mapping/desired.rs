@@ -78,7 +78,7 @@ pub struct Wanted {
     pub write: WriteRule,
 }
 
-/// What the event says the records should hold.
+/// The values that the records should have according to the event.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Desired {
     pub identity: Identity,

@@ -1,16 +1,16 @@
-//! From an event to the records it describes: which value goes into which field, and who the event is about.
+//! Mapping an event to the fields of Close: which value each field gets, and which person and company the event is about.
 //!
 //! [`Rules`] come from the configuration. They name custom fields by id or by name, and what a field accepts depends on
 //! its type. So the rules are resolved against the organization's [`Schema`] to a [`Mapping`] before the first event,
 //! and again when the schema may have changed. Applying a mapping fails only when the event identifies no person. A value
-//! that cannot be used is left out and reported in [`Desired::dropped`]: one bad optional value must not cost the rest.
+//! that cannot be used is left out and reported in [`Desired::dropped`], and the rest of the event is still used.
 //!
-//! **Identity.** Ids are trimmed and then compared exactly; a number is its digits. Emails are trimmed and compared
-//! without case; a plus tag makes another address. A company is found by its id only, so a `company` that is plain text
+//! **Identity.** Ids are trimmed and then compared exactly. A number equals its digits as text. Emails are trimmed and
+//! compared without case. An address with a plus tag is a different address. A company is found by its id only, so a `company` that is plain text
 //! is just a name. An event without user id and email is anonymous: dead-lettered or skipped, as configured. An event
 //! whose only identity is an invalid email or a user id that is a list is always dead-lettered, because its producer
-//! has a defect. An unusable company id is a defect too: what the event says about the company then goes into new Leads
-//! only, because it is unclear which company is meant.
+//! has a bug. If the company id is unusable, values about the company are written to new Leads only, because it is unclear
+//! which company they belong to.
 //!
 //! **A field that Close does not have** loses its values, reported as `unknown_field`, but the sync continues, because a
 //! user of Close may delete a field while the worker runs. Only the lookup fields are required.

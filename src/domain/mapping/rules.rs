@@ -53,7 +53,7 @@ impl Trigger {
 
     pub(crate) fn holds(&self, event: &Event) -> bool {
         let empty = event.body.as_object().is_some_and(Map::is_empty);
-        // An empty event has no child for the filter to select. This stand-in has one and says as little.
+        // An empty event has no child for the filter to select, so an object with one empty member replaces it.
         let body = if empty { &json!({"": null}) } else { &event.body };
         !source::nodes(&self.0, body).is_empty()
     }

@@ -2,7 +2,7 @@
 //!
 //! Close keeps two windows per endpoint group, one for the key and one for the organization. Most answers report how
 //! much of the tighter one remains and when it is renewed (close-api.md §2). The two are distinguished by their limits
-//! and kept as [`Bucket`]s; a call is admitted when all buckets allow it. A report is older than our own state: calls
+//! and kept as [`Bucket`]s; a call is admitted when all buckets allow it. A report is older than the local state: calls
 //! in flight are not in `remaining` yet, and are subtracted here. No limit is built in.
 //!
 //! **A share.** close-sync uses only a share of each window; the rest is for other integrations. If they use more than that,

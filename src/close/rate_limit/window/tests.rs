@@ -29,10 +29,10 @@ impl FakeClose {
     /// Whether the call is accepted, and the rate limit in the response.
     fn call(&mut self, now: Instant) -> (bool, RateLimit) {
         self.renew(now);
-        let good = self.used < self.limit;
+        let accepted = self.used < self.limit;
         self.used = self.limit.min(self.used + 1);
         let reset = self.began + self.length - now;
-        (good, RateLimit { limit: self.limit, remaining: self.limit - self.used, reset })
+        (accepted, RateLimit { limit: self.limit, remaining: self.limit - self.used, reset })
     }
 }
 
@@ -41,7 +41,7 @@ struct Demand {
     window: Window,
     delay: Duration,
     answers: VecDeque<(Instant, Instant, RateLimit)>,
-    ours: u32,
+    own: u32,
     refused: u32,
 }
 
@@ -52,7 +52,7 @@ const STEPS: u32 = 800;
 impl Demand {
     /// `delay` is the time until the response.
     fn new(share: f64, delay: Duration) -> Self {
-        Self { window: Window::new(share), delay, answers: VecDeque::new(), ours: 0, refused: 0 }
+        Self { window: Window::new(share), delay, answers: VecDeque::new(), own: 0, refused: 0 }
     }
 
     /// Handles the responses that are due, then makes every call that is admitted.
@@ -61,9 +61,9 @@ impl Demand {
             self.window.done(sent, at, true, Some(report));
         }
         while self.window.admit(now).is_ok() {
-            let (good, report) = call();
-            if good {
-                self.ours += 1;
+            let (accepted, report) = call();
+            if accepted {
+                self.own += 1;
             } else {
                 self.refused += 1;
                 self.window.refused(now, now, report.reset, report.remaining == 0);
@@ -173,7 +173,7 @@ fn a_bucket_expires_after_a_long_time_without_reports() {
 /// Two buckets in Close with different phases. Close reports the tighter one. Others use the second one.
 #[test]
 fn the_windows_of_key_and_organization_are_tracked_separately() {
-    for (limit, theirs_per_window, phase) in
+    for (limit, others_per_window, phase) in
         [(16, 0, 3), (16, 37, 0), (16, 41, 3), (240, 550, 3), (240, 700, 5)]
     {
         let start = Instant::now();
@@ -181,26 +181,27 @@ fn the_windows_of_key_and_organization_are_tracked_separately() {
         let start = start + phase * SECOND;
         let mut key = FakeClose::new(start, limit, 8 * SECOND);
         let mut demand = Demand::new(0.8, 5 * STEP);
-        let (mut theirs, mut owed, n_windows) = (0_u32, 0.0, 40);
+        let (mut others, mut owed, n_windows) = (0_u32, 0.0, 40);
         for tick in 0..n_windows * STEPS {
             let now = start + STEP * tick;
-            owed += f64::from(theirs_per_window) / f64::from(STEPS);
+            owed += f64::from(others_per_window) / f64::from(STEPS);
             while owed >= 1.0 {
                 owed -= 1.0;
-                theirs += u32::from(organization.call(now).0);
+                others += u32::from(organization.call(now).0);
             }
             demand.step(now, || {
-                let ((good_key, of_key), (good, of_organization)) = (key.call(now), organization.call(now));
+                let ((accepted_by_key, of_key), (accepted, of_organization)) =
+                    (key.call(now), organization.call(now));
                 let left = |report: &RateLimit| f64::from(report.remaining) / f64::from(report.limit);
                 let report = if left(&of_key) <= left(&of_organization) { of_key } else { of_organization };
-                (good_key && good, report)
+                (accepted_by_key && accepted, report)
             });
         }
-        let Demand { ours, refused, .. } = demand;
-        let free = (3 * limit * n_windows).saturating_sub(theirs).min(limit * n_windows * 4 / 5);
-        let name = format!("limit {limit}, others {theirs_per_window}, phase {phase}");
-        assert!(refused * 100 <= ours.max(100), "{name}: {refused} of {ours} refused");
-        assert!(ours * 10 >= free * 7, "{name}: {ours} of {free} that were free");
+        let Demand { own, refused, .. } = demand;
+        let free = (3 * limit * n_windows).saturating_sub(others).min(limit * n_windows * 4 / 5);
+        let name = format!("limit {limit}, others {others_per_window}, phase {phase}");
+        assert!(refused * 100 <= own.max(100), "{name}: {refused} of {own} refused");
+        assert!(own * 10 >= free * 7, "{name}: {own} of {free} that were free");
     }
 }
 
@@ -229,7 +230,7 @@ fn changing_use_by_others_causes_few_429s_and_little_unused_budget() {
     let mut close = FakeClose::new(start, 240, 8 * SECOND);
     let mut demand = Demand::new(1.0, 10 * STEP);
     let shares = [0.0, 0.3, 0.66, 0.1, 0.5, 0.0, 0.66, 0.25];
-    let (mut theirs, mut owed) = (0_u32, 0.0);
+    let (mut others, mut owed) = (0_u32, 0.0);
     for (share, tick) in (0..).zip(shares).flat_map(|(number, share)| {
         // Four windows each.
         (number * 4 * STEPS..(number + 1) * 4 * STEPS).map(move |tick| (share, tick))
@@ -239,15 +240,15 @@ fn changing_use_by_others_causes_few_429s_and_little_unused_budget() {
         owed += share * 240.0 / f64::from(STEPS);
         while owed >= 1.0 {
             owed -= 1.0;
-            theirs += u32::from(close.call(now).0);
+            others += u32::from(close.call(now).0);
         }
         demand.step(now, || close.call(now));
     }
-    let Demand { ours, refused, .. } = demand;
+    let Demand { own, refused, .. } = demand;
     let all = u32::try_from(shares.len()).unwrap() * 4 * 240;
-    let free = all - theirs;
-    assert!(refused * 500 <= ours, "{refused} of {ours} refused");
-    assert!(ours * 10 >= free * 9, "{ours} of {free} calls that others did not use");
+    let free = all - others;
+    assert!(refused * 500 <= own, "{refused} of {own} refused");
+    assert!(own * 10 >= free * 9, "{own} of {free} calls that others did not use");
 }
 
 /// Others use half of the limit, in a burst every second.
@@ -264,9 +265,9 @@ fn bursts_of_others_cause_few_429s() {
             }
             demand.step(now, || close.call(now));
         }
-        let Demand { ours, refused, .. } = demand;
-        assert!(refused * 1000 <= ours, "{phase}: {refused} of {ours} refused");
-        assert!(ours * 100 >= 120 * n_windows * 85, "{phase}: {ours} of {}", 120 * n_windows);
+        let Demand { own, refused, .. } = demand;
+        assert!(refused * 1000 <= own, "{phase}: {refused} of {own} refused");
+        assert!(own * 100 >= 120 * n_windows * 85, "{phase}: {own} of {}", 120 * n_windows);
     }
 }
 
@@ -285,7 +286,7 @@ proptest! {
         let mut window = Window::new(share);
         let mut now = start;
         let mut answers: Vec<(Instant, Instant, RateLimit)> = Vec::new();
-        let (mut known, mut ours, mut began) = (false, 0, start);
+        let (mut known, mut own, mut began) = (false, 0, start);
         for (gap, delay) in gaps {
             now += Duration::from_millis(gap);
             answers.sort_by_key(|(at, ..)| *at);
@@ -299,15 +300,15 @@ proptest! {
                 continue;
             }
             if window.admit(now).is_ok() {
-                let (good, report) = close.call(now);
-                prop_assert!(good, "more than {limit} calls");
+                let (accepted, report) = close.call(now);
+                prop_assert!(accepted, "more than {limit} calls");
                 if close.began != began {
-                    (began, ours) = (close.began, 0);
+                    (began, own) = (close.began, 0);
                 }
-                ours += 1;
+                own += 1;
                 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a small count")]
                 let allowed = ((f64::from(limit) * share).floor() as u32).max(1);
-                prop_assert!(ours <= allowed, "{ours} calls, but {allowed} are allowed");
+                prop_assert!(own <= allowed, "{own} calls, but {allowed} are allowed");
                 answers.push((now + Duration::from_millis(delay), now, report));
             }
         }
@@ -333,8 +334,8 @@ proptest! {
             let next_answer = answers.first().map(|(at, ..)| *at);
             match window.admit(now) {
                 Ok(()) => {
-                    let (good, report) = close.call(now);
-                    prop_assert!(good || spent.len() < 2);
+                    let (accepted, report) = close.call(now);
+                    prop_assert!(accepted || spent.len() < 2);
                     // Responses arrive out of order.
                     n_calls += 1;
                     let took = Duration::from_millis(n_calls * 7919 % (delay + 1));
