@@ -150,7 +150,7 @@ pub(super) fn key_field(
             bad.push(LookupFieldError::Missing { setting, field: field(), records, similar });
         }
         Err(FieldRefError::Ambiguous) => {
-            bad.push(LookupFieldError::Ambiguous { setting, field: field(), records })
+            bad.push(LookupFieldError::Ambiguous { setting, field: field(), records });
         }
         Ok(CustomField { id, name, kind, multiple: _ }) if *kind != FieldKind::Text => {
             let kind = kind.as_str().to_owned();
