@@ -295,7 +295,7 @@ async fn a_created_lead_and_contact_are_cached_with_their_versions() {
     assert_eq!(context.id_cache.lead("acme"), Some(lead));
     for key in desired.identity.person() {
         let cached = Contacts { ids: vec![contact.clone()], complete: true };
-        assert_eq!(context.id_cache.contacts(&key), cached, "nobody else has {key:?}");
+        assert_eq!(context.id_cache.contacts(&key), cached, "no other Contact has {key:?}");
     }
     assert_eq!(context.id_cache.pending_until(&desired.identity.keys()), None);
     assert_eq!(lead_versions(&context, close.lead("lead_new1")).fields["custom.cf_plan"], at(5));

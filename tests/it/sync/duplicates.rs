@@ -1,4 +1,4 @@
-//! One Lead per company, one Contact per person: lost answers, lagging search, a change of workers.
+//! No duplicate Leads or Contacts after lost answers, while search lags, and when another worker takes over.
 
 use close_sync_simulator::{Effect, Fault, FaultBody, Settings, When};
 use serde_json::{Value, json};
@@ -9,7 +9,7 @@ fn status(code: u16, when: When) -> Effect {
     Effect::Status { code, body: FaultBody::default(), when }
 }
 
-/// Search that never catches up with what happens during a test.
+/// Search does not show what is written during a test.
 fn blind() -> Settings {
     Settings { search_lag: "1h".parse().unwrap(), ..Settings::fast() }
 }
@@ -18,9 +18,9 @@ fn in_company(user: &str, company: &str) -> Value {
     identify(user, json!({"company": {"id": company}}))
 }
 
-/// The answer to a creation is lost in every way it can be: never are there two.
+/// Loses the answer to a creation in every way.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_lost_answer_doubles_nothing() {
+async fn a_lost_answer_creates_no_duplicate() {
     let lost: [(&str, Effect); 4] = [
         ("connection", Effect::DropConnection { when: When::AfterCommit }),
         ("time-out", Effect::Timeout { ms: 3000, when: When::AfterCommit }),
@@ -46,14 +46,14 @@ async fn a_lost_answer_doubles_nothing() {
     }
 }
 
-/// The message whose creation was never answered is given up for now; the next one about the same
-/// person must not make the record a second time.
+/// A message whose creation got no answer waits in a delay queue. The next message about the same person must not
+/// create the record again.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_doubt_about_a_lost_answer_outlives_its_message() {
+async fn a_pending_creation_outlives_its_message() {
     let settings = Settings { search_lag: "1s".parse().unwrap(), ..Settings::fast() };
     let bench = Bench::with(settings).await.set("CLOSE_SEARCH_LAG", "2s").set("RETRY_IN_PLACE", "0s");
     let worker = bench.worker().await;
-    // Past the guard of the start.
+    // Wait until the lag guard of the start is over.
     bench.publish(&[identify("u0", json!({}))]).await;
     worker.settled(1).await;
 
@@ -65,9 +65,9 @@ async fn the_doubt_about_a_lost_answer_outlives_its_message() {
     worker.terminate().await;
 }
 
-/// Only memory knows the company's Lead here: its adoption was answered by a 504, and search is blind.
+/// The adoption of the Lead was answered with a 504, and search does not show it. Only the id cache has the Lead.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_lead_whose_adoption_was_never_answered_is_the_companys_all_the_same() {
+async fn an_adopted_lead_is_used_although_the_answer_was_lost() {
     let bench = Bench::with(blind()).await.set("RETRY_IN_PLACE", "20s");
     bench.lead(None, json!([{"name": "Jane", "custom.cf_contactuserid": "u1"}]));
     bench.simulator.index_now();
@@ -78,15 +78,15 @@ async fn a_lead_whose_adoption_was_never_answered_is_the_companys_all_the_same()
     assert_eq!(lead["contacts"].as_array().unwrap().len(), 2);
 }
 
-/// A standby has been connected for longer than search lags. What the active worker created just
-/// before it died is guarded against from the standby's first delivery on.
+/// The standby has been connected for longer than search lags. The active worker creates a record and dies. The lag
+/// guard of the standby starts with its first delivery.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_standby_that_takes_over_doubles_nothing() {
+async fn a_standby_that_takes_over_creates_no_duplicate() {
     let settings = Settings { search_lag: "2s".parse().unwrap(), ..Settings::fast() };
     let bench = Bench::with(settings).await.set("CLOSE_SEARCH_LAG", "3s");
     let active = bench.worker().await;
     let standby = bench.worker().await;
-    // The active one's first creation waits for search; the standby grows older than that.
+    // The first creation of the active worker waits for search. The standby is connected for longer.
     bench.publish(&[in_company("u0", "first")]).await;
     active.settled(1).await;
 
@@ -113,9 +113,9 @@ async fn a_person_behind_a_hundred_others_with_the_same_email_is_found() {
     assert_eq!(bench.simulator.contacts().len(), 120);
 }
 
-/// An event that names only an email means every Contact that has it, also those of others.
+/// An event with only an email is about every Contact that has the email, also those with a user id.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_remembered_of_an_email_is_complete() {
+async fn the_cached_contacts_of_an_email_are_complete() {
     let bench = Bench::new().await;
     bench.lead(None, json!([{"custom.cf_contactuserid": "u1", "emails": [{"email": "shared@x.test"}]}]));
     let by_email = json!({"type": "identify", "traits": {"email": "shared@x.test", "title": "Both"}});
@@ -124,12 +124,12 @@ async fn what_is_remembered_of_an_email_is_complete() {
     assert_eq!(titles, ["Both", "Both"]);
 }
 
-/// Two events mean one Contact by different keys, so no lane keeps them apart: neither undoes the other.
+/// Two events find one Contact by different keys, so they are in different key queues. Neither undoes the other.
 #[tokio::test(flavor = "multi_thread")]
-async fn events_that_meet_at_one_contact_lose_nothing() {
+async fn concurrent_events_about_one_contact_lose_no_value() {
     let bench = Bench::new().await;
     bench.lead(None, json!([{"custom.cf_contactuserid": "u1", "emails": [{"email": "j@x.test"}]}]));
-    // Both have read before either has written.
+    // Both read before either of them writes.
     bench.simulator.fault(Fault::new(Effect::Latency { ms: 300 }).on("PUT", "/contact/"));
     let by_email = |phone: &str| json!({"type": "identify", "traits": {"email": "j@x.test", "phone": phone}});
     let events = [
@@ -145,11 +145,11 @@ async fn events_that_meet_at_one_contact_lose_nothing() {
 
 /// Search does not show the record for an hour, but the event log does at once: no need to wait for search.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_event_log_tells_of_a_creation_whose_answer_was_lost() {
+async fn the_event_log_shows_a_creation_whose_answer_was_lost() {
     let bench = Bench::with(blind()).await.set("CLOSE_SEARCH_LAG", "8s").set("RETRY_IN_PLACE", "5s");
     bench.lead(Some("there"), json!([]));
     let worker = bench.worker().await;
-    // Past the guard of the start.
+    // Wait until the lag guard of the start is over.
     bench.publish(&[identify("u0", json!({}))]).await;
     worker.settled(1).await;
 
@@ -189,7 +189,7 @@ async fn a_worker_that_was_frozen_sends_nothing_when_it_wakes_up() {
     leader.until("aware of it", async |leader| leader.logged("the process stood still") == 1).await;
     leader.until("standing by", async |leader| leader.ready().await.1["state"] == "standing_by").await;
     assert_eq!(bench.simulator.leads().len(), 2, "{}", leader.log());
-    // It is as good as new.
+    // The worker works again.
     standby.terminate().await;
     let before = leader.metrics().await.settled();
     bench.publish(&[in_company("u2", "new")]).await;
@@ -198,9 +198,9 @@ async fn a_worker_that_was_frozen_sends_nothing_when_it_wakes_up() {
     leader.terminate().await;
 }
 
-/// Two stand by, the leader is killed while it writes: one of them goes on, and nothing is doubled.
+/// With two standbys, the leader is killed while it writes. One standby continues and creates no duplicate.
 #[tokio::test(flavor = "multi_thread")]
-async fn of_two_standbys_one_goes_on_when_the_leader_is_killed() {
+async fn one_of_two_standbys_continues_when_the_leader_is_killed() {
     let settings = Settings { search_lag: "2s".parse().unwrap(), ..Settings::fast() };
     let bench = Bench::with(settings).await.set("CLOSE_SEARCH_LAG", "3s").set("WORKER_CONCURRENCY", "4");
     let workers = [bench.worker().await, bench.worker().await, bench.worker().await];
@@ -231,9 +231,9 @@ async fn of_two_standbys_one_goes_on_when_the_leader_is_killed() {
     }
 }
 
-/// The answer to a creation was lost and the person found inside the Lead: the Contact is known from then on.
+/// The answer to a creation is lost, and the person is then found inside the Lead. The Contact is cached from then on.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_contact_found_inside_a_lead_is_remembered() {
+async fn a_contact_found_inside_a_lead_is_cached() {
     let bench = Bench::new().await.set("RETRY_IN_PLACE", "20s");
     bench.lead(Some("there"), json!([]));
     let lost = Effect::DropConnection { when: When::AfterCommit };
@@ -244,9 +244,9 @@ async fn a_contact_found_inside_a_lead_is_remembered() {
     assert_eq!(titles, ["Everywhere", "Everywhere"]);
 }
 
-/// The same, and search is blind: a Contact without user id that has the email must not become the person.
+/// The same while search lags. A Contact with the email and without a user id must not get the user id.
 #[tokio::test(flavor = "multi_thread")]
-async fn nobody_else_becomes_a_person_who_is_inside_a_lead() {
+async fn no_other_contact_gets_the_user_id_of_a_person_inside_a_lead() {
     let bench = Bench::with(blind()).await.set("RETRY_IN_PLACE", "20s");
     bench.lead(None, json!([{"name": "A form", "emails": [{"email": "j@x.test"}]}]));
     bench.lead(Some("there"), json!([]));
@@ -263,7 +263,7 @@ async fn nobody_else_becomes_a_person_who_is_inside_a_lead() {
     assert_eq!(users.iter().filter(|user| **user == "u1").count(), 1, "{users:?}");
 }
 
-/// What the predecessor made a moment ago is not in search yet: an event about the person waits for it too.
+/// Search does not show yet what the predecessor created. An event about the person waits for it too.
 #[tokio::test(flavor = "multi_thread")]
 async fn after_a_takeover_all_contacts_of_a_person_are_updated() {
     let settings = Settings { search_lag: "2s".parse().unwrap(), ..Settings::fast() };

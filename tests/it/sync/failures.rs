@@ -1,4 +1,4 @@
-//! Each class of failure (design.md §6): what becomes of the message, and that nothing is doubled.
+//! Each class of failure (design.md §6): the outcome of the message, without duplicates in Close.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,7 +23,7 @@ fn status(code: u16, when: When) -> Effect {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_cannot_succeed_is_dead_lettered_untouched_with_its_story() {
+async fn a_message_that_cannot_succeed_is_dead_lettered_unchanged_with_its_history() {
     let bench = Bench::new().await;
     let bodies: [(&[u8], &str, &str); 4] = [
         (b"{\"traits\": \xff", "malformed", "malformed:decode:not_json"),
@@ -48,7 +48,7 @@ async fn what_cannot_succeed_is_dead_lettered_untouched_with_its_story() {
     }
     let metrics = worker.settled(bodies.len()).await;
     assert_eq!(metrics.outcomes(), [("dead", 4)].into());
-    // They are worked on side by side, so they come in any order.
+    // They are processed concurrently, so they come in any order.
     let mut taken = Vec::new();
     for _ in bodies {
         taken.push(bench.take_dead_letter().await);
@@ -72,13 +72,13 @@ async fn what_cannot_succeed_is_dead_lettered_untouched_with_its_story() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_bad_optional_value_does_not_cost_the_rest() {
+async fn an_invalid_optional_value_is_left_out_and_the_others_are_written() {
     let bench =
         Bench::new().await.set("MAPPING_LEAD_CUSTOM", "{ cf_leadplan = { from = [\"$.traits.plan\"] } }");
     let event = |plan: &str, name: &str| {
         identify("u1", json!({"plan": plan, "name": name, "phone": "n/a", "company": {"id": "acme"}}))
     };
-    // A choice that was removed since the fields were looked at.
+    // A choice that was removed after the worker read the fields.
     let body = json!({"errors": [], "field-errors": {"custom.cf_leadplan": "Not a valid choice."}});
     let refusal = Effect::Status { code: 400, body: FaultBody::Exactly(body), when: When::BeforeCommit };
     bench.simulator.fault(Fault::new(refusal).on("POST", "/lead/").times(1));
@@ -92,11 +92,11 @@ async fn one_bad_optional_value_does_not_cost_the_rest() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn calls_wait_for_the_budget_and_a_429_costs_no_attempt() {
+async fn calls_wait_for_rate_budget_and_a_429_uses_no_attempt() {
     let limits = Limits { lead: Rate::new(5, 1), search: Rate::new(5, 1), ..Limits::unlimited() };
     let bench = Bench::with(Settings { limits, ..Settings::fast() }).await.set("RETRY_IN_PLACE", "0s");
     let events: Vec<_> = (0..12).map(|n| identify(&format!("u{n}"), json!({}))).collect();
-    // A hidden limit besides: 429 while the headers say that there is budget (close-api.md §2).
+    // A hidden limit: Close answers 429 although the headers show budget (close-api.md §2).
     let hidden = Effect::RateLimited { retry_after: 1.0, with_headers: false };
     bench.simulator.fault(Fault::new(hidden).on("POST", "/lead/").times(2));
     let metrics = bench.sync(&events).await;
@@ -129,19 +129,19 @@ async fn a_longer_fault_goes_through_the_delay_queues_and_then_to_the_dead_lette
     bench.simulator.fault(Fault::new(status(500, When::BeforeCommit)).on("POST", "/data/").containing("u1"));
     let worker = bench.worker().await;
     bench.publish(&[identify("u1", json!({})), identify("u2", json!({}))]).await;
-    // Two delays, then the dead letter; the other message is not held up.
+    // Two delays, then the dead letter. The other message does not wait.
     let metrics = worker.settled(4).await;
     assert_eq!(metrics.outcomes(), [("created", 1), ("delayed", 2), ("dead", 1)].into());
     let (_, headers, _) = bench.take_dead_letter().await;
     assert_eq!(headers["x-close-sync-reason"], "exhausted");
     assert_eq!(headers["x-close-sync-attempt"], "3");
-    assert_eq!(headers["x-close-sync-routing-key"], "users", "not the key of the way back");
+    assert_eq!(headers["x-close-sync-routing-key"], "users", "not the routing key of the retry exchange");
     assert_eq!(headers["x-close-sync-error"], "Close answered 500; attempts: 3, in 0 minutes");
     worker.terminate().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_record_that_vanishes_is_looked_up_once_more() {
+async fn a_record_that_disappears_is_looked_up_once_more() {
     for (times, outcome) in [(1, "updated"), (2, "dead")] {
         let bench = Bench::new().await;
         bench.lead(None, json!([{"name": "Jane", "custom.cf_contactuserid": "u1"}]));
@@ -154,9 +154,9 @@ async fn a_record_that_vanishes_is_looked_up_once_more() {
     }
 }
 
-/// Search still lists a Contact that was deleted: it is not written to, and the person is made anew.
+/// Search still lists a deleted Contact. The worker does not write to it, and creates the person again.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_deleted_contact_is_not_believed() {
+async fn a_deleted_contact_in_search_is_not_used() {
     let bench = Bench::with(Settings { search_lag: "1h".parse().unwrap(), ..Settings::fast() }).await;
     let lead = bench.lead(None, json!([{"name": "Gone", "custom.cf_contactuserid": "u1"}]));
     assert!(bench.simulator.delete(lead["id"].as_str().unwrap()));
@@ -165,9 +165,9 @@ async fn a_deleted_contact_is_not_believed() {
     assert_eq!(bench.the_lead()["name"], "Anew");
 }
 
-/// A message is not held for ever while it waits for Close's rate limits, and waiting costs nothing.
+/// A message is held for a limited time while it waits for rate budget, and the wait uses no attempt.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_long_wait_for_budget_goes_on_in_a_delay_queue_without_an_attempt() {
+async fn a_long_wait_for_budget_continues_in_a_delay_queue_and_uses_no_attempt() {
     let bench = Bench::new().await.set("WORKER_HOLD", "1s").set("RETRY_IN_PLACE", "500ms");
     let hidden = Effect::RateLimited { retry_after: 4.0, with_headers: false };
     bench.simulator.fault(Fault::new(hidden).on("POST", "/data/").times(1));
@@ -179,15 +179,15 @@ async fn a_long_wait_for_budget_goes_on_in_a_delay_queue_without_an_attempt() {
     worker.terminate().await;
 }
 
-/// A defect of ours, planted into what is told of calls: it costs the message it hits, and only that.
+/// A panic in the callback that observes calls. Only the message of that call is dead-lettered.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_panic_costs_one_message_and_not_the_worker() {
+async fn a_panic_dead_letters_one_message_and_the_worker_continues() {
     let bench = Bench::new().await;
     let config = Config::load(None, &bench.environment(), Need::All).unwrap().single().unwrap();
     let metrics = Metrics::new(None).unwrap();
-    let planted = AtomicBool::new(true);
+    let panics = AtomicBool::new(true);
     let client = Client::new(config.close, move |call| {
-        let hit = call.endpoint == Endpoint::CreateLead && planted.swap(false, Ordering::Relaxed);
+        let hit = call.endpoint == Endpoint::CreateLead && panics.swap(false, Ordering::Relaxed);
         assert!(!hit, "Secretname");
     });
     let client = client.unwrap();
@@ -231,9 +231,9 @@ async fn a_panic_costs_one_message_and_not_the_worker() {
     );
 }
 
-/// A header of ours that somebody else filled must not stop the worker.
+/// Headers with our prefix and values of a producer must not stop the worker.
 #[tokio::test(flavor = "multi_thread")]
-async fn headers_of_strangers_do_no_harm() {
+async fn headers_of_producers_with_our_prefix_do_not_stop_the_worker() {
     let bench = Bench::new().await;
     let mut table = FieldTable::default();
     for name in ["x-close-sync-routing-key", "x-close-sync-exchange", "x-close-sync-first-seen"] {
@@ -252,7 +252,7 @@ async fn headers_of_strangers_do_no_harm() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_personal_is_logged_or_counted() {
+async fn no_personal_data_in_logs_and_metrics() {
     let bench = Bench::new().await.set("RETRY_IN_PLACE", "20s");
     bench.simulator.fault(Fault::new(status(500, When::AfterCommit)).on("PUT", "/contact/"));
     let refusal = json!({"error": "Secretname has an invalid phone +4930555123"});
@@ -273,7 +273,7 @@ async fn nothing_personal_is_logged_or_counted() {
             BasicProperties::default(),
         )
         .await;
-    // Created; written although Close said 500, and found so; refused; malformed.
+    // Created; created with a 500 and then found; rejected; malformed.
     let metrics = worker.settled(4).await;
     assert_eq!(metrics.outcomes(), [("created", 1), ("unchanged", 1), ("dead", 2)].into());
     let page = worker.page("/metrics").await.unwrap().1;

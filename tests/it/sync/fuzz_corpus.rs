@@ -1,4 +1,4 @@
-//! The fuzz target of `tests/fuzz` over its saved corpus, the recorded payloads, and inputs made from both.
+//! Runs the fuzz target of `tests/fuzz` on its saved corpus, the recorded payloads, and mutations of both.
 
 #[path = "../../fuzz/target.rs"]
 mod target;
@@ -30,7 +30,7 @@ fn seeds() -> Vec<Vec<u8>> {
 }
 
 #[test]
-fn the_saved_corpus_and_the_recorded_payloads_keep_every_promise() {
+fn the_saved_corpus_and_the_recorded_payloads_pass() {
     let seeds = seeds();
     assert!(seeds.len() > 100, "{} seeds", seeds.len());
     for seed in &seeds {
@@ -63,7 +63,7 @@ fn span(len: usize, one: Index, other: Index) -> std::ops::Range<usize> {
 }
 
 #[test]
-fn inputs_made_from_them_keep_every_promise() {
+fn mutated_inputs_pass() {
     let seeds = seeds();
     let input = (any::<Index>(), proptest::collection::vec(change(), 1..6));
     let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(20_000) };

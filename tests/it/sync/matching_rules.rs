@@ -1,4 +1,4 @@
-//! Every rule of matching (design.md §2), on the whole path.
+//! Every rule of matching (design.md §2), through the whole program.
 
 use serde_json::{Value, json};
 
@@ -37,11 +37,11 @@ async fn a_new_person_of_a_new_company_becomes_a_lead_with_a_contact_in_one_call
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_close_has_already_is_not_sent_again() {
+async fn values_that_close_has_are_not_sent_again() {
     let bench = Bench::new().await;
     let metrics = bench.sync(&[jane(), jane(), jane()]).await;
     assert_eq!(metrics.outcomes(), [("created", 1), ("unchanged", 2)].into());
-    // Another worker has no memory and looks everything up.
+    // Another worker has empty caches and looks everything up.
     let metrics = bench.sync(&[jane()]).await;
     assert_eq!(metrics.outcomes(), [("unchanged", 1)].into());
     assert_eq!(bench.writes(), ["POST lead"]);
@@ -55,7 +55,7 @@ async fn inside_the_companys_lead_people_are_found_or_added() {
         {"name": "By email", "emails": [{"email": "Kim@Acme.test"}]},
     ]);
     bench.lead(Some("acme"), found);
-    // The person exists elsewhere too; that is a duplicate, which is allowed by default.
+    // The person exists elsewhere too. Such a duplicate is allowed by default.
     bench.lead(Some("other"), json!([{"name": "Elsewhere", USER: "u3"}]));
     let company = json!({"id": "acme"});
     let metrics = bench
@@ -156,7 +156,7 @@ async fn of_many_matches_the_ten_oldest_contacts_and_the_oldest_lead_are_updated
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn somebody_elses_contact_is_left_alone() {
+async fn a_contact_of_another_person_is_left_alone() {
     let bench = Bench::new().await;
     bench.lead(None, json!([{"name": "Someone", USER: "u1", "emails": [{"email": "shared@x.test"}]}]));
     let metrics = bench.sync(&[identify("u2", json!({"email": "shared@x.test", "name": "Other"}))]).await;
@@ -169,7 +169,7 @@ async fn somebody_elses_contact_is_left_alone() {
 /// The switch, the company of the Lead that is there, its Contacts, what is written, what is counted.
 type Case<'a> = (&'a str, Option<&'a str>, &'a Value, &'a [&'a str], &'a str);
 
-/// Each switch off, on the situation it governs.
+/// Each switch turned off, in a case where it applies.
 #[tokio::test(flavor = "multi_thread")]
 async fn switches_skip_steps_with_a_reason() {
     let in_acme = identify("u1", json!({"title": "New", "company": {"id": "acme", "name": "Acme"}}));
@@ -250,7 +250,7 @@ async fn events_that_are_not_for_close_are_skipped_and_counted() {
     assert_eq!(metrics.count("messages_skipped_total{reason=\"integrations\"}"), 2);
 }
 
-/// Messages about one person apply in their order, while others run beside them.
+/// Messages about one person apply in their order, while others run concurrently.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_last_of_many_events_about_a_person_wins() {
     let bench = Bench::new().await;

@@ -1,4 +1,5 @@
-//! Order: nobody overtakes, what waits for one person is written once, and what is older undoes nothing.
+//! Order: messages that share a key do not overtake each other, waiting ones are merged, and older values are not
+//! written.
 
 use close_sync_simulator::{Effect, Fault, FaultBody, Settings, When};
 use serde_json::{Value, json};
@@ -20,7 +21,7 @@ fn broken(times: u32) -> Fault {
         .times(times)
 }
 
-/// Search shows the new company only seconds later, and all fifty come at the same time.
+/// Search shows the new company seconds later, and all fifty messages arrive at once.
 #[tokio::test(flavor = "multi_thread")]
 async fn fifty_colleagues_of_a_new_company_share_one_lead() {
     let settings = Settings { search_lag: "10s".parse().unwrap(), ..Settings::fast() };
@@ -31,13 +32,13 @@ async fn fifty_colleagues_of_a_new_company_share_one_lead() {
     assert_eq!(bench.the_lead()["contacts"].as_array().unwrap().len(), 50);
 }
 
-/// Each says something else; the last word counts, and nothing is lost on the way.
+/// Each event has other values. The last scalar values count, and no list entry is lost.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_person_identified_a_hundred_times_is_one_contact() {
     for merge in ["true", "false"] {
         let settings = Settings { search_lag: "10s".parse().unwrap(), ..Settings::fast() };
         let bench = Bench::with(settings).await.set("WORKER_MERGE", merge);
-        // All of them wait in line when the first is done.
+        // All of them wait when the first is done.
         bench.simulator.fault(Fault::new(Effect::Latency { ms: 2000 }).on("POST", "/lead/").times(1));
         let events: Vec<_> = (0..100)
             .map(|n| {
@@ -66,13 +67,13 @@ async fn one_person_identified_a_hundred_times_is_one_contact() {
     }
 }
 
-/// One value of three is refused by Close: the others do not suffer, and each message has its own outcome.
+/// Close rejects the value of one of three messages. The others are written, and each message has its own outcome.
 #[tokio::test(flavor = "multi_thread")]
-async fn messages_that_fail_together_are_worked_on_one_by_one() {
+async fn messages_of_a_failed_merged_write_run_one_by_one() {
     let bench = Bench::new().await;
     bench.lead(Some("acme"), json!([{"custom.cf_contactuserid": "u1"}]));
     let refuses = Effect::Status { code: 400, body: FaultBody::Text, when: When::BeforeCommit };
-    // The first waits for the search, so that the others go together; the first write of them is refused.
+    // The first waits for the search, so that the others are merged. Close rejects their first write.
     bench.simulator.fault(Fault::new(Effect::Latency { ms: 500 }).on("POST", "/data/").times(1));
     bench.simulator.fault(Fault::new(refuses).on("PUT", "/contact/").times(2));
     let title = |n: u32| identify("u1", json!({"title": format!("Title {n}"), "company": {"id": "acme"}}));
@@ -82,10 +83,10 @@ async fn messages_that_fail_together_are_worked_on_one_by_one() {
     assert_eq!(bench.depth(".dead").await, 1);
 }
 
-/// The first has to wait in delay queues; whoever shares a key with it, or with one that follows it, waits
-/// behind it, and nobody else.
+/// The first message waits in delay queues. Messages that share a key with it, or with one that follows it, wait
+/// behind it. Other messages do not wait.
 #[tokio::test(flavor = "multi_thread")]
-async fn nobody_overtakes_a_message_in_a_delay_queue() {
+async fn messages_that_share_a_key_wait_behind_one_in_a_delay_queue() {
     let bench = Bench::new().await.set("RETRY_IN_PLACE", "0s").set("RETRY_DELAYS", "[\"1s\", \"2s\"]");
     let worker = bench.worker().await;
     let jane = |n: u32| identify("jane", json!({"email": "jane@x.test", "title": format!("Title {n}")}));
@@ -113,14 +114,14 @@ async fn nobody_overtakes_a_message_in_a_delay_queue() {
     let contact = &bench.simulator.contacts()[0];
     assert_eq!(contact["title"], json!("Last"), "{}", worker.log());
     assert_eq!(values(contact, "phones", "phone"), ["+49301234567"]);
-    // Nothing came too late.
+    // No value was stale.
     assert_eq!(metrics.count("stale_values_total"), 0);
     worker.terminate().await;
 }
 
-/// Dead-lettered, mended, replayed; meanwhile newer events were applied, by this worker or one before it.
+/// A dead letter is replayed after newer events were applied, by this worker or by one before a restart.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replayed_dead_letter_older_than_what_close_holds_undoes_nothing() {
+async fn a_replayed_dead_letter_does_not_overwrite_newer_values() {
     for restart in [false, true] {
         let bench = Bench::new().await;
         let bench = bench
@@ -152,8 +153,8 @@ async fn a_replayed_dead_letter_older_than_what_close_holds_undoes_nothing() {
         worker.until("replayed", async |worker| worker.metrics().await.settled() > before).await;
         let lead = bench.the_lead();
         let contact = &lead["contacts"][0];
-        let told = (&lead["name"], &contact["title"], &contact["name"]);
-        assert_eq!(told, (&json!("New"), &json!("New"), &json!("Only here")), "restart: {restart}");
+        let values_now = (&lead["name"], &contact["title"], &contact["name"]);
+        assert_eq!(values_now, (&json!("New"), &json!("New"), &json!("Only here")), "restart: {restart}");
         assert_eq!(values(contact, "phones", "phone"), ["+49301234567"]);
         assert_eq!(worker.metrics().await.count("stale_values_total"), 2);
         assert_eq!(contact["custom.cf_contactsyncedat"], json!("2026-01-01T00:00:03.000000+00:00"));
@@ -161,9 +162,9 @@ async fn a_replayed_dead_letter_older_than_what_close_holds_undoes_nothing() {
     }
 }
 
-/// A wrong clock, an event without a time, and times that differ only by where they come from.
+/// A wrong clock, an event without a time, and equal times from different sources.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_event_from_the_future_freezes_nothing() {
+async fn an_event_with_a_future_time_does_not_block_later_ones() {
     let bench = Bench::new().await;
     let titled = |title: &str, timestamp: Value| {
         let mut event = identify("u1", json!({"title": title}));
@@ -186,9 +187,9 @@ async fn an_event_from_the_future_freezes_nothing() {
     worker.terminate().await;
 }
 
-/// The Lead was changed, the Contact was refused, the message is a dead letter: what it told the Lead stays.
+/// The Lead is updated, Close rejects the Contact, and the message is dead-lettered. The values of the Lead stay.
 #[tokio::test(flavor = "multi_thread")]
-async fn half_of_a_message_that_failed_is_not_undone_by_an_older_one() {
+async fn the_written_part_of_a_failed_message_is_not_overwritten_by_an_older_one() {
     let bench = Bench::new().await;
     let company = |name: &str| json!({"id": "acme", "name": name});
     let worker = bench.worker().await;

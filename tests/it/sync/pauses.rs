@@ -1,4 +1,4 @@
-//! Faults that are not a message's: consumption pauses, and no message pays for it (design.md P5).
+//! Faults that a message does not cause pause consumption, and use no attempt of a message (design.md P5).
 
 use std::time::{Duration, Instant};
 
@@ -15,9 +15,9 @@ async fn paused(worker: &Worker, cause: &str) {
     worker.until(&format!("paused: {cause}"), async |worker| worker.is("paused", Some(cause)).await).await;
 }
 
-/// What Close does to every message, why that pauses, and that all messages are synced once it stops.
+/// Each fault with the cause of the pause. All messages are synced once the fault is over.
 #[tokio::test(flavor = "multi_thread")]
-async fn trouble_that_hits_every_message_costs_none_anything() {
+async fn a_fault_that_hits_every_message_uses_no_attempts() {
     let no_fields =
         |code, body: Value| Effect::Status { code, body: FaultBody::Exactly(body), when: When::BeforeCommit };
     let gone = json!({"errors": [], "field-errors": {"custom.cf_leadcompanyid": "The Custom Field \"x\" does not exist."}});
@@ -69,7 +69,7 @@ async fn trouble_that_hits_every_message_costs_none_anything() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_revoked_key_pauses_and_costs_no_message_anything() {
+async fn a_revoked_key_pauses_and_uses_no_attempts() {
     let bench = Bench::new().await;
     let worker = bench.worker().await;
     bench.publish(&[identify("u1", json!({}))]).await;
@@ -81,7 +81,7 @@ async fn a_revoked_key_pauses_and_costs_no_message_anything() {
     assert_eq!(worker.metrics().await.count("paused{cause=\"unauthorized\"}"), 1);
     bench.depth_becomes("", 5).await;
     assert_eq!((bench.depth(".dead").await, bench.depth(".retry.200ms").await), (0, 0));
-    assert_eq!(worker.logged("\"ERROR\""), 1, "one signal per incident");
+    assert_eq!(worker.logged("\"ERROR\""), 1, "one error per incident");
 
     bench.simulator.set_api_key("api_simulator.key");
     let metrics = worker.settled(6).await;
@@ -103,22 +103,22 @@ async fn an_unreachable_close_pauses_too() {
     worker.terminate().await;
 }
 
-/// The key works, everything but creating works, and no message can be worked on.
+/// The key works, but every creation fails.
 #[tokio::test(flavor = "multi_thread")]
-async fn most_messages_failing_pauses_and_costs_none_anything() {
+async fn a_pause_because_most_messages_fail_uses_no_attempts() {
     let bench = Bench::new().await.set("RETRY_IN_PLACE", "3s").set("WORKER_CONCURRENCY", "16");
     let worker = bench.worker().await;
     bench.simulator.fault(Fault::new(status(500)).on("POST", "/lead/"));
     bench.publish(&(0..200).map(|n| identify(&format!("u{n}"), json!({}))).collect::<Vec<_>>()).await;
     paused(&worker, "failing").await;
     worker.until("tried again", async |worker| worker.logged("opened again") >= 2).await;
-    assert_eq!(worker.ready().await.1["cause"], "failing", "also while it is tried whether Close works");
+    assert_eq!(worker.ready().await.1["cause"], "failing", "also while the breaker is half-open");
     let metrics = worker.metrics().await;
     assert_eq!(
         (metrics.count("paused{cause=\"failing\"}"), metrics.count("pauses_total{cause=\"failing\"}")),
         (1, 1)
     );
-    assert_eq!(worker.logged("\"ERROR\""), 1, "one signal per incident");
+    assert_eq!(worker.logged("\"ERROR\""), 1, "one error per incident");
     // Those that were in hand, and then three at a time. How often each is tried before enough others have
     // failed as well is a matter of time: such retries are counted by themselves, after what they are taken from.
     let tried = bench.simulator.request_count("POST", "/lead/");
@@ -138,7 +138,7 @@ async fn most_messages_failing_pauses_and_costs_none_anything() {
     };
     worker.until("done", done).await;
     let metrics = worker.metrics().await;
-    // One that fails alone in a trial may use up its patience before others tell that it is not its fault.
+    // A probe that fails alone may use up its retries before other failures open the breaker again.
     assert_eq!(metrics.outcome("dead"), 0);
     assert!(metrics.outcome("delayed") <= 3, "{} delayed", metrics.outcome("delayed"));
     assert_eq!(metrics.count("paused{cause=\"failing\"}"), 0);
@@ -147,7 +147,7 @@ async fn most_messages_failing_pauses_and_costs_none_anything() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_that_always_fails_pauses_nothing() {
+async fn a_message_that_always_fails_does_not_pause() {
     let bench = Bench::new().await.set("RETRY_IN_PLACE", "500ms");
     let worker = bench.worker().await;
     bench.simulator.fault(Fault::new(status(500)).on("POST", "/lead/").containing("poison"));
@@ -163,7 +163,7 @@ async fn a_message_that_always_fails_pauses_nothing() {
     worker.terminate().await;
 }
 
-/// After a pause a message that always fails is the first one that is tried.
+/// After a pause, a message that always fails is the first to run.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_that_always_fails_does_not_hold_up_the_end_of_a_pause() {
     let bench = Bench::new().await.set("RETRY_IN_PLACE", "300ms");
@@ -181,9 +181,9 @@ async fn a_message_that_always_fails_does_not_hold_up_the_end_of_a_pause() {
     worker.terminate().await;
 }
 
-/// They are first in line and enough to pause consumption; the others get through all the same.
+/// They are first in the queue, and enough to pause consumption. The others are synced all the same.
 #[tokio::test(flavor = "multi_thread")]
-async fn many_messages_that_always_fail_do_not_keep_the_others() {
+async fn many_messages_that_always_fail_do_not_block_the_others() {
     let bench = Bench::new().await.set("RETRY_IN_PLACE", "1s").set("WORKER_CONCURRENCY", "16");
     bench.simulator.fault(Fault::new(status(500)).on("POST", "/lead/").containing("poison"));
     let name = |n| if n < 15 { format!("poison {n}") } else { format!("Person {n}") };
@@ -191,7 +191,7 @@ async fn many_messages_that_always_fail_do_not_keep_the_others() {
     bench
         .publish(&(0..55).map(|n| identify(&format!("u{n}"), json!({"name": name(n)}))).collect::<Vec<_>>())
         .await;
-    // One whose creation a pause cut short comes again, and is there already.
+    // A message whose creation was interrupted by a pause is delivered again, and its record exists.
     let done = async |worker: &Worker| {
         let metrics = worker.metrics().await;
         metrics.outcome("created") + metrics.outcome("unchanged") == 40
@@ -201,12 +201,12 @@ async fn many_messages_that_always_fail_do_not_keep_the_others() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_failed_search_that_many_share_pauses_nothing() {
+async fn one_failed_search_that_many_share_does_not_pause() {
     let bench = Bench::new().await;
     let worker = bench.worker().await;
     bench.publish(&[identify("first", json!({}))]).await;
     worker.settled(1).await;
-    // The first look-up holds up the others, so that they share a search, which fails.
+    // The others wait for the first look-up, so that they share a search, which fails.
     bench.simulator.fault(Fault::new(Effect::Latency { ms: 1000 }).on("POST", "/data/").times(1));
     bench.simulator.fault(Fault::new(status(500)).on("POST", "/data/").times(1));
     bench.publish(&(0..16).map(|n| identify(&format!("u{n}"), json!({}))).collect::<Vec<_>>()).await;
@@ -217,7 +217,7 @@ async fn one_failed_search_that_many_share_pauses_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_configuration_mended_while_the_start_waits_for_close_is_taken_over() {
+async fn a_configuration_fixed_while_the_start_waits_for_close_is_applied() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("close-sync.toml");
     std::fs::write(&file, "[close]\napi_url = \"http://127.0.0.1:1/api/v1/\"\n").unwrap();
@@ -232,7 +232,7 @@ async fn a_configuration_mended_while_the_start_waits_for_close_is_taken_over() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_new_key_is_taken_over_on_sighup_and_a_bad_configuration_is_not() {
+async fn a_new_key_is_applied_on_sighup_and_an_invalid_configuration_is_not() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("close-sync.toml");
     let write = |text: &str| std::fs::write(&file, text).unwrap();
@@ -260,13 +260,13 @@ async fn a_new_key_is_taken_over_on_sighup_and_a_bad_configuration_is_not() {
             "cannot reach RabbitMQ",
         ),
     ];
-    for (refused, (text, told)) in (1..).zip(problems) {
+    for (refused, (text, logged)) in (1..).zip(problems) {
         write(text);
         worker.signal("HUP");
         worker
             .until("refusing", async |worker| worker.logged("configuration reload rejected") == refused)
             .await;
-        assert!(worker.log().contains(told), "{told}: {}", worker.log());
+        assert!(worker.log().contains(logged), "{logged}: {}", worker.log());
     }
     assert_eq!(worker.logged("hunter2"), 0);
     bench.publish(&[identify("u2", json!({}))]).await;
@@ -278,13 +278,13 @@ async fn a_new_key_is_taken_over_on_sighup_and_a_bad_configuration_is_not() {
     write("[close]\napi_key = \"api_simulator.second\"\n\n[switches]\nallow_creating_new_leads = false\n");
     worker.signal("HUP");
     let metrics = worker.settled(3).await;
-    assert_eq!((metrics.outcome("created"), metrics.outcome("skipped")), (2, 1), "all of it is taken over");
+    assert_eq!((metrics.outcome("created"), metrics.outcome("skipped")), (2, 1), "all settings are applied");
     assert_eq!(metrics.count("paused{cause=\"unauthorized\"}"), 0);
     worker.terminate().await;
 }
 
-/// The environment names files, and those change: a key is replaced in the middle of the work, and the old one is
-/// revoked.
+/// The environment names files, and their content changes: the key is replaced while the worker runs, and the old key
+/// is revoked.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_in_a_file_is_replaced_while_the_worker_runs() {
     let directory = tempfile::tempdir().unwrap();
@@ -302,7 +302,7 @@ async fn a_key_in_a_file_is_replaced_while_the_worker_runs() {
     bench.publish(&people(100)).await;
     worker.until("working", async |worker| worker.metrics().await.settled() >= 10.0).await;
 
-    // Not there for a moment, as while somebody replaces it: the old one stays.
+    // The file is missing for a moment, as during a replacement. The worker keeps the old key.
     std::fs::remove_file(&key).unwrap();
     worker.signal("HUP");
     worker.until("refusing", async |worker| worker.logged("configuration reload rejected") == 1).await;
@@ -322,9 +322,9 @@ async fn a_key_in_a_file_is_replaced_while_the_worker_runs() {
     assert_eq!(worker.logged("api_simulator"), 0, "{}", worker.log());
 }
 
-/// Close is gone for a while with a long queue.
+/// Close is unreachable for a while, and the queue is long.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_outage_with_a_long_queue_costs_nothing_and_ends_without_429s() {
+async fn an_outage_with_a_long_queue_uses_no_attempts_and_causes_no_429s() {
     let limits = Limits { contact: Rate::new(1000, 1), lead: Rate::new(500, 1), ..Limits::unlimited() };
     let bench = Bench::with(Settings { limits, ..Settings::fast() }).await;
     let worker = bench.worker().await;

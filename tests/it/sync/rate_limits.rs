@@ -1,4 +1,4 @@
-//! What operators see of Close's rate limits, and of the time a backlog takes.
+//! The metrics of Close's rate limits and of the time to drain the backlog.
 
 use std::time::Instant;
 
@@ -8,9 +8,9 @@ use serde_json::json;
 use crate::support::{Bench, identify};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_time_a_backlog_takes_is_foreseen() {
+async fn the_time_to_drain_the_backlog_is_estimated() {
     let limits = Limits { lead: Rate::new(50, 1), ..Limits::unlimited() };
-    // Merged, these events would cost next to nothing.
+    // If merged, these events would need almost no calls.
     let bench = Bench::with(Settings { limits, ..Settings::fast() }).await.set("WORKER_MERGE", "false");
     let worker = bench.worker().await;
     let event =
@@ -18,7 +18,7 @@ async fn the_time_a_backlog_takes_is_foreseen() {
     bench.publish(&(0..20).map(event).collect::<Vec<_>>()).await;
     let before = worker.settled(20).await;
     assert_eq!(before.count("rate_limit_calls{endpoint=\"create_lead\"}"), 50);
-    assert!(before.get("rate_limit_calls{endpoint=\"update_lead\"}").is_nan(), "nothing is known of it");
+    assert!(before.get("rate_limit_calls{endpoint=\"update_lead\"}").is_nan(), "Close has not reported it");
 
     // One read each, and 40 reads a second are ours.
     bench.publish(&(0..600).map(event).collect::<Vec<_>>()).await;
@@ -34,16 +34,16 @@ async fn the_time_a_backlog_takes_is_foreseen() {
     let (at, drain) = foreseen.unwrap();
     worker.settled(620).await;
     let took = at.elapsed().as_secs_f64();
-    // The backlog was looked at up to five seconds before.
-    assert!((took * 0.7 - 1.0..took * 1.3 + 6.0).contains(&drain), "foreseen {drain} s, took {took} s");
+    // The backlog was read up to five seconds before.
+    assert!((took * 0.7 - 1.0..took * 1.3 + 6.0).contains(&drain), "estimated {drain} s, took {took} s");
     worker.until("done", async |worker| worker.metrics().await.get("backlog_messages") == 0.0).await;
     assert!(worker.metrics().await.get("drain_seconds") == 0.0);
     worker.terminate().await;
 }
 
-/// Limits that bite, told in every form and in none: all messages get through, and hardly a call is refused.
+/// Tight limits, reported in every form and in none. All messages are synced, with few 429s.
 #[tokio::test(flavor = "multi_thread")]
-async fn every_form_of_telling_limits_is_understood() {
+async fn every_form_of_rate_limit_headers_is_understood() {
     for (style, most_refused) in [
         (HeaderStyle::Comma, 0),
         (HeaderStyle::Semicolon, 0),
@@ -61,9 +61,9 @@ async fn every_form_of_telling_limits_is_understood() {
     }
 }
 
-/// Search read the strict way and the loose one, the key's limit and the organization's: none is exceeded.
+/// The strict and the loose reading of the search limit, the limit of the key and that of the organization.
 #[tokio::test(flavor = "multi_thread")]
-async fn limits_are_kept_in_every_reading() {
+async fn no_reading_of_the_limits_is_exceeded() {
     for (search, organization_multiple, name) in [
         (Rate::new(16, 8), 3, "16 in 8 s"),
         (Rate::new(16, 1), 3, "16 in 1 s"),

@@ -1,5 +1,5 @@
-//! The scenarios of `tests/scenarios` twice more: as `close-sync test` plays them, and through the whole
-//! program, published to the exchange, consumed by a worker process and written to Close.
+//! Runs the scenarios of `tests/scenarios` as `close-sync test` does, and through the whole program: published to the
+//! exchange, consumed by a worker process and written to Close.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
@@ -12,11 +12,11 @@ use futures_util::{StreamExt, stream};
 
 use crate::support::{Bench, shared_broker};
 
-/// Workers at the same time: enough to keep two cores busy.
+/// Workers at the same time. Enough to keep two cores busy.
 const AT_ONCE: usize = 4;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_scenario_comes_out_of_the_whole_program_as_it_says() {
+async fn every_scenario_has_the_expected_result_in_the_whole_program() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/scenarios");
     let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     let suites: Vec<Suite> = files.map(|file| Suite::load(&file).unwrap()).collect();
@@ -27,7 +27,7 @@ async fn every_scenario_comes_out_of_the_whole_program_as_it_says() {
     assert_eq!(wrong.concat(), "");
 }
 
-/// What came otherwise than expected.
+/// The difference from the expected result.
 async fn play(suite: &Suite, scenario: &Scenario) -> String {
     let base = Layers::load(None, &HashMap::new()).unwrap();
     let played = suite.run(scenario, &base).await.unwrap();
@@ -42,7 +42,7 @@ async fn play(suite: &Suite, scenario: &Scenario) -> String {
         .set("CLOSE_SYNC_CONFIG", file.to_str().unwrap());
     let worker = bench.worker().await;
     let mut metrics = worker.metrics().await;
-    // One after the other: otherwise the order of new records is anybody's guess.
+    // One after the other, so that the order of new records is fixed.
     for (number, event) in event::split(scenario.event.as_bytes()).into_iter().enumerate() {
         bench.publish_bytes(&event, lapin::BasicProperties::default()).await;
         metrics = worker.settled(number + 1).await;
@@ -61,7 +61,7 @@ async fn play(suite: &Suite, scenario: &Scenario) -> String {
     if wrong.is_empty() { wrong } else { format!("{}\n{wrong}\n", scenario.title) }
 }
 
-/// How often each outcome is told, by the label of the metric.
+/// The number of messages per outcome, by the label of the metric.
 fn outcomes(decisions: &str) -> BTreeMap<&str, u32> {
     let mut outcomes = BTreeMap::new();
     for decision in decisions.split("\n\n") {
@@ -71,9 +71,9 @@ fn outcomes(decisions: &str) -> BTreeMap<&str, u32> {
     outcomes
 }
 
-/// The file that `--help` shows can be taken from it, however narrow the terminal.
+/// The example file in `--help` works when copied from a narrow terminal.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_file_to_start_from_works_as_it_is_shown() {
+async fn the_example_file_in_the_help_works() {
     let bench = Bench::new().await.set("COLUMNS", "80");
     let help = bench.output(&["test", "--help"]).await;
     let (_, file) = help.split_once("A scenario file in TOML:\n\n").unwrap();

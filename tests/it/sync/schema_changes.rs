@@ -1,4 +1,4 @@
-//! Custom fields that come and go in Close while the worker runs.
+//! Custom fields that are created and deleted in Close while the worker runs.
 
 use close_sync_simulator::{CustomField, FieldKind, Owner};
 use serde_json::{Value, json};
@@ -11,7 +11,7 @@ fn region() -> CustomField {
     CustomField::new("cf_leadregion", "Region", FieldKind::Text, Owner::Lead)
 }
 
-/// Publishes an event that was not there before and tells how often values were left out, and why.
+/// Publishes an event about a new person. Returns how many values were left out, by reason.
 async fn dropped(bench: &Bench, worker: &Worker, number: usize) -> (u32, u32) {
     let company = json!({"id": format!("c{number}")});
     bench.publish(&[identify(&format!("u{number}"), json!({"region": "north", "company": company}))]).await;
@@ -26,26 +26,26 @@ fn newest_region(bench: &Bench) -> Value {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_field_made_while_the_worker_runs_is_filled_from_the_next_look_on() {
+async fn a_field_created_while_the_worker_runs_is_written_after_the_next_refresh() {
     let bench = Bench::new().await.set("MAPPING_LEAD_CUSTOM", RULES).set("CLOSE_SCHEMA_REFRESH", "10s");
     let worker = bench.worker().await;
-    assert_eq!(dropped(&bench, &worker, 1).await, (0, 1), "there is no such field yet");
+    assert_eq!(dropped(&bench, &worker, 1).await, (0, 1), "the field does not exist yet");
 
     bench.simulator.add_field(region()).unwrap();
     worker.until("following", async |worker| worker.logged("mapping updated") == 1).await;
-    assert_eq!(dropped(&bench, &worker, 2).await, (0, 1), "nothing more is left out");
+    assert_eq!(dropped(&bench, &worker, 2).await, (0, 1), "no further value is left out");
     assert_eq!(newest_region(&bench), "north");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_field_deleted_while_the_worker_runs_costs_its_values_and_no_message() {
+async fn a_field_deleted_while_the_worker_runs_is_left_out() {
     let bench = Bench::new().await.set("MAPPING_LEAD_CUSTOM", RULES);
     bench.simulator.add_field(region()).unwrap();
     let worker = bench.worker().await;
     assert_eq!(dropped(&bench, &worker, 1).await, (0, 0));
 
     bench.simulator.remove_field("cf_leadregion");
-    // Close refuses the field until the worker looks again, which it does at most every ten seconds.
+    // Close rejects the field until the worker refreshes the mapping, at most every ten seconds.
     let mut sent = 1;
     worker
         .until("looking again", async |worker| {
@@ -57,9 +57,9 @@ async fn a_field_deleted_while_the_worker_runs_costs_its_values_and_no_message()
         .await;
     let (refused, unknown) = dropped(&bench, &worker, sent + 1).await;
     assert_eq!((refused as usize, unknown), (sent - 1, 1), "no more attempts to write it");
-    assert_eq!(worker.logged("its values are left out"), 1, "told once");
+    assert_eq!(worker.logged("its values are left out"), 1, "logged once");
 
-    // It is made again under the same name: another id, found by the next look.
+    // The field is created again with the same name. It has another id, which the next refresh finds.
     bench.simulator.add_field(CustomField { id: "cf_leadregion2".into(), ..region() }).unwrap();
     worker.kill().await;
     let worker = bench.worker().await;

@@ -1,4 +1,4 @@
-//! What the public SDKs really send, recorded in `tests/payloads`, and what the default settings make of it.
+//! Payloads of the public SDKs, recorded in `tests/payloads`, mapped with the default settings.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -35,7 +35,7 @@ fn defaults() -> Mapping {
     Mapping::resolve(&rules, &schema).unwrap()
 }
 
-/// One line: what it is taken for.
+/// One line with the result of mapping.
 fn read(mapping: &Mapping, body: &[u8]) -> String {
     let event = match Event::decode(body, 1 << 20) {
         Ok(event) => event,
@@ -45,7 +45,7 @@ fn read(mapping: &Mapping, body: &[u8]) -> String {
         return format!("skipped: {}", Skip::Event(reason).label());
     }
     match mapping.apply(&event) {
-        Err(nobody) => format!("dead letter: {nobody}"),
+        Err(no_identity) => format!("dead letter: {no_identity}"),
         Ok(desired) => {
             let mut text = String::new();
             for (field, wanted) in &desired.lead {
@@ -66,7 +66,7 @@ fn read(mapping: &Mapping, body: &[u8]) -> String {
 }
 
 #[test]
-fn what_the_sdks_send_is_read_as_it_is_meant() {
+fn payloads_of_the_public_sdks_are_mapped_correctly() {
     let mapping = defaults();
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/payloads");
     let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();

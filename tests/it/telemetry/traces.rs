@@ -1,4 +1,4 @@
-//! Traces, as a collector gets them.
+//! Exported traces, as a collector receives them.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,7 +26,7 @@ use crate::support::{Bench, Worker, identify, people};
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const PRODUCER: &str = "00f067aa0ba902b7";
 
-/// A collector: all that was posted to it, and whether it takes it.
+/// A collector. Keeps all requests, and can reject them.
 #[derive(Clone, Default)]
 struct Collector {
     posted: Arc<Mutex<Vec<(HeaderMap, Bytes)>>>,
@@ -46,7 +46,7 @@ impl Collector {
         collector
     }
 
-    /// A bench whose workers trace, and where.
+    /// A bench whose workers export traces to this collector.
     async fn with_bench(settings: Settings) -> (Self, Bench) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -67,7 +67,7 @@ impl Collector {
         resources.flat_map(|resource| resource.scope_spans).flat_map(|scope| scope.spans).collect()
     }
 
-    /// The spans of messages, in the order they began.
+    /// The spans of messages, in the order of their start.
     fn messages(&self) -> Vec<Span> {
         let mut spans = self.spans();
         spans.retain(|span| span.kind() == SpanKind::Consumer);
@@ -107,9 +107,9 @@ fn attributes(span: &Span) -> BTreeMap<String, Value> {
 }
 
 fn failed(span: &Span) -> Option<String> {
-    let told = span.status.as_ref().is_some_and(|status| status.code() == status::StatusCode::Error);
+    let is_error = span.status.as_ref().is_some_and(|status| status.code() == status::StatusCode::Error);
     let kind = attributes(span).get("error.type").map(|kind| kind.as_str().unwrap().to_owned());
-    assert_eq!(told, kind.is_some(), "{span:?}");
+    assert_eq!(is_error, kind.is_some(), "{span:?}");
     kind
 }
 
@@ -131,7 +131,7 @@ async fn send(bench: &Bench, worker: &Worker, number: usize, event: &Value, prop
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_continues_its_producers_trace_and_its_calls_are_in_it() {
+async fn a_message_continues_the_trace_of_its_producer_with_its_calls() {
     let (collector, bench) = Collector::with_bench(Settings::fast()).await;
     let bench = bench
         .set("OTEL_EXPORTER_OTLP_HEADERS", "api-key=s%20cret,x-tenant=crm")
@@ -153,7 +153,7 @@ async fn a_message_continues_its_producers_trace_and_its_calls_are_in_it() {
     let [first, second, skipped] = &collector.messages()[..] else { panic!("{:#?}", collector.messages()) };
     assert_eq!(first.name, format!("process {}", bench.exchange));
     assert_eq!((hex(&first.trace_id), hex(&first.parent_span_id)), (TRACE.into(), PRODUCER.into()));
-    let told = attributes(first);
+    let recorded = attributes(first);
     let mut expected = BTreeMap::from([
         ("messaging.system", json!("rabbitmq")),
         ("messaging.operation.name", json!("process")),
@@ -169,14 +169,14 @@ async fn a_message_continues_its_producers_trace_and_its_calls_are_in_it() {
     ]);
     let expected_of_first: BTreeMap<String, Value> =
         expected.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
-    assert_eq!(told, expected_of_first);
+    assert_eq!(recorded, expected_of_first);
     assert_eq!(failed(first), None);
     let calls = collector.calls(first);
     assert_eq!(calls.last().unwrap(), "POST /lead/");
     assert!(calls.iter().any(|name| name == "POST /data/search/"), "{calls:?}");
     let create = collector.spans().into_iter().find(|span| span.name == "POST /lead/").unwrap();
-    let mut told = attributes(&create);
-    assert!(told.remove("close_sync.gate_wait_seconds").unwrap().as_f64().unwrap() >= 0.0);
+    let mut recorded = attributes(&create);
+    assert!(recorded.remove("close_sync.gate_wait_seconds").unwrap().as_f64().unwrap() >= 0.0);
     expected = BTreeMap::from([
         ("http.request.method", json!("POST")),
         ("http.response.status_code", json!(200)),
@@ -185,7 +185,7 @@ async fn a_message_continues_its_producers_trace_and_its_calls_are_in_it() {
         ("url.template", json!("/lead/")),
     ]);
     assert_eq!(
-        told.iter().map(|(key, value)| (key.as_str(), value.clone())).collect::<BTreeMap<_, _>>(),
+        recorded.iter().map(|(key, value)| (key.as_str(), value.clone())).collect::<BTreeMap<_, _>>(),
         expected
     );
 
@@ -204,7 +204,7 @@ async fn a_message_continues_its_producers_trace_and_its_calls_are_in_it() {
         collector.calls(second)
     );
 
-    // The producer of the third has no trace of it exported, and so there is none here.
+    // The producer of the third does not export its trace, so the worker does not either.
     assert_eq!(hex(&skipped.trace_id), TRACE);
     assert_eq!(
         (attributes(skipped)["close_sync.outcome"].clone(), failed(skipped)),
@@ -213,7 +213,7 @@ async fn a_message_continues_its_producers_trace_and_its_calls_are_in_it() {
     assert_eq!(attributes(skipped)["close_sync.skipped_for"], "trigger");
     assert!(collector.calls(skipped).is_empty());
 
-    // Calls for no message, at the start, are traces of their own.
+    // Calls at the start, which belong to no message, are separate traces.
     let checks: Vec<_> = collector.spans().into_iter().filter(|span| span.name == "GET /me/").collect();
     assert!(!checks.is_empty() && checks.iter().all(|span| span.parent_span_id.is_empty()));
 
@@ -228,7 +228,7 @@ async fn a_message_continues_its_producers_trace_and_its_calls_are_in_it() {
     let resource = collector.requests()[0].resource_spans[0].resource.clone().unwrap();
     let name = resource.attributes.iter().find(|pair| pair.key == "service.name").unwrap();
     assert_eq!(name.value.clone().unwrap().value, Some(any_value::Value::StringValue("crm-worker".into())));
-    // Log lines are what they were.
+    // Log lines do not change.
     let synced: Value = serde_json::from_str(&worker.log_line("\"created\"")).unwrap();
     assert_eq!((&synced["span"]["name"], &synced["span"]["message_id"]), (&json!("message"), &json!("m-1")));
     assert_eq!(
@@ -270,12 +270,12 @@ async fn a_dead_letter_and_its_replay_are_in_one_trace() {
     );
 }
 
-/// Those that are written together with another, or share its search, say so and have no calls of their own for it.
+/// Messages that share a write or a search with another one link to the span of its call.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_done_for_several_is_told_of_once_and_linked_to() {
+async fn a_shared_call_is_exported_once_and_linked_to() {
     let (collector, bench) = Collector::with_bench(Settings::fast()).await;
     bench.lead(Some("acme"), json!([{"custom.cf_contactuserid": "u1"}]));
-    // The first waits for the search, so that the others go together.
+    // The first waits for the search, so that the others are merged.
     bench.simulator.fault(Fault::new(Effect::Latency { ms: 500 }).on("POST", "/data/").times(1));
     let title = |n: u32| identify("u1", json!({"title": format!("Title {n}"), "company": {"id": "acme"}}));
     let metrics = bench.sync(&[title(0), title(1), title(2), title(3)]).await;
@@ -303,7 +303,7 @@ async fn what_is_done_for_several_is_told_of_once_and_linked_to() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_collector_that_takes_nothing_is_told_of_once_and_holds_nothing_up() {
+async fn a_collector_that_rejects_spans_is_logged_once_and_does_not_delay_messages() {
     let (collector, bench) = Collector::with_bench(Settings::fast()).await;
     let bench = bench.set("OTEL_BSP_SCHEDULE_DELAY", "50");
     collector.refuses.store(true, Ordering::Relaxed);
@@ -315,36 +315,37 @@ async fn a_collector_that_takes_nothing_is_told_of_once_and_holds_nothing_up() {
         worker.settled(n).await;
         worker.until("posted again", async |_| collector.posted().len() > before).await;
     }
-    worker.until("told", async |worker| cannot(worker) > 0).await;
+    worker.until("the outage is logged", async |worker| cannot(worker) > 0).await;
     assert_eq!(cannot(&worker), 1, "{}", worker.log());
     collector.refuses.store(false, Ordering::Relaxed);
     bench.publish(&people(4)[3..]).await;
     worker.until("taken again", async |worker| worker.logged("trace export recovered") == 1).await;
     collector.refuses.store(true, Ordering::Relaxed);
     bench.publish(&people(5)[4..]).await;
-    worker.until("told anew", async |worker| cannot(worker) == 2).await;
+    worker.until("the second outage is logged", async |worker| cannot(worker) == 2).await;
     worker.terminate().await;
 }
 
-/// One that nobody is, and one that takes connections and says nothing.
+/// An address without a listener, and a collector that accepts connections and never answers.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_collector_that_is_away_or_silent_holds_nothing_up() {
+async fn an_unreachable_or_silent_collector_does_not_delay_messages() {
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    for (addr, tells) in [("127.0.0.1:1".to_owned(), true), (silent.local_addr().unwrap().to_string(), false)]
+    for (addr, is_logged) in
+        [("127.0.0.1:1".to_owned(), true), (silent.local_addr().unwrap().to_string(), false)]
     {
         let bench = Bench::new().await.set("OTEL_EXPORTER_OTLP_ENDPOINT", &format!("http://{addr}"));
         let bench = bench.set("OTEL_BSP_SCHEDULE_DELAY", "50");
         let worker = bench.worker().await;
-        let told = |worker: &Worker| worker.logged("cannot export traces") == 1;
-        if tells {
-            worker.until("told", async |worker| told(worker)).await;
+        let logged = |worker: &Worker| worker.logged("cannot export traces") == 1;
+        if is_logged {
+            worker.until("the outage is logged", async |worker| logged(worker)).await;
         }
         bench.publish(&people(20)).await;
         worker.settled(20).await;
         bench.assert_each_once(20);
         worker.terminate().await;
-        if tells {
-            assert!(told(&worker), "{}", worker.log());
+        if is_logged {
+            assert!(logged(&worker), "{}", worker.log());
         } else {
             // The worker stopped waiting for the silent collector before the export timed out.
             assert_eq!(worker.logged("could not export the last traces"), 1, "{}", worker.log());
