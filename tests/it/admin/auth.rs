@@ -1,16 +1,16 @@
-//! Who may use the page, and from where.
+//! Sign-in, and protection against other sites.
 
 use reqwest::StatusCode;
 use reqwest::header::{LOCATION, SET_COOKIE};
 
-use super::{Browser, Page, TOKEN, closed, open};
+use super::{Browser, Page, TOKEN, with_token, without_token};
 use crate::support::Bench;
 
-/// A form that does nothing but be accepted.
+/// The form for a test event, which changes nothing.
 const TEST: &str = "/page/-/test";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn it_is_off_unless_enabled() {
+async fn the_page_is_off_by_default() {
     let worker = Bench::new().await.set("HTTP_PAGE_TOKEN", TOKEN).worker().await;
     let browser = Browser::of(&worker).await;
     for path in ["/page", "/page/-", "/page/sign-in", "/page/style.css", "/page/-/test"] {
@@ -21,8 +21,8 @@ async fn it_is_off_unless_enabled() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_answer_is_kept_from_other_sites_and_caches() {
-    let worker = open().await.worker().await;
+async fn every_response_has_security_headers() {
+    let worker = without_token().await.worker().await;
     let browser = Browser::of(&worker).await;
     for path in ["/page", "/page/-", "/page/style.css", "/page/nowhere", "/page/-/test/nowhere"] {
         let page = browser.get(path).await;
@@ -44,8 +44,8 @@ async fn every_answer_is_kept_from_other_sites_and_caches() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_the_token_there_is_nothing_to_see() {
-    let worker = closed().await.worker().await;
+async fn without_the_token_only_the_sign_in_form_is_shown() {
+    let worker = with_token().await.worker().await;
     let mut browser = Browser::of(&worker).await;
     for path in ["/page", "/page/-", TEST, "/page/nowhere"] {
         let page = browser.get(path).await;
@@ -61,7 +61,7 @@ async fn without_the_token_there_is_nothing_to_see() {
     let refused = browser.post(TEST, &[("event", "{}")], &[]).await;
     assert_eq!(refused.status, StatusCode::UNAUTHORIZED);
 
-    // A wrong one is answered late, and one after the other.
+    // The response to a wrong token is delayed. Several are delayed one after the other.
     let start = std::time::Instant::now();
     let wrong = browser.sign_in("a-token-of-32-characters-or-less", "Ada", "/page/-").await;
     assert_eq!((wrong.status, wrong.header(SET_COOKIE)), (StatusCode::UNAUTHORIZED, ""));
@@ -76,7 +76,7 @@ async fn without_the_token_there_is_nothing_to_see() {
         assert_eq!(nameless.status, StatusCode::UNAUTHORIZED, "{who:?}");
         nameless.assert_has(&["Enter your name for the log"]);
     }
-    // A wrong token does not stand for the seal of a form.
+    // A wrong bearer token does not replace the CSRF token.
     let fields = [("token", TOKEN), ("who", "Ada")];
     assert_eq!(browser.post("/page/sign-in", &fields, &bearer).await.status, StatusCode::FORBIDDEN);
     assert_eq!(worker.audited(), vec![["sign-in refused", "nobody", ""]; 4]);
@@ -85,8 +85,8 @@ async fn without_the_token_there_is_nothing_to_see() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_knows_the_token_signs_in_and_out() {
-    let worker = closed().await.worker().await;
+async fn an_operator_signs_in_and_out() {
+    let worker = with_token().await.worker().await;
     let mut browser = Browser::of(&worker).await;
     let page = browser.sign_in(TOKEN, " Ada ", "/page/-/test").await;
     assert_eq!((page.status, page.header(LOCATION)), (StatusCode::SEE_OTHER, TEST));
@@ -98,7 +98,7 @@ async fn who_knows_the_token_signs_in_and_out() {
     let live = browser.get("/page/-").await;
     assert_eq!(live.status, StatusCode::OK);
     live.assert_has(&["<span>Ada</span>", "Sign out"]);
-    // Once more, through something that speaks TLS: the session before is over.
+    // A second sign-in, through a TLS proxy, ends the first session.
     let before = browser.cookie.clone();
     let form = browser.get("/page/sign-in").await;
     let (fields, origin) = (
@@ -119,7 +119,7 @@ async fn who_knows_the_token_signs_in_and_out() {
     assert_eq!(worker.audited(), [["sign-in", "Ada", ""], ["sign-in", "Ada", ""], ["sign-out", "Ada", ""]]);
     assert!(worker.log().contains(r#""from":"127.0.0.1""#), "{}", worker.log());
 
-    // Scripts have no forms.
+    // Scripts send the bearer token instead.
     browser.cookie = None;
     let bearer = [("authorization", format!("Bearer {TOKEN}"))];
     let bearer = bearer.each_ref().map(|(name, value)| (*name, value.as_str()));
@@ -129,8 +129,8 @@ async fn who_knows_the_token_signs_in_and_out() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn after_signing_in_nobody_is_sent_elsewhere() {
-    let worker = closed().await.worker().await;
+async fn the_sign_in_redirects_only_to_the_page() {
+    let worker = with_token().await.worker().await;
     let mut browser = Browser::of(&worker).await;
     let cases = [
         ("https://evil.example/", "/page"),
@@ -140,36 +140,36 @@ async fn after_signing_in_nobody_is_sent_elsewhere() {
         ("/page/\u{e9}", "/page"),
         ("/page/-/test", "/page/-/test"),
     ];
-    for (asked, sent) in cases {
-        let page = browser.sign_in(TOKEN, "Ada", asked).await;
-        assert_eq!((page.status, page.header(LOCATION)), (StatusCode::SEE_OTHER, sent), "{asked:?}");
+    for (to, location) in cases {
+        let page = browser.sign_in(TOKEN, "Ada", to).await;
+        assert_eq!((page.status, page.header(LOCATION)), (StatusCode::SEE_OTHER, location), "{to:?}");
         assert_eq!(page.headers.get_all(SET_COOKIE).iter().count(), 1);
     }
     worker.terminate().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_form_of_somebody_else_does_nothing() {
-    for bench in [open().await, closed().await] {
+async fn a_form_of_another_site_is_rejected() {
+    for bench in [without_token().await, with_token().await] {
         let worker = bench.worker().await;
-        let is_closed = worker.base().await.is_empty() || bench.environment().contains_key("HTTP_PAGE_TOKEN");
-        let browser = if is_closed { Browser::signed_in(&worker).await } else { Browser::of(&worker).await };
+        let has_token = worker.base().await.is_empty() || bench.environment().contains_key("HTTP_PAGE_TOKEN");
+        let browser = if has_token { Browser::signed_in(&worker).await } else { Browser::of(&worker).await };
         let own = browser.get(TEST).await;
         let event = ("event", "{}");
         assert_eq!(
             browser.post(TEST, &[("csrf_token", own.csrf_token()), event], &[]).await.status,
             StatusCode::OK
         );
-        let strange = Browser::of(&worker).await.get("/page/sign-in").await;
+        let signed_out = Browser::of(&worker).await.get("/page/sign-in").await;
         let mut wrong = vec!["", "0123456789abcdef0123456789abcdef"];
-        // That of whoever has not signed in is not that of a session.
-        wrong.extend(is_closed.then(|| strange.csrf_token()));
+        // A session does not accept the CSRF token of visitors without one.
+        wrong.extend(has_token.then(|| signed_out.csrf_token()));
         for csrf_token in wrong {
             let page = browser.post(TEST, &[("csrf_token", csrf_token), event], &[]).await;
             assert_eq!(page.status, StatusCode::FORBIDDEN, "{csrf_token}");
         }
         assert_eq!(browser.post(TEST, &[event], &[]).await.status, StatusCode::FORBIDDEN);
-        // Not even the right seal helps another site.
+        // Another site is rejected even with the right CSRF token.
         let host = browser.base.strip_prefix("http://").unwrap().to_owned();
         let good = [
             vec![("origin", browser.base.as_str()), ("sec-fetch-site", "same-origin")],
@@ -197,8 +197,8 @@ async fn a_form_of_somebody_else_does_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_site_may_link_here_and_nothing_else() {
-    let worker = open().await.worker().await;
+async fn another_site_may_only_link_to_the_page() {
+    let worker = without_token().await.worker().await;
     let browser = Browser::of(&worker).await;
     let from = |mode: &'static str, to: &'static str| {
         [("sec-fetch-site", "cross-site"), ("sec-fetch-mode", mode), ("sec-fetch-dest", to)]
@@ -213,14 +213,14 @@ async fn another_site_may_link_here_and_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_name_that_is_not_ours_is_refused() {
-    let worker = open().await.set("HTTP_PAGE_HOSTS", "[\"sync.example.test\"]").worker().await;
+async fn an_unknown_host_name_is_rejected() {
+    let worker = without_token().await.set("HTTP_PAGE_HOSTS", "[\"sync.example.test\"]").worker().await;
     let browser = Browser::of(&worker).await;
-    let asked = async |host: &str| -> Page { browser.get_with("/page/-", &[("host", host)]).await };
+    let get = async |host: &str| -> Page { browser.get_with("/page/-", &[("host", host)]).await };
     for ours in
         ["localhost", "LOCALHOST:9090", "127.0.0.1", "127.0.0.2:80", "[::1]:9090", "sync.example.test:8443"]
     {
-        assert_eq!(asked(ours).await.status, StatusCode::OK, "{ours}");
+        assert_eq!(get(ours).await.status, StatusCode::OK, "{ours}");
     }
     for theirs in [
         "evil.example",
@@ -229,7 +229,7 @@ async fn a_name_that_is_not_ours_is_refused() {
         "sync.example.test.evil.example",
         "127.0.0.1.nip.io",
     ] {
-        let page = asked(theirs).await;
+        let page = get(theirs).await;
         assert_eq!(page.status, StatusCode::MISDIRECTED_REQUEST, "{theirs}");
         page.assert_has(&["http.page_hosts"]);
     }

@@ -1,4 +1,4 @@
-//! Dead letters on the page.
+//! The pages about dead letters.
 
 use std::time::Duration;
 
@@ -9,11 +9,11 @@ use reqwest::StatusCode;
 use reqwest::header::LOCATION;
 use serde_json::json;
 
-use super::{Browser, Page, TOKEN, closed, open};
+use super::{Browser, Page, TOKEN, with_token, without_token};
 use crate::support::dead_letters::{line, lines};
 use crate::support::{identify, people};
 
-/// The address behind the first link or form that contains a text.
+/// The first link that contains a text.
 #[track_caller]
 fn link(page: &Page, part: &str) -> String {
     let links = page.text.split("href=\"").skip(1).filter_map(|rest| rest.split('"').next());
@@ -21,8 +21,8 @@ fn link(page: &Page, part: &str) -> String {
     found.unwrap_or_else(|| panic!("no {part} in {page:#?}"))
 }
 
-/// Waits until the replay has ended, and gives the last page.
-async fn ended(browser: &Browser) -> Page {
+/// Waits until the replay has ended, and returns its page.
+async fn result_page(browser: &Browser) -> Page {
     let start = std::time::Instant::now();
     loop {
         let page = browser.get("/page/-/dead/progress?still=1").await;
@@ -35,8 +35,8 @@ async fn ended(browser: &Browser) -> Page {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn from_the_group_to_one_message_to_its_replay() {
-    let bench = closed().await;
+async fn an_operator_opens_a_group_and_replays_one_message() {
+    let bench = with_token().await;
     let worker = bench.worker().await;
     let browser = Browser::signed_in(&worker).await;
     browser.get("/page/-/dead").await.assert_has(&["There are no dead letters"]);
@@ -44,8 +44,8 @@ async fn from_the_group_to_one_message_to_its_replay() {
     bench.publish(&[identify("u1", json!({"name": "Ada Lovelace", "company": {"id": "c1"}}))]).await;
     bench.publish(&[json!({"type": "identify"})]).await;
     worker.settled(2).await;
-    // What was found is kept for some seconds.
-    worker.until("seen", async |_| browser.get("/page/-/dead").await.text.contains("2 dead letters")).await;
+    // The result of a scan is cached for some seconds.
+    worker.until("listed", async |_| browser.get("/page/-/dead").await.text.contains("2 dead letters")).await;
     let list = browser.get("/page/-/dead").await;
     list.assert_has(&[
         "rejected:write:name",
@@ -65,7 +65,7 @@ async fn from_the_group_to_one_message_to_its_replay() {
     ]);
     message.assert_lacks(&["Lovelace", "u1", "What a replay would do now"]);
 
-    // What it would do, and then everything.
+    // A dry run, and then the personal data.
     let id = address.split_once("id=").unwrap().1.to_owned();
     let form = "/page/-/dead/message";
     let planned = browser.submit(&address, form, &[("id", &id), ("ask", "plan")]).await;
@@ -74,36 +74,37 @@ async fn from_the_group_to_one_message_to_its_replay() {
     let whole = browser.submit(&address, form, &[("id", &id), ("ask", "show")]).await;
     whole.assert_has(&["Ada Lovelace", "&quot;userId&quot;: &quot;u1&quot;"]);
 
-    // It fails again, then it is mended.
+    // The message fails again. Then the cause is fixed.
     let path = link(&message, "dead/replay?id=");
     let ask = browser.get(&path).await;
     ask.assert_has(&["<h1>Replay?", "1 message"]);
-    assert_eq!(bench.depth(".dead").await, 2, "asking does nothing");
+    assert_eq!(bench.depth(".dead").await, 2, "the confirmation page changes nothing");
     let go = [("id", id.as_str()), ("count", "1")];
-    let went = browser.submit(&path, "/page/-/dead/replay", &go).await;
-    assert_eq!((went.status, went.header(LOCATION)), (StatusCode::SEE_OTHER, "/page/-/dead/progress"));
-    let over = ended(&browser).await;
-    over.assert_has(&["The message failed again.", "started by Ada"]);
+    let started = browser.submit(&path, "/page/-/dead/replay", &go).await;
+    assert_eq!((started.status, started.header(LOCATION)), (StatusCode::SEE_OTHER, "/page/-/dead/progress"));
+    let result = result_page(&browser).await;
+    result.assert_has(&["The message failed again.", "started by Ada"]);
     bench.simulator.clear_faults();
-    let again = browser.get(&link(&over, "message?id=")).await;
+    let again = browser.get(&link(&result, "message?id=")).await;
     again.assert_has(&["<dt>Replays</dt><dd>1</dd>"]);
     let path = link(&again, "dead/replay?id=");
     let id = path.split_once("id=").unwrap().1;
     browser.submit(&path, "/page/-/dead/replay", &[("id", id), ("count", "1")]).await;
-    ended(&browser).await.assert_has(&["Done: none failed again", "created"]);
+    result_page(&browser).await.assert_has(&["Done: none failed again", "created"]);
     assert_eq!(bench.the_lead()["contacts"][0]["name"], "Ada Lovelace");
     browser.get("/page/-/dead").await.assert_lacks(&["rejected:write:name"]);
-    assert_eq!(browser.get(&path).await.status, StatusCode::NOT_FOUND, "it is gone");
-    let did: Vec<_> = worker.audited().into_iter().map(|[what, who, _]| format!("{what}, {who}")).collect();
+    assert_eq!(browser.get(&path).await.status, StatusCode::NOT_FOUND, "deleted");
+    let audited: Vec<_> =
+        worker.audited().into_iter().map(|[what, who, _]| format!("{what}, {who}")).collect();
     let show = "personal data of a dead letter, Ada";
-    assert_eq!(did, ["sign-in, Ada", "plan of a dead letter, Ada", show, "replay, Ada", "replay, Ada"]);
+    assert_eq!(audited, ["sign-in, Ada", "plan of a dead letter, Ada", show, "replay, Ada", "replay, Ada"]);
     assert!(!worker.log().contains("Lovelace"));
     worker.terminate().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_group_is_replayed_and_can_be_stopped() {
-    let bench = open().await;
+async fn the_replay_of_a_group_can_be_stopped_and_continued() {
+    let bench = without_token().await;
     let worker = bench.worker().await;
     bench.import(&lines(&people(120))).await;
     let browser = Browser::of(&worker).await;
@@ -114,7 +115,7 @@ async fn a_group_is_replayed_and_can_be_stopped() {
     named.assert_has(&["<code>dead-70</code>", "<code>m-dead-70</code>"]);
     let last = browser.get(&link(&group, "dead/group?").replace("page=1", "page=9")).await;
     last.assert_has(&["Page 3 of 3", "<code>dead-119</code>"]);
-    // So that it can be stopped in the middle.
+    // Slow enough to be stopped.
     bench.slow(Duration::from_secs(4));
     let go = [("group", "rejected:write:name"), ("count", "120")];
     let ask = link(&group, "dead/replay");
@@ -126,25 +127,25 @@ async fn a_group_is_replayed_and_can_be_stopped() {
         .await
         .assert_has(&["http-equiv=\"refresh\" content=\"2\"", "Stop</button>"]);
     browser.get("/page/-/dead/progress?still=1").await.assert_lacks(&["http-equiv=\"refresh\""]);
-    worker.until("under way", async |_| !bench.simulator.leads().is_empty()).await;
+    worker.until("replaying", async |_| !bench.simulator.leads().is_empty()).await;
     browser.get("/page/-/dead").await.assert_has(&["is running"]);
     browser.submit("/page/-/dead/progress", "/page/-/dead/stop", &[]).await;
-    let over = ended(&browser).await;
-    over.assert_has(&[
+    let result = result_page(&browser).await;
+    result.assert_has(&[
         "Stopped; run the same replay again to continue.",
         "were not sent and are still dead letters",
     ]);
     bench.simulator.clear_faults();
     browser.submit(&ask, "/page/-/dead/replay", &go).await;
-    ended(&browser).await.assert_has(&["Done: none failed again"]);
-    worker.until("all there", async |_| bench.simulator.leads().len() == 120).await;
+    result_page(&browser).await.assert_has(&["Done: none failed again"]);
+    worker.until("complete", async |_| bench.simulator.leads().len() == 120).await;
     bench.depth_becomes(".dead", 0).await;
     worker.terminate().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_close_said_is_shown_to_whoever_asks() {
-    let bench = open().await;
+async fn the_answer_of_close_is_shown_on_request() {
+    let bench = without_token().await;
     let worker = bench.worker().await;
     bench.import(&lines(&people(1))).await;
     let refusal = json!({"errors": ["<b>jane@example.test</b> has no quota left"]});
@@ -153,9 +154,9 @@ async fn what_close_said_is_shown_to_whoever_asks() {
     let browser = Browser::of(&worker).await;
     let (ask, to) = ("/page/-/dead/replay?id=dead-0", "/page/-/dead/progress");
     browser.submit(ask, "/page/-/dead/replay", &[("id", "dead-0")]).await;
-    let over = ended(&browser).await;
-    over.assert_has(&["The message failed again.", "Show Close's answer"]);
-    over.assert_lacks(&["jane"]);
+    let result = result_page(&browser).await;
+    result.assert_has(&["The message failed again.", "Show Close's answer"]);
+    result.assert_lacks(&["jane"]);
     assert_eq!(browser.post(to, &[], &[]).await.status, StatusCode::FORBIDDEN);
     let shown = browser.submit(to, to, &[]).await;
     shown.assert_has(&["&lt;b&gt;jane@example.test&lt;/b&gt; has no quota left"]);
@@ -164,17 +165,17 @@ async fn what_close_said_is_shown_to_whoever_asks() {
     worker.terminate().await;
 }
 
-/// A replay that was begun on the page ends with the worker, and the log says how far it came.
+/// A replay that was started on the page ends with the worker, which logs the progress.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replay_ends_in_order_when_the_worker_stops() {
-    let bench = open().await;
+async fn a_replay_ends_when_the_worker_stops() {
+    let bench = without_token().await;
     let worker = bench.worker().await;
     bench.import(&lines(&people(50))).await;
     bench.slow(Duration::from_secs(2));
     let browser = Browser::of(&worker).await;
     let ask = "/page/-/dead/replay?group=rejected%3Awrite%3Aname";
     browser.submit(ask, "/page/-/dead/replay", &[("group", "rejected:write:name")]).await;
-    worker.until("under way", async |_| !bench.simulator.leads().is_empty()).await;
+    worker.until("replaying", async |_| !bench.simulator.leads().is_empty()).await;
     worker.terminate().await;
     assert_eq!(worker.logged("replay started on the operator's page ended"), 1, "{}", worker.log());
     let (left, waiting) = (bench.depth(".dead").await, bench.depth("").await);
@@ -184,15 +185,15 @@ async fn a_replay_ends_in_order_when_the_worker_stops() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_more_are_discarded_than_were_agreed_to() {
-    let bench = open().await;
+async fn only_confirmed_dead_letters_are_discarded() {
+    let bench = without_token().await;
     let worker = bench.worker().await;
     bench.import(&lines(&people(5))).await;
     let browser = Browser::of(&worker).await;
     let ask = "/page/-/dead/discard?group=rejected%3Awrite%3Aname";
     browser.get(ask).await.assert_has(&["<h1>Discard?", "5 messages", r#"name="count" value="5""#]);
     let few = [("group", "rejected:write:name"), ("count", "3")];
-    // Not without the form, and not by a link.
+    // Neither a POST without CSRF token nor a link discards anything.
     let to = "/page/-/dead/discard";
     assert_eq!(browser.post(to, &few, &[]).await.status, StatusCode::FORBIDDEN);
     assert_eq!(
@@ -200,7 +201,7 @@ async fn no_more_are_discarded_than_were_agreed_to() {
         StatusCode::OK
     );
     bench.depth_becomes(".dead", 5).await;
-    // What failed since is not among them, nor is what was told as the number.
+    // At most `count`, and none that failed after `until`.
     let until = browser.get(ask).await.text;
     let (_, until) = until.split_once(r#"name="until" value=""#).unwrap();
     let until = until.split('"').next().unwrap();
@@ -220,7 +221,7 @@ async fn no_more_are_discarded_than_were_agreed_to() {
     for nonsense in [&[("group", "a"), ("id", "b")][..], &[("count", "3")]] {
         assert_eq!(browser.submit(ask, to, nonsense).await.status, StatusCode::BAD_REQUEST);
     }
-    // By the id of its producer, too: the form names the dead letter itself.
+    // The message id of the producer works, too. The form contains the id of the dead letter.
     let form = browser.get("/page/-/dead/discard?id=m-new").await;
     form.assert_has(&[r#"name="id" value="new""#]);
     browser.submit(ask, to, &[("id", "new"), ("count", "1")]).await;
@@ -229,10 +230,10 @@ async fn no_more_are_discarded_than_were_agreed_to() {
     worker.terminate().await;
 }
 
-/// Ids, names and values of strangers are shown and linked as what they are.
+/// Ids, names and values of producers are escaped in text and links.
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_of_a_message_is_more_than_text() {
-    let bench = open().await;
+async fn the_content_of_messages_is_escaped() {
+    let bench = without_token().await;
     let worker = bench.worker().await;
     let evil = "\"><script>alert(1)</script>";
     let ids = [
@@ -297,9 +298,9 @@ async fn nothing_of_a_message_is_more_than_text() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_the_token_nothing_of_them_is_seen_or_done() {
-    // What is done is in the log all the same.
-    let bench = closed().await.set("RUST_LOG", "warn,close_sync::supervisor=info");
+async fn without_the_token_dead_letters_are_neither_shown_nor_changed() {
+    // The log filter does not suppress audit lines.
+    let bench = with_token().await.set("RUST_LOG", "warn,close_sync::supervisor=info");
     let worker = bench.worker().await;
     bench.import(&lines(&people(1))).await;
     let browser = Browser::of(&worker).await;
@@ -321,30 +322,30 @@ async fn without_the_token_nothing_of_them_is_seen_or_done() {
     let done = browser.post("/page/-/dead/discard", &[("id", "dead-0"), ("count", "1")], &bearer).await;
     assert_eq!(done.status, StatusCode::SEE_OTHER);
     bench.depth_becomes(".dead", 0).await;
-    assert_eq!(worker.audited(), ["discard", "discarded"].map(|did| [did, "bearer", "dead-0"]));
+    assert_eq!(worker.audited(), ["discard", "discarded"].map(|action| [action, "bearer", "dead-0"]));
     worker.terminate().await;
 }
 
-/// Loading again is no load; and while somebody else is at the dead letters, nobody waits for long.
+/// Reloads within some seconds do not scan again. While another operator holds the lock, a page reports that.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_look_is_kept_for_some_seconds_and_not_waited_for_forever() {
-    let bench = open().await;
+async fn a_scan_is_cached_and_times_out_while_another_operator_holds_the_lock() {
+    let bench = without_token().await;
     let worker = bench.worker().await;
     bench.import(&lines(&people(2))).await;
     let browser = Browser::of(&worker).await;
     let channel = bench.channel().await;
     browser.get("/page/-/dead").await.assert_has(&["2 dead letters"]);
-    let looked = std::time::Instant::now();
-    let desk = format!("{}.desk", bench.queue);
+    let scanned = std::time::Instant::now();
+    let lock = format!("{}.desk", bench.queue);
     let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
-    channel.queue_declare(desk.as_str().into(), options, FieldTable::default()).await.unwrap();
-    while looked.elapsed() < Duration::from_secs(4) {
+    channel.queue_declare(lock.as_str().into(), options, FieldTable::default()).await.unwrap();
+    while scanned.elapsed() < Duration::from_secs(4) {
         browser.get("/page/-/dead").await.assert_has(&["2 dead letters"]);
     }
     let busy = "Reading the dead letters takes longer than";
     worker.until("busy", async |_| browser.get("/page/-/dead").await.text.contains(busy)).await;
     assert_eq!(browser.get("/page/-").await.status, StatusCode::OK);
-    channel.queue_delete(desk.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
+    channel.queue_delete(lock.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
     browser.get("/page/-/dead").await.assert_has(&["2 dead letters"]);
     worker.terminate().await;
 }

@@ -1,4 +1,4 @@
-//! The operator's page over plain HTTP, and in a browser if one is installed.
+//! The operator's page, over plain HTTP. `slow/browser.rs` opens it in a browser.
 
 mod auth;
 mod dead_letters;
@@ -11,20 +11,18 @@ use reqwest::{Client, Response, StatusCode, redirect};
 
 use crate::support::{Bench, Worker};
 
-/// The token of tests that have one.
 pub(crate) const TOKEN: &str = "a-token-of-32-characters-or-more";
 
-/// With the page, without a token.
-async fn open() -> Bench {
+/// A bench with the page enabled and no token.
+async fn without_token() -> Bench {
     Bench::new().await.set("HTTP_PAGE", "true")
 }
 
-/// With the page, protected by a token.
-pub(crate) async fn closed() -> Bench {
-    open().await.set("HTTP_PAGE_TOKEN", TOKEN)
+/// A bench with the page enabled and protected by [`TOKEN`].
+pub(crate) async fn with_token() -> Bench {
+    without_token().await.set("HTTP_PAGE_TOKEN", TOKEN)
 }
 
-/// A response.
 #[derive(Debug)]
 struct Page {
     status: StatusCode,

@@ -4,12 +4,12 @@ use close_sync_simulator::{Settings, Simulator};
 use reqwest::StatusCode;
 use reqwest::header::LOCATION;
 
-use super::{Browser, open};
+use super::{Browser, without_token};
 use crate::support::people;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_live_page_shows_the_state_and_the_load() {
-    let bench = open().await;
+    let bench = without_token().await;
     let worker = bench.worker().await;
     let browser = Browser::of(&worker).await;
     let home = browser.get("/page").await;
@@ -40,15 +40,15 @@ async fn the_live_page_shows_the_state_and_the_load() {
         "set <code>close.api_key</code> to a key that is valid in Close",
     ]);
     // The worker does not consume, and the backlog is measured anyway.
-    let waiting = "<dt>Backlog</dt><dd>4</dd>";
-    worker.until("counted", async |_| browser.get("/page/-").await.text.contains(waiting)).await;
+    let backlog = "<dt>Backlog</dt><dd>4</dd>";
+    worker.until("measured", async |_| browser.get("/page/-").await.text.contains(backlog)).await;
     worker.terminate().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn each_destination_has_its_own_page() {
     let apac = Simulator::start(Settings::fast(), "127.0.0.1:0".parse().unwrap()).await.unwrap();
-    let bench = open().await.unset("CLOSE_API_KEY").set("DESTINATIONS", "{ emea = {}, apac = {} }");
+    let bench = without_token().await.unset("CLOSE_API_KEY").set("DESTINATIONS", "{ emea = {}, apac = {} }");
     let keys = ["EMEA", "APAC"].map(|name| format!("DESTINATIONS_{name}_CLOSE_API_KEY"));
     let bench = bench.set(&keys[0], "api_simulator.key").set(&keys[1], "api_other.key");
     apac.set_api_key("api_other.key");

@@ -3,12 +3,12 @@
 use reqwest::StatusCode;
 use serde_json::json;
 
-use super::{Browser, open};
+use super::{Browser, without_token};
 use crate::support::identify;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_test_event_is_explained_and_nothing_is_written() {
-    let bench = open().await;
+    let bench = without_token().await;
     let worker = bench.worker().await;
     bench.publish(&[identify("u1", json!({"email": "ada@example.test", "company": {"id": "c1"}}))]).await;
     worker.settled(1).await;
@@ -50,7 +50,7 @@ async fn a_test_event_is_explained_and_nothing_is_written() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_close_the_page_shows_an_error() {
-    let bench = open().await.set("CLOSE_API_URL", "http://127.0.0.1:1/api/v1/");
+    let bench = without_token().await.set("CLOSE_API_URL", "http://127.0.0.1:1/api/v1/");
     let worker = bench.starting_worker();
     worker.until("paused", async |worker| worker.is("paused", Some("unreachable")).await).await;
     let browser = Browser::of(&worker).await;

@@ -1,10 +1,10 @@
-//! Clients that mean no good, or are broken.
+//! Malicious and broken clients.
 
 use reqwest::StatusCode;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use super::{Browser, TOKEN, closed, open};
+use super::{Browser, TOKEN, with_token, without_token};
 use crate::support::{TIMEOUT, Worker};
 
 async fn connect(worker: &Worker) -> TcpStream {
@@ -12,7 +12,7 @@ async fn connect(worker: &Worker) -> TcpStream {
     TcpStream::connect(base.strip_prefix("http://").unwrap()).await.unwrap()
 }
 
-/// What comes back for these bytes until the connection ends.
+/// Sends bytes and returns the response up to the end of the connection.
 async fn raw(worker: &Worker, bytes: &str) -> String {
     let mut stream = connect(worker).await;
     stream.write_all(bytes.as_bytes()).await.unwrap();
@@ -22,11 +22,11 @@ async fn raw(worker: &Worker, bytes: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_more_than_a_message_may_be_is_not_read() {
-    let bench = open().await.set("WORKER_MAX_MESSAGE_BYTES", "10000");
+async fn an_event_above_the_size_limit_is_rejected_without_reading_it() {
+    let bench = without_token().await.set("WORKER_MAX_MESSAGE_BYTES", "10000");
     let worker = bench.worker().await;
     let browser = Browser::of(&worker).await;
-    // Who sends on regardless may find the connection closed before the answer is read.
+    // A client that continues to send may find the connection closed before it reads the response.
     let csrf_token = browser.get("/page/-/test").await.csrf_token().to_owned();
     let huge = format!("csrf_token={csrf_token}&event={}", "x".repeat(200_000));
     let request = browser.http.post(format!("{}/page/-/test", browser.base)).body(huge);
@@ -34,11 +34,11 @@ async fn what_is_more_than_a_message_may_be_is_not_read() {
     let answer = request.header("content-type", kind).send().await;
     assert!(answer.is_err() || answer.unwrap().status() == StatusCode::PAYLOAD_TOO_LARGE);
     assert!(worker.audited().is_empty());
-    // What a message may have goes through, in a notation that takes three times as much.
+    // An event within the limit is accepted. URL encoding triples its size.
     let event = format!("{:?}", "\u{1}".repeat(9000)).replace("\\u{1}", "%");
     let page = browser.submit("/page/-/test", "/page/-/test", &[("event", &event)]).await;
     assert_eq!(page.status, StatusCode::OK);
-    // A length that is a lie, and no length at all.
+    // A wrong content length, and none.
     let head = "POST /page/-/test HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\
                 content-type: application/x-www-form-urlencoded\r\n";
     let answer = raw(&worker, &format!("{head}content-length: 99999999999\r\n\r\nevent=x")).await;
@@ -46,15 +46,15 @@ async fn what_is_more_than_a_message_may_be_is_not_read() {
     let chunk = format!("10000\r\n{}\r\n", "x".repeat(0x10000));
     let mut stream = connect(&worker).await;
     stream.write_all(format!("{head}transfer-encoding: chunked\r\n\r\n").as_bytes()).await.unwrap();
-    // The connection may end while there is still more.
+    // The server may close the connection before everything is sent.
     while stream.write_all(chunk.as_bytes()).await.is_ok() {}
     assert_eq!(browser.get("/page/-").await.status, StatusCode::OK);
     worker.terminate().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nonsense_is_refused() {
-    let worker = closed().await.worker().await;
+async fn invalid_requests_are_rejected() {
+    let worker = with_token().await.worker().await;
     let get =
         |path: &str, headers: &str| format!("GET {path} HTTP/1.1\r\nconnection: close\r\n{headers}\r\n");
     for (request, status) in [
@@ -82,34 +82,34 @@ async fn nonsense_is_refused() {
     worker.terminate().await;
 }
 
-/// As large as an event may be by default, in a notation that takes three times as much.
+/// An event of the default size limit. URL encoding triples its size.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_largest_event_can_be_tried() {
-    let worker = open().await.unset("WORKER_MAX_MESSAGE_BYTES").worker().await;
+async fn the_largest_event_can_be_tested() {
+    let worker = without_token().await.unset("WORKER_MAX_MESSAGE_BYTES").worker().await;
     let browser = Browser::of(&worker).await;
     let event = |size: usize| {
         let (head, tail) = (r#"{"type":"identify","extra":""#, r#""}"#);
         format!("{head}{}{tail}", "%".repeat(size - head.len() - tail.len()))
     };
     let mebi = 1 << 20;
-    for (size, told) in [(mebi, "no_identity"), (mebi + 1, "malformed")] {
+    for (size, reason) in [(mebi, "no_identity"), (mebi + 1, "malformed")] {
         let page = browser.submit("/page/-/test", "/page/-/test", &[("event", &event(size))]).await;
         assert_eq!(page.status, StatusCode::OK);
-        page.assert_has(&[told]);
+        page.assert_has(&[reason]);
     }
     worker.terminate().await;
 }
 
-/// Some send a part of a request and then nothing, some do not read what they asked for.
+/// Some clients send only a part of a request, and some do not read the response.
 #[tokio::test(flavor = "multi_thread")]
-async fn slow_clients_are_nobodys_trouble() {
-    let worker = open().await.worker().await;
+async fn slow_clients_do_not_delay_others_and_time_out() {
+    let worker = without_token().await.worker().await;
     let mut slow = Vec::new();
-    for begun in ["GET /pa", "POST /page/-/test HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\nev"]
+    for start in ["GET /pa", "POST /page/-/test HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\nev"]
     {
         for _ in 0..40 {
             let mut stream = connect(&worker).await;
-            stream.write_all(begun.as_bytes()).await.unwrap();
+            stream.write_all(start.as_bytes()).await.unwrap();
             slow.push(stream);
         }
     }
@@ -128,19 +128,19 @@ async fn slow_clients_are_nobodys_trouble() {
     let mut answer = Vec::new();
     let open = slow[0].try_read(&mut [0; 1]).unwrap_err();
     assert_eq!(open.kind(), std::io::ErrorKind::WouldBlock);
-    tokio::time::timeout(TIMEOUT, slow[0].read_to_end(&mut answer)).await.expect("it is let go").unwrap();
+    tokio::time::timeout(TIMEOUT, slow[0].read_to_end(&mut answer)).await.expect("a time-out").unwrap();
     worker.terminate().await;
 }
 
-/// Beyond a number nobody has use for, a connection is closed at once: the worker needs its own.
+/// Connections beyond the limit are closed at once, because the worker needs file descriptors.
 #[tokio::test(flavor = "multi_thread")]
-async fn connections_are_counted() {
-    let worker = open().await.worker().await;
+async fn the_number_of_connections_is_limited() {
+    let worker = without_token().await.worker().await;
     let mut idle = Vec::new();
     for _ in 0..300 {
         idle.push(connect(&worker).await);
     }
-    // The last are let go, the first are not.
+    // The last connections are closed, the first ones are not.
     let mut answer = [0; 1];
     let last = tokio::time::timeout(TIMEOUT, idle.last_mut().unwrap().read(&mut answer)).await;
     assert!(matches!(last, Ok(Ok(0) | Err(_))), "{last:?}");

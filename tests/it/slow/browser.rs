@@ -1,6 +1,6 @@
-//! The page in a real browser, which runs no script: an operator finds what failed, and replays it.
+//! The operator's page in a real browser with scripts disabled: an operator finds dead letters and replays them.
 //!
-//! `CLOSE_SYNC_TEST_SCREENSHOTS=FOLDER` keeps a picture of every page, on a desk and on a phone, light and dark.
+//! `CLOSE_SYNC_TEST_SCREENSHOTS=FOLDER` saves a screenshot of every page, on a desktop and a phone, light and dark.
 
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -14,18 +14,18 @@ use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
 
-use crate::admin::{TOKEN, closed};
+use crate::admin::{TOKEN, with_token};
 use crate::support::{Bench, TIMEOUT, Worker, env, identify};
 
 /// Chromium, driven by W3C `WebDriver`.
 struct Chromium {
-    /// It leads a group of processes, in which the browser is.
+    /// The leader of a process group that contains the browser.
     driver: Child,
     _profile: TempDir,
     http: Client,
-    /// Of the session.
+    /// The URL of the session.
     url: String,
-    pictures: Option<PathBuf>,
+    screenshots: Option<PathBuf>,
 }
 
 impl Chromium {
@@ -33,18 +33,18 @@ impl Chromium {
     async fn start() -> Option<Self> {
         let profile = tempfile::tempdir().unwrap();
         let mut command = Command::new("chromedriver");
-        // What it keeps in a home is kept in the profile.
+        // It writes to its home directory.
         command.arg("--port=0").env("HOME", profile.path()).stdout(Stdio::piped()).stderr(Stdio::null());
         let Ok(mut driver) = command.process_group(0).spawn() else {
-            // Past what the test harness keeps to itself.
-            let told = b"SKIPPED: the page in a browser: chromium and chromium-driver are not installed\n";
-            tokio::io::stderr().write_all(told).await.unwrap();
+            // Not captured by the test harness.
+            let notice = b"SKIPPED: the page in a browser: chromium and chromium-driver are not installed\n";
+            tokio::io::stderr().write_all(notice).await.unwrap();
             return None;
         };
         let mut lines = BufReader::new(driver.stdout.take().unwrap()).lines();
         let port = loop {
             let line = tokio::time::timeout(TIMEOUT, lines.next_line()).await.expect("a port");
-            let line = line.unwrap().expect("chromedriver tells its port");
+            let line = line.unwrap().expect("chromedriver prints its port");
             if let Some((_, port)) = line.split_once("started successfully on port ") {
                 break port.trim_end_matches('.').to_owned();
             }
@@ -61,7 +61,7 @@ impl Chromium {
             "--disable-dev-shm-usage",
             &data,
         ];
-        // 2: no site may run any.
+        // 2: scripts are blocked.
         let no_scripts = json!({"profile.managed_default_content_settings.javascript": 2});
         let options = json!({"args": arguments, "prefs": no_scripts});
         let wanted = json!({"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}});
@@ -76,7 +76,7 @@ impl Chromium {
             _profile: profile,
             http,
             url,
-            pictures: env("CLOSE_SYNC_TEST_SCREENSHOTS").map(Into::into),
+            screenshots: env("CLOSE_SYNC_TEST_SCREENSHOTS").map(Into::into),
         })
     }
 
@@ -84,9 +84,9 @@ impl Chromium {
         let request = self.http.request(method.clone(), format!("{}/{path}", self.url));
         let request = if method == Method::GET { request } else { request.json(&body) };
         let answer = request.send().await.unwrap();
-        let is_good = answer.status().is_success();
+        let is_success = answer.status().is_success();
         let value = answer.json::<Value>().await.unwrap()["value"].take();
-        if is_good { Ok(value) } else { Err(value) }
+        if is_success { Ok(value) } else { Err(value) }
     }
 
     async fn cdp(&self, command: &str, parameters: Value) {
@@ -98,13 +98,13 @@ impl Chromium {
         self.send(Method::POST, "url", json!({"url": url})).await.unwrap();
     }
 
-    /// Waits for what an `XPath` names.
+    /// Waits for an element.
     async fn find(&self, xpath: &str) {
-        self.with(xpath, "text", None).await;
+        self.command(xpath, "text", None).await;
     }
 
-    /// Waits for what an `XPath` names, and does something to it. A page may be loaded again between the two.
-    async fn with(&self, xpath: &str, what: &str, body: Option<Value>) {
+    /// Waits for an element and sends a command to it. The page may reload between the two.
+    async fn command(&self, xpath: &str, what: &str, body: Option<Value>) {
         let start = std::time::Instant::now();
         loop {
             let named = json!({"using": "xpath", "value": xpath});
@@ -128,14 +128,14 @@ impl Chromium {
     }
 
     async fn click(&self, xpath: &str) {
-        self.with(xpath, "click", Some(json!({}))).await;
+        self.command(xpath, "click", Some(json!({}))).await;
     }
 
     async fn write(&self, xpath: &str, text: &str) {
-        self.with(xpath, "value", Some(json!({"text": text}))).await;
+        self.command(xpath, "value", Some(json!({"text": text}))).await;
     }
 
-    /// Presses keys, whatever has the focus.
+    /// Presses keys in the focused element.
     async fn press(&self, keys: &str) {
         let actions = keys
             .chars()
@@ -144,7 +144,7 @@ impl Chromium {
         self.send(Method::POST, "actions", json!({"actions": [keyboard]})).await.unwrap();
     }
 
-    /// What has the focus, as it reads.
+    /// The text of the focused element.
     async fn focused(&self) -> String {
         let element = self.send(Method::GET, "element/active", Value::Null).await.unwrap();
         let element = element.as_object().unwrap().values().next().unwrap().as_str().unwrap().to_owned();
@@ -152,9 +152,9 @@ impl Chromium {
         text.as_str().unwrap().to_owned()
     }
 
-    /// Pictures of the page, if they are wanted. Nothing on a phone is wider than the phone.
-    async fn picture(&self, name: &str) {
-        for (device, width, height, mobile) in [("desk", 1280, 900, false), ("phone", 390, 844, true)] {
+    /// Checks that the page is not wider than the screen, and saves screenshots if requested.
+    async fn screenshot(&self, name: &str) {
+        for (device, width, height, mobile) in [("desktop", 1280, 900, false), ("phone", 390, 844, true)] {
             let metrics = json!({"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile});
             self.cdp("Emulation.setDeviceMetricsOverride", metrics).await;
             let sizes = json!({"cmd": "Page.getLayoutMetrics", "params": {}});
@@ -164,7 +164,7 @@ impl Chromium {
             for scheme in ["light", "dark"] {
                 let features = json!({"features": [{"name": "prefers-color-scheme", "value": scheme}]});
                 self.cdp("Emulation.setEmulatedMedia", features).await;
-                let Some(folder) = &self.pictures else { continue };
+                let Some(folder) = &self.screenshots else { continue };
                 let clip = json!({"x": 0, "y": 0, "width": width, "height": size["height"], "scale": 1});
                 let whole = json!({"format": "png", "captureBeyondViewport": true, "clip": clip});
                 let body = json!({"cmd": "Page.captureScreenshot", "params": whole});
@@ -179,7 +179,7 @@ impl Chromium {
 }
 
 impl Drop for Chromium {
-    /// A driver that is killed leaves its browser behind, so all of them are.
+    /// Kills the process group, because a killed driver leaves its browser running.
     fn drop(&mut self) {
         let Some(leader) = self.driver.id() else { return };
         let group = format!("-{leader}");
@@ -187,8 +187,8 @@ impl Drop for Chromium {
     }
 }
 
-/// What has gone wrong by nine in the morning: a field Close refuses, people nobody names, a broken producer.
-async fn a_bad_night(bench: &Bench, worker: &Worker) {
+/// Dead letters of three kinds: rejected by Close, without identity, malformed.
+async fn create_dead_letters(bench: &Bench, worker: &Worker) {
     let refusal = json!({"errors": [], "field-errors": {"name": "This field is required."}});
     let effect = Effect::Status { code: 400, body: FaultBody::Exactly(refusal), when: When::BeforeCommit };
     bench.simulator.fault(Fault::new(effect).on("POST", "/lead/"));
@@ -199,23 +199,23 @@ async fn a_bad_night(bench: &Bench, worker: &Worker) {
         identify(&format!("u{n}"), traits)
     };
     bench.publish(&(0..70).map(person).collect::<Vec<_>>()).await;
-    bench.publish(&vec![json!({"type": "identify", "traits": {"name": "Nobody"}}); 7]).await;
+    bench.publish(&vec![json!({"type": "identify", "traits": {"name": "Anonymous"}}); 7]).await;
     bench.publish_bytes(b"{\"type\": \"identify\", \"userId\": ", lapin::BasicProperties::default()).await;
     worker.settled(78).await;
     bench.simulator.clear_faults();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_operator_finds_what_failed_and_replays_it() {
+async fn an_operator_finds_dead_letters_and_replays_them() {
     let Some(browser) = Chromium::start().await else { return };
-    let bench = closed().await;
+    let bench = with_token().await;
     let worker = bench.worker().await;
-    a_bad_night(&bench, &worker).await;
+    create_dead_letters(&bench, &worker).await;
 
-    // Signing in, with the keyboard alone.
+    // Sign in with the keyboard only.
     browser.open(&format!("{}/page", worker.base().await)).await;
     browser.find("//h1[.='Sign in']").await;
-    browser.picture("sign-in").await;
+    browser.screenshot("sign-in").await;
     browser.press("\u{e004}").await;
     assert_eq!(browser.focused().await, "Skip to content");
     browser.press("\u{e004}\u{e004}Ada\u{e004}").await;
@@ -225,7 +225,7 @@ async fn an_operator_finds_what_failed_and_replays_it() {
     browser.find("//span[.='consuming']").await;
     browser.click("//a[.='Pause']").await;
     browser.find("//a[.='Resume']").await;
-    browser.picture("live").await;
+    browser.screenshot("live").await;
 
     // A test event.
     browser.click("//nav//a[.='Test an event']").await;
@@ -239,66 +239,66 @@ async fn an_operator_finds_what_failed_and_replays_it() {
     browser.click("//label[@for='personal']").await;
     browser.click("//button[.='Show what would happen']").await;
     browser.find("//h2[.='What would happen now']").await;
-    browser.picture("test-event").await;
+    browser.screenshot("test-event").await;
 
-    // The group, one message, its replay.
+    // Open the group and one message, and replay it.
     browser.click("//nav//a[.='Dead letters']").await;
     browser.find("//p[contains(., '78 dead letters')]").await;
-    browser.picture("dead-letters").await;
+    browser.screenshot("dead-letters").await;
     browser.click("//h2/a[contains(., 'rejected')]").await;
     browser.find("//span[.='Page 1 of 2']").await;
-    browser.picture("group").await;
+    browser.screenshot("group").await;
     browser.click("//tbody/tr[1]//a").await;
     browser.find("//h1[contains(., 'Dead letter')]").await;
     assert!(!browser.source().await.contains("Jansen"));
-    browser.picture("message").await;
+    browser.screenshot("message").await;
     browser.click("//button[.='Show personal data']").await;
     browser.find("//h2[.='What a replay would do now']").await;
     browser.find("//pre[contains(., 'Ines <Jansen> ')]").await;
-    browser.picture("message-shown").await;
+    browser.screenshot("message-shown").await;
     browser.click("//a[.='Replay…']").await;
     browser.find("//h1[contains(., 'Replay?')]").await;
-    browser.picture("replay-one").await;
+    browser.screenshot("replay-one").await;
     browser.click("//button[.='Replay']").await;
     browser.find("//p[contains(., 'Done: none failed again')]").await;
-    browser.picture("replayed-one").await;
+    browser.screenshot("replayed-one").await;
     assert_eq!(bench.simulator.leads().len(), 1);
 
-    // It is gone; now the rest, slowly enough to be seen.
+    // Replay the rest of the group, slowly enough to see its progress.
     browser.click("//nav//a[.='Dead letters']").await;
     browser.find("//p[contains(., '77 dead letters')]").await;
     bench.simulator.fault(Fault::new(Effect::Latency { ms: 5000 }).on("POST", "/lead/"));
     browser.click("//section[contains(., 'rejected')]//a[.='Replay…']").await;
     browser.find("//p[contains(., '69 messages')]").await;
-    browser.picture("replay-group").await;
+    browser.screenshot("replay-group").await;
     browser.click("//button[.='Replay']").await;
     browser
         .find("//strong[.='Replaying' or contains(., 'first message was sent') or contains(., 'last outcomes')]")
         .await;
     browser.find("//button[.='Stop']").await;
-    browser.picture("replaying").await;
+    browser.screenshot("replaying").await;
     bench.simulator.clear_faults();
     browser.find("//p[contains(., 'Done: none failed again')]").await;
-    browser.picture("replayed-group").await;
+    browser.screenshot("replayed-group").await;
     assert_eq!(bench.simulator.leads().len(), 70);
 
-    // What nobody can mend.
+    // Discard what cannot be fixed.
     browser.click("//a[.='Back to the dead letters']").await;
     browser.click("//section[contains(., 'no_identity')]//a[.='Discard…']").await;
     browser.find("//h1[contains(., 'Discard?')]").await;
-    browser.picture("discard").await;
+    browser.screenshot("discard").await;
     browser.click("//button[.='Discard']").await;
     browser.find("//p[contains(., '7 dead letters were discarded')]").await;
-    browser.picture("discarded").await;
+    browser.screenshot("discarded").await;
     bench.depth_becomes(".dead", 1).await;
 
-    // Close does not let it in any more: the first page says why, and what to do.
+    // Close rejects the API key: the live page shows the cause and the remedy.
     bench.simulator.set_api_key("api_another.key");
     bench.publish(&[identify("u1", json!({"title": "Director"}))]).await;
     browser.click("//nav//a[.='Live']").await;
     browser.find("//code[.='unauthorized']").await;
     browser.find("//p[contains(., 'What to do')]").await;
-    browser.picture("paused").await;
+    browser.screenshot("paused").await;
     browser.click("//button[.='Sign out']").await;
     browser.find("//h1[.='Sign in']").await;
     worker.terminate().await;
