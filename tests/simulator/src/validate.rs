@@ -17,7 +17,7 @@ pub(crate) struct Patch {
     /// Regular fields, in the form that responses have.
     pub(crate) plain: Object,
     pub(crate) custom: CustomPatch,
-    /// The new lead of a contact.
+    /// The lead of a contact, if the body sets it.
     pub(crate) lead_id: Option<String>,
     /// Contacts to add to a lead.
     pub(crate) contacts: Vec<Patch>,
