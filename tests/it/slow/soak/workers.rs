@@ -99,8 +99,8 @@ impl Workers {
     pub(super) async fn states(&self) -> String {
         let mut states = Vec::new();
         for member in &self.members {
-            let status = member.worker.ready().await.1;
-            let fields = ["state", "cause", "alarm"].iter().filter_map(|key| status[key].as_str());
+            let readyz = member.worker.ready().await.1;
+            let fields = ["state", "cause", "alarm"].iter().filter_map(|key| readyz[key].as_str());
             states.push(fields.collect::<Vec<_>>().join(" "));
         }
         states.join(", ")
