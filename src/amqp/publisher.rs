@@ -30,6 +30,16 @@ const PERSISTENT: u8 = 2;
 /// The reply code of AMQP 0-9-1 with which the broker refuses a body above its limit.
 const PRECONDITION_FAILED: u16 = 406;
 
+/// A message to publish.
+#[derive(Clone, Debug)]
+pub struct Outgoing<'a> {
+    pub exchange: &'a str,
+    /// The routing key.
+    pub key: &'a str,
+    pub body: &'a [u8],
+    pub properties: BasicProperties,
+}
+
 /// A channel in confirm mode. Clones share it; many publishes may be in flight at once.
 #[derive(Clone, Debug)]
 pub struct Publisher {
@@ -51,26 +61,15 @@ impl Publisher {
     }
 
     /// Publishes and waits for the confirm.
-    pub async fn publish(
-        &self,
-        exchange: &str,
-        key: &str,
-        body: &[u8],
-        properties: BasicProperties,
-    ) -> Result<(), BrokerError> {
-        let publish = async { self.send(exchange, key, body, properties).await?.confirmed().await };
+    pub async fn publish(&self, message: Outgoing<'_>) -> Result<(), BrokerError> {
+        let publish = async { self.send(message).await?.confirmed().await };
         // A time-out does not withdraw the message: it may still be sent once an alarm clears.
         tokio::time::timeout(PATIENCE, publish).await.unwrap_or(Err(UNANSWERED))
     }
 
     /// Publishes without waiting for the confirm. Messages sent one after the other keep their order.
-    pub async fn send(
-        &self,
-        exchange: &str,
-        key: &str,
-        body: &[u8],
-        properties: BasicProperties,
-    ) -> Result<Sent, BrokerError> {
+    pub async fn send(&self, message: Outgoing<'_>) -> Result<Sent, BrokerError> {
+        let Outgoing { exchange, key, body, properties } = message;
         let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
         let properties = properties.with_delivery_mode(PERSISTENT);
         self.in_flight.add(body.len());

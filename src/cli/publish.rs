@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use lapin::BasicProperties;
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, BufReader};
 
-use crate::amqp::publisher::{self, Publisher, Sent};
+use crate::amqp::publisher::{self, Outgoing, Publisher, Sent};
 use crate::amqp::{self, BrokerError, Settings, topology};
 use crate::cli::failure::{Failure, USAGE};
 use crate::cli::input::cannot_read;
@@ -127,7 +127,8 @@ async fn publish_lines(
             }
         };
         let key = args.routing_key.as_deref().unwrap_or_else(|| kind(event.as_ref()));
-        let publish = publisher.send(&settings.exchange, key, body, properties(event.as_ref()));
+        let (exchange, properties) = (settings.exchange.as_str(), properties(event.as_ref()));
+        let publish = publisher.send(Outgoing { exchange, key, body, properties });
         let sent =
             tokio::time::timeout(publisher::PATIENCE, publish).await.unwrap_or(Err(publisher::UNANSWERED));
         unconfirmed

@@ -11,6 +11,7 @@ use futures_util::future::BoxFuture;
 use lapin::BasicProperties;
 
 use crate::amqp::BrokerError;
+use crate::amqp::publisher::Outgoing;
 
 /// A consumer on the work queue, and the channels to publish with.
 pub trait Broker: Send {
@@ -70,13 +71,7 @@ pub trait Receipt: Send + Sync {
 /// Publishes persistent and mandatory messages.
 pub trait Publish: Send + Sync {
     /// Returns `Ok` once the broker has confirmed the message.
-    fn publish<'a>(
-        &'a self,
-        exchange: &'a str,
-        key: &'a str,
-        body: &'a [u8],
-        properties: BasicProperties,
-    ) -> BoxFuture<'a, Result<(), BrokerError>>;
+    fn publish<'a>(&'a self, message: Outgoing<'a>) -> BoxFuture<'a, Result<(), BrokerError>>;
 }
 
 /// The channels of a session to publish with. Outcome events have channels of their own: the broker closes a channel

@@ -9,12 +9,12 @@ use futures_util::future::{BoxFuture, FutureExt};
 use futures_util::{Stream, StreamExt, stream};
 use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, BasicRejectOptions};
 use lapin::types::FieldTable;
-use lapin::{Acker, BasicProperties, Channel, Connection, Event};
+use lapin::{Acker, Channel, Connection, Event};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::amqp::publisher::{Publisher, UNANSWERED};
+use crate::amqp::publisher::{Outgoing, Publisher, UNANSWERED};
 use crate::amqp::server_info::ServerInfo;
 use crate::amqp::{
     ACK_FLUSH_TIME, BrokerError, OpenConnection, Settings, disconnect, topology, with_timeout,
@@ -179,14 +179,8 @@ impl Receipt for Acker {
 }
 
 impl Publish for Publisher {
-    fn publish<'a>(
-        &'a self,
-        exchange: &'a str,
-        key: &'a str,
-        body: &'a [u8],
-        properties: BasicProperties,
-    ) -> BoxFuture<'a, Result<(), BrokerError>> {
-        async move { self.send(exchange, key, body, properties).await?.confirmed().await }.boxed()
+    fn publish<'a>(&'a self, message: Outgoing<'a>) -> BoxFuture<'a, Result<(), BrokerError>> {
+        async move { self.send(message).await?.confirmed().await }.boxed()
     }
 }
 
@@ -218,14 +212,8 @@ impl LazyPublisher {
 }
 
 impl Publish for LazyPublisher {
-    fn publish<'a>(
-        &'a self,
-        exchange: &'a str,
-        key: &'a str,
-        body: &'a [u8],
-        properties: BasicProperties,
-    ) -> BoxFuture<'a, Result<(), BrokerError>> {
-        let publish = async move { self.channel().await?.publish(exchange, key, body, properties).await };
+    fn publish<'a>(&'a self, message: Outgoing<'a>) -> BoxFuture<'a, Result<(), BrokerError>> {
+        let publish = async move { self.channel().await?.publish(message).await };
         tokio::time::timeout(EVENT_PATIENCE, publish)
             .map(|published| published.unwrap_or(Err(UNANSWERED)))
             .boxed()

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::amqp::envelope::Envelope;
+use crate::amqp::publisher::Outgoing;
 use crate::amqp::topology::REPLAYED;
 use crate::amqp::{BrokerError, Delay};
 use crate::close::ResponseExcerpt;
@@ -146,7 +147,8 @@ pub(crate) async fn notify(context: &Context, event: &OutcomeEvent<'_>) {
         let exchange = context.settings.retry_exchange();
         // Once the replay has ended, the key leads nowhere.
         let properties = BasicProperties::default().with_expiration(REPLAY_EVENT_TTL.into());
-        let _ = context.publishers.replays.publish(&exchange, REPLAYED, &body, properties).await;
+        let message = Outgoing { exchange: &exchange, key: REPLAYED, body: &body, properties };
+        let _ = context.publishers.replays.publish(message).await;
     }
     let event = event.for_producer(context.destination.as_deref(), context.environment.now());
     if let Some((exchange, event)) = context.settings.outcomes.as_ref().zip(event) {
@@ -165,7 +167,8 @@ async fn notify_producer(context: &Context, exchange: &str, event: &ProducerEven
         properties = properties.with_correlation_id(id.into());
     }
     let (key, body) = (format!("{}.{}", event.outcome, event.detail), serde_json::to_vec(event).ok()?);
-    let routed = match context.publishers.producers.publish(exchange, &key, &body, properties).await {
+    let message = Outgoing { exchange, key: &key, body: &body, properties };
+    let routed = match context.publishers.producers.publish(message).await {
         Ok(()) => true,
         Err(BrokerError::Unroutable { .. }) => false,
         Err(error) => {

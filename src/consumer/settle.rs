@@ -4,12 +4,12 @@
 
 use std::time::Duration;
 
-use lapin::BasicProperties;
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::amqp::BrokerError;
 use crate::amqp::envelope::id_from_content;
+use crate::amqp::publisher::Outgoing;
 use crate::consumer::context::Context;
 use crate::consumer::delivery::ReceivedMessage;
 use crate::consumer::scheduler::Completion;
@@ -88,7 +88,8 @@ async fn delay(context: &Context, message: &ReceivedMessage, level: usize, cause
     let attempts = message.envelope.attempts + u32::from(cause.uses_attempt());
     let properties = message.envelope.for_delay(attempts, id);
     let exchange = context.settings.retry_exchange();
-    match publish(context, &exchange, &delay.name, &message.body, properties).await {
+    let successor = Outgoing { exchange: &exchange, key: &delay.name, body: &message.body, properties };
+    match publish(context, successor).await {
         Some(Ok(())) => {
             let due = Instant::now() + delay.duration;
             Successor::Confirmed(Completion::Delayed { id, due }, None)
@@ -102,7 +103,9 @@ async fn dead_letter(context: &Context, message: &ReceivedMessage, dead: &DeadLe
     let id = Uuid::now_v7();
     let properties = message.envelope.for_dead_letter(dead, id, context.environment.now());
     // A fanout exchange needs no key. The producer's key is in a header, where any length fits.
-    match publish(context, &context.settings.dead_letter_queue(), "", &message.body, properties).await {
+    let exchange = context.settings.dead_letter_queue();
+    let successor = Outgoing { exchange: &exchange, key: "", body: &message.body, properties };
+    match publish(context, successor).await {
         Some(Ok(())) => Successor::Confirmed(Completion::Done, Some(id)),
         Some(Err(BrokerError::TooLarge(_))) => Successor::TooLarge,
         Some(Err(error)) => Successor::Failed(error),
@@ -112,13 +115,8 @@ async fn dead_letter(context: &Context, message: &ReceivedMessage, dead: &DeadLe
 
 /// Publishes a successor. Holds the original for as long as it takes: the broker accepts nothing during an alarm, a
 /// full queue refuses, and an exchange without its binding drops. `None` when the session ends meanwhile.
-async fn publish(
-    context: &Context,
-    exchange: &str,
-    key: &str,
-    body: &[u8],
-    properties: BasicProperties,
-) -> Option<Result<(), BrokerError>> {
+async fn publish(context: &Context, successor: Outgoing<'_>) -> Option<Result<(), BrokerError>> {
+    let exchange = successor.exchange;
     let mut pauses = Backoff::reconnect();
     let publishing = async {
         let mut held = None;
@@ -129,7 +127,7 @@ async fn publish(
             });
         };
         loop {
-            let mut sent = context.publishers.successors.publish(exchange, key, body, properties.clone());
+            let mut sent = context.publishers.successors.publish(successor.clone());
             let in_time = tokio::time::timeout(HELD_AFTER, &mut sent).await;
             if in_time.is_err() {
                 log_once(&BrokerError::Unconfirmed("no answer so far, is an alarm raised?"));

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use crate::amqp::publisher::Publisher;
+use crate::amqp::publisher::{Outgoing, Publisher};
 use crate::amqp::{BrokerError, Settings, disconnect, envelope};
 use crate::dead_letters::filter::Selection;
 use crate::dead_letters::letter::DeadLetter;
@@ -82,7 +82,8 @@ pub async fn edit(
                 letter.content_id(),
                 Timestamp::now(),
             );
-            publisher.publish(&settings.dead_letter_queue(), "", &body, properties).await?;
+            let exchange = settings.dead_letter_queue();
+            publisher.publish(Outgoing { exchange: &exchange, key: "", body: &body, properties }).await?;
             held.delete().await?;
         }
         Ok(Edited::Done { matched, changed, replaying })

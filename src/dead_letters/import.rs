@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 
 use uuid::Uuid;
 
-use crate::amqp::publisher::{Publisher, Sent};
+use crate::amqp::publisher::{Outgoing, Publisher, Sent};
 use crate::amqp::{BrokerError, Settings, disconnect, envelope};
 use crate::dead_letters::letter::DeadLetter;
 use crate::dead_letters::scan::{DeadLetterQueue, Disposition, Observer};
@@ -82,6 +82,7 @@ async fn publish(
     mut present: HashSet<(String, Uuid)>,
     outdated: &HashMap<String, Vec<Uuid>>,
 ) -> Result<Imported, BrokerError> {
+    let exchange = settings.dead_letter_queue();
     let mut imported = Imported::default();
     let mut unconfirmed: VecDeque<Sent> = VecDeque::with_capacity(WINDOW);
     for letter in letters {
@@ -96,8 +97,8 @@ async fn publish(
             imported.added += 1;
             letter.restored_properties()
         };
-        unconfirmed
-            .push_back(publisher.send(&settings.dead_letter_queue(), "", &letter.body, properties).await?);
+        let message = Outgoing { exchange: &exchange, key: "", body: &letter.body, properties };
+        unconfirmed.push_back(publisher.send(message).await?);
         if unconfirmed.len() == WINDOW
             && let Some(first) = unconfirmed.pop_front()
         {

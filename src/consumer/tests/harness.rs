@@ -18,6 +18,7 @@ use uuid::Uuid;
 
 use crate::amqp::envelope::{ATTEMPTS, DELAY_ID, number, text};
 use crate::amqp::nodes::Nodes;
+use crate::amqp::publisher::Outgoing;
 use crate::amqp::{self, BrokerError, Delay, TopologyMode};
 use crate::close::{Client, CloseError, Response, Transport};
 use crate::consumer::broker::{Broker, BrokerEvent, Delivery, Publish, Publishers, Receipt};
@@ -344,16 +345,11 @@ struct Channel {
 }
 
 impl Publish for Channel {
-    fn publish<'a>(
-        &'a self,
-        exchange: &'a str,
-        key: &'a str,
-        _body: &'a [u8],
-        properties: BasicProperties,
-    ) -> BoxFuture<'a, Result<(), BrokerError>> {
+    fn publish<'a>(&'a self, message: Outgoing<'a>) -> BoxFuture<'a, Result<(), BrokerError>> {
+        let properties = message.properties;
         let published = Published {
-            exchange: exchange.to_owned(),
-            key: key.to_owned(),
+            exchange: message.exchange.to_owned(),
+            key: message.key.to_owned(),
             message: properties.message_id().as_ref().unwrap().to_string(),
             attempts: number(&properties, ATTEMPTS),
             delay_id: text(&properties, DELAY_ID).and_then(|id| id.parse().ok()),

@@ -37,7 +37,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::amqp::publisher::Publisher;
+use crate::amqp::publisher::{Outgoing, Publisher};
 use crate::amqp::topology::{self, NOW, REPLAYED};
 use crate::amqp::{BrokerError, Settings, disconnect, envelope, with_timeout};
 use crate::consumer::outcome_events::{DeadLetterSummary, ReplayEvent};
@@ -326,7 +326,8 @@ impl Session<'_> {
         };
         let properties = envelope::for_replay(&held.letter.properties, replay);
         let exchange = settings.retry_exchange();
-        match self.publisher.publish(&exchange, NOW, &held.letter.body, properties).await {
+        let message = Outgoing { exchange: &exchange, key: NOW, body: &held.letter.body, properties };
+        match self.publisher.publish(message).await {
             Err(BrokerError::TooLarge(detail)) => {
                 return Err(BrokerError::TooLarge(format!("{detail} (dead letter `{}`)", held.letter.id)));
             }

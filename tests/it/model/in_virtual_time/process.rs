@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use close_sync::amqp::envelope::{REASON, text};
+use close_sync::amqp::publisher::Outgoing;
 use close_sync::amqp::{self, BrokerError};
 use close_sync::close::Client;
 use close_sync::consumer::broker::{self, BrokerEvent, Publish, Publishers, Receipt};
@@ -256,15 +257,10 @@ struct SimulatedPublisher {
 }
 
 impl Publish for SimulatedPublisher {
-    fn publish<'a>(
-        &'a self,
-        exchange: &'a str,
-        key: &'a str,
-        body: &'a [u8],
-        properties: BasicProperties,
-    ) -> BoxFuture<'a, Result<(), BrokerError>> {
+    fn publish<'a>(&'a self, message: Outgoing<'a>) -> BoxFuture<'a, Result<(), BrokerError>> {
         async move {
             let Self { world, settings, replaced } = self;
+            let Outgoing { exchange, key, body, properties } = message;
             let number: usize = properties.message_id().as_ref().unwrap().as_str().parse().unwrap();
             if exchange == settings.dead_letter_queue() {
                 world.dead_letter(number, text(&properties, REASON).unwrap()).await;
