@@ -78,7 +78,10 @@ impl RecordLocks {
     /// The locked records, sorted.
     #[cfg(test)]
     pub fn locked(&self) -> Vec<String> {
-        let mut locked: Vec<String> = self.0.taken.lock().unwrap().iter().cloned().collect();
+        let mut locked: Vec<String> = {
+            let taken = self.0.taken.lock().unwrap_or_else(PoisonError::into_inner);
+            taken.iter().cloned().collect()
+        };
         locked.sort();
         locked
     }

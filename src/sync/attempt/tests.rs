@@ -365,7 +365,7 @@ async fn a_creation_without_an_answer_is_pending_and_not_cached() {
 #[tokio::test(start_paused = true)]
 async fn a_creation_without_an_answer_is_not_repeated_while_search_lags() {
     let context = context(&rules());
-    let lag = SEARCH_LAG - Duration::from_secs(1);
+    let lag = SEARCH_LAG.saturating_sub(Duration::from_secs(1));
     let close =
         FakeClose::new(&context, &[], &[]).with_search_lag(lag).with_fault(WriteFault::After(timed_out()));
     let desired = jane(&context, 5);

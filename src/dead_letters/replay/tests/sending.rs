@@ -1,7 +1,5 @@
 //! Canary, limits, batches, and how failures end a replay.
 
-#![expect(clippy::wildcard_enum_match_arm, reason = "any other action fails the test")]
-
 use std::collections::VecDeque;
 use std::time::Duration;
 

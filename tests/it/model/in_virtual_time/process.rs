@@ -18,7 +18,6 @@ use close_sync::telemetry::metrics::Metrics;
 use close_sync::telemetry::status::Status;
 use futures_util::future::{BoxFuture, FutureExt};
 use jiff::Timestamp;
-use lapin::BasicProperties;
 use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
