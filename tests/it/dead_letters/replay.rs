@@ -185,7 +185,7 @@ async fn the_answer_of_close_is_shown_by_the_replay_and_not_stored() {
     assert!(code == Some(1) && words.contains("Close said: {\"errors\":[\"jane@example.test"), "{words}");
     assert!(words.contains("the message failed again\n") && !words.contains('\u{1b}'), "{words}");
     let kept = format!("{:?}", bench.dead_letters().await);
-    assert!(kept.contains("rejected:write:-") && kept.contains("shows them"), "{kept}");
+    assert!(kept.contains("rejected:write:-") && kept.contains("shows it"), "{kept}");
     let event = events.next().await.unwrap().unwrap();
     let event = String::from_utf8(event.data).unwrap();
     assert!(event.contains("rejected:write:-"), "{event}");
