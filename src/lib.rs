@@ -16,12 +16,12 @@
 //! ```text
 //! exchange -> queue
 //!   consumer             receives the delivery
-//!   sync::prepare        domain::event      bytes -> Event, or a dead letter
+//!   Worker::prepare      domain::event      bytes -> Event, or a dead letter
 //!                        domain::mapping    Event -> Desired: wanted values, and who the event is about
 //!   consumer::scheduler  waits until no earlier unfinished message shares a key (key_queues); follows an
 //!                        earlier one that waits in a delay queue (delayed); may be merged with the one before
-//!   sync::attempt        resolver           id cache, batched search, read by id -> Found (domain::matching)
-//!                        domain::plan       Desired + Found -> steps, or nothing to do; stale values are left
+//!   sync::attempt        sync::resolver     id cache, batched search, read by id -> Found (domain::matching)
+//!                        domain::planner    Desired + Found -> steps, or nothing to do; stale values are left
 //!                                           out (domain::staleness), several events become one write
 //!                                           (domain::merge)
 //!                        record_locks       locks the records of the plan against other writes
@@ -43,8 +43,8 @@
 //! - [`consumer`]: the loop from delivery to ack, with its [`consumer::scheduler`].
 //! - [`sync`]: one message against Close: attempts, resolver, caches, locks, circuit breaker.
 //! - [`telemetry`]: metrics, status, throughput, traces.
-//! - [`amqp`]: the only place that knows lapin.
-//! - [`outcome`]: the closed lists of what can become of a message; [`retry`]: what follows a failure.
+//! - [`amqp`]: connections, topology, publishing and headers, with lapin.
+//! - [`retry`]: what follows a failure; [`outcome`]: the closed lists of what can become of a message.
 //! - [`close`]: the only place that knows Close's HTTP API, with its rate limiter.
 //! - [`domain`]: the decisions, as pure functions of values.
 //! - [`spans`]: what code needs to create a span; [`text`]: phrases of commands and of the operator's page.
@@ -91,8 +91,9 @@ pub mod telemetry;
 
 pub mod amqp;
 
-pub mod outcome;
 pub mod retry;
+
+pub mod outcome;
 
 pub mod close;
 

@@ -94,7 +94,7 @@ impl fmt::Display for DelayCause {
     }
 }
 
-/// What a synced message changed in Close.
+/// What a synced message changed in Close, ordered from the greatest change to the least.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, IntoStaticStr, VariantArray)]
 #[strum(serialize_all = "snake_case")]
 pub enum Effect {

@@ -109,7 +109,7 @@ pub struct History {
 
 /// What follows a failure.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum AfterFailure {
     /// Run the sync again after this pause.
     Retry(Duration),
     /// Settle the delivery.
@@ -117,7 +117,12 @@ pub enum Verdict {
 }
 
 /// Decides what follows a failure. `pause` is the next pause in place; `None` when the time for them is used up.
-pub fn settle(failure: &Failure, history: History, pause: Option<Duration>, policy: &Policy) -> Verdict {
+pub fn after_failure(
+    failure: &Failure,
+    history: History,
+    pause: Option<Duration>,
+    policy: &Policy,
+) -> AfterFailure {
     let dead = |reason, field: Option<String>| {
         let error = failure.error.to_string();
         let response = if let CloseError::Rejected(Rejection { response, .. }) = &failure.error {
@@ -126,14 +131,21 @@ pub fn settle(failure: &Failure, history: History, pause: Option<Duration>, poli
             None
         };
         let stage = failure.stage;
-        Verdict::Settle(Outcome::Dead(DeadLetter { reason, stage, error, field, decision: None, response }))
+        AfterFailure::Settle(Outcome::Dead(DeadLetter {
+            reason,
+            stage,
+            error,
+            field,
+            decision: None,
+            response,
+        }))
     };
     match &failure.error {
-        CloseError::Unauthorized => Verdict::Settle(Outcome::Paused(PauseCause::Unauthorized)),
-        CloseError::PlanLimit => Verdict::Settle(Outcome::Paused(PauseCause::PlanLimit)),
+        CloseError::Unauthorized => AfterFailure::Settle(Outcome::Paused(PauseCause::Unauthorized)),
+        CloseError::PlanLimit => AfterFailure::Settle(Outcome::Paused(PauseCause::PlanLimit)),
         // Permission to look up records does not depend on the message, so every message would fail.
         CloseError::Forbidden if failure.stage == Stage::LookUp => {
-            Verdict::Settle(Outcome::Paused(PauseCause::Forbidden))
+            AfterFailure::Settle(Outcome::Paused(PauseCause::Forbidden))
         }
         CloseError::Forbidden => dead(Reason::Forbidden, None),
         CloseError::Rejected(rejection) => {
@@ -141,17 +153,18 @@ pub fn settle(failure: &Failure, history: History, pause: Option<Duration>, poli
         }
         // Search may still list a record that was deleted or merged (close-api.md §9), so look it up once more.
         CloseError::NotFound if history.retried_after_404 => dead(Reason::NotFound, None),
-        CloseError::NotFound => Verdict::Retry(Duration::ZERO),
+        CloseError::NotFound => AfterFailure::Retry(Duration::ZERO),
         // Nothing was sent, and the next message would fail too.
         CloseError::Unreachable(_) => {
-            pause.map_or(Verdict::Settle(Outcome::Paused(PauseCause::Unreachable)), Verdict::Retry)
+            pause.map_or(AfterFailure::Settle(Outcome::Paused(PauseCause::Unreachable)), AfterFailure::Retry)
         }
         CloseError::Transient(fault) => match pause {
-            Some(pause) => Verdict::Retry(pause),
+            Some(pause) => AfterFailure::Retry(pause),
             None => match usize::try_from(history.attempts) {
-                Ok(level) if level < policy.delays.len() => {
-                    Verdict::Settle(Outcome::Delayed { level, cause: DelayCause::Failed(fault.to_string()) })
-                }
+                Ok(level) if level < policy.delays.len() => AfterFailure::Settle(Outcome::Delayed {
+                    level,
+                    cause: DelayCause::Failed(fault.to_string()),
+                }),
                 Ok(_) | Err(_) => dead(Reason::Exhausted, None),
             },
         },
@@ -172,12 +185,12 @@ mod tests {
     fn verdict(error: CloseError, attempts: u32, retried_after_404: bool, pause: bool) -> String {
         let failure = Failure { stage: Stage::Write, error };
         let pause = pause.then_some(Duration::from_secs(1));
-        match settle(&failure, History { attempts, retried_after_404 }, pause, &policy()) {
-            Verdict::Retry(pause) => format!("retry in {}s", pause.as_secs()),
-            Verdict::Settle(Outcome::Dead(dead)) => format!("dead {}", dead.reason.label()),
-            Verdict::Settle(Outcome::Delayed { level, .. }) => format!("delay {level}"),
-            Verdict::Settle(Outcome::Paused(cause)) => format!("pause {}", cause.label()),
-            Verdict::Settle(other) => format!("{other:?}"),
+        match after_failure(&failure, History { attempts, retried_after_404 }, pause, &policy()) {
+            AfterFailure::Retry(pause) => format!("retry in {}s", pause.as_secs()),
+            AfterFailure::Settle(Outcome::Dead(dead)) => format!("dead {}", dead.reason.label()),
+            AfterFailure::Settle(Outcome::Delayed { level, .. }) => format!("delay {level}"),
+            AfterFailure::Settle(Outcome::Paused(cause)) => format!("pause {}", cause.label()),
+            AfterFailure::Settle(other) => format!("{other:?}"),
         }
     }
 
@@ -239,18 +252,18 @@ mod tests {
             let mut ended = false;
             for error in errors {
                 let not_found = error == CloseError::NotFound;
-                match settle(&Failure { stage: Stage::Write, error }, history, None, &policy) {
-                    Verdict::Retry(_) => history.retried_after_404 |= not_found,
-                    Verdict::Settle(Outcome::Delayed { level, cause }) => {
+                match after_failure(&Failure { stage: Stage::Write, error }, history, None, &policy) {
+                    AfterFailure::Retry(_) => history.retried_after_404 |= not_found,
+                    AfterFailure::Settle(Outcome::Delayed { level, cause }) => {
                         prop_assert!(cause.uses_attempt() && level < delays);
                         history = History { attempts: history.attempts + 1, retried_after_404: false };
                     }
-                    Verdict::Settle(Outcome::Paused(_)) => history.retried_after_404 = false,
-                    Verdict::Settle(Outcome::Dead(_)) => {
+                    AfterFailure::Settle(Outcome::Paused(_)) => history.retried_after_404 = false,
+                    AfterFailure::Settle(Outcome::Dead(_)) => {
                         ended = true;
                         break;
                     }
-                    Verdict::Settle(outcome) => prop_assert!(false, "a failure must not lead to {outcome:?}"),
+                    AfterFailure::Settle(outcome) => prop_assert!(false, "a failure must not lead to {outcome:?}"),
                 }
             }
             prop_assert!(ended);

@@ -57,8 +57,8 @@ impl Nodes {
     /// one that answered last.
     ///
     /// # Errors
-    /// [`BrokerError::Unreachable`], [`BrokerError::Tls`] or [`BrokerError::Refused`], by the node that came the
-    /// farthest; [`BrokerError::TooOld`].
+    /// [`BrokerError::Unreachable`], [`BrokerError::Tls`] or [`BrokerError::Refused`] of the node where
+    /// connecting got farthest; [`BrokerError::TooOld`].
     pub async fn connect(&self, name: &str) -> Result<OpenConnection, BrokerError> {
         let first = self.last.load(Ordering::Relaxed);
         let mut failures = Vec::new();
@@ -206,7 +206,7 @@ mod tests {
         let nodes = Nodes::parse(urls).unwrap();
         assert_eq!(nodes.masked(), shown);
         assert!(!format!("{nodes:?}").contains("secret"));
-        // A comma in a password must not uncover a part of it.
+        // A comma in a password must not reveal a part of it.
         assert_eq!(masked("amqp://u:sec,ret@a/v"), "***,***");
     }
 

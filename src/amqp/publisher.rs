@@ -4,7 +4,7 @@
 //! the message may or may not be stored, so the caller keeps the original.
 //!
 //! **Too large.** The broker answers a body above its `max_message_size` with 406 and closes the channel, without
-//! saying which message it was. A channel of ours only publishes, so a 406 on it has no other common cause. All
+//! saying which message it was. close-sync only publishes on this channel, so a 406 on it has no other common cause. All
 //! publishes that have no confirm yet fail with it. The largest of them exceeds the limit for certain, whichever it was
 //! that the broker refused: it gets [`BrokerError::TooLarge`], the others get [`BrokerError::Lost`] and can be
 //! published again.

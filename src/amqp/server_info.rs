@@ -9,7 +9,7 @@ use std::fmt;
 const RABBITMQ: &str = "RabbitMQ";
 
 /// "No limit" that every version understands: -1 drops on the first requeue on 3.10, and the default
-/// of 4.x drops messages after 20 lost connections, innocent ones included (rabbitmq.md §0, 2 and 3).
+/// of 4.x drops messages after 20 lost connections, whatever caused them (rabbitmq.md §0, 2 and 3).
 pub(crate) const DELIVERY_LIMIT: i64 = 1_000_000;
 
 /// The oldest supported version. Earlier quorum queues have no time-to-live, so delay queues cannot work

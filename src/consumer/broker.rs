@@ -1,8 +1,7 @@
 //! The port between the consumer and a broker: what the loop needs of one, in a few verbs.
 //!
 //! `connections` implements it with lapin. Unit tests and the model in virtual time implement it with queues
-//! in memory, so that they run the same loop. Of lapin only the properties of a message come through, which are plain
-//! values.
+//! in memory, so that they run the same loop. Of lapin's types it uses only the properties of a message, which are plain values.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +23,7 @@ pub trait Broker: Send {
     /// The channels to publish with.
     fn publishers(&self) -> Publishers;
 
-    /// How long the process may stand still before the broker takes it for dead.
+    /// How long the process may be suspended before the broker gives the queue to another worker.
     fn stall_limit(&self) -> Duration;
 
     /// Closes the channel and the connections. Deliveries that were not acked return to the queue.

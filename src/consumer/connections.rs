@@ -1,4 +1,4 @@
-//! The connections of a session with lapin: the [`Broker`] of the program.
+//! The connections of a session with lapin: the [`Broker`] in production.
 //!
 //! Two connections, as the broker blocks one that publishes during an alarm, and acks on it would be blocked too.
 
@@ -30,8 +30,8 @@ const REOPEN_AFTER: Duration = Duration::from_secs(1);
 
 /// The connections of a session and the events on them.
 pub(crate) struct Connections {
-    /// Cuts the connections when dropped, after they were closed or had their time for it. The first field, so that
-    /// what is dropped after it can send nothing.
+    /// Aborts the connections when dropped, which is after closing them has succeeded or timed out. The first field, so
+    /// that fields dropped later can no longer send anything.
     _cut: [DropGuard; 2],
     pub(crate) server: ServerInfo,
     consuming: Arc<Connection>,
@@ -178,6 +178,7 @@ impl Receipt for Acker {
     }
 }
 
+/// Without a timeout: a successor is held for as long as it takes.
 impl Publish for Publisher {
     fn publish<'a>(&'a self, message: Outgoing<'a>) -> BoxFuture<'a, Result<(), BrokerError>> {
         async move { self.send(message).await?.confirmed().await }.boxed()

@@ -29,7 +29,7 @@ pub(crate) struct Context {
     pub(crate) outcome_events_fail: AtomicBool,
 }
 
-/// The wall clock and chance. A test replaces both, so that a seed is one run.
+/// The wall clock and random numbers. The model replaces both, so that one seed gives one run.
 pub trait Environment: Send + Sync {
     /// The time.
     fn now(&self) -> Timestamp;

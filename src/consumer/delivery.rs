@@ -74,7 +74,7 @@ impl ReceivedMessage {
         self.envelope.sent.filter(|_| starts && !came_before)
     }
 
-    /// Whether it can be merged with `first`, right behind which it comes.
+    /// Whether it can be merged with `first`, which it directly follows.
     pub(crate) fn can_merge_with(&self, first: &Self, worker: &Worker) -> bool {
         let jobs = first.job().zip(self.job()).filter(|_| !first.split && !self.split);
         jobs.is_some_and(|(first, next)| worker.can_merge(first, next))

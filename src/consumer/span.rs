@@ -107,7 +107,7 @@ pub(crate) fn hand_back(span: &Span) {
     span.record("close_sync.outcome", HANDED_BACK);
 }
 
-/// The id of the trace it belongs to: its producer's, or one that begins with it.
+/// The id of its trace: that of the producer, or a new one.
 fn trace_id(span: &Span, parent: Option<&TraceParent>) -> Option<String> {
     parent.map_or_else(|| otel::trace_id(span), |parent| Some(parent.trace_id().to_owned()))
 }

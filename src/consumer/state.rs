@@ -29,7 +29,7 @@ const DRAW_AFTER: Duration = Duration::from_millis(200);
 pub struct SessionStats {
     /// Deliveries settled.
     pub settled: u64,
-    /// Those of them for which Close did its part: it works.
+    /// Those of them that prove that Close works.
     pub by_close: u64,
     /// The circuit breaker is closed.
     pub breaker_closed: bool,
@@ -76,7 +76,7 @@ pub(crate) enum Settlement {
 /// How the work of one task ended.
 pub(crate) enum Processed<T> {
     Settled(Vec<(JobId, Settlement)>),
-    /// Merged, the messages did not succeed. They run one by one.
+    /// The merged run failed. The messages run one by one.
     Split(Vec<(JobId, T)>),
 }
 
@@ -85,9 +85,9 @@ pub(crate) enum Processed<T> {
 pub(crate) enum Resume {
     /// There was no pause.
     Normal,
-    /// After a pause whose end a probe of Close has proved.
+    /// After a pause that a successful probe ended.
     Slowly,
-    /// After a pause whose end only a message that succeeds can prove.
+    /// After a pause for which a probe proves nothing: only a message that succeeds does.
     HalfOpen,
 }
 
@@ -239,7 +239,7 @@ impl<'a, K: Clone + Eq + Hash, R: Copy + Ord, T> SessionState<'a, K, R, T> {
         }
     }
 
-    /// Counts a message that had no turn, or one of those that had.
+    /// Counts a settlement. Returns why the session has to end, if it has to.
     pub(crate) fn settled(&mut self, settlement: Settlement) -> Option<End> {
         match settlement {
             Settlement::Settled { by_close, .. } => {
@@ -270,7 +270,7 @@ impl<'a, K: Clone + Eq + Hash, R: Copy + Ord, T> SessionState<'a, K, R, T> {
         idle.into_iter().chain(draw).min()
     }
 
-    /// This is the active worker, and nothing stands in its way.
+    /// This is the active worker, and the breaker is closed.
     pub(crate) fn is_consuming(&self) -> bool {
         self.stats.breaker_closed && self.received > 0
     }

@@ -1,8 +1,8 @@
 //! Watches the queues of a session: measures their depths, and declares again what was deleted.
 //!
-//! Without the exchange or a binding no message arrives, and no error would show it. What must not be declared is
-//! reported, and the session goes on: a new one would wait for all of it, and with it the messages that need none of
-//! it. A message for a queue that is gone is held. Without the work queue the session ends by itself.
+//! Without the exchange or a binding no message arrives, and no error would show it. If the worker may not declare what
+//! is missing, it reports that and continues: a new session would wait for all objects, and so would messages that need
+//! none of them. A message for a queue that is gone is held. Without the work queue the session ends by itself.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -42,7 +42,7 @@ pub enum Edited {
 }
 
 /// Replaces the bodies of the selected dead letters and keeps the originals in a header. `change` returns the new body,
-/// `None` to leave it, or the reason why it cannot be changed. One such reason, and nothing is edited.
+/// `None` to leave it, or the reason why it cannot be changed. If it returns a reason for one of them, none is edited.
 ///
 /// # Errors
 /// When the broker is gone or does not take a message. That dead letter and the following ones stay as they were.

@@ -14,7 +14,7 @@ use crate::outcome::Reason;
 #[derive(Clone, Debug, Default)]
 pub struct Selection {
     pub filter: Filter,
-    /// At most so many of those that match, oldest failure first.
+    /// The maximum number of dead letters, oldest failure first.
     pub limit: Option<usize>,
 }
 

@@ -6,12 +6,12 @@
 //! - [`event`] decodes the message;
 //! - [`mapping`] turns it into the wanted records;
 //! - [`matching`] selects the records in Close that the event is about;
-//! - [`planner`] makes the [`plan`]: the steps between the two, without what [`staleness`] leaves out;
+//! - [`planner`] makes the [`plan`]: the steps from those to the wanted records, without stale values ([`staleness`]);
 //! - [`merge`] combines the steps of several events;
 //! - [`partial_write`] removes what Close rejected;
 //! - [`decision`] explains all of it.
 //!
-//! [`record`], [`schema`], [`switches`] and [`dropped`] are shared types. A file imports only files below it.
+//! [`record`], [`schema`], [`switches`] and [`dropped`] are shared types. No two files import each other.
 
 pub mod decision;
 pub mod dropped;

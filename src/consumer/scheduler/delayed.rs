@@ -3,18 +3,17 @@
 //! A message that failed leaves the work queue and returns later. Until then a later message that shares a key with it
 //! must not run: it is deferred into a delay queue as well, without counting an attempt. All other messages go on.
 //!
-//! **Order.** Delayed messages are numbered as they first left; one that leaves again keeps its number. A message is
-//! deferred only behind those with a smaller number, for as long as the last of them takes
-//! ([`DelayedMessages::blocked_until`]), and leaves again if it returns too early. It does not go into the same queue
-//! behind them: one message would then make a company that is never quiet an hour late for ever, each message following
-//! the one before it.
+//! **Order.** A message gets a number when it first goes to a delay queue, and keeps it when it goes there again. It is
+//! deferred only behind messages with smaller numbers, until the last of them is due
+//! ([`DelayedMessages::blocked_until`]). If it returns too early, it is deferred again. It does not go into the queue of
+//! the message it follows: after one delay of an hour, every later message of a busy company would take an hour.
 //!
-//! **Lost messages.** The work queue delivers in its order. When a message returns, those that were due well before it
-//! and have not returned are lost: an operator purged their queue, or they were settled in the moment a session ended.
-//! They are removed, so that none waits for them for ever.
+//! **Lost messages.** The work queue delivers in order. When a message returns, those that were due well before it and
+//! have not returned are lost: an operator purged their queue, or they were settled just as a session ended. They are
+//! removed, because otherwise later messages would wait for them forever.
 //!
-//! Pure. The memory ends with the process, or when the configuration is reloaded. After that an older message may run
-//! after a newer one, and its time keeps it from overwriting the newer one ([`crate::domain::staleness`]).
+//! Pure. The state ends with the process, or when the configuration is reloaded. After that an older message may run
+//! after a newer one. Its time then keeps it from overwriting the newer values ([`crate::domain::staleness`]).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::Hash;
@@ -23,9 +22,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-/// Most messages that are kept. One takes some 500 bytes. Beyond that the oldest are removed and may be overtaken.
+/// The maximum number of messages. One takes about 500 bytes. Beyond it the oldest are removed and may be overtaken.
 const CAPACITY: usize = 20_000;
-/// A message is lost once one that was due this much later has returned. Queues have leaders of their own, which may be
+/// A message counts as lost once one that was due this much later has returned. The leader of a queue may be
 /// unavailable for a while.
 const WELL_BEFORE: Duration = Duration::from_mins(1);
 
@@ -63,7 +62,7 @@ impl<K> Default for DelayedMessages<K> {
 impl<K: Clone + Eq + Hash> DelayedMessages<K> {
     /// When a message may return at the earliest, because earlier ones that share a key are delayed.
     pub fn blocked_until(&self, message: Option<Uuid>, keys: &[K]) -> Option<Instant> {
-        // One that was delayed and is not kept any more left before all that are kept.
+        // A delayed message without a number was removed as the oldest: it comes before all others.
         let number = |id| self.messages.get(&id).map_or(0, |delayed| delayed.number);
         let number = message.map_or(u64::MAX, number);
         let earlier = |key| {
@@ -106,7 +105,7 @@ impl<K: Clone + Eq + Hash> DelayedMessages<K> {
         }
     }
 
-    /// A message has started: none is deferred behind it any more.
+    /// A message has started. Later messages are no longer deferred behind it.
     pub fn started(&mut self, id: Uuid) {
         let Some(delayed) = self.messages.get(&id) else { return };
         for key in &delayed.keys {

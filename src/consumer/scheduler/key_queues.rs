@@ -54,21 +54,21 @@ impl<K: Clone + Eq + Hash, R: Copy + Ord, T> KeyQueues<K, R, T> {
         self.note_if_ready(job);
     }
 
-    /// Starts the first entry that may: of those with the smallest rank the oldest.
+    /// Starts the oldest entry of the smallest rank that may run.
     pub fn start(&mut self) -> Option<(JobId, T)> {
         let (_, job) = self.ready.pop_first()?;
         Some((job, self.waiting.remove(&job)?))
     }
 
-    /// Starts one of the entries that may, chosen by the number `drawn`.
+    /// Starts one of the entries that may run, chosen by the number `drawn`.
     pub fn start_drawn(&mut self, drawn: usize) -> Option<(JobId, T)> {
         let place = *self.ready.iter().nth(drawn % self.ready.len().max(1))?;
         self.ready.remove(&place);
         Some((place.1, self.waiting.remove(&place.1)?))
     }
 
-    /// Starts the entry that comes next in all its queues behind those of `run`, if it `joins` them: it may run with
-    /// them.
+    /// Starts an entry to run together with those of `run`: one that directly follows them in all its queues and for
+    /// which `joins` is true.
     pub fn start_behind(&mut self, run: &[JobId], joins: impl Fn(&[K], &T) -> bool) -> Option<(JobId, T)> {
         let next = |key| self.queues.get(key)?.iter().find(|job| !run.contains(job)).copied();
         let job = self.keys(*run.first()?).iter().filter_map(next).find(|job| {
@@ -178,7 +178,7 @@ mod tests {
         let run = [first.0, second.0];
         assert_eq!(queues.start_behind(&run, jane), None, "bob is in between");
 
-        // Merged they failed: one after the other, in their old order.
+        // The merged run failed: they run one after the other, in their old order.
         queues.put_back(second.0, "jane again");
         queues.put_back(first.0, "jane");
         let mut order = Vec::new();

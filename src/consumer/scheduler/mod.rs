@@ -15,7 +15,7 @@ use uuid::Uuid;
 use crate::consumer::scheduler::delayed::DelayedMessages;
 use crate::consumer::scheduler::key_queues::{JobId, KeyQueues};
 
-/// Most messages that run merged, as one write.
+/// The maximum number of messages in one merged write.
 const MAX_MERGED: usize = 100;
 
 /// The messages that were received and are not settled, in order.

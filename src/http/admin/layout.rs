@@ -12,8 +12,8 @@ use serde::Deserialize;
 use crate::http::admin::auth::{CSRF_FIELD, Visitor};
 use crate::http::admin::destination::{Destination, HOME};
 
-/// Only the own style sheet, no frames, no forms to other sites. The referrer policy is `same-origin`, because with
-/// `no-referrer` browsers send `Origin: null` with the own forms.
+/// Allows only this site's style sheet, no frames, and no forms to other sites. The referrer policy is `same-origin`:
+/// with `no-referrer` browsers send `Origin: null` with this site's forms.
 const HEADERS: [(HeaderName, HeaderValue); 8] = [
     (
         header::CONTENT_SECURITY_POLICY,

@@ -9,7 +9,7 @@ pub(super) const HIDDEN: &str = "•••";
 pub(super) enum Visibility {
     /// Only names and structure.
     Redacted,
-    /// Everything, on request of an operator.
+    /// Everything, because the operator asked for it.
     Full,
 }
 

@@ -17,7 +17,7 @@ use crate::domain::plan::Plan;
 use crate::domain::record::Contact;
 use crate::domain::staleness::RecordVersions;
 use crate::outcome::{Effect, Failure, Outcome, PauseCause, Stage};
-use crate::retry::{self, Backoff, History, Verdict};
+use crate::retry::{self, AfterFailure, Backoff, History};
 use crate::sync::context::Context;
 use crate::sync::job::RunContext;
 use crate::sync::lookups::Lookups;
@@ -95,14 +95,14 @@ impl<C: Api> Attempts<'_, C> {
             if let Some(cause) = context.systemic_cause(&failure, history, delay.is_none()).await {
                 return Outcome::Paused(cause);
             }
-            match retry::settle(&failure, history, delay, policy) {
-                Verdict::Settle(outcome) => {
+            match retry::after_failure(&failure, history, delay, policy) {
+                AfterFailure::Settle(outcome) => {
                     if self.writes() && outcome.proves_close_works() {
                         context.record_success();
                     }
                     return outcome;
                 }
-                Verdict::Retry(delay) => {
+                AfterFailure::Retry(delay) => {
                     tracing::debug!(stage = failure.stage.label(), error = %failure.error, pause = ?delay, "attempt failed, retrying in place");
                     history.retried_after_404 |= failure.error == CloseError::NotFound;
                     tokio::time::sleep(delay).await;
@@ -153,8 +153,8 @@ impl<C: Api> Attempts<'_, C> {
         self.mode == Mode::Write
     }
 
-    /// Looks up and plans until the plan may be acted on: when it creates, adopts or changes all Contacts of a
-    /// person, search must not have missed a record. Returns when the look-up began.
+    /// Looks up and plans until it is safe to execute the plan. If the plan creates a record, adopts a Lead or changes
+    /// all Contacts of a person, search must not have missed a record. Returns when the look-up began.
     async fn decide(&mut self, lag_guard: &mut LagGuard) -> Result<(Decided, Instant), Failure> {
         let Context { settings, id_cache, version_cache, metrics, keys, .. } = self.context;
         loop {
@@ -194,7 +194,8 @@ impl<C: Api> Attempts<'_, C> {
         }
     }
 
-    /// Locks the records that the plan changes. `None`: look up again, another message has written to one of them.
+    /// Locks the records that the plan changes. `None` if another message has written to one of them: look up again. A
+    /// creation locks nothing. Two messages that would create the same record share a key and never run at once.
     async fn lock(&self, decided: &Decided, read_at: Instant) -> Option<RecordGuard> {
         self.context.record_locks.lock(decided.merged.changed(), read_at).await
     }
