@@ -18,7 +18,7 @@ pub(super) async fn run(
 ) -> Result<(), Failure> {
     let traces = logging::init(config.log_format, config.traces.clone())?;
     panic_hook::install_hook();
-    tracing::info!(version = VERSION, "starting close-sync");
+    tracing::info!(event = "process_started", version = VERSION, "starting close-sync");
     let control = Control { shutdown: signals::shutdown()?, reload: signals::reload()?, load };
     let grace = config.destinations.iter().map(|destination| destination.grace).max().unwrap_or_default();
     let result = supervisor::run(config, control).await;
@@ -26,6 +26,11 @@ pub(super) async fn run(
         traces.finish(TRACE_EXPORT_TIMEOUT.min(grace)).await;
     }
     let stats = result?;
-    tracing::info!(settled = stats.settled, handed_back = stats.handed_back, "stopped close-sync");
+    tracing::info!(
+        event = "process_stopped",
+        settled = stats.settled,
+        handed_back = stats.handed_back,
+        "stopped close-sync"
+    );
     Ok(())
 }

@@ -3,12 +3,12 @@
 //! A delivery is decoded and mapped (`delivery`), scheduled ([`scheduler`]) and, when its turn has come, processed in a
 //! task of its own, perhaps merged with others about the same person (`process`). The task also settles it (`settle`):
 //! the successor (delay queue, dead-letter queue) is published and confirmed first, then the delivery is acked. A crash
-//! between the two duplicates a message and never loses one. A message that changes nothing sends nothing, so a
-//! duplicate does no harm.
+//! between the two duplicates a message and never loses one. A duplicate does no
+//! harm, because an event that is applied twice changes nothing the second time.
 //!
 //! The loop runs over a [`Broker`] and keeps its state in a pure `SessionState`, so that tests run the same loop without
-//! RabbitMQ. In the order of their imports, lowest first: `broker` (the port), [`scheduler`], `state`, `context`,
-//! `delivery`, `settle`, `span`, [`outcome_events`], `process`, `topology_monitor`, `connections`, and this file.
+//! RabbitMQ. A file imports only what stands to its right: this file, `connections`, `topology_monitor`,
+//! `process`, [`outcome_events`], `span`, `settle`, `delivery`, `context`, `state`, [`scheduler`], `broker` (the port).
 //!
 //! **How a session ends.** Never by `basic.cancel`: under single active consumer that would start the standby while
 //! messages are still in progress here (rabbitmq.md §0, 6). Receiving stops, what runs is finished or dropped, a moment
@@ -17,11 +17,11 @@
 //!
 //! When the connection is lost, work stops at once: the standby may already have the same messages.
 //!
-//! **A message that kills the process all the same** (by an abort, or out of memory; panics are caught, and the frame
-//! sanitizer knows what kills lapin) kills the standbys one after the other. The broker counts each death for all
-//! unacked messages, also for its neighbours (rabbitmq.md §0, 2): they stay, as the limit is a million. Working one by
-//! one from some count on, to find out which it is (rabbitmq.md §5.2, 7), is not built: each pause and each lost
-//! connection raises the same counts.
+//! **A message that kills the process** (by an abort, or out of memory) kills the standbys one after the other. Panics
+//! are caught, and the frame sanitizer removes what crashes lapin. The broker counts each death for all
+//! unacked messages, also for its neighbours (rabbitmq.md §0, 2): they stay in the queue, as the limit is a
+//! million. Processing messages one by one above some count, to find the one that kills (rabbitmq.md §5.2, 7), is not
+//! built: each pause and each lost connection raises the same counts.
 
 pub mod broker;
 mod connections;
@@ -87,7 +87,7 @@ pub struct Session {
     pub paused_before: Option<PauseCause>,
 }
 
-/// How long closing may take. A broker that no longer answers, or a connection that is blocked by an alarm, is left.
+/// How long closing may take. It can hang when the broker no longer answers, or when an alarm blocks the connection.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
 
 impl Session {
@@ -106,7 +106,7 @@ impl Session {
         self.metrics.connected(true);
         if self.metrics.set_broker_version(&connections.server.version) {
             let server = &connections.server;
-            tracing::info!("{server}: {}", server.describe());
+            tracing::info!(event = "broker_version", "{server}: {}", server.describe());
         }
         let ended = self.run_on(connections, Arc::new(System), delayed, shutdown).await;
         self.metrics.connected(false);
@@ -337,18 +337,26 @@ impl<'a> Consumer<'a> {
         metrics.paused(None);
         status.set(State::StandingBy, None);
         if self.resume == Resume::Normal {
-            tracing::info!(queue = settings.queue, "connected to RabbitMQ, waiting for messages");
+            tracing::info!(
+                event = "broker_connected",
+                queue = settings.queue,
+                "connected to RabbitMQ, waiting for messages"
+            );
         } else {
-            tracing::info!("Close recovered; resuming with reduced concurrency");
+            tracing::info!(event = "close_recovered", "Close recovered; resuming with reduced concurrency");
         }
     }
 
     /// During an alarm only messages that need no successor are settled.
     fn alarm(&self, reason: Option<String>) {
         if let Some(reason) = &reason {
-            tracing::warn!(reason, "RabbitMQ raised an alarm, publishing is blocked until it clears");
+            tracing::warn!(
+                event = "alarm_raised",
+                reason,
+                "RabbitMQ raised an alarm, publishing is blocked until it clears"
+            );
         } else {
-            tracing::info!("RabbitMQ cleared the alarm");
+            tracing::info!(event = "alarm_cleared", "RabbitMQ cleared the alarm");
         }
         self.context.metrics.set_broker_alarm(reason.is_some());
         self.context.status.set_alarm(reason);
@@ -357,9 +365,9 @@ impl<'a> Consumer<'a> {
     /// Messages that do not need what is missing go on.
     fn missing(&self, missing: Option<&BrokerError>) {
         if let Some(error) = missing {
-            tracing::error!(%error, "exchange or queue missing, going on without it");
+            tracing::error!(event = "topology_incomplete", %error, "exchange or queue missing, going on without it");
         } else {
-            tracing::info!("no exchange or queue is missing any more");
+            tracing::info!(event = "topology_complete", "no exchange or queue is missing any more");
         }
         self.context.metrics.set_broker_trouble(missing.map(BrokerError::trouble));
         self.context.status.set_missing(missing.map(ToString::to_string));

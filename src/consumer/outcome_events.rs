@@ -1,7 +1,7 @@
 //! Outcome events: published once a message is settled, to the replay it came from and to its producer.
 //!
 //! **Replays.** The message names its replay in a header. A short event with that name goes to the retry exchange, with
-//! a key that leads to a queue only while a replay runs. So it needs no permission that settling did not need.
+//! a key that leads to a queue only while a replay runs. So it needs no permissions beyond those for settling.
 //!
 //! **Producers.** If `amqp.outcomes` names an exchange, one event per message, with the ids of the records in Close. The
 //! routing key is the outcome and its label: `synced.created`, `skipped.trigger`, `dead.rejected`.
@@ -173,13 +173,13 @@ async fn notify_producer(context: &Context, exchange: &str, event: &ProducerEven
         Err(BrokerError::Unroutable { .. }) => false,
         Err(error) => {
             if !context.outcome_events_fail.swap(true, Ordering::Relaxed) {
-                tracing::warn!(exchange, %error, "cannot publish outcome events; retrying");
+                tracing::warn!(event = "outcome_events_failing", exchange, %error, "cannot publish outcome events; retrying");
             }
             return None;
         }
     };
     if context.outcome_events_fail.swap(false, Ordering::Relaxed) {
-        tracing::info!(exchange, "publishing outcome events again");
+        tracing::info!(event = "outcome_events_recovered", exchange, "publishing outcome events again");
     }
     Some(routed)
 }

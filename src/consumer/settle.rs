@@ -122,7 +122,7 @@ async fn publish(context: &Context, successor: Outgoing<'_>) -> Option<Result<()
         let mut held = None;
         let mut log_once = |error: &BrokerError| {
             held.get_or_insert_with(|| {
-                tracing::warn!(exchange, %error, "holding the message until RabbitMQ accepts its successor");
+                tracing::warn!(event = "successor_held", exchange, %error, "holding the message until RabbitMQ accepts its successor");
                 context.metrics.hold_successor()
             });
         };
@@ -151,6 +151,7 @@ async fn publish(context: &Context, successor: Outgoing<'_>) -> Option<Result<()
 /// gone.
 async fn reject(context: &Context, message: &ReceivedMessage, outcome: &Outcome) -> Settlement {
     tracing::warn!(
+        event = "message_too_large",
         bytes = message.body.len(),
         "too large to be published again: RabbitMQ dead-letters it without headers"
     );
@@ -184,6 +185,7 @@ fn log(context: &Context, WorkResult { outcome, decision, started }: &WorkResult
             tracing::warn!(delay = delay(*level), charged, %cause, took_ms, "failed, retrying from a delay queue");
         }
         Outcome::Dead(dead) => tracing::warn!(
+            event = "dead_lettered",
             reason = dead.reason.label(),
             stage = dead.stage.label(),
             error = dead.error,

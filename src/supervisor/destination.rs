@@ -77,7 +77,11 @@ async fn check_close(
     let cause = match shutdown.run_until_cancelled(candidate.check()).await {
         None => return Ok(None),
         Some(Ok(ready)) => {
-            tracing::info!(organization = ready.organization, "Close accepts the API key");
+            tracing::info!(
+                event = "close_accepted",
+                organization = ready.organization,
+                "Close accepts the API key"
+            );
             return Ok(Some(ready.mapping));
         }
         Some(Err(errors)) => pause_or_fail(&errors, &candidate.settings.api_key_setting())?,
@@ -91,7 +95,7 @@ async fn check_close(
 /// The pause that failed checks call for, or the error if only a change of the configuration helps.
 fn pause_or_fail(errors: &[PreflightError], api_key: &str) -> Result<PauseCause, RunError> {
     let lines: Vec<_> = errors.iter().map(|error| error.with_remedy(api_key)).collect();
-    tracing::error!(obstacle = lines.join("; "), "Close preflight check failed");
+    tracing::error!(event = "preflight_failed", obstacle = lines.join("; "), "Close preflight check failed");
     match errors.first().and_then(PreflightError::pause_cause) {
         None => Ok(PauseCause::Unreachable),
         Some(cause @ (PauseCause::Unreachable | PauseCause::Failing | PauseCause::PlanLimit)) => Ok(cause),

@@ -90,11 +90,12 @@ pub async fn run(config: Config, control: impl Into<Control>) -> Result<SessionS
             () = &mut stop_requested => notifier.stopping(),
             () = notifier.tick() => notifier.alive(&registry.readiness()),
             Some(()) = reload.next() => {
-                tracing::info!("reloading the configuration");
+                tracing::info!(event = "reload_started", "reloading the configuration");
                 notifier.reloading();
                 match load() {
                     Ok(config) => supervisor.apply(config.destinations)?,
                     Err(problems) => tracing::error!(
+                        event = "reload_rejected",
                         problem = %problems,
                         "configuration reload rejected; keeping the current configuration"
                     ),
@@ -152,6 +153,7 @@ impl Supervisor {
             self.running.values().filter(|running| is_gone(&running.name) && !running.is_stopping())
         {
             tracing::info!(
+                event = "destination_removed",
                 destination = running.name,
                 "destination removed from the configuration, stopping it"
             );
@@ -181,6 +183,7 @@ impl Supervisor {
         let Some(first) = self.running.values().find(excludes) else { return self.start(destination) };
         let (name, before) = (&destination.name, &first.name);
         tracing::info!(
+            event = "destination_deferred",
             destination = name,
             before,
             "start deferred until the conflicting destination has stopped"
@@ -221,7 +224,7 @@ impl Supervisor {
         match result {
             Err(error) if !stop.is_cancelled() => {
                 if !self.tasks.is_empty() {
-                    tracing::error!(destination = name, problem = %error, "destination failed; the other destinations keep running");
+                    tracing::error!(event = "destination_failed", destination = name, problem = %error, "destination failed; the other destinations keep running");
                 }
                 handle.status.set(State::Failed, Some(error.to_string()));
                 self.failed.insert(name.clone(), error);

@@ -29,10 +29,15 @@ impl Pause<'_> {
         stop: &CancellationToken,
     ) -> Option<(PauseCause, T)> {
         if self.again {
-            tracing::debug!(cause = cause.label(), "half-open circuit breaker opened again, pausing");
+            tracing::debug!(
+                event = "pause_extended",
+                cause = cause.label(),
+                "half-open circuit breaker opened again, pausing"
+            );
         } else {
             self.metrics.pause_began(cause);
             tracing::error!(
+                event = "pause_began",
                 cause = cause.label(),
                 last_failure = self.last_failure,
                 remedy = cause.remedy(),

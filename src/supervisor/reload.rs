@@ -76,17 +76,21 @@ impl Reloads {
             // Compared only now, because the reload before may have been accepted or rejected.
             if settings == *self.in_force.borrow() {
                 self.checking = None;
-                tracing::info!("configuration reloaded: no changes; {NOT_YET}");
+                tracing::info!(event = "reload_unchanged", "configuration reloaded: no changes; {NOT_YET}");
                 continue;
             }
             let checked = self.check(settings).await;
             self.checking = None;
             match checked {
                 Ok(accepted) => {
-                    tracing::info!("configuration reloaded: new settings in force; {NOT_YET}");
+                    tracing::info!(
+                        event = "reload_applied",
+                        "configuration reloaded: new settings in force; {NOT_YET}"
+                    );
                     return accepted;
                 }
                 Err(error) => tracing::error!(
+                    event = "reload_rejected",
                     problem = format!("{error:#}"),
                     "configuration reload rejected; keeping the current configuration"
                 ),

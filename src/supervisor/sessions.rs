@@ -164,9 +164,9 @@ impl SessionLoop {
     /// Logs one warning per incident, not per attempt.
     pub(super) fn log_loss(&mut self, error: &BrokerError) {
         if self.lost {
-            tracing::debug!(%error, "still no connection to RabbitMQ");
+            tracing::debug!(event = "broker_unavailable", %error, "still no connection to RabbitMQ");
         } else {
-            tracing::warn!(%error, "no connection to RabbitMQ, reconnecting");
+            tracing::warn!(event = "broker_lost", %error, "no connection to RabbitMQ, reconnecting");
         }
         self.lost = true;
     }

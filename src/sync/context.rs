@@ -120,7 +120,7 @@ impl Context {
             log_mapping_problems(&mapping);
         }
         if mapping != **current {
-            tracing::info!("fields in Close have changed, mapping updated");
+            tracing::info!(event = "mapping_updated", "fields in Close have changed, mapping updated");
             *current = Arc::new(mapping);
         }
         Ok(())
@@ -161,7 +161,12 @@ impl Context {
 /// Logs rules without a field in Close, and constants that their fields do not accept.
 pub fn log_mapping_problems(mapping: &Mapping) {
     for unresolved in &mapping.unresolved {
-        tracing::error!(setting = unresolved.setting, "{}", unresolved.description());
+        tracing::error!(
+            event = "field_unresolved",
+            setting = unresolved.setting,
+            "{}",
+            unresolved.description()
+        );
     }
     for invalid in mapping.invalid_constants() {
         tracing::error!(

@@ -143,7 +143,7 @@ impl Traces {
         // The shutdown blocks.
         let flush = tokio::task::spawn_blocking(move || self.0.shutdown_with_timeout(within));
         if let Ok(Err(error)) = flush.await {
-            tracing::info!(%error, "could not export the last traces");
+            tracing::info!(event = "traces_lost", %error, "could not export the last traces");
         }
     }
 }
@@ -170,11 +170,12 @@ impl SpanExporter for BackgroundExporter {
         match &result {
             Ok(()) => match self.lost.swap(0, Ordering::Relaxed) {
                 0 => {}
-                lost => tracing::info!(lost, "trace export recovered"),
+                lost => tracing::info!(event = "trace_export_recovered", lost, "trace export recovered"),
             },
             Err(error) => {
                 if self.lost.fetch_add(spans, Ordering::Relaxed) == 0 {
                     tracing::warn!(
+                        event = "trace_export_failing",
                         endpoint = %self.endpoint,
                         %error,
                         "cannot export traces, dropping them until the collector recovers; messages are not affected"

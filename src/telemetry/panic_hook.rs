@@ -12,7 +12,7 @@ thread_local! {
 pub fn install_hook() {
     panic::set_hook(Box::new(|info| {
         let location = info.location().map_or_else(|| "an unknown location".to_owned(), ToString::to_string);
-        tracing::error!(at = location, "task panicked (bug in close-sync)");
+        tracing::error!(event = "task_panicked", at = location, "task panicked (bug in close-sync)");
         LAST.set(Some(location));
     }));
 }

@@ -136,12 +136,17 @@ fn sanitize(kind: u8, payload: &mut [u8]) {
     let Sanitized { texts, quarantined } = sanitized;
     if texts > 0 {
         tracing::warn!(
+            event = "properties_replaced",
             texts,
             "message has properties or header names that are not UTF-8, replaced their non-ASCII bytes with `?`"
         );
     }
     if quarantined > 0 {
-        tracing::warn!(bytes = quarantined, "message has unreadable headers, processing it without them");
+        tracing::warn!(
+            event = "headers_quarantined",
+            bytes = quarantined,
+            "message has unreadable headers, processing it without them"
+        );
     }
 }
 

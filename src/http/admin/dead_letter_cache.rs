@@ -327,6 +327,7 @@ impl DeadLetterCache {
             let _sender = sender.clone();
             match replay(&amqp, request, sender, &job.stop).await {
                 Ok((progress, _)) => tracing::info!(
+                    event = "replay_ended",
                     destination,
                     about = job.description,
                     replayed = progress.sent,
@@ -334,7 +335,7 @@ impl DeadLetterCache {
                     "replay started on the operator's page ended"
                 ),
                 Err(error) => {
-                    tracing::error!(destination, about = job.description, %error, "replay started on the operator's page failed");
+                    tracing::error!(event = "replay_failed", destination, about = job.description, %error, "replay started on the operator's page failed");
                     let _ = job.failure.set(error.to_string());
                 }
             }

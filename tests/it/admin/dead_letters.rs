@@ -177,7 +177,7 @@ async fn a_replay_ends_when_the_worker_stops() {
     browser.submit(ask, "/page/-/dead/replay", &[("group", "rejected:write:name")]).await;
     worker.until("replaying", async |_| !bench.simulator.leads().is_empty()).await;
     worker.terminate().await;
-    assert_eq!(worker.logged("replay started on the operator's page ended"), 1, "{}", worker.log());
+    assert_eq!(worker.events("replay_ended"), 1, "{}", worker.log());
     let (left, waiting) = (bench.depth(".dead").await, bench.depth("").await);
     assert!(left > 0, "{left}");
     let done = bench.simulator.leads().len();

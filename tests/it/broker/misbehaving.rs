@@ -105,7 +105,7 @@ async fn a_message_is_held_while_its_dead_letter_cannot_be_routed() {
     bench.depth_becomes("", 0).await;
     let metrics = worker.metrics().await;
     assert_eq!((metrics.count("successors_held"), metrics.sum("broker_connection_losses_total")), (0, 0));
-    assert_eq!(worker.logged("holding the message until RabbitMQ accepts its successor"), 1);
+    assert_eq!(worker.events("successor_held"), 1);
     assert_eq!(worker.logged("no queue is bound to exchange"), 1);
     worker.terminate().await;
 }
@@ -170,7 +170,7 @@ async fn the_worker_waits_for_revoked_credentials() {
     bench.publish(&people(2)).await;
     node.ctl(&["change_password", "worker", "first"]).await;
     worker.settled(3).await;
-    assert_eq!(worker.logged("no connection to RabbitMQ, reconnecting"), 1, "one line per incident");
+    assert_eq!(worker.events("broker_lost"), 1, "one line per incident");
     assert_eq!(worker.logged("first") + worker.logged("second"), 0, "{}", worker.log());
 
     node.ctl(&["set_permissions", "worker", ".*", "^$", ".*"]).await;
@@ -314,7 +314,7 @@ async fn a_message_above_the_brokers_size_limit_does_not_block_others() {
     worker.until("synced", async |_| bench.simulator.contacts().len() == 3).await;
     bench.depth_becomes("", 0).await;
     bench.assert_each_once(3);
-    assert_eq!(worker.logged("too large to be published again"), 1, "{}", worker.log());
+    assert_eq!(worker.events("message_too_large"), 1, "{}", worker.log());
     // RabbitMQ closed the publishing channel. The next publish notices it.
     assert_eq!(worker.metrics().await.sum("broker_connection_losses_total"), 0);
     bench.publish_bytes(b"nonsense", BasicProperties::default()).await;
@@ -379,8 +379,8 @@ async fn a_message_that_lapin_cannot_parse_does_not_block_others() {
     dead_letters.sort();
     let expected = [("m-0", "users"), ("m-1", "users"), ("m-2", "users"), ("m-?", "us?rs")];
     assert_eq!(dead_letters, expected.map(|(id, key)| (id.to_owned(), key.to_owned())));
-    let logged = |text: &str| worker.logged(text);
-    assert_eq!((logged("unreadable headers"), logged("not UTF-8")), (2, 6), "{}", worker.log());
+    let events = (worker.events("headers_quarantined"), worker.events("properties_replaced"));
+    assert_eq!(events, (2, 6), "{}", worker.log());
     assert_eq!(worker.metrics().await.sum("broker_connection_losses_total"), 0);
 
     // `dlq` commands can read it among the dead letters, too.

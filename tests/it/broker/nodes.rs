@@ -35,10 +35,8 @@ async fn each_outage_is_logged() {
     let worker = bench.worker().await;
     for outage in 1..=3 {
         proxy.cut();
-        worker
-            .until("lost", async |worker| worker.logged("no connection to RabbitMQ, reconnecting") == outage)
-            .await;
-        worker.until("back", async |worker| worker.logged("waiting for messages") > outage).await;
+        worker.until("lost", async |worker| worker.events("broker_lost") == outage).await;
+        worker.until("back", async |worker| worker.events("broker_connected") > outage).await;
     }
     worker.terminate().await;
 }
@@ -56,17 +54,17 @@ async fn an_unavailable_node_is_skipped_and_the_last_working_node_is_tried_first
 
     // A slow machine may lose a connection more often.
     let back = async |times| {
-        worker.until("back", async |worker| worker.logged("waiting for messages") > times).await;
+        worker.until("back", async |worker| worker.events("broker_connected") > times).await;
     };
     // The connection is lost, but the node is available: no other node is tried.
-    let before = worker.logged("waiting for messages");
+    let before = worker.events("broker_connected");
     one.cut();
     worker.until("disconnected", async |worker| losses(worker).await >= 1).await;
     back(before).await;
     assert_eq!(attempts.load(Ordering::Relaxed), 1);
 
     // The node stays unavailable: the third one is used.
-    let before = worker.logged("waiting for messages");
+    let before = worker.events("broker_connected");
     drop(one);
     back(before).await;
     bench.publish(&[identify("u2", json!({}))]).await;

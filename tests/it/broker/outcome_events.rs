@@ -116,8 +116,8 @@ async fn a_missing_outcome_exchange_does_not_delay_messages() {
     worker.until("lost", async |worker| worker.metrics().await.count(LOST) == 40).await;
     assert_eq!(bench.depth(".dead").await, 20, "each once");
     bench.assert_each_once(20);
-    assert_eq!(worker.logged("cannot publish outcome events"), 1, "{}", worker.log());
-    assert_eq!(worker.logged("waiting for messages"), 1, "{}", worker.log());
+    assert_eq!(worker.events("outcome_events_failing"), 1, "{}", worker.log());
+    assert_eq!(worker.events("broker_connected"), 1, "{}", worker.log());
 
     let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
     channel
@@ -129,7 +129,7 @@ async fn a_missing_outcome_exchange_does_not_delay_messages() {
     worker
         .until("published again", async |worker| {
             bench.publish(&[json!({"type": "track"})]).await;
-            worker.logged("publishing outcome events again") == 1
+            worker.events("outcome_events_recovered") == 1
         })
         .await;
     assert_eq!(next(&mut all).await.0, "skipped.trigger");

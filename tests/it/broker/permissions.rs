@@ -160,7 +160,7 @@ async fn a_worker_without_permission_to_declare_logs_the_remedy() {
     );
 
     let worker = bench.starting_worker();
-    worker.until("trying again", async |worker| worker.logged("still no connection") >= 2).await;
+    worker.until("trying again", async |worker| worker.events("broker_unavailable") >= 2).await;
     let log = worker.log();
     let warnings: Vec<_> = log.lines().filter(|line| line.contains(r#""level":"WARN""#)).collect();
     let [incident] = warnings.as_slice() else { panic!("expected one warning: {warnings:#?}") };

@@ -157,7 +157,7 @@ async fn a_message_to_dead_letter_is_held_during_an_alarm() {
     worker.until("blocked", async |worker| worker.metrics().await.count("broker_alarm") == 1).await;
     worker.until("held", async |worker| worker.metrics().await.count("successors_held") == 1).await;
     let metrics = worker.metrics().await;
-    assert_eq!((metrics.outcome("dead"), worker.logged("dead-lettered")), (1, 1), "held");
+    assert_eq!((metrics.outcome("dead"), worker.events("dead_lettered")), (1, 1), "held");
     let (status, readiness) = worker.ready().await;
     assert_eq!(
         (status, &readiness["state"], &readiness["alarm"]),
@@ -166,7 +166,7 @@ async fn a_message_to_dead_letter_is_held_during_an_alarm() {
     node.alarm(false).await;
     let metrics = worker.settled(2).await;
     assert_eq!((metrics.count("broker_alarm"), metrics.count("successors_held")), (0, 0));
-    assert_eq!(worker.logged("dead-lettered"), 2);
+    assert_eq!(worker.events("dead_lettered"), 2);
     bench.depth_becomes(".dead", 2).await;
     assert_eq!(worker.metrics().await.count(r#"broker_connection_losses_total{cause="lost"}"#), 0);
     worker.terminate().await;
@@ -183,7 +183,7 @@ async fn sessions_that_end_during_an_alarm_leave_no_connections_behind() {
     let worker = bench.starting_worker();
     for sessions in 1.. {
         // It has published a dead letter, and RabbitMQ does not confirm it.
-        worker.until("blocked", async |worker| worker.logged("raised an alarm") >= sessions).await;
+        worker.until("blocked", async |worker| worker.events("alarm_raised") >= sessions).await;
         worker.until("down to two connections", async |worker| worker.threads("lapin-io-loop") == 2).await;
         if sessions == 3 {
             break;
@@ -228,9 +228,9 @@ async fn a_broker_restart_loses_and_duplicates_nothing() {
     let metrics = worker.metrics().await;
     assert_eq!(metrics.count(r#"broker_connection_losses_total{cause="lost"}"#), 1);
     assert_eq!(metrics.count(r#"broker_trouble{cause="unreachable"}"#), 0);
-    assert_eq!(worker.logged("no connection to RabbitMQ, reconnecting"), 1, "one line per incident");
+    assert_eq!(worker.events("broker_lost"), 1, "one line per incident");
     let version = node.ctl(&["version"]).await;
-    assert_eq!(worker.logged(&format!("RabbitMQ {version}: quorum queues")), 1, "logged once per version");
+    assert_eq!(worker.events("broker_version"), 1, "logged once per version");
     assert_eq!(worker.metrics().await.count(&format!("broker_info{{version=\"{version}\"}}")), 1);
     worker.terminate().await;
 }

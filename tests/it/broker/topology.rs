@@ -8,7 +8,7 @@ use crate::support::{Bench, Worker, identify};
 
 /// Log lines about a lost broker, one per incident.
 fn incidents(worker: &Worker) -> usize {
-    worker.logged("no connection to RabbitMQ, reconnecting")
+    worker.events("broker_lost")
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -21,7 +21,7 @@ async fn a_worker_that_only_checks_the_topology_waits_until_it_is_complete() {
     assert!(words.contains("`close-sync check` reports what"), "{words}");
 
     let waiting = check_only.starting_worker();
-    waiting.until("reconnecting", async |worker| worker.logged("still no connection") >= 2).await;
+    waiting.until("reconnecting", async |worker| worker.events("broker_unavailable") >= 2).await;
     let log = waiting.log();
     assert!(
         log.contains(&format!("missing in RabbitMQ: exchange `{}` (durable, topic)", bench.exchange)),
@@ -65,10 +65,7 @@ async fn a_worker_that_only_checks_the_topology_waits_until_it_is_complete() {
     bench.worker().await.terminate().await;
     waiting.until("ready", async |worker| worker.ready().await.0 == 200).await;
     assert_eq!(waiting.metrics().await.count(r#"broker_trouble{cause="missing"}"#), 0);
-    assert_eq!(
-        (waiting.logged("exchange or queue missing, going on without it"), incidents(&waiting)),
-        (1, 1)
-    );
+    assert_eq!((waiting.events("topology_incomplete"), incidents(&waiting)), (1, 1));
 
     channel.queue_delete(level.into(), QueueDeleteOptions::default()).await.unwrap();
     waiting.terminate().await;

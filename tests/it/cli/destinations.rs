@@ -122,9 +122,9 @@ async fn a_reload_restarts_only_changed_destinations() {
     worker.settled(4).await;
     let searches = || [&two.emea, &two.apac].map(|close| close.request_count("POST", "/data/"));
     // How many log lines of a destination contain a text.
-    let logged = |text: &str, name: &str| {
-        let of = format!("\"destination\":\"{name}\"");
-        worker.log().lines().filter(|line| line.contains(text) && line.contains(&of)).count()
+    let logged = |event: &str, name: &str| {
+        let (event, of) = (format!("\"event\":\"{event}\""), format!("\"destination\":\"{name}\""));
+        worker.log().lines().filter(|line| line.contains(&event) && line.contains(&of)).count()
     };
 
     let (emea_hash, apac_hash) = (config_hash(&worker, "emea").await, config_hash(&worker, "apac").await);
@@ -154,11 +154,11 @@ async fn a_reload_restarts_only_changed_destinations() {
     two.write(&[table("emea", &two.emea, "api_wrong.key"), table("apac", &two.apac, KEY)]);
     for times in 1..3 {
         worker.signal("HUP");
-        worker.until("refused", async |_| logged("configuration reload rejected", "emea") == times).await;
+        worker.until("refused", async |_| logged("reload_rejected", "emea") == times).await;
     }
     two.write(&[emea, table("apac", &two.apac, KEY)]);
     worker.signal("HUP");
-    worker.until("read", async |_| logged("configuration reloaded: no changes", "emea") == 2).await;
+    worker.until("read", async |_| logged("reload_unchanged", "emea") == 2).await;
     two.bench.publish(&[person("u1", "emea")]).await;
     worker.settled(12).await;
     assert_eq!(searches()[0], emea_before, "still the same session");
@@ -181,7 +181,7 @@ async fn a_destination_added_again_while_it_stops_runs_once() {
     two.write(&both);
     for times in 2..5 {
         worker.signal("HUP");
-        worker.until("read", async |worker| worker.logged("reloading the configuration") == times).await;
+        worker.until("read", async |worker| worker.events("reload_started") == times).await;
     }
     worker.until("done", async |worker| worker.metrics().await.outcome_of("created", "emea") == 1).await;
     worker.until("ready", async |worker| worker.ready().await.0 == 200).await;
@@ -214,9 +214,9 @@ async fn a_renamed_destination_starts_after_the_old_one_has_stopped() {
         log.lines().position(|line| line.contains(text) && line.contains(&of)).unwrap()
     };
     let lines = [
-        line("start deferred until", "europe"),
+        line(r#""event":"destination_deferred""#, "europe"),
         line(r#""outcome":"created""#, "emea"),
-        line("Close accepts the API key", "europe"),
+        line(r#""event":"close_accepted""#, "europe"),
     ];
     assert!(lines.is_sorted(), "{lines:?} {log}");
     assert_eq!(worker.ready().await.0, 200);

@@ -1,6 +1,7 @@
 //! The tables in the README and its pages agree with the program.
 
 use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 
 use close_sync::config::DEFAULTS;
 use close_sync::domain::dropped::DropReason;
@@ -45,6 +46,27 @@ async fn the_table_of_metrics_is_complete() {
         first_cells(&documentation).filter(|name| name.starts_with("close_sync_")).collect();
     assert_eq!(documented, help.map(|(name, _)| name).collect());
     worker.terminate().await;
+}
+
+#[test]
+fn the_table_of_log_events_is_complete() {
+    let page = Page::of("deploy/operating.md").text;
+    let (_, section) = page.split_once("## Log events").unwrap();
+    let (section, _) = section.split_once("\n## ").unwrap();
+    let documented: BTreeSet<_> = first_cells(section).map(str::to_owned).collect();
+    let mut logged = BTreeSet::new();
+    for file in rust_files(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/src"))) {
+        let code = std::fs::read_to_string(file).unwrap();
+        let names = code.split("event = \"").skip(1).filter_map(|rest| rest.split_once('"'));
+        logged.extend(names.map(|(name, _)| name.to_owned()));
+    }
+    assert_eq!(documented, logged);
+}
+
+fn rust_files(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let files = entries.flat_map(|path| if path.is_dir() { rust_files(&path) } else { vec![path] });
+    files.filter(|path| path.extension().is_some_and(|extension| extension == "rs")).collect()
 }
 
 /// The labels of a metric on the page, without `le` of buckets.

@@ -83,6 +83,13 @@ impl Worker {
         log.iter().find(|line| line.contains(text)).unwrap_or_else(|| panic!("no {text} in the log")).clone()
     }
 
+    /// The number of log lines about an event: its name is in the field `event`.
+    pub(crate) fn events(&self, name: &str) -> usize {
+        let log = self.log.lock().unwrap();
+        let lines = log.iter().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        lines.filter(|line| line["event"] == name).count()
+    }
+
     /// The number of log lines that contain a text.
     pub(crate) fn logged(&self, text: &str) -> usize {
         self.log.lock().unwrap().iter().filter(|line| line.contains(text)).count()

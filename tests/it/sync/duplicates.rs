@@ -186,7 +186,8 @@ async fn a_worker_that_was_frozen_sends_nothing_when_it_wakes_up() {
     assert_eq!(bench.simulator.leads().len(), 2);
 
     leader.signal("CONT");
-    leader.until("aware of it", async |leader| leader.logged("the process stood still") == 1).await;
+    let stalls = "broker_connection_losses_total{cause=\"stood_still\"}";
+    leader.until("aware of it", async |leader| leader.metrics().await.count(stalls) == 1).await;
     leader.until("standing by", async |leader| leader.ready().await.1["state"] == "standing_by").await;
     assert_eq!(bench.simulator.leads().len(), 2, "{}", leader.log());
     // The worker works again.

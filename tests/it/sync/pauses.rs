@@ -111,7 +111,7 @@ async fn a_pause_because_most_messages_fail_uses_no_attempts() {
     bench.simulator.fault(Fault::new(status(500)).on("POST", "/lead/"));
     bench.publish(&(0..200).map(|n| identify(&format!("u{n}"), json!({}))).collect::<Vec<_>>()).await;
     paused(&worker, "failing").await;
-    worker.until("tried again", async |worker| worker.logged("opened again") >= 2).await;
+    worker.until("tried again", async |worker| worker.events("pause_extended") >= 2).await;
     assert_eq!(worker.ready().await.1["cause"], "failing", "also while the breaker is half-open");
     let metrics = worker.metrics().await;
     assert_eq!(
@@ -122,7 +122,7 @@ async fn a_pause_because_most_messages_fail_uses_no_attempts() {
     // Those that were in hand, and then three at a time. How often each is tried before enough others have
     // failed as well is a matter of time: such retries are counted by themselves, after what they are taken from.
     let tried = bench.simulator.request_count("POST", "/lead/");
-    let reopened = worker.logged("opened again");
+    let reopened = worker.events("pause_extended");
     let retried = worker.metrics().await.count("retries_total{stage=\"write\"}");
     assert!(tried < 200, "{tried} attempts to create: as many as there are messages");
     let first_tries = tried.saturating_sub(retried as usize);
@@ -159,7 +159,7 @@ async fn a_message_that_always_fails_does_not_pause() {
     let metrics = worker.settled(50 + 10).await;
     assert_eq!(metrics.outcomes(), [("created", 45), ("dead", 5), ("delayed", 10)].into());
     assert_eq!(metrics.count("dead_letters_total{reason=\"exhausted\"}"), 5);
-    assert_eq!(worker.logged("paused"), 0);
+    assert_eq!(worker.events("pause_began"), 0);
     worker.terminate().await;
 }
 
@@ -212,7 +212,7 @@ async fn one_failed_search_that_many_share_does_not_pause() {
     bench.publish(&(0..16).map(|n| identify(&format!("u{n}"), json!({}))).collect::<Vec<_>>()).await;
     let metrics = worker.settled(17).await;
     assert_eq!(metrics.outcomes(), [("created", 17)].into());
-    assert_eq!(worker.logged("paused"), 0);
+    assert_eq!(worker.events("pause_began"), 0);
     worker.terminate().await;
 }
 
@@ -248,8 +248,8 @@ async fn a_new_key_is_applied_on_sighup_and_an_invalid_configuration_is_not() {
     worker.settled(1).await;
 
     worker.signal("HUP");
-    worker.until("read", async |worker| worker.logged("configuration reloaded: no changes") == 1).await;
-    assert_eq!(worker.logged("waiting for messages"), 1, "an unchanged file changes nothing");
+    worker.until("read", async |worker| worker.events("reload_unchanged") == 1).await;
+    assert_eq!(worker.events("broker_connected"), 1, "an unchanged file changes nothing");
 
     let problems = [
         ("[close]\napi_key = \"api_hunter2.key\"\n", "Close does not accept the API key"),
@@ -263,9 +263,7 @@ async fn a_new_key_is_applied_on_sighup_and_an_invalid_configuration_is_not() {
     for (refused, (text, logged)) in (1..).zip(problems) {
         write(text);
         worker.signal("HUP");
-        worker
-            .until("refusing", async |worker| worker.logged("configuration reload rejected") == refused)
-            .await;
+        worker.until("refusing", async |worker| worker.events("reload_rejected") == refused).await;
         assert!(worker.log().contains(logged), "{logged}: {}", worker.log());
     }
     assert_eq!(worker.logged("hunter2"), 0);
@@ -305,15 +303,13 @@ async fn a_key_in_a_file_is_replaced_while_the_worker_runs() {
     // The file is missing for a moment, as during a replacement. The worker keeps the old key.
     std::fs::remove_file(&key).unwrap();
     worker.signal("HUP");
-    worker.until("refusing", async |worker| worker.logged("configuration reload rejected") == 1).await;
+    worker.until("refusing", async |worker| worker.events("reload_rejected") == 1).await;
     assert!(worker.log().contains("(CLOSE_API_KEY_FILE): No such file"), "{}", worker.log());
 
     write("key", "api_simulator.second");
     bench.simulator.set_api_key("api_simulator.second");
     worker.signal("HUP");
-    worker
-        .until("taken over", async |worker| worker.logged("configuration reloaded: new settings") == 1)
-        .await;
+    worker.until("taken over", async |worker| worker.events("reload_applied") == 1).await;
     bench.depth_becomes("", 0).await;
     worker.until("done", async |_| bench.simulator.leads().len() == 100).await;
     worker.terminate().await;

@@ -32,7 +32,7 @@ async fn a_field_created_while_the_worker_runs_is_written_after_the_next_refresh
     assert_eq!(dropped(&bench, &worker, 1).await, (0, 1), "the field does not exist yet");
 
     bench.simulator.add_field(region()).unwrap();
-    worker.until("following", async |worker| worker.logged("mapping updated") == 1).await;
+    worker.until("following", async |worker| worker.events("mapping_updated") == 1).await;
     assert_eq!(dropped(&bench, &worker, 2).await, (0, 1), "no further value is left out");
     assert_eq!(newest_region(&bench), "north");
 }
@@ -52,12 +52,12 @@ async fn a_field_deleted_while_the_worker_runs_is_left_out() {
             sent += 1;
             let (refused, _) = dropped(&bench, worker, sent).await;
             assert_eq!(refused as usize, sent - 1);
-            worker.logged("mapping updated") == 1
+            worker.events("mapping_updated") == 1
         })
         .await;
     let (refused, unknown) = dropped(&bench, &worker, sent + 1).await;
     assert_eq!((refused as usize, unknown), (sent - 1, 1), "no more attempts to write it");
-    assert_eq!(worker.logged("its values are left out"), 1, "logged once");
+    assert_eq!(worker.events("field_unresolved"), 1, "logged once");
 
     // The field is created again with the same name. It has another id, which the next refresh finds.
     bench.simulator.add_field(CustomField { id: "cf_leadregion2".into(), ..region() }).unwrap();

@@ -308,7 +308,7 @@ async fn a_collector_that_rejects_spans_is_logged_once_and_does_not_delay_messag
     let bench = bench.set("OTEL_BSP_SCHEDULE_DELAY", "50");
     collector.refuses.store(true, Ordering::Relaxed);
     let worker = bench.worker().await;
-    let cannot = |worker: &Worker| worker.logged("cannot export traces");
+    let cannot = |worker: &Worker| worker.events("trace_export_failing");
     for n in 1..=3 {
         let before = collector.posted().len();
         bench.publish(&people(n)[n - 1..]).await;
@@ -319,7 +319,7 @@ async fn a_collector_that_rejects_spans_is_logged_once_and_does_not_delay_messag
     assert_eq!(cannot(&worker), 1, "{}", worker.log());
     collector.refuses.store(false, Ordering::Relaxed);
     bench.publish(&people(4)[3..]).await;
-    worker.until("taken again", async |worker| worker.logged("trace export recovered") == 1).await;
+    worker.until("taken again", async |worker| worker.events("trace_export_recovered") == 1).await;
     collector.refuses.store(true, Ordering::Relaxed);
     bench.publish(&people(5)[4..]).await;
     worker.until("the second outage is logged", async |worker| cannot(worker) == 2).await;
@@ -336,7 +336,7 @@ async fn an_unreachable_or_silent_collector_does_not_delay_messages() {
         let bench = Bench::new().await.set("OTEL_EXPORTER_OTLP_ENDPOINT", &format!("http://{addr}"));
         let bench = bench.set("OTEL_BSP_SCHEDULE_DELAY", "50");
         let worker = bench.worker().await;
-        let logged = |worker: &Worker| worker.logged("cannot export traces") == 1;
+        let logged = |worker: &Worker| worker.events("trace_export_failing") == 1;
         if is_logged {
             worker.until("the outage is logged", async |worker| logged(worker)).await;
         }
@@ -348,7 +348,7 @@ async fn an_unreachable_or_silent_collector_does_not_delay_messages() {
             assert!(logged(&worker), "{}", worker.log());
         } else {
             // The worker stopped waiting for the silent collector before the export timed out.
-            assert_eq!(worker.logged("could not export the last traces"), 1, "{}", worker.log());
+            assert_eq!(worker.events("traces_lost"), 1, "{}", worker.log());
         }
     }
 }
