@@ -161,7 +161,7 @@ impl Requests {
         if answer.status != StatusCode::TOO_MANY_REQUESTS
             && self.shared.refused_in_a_row[&endpoint].swap(0, Ordering::Relaxed) >= MANY_REFUSALS
         {
-            tracing::info!(endpoint = endpoint.label(), "Close accepts calls again");
+            tracing::info!(endpoint = endpoint.label(), "Close no longer answers with 429");
         }
         match answer.status.as_u16() {
             200..=299 => Ok(Some(answer.body)),

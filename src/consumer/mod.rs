@@ -365,9 +365,9 @@ impl<'a> Consumer<'a> {
     /// Messages that do not need what is missing go on.
     fn missing(&self, missing: Option<&BrokerError>) {
         if let Some(error) = missing {
-            tracing::error!(event = "topology_incomplete", %error, "exchange or queue missing, going on without it");
+            tracing::error!(event = "topology_incomplete", %error, "exchange or queue missing, continuing without it");
         } else {
-            tracing::info!(event = "topology_complete", "no exchange or queue is missing any more");
+            tracing::info!(event = "topology_complete", "all exchanges and queues exist again");
         }
         self.context.metrics.set_broker_trouble(missing.map(BrokerError::trouble));
         self.context.status.set_missing(missing.map(ToString::to_string));

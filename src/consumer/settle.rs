@@ -153,7 +153,7 @@ async fn reject(context: &Context, message: &ReceivedMessage, outcome: &Outcome)
     tracing::warn!(
         event = "message_too_large",
         bytes = message.body.len(),
-        "too large to be published again: RabbitMQ dead-letters it without headers"
+        "message too large to publish again, RabbitMQ dead-letters it without headers"
     );
     match context.stop.run_until_cancelled(message.receipt.reject()).await {
         Some(Ok(true)) => {
@@ -177,12 +177,18 @@ fn log(context: &Context, WorkResult { outcome, decision, started }: &WorkResult
         Outcome::Delayed { level, cause: DelayCause::BehindEarlier } => {
             tracing::debug!(
                 delay = delay(*level),
-                "deferred behind an earlier message about the same person or company in a delay queue"
+                "message deferred, an earlier one about the same person or company is in a delay queue"
             );
         }
         Outcome::Delayed { level, cause } => {
             let charged = cause.uses_attempt();
-            tracing::warn!(delay = delay(*level), charged, %cause, took_ms, "failed, retrying from a delay queue");
+            tracing::warn!(
+                delay = delay(*level),
+                charged,
+                %cause,
+                took_ms,
+                "message failed, retrying from a delay queue"
+            );
         }
         Outcome::Dead(dead) => tracing::warn!(
             event = "dead_lettered",

@@ -32,7 +32,7 @@ impl Pause<'_> {
             tracing::debug!(
                 event = "pause_extended",
                 cause = cause.label(),
-                "half-open circuit breaker opened again, pausing"
+                "circuit breaker opened again while half-open, pausing"
             );
         } else {
             self.metrics.pause_began(cause);

@@ -85,7 +85,7 @@ impl Reloads {
                 Ok(accepted) => {
                     tracing::info!(
                         event = "reload_applied",
-                        "configuration reloaded: new settings in force; {NOT_YET}"
+                        "configuration reloaded: new settings applied; {NOT_YET}"
                     );
                     return accepted;
                 }

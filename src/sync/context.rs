@@ -171,7 +171,7 @@ pub fn log_mapping_problems(mapping: &Mapping) {
     for invalid in mapping.invalid_constants() {
         tracing::error!(
             setting = invalid.setting,
-            "{} is ignored: {} (`close-sync check` lists what fits)",
+            "ignoring the constant {}: {} (`close-sync check` lists the accepted values)",
             invalid.value,
             invalid.reason.description()
         );

@@ -177,7 +177,7 @@ impl Worker {
         };
         let completed = result
             .inspect_err(
-                |failure| tracing::debug!(error = %failure.error, "merged write failed, running messages one by one"),
+                |failure| tracing::debug!(error = %failure.error, "merged write failed, processing messages one by one"),
             )
             .ok()?;
         self.0.record_success();
