@@ -18,7 +18,7 @@ use crate::dead_letters::letter::DeadLetter;
 ///
 /// Some tools round numbers, such as jq 1.6 above 2^53. A rounded id belongs to another person.
 ///
-/// During a replay, the import is refused with exit code 69.
+/// During a replay, the command imports nothing and exits with 69.
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
     /// Read dead letters from this file, written by `export`, or from standard input with `-`.
@@ -32,7 +32,7 @@ pub(super) async fn import(args: &Args, destination: &Destination) -> Result<(),
     let imported = import::import(&destination.amqp, &letters, &mut observer(&bar)).await;
     bar.finish_and_clear();
     let Imported { added, replaced, present } = imported?;
-    anstream::println!("imported {added}, replaced {replaced}, {present} were there already");
+    anstream::println!("imported {added}, replaced {replaced}, {present} already present");
     Ok(())
 }
 

@@ -44,7 +44,7 @@ async fn a_killed_edit_is_completed_by_a_replay_another_edit_or_a_discard() {
                 // A list changes nothing. An import of the old file replaces the copy.
                 assert_eq!(bench.dead_ids().await, ["dead-0", "dead-1", "dead-2", "dead-3", "dead-1"]);
                 let (_, words) = bench.run_combined(&["dlq", "import", "-"], &before).await;
-                assert_eq!(words, "imported 0, replaced 0, 4 were there already\n");
+                assert_eq!(words, "imported 0, replaced 0, 4 already present\n");
                 assert_eq!(bench.output(&["dlq", "export"]).await, before);
             }
             _ => {}
@@ -139,7 +139,7 @@ async fn a_killed_import_can_be_repeated() {
         }
     }
     let rest = 3000 - there;
-    let expected = format!("imported {rest}, replaced 0, {there} were there already\n");
+    let expected = format!("imported {rest}, replaced 0, {there} already present\n");
     assert_eq!(bench.output(&import).await, expected);
     let mut restored = bench.dead_ids().await;
     restored.sort_by_key(|id| id["dead-".len()..].parse::<usize>().unwrap());
@@ -158,10 +158,7 @@ async fn two_imports_take_turns() {
     both.sort();
     assert_eq!(
         both,
-        [
-            "imported 0, replaced 0, 500 were there already\n",
-            "imported 499, replaced 0, 1 were there already\n"
-        ]
+        ["imported 0, replaced 0, 500 already present\n", "imported 499, replaced 0, 1 already present\n"]
     );
     assert_eq!(bench.depth(".dead").await, 500);
 }
@@ -262,7 +259,7 @@ async fn the_largest_body_can_be_edited_and_no_larger() {
     let mut letter: Value = serde_json::from_str(&exported).unwrap();
     letter["body"] = identify("u1", json!({"name": "Ada"})).to_string().into();
     let text = bench.run_text(&["dlq", "import", "-"], &letter.to_string()).await.1;
-    assert_eq!(text, "imported 0, replaced 1, 0 were there already\n");
+    assert_eq!(text, "imported 0, replaced 1, 0 already present\n");
 }
 
 /// All originals are kept. If one of them cannot be edited, none is.

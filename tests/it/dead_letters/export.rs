@@ -139,13 +139,13 @@ async fn an_import_restores_exported_dead_letters_exactly() {
     let before = take_all(&bench).await;
     assert_eq!(before.len(), 3);
     for (expected, file) in [
-        ("imported 3, replaced 0, 0 were there already\n", exported.clone()),
-        ("imported 0, replaced 0, 3 were there already\n", exported.clone()),
+        ("imported 3, replaced 0, 0 already present\n", exported.clone()),
+        ("imported 0, replaced 0, 3 already present\n", exported.clone()),
         (
-            "imported 0, replaced 1, 2 were there already\n",
+            "imported 0, replaced 1, 2 already present\n",
             exported.replace("{\\\"traits\\\":{}", "{\\\"traits\\\":{\\\"a\\\":1}"),
         ),
-        ("imported 0, replaced 1, 2 were there already\n", exported.clone()),
+        ("imported 0, replaced 1, 2 already present\n", exported.clone()),
     ] {
         let (code, text, words) = bench.run_text(&["dlq", "import", "-"], &file).await;
         assert_eq!((code, text.as_str()), (Some(0), expected), "{words}");
@@ -192,16 +192,16 @@ async fn dead_letters_with_the_same_id_are_kept_apart() {
         bodies.sort();
         bodies.join(" ")
     };
-    assert_eq!(import(&["c0"]).await, "imported 1, replaced 0, 0 were there already\n");
+    assert_eq!(import(&["c0"]).await, "imported 1, replaced 0, 0 already present\n");
     // The old and the new one in one file.
-    assert_eq!(import(&["c1", "c0"]).await, "imported 1, replaced 0, 1 were there already\n");
+    assert_eq!(import(&["c1", "c0"]).await, "imported 1, replaced 0, 1 already present\n");
     assert_eq!(bodies().await, "c0 c1");
-    assert_eq!(import(&["c0", "c1", "c1"]).await, "imported 0, replaced 0, 3 were there already\n");
+    assert_eq!(import(&["c0", "c1", "c1"]).await, "imported 0, replaced 0, 3 already present\n");
     assert_eq!(bodies().await, "c0 c1");
     // As after an interrupted import: both are in the queue, and the file contains the new one.
-    assert_eq!(import(&["c1"]).await, "imported 0, replaced 0, 1 were there already\n");
+    assert_eq!(import(&["c1"]).await, "imported 0, replaced 0, 1 already present\n");
     assert_eq!(bodies().await, "c1");
-    assert_eq!(import(&["c2"]).await, "imported 0, replaced 1, 0 were there already\n");
+    assert_eq!(import(&["c2"]).await, "imported 0, replaced 1, 0 already present\n");
     assert_eq!(bodies().await, "c2");
 }
 

@@ -52,7 +52,7 @@ impl Bench {
     /// Imports new dead letters.
     pub(crate) async fn import(&self, lines: &str) {
         let (code, stdout, stderr) = self.run_text(&["dlq", "import", "-"], lines).await;
-        let all = format!("imported {}, replaced 0, 0 were there already\n", lines.lines().count());
+        let all = format!("imported {}, replaced 0, 0 already present\n", lines.lines().count());
         assert_eq!((code, stdout), (Some(0), all), "{stderr}");
     }
 
