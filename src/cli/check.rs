@@ -12,7 +12,7 @@ use crate::text::{choices, count};
 
 /// Check the configuration, RabbitMQ, the API key, and the fields that the settings name in Close.
 ///
-/// Prints one finding per line. Changes nothing in RabbitMQ or Close. Exits with 78 if the configuration cannot work,
+/// Prints one finding per line. Changes nothing in RabbitMQ or Close. Exits with 78 if the configuration has an error,
 /// and with 69 if RabbitMQ or Close is unavailable.
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -46,7 +46,7 @@ enum Status {
     Ok,
     /// Works, but the operator should know.
     Note,
-    /// The configuration cannot work.
+    /// The configuration has an error.
     Wrong,
     /// RabbitMQ or Close is unavailable.
     Unavailable,

@@ -42,7 +42,7 @@ macro_rules! after_help {
                2   wrong usage or input\n  \
                69  something required is unavailable (RabbitMQ, Close, a free port), or a second signal stopped the \
                    program\n  \
-               78  the configuration cannot work"
+               78  configuration error"
         )
     };
 }
@@ -61,7 +61,7 @@ const AFTER_HELP: &str = after_help!("plan --strict, dlq replay, dlq export", ""
 #[command(name = "close-sync", version = VERSION, propagate_version = true, max_term_width = 100)]
 #[command(after_long_help = AFTER_HELP)]
 struct Cli {
-    /// Read settings from a TOML file. It needs only those that differ from the defaults.
+    /// Read settings from a TOML file. It needs only the settings that differ from the defaults.
     #[arg(long, short, global = true, value_name = "FILE", env = "CLOSE_SYNC_CONFIG")]
     config: Option<PathBuf>,
 
@@ -88,7 +88,7 @@ enum Command {
     Dlq(Box<dlq::Command>),
     #[cfg(feature = "simulator")]
     Simulate(simulate::Args),
-    /// Check that the worker at `http.addr` is alive, for health checks of containers.
+    /// Check that the worker at `http.addr` is alive, for container health checks.
     Healthcheck,
 }
 

@@ -169,7 +169,7 @@ fn stopped(error: &BrokerError, line: usize, published: u64, settings: &Settings
     ))
 }
 
-/// The error with a hint what to do.
+/// The error with a hint on what to do.
 fn explain(error: &BrokerError, settings: &Settings) -> String {
     let unroutable = matches!(error, BrokerError::Unroutable { .. });
     let hint = match settings.topology {

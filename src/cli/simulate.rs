@@ -9,8 +9,8 @@ use close_sync_simulator::{Lag, Limits, Settings, Simulator};
 /// Start a simulated Close, for first steps and tests.
 ///
 /// It keeps Leads and Contacts in memory, enforces Close's rate limits, and lets search lag behind writes as Close
-/// does. Faults are injected over HTTP. The output after the start shows how. SIGINT or SIGTERM stops it and discards
-/// the records.
+/// does. Its output at the start shows how to inject faults over HTTP. SIGINT or SIGTERM stops it and discards the
+/// records.
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// Listen on this address. Port 0 selects a free port.

@@ -17,8 +17,8 @@ const EXAMPLE: &str = include_str!("test.example.toml");
 /// Needs neither RabbitMQ nor a Close account. Each scenario gets a simulated Close of its own, and uses the same code
 /// as `run` with the configured mapping and switches. Prints a diff and exits with 1 if a result differs.
 ///
-/// `expect` is the decision and the writes. `records` is the content of Close afterwards. One of them is enough. If a
-/// scenario has neither, the command prints the actual result, ready to be copied.
+/// `expect` lists the expected decision and writes. `records` lists the records in Close afterwards. A scenario needs
+/// one of them. If it has neither, the command prints the actual result, ready to copy.
 #[derive(clap::Args)]
 #[command(after_long_help = format!("A scenario file in TOML:\n\n{EXAMPLE}"))]
 pub(super) struct Args {
@@ -77,8 +77,7 @@ pub(super) async fn test(args: Args, base: Layers) -> Result<(), Failure> {
     anstream::eprintln!("{passed} passed, {failed} failed");
     match (passed, failed) {
         (0, 0) => Err(Failure::Input(
-            "no scenarios to run: the files have none, or none whose title contains the text of `--only`"
-                .into(),
+            "no scenarios to run: the files contain none, or no title contains the text of `--only`".into(),
         )),
         (_, 0) => Ok(()),
         (_, _) => Err(Failure::Reported(CHECK_FAILED)),
@@ -100,7 +99,7 @@ impl<'a> ScenarioOutput<'a> {
             Err(error) => output.error = Some(error.to_string()),
             Ok(actual) if scenario.expect.is_none() && scenario.records.is_none() => {
                 output.error = Some(
-                    "the scenario expects nothing; copy the correct result into `expect` or `records`".into(),
+                    "`expect` and `records` are missing; copy the correct result into one of them".into(),
                 );
                 (output.expect, output.records) = (Some(actual.decision), Some(actual.records));
             }

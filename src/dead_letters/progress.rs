@@ -87,7 +87,7 @@ impl Progress {
                 "a message failed again before any other succeeded, so no more were sent"
             }
             Stage::Finished(End::SameFailure) => {
-                "stopped, because a message failed with the same error as one before"
+                "stopped, because a message failed with the same error as an earlier one"
             }
             Stage::Finished(End::TimedOut) if self.only_missed() => {
                 let missed = count(self.missed as u64, "message", "messages");

@@ -12,7 +12,7 @@ use crate::text::count;
 pub(in crate::cli) struct Args {
     #[command(flatten)]
     selection: SelectionArgs,
-    /// Confirm the deletion. It cannot be undone. Without this flag, the command only counts, and exits with 2.
+    /// Confirm the deletion, which cannot be undone. Without this flag, the command only counts and exits with 2.
     #[arg(long)]
     yes: bool,
 }

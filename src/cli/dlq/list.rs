@@ -18,7 +18,7 @@ use crate::dead_letters::scan::Disposition;
 pub(in crate::cli) struct Args {
     #[command(flatten)]
     filter: FilterArgs,
-    /// List each dead letter, oldest first. Default: only if there are at most 20.
+    /// List each dead letter, oldest first. This is the default for at most 20 dead letters.
     #[arg(long)]
     each: bool,
     /// Print a JSON object with counts, groups, and each dead letter without its body.

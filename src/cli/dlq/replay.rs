@@ -22,10 +22,11 @@ use crate::text::count;
 /// Send dead letters to the work queue again: one first, then the rest.
 ///
 /// Sends the oldest message and waits for its outcome. If it does not fail again, sends the others, a few at a time, so
-/// that live messages do not queue behind all of them. Stops when a message fails with a known fingerprint.
+/// that live messages do not queue behind all of them. Stops when a message fails with a fingerprint that a replayed
+/// message failed with before.
 ///
-/// A dead letter is deleted only after the work queue has it. Ctrl-C stops the replay, and the same command continues
-/// it. An interruption may send a message twice, which changes nothing in Close.
+/// A dead letter is deleted only after the work queue has it. Ctrl-C stops the replay. Run the same command again to
+/// continue. An interrupted replay may send a message twice, which changes nothing in Close.
 ///
 /// Exits with 1 if messages failed again or the replay was stopped. Exits with 69 if the outcome of some messages is
 /// unknown, because no worker answered or the connection was lost. Waits while another replay is under way.
@@ -34,13 +35,13 @@ use crate::text::count;
 pub(in crate::cli) struct Args {
     #[command(flatten)]
     selection: SelectionArgs,
-    /// Count the messages, and replay nothing.
+    /// Count the messages without replaying them.
     #[arg(long)]
     dry_run: bool,
-    /// Send at most this many at a time. Live messages queue behind them.
+    /// Send at most this many messages at a time. Live messages queue behind them.
     #[arg(long, value_name = "N", default_value_t = ReplayRequest::MAX_IN_FLIGHT, value_parser = clap::value_parser!(u16).range(1..))]
     at_once: u16,
-    /// Continue when messages fail with a known fingerprint. By default, the replay stops.
+    /// Continue when messages fail with the same fingerprint again. By default, the replay stops.
     #[arg(long)]
     keep_going: bool,
     /// Wait this long for an outcome, for example `30s` or `1h`.
@@ -162,7 +163,7 @@ fn counts(counts: &BTreeMap<String, usize>) -> String {
 fn print_stage(bar: &ProgressBar, progress: &Progress, is_idle: bool) {
     let line = match progress.stage {
         Stage::Canary if is_idle => {
-            "no worker consumes from the work queue; start one, or see why it is paused (`/readyz`)"
+            "no worker consumes from the work queue; start one, or see `/readyz` for why it is paused"
                 .to_owned()
         }
         Stage::Waiting => WAITING.to_owned(),
@@ -225,7 +226,7 @@ fn conclude(progress: &Progress, end: &End) -> Result<(), Failure> {
     if let Some(failure) = &progress.last_failure {
         let several = progress.failures.len() > 1;
         if several {
-            anstream::eprintln!("failed again: {}; the last:", counts(&progress.failures));
+            anstream::eprintln!("failed again: {}; the latest:", counts(&progress.failures));
         }
         let lead = if several { "" } else { "failed again: " };
         anstream::eprintln!("{lead}{}, {}", printable(&failure.fingerprint), printable(&failure.error));

@@ -20,8 +20,8 @@ pub(super) struct FilterArgs {
     /// Select dead letters with this reason. Can be repeated.
     #[arg(long, value_name = "REASON", value_parser = reasons())]
     reason: Vec<String>,
-    /// Select dead letters with this fingerprint or prefix of one: `rejected:write:phones` or `rejected:write`.
-    /// `broker` selects what RabbitMQ dead-lettered itself. Can be repeated.
+    /// Select dead letters with this fingerprint (`rejected:write:phones`) or with one that starts with it
+    /// (`rejected:write`). `broker` selects messages that RabbitMQ dead-lettered itself. Can be repeated.
     #[arg(long, value_name = "FINGERPRINT")]
     fingerprint: Vec<String>,
     /// Select the dead letter with this id. Can be repeated.
@@ -39,11 +39,11 @@ pub(super) struct FilterArgs {
     /// Select events with this email.
     #[arg(long, value_name = "EMAIL")]
     email: Option<String>,
-    /// Select failures at this time or later: a time in UTC (2026-11-24T09:00), the start of a day (2026-11-24), or a
-    /// duration before now (2h, 3d).
+    /// Select messages that failed at this time or later: a time in UTC (2026-11-24T09:00), the start of a day
+    /// (2026-11-24), or a duration before now (2h, 3d).
     #[arg(long, value_name = "WHEN", value_parser = time)]
     since: Option<Timestamp>,
-    /// Select failures at this time or earlier, written as for --since.
+    /// Select messages that failed at this time or earlier, in the form of --since.
     #[arg(long, value_name = "WHEN", value_parser = time)]
     until: Option<Timestamp>,
     /// Select at most this many, oldest first.
@@ -84,7 +84,7 @@ fn time(text: &str) -> Result<Timestamp, String> {
         Timestamp::now().checked_sub(duration)
     };
     before_now().map_err(|_| {
-        "neither a time in UTC (2026-11-24T09:00, 2026-11-24) nor a duration before now (30m, 2h, 3d)"
+        "expected a time in UTC (2026-11-24T09:00, 2026-11-24) or a duration before now (30m, 2h, 3d)"
             .to_owned()
     })
 }

@@ -93,7 +93,7 @@ fn print(letter: &DeadLetter, plan: Option<Result<Explanation, String>>) {
     }
     anstream::println!("\n{}", truncated(pretty(&letter.body)));
     if let Some(original) = letter.original() {
-        anstream::println!("\nbefore it was edited:\n{}", truncated(pretty(&original)));
+        anstream::println!("\nbody before the edit:\n{}", truncated(pretty(&original)));
     }
     match plan {
         Some(Ok(explanation)) => {

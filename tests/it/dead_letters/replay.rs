@@ -223,7 +223,7 @@ async fn failures_are_counted_by_fingerprint() {
     bench.refuse("");
     let worker = bench.worker().await;
     let (_, words) = bench.run_combined(&["dlq", "replay", "--all", "--keep-going"], "").await;
-    let failures = "failed again: 1 malformed:decode:not_an_object, 3 rejected:write:name; the last:";
+    let failures = "failed again: 1 malformed:decode:not_an_object, 3 rejected:write:name; the latest:";
     assert!(words.contains(failures), "{words}");
     worker.terminate().await;
 }
