@@ -69,6 +69,9 @@ pub enum BrokerError {
     /// The broker's limit may be lower than when the message was published.
     #[error("the message is too large for RabbitMQ: {0}")]
     TooLarge(String),
+    /// This message can be published again.
+    #[error("RabbitMQ closed the channel, because another message was too large")]
+    OtherTooLarge,
     #[error("no queue is bound to exchange `{exchange}` with key `{key}`; the message was not published")]
     Unroutable { exchange: String, key: String },
     #[error("RabbitMQ did not confirm the message: {0}")]
@@ -84,7 +87,11 @@ impl BrokerError {
             Self::Conflict { .. } | Self::TooOld(_) => BrokerTrouble::Conflict,
             Self::Missing(_) | Self::Incomplete(_) | Self::Unroutable { .. } => BrokerTrouble::Missing,
             Self::Forbidden(_) | Self::MayNotDeclare(_) => BrokerTrouble::Forbidden,
-            Self::Lost(_) | Self::TooLarge(_) | Self::Unconfirmed(_) | Self::Busy(_) => BrokerTrouble::Lost,
+            Self::Lost(_)
+            | Self::TooLarge(_)
+            | Self::OtherTooLarge
+            | Self::Unconfirmed(_)
+            | Self::Busy(_) => BrokerTrouble::Lost,
             Self::StoodStill(_) => BrokerTrouble::StoodStill,
             Self::Cancelled => BrokerTrouble::Cancelled,
         }

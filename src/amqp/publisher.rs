@@ -1,13 +1,13 @@
 //! Confirmed publishing: persistent, mandatory, with a publisher confirm.
 //!
-//! [`Publisher::publish`] returns `Ok` only when the broker has stored the message in a queue. After any other result
+//! [`Publisher::publish_with_timeout`] returns `Ok` only when the broker has stored the message in a queue. After any other result
 //! the message may or may not be stored, so the caller keeps the original.
 //!
 //! **Too large.** The broker answers a body above its `max_message_size` with 406 and closes the channel, without
 //! saying which message it was. close-sync only publishes on this channel, so a 406 on it has no other common cause. All
 //! publishes that have no confirm yet fail with it. The largest of them exceeds the limit for certain, whichever it was
-//! that the broker refused: it gets [`BrokerError::TooLarge`], the others get [`BrokerError::Lost`] and can be
-//! published again.
+//! that the broker refused: it gets [`BrokerError::TooLarge`]. The others get [`BrokerError::OtherTooLarge`] and can be
+//! published again. AMQP also answers with 406 for a wrong `user_id` or `expiration`; successors have neither.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -60,8 +60,8 @@ impl Publisher {
         self.channel.status().connected()
     }
 
-    /// Publishes and waits for the confirm.
-    pub async fn publish(&self, message: Outgoing<'_>) -> Result<(), BrokerError> {
+    /// Publishes and waits for the confirm, up to [`PATIENCE`].
+    pub async fn publish_with_timeout(&self, message: Outgoing<'_>) -> Result<(), BrokerError> {
         let publish = async { self.send(message).await?.confirmed().await };
         // A time-out does not withdraw the message: it may still be sent once an alarm clears.
         tokio::time::timeout(PATIENCE, publish).await.unwrap_or(Err(UNANSWERED))
@@ -72,11 +72,13 @@ impl Publisher {
         let Outgoing { exchange, key, body, properties } = message;
         let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
         let properties = properties.with_delivery_mode(PERSISTENT);
-        self.in_flight.add(body.len());
-        let confirm =
-            self.channel.basic_publish(exchange.into(), key.into(), options, body, properties).await?;
+        let size = body.len();
+        self.in_flight.add(size);
+        let sent = self.channel.basic_publish(exchange.into(), key.into(), options, body, properties).await;
+        // A body that was not sent must not count as the largest one.
+        let confirm = sent.inspect_err(|_| self.in_flight.remove(size))?;
         let (exchange, key) = (exchange.to_owned(), key.to_owned());
-        Ok(Sent { confirm, exchange, key, size: body.len(), in_flight: self.in_flight.clone() })
+        Ok(Sent { confirm, exchange, key, size, in_flight: self.in_flight.clone() })
     }
 }
 
@@ -94,9 +96,13 @@ impl Sent {
     pub async fn confirmed(self) -> Result<(), BrokerError> {
         let confirmation = match self.confirm.await {
             Ok(confirmation) => confirmation,
-            Err(error) if refuses_size(&error) && self.in_flight.exceeded_by(self.size) => {
+            Err(error) if refuses_size(&error) => {
                 let bytes = self.size;
-                return Err(BrokerError::TooLarge(format!("{bytes} bytes are more than `max_message_size`")));
+                return Err(if self.in_flight.exceeded_by(bytes) {
+                    BrokerError::TooLarge(format!("{bytes} bytes are more than `max_message_size`"))
+                } else {
+                    BrokerError::OtherTooLarge
+                });
             }
             Err(error) => return Err(error.into()),
         };
@@ -167,6 +173,9 @@ mod tests {
             in_flight.add(size);
         }
         in_flight.remove(40);
+        // A larger one that could not be sent any more.
+        in_flight.add(60);
+        in_flight.remove(60);
         assert!(!in_flight.exceeded_by(20), "a smaller one may be allowed");
         // Publishes that come after the channel was closed change nothing.
         in_flight.add(50);

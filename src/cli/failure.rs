@@ -73,6 +73,7 @@ impl From<BrokerError> for Failure {
             | BrokerError::StoodStill(_)
             | BrokerError::Cancelled
             | BrokerError::TooLarge(_)
+            | BrokerError::OtherTooLarge
             | BrokerError::Busy(_)
             | BrokerError::Unroutable { .. }
             | BrokerError::Unconfirmed(_) => Self::Unavailable(error.to_string()),

@@ -214,7 +214,7 @@ impl LazyPublisher {
 
 impl Publish for LazyPublisher {
     fn publish<'a>(&'a self, message: Outgoing<'a>) -> BoxFuture<'a, Result<(), BrokerError>> {
-        let publish = async move { self.channel().await?.publish(message).await };
+        let publish = async move { self.channel().await?.publish_with_timeout(message).await };
         tokio::time::timeout(EVENT_PATIENCE, publish)
             .map(|published| published.unwrap_or(Err(UNANSWERED)))
             .boxed()

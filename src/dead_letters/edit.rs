@@ -83,7 +83,9 @@ pub async fn edit(
                 Timestamp::now(),
             );
             let exchange = settings.dead_letter_queue();
-            publisher.publish(Outgoing { exchange: &exchange, key: "", body: &body, properties }).await?;
+            publisher
+                .publish_with_timeout(Outgoing { exchange: &exchange, key: "", body: &body, properties })
+                .await?;
             held.delete().await?;
         }
         Ok(Edited::Done { matched, changed, replaying })

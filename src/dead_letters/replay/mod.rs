@@ -206,7 +206,9 @@ impl<'a> Shell<'a> {
             return Ok(Event::Connected);
         }
         let mut observer = self.observer();
-        let Some(session) = &mut self.session else { return Ok(Event::StopRequested) };
+        let Some(session) = &mut self.session else {
+            return Err(BrokerError::Lost("the replay is not connected".into()));
+        };
         let matches = |letter: &DeadLetter| {
             // What failed again during this replay is left for the next one.
             let is_own = letter.replay_id().is_some_and(|replay| state.is_own(replay));
@@ -327,7 +329,7 @@ impl Session<'_> {
         let properties = envelope::for_replay(&held.letter.properties, replay);
         let exchange = settings.retry_exchange();
         let message = Outgoing { exchange: &exchange, key: NOW, body: &held.letter.body, properties };
-        match self.publisher.publish(message).await {
+        match self.publisher.publish_with_timeout(message).await {
             Err(BrokerError::TooLarge(detail)) => {
                 return Err(BrokerError::TooLarge(format!("{detail} (dead letter `{}`)", held.letter.id)));
             }
