@@ -65,11 +65,10 @@ impl Monitor {
     async fn next_change(&mut self) -> Option<BrokerError> {
         loop {
             self.tick.tick().await;
-            let changed = self.declared.elapsed() > DECLARE_EVERY && self.declare().await;
-            self.measure().await;
-            if changed {
+            if self.declared.elapsed() > DECLARE_EVERY && self.declare().await {
                 return (!self.missing.is_empty()).then(|| BrokerError::Incomplete(self.missing.clone()));
             }
+            self.measure().await;
         }
     }
 
