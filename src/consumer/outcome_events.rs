@@ -173,7 +173,7 @@ async fn notify_producer(context: &Context, exchange: &str, event: &ProducerEven
         Err(BrokerError::Unroutable { .. }) => false,
         Err(error) => {
             if !context.outcome_events_fail.swap(true, Ordering::Relaxed) {
-                tracing::warn!(event = "outcome_events_failing", exchange, %error, "cannot publish outcome events; retrying");
+                tracing::warn!(event = "outcome_events_failing", exchange, %error, "cannot publish outcome events, losing them until publishing works again");
             }
             return None;
         }

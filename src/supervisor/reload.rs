@@ -107,8 +107,8 @@ impl Reloads {
         let checked = tokio::time::timeout(CHECK_TIME, candidate.check()).await;
         let checked =
             checked.context("Close did not answer in time, or its rate limits delayed the check")?;
-        let ready = checked.map_err(|obstacles| {
-            anyhow::anyhow!(obstacles.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
+        let ready = checked.map_err(|errors| {
+            anyhow::anyhow!(errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
         })?;
         Ok(candidate.accepted(ready.mapping))
     }

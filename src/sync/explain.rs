@@ -114,7 +114,7 @@ pub struct Field {
 pub enum Unplanned {
     /// The look-up failed, also after retries.
     Delayed(DelayCause),
-    /// The preflight check failed.
+    /// Close cannot be used.
     Paused(PauseCause),
 }
 
@@ -124,7 +124,7 @@ impl fmt::Display for Unplanned {
             Self::Delayed(cause) => write!(f, "could not be planned: {cause}"),
             Self::Paused(cause) => write!(
                 f,
-                "could not be planned, Close preflight check failed: {}\nhint: run `close-sync check` for details",
+                "could not be planned, because Close cannot be used: {}\nhint: run `close-sync check` for details",
                 cause.label()
             ),
         }
@@ -138,9 +138,9 @@ impl fmt::Display for Unplanned {
 pub async fn dry_run(
     worker: &Worker,
     event: &[u8],
-    arrival: ReceivedAt,
+    received_at: ReceivedAt,
 ) -> Result<(Vec<Key>, Explanation), Unplanned> {
-    let (keys, outcome, decision) = match worker.prepare(event, arrival) {
+    let (keys, outcome, decision) = match worker.prepare(event, received_at) {
         Prepared::Settled(outcome) => (Vec::new(), outcome, Decision::default()),
         Prepared::Job(job) => {
             let (outcome, decision) = worker.dry_run(&job).await;
