@@ -329,7 +329,7 @@ async fn filters_select_dead_letters() {
         bench.run_text(&["dlq", "edit", "m-b", "--patch", r#"{"traits": {"title": "Dr"}}"#], "").await;
     assert!(words.contains("dlq replay --id b`"), "{words}");
     let (code, _, words) = bench.run_text(&["dlq", "list", "--since", "yesterday"], "").await;
-    assert!(code == Some(2) && words.contains("neither a time"), "{words}");
+    assert!(code == Some(2) && words.contains("expected a time in UTC"), "{words}");
     let groups: Value =
         serde_json::from_str(&bench.output(&["dlq", "list", "--json", "--company-id", "c1"]).await).unwrap();
     assert_eq!(groups["groups"].as_array().unwrap().len(), 2);
