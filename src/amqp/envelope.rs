@@ -210,7 +210,7 @@ impl Envelope {
             return dead.error.clone();
         }
         let minutes = now.duration_since(self.first_seen).as_mins();
-        format!("{}; attempts: {}, in {minutes} minutes", dead.error, self.attempts + 1)
+        format!("{}; attempts: {}, in {minutes} minutes", dead.error, self.attempts.saturating_add(1))
     }
 
     fn successor(&self, headers: Vec<(&'static str, Header)>) -> BasicProperties {
@@ -226,7 +226,7 @@ impl Envelope {
 
 /// Properties for a replay: one replay more, and no attempts.
 pub fn for_replay(properties: &BasicProperties, replay: Uuid) -> BasicProperties {
-    let replays = number(properties, REPLAYS).unwrap_or(0) + 1;
+    let replays = number(properties, REPLAYS).unwrap_or(0).saturating_add(1);
     let headers = [(REPLAYS, replays.into()), (REPLAY, replay.to_string().into())];
     with_headers(properties, |name| !FAILURE_HEADERS.contains(&name), headers)
 }

@@ -67,10 +67,10 @@ pub enum BrokerError {
     )]
     Cancelled,
     /// The broker's limit may be lower than when the message was published.
-    #[error("the message is too large for RabbitMQ: {0}")]
+    #[error("RabbitMQ refused the message: {0}")]
     TooLarge(String),
     /// This message can be published again.
-    #[error("RabbitMQ closed the channel, because another message was too large")]
+    #[error("RabbitMQ refused another message and closed the channel")]
     OtherTooLarge,
     #[error("no queue is bound to exchange `{exchange}` with key `{key}`; the message was not published")]
     Unroutable { exchange: String, key: String },

@@ -99,7 +99,7 @@ impl Sent {
             Err(error) if refuses_size(&error) => {
                 let bytes = self.size;
                 return Err(if self.in_flight.exceeded_by(bytes) {
-                    BrokerError::TooLarge(format!("{bytes} bytes are more than `max_message_size`"))
+                    BrokerError::TooLarge(format!("{bytes} bytes, {error}"))
                 } else {
                     BrokerError::OtherTooLarge
                 });

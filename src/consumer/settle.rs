@@ -85,7 +85,7 @@ async fn delay(context: &Context, message: &ReceivedMessage, level: usize, cause
         return Successor::Failed(BrokerError::Missing(format!("there is no delay queue {level}")));
     };
     let id = message.envelope.delay_id.unwrap_or_else(|| context.environment.id());
-    let attempts = message.envelope.attempts + u32::from(cause.uses_attempt());
+    let attempts = message.envelope.attempts.saturating_add(cause.uses_attempt().into());
     let properties = message.envelope.for_delay(attempts, id);
     let exchange = context.settings.retry_exchange();
     let successor = Outgoing { exchange: &exchange, key: &delay.name, body: &message.body, properties };

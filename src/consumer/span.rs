@@ -39,7 +39,7 @@ pub(crate) fn log_span(message: &ReceivedMessage, context: &Context) -> Span {
         correlation_id = message.envelope.correlation_id(),
         trace_id = trace_id(&of(message), trace.as_ref()),
         parent_span_id = trace.as_ref().map(TraceParent::span_id),
-        attempt = attempts + 1,
+        attempt = attempts.saturating_add(1),
     )
 }
 

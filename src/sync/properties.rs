@@ -374,7 +374,7 @@ proptest! {
 
     #[test]
     fn events_in_any_order_set_the_same_values(
-        events in proptest::collection::vec(event(), 1..6).prop_shuffle(), arrival in any::<u64>(), stores in any::<bool>(),
+        events in proptest::collection::vec(event(), 1..6).prop_shuffle(), rotation in any::<u64>(), stores in any::<bool>(),
     ) {
         let mut rules = rules();
         if stores {
@@ -411,9 +411,9 @@ proptest! {
             (leads, contacts.collect::<Vec<_>>())
         };
         let in_order = final_values(&late);
-        let turn = usize::try_from(arrival).unwrap_or_default() % late.len();
-        late.rotate_left(turn);
-        if arrival % 2 == 0 {
+        let position = usize::try_from(rotation).unwrap_or_default() % late.len();
+        late.rotate_left(position);
+        if rotation % 2 == 0 {
             late.reverse();
         }
         prop_assert_eq!(final_values(&late), in_order);

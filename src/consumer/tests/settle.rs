@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use serde_json::json;
+use uuid::Uuid;
 
-use super::harness::{Confirm, Entry, Harness, calls, event, failing_searches, published};
+use super::harness::{Confirm, Entry, Harness, Published, calls, event, failing_searches, published};
 use crate::amqp::BrokerError;
 use crate::consumer::End;
 
@@ -113,4 +114,23 @@ async fn a_message_acked_on_a_lost_channel_is_handed_back_and_blocks_those_behin
     assert_eq!((creations, reads), (1, 0), "the second has not started");
     let stats = session.stop().await;
     assert_eq!((stats.settled, stats.handed_back), (0, 2));
+}
+
+/// The header is the producer's to forge.
+#[tokio::test(start_paused = true)]
+async fn the_largest_number_of_attempts_is_dead_lettered() {
+    let harness = Harness::new(|_| {});
+    harness.close_answers(failing_searches);
+    let session = harness.start();
+    let forged = Published {
+        exchange: String::new(),
+        key: String::new(),
+        message: "1".into(),
+        attempts: Some(u32::MAX.into()),
+        delay_id: Some(Uuid::from_u128(1)),
+    };
+    session.redeliver(&forged, &event("jane", "acme"));
+    let log = harness.log.wait_for_ack("1").await;
+    assert_eq!(published(&log)[0].exchange, "close-sync.dead");
+    assert_eq!(session.stop().await.settled, 1);
 }

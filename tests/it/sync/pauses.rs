@@ -309,7 +309,7 @@ async fn a_key_in_a_file_is_replaced_while_the_worker_runs() {
     write("key", "api_simulator.second");
     bench.simulator.set_api_key("api_simulator.second");
     worker.signal("HUP");
-    worker.until("taken over", async |worker| worker.events("reload_applied") == 1).await;
+    worker.until("reloaded", async |worker| worker.events("reload_applied") == 1).await;
     bench.depth_becomes("", 0).await;
     worker.until("done", async |_| bench.simulator.leads().len() == 100).await;
     worker.terminate().await;
