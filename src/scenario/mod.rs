@@ -9,6 +9,8 @@
 
 mod fixtures;
 pub mod render;
+#[cfg(test)]
+mod tests;
 
 use std::path::Path;
 

@@ -32,7 +32,7 @@ mod job;
 mod lookups;
 pub mod preflight;
 #[cfg(test)]
-mod properties;
+pub(crate) mod properties;
 pub mod record_locks;
 mod resolver;
 pub mod version_cache;
