@@ -1,6 +1,5 @@
 //! The calls that syncing a message makes.
 
-use crate::close::client::Client;
 use crate::close::error::CloseError;
 use crate::close::records::Records;
 use crate::domain::plan::Step;
@@ -22,49 +21,15 @@ pub trait Api: Records {
     fn write(&self, step: &Step) -> impl Future<Output = Result<CreatedIds, CloseError>> + Send;
 
     /// Lists the Leads and Contacts created since a time, from the event log. Unlike search, the event log shows
-    /// them at once.
+    /// them at once (close-api.md §11). Returns at most one page of each, so a record that is missing may still exist.
     fn created_since(
         &self,
         since: jiff::Timestamp,
     ) -> impl Future<Output = Result<(Vec<Lead>, Vec<Contact>), CloseError>> + Send;
 
-    /// The number of calls made for this message.
+    /// The number of calls made for this message, including those answered with 429.
     fn calls(&self) -> u32;
 
     /// Whether another message already counts the last failure. Resets the flag.
     fn take_duplicate_failure(&self) -> bool;
-}
-
-impl Api for Client {
-    async fn write(&self, step: &Step) -> Result<CreatedIds, CloseError> {
-        Ok(match step {
-            Step::CreateLead { lead, contact } => {
-                let (lead, contact) = self.create_lead(lead, contact.as_ref()).await?;
-                CreatedIds { lead: Some(lead), contact }
-            }
-            Step::CreateContact { lead, contact } => {
-                CreatedIds { lead: None, contact: Some(self.create_contact(lead, contact).await?) }
-            }
-            Step::UpdateLead { id, changes } => {
-                self.update_lead(id, changes).await?;
-                CreatedIds::default()
-            }
-            Step::UpdateContact { id, changes } => {
-                self.update_contact(id, changes).await?;
-                CreatedIds { lead: None, contact: Some(id.clone()) }
-            }
-        })
-    }
-
-    async fn created_since(&self, since: jiff::Timestamp) -> Result<(Vec<Lead>, Vec<Contact>), CloseError> {
-        Client::created_since(self, since).await
-    }
-
-    fn calls(&self) -> u32 {
-        Client::calls(self)
-    }
-
-    fn take_duplicate_failure(&self) -> bool {
-        Client::take_duplicate_failure(self)
-    }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::close::api::{Api, CreatedIds};
 use crate::close::endpoint::{Call, Endpoint};
 use crate::close::error::{CloseError, Fault};
 use crate::close::rate_limit::Priority;
@@ -18,7 +19,7 @@ use crate::close::settings::Settings;
 use crate::close::stall_guard::StallGuard;
 use crate::close::transport::{Http, Transport};
 use crate::close::wire::{self, LeadContacts};
-use crate::domain::plan::ContactValues;
+use crate::domain::plan::{ContactValues, Step};
 use crate::domain::record::{Contact, ContactId, FieldId, Fields, Lead, LeadId};
 use crate::domain::schema::{CustomField, User};
 
@@ -67,12 +68,6 @@ impl Client {
         Self { requests, search: self.search.clone(), duplicate_failure: Arc::default() }
     }
 
-    /// Whether the last failure was that of a shared search which another look-up already reports: one failed call must
-    /// not count several times. Resets the flag.
-    pub fn take_duplicate_failure(&self) -> bool {
-        self.duplicate_failure.swap(false, Ordering::Relaxed)
-    }
-
     /// The rate limits that Close reported.
     pub fn rate_limits(&self) -> impl Iterator<Item = (Endpoint, RateLimitStatus)> {
         let limiters = self.requests.limiters().iter();
@@ -87,11 +82,6 @@ impl Client {
     /// Sets whether there is a backlog: then few calls matter more than low latency.
     pub fn set_backlog(&self, backlog: bool) {
         self.search.set_backlog(backlog);
-    }
-
-    /// Calls made, including those answered with 429.
-    pub fn calls(&self) -> u32 {
-        self.requests.calls()
     }
 
     /// The organization of the API key. Also checks the key.
@@ -127,25 +117,6 @@ impl Client {
                 return Ok(users);
             }
         }
-    }
-
-    /// Recently created Leads and Contacts according to the event log, which has them before search does (close-api.md
-    /// §11). Returns at most one page of each, so a record that is missing may still exist.
-    pub async fn created_since(
-        &self,
-        since: jiff::Timestamp,
-    ) -> Result<(Vec<Lead>, Vec<Contact>), CloseError> {
-        let page = async |kind: &str| {
-            let path =
-                format!("event/?object_type={kind}&action=created&date_updated__gte={since}&_limit=50");
-            let page: wire::Events = self.requests.request(Endpoint::Events, &path, None).await?;
-            Ok(page.data.into_iter().map(|event| event.data).collect::<Vec<_>>())
-        };
-        let (leads, contacts) = (page("lead").await?, page("contact").await?);
-        Ok((
-            leads.iter().filter_map(wire::read_lead).collect(),
-            contacts.iter().filter_map(wire::read_contact).collect(),
-        ))
     }
 
     /// Reads a record. A 404 is checked with a second call, because a misconfigured gateway may also answer 404, and a
@@ -248,5 +219,49 @@ impl Records for Client {
     async fn contact(&self, id: &ContactId) -> Result<Contact, CloseError> {
         let answer = self.read(Endpoint::ReadContact, &format!("contact/{id}/")).await?;
         wire::read_contact(&answer).ok_or(CloseError::Transient(Fault::InvalidResponse))
+    }
+}
+
+impl Api for Client {
+    async fn write(&self, step: &Step) -> Result<CreatedIds, CloseError> {
+        Ok(match step {
+            Step::CreateLead { lead, contact } => {
+                let (lead, contact) = self.create_lead(lead, contact.as_ref()).await?;
+                CreatedIds { lead: Some(lead), contact }
+            }
+            Step::CreateContact { lead, contact } => {
+                CreatedIds { lead: None, contact: Some(self.create_contact(lead, contact).await?) }
+            }
+            Step::UpdateLead { id, changes } => {
+                self.update_lead(id, changes).await?;
+                CreatedIds::default()
+            }
+            Step::UpdateContact { id, changes } => {
+                self.update_contact(id, changes).await?;
+                CreatedIds { lead: None, contact: Some(id.clone()) }
+            }
+        })
+    }
+
+    async fn created_since(&self, since: jiff::Timestamp) -> Result<(Vec<Lead>, Vec<Contact>), CloseError> {
+        let page = async |kind: &str| {
+            let path =
+                format!("event/?object_type={kind}&action=created&date_updated__gte={since}&_limit=50");
+            let page: wire::Events = self.requests.request(Endpoint::Events, &path, None).await?;
+            Ok(page.data.into_iter().map(|event| event.data).collect::<Vec<_>>())
+        };
+        let (leads, contacts) = (page("lead").await?, page("contact").await?);
+        Ok((
+            leads.iter().filter_map(wire::read_lead).collect(),
+            contacts.iter().filter_map(wire::read_contact).collect(),
+        ))
+    }
+
+    fn calls(&self) -> u32 {
+        self.requests.calls()
+    }
+
+    fn take_duplicate_failure(&self) -> bool {
+        self.duplicate_failure.swap(false, Ordering::Relaxed)
     }
 }

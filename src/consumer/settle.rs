@@ -82,7 +82,7 @@ pub(crate) async fn settle(
 async fn delay(context: &Context, message: &ReceivedMessage, level: usize, cause: &DelayCause) -> Successor {
     // The configuration has one delay at least.
     let Some(delay) = context.settings.delays.get(level) else {
-        return Successor::Failed(BrokerError::Missing(format!("there is no delay queue {level}")));
+        return Successor::Failed(BrokerError::Missing(format!("delay queue {level} does not exist")));
     };
     let id = message.envelope.delay_id.unwrap_or_else(|| context.environment.id());
     let attempts = message.envelope.attempts.saturating_add(cause.uses_attempt().into());

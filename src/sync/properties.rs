@@ -28,30 +28,36 @@ use crate::sync::version_cache::VersionCache;
 /// The caches that the worker keeps from one message to the next.
 #[derive(Default)]
 pub(crate) struct Caches {
-    id_cache: IdCache,
-    version_cache: VersionCache,
+    pub(crate) id_cache: IdCache,
+    pub(crate) version_cache: VersionCache,
+}
+
+impl Caches {
+    /// A resolver on these caches, for records that search shows completely.
+    pub(crate) fn resolver<'a>(
+        &'a self,
+        records: &'a InMemoryRecords,
+        mapping: &'a Mapping,
+        switches: Switches,
+        decision: &'a mut Decision,
+    ) -> Resolver<'a, InMemoryRecords> {
+        let Self { id_cache, version_cache } = self;
+        let keys = &mapping.keys;
+        let lookups = Lookups { records, id_cache, keys, search_is_complete: true, decision };
+        Resolver { lookups, version_cache, switches }
+    }
 }
 
 /// Decides about messages that are merged, like an attempt of the worker. After a 404 it looks up once more.
 pub(crate) fn decide(
     records: &InMemoryRecords,
-    Caches { id_cache, version_cache }: &Caches,
+    caches: &Caches,
     mapping: &Mapping,
     switches: Switches,
     events: &[&Desired],
 ) -> Result<(Decision, Decided), CloseError> {
     let mut decision = Decision::default();
-    let mut resolver = Resolver {
-        lookups: Lookups {
-            records,
-            id_cache,
-            keys: &mapping.keys,
-            search_is_complete: true,
-            decision: &mut decision,
-        },
-        version_cache,
-        switches,
-    };
+    let mut resolver = caches.resolver(records, mapping, switches, &mut decision);
     let (first, others) = events.split_first().expect("an event");
     let mut decided =
         || resolver.decide(first, others).now_or_never().expect("records in memory answer at once");

@@ -147,7 +147,7 @@ pub(super) async fn find(id: &str, Destination { amqp, .. }: &Destination) -> Re
     found.remove(id).ok_or_else(|| {
         let note = if replaying { " (a replay is under way; its messages are not included)" } else { "" };
         Failure::Input(format!(
-            "there is no dead letter `{id}`{note}; list dead letters with `close-sync dlq list`"
+            "dead letter `{id}` not found{note}; list dead letters with `close-sync dlq list`"
         ))
     })
 }

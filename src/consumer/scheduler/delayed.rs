@@ -105,7 +105,7 @@ impl<K: Clone + Eq + Hash> DelayedMessages<K> {
         }
     }
 
-    /// A message has started. Later messages are no longer deferred behind it.
+    /// A message has started, so later messages need not be deferred behind it.
     pub fn started(&mut self, id: Uuid) {
         let Some(delayed) = self.messages.get(&id) else { return };
         for key in &delayed.keys {

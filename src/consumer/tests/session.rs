@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::json;
 use tokio::time::Instant;
 
-use super::harness::{Answer, Entry, Harness, calls, event};
+use super::harness::{Answer, Entry, Harness, Running, calls, event};
 use crate::amqp::BrokerError;
 use crate::consumer::End;
 use crate::consumer::broker::BrokerEvent;
@@ -31,13 +31,19 @@ async fn a_shutdown_finishes_messages_in_progress_and_hands_back_the_rest() {
     assert_eq!(log[log.len() - 2..], [Entry::Acked("1".into()), Entry::Closed]);
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_shutdown_waits_no_longer_than_the_grace_period() {
+/// A session that processes a message while Close does not answer.
+async fn busy_session() -> (Harness, Running) {
     let harness = Harness::new(|_| {});
     harness.close_answers(|_| Answer::Never);
     let session = harness.start();
     session.deliver("1", &event("jane", "acme"));
     harness.log.wait_for_calls(1).await;
+    (harness, session)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shutdown_waits_no_longer_than_the_grace_period() {
+    let (harness, session) = busy_session().await;
     let began = Instant::now();
     let stats = session.stop().await;
     assert_eq!((stats.settled, stats.handed_back), (0, 1));
@@ -46,11 +52,7 @@ async fn a_shutdown_waits_no_longer_than_the_grace_period() {
 
 #[tokio::test(start_paused = true)]
 async fn a_lost_connection_ends_the_work_at_once() {
-    let harness = Harness::new(|_| {});
-    harness.close_answers(|_| Answer::Never);
-    let session = harness.start();
-    session.deliver("1", &event("jane", "acme"));
-    harness.log.wait_for_calls(1).await;
+    let (_harness, session) = busy_session().await;
     let began = Instant::now();
     session.send(BrokerEvent::Lost(BrokerError::Cancelled));
     let (end, stats) = session.end().await;

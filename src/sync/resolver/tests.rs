@@ -13,9 +13,7 @@ use crate::domain::plan::Step;
 use crate::domain::record::{ContactId, LeadId};
 use crate::domain::switches::Switches;
 use crate::sync::id_cache::{Contacts, IdCache};
-use crate::sync::lookups::Lookups;
-use crate::sync::resolver::Resolver;
-use crate::sync::version_cache::VersionCache;
+use crate::sync::properties::Caches;
 
 fn lead(id: &str, date_created: &str, company_id: Option<&str>) -> Value {
     json!({"id": id, "date_created": date_created, "name": id, "custom.cf_company": company_id})
@@ -51,17 +49,8 @@ fn decide_traits(
     let body = json!({"type": "identify", "userId": "u1", "traits": traits});
     let desired = mapping.apply(&Event { body }).unwrap();
     let mut decision = Decision::default();
-    let mut resolver = Resolver {
-        lookups: Lookups {
-            records,
-            id_cache,
-            keys: &mapping.keys,
-            search_is_complete: true,
-            decision: &mut decision,
-        },
-        version_cache: &VersionCache::default(),
-        switches,
-    };
+    let caches = Caches { id_cache: id_cache.clone(), ..Caches::default() };
+    let mut resolver = caches.resolver(records, &mapping, switches, &mut decision);
     resolver.decide(&desired, &[]).now_or_never().unwrap().unwrap();
     decision
 }

@@ -62,7 +62,7 @@ async fn list_and_show_change_nothing() {
     );
 
     let (code, _, words) = bench.run_text(&["dlq", "show", "nothing"], "").await;
-    assert!(code == Some(2) && words.contains("there is no dead letter `nothing`"), "{words}");
+    assert!(code == Some(2) && words.contains("dead letter `nothing` not found"), "{words}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -68,7 +68,7 @@ async fn a_dead_letter_is_edited_and_then_succeeds() {
     assert_eq!(bench.the_lead()["contacts"][0]["title"], "Dr");
     worker.terminate().await;
     let (code, _, words) = bench.run_text(&["dlq", "edit", &id, "--patch", "{}"], "").await;
-    assert!(code == Some(2) && words.contains("there is no dead letter"), "{words}");
+    assert!(code == Some(2) && words.contains("not found"), "{words}");
 }
 
 /// Runs the editor of the environment. An unchanged or unusable text changes nothing.

@@ -301,7 +301,7 @@ impl Bucket {
 
     /// When the next call may be sent. `None` if it may be sent now.
     fn due(&self, now: Instant, share: f64, in_flight: u32) -> Option<Instant> {
-        // There is no report for this window yet. One call is admitted to get one, even if the last limit was 0.
+        // Close has not reported on this window yet. One call is admitted to get one, even if the last limit was 0.
         if self.latest_end.is_none() && self.used == 0 && in_flight == 0 {
             return None;
         }

@@ -359,7 +359,7 @@ proptest! {
         }
     }
 
-    /// For any response there is no panic, and no wait exceeds the maximum.
+    /// A response never causes a panic or a wait above the maximum.
     #[test]
     fn any_response_is_handled(
         events in proptest::collection::vec(
