@@ -3,4 +3,5 @@
 pub(crate) mod contract;
 mod deploy;
 mod docs;
+mod layout;
 mod pages;
