@@ -1,8 +1,8 @@
 //! The stall guard: blocks writes after the process was suspended.
 //!
 //! A worker that loses the broker notices and stops. A suspended worker (a suspended machine, SIGSTOP, a node
-//! without memory) does not notice. RabbitMQ gives its queue to the standby after three missed heartbeats (rabbitmq.md
-//! §2.2). When the worker resumes, it would execute old decisions before it notices that its connection is lost. So each
+//! without memory) does not notice. RabbitMQ gives its queue to the standby after two to three heartbeat intervals
+//! (rabbitmq.md §2.2). When the worker resumes, it would execute old decisions before it notices that its connection is lost. So each
 //! session sends heartbeats to this guard, and every write checks the guard first. After a gap no write is sent,
 //! whichever comes first: the write, or the heartbeat that ends the session.
 //!

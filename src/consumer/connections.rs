@@ -123,10 +123,11 @@ impl Broker for Connections {
     }
 
     fn stall_limit(&self) -> Duration {
-        // The broker gives the queue to the standby after three heartbeats.
+        // The broker gives the queue to the standby two to three intervals after the last frame it received. lapin sends
+        // one every half interval, so the last one may be that old when the process is suspended.
         match self.consuming.configuration().heartbeat() {
             0 => Duration::from_secs(20),
-            heartbeat => 2 * Duration::from_secs(heartbeat.into()),
+            heartbeat => 3 * Duration::from_secs(heartbeat.into()) / 2,
         }
     }
 

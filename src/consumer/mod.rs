@@ -178,14 +178,24 @@ impl<'a> Consumer<'a> {
     /// Runs until something ends the session.
     async fn run(&mut self, broker: &mut impl Broker, shutdown: &CancellationToken) -> End {
         let context = Arc::clone(&self.context);
+        let stall_guard = context.worker.stall_guard();
+        stall_guard.arm(broker.stall_limit());
+        match self.next_end(broker, shutdown).await {
+            // A process that was suspended may notice the lost connection first.
+            End::Lost(error) => End::Lost(stall_guard.heartbeat().map_or(error, BrokerError::StoodStill)),
+            end @ (End::Stopped | End::Paused(_)) => end,
+        }
+    }
+
+    /// The first thing that ends the session.
+    async fn next_end(&mut self, broker: &mut impl Broker, shutdown: &CancellationToken) -> End {
+        let context = Arc::clone(&self.context);
         match self.paused_before {
             Some(cause) if self.resume == Resume::HalfOpen => {
                 tracing::debug!(cause = cause.label(), "circuit breaker half-open, trying a few messages");
             }
             _ => self.breaker_closed(),
         }
-        let stall_guard = context.worker.stall_guard();
-        stall_guard.arm(broker.stall_limit());
         loop {
             if self.state.close_breaker(Instant::now()) {
                 self.breaker_closed();
@@ -199,7 +209,7 @@ impl<'a> Consumer<'a> {
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return End::Stopped,
-                _ = self.heartbeat.tick() => if let Some(gap) = stall_guard.heartbeat() {
+                _ = self.heartbeat.tick() => if let Some(gap) = context.worker.stall_guard().heartbeat() {
                     return End::Lost(BrokerError::StoodStill(gap));
                 },
                 Some(task) = self.tasks.join_next() => if let Some(end) = self.processed(task) {

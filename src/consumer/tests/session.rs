@@ -7,6 +7,7 @@ use tokio::time::Instant;
 
 use super::harness::{Answer, Entry, Harness, Running, calls, event};
 use crate::amqp::BrokerError;
+use crate::close::stall_guard::StallGuard;
 use crate::consumer::End;
 use crate::consumer::broker::BrokerEvent;
 
@@ -73,6 +74,17 @@ async fn a_process_that_stood_still_writes_nothing_more() {
     assert!(matches!(end, End::Lost(BrokerError::StoodStill(_))), "{end:?}");
     assert_eq!(stats.settled, 0);
     assert!(!calls(&harness.log.entries()).contains(&"POST lead/"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_connection_after_a_suspension_counts_as_a_suspension() {
+    let (harness, session) = busy_session().await;
+    harness.session.worker.stall_guard().arm(Duration::ZERO);
+    // The next heartbeat of the loop is still to come.
+    tokio::time::advance(StallGuard::HEARTBEAT_INTERVAL / 4).await;
+    session.send(BrokerEvent::Lost(BrokerError::Cancelled));
+    let (end, _) = session.end().await;
+    assert!(matches!(end, End::Lost(BrokerError::StoodStill(_))), "{end:?}");
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,5 +1,7 @@
 //! No duplicate Leads or Contacts after lost answers, while search lags, and when another worker takes over.
 
+use std::time::Duration;
+
 use close_sync_simulator::{Effect, Fault, FaultBody, Settings, When};
 use serde_json::{Value, json};
 
@@ -182,9 +184,12 @@ async fn a_worker_that_was_frozen_sends_nothing_when_it_wakes_up() {
     let looking = async |_: &crate::support::Worker| bench.simulator.request_count("POST", "/data/") > before;
     leader.until("looking up", looking).await;
     leader.signal("STOP");
+    let suspended = tokio::time::Instant::now();
     standby.settled(1).await;
     assert_eq!(bench.simulator.leads().len(), 2);
 
+    // The broker waits for three heartbeats at most.
+    tokio::time::sleep_until(suspended + Duration::from_secs(3)).await;
     leader.signal("CONT");
     let stalls = "broker_connection_losses_total{cause=\"stood_still\"}";
     leader.until("aware of it", async |leader| leader.metrics().await.count(stalls) == 1).await;
