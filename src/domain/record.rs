@@ -6,6 +6,9 @@ use std::fmt;
 use serde_json::Value;
 use strum::VariantArray;
 
+use crate::domain::phone::digits;
+use crate::domain::web_address;
+
 macro_rules! id {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
@@ -151,7 +154,6 @@ pub fn fold_email(email: &str) -> String {
 const COUNTRY_CODE_DIGITS: usize = 3;
 
 fn same_phone(one: &str, other: &str) -> bool {
-    let digits = |text: &str| text.chars().filter(char::is_ascii_digit).collect::<String>();
     let international = |text: &str| text.trim_start().starts_with('+');
     let (a, b) = (digits(one), digits(other));
     if a.is_empty() || b.is_empty() {
@@ -173,17 +175,15 @@ fn same_phone(one: &str, other: &str) -> bool {
 }
 
 fn fold_url(text: &str) -> String {
-    let text = text.trim();
-    let whole = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
-    match url::Url::parse(&whole) {
-        Ok(url) => format!(
+    match web_address::parse(text) {
+        Some(url) => format!(
             "{}{}{}{}",
             url.host_str().unwrap_or_default(),
             url.port().map(|port| format!(":{port}")).unwrap_or_default(),
             url.path().trim_end_matches('/'),
             url.query().map(|query| format!("?{query}")).unwrap_or_default(),
         ),
-        Err(_) => text.to_owned(),
+        None => text.trim().to_owned(),
     }
 }
 
@@ -265,6 +265,8 @@ mod tests {
             (Channel::Url, "acme.test", "http://acme.test/", true),
             (Channel::Url, "https://ACME.test", "http://acme.test", true),
             (Channel::Url, "acme.test/a", "acme.test/b", false),
+            (Channel::Url, "//acme.test/a", "http://acme.test/a", true),
+            (Channel::Url, "acme.test/?to=https://x.test", "http://acme.test/?to=https://x.test", true),
             (Channel::Url, "acme.test:8080", "acme.test", false),
         ];
         for (channel, one, other, same) in cases {

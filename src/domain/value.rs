@@ -5,6 +5,7 @@ use jiff::tz::TimeZone;
 use serde_json::{Number, Value};
 
 use crate::domain::dropped::DropReason;
+use crate::domain::web_address;
 
 /// Text without surrounding whitespace and without control characters, except line breaks and tabs.
 pub(crate) fn clean(text: &str) -> String {
@@ -58,10 +59,7 @@ pub(crate) fn single_spaces(text: &str) -> String {
 pub(crate) fn domain(text: &str) -> Option<String> {
     let host = match text.rsplit_once('@') {
         Some((_, domain)) if !text.contains('/') => domain.to_owned(),
-        Some(_) | None => {
-            let whole = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
-            url::Url::parse(&whole).ok()?.host_str()?.trim_start_matches("www.").to_owned()
-        }
+        Some(_) | None => web_address::parse(text)?.host_str()?.trim_start_matches("www.").to_owned(),
     };
     Some(host.to_lowercase()).filter(|host| host.contains('.'))
 }
