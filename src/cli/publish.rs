@@ -116,6 +116,7 @@ async fn publish_lines(
                 let message = match malformed {
                     Malformed::NotJson { column, .. } => format!("line {number}, column {column}: not JSON"),
                     Malformed::TooLarge { .. }
+                    | Malformed::TooManyValues { .. }
                     | Malformed::NotAnObject { .. }
                     | Malformed::Batch
                     | Malformed::WrongType { .. } => {

@@ -11,6 +11,7 @@
 use serde_json::{Map, Value};
 use strum::{IntoStaticStr, VariantArray};
 
+use crate::domain::footprint;
 use crate::domain::value;
 
 /// A decoded event. The mapping decides what it means.
@@ -34,6 +35,9 @@ pub enum Malformed {
         /// From 1, or 0 at the start of a line.
         column: usize,
     },
+    /// So many values that reading them would take too much memory.
+    #[error("the message has too many values: reading them would take more than {limit} bytes of memory")]
+    TooManyValues { limit: usize },
     /// JSON, but for example a list or a number.
     #[error("not a JSON object but {found}")]
     NotAnObject { found: &'static str },
@@ -51,6 +55,7 @@ impl Malformed {
         match self {
             Self::TooLarge { .. } => "too_large",
             Self::NotJson { .. } => "not_json",
+            Self::TooManyValues { .. } => "too_many_values",
             Self::NotAnObject { .. } => "not_an_object",
             Self::Batch => "batch",
             Self::WrongType { key, .. } => key,
@@ -80,9 +85,12 @@ impl Event {
             return Err(Malformed::TooLarge { size: bytes.len(), limit });
         }
         let text = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(bytes);
-        let body: Value = serde_json::from_slice(text)
-            .or_else(|error| serde_json::from_slice(&replace_lone_surrogates(text)).map_err(|_| error))
-            .map_err(|error| Malformed::NotJson { line: error.line(), column: error.column() })?;
+        let limit = limit.saturating_mul(MEMORY_PER_BYTE);
+        let body =
+            parse(text, limit).or_else(|invalid| match parse(&replace_lone_surrogates(text), limit) {
+                Err(Malformed::NotJson { .. }) => Err(invalid),
+                repaired => repaired,
+            })?;
         let Value::Object(envelope) = &body else {
             return Err(Malformed::NotAnObject { found: kind(&body) });
         };
@@ -124,6 +132,19 @@ impl Event {
         };
         !switch("Close").or(switch("All")).unwrap_or(true)
     }
+}
+
+/// How much memory a message may take while it is mapped, for each byte that a message may have. A message of the largest
+/// size has room for a list of numbers, but not for a list of objects with one short member each.
+const MEMORY_PER_BYTE: usize = 32;
+
+fn parse(json: &[u8], limit: usize) -> Result<Value, Malformed> {
+    let not_json =
+        |error: serde_json::Error| Malformed::NotJson { line: error.line(), column: error.column() };
+    if !footprint::fits(json, limit).map_err(not_json)? {
+        return Err(Malformed::TooManyValues { limit });
+    }
+    serde_json::from_slice(json).map_err(not_json)
 }
 
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
@@ -246,6 +267,12 @@ mod tests {
             assert_eq!(Event::decode(bytes, 100).unwrap_err().to_string(), message);
         }
         assert_eq!(Event::decode(b"{  }", 3).unwrap_err(), Malformed::TooLarge { size: 4, limit: 3 });
+        let objects = |tail: &str| format!(r#"{{"n":[{}0{tail}]}}"#, r#"{"":0},"#.repeat(1000));
+        for json in [objects(""), objects(r#","\ud83c""#)] {
+            let decoded = Event::decode(json.as_bytes(), json.len());
+            assert_eq!(decoded, Err(Malformed::TooManyValues { limit: 32 * json.len() }));
+            assert!(Event::decode(json.as_bytes(), 10 * json.len()).is_ok());
+        }
     }
 
     #[test]

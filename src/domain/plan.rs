@@ -3,7 +3,7 @@
 use serde_json::Value;
 use strum::{IntoStaticStr, VariantArray};
 
-use crate::domain::dropped::{DropReason, Dropped};
+use crate::domain::dropped::{DropReason, Dropped, excerpt};
 use crate::domain::mapping::{Desired, WriteRule};
 use crate::domain::record::{Contact, ContactId, Field, FieldId, Fields, LeadId, Lists};
 use crate::domain::staleness::{RecordVersions, SyncedAtFields};
@@ -166,7 +166,7 @@ pub struct FieldPlan {
 
 impl FieldPlan {
     fn dropped(&self, reason: DropReason) -> Dropped {
-        Dropped { field: self.field.clone(), reason, value: Some(self.wanted.clone()) }
+        Dropped { field: self.field.clone(), reason, value: Some(excerpt(&self.wanted)) }
     }
 }
 

@@ -199,6 +199,7 @@ impl LeftOut {
             | DropReason::NotADate
             | DropReason::NotAnId
             | DropReason::UnknownField
+            | DropReason::TooLong
             | DropReason::ListFull
             | DropReason::Refused => String::new(),
         };

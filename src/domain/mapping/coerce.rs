@@ -14,13 +14,16 @@
 //! | user | the id, full name or email of a user |
 //! | contact, custom object | an id |
 //! | several values | a list or a single value; items that cannot be converted are left out |
+//!
+//! Every value has a maximum length, because it stays in memory while its message waits. Close documents few limits
+//! (close-api.md §12, 20); where it documents none, ours is far above what people enter.
 
 use jiff::Timestamp;
 use jiff::civil::Date;
 use jiff::tz::TimeZone;
 use serde_json::Value;
 
-use crate::domain::dropped::DropReason;
+use crate::domain::dropped::{DropReason, excerpt};
 use crate::domain::phone;
 use crate::domain::schema::{CustomField, FieldKind, Status, User};
 use crate::domain::value::{flatten, format_timestamp, integer, single_spaces, text, timestamp};
@@ -31,7 +34,20 @@ pub const MAX_TEXT: usize = 1000;
 /// The maximum length of an email address in Close, in characters (close-api.md §3).
 const MAX_EMAIL: usize = 254;
 
-/// Why a value cannot be used, and the value. For a list, the first item that cannot be used.
+/// The maximum length of an id of a company or a person, in characters. Most sources of such ids accept at most this
+/// many (Mixpanel 255, PostHog 200, Customer.io 150 bytes). An id that is longer is not cut, because two ids could then
+/// become one.
+pub const MAX_ID: usize = 255;
+/// The maximum length of a long text, and of all texts in a list, in bytes. A longer text is cut.
+pub const MAX_LONG_TEXT: usize = 64 << 10;
+/// The maximum number of items in a list.
+pub const MAX_ITEMS: usize = 1000;
+/// The maximum length of a URL, in bytes.
+const MAX_URL: usize = 2048;
+/// The maximum length of a word that is looked up among choices, users and ids, in bytes.
+const MAX_WORD: usize = 4 * MAX_TEXT;
+
+/// Why a value cannot be used, and an excerpt of it. For a list, of the first item that cannot be used.
 pub type Unusable = (DropReason, Option<Value>);
 
 /// The first value as text, for a field that has one value.
@@ -48,14 +64,32 @@ pub fn line(values: &[Value]) -> Result<Value, DropReason> {
     Ok(Value::String(text.chars().take(MAX_TEXT).collect()))
 }
 
-pub fn long_text(values: &[Value]) -> Result<Value, DropReason> {
-    one(values).map(Value::String)
+/// A text of several lines, and what was cut off.
+pub fn long_text(values: &[Value]) -> (Option<Value>, Option<Unusable>) {
+    match one(values) {
+        Ok(text) => cut(text),
+        Err(reason) => (None, Some((reason, values.first().map(excerpt)))),
+    }
+}
+
+/// The text up to its maximum length. What was cut off is reported.
+fn cut(mut text: String) -> (Option<Value>, Option<Unusable>) {
+    if text.len() <= MAX_LONG_TEXT {
+        return (Some(Value::String(text)), None);
+    }
+    let unusable = (DropReason::TooLong, Some(excerpt(&Value::String(text.clone()))));
+    text.truncate(text.floor_char_boundary(MAX_LONG_TEXT));
+    text.shrink_to_fit();
+    (Some(Value::String(text)), Some(unusable))
 }
 
 /// An id that records are looked up by.
 pub fn id(values: &[Value]) -> Result<String, DropReason> {
     match values.first() {
-        Some(value @ (Value::String(_) | Value::Number(_))) => text(value).ok_or(DropReason::NotAValue),
+        Some(value @ (Value::String(_) | Value::Number(_))) => {
+            let id = text(value).ok_or(DropReason::NotAValue)?;
+            if id.chars().nth(MAX_ID).is_some() { Err(DropReason::TooLong) } else { Ok(id) }
+        }
         Some(Value::Null | Value::Bool(_) | Value::Array(_) | Value::Object(_)) | None => {
             Err(DropReason::NotAValue)
         }
@@ -65,6 +99,9 @@ pub fn id(values: &[Value]) -> Result<String, DropReason> {
 /// A lead status by id or label. If Close did not send its statuses, an id is passed on unchecked.
 pub fn status(values: &[Value], statuses: &[Status]) -> Result<Value, DropReason> {
     let wanted = one(values)?;
+    if wanted.len() > MAX_WORD {
+        return Err(DropReason::NotAChoice);
+    }
     let by_id = statuses.iter().find(|status| status.id == wanted);
     let known = by_id.or_else(|| statuses.iter().find(|status| same_word(&status.label, &wanted)));
     match known {
@@ -83,9 +120,13 @@ pub fn email(values: &[Value]) -> Result<String, DropReason> {
     plausible.then_some(address).ok_or(DropReason::InvalidEmail)
 }
 
+/// The maximum length of a phone number with its spaces and signs, in bytes.
+const MAX_PHONE: usize = 64;
+
 /// A phone number, [`phone::normalize`].
 pub fn phone(values: &[Value]) -> Result<String, DropReason> {
-    phone::normalize(&one(values)?).ok_or(DropReason::InvalidPhone)
+    let number = phone::normalize(&one(values)?).filter(|number| number.len() <= MAX_PHONE);
+    number.ok_or(DropReason::InvalidPhone)
 }
 
 /// A URL with a scheme. Close would add a missing one itself, but its schema requires a URI (close-api.md §5). A host
@@ -93,6 +134,9 @@ pub fn phone(values: &[Value]) -> Result<String, DropReason> {
 pub fn url(values: &[Value]) -> Result<String, DropReason> {
     let page = one(values)?;
     let whole = web_address::complete(&page).ok_or(DropReason::InvalidUrl)?;
+    if whole.len() > MAX_URL {
+        return Err(DropReason::TooLong);
+    }
     match url::Url::parse(&whole) {
         Ok(url) if url.host_str().is_some_and(|host| host.contains(['.', ':'])) => Ok(whole.into_owned()),
         Ok(_) | Err(_) => Err(DropReason::InvalidUrl),
@@ -102,18 +146,38 @@ pub fn url(values: &[Value]) -> Result<String, DropReason> {
 /// The value for a custom field, and what was left out of it. Both are present when only some items of a list can be
 /// used.
 pub fn custom(values: &[Value], field: &CustomField, users: &[User]) -> (Option<Value>, Option<Unusable>) {
-    let (mut usable, mut unusable) = (Vec::new(), None);
-    let items: Vec<&Value> =
-        if field.multiple { flatten(values).collect() } else { values.first().into_iter().collect() };
-    for value in items {
-        match item(value, field, users) {
-            Ok(value) if !usable.contains(&value) => usable.push(value),
+    if !field.multiple {
+        return match values.first().map(|value| (value, item(value, field, users))) {
+            Some((_, Ok(Value::String(text)))) => cut(text),
+            Some((_, Ok(value))) => (Some(value), None),
+            Some((value, Err(reason))) => (None, Some((reason, Some(excerpt(value))))),
+            None => (None, None),
+        };
+    }
+    let (mut usable, mut unusable, mut length) = (Vec::new(), None, 0);
+    for (number, value) in flatten(values).enumerate() {
+        let fitting = item(value, field, users).and_then(|item| {
+            let longer = length + item.as_str().map_or(0, str::len);
+            if number < MAX_ITEMS && longer <= MAX_LONG_TEXT {
+                Ok((item, longer))
+            } else {
+                Err(DropReason::TooLong)
+            }
+        });
+        match fitting {
+            Ok((item, longer)) if !usable.contains(&item) => {
+                usable.push(item);
+                length = longer;
+            }
             Ok(_) => {}
-            Err(reason) => unusable = unusable.or_else(|| Some((reason, Some(value.clone())))),
+            Err(reason) => unusable = unusable.or_else(|| Some((reason, Some(excerpt(value))))),
+        }
+        if number == MAX_ITEMS {
+            break;
         }
     }
-    let value = if field.multiple && !usable.is_empty() { Some(usable.into()) } else { usable.pop() };
-    (value, unusable)
+    usable.shrink_to_fit();
+    ((!usable.is_empty()).then(|| usable.into()), unusable)
 }
 
 fn item(value: &Value, field: &CustomField, users: &[User]) -> Result<Value, DropReason> {
@@ -126,6 +190,9 @@ fn item(value: &Value, field: &CustomField, users: &[User]) -> Result<Value, Dro
         FieldKind::Choices(choices) => choice(value, choices),
         FieldKind::User => {
             let wanted = word()?;
+            if wanted.len() > MAX_WORD {
+                return Err(DropReason::NoSuchUser);
+            }
             let user = users.iter().find(|user| {
                 user.id == wanted || same_word(&user.email, &wanted) || same_word(&user.name, &wanted)
             });
@@ -143,7 +210,7 @@ fn same_word(one: &str, other: &str) -> bool {
 }
 
 fn reference(id: &str, prefix: &str) -> Result<Value, DropReason> {
-    id.starts_with(prefix).then(|| id.into()).ok_or(DropReason::NotAnId)
+    (id.starts_with(prefix) && id.len() <= MAX_ID).then(|| id.into()).ok_or(DropReason::NotAnId)
 }
 
 fn number(value: &Value) -> Result<Value, DropReason> {
@@ -160,6 +227,9 @@ fn number(value: &Value) -> Result<Value, DropReason> {
 
 fn choice(value: &Value, choices: &[String]) -> Result<Value, DropReason> {
     let wanted = text(value).ok_or(DropReason::NotAValue)?;
+    if wanted.len() > MAX_WORD {
+        return Err(DropReason::NotAChoice);
+    }
     let among = |word: &str| {
         let exact = choices.iter().find(|choice| *choice == word);
         exact.or_else(|| choices.iter().find(|choice| same_word(choice, word)))
@@ -276,6 +346,48 @@ mod tests {
         for (value, expected) in cases {
             assert_eq!(coerced(colours(), true, value.clone()), expected, "{value}");
         }
+    }
+
+    #[test]
+    fn every_value_has_a_maximum_length() {
+        let text = |length: usize| json!("é".repeat(length / 2));
+        let (cut, reported) = long_text(&[text(MAX_LONG_TEXT + 2)]);
+        assert_eq!(cut, Some(text(MAX_LONG_TEXT)));
+        assert_eq!(reported.map(|(reason, _)| reason), Some(DropReason::TooLong));
+        assert_eq!(long_text(&[text(MAX_LONG_TEXT)]), (Some(text(MAX_LONG_TEXT)), None));
+        let long = || text(MAX_LONG_TEXT + 2);
+        let cases = [
+            (FieldKind::Text, false, long(), Ok(json!([text(MAX_LONG_TEXT), "too_long"]))),
+            (FieldKind::Other("emoji".into()), false, long(), Ok(json!([text(MAX_LONG_TEXT), "too_long"]))),
+            (FieldKind::Choices(vec!["a".into()]), false, long(), Err("not_a_choice")),
+            (FieldKind::User, false, long(), Err("no_such_user")),
+            (FieldKind::Contact, false, json!(format!("cont_{}", "a".repeat(MAX_ID))), Err("not_an_id")),
+            (FieldKind::Number, false, json!("1".repeat(MAX_LONG_TEXT)), Err("not_a_number")),
+            (FieldKind::Date, false, json!("2026-01-31".repeat(MAX_LONG_TEXT)), Err("not_a_date")),
+            (
+                FieldKind::Text,
+                true,
+                json!(["a", long(), "b", text(MAX_LONG_TEXT), "c"]),
+                Ok(json!([["a", "b", "c"], "too_long"])),
+            ),
+            (
+                FieldKind::Number,
+                true,
+                json!((0..=MAX_ITEMS).collect::<Vec<_>>()),
+                Ok(json!([(0..MAX_ITEMS).collect::<Vec<_>>(), "too_long"])),
+            ),
+        ];
+        for (kind, multiple, value, expected) in cases {
+            assert_eq!(coerced(kind.clone(), multiple, value), expected, "{kind:?}");
+        }
+        assert_eq!(id(&[text(2 * MAX_ID)]), Ok("é".repeat(MAX_ID)));
+        assert_eq!(id(&[text(2 * MAX_ID + 2)]), Err(DropReason::TooLong));
+        assert_eq!(phone(&[json!(format!("1{}", "-".repeat(MAX_PHONE)))]), Err(DropReason::InvalidPhone));
+        assert_eq!(url(&[json!(format!("http://a.test/{}", "a".repeat(MAX_URL)))]), Err(DropReason::TooLong));
+        assert_eq!(
+            status(&[json!(format!("stat_{}", "a".repeat(MAX_WORD)))], &[]),
+            Err(DropReason::NotAChoice)
+        );
     }
 
     #[test]

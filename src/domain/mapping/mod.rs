@@ -31,7 +31,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use crate::domain::dropped::{DropReason, Dropped};
+use crate::domain::dropped::{DropReason, Dropped, excerpt};
 use crate::domain::event::{Event, NotForClose};
 use crate::domain::record::{Channel, Field, FieldId, fold_email};
 use crate::domain::schema::{CustomField, FieldKind, Schema, User};
@@ -276,7 +276,7 @@ fn usable<T>(
         Picked::Object => (DropReason::NotAValue, None),
         Picked::Values(found) => match read(&found) {
             Ok(value) => return Some(value),
-            Err(reason) => (reason, found.into_iter().next()),
+            Err(reason) => (reason, found.first().map(excerpt)),
         },
     };
     dropped.push(drop_value(field, unusable));

@@ -137,7 +137,7 @@ pub struct EventIds {
 impl Rules {
     /// The ids in the event in `body`. `None` if it is not an event.
     pub fn event_ids(&self, body: &[u8]) -> Option<EventIds> {
-        let event = Event::decode(body, usize::MAX).ok()?;
+        let event = Event::decode(body, body.len()).ok()?;
         let found = |picked| match picked {
             Picked::Values(found) => Some(found),
             Picked::Nothing | Picked::Object => None,

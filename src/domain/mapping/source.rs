@@ -22,7 +22,9 @@ use jsonpath_rust::query::{QueryRef, js_path_process};
 use serde_json::Value;
 use strum::{EnumString, IntoStaticStr, VariantArray};
 
+use crate::domain::dropped::excerpt;
 use crate::domain::event::Event;
+use crate::domain::mapping::coerce::MAX_ITEMS;
 use crate::domain::value::{clean, domain, flatten, single_spaces, text};
 
 /// Where a value comes from and how it is normalized.
@@ -151,9 +153,13 @@ pub(crate) fn nodes<'a>(path: &JpQuery, body: &'a Value) -> Vec<&'a Value> {
         .unwrap_or_default()
 }
 
+/// The most values that a path finds, and the most items of a list: one more than a field can hold, to report that there
+/// are more.
+const MAX_FOUND: usize = MAX_ITEMS + 1;
+
 fn pick(path: &JpQuery, event: &Event) -> Picked {
     let found = nodes(path, &event.body);
-    let values: Vec<Value> = found.iter().filter_map(|value| present(value)).collect();
+    let values: Vec<Value> = found.iter().filter_map(|value| present(value)).take(MAX_FOUND).collect();
     if !values.is_empty() {
         Picked::Values(values)
     } else if found.iter().any(|value| value.is_object()) {
@@ -170,7 +176,8 @@ fn present(value: &Value) -> Option<Value> {
         Value::Bool(_) | Value::Number(_) => Some(value.clone()),
         Value::String(text) => Some(clean(text)).filter(|text| !text.is_empty()).map(Value::String),
         Value::Array(items) => {
-            let items: Vec<Value> = items.iter().filter(|item| !absent(item)).map(cleaned).collect();
+            let items: Vec<Value> =
+                items.iter().filter(|item| !absent(item)).take(MAX_FOUND).map(cleaned).collect();
             (!items.is_empty()).then_some(Value::Array(items))
         }
     }
@@ -180,8 +187,10 @@ fn absent(item: &Value) -> bool {
     item.is_null() || item.as_str().is_some_and(|text| clean(text).is_empty())
 }
 
+/// A list or an object inside a list is never a value, so an excerpt of it is enough. A path such as `$..*` finds each
+/// list again in every list around it.
 fn cleaned(item: &Value) -> Value {
-    item.as_str().map_or_else(|| item.clone(), |text| clean(text).into())
+    item.as_str().map_or_else(|| excerpt(item), |text| clean(text).into())
 }
 
 impl Source {

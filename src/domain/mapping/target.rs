@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::domain::dropped::DropReason;
+use crate::domain::dropped::{DropReason, excerpt};
 use crate::domain::mapping::coerce::{self, Unusable};
 use crate::domain::mapping::rules::Rule;
 use crate::domain::record::Field;
@@ -30,14 +30,14 @@ impl Accepts {
     pub(super) fn coerce(&self, found: &[Value], users: &[User]) -> (Option<Value>, Option<Unusable>) {
         let whole = match self {
             Self::Line => coerce::line(found),
-            Self::Text => coerce::long_text(found),
+            Self::Text => return coerce::long_text(found),
             Self::Status(statuses) => coerce::status(found, statuses),
             Self::Nothing => Err(DropReason::UnknownField),
             Self::Custom(field) => return coerce::custom(found, field, users),
         };
         match whole {
             Ok(value) => (Some(value), None),
-            Err(reason) => (None, Some((reason, found.first().cloned()))),
+            Err(reason) => (None, Some((reason, found.first().map(excerpt)))),
         }
     }
 

@@ -253,6 +253,24 @@ fn an_unusable_value_is_left_out_and_the_rest_is_kept() {
 }
 
 #[test]
+fn an_id_that_is_too_long_identifies_nobody() {
+    let id = "u".repeat(coerce::MAX_ID + 1);
+    let dropped = |desired: &Desired| -> Vec<_> {
+        desired.dropped.iter().map(|dropped| (dropped.field.clone(), dropped.reason.label())).collect()
+    };
+    let by_email = desired(json!({"userId": id, "traits": {"email": "j@x.test", "company": {"id": id}}}));
+    assert_eq!((by_email.identity.user_id.as_ref(), by_email.identity.company_id.as_ref()), (None, None));
+    assert_eq!(by_email.identity.email.as_deref(), Some("j@x.test"));
+    assert_eq!(
+        dropped(&by_email),
+        [("company_id".to_owned(), "too_long"), ("user_id".to_owned(), "too_long")]
+    );
+    let anonymous = Event { body: json!({"userId": id, "traits": {}}) };
+    let mapping = Mapping::resolve(&rules(), &schema()).unwrap();
+    assert_eq!(mapping.apply(&anonymous), Err(NoIdentity::BadUserId));
+}
+
+#[test]
 fn ids_are_stored_as_text_and_long_names_are_cut() {
     let desired = desired(json!({"userId": 5, "traits": {"name": "é".repeat(2000), "company": {"id": 9}}}));
     assert_eq!(desired.contact[&Field::Custom(FieldId::new("cf_user"))].value, json!("5"));
