@@ -17,7 +17,7 @@ use backoff::backoff::Backoff as _;
 use backoff::exponential::{ExponentialBackoff, ExponentialBackoffBuilder};
 use tokio::time::Instant;
 
-use crate::close::{CloseError, Rejection};
+use crate::close::{CloseError, FieldError, Rejection};
 use crate::outcome::{DeadLetter, DelayCause, Failure, Outcome, PauseCause, Reason, Stage};
 
 /// The retry policy.
@@ -149,7 +149,7 @@ pub fn after_failure(
         }
         CloseError::Forbidden => dead(Reason::Forbidden, None),
         CloseError::Rejected(rejection) => {
-            dead(Reason::Rejected, rejection.fields.first().map(|field| field.path.join(".")))
+            dead(Reason::Rejected, rejection.fields.first().map(FieldError::path))
         }
         // Search may still list a record that was deleted or merged (close-api.md §9), so look it up once more.
         CloseError::NotFound if history.retried_after_404 => dead(Reason::NotFound, None),

@@ -110,8 +110,30 @@ pub struct ResponseExcerpt(String);
 
 /// The maximum size of an excerpt in bytes.
 const MAX_EXCERPT: usize = 2048;
+/// The maximum size of the body of an error response in bytes. A longer one says nothing more.
+pub(crate) const MAX_ERROR_BODY: usize = 256 << 10;
+/// The most fields that are read from an error response.
+const MAX_FIELDS: usize = 100;
+/// The most fields that an error names. The others are counted.
+const MAX_NAMED: usize = 10;
+/// The maximum length of a path, in names.
+const MAX_DEPTH: usize = 8;
+/// The maximum length of a name in a path, in characters. The names of Close are shorter.
+const MAX_NAME: usize = 64;
+/// The maximum length of a path as text, in characters.
+const MAX_PATH: usize = 200;
 
 impl ResponseExcerpt {
+    /// Without characters that control a terminal or hide text. There may be line breaks.
+    fn new(body: &[u8]) -> Option<Self> {
+        let text = String::from_utf8_lossy(&body[..body.len().min(MAX_EXCERPT)]);
+        let hidden = |c: char| matches!(c, '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
+        let shown = |c: char| c == '\n' || !(c.is_control() || hidden(c));
+        let text: String =
+            text.chars().map(|c| if shown(c) { c } else { char::REPLACEMENT_CHARACTER }).collect();
+        (!text.trim().is_empty()).then_some(Self(text))
+    }
+
     pub fn reveal(&self) -> &str {
         &self.0
     }
@@ -135,6 +157,11 @@ pub struct FieldError {
 const NO_SUCH_FIELD: &str = "the custom field does not exist";
 
 impl FieldError {
+    /// The path as text: `contacts.0.custom.cf_X`.
+    pub fn path(&self) -> String {
+        self.path.join(".").chars().take(MAX_PATH).collect()
+    }
+
     /// Whether the custom field does not exist.
     pub fn field_is_missing(&self) -> bool {
         self.message == NO_SUCH_FIELD
@@ -144,8 +171,11 @@ impl FieldError {
 impl fmt::Display for Rejection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Close rejected the request ({})", self.status)?;
-        for field in &self.fields {
-            write!(f, "; {}: {}", field.path.join("."), field.message)?;
+        for field in self.fields.iter().take(MAX_NAMED) {
+            write!(f, "; {}: {}", field.path(), field.message)?;
+        }
+        if let Some(more @ 1..) = self.fields.len().checked_sub(MAX_NAMED) {
+            write!(f, "; and {more} more fields")?;
         }
         match self.message {
             Some(message) if self.fields.is_empty() => write!(f, ": {message}"),
@@ -187,22 +217,32 @@ fn safe_message(text: &str) -> &'static str {
 impl Rejection {
     /// Reads the body of an error response. It may be empty or not JSON (close-api.md §3).
     pub(crate) fn read(status: u16, body: &[u8]) -> Self {
-        let text = String::from_utf8_lossy(&body[..body.len().min(MAX_EXCERPT)]).into_owned();
+        let body = &body[..body.len().min(MAX_ERROR_BODY)];
+        let response = ResponseExcerpt::new(body);
         let body: Value = serde_json::from_slice(body).unwrap_or_default();
         let mut fields = Vec::new();
         collect_field_errors(&body, &mut Vec::new(), &mut fields);
         let general = body.get("error").or_else(|| body.get("errors")?.get(0)).and_then(Value::as_str);
         let message = general.map(safe_message);
-        let response = (!text.trim().is_empty()).then_some(ResponseExcerpt(text));
         Self { status, fields, message, response }
     }
+}
+
+/// The name of a field or an index, as Close has them. Anything else could be a text of a person, or forge a log line or
+/// a header.
+fn safe_name(name: &str) -> String {
+    let safe = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '?' };
+    name.chars().take(MAX_NAME).map(safe).collect()
 }
 
 /// Collects `field-errors` and the `errors` in it. For nested data, `errors` is an object by index.
 fn collect_field_errors(node: &Value, path: &mut Vec<String>, into: &mut Vec<FieldError>) {
     let children = ["field-errors", "errors"].iter().filter_map(|key| node.get(key)?.as_object()).flatten();
     for (name, child) in children {
-        path.push(name.clone());
+        if path.len() == MAX_DEPTH || into.len() == MAX_FIELDS {
+            return;
+        }
+        path.push(safe_name(name));
         match child {
             Value::String(text) => into.push(FieldError { path: path.clone(), message: safe_message(text) }),
             Value::Array(texts) => {
@@ -259,6 +299,42 @@ mod tests {
         let parts = (rejection.to_string(), rejection.response.as_ref().map(ResponseExcerpt::reveal));
         assert_eq!(parts, ("Close rejected the request (413)".into(), Some("<html>")));
         assert_eq!(Rejection::read(400, b" ").response, None);
+    }
+
+    #[test]
+    fn an_error_has_a_bounded_length_and_plain_names() {
+        let keys = |number: usize, length: usize| -> Value {
+            let member = |n: usize| (format!("{n:04}{}", "k".repeat(length)), json!("Invalid URL."));
+            json!({"field-errors": (0..number).map(member).collect::<serde_json::Map<_, _>>()})
+        };
+        let nested =
+            (0..100).fold(json!("Invalid URL."), |inner, _| json!({"errors": {"k".repeat(90): inner}}));
+        for body in [keys(1000, 150), keys(1, 200_000), keys(5000, 10), nested] {
+            let rejection = Rejection::read(400, body.to_string().as_bytes());
+            assert!(
+                rejection.fields.len() <= MAX_FIELDS && rejection.to_string().len() < 4000,
+                "{rejection}"
+            );
+            assert!(rejection.fields.iter().all(|field| field.path().len() <= MAX_PATH));
+            assert!(rejection.response.unwrap().reveal().len() <= MAX_EXCERPT);
+        }
+        assert!(
+            Rejection::read(400, keys(12, 0).to_string().as_bytes())
+                .to_string()
+                .ends_with("; and 2 more fields")
+        );
+        assert!(!Rejection::read(400, keys(10, 0).to_string().as_bytes()).to_string().contains("more"));
+
+        let hostile = "a\r\n\u{1b}[2J\u{9b}31m\u{202e}\u{2066}\u{200b}\u{feff} é";
+        let rejection = Rejection::read(400, json!({"field-errors": {hostile: "x"}}).to_string().as_bytes());
+        assert_eq!(rejection.fields[0].path(), "a????2J?31m??????");
+        let raw = Rejection::read(400, hostile.as_bytes()).response.unwrap();
+        assert!(
+            raw.reveal().chars().all(|c| c == '\n' || "a[2J31m é\u{fffd}".contains(c)),
+            "{:?}",
+            raw.reveal()
+        );
+        assert!(raw.reveal().contains('\n'));
     }
 
     #[test]

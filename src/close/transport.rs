@@ -37,6 +37,8 @@ pub struct Response {
     pub body: Vec<u8>,
 }
 
+/// The maximum length of the cause of a failed connection, in characters: it may quote names from a certificate.
+const MAX_CAUSE: usize = 500;
 /// The maximum size of a response body. A Lead with hundreds of Contacts is smaller.
 const MAX_BODY: usize = 32 << 20;
 
@@ -107,7 +109,8 @@ fn fault(error: &reqwest::Error) -> CloseError {
     if error.is_connect() {
         // The innermost cause is the most specific: connection refused, unknown host, invalid certificate.
         let causes = std::iter::successors(std::error::Error::source(error), |cause| cause.source());
-        CloseError::Unreachable(causes.last().map_or_else(|| "no connection".to_owned(), ToString::to_string))
+        let cause = causes.last().map_or_else(|| "no connection".to_owned(), ToString::to_string);
+        CloseError::Unreachable(cause.chars().filter(|c| !c.is_control()).take(MAX_CAUSE).collect())
     } else if error.is_timeout() {
         CloseError::Transient(Fault::Timeout)
     } else {
