@@ -8,7 +8,7 @@
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use lapin::BasicProperties;
-use lapin::types::{AMQPValue, FieldTable, LongString};
+use lapin::types::{AMQPValue, FieldTable, LongString, MAX_SHORT_STRING_LENGTH, ShortString};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -55,12 +55,23 @@ impl DeadLetter {
                 .map_err(|error| format!("`body_base64` is not valid base64: {error}"))?,
             _ => return Err("either `body` or `body_base64` is required".to_owned()),
         };
+        for (name, value) in &line.properties {
+            let length = value.as_str().map_or(0, str::len);
+            if length > MAX_SHORT_STRING_LENGTH {
+                return Err(format!("`properties.{}` {}", start(name), too_long(length)));
+            }
+        }
         let properties: BasicProperties = serde_json::from_value(Value::Object(line.properties))
             .map_err(|error| format!("`properties` are not valid: {error}"))?;
         let mut table = FieldTable::default();
         for (name, value) in line.headers {
-            let value = to_amqp(value).map_err(|error| format!("header `{name}` is not valid: {error}"))?;
-            table.insert(name.into(), value);
+            let value =
+                to_amqp(value).map_err(|error| format!("header `{}` is not valid: {error}", start(&name)))?;
+            let length = longest_name(&value).max(name.len());
+            let key = ShortString::try_new(name.as_str()).ok().filter(|_| length <= MAX_SHORT_STRING_LENGTH);
+            let key =
+                key.ok_or_else(|| format!("a name in header `{}` {}", start(&name), too_long(length)))?;
+            table.insert(key, value);
         }
         Ok(Self::from_parts(properties.with_headers(table), body))
     }
@@ -102,6 +113,30 @@ fn to_json(value: &AMQPValue) -> Value {
     }
 }
 
+/// The start of a name, for an error.
+fn start(name: &str) -> String {
+    name.chars().take(40).collect()
+}
+
+fn too_long(length: usize) -> String {
+    format!("has {length} bytes; AMQP allows at most {MAX_SHORT_STRING_LENGTH}")
+}
+
+/// The length of the longest name, or short text, inside a header. The types of AMQP are parsed without a check of it.
+#[expect(clippy::wildcard_enum_match_arm, reason = "every other AMQP type has no name inside")]
+fn longest_name(value: &AMQPValue) -> usize {
+    match value {
+        AMQPValue::ShortString(text) => text.as_str().len(),
+        AMQPValue::FieldArray(items) => items.as_slice().iter().map(longest_name).max().unwrap_or(0),
+        AMQPValue::FieldTable(table) => table
+            .into_iter()
+            .map(|(name, value)| longest_name(value).max(name.as_str().len()))
+            .max()
+            .unwrap_or(0),
+        _ => 0,
+    }
+}
+
 fn to_amqp(value: Value) -> Result<AMQPValue, serde_json::Error> {
     match value {
         Value::String(text) => Ok(AMQPValue::LongString(LongString::from(text))),
@@ -121,6 +156,7 @@ mod tests {
     use proptest::collection::{btree_map, vec};
     use proptest::option;
     use proptest::prelude::*;
+    use serde_json::json;
 
     use super::*;
 
@@ -159,6 +195,28 @@ mod tests {
                 .collect::<std::collections::BTreeMap<ShortString, _>>()
                 .into()
         })
+    }
+
+    #[test]
+    fn a_name_that_is_too_long_for_amqp_is_an_error() {
+        let long = "n".repeat(256);
+        let names =
+            ["content_type", "content_encoding", "correlation_id", "reply_to", "expiration", "message_id"];
+        let names = names.into_iter().chain(["type", "kind", "user_id", "app_id", "cluster_id"]);
+        let properties = names.map(|name| (json!({name: long}), json!({})));
+        let headers = [
+            json!({long.clone(): 1}),
+            json!({"a": {"FieldTable": {long.clone(): {"ShortInt": 1}}}}),
+            json!({"a": {"FieldArray": [{"FieldTable": {long.clone(): {"ShortInt": 1}}}]}}),
+            json!({"a": {"ShortString": long}}),
+        ];
+        for (properties, headers) in properties.chain(headers.map(|headers| (json!({}), headers))) {
+            let line = json!({"properties": properties, "headers": headers, "body": "{}"}).to_string();
+            let error = DeadLetter::from_line(&line).expect_err(&line);
+            assert!(error.contains("256") && error.len() < 200, "{error}");
+            let fitting = DeadLetter::from_line(&line.replace(&long, &long[1..]));
+            assert!(fitting.is_ok(), "{:?}", fitting.err());
+        }
     }
 
     proptest! {
