@@ -11,6 +11,7 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use uuid::Uuid;
 
 use crate::close::Priority;
+use crate::domain::time::is_event_time;
 use crate::outcome::{DeadLetter, Reason};
 
 /// The prefix of all headers of close-sync.
@@ -276,9 +277,11 @@ pub fn replaces(properties: &BasicProperties) -> Vec<Uuid> {
     text.split(' ').filter_map(|content| content.parse().ok()).collect()
 }
 
-/// When the message was published according to its producer: the end of that second.
+/// When the message was published according to its producer: the end of that second. A time that no message can have,
+/// such as 0, is no time.
 pub fn sent(properties: &BasicProperties) -> Option<Timestamp> {
-    properties.timestamp().and_then(|s| Timestamp::new(i64::try_from(s).ok()?, 999_999_999).ok())
+    let end = |second: u64| Timestamp::new(i64::try_from(second).ok()?, 999_999_999).ok();
+    properties.timestamp().and_then(end).filter(|at| is_event_time(*at))
 }
 
 /// Reads a text header.
@@ -425,6 +428,14 @@ mod tests {
             .with_message_id("m-1".into())
             .with_expiration("1000".into());
         delivery
+    }
+
+    #[test]
+    fn a_message_cannot_have_been_sent_in_1970() {
+        let sent =
+            |second| sent(&BasicProperties::default().with_timestamp(second)).map(Timestamp::as_second);
+        assert_eq!([0, 1, 31_535_999, u64::MAX].map(sent), [None; 4]);
+        assert_eq!(sent(1_634_400_027), Some(1_634_400_027));
     }
 
     #[test]

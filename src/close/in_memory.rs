@@ -12,6 +12,7 @@ use crate::close::records::{Hits, Records};
 use crate::close::wire;
 use crate::domain::plan::{ContactValues, Step};
 use crate::domain::record::{Channel, Contact, ContactId, Entry, FieldId, Lead, LeadId, Lists, fold_email};
+use crate::domain::value::{same_word, trim};
 
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct InMemoryRecords {
@@ -135,7 +136,7 @@ fn as_stored(lists: &Lists) -> Lists {
     for (channel, entries) in &mut stored {
         for Entry { value, .. } in entries {
             *value = match channel {
-                Channel::Email => value.trim().to_owned(),
+                Channel::Email => trim(value).to_owned(),
                 Channel::Phone => international(value),
                 Channel::Url if value.contains("://") => value.clone(),
                 Channel::Url => format!("http://{value}"),
@@ -161,7 +162,7 @@ fn international(text: &str) -> String {
 
 /// Search ignores case and surrounding whitespace, so a hit can have a different id (close-api.md §6).
 fn is_hit(stored: Option<&str>, wanted: &str) -> bool {
-    stored.is_some_and(|stored| stored.trim().to_lowercase() == wanted.trim().to_lowercase())
+    stored.is_some_and(|stored| same_word(stored, wanted))
 }
 
 impl Records for InMemoryRecords {

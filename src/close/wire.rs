@@ -12,6 +12,7 @@ use crate::domain::record::{
     Channel, Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists, fold_email,
 };
 use crate::domain::schema::{CustomField, FieldKind, Status, User};
+use crate::domain::value::same_word;
 
 /// The values of a record. Custom fields have keys `custom.cf_…` at the same level.
 fn fields(object: &Value, plain: &[Field]) -> Fields {
@@ -185,9 +186,8 @@ pub(crate) fn search_body(lookups: &[Lookup], mode: TextMode) -> Value {
 /// Whether a row of a shared search may belong to this look-up. Compares inexactly, as search does; the caller compares
 /// again.
 pub(crate) fn may_match(lookup: &Lookup, row: &Value) -> bool {
-    let fold = |text: &str| text.trim().to_lowercase();
     let is_hit = |field: &FieldId, id: &str| {
-        row[format!("custom.{field}")].as_str().is_some_and(|stored| fold(stored) == fold(id))
+        row[format!("custom.{field}")].as_str().is_some_and(|stored| same_word(stored, id))
     };
     match lookup {
         Lookup::Lead { field, company_id } => is_hit(field, company_id),
@@ -195,9 +195,7 @@ pub(crate) fn may_match(lookup: &Lookup, row: &Value) -> bool {
             let emails = row["emails"].as_array().into_iter().flatten();
             user.as_ref().is_some_and(|(field, id)| is_hit(field, id))
                 || email.as_deref().is_some_and(|email| {
-                    emails
-                        .filter_map(|entry| entry["email"].as_str())
-                        .any(|stored| fold(stored) == fold(email))
+                    emails.filter_map(|entry| entry["email"].as_str()).any(|stored| same_word(stored, email))
                 })
         }
     }

@@ -59,6 +59,8 @@ fn excerpt_of_text(text: &str) -> String {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, IntoStaticStr, VariantArray)]
 #[strum(serialize_all = "snake_case")]
 pub enum DropReason {
+    /// A word that programs write for nothing, `undefined` for example, or a zero time.
+    Placeholder,
     /// A list or an object where a single value is needed.
     NotAValue,
     /// Not a valid email address.
@@ -71,6 +73,8 @@ pub enum DropReason {
     NotANumber,
     /// Not a date, or a number that is implausible as a time.
     NotADate,
+    /// A time of the event that cannot be read, or that is not plausible.
+    UnreadableTime,
     /// Not a choice of the field, or not a lead status.
     NotAChoice,
     /// Not a user of the Close organization.
@@ -96,12 +100,14 @@ impl DropReason {
 
     pub fn description(self) -> &'static str {
         match self {
+            Self::Placeholder => "a placeholder for nothing",
             Self::NotAValue => "expected a single value",
             Self::InvalidEmail => "not a valid email address",
             Self::InvalidPhone => "not a valid phone number",
             Self::InvalidUrl => "not a valid URL",
             Self::NotANumber => "not a number",
             Self::NotADate => "not a date",
+            Self::UnreadableTime => "not a readable time of an event",
             Self::NotAChoice => "not one of the choices",
             Self::NoSuchUser => "not a user of the Close organization",
             Self::NotAnId => "not a valid record id",

@@ -4,15 +4,19 @@
 //! specified types. Everything else stays in [`Event::body`] for the mapping. A message that is rejected here can never
 //! succeed. [`Malformed`] says why, without content of the message.
 //!
-//! Two errors are repaired, because public SDKs produce them and the rest of such an event is valid: a lone surrogate,
-//! which remains when a program cuts text in the middle of an emoji, and a byte-order mark. `NaN`, which the Python SDKs
+//! Three errors are repaired, because public SDKs produce them and the rest of such an event is valid: a lone surrogate,
+//! which remains when a program cuts text in the middle of an emoji, a byte-order mark, and an empty list for an empty
+//! object, as PHP writes it. `NaN`, which the Python SDKs
 //! send for an empty cell of a data frame, is not JSON and is rejected.
 
+use jiff::Timestamp;
 use serde_json::{Map, Value};
 use strum::{IntoStaticStr, VariantArray};
 
+use crate::domain::dropped::DropReason;
 use crate::domain::footprint;
-use crate::domain::value;
+use crate::domain::time;
+use crate::domain::value::trim;
 
 /// A decoded event. The mapping decides what it means.
 #[derive(Clone, Debug, PartialEq)]
@@ -86,21 +90,23 @@ impl Event {
         }
         let text = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(bytes);
         let limit = limit.saturating_mul(MEMORY_PER_BYTE);
-        let body =
+        let mut body =
             parse(text, limit).or_else(|invalid| match parse(&replace_lone_surrogates(text), limit) {
                 Err(Malformed::NotJson { .. }) => Err(invalid),
                 repaired => repaired,
             })?;
-        let Value::Object(envelope) = &body else {
+        let Value::Object(envelope) = &mut body else {
             return Err(Malformed::NotAnObject { found: kind(&body) });
         };
+        OBJECTS.iter().for_each(|key| fill_empty_list(envelope, key));
         if envelope.get("batch").is_some_and(Value::is_array) && !envelope.contains_key("type") {
             return Err(Malformed::Batch);
         }
         expect(envelope, "type", "text", Value::is_string)?;
         expect(envelope, "traits", "an object", Value::is_object)?;
         expect(envelope, "integrations", "an object", Value::is_object)?;
-        expect(envelope, "userId", "text or a number", |value| value.is_string() || value.is_number())?;
+        // A boolean is a placeholder, and says as little about the person as none.
+        expect(envelope, "userId", "text or a number", |value| !value.is_array() && !value.is_object())?;
         Ok(Self { body })
     }
 
@@ -114,11 +120,27 @@ impl Event {
         self.text("messageId")
     }
 
-    /// The time of the event according to its producer: `timestamp`, else `receivedAt`, else `sentAt`. Accepts the same
-    /// notations as a datetime field.
-    pub fn time(&self) -> Option<jiff::Timestamp> {
-        let keys = ["timestamp", "receivedAt", "sentAt"];
-        keys.iter().find_map(|key| value::timestamp(self.body.get(key)?).ok())
+    /// The time of the event according to its producer: `timestamp`, else `receivedAt`, else `sentAt`. A zero time is no
+    /// time.
+    pub fn time(&self) -> Option<Timestamp> {
+        self.times().find_map(|(_, _, read)| read.ok())
+    }
+
+    /// The times that could not be read before [`Event::time`] was found, each with its key.
+    pub fn unreadable_times(&self) -> impl Iterator<Item = (&'static str, &Value)> {
+        let before = self.times().take_while(|(.., read)| read.is_err());
+        before
+            .filter(|(.., read)| *read == Err(DropReason::UnreadableTime))
+            .map(|(key, value, _)| (key, value))
+    }
+
+    fn times(&self) -> impl Iterator<Item = (&'static str, &Value, Result<Timestamp, DropReason>)> {
+        let keys = ["timestamp", "receivedAt", "sentAt"].into_iter();
+        let present = keys.filter_map(|key| Some((key, self.body.get(key)?)));
+        let present = present.filter(|(_, value)| {
+            !value.is_null() && value.as_str().is_none_or(|text| !trim(text).is_empty())
+        });
+        present.map(|(key, value)| (key, value, time::of_event(value)))
     }
 
     /// Whether `integrations` excludes Close (`design.md` §2, rule 9). Without it, the event is for every integration.
@@ -145,6 +167,18 @@ fn parse(json: &[u8], limit: usize) -> Result<Value, Malformed> {
         return Err(Malformed::TooManyValues { limit });
     }
     serde_json::from_slice(json).map_err(not_json)
+}
+
+/// The objects of the specification, apart from the company.
+const OBJECTS: [&str; 3] = ["traits", "integrations", "context"];
+
+/// PHP writes an object without members as an empty list.
+fn fill_empty_list(envelope: &mut Map<String, Value>, key: &str) {
+    if let Some(value) = envelope.get_mut(key)
+        && value.as_array().is_some_and(Vec::is_empty)
+    {
+        *value = Value::Object(Map::new());
+    }
 }
 
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
@@ -258,7 +292,7 @@ mod tests {
             (b"\xff\xfe", "not JSON: line 1, column 1"),
             (b"[]", "not a JSON object but a list"),
             (b"null", "not a JSON object but null"),
-            (b"{\"traits\":[]}", "`traits` must be an object, not a list"),
+            (b"{\"traits\":[1]}", "`traits` must be an object, not a list"),
             (b"{\"type\":7}", "`type` must be text, not a number"),
             (b"{\"userId\":{}}", "`userId` must be text or a number, not an object"),
             (b"{\"integrations\":true}", "`integrations` must be an object, not a boolean"),
@@ -310,6 +344,45 @@ mod tests {
         for (body, expected) in cases {
             assert_eq!(event(body).time().map(|time| time.to_string()).as_deref(), expected);
         }
+    }
+
+    #[test]
+    fn a_zero_time_is_passed_over_and_an_unreadable_one_is_reported() {
+        let zero = "0001-01-01T00:00:00Z";
+        let sent = "2026-01-02T03:04:05Z";
+        let cases = [
+            (json!({"timestamp": zero, "sentAt": sent}), Some(sent), vec![]),
+            (
+                json!({"timestamp": "1970-01-01T00:00:00Z", "receivedAt": 0, "sentAt": sent}),
+                Some(sent),
+                vec![],
+            ),
+            (json!({"timestamp": "soon", "receivedAt": zero, "sentAt": sent}), Some(sent), vec!["timestamp"]),
+            (json!({"timestamp": sent, "sentAt": "soon"}), Some(sent), vec![]),
+            (json!({"timestamp": "soon", "sentAt": {}}), None, vec!["timestamp", "sentAt"]),
+            (json!({"timestamp": null, "receivedAt": " \u{200b}"}), None, vec![]),
+        ];
+        for (body, time, unreadable) in cases {
+            let event = event(body.clone());
+            assert_eq!(event.time().map(|time| time.to_string()).as_deref(), time, "{body}");
+            assert_eq!(
+                event.unreadable_times().map(|(key, _)| key).collect::<Vec<_>>(),
+                unreadable,
+                "{body}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_empty_list_is_an_empty_object() {
+        for key in OBJECTS {
+            let decoded = event(json!({key: [], "userId": "u"}));
+            assert_eq!(decoded.body, json!({key: {}, "userId": "u"}));
+            assert!(!decoded.excludes_close());
+        }
+        // Other keys are the producer's own.
+        let other = json!({"tags": [], "traits": {"tags": []}});
+        assert_eq!(event(other.clone()).body, other);
     }
 
     #[test]

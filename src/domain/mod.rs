@@ -28,5 +28,6 @@ pub mod record;
 pub mod schema;
 pub mod staleness;
 pub mod switches;
-mod value;
+pub mod time;
+pub(crate) mod value;
 mod web_address;

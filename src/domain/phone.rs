@@ -4,16 +4,10 @@
 //! ASCII digits, so that the number can be compared with what Close returns. Otherwise it would be appended again with
 //! every event.
 
+use crate::domain::value::ascii_digit;
+
 /// The maximum number of digits in a phone number (ITU-T E.164).
 const MAX_DIGITS: usize = 15;
-
-/// The zeros of the decimal digits in scripts of today. In each script, the other nine digits follow the zero.
-const ZEROS: [char; 27] = [
-    '\u{0660}', '\u{06F0}', '\u{07C0}', '\u{0966}', '\u{09E6}', '\u{0A66}', '\u{0AE6}', '\u{0B66}',
-    '\u{0BE6}', '\u{0C66}', '\u{0CE6}', '\u{0D66}', '\u{0DE6}', '\u{0E50}', '\u{0ED0}', '\u{0F20}',
-    '\u{1040}', '\u{1090}', '\u{17E0}', '\u{1810}', '\u{1946}', '\u{19D0}', '\u{1A80}', '\u{1B50}',
-    '\u{1BB0}', '\u{A9D0}', '\u{ABF0}',
-];
 
 /// The number with ASCII digits, or `None` if the text is not a phone number.
 ///
@@ -59,11 +53,7 @@ fn ascii(c: char) -> Option<char> {
         '\u{FE62}' => Some('+'),
         // The full-width form of an ASCII character.
         '\u{FF01}'..='\u{FF5E}' => char::from_u32(u32::from(c) - 0xFEE0),
-        _ => {
-            let digit = |zero: char| u32::from(c).checked_sub(u32::from(zero)).filter(|digit| *digit < 10);
-            let digit = ZEROS.into_iter().find_map(digit);
-            Some(digit.and_then(|digit| char::from_digit(digit, 10)).unwrap_or(c))
-        }
+        _ => Some(ascii_digit(c)),
     }
 }
 
@@ -146,7 +136,7 @@ mod tests {
 
     #[test]
     fn every_script_has_its_ten_digits() {
-        for zero in ZEROS {
+        for zero in crate::domain::value::ZEROS {
             for (digit, ascii) in ('0'..='9').enumerate() {
                 let other = u32::from(zero) + u32::try_from(digit).unwrap();
                 let text: String = std::iter::repeat_n(char::from_u32(other).unwrap(), 7).collect();

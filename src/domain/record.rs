@@ -7,6 +7,7 @@ use serde_json::Value;
 use strum::VariantArray;
 
 use crate::domain::phone::digits;
+use crate::domain::value::trim;
 use crate::domain::web_address;
 
 macro_rules! id {
@@ -147,17 +148,17 @@ impl fmt::Display for Channel {
 
 /// An email address in the form in which addresses are compared: trimmed and case-folded.
 pub fn fold_email(email: &str) -> String {
-    email.trim().to_lowercase()
+    trim(email).to_lowercase()
 }
 
 /// Country codes have one to three digits (ITU-T E.164).
 const COUNTRY_CODE_DIGITS: usize = 3;
 
 fn same_phone(one: &str, other: &str) -> bool {
-    let international = |text: &str| text.trim_start().starts_with('+');
+    let international = |text: &str| trim(text).starts_with('+');
     let (a, b) = (digits(one), digits(other));
     if a.is_empty() || b.is_empty() {
-        return one.trim() == other.trim();
+        return trim(one) == trim(other);
     }
     if a == b {
         return true;
@@ -221,17 +222,23 @@ pub struct Contact {
     pub lists: Lists,
 }
 
+/// A person may have pasted an id into Close together with invisible characters. It is the same id.
+fn custom<'a>(fields: &'a Fields, field: &FieldId) -> Option<&'a str> {
+    let text = fields.get(&Field::Custom(field.clone())).and_then(Value::as_str);
+    text.map(trim).filter(|text| !text.is_empty())
+}
+
 impl Lead {
-    /// The text in a custom field.
+    /// The text in a custom field, as ids are compared.
     pub fn custom(&self, field: &FieldId) -> Option<&str> {
-        self.fields.get(&Field::Custom(field.clone())).and_then(Value::as_str)
+        custom(&self.fields, field)
     }
 }
 
 impl Contact {
-    /// The text in a custom field.
+    /// The text in a custom field, as ids are compared.
     pub fn custom(&self, field: &FieldId) -> Option<&str> {
-        self.fields.get(&Field::Custom(field.clone())).and_then(Value::as_str)
+        custom(&self.fields, field)
     }
 
     pub fn list(&self, channel: Channel) -> &[Entry] {

@@ -19,7 +19,7 @@ use jiff::Timestamp;
 use serde_json::Value;
 
 use crate::domain::record::{Field, FieldId, Fields};
-use crate::domain::value;
+use crate::domain::time;
 
 /// The custom fields of type datetime that store the time of the last event applied.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -74,5 +74,5 @@ pub fn new_synced_at(
     at: Option<Timestamp>,
 ) -> Option<(Field, Value)> {
     let is_later = record.and_then(|fields| stored(fields, synced_at)) < at;
-    Some((Field::Custom(synced_at?.clone()), value::format_timestamp(at?).into())).filter(|_| is_later)
+    Some((Field::Custom(synced_at?.clone()), time::format_timestamp(at?).into())).filter(|_| is_later)
 }

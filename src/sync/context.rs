@@ -6,6 +6,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::close::{Client, CloseError};
+use crate::domain::decision::Decision;
+use crate::domain::dropped::{DropReason, Dropped};
 use crate::domain::mapping::{KeyFields, Mapping, Rules};
 use crate::domain::record::FieldId;
 use crate::outcome::{Failure, PauseCause, Stage};
@@ -21,6 +23,9 @@ use crate::telemetry::metrics::Metrics;
 /// A mapping that is younger than this is not refreshed when Close rejects a field.
 const MIN_REFRESH_INTERVAL: Duration = Duration::from_secs(10);
 
+/// The shortest time between two log lines about the same mistake of producers.
+const MIN_LOG_INTERVAL: Duration = Duration::from_mins(1);
+
 pub(crate) struct Context {
     pub(crate) settings: Settings,
     pub(crate) client: Client,
@@ -35,6 +40,8 @@ pub(crate) struct Context {
     refreshed_at: tokio::sync::Mutex<Instant>,
     breaker: Mutex<CircuitBreaker>,
     last_failure: Mutex<Option<String>>,
+    /// When an unreadable time was last logged.
+    unreadable_time_logged: Mutex<Option<Instant>>,
 }
 
 /// What a [`crate::sync::Worker`] is made from.
@@ -63,6 +70,7 @@ impl Context {
             refreshed_at: tokio::sync::Mutex::new(Instant::now()),
             breaker: Mutex::default(),
             last_failure: Mutex::default(),
+            unreadable_time_logged: Mutex::default(),
         }
     }
 
@@ -77,6 +85,24 @@ impl Context {
     pub(crate) fn set_last_failure(&self, failure: &Failure) {
         let failure = format!("{}: {}", failure.stage.label(), failure.error);
         *self.last_failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(failure);
+    }
+
+    /// Counts what a finished plan left out. A producer with unreadable times has them in every message, so the log gets
+    /// one line a minute.
+    pub(crate) fn report(&self, decision: &Decision) {
+        self.metrics.decided(decision);
+        let unreadable = |dropped: &&Dropped| dropped.reason == DropReason::UnreadableTime;
+        let Some(dropped) = decision.dropped.iter().find(unreadable) else { return };
+        let mut logged = self.unreadable_time_logged.lock().unwrap_or_else(PoisonError::into_inner);
+        if logged.is_none_or(|at| at.elapsed() >= MIN_LOG_INTERVAL) {
+            *logged = Some(Instant::now());
+            let field = dropped.field.as_str();
+            tracing::warn!(
+                event = "time_unreadable",
+                field,
+                "cannot read the time of an event, using another one"
+            );
+        }
     }
 
     pub(crate) fn record_success(&self) {

@@ -192,7 +192,9 @@ impl LeftOut {
                 Some(Value::Array(_)) => " (`normalize = [\"join\"]` makes a list one text)".to_owned(),
                 _ => String::new(),
             },
-            DropReason::InvalidEmail
+            DropReason::Placeholder
+            | DropReason::UnreadableTime
+            | DropReason::InvalidEmail
             | DropReason::InvalidPhone
             | DropReason::InvalidUrl
             | DropReason::NotANumber

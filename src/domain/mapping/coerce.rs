@@ -8,8 +8,8 @@
 //! | --- | --- |
 //! | text | text; numbers and booleans as text |
 //! | number | numbers; text that is a number; true as 1, false as 0 |
-//! | date | `2026-01-31`; the day of a time with offset, as written; seconds or milliseconds since 1970, from 1973 on |
-//! | datetime | RFC 3339, UTC if it has no offset; a date, as midnight; seconds or milliseconds since 1970 |
+//! | date | `2026-01-31`; the day of a time, as written, see [`crate::domain::time`] |
+//! | datetime | a time, see [`crate::domain::time`]; a date, as midnight; a number since 1970, from 1973 on |
 //! | choices | a choice, in any case; a boolean as `true`/`yes` or `false`/`no`, if that is a choice |
 //! | user | the id, full name or email of a user |
 //! | contact, custom object | an id |
@@ -18,15 +18,13 @@
 //! Every value has a maximum length, because it stays in memory while its message waits. Close documents few limits
 //! (close-api.md §12, 20); where it documents none, ours is far above what people enter.
 
-use jiff::Timestamp;
-use jiff::civil::Date;
-use jiff::tz::TimeZone;
 use serde_json::Value;
 
 use crate::domain::dropped::{DropReason, excerpt};
 use crate::domain::phone;
 use crate::domain::schema::{CustomField, FieldKind, Status, User};
-use crate::domain::value::{flatten, format_timestamp, integer, single_spaces, text, timestamp};
+use crate::domain::time::{date, format_timestamp, timestamp};
+use crate::domain::value::{flatten, integer, same_word, single_spaces, text};
 use crate::domain::web_address;
 
 /// The maximum length of a name or title in Close, in characters (close-api.md §5).
@@ -205,10 +203,6 @@ fn item(value: &Value, field: &CustomField, users: &[User]) -> Result<Value, Dro
     }
 }
 
-fn same_word(one: &str, other: &str) -> bool {
-    one.trim().to_lowercase() == other.trim().to_lowercase()
-}
-
 fn reference(id: &str, prefix: &str) -> Result<Value, DropReason> {
     (id.starts_with(prefix) && id.len() <= MAX_ID).then(|| id.into()).ok_or(DropReason::NotAnId)
 }
@@ -241,17 +235,6 @@ fn choice(value: &Value, choices: &[String]) -> Result<Value, DropReason> {
     };
     let found = among(&wanted).or_else(|| among(other?));
     found.map(|choice| choice.clone().into()).ok_or(DropReason::NotAChoice)
-}
-
-fn date(value: &Value) -> Result<Date, DropReason> {
-    if let Some(text) = text(value).filter(|_| !value.is_boolean()) {
-        // The day as written, before conversion to UTC.
-        let day = text.get(..10).filter(|_| text.parse::<Timestamp>().is_ok()).unwrap_or(&text);
-        if let Ok(day) = day.parse::<Date>() {
-            return Ok(day);
-        }
-    }
-    timestamp(value).map(|at| TimeZone::UTC.to_datetime(at).date())
 }
 
 #[cfg(test)]
@@ -298,7 +281,7 @@ mod tests {
             (Date, json!("20240115"), Ok(json!("2024-01-15"))),
             (Date, json!(2024), Err("not_a_date")),
             (Date, json!("12"), Err("not_a_date")),
-            (Date, json!(0), Err("not_a_date")),
+            (Date, json!(0), Err("placeholder")),
             (Date, json!(90_000_000_000_i64), Err("not_a_date")),
             (Date, json!(-86_400), Err("not_a_date")),
             (Date, json!("2026-02-30"), Err("not_a_date")),

@@ -199,6 +199,11 @@ impl Mapping {
     pub fn apply(&self, event: &Event) -> Result<Desired, NoIdentity> {
         let Rules { lead, contact, channels, .. } = &self.rules;
         let mut desired = Desired { synced_at: self.synced_at.clone(), ..Desired::default() };
+        desired.dropped.extend(
+            event
+                .unreadable_times()
+                .map(|(key, value)| drop_value(key, (DropReason::UnreadableTime, Some(excerpt(value))))),
+        );
         for target in &self.lead {
             let wanted = self.take(target, event, &mut desired.dropped);
             desired.lead.extend(wanted.map(|wanted| (target.field.clone(), wanted)));

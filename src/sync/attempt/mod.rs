@@ -265,9 +265,7 @@ impl<C: Api> Attempts<'_, C> {
         let others: Vec<Decision> =
             others.map(|(event, plan)| self.decision.for_merged_event(event, plan)).collect();
         if self.writes() {
-            std::iter::once(&self.decision)
-                .chain(&others)
-                .for_each(|each| self.context.metrics.decided(each));
+            std::iter::once(&self.decision).chain(&others).for_each(|each| self.context.report(each));
         }
         let plan = &self.decision.plan;
         let outcome = if others.is_empty() { Outcome::of(plan, effect) } else { as_planned(plan) };
