@@ -1,5 +1,6 @@
 //! Connects to the broker: tries the nodes in turn, with a time-out for each.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -13,6 +14,7 @@ use crate::amqp::compat::stream;
 use crate::amqp::connection::{OpenConnection, disconnect};
 use crate::amqp::error::BrokerError;
 use crate::amqp::tls::{self, Tls};
+use crate::text::{is_ambiguous, masked_urls};
 
 /// The URLs of the broker: one node, or the nodes of a cluster. Clones share which node answered last.
 #[derive(Clone, Debug)]
@@ -25,12 +27,12 @@ pub struct Nodes {
 
 impl Nodes {
     /// Parses `amqp://user:password@host:port/vhost`, one or several separated by commas. `None` if one of them is not
-    /// a valid URL.
+    /// a valid URL, or its parts are not certain.
     pub fn parse(urls: &str) -> Option<Self> {
         let each: Option<Vec<_>> = split(urls)
             .map(|url| {
-                let has_host = Url::parse(url).is_ok_and(|url| url.has_host());
-                (has_host && url.parse::<AMQPUri>().is_ok()).then(|| SecretString::from(url))
+                let fits = Url::parse(url).is_ok_and(|url| url.has_host() && !is_ambiguous(&url));
+                (fits && url.parse::<AMQPUri>().is_ok()).then(|| SecretString::from(url))
             })
             .collect();
         Some(Self { urls: each?, tls: Tls::default(), last: Arc::default() })
@@ -48,9 +50,22 @@ impl Nodes {
         self.urls.iter().all(|url| uri(url).is_ok_and(|uri| uri.scheme == AMQPScheme::AMQPS))
     }
 
+    /// The nodes on other machines that are reached without TLS, `amqp://host:port`.
+    pub fn exposed(&self) -> Vec<String> {
+        let uris = self.urls.iter().filter_map(|url| url.expose_secret().parse::<AMQPUri>().ok());
+        let is_exposed = |uri: &AMQPUri| {
+            let host = uri.authority.host.as_str();
+            let is_loopback = host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
+            uri.scheme == AMQPScheme::AMQP && !is_loopback
+        };
+        let exposed = uris.filter(is_exposed);
+        exposed.map(|uri| format!("amqp://{}:{}", uri.authority.host, uri.authority.port)).collect()
+    }
+
     /// The URLs without passwords.
     pub fn masked(&self) -> String {
-        self.urls.iter().map(|url| masked_one(url.expose_secret())).collect::<Vec<_>>().join(",")
+        let urls: Vec<_> = self.urls.iter().map(ExposeSecret::expose_secret).collect();
+        masked_urls(&urls.join(","))
     }
 
     /// Opens a connection. RabbitMQ's management UI shows it under `name`. Tries the nodes in turn, starting with the
@@ -155,23 +170,6 @@ impl Failure {
     }
 }
 
-/// Hides the passwords in broker URLs.
-pub fn masked(urls: &str) -> String {
-    split(urls).map(masked_one).collect::<Vec<_>>().join(",")
-}
-
-fn masked_one(url: &str) -> String {
-    Url::parse(url).map_or_else(
-        |_| "***".into(),
-        |mut url| {
-            if url.password().is_some() {
-                let _ = url.set_password(Some("***"));
-            }
-            url.to_string()
-        },
-    )
-}
-
 fn split(urls: &str) -> impl Iterator<Item = &str> {
     urls.split(',').map(str::trim)
 }
@@ -184,6 +182,7 @@ mod tests {
     fn every_url_of_a_list_has_to_be_valid() {
         let fits = |urls: &str| Nodes::parse(urls).is_some();
         assert!(fits("amqp://u:p@a:1/%2f"));
+        assert!(fits("amqp://user:pass@word@host/v"));
         assert!(fits("amqp://u:p@a:1/%2f, amqps://u:p%2cp@b/v?auth_mechanism=external"));
         for wrong in [
             "",
@@ -193,6 +192,8 @@ mod tests {
             "amqp:///v",
             "amqp://a?heartbeat=x",
             "amqp://u:p,q@a",
+            "amqp://user:123/secret@host",
+            "amqp://user:123?secret@host/v",
         ] {
             assert!(!fits(wrong), "{wrong}");
         }
@@ -202,12 +203,17 @@ mod tests {
     fn every_password_of_a_list_is_hidden() {
         let shown = "amqp://u:***@a/v,amqps://u:***@b:1/v?heartbeat=5,amqp://c";
         let urls = "amqp://u:secret@a/v, amqps://u:secret@b:1/v?heartbeat=5,amqp://c";
-        assert_eq!(masked(urls), shown);
         let nodes = Nodes::parse(urls).unwrap();
         assert_eq!(nodes.masked(), shown);
         assert!(!format!("{nodes:?}").contains("secret"));
-        // A comma in a password must not reveal a part of it.
-        assert_eq!(masked("amqp://u:sec,ret@a/v"), "***,***");
+    }
+
+    #[test]
+    fn nodes_without_tls_on_other_machines_are_exposed() {
+        let urls =
+            "amqp://u:secret@rabbit/v,amqps://u:secret@tls/v,amqp://u:secret@127.0.0.9:1,amqp://localhost";
+        let exposed = Nodes::parse(urls).unwrap().exposed();
+        assert_eq!(exposed, ["amqp://rabbit:5672"]);
     }
 
     #[test]

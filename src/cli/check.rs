@@ -4,11 +4,12 @@ use serde::Serialize;
 
 use crate::amqp::server_info::ServerInfo;
 use crate::amqp::{self, BrokerError, OpenConnection, topology};
+use crate::cli::exposure::exposures;
 use crate::cli::failure::{CONFIGURATION, Failure, UNAVAILABLE};
 use crate::close::Client;
 use crate::config::{Config, Destination, Need, Problems};
 use crate::sync::preflight::{self, PreflightError, Ready};
-use crate::text::{choices, count};
+use crate::text::{choices, count, json, line, masked_urls};
 
 /// Check the configuration, RabbitMQ, the API key, and the fields that the settings name in Close.
 ///
@@ -46,9 +47,14 @@ enum Status {
     Ok,
     /// Works, but the operator should know.
     Note,
+    /// Works, but others may read or change what is sent.
+    Warning,
     /// The configuration has an error.
     Wrong,
-    /// RabbitMQ or Close is unavailable.
+    /// RabbitMQ or Close cannot be reached.
+    #[serde(rename = "unavailable")]
+    Unreachable,
+    /// RabbitMQ or Close answers, but does not work.
     Unavailable,
 }
 
@@ -64,15 +70,14 @@ pub(super) async fn check(args: &Args, config: Result<Config, Problems>) -> Resu
         Ok(config) => check_all(config).await,
     };
     if args.json {
-        let json = serde_json::to_string_pretty(&findings).unwrap_or_default();
-        anstream::println!("{json}");
+        anstream::println!("{}", json(&serde_json::to_string_pretty(&findings).unwrap_or_default()));
     } else {
         findings.iter().for_each(print);
     }
     let has = |status| findings.iter().any(|finding| finding.status == status);
     if has(Status::Wrong) {
         Err(Failure::Reported(CONFIGURATION))
-    } else if has(Status::Unavailable) {
+    } else if has(Status::Unreachable) || has(Status::Unavailable) {
         Err(Failure::Reported(UNAVAILABLE))
     } else {
         Ok(())
@@ -88,13 +93,17 @@ fn print(finding: &Finding) {
     let (color, word) = match finding.status {
         Status::Ok => (Green, "ok"),
         Status::Note => (Yellow, "note"),
+        Status::Warning => (Yellow, "warning"),
         Status::Wrong => (Red, "wrong"),
-        Status::Unavailable => (Red, "missing"),
+        Status::Unreachable => (Red, "unreachable"),
+        Status::Unavailable => (Red, "unavailable"),
     };
     let style = color.on_default();
     let Finding { destination, subject, detail, status: _ } = finding;
     let prefix = destination.as_ref().map(|name| format!("{name}: ")).unwrap_or_default();
-    anstream::println!("{style}{word:<8}{style:#}{prefix}{subject}: {detail}");
+    // Errors and names come from RabbitMQ and Close.
+    let text = line(&format!("{prefix}{subject}: {detail}"));
+    anstream::println!("{style}{word:<8}{style:#}{}{text}", if word.len() < 8 { "" } else { " " });
 }
 
 async fn check_all(config: &Config) -> Vec<Finding> {
@@ -109,6 +118,11 @@ async fn check_all(config: &Config) -> Vec<Finding> {
 async fn check_destination(config: &Destination) -> Vec<Finding> {
     let mut findings = check_broker(config).await;
     findings.extend(check_close(config).await);
+    findings.extend(
+        exposures(config)
+            .into_iter()
+            .map(|exposure| finding(Status::Warning, exposure.setting(), exposure.to_string())),
+    );
     for (setting, key, consequence) in [
         ("close.lead_company_id_field", &config.rules.lead.key, "Leads are not looked up by company"),
         ("close.contact_user_id_field", &config.rules.contact.key, "people are matched by email only"),
@@ -130,6 +144,8 @@ async fn check_broker(config: &Destination) -> Vec<Finding> {
             let is_refused = matches!(error, BrokerError::Refused(_));
             let status = if error.is_lasting() || is_setup || is_refused {
                 Status::Wrong
+            } else if matches!(error, BrokerError::Unreachable(_)) {
+                Status::Unreachable
             } else {
                 Status::Unavailable
             };
@@ -173,7 +189,7 @@ async fn query_broker(settings: &amqp::Settings) -> Result<(ServerInfo, (Depth, 
 }
 
 async fn check_close(config: &Destination) -> Vec<Finding> {
-    let subject = format!("Close at {}", config.close.url);
+    let subject = format!("Close at {}", masked_urls(config.close.url.as_str()));
     let client = match Client::new(config.close.clone(), |_| {}) {
         Ok(client) => client,
         Err(error) => {
@@ -242,7 +258,8 @@ fn preflight_finding(error: &PreflightError, close: &str, api_key: &str) -> Find
     match (error, error.pause_cause()) {
         (PreflightError::Field(key), _) => finding(Status::Wrong, key.setting(), detail),
         (PreflightError::Close(_), Some(Unauthorized | Forbidden)) => finding(Status::Wrong, close, detail),
-        (PreflightError::Close(_), Some(PlanLimit | Unreachable | Failing | LookupField) | None) => {
+        (PreflightError::Close(_), Some(Unreachable)) => finding(Status::Unreachable, close, detail),
+        (PreflightError::Close(_), Some(PlanLimit | Failing | LookupField) | None) => {
             finding(Status::Unavailable, close, detail)
         }
     }

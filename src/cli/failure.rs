@@ -3,6 +3,7 @@
 use crate::amqp::BrokerError;
 use crate::config::Problems;
 use crate::supervisor::RunError;
+use crate::text::{block, line};
 
 /// A check did not hold.
 pub(super) const CHECK_FAILED: u8 = 1;
@@ -61,9 +62,10 @@ impl From<BrokerError> for Failure {
             BrokerError::Conflict { .. }
             | BrokerError::TooOld(_)
             | BrokerError::Incomplete(_)
-            | BrokerError::MayNotDeclare(_) => Self::Configuration(error.to_string()),
+            | BrokerError::MayNotDeclare(_) => Self::Configuration(line(&error.to_string())),
             BrokerError::Unreachable(_) => Self::Unavailable(format!(
-                "{error}\nhint: start RabbitMQ, or set `amqp.url` (AMQP_URL) to a broker that is running"
+                "{}\nhint: start RabbitMQ, or set `amqp.url` (AMQP_URL) to a broker that is running",
+                line(&error.to_string())
             )),
             BrokerError::Refused(_)
             | BrokerError::Tls(_)
@@ -76,7 +78,7 @@ impl From<BrokerError> for Failure {
             | BrokerError::OtherTooLarge
             | BrokerError::Busy(_)
             | BrokerError::Unroutable { .. }
-            | BrokerError::Unconfirmed(_) => Self::Unavailable(error.to_string()),
+            | BrokerError::Unconfirmed(_) => Self::Unavailable(line(&error.to_string())),
         }
     }
 }
@@ -84,8 +86,8 @@ impl From<BrokerError> for Failure {
 impl From<RunError> for Failure {
     fn from(error: RunError) -> Self {
         match error {
-            RunError::Configuration(message) => Self::Configuration(message),
-            RunError::Unavailable(error) => Self::Unavailable(format!("{error:#}")),
+            RunError::Configuration(message) => Self::Configuration(block(&message)),
+            RunError::Unavailable(error) => Self::Unavailable(block(&format!("{error:#}"))),
         }
     }
 }

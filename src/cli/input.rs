@@ -5,6 +5,7 @@ use std::path::Path;
 use tokio::io::AsyncReadExt;
 
 use crate::cli::failure::Failure;
+use crate::text::line;
 
 /// Reads a whole file. `-` is standard input.
 pub(super) async fn read(file: &Path) -> Result<Vec<u8>, Failure> {
@@ -18,5 +19,5 @@ pub(super) async fn read(file: &Path) -> Result<Vec<u8>, Failure> {
 }
 
 pub(super) fn cannot_read(file: &Path, error: &std::io::Error) -> Failure {
-    Failure::Input(format!("cannot read {}: {error}", file.display()))
+    Failure::Input(format!("cannot read {}: {error}", line(&file.display().to_string())))
 }

@@ -5,6 +5,7 @@
 
 mod check;
 mod dlq;
+mod exposure;
 mod failure;
 mod input;
 mod logging;
@@ -24,7 +25,7 @@ use clap::{Parser, Subcommand};
 
 use crate::cli::failure::{Failure, UNAVAILABLE};
 use crate::config::{self, Config, Destination, Layers, Need};
-use crate::text::choices;
+use crate::text::{block, choices};
 use crate::{VERSION, http};
 
 /// The end of the long help. `$checks` are the commands that exit with 1, `$more` further paragraphs.
@@ -105,7 +106,7 @@ pub fn main() -> ExitCode {
     let Err(failure) = runtime.block_on(cli.execute()) else { return ExitCode::SUCCESS };
     if let Some(message) = failure.message() {
         let red = anstyle::AnsiColor::Red.on_default().bold();
-        anstream::eprintln!("{red}error:{red:#} {message}");
+        anstream::eprintln!("{red}error:{red:#} {}", block(message));
     }
     ExitCode::from(failure.exit_code())
 }

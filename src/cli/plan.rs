@@ -18,7 +18,7 @@ use crate::sync::explain::{self, DEAD, Explanation, Record};
 use crate::sync::preflight::{self, PreflightError};
 use crate::sync::{Dependencies, ReceivedAt, Worker};
 use crate::telemetry::metrics::Metrics;
-use crate::text::{choices, count};
+use crate::text::{choices, count, json, line as one_line};
 
 /// Show what events would change in Close, and why, without writing anything.
 ///
@@ -55,7 +55,7 @@ pub(super) async fn plan(args: Args, config: Destination) -> Result<(), Failure>
     for (number, event) in (1..).zip(&events) {
         let (keys, report) = explain::dry_run(&worker, event, ReceivedAt::now())
             .await
-            .map_err(|why| Failure::Unavailable(format!("event {number} {why}")))?;
+            .map_err(|why| Failure::Unavailable(format!("event {number} {}", one_line(&why.to_string()))))?;
         let message_id =
             Event::decode(event, usize::MAX).ok().and_then(|event| event.message_id().map(str::to_owned));
         let after = earlier.note(number, &keys, report.writes);
@@ -69,7 +69,7 @@ pub(super) async fn plan(args: Args, config: Destination) -> Result<(), Failure>
         bar.suspend(|| {
             let planned = PlannedEvent { event: number, message_id, report, after };
             if args.json {
-                anstream::println!("{}", serde_json::to_string(&planned).unwrap_or_default());
+                anstream::println!("{}", json(&serde_json::to_string(&planned).unwrap_or_default()));
             } else {
                 planned.print();
             }
@@ -91,7 +91,7 @@ pub(super) async fn worker(config: Destination) -> Result<Worker, Failure> {
     let client = Client::new(config.close, |_| {}).map_err(|error| unavailable(&error))?;
     let metrics = Metrics::new(None).map_err(|error| unavailable(&error))?;
     let ready = preflight::run(&client, &config.rules).await.map_err(|errors| {
-        let message = errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+        let message = errors.iter().map(|error| one_line(&error.to_string())).collect::<Vec<_>>().join("\n");
         if errors.iter().any(|error| matches!(error, PreflightError::Field(_))) {
             Failure::Configuration(message)
         } else {
@@ -99,11 +99,13 @@ pub(super) async fn worker(config: Destination) -> Result<Worker, Failure> {
         }
     })?;
     for unresolved in &ready.mapping.unresolved {
-        anstream::eprintln!("note: {}: {}; its values are left out", unresolved.setting, unresolved.reason);
+        let note = format!("{}: {}; its values are left out", unresolved.setting, unresolved.reason);
+        anstream::eprintln!("note: {}", one_line(&note));
     }
     for invalid in ready.mapping.invalid_constants() {
         let (reason, fits) = (invalid.reason.description(), choices("choices", &invalid.choices));
-        anstream::eprintln!("note: {}: {} is left out: {reason}{fits}", invalid.setting, invalid.value);
+        let note = format!("{}: {} is left out: {reason}{fits}", invalid.setting, invalid.value);
+        anstream::eprintln!("note: {}", one_line(&note));
     }
     Ok(Worker::new(Dependencies {
         settings: config.worker,
@@ -168,7 +170,7 @@ impl PlannedEvent {
 }
 
 fn line(title: &str, text: &str) {
-    anstream::println!("  {DIM}{title:<10}{DIM:#} {text}");
+    anstream::println!("  {DIM}{title:<10}{DIM:#} {}", one_line(text));
 }
 
 /// Prints a plan for people, under a title.
@@ -180,6 +182,7 @@ pub(super) fn print(title: &str, report: &Explanation) {
     };
     let color = color.on_default();
     let reason = report.reason.map(|reason| format!(" ({reason})")).unwrap_or_default();
+    let title = one_line(title);
     anstream::println!("{BOLD}{title}{BOLD:#}: {color}{}{color:#}{reason}", report.outcome);
     if let Some(error) = &report.error {
         line("error", error);
@@ -211,8 +214,9 @@ fn print_record(record: &Record) {
         (_, Some(id)) => format!(" {id}"),
     };
     let forbidden = record.forbidden.map(|switch| format!(": not done, {switch}")).unwrap_or_default();
-    anstream::println!("  {BOLD}{}{BOLD:#}{name}{id}{forbidden}", record.action);
+    let text = one_line(&format!("{name}{id}{forbidden}"));
+    anstream::println!("  {BOLD}{}{BOLD:#}{text}", record.action);
     for field in &record.fields {
-        anstream::println!("    {:<16} {}", field.label, field.change);
+        anstream::println!("    {:<16} {}", one_line(&field.label), one_line(&field.change));
     }
 }

@@ -13,7 +13,7 @@ use crate::amqp::{self, BrokerError, Settings, topology};
 use crate::cli::failure::{Failure, USAGE};
 use crate::cli::input::cannot_read;
 use crate::domain::event::{Event, Malformed};
-use crate::text::count;
+use crate::text::{count, line as one_line};
 
 /// Publish events from a file to the exchange, as a producer would.
 ///
@@ -123,7 +123,7 @@ async fn publish_lines(
                         format!("line {number}: {malformed}")
                     }
                 };
-                bar.suspend(|| anstream::eprintln!("{message}"));
+                bar.suspend(|| anstream::eprintln!("{}", one_line(&message)));
                 continue;
             }
         };
@@ -188,7 +188,7 @@ fn explain(error: &BrokerError, settings: &Settings) -> String {
             "\nhint: `close-sync check` reports what an administrator must create".into()
         }
     };
-    format!("{error}{hint}")
+    format!("{}{hint}", one_line(&error.to_string()))
 }
 
 /// The event's type, which is also the default routing key. AMQP limits both to 255 bytes.

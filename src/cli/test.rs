@@ -8,6 +8,7 @@ use serde::Serialize;
 use crate::cli::failure::{CHECK_FAILED, Failure};
 use crate::config::Layers;
 use crate::scenario::{Scenario, ScenarioError, ScenarioResult, Suite};
+use crate::text::{block, json, line};
 
 /// A scenario file, shown by `--help`.
 const EXAMPLE: &str = include_str!("test.example.toml");
@@ -54,12 +55,15 @@ pub(super) async fn test(args: Args, base: Layers) -> Result<(), Failure> {
     let mut suites = Vec::new();
     for path in &args.files {
         let suite = Suite::load(path);
-        suites.push((path, suite.map_err(|error| Failure::Input(format!("{} {error}", path.display())))?));
+        suites.push((
+            path,
+            suite.map_err(|error| Failure::Input(block(&format!("{} {error}", path.display()))))?,
+        ));
     }
     let (mut passed, mut failed) = (0, 0);
     for (path, suite) in suites {
         if !args.json {
-            anstream::println!("{BOLD}{}{BOLD:#}", path.display());
+            anstream::println!("{BOLD}{}{BOLD:#}", line(&path.display().to_string()));
         }
         let wanted =
             |scenario: &&Scenario| args.only.as_ref().is_none_or(|text| scenario.title.contains(text));
@@ -68,7 +72,7 @@ pub(super) async fn test(args: Args, base: Layers) -> Result<(), Failure> {
                 ScenarioOutput::new(path.display().to_string(), scenario, suite.run(scenario, &base).await);
             *(if output.passed { &mut passed } else { &mut failed }) += 1;
             if args.json {
-                anstream::println!("{}", serde_json::to_string(&output).unwrap_or_default());
+                anstream::println!("{}", json(&serde_json::to_string(&output).unwrap_or_default()));
             } else {
                 print(&output);
             }
@@ -117,21 +121,21 @@ const BOLD: Style = Style::new().bold();
 fn print(output: &ScenarioOutput<'_>) {
     let (color, word) = if output.passed { (AnsiColor::Green, "ok  ") } else { (AnsiColor::Red, "FAIL") };
     let color = color.on_default();
-    anstream::println!("  {color}{word}{color:#} {}", output.scenario);
-    for line in output.error.iter().flat_map(|error| error.lines()) {
-        anstream::println!("       {line}");
+    anstream::println!("  {color}{word}{color:#} {}", line(output.scenario));
+    for text in output.error.iter().flat_map(|error| error.lines()) {
+        anstream::println!("       {}", line(text));
     }
     for (key, text) in [("expect", &output.expect), ("records", &output.records)] {
         if let Some(text) = text {
-            anstream::println!("{key} = '''\n{text}'''");
+            anstream::println!("{key} = '''\n{}'''", block(text));
         }
     }
-    for line in output.difference.lines() {
-        let color = match line.as_bytes().first() {
+    for text in output.difference.lines() {
+        let color = match text.as_bytes().first() {
             Some(b'-') => AnsiColor::Red.on_default(),
             Some(b'+') => AnsiColor::Green.on_default(),
             _ => Style::new(),
         };
-        anstream::println!("       {color}{line}{color:#}");
+        anstream::println!("       {color}{}{color:#}", line(text));
     }
 }

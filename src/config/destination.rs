@@ -61,8 +61,8 @@ pub(super) fn read(
 }
 
 fn amqp(raw: &raw::Destination, delays: Option<&[Delay]>, reader: &mut Reader<'_>) -> Option<amqp::Settings> {
-    let expected = "`amqp://user:password@host:5672/%2f`, or several separated by commas (write a comma in a password \
-                    as `%2c`)";
+    let expected = "`amqp://user:password@host:5672/%2f`, or several separated by commas; in a password, write a comma \
+                    as `%2c`, a slash as `%2f`, `?` as `%3f` and `#` as `%23`";
     let nodes = reader.parsed(setting!(raw, amqp.url), "broker URL", expected, Nodes::parse);
     let tls = tls(raw, nodes.as_ref(), reader);
     let exchange = reader.broker_name(setting!(raw, amqp.exchange));
@@ -174,12 +174,20 @@ fn close(
     need: Need,
     reader: &mut Reader<'_>,
 ) -> Option<close::Settings> {
-    let expected = "for example `https://api.close.com/api/v1/`";
-    let url = reader.parsed(setting!(raw, close.api_url), "URL", expected, |text| {
-        let whole = if text.ends_with('/') { text.to_owned() } else { format!("{text}/") };
-        let url = Url::parse(&whole).ok()?;
-        (matches!(url.scheme(), "http" | "https") && url.has_host()).then_some(url)
-    });
+    let setting = setting!(raw, close.api_url);
+    let url = if setting.text().contains(['@', '?', '#']) {
+        // The URL is shown, so it must not contain secrets, and the message must not repeat it.
+        let message = "must be a URL without credentials and parameters, like `https://api.close.com/api/v1/`; \
+                       put the API key into `close.api_key` (CLOSE_API_KEY)";
+        reader.problem(setting.key, message);
+        None
+    } else {
+        reader.parsed(setting, "URL", "for example `https://api.close.com/api/v1/`", |text| {
+            let whole = if text.ends_with('/') { text.to_owned() } else { format!("{text}/") };
+            let url = Url::parse(&whole).ok()?;
+            (matches!(url.scheme(), "http" | "https") && url.has_host()).then_some(url)
+        })
+    };
     let api_key = api_key(raw, name, need, reader);
     let timeout = reader.duration(setting!(raw, close.timeout), Duration::from_millis(1));
     let share = reader.number(setting!(raw, close.rate_limit_share), 1..=100);

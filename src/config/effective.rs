@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use toml::{Table, Value};
 use uuid::Uuid;
 
-use crate::amqp::nodes::masked;
-use crate::config::keys::{DESTINATIONS, SECRETS, is_rule, key, leaf_mut, split_process};
+use crate::config::keys::{DESTINATIONS, SECRETS, URLS, is_rule, leaf_mut, split_process};
+use crate::text::masked_urls;
 
 /// The effective settings with masked secrets. For destinations, only what differs from the shared settings.
 pub(super) fn effective(shared: Table, destinations: BTreeMap<String, Table>) -> Table {
@@ -34,10 +34,17 @@ fn difference(table: Table, base: &Table) -> Table {
 fn mask(mut settings: Table) -> Table {
     for path in SECRETS {
         match leaf_mut(&mut settings, path) {
-            // Only the password is secret.
-            Some(Value::String(url)) if path == key!(Destination: amqp.url) => *url = masked(url),
-            Some(Value::String(secret)) if !secret.is_empty() => *secret = "***".into(),
+            Some(Value::String(secret)) if !secret.is_empty() && !URLS.contains(&path) => {
+                *secret = "***".into();
+            }
             Some(_) | None => {}
+        }
+    }
+    for path in URLS {
+        if let Some(Value::String(url)) = leaf_mut(&mut settings, path)
+            && !url.is_empty()
+        {
+            *url = masked_urls(url);
         }
     }
     settings

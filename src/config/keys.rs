@@ -25,6 +25,12 @@ pub(super) const SECRETS: [&str; 4] = [
     key!(Process: http.page_token),
     key!(Process: otel.exporter.otlp.headers),
 ];
+/// Keys of URLs, which are shown without their secrets.
+pub(super) const URLS: [&str; 3] = [
+    key!(Destination: amqp.url),
+    key!(Destination: close.api_url),
+    key!(Process: otel.exporter.otlp.endpoint),
+];
 /// Tables whose keys the user chooses.
 pub(super) const OPEN_TABLES: [&str; 3] =
     [key!(Destination: mapping.lead.custom), key!(Destination: mapping.contact.custom), DESTINATIONS];
@@ -141,7 +147,7 @@ mod tests {
     #[test]
     fn every_secret_is_text_and_every_process_table_is_a_table_of_the_defaults() {
         let defaults: Table = toml::from_str(DEFAULTS).unwrap();
-        for key in SECRETS {
+        for key in SECRETS.iter().chain(&URLS) {
             assert!(leaf(&defaults, key).is_some_and(Value::is_str), "{key}");
         }
         for key in PROCESS_TABLES {

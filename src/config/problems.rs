@@ -5,6 +5,7 @@ use std::fmt;
 use toml::{Table, Value};
 
 use crate::config::keys::{DEFAULTS, is_leaf, is_rule, leaf, split, variable, within};
+use crate::text::line;
 
 /// The start of the message about a file that cannot be parsed.
 pub(super) const NOT_TOML: &str = "not valid TOML";
@@ -48,7 +49,7 @@ impl fmt::Display for Problems {
             n => write!(f, "the configuration has {n} problems")?,
         }
         for (key, message) in self.lines() {
-            write!(f, "\n  {key}: {message}")?;
+            write!(f, "\n  {}: {}", line(&key), line(message))?;
         }
         Ok(())
     }

@@ -9,14 +9,14 @@ use similar::{ChangeTag, TextDiff};
 use tempfile::NamedTempFile;
 
 use crate::cli::dlq::select::{FilterArgs, find};
-use crate::cli::dlq::terminal::{observer, printable, report_running_replay, scan_bar};
+use crate::cli::dlq::terminal::{observer, report_running_replay, scan_bar};
 use crate::cli::failure::Failure;
 use crate::cli::input::read;
 use crate::config::{self, Destination};
 use crate::dead_letters::edit::{self, Edited};
 use crate::dead_letters::filter::{Filter, Selection};
 use crate::dead_letters::letter::DeadLetter;
-use crate::text::count;
+use crate::text::{count, line, shell};
 
 /// Edit the body of one dead letter, or patch several.
 ///
@@ -79,7 +79,7 @@ async fn edit_one(
 ) -> Result<(), Failure> {
     let letter = find(id, destination).await?;
     // The argument may have been the message id of the producer.
-    let id = printable(&letter.id);
+    let id = shell(&letter.id);
     if !edit::is_editable(&letter) {
         return Err(Failure::Input(format!(
             "the body has {} bytes, more than the {} that an edit can keep; export the dead letter, edit the file and \
@@ -89,7 +89,7 @@ async fn edit_one(
         )));
     }
     let (edited, file) = match (patch, body) {
-        (Some(patch), _) => (patch.apply(&letter.body).map_err(Failure::Input)?, None),
+        (Some(patch), _) => (patch.apply(&letter.body).map_err(|why| Failure::Input(line(&why)))?, None),
         (None, Some(file)) => (read(file).await?, None),
         (None, None) => {
             let (edited, file) = open_editor(&letter.body)?;
@@ -106,7 +106,7 @@ async fn edit_one(
     {
         anstream::eprintln!(
             "your edit is saved in {0}; to retry: `close-sync dlq edit {id} --body {0}`",
-            path.display()
+            shell(&path.display().to_string())
         );
     }
     done?;
@@ -129,7 +129,7 @@ async fn replace(letter: &DeadLetter, body: &[u8], destination: &Destination) ->
     if changed == 0 {
         return Err(Failure::Input(format!(
             "the dead letter `{}` was replayed, discarded or edited in the meantime; nothing was changed",
-            letter.id
+            line(&letter.id)
         )));
     }
     Ok(())
@@ -150,7 +150,7 @@ async fn apply(
             Ok((matched, changed))
         }
         Edited::Refused { id, why } => {
-            Err(Failure::Input(format!("{why} (dead letter `{id}`); nothing was changed")))
+            Err(Failure::Input(format!("{} (dead letter `{}`); nothing was changed", line(&why), line(&id))))
         }
     }
 }
@@ -247,6 +247,6 @@ fn print_diff(before: &[u8], after: &[u8]) {
             ChangeTag::Insert => ("+", AnsiColor::Green.on_default()),
             ChangeTag::Equal => continue,
         };
-        anstream::println!("{color}{sign} {}{color:#}", printable(change.value().trim_end()));
+        anstream::println!("{color}{sign} {}{color:#}", line(change.value().trim_end()));
     }
 }

@@ -8,7 +8,7 @@ use crate::cli::failure::{CHECK_FAILED, Failure};
 use crate::config::Destination;
 use crate::dead_letters::letter::DeadLetter;
 use crate::dead_letters::scan::Disposition;
-use crate::text::count;
+use crate::text::{count, line};
 
 /// Export dead letters as JSON lines, with everything that an import needs. They stay in the queue.
 ///
@@ -27,7 +27,8 @@ const MAX_IN_MEMORY: usize = 64 << 20;
 
 pub(super) async fn export(args: &Args, destination: &Destination) -> Result<(), Failure> {
     let cannot_write = |error: std::io::Error| {
-        let target = args.output.as_ref().map_or("standard output".into(), |file| file.display().to_string());
+        let target =
+            args.output.as_ref().map_or("standard output".into(), |file| line(&file.display().to_string()));
         Failure::Input(format!("cannot write {target}: {error}"))
     };
     let mut written = Ok(());

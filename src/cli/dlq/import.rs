@@ -8,6 +8,7 @@ use crate::cli::input::read;
 use crate::config::Destination;
 use crate::dead_letters::import::{self, Imported};
 use crate::dead_letters::letter::DeadLetter;
+use crate::text::line;
 
 /// Put exported dead letters back into the queue.
 ///
@@ -40,10 +41,10 @@ pub(super) async fn import(args: &Args, destination: &Destination) -> Result<(),
 fn parse(bytes: &[u8]) -> Result<Vec<DeadLetter>, Failure> {
     let lines =
         (1..).zip(bytes.split(|&byte| byte == b'\n')).filter(|(_, line)| !line.trim_ascii().is_empty());
-    let parse = |(number, line): (usize, &[u8])| {
-        let text = std::str::from_utf8(line).map_err(|error| error.to_string());
+    let parse = |(number, bytes): (usize, &[u8])| {
+        let text = std::str::from_utf8(bytes).map_err(|error| error.to_string());
         text.and_then(DeadLetter::from_line)
-            .map_err(|why| Failure::Input(format!("line {number}: {why}; nothing was imported")))
+            .map_err(|why| Failure::Input(format!("line {number}: {}; nothing was imported", line(&why))))
     };
     lines.map(parse).collect()
 }

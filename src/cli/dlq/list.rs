@@ -6,12 +6,12 @@ use jiff::{Timestamp, Unit};
 use serde::Serialize;
 
 use crate::cli::dlq::select::FilterArgs;
-use crate::cli::dlq::terminal::printable;
 use crate::cli::failure::Failure;
 use crate::config::Destination;
 use crate::dead_letters::group::{Group, Groups};
 use crate::dead_letters::letter::DeadLetter;
 use crate::dead_letters::scan::Disposition;
+use crate::text::{json, line, shell};
 
 /// List what failed, grouped by fingerprint, the most frequent first, with the remedy.
 #[derive(clap::Args)]
@@ -56,7 +56,7 @@ pub(super) async fn list(args: &Args, destination: &Destination) -> Result<(), F
         dead_letters: letters,
     };
     if args.json {
-        anstream::println!("{}", serde_json::to_string_pretty(&listing).unwrap_or_default());
+        anstream::println!("{}", json(&serde_json::to_string_pretty(&listing).unwrap_or_default()));
     } else {
         listing.print(args.each);
     }
@@ -79,28 +79,28 @@ impl Listing {
             table.set_header(["id", "message id", "age", "attempts", "replays", "fingerprint"]);
             for letter in dead_letters {
                 table.add_row([
-                    printable(&letter.id),
-                    printable(letter.message_id.as_deref().unwrap_or("-")),
+                    line(&letter.id),
+                    line(letter.message_id.as_deref().unwrap_or("-")),
                     age(letter.failed_at, now),
                     letter.attempts.map_or_else(|| "-".into(), |attempts| attempts.to_string()),
                     letter.replays.to_string(),
-                    printable(&letter.fingerprint) + if letter.edited_at.is_some() { ", edited" } else { "" },
+                    line(&letter.fingerprint) + if letter.edited_at.is_some() { ", edited" } else { "" },
                 ]);
             }
             anstream::println!("{table}\n");
         }
         for group in groups {
             let Group { count, fingerprint, first, last, failed_again, example, error, remedy, .. } = group;
-            let times = format!("first {} ago, last {} ago", age(*first, now), age(*last, now));
+            let times = format!("first {}, last {}", ago(*first, now), ago(*last, now));
             let again =
                 if *failed_again > 0 { format!(", {failed_again} replayed before") } else { String::new() };
             let (bold, plain) = (BOLD.render(), BOLD.render_reset());
-            anstream::println!("{bold}{count}  {}{plain}  {times}{again}", printable(fingerprint));
+            anstream::println!("{bold}{count}  {}{plain}  {times}{again}", line(fingerprint));
             if let Some(error) = error {
-                anstream::println!("    {}", printable(error));
+                anstream::println!("    {}", line(error));
             }
             anstream::println!("    what to do: {remedy}");
-            anstream::println!("    close-sync dlq show {}", printable(example));
+            anstream::println!("    close-sync dlq show {}", shell(example));
         }
         if !each && dead_letters.len() > MAX_LISTED {
             anstream::eprintln!(
@@ -118,6 +118,37 @@ fn plain_table() -> Table {
 }
 
 fn age(time: Option<Timestamp>, now: Timestamp) -> String {
-    let rounded = time.and_then(|time| now.duration_since(time).round(Unit::Second).ok());
-    rounded.map_or_else(|| "-".into(), |span| format!("{span:#}"))
+    let Some(time) = time else { return "-".into() };
+    if time > now {
+        // The clock of the machine that set it was wrong, or it is forged.
+        return time.to_string();
+    }
+    now.duration_since(time).round(Unit::Second).map_or_else(|_| "-".into(), |span| format!("{span:#}"))
+}
+
+fn ago(time: Option<Timestamp>, now: Timestamp) -> String {
+    match time {
+        None => "at an unknown time".into(),
+        Some(future) if future > now => format!("at {future} (in the future)"),
+        past => format!("{} ago", age(past, now)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_in_the_future_is_shown_as_a_time() {
+        let now: Timestamp = "2026-11-24T09:00:00Z".parse().unwrap();
+        let shown = |text: &str| {
+            let time = text.parse().ok();
+            (age(time, now), ago(time, now))
+        };
+        assert_eq!(shown("2026-11-24T08:59:58.4Z"), ("2s".into(), "2s ago".into()));
+        assert_eq!(shown("2026-11-24T09:00:00Z"), ("0s".into(), "0s ago".into()));
+        let future = "9991-01-01T00:00:00Z";
+        assert_eq!(shown(future), (future.into(), format!("at {future} (in the future)")));
+        assert_eq!(shown(""), ("-".into(), "at an unknown time".into()));
+    }
 }

@@ -10,14 +10,14 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::dlq::select::SelectionArgs;
-use crate::cli::dlq::terminal::{WAITING, bar, printable};
+use crate::cli::dlq::terminal::{WAITING, bar};
 use crate::cli::failure::{CHECK_FAILED, Failure};
 use crate::config::Destination;
 use crate::dead_letters::letter::DeadLetter;
 use crate::dead_letters::progress::{End, Progress, Stage};
 use crate::dead_letters::replay::{ReplayRequest, replay as run};
 use crate::dead_letters::scan::{Disposition, ScanSummary};
-use crate::text::count;
+use crate::text::{count, json as safe_json, line};
 
 /// Send dead letters to the work queue again: one first, then the rest.
 ///
@@ -72,7 +72,7 @@ pub(super) async fn replay(args: &Args, destination: &Destination) -> Result<(),
         let ScanSummary { found, matched, .. } = filter.scan(destination, count).await?;
         if args.json {
             let summary = json!({"end": "dry_run", "found": found, "matched": matched, "groups": groups});
-            anstream::println!("{}", serde_json::to_string_pretty(&summary).unwrap_or_default());
+            anstream::println!("{}", safe_json(&serde_json::to_string_pretty(&summary).unwrap_or_default()));
         }
         if matched == 0 {
             return filter.nothing_matches();
@@ -97,7 +97,7 @@ pub(super) async fn replay(args: &Args, destination: &Destination) -> Result<(),
     let (progress, end) = result?;
     if args.json {
         let summary = Summary::of(&progress, &end);
-        anstream::println!("{}", serde_json::to_string_pretty(&summary).unwrap_or_default());
+        anstream::println!("{}", safe_json(&serde_json::to_string_pretty(&summary).unwrap_or_default()));
     }
     if end == End::Done && progress.matched == 0 {
         return filter.nothing_matches();
@@ -143,7 +143,7 @@ async fn show(mut progress: watch::Receiver<Progress>) {
         }
         bar.set_length(now.matched as u64);
         bar.set_position(now.finished() as u64);
-        bar.set_message(now.describe());
+        bar.set_message(line(&now.describe()));
         let is_idle = now.stage == Stage::Canary && now.work.is_some_and(|work| work.consumers == 0);
         if before != Some((now.stage.clone(), is_idle)) {
             print_stage(&bar, &now, is_idle);
@@ -155,7 +155,7 @@ async fn show(mut progress: watch::Receiver<Progress>) {
 
 /// `3 created, 1 dead`.
 fn counts(counts: &BTreeMap<String, usize>) -> String {
-    let all: Vec<_> = counts.iter().map(|(what, number)| format!("{number} {}", printable(what))).collect();
+    let all: Vec<_> = counts.iter().map(|(what, number)| format!("{number} {}", line(what))).collect();
     all.join(", ")
 }
 
@@ -229,9 +229,9 @@ fn conclude(progress: &Progress, end: &End) -> Result<(), Failure> {
             anstream::eprintln!("failed again: {}; the latest:", counts(&progress.failures));
         }
         let lead = if several { "" } else { "failed again: " };
-        anstream::eprintln!("{lead}{}, {}", printable(&failure.fingerprint), printable(&failure.error));
+        anstream::eprintln!("{lead}{}, {}", line(&failure.fingerprint), line(&failure.error));
         if let Some(said) = &failure.close_said {
-            anstream::eprintln!("Close said: {}", printable(said.reveal()));
+            anstream::eprintln!("Close said: {}", line(said.reveal()));
         }
         anstream::eprintln!("hint: for details, run `close-sync dlq show {}`", failure.id);
     }
@@ -240,12 +240,12 @@ fn conclude(progress: &Progress, end: &End) -> Result<(), Failure> {
         End::Done => Ok(()),
         End::CanaryFailed | End::SameFailure | End::Stopped => {
             let hint = if *end == End::SameFailure { " (use --keep-going to continue)" } else { "" };
-            anstream::eprintln!("{}{hint}", progress.describe());
+            anstream::eprintln!("{}{hint}", line(&progress.describe()));
             Err(Failure::Reported(CHECK_FAILED))
         }
         End::TimedOut if progress.only_missed() => Err(Failure::Unavailable(format!(
             "{}. Later failures appear in `close-sync dlq list`",
-            progress.describe()
+            line(&progress.describe())
         ))),
         End::TimedOut => {
             let ready = progress.work.map(|work| work.ready).filter(|ready| *ready > 0);

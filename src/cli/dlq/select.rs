@@ -13,6 +13,7 @@ use crate::dead_letters::letter::DeadLetter;
 use crate::dead_letters::scan::{Disposition, ScanSummary, find_by_id, scan};
 use crate::domain::mapping::Rules;
 use crate::outcome::Reason;
+use crate::text::line;
 
 /// Filters. A dead letter is selected if it matches all of them; without filters, all dead letters are.
 #[derive(clap::Args)]
@@ -147,7 +148,8 @@ pub(super) async fn find(id: &str, Destination { amqp, .. }: &Destination) -> Re
     found.remove(id).ok_or_else(|| {
         let note = if replaying { " (a replay is under way; its messages are not included)" } else { "" };
         Failure::Input(format!(
-            "dead letter `{id}` not found{note}; list dead letters with `close-sync dlq list`"
+            "dead letter `{}` not found{note}; list dead letters with `close-sync dlq list`",
+            line(id)
         ))
     })
 }

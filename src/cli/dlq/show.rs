@@ -3,7 +3,6 @@
 use serde_json::{Map, Value};
 
 use crate::cli::dlq::select::find;
-use crate::cli::dlq::terminal::printable;
 use crate::cli::failure::Failure;
 use crate::cli::plan;
 use crate::config::Destination;
@@ -11,6 +10,7 @@ use crate::dead_letters::group::remedy;
 use crate::dead_letters::letter::DeadLetter;
 use crate::outcome::Reason;
 use crate::sync::explain::{self, Explanation};
+use crate::text::{block, json, line, shell};
 
 /// Show one dead letter with its body, and what a replay would do now.
 ///
@@ -35,7 +35,8 @@ pub(super) async fn show(
     let letter = find(&args.id, destination).await?;
     let plan = if args.no_plan { None } else { Some(plan(&letter, load).await) };
     if args.json {
-        anstream::println!("{}", serde_json::to_string_pretty(&as_json(&letter, plan)).unwrap_or_default());
+        let shown = serde_json::to_string_pretty(&as_json(&letter, plan)).unwrap_or_default();
+        anstream::println!("{}", json(&shown));
     } else {
         print(&letter, plan);
     }
@@ -85,7 +86,7 @@ fn print(letter: &DeadLetter, plan: Option<Result<Explanation, String>>) {
     for (kind, carried) in [("property", properties), ("header", headers)] {
         let rest: Map<String, Value> = carried.into_iter().filter(|(name, _)| !is_shown(name)).collect();
         for (name, value) in rest {
-            rows.push((format!("{kind} {}", printable(&name)), text(&value)));
+            rows.push((format!("{kind} {}", line(&name)), text(&value)));
         }
     }
     for (name, value) in rows {
@@ -102,11 +103,11 @@ fn print(letter: &DeadLetter, plan: Option<Result<Explanation, String>>) {
             if letter.reason.as_deref() == Some(Reason::Rejected.label()) {
                 anstream::println!(
                     "\nonly a replay shows whether Close accepts it now: `close-sync dlq replay --id {}`",
-                    printable(&letter.id)
+                    shell(&letter.id)
                 );
             }
         }
-        Some(Err(why)) => anstream::println!("\ncannot plan a replay: {why}"),
+        Some(Err(why)) => anstream::println!("\ncannot plan a replay: {}", block(&why)),
         None => {}
     }
 }
@@ -124,10 +125,13 @@ fn truncated(mut text: String) -> String {
 }
 
 fn text(value: &Value) -> String {
-    value.as_str().map_or_else(|| value.to_string(), printable)
+    value.as_str().map_or_else(|| line(&value.to_string()), line)
 }
 
 fn pretty(bytes: &[u8]) -> String {
-    let text = body(bytes).map(|body| serde_json::to_string_pretty(&body).unwrap_or_default());
-    printable(&text.unwrap_or_else(|text| text))
+    match body(bytes) {
+        Ok(body) => block(&serde_json::to_string_pretty(&body).unwrap_or_default()),
+        // The mark shows that a line of the text is not one of ours.
+        Err(text) => text.lines().map(|each| format!("| {}", line(each))).collect::<Vec<_>>().join("\n"),
+    }
 }

@@ -1,4 +1,4 @@
-//! Progress bars, and text that is safe for a terminal.
+//! Progress bars.
 
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -37,16 +37,4 @@ pub(super) fn report_running_replay(replaying: bool) {
     if replaying {
         anstream::eprintln!("a replay is under way; its messages are not included");
     }
-}
-
-/// Replaces control characters, so that a message cannot control the operator's terminal.
-pub(super) fn printable(text: &str) -> String {
-    text.chars()
-        .map(|c| if (c.is_control() && c != '\n') || is_direction(c) { '\u{fffd}' } else { c })
-        .collect()
-}
-
-/// Characters that change the direction of the text around them.
-fn is_direction(c: char) -> bool {
-    matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }

@@ -6,6 +6,8 @@ use lapin::ExchangeKind;
 use lapin::options::{ExchangeDeclareOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
 
+use serde_json::Value;
+
 use crate::support::Bench;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -155,4 +157,75 @@ async fn run_refuses_an_exchange_of_another_type() {
 async fn print_config_shows_the_effective_settings_without_secrets() {
     let bench = Bench::new().await;
     insta::assert_snapshot!("print_config", bench.transcript(&["check", "--print-config"], b"").await);
+}
+
+/// The findings of `check --json` with a status: subject and detail.
+async fn findings(bench: &Bench, status: &str) -> (Option<i32>, Vec<(String, String)>) {
+    let (code, stdout, stderr) = bench.run_text(&["check", "--json"], "").await;
+    assert!(!stdout.contains("hunter2") && !stderr.contains("hunter2"), "{stdout}{stderr}");
+    let all: Vec<Value> = serde_json::from_str(&stdout).unwrap();
+    let text = |finding: &Value, key: &str| finding[key].as_str().unwrap().to_owned();
+    let found = all.iter().filter(|finding| finding["status"] == status);
+    (code, found.map(|finding| (text(finding, "subject"), text(finding, "detail"))).collect())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_proxy_that_calls_to_close_take_is_a_warning() {
+    // The simulator also answers requests that are meant for a proxy.
+    for variable in ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"] {
+        let bench = Bench::new().await;
+        let proxy = format!("http://user:hunter2@{}", bench.simulator.addr());
+        let bench = bench.set(variable, &proxy);
+        let (code, warnings) = findings(&bench, "warning").await;
+        assert_eq!((code, warnings.len()), (Some(0), 1), "{variable}: {warnings:?}");
+        assert_eq!(warnings[0].0, "proxy");
+        assert!(warnings[0].1.contains(&bench.simulator.addr().to_string()), "{warnings:?}");
+        let (_, text, _) = bench.run_text(&["check"], "").await;
+        assert!(text.lines().any(|line| line.starts_with("warning proxy: ")), "{text}");
+        assert!(!text.contains("hunter2"), "{text}");
+        // reqwest does not use it for these.
+        let bench = bench.set("NO_PROXY", "127.0.0.1");
+        assert_eq!(findings(&bench, "warning").await, (Some(0), vec![]));
+    }
+    let bench = Bench::new().await.set("HTTPS_PROXY", "http://user:hunter2@127.0.0.1:1");
+    assert_eq!(findings(&bench, "warning").await, (Some(0), vec![]), "Close is reached over http here");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_without_tls_to_other_machines_are_warnings() {
+    let bench = Bench::new()
+        .await
+        .set("AMQP_URL", "amqp://user:hunter2@broker.invalid:5672/%2f")
+        .set("CLOSE_API_URL", "http://close.invalid/api/v1/");
+    let (code, warnings) = findings(&bench, "warning").await;
+    let subjects: Vec<_> = warnings.iter().map(|(subject, _)| subject.as_str()).collect();
+    assert_eq!((code, subjects), (Some(69), vec!["amqp.url", "close.api_url"]));
+    let (_, unavailable) = findings(&bench, "unavailable").await;
+    assert_eq!(unavailable.len(), 2, "{unavailable:?}");
+    let encrypted = bench
+        .set("AMQP_URL", "amqps://user:hunter2@broker.invalid:5671/%2f")
+        .set("CLOSE_API_URL", "https://close.invalid/api/v1/");
+    assert_eq!(findings(&encrypted, "warning").await, (Some(69), vec![]));
+}
+
+/// The parser takes the password for a port, or the URL would be shown with its secret.
+#[tokio::test(flavor = "multi_thread")]
+async fn urls_that_would_show_a_secret_are_refused() {
+    for (variable, url, key) in [
+        ("AMQP_URL", "amqp://user:123/hunter2@127.0.0.1:5672/%2f", "amqp.url"),
+        ("AMQP_URL", "amqp://user:123?hunter2@127.0.0.1:5672/%2f", "amqp.url"),
+        ("CLOSE_API_URL", "https://user:hunter2@close.test/api/v1/", "close.api_url"),
+        ("CLOSE_API_URL", "https://user:123/hunter2@close.test/api/v1/", "close.api_url"),
+        ("CLOSE_API_URL", "https://close.test/api/v1/?token=hunter2", "close.api_url"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://user:hunter2@o.test", "otel.exporter.otlp.endpoint"),
+    ] {
+        let bench = Bench::new().await.set(variable, url);
+        let (code, wrong) = findings(&bench, "wrong").await;
+        assert!(code == Some(78) && wrong.len() == 1 && wrong[0].0.starts_with(key), "{url}: {wrong:?}");
+        for command in [&["check", "--print-config"][..], &["run"], &["dlq", "list"]] {
+            let (code, stdout, stderr) = bench.run_text(command, "").await;
+            assert_eq!(code, Some(78), "{command:?} {url}");
+            assert!(!(stdout + &stderr).contains("hunter2"), "{command:?} {url}");
+        }
+    }
 }

@@ -1,4 +1,10 @@
-//! Phrases that commands and the operator's page share.
+//! Text for people: phrases that commands and the operator's page share, and text from outside that is safe to show.
+
+mod mask;
+mod printable;
+
+pub use mask::{is_ambiguous, masked_urls};
+pub use printable::{block, json, line, shell};
 
 /// Ends an error with the values that would be valid: `; configured: a, b`. Empty when there are none to list.
 pub fn choices(label: &str, choices: &[String]) -> String {
