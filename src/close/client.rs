@@ -4,8 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use serde::de::IgnoredAny;
 use serde_json::Value;
 
+use crate::close::answer::Answer;
 use crate::close::api::{Api, CreatedIds};
 use crate::close::endpoint::{Call, Endpoint};
 use crate::close::error::{CloseError, Fault};
@@ -22,6 +24,9 @@ use crate::close::wire::{self, LeadContacts};
 use crate::domain::plan::{ContactValues, Step};
 use crate::domain::record::{Contact, ContactId, FieldId, Fields, Lead, LeadId};
 use crate::domain::schema::{CustomField, User};
+
+/// More members than any organization has: a list of them that goes on is not Close's.
+const MAX_USERS: usize = 100_000;
 
 /// A client of one Close organization. Clones share connections, rate limits and searches.
 #[derive(Clone)]
@@ -113,6 +118,9 @@ impl Client {
             let page: wire::Users = self.requests.request(Endpoint::Users, &path, None).await?;
             let (more, empty) = (page.has_more, page.data.is_empty());
             users.extend(page.data.into_iter().map(User::from));
+            if users.len() > MAX_USERS {
+                return Err(CloseError::Transient(Fault::InvalidResponse));
+            }
             if !more || empty {
                 return Ok(users);
             }
@@ -122,10 +130,11 @@ impl Client {
     /// Reads a record. A 404 is checked with a second call, because a misconfigured gateway may also answer 404, and a
     /// record that does not exist is created again.
     async fn read(&self, endpoint: Endpoint, path: &str) -> Result<Value, CloseError> {
-        match self.requests.request(endpoint, path, None).await {
+        let answer = match self.requests.request(endpoint, path, None).await {
             Err(CloseError::NotFound) => self.requests.request(endpoint, path, None).await,
             answer => answer,
-        }
+        };
+        answer.map(|Answer(record)| record)
     }
 
     async fn search(&self, lookup: Lookup) -> Result<Rows, CloseError> {
@@ -144,7 +153,7 @@ impl Client {
         contact: Option<&ContactValues>,
     ) -> Result<(LeadId, Option<ContactId>), CloseError> {
         let body = wire::lead_body(lead, contact);
-        let answer: Value = self.requests.request(Endpoint::CreateLead, "lead/", Some(body)).await?;
+        let Answer(answer) = self.requests.request(Endpoint::CreateLead, "lead/", Some(body)).await?;
         let lead = wire::read_lead(&answer).ok_or(CloseError::Transient(Fault::InvalidResponse))?;
         Ok((lead.id, wire::first_contact_id(&answer)))
     }
@@ -156,7 +165,7 @@ impl Client {
         contact: &ContactValues,
     ) -> Result<ContactId, CloseError> {
         let body = wire::contact_body(contact, Some(lead));
-        let answer: Value = self.requests.request(Endpoint::CreateContact, "contact/", Some(body)).await?;
+        let Answer(answer) = self.requests.request(Endpoint::CreateContact, "contact/", Some(body)).await?;
         let contact = wire::read_contact(&answer).ok_or(CloseError::Transient(Fault::InvalidResponse))?;
         Ok(contact.id)
     }
@@ -165,7 +174,7 @@ impl Client {
     pub async fn update_lead(&self, id: &LeadId, changes: &Fields) -> Result<(), CloseError> {
         let body = wire::lead_body(changes, None);
         self.requests
-            .request::<Value>(Endpoint::UpdateLead, &format!("lead/{id}/"), Some(body))
+            .request::<IgnoredAny>(Endpoint::UpdateLead, &format!("lead/{id}/"), Some(body))
             .await
             .map(drop)
     }
@@ -174,7 +183,7 @@ impl Client {
     pub async fn update_contact(&self, id: &ContactId, changes: &ContactValues) -> Result<(), CloseError> {
         let body = wire::contact_body(changes, None);
         self.requests
-            .request::<Value>(Endpoint::UpdateContact, &format!("contact/{id}/"), Some(body))
+            .request::<IgnoredAny>(Endpoint::UpdateContact, &format!("contact/{id}/"), Some(body))
             .await
             .map(drop)
     }
@@ -247,8 +256,8 @@ impl Api for Client {
         let page = async |kind: &str| {
             let path =
                 format!("event/?object_type={kind}&action=created&date_updated__gte={since}&_limit=50");
-            let page: wire::Events = self.requests.request(Endpoint::Events, &path, None).await?;
-            Ok(page.data.into_iter().map(|event| event.data).collect::<Vec<_>>())
+            let wire::Events(records) = self.requests.request(Endpoint::Events, &path, None).await?;
+            Ok(records)
         };
         let (leads, contacts) = (page("lead").await?, page("contact").await?);
         Ok((

@@ -64,6 +64,17 @@ impl Endpoint {
         }
     }
 
+    /// The maximum size of an answer in bytes. It is far above what Close sends: a page of a search has 100 rows of a few
+    /// fields. A Lead comes with all its Contacts, of about 1.5 KB each.
+    pub(crate) fn max_answer(self) -> usize {
+        match self {
+            Self::ReadLead | Self::CreateLead | Self::UpdateLead => 16 << 20,
+            Self::Schema | Self::Events => 4 << 20,
+            Self::Me | Self::Users | Self::Search => 2 << 20,
+            Self::ReadContact | Self::CreateContact | Self::UpdateContact => 1 << 20,
+        }
+    }
+
     pub(crate) fn writes(self) -> bool {
         match self {
             Self::CreateLead | Self::CreateContact | Self::UpdateLead | Self::UpdateContact => true,

@@ -4,6 +4,7 @@
 //! failures by what the caller can do. Every call passes the rate limiter of its endpoint group. A 429 never leaves this
 //! module: the call waits for the window that Close reported and is sent again.
 
+mod answer;
 mod api;
 mod client;
 mod endpoint;

@@ -149,7 +149,8 @@ impl Requests {
         self.calls.fetch_add(1, Ordering::Relaxed);
         let started = Instant::now();
         let span = span(endpoint, waited);
-        let result = self.shared.transport.send(endpoint.method(), path, body).instrument(span.clone()).await;
+        let sent = self.shared.transport.send(endpoint.method(), path, body, endpoint.max_answer());
+        let result = sent.instrument(span.clone()).await;
         record_result(&span, &result);
         let status = result.as_ref().map_or(StatusClass::NoAnswer, |answer| StatusClass::of(answer.status));
         (self.shared.observe)(Call { endpoint, status, took: started.elapsed(), waited });

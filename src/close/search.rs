@@ -126,10 +126,13 @@ impl Search {
             }
         }
         let alone = lookups.len() == 1;
-        let part = |lookup: &Lookup| {
-            let (rows, more) = page.clone().map_err(|error| Failed { error, duplicate: false })?;
-            let found = rows.into_iter().filter(|row| alone || wire::may_match(lookup, row)).collect();
-            Ok(Rows { found, more, calls: 0 })
+        let part = |lookup: &Lookup| match &page {
+            Ok((rows, more)) => {
+                let found =
+                    rows.iter().filter(|row| alone || wire::may_match(lookup, row)).cloned().collect();
+                Ok(Rows { found, more: *more, calls: 0 })
+            }
+            Err(error) => Err(Failed { error: error.clone(), duplicate: false }),
         };
         lookups.iter().map(part).collect()
     }
@@ -144,7 +147,7 @@ impl Search {
             let body = wire::search_body(lookups, mode);
             let page: wire::SearchPage =
                 requests.request_with(permit.take(), Endpoint::Search, "data/search/", Some(body)).await?;
-            Ok((page.data, page.cursor.is_some()))
+            Ok((page.data, page.more))
         };
         if self.phrase_only.load(Ordering::Relaxed) {
             return ask(TextMode::Phrase).await;

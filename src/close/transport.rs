@@ -11,21 +11,23 @@ use serde_json::Value;
 use tracing::Span;
 use url::Url;
 
-use crate::close::error::{CloseError, Fault};
+use crate::close::error::{CloseError, Fault, MAX_ERROR_BODY};
 use crate::close::settings::Settings;
 
 pub trait Transport: Send + Sync {
     /// Sends a call once. `path` is relative to the base of the API and includes the query. The body is sent as JSON. The
-    /// caller may drop the future, but a call that was already sent may still take effect.
+    /// caller may drop the future, but a call that was already sent may still take effect. `max_answer` is the maximum size
+    /// of the body of a successful response.
     ///
     /// # Errors
-    /// No response: [`CloseError::Unreachable`] if nothing was sent, [`CloseError::Transient`] if the call may have been
-    /// applied. A response with an error status is `Ok`.
+    /// No response, or one that is too large: [`CloseError::Unreachable`] if nothing was sent, [`CloseError::Transient`]
+    /// if the call may have been applied. A response with an error status is `Ok`.
     fn send<'a>(
         &'a self,
         method: Method,
         path: &'a str,
         body: Option<&'a Value>,
+        max_answer: usize,
     ) -> BoxFuture<'a, Result<Response, CloseError>>;
 }
 
@@ -39,8 +41,6 @@ pub struct Response {
 
 /// The maximum length of the cause of a failed connection, in characters: it may quote names from a certificate.
 const MAX_CAUSE: usize = 500;
-/// The maximum size of a response body. A Lead with hundreds of Contacts is smaller.
-const MAX_BODY: usize = 32 << 20;
 
 pub(crate) struct Http {
     client: reqwest::Client,
@@ -68,6 +68,7 @@ impl Http {
         method: Method,
         path: &str,
         body: Option<&Value>,
+        max_answer: usize,
     ) -> Result<Response, CloseError> {
         let url = self.url.join(path).map_err(|_| CloseError::NotFound)?;
         Span::current()
@@ -85,7 +86,11 @@ impl Http {
         let (status, headers) = (response.status(), std::mem::take(response.headers_mut()));
         let mut body = Vec::new();
         while let Some(chunk) = response.chunk().await.map_err(|error| fault(&error))? {
-            if body.len() + chunk.len() > MAX_BODY {
+            if !status.is_success() && body.len() + chunk.len() > MAX_ERROR_BODY {
+                // The status says enough.
+                break;
+            }
+            if body.len() + chunk.len() > max_answer {
                 return Err(CloseError::Transient(Fault::InvalidResponse));
             }
             body.extend_from_slice(&chunk);
@@ -100,8 +105,9 @@ impl Transport for Http {
         method: Method,
         path: &'a str,
         body: Option<&'a Value>,
+        max_answer: usize,
     ) -> BoxFuture<'a, Result<Response, CloseError>> {
-        Box::pin(self.exchange(method, path, body))
+        Box::pin(self.exchange(method, path, body, max_answer))
     }
 }
 

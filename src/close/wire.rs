@@ -6,6 +6,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use strum::VariantArray;
 
+use crate::close::answer::Answer;
 use crate::close::records::{Lookup, Organization};
 use crate::domain::plan::ContactValues;
 use crate::domain::record::{
@@ -202,20 +203,39 @@ pub(crate) fn may_match(lookup: &Lookup, row: &Value) -> bool {
 }
 
 #[derive(Deserialize)]
+#[serde(try_from = "Answer")]
 pub(crate) struct SearchPage {
     pub(crate) data: Vec<Value>,
-    pub(crate) cursor: Option<String>,
+    pub(crate) more: bool,
 }
 
-#[derive(Deserialize)]
-pub(crate) struct Events {
-    pub(crate) data: Vec<Event>,
+impl TryFrom<Answer> for SearchPage {
+    type Error = &'static str;
+
+    fn try_from(Answer(mut page): Answer) -> Result<Self, Self::Error> {
+        let Some(Value::Array(data)) = page.get_mut("data").map(Value::take) else { return Err("no rows") };
+        if data.len() > PAGE {
+            return Err("more rows than asked for");
+        }
+        Ok(Self { data, more: page.get("cursor").is_some_and(Value::is_string) })
+    }
 }
 
+/// The records that events are about.
 #[derive(Deserialize)]
-pub(crate) struct Event {
-    #[serde(default)]
-    pub(crate) data: Value,
+#[serde(try_from = "Answer")]
+pub(crate) struct Events(pub(crate) Vec<Value>);
+
+impl TryFrom<Answer> for Events {
+    type Error = &'static str;
+
+    fn try_from(Answer(mut page): Answer) -> Result<Self, Self::Error> {
+        let Some(Value::Array(events)) = page.get_mut("data").map(Value::take) else {
+            return Err("no events");
+        };
+        let record = |mut event: Value| event.get_mut("data").map(Value::take);
+        Ok(Self(events.into_iter().filter_map(record).collect()))
+    }
 }
 
 #[derive(Deserialize)]
@@ -321,6 +341,21 @@ mod tests {
                 "phones": [{"phone": "+49301", "type": "mobile"}],
             })
         );
+    }
+
+    #[test]
+    fn a_page_of_a_search_has_a_list_of_at_most_as_many_rows_as_asked_for() {
+        let page =
+            |json: Value| serde_json::from_value::<SearchPage>(json).map(|page| (page.data.len(), page.more));
+        assert_eq!(page(json!({"data": [{"id": "a"}], "cursor": "c"})).unwrap(), (1, true));
+        assert_eq!(page(json!({"data": vec![json!({}); PAGE], "cursor": null})).unwrap(), (PAGE, false));
+        for json in
+            [json!({"data": vec![json!({}); PAGE + 1]}), json!({}), json!([]), json!("data"), json!(null)]
+        {
+            assert!(page(json.clone()).is_err(), "{json}");
+            let events = serde_json::from_value::<Events>(json.clone());
+            assert_eq!(events.is_ok(), json.get("data").is_some(), "{json}");
+        }
     }
 
     #[test]

@@ -9,15 +9,15 @@ use std::fmt;
 use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 
 /// A value, without what it points to.
-const VALUE: usize = 32;
+pub(crate) const VALUE: usize = 32;
 /// The smallest allocation of a list has four values.
-const LIST: usize = 4 * VALUE;
+pub(crate) const LIST: usize = 4 * VALUE;
 /// The smallest allocation of an object has room for eleven members.
-const OBJECT: usize = 640;
+pub(crate) const OBJECT: usize = 640;
 /// A further member of an object, in nodes that are half full, and the allocation of its key.
-const MEMBER: usize = 128;
+pub(crate) const MEMBER: usize = 128;
 /// Text on the heap takes at least this much.
-const TEXT: usize = 24;
+pub(crate) const TEXT: usize = 24;
 
 /// Whether the tree of this JSON takes at most `limit` bytes, and the paths to all its values together as much.
 ///

@@ -16,7 +16,7 @@
 pub mod decision;
 pub mod dropped;
 pub mod event;
-mod footprint;
+pub(crate) mod footprint;
 pub mod mapping;
 pub mod matching;
 pub mod merge;

@@ -444,6 +444,7 @@ impl Transport for FakeClose {
         method: Method,
         path: &'a str,
         body: Option<&'a Value>,
+        _: usize,
     ) -> BoxFuture<'a, Result<Response, CloseError>> {
         let call = format!("{method} {path}");
         async move {

@@ -42,6 +42,7 @@ impl Transport for NoTransport {
         method: reqwest::Method,
         path: &'a str,
         _: Option<&'a Value>,
+        _: usize,
     ) -> BoxFuture<'a, Result<Response, CloseError>> {
         panic!("unexpected call: {method} {path}")
     }

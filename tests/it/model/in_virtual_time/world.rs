@@ -201,6 +201,7 @@ impl Transport for SimulatedTransport {
         method: Method,
         path: &'a str,
         body: Option<&'a Value>,
+        _: usize,
     ) -> BoxFuture<'a, Result<Response, CloseError>> {
         Box::pin(self.call(method, path, body))
     }
