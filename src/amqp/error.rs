@@ -66,12 +66,9 @@ pub enum BrokerError {
         "RabbitMQ cancelled the consumer: its queue was deleted, or a message was held longer than `consumer_timeout`"
     )]
     Cancelled,
-    /// The broker's limit may be lower than when the message was published.
-    #[error("RabbitMQ refused the message: {0}")]
-    TooLarge(String),
-    /// This message can be published again.
-    #[error("RabbitMQ refused another message and closed the channel")]
-    OtherTooLarge,
+    /// A message is too large, or has properties that RabbitMQ does not accept.
+    #[error("RabbitMQ refused what was sent, and closed the channel or the connection: {0}")]
+    Rejected(String),
     #[error("no queue is bound to exchange `{exchange}` with key `{key}`; the message was not published")]
     Unroutable { exchange: String, key: String },
     #[error("RabbitMQ did not confirm the message: {0}")]
@@ -87,11 +84,7 @@ impl BrokerError {
             Self::Conflict { .. } | Self::TooOld(_) => BrokerTrouble::Conflict,
             Self::Missing(_) | Self::Incomplete(_) | Self::Unroutable { .. } => BrokerTrouble::Missing,
             Self::Forbidden(_) | Self::MayNotDeclare(_) => BrokerTrouble::Forbidden,
-            Self::Lost(_)
-            | Self::TooLarge(_)
-            | Self::OtherTooLarge
-            | Self::Unconfirmed(_)
-            | Self::Busy(_) => BrokerTrouble::Lost,
+            Self::Lost(_) | Self::Rejected(_) | Self::Unconfirmed(_) | Self::Busy(_) => BrokerTrouble::Lost,
             Self::StoodStill(_) => BrokerTrouble::StoodStill,
             Self::Cancelled => BrokerTrouble::Cancelled,
         }
@@ -113,6 +106,9 @@ impl BrokerError {
             404 => Self::Missing(detail),
             403 => Self::Forbidden(detail),
             406 if !object.is_empty() => Self::Conflict { object: object.to_owned(), detail },
+            // No consumers, content too large, precondition failed, frame error, syntax error, command invalid, channel
+            // error, unexpected frame, not implemented, internal error.
+            311 | 313 | 406 | 501..=505 | 540 | 541 => Self::Rejected(detail),
             _ => Self::Lost(detail),
         }
     }

@@ -74,8 +74,7 @@ impl From<BrokerError> for Failure {
             | BrokerError::Lost(_)
             | BrokerError::StoodStill(_)
             | BrokerError::Cancelled
-            | BrokerError::TooLarge(_)
-            | BrokerError::OtherTooLarge
+            | BrokerError::Rejected(_)
             | BrokerError::Busy(_)
             | BrokerError::Unroutable { .. }
             | BrokerError::Unconfirmed(_) => Self::Unavailable(line(&error.to_string())),

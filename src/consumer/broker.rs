@@ -79,6 +79,8 @@ pub trait Publish: Send + Sync {
 pub struct Publishers {
     /// Successors: messages for delay queues and the dead-letter queue.
     pub successors: Arc<dyn Publish>,
+    /// Successors that may end their connection, one at a time.
+    pub quarantine: Arc<dyn Publish>,
     /// Outcome events for replays.
     pub replays: Arc<dyn Publish>,
     /// Outcome events for producers.

@@ -48,7 +48,10 @@ impl Connections {
     pub(crate) async fn open(settings: &Arc<Settings>, metrics: &Metrics) -> Result<Self, BrokerError> {
         // Events are not kept for a later listener, so each connection gets one at once.
         let consuming = settings.open("close-sync consume").await?;
-        let first = events(&consuming.connection);
+        let first = events(&consuming.connection).map(|event| match event {
+            BrokerEvent::Lost(error) => BrokerEvent::Lost(not_rejected(error)),
+            event @ (BrokerEvent::Delivery(_) | BrokerEvent::Alarm(_) | BrokerEvent::Missing(_)) => event,
+        });
         let publishing = settings.open("close-sync publish").await?;
         let events = stream::select(first, events(&publishing.connection)).boxed();
         with_timeout(Self::set_up(consuming, publishing, events, settings, metrics)).await
@@ -67,7 +70,9 @@ impl Connections {
         topology::prepare(&consuming, settings).await?;
         let lazy = || Arc::new(LazyPublisher::new(Arc::clone(&publishing)));
         let successors = Arc::new(Publisher::new(&publishing).await?);
-        let publishers = Publishers { successors, replays: lazy(), producers: lazy() };
+        let quarantine =
+            Arc::new(IsolatedPublisher { settings: Arc::clone(settings), turn: Mutex::default() });
+        let publishers = Publishers { successors, quarantine, replays: lazy(), producers: lazy() };
         let channel = consuming.create_channel().await?;
         channel.basic_qos(settings.prefetch, BasicQosOptions::default()).await?;
         let deliveries = channel
@@ -106,7 +111,7 @@ impl Broker for Connections {
             // Not polled again after the end: it would hang (rabbitmq.md §0, 8).
             delivery = deliveries.next(), if *receiving => match delivery {
                 Some(Ok(delivery)) => BrokerEvent::Delivery(Box::new(delivery.into())),
-                Some(Err(error)) => BrokerEvent::Lost(error.into()),
+                Some(Err(error)) => BrokerEvent::Lost(not_rejected(error.into())),
                 None => BrokerEvent::Lost(BrokerError::Cancelled),
             },
             else => BrokerEvent::Lost(BrokerError::Lost("no more events of the connections".into())),
@@ -183,6 +188,36 @@ impl Receipt for Acker {
 impl Publish for Publisher {
     fn publish<'a>(&'a self, message: Outgoing<'a>) -> BoxFuture<'a, Result<(), BrokerError>> {
         async move { self.send(message).await?.confirmed().await }.boxed()
+    }
+}
+
+/// Nothing is published on the connection that consumes. RabbitMQ may end it for other reasons.
+fn not_rejected(error: BrokerError) -> BrokerError {
+    if let BrokerError::Rejected(detail) = error { BrokerError::Lost(detail) } else { error }
+}
+
+/// Opens a connection for each message, one at a time, so that a message that ends it harms no other.
+struct IsolatedPublisher {
+    settings: Arc<Settings>,
+    turn: Mutex<()>,
+}
+
+impl Publish for IsolatedPublisher {
+    fn publish<'a>(&'a self, message: Outgoing<'a>) -> BoxFuture<'a, Result<(), BrokerError>> {
+        async move {
+            let _turn = self.turn.lock().await;
+            let OpenConnection { connection, abort, .. } =
+                self.settings.open("close-sync quarantine").await?;
+            let _abort = abort.drop_guard();
+            let published = async {
+                let publisher = with_timeout(Publisher::new(&connection)).await?;
+                publisher.publish_with_timeout(message).await
+            };
+            let published = published.await;
+            disconnect(&connection).await;
+            published
+        }
+        .boxed()
     }
 }
 

@@ -1,7 +1,7 @@
 //! What all work of one session shares.
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
 
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use crate::amqp::Settings;
 use crate::consumer::broker::Publishers;
+use crate::consumer::quarantine::{Evidence, Quarantine};
 use crate::sync::Worker;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::status::Status;
@@ -23,6 +24,9 @@ pub(crate) struct Context {
     pub(crate) status: Status,
     pub(crate) environment: Arc<dyn Environment>,
     pub(crate) publishers: Publishers,
+    pub(crate) quarantine: Quarantine,
+    /// What the end of the session says about messages in flight.
+    pub(crate) evidence: OnceLock<Evidence>,
     /// Cancelled when the session ends: tasks stop at the next await and hand their messages back.
     pub(crate) stop: CancellationToken,
     /// The last outcome event for producers could not be published.

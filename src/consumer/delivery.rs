@@ -4,9 +4,10 @@ use std::panic::AssertUnwindSafe;
 
 use jiff::Timestamp;
 use tracing::Span;
+use uuid::Uuid;
 
 use crate::VERSION;
-use crate::amqp::envelope::Envelope;
+use crate::amqp::envelope::{Envelope, Route, id_from_content};
 use crate::close::Priority;
 use crate::consumer::broker::{Delivery, Receipt};
 use crate::consumer::context::Context;
@@ -32,7 +33,9 @@ impl ReceivedMessage {
     /// Decodes and maps a delivery. A panic costs only this message.
     pub(crate) fn prepare(delivery: Delivery, context: &Context) -> Self {
         let Delivery { properties, exchange, routing_key, redelivered, body, receipt } = delivery;
-        let envelope = Envelope::of(properties, &exchange, &routing_key, context.environment.now());
+        let is_own = exchange == context.settings.retry_exchange();
+        let route = Route { exchange: &exchange, routing_key: &routing_key, is_own };
+        let envelope = Envelope::of(properties, route, context.environment.now());
         let received_at = ReceivedAt { published: envelope.sent, received: envelope.first_seen };
         let prepare = AssertUnwindSafe(|| context.worker.prepare(&body, received_at));
         let prepared = std::panic::catch_unwind(prepare)
@@ -72,6 +75,11 @@ impl ReceivedMessage {
         let came_before = self.redelivered || self.envelope.priority() != Priority::Live;
         let starts = self.job().is_some() && !self.split;
         self.envelope.sent.filter(|_| starts && !came_before)
+    }
+
+    /// The id of its content, also that of the dead letter if RabbitMQ itself dead-letters it.
+    pub(crate) fn content_id(&self) -> Uuid {
+        id_from_content(self.envelope.own_id(), &self.body)
     }
 
     /// Whether it can be merged with `first`, which it directly follows.

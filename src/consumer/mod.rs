@@ -8,7 +8,8 @@
 //!
 //! The loop runs over a [`Broker`] and keeps its state in a pure `SessionState`, so that tests run the same loop without
 //! RabbitMQ. A file imports only what stands to its right: this file, `connections`, `topology_monitor`,
-//! `process`, [`outcome_events`], `span`, `settle`, `delivery`, `context`, `state`, [`scheduler`], `broker` (the port).
+//! `process`, [`outcome_events`], `span`, `settle`, `delivery`, `context`, [`quarantine`], `state`, [`scheduler`], `broker`
+//! (the port).
 //!
 //! **How a session ends.** Never by `basic.cancel`: under single active consumer that would start the standby while
 //! messages are still in progress here (rabbitmq.md §0, 6). Receiving stops, what runs is finished or dropped, a moment
@@ -29,6 +30,7 @@ mod context;
 mod delivery;
 pub mod outcome_events;
 mod process;
+pub mod quarantine;
 pub mod scheduler;
 mod settle;
 mod span;
@@ -37,8 +39,8 @@ mod state;
 mod tests;
 mod topology_monitor;
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio::task::{JoinError, JoinSet};
@@ -54,6 +56,7 @@ use crate::consumer::context::Context;
 pub use crate::consumer::context::{Environment, System};
 use crate::consumer::delivery::ReceivedMessage;
 use crate::consumer::process::{process, skip};
+use crate::consumer::quarantine::{Evidence, Quarantine};
 use crate::consumer::scheduler::delayed::DelayedMessages;
 use crate::consumer::scheduler::key_queues::JobId;
 use crate::consumer::scheduler::{Next, Scheduler};
@@ -82,6 +85,8 @@ pub struct Session {
     pub concurrency: usize,
     /// How long messages in progress may take to finish on shutdown.
     pub grace: Duration,
+    /// What earlier sessions learnt about messages that cannot be published again.
+    pub quarantine: Quarantine,
     /// The pause that ended before this session: it starts with a few messages, and with one more for each that
     /// succeeds.
     pub paused_before: Option<PauseCause>,
@@ -132,6 +137,8 @@ impl Session {
             status: self.status.clone(),
             environment,
             publishers: broker.publishers(),
+            quarantine: self.quarantine.clone(),
+            evidence: OnceLock::new(),
             stop: CancellationToken::new(),
             outcome_events_fail: AtomicBool::new(false),
         };
@@ -182,7 +189,13 @@ impl<'a> Consumer<'a> {
         stall_guard.arm(broker.stall_limit());
         match self.next_end(broker, shutdown).await {
             // A process that was suspended may notice the lost connection first.
-            End::Lost(error) => End::Lost(stall_guard.heartbeat().map_or(error, BrokerError::StoodStill)),
+            End::Lost(error) => {
+                let error = stall_guard.heartbeat().map_or(error, BrokerError::StoodStill);
+                if let Some(evidence) = Evidence::of(&error) {
+                    let _ = context.evidence.set(evidence);
+                }
+                End::Lost(error)
+            }
             end @ (End::Stopped | End::Paused(_)) => end,
         }
     }

@@ -2,21 +2,25 @@
 //!
 //! Nothing is lost because of this order. A crash between confirm and ack duplicates a message.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use lapin::BasicProperties;
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::amqp::BrokerError;
-use crate::amqp::envelope::id_from_content;
+use crate::amqp::envelope::Envelope;
 use crate::amqp::publisher::Outgoing;
 use crate::consumer::context::Context;
 use crate::consumer::delivery::ReceivedMessage;
+use crate::consumer::quarantine::{Evidence, Treatment};
 use crate::consumer::scheduler::Completion;
 use crate::consumer::state::Settlement;
 use crate::domain::decision::Decision;
 use crate::outcome::{DeadLetter, DelayCause, Outcome};
 use crate::retry::Backoff;
+use crate::telemetry::metrics::QuarantineStep;
 
 /// A confirm takes milliseconds. A message whose successor has no confirm after this long counts as held.
 const HELD_AFTER: Duration = Duration::from_secs(2);
@@ -32,11 +36,18 @@ pub(crate) struct WorkResult<'a> {
 /// A successor that the broker has confirmed, or why there is none.
 enum Successor {
     Confirmed(Completion, Option<Uuid>),
-    /// The broker accepts no message of this size any more.
-    TooLarge,
+    /// The broker does not take it, in any form.
+    Refused,
     Failed(BrokerError),
     /// The session ended first.
     Stopped,
+}
+
+/// Where a successor goes.
+struct Target<'a> {
+    exchange: &'a str,
+    /// The routing key.
+    key: &'a str,
 }
 
 /// Publishes the successor, if there is one, logs the outcome, then acks.
@@ -56,7 +67,7 @@ pub(crate) async fn settle(
     };
     let (completion, dead_letter) = match successor {
         Successor::Confirmed(completion, dead_letter) => (completion, dead_letter),
-        Successor::TooLarge => {
+        Successor::Refused => {
             log(context, result);
             return reject(context, message, result.outcome).await;
         }
@@ -86,80 +97,145 @@ async fn delay(context: &Context, message: &ReceivedMessage, level: usize, cause
     };
     let id = message.envelope.delay_id.unwrap_or_else(|| context.environment.id());
     let attempts = message.envelope.attempts.saturating_add(cause.uses_attempt().into());
-    let properties = message.envelope.for_delay(attempts, id);
+    let properties = |envelope: &Envelope| envelope.for_delay(attempts, id);
     let exchange = context.settings.retry_exchange();
-    let successor = Outgoing { exchange: &exchange, key: &delay.name, body: &message.body, properties };
-    match publish(context, successor).await {
-        Some(Ok(())) => {
-            let due = Instant::now() + delay.duration;
-            Successor::Confirmed(Completion::Delayed { id, due }, None)
-        }
-        Some(Err(error)) => Successor::Failed(error),
-        None => Successor::Stopped,
-    }
+    let confirmed = || {
+        let due = Instant::now() + delay.duration;
+        Successor::Confirmed(Completion::Delayed { id, due }, None)
+    };
+    publish(context, message, &Target { exchange: &exchange, key: &delay.name }, properties, confirmed).await
 }
 
 async fn dead_letter(context: &Context, message: &ReceivedMessage, dead: &DeadLetter) -> Successor {
-    let id = Uuid::now_v7();
-    let properties = message.envelope.for_dead_letter(dead, id, context.environment.now());
+    let (id, now) = (Uuid::now_v7(), context.environment.now());
+    let properties = |envelope: &Envelope| envelope.for_dead_letter(dead, id, now);
     // A fanout exchange needs no key. The producer's key is in a header, where any length fits.
     let exchange = context.settings.dead_letter_queue();
-    let successor = Outgoing { exchange: &exchange, key: "", body: &message.body, properties };
-    match publish(context, successor).await {
-        Some(Ok(())) => Successor::Confirmed(Completion::Done, Some(id)),
-        Some(Err(BrokerError::TooLarge(_))) => Successor::TooLarge,
-        Some(Err(error)) => Successor::Failed(error),
-        None => Successor::Stopped,
-    }
+    let confirmed = || Successor::Confirmed(Completion::Done, Some(id));
+    publish(context, message, &Target { exchange: &exchange, key: "" }, properties, confirmed).await
 }
 
 /// Publishes a successor. Holds the original for as long as it takes: the broker accepts nothing during an alarm, a
-/// full queue refuses, and an exchange without its binding drops. `None` when the session ends meanwhile.
-async fn publish(context: &Context, successor: Outgoing<'_>) -> Option<Result<(), BrokerError>> {
-    let exchange = successor.exchange;
-    let mut pauses = Backoff::reconnect();
+/// full queue refuses, and an exchange without its binding drops. A successor that may end its channel goes through
+/// the quarantine.
+async fn publish(
+    context: &Context,
+    message: &ReceivedMessage,
+    target: &Target<'_>,
+    properties: impl Fn(&Envelope) -> BasicProperties + Sync,
+    confirmed: impl Fn() -> Successor + Sync,
+) -> Successor {
+    let quarantine = &context.quarantine;
+    let content = message.content_id();
+    let in_flight = AtomicBool::new(false);
     let publishing = async {
-        let mut held = None;
-        let mut log_once = |error: &BrokerError| {
-            held.get_or_insert_with(|| {
-                tracing::warn!(event = "successor_held", exchange, %error, "holding the message until RabbitMQ accepts its successor");
-                context.metrics.hold_successor()
-            });
-        };
+        let mut holding = Holding::new(context, target.exchange);
         loop {
-            let mut sent = context.publishers.successors.publish(successor.clone());
-            let in_time = tokio::time::timeout(HELD_AFTER, &mut sent).await;
-            if in_time.is_err() {
-                log_once(&BrokerError::Unconfirmed("no answer so far, is an alarm raised?"));
-            }
-            let confirmed = if let Ok(confirmed) = in_time { confirmed } else { sent.await };
-            match confirmed {
-                Err(error @ (BrokerError::Unconfirmed(_) | BrokerError::Unroutable { .. })) => {
-                    log_once(&error);
-                    tokio::time::sleep(pauses.next_delay().unwrap_or_default()).await;
+            let treatment = quarantine.treatment(content);
+            let (publisher, properties) = match treatment {
+                Treatment::Normal => (&context.publishers.successors, properties(&message.envelope)),
+                Treatment::Bare => (&context.publishers.quarantine, properties(&message.envelope.bare())),
+                Treatment::Reject => return Successor::Refused,
+            };
+            let Target { exchange, key } = *target;
+            in_flight.store(true, Ordering::Relaxed);
+            let outgoing = Outgoing { exchange, key, body: &message.body, properties };
+            let published = holding.watch(publisher.publish(outgoing)).await;
+            in_flight.store(false, Ordering::Relaxed);
+            let Err(error) = published else {
+                quarantine.forget(content);
+                if treatment == Treatment::Bare {
+                    quarantined(context, QuarantineStep::Bare);
                 }
-                confirmed => return confirmed,
+                return confirmed();
+            };
+            if let Some(evidence) = Evidence::of(&error) {
+                quarantine.suspect(content, evidence);
+            }
+            let is_held = matches!(error, BrokerError::Unconfirmed(_) | BrokerError::Unroutable { .. });
+            // The quarantine has a connection of its own, and the session goes on without it.
+            if !is_held && treatment == Treatment::Normal {
+                return Successor::Failed(error);
+            }
+            if is_held || Evidence::of(&error) != Some(Evidence::Refused) {
+                holding.pause(&error).await;
             }
         }
     };
-    context.stop.run_until_cancelled(publishing).await
+    if let Some(successor) = context.stop.run_until_cancelled(publishing).await {
+        return successor;
+    }
+    if in_flight.into_inner()
+        && let Some(evidence) = context.evidence.get()
+    {
+        quarantine.suspect(content, *evidence);
+    }
+    Successor::Stopped
 }
 
-/// Lets the broker dead-letter a message that it would not accept from us again (its limit was lowered, or is lower
-/// since 4.0): the queue's own dead-letter exchange takes it, without the headers that give the reason. Otherwise it
-/// would be delivered again for ever, and end every session. This session ends at the next publish, whose channel is
-/// gone.
-async fn reject(context: &Context, message: &ReceivedMessage, outcome: &Outcome) -> Settlement {
+/// A message that is held because the broker does not confirm its successor.
+struct Holding<'a> {
+    context: &'a Context,
+    exchange: &'a str,
+    pauses: Backoff,
+    /// Counted in a metric while it exists.
+    held: Option<Box<dyn Send + 'a>>,
+}
+
+impl<'a> Holding<'a> {
+    fn new(context: &'a Context, exchange: &'a str) -> Self {
+        Self { context, exchange, pauses: Backoff::reconnect(), held: None }
+    }
+
+    /// Waits for a publish. Without a confirm for a while the message counts as held.
+    async fn watch(
+        &mut self,
+        mut publish: impl Future<Output = Result<(), BrokerError>> + Unpin,
+    ) -> Result<(), BrokerError> {
+        if let Ok(published) = tokio::time::timeout(HELD_AFTER, &mut publish).await {
+            return published;
+        }
+        self.log_once(&BrokerError::Unconfirmed("no answer so far, is an alarm raised?"));
+        publish.await
+    }
+
+    /// Waits until the next try.
+    async fn pause(&mut self, error: &BrokerError) {
+        self.log_once(error);
+        tokio::time::sleep(self.pauses.next_delay().unwrap_or_default()).await;
+    }
+
+    fn log_once(&mut self, error: &BrokerError) {
+        let Self { context, exchange, .. } = *self;
+        self.held.get_or_insert_with(|| {
+            tracing::warn!(event = "successor_held", exchange, %error, "holding the message until RabbitMQ accepts its successor");
+            Box::new(context.metrics.hold_successor())
+        });
+    }
+}
+
+/// Counts and logs a message that could not be settled in the usual way. The span of the log line names it.
+fn quarantined(context: &Context, step: QuarantineStep) {
+    context.metrics.quarantined(step);
+    let step = step.label();
     tracing::warn!(
-        event = "message_too_large",
-        bytes = message.body.len(),
-        "message too large to publish again, RabbitMQ dead-letters it without headers"
+        event = "message_quarantined",
+        step,
+        "RabbitMQ ended the channel or connection when this message was published again"
     );
+}
+
+/// Lets the broker dead-letter a message that it accepts from close-sync in no form: the queue's own dead-letter exchange
+/// takes it, without the headers that give the reason.
+async fn reject(context: &Context, message: &ReceivedMessage, outcome: &Outcome) -> Settlement {
+    quarantined(context, QuarantineStep::Rejected);
     match context.stop.run_until_cancelled(message.receipt.reject()).await {
         Some(Ok(true)) => {
-            let dead_letter = Some(id_from_content(message.envelope.own_id(), &message.body));
+            let id = message.content_id();
+            // A replay starts over.
+            context.quarantine.forget(id);
             let by_close = outcome.proves_close_works();
-            Settlement::Settled { by_close, completion: Completion::Done, dead_letter }
+            Settlement::Settled { by_close, completion: Completion::Done, dead_letter: Some(id) }
         }
         Some(Ok(false)) | None => Settlement::HandedBack,
         Some(Err(error)) => Settlement::Failed(error),

@@ -8,19 +8,16 @@ use std::collections::HashMap;
 use jiff::Timestamp;
 use uuid::Uuid;
 
+use crate::amqp::envelope::MAX_ORIGINAL;
 use crate::amqp::publisher::{Outgoing, Publisher};
 use crate::amqp::{BrokerError, Settings, disconnect, envelope};
 use crate::dead_letters::filter::Selection;
 use crate::dead_letters::letter::DeadLetter;
 use crate::dead_letters::scan::{DeadLetterQueue, Disposition, Observer};
 
-/// The largest body, in bytes, that can be edited. The original is kept in a header, which shares a frame with the
-/// producer's headers.
-pub const LARGEST_ORIGINAL: usize = 32 << 10;
-
 /// Whether the original body can be kept with an edited one.
 pub fn is_editable(letter: &DeadLetter) -> bool {
-    letter.original().is_some() || letter.body.len() <= LARGEST_ORIGINAL
+    letter.original().is_some() || letter.body.len() <= MAX_ORIGINAL
 }
 
 /// The result of an edit.
@@ -63,7 +60,7 @@ pub async fn edit(
         while let Some(held) = batch.next() {
             let edited = change(&held.letter).and_then(|body| match body {
                 Some(_) if !is_editable(&held.letter) => Err(format!(
-                    "the body has more than {LARGEST_ORIGINAL} bytes, so the original cannot be kept with the edited one; export, edit the file and import it"
+                    "the body has more than {MAX_ORIGINAL} bytes, so the original cannot be kept with the edited one; export, edit the file and import it"
                 )),
                 body => Ok(body),
             });

@@ -45,17 +45,23 @@ pub struct DeadLetter {
 /// The first part of the fingerprint if RabbitMQ dead-lettered the message. RabbitMQ's reason follows.
 pub const BROKER_FINGERPRINT: &str = "broker";
 
+/// Why RabbitMQ dead-letters a message, in its own words.
+const BROKER_REASONS: [&str; 4] = ["rejected", "expired", "maxlen", "delivery_limit"];
+
 impl DeadLetter {
     pub(crate) fn from_delivery(delivery: &Delivery) -> Self {
         Self::from_parts(delivery.properties.clone(), delivery.data.clone())
     }
 
     pub(crate) fn from_parts(properties: BasicProperties, body: Vec<u8>) -> Self {
+        let properties = envelope::trusted_dead_letter(properties);
         let text = |name| envelope::text(&properties, name);
         let time = |name| text(name)?.parse().ok();
         let message_id = properties.message_id().as_ref().map(ToString::to_string);
         let broker_fingerprint = || {
-            let reason = text("x-first-death-reason");
+            // A client can set this header on RabbitMQ 3.10.
+            let reason =
+                text("x-first-death-reason").filter(|reason| BROKER_REASONS.contains(&reason.as_str()));
             format!("{BROKER_FINGERPRINT}:{}:-", reason.as_deref().unwrap_or("-"))
         };
         Self {

@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use crate::amqp::BrokerError;
+use crate::consumer::quarantine::Quarantine;
 use crate::consumer::scheduler::delayed::DelayedMessages;
 use crate::consumer::{End, Session, SessionStats};
 use crate::http::registry::DestinationHandle;
@@ -33,6 +34,7 @@ const STABLE: Duration = Duration::from_mins(1);
 /// What outlives a session and its settings.
 pub(super) struct SessionLoop {
     handle: DestinationHandle,
+    quarantine: Quarantine,
     total: SessionStats,
     reconnects: Backoff,
     probes: Backoff,
@@ -43,7 +45,14 @@ pub(super) struct SessionLoop {
 impl SessionLoop {
     pub(super) fn new(handle: DestinationHandle) -> Self {
         let (reconnects, probes) = (Backoff::reconnect(), Backoff::probe());
-        Self { handle, total: SessionStats::default(), reconnects, probes, lost: false }
+        Self {
+            handle,
+            quarantine: Quarantine::default(),
+            total: SessionStats::default(),
+            reconnects,
+            probes,
+            lost: false,
+        }
     }
 
     /// Runs sessions until `shutdown`, each time with the settings that were accepted last.
@@ -113,6 +122,7 @@ impl SessionLoop {
             status: status.clone(),
             concurrency: settings.concurrency,
             grace: settings.grace,
+            quarantine: self.quarantine.clone(),
             paused_before: None,
         };
         (session, refresh)

@@ -38,8 +38,9 @@ pub(crate) async fn connect(
     let abort = CancellationToken::new();
     let (recorder, aborted) = (first_frame.clone(), abort.clone());
     let open = async move |uri: AMQPUri, _| {
+        let frame_max = uri.query.frame_max.unwrap_or_default();
         let stream = uri.connect_with_config_async(tls.as_ref(), &Runtime::new(tokio.clone())).await?;
-        Ok(AsyncTcpStream::Plain(SanitizingStream::new(stream, recorder.clone(), aborted.clone())))
+        Ok(AsyncTcpStream::Plain(SanitizingStream::new(stream, frame_max, recorder.clone(), aborted.clone())))
     };
     let connection = Connection::connector(uri, runtime, open, properties).await?;
     Ok(OpenConnection { connection, server: first_frame.server(), abort })
@@ -53,9 +54,9 @@ struct SanitizingStream<S> {
 }
 
 impl<S> SanitizingStream<S> {
-    fn new(stream: S, first_frame: FirstFrame, abort: CancellationToken) -> Self {
+    fn new(stream: S, frame_max: u32, first_frame: FirstFrame, abort: CancellationToken) -> Self {
         let aborted = Box::pin(abort.cancelled_owned());
-        Self { stream, first_frame, sanitizer: FrameSanitizer::default(), aborted }
+        Self { stream, first_frame, sanitizer: FrameSanitizer::new(frame_max), aborted }
     }
 }
 
@@ -125,7 +126,7 @@ impl Reactor for SanitizingReactor {
         let connecting = self.0.tcp_connect_addr(address);
         async {
             let stream = AsyncTcpStream::Plain(connecting.await?);
-            Ok(SanitizingStream::new(stream, FirstFrame::default(), CancellationToken::new()))
+            Ok(SanitizingStream::new(stream, 0, FirstFrame::default(), CancellationToken::new()))
         }
     }
 }

@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use similar::{ChangeTag, TextDiff};
 use tempfile::NamedTempFile;
 
+use crate::amqp::envelope::MAX_ORIGINAL;
 use crate::cli::dlq::select::{FilterArgs, find};
 use crate::cli::dlq::terminal::{observer, report_running_replay, scan_bar};
 use crate::cli::failure::Failure;
@@ -85,7 +86,7 @@ async fn edit_one(
             "the body has {} bytes, more than the {} that an edit can keep; export the dead letter, edit the file and \
              import it: `close-sync dlq export --id {id}`",
             letter.body.len(),
-            edit::LARGEST_ORIGINAL,
+            MAX_ORIGINAL,
         )));
     }
     let (edited, file) = match (patch, body) {

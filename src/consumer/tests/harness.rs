@@ -22,6 +22,7 @@ use crate::amqp::publisher::Outgoing;
 use crate::amqp::{self, BrokerError, Delay, TopologyMode};
 use crate::close::{Client, CloseError, Response, Transport};
 use crate::consumer::broker::{Broker, BrokerEvent, Delivery, Publish, Publishers, Receipt};
+use crate::consumer::quarantine::Quarantine;
 use crate::consumer::scheduler::delayed::DelayedMessages;
 use crate::consumer::{End, Session, SessionStats, System};
 use crate::domain::mapping::Key;
@@ -56,6 +57,8 @@ pub(super) struct Published {
     pub(super) message: String,
     pub(super) attempts: Option<i64>,
     pub(super) delay_id: Option<Uuid>,
+    /// Through the quarantine.
+    pub(super) quarantined: bool,
 }
 
 /// How Close answers a call.
@@ -197,6 +200,7 @@ impl Harness {
             status: Status::default(),
             concurrency: 10,
             grace: Duration::from_mins(1),
+            quarantine: Quarantine::default(),
             paused_before: None,
         };
         let confirms: Script<Published, Confirm> = Arc::new(Mutex::new(Box::new(|_| Confirm::Ok)));
@@ -225,6 +229,7 @@ impl Harness {
             log: self.log.clone(),
             confirms: Arc::clone(&self.confirms),
             stale: Arc::clone(&self.stale),
+            quarantined: false,
         };
         let broker = FakeBroker { channel: channel.clone(), events: received, receiving: true };
         let (session, shutdown) = (self.session.clone(), CancellationToken::new());
@@ -248,7 +253,7 @@ pub(super) struct Running {
 impl Running {
     /// Delivers a message with this id.
     pub(super) fn deliver(&self, id: &str, body: &Value) {
-        self.deliver_with(id, body, FieldTable::default());
+        self.deliver_through("identify", id, body, FieldTable::default());
     }
 
     /// The same as it comes from a delay queue.
@@ -256,14 +261,14 @@ impl Running {
         let mut headers = FieldTable::default();
         headers.insert(DELAY_ID.into(), text_value(&delayed.delay_id.unwrap().to_string()));
         headers.insert(ATTEMPTS.into(), lapin::types::AMQPValue::LongLongInt(delayed.attempts.unwrap()));
-        self.deliver_with(&delayed.message, body, headers);
+        self.deliver_through("close-sync.retry", &delayed.message, body, headers);
     }
 
-    fn deliver_with(&self, id: &str, body: &Value, headers: FieldTable) {
+    fn deliver_through(&self, exchange: &str, id: &str, body: &Value, headers: FieldTable) {
         let receipt = FakeReceipt { channel: self.channel.clone(), message: id.into() };
         self.send(BrokerEvent::Delivery(Box::new(Delivery {
             properties: BasicProperties::default().with_message_id(id.into()).with_headers(headers),
-            exchange: "identify".into(),
+            exchange: exchange.into(),
             routing_key: "users".into(),
             redelivered: false,
             body: body.to_string().into_bytes(),
@@ -325,7 +330,12 @@ impl Broker for FakeBroker {
 
     fn publishers(&self) -> Publishers {
         let publisher = || Arc::new(self.channel.clone()) as Arc<dyn Publish>;
-        Publishers { successors: publisher(), replays: publisher(), producers: publisher() }
+        Publishers {
+            successors: publisher(),
+            quarantine: Arc::new(Channel { quarantined: true, ..self.channel.clone() }),
+            replays: publisher(),
+            producers: publisher(),
+        }
     }
 
     fn stall_limit(&self) -> Duration {
@@ -342,6 +352,7 @@ struct Channel {
     log: Log,
     confirms: Script<Published, Confirm>,
     stale: Arc<AtomicBool>,
+    quarantined: bool,
 }
 
 impl Publish for Channel {
@@ -353,6 +364,7 @@ impl Publish for Channel {
             message: properties.message_id().as_ref().unwrap().to_string(),
             attempts: number(&properties, ATTEMPTS),
             delay_id: text(&properties, DELAY_ID).and_then(|id| id.parse().ok()),
+            quarantined: self.quarantined,
         };
         async move {
             let confirm = self.confirms.lock().unwrap()(&published);

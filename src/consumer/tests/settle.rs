@@ -8,6 +8,7 @@ use uuid::Uuid;
 use super::harness::{Confirm, Entry, Harness, Published, calls, event, failing_searches, published};
 use crate::amqp::BrokerError;
 use crate::consumer::End;
+use crate::consumer::broker::BrokerEvent;
 
 fn position(log: &[Entry], wanted: impl Fn(&Entry) -> bool) -> usize {
     log.iter().position(wanted).unwrap_or_else(|| panic!("{log:#?}"))
@@ -78,15 +79,79 @@ async fn a_successor_that_the_broker_does_not_take_is_published_until_it_does() 
     }
 }
 
+/// The broker refuses this message in any form, and closes the channel for all that are in flight.
+fn refuse(harness: &Harness, guilty: &'static str) {
+    harness.broker_answers(move |published| {
+        if published.message == guilty || !published.quarantined {
+            Confirm::Error(BrokerError::Rejected("no".into()))
+        } else {
+            Confirm::Ok
+        }
+    });
+}
+
 #[tokio::test(start_paused = true)]
-async fn a_dead_letter_that_is_too_large_to_publish_is_rejected() {
-    let harness = Harness::new(|_| {});
-    harness.broker_answers(|_| Confirm::Error(BrokerError::TooLarge("limit".into())));
-    let session = harness.start();
-    session.deliver("1", &json!("not an event"));
-    harness.log.wait_for(|log| log.contains(&Entry::Rejected("1".into()))).await;
-    assert_eq!(session.stop().await.settled, 1);
-    assert!(!harness.log.entries().contains(&Entry::Acked("1".into())));
+async fn a_message_whose_successor_ends_the_channel_is_rejected_and_its_neighbours_are_not() {
+    // A dead letter and a delayed message.
+    for body in [json!("not an event"), event("jane", "acme")] {
+        let harness = Harness::new(|_| {});
+        harness.close_answers(failing_searches);
+        refuse(&harness, "1");
+        let is_settled = |id: &str| {
+            let log = harness.log.entries();
+            log.contains(&Entry::Acked(id.into())) || log.contains(&Entry::Rejected(id.into()))
+        };
+        let mut sessions = 0;
+        while !is_settled("1") || !is_settled("2") {
+            sessions += 1;
+            let session = harness.start();
+            for (id, body) in [("1", &body), ("2", &json!("not an event either"))] {
+                if !is_settled(id) {
+                    session.deliver(id, body);
+                }
+            }
+            tokio::time::sleep(Duration::from_mins(1)).await;
+            session.stop().await;
+        }
+        // One session for each that was in flight when the channel was closed, and the one that settles the last.
+        assert!(sessions <= 3, "{sessions}");
+        let log = harness.log.entries();
+        assert!(log.contains(&Entry::Rejected("1".into())) && log.contains(&Entry::Acked("2".into())));
+        assert!(published(&log).iter().all(|published| published.message == "2" && published.quarantined));
+
+        // An operator replays it. It starts over.
+        harness.broker_answers(|_| Confirm::Ok);
+        let session = harness.start();
+        session.deliver("1", &body);
+        let log = harness.log.wait_for_ack("1").await;
+        assert!(!published(&log).last().unwrap().quarantined);
+        session.stop().await;
+    }
+}
+
+/// The loop sees the end of the connection before the publish does.
+#[tokio::test(start_paused = true)]
+async fn a_message_in_flight_when_the_connection_is_closed_goes_to_the_quarantine() {
+    for (lost, quarantined) in [
+        (BrokerError::Rejected("frame too large".into()), true),
+        (BrokerError::Lost("reset".into()), false),
+        (BrokerError::Cancelled, false),
+    ] {
+        let harness = Harness::new(|_| {});
+        harness.broker_answers(|_| Confirm::Never);
+        let session = harness.start();
+        session.deliver("1", &json!("not an event"));
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        session.send(BrokerEvent::Lost(lost));
+        session.end().await;
+
+        harness.broker_answers(|_| Confirm::Ok);
+        let session = harness.start();
+        session.deliver("1", &json!("not an event"));
+        let log = harness.log.wait_for_ack("1").await;
+        assert_eq!(published(&log)[0].quarantined, quarantined);
+        session.stop().await;
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -116,7 +181,6 @@ async fn a_message_acked_on_a_lost_channel_is_handed_back_and_blocks_those_behin
     assert_eq!((stats.settled, stats.handed_back), (0, 2));
 }
 
-/// The header is the producer's to forge.
 #[tokio::test(start_paused = true)]
 async fn the_largest_number_of_attempts_is_dead_lettered() {
     let harness = Harness::new(|_| {});
@@ -128,6 +192,7 @@ async fn the_largest_number_of_attempts_is_dead_lettered() {
         message: "1".into(),
         attempts: Some(u32::MAX.into()),
         delay_id: Some(Uuid::from_u128(1)),
+        quarantined: false,
     };
     session.redeliver(&forged, &event("jane", "acme"));
     let log = harness.log.wait_for_ack("1").await;

@@ -330,8 +330,8 @@ impl Session<'_> {
         let exchange = settings.retry_exchange();
         let message = Outgoing { exchange: &exchange, key: NOW, body: &held.letter.body, properties };
         match self.publisher.publish_with_timeout(message).await {
-            Err(BrokerError::TooLarge(detail)) => {
-                return Err(BrokerError::TooLarge(format!("{detail} (dead letter `{}`)", held.letter.id)));
+            Err(BrokerError::Rejected(detail)) => {
+                return Err(BrokerError::Rejected(format!("{detail} (dead letter `{}`)", held.letter.id)));
             }
             published => published?,
         }

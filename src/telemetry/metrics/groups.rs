@@ -10,6 +10,7 @@ use crate::close::{Endpoint, StatusClass};
 use crate::domain::dropped::DropReason;
 use crate::domain::plan::Refusal;
 use crate::outcome::{Effect, PauseCause, Reason, Skip, Stage};
+use crate::telemetry::metrics::QuarantineStep;
 use crate::telemetry::metrics::register::{Label, Registrar, label, metrics};
 
 /// The outcomes of an acked delivery, besides its effects on Close.
@@ -72,6 +73,7 @@ metrics! {
         retries: IntCounterVec = counters("retries_total", "Retries in place by the stage that failed", &[label("stage", [Stage::LookUp.label(), Stage::Write.label()])]);
         yields: IntCounter = counter("messages_yielded_total", "Messages sent to a delay queue because an earlier message of the same person or company waits there");
         merged: IntCounter = counter("messages_merged_total", "Messages written together with an earlier message of the same person");
+        quarantined: IntCounterVec = counters("messages_quarantined_total", "Messages that RabbitMQ did not let close-sync publish again: published without the producer's headers (bare), or rejected to the dead-letter queue", &[label("step", QuarantineStep::VARIANTS.iter().map(|step| step.label()))]);
         stale_acks: IntCounter = counter("stale_acks_total", "Deliveries settled after their channel had closed; RabbitMQ delivers them again");
         in_flight: IntGauge = gauge("messages_in_flight", "Messages being processed");
         waiting: IntGauge = gauge("messages_waiting", "Received messages that wait for an earlier message of the same person or company, or for a free slot");

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use prometheus::proto::MetricFamily;
 use prometheus::{IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder};
-use strum::{VariantArray, VariantNames as _};
+use strum::{IntoStaticStr, VariantArray, VariantNames as _};
 use tokio::time::Instant;
 
 use crate::amqp::BrokerTrouble;
@@ -51,6 +51,22 @@ pub struct Metrics {
     calls: CloseCalls,
     process: Process,
     state: Arc<Mutex<State>>,
+}
+
+/// How a message left the quarantine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
+pub enum QuarantineStep {
+    /// Its successor was published without the producer's headers.
+    Bare,
+    /// RabbitMQ dead-lettered it.
+    Rejected,
+}
+
+impl QuarantineStep {
+    pub fn label(self) -> &'static str {
+        self.into()
+    }
 }
 
 /// What the metrics themselves do not hold.
@@ -262,6 +278,10 @@ impl Metrics {
     }
 
     /// An ack came too late: the channel of the delivery was closed.
+    pub fn quarantined(&self, step: QuarantineStep) {
+        self.messages.quarantined.with_label_values(&[step.label()]).inc();
+    }
+
     pub fn stale_ack(&self) {
         self.messages.stale_acks.inc();
     }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use close_sync::close::{Client, Endpoint};
 use close_sync::config::{Config, Need};
+use close_sync::consumer::quarantine::Quarantine;
 use close_sync::consumer::scheduler::delayed::DelayedMessages;
 use close_sync::consumer::{End, Session};
 use close_sync::sync::{Dependencies, Worker, preflight};
@@ -206,6 +207,7 @@ async fn a_panic_dead_letters_one_message_and_the_worker_continues() {
         status: Status::default(),
         concurrency: 1,
         grace: config.grace,
+        quarantine: Quarantine::default(),
         paused_before: None,
     };
     let shutdown = CancellationToken::new();

@@ -12,6 +12,8 @@ use tokio::sync::mpsc;
 #[derive(Clone, Debug)]
 pub(super) struct Message {
     pub(super) number: usize,
+    /// The exchange it was published to last.
+    pub(super) exchange: String,
     pub(super) body: Vec<u8>,
     pub(super) properties: BasicProperties,
 }
@@ -20,7 +22,7 @@ impl Message {
     /// A message as a producer publishes it. The message id is the number.
     pub(super) fn new(number: usize, body: Vec<u8>) -> Self {
         let properties = BasicProperties::default().with_message_id(number.to_string().into());
-        Self { number, body, properties }
+        Self { number, exchange: "identify".into(), body, properties }
     }
 }
 

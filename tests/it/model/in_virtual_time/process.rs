@@ -10,6 +10,7 @@ use close_sync::amqp::publisher::Outgoing;
 use close_sync::amqp::{self, BrokerError};
 use close_sync::close::Client;
 use close_sync::consumer::broker::{self, BrokerEvent, Publish, Publishers, Receipt};
+use close_sync::consumer::quarantine::Quarantine;
 use close_sync::consumer::scheduler::delayed::DelayedMessages;
 use close_sync::consumer::{End, Environment, Session};
 use close_sync::domain::mapping::{Mapping, Rules};
@@ -73,6 +74,7 @@ impl Process {
             concurrency: world.plan.concurrency,
             // There is no graceful shutdown here: a process is killed or disconnected.
             grace: Duration::ZERO,
+            quarantine: Quarantine::default(),
             paused_before: None,
         };
         let (cut, channel) = (Arc::<Notify>::default(), Arc::default());
@@ -208,11 +210,11 @@ impl broker::Broker for SimulatedBroker {
                 BrokerEvent::Lost(BrokerError::Cancelled)
             }
             Some(Delivery { tag, message }) = self.deliveries.recv() => {
-                let Message { number, body, properties } = message;
+                let Message { number, exchange, body, properties } = message;
                 let publisher = Arc::clone(&self.publisher);
                 BrokerEvent::Delivery(Box::new(broker::Delivery {
                     properties,
-                    exchange: "identify".into(),
+                    exchange,
                     routing_key: "users".into(),
                     redelivered: false,
                     body,
@@ -228,7 +230,12 @@ impl broker::Broker for SimulatedBroker {
 
     fn publishers(&self) -> Publishers {
         let publisher = || Arc::clone(&self.publisher) as Arc<dyn Publish>;
-        Publishers { successors: publisher(), replays: publisher(), producers: publisher() }
+        Publishers {
+            successors: publisher(),
+            quarantine: publisher(),
+            replays: publisher(),
+            producers: publisher(),
+        }
     }
 
     fn stall_limit(&self) -> Duration {
@@ -266,7 +273,9 @@ impl Publish for SimulatedPublisher {
             } else {
                 assert_eq!(exchange, settings.retry_exchange());
                 let delay = settings.delays.iter().find(|delay| delay.name == key).expect("a delay queue");
-                world.delay(Message { number, body: body.to_vec(), properties }, delay.duration).await;
+                let message =
+                    Message { number, exchange: exchange.to_owned(), body: body.to_vec(), properties };
+                world.delay(message, delay.duration).await;
             }
             replaced.lock().unwrap().insert(number);
             Ok(())
@@ -293,6 +302,6 @@ impl Receipt for SimulatedReceipt {
     }
 
     fn reject(&self) -> BoxFuture<'_, Result<bool, BrokerError>> {
-        panic!("message {}: the simulated broker accepts messages of any size", self.number)
+        panic!("message {}: the simulated broker refuses no message", self.number)
     }
 }
