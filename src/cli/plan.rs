@@ -53,7 +53,7 @@ pub(super) async fn plan(args: Args, config: Destination) -> Result<(), Failure>
     let bar = progress(events.len());
     // One by one, so that the same file gives the same output each time.
     for (number, event) in (1..).zip(&events) {
-        let (keys, report) = explain::dry_run(&worker, event, ReceivedAt::now())
+        let (keys, report) = explain::dry_run(&worker, event.into(), ReceivedAt::now())
             .await
             .map_err(|why| Failure::Unavailable(format!("event {number} {}", one_line(&why.to_string()))))?;
         let message_id =

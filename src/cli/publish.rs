@@ -117,6 +117,7 @@ async fn publish_lines(
                     Malformed::NotJson { column, .. } => format!("line {number}, column {column}: not JSON"),
                     Malformed::TooLarge { .. }
                     | Malformed::TooManyValues { .. }
+                    | Malformed::Encoding(_)
                     | Malformed::NotAnObject { .. }
                     | Malformed::Batch
                     | Malformed::WrongType { .. } => {

@@ -11,6 +11,7 @@ use crate::amqp::envelope::{Envelope, Route, id_from_content};
 use crate::close::Priority;
 use crate::consumer::broker::{Delivery, Receipt};
 use crate::consumer::context::Context;
+use crate::domain::encoding::Payload;
 use crate::domain::mapping::Key;
 use crate::outcome::{DeadLetter, DelayCause, Outcome, Reason, Stage};
 use crate::sync::{Job, Prepared, ReceivedAt, Worker};
@@ -37,7 +38,8 @@ impl ReceivedMessage {
         let route = Route { exchange: &exchange, routing_key: &routing_key, is_own };
         let envelope = Envelope::of(properties, route, context.environment.now());
         let received_at = ReceivedAt { published: envelope.sent, received: envelope.first_seen };
-        let prepare = AssertUnwindSafe(|| context.worker.prepare(&body, received_at));
+        let payload = Payload { bytes: &body, encoding: envelope.content_encoding() };
+        let prepare = AssertUnwindSafe(|| context.worker.prepare(payload, received_at));
         let prepared = std::panic::catch_unwind(prepare)
             .unwrap_or_else(|_| Prepared::Settled(Outcome::Dead(panicked(Stage::Map))));
         Self { body, redelivered, receipt, envelope, prepared, split: false, span: None }

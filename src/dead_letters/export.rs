@@ -2,7 +2,8 @@
 //!
 //! A header that is text, a 64-bit number, a boolean or void is written as plain JSON. Any other AMQP type is written as an
 //! object with its name: `{"ShortInt": 5}`. A body in UTF-8 is written as text, byte for byte, and any other body in
-//! base64. The fields at the start (reason, error and so on) are for people and filters, and an import ignores them. Headers
+//! base64. A compressed body is in base64, and also as text in `decoded` for people: an import ignores that. To change such a
+//! body, write the new one to `body` and remove `body_base64`. The fields at the start (reason, error and so on) are for people and filters, and an import ignores them. Headers
 //! that RabbitMQ adds are left out.
 
 use base64::Engine;
@@ -25,11 +26,24 @@ struct Line {
     body: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     body_base64: Option<String>,
+    /// A compressed body as text. For people: an import ignores it.
+    #[serde(skip_serializing_if = "Option::is_none", skip_deserializing)]
+    decoded: Option<String>,
 }
 
 impl DeadLetter {
     /// A line of the file, without the line break.
     pub fn to_line(&self) -> String {
+        self.line(None)
+    }
+
+    /// A line of the file, with a compressed body also as text.
+    pub fn to_readable_line(&self) -> String {
+        let decoded = self.decoded().ok().filter(|decoded| **decoded != *self.body);
+        self.line(decoded.and_then(|decoded| String::from_utf8(decoded.into_owned()).ok()))
+    }
+
+    fn line(&self, decoded: Option<String>) -> String {
         let about = match serde_json::to_value(self) {
             Ok(Value::Object(about)) => about.into_iter().filter(|(_, value)| !value.is_null()).collect(),
             _ => Map::new(),
@@ -39,7 +53,8 @@ impl DeadLetter {
             Err(_) => (None, Some(BASE64_STANDARD.encode(&self.body))),
         };
         let (properties, headers) = self.properties_and_headers();
-        serde_json::to_string(&Line { about, properties, headers, body, body_base64 }).unwrap_or_default()
+        serde_json::to_string(&Line { about, properties, headers, body, body_base64, decoded })
+            .unwrap_or_default()
     }
 
     /// Parses a line of the file.

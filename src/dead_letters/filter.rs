@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::dead_letters::letter::DeadLetter;
+use crate::domain::encoding::Payload;
 use crate::domain::mapping::Rules;
 use crate::domain::record::fold_email;
 use crate::outcome::Reason;
@@ -75,14 +76,14 @@ impl Filter {
                 || letter.message_id.as_ref().is_some_and(|id| self.message_ids.contains(id)))
             && self.since.is_none_or(|since| letter.failed_at.is_some_and(|at| at >= since))
             && self.until.is_none_or(|until| letter.failed_at.is_some_and(|at| at <= until))
-            && self.identity.as_ref().is_none_or(|identity| identity.matches(&letter.body))
+            && self.identity.as_ref().is_none_or(|identity| identity.matches(letter.payload()))
             && self.content.is_none_or(|content| letter.content_id() == content)
     }
 }
 
 impl IdentityFilter {
-    fn matches(&self, body: &[u8]) -> bool {
-        let Some(ids) = self.rules.event_ids(body) else { return false };
+    fn matches(&self, payload: Payload<'_>) -> bool {
+        let Some(ids) = self.rules.event_ids(payload) else { return false };
         let is_equal =
             |wanted: &Option<String>, actual: &Option<String>| wanted.is_none() || wanted == actual;
         let email = self.email.as_deref().map(fold_email);

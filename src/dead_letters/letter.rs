@@ -1,5 +1,7 @@
 //! One dead letter, read from the headers of its message.
 
+use std::borrow::Cow;
+
 use jiff::Timestamp;
 use lapin::BasicProperties;
 use lapin::message::Delivery;
@@ -7,6 +9,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::amqp::envelope;
+use crate::domain::encoding::{EncodingError, Payload, TOOL_LIMIT};
 use crate::sync::ReceivedAt;
 
 /// A message of the dead-letter queue.
@@ -112,9 +115,29 @@ impl DeadLetter {
         envelope::replaces(&self.properties)
     }
 
-    /// The body that the producer sent, if it was edited.
+    /// The body with its encoding. An edited body is plain JSON, which is decoded whatever the encoding is.
+    pub fn payload(&self) -> Payload<'_> {
+        Payload { bytes: &self.body, encoding: envelope::content_encoding(&self.properties) }
+    }
+
+    /// The body without its compression.
+    ///
+    /// # Errors
+    /// Why it cannot be decompressed.
+    pub fn decoded(&self) -> Result<Cow<'_, [u8]>, EncodingError> {
+        self.payload().decode(TOOL_LIMIT)
+    }
+
+    /// The body without its compression, or as it is.
+    pub fn readable(&self) -> Cow<'_, [u8]> {
+        self.decoded().unwrap_or(Cow::Borrowed(&self.body))
+    }
+
+    /// The body that the producer sent, if it was edited, without its compression.
     pub fn original(&self) -> Option<Vec<u8>> {
-        envelope::bytes(&self.properties, envelope::ORIGINAL)
+        let bytes = envelope::bytes(&self.properties, envelope::ORIGINAL)?;
+        let decoded = Payload { bytes: &bytes, ..self.payload() }.decode(TOOL_LIMIT).map(Cow::into_owned);
+        Some(decoded.unwrap_or(bytes))
     }
 
     /// The time of the event, for events that do not contain one.

@@ -14,6 +14,7 @@ use serde_json::{Map, Value};
 use strum::{IntoStaticStr, VariantArray};
 
 use crate::domain::dropped::DropReason;
+use crate::domain::encoding::{EncodingError, Payload};
 use crate::domain::footprint;
 use crate::domain::time;
 use crate::domain::value::trim;
@@ -31,6 +32,9 @@ pub enum Malformed {
     /// More bytes than `worker.max_message_bytes`.
     #[error("the message has {size} bytes, more than the {limit} allowed")]
     TooLarge { size: usize, limit: usize },
+    /// The body cannot be decompressed.
+    #[error(transparent)]
+    Encoding(#[from] EncodingError),
     /// Not JSON, or truncated JSON.
     #[error("not JSON: line {line}, column {column}")]
     NotJson {
@@ -58,6 +62,7 @@ impl Malformed {
     pub fn label(&self) -> &'static str {
         match self {
             Self::TooLarge { .. } => "too_large",
+            Self::Encoding(error) => error.label(),
             Self::NotJson { .. } => "not_json",
             Self::TooManyValues { .. } => "too_many_values",
             Self::NotAnObject { .. } => "not_an_object",
@@ -84,11 +89,17 @@ impl NotForClose {
 }
 
 impl Event {
-    pub fn decode(bytes: &[u8], limit: usize) -> Result<Self, Malformed> {
-        if bytes.len() > limit {
-            return Err(Malformed::TooLarge { size: bytes.len(), limit });
+    /// Decodes a body. The limit applies to the body as it was sent, and to what it decompresses to.
+    ///
+    /// # Errors
+    /// Why it is not an event.
+    pub fn decode<'a>(payload: impl Into<Payload<'a>>, limit: usize) -> Result<Self, Malformed> {
+        let payload = payload.into();
+        if payload.bytes.len() > limit {
+            return Err(Malformed::TooLarge { size: payload.bytes.len(), limit });
         }
-        let text = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(bytes);
+        let decoded = payload.decode(limit)?;
+        let text = decoded.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&decoded);
         let limit = limit.saturating_mul(MEMORY_PER_BYTE);
         let mut body =
             parse(text, limit).or_else(|invalid| match parse(&replace_lone_surrogates(text), limit) {
@@ -300,7 +311,10 @@ mod tests {
         for (bytes, message) in cases {
             assert_eq!(Event::decode(bytes, 100).unwrap_err().to_string(), message);
         }
-        assert_eq!(Event::decode(b"{  }", 3).unwrap_err(), Malformed::TooLarge { size: 4, limit: 3 });
+        assert_eq!(
+            Event::decode(b"{  }".as_slice(), 3).unwrap_err(),
+            Malformed::TooLarge { size: 4, limit: 3 }
+        );
         let objects = |tail: &str| format!(r#"{{"n":[{}0{tail}]}}"#, r#"{"":0},"#.repeat(1000));
         for json in [objects(""), objects(r#","\ud83c""#)] {
             let decoded = Event::decode(json.as_bytes(), json.len());

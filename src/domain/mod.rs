@@ -3,7 +3,7 @@
 //! All functions here are pure: no IO, no clock, no randomness and no `async`. They do not depend on RabbitMQ, HTTP or the
 //! JSON of Close. In the order in which a message passes them:
 //!
-//! - [`event`] decodes the message;
+//! - [`encoding`] decompresses the body, [`event`] decodes it;
 //! - [`mapping`] turns it into the wanted records;
 //! - [`matching`] selects the records in Close that the event is about;
 //! - [`planner`] makes the [`plan`]: the steps from those to the wanted records, without stale values ([`staleness`]);
@@ -15,6 +15,7 @@
 
 pub mod decision;
 pub mod dropped;
+pub mod encoding;
 pub mod event;
 pub(crate) mod footprint;
 pub mod mapping;

@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use crate::domain::decision::{self, Decision, LookUp};
 use crate::domain::dropped::{DropReason, Dropped};
+use crate::domain::encoding::Payload;
 use crate::domain::mapping::{Key, Mapping};
 use crate::domain::matching::Case;
 use crate::domain::plan::{RecordPlan, RecordRef, Refusal};
@@ -137,7 +138,7 @@ impl fmt::Display for Unplanned {
 /// When a look-up fails.
 pub async fn dry_run(
     worker: &Worker,
-    event: &[u8],
+    event: Payload<'_>,
     received_at: ReceivedAt,
 ) -> Result<(Vec<Key>, Explanation), Unplanned> {
     let (keys, outcome, decision) = match worker.prepare(event, received_at) {

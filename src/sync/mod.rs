@@ -44,6 +44,7 @@ use tokio::time::Instant;
 use crate::close::Client;
 use crate::close::stall_guard::StallGuard;
 use crate::domain::decision::Decision;
+use crate::domain::encoding::Payload;
 use crate::domain::event::{Event, Malformed};
 use crate::domain::mapping::{Anonymous, Mapping, NoIdentity};
 use crate::outcome::{DeadLetter, DelayCause, Outcome, Reason, Skip, Stage};
@@ -113,7 +114,7 @@ impl Worker {
     }
 
     /// Decodes and maps the body of a message. Pure.
-    pub fn prepare(&self, body: &[u8], received_at: ReceivedAt) -> Prepared {
+    pub fn prepare<'a>(&self, body: impl Into<Payload<'a>>, received_at: ReceivedAt) -> Prepared {
         let event = match Event::decode(body, self.0.settings.max_message_bytes) {
             Ok(event) => event,
             Err(malformed) => return Prepared::Settled(Outcome::Dead(undecodable(&malformed))),

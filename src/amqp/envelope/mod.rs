@@ -21,7 +21,7 @@ use uuid::Uuid;
 
 use crate::amqp::envelope::properties::{Header, bare, copy, without_own_headers};
 pub use crate::amqp::envelope::properties::{
-    MAX_HEADERS, MAX_ORIGINAL, bytes, is_dead_lettered_by_broker, number, text,
+    MAX_HEADERS, MAX_ORIGINAL, bytes, content_encoding, is_dead_lettered_by_broker, number, text,
 };
 pub use crate::amqp::envelope::trace_parent::TraceParent;
 use crate::close::Priority;
@@ -168,6 +168,11 @@ impl Envelope {
     /// The correlation id the producer set, for logs.
     pub fn correlation_id(&self) -> Option<&str> {
         self.properties.correlation_id().as_ref().map(ShortString::as_str)
+    }
+
+    /// The encoding of the body, such as `gzip`.
+    pub fn content_encoding(&self) -> Option<&str> {
+        content_encoding(&self.properties)
     }
 
     /// First deliveries go before returns from a delay queue, and these before replays.

@@ -189,6 +189,11 @@ fn cut(text: &LongString, limit: usize) -> LongString {
     }
 }
 
+/// The property `content_encoding`.
+pub fn content_encoding(properties: &BasicProperties) -> Option<&str> {
+    properties.content_encoding().as_ref().map(ShortString::as_str)
+}
+
 /// Reads a text header.
 #[expect(clippy::wildcard_enum_match_arm, reason = "all other AMQP types are not text")]
 pub fn text(properties: &BasicProperties, name: &str) -> Option<String> {

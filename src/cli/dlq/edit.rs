@@ -61,8 +61,9 @@ pub(super) async fn edit(args: &Args, destination: &Destination) -> Result<(), F
 async fn patch_all(args: &Args, patch: &Patch, destination: &Destination) -> Result<(), Failure> {
     let selection = args.filter.selection(&destination.rules);
     let change = |letter: &DeadLetter| {
-        let edited = patch.apply(&letter.body)?;
-        Ok((edited != letter.body).then_some(edited))
+        let before = letter.decoded().map_err(|error| error.to_string())?;
+        let edited = patch.apply(&before)?;
+        Ok((edited != *before).then_some(edited))
     };
     let (matched, changed) = apply(&selection, change, destination).await?;
     if matched == 0 {
@@ -89,15 +90,25 @@ async fn edit_one(
             MAX_ORIGINAL,
         )));
     }
+    let before = match letter.decoded() {
+        Ok(before) => before,
+        // A body from a file can replace any other.
+        Err(_) if body.is_some() => letter.readable(),
+        Err(error) => {
+            return Err(Failure::Input(format!(
+                "{error}; to replace the body, use `--body` with a file that has the plain event"
+            )));
+        }
+    };
     let (edited, file) = match (patch, body) {
-        (Some(patch), _) => (patch.apply(&letter.body).map_err(|why| Failure::Input(line(&why)))?, None),
+        (Some(patch), _) => (patch.apply(&before).map_err(|why| Failure::Input(line(&why)))?, None),
         (None, Some(file)) => (read(file).await?, None),
         (None, None) => {
-            let (edited, file) = open_editor(&letter.body)?;
+            let (edited, file) = open_editor(&before)?;
             (edited, Some(file))
         }
     };
-    if edited == letter.body {
+    if edited == *before {
         anstream::eprintln!("nothing was changed");
         return Ok(());
     }
@@ -111,7 +122,7 @@ async fn edit_one(
         );
     }
     done?;
-    print_diff(&letter.body, &edited);
+    print_diff(&before, &edited);
     anstream::eprintln!(
         "edited; preview a replay with `close-sync dlq show {id}`, then run `close-sync dlq replay --id {id}`"
     );

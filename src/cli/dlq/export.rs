@@ -34,7 +34,7 @@ pub(super) async fn export(args: &Args, destination: &Destination) -> Result<(),
     let mut written = Ok(());
     let mut write = |letter: &DeadLetter, to: &mut dyn Write| {
         if written.is_ok() {
-            written = writeln!(to, "{}", letter.to_line());
+            written = writeln!(to, "{}", letter.to_readable_line());
         }
         Disposition::Return
     };

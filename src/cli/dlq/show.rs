@@ -50,7 +50,7 @@ async fn plan(
 ) -> Result<Explanation, String> {
     let message = |failure: Failure| failure.message().unwrap_or_default().to_owned();
     let worker = plan::worker(load().map_err(message)?).await.map_err(message)?;
-    let planned = explain::dry_run(&worker, &letter.body, letter.received_at()).await;
+    let planned = explain::dry_run(&worker, letter.payload(), letter.received_at()).await;
     planned.map(|(_, explanation)| explanation).map_err(|why| why.to_string())
 }
 
@@ -59,7 +59,7 @@ fn as_json(letter: &DeadLetter, plan: Option<Result<Explanation, String>>) -> Va
     let (properties, headers) = letter.properties_and_headers();
     json["properties"] = properties.into();
     json["headers"] = headers.into();
-    json["body"] = body(&letter.body).unwrap_or_else(Into::into);
+    json["body"] = body(&letter.readable()).unwrap_or_else(Into::into);
     if let Some(original) = letter.original() {
         json["original"] = body(&original).unwrap_or_else(Into::into);
     }
@@ -92,7 +92,7 @@ fn print(letter: &DeadLetter, plan: Option<Result<Explanation, String>>) {
     for (name, value) in rows {
         anstream::println!("{name:<24} {value}");
     }
-    anstream::println!("\n{}", truncated(pretty(&letter.body)));
+    anstream::println!("\n{}", truncated(pretty(&letter.readable())));
     if let Some(original) = letter.original() {
         anstream::println!("\nbody before the edit:\n{}", truncated(pretty(&original)));
     }

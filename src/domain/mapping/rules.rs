@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use jsonpath_rust::parser::model::JpQuery;
 use serde_json::{Map, json};
 
+use crate::domain::encoding::{Payload, TOOL_LIMIT};
 use crate::domain::event::Event;
 use crate::domain::mapping::coerce;
 use crate::domain::mapping::desired::{KeyFields, WriteRule};
@@ -135,9 +136,10 @@ pub struct EventIds {
 }
 
 impl Rules {
-    /// The ids in the event in `body`. `None` if it is not an event.
-    pub fn event_ids(&self, body: &[u8]) -> Option<EventIds> {
-        let event = Event::decode(body, body.len()).ok()?;
+    /// The ids in the event in a body. `None` if it is not an event.
+    pub fn event_ids(&self, payload: Payload<'_>) -> Option<EventIds> {
+        let body = payload.decode(TOOL_LIMIT).ok()?;
+        let event = Event::decode(&*body, body.len()).ok()?;
         let found = |picked| match picked {
             Picked::Values(found) => Some(found),
             Picked::Nothing | Picked::Object => None,

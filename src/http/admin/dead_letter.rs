@@ -49,7 +49,7 @@ pub(super) async fn reveal(
     visitor.audit(action, context.destination.name.as_deref(), Some(&id));
     let letter = open(&context, id).await?;
     let plan =
-        explanation::dry_run(&context.destination, &letter.body, letter.received_at(), visibility).await;
+        explanation::dry_run(&context.destination, letter.payload(), letter.received_at(), visibility).await;
     let plan = html! {
         section .card aria-labelledby="plan" {
             h2 #plan { "What a replay would do now" }
@@ -117,7 +117,7 @@ fn page(
         section .card aria-labelledby="body" {
             h2 #body { "Body" }
             @if visibility == Visibility::Redacted { p .hint { "Values are hidden." } }
-            pre tabindex="0" aria-labelledby="body" { (visibility.body(&letter.body)) }
+            pre tabindex="0" aria-labelledby="body" { (visibility.body(&letter.readable())) }
             @if let Some(original) = letter.original() {
                 h3 { "Before it was edited" }
                 pre tabindex="0" { (visibility.body(&original)) }

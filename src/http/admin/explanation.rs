@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use maud::{Markup, html};
 
+use crate::domain::encoding::Payload;
 use crate::http::admin::destination::Destination;
 use crate::http::admin::layout::{Column, table};
 use crate::http::admin::redact::Visibility;
@@ -19,7 +20,7 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 /// The reason, for the operator.
 pub(super) async fn dry_run(
     destination: &Destination,
-    event: &[u8],
+    event: Payload<'_>,
     received_at: ReceivedAt,
     visibility: Visibility,
 ) -> Result<Markup, String> {

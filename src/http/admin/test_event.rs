@@ -36,7 +36,7 @@ pub(super) async fn explain(
         Visibility::Full => "test event with personal data",
     };
     visitor.audit(action, destination.name.as_deref(), None);
-    let event = form.event.as_bytes();
+    let event = form.event.as_bytes().into();
     let (status, result) =
         match explanation::dry_run(&destination, event, ReceivedAt::now(), visibility).await {
             Ok(explanation) => (StatusCode::OK, explanation),

@@ -2,5 +2,6 @@
 
 mod commands;
 mod edit;
+mod encodings;
 mod export;
 mod replay;
