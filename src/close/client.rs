@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::de::IgnoredAny;
 use serde_json::Value;
 
@@ -27,6 +28,14 @@ use crate::domain::schema::{CustomField, User};
 
 /// More members than any organization has: a list of them that goes on is not Close's.
 const MAX_USERS: usize = 100_000;
+
+/// What stays as it is in an id within a path.
+const IN_ID: &AsciiSet = &NON_ALPHANUMERIC.remove(b'_').remove(b'-');
+
+/// The path of one record. Ids are checked where answers are read; whatever an id contains, it stays one segment.
+fn record_path(kind: &str, id: &str) -> String {
+    format!("{kind}/{}/", utf8_percent_encode(id, IN_ID))
+}
 
 /// A client of one Close organization. Clones share connections, rate limits and searches.
 #[derive(Clone)]
@@ -154,8 +163,7 @@ impl Client {
     ) -> Result<(LeadId, Option<ContactId>), CloseError> {
         let body = wire::lead_body(lead, contact);
         let Answer(answer) = self.requests.request(Endpoint::CreateLead, "lead/", Some(body)).await?;
-        let lead = wire::read_lead(&answer).ok_or(CloseError::Transient(Fault::InvalidResponse))?;
-        Ok((lead.id, wire::first_contact_id(&answer)))
+        Ok((wire::read_lead(&answer)?.id, wire::first_contact_id(&answer)?))
     }
 
     /// Creates a Contact in a Lead. Never retry it without looking the record up first.
@@ -166,15 +174,14 @@ impl Client {
     ) -> Result<ContactId, CloseError> {
         let body = wire::contact_body(contact, Some(lead));
         let Answer(answer) = self.requests.request(Endpoint::CreateContact, "contact/", Some(body)).await?;
-        let contact = wire::read_contact(&answer).ok_or(CloseError::Transient(Fault::InvalidResponse))?;
-        Ok(contact.id)
+        Ok(wire::read_contact(&answer)?.id)
     }
 
     /// Changes fields of a Lead; the others stay (PUT is a patch, close-api.md §1).
     pub async fn update_lead(&self, id: &LeadId, changes: &Fields) -> Result<(), CloseError> {
         let body = wire::lead_body(changes, None);
         self.requests
-            .request::<IgnoredAny>(Endpoint::UpdateLead, &format!("lead/{id}/"), Some(body))
+            .request::<IgnoredAny>(Endpoint::UpdateLead, &record_path("lead", id.as_str()), Some(body))
             .await
             .map(drop)
     }
@@ -183,7 +190,7 @@ impl Client {
     pub async fn update_contact(&self, id: &ContactId, changes: &ContactValues) -> Result<(), CloseError> {
         let body = wire::contact_body(changes, None);
         self.requests
-            .request::<IgnoredAny>(Endpoint::UpdateContact, &format!("contact/{id}/"), Some(body))
+            .request::<IgnoredAny>(Endpoint::UpdateContact, &record_path("contact", id.as_str()), Some(body))
             .await
             .map(drop)
     }
@@ -193,7 +200,7 @@ impl Records for Client {
     async fn find_leads(&self, field: &FieldId, company_id: &str) -> Result<Vec<Lead>, CloseError> {
         let lookup = Lookup::Lead { field: field.clone(), company_id: company_id.to_owned() };
         let rows = self.search(lookup).await?.found;
-        Ok(rows.iter().filter_map(wire::read_lead).collect())
+        wire::read_all(&rows, wire::read_lead)
     }
 
     async fn find_contacts(
@@ -206,13 +213,13 @@ impl Records for Client {
             email: email.map(str::to_owned),
         };
         let Rows { found, more, .. } = self.search(lookup).await?;
-        Ok(Hits { contacts: found.iter().filter_map(wire::read_contact).collect(), more })
+        Ok(Hits { contacts: wire::read_all(&found, wire::read_contact)?, more })
     }
 
     async fn lead(&self, id: &LeadId) -> Result<(Lead, Vec<Contact>), CloseError> {
-        let answer = self.read(Endpoint::ReadLead, &format!("lead/{id}/")).await?;
-        let lead = wire::read_lead(&answer).ok_or(CloseError::Transient(Fault::InvalidResponse))?;
-        let contacts = match wire::read_lead_contacts(&answer) {
+        let answer = self.read(Endpoint::ReadLead, &record_path("lead", id.as_str())).await?;
+        let lead = wire::read_lead(&answer)?;
+        let contacts = match wire::read_lead_contacts(&answer)? {
             LeadContacts::Full(contacts) => contacts,
             LeadContacts::Ids(ids) => {
                 let mut contacts = Vec::with_capacity(ids.len());
@@ -226,8 +233,8 @@ impl Records for Client {
     }
 
     async fn contact(&self, id: &ContactId) -> Result<Contact, CloseError> {
-        let answer = self.read(Endpoint::ReadContact, &format!("contact/{id}/")).await?;
-        wire::read_contact(&answer).ok_or(CloseError::Transient(Fault::InvalidResponse))
+        let answer = self.read(Endpoint::ReadContact, &record_path("contact", id.as_str())).await?;
+        wire::read_contact(&answer)
     }
 }
 
@@ -260,10 +267,7 @@ impl Api for Client {
             Ok(records)
         };
         let (leads, contacts) = (page("lead").await?, page("contact").await?);
-        Ok((
-            leads.iter().filter_map(wire::read_lead).collect(),
-            contacts.iter().filter_map(wire::read_contact).collect(),
-        ))
+        Ok((wire::read_all(&leads, wire::read_lead)?, wire::read_all(&contacts, wire::read_contact)?))
     }
 
     fn calls(&self) -> u32 {

@@ -28,8 +28,8 @@ pub(crate) struct InMemoryRecords {
 impl InMemoryRecords {
     /// Reads records in the JSON of Close.
     pub(crate) fn read(leads: &[Value], contacts: &[Value]) -> Self {
-        let lead = |lead| wire::read_lead(lead).map(|lead| (lead.id.clone(), lead));
-        let contact = |contact| wire::read_contact(contact).map(|contact| (contact.id.clone(), contact));
+        let lead = |lead| wire::read_lead(lead).ok().map(|lead| (lead.id.clone(), lead));
+        let contact = |contact| wire::read_contact(contact).ok().map(|contact| (contact.id.clone(), contact));
         Self {
             leads: leads.iter().filter_map(lead).collect(),
             contacts: contacts.iter().filter_map(contact).collect(),
@@ -89,7 +89,7 @@ impl InMemoryRecords {
         match step {
             Step::CreateLead { lead, contact } => {
                 let (id, date_created) = self.next("lead");
-                let id = LeadId::new(id);
+                let id = LeadId::placeholder(id);
                 let lead = Lead { id: id.clone(), date_created, fields: lead.clone() };
                 self.leads.insert(id.clone(), lead);
                 let contact = contact.as_ref().map(|contact| self.add(id.clone(), contact));
@@ -113,7 +113,7 @@ impl InMemoryRecords {
 
     fn add(&mut self, lead: LeadId, values: &ContactValues) -> ContactId {
         let (id, date_created) = self.next("cont");
-        let id = ContactId::new(id);
+        let id = ContactId::placeholder(id);
         let ContactValues { fields, lists } = values;
         let (fields, lists) = (fields.clone(), as_stored(lists));
         let contact = Contact { id: id.clone(), lead_id: Some(lead), date_created, fields, lists };

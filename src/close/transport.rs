@@ -70,7 +70,7 @@ impl Http {
         body: Option<&Value>,
         max_answer: usize,
     ) -> Result<Response, CloseError> {
-        let url = self.url.join(path).map_err(|_| CloseError::NotFound)?;
+        let url = resolve(&self.url, path).ok_or(CloseError::Transient(Fault::InvalidResponse))?;
         Span::current()
             .record("server.address", url.host_str())
             .record("server.port", url.port_or_known_default().map(i64::from));
@@ -99,6 +99,11 @@ impl Http {
     }
 }
 
+/// The URL of a call. `None` if the path leaves the base of the API, which would send the key somewhere else.
+fn resolve(base: &Url, path: &str) -> Option<Url> {
+    base.join(path).ok().filter(|url| url.as_str().starts_with(base.as_str()))
+}
+
 impl Transport for Http {
     fn send<'a>(
         &'a self,
@@ -121,5 +126,29 @@ fn fault(error: &reqwest::Error) -> CloseError {
         CloseError::Transient(Fault::Timeout)
     } else {
         CloseError::Transient(Fault::ConnectionLost)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_cannot_leave_the_base_of_the_api() {
+        let base = Url::parse("https://api.close.test/api/v1/").unwrap();
+        for path in ["me/", "lead/lead_1/", "user/?_limit=100", "lead/%2e%2e%2fme/"] {
+            assert!(resolve(&base, path).is_some(), "{path}");
+        }
+        for path in [
+            "../me/",
+            "lead/../../x",
+            "/me/",
+            "//other.test/",
+            "https://other.test/",
+            "lead/%2e%2e/../../x",
+            "\\\\other.test",
+        ] {
+            assert_eq!(resolve(&base, path), None, "{path}");
+        }
     }
 }

@@ -2,15 +2,17 @@
 
 use std::collections::BTreeSet;
 
-use serde::Deserialize;
+use serde::de::Error;
+use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value, json};
 use strum::VariantArray;
 
 use crate::close::answer::Answer;
+use crate::close::error::{CloseError, Fault};
 use crate::close::records::{Lookup, Organization};
 use crate::domain::plan::ContactValues;
 use crate::domain::record::{
-    Channel, Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists, fold_email,
+    Channel, Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists, fold_email, is_id,
 };
 use crate::domain::schema::{CustomField, FieldKind, Status, User};
 use crate::domain::value::same_word;
@@ -20,7 +22,7 @@ fn fields(object: &Value, plain: &[Field]) -> Fields {
     let plain =
         plain.iter().filter_map(|field| Some((field.clone(), object.get(field.to_string())?.clone())));
     let custom = object.as_object().into_iter().flatten().filter_map(|(key, value)| {
-        Some((Field::Custom(FieldId::new(key.strip_prefix("custom.")?)), value.clone()))
+        Some((Field::Custom(FieldId::parse(key.strip_prefix("custom.")?)?), value.clone()))
     });
     // Null and "" both mean "no value" (close-api.md §4, §12).
     plain.chain(custom).filter(|(_, value)| !value.is_null() && value != "").collect()
@@ -30,15 +32,31 @@ fn text(object: &Value, key: &str) -> Option<String> {
     object.get(key).and_then(Value::as_str).map(str::to_owned)
 }
 
-pub(crate) fn read_lead(object: &Value) -> Option<Lead> {
-    Some(Lead {
-        id: LeadId::new(text(object, "id")?),
+/// An id that Close does not write: a proxy answers in its place, or the answer is forged.
+const NOT_AN_ID: CloseError = CloseError::Transient(Fault::InvalidResponse);
+
+/// The id with this key.
+fn id<T>(object: &Value, key: &str, parse: fn(&str) -> Option<T>) -> Result<T, CloseError> {
+    object.get(key).and_then(Value::as_str).and_then(parse).ok_or(NOT_AN_ID)
+}
+
+/// The records of a list. Objects without an id are skipped; one with an invalid id fails.
+pub(crate) fn read_all<'a, T>(
+    objects: impl IntoIterator<Item = &'a Value>,
+    read: fn(&Value) -> Result<T, CloseError>,
+) -> Result<Vec<T>, CloseError> {
+    objects.into_iter().filter(|object| object.get("id").is_some_and(|id| !id.is_null())).map(read).collect()
+}
+
+pub(crate) fn read_lead(object: &Value) -> Result<Lead, CloseError> {
+    Ok(Lead {
+        id: id(object, "id", LeadId::parse)?,
         date_created: text(object, "date_created").unwrap_or_default(),
         fields: fields(object, &[Field::Name, Field::Description, Field::Status]),
     })
 }
 
-pub(crate) fn read_contact(object: &Value) -> Option<Contact> {
+pub(crate) fn read_contact(object: &Value) -> Result<Contact, CloseError> {
     let entries = |channel: Channel| -> Option<Vec<Entry>> {
         let list = object.get(channel.list())?.as_array()?;
         let entry = |item: &Value| {
@@ -49,9 +67,10 @@ pub(crate) fn read_contact(object: &Value) -> Option<Contact> {
         };
         Some(list.iter().filter_map(entry).collect())
     };
-    Some(Contact {
-        id: ContactId::new(text(object, "id")?),
-        lead_id: text(object, "lead_id").map(LeadId::new),
+    let has_lead = object.get("lead_id").is_some_and(|id| !id.is_null());
+    Ok(Contact {
+        id: id(object, "id", ContactId::parse)?,
+        lead_id: has_lead.then(|| id(object, "lead_id", LeadId::parse)).transpose()?,
         date_created: text(object, "date_created").unwrap_or_default(),
         fields: fields(object, &[Field::Name, Field::Title]),
         lists: Channel::VARIANTS.iter().filter_map(|&channel| Some((channel, entries(channel)?))).collect(),
@@ -65,19 +84,19 @@ pub(crate) enum LeadContacts {
     Ids(Vec<ContactId>),
 }
 
-pub(crate) fn read_lead_contacts(lead: &Value) -> LeadContacts {
+pub(crate) fn read_lead_contacts(lead: &Value) -> Result<LeadContacts, CloseError> {
     if let Some(contacts) = lead.get("contacts").and_then(Value::as_array) {
-        return LeadContacts::Full(contacts.iter().filter_map(read_contact).collect());
+        return Ok(LeadContacts::Full(read_all(contacts, read_contact)?));
     }
     let ids = lead.get("contact_ids").and_then(Value::as_array);
-    let id = |value: &Value| value.as_str().map(ContactId::new);
-    LeadContacts::Ids(ids.into_iter().flatten().filter_map(id).collect())
+    let id = |value: &Value| value.as_str().and_then(ContactId::parse).ok_or(NOT_AN_ID);
+    Ok(LeadContacts::Ids(ids.into_iter().flatten().map(id).collect::<Result<_, _>>()?))
 }
 
 /// The id of the first Contact of a created Lead. `contact_ids` was missing in a recorded response (close-api.md §4).
-pub(crate) fn first_contact_id(lead: &Value) -> Option<ContactId> {
-    let by_id = lead.pointer("/contact_ids/0").or_else(|| lead.pointer("/contacts/0/id"));
-    by_id.and_then(Value::as_str).map(ContactId::new)
+pub(crate) fn first_contact_id(lead: &Value) -> Result<Option<ContactId>, CloseError> {
+    let first = lead.pointer("/contact_ids/0").or_else(|| lead.pointer("/contacts/0/id"));
+    first.map(|id| id.as_str().and_then(ContactId::parse).ok_or(NOT_AN_ID)).transpose()
 }
 
 pub(crate) fn lead_body(fields: &Fields, contact: Option<&ContactValues>) -> Value {
@@ -245,7 +264,8 @@ pub(crate) struct Schema {
 
 #[derive(Deserialize)]
 pub(crate) struct SchemaField {
-    id: String,
+    #[serde(deserialize_with = "field_id")]
+    id: FieldId,
     name: String,
     #[serde(rename = "type")]
     kind: String,
@@ -257,12 +277,30 @@ pub(crate) struct SchemaField {
 impl From<SchemaField> for CustomField {
     fn from(field: SchemaField) -> Self {
         Self {
-            id: FieldId::new(field.id),
+            id: field.id,
             name: field.name,
             kind: FieldKind::parse(&field.kind, field.choices.unwrap_or_default()),
             multiple: field.accepts_multiple_values,
         }
     }
+}
+
+fn field_id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<FieldId, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    FieldId::parse(&text).ok_or_else(|| Error::custom("not an id"))
+}
+
+fn user_id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    checked(deserializer, "user")
+}
+
+fn status_id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    checked(deserializer, "stat")
+}
+
+fn checked<'de, D: Deserializer<'de>>(deserializer: D, prefix: &str) -> Result<String, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    if is_id(Some(prefix), &text) { Ok(text) } else { Err(Error::custom("not an id")) }
 }
 
 #[derive(Deserialize)]
@@ -275,6 +313,7 @@ pub(crate) struct Users {
 /// A user (<https://developer.close.com/api/resources/users/list>).
 #[derive(Deserialize)]
 pub(crate) struct Member {
+    #[serde(deserialize_with = "user_id")]
     id: String,
     #[serde(default)]
     first_name: Option<String>,
@@ -307,6 +346,7 @@ struct MyOrganization {
 
 #[derive(Deserialize)]
 struct LeadStatus {
+    #[serde(deserialize_with = "status_id")]
     id: String,
     label: String,
 }
@@ -360,15 +400,49 @@ mod tests {
 
     #[test]
     fn contacts_of_a_lead_are_read_from_either_list() {
-        let ids = |lead: Value| match read_lead_contacts(&lead) {
+        let ids = |lead: Value| match read_lead_contacts(&lead).unwrap() {
             LeadContacts::Full(contacts) => {
                 contacts.into_iter().map(|contact| contact.id.to_string()).collect()
             }
             LeadContacts::Ids(ids) => ids.into_iter().map(|id| format!("only {id}")).collect::<Vec<_>>(),
         };
-        assert_eq!(ids(json!({"contacts": [{"id": "c"}], "contact_ids": ["c"]})), ["c"]);
-        assert_eq!(ids(json!({"contact_ids": ["c"]})), ["only c"]);
+        assert_eq!(ids(json!({"contacts": [{"id": "cont_c"}], "contact_ids": ["cont_c"]})), ["cont_c"]);
+        assert_eq!(ids(json!({"contact_ids": ["cont_c"]})), ["only cont_c"]);
         assert!(ids(json!({})).is_empty());
-        assert_eq!(first_contact_id(&json!({"contacts": [{"id": "c"}]})), Some(ContactId::new("c")));
+        let created = json!({"contacts": [{"id": "cont_c"}]});
+        assert_eq!(first_contact_id(&created), Ok(Some(ContactId::new("cont_c"))));
+        assert_eq!(first_contact_id(&json!({})), Ok(None));
+    }
+
+    #[test]
+    fn an_answer_with_an_invalid_id_is_not_an_answer_of_close() {
+        let bad = "../contact/cont_x";
+        for object in [json!({"id": bad}), json!({"id": 5}), json!({"id": "lead_a/../b"}), json!({})] {
+            assert!(read_lead(&object).is_err() && read_contact(&object).is_err(), "{object}");
+        }
+        assert!(read_contact(&json!({"id": "cont_a", "lead_id": bad})).is_err());
+        assert_eq!(read_contact(&json!({"id": "cont_a", "lead_id": null})).unwrap().lead_id, None);
+        assert!(read_all(&[json!({"id": "lead_a"}), json!({"id": bad})], read_lead).is_err());
+        assert_eq!(read_all(&[json!({"id": "lead_a"}), json!({})], read_lead).unwrap().len(), 1);
+        for lead in [json!({"contact_ids": ["cont_a", bad]}), json!({"contacts": [{"id": bad}]})] {
+            assert!(read_lead_contacts(&lead).is_err(), "{lead}");
+        }
+        for created in [json!({"contact_ids": [bad]}), json!({"contacts": [{"id": 5}]})] {
+            assert!(first_contact_id(&created).is_err(), "{created}");
+        }
+        let schema = |id: &str| {
+            serde_json::from_value::<Schema>(json!({"fields": [{"id": id, "name": "F", "type": "text"}]}))
+        };
+        assert!(schema("cf_1").is_ok() && schema(bad).is_err());
+        let users = |id: &str| serde_json::from_value::<Users>(json!({"data": [{"id": id}]}));
+        assert!(users("user_1").is_ok() && users(bad).is_err() && users("lead_1").is_err());
+        let me = |id: &str| {
+            let statuses = json!([{"id": id, "label": "L"}]);
+            serde_json::from_value::<Me>(json!({"organizations": [{"name": "O", "lead_statuses": statuses}]}))
+        };
+        assert!(me("stat_1").is_ok() && me(bad).is_err());
+        // A key that is no id cannot be that of a configured field.
+        let lead = read_lead(&json!({"id": "lead_a", "custom.../x": 1, "custom.cf_1": 2})).unwrap();
+        assert_eq!(lead.fields.len(), 1);
     }
 }

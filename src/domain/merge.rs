@@ -97,7 +97,7 @@ fn merge_step(steps: &mut Vec<Step>, step: &Step) {
 fn apply(found: &mut Found, step: &Step, event: &Desired) {
     match step {
         Step::CreateLead { lead, contact } => {
-            let id = LeadId::new(NEW_LEAD);
+            let id = LeadId::placeholder(NEW_LEAD);
             let contact = contact.as_ref().map(|values| values.new_contact(&id));
             let lead = Lead { id, date_created: String::new(), fields: lead.clone() };
             *found = match contact {

@@ -35,7 +35,7 @@ impl ContactValues {
     /// The Contact that a step with these values creates.
     pub(crate) fn new_contact(&self, lead: &LeadId) -> Contact {
         Contact {
-            id: ContactId::new(NEW_CONTACT),
+            id: ContactId::placeholder(NEW_CONTACT),
             lead_id: Some(lead.clone()),
             date_created: String::new(),
             fields: self.fields.clone(),

@@ -11,14 +11,26 @@ use crate::domain::value::trim;
 use crate::domain::web_address;
 
 macro_rules! id {
-    ($(#[$doc:meta])* $name:ident) => {
+    ($(#[$doc:meta])* $name:ident, $prefix:expr) => {
         $(#[$doc])*
         #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub struct $name(String);
 
         impl $name {
-            /// An id as Close writes it. Ids are opaque and case-sensitive (close-api.md §1).
-            pub fn new(id: impl Into<String>) -> Self {
+            /// An id as Close writes it. Ids are opaque and case-sensitive (close-api.md §1). `None` if the text is not
+            /// an id: it could lead a call to another path.
+            pub fn parse(text: &str) -> Option<Self> {
+                is_id($prefix, text).then(|| Self(text.to_owned()))
+            }
+
+            /// Stands for a record or a field that Close does not have. It is never sent.
+            pub(crate) fn placeholder(text: impl Into<String>) -> Self {
+                Self(text.into())
+            }
+
+            /// Short ids for tests.
+            #[cfg(test)]
+            pub(crate) fn new(id: impl Into<String>) -> Self {
                 Self(id.into())
             }
 
@@ -37,16 +49,35 @@ macro_rules! id {
 
 id!(
     /// The id of a Lead, `lead_…`.
-    LeadId
+    LeadId,
+    Some("lead")
 );
 id!(
     /// The id of a Contact, `cont_…`.
-    ContactId
+    ContactId,
+    Some("cont")
 );
 id!(
-    /// The id of a custom field, `cf_…`.
-    FieldId
+    /// The id of a custom field, `cf_…`. Older fields have other prefixes, such as `lcf_` (close-api.md §1).
+    FieldId,
+    None
 );
+
+/// The longest id that is accepted, without prefix. Those of Close have 22 or 43 characters.
+const MAX_ID: usize = 64;
+
+/// Whether a text is an id of Close: a prefix in lower case, this one if it is given, an underscore and base62. Also
+/// accepts `_` and `-`, which are as harmless in paths, logs and terminals.
+pub fn is_id(prefix: Option<&str>, text: &str) -> bool {
+    text.split_once('_').is_some_and(|(kind, rest)| {
+        let is_kind =
+            !kind.is_empty() && kind.len() <= MAX_ID && kind.bytes().all(|byte| byte.is_ascii_lowercase());
+        is_kind
+            && prefix.is_none_or(|prefix| prefix == kind)
+            && (1..=MAX_ID).contains(&rest.len())
+            && rest.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-'))
+    })
+}
 
 /// A field that holds one value, on a Lead or on a Contact.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -254,6 +285,39 @@ impl Contact {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_ids_of_close_are_ids() {
+        let long = format!("lead_{}", "a".repeat(MAX_ID + 1));
+        for text in [
+            "",
+            "lead",
+            "lead_",
+            "_a",
+            "../me",
+            "lead_../../me",
+            "lead_a/b",
+            "lead_a?x=1",
+            "lead_a#",
+            "lead_%2e%2e",
+            "lead_a b",
+            "lead_a\n",
+            "lead_\u{1b}[2J",
+            "lead_é",
+            "Lead_a",
+            " lead_a",
+            "lead_.",
+            &long,
+        ] {
+            assert_eq!(LeadId::parse(text), None, "{text}");
+            assert_eq!(FieldId::parse(text), None, "{text}");
+        }
+        assert!(LeadId::parse("cont_a").is_none() && ContactId::parse("lead_a").is_none());
+        for text in ["lead_IIDHIStmFcFQZZP0BRe99V1MCoXWz2PGCm6EDmR9v2O", "lead_7oqs6AVtMRNFAZwvsAbtKM"] {
+            assert_eq!(LeadId::parse(text).unwrap().as_str(), text);
+        }
+        assert!(FieldId::parse("lcf_v6S011I6MqcbVvB2FA5Nk8dr5MkL8sWuCiG8cUleO9c").is_some());
+    }
 
     #[test]
     fn values_that_close_rewrote_are_the_same() {

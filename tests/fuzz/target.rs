@@ -25,7 +25,7 @@ static MAPPINGS: LazyLock<[Mapping; 2]> = LazyLock::new(|| {
 
 fn schema() -> Schema {
     let field = |name: &str, kind, multiple| CustomField {
-        id: FieldId::new(format!("cf_{}", name.replace(' ', ""))),
+        id: FieldId::parse(&format!("cf_{}", name.replace(' ', ""))).expect("an id"),
         name: name.to_owned(),
         kind,
         multiple,

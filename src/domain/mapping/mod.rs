@@ -169,7 +169,7 @@ impl Mapping {
 
     /// The name that people see for the field with this key in Close.
     pub fn label(&self, key: &str) -> String {
-        let name = key.strip_prefix("custom.").and_then(|id| self.names.get(&FieldId::new(id)));
+        let name = key.strip_prefix("custom.").and_then(|id| self.names.get(&FieldId::placeholder(id)));
         match key {
             "status_id" => "status".to_owned(),
             _ => name.cloned().unwrap_or_else(|| key.to_owned()),

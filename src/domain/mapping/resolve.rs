@@ -222,7 +222,7 @@ pub(super) fn targets(
         let mut unresolved = |reason: UnresolvedReason| {
             let setting = format!("{}.{}", names.table, reference.as_str());
             unresolved_fields.push(UnresolvedField { setting, reason });
-            (FieldId::new(reference.as_str()), Accepts::Nothing)
+            (FieldId::placeholder(reference.as_str()), Accepts::Nothing)
         };
         let (id, accepts) = match reference.find(fields) {
             Ok(field) if targets.iter().any(|target| target.field == Field::Custom(field.id.clone())) => {

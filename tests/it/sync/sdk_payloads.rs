@@ -21,7 +21,7 @@ fn defaults() -> Mapping {
     let environment: HashMap<String, String> =
         environment.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
     let text = |id: &str, name: &str| CustomField {
-        id: FieldId::new(id),
+        id: FieldId::parse(id).unwrap(),
         name: name.to_owned(),
         kind: FieldKind::Text,
         multiple: false,
