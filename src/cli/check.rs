@@ -9,7 +9,7 @@ use crate::cli::failure::{CONFIGURATION, Failure, UNAVAILABLE};
 use crate::close::Client;
 use crate::config::{Config, Destination, Need, Problems};
 use crate::sync::preflight::{self, PreflightError, Ready};
-use crate::text::{choices, count, json, line, masked_urls};
+use crate::text::{block, choices, count, json, line, masked_urls};
 
 /// Check the configuration, RabbitMQ, the API key, and the fields that the settings name in Close.
 ///
@@ -60,7 +60,7 @@ enum Status {
 
 pub(super) async fn check(args: &Args, config: Result<Config, Problems>) -> Result<(), Failure> {
     if args.print_config {
-        anstream::print!("{}", config?.show());
+        anstream::print!("{}", block(&config?.show()));
         return Ok(());
     }
     let findings = match &config {

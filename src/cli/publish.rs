@@ -57,7 +57,8 @@ pub(super) async fn publish(args: Args, settings: Settings) -> Result<(), Failur
     amqp::disconnect(&connection).await;
     let Counts { published, bad } = result?;
     let with = args.routing_key.map(|key| format!(" with routing key `{key}`")).unwrap_or_default();
-    anstream::eprintln!("published {} to `{}`{with}", count(published, "event", "events"), settings.exchange);
+    let target = one_line(&format!("to `{}`{with}", settings.exchange));
+    anstream::eprintln!("published {} {target}", count(published, "event", "events"));
     if bad > 0 {
         anstream::eprintln!("{} not published, see above", count(bad, "line was", "lines were"));
         return Err(Failure::Reported(USAGE));

@@ -57,7 +57,9 @@ pub(super) async fn test(args: Args, base: Layers) -> Result<(), Failure> {
         let suite = Suite::load(path);
         suites.push((
             path,
-            suite.map_err(|error| Failure::Input(block(&format!("{} {error}", path.display()))))?,
+            suite.map_err(|error| {
+                Failure::Input(format!("{} {}", line(&path.display().to_string()), block(&error.to_string())))
+            })?,
         ));
     }
     let (mut passed, mut failed) = (0, 0);

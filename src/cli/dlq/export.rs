@@ -8,7 +8,7 @@ use crate::cli::failure::{CHECK_FAILED, Failure};
 use crate::config::Destination;
 use crate::dead_letters::letter::DeadLetter;
 use crate::dead_letters::scan::Disposition;
-use crate::text::{count, line};
+use crate::text::{count, json, line};
 
 /// Export dead letters as JSON lines, with everything that an import needs. They stay in the queue.
 ///
@@ -34,7 +34,7 @@ pub(super) async fn export(args: &Args, destination: &Destination) -> Result<(),
     let mut written = Ok(());
     let mut write = |letter: &DeadLetter, to: &mut dyn Write| {
         if written.is_ok() {
-            written = writeln!(to, "{}", letter.to_readable_line());
+            written = writeln!(to, "{}", json(&letter.to_readable_line()));
         }
         Disposition::Return
     };

@@ -1,5 +1,6 @@
 //! Log lines on standard error, and traces if a collector is configured.
 
+mod json_stderr;
 mod library_levels;
 mod text_fields;
 
@@ -13,6 +14,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
 
 use crate::cli::failure::Failure;
+use crate::cli::logging::json_stderr::JsonStderr;
 use crate::cli::logging::library_levels::{library_levels, limited};
 use crate::cli::logging::text_fields::TextFields;
 use crate::config::{self, LogFormat};
@@ -55,7 +57,12 @@ fn log_layer<S: Subscriber + for<'a> LookupSpan<'a>>(format: LogFormat) -> Box<d
         LogFormat::Json => true,
     };
     if json {
-        let json = builder.json().flatten_event(true).with_current_span(true).with_span_list(false);
+        let json = builder
+            .with_writer(JsonStderr)
+            .json()
+            .flatten_event(true)
+            .with_current_span(true)
+            .with_span_list(false);
         json.with_filter(filter).boxed()
     } else {
         let text = builder.with_ansi(is_terminal).with_target(false).fmt_fields(TextFields);

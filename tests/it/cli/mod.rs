@@ -5,3 +5,4 @@ mod destinations;
 mod plan;
 mod publish;
 mod systemd;
+mod untrusted_text;

@@ -174,6 +174,27 @@ fn the_number_of_scenarios_is_current() {
 }
 
 #[test]
+fn every_test_that_the_security_page_names_exists() {
+    let page = Page::of("deploy/docs/security.md").text;
+    let (_, attacks) = page.split_once("## Attacks").unwrap();
+    let rows = attacks.lines().filter(|line| line.starts_with("| ")).skip(2);
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let code = ["src", "tests"].map(|folder| rust_files(&root.join(folder))).concat();
+    let code: String = code.iter().map(|file| std::fs::read_to_string(file).unwrap()).collect();
+    let mut count = 0;
+    for row in rows {
+        let cells: Vec<_> = row.trim_matches('|').split(" | ").collect();
+        let names: Vec<_> = cells.last().unwrap().split('`').skip(1).step_by(2).collect();
+        assert!(cells.len() == 3 && !names.is_empty(), "no test: {row}");
+        for name in names {
+            assert!(code.contains(&format!("fn {name}(")), "no test `{name}`: {row}");
+            count += 1;
+        }
+    }
+    assert!(count > 10, "{count}");
+}
+
+#[test]
 fn every_reason_of_a_dead_letter_is_documented() {
     let page = Page::of("deploy/operating.md").text;
     let documented: BTreeSet<_> = first_cells(&page).collect();

@@ -4,6 +4,7 @@ mod duplicates;
 mod failures;
 mod fault_table;
 mod fuzz_corpus;
+mod invalid_ids;
 mod matching_rules;
 mod ordering;
 mod pauses;

@@ -1,3 +1,4 @@
 //! What the worker exports.
 
+mod secrets;
 mod traces;
