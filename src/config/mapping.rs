@@ -9,7 +9,9 @@ use crate::config::problems::Problem;
 use crate::config::raw::{self, Setting, setting};
 use crate::config::reader::Reader;
 use crate::domain::mapping::source::{Alternative, Normalize, Source};
-use crate::domain::mapping::{Anonymous, FreeMail, RecordRules, Rule, Rules, Trigger, WriteRule};
+use crate::domain::mapping::{
+    Anonymous, FreeMail, Placeholders, RecordRules, Rule, Rules, Trigger, WriteRule,
+};
 use crate::domain::record::{Channel, Field};
 use crate::domain::schema::FieldRef;
 
@@ -32,6 +34,9 @@ pub(super) fn read(raw: &raw::Destination, reader: &mut Reader<'_>) -> Option<Ru
         },
     );
     let free_mail = free_mail(raw, reader);
+    let placeholders = reader.words(&setting!(raw, mapping.placeholders)).map(Placeholders::of_ids);
+    let placeholder_values =
+        reader.words(&setting!(raw, mapping.placeholder_values)).map(Placeholders::of_values);
     let lead = RecordRules {
         fields: reader.rules([
             (Field::Name, setting!(raw, mapping.lead.name)),
@@ -68,14 +73,15 @@ pub(super) fn read(raw: &raw::Destination, reader: &mut Reader<'_>) -> Option<Ru
             reader.problem(format!("{}.{}", custom.key, key.as_str()), message);
         }
     }
-    Some(Rules {
+    let rules = Rules {
         trigger: trigger.ok()?,
         anonymous: anonymous?,
         lead,
         contact,
         channels,
         free_mail: free_mail?,
-    })
+    };
+    Some(rules.with_placeholders(&placeholders?, &placeholder_values?))
 }
 
 fn free_mail(raw: &raw::Destination, reader: &mut Reader<'_>) -> Option<FreeMail> {
@@ -101,6 +107,16 @@ fn free_mail(raw: &raw::Destination, reader: &mut Reader<'_>) -> Option<FreeMail
 }
 
 impl Reader<'_> {
+    /// A list of words.
+    fn words(&mut self, setting: &Setting<'_, Vec<Value>>) -> Option<Vec<String>> {
+        let word = |item: &Value| Some(item.as_str()?.trim().to_owned()).filter(|word| !word.is_empty());
+        let words: Option<Vec<_>> = setting.value.iter().map(word).collect();
+        if words.is_none() {
+            self.problem(setting.key.as_str(), "must be a list of words like `[\"undefined\", \"null\"]`");
+        }
+        words
+    }
+
     fn rules<T: Ord, const N: usize>(
         &mut self,
         fields: [(T, Setting<'_, raw::Rule>); N],

@@ -122,6 +122,8 @@ pub(super) struct Mapping {
     pub(super) trigger: String,
     pub(super) anonymous: String,
     pub(super) free_mail_domains: Vec<Value>,
+    pub(super) placeholders: Vec<Value>,
+    pub(super) placeholder_values: Vec<Value>,
     pub(super) company_id: Rule,
     pub(super) user_id: Rule,
     pub(super) lead: MappingLead,

@@ -4,13 +4,13 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use secrecy::ExposeSecret;
+use serde_json::json;
 use url::Url;
 
 use crate::config::keys::SECRETS;
 use crate::config::{Config, Destination, Layers, Need, Problems};
-use crate::domain::mapping::Rules;
-use crate::domain::mapping::WriteRule;
 use crate::domain::mapping::source::{Alternative, Source};
+use crate::domain::mapping::{Placeholders, Rules, WriteRule};
 use crate::domain::record::Field;
 use crate::domain::schema::FieldRef;
 
@@ -83,7 +83,9 @@ fn the_environment_wins_over_the_file_and_the_file_over_the_defaults() {
     assert_eq!(lead.custom[&FieldRef::new("cf_1")].write, WriteRule::Always);
     assert_eq!(contact.fields[&Field::Title].write, WriteRule::IfEmpty);
     let group = Alternative::parse("$.context.groupId").unwrap();
-    assert_eq!(lead.fields[&Field::Name].source, Source::new([group]));
+    let words = ["undefined", "null", "NaN", "None", "[object Object]"].map(str::to_owned);
+    let group = Source::new([group]).with_placeholders(Placeholders::of_values(words));
+    assert_eq!(lead.fields[&Field::Name].source, group);
     assert_eq!(lead.key, Some(FieldRef::new("cf_company")));
 }
 
@@ -101,6 +103,71 @@ fn all_mistakes_are_reported_at_once_without_secrets() {
         &[("WORKER_CONCURRENCY", "many"), ("WORKER_HOLD", "16m"), ("HTTP_ADDR", "9090")]
     ));
     insta::assert_snapshot!(problems("[close]\napi_key = \"api_secret", &[("CLOSE_API_KEY", "k")]));
+}
+
+#[test]
+fn the_words_that_are_not_an_id_come_from_the_file_or_the_environment() {
+    let key = ("CLOSE_API_KEY", "api_k");
+    let user = |file: &str, environment: &[(&str, &str)], id: &str| {
+        let rules = single(file, &[&[key], environment].concat()).rules;
+        rules.event_ids(json!({"userId": id}).to_string().as_bytes().into()).unwrap().user_id
+    };
+    let refused_by_posthog = [
+        "anonymous",
+        "Guest",
+        "distinctid",
+        "distinct_id",
+        "id",
+        "not_authenticated",
+        "email",
+        "UNDEFINED",
+        "True",
+        "false",
+        "[object Object]",
+        "NaN",
+        "None",
+        "none",
+        "null",
+        "0",
+        "'null'",
+        "\"undefined\"",
+    ];
+    let refused_by_mixpanel = [
+        "-1",
+        "0",
+        "00000000-0000-0000-0000-000000000000",
+        "<nil>",
+        "[]",
+        "anon",
+        "anonymous",
+        "false",
+        "lmy47d",
+        "n/a",
+        "na",
+        "nil",
+        "none",
+        "null",
+        "true",
+        "undefined",
+        "unknown",
+        "{}",
+    ];
+    for id in refused_by_posthog.iter().chain(&refused_by_mixpanel) {
+        assert_eq!(user("", &[], id), None, "{id}");
+    }
+    for id in ["nan", "1", "00", "ann", "undefined-1", "ids"] {
+        assert_eq!(user("", &[], id).as_deref(), Some(id));
+    }
+    let file = "[mapping]\nplaceholders = ['nobody']";
+    assert_eq!(user(file, &[], "undefined").as_deref(), Some("undefined"));
+    assert_eq!(user(file, &[], "Nobody"), None);
+    let empty = [("MAPPING_PLACEHOLDERS", "[]"), ("MAPPING_PLACEHOLDER_VALUES", "[]")];
+    assert_eq!(user(file, &empty, "nobody").as_deref(), Some("nobody"));
+
+    let wrong = [key, ("MAPPING_PLACEHOLDERS", "[1]"), ("MAPPING_PLACEHOLDER_VALUES", "['null', ' ']")];
+    let reported = problems("", &wrong);
+    let keys: Vec<_> = reported.lines().skip(1).map(|line| line.split(' ').nth(2).unwrap()).collect();
+    assert_eq!(keys, ["mapping.placeholder_values", "mapping.placeholders"], "{reported}");
 }
 
 /// Two organizations that share most settings.

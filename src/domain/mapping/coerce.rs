@@ -53,12 +53,12 @@ fn one(values: &[Value]) -> Result<String, DropReason> {
     values.first().and_then(text).ok_or(DropReason::NotAValue)
 }
 
-/// A name or title: one line, cut to the maximum length. A boolean is not a name.
+/// A name or title: one line, cut to the maximum length. A boolean is not a name, also as text.
 pub fn line(values: &[Value]) -> Result<Value, DropReason> {
-    if values.first().is_some_and(Value::is_boolean) {
+    let text = single_spaces(&one(values)?);
+    if ["true", "false"].contains(&text.as_str()) {
         return Err(DropReason::NotAValue);
     }
-    let text = single_spaces(&one(values)?);
     Ok(Value::String(text.chars().take(MAX_TEXT).collect()))
 }
 
@@ -416,6 +416,8 @@ mod tests {
         assert_eq!(id(&[json!(u64::MAX)]).as_deref(), Ok("18446744073709551615"));
         assert_eq!(id(&[serde_json::from_str("110169484474386276334").unwrap()]), Err(DropReason::NotAValue));
         assert_eq!(line(&[json!(false)]), Err(DropReason::NotAValue));
+        assert_eq!(line(&[json!("true")]), Err(DropReason::NotAValue));
+        assert_eq!(line(&[json!("True Fit")]), Ok(json!("True Fit")));
         assert_eq!(line(&[json!("Jane\n Doe")]), Ok(json!("Jane Doe")));
         assert_eq!(line(&[json!("é".repeat(2000))]), Ok(json!("é".repeat(MAX_TEXT))));
     }

@@ -135,6 +135,8 @@ pub enum NoIdentity {
     NoUserField,
     #[error("the event has no user id, and its email is not a valid email address")]
     BadEmail,
+    #[error("the event has no email, and its user id is a placeholder (`mapping.placeholders`)")]
+    Placeholder,
     #[error("the event has no email, and its user id is not text or a whole number, or is too long")]
     BadUserId,
 }

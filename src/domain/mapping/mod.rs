@@ -8,8 +8,8 @@
 //! **Identity.** Ids are trimmed and then compared exactly. A number equals its digits as text. Emails are trimmed and
 //! compared without case. An address with a plus tag is a different address. A company is found by its id only, so a `company` that is plain text
 //! is just a name. An event without user id and email is anonymous: dead-lettered or skipped, as configured. An event
-//! whose only identity is an invalid email or a user id that is a list is always dead-lettered, because its producer
-//! has a bug. If the company id is unusable, values about the company are written to new Leads only, because it is unclear
+//! whose only identity is an invalid email, a user id that is a list or a [placeholder](Placeholders) such as `undefined` is
+//! always dead-lettered, because its producer has a bug. If the company id is unusable, values about the company are written to new Leads only, because it is unclear
 //! which company they belong to.
 //!
 //! **A field that Close does not have** loses its values, reported as `unknown_field`, but the sync continues, because a
@@ -20,6 +20,7 @@
 
 pub mod coerce;
 mod desired;
+mod placeholders;
 mod resolve;
 mod rules;
 pub mod source;
@@ -40,10 +41,11 @@ use crate::domain::value;
 
 use coerce::Unusable;
 use resolve::{CONTACT, LEAD};
-use source::{Picked, Source};
+use source::Picked;
 use target::{Accepts, Target};
 
 pub use desired::{Desired, Identity, Key, KeyFields, NoIdentity, Wanted, WriteRule};
+pub use placeholders::Placeholders;
 pub use resolve::{InvalidConstant, LookupFieldError, UnresolvedField, UnresolvedReason};
 pub use rules::{Anonymous, EventIds, FreeMail, RecordRules, Rule, Rules, Trigger};
 
@@ -212,26 +214,35 @@ impl Mapping {
             let wanted = self.take(target, event, &mut desired.dropped);
             desired.contact.extend(wanted.map(|wanted| (target.field.clone(), wanted)));
         }
+        let user_id = contact.id.pick(event);
         for (&channel, rule) in channels {
-            let read = match channel {
-                Channel::Email => coerce::email,
-                Channel::Phone => coerce::phone,
-                Channel::Url => coerce::url,
+            let wanted = match channel {
+                Channel::Email => {
+                    let (found, unusable) = rule.email(event, &user_id);
+                    desired.dropped.extend(unusable.map(|unusable| drop_value(channel.list(), unusable)));
+                    found
+                }
+                Channel::Phone | Channel::Url => {
+                    let read = if channel == Channel::Phone { coerce::phone } else { coerce::url };
+                    let (found, write) = rule.pick(event);
+                    usable(found, channel.list(), read, &mut desired.dropped).map(|text| (text, write))
+                }
             };
-            let (found, write) = rule.pick(event);
-            if let Some(text) = usable(found, channel.list(), read, &mut desired.dropped) {
-                desired.channels.insert(channel, Wanted { value: text.into(), write });
-            }
+            let wanted = wanted.map(|(text, write)| Wanted { value: text.into(), write });
+            desired.channels.extend(wanted.map(|wanted| (channel, wanted)));
         }
 
         let email = desired.channels.get(&Channel::Email).and_then(|wanted| wanted.value.as_str());
         let email = email.map(fold_email);
-        let mut id =
-            |source: &Source, name| usable(source.pick(event), name, coerce::id, &mut desired.dropped);
-        let (company_id, user_id) = (id(&lead.id, COMPANY_ID), id(&contact.id, USER_ID));
+        let mut id = |picked, name| usable(picked, name, coerce::id, &mut desired.dropped);
+        let (company_id, user_id) = (id(lead.id.pick(event), COMPANY_ID), id(user_id, USER_ID));
         let is_dropped = |name: &str| desired.dropped.iter().any(|dropped| dropped.field == name);
         let (dropped_company_id, dropped_user_id, dropped_email) =
             (is_dropped(COMPANY_ID), is_dropped(USER_ID), is_dropped(Channel::Email.list()));
+        let has_placeholder = desired
+            .dropped
+            .iter()
+            .any(|dropped| dropped.field == USER_ID && dropped.reason == DropReason::Placeholder);
         if dropped_company_id && self.keys.company.is_some() {
             desired.lead.values_mut().for_each(|wanted| wanted.write = WriteRule::OnCreate);
         }
@@ -248,6 +259,7 @@ impl Mapping {
         if desired.identity.user_id.is_none() && desired.identity.email.is_none() {
             return Err(match () {
                 () if has_user_id => NoIdentity::NoUserField,
+                () if has_placeholder => NoIdentity::Placeholder,
                 () if dropped_user_id => NoIdentity::BadUserId,
                 () if dropped_email => NoIdentity::BadEmail,
                 () => NoIdentity::Anonymous,
@@ -262,6 +274,7 @@ impl Mapping {
         let (value, unusable) = match found {
             Picked::Nothing => return None,
             Picked::Object => (None, Some((DropReason::NotAValue, None))),
+            Picked::Placeholder(word) => (None, Some((DropReason::Placeholder, Some(word)))),
             Picked::Values(found) => target.accepts.coerce(&found, &self.users),
         };
         dropped.extend(unusable.map(|unusable| drop_value(&target.field.to_string(), unusable)));
@@ -279,6 +292,7 @@ fn usable<T>(
     let unusable = match found {
         Picked::Nothing => return None,
         Picked::Object => (DropReason::NotAValue, None),
+        Picked::Placeholder(word) => (DropReason::Placeholder, Some(word)),
         Picked::Values(found) => match read(&found) {
             Ok(value) => return Some(value),
             Err(reason) => (reason, found.first().map(excerpt)),

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use crate::domain::dropped::DropReason;
-use crate::domain::mapping::rules::RecordRules;
+use crate::domain::mapping::rules::{RecordRules, Rule};
 use crate::domain::mapping::target::{Accepts, Target};
 use crate::domain::record::{Field, FieldId};
 use crate::domain::schema::{CustomField, FieldKind, FieldRef, FieldRefError, Schema};
@@ -215,7 +215,7 @@ pub(super) fn targets(
             Field::Description => Accepts::Text,
             Field::Status => Accepts::Status(schema.statuses.clone()),
         };
-        Target { field: field.clone(), accepts, rule: rule.clone() }
+        target(field.clone(), accepts, rule)
     });
     let mut targets: Vec<Target> = plain.collect();
     for (reference, rule) in &rules.custom {
@@ -231,7 +231,13 @@ pub(super) fn targets(
             Ok(field) => (field.id.clone(), Accepts::Custom(field.clone())),
             Err(error) => unresolved(error.into()),
         };
-        targets.push(Target { field: Field::Custom(id), accepts, rule: rule.clone() });
+        targets.push(target(Field::Custom(id), accepts, rule));
     }
     targets
+}
+
+/// A choice of the field is a value, whatever its name: a plan can be called None.
+fn target(field: Field, accepts: Accepts, rule: &Rule) -> Target {
+    let choices = accepts.choices(&[]);
+    Target { field, accepts, rule: rule.clone().accepting(&choices) }
 }

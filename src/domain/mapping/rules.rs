@@ -5,10 +5,12 @@ use std::collections::BTreeMap;
 use jsonpath_rust::parser::model::JpQuery;
 use serde_json::{Map, json};
 
+use crate::domain::dropped::{DropReason, excerpt};
 use crate::domain::encoding::{Payload, TOOL_LIMIT};
 use crate::domain::event::Event;
-use crate::domain::mapping::coerce;
+use crate::domain::mapping::coerce::{self, Unusable};
 use crate::domain::mapping::desired::{KeyFields, WriteRule};
+use crate::domain::mapping::placeholders::Placeholders;
 use crate::domain::mapping::source::{self, Picked, Source};
 use crate::domain::record::{Channel, Field, FieldId, fold_email};
 use crate::domain::schema::{CustomField, FieldKind, FieldRef, Schema};
@@ -25,10 +27,63 @@ pub struct Rule {
 impl Rule {
     /// The values in an event, and when they may be written.
     pub(crate) fn pick(&self, event: &Event) -> (Picked, WriteRule) {
-        match self.source.pick(event) {
+        let found = self.source.pick(event);
+        match &found {
             Picked::Nothing => (self.or_on_create.pick(event), WriteRule::OnCreate),
-            found @ (Picked::Object | Picked::Values(_)) => (found, self.write),
+            Picked::Placeholder(_) => match self.or_on_create.pick(event) {
+                Picked::Nothing => (found, self.write),
+                other @ (Picked::Object | Picked::Placeholder(_) | Picked::Values(_)) => {
+                    (other, WriteRule::OnCreate)
+                }
+            },
+            Picked::Object | Picked::Values(_) => (found, self.write),
         }
+    }
+
+    /// The first email address among the alternatives, and what is wrong with the one before it. `user` is the user id,
+    /// which many producers make an email address: by default it is the last alternative. A user id of another form is no
+    /// invalid email address.
+    pub(crate) fn email(
+        &self,
+        event: &Event,
+        user: &Picked,
+    ) -> (Option<(String, WriteRule)>, Option<Unusable>) {
+        let from = self.source.alternatives(event).map(|picked| (picked, self.write));
+        let on_create = self.or_on_create.alternatives(event).map(|picked| (picked, WriteRule::OnCreate));
+        let mut unusable = None;
+        for (n, (picked, write)) in from.chain(on_create).enumerate() {
+            let wrong = match &picked {
+                Picked::Nothing => continue,
+                Picked::Object => (DropReason::NotAValue, None),
+                Picked::Placeholder(word) => (DropReason::Placeholder, Some(word.clone())),
+                Picked::Values(found) => match coerce::email(found) {
+                    // A placeholder is absent, so it is not reported beside a value.
+                    Ok(address) => {
+                        let unusable = unusable.filter(|(reason, _)| *reason != DropReason::Placeholder);
+                        return (Some((address, write)), unusable);
+                    }
+                    Err(reason) => (reason, found.first().map(excerpt)),
+                },
+            };
+            let is_user_id = picked.first().is_some() && picked.first() == user.first();
+            let is_reported = n == 0 || !(is_user_id || picked == Picked::Object);
+            unusable = unusable.or_else(|| is_reported.then_some(wrong));
+        }
+        (None, unusable)
+    }
+
+    fn with_placeholders(&mut self, words: &Placeholders) {
+        for source in [&mut self.source, &mut self.or_on_create] {
+            *source = std::mem::take(source).with_placeholders(words.clone());
+        }
+    }
+
+    /// The same rule for a field in Close that accepts these values.
+    #[must_use]
+    pub(crate) fn accepting(mut self, values: &[String]) -> Self {
+        self.source = self.source.accepting(values);
+        self.or_on_create = self.or_on_create.accepting(values);
+        self
     }
 }
 
@@ -135,21 +190,37 @@ pub struct EventIds {
     pub email: Option<String>,
 }
 
+/// What an event may have in bytes, where no setting says so. The memory that it may take follows from it, and a small
+/// event takes a lot for each of its bytes.
+const MIN_EVENT_LIMIT: usize = 1 << 20;
+
 impl Rules {
+    /// The same rules with the words that are not an id, and those that are not a value.
+    #[must_use]
+    pub fn with_placeholders(mut self, ids: &Placeholders, values: &Placeholders) -> Self {
+        for rules in [&mut self.lead, &mut self.contact] {
+            rules.id = std::mem::take(&mut rules.id).with_placeholders(ids.clone());
+            let fields = rules.fields.values_mut().chain(rules.custom.values_mut());
+            fields.for_each(|rule| rule.with_placeholders(values));
+        }
+        self.channels.values_mut().for_each(|rule| rule.with_placeholders(values));
+        self
+    }
+
     /// The ids in the event in a body. `None` if it is not an event.
     pub fn event_ids(&self, payload: Payload<'_>) -> Option<EventIds> {
         let body = payload.decode(TOOL_LIMIT).ok()?;
-        let event = Event::decode(&*body, body.len()).ok()?;
-        let found = |picked| match picked {
-            Picked::Values(found) => Some(found),
-            Picked::Nothing | Picked::Object => None,
+        let event = Event::decode(&*body, body.len().max(MIN_EVENT_LIMIT)).ok()?;
+        let id = |picked: &Picked| match picked {
+            Picked::Values(found) => coerce::id(found).ok(),
+            Picked::Nothing | Picked::Object | Picked::Placeholder(_) => None,
         };
-        let id = |source: &Source| found(source.pick(&event)).and_then(|found| coerce::id(&found).ok());
-        let email = self.channels.get(&Channel::Email).and_then(|rule| found(rule.pick(&event).0));
+        let user = self.contact.id.pick(&event);
+        let email = self.channels.get(&Channel::Email).and_then(|rule| rule.email(&event, &user).0);
         Some(EventIds {
-            user_id: id(&self.contact.id),
-            company_id: id(&self.lead.id),
-            email: email.and_then(|found| coerce::email(&found).ok()).map(|email| fold_email(&email)),
+            user_id: id(&user),
+            company_id: id(&self.lead.id.pick(&event)),
+            email: email.map(|(email, _)| fold_email(&email)),
         })
     }
 

@@ -11,6 +11,10 @@
 //! nothing from a company that has only an id. An object is reported as unusable only if the first alternative finds it
 //! and the other alternatives find nothing.
 //!
+//! A [placeholder](Placeholders) counts as absent, too, also inside a template: `{$.traits.firstName}
+//! {$.traits.lastName}` is not used if one of them is `undefined`. It is a value if the rule says so, as a key of
+//! `values`, or if it is a constant. A placeholder is reported if no alternative has a value.
+//!
 //! Found text is trimmed, and control characters except line breaks and tabs are removed. Everything else stays as it was
 //! sent, including emoji and right-to-left text.
 
@@ -25,7 +29,8 @@ use strum::{EnumString, IntoStaticStr, VariantArray};
 use crate::domain::dropped::excerpt;
 use crate::domain::event::Event;
 use crate::domain::mapping::coerce::MAX_ITEMS;
-use crate::domain::value::{clean, domain, flatten, single_spaces, text};
+use crate::domain::mapping::placeholders::Placeholders;
+use crate::domain::value::{clean, domain, flatten, single_spaces, text, trim};
 
 /// Where a value comes from and how it is normalized.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -33,6 +38,7 @@ pub struct Source {
     alternatives: Vec<Alternative>,
     normalize: Vec<Normalize>,
     values: BTreeMap<String, Value>,
+    placeholders: Placeholders,
 }
 
 /// One way to get a value.
@@ -82,8 +88,21 @@ pub enum Picked {
     Nothing,
     /// An object where a value is needed.
     Object,
+    /// Nothing but words for nothing: the first of them.
+    Placeholder(Value),
     /// At least one value. None of them is null, blank or an object.
     Values(Vec<Value>),
+}
+
+impl Picked {
+    /// The first value, also if it is a word for nothing.
+    pub(crate) fn first(&self) -> Option<&Value> {
+        match self {
+            Self::Nothing | Self::Object => None,
+            Self::Placeholder(word) => Some(word),
+            Self::Values(values) => values.first(),
+        }
+    }
 }
 
 impl Alternative {
@@ -123,22 +142,27 @@ impl Alternative {
         Self(Form::Constant(value.into()))
     }
 
-    fn pick(&self, event: &Event) -> Picked {
-        match &self.0 {
-            Form::Path(path) => pick(path, event),
-            Form::Constant(value) => Picked::Values(vec![value.clone()]),
-            Form::Template(pieces) => {
-                let piece = |piece: &Piece| match piece {
-                    Piece::Literal(text) => Some(text.clone()),
-                    Piece::Path(path) => match pick(path, event) {
-                        Picked::Values(values) => text(values.first()?),
-                        Picked::Nothing | Picked::Object => None,
+    fn pick(&self, event: &Event, is_placeholder: &impl Fn(&str) -> bool) -> Picked {
+        let pieces = match &self.0 {
+            Form::Path(path) => return pick(path, event, is_placeholder),
+            Form::Constant(value) => return Picked::Values(vec![value.clone()]),
+            Form::Template(pieces) => pieces,
+        };
+        let (mut whole, mut placeholder) = (String::new(), None);
+        for piece in pieces {
+            match piece {
+                Piece::Literal(text) => whole.push_str(text),
+                Piece::Path(path) => match pick(path, event, is_placeholder) {
+                    Picked::Values(values) => match values.first().and_then(text) {
+                        Some(text) => whole.push_str(&text),
+                        None => return Picked::Nothing,
                     },
-                };
-                let whole: Option<String> = pieces.iter().map(piece).collect();
-                whole.map_or(Picked::Nothing, |whole| Picked::Values(vec![whole.into()]))
+                    Picked::Placeholder(word) => placeholder = placeholder.or(Some(word)),
+                    Picked::Nothing | Picked::Object => return Picked::Nothing,
+                },
             }
         }
+        placeholder.map_or_else(|| Picked::Values(vec![whole.into()]), Picked::Placeholder)
     }
 }
 
@@ -157,34 +181,51 @@ pub(crate) fn nodes<'a>(path: &JpQuery, body: &'a Value) -> Vec<&'a Value> {
 /// are more.
 const MAX_FOUND: usize = MAX_ITEMS + 1;
 
-fn pick(path: &JpQuery, event: &Event) -> Picked {
-    let found = nodes(path, &event.body);
-    let values: Vec<Value> = found.iter().filter_map(|value| present(value)).take(MAX_FOUND).collect();
-    if !values.is_empty() {
-        Picked::Values(values)
-    } else if found.iter().any(|value| value.is_object()) {
-        Picked::Object
-    } else {
-        Picked::Nothing
+fn pick(path: &JpQuery, event: &Event, is_placeholder: &impl Fn(&str) -> bool) -> Picked {
+    let (mut values, mut otherwise) = (Vec::new(), Picked::Nothing);
+    for node in nodes(path, &event.body) {
+        match (present(node, is_placeholder), &otherwise) {
+            (Picked::Values(found), _) => values.extend(found),
+            (Picked::Object, _) => otherwise = Picked::Object,
+            (word @ Picked::Placeholder(_), Picked::Nothing) => otherwise = word,
+            (Picked::Placeholder(_) | Picked::Nothing, _) => {}
+        }
+        if values.len() == MAX_FOUND {
+            break;
+        }
     }
+    if values.is_empty() { otherwise } else { Picked::Values(values) }
 }
 
-/// The cleaned value, if it is not absent.
-fn present(value: &Value) -> Option<Value> {
-    match value {
-        Value::Null | Value::Object(_) => None,
-        Value::Bool(_) | Value::Number(_) => Some(value.clone()),
-        Value::String(text) => Some(clean(text)).filter(|text| !text.is_empty()).map(Value::String),
+/// The cleaned value of a node, if it is not absent.
+fn present(node: &Value, is_placeholder: &impl Fn(&str) -> bool) -> Picked {
+    let one = |value: Value| match text(&value) {
+        Some(text) if is_placeholder(&text) => Picked::Placeholder(excerpt(&value)),
+        Some(_) | None => Picked::Values(vec![value]),
+    };
+    match node {
+        Value::Null => Picked::Nothing,
+        Value::Object(_) => Picked::Object,
+        Value::Bool(_) | Value::Number(_) => one(node.clone()),
+        Value::String(text) => match clean(text) {
+            text if text.is_empty() => Picked::Nothing,
+            text => one(text.into()),
+        },
         Value::Array(items) => {
-            let items: Vec<Value> =
-                items.iter().filter(|item| !absent(item)).take(MAX_FOUND).map(cleaned).collect();
-            (!items.is_empty()).then_some(Value::Array(items))
+            let is_word = |item: &Value| text(item).is_some_and(|text| is_placeholder(&text));
+            let is_value = |item: &&Value| !absent(item) && !is_word(item);
+            let found: Vec<Value> = items.iter().filter(is_value).take(MAX_FOUND).map(cleaned).collect();
+            match items.iter().find(|item| is_word(item)) {
+                _ if !found.is_empty() => Picked::Values(vec![found.into()]),
+                Some(word) => Picked::Placeholder(excerpt(word)),
+                None => Picked::Nothing,
+            }
         }
     }
 }
 
 fn absent(item: &Value) -> bool {
-    item.is_null() || item.as_str().is_some_and(|text| clean(text).is_empty())
+    item.is_null() || item.as_str().is_some_and(|text| trim(text).is_empty())
 }
 
 /// A list or an object inside a list is never a value, so an excerpt of it is enough. A path such as `$..*` finds each
@@ -212,6 +253,20 @@ impl Source {
         self
     }
 
+    /// The same source with words that are not a value.
+    #[must_use]
+    pub fn with_placeholders(mut self, placeholders: Placeholders) -> Self {
+        self.placeholders = placeholders;
+        self
+    }
+
+    /// The same source for a field in Close that accepts these values.
+    #[must_use]
+    pub(crate) fn accepting(mut self, values: &[String]) -> Self {
+        self.placeholders = self.placeholders.without(values);
+        self
+    }
+
     /// Values that do not depend on the content of the event: constants and replacements.
     pub fn constants(&self) -> impl Iterator<Item = &Value> {
         let constants = self.alternatives.iter().filter_map(|alternative| match &alternative.0 {
@@ -225,15 +280,35 @@ impl Source {
     }
 
     pub fn pick(&self, event: &Event) -> Picked {
-        let mut unusable = false;
-        for (n, alternative) in self.alternatives.iter().enumerate() {
-            match alternative.pick(event) {
-                Picked::Values(values) => return Picked::Values(self.change(values)),
-                Picked::Object => unusable |= n == 0,
-                Picked::Nothing => {}
+        let mut otherwise = Picked::Nothing;
+        for (n, picked) in self.alternatives(event).enumerate() {
+            match (picked, &otherwise) {
+                (found @ Picked::Values(_), _) => return found,
+                (Picked::Object, _) if n == 0 => otherwise = Picked::Object,
+                (word @ Picked::Placeholder(_), Picked::Nothing) => otherwise = word,
+                (Picked::Object | Picked::Placeholder(_) | Picked::Nothing, _) => {}
             }
         }
-        if unusable { Picked::Object } else { Picked::Nothing }
+        otherwise
+    }
+
+    /// What each alternative finds, in order.
+    pub(crate) fn alternatives(&self, event: &Event) -> impl Iterator<Item = Picked> {
+        let is_placeholder = |text: &str| self.is_placeholder(text);
+        self.alternatives.iter().map(move |alternative| match alternative.pick(event, &is_placeholder) {
+            Picked::Values(values) => Picked::Values(self.change(values)),
+            other @ (Picked::Nothing | Picked::Object | Picked::Placeholder(_)) => other,
+        })
+    }
+
+    /// Whether a text is a word for nothing. One that the rule replaces by a value is not.
+    fn is_placeholder(&self, text: &str) -> bool {
+        let is_replaced = || {
+            let normalize = |text: String, step: &Normalize| normalized(&text, *step);
+            let normalized = self.normalize.iter().fold(text.to_owned(), normalize);
+            self.values.contains_key(text) || self.values.contains_key(&normalized)
+        };
+        self.placeholders.has(text) && !is_replaced()
     }
 
     fn change(&self, mut values: Vec<Value>) -> Vec<Value> {
@@ -304,8 +379,48 @@ mod tests {
         match source.pick(&Event { body: json!({"traits": traits}) }) {
             Picked::Nothing => json!("nothing"),
             Picked::Object => json!("an object"),
+            Picked::Placeholder(word) => json!({"placeholder": word}),
             Picked::Values(values) => values.into(),
         }
+    }
+
+    #[test]
+    fn a_word_for_nothing_is_absent() {
+        let words = || Placeholders::of_values(["undefined", "None", "0"].map(str::to_owned));
+        let name = source(&["$.traits.name", "{$.traits.first} {$.traits.last}", "$.traits.first"])
+            .with_placeholders(words());
+        let word = |word: Value| json!({"placeholder": word});
+        let cases = [
+            (json!({"name": "undefined"}), word(json!("undefined"))),
+            (json!({"name": "\"undefined\" "}), word(json!("\"undefined\""))),
+            (json!({"name": "undefined", "first": "Jane", "last": "Doe"}), json!(["Jane Doe"])),
+            (json!({"first": "Jane", "last": "undefined"}), json!(["Jane"])),
+            (json!({"first": "undefined", "last": "None"}), word(json!("undefined"))),
+            (json!({"first": "undefined"}), word(json!("undefined"))),
+            (json!({"name": {}, "first": "undefined"}), json!("an object")),
+            (json!({"name": "undefined", "first": {}}), word(json!("undefined"))),
+            (json!({"name": ["undefined", "Jane", null, "None"]}), json!([["Jane"]])),
+            (json!({"name": [null, "undefined"]}), word(json!("undefined"))),
+            (json!({"name": 0}), word(json!(0))),
+            (json!({"name": "none"}), json!(["none"])),
+            (json!({"name": "undefined behaviour"}), json!(["undefined behaviour"])),
+        ];
+        for (traits, expected) in cases {
+            assert_eq!(picked(&name, traits.clone()), expected, "{traits}");
+        }
+        let all = source(&["$.traits.tags[*]"]).with_placeholders(words());
+        assert_eq!(picked(&all, json!({"tags": ["undefined", "a"]})), json!(["a"]));
+        // What the author of the mapping has written is a value.
+        let replaced = source(&["$.traits.plan"])
+            .normalized(vec![Normalize::Lowercase])
+            .translated([("none".to_owned(), json!("Free")), ("undefined".to_owned(), json!("?"))].into())
+            .with_placeholders(words());
+        assert_eq!(picked(&replaced, json!({"plan": "None"})), json!(["Free"]));
+        assert_eq!(picked(&replaced, json!({"plan": "undefined"})), json!(["?"]));
+        let constant = Source::new([Alternative::constant("None")]).with_placeholders(words());
+        assert_eq!(picked(&constant, json!({})), json!(["None"]));
+        let accepting = source(&["$.traits.plan"]).with_placeholders(words()).accepting(&["None".to_owned()]);
+        assert_eq!(picked(&accepting, json!({"plan": "None"})), json!(["None"]));
     }
 
     #[test]

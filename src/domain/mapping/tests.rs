@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
-use crate::domain::mapping::source::Alternative;
+use crate::domain::mapping::source::{Alternative, Source};
 use crate::domain::schema::{FieldRef, Schema};
 
 fn rule(paths: &[&str]) -> Rule {
@@ -41,13 +41,17 @@ pub(crate) fn rules() -> Rules {
             synced_at: None,
         },
         channels: [
-            (Channel::Email, rule(&["$.traits.email"])),
+            (Channel::Email, rule(&["$.traits.email", "$.userId"])),
             (Channel::Phone, rule(&["$.traits.phone"])),
             (Channel::Url, rule(&["$.traits.website"])),
         ]
         .into(),
         free_mail: FreeMail(vec!["gmail.com".into(), "yahoo.*".into()]),
     }
+    .with_placeholders(
+        &Placeholders::of_ids(["undefined", "null", "true", "0", "guest"].map(str::to_owned)),
+        &Placeholders::of_values(["undefined", "null"].map(str::to_owned)),
+    )
 }
 
 fn field(id: &str, name: &str, kind: FieldKind) -> CustomField {
@@ -134,6 +138,26 @@ fn an_event_must_identify_a_person() {
         (json!({"anonymousId": "a", "traits": {"company": {"id": "c"}}}), Err(NoIdentity::Anonymous)),
     ];
     for (event, expected) in cases {
+        assert_eq!(identity(event.clone()), expected, "{event}");
+    }
+    for (event, expected) in [
+        (json!({"userId": "undefined"}), Err(NoIdentity::Placeholder)),
+        (json!({"userId": true}), Err(NoIdentity::Placeholder)),
+        (json!({"userId": "'guest'"}), Err(NoIdentity::Placeholder)),
+        (json!({"userId": 0, "traits": {"email": "undefined"}}), Err(NoIdentity::Placeholder)),
+        (json!({"userId": "guest", "traits": {"email": "j@x.test"}}), known(None, None, Some("j@x.test"))),
+        (json!({"userId": "u", "traits": {"company": {"id": "null"}}}), known(None, Some("u"), None)),
+        (json!({"userId": "J@x.test"}), known(None, Some("J@x.test"), Some("j@x.test"))),
+        (json!({"userId": "j@"}), known(None, Some("j@"), None)),
+        (
+            json!({"userId": "j@x.test", "traits": {"email": "k@x.test"}}),
+            known(None, Some("j@x.test"), Some("k@x.test")),
+        ),
+        (
+            json!({"userId": "\u{feff}u\u{200b}", "traits": {"company": {"id": "c\u{a0}"}}}),
+            known(Some("c"), Some("u"), None),
+        ),
+    ] {
         assert_eq!(identity(event.clone()), expected, "{event}");
     }
     let mut without_field = rules();
@@ -268,6 +292,35 @@ fn an_id_that_is_too_long_identifies_nobody() {
     let anonymous = Event { body: json!({"userId": id, "traits": {}}) };
     let mapping = Mapping::resolve(&rules(), &schema()).unwrap();
     assert_eq!(mapping.apply(&anonymous), Err(NoIdentity::BadUserId));
+}
+
+#[test]
+fn only_an_email_of_the_trait_or_of_another_rule_is_an_invalid_one() {
+    let dropped = |traits: Value, user: &str| {
+        let desired = desired(json!({"userId": user, "traits": traits}));
+        let email = desired.channels.get(&Channel::Email).map(|email| email.value.clone());
+        let reasons: Vec<_> = desired.dropped.iter().map(|dropped| dropped.reason.label()).collect();
+        (email, reasons)
+    };
+    let jane = || Some(json!("j@x.test"));
+    let cases = [
+        (json!({}), "u", None, vec![]),
+        (json!({"email": "no"}), "u", None, vec!["invalid_email"]),
+        (json!({"email": "undefined"}), "u", None, vec!["placeholder"]),
+        (json!({"email": {"work": "a"}}), "u", None, vec!["not_a_value"]),
+        (json!({}), "j@x.test", jane(), vec![]),
+        (json!({"email": "no"}), "j@x.test", jane(), vec!["invalid_email"]),
+        (json!({"email": "undefined"}), "j@x.test", jane(), vec![]),
+    ];
+    for (traits, user, email, reasons) in cases {
+        assert_eq!(dropped(traits.clone(), user), (email, reasons), "{traits} {user}");
+    }
+    // A second rule for an email is not a user id.
+    let mut rules = rules();
+    rules.channels.insert(Channel::Email, rule(&["$.traits.email", "$.traits.work"]));
+    let mapping = Mapping::resolve(&rules, &schema()).unwrap();
+    let event = Event { body: json!({"traits": {"work": "no"}}) };
+    assert_eq!(mapping.apply(&event), Err(NoIdentity::BadEmail));
 }
 
 #[test]

@@ -115,6 +115,7 @@ fn add_rows(table: &toml::Table, path: &str, rows: &mut Vec<(String, String)>) {
             _ => {
                 let default = match key.as_str() {
                     "close.api_key" => "required".to_owned(),
+                    "mapping.placeholders" => format!("{} words", value.as_array().unwrap().len()),
                     "mapping.free_mail_domains" => format!("{} domains", value.as_array().unwrap().len()),
                     _ => default_column(value),
                 };

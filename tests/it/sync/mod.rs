@@ -1,5 +1,6 @@
 //! What becomes of messages in Close.
 
+mod careless_producers;
 mod duplicates;
 mod failures;
 mod fault_table;
