@@ -134,7 +134,7 @@ impl<'de> Visitor<'de> for Part<'_> {
         while let Some(key) = members.next_key::<String>()? {
             let is_custom = key.starts_with(CUSTOM);
             if everything || is_custom || KEYS.contains(&key.as_str()) {
-                budget.take(MEMBER + key.len() + if object.is_empty() { OBJECT } else { 0 })?;
+                budget.take(key.len() + if object.is_empty() { OBJECT } else { MEMBER })?;
                 let everything = everything || is_custom;
                 object.insert(key, members.next_value_seed(Part { budget: &mut *budget, everything })?);
             } else {

@@ -113,9 +113,9 @@ impl<'de> Visitor<'de> for Node<'_> {
     fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<(), A::Error> {
         let Self { meter, path } = self;
         meter.add(VALUE, path)?;
-        let mut first = OBJECT;
+        let mut member = OBJECT;
         while let Some(key) = members.next_key_seed(KeyLength)? {
-            meter.add(std::mem::take(&mut first) + MEMBER + key, 0)?;
+            meter.add(std::mem::replace(&mut member, MEMBER) + key, 0)?;
             // In a path: `['key']`.
             members.next_value_seed(Node { meter: &mut *meter, path: path + key + 4 })?;
         }

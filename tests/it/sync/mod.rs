@@ -7,6 +7,7 @@ mod fault_table;
 mod fuzz_corpus;
 mod invalid_ids;
 mod matching_rules;
+mod memory;
 mod ordering;
 mod pauses;
 mod rate_limits;

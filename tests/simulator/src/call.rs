@@ -43,6 +43,7 @@ pub(crate) enum Payload {
     Json(Value),
     /// An empty body with the content type of JSON.
     Empty,
+    Raw(String),
     Text(&'static str),
     Html(&'static str),
 }
@@ -53,6 +54,7 @@ impl Payload {
         match self {
             Self::Json(value) => ("application/json", value.to_string()),
             Self::Empty => ("application/json", String::new()),
+            Self::Raw(text) => ("application/json", text.clone()),
             Self::Text(text) => ("text/plain; charset=utf-8", (*text).to_owned()),
             Self::Html(text) => ("text/html; charset=utf-8", (*text).to_owned()),
         }
@@ -74,6 +76,7 @@ impl Answer {
             FaultBody::Json => Payload::Json(json!({"error": "A scripted fault."})),
             FaultBody::Exactly(body) => Payload::Json(body),
             FaultBody::Empty => Payload::Empty,
+            FaultBody::Raw(text) => Payload::Raw(text),
             FaultBody::Text if status == 403 => Payload::Text("Forbidden"),
             FaultBody::Text => Payload::Text("upstream connect error or disconnect/reset before headers"),
             FaultBody::Html => Payload::Html("<html><body><h1>Service unavailable</h1></body></html>"),

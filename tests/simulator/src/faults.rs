@@ -166,6 +166,8 @@ pub enum FaultBody {
     Html,
     /// Exactly this JSON: `{"exactly": {"errors": [], "field-errors": {…}}}`.
     Exactly(Value),
+    /// This text with the content type of JSON, for answers that are huge or not JSON: `{"raw": "[[[["}`.
+    Raw(String),
 }
 
 /// The faults that were added, in order.

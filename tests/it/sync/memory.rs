@@ -1,0 +1,75 @@
+//! What producers and Close send does not fill the memory of the worker. `tests/memory` measures single messages.
+
+use close_sync_simulator::{Effect, Fault, FaultBody, When};
+use serde_json::json;
+
+use crate::support::{Bench, identify};
+
+const MIB: usize = 1 << 20;
+
+/// The most that a worker may take in these tests, in KiB. The documented limit is 1 GiB.
+const MAX_PEAK: u64 = 320 * 1024;
+
+fn list(item: &str, bytes: usize) -> String {
+    format!("[{item}{}]", format!(",{item}").repeat(bytes / (item.len() + 1) - 1))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_large_events_of_any_shape_take_a_few_times_their_bytes() {
+    let silent = || Fault::new(Effect::Timeout { ms: 600_000, when: When::BeforeCommit });
+    let items = [r#"{"":0}"#, "[]", "{}", "0", "[0]", "null", "\"a\"", "[[[[[[]]]]]]"];
+    for item in items {
+        let bench = Bench::new().await.set("CLOSE_TIMEOUT", "3m").set("RUST_LOG", "info,lapin=off");
+        let worker = bench.worker().await;
+        // The lookups of all messages that are not dead letters hang.
+        bench.simulator.fault(silent());
+        for number in 0..10 {
+            let value = list(item, MIB - 1024);
+            let body = format!(
+                r#"{{"type":"identify","userId":"u{number}","traits":{{"title":{value},"email":"a{number}@x.test"}}}}"#
+            );
+            bench.publish_bytes(body.as_bytes(), lapin::BasicProperties::default()).await;
+        }
+        worker
+            .until("working on all", async |worker| {
+                let metrics = worker.metrics().await;
+                metrics.settled() + metrics.get("messages_in_flight") >= 10.0
+            })
+            .await;
+        let peak = worker.peak_memory().unwrap();
+        println!("ten events of {item}: {} MiB", peak / 1024);
+        assert!(peak < MAX_PEAK, "{item}: {peak} KiB");
+        worker.kill().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_huge_answer_of_close_takes_little_memory_and_is_tried_again() {
+    let answers = [
+        // Above the limit of the endpoint.
+        format!(r#"{{"data":{}}}"#, list(r#"{"id":"lead_a","custom.cf_leadcompanyid":"acme"}"#, 32 * MIB)),
+        // Below it, with many values.
+        format!(r#"{{"data":{}}}"#, list(r#"{"id":0}"#, 2 * MIB - 1024)),
+        format!(r#"{{"data":[{{"id":"a","custom.cf_leadcompanyid":{}}}]}}"#, list("[0]", 2 * MIB - 1024)),
+        // More rows than asked for.
+        format!(r#"{{"data":{}}}"#, list("{}", MIB)),
+    ];
+    for answer in answers {
+        let start: String = answer.chars().take(60).collect();
+        let bench = Bench::new().await.set("RUST_LOG", "info,lapin=off").set("RETRY_IN_PLACE", "10s");
+        let worker = bench.worker().await;
+        let huge = Effect::Status { code: 200, body: FaultBody::Raw(answer), when: When::BeforeCommit };
+        bench.simulator.fault(Fault::new(huge).on("POST", "/data/search/").times(3));
+        let events: Vec<_> = (0..25)
+            .map(|number| identify(&format!("u{number}"), json!({"name": "Ada", "company": {"id": "acme"}})))
+            .collect();
+        bench.publish(&events).await;
+        let metrics = worker.settled(25).await;
+        let peak = worker.peak_memory().unwrap();
+        println!("answers of {start}…: {} MiB", peak / 1024);
+        assert!(peak < MAX_PEAK, "{start}: {peak} KiB");
+        assert_eq!(metrics.outcomes().get("dead"), None, "{start}");
+        assert_eq!(bench.simulator.leads().len(), 1, "{start}");
+        worker.kill().await;
+    }
+}
