@@ -16,8 +16,12 @@ use crate::domain::mapping::{Identity, Key};
 use crate::domain::record::{ContactId, LeadId};
 
 const LIFETIME: Duration = Duration::from_mins(10);
-/// In companies, and in people. An entry takes about 200 bytes.
-const CAPACITY: u64 = 50_000;
+/// In bytes, for each of the three caches: about 50,000 entries, or fewer with long keys. Keys come from messages.
+const CAPACITY: u64 = 16 << 20;
+/// What an entry takes beside its key and ids, in bytes.
+const ENTRY: usize = 200;
+/// The most Contacts of one key. Only few are updated, and a page of a search has no more.
+const MAX_CONTACTS: usize = 100;
 
 /// Clones share the entries.
 #[derive(Clone, Debug)]
@@ -35,21 +39,40 @@ pub struct Contacts {
     pub complete: bool,
 }
 
+fn size(key: &Key) -> usize {
+    match key {
+        Key::Company(text) | Key::User(text) | Key::Email(text) => text.len(),
+    }
+}
+
+impl Contacts {
+    fn size(&self) -> usize {
+        self.ids.iter().map(|id| size_of::<ContactId>() + id.as_str().len()).sum()
+    }
+}
+
+fn weight(bytes: usize) -> u32 {
+    u32::try_from(ENTRY.saturating_add(bytes)).unwrap_or(u32::MAX)
+}
+
 impl Default for IdCache {
     fn default() -> Self {
         // The most recent entries matter most, however often the others are read.
         Self {
             leads: Cache::builder()
+                .weigher(|company_id: &String, id: &LeadId| weight(company_id.len() + id.as_str().len()))
                 .max_capacity(CAPACITY)
                 .eviction_policy(EvictionPolicy::lru())
                 .time_to_live(LIFETIME)
                 .build(),
             people: Cache::builder()
+                .weigher(|key: &Key, contacts: &Contacts| weight(size(key) + contacts.size()))
                 .max_capacity(CAPACITY)
                 .eviction_policy(EvictionPolicy::lru())
                 .time_to_live(LIFETIME)
                 .build(),
             pending_creations: Cache::builder()
+                .weigher(|key: &Key, _: &Instant| weight(size(key)))
                 .max_capacity(CAPACITY)
                 .eviction_policy(EvictionPolicy::lru())
                 .build(),
@@ -86,8 +109,13 @@ impl IdCache {
         let mut contacts = self.contacts(&key);
         contacts.complete |= complete;
         for id in ids {
-            if !contacts.ids.contains(&id) {
+            if contacts.ids.contains(&id) {
+                continue;
+            }
+            if contacts.ids.len() < MAX_CONTACTS {
                 contacts.ids.push(id);
+            } else {
+                contacts.complete = false;
             }
         }
         self.people.insert(key, contacts);
@@ -137,6 +165,25 @@ impl IdCache {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_size_does_not_depend_on_what_messages_say() {
+        let cache = IdCache::default();
+        let key = |number: usize| Key::User(format!("{number:0>255}"));
+        let ids =
+            |number: usize| (0..number).map(|n| ContactId::new(format!("cont_{n:0>43}"))).collect::<Vec<_>>();
+        for number in 0..5000 {
+            cache.remember_contacts(key(number), ids(100), true);
+            cache.add_pending_creation(&[key(number)], Instant::now());
+        }
+        cache.people.run_pending_tasks();
+        assert!(cache.people.weighted_size() <= CAPACITY && cache.people.entry_count() < 2500);
+        cache.pending_creations.run_pending_tasks();
+        assert_eq!(cache.pending_creations.entry_count(), 5000);
+        cache.remember_contacts(key(0), ids(MAX_CONTACTS + 1), true);
+        let contacts = cache.contacts(&key(0));
+        assert_eq!((contacts.ids.len(), contacts.complete), (MAX_CONTACTS, false));
+    }
 
     #[test]
     fn created_contacts_add_to_the_cache_and_empty_answers_do_not() {
