@@ -83,7 +83,7 @@ fn shapes(bytes: usize) -> Vec<(&'static str, String)> {
 
 fn mapping() -> Mapping {
     let field = |name: &str, kind, multiple| CustomField {
-        id: FieldId::new(format!("cf_{}", name.replace(' ', ""))),
+        id: FieldId::parse(&format!("cf_{}", name.replace(' ', ""))).unwrap(),
         name: name.to_owned(),
         kind,
         multiple,
