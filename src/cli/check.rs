@@ -1,13 +1,18 @@
 //! `close-sync check`.
 
+use std::path::PathBuf;
+
 use serde::Serialize;
 
 use crate::amqp::server_info::ServerInfo;
 use crate::amqp::{self, BrokerError, OpenConnection, topology};
 use crate::cli::exposure::exposures;
 use crate::cli::failure::{CONFIGURATION, Failure, UNAVAILABLE};
+use crate::cli::input::read;
 use crate::close::Client;
 use crate::config::{Config, Destination, Need, Problems};
+use crate::domain::event;
+use crate::domain::mapping::Share;
 use crate::sync::preflight::{self, PreflightError, Ready};
 use crate::text::{block, choices, count, json, line, masked_urls};
 
@@ -23,6 +28,9 @@ pub(super) struct Args {
     /// Print the findings as a JSON list.
     #[arg(long, conflicts_with = "print_config")]
     json: bool,
+    /// Count how many events of this file `mapping.trigger` takes. `-` reads standard input.
+    #[arg(long, value_name = "FILE", conflicts_with = "print_config")]
+    events: Option<PathBuf>,
 }
 
 impl Args {
@@ -39,6 +47,9 @@ struct Finding {
     status: Status,
     subject: String,
     detail: String,
+    /// The share of the events of `--events`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    trigger: Option<Share>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Serialize)]
@@ -47,7 +58,7 @@ enum Status {
     Ok,
     /// Works, but the operator should know.
     Note,
-    /// Works, but others may read or change what is sent.
+    /// Works, but others may read or change what is sent, or no event is synced.
     Warning,
     /// The configuration has an error.
     Wrong,
@@ -67,7 +78,13 @@ pub(super) async fn check(args: &Args, config: Result<Config, Problems>) -> Resu
         Err(problems) => {
             problems.lines().map(|(key, message)| finding(Status::Wrong, key, message)).collect()
         }
-        Ok(config) => check_all(config).await,
+        Ok(config) => {
+            let events = match &args.events {
+                Some(file) => Some(event::split(&read(file).await?)),
+                None => None,
+            };
+            check_all(config, events.as_deref()).await
+        }
     };
     if args.json {
         anstream::println!("{}", json(&serde_json::to_string_pretty(&findings).unwrap_or_default()));
@@ -85,7 +102,7 @@ pub(super) async fn check(args: &Args, config: Result<Config, Problems>) -> Resu
 }
 
 fn finding(status: Status, subject: impl Into<String>, detail: impl Into<String>) -> Finding {
-    Finding { destination: None, status, subject: subject.into(), detail: detail.into() }
+    Finding { destination: None, status, subject: subject.into(), detail: detail.into(), trigger: None }
 }
 
 fn print(finding: &Finding) {
@@ -99,20 +116,31 @@ fn print(finding: &Finding) {
         Status::Unavailable => (Red, "unavailable"),
     };
     let style = color.on_default();
-    let Finding { destination, subject, detail, status: _ } = finding;
+    let Finding { destination, subject, detail, .. } = finding;
     let prefix = destination.as_ref().map(|name| format!("{name}: ")).unwrap_or_default();
     // Errors and names come from RabbitMQ and Close.
     let text = line(&format!("{prefix}{subject}: {detail}"));
     anstream::println!("{style}{word:<8}{style:#}{}{text}", if word.len() < 8 { "" } else { " " });
 }
 
-async fn check_all(config: &Config) -> Vec<Finding> {
+async fn check_all(config: &Config, events: Option<&[Vec<u8>]>) -> Vec<Finding> {
     let mut findings = vec![finding(Status::Ok, "configuration", "every setting is valid")];
     for destination in &config.destinations {
-        let own = check_destination(destination).await.into_iter();
+        let share = events.map(|events| trigger(destination.rules.share(events)));
+        let own = share.into_iter().chain(check_destination(destination).await);
         findings.extend(own.map(|finding| Finding { destination: destination.name.clone(), ..finding }));
     }
     findings
+}
+
+/// The share of sample events that the trigger takes.
+fn trigger(share: Share) -> Finding {
+    let (status, hint) = if share.is_none() {
+        (Status::Warning, "; check the condition against an event with `close-sync plan`")
+    } else {
+        (Status::Ok, "")
+    };
+    Finding { trigger: Some(share), ..finding(status, "mapping.trigger", format!("{share}{hint}")) }
 }
 
 async fn check_destination(config: &Destination) -> Vec<Finding> {

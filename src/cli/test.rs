@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::cli::failure::{CHECK_FAILED, Failure};
 use crate::config::Layers;
+use crate::domain::mapping::Share;
 use crate::scenario::{Scenario, ScenarioError, ScenarioResult, Suite};
 use crate::text::{block, json, line};
 
@@ -40,6 +41,9 @@ struct ScenarioOutput<'a> {
     file: String,
     scenario: &'a str,
     passed: bool,
+    /// The share of the events that the trigger takes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    trigger: Option<Share>,
     #[serde(skip_serializing_if = "String::is_empty")]
     difference: String,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -69,15 +73,24 @@ pub(super) async fn test(args: Args, base: Layers) -> Result<(), Failure> {
         }
         let wanted =
             |scenario: &&Scenario| args.only.as_ref().is_none_or(|text| scenario.title.contains(text));
+        let mut share = Share::default();
         for scenario in suite.scenarios.iter().filter(wanted) {
             let output =
                 ScenarioOutput::new(path.display().to_string(), scenario, suite.run(scenario, &base).await);
+            share += output.trigger.unwrap_or_default();
             *(if output.passed { &mut passed } else { &mut failed }) += 1;
             if args.json {
                 anstream::println!("{}", json(&serde_json::to_string(&output).unwrap_or_default()));
             } else {
                 print(&output);
             }
+        }
+        if !args.json {
+            anstream::println!("  the trigger {share}");
+        }
+        if share.is_none() {
+            let file = line(&path.display().to_string());
+            anstream::eprintln!("warning: {file}: the trigger {share}; check `mapping.trigger`");
         }
     }
     anstream::eprintln!("{passed} passed, {failed} failed");
@@ -96,11 +109,13 @@ impl<'a> ScenarioOutput<'a> {
             file,
             scenario: &scenario.title,
             passed: false,
+            trigger: None,
             difference: String::new(),
             error: None,
             expect: None,
             records: None,
         };
+        output.trigger = result.as_ref().ok().map(|result| result.trigger);
         match result {
             Err(error) => output.error = Some(error.to_string()),
             Ok(actual) if scenario.expect.is_none() && scenario.records.is_none() => {

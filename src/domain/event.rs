@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 use strum::{IntoStaticStr, VariantArray};
 
 use crate::domain::dropped::DropReason;
-use crate::domain::encoding::{EncodingError, Payload};
+use crate::domain::encoding::{EncodingError, Payload, TOOL_LIMIT};
 use crate::domain::footprint;
 use crate::domain::time;
 use crate::domain::value::trim;
@@ -119,6 +119,16 @@ impl Event {
         // A boolean is a placeholder, and says as little about the person as none.
         expect(envelope, "userId", "text or a number", |value| !value.is_array() && !value.is_object())?;
         Ok(Self { body })
+    }
+
+    /// Decodes a body of any size, for tools. Small bodies may take as much memory as one of the usual largest size.
+    ///
+    /// # Errors
+    /// Why it is not an event.
+    pub fn read<'a>(payload: impl Into<Payload<'a>>) -> Result<Self, Malformed> {
+        const USUAL_LIMIT: usize = 1 << 20;
+        let body = payload.into().decode(TOOL_LIMIT)?;
+        Self::decode(&*body, body.len().max(USUAL_LIMIT))
     }
 
     /// The text of an envelope key, if it is present and not blank.

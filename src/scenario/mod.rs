@@ -22,6 +22,7 @@ use crate::close::Client;
 use crate::config::{Destination, Layers, Need};
 use crate::domain::decision::Decision;
 use crate::domain::event;
+use crate::domain::mapping::Share;
 use crate::domain::schema::FieldRef;
 use crate::sync::preflight::{self, Ready};
 use crate::sync::{Dependencies, Prepared, ReceivedAt, RunContext, Worker};
@@ -117,6 +118,8 @@ pub struct ScenarioResult {
     pub decision: String,
     /// The records in Close afterwards.
     pub records: String,
+    /// The share of its events that the trigger takes.
+    pub trigger: Share,
 }
 
 impl Suite {
@@ -215,9 +218,11 @@ impl Suite {
         let (simulator, created) = self.create_records(scenario, base).await?;
         created.merge_and_delete(&simulator).map_err(ScenarioError::Fixture)?;
         let config = self.config(scenario, base, &simulator)?;
+        let events = event::split(scenario.event.as_bytes());
+        let trigger = config.rules.share(&events);
         let worker = worker(config).await?;
         let mut decisions = Vec::new();
-        for event in event::split(scenario.event.as_bytes()) {
+        for event in events {
             let (outcome, decision) = match worker.prepare(&event, ReceivedAt::now()) {
                 Prepared::Settled(outcome) => (outcome, Decision::default()),
                 Prepared::Job(job) => worker.run(&job, RunContext::first()).await,
@@ -226,7 +231,7 @@ impl Suite {
             let name = |id: &str| names.get(id).or_else(|| created.name(id)).cloned();
             decisions.push(render::decision(&outcome, &decision, &worker.mapping(), name));
         }
-        Ok(ScenarioResult { decision: decisions.join("\n"), records: render::records(&simulator) })
+        Ok(ScenarioResult { decision: decisions.join("\n"), records: render::records(&simulator), trigger })
     }
 }
 

@@ -63,7 +63,8 @@ async fn in_memory(suite: &Suite, scenario: &Scenario, base: &Layers) -> String 
         decisions.push(render::decision(&outcome, &decision, &mapping, |id| records.name(id)));
     }
     // The test with the simulator compares the records.
-    let result = ScenarioResult { decision: decisions.join("\n"), records: String::new() };
+    let result =
+        ScenarioResult { decision: decisions.join("\n"), records: String::new(), trigger: Share::default() };
     let mut scenario = scenario.clone();
     scenario.records = None;
     scenario.difference(&result)

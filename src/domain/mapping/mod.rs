@@ -20,6 +20,7 @@
 
 pub mod coerce;
 mod desired;
+mod jsonpath;
 mod placeholders;
 mod resolve;
 mod rules;
@@ -47,7 +48,7 @@ use target::{Accepts, Target};
 pub use desired::{Desired, Identity, Key, KeyFields, NoIdentity, Wanted, WriteRule};
 pub use placeholders::Placeholders;
 pub use resolve::{InvalidConstant, LookupFieldError, UnresolvedField, UnresolvedReason};
-pub use rules::{Anonymous, EventIds, FreeMail, RecordRules, Rule, Rules, Trigger};
+pub use rules::{Anonymous, EventIds, FreeMail, RecordRules, Rule, Rules, Share, Trigger};
 
 /// How an unusable company id is reported.
 const COMPANY_ID: &str = "company_id";

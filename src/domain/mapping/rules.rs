@@ -6,14 +6,16 @@ use jsonpath_rust::parser::model::JpQuery;
 use serde_json::{Map, json};
 
 use crate::domain::dropped::{DropReason, excerpt};
-use crate::domain::encoding::{Payload, TOOL_LIMIT};
+use crate::domain::encoding::Payload;
 use crate::domain::event::Event;
 use crate::domain::mapping::coerce::{self, Unusable};
 use crate::domain::mapping::desired::{KeyFields, WriteRule};
+use crate::domain::mapping::jsonpath;
 use crate::domain::mapping::placeholders::Placeholders;
-use crate::domain::mapping::source::{self, Picked, Source};
+use crate::domain::mapping::source::{Picked, Source};
 use crate::domain::record::{Channel, Field, FieldId, fold_email};
 use crate::domain::schema::{CustomField, FieldKind, FieldRef, Schema};
+use crate::text::count;
 
 /// How one field is filled.
 #[derive(Clone, Debug, PartialEq)]
@@ -102,16 +104,14 @@ impl Trigger {
         }
         // A filter selects every child of the event for which the condition holds. A condition on the whole event
         // (`$`) therefore selects all children or none.
-        source::path(&format!("$[?{text}]")).map(Self).map_err(|_| {
-            format!("`{text}` is not a valid condition (try `$.type == 'identify' && $.traits.email`)")
-        })
+        jsonpath::condition(text).map(Self)
     }
 
     pub(crate) fn holds(&self, event: &Event) -> bool {
         let empty = event.body.as_object().is_some_and(Map::is_empty);
         // An empty event has no child for the filter to select, so an object with one empty member replaces it.
         let body = if empty { &json!({"": null}) } else { &event.body };
-        !source::nodes(&self.0, body).is_empty()
+        !jsonpath::nodes(&self.0, body).is_empty()
     }
 }
 
@@ -190,9 +190,45 @@ pub struct EventIds {
     pub email: Option<String>,
 }
 
-/// What an event may have in bytes, where no setting says so. The memory that it may take follows from it, and a small
-/// event takes a lot for each of its bytes.
-const MIN_EVENT_LIMIT: usize = 1 << 20;
+/// The share of events that a trigger takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Share {
+    pub events: usize,
+    /// Events that the trigger takes.
+    pub taken: usize,
+    /// Bodies that are not events.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub malformed: usize,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_zero(number: &usize) -> bool {
+    *number == 0
+}
+
+impl Share {
+    /// Whether there are events, and the trigger takes none.
+    pub fn is_none(self) -> bool {
+        self.events > 0 && self.taken == 0
+    }
+}
+
+impl std::ops::AddAssign for Share {
+    fn add_assign(&mut self, other: Self) {
+        self.events += other.events;
+        self.taken += other.taken;
+        self.malformed += other.malformed;
+    }
+}
+
+/// `takes 3 of 4 events`.
+impl std::fmt::Display for Share {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { events, taken, malformed } = self;
+        write!(f, "takes {taken} of {}", count(*events as u64, "event", "events"))?;
+        if *malformed > 0 { write!(f, "; {malformed} more cannot be decoded") } else { Ok(()) }
+    }
+}
 
 impl Rules {
     /// The same rules with the words that are not an id, and those that are not a value.
@@ -209,8 +245,7 @@ impl Rules {
 
     /// The ids in the event in a body. `None` if it is not an event.
     pub fn event_ids(&self, payload: Payload<'_>) -> Option<EventIds> {
-        let body = payload.decode(TOOL_LIMIT).ok()?;
-        let event = Event::decode(&*body, body.len().max(MIN_EVENT_LIMIT)).ok()?;
+        let event = Event::read(payload).ok()?;
         let id = |picked: &Picked| match picked {
             Picked::Values(found) => coerce::id(found).ok(),
             Picked::Nothing | Picked::Object | Picked::Placeholder(_) => None,
@@ -222,6 +257,21 @@ impl Rules {
             company_id: id(&self.lead.id.pick(&event)),
             email: email.map(|(email, _)| fold_email(&email)),
         })
+    }
+
+    /// How many of these events the trigger takes.
+    pub fn share(&self, bodies: &[Vec<u8>]) -> Share {
+        let mut share = Share::default();
+        for body in bodies {
+            match Event::read(body) {
+                Ok(event) => {
+                    share.events += 1;
+                    share.taken += usize::from(self.trigger.holds(&event));
+                }
+                Err(_) => share.malformed += 1,
+            }
+        }
+        share
     }
 
     /// The same rules with the lookup fields named by id, so that they cannot change while the worker runs. A new field

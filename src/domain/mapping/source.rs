@@ -21,14 +21,13 @@
 use std::collections::BTreeMap;
 
 use jsonpath_rust::parser::model::JpQuery;
-use jsonpath_rust::parser::parse_json_path;
-use jsonpath_rust::query::{QueryRef, js_path_process};
 use serde_json::Value;
 use strum::{EnumString, IntoStaticStr, VariantArray};
 
 use crate::domain::dropped::excerpt;
 use crate::domain::event::Event;
 use crate::domain::mapping::coerce::MAX_ITEMS;
+use crate::domain::mapping::jsonpath::{nodes, path};
 use crate::domain::mapping::placeholders::Placeholders;
 use crate::domain::value::{clean, domain, flatten, single_spaces, text, trim};
 
@@ -164,17 +163,6 @@ impl Alternative {
         }
         placeholder.map_or_else(|| Picked::Values(vec![whole.into()]), Picked::Placeholder)
     }
-}
-
-pub(crate) fn path(text: &str) -> Result<JpQuery, String> {
-    parse_json_path(text).map_err(|_| format!("`{text}` is not a valid JSONPath (try `$.traits.title`)"))
-}
-
-/// The nodes a path selects.
-pub(crate) fn nodes<'a>(path: &JpQuery, body: &'a Value) -> Vec<&'a Value> {
-    js_path_process(path, body)
-        .map(|found| found.into_iter().map(QueryRef::val).collect())
-        .unwrap_or_default()
 }
 
 /// The most values that a path finds, and the most items of a list: one more than a field can hold, to report that there
@@ -487,7 +475,10 @@ mod tests {
     fn an_invalid_source_is_reported_with_a_remedy() {
         let error = |text: &str| Alternative::parse(text).unwrap_err();
         assert_eq!(error("$.traits["), "`$.traits[` is not a valid JSONPath (try `$.traits.title`)");
-        assert_eq!(error("{traits.a}"), "`traits.a` is not a valid JSONPath (try `$.traits.title`)");
+        assert_eq!(
+            error("{traits.a}"),
+            "`traits.a` is not a valid JSONPath (a path starts with `$`: `$.type == 'identify'`)"
+        );
         assert_eq!(error("{$.a"), "`{$.a` has a `{` without its `}`");
         assert!(error("Customer").ends_with("a constant is written `{ value = \"Customer\" }`"));
     }

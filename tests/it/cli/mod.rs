@@ -5,4 +5,5 @@ mod destinations;
 mod plan;
 mod publish;
 mod systemd;
+mod triggers;
 mod untrusted_text;
