@@ -109,7 +109,9 @@ impl Event {
         let Value::Object(envelope) = &mut body else {
             return Err(Malformed::NotAnObject { found: kind(&body) });
         };
-        OBJECTS.iter().for_each(|key| fill_empty_list(envelope, key));
+        for key in OBJECTS {
+            fill_empty_list(envelope, key);
+        }
         if envelope.get("batch").is_some_and(Value::is_array) && !envelope.contains_key("type") {
             return Err(Malformed::Batch);
         }

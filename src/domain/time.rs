@@ -8,7 +8,7 @@
 //! | `2021-10-16T16:00:27.029:Z` | analytics-swift (issue 75) |
 //! | `٢٠٢٣-٠٤-١٩T٠٤:٠٣:٤٦.٨٨٠Z` | analytics-android (pull request 350), analytics-kotlin (pull request 170) |
 //! | `2026-09-02T3:33:07 PMZ` | `NSDateFormatter` without a fixed locale (Apple QA1480; posthog-ios, pull request 106) |
-//! | `2021-10-16 16:00:27 +0000`, `2021-10-16 16:00:27 UTC` | Ruby, Postgres, BigQuery |
+//! | `2021-10-16 16:00:27 +0000`, `2021-10-16 16:00:27 UTC` | Ruby, Postgres, `BigQuery` |
 //! | `2021-10-16 16:00:27.029 +0000 UTC m=+0.5` | Go |
 //! | `Sat, 16 Oct 2021 16:00:27 GMT` | HTTP, `toUTCString` of JavaScript |
 //! | `Sat Oct 16 2021 16:00:27 GMT+0000 (Coordinated Universal Time)` | `toString` of JavaScript |
@@ -91,7 +91,7 @@ fn is_zero(at: Timestamp) -> bool {
     at.as_second() == 0 || TimeZone::UTC.to_datetime(at).year() <= 1
 }
 
-/// The zero dates that are not dates: `0000-00-00` of MySQL, and how PHP reads it.
+/// The zero dates that are not dates: `0000-00-00` of `MySQL`, and how PHP reads it.
 fn is_zero_date(text: &str) -> bool {
     text.starts_with("0000-00-00") || text.starts_with("-0001-11-30")
 }

@@ -18,7 +18,7 @@ pub struct Placeholders {
 }
 
 impl Placeholders {
-    /// Words that are not an id. One in lower case is found in any case, another as it is written: PostHog refuses
+    /// Words that are not an id. One in lower case is found in any case, another as it is written: `PostHog` refuses
     /// `Undefined` as well as `undefined`, but `NaN` only, because `nan` can be a name.
     pub fn of_ids(words: impl IntoIterator<Item = String>) -> Self {
         let (any_case, exact) = words.into_iter().partition(|word| word.to_lowercase() == *word);

@@ -67,11 +67,22 @@ async fn companies_with_the_id_undefined_stay_different_companies_and_names_stay
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_list_of_placeholders_is_a_setting() {
-    let bench = Bench::new().await.set("MAPPING_PLACEHOLDERS", "[\"nobody\"]");
-    let metrics = bench.sync(&[identify("guest", json!({})), identify("NOBODY", json!({}))]).await;
-    assert_eq!(metrics.outcomes(), [("created", 1), ("dead", 1)].into());
+async fn the_list_of_placeholders_is_a_setting_and_can_be_reloaded() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("close-sync.toml");
+    std::fs::write(&file, "[mapping]\nplaceholders = [\"nobody\"]\n").unwrap();
+    let bench = Bench::new().await.set("CLOSE_SYNC_CONFIG", file.to_str().unwrap());
+    let worker = bench.worker().await;
+    bench.publish(&[identify("guest", json!({})), identify("NOBODY", json!({}))]).await;
+    assert_eq!(worker.settled(2).await.outcomes(), [("created", 1), ("dead", 1)].into());
     assert_eq!(bench.the_lead()["contacts"][0][USER], json!("guest"));
+
+    std::fs::write(&file, "[mapping]\nplaceholders = [\"guest\"]\n").unwrap();
+    worker.signal("HUP");
+    worker.until("reloaded", async |worker| worker.events("reload_applied") == 1).await;
+    bench.publish(&[identify("guest", json!({})), identify("nobody", json!({}))]).await;
+    assert_eq!(worker.settled(4).await.outcomes(), [("created", 2), ("dead", 2)].into());
+    worker.terminate().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
