@@ -48,7 +48,7 @@ impl Failure {
 impl From<Problems> for Failure {
     fn from(problems: Problems) -> Self {
         if let Some((_, message)) = problems.lines().find(|(key, _)| key == "--destination") {
-            return Self::Input(message.to_owned());
+            return Self::Input(line(message));
         }
         Self::Configuration(format!(
             "{problems}\nhint: deploy/docs/settings.md lists every setting; `close-sync check` tests a change"

@@ -72,6 +72,7 @@ async fn a_creation_that_answers_with_an_invalid_id_is_not_repeated() {
             .await;
         worker.terminate().await;
         assert_eq!((bench.simulator.leads().len(), bench.simulator.contacts().len()), (1, 1), "{answer}");
-        assert!(paths(&bench).iter().all(|path| !path.contains("..")), "{answer}");
+        let calls = paths(&bench);
+        assert!(!calls.iter().any(|path| path.contains("..") || path.contains("%2")), "{answer}: {calls:#?}");
     }
 }
