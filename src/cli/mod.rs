@@ -132,7 +132,7 @@ impl Cli {
             }
             Command::Dlq(command) => {
                 let destination = single(layers()?.read(Need::Broker)?)?;
-                dlq::dlq(*command, destination, || single(layers()?.read(Need::All)?)).await
+                Box::pin(dlq::dlq(*command, destination, || single(layers()?.read(Need::All)?))).await
             }
             #[cfg(feature = "simulator")]
             Command::Simulate(args) => simulate::simulate(args).await,

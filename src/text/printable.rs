@@ -2,7 +2,9 @@
 //!
 //! Producers choose ids, headers and values; users of Close choose names and labels. A terminal obeys escape sequences
 //! in them, and characters that change the direction of text make a line read as another one. Every command passes
-//! such text through [`line`] or [`block`] where it prints, and through [`shell`] where it is meant to be copied.
+//! such text through [`line()`] or [`block`] where it prints, and through [`shell`] where it is meant to be copied.
+
+use std::fmt::Write;
 
 /// Stands for a character that is not shown.
 const REPLACEMENT: char = '\u{fffd}';
@@ -31,7 +33,8 @@ pub fn json(json: &str) -> String {
         if is_unsafe(c) && c != '\n' {
             let mut units = [0; 2];
             for unit in c.encode_utf16(&mut units) {
-                escaped.push_str(&format!("\\u{unit:04x}"));
+                // Writing to a string cannot fail.
+                let _ = write!(escaped, "\\u{unit:04x}");
             }
         } else {
             escaped.push(c);

@@ -30,7 +30,7 @@ pub(super) fn limited(filter: &str) -> Vec<&str> {
                 Err(_) => (directive, "trace"),
             });
         let target = target.split('[').next().unwrap_or_default().trim();
-        let level = level.trim().parse::<LevelFilter>().ok().and_then(|level| level.into_level());
+        let level = level.trim().parse::<LevelFilter>().ok().and_then(LevelFilter::into_level);
         level.is_some_and(|level| !levels.would_enable(target, &level))
     };
     filter.split(',').map(str::trim).filter(|directive| !directive.is_empty()).filter(is_limited).collect()
@@ -45,7 +45,7 @@ mod tests {
         let levels = library_levels();
         let most = |target: &str| {
             let all = [Level::ERROR, Level::WARN, Level::INFO, Level::DEBUG, Level::TRACE];
-            all.into_iter().filter(|level| levels.would_enable(target, level)).next_back()
+            all.into_iter().rfind(|level| levels.would_enable(target, level))
         };
         for (target, level) in [
             ("close_sync::consumer", Level::TRACE),

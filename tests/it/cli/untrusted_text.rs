@@ -188,8 +188,8 @@ async fn files_and_settings_cannot_act_on_the_terminal() {
             run(&bench, arguments, "").await;
         }
         let scenario = format!("{}/{text}.toml", directory.path().display());
-        let quoted: String = text.chars().map(|c| format!("\\U{:08x}", u32::from(c))).collect();
-        let quoted = format!("\"{quoted}\"");
+        let escaped: Vec<_> = text.chars().map(|c| format!("\\U{:08x}", u32::from(c))).collect();
+        let quoted = format!("\"{}\"", escaped.concat());
         let event = identify(&text, json!({"name": text})).to_string();
         let file = format!(
             "[[scenario]]\ntitle = {quoted}\nevent = {}\nexpect = {quoted}\n",

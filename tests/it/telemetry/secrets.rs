@@ -3,6 +3,7 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use close_sync_simulator::{Effect, Fault, FaultBody, Settings, When};
+use lapin::BasicProperties;
 use serde_json::json;
 
 use crate::support::{Bench, Node, identify};
@@ -19,8 +20,8 @@ fn forms(text: &str) -> Vec<String> {
         |separator: &str, show: fn(&u8) -> String| bytes.iter().map(show).collect::<Vec<_>>().join(separator);
     vec![
         text.to_owned(),
-        list(", ", |byte| byte.to_string()),
-        list(",", |byte| byte.to_string()),
+        list(", ", ToString::to_string),
+        list(",", ToString::to_string),
         list("", |byte| format!("{byte:02x}")),
         list(", ", |byte| format!("{byte:02x}")),
         list(" ", |byte| format!("{byte:02x}")),
@@ -52,7 +53,7 @@ async fn no_level_of_the_log_shows_secrets_or_bodies() {
         bench.publish(&[identify("u1", json!({"email": email, "name": name}))]).await;
         worker.until("paused", async |worker| worker.logged("pause_began") > 0).await;
         bench.publish(&[identify("u2", json!({"email": other}))]).await;
-        bench.publish_bytes(format!("{email} is not JSON").as_bytes(), Default::default()).await;
+        bench.publish_bytes(format!("{email} is not JSON").as_bytes(), BasicProperties::default()).await;
         bench.depth_becomes(".dead", 2).await;
         worker.until("synced", async |_| bench.simulator.contacts().len() == 1).await;
         worker.terminate().await;
