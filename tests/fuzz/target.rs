@@ -64,6 +64,11 @@ pub(crate) fn decode_and_map(bytes: &[u8]) {
         assert!(identity.user_id.is_some() || identity.email.is_some(), "no identity: {desired:?}");
         let ids = [&identity.company_id, &identity.user_id, &identity.email].into_iter().flatten();
         ids.for_each(|id| assert!(!id.trim().is_empty() && id == id.trim(), "invalid id: {desired:?}"));
+        let ids = [&identity.company_id, &identity.user_id, &identity.email].into_iter().flatten();
+        ids.for_each(|id| assert!(id.chars().count() <= 255, "long id: {desired:?}"));
+        for dropped in desired.dropped.iter().filter_map(|dropped| dropped.value.as_ref()) {
+            assert!(dropped.to_string().len() < 8192, "a dropped value is kept whole: {dropped}");
+        }
         for (field, wanted) in desired.lead.iter().chain(&desired.contact) {
             let value = &wanted.value;
             // Close accepts no objects, and empty text would clear the field (close-api.md §5).

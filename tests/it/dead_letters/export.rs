@@ -210,8 +210,13 @@ async fn a_file_with_one_invalid_line_imports_nothing() {
     let bench = Bench::new().await;
     bench.worker().await.terminate().await;
     let good = json!({"properties": {}, "headers": {}, "body": "{}"}).to_string();
+    let long = "n".repeat(256);
+    let long_header = json!({"properties": {}, "headers": {long.clone(): 1}, "body": "{}"}).to_string();
+    let long_id = json!({"properties": {"message_id": long}, "headers": {}, "body": "{}"}).to_string();
     for (line, words) in [
         ("nonsense", "line 2: not a dead letter"),
+        (long_header.as_str(), "line 2: a name in header `nnn"),
+        (long_id.as_str(), "line 2: `properties.message_id`"),
         ("{\"properties\": {}, \"headers\": {}}", "either `body` or `body_base64`"),
         (
             "{\"properties\": {}, \"headers\": {}, \"body_base64\": \"*\"}",

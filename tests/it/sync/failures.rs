@@ -26,7 +26,11 @@ fn status(code: u16, when: When) -> Effect {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_that_cannot_succeed_is_dead_lettered_unchanged_with_its_history() {
     let bench = Bench::new().await;
-    let bodies: [(&[u8], &str, &str); 4] = [
+    let long_id = format!(r#"{{"userId":"{}","traits":{{}}}}"#, "u".repeat(256));
+    let many_values = format!(r#"{{"userId":"u","traits":{{"title":[{}0]}}}}"#, r#"{"":0},"#.repeat(100_000));
+    let bodies: [(&[u8], &str, &str); 6] = [
+        (long_id.as_bytes(), "no_identity", "no_identity:map:-"),
+        (many_values.as_bytes(), "malformed", "malformed:decode:too_many_values"),
         (b"{\"traits\": \xff", "malformed", "malformed:decode:not_json"),
         (b" [1,  2] ", "malformed", "malformed:decode:not_an_object"),
         (b"{\"type\":\"identify\",\"traits\":{\"email\":\"nobody\"}}", "no_identity", "no_identity:map:-"),
@@ -48,7 +52,7 @@ async fn a_message_that_cannot_succeed_is_dead_lettered_unchanged_with_its_histo
         bench.publish_bytes(body, properties).await;
     }
     let metrics = worker.settled(bodies.len()).await;
-    assert_eq!(metrics.outcomes(), [("dead", 4)].into());
+    assert_eq!(metrics.outcomes(), [("dead", bodies.len())].into());
     // They are processed concurrently, so they come in any order.
     let mut taken = Vec::new();
     for _ in bodies {
@@ -68,6 +72,31 @@ async fn a_message_that_cannot_succeed_is_dead_lettered_unchanged_with_its_histo
         assert!(!headers["x-close-sync-error"].contains("nobody"), "{headers:?}");
         assert_eq!(properties.message_id().as_ref().unwrap().as_str(), "m-1");
         assert!(metrics.get(&format!("dead_letters_total{{reason=\"{reason}\"}}")) > 0.0);
+    }
+    worker.terminate().await;
+}
+
+/// An error of Close goes into headers of the dead letter, which the broker refuses above a size.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_huge_error_of_close_becomes_a_dead_letter_with_short_headers() {
+    let key = "\u{1b}[2J\r\nx: \u{202e}".repeat(20);
+    let fields: serde_json::Map<_, _> =
+        (0..2000).map(|number| (format!("{key}{number}"), json!("Invalid URL."))).collect();
+    let refusal = json!({"errors": [key.repeat(500)], "field-errors": fields});
+    assert!(refusal.to_string().len() > 128 << 10);
+    let bench = Bench::new().await;
+    let effect = Effect::Status { code: 400, body: FaultBody::Exactly(refusal), when: When::BeforeCommit };
+    bench.simulator.fault(Fault::new(effect).on("POST", "/lead/").containing("refused"));
+    let worker = bench.worker().await;
+    let company = |id: &str| json!({"company": {"id": id}});
+    bench.publish(&[identify("u1", company("refused")), identify("u2", company("acme"))]).await;
+    let metrics = worker.settled(2).await;
+    assert_eq!(metrics.outcomes(), [("created", 1), ("dead", 1)].into());
+    let (_, headers, _) = bench.take_dead_letter().await;
+    assert_eq!(headers["x-close-sync-reason"], "rejected");
+    for (name, value) in &headers {
+        assert!(value.len() <= 4096 && !value.contains(char::is_control), "{name}: {value:?}");
+        assert!(!value.contains('\u{202e}'), "{name}: {value:?}");
     }
     worker.terminate().await;
 }
