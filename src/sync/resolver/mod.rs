@@ -11,7 +11,7 @@ mod tests;
 use crate::close::{CloseError, Records};
 use crate::domain::decision::Decision;
 use crate::domain::mapping::{Desired, Identity, WriteRule};
-use crate::domain::matching::{self, Found, Verdict, match_contacts, match_lead};
+use crate::domain::matching::{self, ContactMatch, Found, Verdict, compare, match_contacts, match_lead};
 use crate::domain::merge::MergedPlan;
 use crate::domain::record::{Contact, Lead};
 use crate::domain::staleness::RecordVersions;
@@ -149,15 +149,19 @@ impl<R: Records> Resolver<'_, R> {
             }
         }
         let ContactHits { by_user, by_email } = self.lookups.search_contacts(person).await?;
-        // The user id decides. Contacts with only the email are read when none has the user id.
-        for (key, found) in [(person.user(), by_user), (person.email(), by_email)] {
-            let ids = self.lookups.with_cached(key, found);
-            let people = self.lookups.read_contacts(ids, person).await?;
+        // The user id decides. Contacts with only the email are read when none has the user id: one that is cached under
+        // the user id may not have it, because a switch forbids to write it.
+        let ids = self.lookups.with_cached(person.user(), by_user);
+        let people = self.lookups.read_contacts(ids, person).await?;
+        let has_user_id =
+            |contact: &Contact| compare(contact, person, self.lookups.keys) == ContactMatch::SameUser;
+        if people.contacts.iter().any(has_user_id) {
             self.lookups.note_people(&people, true);
-            if !people.contacts.is_empty() {
-                return Ok(people.contacts);
-            }
+            return Ok(people.contacts);
         }
-        Ok(Vec::new())
+        let ids = self.lookups.with_cached(person.email(), by_email);
+        let people = self.lookups.read_contacts(ids, person).await?;
+        self.lookups.note_people(&people, true);
+        Ok(people.contacts)
     }
 }
