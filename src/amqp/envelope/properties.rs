@@ -23,7 +23,7 @@ use crate::amqp::envelope::{DECISION, ERROR, ORIGINAL, OWN_HEADERS, TRACEPARENT,
 const PREFIX: &str = "x-close-sync-";
 
 /// The size limit for all headers of a message that close-sync publishes, in bytes.
-pub const MAX_HEADERS: usize = 64 * 1024;
+pub const MAX_HEADERS: usize = 96 * 1024;
 
 /// The largest original body that an edited dead letter keeps in a header, in bytes.
 pub const MAX_ORIGINAL: usize = 32 * 1024;

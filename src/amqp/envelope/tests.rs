@@ -81,8 +81,8 @@ fn producer_headers_that_are_too_large_are_dropped() {
         let names = names(&properties);
         [TRACEPARENT, ATTEMPTS, "tenant", "baggage"].map(|name| names.contains(&name))
     };
-    assert_eq!(successor(60_000), [true; 4]);
-    assert_eq!(successor(70_000), [true, true, false, false]);
+    assert_eq!(successor(90_000), [true; 4]);
+    assert_eq!(successor(99_000), [true, true, false, false]);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! RabbitMQ and its administrators: outages, alarms, permissions, TLS, topology.
 
+mod hostile;
 mod misbehaving;
 mod nodes;
 mod outcome_events;

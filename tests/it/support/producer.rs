@@ -31,12 +31,23 @@ impl Producer {
 
     /// Publishes. `properties` are raw bytes as in a content header: the flags, then the values.
     pub(crate) async fn publish(&mut self, exchange: &str, key: &[u8], properties: &[u8], body: &[u8]) {
+        assert!(self.try_publish(exchange, key, properties, body).await, "RabbitMQ refused the message");
+    }
+
+    /// Publishes. Returns whether RabbitMQ took the message. If it did not, the connection is of no use any more.
+    pub(crate) async fn try_publish(
+        &mut self,
+        exchange: &str,
+        key: &[u8],
+        properties: &[u8],
+        body: &[u8],
+    ) -> bool {
         let to = [&[0, 0], text(exchange.as_bytes()).as_slice(), &text(key), &[0]].concat();
         self.method(1, [0, 60, 0, 40], &to).await;
         let size = u64::try_from(body.len()).unwrap().to_be_bytes();
         self.frame(2, 1, &[&[0, 60, 0, 0], size.as_slice(), properties].concat()).await;
         self.frame(3, 1, body).await;
-        self.answer([0, 60, 0, 80]).await;
+        matches!(self.read().await.as_deref(), Some([0, 60, 0, 80, ..]))
     }
 
     async fn method(&mut self, channel: u8, method: [u8; 4], arguments: &[u8]) {
@@ -45,18 +56,25 @@ impl Producer {
 
     async fn frame(&mut self, kind: u8, channel: u8, payload: &[u8]) {
         let frame = [&[kind, 0, channel], long(payload).as_slice(), &[0xCE]].concat();
-        self.0.write_all(&frame).await.unwrap();
+        // A refusal is in the answer.
+        let _ = self.0.write_all(&frame).await;
     }
 
     /// Reads the next method and returns its arguments.
     async fn answer(&mut self, method: [u8; 4]) -> Vec<u8> {
-        let mut head = [0; 7];
-        self.0.read_exact(&mut head).await.unwrap();
-        let [_, _, _, size @ ..] = head;
-        let mut payload = vec![0; usize::try_from(u32::from_be_bytes(size)).unwrap() + 1];
-        self.0.read_exact(&mut payload).await.unwrap();
+        let payload = self.read().await.expect("an answer");
         assert_eq!(payload[..4], method, "{}", String::from_utf8_lossy(&payload));
         payload[4..].to_vec()
+    }
+
+    /// Reads the payload of the next frame, and the byte that ends the frame. `None` if the connection is closed.
+    async fn read(&mut self) -> Option<Vec<u8>> {
+        let mut head = [0; 7];
+        self.0.read_exact(&mut head).await.ok()?;
+        let [_, _, _, size @ ..] = head;
+        let mut payload = vec![0; usize::try_from(u32::from_be_bytes(size)).unwrap() + 1];
+        self.0.read_exact(&mut payload).await.ok()?;
+        Some(payload)
     }
 }
 

@@ -51,6 +51,8 @@ pub(crate) struct FrameSanitizer {
     arriving: Option<Arriving>,
     /// How much of the complete buffer the reader has received.
     drained: Option<usize>,
+    /// What was read beyond the end of a buffered frame.
+    unread: Vec<u8>,
 }
 
 /// A part of the frame that is being buffered.
@@ -79,7 +81,14 @@ enum Part {
 impl FrameSanitizer {
     /// `frame_max` is the client's limit in bytes, or 0 if it has none. The broker's limit is in a method that it sends.
     pub(crate) fn new(frame_max: u32) -> Self {
-        Self { frame_max: limit(frame_max), passing: 0, buffered: Vec::new(), arriving: None, drained: None }
+        Self {
+            frame_max: limit(frame_max),
+            passing: 0,
+            buffered: Vec::new(),
+            arriving: None,
+            drained: None,
+            unread: Vec::new(),
+        }
     }
 
     /// Reads from the stream and returns sanitized bytes.
@@ -95,7 +104,14 @@ impl FrameSanitizer {
             }
             // While a frame is being buffered, do not read beyond its end.
             let limit = self.arriving.map_or(buffer.len(), |arriving| buffer.len().min(arriving.missing));
-            let read = ready!(Pin::new(&mut *stream).poll_read(cx, &mut buffer[..limit]))?;
+            let read = if self.unread.is_empty() {
+                ready!(Pin::new(&mut *stream).poll_read(cx, &mut buffer[..limit]))?
+            } else {
+                let read = self.unread.len().min(limit);
+                buffer[..read].copy_from_slice(&self.unread[..read]);
+                self.unread.drain(..read);
+                read
+            };
             let passed = self.pass(&mut buffer[..read]);
             if passed > 0 || read == 0 {
                 return Poll::Ready(Ok(passed));
@@ -125,7 +141,8 @@ impl FrameSanitizer {
                     at += frame.end();
                 }
                 _ => {
-                    self.buffer(rest);
+                    let beyond = self.buffer(rest);
+                    self.unread.splice(..0, beyond.iter().copied());
                     return at;
                 }
             }
@@ -133,8 +150,8 @@ impl FrameSanitizer {
         at
     }
 
-    /// Buffers bytes of one frame.
-    fn buffer(&mut self, mut bytes: &[u8]) {
+    /// Buffers bytes of one frame. Returns those beyond its end.
+    fn buffer<'a>(&mut self, mut bytes: &'a [u8]) -> &'a [u8] {
         let start = Arriving { part: Part::FrameHeader, missing: FRAME_HEADER };
         let mut arriving = self.arriving.take().unwrap_or(start);
         loop {
@@ -146,13 +163,13 @@ impl FrameSanitizer {
             bytes = rest;
             if arriving.missing > 0 {
                 self.arriving = Some(arriving);
-                return;
+                return bytes;
             }
             match self.next(arriving.part) {
                 Some(next) => arriving = next,
                 None => {
                     self.drained = Some(0);
-                    return;
+                    return bytes;
                 }
             }
         }

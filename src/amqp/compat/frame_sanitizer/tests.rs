@@ -278,8 +278,8 @@ proptest! {
         sizes in proptest::collection::vec(0..9000_usize, 1..4),
         by_broker in any::<bool>(),
         id in "[a-zß-ü]{0,20}",
-        chunks in proptest::collection::vec(1..900_usize, 1..9),
-        buffers in proptest::collection::vec(1..900_usize, 1..9),
+        chunks in proptest::collection::vec(1..20_000_usize, 1..9),
+        buffers in proptest::collection::vec(1..20_000_usize, 1..9),
     ) {
         let key = frame(METHOD, &delivery(b"key"));
         let (mut sent, mut expected) = (Vec::<u8>::new(), Vec::<u8>::new());
