@@ -4,16 +4,17 @@
 //! would not help. `/readyz` says what each destination is doing and why.
 
 pub mod admin;
+mod connections;
 pub mod registry;
 
-use std::collections::HashMap;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::sync::Arc;
-use std::time::Duration;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
-use axum::extract::{ConnectInfo, State as Shared};
+use axum::extract::{ConnectInfo, Request, State as Shared};
 use axum::http::{StatusCode, header};
-use axum::response::IntoResponse;
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::serve::Listener;
 use axum::{Extension, Json, Router};
@@ -26,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower_http::timeout::TimeoutLayer;
 
+use crate::http::connections::{Connection, Connections};
 use crate::http::registry::Registry;
 
 /// The time-out for the header of a request, and for idle connections.
@@ -36,10 +38,6 @@ const HEADER_BYTES: usize = 64 << 10;
 const REQUEST_TIME: Duration = Duration::from_mins(1);
 /// The time-out for a connection, such as one whose client never reads the response.
 const CONNECTION_TIME: Duration = Duration::from_mins(10);
-/// The limit of concurrent connections. Further ones are closed at once, to leave file descriptors for the worker.
-const MAX_CONNECTIONS: usize = 256;
-/// The limit of connections from one peer, which leaves room for health checks.
-const MAX_PER_PEER: usize = 128;
 
 /// Serves until `shutdown`, with the operator's page if it is configured.
 pub async fn serve(
@@ -65,25 +63,38 @@ pub async fn serve(
         .layer(TimeoutLayer::with_status_code(StatusCode::REQUEST_TIMEOUT, REQUEST_TIME));
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIME).max_buf_size(HEADER_BYTES);
-    let connections = GracefulShutdown::new();
+    let graceful = GracefulShutdown::new();
+    let connections: Arc<Mutex<Connections>> = Arc::default();
     // axum's own loop has no time-outs, but its listener recovers after an error.
-    let mut peers: HashMap<IpAddr, Arc<()>> = HashMap::new();
     while let Some((stream, peer)) = shutdown.run_until_cancelled(Listener::accept(&mut listener)).await {
-        peers.retain(|_, open| Arc::strong_count(open) > 1);
-        let open = Arc::clone(peers.entry(peer.ip()).or_default());
-        // The count includes the map's own reference and this one.
-        if connections.count() >= MAX_CONNECTIONS || Arc::strong_count(&open) - 2 >= MAX_PER_PEER {
-            continue;
-        }
-        let service = TowerToHyperService::new(router.clone().layer(Extension(ConnectInfo(peer))));
-        let served = connections.watch(http.serve_connection(TokioIo::new(stream), service));
+        let connection = lock(&connections).add(admin::network(peer.ip()), Instant::now());
+        let router = router
+            .clone()
+            .layer(Extension(ConnectInfo(peer)))
+            .layer(axum::middleware::from_fn_with_state(connection.clone(), track));
+        let served =
+            graceful.watch(http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)));
+        let connections = Arc::clone(&connections);
         tokio::spawn(async move {
-            let _ = tokio::time::timeout(CONNECTION_TIME, served).await;
-            drop(open);
+            let in_time = tokio::time::timeout(CONNECTION_TIME, served);
+            let _ = connection.closed.run_until_cancelled(in_time).await;
+            lock(&connections).remove(&connection);
         });
     }
     jobs.close();
-    tokio::join!(connections.shutdown(), jobs.wait());
+    tokio::join!(graceful.shutdown(), jobs.wait());
+}
+
+fn lock(connections: &Mutex<Connections>) -> MutexGuard<'_, Connections> {
+    connections.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Notes whether the connection has a request under way.
+async fn track(Shared(connection): Shared<Connection>, request: Request, next: Next) -> Response {
+    connection.begin();
+    let response = next.run(request).await;
+    connection.end(Instant::now());
+    response
 }
 
 async fn metrics(Shared(registry): Shared<Registry>) -> impl IntoResponse {

@@ -10,12 +10,15 @@ use serde::Serialize;
 
 use crate::amqp;
 use crate::sync::Worker;
-use crate::telemetry::metrics::{self, Metrics};
+use crate::telemetry::metrics::{self, Metrics, PageMetrics};
 use crate::telemetry::status::{Readiness, Status};
 
-/// All destinations. Clones share them.
+/// All destinations, and the metrics of the operator's page. Clones share them.
 #[derive(Clone, Default)]
-pub struct Registry(Arc<RwLock<BTreeMap<String, DestinationHandle>>>);
+pub struct Registry {
+    destinations: Arc<RwLock<BTreeMap<String, DestinationHandle>>>,
+    page: PageMetrics,
+}
 
 /// A destination as the HTTP server sees it.
 #[derive(Clone)]
@@ -110,7 +113,7 @@ impl Registry {
     /// # Errors
     /// Those of [`Metrics::new`].
     pub fn register(&self, name: Option<&str>) -> prometheus::Result<DestinationHandle> {
-        let mut handles = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let mut handles = self.destinations.write().unwrap_or_else(PoisonError::into_inner);
         let destination = name.unwrap_or(NAMELESS);
         if let Some(handle) = handles.get(destination) {
             return Ok(handle.clone());
@@ -125,23 +128,28 @@ impl Registry {
 
     /// Removes a destination that was deleted from the configuration.
     pub fn remove(&self, name: Option<&str>) {
-        self.0.write().unwrap_or_else(PoisonError::into_inner).remove(name.unwrap_or(NAMELESS));
+        self.destinations.write().unwrap_or_else(PoisonError::into_inner).remove(name.unwrap_or(NAMELESS));
     }
 
     /// All destinations by name. The key of a destination without a name is empty.
     pub fn handles(&self) -> BTreeMap<String, DestinationHandle> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.destinations.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The metrics page for Prometheus.
     pub fn metrics_page(&self) -> String {
-        let handles = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        metrics::render(handles.values().map(|handle| &handle.metrics))
+        let handles = self.destinations.read().unwrap_or_else(PoisonError::into_inner);
+        metrics::render(handles.values().map(|handle| &handle.metrics), &self.page)
+    }
+
+    /// The metrics of the operator's page.
+    pub fn page(&self) -> &PageMetrics {
+        &self.page
     }
 
     /// The readiness of all destinations.
     pub fn readiness(&self) -> Readyz {
-        let handles = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let handles = self.destinations.read().unwrap_or_else(PoisonError::into_inner);
         if let Some(handle) = handles.get(NAMELESS) {
             return Readyz::One(handle.status.readiness());
         }

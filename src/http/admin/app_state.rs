@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
 
 use axum::extract::{FromRequestParts, Path};
 use axum::http::request::Parts;
@@ -38,8 +39,11 @@ impl AppState {
         shutdown: CancellationToken,
         jobs: TaskTracker,
     ) -> Self {
-        let (authenticator, dead_letter_caches) = (Authenticator::new(settings, bound), Mutex::default());
-        Self(Arc::new(Shared { registry, authenticator, dead_letter_caches, shutdown, jobs }))
+        let (authenticator, dead_letter_caches) =
+            (Authenticator::new(settings, bound, registry.page().clone()), Mutex::default());
+        let state = Self(Arc::new(Shared { registry, authenticator, dead_letter_caches, shutdown, jobs }));
+        state.0.jobs.spawn(log_refusals(Arc::downgrade(&state.0), state.0.shutdown.clone()));
+        state
     }
 
     pub(super) fn authenticator(&self) -> &Authenticator {
@@ -54,6 +58,19 @@ impl AppState {
         let mut caches = self.0.dead_letter_caches.lock().unwrap_or_else(PoisonError::into_inner);
         let new = || Arc::new(DeadLetterCache::new(self.0.shutdown.clone(), self.0.jobs.clone()));
         Arc::clone(caches.entry(destination.segment.clone()).or_insert_with(new))
+    }
+}
+
+/// Logs refused guesses of the token, one line for each address and minute, and the rest at the end.
+async fn log_refusals(state: Weak<Shared>, shutdown: CancellationToken) {
+    const MINUTE: Duration = Duration::from_mins(1);
+    loop {
+        let ends = shutdown.run_until_cancelled(tokio::time::sleep(MINUTE)).await.is_none();
+        let Some(state) = state.upgrade() else { return };
+        state.authenticator.log_refusals();
+        if ends {
+            return;
+        }
     }
 }
 

@@ -5,11 +5,12 @@
 //! - **Origin.** Other sites may link to the page and nothing else, according to `Sec-Fetch-Site` and `Origin`.
 //! - **CSRF token.** Every POST carries a secret that only the page's own forms contain, or the bearer token.
 //! - **Token.** If a token is configured, the sign-in form exchanges it for a session cookie. Scripts send it as
-//!   `Authorization: Bearer` with each request. It is compared in constant time, and a wrong token costs a delay.
+//!   `Authorization: Bearer` with each request. It is compared in constant time. `throttle` limits guesses. An open
+//!   session is not affected by the guesses of others behind the same address.
 
 use std::net::IpAddr;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use axum::extract::Request;
 use axum::http::header::{AUTHORIZATION, COOKIE, HOST, ORIGIN};
@@ -19,10 +20,11 @@ use moka::policy::EvictionPolicy;
 use moka::sync::Cache;
 use secrecy::{ExposeSecret, SecretString};
 use subtle::ConstantTimeEq;
-use tokio::sync::Mutex;
 use uuid::Uuid;
 
 use crate::http::admin::destination::HOME;
+use crate::http::admin::throttle::{RefusalLog, Throttle, network};
+use crate::telemetry::metrics::{PageMetrics, Refusal};
 
 /// The lifetime of a session.
 const SESSION_LIFETIME: Duration = Duration::from_hours(12);
@@ -30,10 +32,6 @@ const SESSION_LIFETIME: Duration = Duration::from_hours(12);
 const SESSION_IDLE_LIFETIME: Duration = Duration::from_hours(2);
 /// The limit of concurrent sessions. One more ends the least recently used one.
 const MAX_SESSIONS: u64 = 100;
-/// The delay after a wrong token. Attempts from one address are delayed one after the other.
-const WRONG_TOKEN_DELAY: Duration = Duration::from_secs(1);
-/// The limit of addresses whose failed attempts are tracked.
-const MAX_DELAYED_ADDRESSES: u64 = 1000;
 /// In characters.
 const MAX_NAME_LENGTH: usize = 60;
 /// The cookie of a session.
@@ -87,7 +85,7 @@ impl Visitor {
     /// Logs an action of the visitor.
     pub(super) fn audit(&self, what: &str, destination: Option<&str>, about: Option<&str>) {
         let Self { who, from, .. } = self;
-        tracing::info!(target: AUDIT, audit = what, who = %who, %from, destination, about, "action on the operator's page");
+        tracing::info!(target: AUDIT, audit = what, who = &**who, %from, destination, about, "action on the operator's page");
     }
 }
 
@@ -105,12 +103,30 @@ pub(super) struct Authenticator {
     /// The CSRF token of visitors without a session.
     csrf_token: Arc<str>,
     sessions: Cache<Arc<str>, Session>,
-    /// Delays the attempts from each address one after the other.
-    delays: Cache<IpAddr, Arc<Mutex<()>>>,
+    throttle: Mutex<Throttle>,
+    refusals: Mutex<RefusalLog>,
+    metrics: PageMetrics,
+}
+
+/// Why a request was not authenticated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Unauthenticated {
+    /// It has no credentials, or wrong ones.
+    SignIn,
+    /// It guesses too often. It may guess again after this time.
+    Throttled(Duration),
+}
+
+/// Why a sign-in was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refused {
+    Name,
+    Token,
+    Throttled(Duration),
 }
 
 impl Authenticator {
-    pub(super) fn new(settings: Settings, bound: IpAddr) -> Self {
+    pub(super) fn new(settings: Settings, bound: IpAddr, metrics: PageMetrics) -> Self {
         let Settings { token, hosts } = settings;
         Self {
             token,
@@ -123,31 +139,23 @@ impl Authenticator {
                 .time_to_live(SESSION_LIFETIME)
                 .time_to_idle(SESSION_IDLE_LIFETIME)
                 .build(),
-            delays: Cache::builder()
-                .max_capacity(MAX_DELAYED_ADDRESSES)
-                .time_to_idle(SESSION_LIFETIME)
-                .build(),
+            throttle: Mutex::new(Throttle::new(Instant::now())),
+            refusals: Mutex::default(),
+            metrics,
         }
     }
 
     /// Starts a session and returns its cookie.
     ///
     /// # Errors
-    /// What is wrong, for the operator.
-    pub(super) async fn sign_in(
-        &self,
-        visitor: &Visitor,
-        token: &str,
-        who: &str,
-    ) -> Result<String, &'static str> {
+    /// Why it is refused.
+    pub(super) fn sign_in(&self, visitor: &Visitor, token: &str, who: &str) -> Result<String, Refused> {
         let who = who.trim();
         // The name goes into the log.
-        if who.is_empty() || who.chars().count() > MAX_NAME_LENGTH || who.chars().any(char::is_control) {
-            return Err("Enter your name for the log, at most 60 characters.");
+        if who.is_empty() || who.chars().count() > MAX_NAME_LENGTH || who.chars().any(is_invisible) {
+            return Err(Refused::Name);
         }
-        if !self.check_token(token, visitor.from).await {
-            return Err("Wrong token. Enter the value of `http.page_token`.");
-        }
+        self.check_token(token, visitor.from)?;
         let (id, who) = (secret(), Arc::from(who));
         Visitor { who: Arc::clone(&who), ..visitor.clone() }.audit("sign-in", None, None);
         self.end(visitor);
@@ -168,39 +176,64 @@ impl Authenticator {
         }
     }
 
-    /// Whether the token is right. Only a wrong token is delayed: behind a proxy all operators share one address.
-    async fn check_token(&self, token: &str, from: IpAddr) -> bool {
-        let Some(expected) = &self.token else { return false };
-        let is_valid: bool = expected.expose_secret().as_bytes().ct_eq(token.trim().as_bytes()).into();
-        if !is_valid {
-            self.anonymous(from).audit("sign-in refused", None, None);
-            let delay = self.delays.get_with(from, Arc::default);
-            let _alone = delay.lock().await;
-            tokio::time::sleep(WRONG_TOKEN_DELAY).await;
+    /// Checks a token. A guess of a throttled address is not compared.
+    fn check_token(&self, token: &str, from: IpAddr) -> Result<(), Refused> {
+        let Some(expected) = &self.token else { return Err(Refused::Token) };
+        let now = Instant::now();
+        let refused = {
+            // Locked for the whole guess, so that guesses at the same time do not get around the limit.
+            let mut throttle = self.throttle.lock().unwrap_or_else(PoisonError::into_inner);
+            match throttle.admit(from, now) {
+                Err(wait) => Refused::Throttled(wait),
+                Ok(()) if expected.expose_secret().as_bytes().ct_eq(token.trim().as_bytes()).into() => {
+                    return Ok(());
+                }
+                Ok(()) => {
+                    throttle.guessed_wrong(from, now);
+                    Refused::Token
+                }
+            }
+        };
+        self.metrics.refused(match refused {
+            Refused::Throttled(_) => Refusal::Throttled,
+            Refused::Token | Refused::Name => Refusal::WrongToken,
+        });
+        let log_now = self.refusals.lock().unwrap_or_else(PoisonError::into_inner).add(from);
+        if log_now {
+            log_refusals(Some(from), 1);
         }
-        is_valid
+        Err(refused)
     }
 
-    /// Authenticates a request. `None` if it has to sign in.
-    pub(super) async fn authenticate(&self, headers: &HeaderMap, from: IpAddr) -> Option<Visitor> {
+    /// Logs the refused guesses that have no log line yet.
+    pub(super) fn log_refusals(&self) {
+        let refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner).drain();
+        refusals.into_iter().for_each(|(from, guesses)| log_refusals(from, guesses));
+    }
+
+    /// Authenticates a request.
+    ///
+    /// # Errors
+    /// Why it is not authenticated.
+    pub(super) fn authenticate(&self, headers: &HeaderMap, from: IpAddr) -> Result<Visitor, Unauthenticated> {
         if self.token.is_none() {
-            return Some(Visitor { who: "local".into(), ..self.anonymous(from) });
+            return Ok(Visitor { who: "local".into(), ..self.anonymous(from) });
         }
         if let Some(bearer) = bearer(headers) {
-            let is_valid = self.check_token(bearer, from).await;
             let authentication = Authentication::BearerToken;
-            return is_valid.then(|| Visitor {
-                who: "bearer".into(),
-                authentication,
-                ..self.anonymous(from)
-            });
+            return match self.check_token(bearer, from) {
+                Ok(()) => Ok(Visitor { who: "bearer".into(), authentication, ..self.anonymous(from) }),
+                Err(Refused::Throttled(wait)) => Err(Unauthenticated::Throttled(wait)),
+                Err(Refused::Token | Refused::Name) => Err(Unauthenticated::SignIn),
+            };
         }
         let cookies = headers.get_all(COOKIE).into_iter().filter_map(|value| value.to_str().ok());
         let mut ids = cookies
             .flat_map(|value| value.split(';'))
             .filter_map(|pair| pair.trim().strip_prefix(COOKIE_NAME)?.strip_prefix('='));
-        let (id, Session { who, csrf_token }) = ids.find_map(|id| Some((id, self.sessions.get(id)?)))?;
-        Some(Visitor { who, csrf_token, from, authentication: Authentication::Session(id.into()) })
+        let found = ids.find_map(|id| Some((id, self.sessions.get(id)?)));
+        let (id, Session { who, csrf_token }) = found.ok_or(Unauthenticated::SignIn)?;
+        Ok(Visitor { who, csrf_token, from, authentication: Authentication::Session(id.into()) })
     }
 
     /// A visitor who has not signed in.
@@ -259,6 +292,18 @@ impl Authenticator {
             || ip.is_ok_and(|ip| ip.is_loopback() || ip == self.bound)
             || self.hosts.contains(&host)
     }
+}
+
+/// Logs refused guesses of one address, or of all further ones.
+fn log_refusals(from: Option<IpAddr>, guesses: u64) {
+    let from = from.map_or_else(|| "other addresses".to_owned(), |from| network(from).to_string());
+    tracing::info!(target: AUDIT, audit = "sign-in refused", who = "nobody", from, guesses, "action on the operator's page");
+}
+
+/// Whether a character could make a name in the log look like another one.
+fn is_invisible(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{AD}' | '\u{200B}'..='\u{200F}' | '\u{2028}'..='\u{202E}' | '\u{2060}'..='\u{2069}' | '\u{FEFF}')
 }
 
 pub(super) fn is_read(method: &Method) -> bool {

@@ -14,7 +14,7 @@ use crate::http::admin::auth::Visitor;
 use crate::http::admin::dead_letter_context::{DeadLetterContext, Target, not_found, unavailable};
 use crate::http::admin::explanation;
 use crate::http::admin::layout::{ErrorPage, ago, alert, csrf_token, moment, remedy};
-use crate::http::admin::redact::Visibility;
+use crate::http::admin::redact::{Excerpt, Visibility, short};
 use crate::outcome::Reason;
 
 #[derive(Deserialize)]
@@ -92,7 +92,7 @@ fn page(
         }
         section .card aria-labelledby="what" {
             h2 #what { "Error" }
-            @if let Some(error) = &letter.error { p { (error) } }
+            @if let Some(error) = &letter.error { p { (short(error)) } }
             (remedy(group::remedy(&letter.fingerprint)))
             div .actions {
                 form method="post" action=(context.destination.path("dead/message")) {
@@ -117,15 +117,33 @@ fn page(
         section .card aria-labelledby="body" {
             h2 #body { "Body" }
             @if visibility == Visibility::Redacted { p .hint { "Values are hidden." } }
-            pre tabindex="0" aria-labelledby="body" { (visibility.body(&letter.readable())) }
+            (excerpt(&visibility.body(&letter.readable(), MAX_BODY), "body", &letter.id))
             @if let Some(original) = letter.original() {
-                h3 { "Before it was edited" }
-                pre tabindex="0" { (visibility.body(&original)) }
+                h3 #original { "Before it was edited" }
+                (excerpt(&visibility.body(&original, MAX_ORIGINAL), "original", &letter.id))
             }
         }
         (facts(letter))
         (producer_headers(letter, visibility))
     })
+}
+
+// What a page shows of a dead letter, in bytes before HTML, which has up to six bytes for one. With them a page has less
+// than 2 MiB, whatever the dead letter has.
+const MAX_BODY: usize = 128 << 10;
+const MAX_ORIGINAL: usize = 32 << 10;
+const MAX_HEADERS: usize = 50;
+
+/// The beginning of a body.
+fn excerpt(excerpt: &Excerpt, label: &str, id: &str) -> Markup {
+    html! {
+        pre tabindex="0" aria-labelledby=(label) { (excerpt.text) }
+        @if excerpt.is_cut {
+            p .hint {
+                "Only the beginning is shown. " code { "close-sync dlq show --json " (id) } " shows all of it."
+            }
+        }
+    }
 }
 
 fn facts(letter: &DeadLetter) -> Markup {
@@ -146,7 +164,7 @@ fn facts(letter: &DeadLetter) -> Markup {
             h2 #record { "Record" }
             dl .facts {
                 @for (title, text) in texts {
-                    @if let Some(text) = text { dt { (title) } dd { code { (text) } } }
+                    @if let Some(text) = text { dt { (title) } dd { code { (short(text)) } } }
                 }
                 @for (title, time) in times {
                     @if let Some(time) = time { dt { (title) } dd { (ago(time)) " " span .quiet { (moment(time)) } } }
@@ -174,11 +192,14 @@ fn producer_headers(letter: &DeadLetter, visibility: Visibility) -> Markup {
             section .card aria-labelledby="headers" {
                 h2 #headers { "Properties and headers of the producer" }
                 dl .facts {
-                    @for (name, value) in shown {
-                        @let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+                    @for (name, value) in shown.iter().take(MAX_HEADERS) {
+                        @let text = value.as_str().map_or_else(|| short(&value.to_string()), short);
                         dt { (name) }
                         dd { code { (visibility.of(&text)) } }
                     }
+                }
+                @if shown.len() > MAX_HEADERS {
+                    p .hint { "Only the first " (MAX_HEADERS) " are shown. " code { "close-sync dlq show " (letter.id) } " shows all." }
                 }
             }
         }

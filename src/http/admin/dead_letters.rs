@@ -14,6 +14,7 @@ use crate::http::admin::dead_letter_cache::KEPT_PER_GROUP;
 use crate::http::admin::dead_letter_context::{DeadLetterContext, Target, not_found, unavailable};
 use crate::http::admin::destination::Destination;
 use crate::http::admin::layout::{Column, ErrorPage, ago, alert, remedy, table};
+use crate::http::admin::redact::short;
 use crate::text::count;
 
 /// The number of dead letters on a page.
@@ -87,7 +88,7 @@ fn facts(group: &Group) -> Markup {
                 @if group.failed_again > 0 { ", " (group.failed_again) " failed again after a replay" }
             }
         }
-        @if let Some(error) = &group.error { p { (error) } }
+        @if let Some(error) = &group.error { p { (short(error)) } }
         (remedy(group.remedy))
     }
 }

@@ -14,6 +14,9 @@ use crate::sync::explain::{self, DEAD, Explanation, LeftOut, Record};
 /// The time-out of a dry run, which may wait for Close's rate limit.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
+/// The largest explanation that is shown, in bytes of HTML.
+const MAX_BYTES: usize = 384 << 10;
+
 /// Explains what an event would do now, with values only if visible.
 ///
 /// # Errors
@@ -39,7 +42,12 @@ pub(super) async fn dry_run(
             )
         })?
         .map_err(|error| format!("The event {error}."))?;
-    Ok(render(&explanation, visibility))
+    let rendered = render(&explanation, visibility);
+    Ok(if rendered.0.len() <= MAX_BYTES {
+        rendered
+    } else {
+        html! { p { "Too large to show. Use " code { "close-sync plan" } "." } }
+    })
 }
 
 fn render(explanation: &Explanation, visibility: Visibility) -> Markup {

@@ -7,10 +7,10 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
 use crate::http::admin::app_state::AppState;
-use crate::http::admin::auth::{CSRF_FIELD, is_read};
+use crate::http::admin::auth::{CSRF_FIELD, Unauthenticated, is_read};
 use crate::http::admin::destination::HOME;
 use crate::http::admin::layout::ErrorPage;
-use crate::http::admin::sign_in;
+use crate::http::admin::sign_in::{self, throttled};
 
 /// The size limit for a form without an event.
 const FORM_BYTES: usize = 64 * 1024;
@@ -27,10 +27,11 @@ pub(super) async fn require_operator(
         return ErrorPage::new(status, error).into_response();
     }
     let is_public = matches!(request.uri().path(), "/page/style.css" | "/page/sign-in");
-    let visitor = match authenticator.authenticate(request.headers(), peer.ip()).await {
-        Some(visitor) => visitor,
-        None if is_public => authenticator.anonymous(peer.ip()),
-        None => {
+    let visitor = match authenticator.authenticate(request.headers(), peer.ip()) {
+        Ok(visitor) => visitor,
+        Err(Unauthenticated::Throttled(wait)) => return throttled(wait),
+        Err(Unauthenticated::SignIn) if is_public => authenticator.anonymous(peer.ip()),
+        Err(Unauthenticated::SignIn) => {
             let requested = if is_read(request.method()) { request.uri().path() } else { HOME };
             let form = sign_in::form(&authenticator.anonymous(peer.ip()), requested, None);
             let challenge = [(axum::http::header::WWW_AUTHENTICATE, "Bearer")];

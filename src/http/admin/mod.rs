@@ -18,6 +18,7 @@
 //! | `layout` | the frame of all pages, and small parts |
 //! | `redact` | hides personal data until an operator asks for it, which is audited |
 //! | `auth` | sessions, and protection against other sites |
+//! | `throttle` | limits guesses of the token |
 //! | `destination` | a destination and the paths of its pages |
 //!
 //! Every action writes one log line with a field `audit`: the action, the operator and the address. The line contains
@@ -39,6 +40,7 @@ mod replay_progress;
 mod sign_in;
 mod status;
 mod test_event;
+mod throttle;
 
 use std::net::IpAddr;
 
@@ -56,6 +58,7 @@ use auth::Visitor;
 pub use auth::{AUDIT, Settings};
 pub use destination::HOME;
 use layout::{ErrorPage, RefreshQuery};
+pub(in crate::http) use throttle::network;
 
 /// The routes of the page, for a server bound to this address. Background `jobs` end soon after `shutdown`.
 pub fn router(

@@ -1,5 +1,7 @@
 //! The sign-in page.
 
+use std::time::Duration;
+
 use axum::Extension;
 use axum::extract::{Form, State};
 use axum::http::{HeaderMap, StatusCode, header};
@@ -8,9 +10,9 @@ use maud::{Markup, html};
 use serde::Deserialize;
 
 use crate::http::admin::app_state::AppState;
-use crate::http::admin::auth::Visitor;
+use crate::http::admin::auth::{Refused, Visitor};
 use crate::http::admin::destination::HOME;
-use crate::http::admin::layout::{Frame, alert, csrf_token};
+use crate::http::admin::layout::{ErrorPage, Frame, alert, csrf_token};
 
 #[derive(Deserialize)]
 pub(super) struct Credentials {
@@ -34,10 +36,24 @@ pub(super) async fn sign_in(
     // Only redirect to a page of this program, and to a valid header value.
     let is_ours = (to == HOME || to.starts_with("/page/")) && to.bytes().all(|byte| byte.is_ascii_graphic());
     let to = if is_ours { to } else { HOME.to_owned() };
-    match state.authenticator().sign_in(&visitor, &token, &who).await {
-        Ok(cookie) => redirect(&headers, &to, cookie),
-        Err(error) => (StatusCode::UNAUTHORIZED, form(&visitor, &to, Some(error))).into_response(),
-    }
+    let error = match state.authenticator().sign_in(&visitor, &token, &who) {
+        Ok(cookie) => return redirect(&headers, &to, cookie),
+        Err(Refused::Throttled(wait)) => return throttled(wait),
+        Err(Refused::Name) => "Enter your name for the log, at most 60 visible characters.",
+        Err(Refused::Token) => "Wrong token. Enter the value of `http.page_token`.",
+    };
+    (StatusCode::UNAUTHORIZED, form(&visitor, &to, Some(error))).into_response()
+}
+
+/// The response to a guess that was not compared.
+pub(super) fn throttled(wait: Duration) -> Response {
+    let seconds = wait.as_secs().saturating_add(1);
+    let error = format!(
+        "Too many wrong tokens from this address, or from all addresses. Try again in {seconds} s, or open the page \
+         through a tunnel to the machine of the worker."
+    );
+    let page = ErrorPage::new(StatusCode::TOO_MANY_REQUESTS, error);
+    ([(header::RETRY_AFTER, seconds.to_string())], page).into_response()
 }
 
 pub(super) async fn sign_out(

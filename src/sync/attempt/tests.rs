@@ -275,7 +275,7 @@ fn contact_versions(context: &Context, contact: Contact) -> FieldVersions {
 
 /// The value of a counter.
 fn counter(context: &Context, name: &str) -> u64 {
-    let text = metrics::render([&context.metrics]);
+    let text = metrics::render([&context.metrics], &metrics::PageMetrics::default());
     let line = text.lines().find_map(|line| line.strip_prefix(&format!("close_sync_{name} ")));
     line.expect("a counter").parse().unwrap()
 }

@@ -4,6 +4,7 @@
 //! closed lists, and every combination exists from the start. Labels never carry message content.
 
 mod groups;
+mod page;
 mod register;
 
 use std::collections::{BTreeMap, HashMap};
@@ -21,12 +22,13 @@ use crate::domain::decision::Decision;
 use crate::outcome::{Outcome, PauseCause, Stage};
 use crate::telemetry::throughput::Throughput;
 use groups::{Broker, CloseCalls, Decisions, HANDED_BACK, Messages, Pauses, Process, Queues, RateLimits};
+pub use page::{PageMetrics, Refusal};
 use register::Registrar;
 
-/// Renders the metrics of all destinations for Prometheus, one family for each name.
-pub fn render<'a>(all: impl IntoIterator<Item = &'a Metrics>) -> String {
+/// Renders the metrics of all destinations and of the operator's page for Prometheus, one family for each name.
+pub fn render<'a>(all: impl IntoIterator<Item = &'a Metrics>, page: &PageMetrics) -> String {
     let mut families: BTreeMap<String, MetricFamily> = BTreeMap::new();
-    for mut family in all.into_iter().flat_map(Metrics::gather) {
+    for mut family in all.into_iter().flat_map(Metrics::gather).chain(page.gather()) {
         match families.get_mut(family.name()) {
             None => drop(families.insert(family.name().to_owned(), family)),
             Some(merged) => {
@@ -427,7 +429,7 @@ mod tests {
     fn every_series_exists_from_the_start() {
         let metrics = Metrics::new(None).unwrap();
         let series = |page: String| page.lines().filter(|line| !line.starts_with('#')).count();
-        let before = series(render([&metrics]));
+        let before = series(render([&metrics], &PageMetrics::default()));
         for &effect in Effect::VARIANTS {
             metrics.settled(&Outcome::Synced(effect), Duration::ZERO);
         }
@@ -442,7 +444,10 @@ mod tests {
             &Outcome::Delayed { level: 0, cause: crate::outcome::DelayCause::BehindEarlier },
             Duration::ZERO,
         );
-        assert_eq!(series(render([&metrics])), before);
-        assert!(render([&metrics]).contains("close_sync_messages_settled_total{outcome=\"skipped\"} 8"));
+        assert_eq!(series(render([&metrics], &PageMetrics::default())), before);
+        assert!(
+            render([&metrics], &PageMetrics::default())
+                .contains("close_sync_messages_settled_total{outcome=\"skipped\"} 8")
+        );
     }
 }

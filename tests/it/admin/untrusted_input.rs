@@ -132,21 +132,78 @@ async fn slow_clients_do_not_delay_others_and_time_out() {
     worker.terminate().await;
 }
 
-/// Connections beyond the limit are closed at once, because the worker needs file descriptors.
+/// Idle connections and slow requests, of one address and of several, make room for new connections.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_number_of_connections_is_limited() {
+async fn crowds_of_connections_do_not_keep_out_health_checks_and_metrics() {
     let worker = without_token().await.worker().await;
-    let mut idle = Vec::new();
-    for _ in 0..300 {
-        idle.push(connect(&worker).await);
+    let base = worker.base().await;
+    let address: std::net::SocketAddr = base.strip_prefix("http://").unwrap().parse().unwrap();
+    let slow = "POST /page/-/test HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\nev";
+    for (start, addresses) in [("", 1), (slow, 1), ("", 4), (slow, 4)] {
+        let mut crowd = Vec::new();
+        for n in 0..400_u16 {
+            let socket = tokio::net::TcpSocket::new_v4().unwrap();
+            let last = u8::try_from(n % addresses).unwrap() + 1;
+            socket.bind((std::net::Ipv4Addr::new(127, 0, 0, last), 0).into()).unwrap();
+            let mut stream = socket.connect(address).await.unwrap();
+            stream.write_all(start.as_bytes()).await.unwrap();
+            crowd.push(stream);
+        }
+        let browser = Browser::of(&worker).await;
+        for path in ["/healthz", "/readyz", "/metrics", "/page/-"] {
+            assert_eq!(browser.get(path).await.status, StatusCode::OK, "{path} {addresses}");
+        }
+        // The oldest connection made room.
+        let mut answer = [0; 1];
+        let oldest = tokio::time::timeout(TIMEOUT, crowd[0].read(&mut answer)).await;
+        assert!(matches!(oldest, Ok(Ok(0) | Err(_))), "{oldest:?}");
     }
-    // The last connections are closed, the first ones are not.
-    let mut answer = [0; 1];
-    let last = tokio::time::timeout(TIMEOUT, idle.last_mut().unwrap().read(&mut answer)).await;
-    assert!(matches!(last, Ok(Ok(0) | Err(_))), "{last:?}");
-    idle[0].write_all(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
-    assert_eq!(idle[0].read(&mut answer).await.unwrap(), 1);
-    drop(idle);
-    worker.until("answering", async |worker| worker.page("/healthz").await.is_some()).await;
+    worker.terminate().await;
+}
+
+/// The page of a dead letter is bounded, whatever the dead letter has.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_page_of_a_large_dead_letter_is_bounded() {
+    use std::fmt::Write as _;
+
+    let bench = without_token().await;
+    let mebi = 1 << 20;
+    let nested = format!("{}{}0{}", "[".repeat(100), "0,".repeat(mebi / 2 - 200), "]".repeat(100));
+    let objects = format!("[{}0]", "{\"\":0},".repeat(mebi / 7 - 10));
+    let quotes = "\"".repeat(mebi);
+    let event = format!(
+        r#"{{"userId":"u1","traits":{{"title":"{}","name":[{}0]}}}}"#,
+        "&".repeat(mebi / 2),
+        "[],".repeat(mebi / 8)
+    );
+    let mut headers = lapin::types::FieldTable::default();
+    for n in 0..100 {
+        headers.insert(
+            format!("header-{n}").into(),
+            lapin::types::AMQPValue::LongString("\"".repeat(500).into()),
+        );
+    }
+    let properties = lapin::BasicProperties::default().with_headers(headers);
+    let bodies = [nested, objects, quotes, event];
+    // Without a limit of its own for memory, the worker would end at the largest of them.
+    let worker = bench.worker().await;
+    for body in &bodies {
+        bench.publish_bytes(body.as_bytes(), properties.clone()).await;
+    }
+    worker.settled(bodies.len()).await;
+    let browser = Browser::of(&worker).await;
+    let mut sizes = String::new();
+    for id in bench.dead_ids().await {
+        let path = format!("/page/-/dead/message?id={id}");
+        let redacted = browser.get(&path).await;
+        let full = browser.submit(&path, "/page/-/dead/message", &[("id", &id), ("ask", "show")]).await;
+        for page in [redacted, full] {
+            write!(sizes, "{} ", page.text.len()).unwrap();
+            assert_eq!(page.status, StatusCode::OK);
+            assert!(page.text.len() < 2 << 20, "{sizes}");
+        }
+    }
+    assert!(!sizes.is_empty());
+    println!("{sizes}");
     worker.terminate().await;
 }
