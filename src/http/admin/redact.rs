@@ -142,7 +142,7 @@ mod tests {
 
     #[test]
     fn a_body_is_cut_at_the_limit() {
-        let nested = [vec![b'['; 100], b"0,".repeat(200_000), b"0".to_vec(), vec![b']'; 100]].concat();
+        let nested = [vec![b'['; 100], b"0,".repeat(20_000), b"0".to_vec(), vec![b']'; 100]].concat();
         for visibility in [Visibility::Redacted, Visibility::Full] {
             let excerpt = visibility.body(&nested, 1000);
             assert_eq!((excerpt.text.len(), excerpt.is_cut), (1000, true));
