@@ -151,8 +151,8 @@ mod tests {
     #[test]
     fn plain_words_and_numbers_stay_readable() {
         let line = logged(false, || {
-            tracing::info!(event = "settled", took = 1.5, count = 3, address = %"127.0.0.1:9090", name = "Zoë", "a b");
+            tracing::info!(event = "pause_began", took = 1.5, count = 3, address = %"127.0.0.1:9090", name = "Zoë", "a b");
         });
-        assert_eq!(line, " INFO a b event=settled took=1.5 count=3 address=127.0.0.1:9090 name=Zoë\n");
+        assert_eq!(line, " INFO a b event=pause_began took=1.5 count=3 address=127.0.0.1:9090 name=Zoë\n");
     }
 }

@@ -33,7 +33,7 @@ pub const MAX_TEXT: usize = 1000;
 const MAX_EMAIL: usize = 254;
 
 /// The maximum length of an id of a company or a person, in characters. Most sources of such ids accept at most this
-/// many (Mixpanel 255, PostHog 200, Customer.io 150 bytes). An id that is longer is not cut, because two ids could then
+/// many (Mixpanel 255, `PostHog` 200, Customer.io 150 bytes). An id that is longer is not cut, because two ids could then
 /// become one.
 pub const MAX_ID: usize = 255;
 /// The maximum length of a long text, and of all texts in a list, in bytes. A longer text is cut.

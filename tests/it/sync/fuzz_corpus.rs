@@ -133,7 +133,9 @@ fn any_properties_have_successors_that_the_broker_accepts() {
     let seeds = properties_seeds();
     let read = |seed: &Vec<u8>| lapin::protocol::basic::parse_properties(&seed[1..]).is_ok();
     assert!(seeds.len() >= 18 && seeds[..18].iter().all(read), "the seeds are valid");
-    seeds.iter().for_each(|seed| properties::settle(seed));
+    for seed in &seeds {
+        properties::settle(seed);
+    }
     mutate(&seeds, 2000, properties::settle);
 }
 
