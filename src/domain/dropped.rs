@@ -9,7 +9,7 @@ pub struct Dropped {
     /// The field in Close that it was meant for, `custom.cf_…`.
     pub field: String,
     pub reason: DropReason,
-    /// An [`excerpt`] of the value, which may be personal data. `None` when it was an object.
+    /// An excerpt of the value, which may be personal data. `None` when it was an object.
     pub value: Option<Value>,
 }
 

@@ -121,7 +121,7 @@ pub fn email(values: &[Value]) -> Result<String, DropReason> {
 /// The maximum length of a phone number with its spaces and signs, in bytes.
 const MAX_PHONE: usize = 64;
 
-/// A phone number, [`phone::normalize`].
+/// A phone number, normalized.
 pub fn phone(values: &[Value]) -> Result<String, DropReason> {
     let number = phone::normalize(&one(values)?).filter(|number| number.len() <= MAX_PHONE);
     number.ok_or(DropReason::InvalidPhone)
