@@ -36,7 +36,8 @@ pub(crate) async fn publish(
         let outcome = sender.send(message).await.unwrap();
         assert!(outcome.is_accepted(), "{outcome:?}");
     }
-    sender.close().await.unwrap();
-    session.end().await.unwrap();
-    connection.close().await.unwrap();
+    // All messages are there. RabbitMQ 3.10 may answer to this in another order than the client expects.
+    let _ = sender.close().await;
+    let _ = session.end().await;
+    let _ = connection.close().await;
 }

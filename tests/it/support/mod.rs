@@ -164,7 +164,7 @@ impl Bench {
     }
 
     /// The version and features of the broker, if it answers.
-    async fn broker(&self) -> Option<ServerInfo> {
+    pub(crate) async fn broker(&self) -> Option<ServerInfo> {
         let config = Config::load(None, &self.environment(), Need::Broker).ok()?;
         Some(config.single().ok()?.amqp.open("test").await.ok()?.server)
     }
