@@ -57,6 +57,11 @@ fn ascii(c: char) -> Option<char> {
     }
 }
 
+/// The fewest digits before `.0` that make a float. Shorter groups, as in `030.0`, can be an area code and a number.
+const SHORTEST: usize = 7;
+/// The most zeros that end a number in scientific notation. A spreadsheet writes `1.21256E+10` and drops the other digits.
+const MOST_ZEROS: usize = 2;
+
 /// A number that a program stored as a float and wrote as text: `12125550100.0` or `1.21255501E10`. The outer `None` if
 /// the text has another form, the inner one if the float has lost digits.
 fn from_float(text: &str) -> Option<Option<String>> {
@@ -68,13 +73,9 @@ fn from_float(text: &str) -> Option<Option<String>> {
         return None;
     }
     let Some(exponent) = exponent else {
-        // Shorter groups, as in `030.0`, can be an area code and a number.
-        const SHORTEST: usize = 7;
         let is_float = whole.len() >= SHORTEST && fraction.bytes().all(|byte| byte == b'0');
         return is_float.then(|| Some(format!("{sign}{whole}")).filter(|number| fits(&digits(number))));
     };
-    // A spreadsheet writes `1.21256E+10` and drops the other digits. A float in full ends with few zeros only.
-    const MOST_ZEROS: usize = 2;
     let exponent: usize = exponent.strip_prefix('+').unwrap_or(exponent).parse().ok()?;
     let zeros = exponent.checked_sub(fraction.len()).filter(|zeros| *zeros <= MOST_ZEROS && whole.len() == 1);
     let number = zeros.map(|zeros| format!("{sign}{whole}{fraction}{}", "0".repeat(zeros)));
