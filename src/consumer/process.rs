@@ -7,9 +7,11 @@ use futures_util::FutureExt;
 use tokio::time::Instant;
 use tracing::Instrument;
 
+use crate::amqp::BrokerError;
 use crate::consumer::context::Context;
 use crate::consumer::delivery::{ReceivedMessage, panicked};
 use crate::consumer::outcome_events::{OutcomeEvent, notify};
+use crate::consumer::quarantine::Evidence;
 use crate::consumer::scheduler::key_queues::JobId;
 use crate::consumer::settle::{WorkResult, settle};
 use crate::consumer::span;
@@ -96,7 +98,12 @@ async fn settle_and_notify(
         span::conclude(&span::of(message), outcome, &settlement);
         settlement
     };
-    work.instrument(span::of(message)).instrument(span::log_span(message, context)).await
+    let work =
+        AssertUnwindSafe(work.instrument(span::of(message)).instrument(span::log_span(message, context)));
+    work.catch_unwind().await.unwrap_or_else(|_| {
+        context.quarantine.suspect(message.content_id(), Evidence::Refused);
+        Settlement::Failed(BrokerError::Lost("settling a message panicked".into()))
+    })
 }
 
 /// Runs one message. A panic costs only this one.

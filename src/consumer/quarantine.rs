@@ -11,6 +11,8 @@
 //! 3. If RabbitMQ ends that connection too, the message is rejected: the work queue's dead-letter exchange takes it,
 //!    with everything its producer sent and without the reason.
 //!
+//! A panic while a message is settled counts like a refusal.
+//!
 //! A connection that only breaks is no evidence against a message. One that breaks again and again with the same message
 //! in flight is.
 //!

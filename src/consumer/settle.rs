@@ -56,6 +56,9 @@ pub(crate) async fn settle(
     message: &ReceivedMessage,
     result: &WorkResult<'_>,
 ) -> Settlement {
+    if context.quarantine.treatment(message.content_id()) == Treatment::Reject {
+        return reject(context, message, result.outcome).await;
+    }
     let successor = match result.outcome {
         Outcome::Synced(_) | Outcome::Skipped(_) => Successor::Confirmed(Completion::Done, None),
         Outcome::Delayed { level, cause } => delay(context, message, *level, cause).await,

@@ -80,6 +80,7 @@ pub(super) fn failing_searches(call: &str) -> Answer {
 pub(super) enum Confirm {
     Ok,
     Error(BrokerError),
+    Panic,
     /// Not before the test is over.
     Never,
 }
@@ -374,6 +375,7 @@ impl Publish for Channel {
                     Ok(())
                 }
                 Confirm::Error(error) => Err(error),
+                Confirm::Panic => panic!("on purpose"),
                 Confirm::Never => std::future::pending().await,
             }
         }

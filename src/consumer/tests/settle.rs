@@ -129,6 +129,24 @@ async fn a_message_whose_successor_ends_the_channel_is_rejected_and_its_neighbou
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_message_that_panics_while_it_is_settled_is_rejected() {
+    let harness = Harness::new(|_| {});
+    harness.broker_answers(|_| Confirm::Panic);
+    for _ in 0..2 {
+        let session = harness.start();
+        session.deliver("1", &json!("not an event"));
+        let (end, _) = session.end().await;
+        assert!(matches!(end, End::Lost(BrokerError::Lost(_))), "{end:?}");
+    }
+    let session = harness.start();
+    session.deliver("1", &json!("not an event"));
+    session.deliver("2", &event("jane", "acme"));
+    harness.log.wait_for(|log| log.contains(&Entry::Rejected("1".into()))).await;
+    harness.log.wait_for_ack("2").await;
+    session.stop().await;
+}
+
 /// The loop sees the end of the connection before the publish does.
 #[tokio::test(start_paused = true)]
 async fn a_message_in_flight_when_the_connection_is_closed_goes_to_the_quarantine() {
