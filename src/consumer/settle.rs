@@ -129,12 +129,12 @@ async fn publish(
     confirmed: impl Fn() -> Successor + Sync,
 ) -> Successor {
     let quarantine = &context.quarantine;
-    let content = message.content_id();
+    let id = message.content_id();
     let in_flight = AtomicBool::new(false);
     let publishing = async {
         let mut holding = Holding::new(context, target.exchange);
         loop {
-            let treatment = quarantine.treatment(content);
+            let treatment = quarantine.treatment(id);
             let (publisher, properties) = match treatment {
                 Treatment::Normal => (&context.publishers.successors, properties(&message.envelope)),
                 Treatment::Bare => (&context.publishers.quarantine, properties(&message.envelope.bare())),
@@ -143,17 +143,17 @@ async fn publish(
             let Target { exchange, key } = *target;
             in_flight.store(true, Ordering::Relaxed);
             let outgoing = Outgoing { exchange, key, body: &message.body, properties };
-            let published = holding.watch(publisher.publish(outgoing)).await;
+            let confirm = holding.watch(publisher.publish(outgoing)).await;
             in_flight.store(false, Ordering::Relaxed);
-            let Err(error) = published else {
-                quarantine.forget(content);
+            let Err(error) = confirm else {
+                quarantine.forget(id);
                 if treatment == Treatment::Bare {
                     quarantined(context, QuarantineStep::Bare);
                 }
                 return confirmed();
             };
             if let Some(evidence) = Evidence::of(&error) {
-                quarantine.suspect(content, evidence);
+                quarantine.suspect(id, evidence);
             }
             let is_held = matches!(error, BrokerError::Unconfirmed(_) | BrokerError::Unroutable { .. });
             // The quarantine has a connection of its own, and the session goes on without it.
@@ -171,7 +171,7 @@ async fn publish(
     if in_flight.into_inner()
         && let Some(evidence) = context.evidence.get()
     {
-        quarantine.suspect(content, *evidence);
+        quarantine.suspect(id, *evidence);
     }
     Successor::Stopped
 }

@@ -97,15 +97,15 @@ impl<'a> Payload<'a> {
             // The name stands for the zlib format. Some producers send the bare stream that is inside it.
             Coding::Deflate if is_zlib(bytes) => {
                 let mut decoder = ZlibDecoder::new(bytes);
-                let decoded = decompress(&mut decoder, limit, "deflate")?;
+                let text = decompress(&mut decoder, limit, "deflate")?;
                 ended(decoder.get_ref(), "deflate")?;
-                decoded
+                text
             }
             Coding::Deflate => {
                 let mut decoder = DeflateDecoder::new(bytes);
-                let decoded = decompress(&mut decoder, limit, "deflate")?;
+                let text = decompress(&mut decoder, limit, "deflate")?;
                 ended(decoder.get_ref(), "deflate")?;
-                decoded
+                text
             }
         };
         Ok(decoded.into())
@@ -128,24 +128,24 @@ fn ended(rest: &[u8], name: &'static str) -> Result<(), EncodingError> {
 }
 
 fn decompress(mut decoder: impl Read, limit: usize, name: &'static str) -> Result<Vec<u8>, EncodingError> {
-    let mut decoded = Vec::new();
+    let mut text = Vec::new();
     let mut chunk = [0; 8 << 10];
     loop {
         let read = match decoder.read(&mut chunk) {
-            Ok(0) => return Ok(decoded),
+            Ok(0) => return Ok(text),
             Ok(read) => read,
             Err(_) => return Err(EncodingError::Corrupt(name)),
         };
-        let length = decoded.len() + read;
+        let length = text.len() + read;
         if length > limit {
             return Err(EncodingError::TooLarge { limit });
         }
-        if length > decoded.capacity() {
+        if length > text.capacity() {
             // Doubles like a vector does, but not beyond the limit.
-            let capacity = decoded.capacity().saturating_mul(2).clamp(length, limit);
-            decoded.reserve_exact(capacity - decoded.len());
+            let capacity = text.capacity().saturating_mul(2).clamp(length, limit);
+            text.reserve_exact(capacity - text.len());
         }
-        decoded.extend_from_slice(&chunk[..read]);
+        text.extend_from_slice(&chunk[..read]);
     }
 }
 

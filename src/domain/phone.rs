@@ -18,8 +18,10 @@ pub(crate) fn normalize(text: &str) -> Option<String> {
     let text = text.trim();
     let scheme = text.get(..4).filter(|scheme| scheme.eq_ignore_ascii_case("tel:"));
     let text = scheme.and_then(|scheme| text.get(scheme.len()..)).unwrap_or(text).trim_start();
-    if let Some(number) = from_float(text) {
-        return number;
+    match from_float(text) {
+        Float::Number(number) => return Some(number),
+        Float::Lost => return None,
+        Float::No => {}
     }
     let end = text.find(|c: char| c.is_alphabetic() || ";,#".contains(c)).unwrap_or(text.len());
     let (number, extension) = text.split_at(end);
@@ -62,24 +64,36 @@ const SHORTEST: usize = 7;
 /// The most zeros that end a number in scientific notation. A spreadsheet writes `1.21256E+10` and drops the other digits.
 const MOST_ZEROS: usize = 2;
 
-/// A number that a program stored as a float and wrote as text: `12125550100.0` or `1.21255501E10`. The outer `None` if
-/// the text has another form, the inner one if the float has lost digits.
-fn from_float(text: &str) -> Option<Option<String>> {
+/// A text as a number that a program stored as a float: `12125550100.0` or `1.21255501E10`.
+enum Float {
+    Number(String),
+    /// It has lost digits.
+    Lost,
+    /// The text has another form.
+    No,
+}
+
+fn from_float(text: &str) -> Float {
     let (sign, unsigned) = text.strip_prefix('+').map_or(("", text), |rest| ("+", rest));
-    let (whole, rest) = unsigned.split_once('.')?;
+    let Some((whole, rest)) = unsigned.split_once('.') else { return Float::No };
     let (fraction, exponent) = rest.split_once(['e', 'E']).map_or((rest, None), |(f, e)| (f, Some(e)));
     let only_digits = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
     if !only_digits(whole) || !only_digits(fraction) {
-        return None;
+        return Float::No;
     }
-    let Some(exponent) = exponent else {
-        let is_float = whole.len() >= SHORTEST && fraction.bytes().all(|byte| byte == b'0');
-        return is_float.then(|| Some(format!("{sign}{whole}")).filter(|number| fits(&digits(number))));
+    let number = if let Some(exponent) = exponent {
+        let Ok(exponent) = exponent.strip_prefix('+').unwrap_or(exponent).parse::<usize>() else {
+            return Float::No;
+        };
+        let zeros = exponent.checked_sub(fraction.len());
+        let zeros = zeros.filter(|zeros| *zeros <= MOST_ZEROS && whole.len() == 1);
+        zeros.map(|zeros| format!("{sign}{whole}{fraction}{}", "0".repeat(zeros)))
+    } else if whole.len() >= SHORTEST && fraction.bytes().all(|byte| byte == b'0') {
+        Some(format!("{sign}{whole}"))
+    } else {
+        return Float::No;
     };
-    let exponent: usize = exponent.strip_prefix('+').unwrap_or(exponent).parse().ok()?;
-    let zeros = exponent.checked_sub(fraction.len()).filter(|zeros| *zeros <= MOST_ZEROS && whole.len() == 1);
-    let number = zeros.map(|zeros| format!("{sign}{whole}{fraction}{}", "0".repeat(zeros)));
-    Some(number.filter(|number| fits(&digits(number))))
+    number.filter(|number| fits(&digits(number))).map_or(Float::Lost, Float::Number)
 }
 
 #[cfg(test)]

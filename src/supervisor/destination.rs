@@ -52,7 +52,7 @@ pub(super) async fn run(
         accepted = reloads.next() => accepted,
     };
     handle.metrics.paused(None);
-    sessions.run(accepted, reloads, shutdown).await
+    Box::pin(sessions.run(accepted, reloads, shutdown)).await
 }
 
 async fn declare(settings: &amqp::Settings) -> Result<(), BrokerError> {

@@ -57,17 +57,15 @@ fn parse(query: &str, text: &str) -> Result<JpQuery, Option<&'static str>> {
 /// The text with its string literals emptied.
 fn without_strings(text: &str) -> String {
     let (mut quote, mut escaped) = (None, false);
-    let is_code = |c: &char| match quote {
-        Some(open) => {
-            let closes = *c == open && !escaped;
-            escaped = *c == '\\' && !escaped;
-            quote = quote.filter(|_| !closes);
-            closes
-        }
-        None => {
+    let is_code = |c: &char| {
+        let Some(open) = quote else {
             quote = Some(*c).filter(|c| matches!(c, '\'' | '"'));
-            true
-        }
+            return true;
+        };
+        let closes = *c == open && !escaped;
+        escaped = *c == '\\' && !escaped;
+        quote = quote.filter(|_| !closes);
+        closes
     };
     text.chars().filter(is_code).collect()
 }
@@ -93,7 +91,6 @@ fn operator(code: &str) -> Option<&'static str> {
         "write `match($.traits.plan, 'pro.*')` for the whole text, `search(…)` for a part of it";
     const LENGTH: &str = "write `length($.traits.name) > 1` or `count($.traits.tags[*]) > 1`";
     const ABSENT: &str = "write `$.traits.plan == null` for null, `!$.traits.plan` for an absent value";
-    "only a path to one value can be compared; for a list write `$.traits.tags[?@ == 'vip']`";
     let words: Vec<&str> = words(code).collect();
     let has = |known: &[&str]| words.iter().any(|word| known.contains(&word.to_ascii_lowercase().as_str()));
     let is_call = |name: &str| code.contains(&format!(".{name}("));

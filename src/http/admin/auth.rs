@@ -208,7 +208,9 @@ impl Authenticator {
     /// Logs the refused guesses that have no log line yet.
     pub(super) fn log_refusals(&self) {
         let refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner).drain();
-        refusals.into_iter().for_each(|(from, guesses)| log_refusals(from, guesses));
+        for (from, guesses) in refusals {
+            log_refusals(from, guesses);
+        }
     }
 
     /// Authenticates a request.

@@ -165,13 +165,11 @@ impl FrameSanitizer {
                 self.arriving = Some(arriving);
                 return bytes;
             }
-            match self.next(arriving.part) {
-                Some(next) => arriving = next,
-                None => {
-                    self.drained = Some(0);
-                    return bytes;
-                }
-            }
+            let Some(next) = self.next(arriving.part) else {
+                self.drained = Some(0);
+                return bytes;
+            };
+            arriving = next;
         }
     }
 
