@@ -204,6 +204,5 @@ async fn the_page_of_a_large_dead_letter_is_bounded() {
         }
     }
     assert!(!sizes.is_empty());
-    println!("{sizes}");
     worker.terminate().await;
 }

@@ -13,7 +13,6 @@ use close_sync::telemetry::metrics::Metrics;
 use close_sync::telemetry::status::Status;
 use close_sync_simulator::{Effect, Fault, FaultBody, Limits, Rate, Settings, When};
 use lapin::BasicProperties;
-use lapin::types::{AMQPValue, FieldTable};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
@@ -260,26 +259,6 @@ async fn a_panic_dead_letters_one_message_and_the_worker_continues() {
         headers["x-close-sync-error"].contains("panicked at")
             && !headers["x-close-sync-error"].contains("Secret")
     );
-}
-
-/// Headers with our prefix and values of a producer must not stop the worker.
-#[tokio::test(flavor = "multi_thread")]
-async fn headers_of_producers_with_our_prefix_do_not_stop_the_worker() {
-    let bench = Bench::new().await;
-    let mut table = FieldTable::default();
-    for name in ["x-close-sync-routing-key", "x-close-sync-exchange", "x-close-sync-first-seen"] {
-        table.insert(name.into(), AMQPValue::LongString("x".repeat(300).into()));
-    }
-    table.insert("x-close-sync-attempt".into(), AMQPValue::LongLongInt(-7));
-    let worker = bench.worker().await;
-    bench.publish_bytes(b"nonsense", BasicProperties::default().with_headers(table)).await;
-    worker.settled(1).await;
-    let (_, headers, _) = bench.take_dead_letter().await;
-    assert_eq!(
-        (headers["x-close-sync-routing-key"].len(), headers["x-close-sync-attempt"].as_str()),
-        (300, "1")
-    );
-    worker.terminate().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
