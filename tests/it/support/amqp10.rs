@@ -4,25 +4,24 @@ use fe2o3_amqp::types::messaging::{ApplicationProperties, Message, Properties};
 use fe2o3_amqp::types::primitives::{Binary, SimpleValue};
 use fe2o3_amqp::{Connection, Sender, Session};
 
-/// Publishes messages with these properties to an exchange, all with the same body. Each must be accepted.
+/// Publishes messages with these properties to an address, all with the same body. Each must be accepted.
 pub(crate) async fn publish(
     amqp_url: &str,
-    exchange: &str,
+    address: &str,
     body: &[u8],
     messages: Vec<(Properties, Vec<(String, SimpleValue)>)>,
 ) {
     let url = url::Url::parse(amqp_url).unwrap();
-    let address = format!(
+    let broker = format!(
         "amqp://{}:{}@{}:{}",
         url.username(),
         url.password().unwrap(),
         url.host_str().unwrap(),
         url.port().unwrap()
     );
-    let mut connection = Connection::open("producer", address.as_str()).await.unwrap();
+    let mut connection = Connection::open("producer", broker.as_str()).await.unwrap();
     let mut session = Session::begin(&mut connection).await.unwrap();
-    let target = format!("/exchange/{exchange}/users");
-    let mut sender = Sender::attach(&mut session, "producer", target.as_str()).await.unwrap();
+    let mut sender = Sender::attach(&mut session, "producer", address).await.unwrap();
     for (properties, application) in messages {
         let mut all = ApplicationProperties::builder();
         for (name, value) in application {

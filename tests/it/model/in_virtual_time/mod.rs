@@ -198,7 +198,9 @@ async fn publish(world: &World, history: &History, random: &mut fastrand::Rng) {
     let gap = u64::try_from(world.plan.gap.as_millis()).unwrap();
     for event in history.published() {
         tokio::time::sleep(Duration::from_millis(random.u64(0..=gap))).await;
-        let body = event.message(Timestamp::UNIX_EPOCH).to_string().into_bytes();
+        // Long before the time of the world.
+        let began: Timestamp = "2000-01-01T00:00:00Z".parse().unwrap();
+        let body = event.message(began).to_string().into_bytes();
         world.broker().publish(Message::new(event.number, body));
     }
 }
