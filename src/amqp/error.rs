@@ -106,9 +106,9 @@ impl BrokerError {
             404 => Self::Missing(detail),
             403 => Self::Forbidden(detail),
             406 if !object.is_empty() => Self::Conflict { object: object.to_owned(), detail },
-            // No consumers, content too large, precondition failed, frame error, syntax error, command invalid, channel
-            // error, unexpected frame, not implemented, internal error.
-            311 | 313 | 406 | 501..=505 | 540 | 541 => Self::Rejected(detail),
+            // Content too large, no consumers, precondition failed, frame error, syntax error, command invalid, not
+            // implemented. An internal error may be the broker's own.
+            311 | 313 | 406 | 501..=503 | 540 => Self::Rejected(detail),
             _ => Self::Lost(detail),
         }
     }

@@ -176,11 +176,18 @@ impl From<lapin::message::Delivery> for Delivery {
 
 impl Receipt for Acker {
     fn ack(&self) -> BoxFuture<'_, Result<bool, BrokerError>> {
-        async { Ok(Self::ack(self, BasicAckOptions::default()).await?) }.boxed()
+        async {
+            Self::ack(self, BasicAckOptions::default()).await.map_err(|error| not_rejected(error.into()))
+        }
+        .boxed()
     }
 
     fn reject(&self) -> BoxFuture<'_, Result<bool, BrokerError>> {
-        async { Ok(Self::reject(self, BasicRejectOptions { requeue: false }).await?) }.boxed()
+        async {
+            let options = BasicRejectOptions { requeue: false };
+            Self::reject(self, options).await.map_err(|error| not_rejected(error.into()))
+        }
+        .boxed()
     }
 }
 
@@ -206,11 +213,13 @@ impl Publish for IsolatedPublisher {
     fn publish<'a>(&'a self, message: Outgoing<'a>) -> BoxFuture<'a, Result<(), BrokerError>> {
         async move {
             let _turn = self.turn.lock().await;
-            let OpenConnection { connection, abort, .. } =
-                self.settings.open("close-sync quarantine").await?;
+            // What fails before the message is sent says nothing about it.
+            let no_connection = |_| BrokerError::Unconfirmed("there is no connection to try it on");
+            let opened = self.settings.open("close-sync quarantine").await;
+            let OpenConnection { connection, abort, .. } = opened.map_err(no_connection)?;
             let _abort = abort.drop_guard();
             let published = async {
-                let publisher = with_timeout(Publisher::new(&connection)).await?;
+                let publisher = with_timeout(Publisher::new(&connection)).await.map_err(no_connection)?;
                 publisher.publish_with_timeout(message).await
             };
             let published = published.await;

@@ -7,7 +7,7 @@ use tracing::Span;
 use uuid::Uuid;
 
 use crate::VERSION;
-use crate::amqp::envelope::{Envelope, Route, id_from_content};
+use crate::amqp::envelope::{Envelope, Route};
 use crate::close::Priority;
 use crate::consumer::broker::{Delivery, Receipt};
 use crate::consumer::context::Context;
@@ -79,9 +79,9 @@ impl ReceivedMessage {
         self.envelope.sent.filter(|_| starts && !came_before)
     }
 
-    /// The id of its content, also that of the dead letter if RabbitMQ itself dead-letters it.
-    pub(crate) fn content_id(&self) -> Uuid {
-        id_from_content(self.envelope.own_id(), &self.body)
+    /// A hash of what its producer sent.
+    pub(crate) fn content_hash(&self) -> Uuid {
+        self.envelope.content_hash(&self.body)
     }
 
     /// Whether it can be merged with `first`, which it directly follows.

@@ -397,9 +397,9 @@ impl<'a> Consumer<'a> {
     }
 }
 
-/// Work on a message is guarded against panics. This one was in settling it.
+/// Work on a message and its settlement are guarded against panics. This one was around them.
 fn panicked() -> End {
-    End::Lost(BrokerError::Lost("settling a message panicked".into()))
+    End::Lost(BrokerError::Lost("a task panicked".into()))
 }
 
 async fn sleep_until(at: Option<Instant>) {

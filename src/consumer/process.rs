@@ -86,7 +86,14 @@ async fn settle_and_notify(
 ) -> Settlement {
     let WorkResult { outcome, decision, started } = *result;
     let work = async {
-        let settlement = settle(context, message, result).await;
+        if message.envelope.without_headers {
+            tracing::warn!(
+                event = "headers_quarantined",
+                "message has unreadable headers, processing it without them"
+            );
+        }
+        let (settlement, rejected) = settle(context, message, result).await;
+        let outcome = rejected.as_ref().unwrap_or(outcome);
         if let Settlement::Settled { dead_letter, .. } = settlement {
             context.metrics.settled(outcome, started.elapsed());
             if message.envelope.replay.is_some() {
@@ -101,7 +108,7 @@ async fn settle_and_notify(
     let work =
         AssertUnwindSafe(work.instrument(span::of(message)).instrument(span::log_span(message, context)));
     work.catch_unwind().await.unwrap_or_else(|_| {
-        context.quarantine.suspect(message.content_id(), Evidence::Refused);
+        context.quarantine.suspect(|| message.content_hash(), Evidence::Panicked);
         Settlement::Failed(BrokerError::Lost("settling a message panicked".into()))
     })
 }

@@ -11,16 +11,21 @@
 //! 3. If RabbitMQ ends that connection too, the message is rejected: the work queue's dead-letter exchange takes it,
 //!    with everything its producer sent and without the reason.
 //!
-//! A panic while a message is settled counts like a refusal.
-//!
 //! A connection that only breaks is no evidence against a message. One that breaks again and again with the same message
-//! in flight is.
+//! in flight is. Neither is an error of RabbitMQ itself, such as a queue that has crashed.
 //!
-//! The records last from session to session, and end with the process. With a standby, each process needs one delivery
-//! to learn.
+//! A message whose settlement panics ends the session, too. After two panics it is rejected.
+//!
+//! The records last from session to session, and end with the process or once the message is settled. With a standby,
+//! each process needs one delivery to learn.
 //!
 //! [`Envelope::bare`]: crate::amqp::envelope::Envelope::bare
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use moka::policy::EvictionPolicy;
 use moka::sync::Cache;
 use uuid::Uuid;
 
@@ -28,14 +33,28 @@ use crate::amqp::BrokerError;
 
 /// The limit of messages with a record. Beyond it the oldest are forgotten and start over.
 const CAPACITY: u64 = 10_000;
+/// A message returns at once unless consumption pauses.
+const LIFETIME: Duration = Duration::from_hours(1);
 /// The points from which on a message is published bare.
 const BARE_FROM: u32 = 5;
 /// The points from which on it is rejected.
 const REJECT_FROM: u32 = 10;
+/// The panics from which on it is rejected.
+const MAX_PANICS: u32 = 2;
 
-/// What is known against messages, by the hash of their content. Clones share it.
+/// What is known against messages, by a hash of what their producers sent. Clones share it.
 #[derive(Clone, Debug)]
-pub struct Quarantine(Cache<Uuid, u32>);
+pub struct Quarantine {
+    records: Cache<Uuid, Record>,
+    /// Whether there ever was a record: hashing messages is expensive, and almost never needed.
+    used: Arc<AtomicBool>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Record {
+    points: u32,
+    panics: u32,
+}
 
 /// How to publish the successor of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +71,8 @@ pub(crate) enum Evidence {
     Refused,
     /// The connection broke.
     Broke,
+    /// Settling the message panicked.
+    Panicked,
 }
 
 impl Evidence {
@@ -76,41 +97,59 @@ impl Evidence {
             | BrokerError::Unconfirmed(_) => None,
         }
     }
-
-    fn points(self) -> u32 {
-        match self {
-            Self::Refused => 5,
-            Self::Broke => 1,
-        }
-    }
 }
 
 impl Default for Quarantine {
     fn default() -> Self {
-        Self(Cache::new(CAPACITY))
+        let records = Cache::builder()
+            .max_capacity(CAPACITY)
+            .eviction_policy(EvictionPolicy::lru())
+            .time_to_live(LIFETIME)
+            .build();
+        Self { records, used: Arc::default() }
     }
 }
 
 impl Quarantine {
-    pub(crate) fn treatment(&self, message: Uuid) -> Treatment {
-        match self.0.get(&message).unwrap_or_default() {
+    /// How to publish the successor of this message.
+    pub(crate) fn treatment(&self, message: impl Fn() -> Uuid) -> Treatment {
+        match self.record(message).points {
             0..BARE_FROM => Treatment::Normal,
             BARE_FROM..REJECT_FROM => Treatment::Bare,
             REJECT_FROM.. => Treatment::Reject,
         }
     }
 
-    /// Records evidence against a message whose successor was in flight.
-    pub(crate) fn suspect(&self, message: Uuid, evidence: Evidence) {
-        let add = |known: Option<moka::Entry<Uuid, u32>>| {
-            known.map_or(0, moka::Entry::into_value).saturating_add(evidence.points())
-        };
-        self.0.entry(message).and_upsert_with(add);
+    /// Whether settling this message has panicked too often.
+    pub(crate) fn panics(&self, message: impl Fn() -> Uuid) -> bool {
+        self.record(message).panics >= MAX_PANICS
+    }
+
+    /// Records evidence against a message.
+    pub(crate) fn suspect(&self, message: impl Fn() -> Uuid, evidence: Evidence) {
+        self.used.store(true, Ordering::Relaxed);
+        self.records.entry(message()).and_upsert_with(|known| {
+            let Record { points, panics } = known.map_or_else(Record::default, moka::Entry::into_value);
+            match evidence {
+                Evidence::Refused => Record { points: points.saturating_add(BARE_FROM), panics },
+                Evidence::Broke => Record { points: points.saturating_add(1), panics },
+                Evidence::Panicked => Record { points, panics: panics.saturating_add(1) },
+            }
+        });
     }
 
     /// The message is settled.
-    pub(crate) fn forget(&self, message: Uuid) {
-        self.0.invalidate(&message);
+    pub(crate) fn forget(&self, message: impl Fn() -> Uuid) {
+        if self.used.load(Ordering::Relaxed) {
+            self.records.invalidate(&message());
+        }
+    }
+
+    fn record(&self, message: impl Fn() -> Uuid) -> Record {
+        if !self.used.load(Ordering::Relaxed) {
+            return Record::default();
+        }
+        self.records.get(&message()).unwrap_or_default()
     }
 }
 
@@ -118,27 +157,40 @@ impl Quarantine {
 mod tests {
     use super::*;
 
+    fn message(number: u128) -> impl Fn() -> Uuid + Copy {
+        move || Uuid::from_u128(number)
+    }
+
     #[test]
     fn a_refused_message_is_published_bare_and_then_rejected() {
-        let (quarantine, message) = (Quarantine::default(), Uuid::from_u128(1));
-        assert_eq!(quarantine.treatment(message), Treatment::Normal);
-        quarantine.suspect(message, Evidence::Refused);
-        assert_eq!(quarantine.treatment(message), Treatment::Bare);
-        quarantine.suspect(message, Evidence::Refused);
-        assert_eq!(quarantine.treatment(message), Treatment::Reject);
-        assert_eq!(quarantine.treatment(Uuid::from_u128(2)), Treatment::Normal, "its neighbour");
-        quarantine.forget(message);
-        assert_eq!(quarantine.treatment(message), Treatment::Normal);
+        let (quarantine, guilty) = (Quarantine::default(), message(1));
+        assert_eq!(quarantine.treatment(guilty), Treatment::Normal);
+        quarantine.suspect(guilty, Evidence::Refused);
+        assert_eq!(quarantine.treatment(guilty), Treatment::Bare);
+        quarantine.suspect(guilty, Evidence::Refused);
+        assert_eq!(quarantine.treatment(guilty), Treatment::Reject);
+        assert_eq!(quarantine.treatment(message(2)), Treatment::Normal, "its neighbour");
+        quarantine.forget(guilty);
+        assert_eq!(quarantine.treatment(guilty), Treatment::Normal);
     }
 
     #[test]
     fn a_connection_has_to_break_several_times_with_a_message_in_flight() {
-        let (quarantine, message) = (Quarantine::default(), Uuid::from_u128(1));
-        for (times, treatment) in [(4, Treatment::Normal), (5, Treatment::Bare), (1, Treatment::Reject)] {
+        let quarantine = Quarantine::default();
+        for (times, treatment) in [(4, Treatment::Normal), (1, Treatment::Bare), (5, Treatment::Reject)] {
             for _ in 0..times {
-                quarantine.suspect(message, Evidence::Broke);
+                quarantine.suspect(message(1), Evidence::Broke);
             }
-            assert_eq!(quarantine.treatment(message), treatment);
+            assert_eq!(quarantine.treatment(message(1)), treatment);
         }
+    }
+
+    #[test]
+    fn two_panics_are_too_many() {
+        let quarantine = Quarantine::default();
+        quarantine.suspect(message(1), Evidence::Panicked);
+        assert!(!quarantine.panics(message(1)));
+        quarantine.suspect(message(1), Evidence::Panicked);
+        assert!(quarantine.panics(message(1)) && quarantine.treatment(message(1)) == Treatment::Normal);
     }
 }

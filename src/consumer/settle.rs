@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::amqp::BrokerError;
-use crate::amqp::envelope::Envelope;
+use crate::amqp::envelope::{Envelope, id_from_content};
 use crate::amqp::publisher::Outgoing;
 use crate::consumer::context::Context;
 use crate::consumer::delivery::ReceivedMessage;
@@ -18,7 +18,7 @@ use crate::consumer::quarantine::{Evidence, Treatment};
 use crate::consumer::scheduler::Completion;
 use crate::consumer::state::Settlement;
 use crate::domain::decision::Decision;
-use crate::outcome::{DeadLetter, DelayCause, Outcome};
+use crate::outcome::{DeadLetter, DelayCause, Outcome, Reason, Stage};
 use crate::retry::Backoff;
 use crate::telemetry::metrics::QuarantineStep;
 
@@ -50,37 +50,35 @@ struct Target<'a> {
     key: &'a str,
 }
 
-/// Publishes the successor, if there is one, logs the outcome, then acks.
+/// Publishes the successor, if there is one, logs the outcome, then acks. Returns how the message really ended, too, if
+/// that is not the outcome.
 pub(crate) async fn settle(
     context: &Context,
     message: &ReceivedMessage,
     result: &WorkResult<'_>,
-) -> Settlement {
-    if context.quarantine.treatment(message.content_id()) == Treatment::Reject {
-        return reject(context, message, result.outcome).await;
-    }
+) -> (Settlement, Option<Outcome>) {
+    let panics = context.quarantine.panics(|| message.content_hash());
     let successor = match result.outcome {
+        Outcome::Paused(cause) => {
+            log(context, result);
+            return (Settlement::Paused(*cause), None);
+        }
+        _ if panics => Successor::Refused,
         Outcome::Synced(_) | Outcome::Skipped(_) => Successor::Confirmed(Completion::Done, None),
         Outcome::Delayed { level, cause } => delay(context, message, *level, cause).await,
         Outcome::Dead(dead) => dead_letter(context, message, dead).await,
-        Outcome::Paused(cause) => {
-            log(context, result);
-            return Settlement::Paused(*cause);
-        }
     };
     let (completion, dead_letter) = match successor {
         Successor::Confirmed(completion, dead_letter) => (completion, dead_letter),
-        Successor::Refused => {
-            log(context, result);
-            return reject(context, message, result.outcome).await;
-        }
-        Successor::Failed(error) => return Settlement::Failed(error),
-        Successor::Stopped => return Settlement::HandedBack,
+        Successor::Refused => return reject(context, message, result).await,
+        Successor::Failed(error) => return (Settlement::Failed(error), None),
+        Successor::Stopped => return (Settlement::HandedBack, None),
     };
     log(context, result);
     // An ack on a connection that no longer answers may never return.
-    match context.stop.run_until_cancelled(message.receipt.ack()).await {
+    let settlement = match context.stop.run_until_cancelled(message.receipt.ack()).await {
         Some(Ok(true)) => {
+            context.quarantine.forget(|| message.content_hash());
             Settlement::Settled { by_close: result.outcome.proves_close_works(), completion, dead_letter }
         }
         // The channel of the delivery is gone. The broker delivers the message again.
@@ -90,7 +88,8 @@ pub(crate) async fn settle(
         }
         Some(Err(error)) => Settlement::Failed(error),
         None => Settlement::HandedBack,
-    }
+    };
+    (settlement, None)
 }
 
 async fn delay(context: &Context, message: &ReceivedMessage, level: usize, cause: &DelayCause) -> Successor {
@@ -129,40 +128,47 @@ async fn publish(
     confirmed: impl Fn() -> Successor + Sync,
 ) -> Successor {
     let quarantine = &context.quarantine;
-    let id = message.content_id();
+    let hash = || message.content_hash();
     let in_flight = AtomicBool::new(false);
     let publishing = async {
         let mut holding = Holding::new(context, target.exchange);
         loop {
-            let treatment = quarantine.treatment(id);
-            let (publisher, properties) = match treatment {
-                Treatment::Normal => (&context.publishers.successors, properties(&message.envelope)),
-                Treatment::Bare => (&context.publishers.quarantine, properties(&message.envelope.bare())),
+            let treatment = quarantine.treatment(hash);
+            let outgoing = |envelope: &Envelope| {
+                let Target { exchange, key } = *target;
+                Outgoing { exchange, key, body: &message.body, properties: properties(envelope) }
+            };
+            let answer = match treatment {
+                Treatment::Normal => {
+                    in_flight.store(true, Ordering::Relaxed);
+                    let publish = context.publishers.successors.publish(outgoing(&message.envelope));
+                    let answer = holding.watch(publish).await;
+                    in_flight.store(false, Ordering::Relaxed);
+                    answer
+                }
+                // It waits for its turn, which is no sign of an alarm.
+                Treatment::Bare => {
+                    context.publishers.quarantine.publish(outgoing(&message.envelope.bare())).await
+                }
                 Treatment::Reject => return Successor::Refused,
             };
-            let Target { exchange, key } = *target;
-            in_flight.store(true, Ordering::Relaxed);
-            let outgoing = Outgoing { exchange, key, body: &message.body, properties };
-            let confirm = holding.watch(publisher.publish(outgoing)).await;
-            in_flight.store(false, Ordering::Relaxed);
-            let Err(error) = confirm else {
-                quarantine.forget(id);
+            let Err(error) = answer else {
                 if treatment == Treatment::Bare {
                     quarantined(context, QuarantineStep::Bare);
                 }
                 return confirmed();
             };
-            if let Some(evidence) = Evidence::of(&error) {
-                quarantine.suspect(id, evidence);
+            let evidence = Evidence::of(&error);
+            if let Some(evidence) = evidence {
+                quarantine.suspect(hash, evidence);
             }
             let is_held = matches!(error, BrokerError::Unconfirmed(_) | BrokerError::Unroutable { .. });
-            // The quarantine has a connection of its own, and the session goes on without it.
-            if !is_held && treatment == Treatment::Normal {
+            // The quarantine has connections of its own, and the session goes on without them.
+            let goes_on = treatment == Treatment::Bare && evidence.is_some();
+            if !is_held && !goes_on {
                 return Successor::Failed(error);
             }
-            if is_held || Evidence::of(&error) != Some(Evidence::Refused) {
-                holding.pause(&error).await;
-            }
+            holding.pause(&error).await;
         }
     };
     if let Some(successor) = context.stop.run_until_cancelled(publishing).await {
@@ -171,7 +177,7 @@ async fn publish(
     if in_flight.into_inner()
         && let Some(evidence) = context.evidence.get()
     {
-        quarantine.suspect(id, *evidence);
+        quarantine.suspect(hash, *evidence);
     }
     Successor::Stopped
 }
@@ -221,27 +227,47 @@ impl<'a> Holding<'a> {
 fn quarantined(context: &Context, step: QuarantineStep) {
     context.metrics.quarantined(step);
     let step = step.label();
-    tracing::warn!(
-        event = "message_quarantined",
-        step,
-        "RabbitMQ ended the channel or connection when this message was published again"
-    );
+    tracing::warn!(event = "message_quarantined", step, "message could not be settled in the usual way");
 }
 
-/// Lets the broker dead-letter a message that it accepts from close-sync in no form: the queue's own dead-letter exchange
+/// Lets the broker dead-letter a message that cannot be settled in any other way: the queue's own dead-letter exchange
 /// takes it, without the headers that give the reason.
-async fn reject(context: &Context, message: &ReceivedMessage, outcome: &Outcome) -> Settlement {
-    quarantined(context, QuarantineStep::Rejected);
-    match context.stop.run_until_cancelled(message.receipt.reject()).await {
+async fn reject(
+    context: &Context,
+    message: &ReceivedMessage,
+    result: &WorkResult<'_>,
+) -> (Settlement, Option<Outcome>) {
+    let settlement = match context.stop.run_until_cancelled(message.receipt.reject()).await {
         Some(Ok(true)) => {
-            let id = message.content_id();
+            quarantined(context, QuarantineStep::Rejected);
             // A replay starts over.
-            context.quarantine.forget(id);
-            let by_close = outcome.proves_close_works();
-            Settlement::Settled { by_close, completion: Completion::Done, dead_letter: Some(id) }
+            context.quarantine.forget(|| message.content_hash());
+            let by_close = result.outcome.proves_close_works();
+            let dead_letter = Some(id_from_content(message.envelope.own_id(), &message.body));
+            Settlement::Settled { by_close, completion: Completion::Done, dead_letter }
         }
-        Some(Ok(false)) | None => Settlement::HandedBack,
-        Some(Err(error)) => Settlement::Failed(error),
+        Some(Ok(false)) | None => return (Settlement::HandedBack, None),
+        Some(Err(error)) => return (Settlement::Failed(error), None),
+    };
+    let outcome = match result.outcome {
+        Outcome::Dead(dead) => Outcome::Dead(dead.clone()),
+        Outcome::Synced(_) | Outcome::Skipped(_) | Outcome::Delayed { .. } | Outcome::Paused(_) => {
+            Outcome::Dead(unpublishable())
+        }
+    };
+    log(context, &WorkResult { outcome: &outcome, ..*result });
+    (settlement, Some(outcome))
+}
+
+fn unpublishable() -> DeadLetter {
+    let error = "RabbitMQ does not take the message from close-sync again".to_owned();
+    DeadLetter {
+        reason: Reason::Internal,
+        stage: Stage::Write,
+        error,
+        field: None,
+        decision: None,
+        response: None,
     }
 }
 

@@ -1,7 +1,7 @@
 //! The stream between lapin and the broker, inside TLS.
 //!
 //! It records the server properties (`server_properties.rs`), sanitizes frames that lapin cannot parse
-//! (`frame_sanitizer.rs`), and can be aborted. lapin writes nothing while the broker has an alarm, so a connection that
+//! (`frame_sanitizer`), and can be aborted. lapin writes nothing while the broker has an alarm, so a connection that
 //! is being closed stays open, with its thread (rabbitmq.md §0, 10).
 //!
 //! Delete this file together with the other two, once lapin can also abort a connection that is blocked.

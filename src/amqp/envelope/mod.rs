@@ -19,7 +19,7 @@ use lapin::BasicProperties;
 use lapin::types::ShortString;
 use uuid::Uuid;
 
-use crate::amqp::envelope::properties::{Header, bare, copy, without_own_headers};
+use crate::amqp::envelope::properties::{Header, bare, copy, has_header, producers, without_own_headers};
 pub use crate::amqp::envelope::properties::{
     MAX_HEADERS, MAX_ORIGINAL, bytes, content_encoding, is_dead_lettered_by_broker, number, text,
 };
@@ -64,7 +64,7 @@ pub const DECISION: &str = "x-close-sync-decision";
 /// Equal for messages that failed in the same way.
 pub const FINGERPRINT: &str = "x-close-sync-fingerprint";
 
-/// Holds the bytes of unreadable headers (`compat/frame_sanitizer.rs`). Successors do not keep it.
+/// Takes the place of headers that cannot be read (`compat/frame_sanitizer`). Successors do not keep it.
 pub const QUARANTINED: &str = "x-close-sync-set-aside";
 
 /// The header of W3C Trace Context.
@@ -125,12 +125,15 @@ pub struct Envelope {
     pub routing_key: String,
     /// The trace the message belongs to, if its producer sent one.
     pub trace: Option<TraceParent>,
+    /// Its headers could not be read.
+    pub without_headers: bool,
     properties: BasicProperties,
 }
 
 impl Envelope {
     /// Reads the properties of a delivery, received at `now`.
     pub fn of(properties: BasicProperties, route: Route<'_>, now: Timestamp) -> Self {
+        let without_headers = has_header(&properties, QUARANTINED);
         let properties = if route.is_own { properties } else { without_own_headers(properties) };
         let number = number(&properties, ATTEMPTS);
         let id = |name| text(&properties, name).and_then(|text| text.parse().ok());
@@ -145,6 +148,7 @@ impl Envelope {
             exchange: text(&properties, EXCHANGE).unwrap_or_else(|| route.exchange.to_owned()),
             routing_key: text(&properties, ROUTING_KEY).unwrap_or_else(|| route.routing_key.to_owned()),
             trace: text(&properties, TRACEPARENT).and_then(|text| TraceParent::parse(&text)),
+            without_headers,
             properties,
         }
     }
@@ -158,6 +162,12 @@ impl Envelope {
     /// The message id the producer set.
     pub fn own_id(&self) -> Option<&str> {
         self.properties.message_id().as_ref().map(ShortString::as_str)
+    }
+
+    /// A hash of what its producer sent. Equal at each delivery.
+    pub fn content_hash(&self, body: &[u8]) -> Uuid {
+        let content = [producers(&self.properties).as_bytes(), self.message_id().as_bytes(), body].concat();
+        Uuid::new_v5(&Uuid::NAMESPACE_OID, &content)
     }
 
     /// The message id for logs.

@@ -48,6 +48,14 @@ fn is_broker_header(name: &str) -> bool {
         || ["x-first-death-", "x-last-death-", "x-opt-"].iter().any(|prefix| name.starts_with(prefix))
 }
 
+/// The producer's headers in a notation that no other headers have.
+pub(super) fn producers(properties: &BasicProperties) -> String {
+    let all = properties.headers().iter().flat_map(FieldTable::inner);
+    let producers =
+        all.filter(|(name, _)| !name.as_str().starts_with(PREFIX) && !is_broker_header(name.as_str()));
+    format!("{:?}", producers.collect::<Vec<_>>())
+}
+
 /// The same properties without any header of close-sync.
 pub(super) fn without_own_headers(properties: BasicProperties) -> BasicProperties {
     let Some(headers) = properties.headers() else { return properties };
@@ -226,6 +234,10 @@ pub fn number(properties: &BasicProperties, name: &str) -> Option<i64> {
         AMQPValue::LongLongInt(number) => Some(*number),
         _ => None,
     }
+}
+
+pub(super) fn has_header(properties: &BasicProperties, name: &str) -> bool {
+    header(properties, name).is_some()
 }
 
 fn header<'a>(properties: &'a BasicProperties, name: &str) -> Option<&'a AMQPValue> {

@@ -5,7 +5,9 @@ use std::time::Duration;
 use serde_json::json;
 use uuid::Uuid;
 
-use super::harness::{Confirm, Entry, Harness, Published, calls, event, failing_searches, published};
+use super::harness::{
+    Answer, Confirm, Entry, Harness, Published, acked, calls, event, failing_searches, published,
+};
 use crate::amqp::BrokerError;
 use crate::consumer::End;
 use crate::consumer::broker::BrokerEvent;
@@ -126,6 +128,85 @@ async fn a_message_whose_successor_ends_the_channel_is_rejected_and_its_neighbou
         let log = harness.log.wait_for_ack("1").await;
         assert!(!published(&log).last().unwrap().quarantined);
         session.stop().await;
+    }
+}
+
+/// A message that waits in the quarantine is not on the channel that another one ends.
+#[tokio::test(start_paused = true)]
+async fn a_message_in_the_quarantine_is_not_suspected_again() {
+    let harness = Harness::new(|_| {});
+    let garbage = json!("not an event");
+    harness.broker_answers(|_| Confirm::Error(BrokerError::Rejected("no".into())));
+    let session = harness.start();
+    session.deliver("innocent", &garbage);
+    session.end().await;
+
+    // It waits for its turn while a second message ends the channel.
+    harness.broker_answers(|published| match published.message.as_str() {
+        "innocent" => Confirm::Never,
+        _ => Confirm::Error(BrokerError::Rejected("no".into())),
+    });
+    let session = harness.start();
+    session.deliver("innocent", &garbage);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    session.deliver("guilty", &garbage);
+    session.end().await;
+
+    harness.broker_answers(|_| Confirm::Ok);
+    let session = harness.start();
+    session.deliver("innocent", &garbage);
+    let log = harness.log.wait_for_ack("innocent").await;
+    assert!(published(&log)[0].quarantined);
+    session.stop().await;
+}
+
+/// What is known against a message matters only for its successor, and ends when it is settled.
+#[tokio::test(start_paused = true)]
+async fn a_suspected_message_that_needs_no_successor_any_more_is_synced() {
+    let harness = Harness::new(|_| {});
+    harness.close_answers(failing_searches);
+    harness.broker_answers(|_| Confirm::Error(BrokerError::Rejected("no".into())));
+    let session = harness.start();
+    session.deliver("1", &event("jane", "acme"));
+    session.end().await;
+
+    harness.close_answers(|_| Answer::Works);
+    let session = harness.start();
+    session.deliver("1", &event("jane", "acme"));
+    harness.log.wait_for_ack("1").await;
+    session.stop().await;
+
+    // The record has ended.
+    harness.session.worker.forget_records();
+    harness.close_answers(failing_searches);
+    harness.broker_answers(|_| Confirm::Ok);
+    let session = harness.start();
+    session.deliver("1", &event("jane", "acme"));
+    let log = harness.log.wait_for(|log| acked(log).len() == 2).await;
+    assert!(!published(&log)[0].quarantined);
+    session.stop().await;
+}
+
+/// A fault of the broker, or of the way to it, is not the message's.
+#[tokio::test(start_paused = true)]
+async fn a_missing_exchange_ends_the_session_also_for_a_message_in_the_quarantine() {
+    let harness = Harness::new(|_| {});
+    for (answer, lost) in [("no", true), ("missing", false), ("", false)] {
+        harness.broker_answers(move |_| match answer {
+            "no" => Confirm::Error(BrokerError::Rejected("no".into())),
+            "missing" => Confirm::Error(BrokerError::Missing("no exchange".into())),
+            _ => Confirm::Ok,
+        });
+        let session = harness.start();
+        session.deliver("1", &json!("not an event"));
+        if answer.is_empty() {
+            let log = harness.log.wait_for_ack("1").await;
+            assert!(published(&log)[0].quarantined);
+            session.stop().await;
+        } else {
+            let (end, _) = session.end().await;
+            assert_eq!(matches!(end, End::Lost(BrokerError::Rejected(_))), lost, "{end:?}");
+        }
     }
 }
 

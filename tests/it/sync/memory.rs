@@ -3,7 +3,8 @@
 use close_sync_simulator::{Effect, Fault, FaultBody, When};
 use serde_json::json;
 
-use crate::support::{Bench, identify};
+use crate::support::producer::{Producer, long, text};
+use crate::support::{Bench, identify, people};
 
 const MIB: usize = 1 << 20;
 
@@ -41,6 +42,38 @@ async fn ten_large_events_of_any_shape_take_a_few_times_their_bytes() {
             .await;
         let peak = worker.peak_memory().unwrap();
         assert!(peak < MAX_PEAK_OF_EVENTS, "{item}: {peak} KiB");
+        worker.kill().await;
+    }
+}
+
+/// Of each message, the headers have 130,000 values of one byte, in one list, in tables, or in both.
+#[tokio::test(flavor = "multi_thread")]
+async fn headers_of_many_small_values_take_a_few_times_their_bytes() {
+    let item = |kind: u8| move |value: &[u8]| [&[kind], value].concat();
+    let lists = [
+        item(b'A')(&long(&[b'V'; 130_000])),
+        item(b'A')(&long(&item(b'F')(&long(&[])).repeat(26_000))),
+        item(b'F')(&long(
+            &(0..26_000_u16).flat_map(|n| [&[2], &n.to_be_bytes()[..], b"V"].concat()).collect::<Vec<_>>(),
+        )),
+    ];
+    for list in lists {
+        let bench = Bench::new().await.set("CLOSE_TIMEOUT", "3m").set("RUST_LOG", "info,lapin=off");
+        let worker = bench.worker().await;
+        bench.simulator.fault(Fault::new(Effect::Timeout { ms: 600_000, when: When::BeforeCommit }));
+        let mut producer = Producer::connect(&bench.amqp_url).await;
+        let properties = [&[0x20, 0x00], long(&[text(b"many"), list].concat()).as_slice()].concat();
+        for event in people(150) {
+            producer.publish(&bench.exchange, b"users", &properties, event.to_string().as_bytes()).await;
+        }
+        worker
+            .until("working on all", async |worker| {
+                let metrics = worker.metrics().await;
+                metrics.get("messages_in_flight") + metrics.get("messages_waiting") >= 150.0
+            })
+            .await;
+        let peak = worker.peak_memory().unwrap();
+        assert!(peak < MAX_PEAK_OF_EVENTS, "{peak} KiB");
         worker.kill().await;
     }
 }

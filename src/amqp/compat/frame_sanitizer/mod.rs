@@ -1,17 +1,19 @@
 //! Sanitizes frames that lapin cannot parse, before lapin reads them.
 //!
-//! A producer can send three things that RabbitMQ accepts and lapin does not survive:
+//! A producer can send four things that RabbitMQ accepts and lapin does not survive:
 //!
 //! - Deeply nested headers. lapin's parser recurses once per level, on a thread with a small stack. As many levels as
 //!   fit into one frame crash the process.
+//! - Headers of many small values. In memory they take thirty times their bytes, for each message that waits.
 //! - Short strings that are not UTF-8. One such byte ends the connection.
 //! - Headers as large as a frame. RabbitMQ adds headers of its own when it delivers a message again, and takes headers
 //!   of any size from AMQP 1.0 producers, but sends all headers in one frame. A frame larger than negotiated ends the
 //!   connection.
 //!
 //! The message would return to the queue and do the same to the next worker, for ever. So headers that are nested too
-//! deep are quarantined: they become the text of one single header. Bytes that are not UTF-8 become `?`. Headers that are
-//! too large are removed while they arrive. The message is processed like any other.
+//! deep or too many are quarantined: they become the text of one single header. Bytes that are not UTF-8 become `?`.
+//! Headers that are too large are removed while they arrive, and a mark takes their place. The message is processed like
+//! any other. The consumer logs it.
 //!
 //! Only method and content-header frames are buffered until they are complete, up to the negotiated `frame_max`
 //! (128 KiB by default). Bodies pass through uninspected.

@@ -5,11 +5,13 @@ use crate::amqp::envelope::QUARANTINED;
 
 /// The limit of nested tables and arrays, the headers themselves included. lapin's stack has room for many more.
 const MAX_DEPTH: usize = 64;
+/// The limit of values in the headers. A value can have one byte in a frame, and takes about a hundred in memory.
+pub(super) const MAX_VALUES: usize = 1000;
 
 /// How much of a payload is needed to find its headers: class, weight, body size, flags, two texts, and a length.
 pub(super) const START_OF_PROPERTIES: usize = 2 + 2 + 8 + 2 + 2 * (1 + 255) + 4;
-/// The limit of all properties behind the headers: seven texts and three numbers.
-const REST_OF_PROPERTIES: usize = 7 * (1 + 255) + 1 + 1 + 8;
+/// The limit of all properties behind the headers: eight texts and three numbers.
+const REST_OF_PROPERTIES: usize = 8 * (1 + 255) + 1 + 1 + 8;
 
 /// The limit for frames that the broker offers, in the method `connection.tune`.
 pub(super) fn frame_max(payload: &mut [u8]) -> Option<u32> {
@@ -22,8 +24,8 @@ pub(super) fn frame_max(payload: &mut [u8]) -> Option<u32> {
     Some(u32::from_be_bytes(*rest.take(4)?.first_chunk()?))
 }
 
-/// Removes the headers from a payload of which only the start is buffered, from `at` on. The whole payload has `size`
-/// bytes. Returns how many bytes of headers are still to come, and how many bytes follow them. `None` if the payload
+/// Removes the headers from a payload of which only the start is buffered, from `at` on, and puts a mark in their place.
+/// The whole payload has `size` bytes. Returns how many bytes of headers are still to come, and how many bytes follow them. `None` if the payload
 /// is not that of a message with large headers.
 pub(super) fn remove_headers(buffered: &mut Vec<u8>, at: usize, size: usize) -> Option<(usize, usize)> {
     let start = buffered.get_mut(at..)?;
@@ -49,12 +51,10 @@ pub(super) fn remove_headers(buffered: &mut Vec<u8>, at: usize, size: usize) -> 
         return None;
     }
     buffered.truncate(at + before - 4);
-    buffered.extend_from_slice(&0_u32.to_be_bytes());
-    tracing::warn!(
-        event = "headers_quarantined",
-        bytes = headers,
-        "message has headers larger than a frame, processing it without them"
-    );
+    let name = QUARANTINED.as_bytes();
+    let mark = [&[u8::try_from(name.len()).ok()?], name, b"V"].concat();
+    buffered.extend_from_slice(&u32::try_from(mark.len()).ok()?.to_be_bytes());
+    buffered.extend_from_slice(&mark);
     Some((missing, behind))
 }
 
@@ -63,19 +63,12 @@ pub(super) fn sanitize(kind: u8, payload: &mut [u8]) {
     let mut sanitized = Sanitized::default();
     // lapin reports a payload that ends too early.
     let _ = if kind == METHOD { sanitized.delivery(payload) } else { sanitized.properties(payload) };
-    let Sanitized { texts, quarantined } = sanitized;
+    let texts = sanitized.texts;
     if texts > 0 {
         tracing::warn!(
             event = "properties_replaced",
             texts,
             "message has properties or header names that are not UTF-8, replaced their non-ASCII bytes with `?`"
-        );
-    }
-    if quarantined > 0 {
-        tracing::warn!(
-            event = "headers_quarantined",
-            bytes = quarantined,
-            "message has unreadable headers, processing it without them"
         );
     }
 }
@@ -151,14 +144,19 @@ impl Sanitized {
         Some(())
     }
 
-    /// Walks headers as lapin's parser does. `None` if they are nested too deep or malformed.
+    /// Walks headers as lapin's parser does. `None` if they are nested too deep, too many or malformed.
     pub(super) fn headers(&mut self, headers: &mut [u8]) -> Option<()> {
         // For each level: its remaining bytes, and whether its values have names.
         let mut levels = vec![(Reader(headers), true)];
+        let mut values = 0;
         while let Some((rest, named)) = levels.last_mut() {
             if rest.0.is_empty() {
                 levels.pop();
                 continue;
+            }
+            values += 1;
+            if values > MAX_VALUES {
+                return None;
             }
             if *named {
                 self.text(rest)?;

@@ -5,7 +5,7 @@ use lapin::protocol::basic::parse_properties;
 use lapin::types::parsing::parse_field_table;
 use proptest::prelude::*;
 
-use super::payload::Sanitized;
+use super::payload::{MAX_VALUES, Sanitized};
 use super::*;
 use crate::amqp::envelope::QUARANTINED;
 
@@ -95,6 +95,8 @@ fn headers_nested_too_deep_are_quarantined() {
         (nested(65, b'F'), true),
         (nested(65, b'A'), true),
         (nested(15_000, b'F'), true),
+        (entry(b"many", b'A', &long(&[b'V'; MAX_VALUES - 1])), false),
+        (entry(b"many", b'A', &long(&[b'V'; MAX_VALUES])), true),
         // No broker sends these.
         ([value(b'?', b""), vec![0; 50]].concat(), true),
         ([value(b'S', &[0, 0, 1]), vec![0; 50]].concat(), true),
@@ -145,6 +147,20 @@ fn bytes_that_are_not_utf8_are_replaced() {
         sanitize(METHOD, &mut payload);
         assert_eq!(payload, got(becomes));
     }
+}
+
+/// RabbitMQ sends all fourteen properties, each as large as it can be.
+#[tokio::test]
+async fn all_properties_at_their_limits_fit_behind_oversize_headers() {
+    let (head, texts) = ([0, 60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9], short(&[b'x'; 255]));
+    let whole = |headers: &[u8]| {
+        let first = [texts.as_slice(), &texts, &long(headers), &[2, 9]].concat();
+        let rest = [texts.repeat(4), vec![0; 8], texts.repeat(4)].concat();
+        frame(CONTENT_HEADER, &[&head, [0xFF, 0xFC].as_slice(), &first, &rest].concat())
+    };
+    let sent = whole(&entry(b"bulk", b'S', &long(&[b'x'; 9000])));
+    let expected = whole(&entry(QUARANTINED.as_bytes(), b'V', &[]));
+    assert_eq!(read(8192, &sent, &[1000], &[1000]).await, expected);
 }
 
 /// Valid headers, some with one changed byte.
@@ -295,7 +311,8 @@ proptest! {
         for size in sizes {
             let headers = entry(b"bulk", b'S', &long(&vec![b'x'; size]));
             let whole = frame(CONTENT_HEADER, &content_header(&headers, id.as_bytes()));
-            let without = frame(CONTENT_HEADER, &content_header(&[], id.as_bytes()));
+            let mark = entry(QUARANTINED.as_bytes(), b'V', &[]);
+            let without = frame(CONTENT_HEADER, &content_header(&mark, id.as_bytes()));
             expected.extend(if whole.len() > 4096 { &without } else { &whole });
             expected.extend(&key);
             sent.extend([whole, key.clone()].concat());
