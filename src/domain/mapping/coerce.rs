@@ -40,8 +40,6 @@ pub const MAX_ID: usize = 255;
 pub const MAX_LONG_TEXT: usize = 64 << 10;
 /// The maximum number of items in a list.
 pub const MAX_ITEMS: usize = 1000;
-/// The maximum length of a URL, in bytes.
-const MAX_URL: usize = 2048;
 /// The maximum length of a word that is looked up among choices, users and ids, in bytes.
 const MAX_WORD: usize = 4 * MAX_TEXT;
 
@@ -131,10 +129,7 @@ pub fn phone(values: &[Value]) -> Result<String, DropReason> {
 /// without a dot is not valid, because it is usually a placeholder such as `n/a`.
 pub fn url(values: &[Value]) -> Result<String, DropReason> {
     let page = one(values)?;
-    let whole = web_address::complete(&page).ok_or(DropReason::InvalidUrl)?;
-    if whole.len() > MAX_URL {
-        return Err(DropReason::TooLong);
-    }
+    let whole = web_address::complete(&page)?;
     match url::Url::parse(&whole) {
         Ok(url) if url.host_str().is_some_and(|host| host.contains(['.', ':'])) => Ok(whole.into_owned()),
         Ok(_) | Err(_) => Err(DropReason::InvalidUrl),
@@ -242,7 +237,8 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::domain::record::FieldId;
+    use crate::domain::record::{Channel, FieldId};
+    use crate::domain::value;
 
     fn coerced(kind: FieldKind, multiple: bool, value: Value) -> Result<Value, &'static str> {
         let field = CustomField { id: FieldId::new("cf_1"), name: "F".into(), kind, multiple };
@@ -366,11 +362,54 @@ mod tests {
         assert_eq!(id(&[text(2 * MAX_ID)]), Ok("é".repeat(MAX_ID)));
         assert_eq!(id(&[text(2 * MAX_ID + 2)]), Err(DropReason::TooLong));
         assert_eq!(phone(&[json!(format!("1{}", "-".repeat(MAX_PHONE)))]), Err(DropReason::InvalidPhone));
-        assert_eq!(url(&[json!(format!("http://a.test/{}", "a".repeat(MAX_URL)))]), Err(DropReason::TooLong));
+        assert_eq!(url(&[json!(format!("http://a.test/{}", "a".repeat(2048)))]), Err(DropReason::TooLong));
         assert_eq!(
             status(&[json!(format!("stat_{}", "a".repeat(MAX_WORD)))], &[]),
             Err(DropReason::NotAChoice)
         );
+    }
+
+    /// Such a text would overflow the stack if it were read by recursion.
+    #[test]
+    fn a_text_of_any_length_is_read() {
+        let schemes = ["http:", "http://", "https:\\\\", "HTTP:/", "://", "data:"];
+        let signs = ["1", "(0)", "+", "+(0)", "@", "a@", ".", "1.", "e", "[", "\"", "%", "-", "T", ":"];
+        let invisible = ["\u{200b}", "\u{feff}", " ", "\n", "\u{0}", "\u{661}", "\u{130}", "a\u{ad}"];
+        let kinds = || {
+            use FieldKind::{Choices, Contact, CustomObject, Date, Datetime, Number, Other, Text, User};
+            [
+                Text,
+                Number,
+                Date,
+                Datetime,
+                Choices(vec!["a".into()]),
+                User,
+                Contact,
+                CustomObject,
+                Other("x".into()),
+            ]
+        };
+        for piece in schemes.into_iter().chain(signs).chain(invisible) {
+            let page = piece.repeat((1 << 20) / piece.len());
+            assert!(url(&[json!(page)]).is_err(), "{piece:?}");
+            assert!(Channel::Url.same(&page, &page) && !Channel::Url.same(&page, "http://acme.test"));
+            let text = piece.repeat((1 << 17) / piece.len());
+            assert!(Channel::Phone.same(&text, &text) && Channel::Email.same(&text, &text));
+            assert!(value::domain(&page).is_none_or(|domain| domain.len() <= page.len()), "{piece:?}");
+            let values = [json!(text)];
+            for refused in [id(&values).err(), email(&values).err(), phone(&values).err()] {
+                assert!(refused.is_some(), "{piece:?}");
+            }
+            assert!(status(&values, &[]).is_err(), "{piece:?}");
+            assert!(
+                line(&values).is_ok_and(|line| line.as_str().unwrap().len() <= 4 * MAX_TEXT)
+                    || one(&values).is_err()
+            );
+            for kind in kinds() {
+                let kept = coerced(kind, true, values[0].clone()).map(|kept| kept.to_string().len());
+                assert!(kept.is_ok_and(|kept| kept <= 2 * MAX_LONG_TEXT) || kept.is_err(), "{piece:?}");
+            }
+        }
     }
 
     #[test]

@@ -1,9 +1,10 @@
 use proptest::prelude::*;
 
 use serde_json::json;
+use strum::VariantArray;
 
 use super::*;
-use crate::domain::mapping::source::{Alternative, Source};
+use crate::domain::mapping::source::{Alternative, Normalize, Source};
 use crate::domain::schema::{FieldRef, Schema};
 
 fn rule(paths: &[&str]) -> Rule {
@@ -332,6 +333,59 @@ fn ids_are_stored_as_text_and_long_names_are_cut() {
 }
 
 /// JSON of limited depth.
+/// A message of 1 MiB whose values are all as long as they can be, and of the kind that costs most.
+#[test]
+fn every_mapped_field_can_be_at_its_maximum() {
+    const BODY: usize = 1 << 20;
+    let normalized = |steps: &[Normalize]| {
+        Source::new(["$.traits.website", "$.traits.phone"].map(|path| Alternative::parse(path).unwrap()))
+            .normalized(steps.to_vec())
+    };
+    let mut rules = rules();
+    rules.lead.id = normalized(&[Normalize::Domain]);
+    rules
+        .lead
+        .fields
+        .insert(Field::Description, Rule { source: normalized(Normalize::VARIANTS), ..rule(&[]) });
+    let mapping = Mapping::resolve(&rules, &schema()).unwrap();
+    let pieces = [
+        "http:",
+        "https://",
+        "http:\\\\",
+        "7",
+        "(0)",
+        "+",
+        "@",
+        "a@",
+        "\u{200b}",
+        "\u{feff}a",
+        "[",
+        "{",
+        "-",
+        "T:",
+        "\u{130}",
+    ];
+    for piece in pieces {
+        let text = |bytes: usize| format!("{}.", piece.repeat(bytes / piece.len()));
+        let event = |bytes: usize| {
+            let long = || json!(text(bytes));
+            json!({
+                "userId": "u1", "timestamp": long(), "receivedAt": long(), "sentAt": long(), "messageId": long(),
+                "traits": {
+                    "name": long(), "firstName": long(), "lastName": long(), "title": long(), "email": long(),
+                    "phone": long(), "website": long(), "plan": long(), "company": {"id": long(), "name": long()},
+                },
+            })
+        };
+        let body = event(BODY / 2 / 14).to_string();
+        let event = Event::decode(body.as_bytes(), BODY).unwrap();
+        assert!(body.len() > BODY / 3 && event.time().is_none(), "{piece}: {}", body.len());
+        let kept = format!("{:?}", mapping.apply(&event).unwrap()).len();
+        assert!(kept < BODY, "{piece}: {kept}");
+        assert!(rules.event_ids(body.as_bytes().into()).is_some(), "{piece}");
+    }
+}
+
 fn any_json() -> impl Strategy<Value = Value> {
     let leaf = prop_oneof![
         Just(Value::Null),
