@@ -98,9 +98,12 @@ impl Event {
         if payload.bytes.len() > limit {
             return Err(Malformed::TooLarge { size: payload.bytes.len(), limit });
         }
-        let decoded = payload.decode(limit)?;
-        let text = decoded.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&decoded);
-        let limit = limit.saturating_mul(MEMORY_PER_BYTE);
+        Self::from_json(&payload.decode(limit)?, limit.saturating_mul(MEMORY_PER_BYTE))
+    }
+
+    /// `limit` is that of the memory for the values.
+    fn from_json(text: &[u8], limit: usize) -> Result<Self, Malformed> {
+        let text = text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text);
         let mut body =
             parse(text, limit).or_else(|invalid| match parse(&replace_lone_surrogates(text), limit) {
                 Err(Malformed::NotJson { .. }) => Err(invalid),
@@ -123,14 +126,13 @@ impl Event {
         Ok(Self { body })
     }
 
-    /// Decodes a body of any size, for tools. Small bodies may take as much memory as one of the usual largest size.
+    /// Decodes a body of any size, for tools. They read many bodies, so the values of one take at most 64 MiB: twice what
+    /// the largest message may take by default.
     ///
     /// # Errors
     /// Why it is not an event.
     pub fn read<'a>(payload: impl Into<Payload<'a>>) -> Result<Self, Malformed> {
-        const USUAL_LIMIT: usize = 1 << 20;
-        let body = payload.into().decode(TOOL_LIMIT)?;
-        Self::decode(&*body, body.len().max(USUAL_LIMIT))
+        Self::from_json(&payload.into().decode(TOOL_LIMIT)?, footprint::MAX_TREE)
     }
 
     /// The text of an envelope key, if it is present and not blank.
@@ -333,6 +335,20 @@ mod tests {
             assert_eq!(decoded, Err(Malformed::TooManyValues { limit: 32 * json.len() }));
             assert!(Event::decode(json.as_bytes(), 10 * json.len()).is_ok());
         }
+    }
+
+    #[test]
+    fn tools_read_values_of_a_bounded_size() {
+        let body = |bytes: usize| format!(r#"{{"n":[{}0]}}"#, r#"{"":0},"#.repeat(bytes / 7));
+        assert!(Event::read(body(400_000).as_bytes()).is_ok());
+        // In proportion to its size, this body could take 64 MiB and more.
+        let large = body(3 << 20);
+        assert_eq!(
+            Event::read(large.as_bytes()),
+            Err(Malformed::TooManyValues { limit: footprint::MAX_TREE })
+        );
+        let text = format!(r#"{{"n":"{}"}}"#, "a".repeat(3 << 20));
+        assert!(Event::read(text.as_bytes()).is_ok());
     }
 
     #[test]

@@ -8,6 +8,10 @@ use std::fmt;
 
 use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 
+/// The most memory that a text from outside may take as a tree where it is not a message for the worker: an answer of
+/// Close, or the body of a dead letter that a tool reads.
+pub(crate) const MAX_TREE: usize = 64 << 20;
+
 /// A value, without what it points to.
 pub(crate) const VALUE: usize = 32;
 /// The smallest allocation of a list has four values.

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use serde_json::Value;
 
-use crate::domain::footprint;
+use crate::domain::footprint::{self, MAX_TREE};
 
 /// Shown in place of a value.
 pub(super) const HIDDEN: &str = "•••";
@@ -56,9 +56,6 @@ impl Visibility {
         }
     }
 }
-
-/// The most memory that a body may take as a tree of values.
-const MAX_TREE: usize = 64 << 20;
 
 /// The beginning of a text.
 #[derive(Clone, Debug, PartialEq, Eq)]
