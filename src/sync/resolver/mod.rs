@@ -149,19 +149,23 @@ impl<R: Records> Resolver<'_, R> {
             }
         }
         let ContactHits { by_user, by_email } = self.lookups.search_contacts(person).await?;
-        // The user id decides. Contacts with only the email are read when none has the user id: one that is cached under
-        // the user id may not have it, because a switch forbids to write it.
-        let ids = self.lookups.with_cached(person.user(), by_user);
-        let people = self.lookups.read_contacts(ids, person).await?;
+        // The user id decides. Contacts with only the email are read when none has the user id.
+        let read = self.lookups.with_cached(person.user(), by_user);
+        let people = self.lookups.read_contacts(read.clone(), person).await?;
+        self.lookups.note_people(&people, true);
         let has_user_id =
             |contact: &Contact| compare(contact, person, self.lookups.keys) == ContactMatch::SameUser;
         if people.contacts.iter().any(has_user_id) {
-            self.lookups.note_people(&people, true);
             return Ok(people.contacts);
         }
-        let ids = self.lookups.with_cached(person.email(), by_email);
-        let people = self.lookups.read_contacts(ids, person).await?;
-        self.lookups.note_people(&people, true);
-        Ok(people.contacts)
+        // One that is cached under the user id may have only the email, because a switch forbids to write the user id. It
+        // counts also if neither search nor the cache has it under the email.
+        let mut ids = self.lookups.with_cached(person.email(), by_email);
+        ids.retain(|id| !read.contains(id));
+        let others = self.lookups.read_contacts(ids, person).await?;
+        self.lookups.note_people(&others, true);
+        let all = match_contacts([people.contacts, others.contacts].concat(), person, self.lookups.keys);
+        self.lookups.note_people(&all, true);
+        Ok(all.contacts)
     }
 }

@@ -168,6 +168,54 @@ fn a_cached_contact_that_search_does_not_show_yet_is_found() {
     assert_eq!(steps(&decision), [("update_contact", Some("cont_1"))]);
 }
 
+/// The switches forbid to write the user id, so the Contact has only the email. Its entry under the email has left the cache.
+#[test]
+fn a_contact_that_is_cached_under_the_user_id_and_has_only_the_email_is_found() {
+    let records = InMemoryRecords::read(
+        &[lead("lead_1", "2026-01-01", None)],
+        &[
+            contact("cont_1", "lead_1", None),
+            contact("cont_2", "lead_1", None),
+            contact("cont_3", "lead_1", Some("u2")),
+        ],
+    );
+    let cached = |key: Key, ids: &[&str]| (key, ids.iter().map(|id| ContactId::new(*id)).collect::<Vec<_>>());
+    let email = || Key::Email("jane@acme.test".into());
+    for (entries, is_shown, found) in [
+        (vec![cached(user(), &["cont_1"])], false, vec!["cont_1"]),
+        (vec![cached(user(), &["cont_1"]), cached(email(), &["cont_2"])], false, vec!["cont_1", "cont_2"]),
+        (
+            vec![cached(user(), &["cont_1", "cont_3"]), cached(email(), &["cont_1"])],
+            true,
+            vec!["cont_1", "cont_2"],
+        ),
+    ] {
+        let mut records = records.clone();
+        if !is_shown {
+            let InMemoryRecords { leads, contacts, .. } = records;
+            records = InMemoryRecords::default().with_frozen_search();
+            (records.leads, records.contacts) = (leads, contacts);
+        }
+        let id_cache = IdCache::default();
+        for (key, ids) in entries {
+            id_cache.remember_contacts(key, ids, false);
+        }
+        let decision = decide_person(&records, &id_cache);
+        let updated: Vec<_> = steps(&decision).into_iter().filter_map(|(_, id)| id).collect();
+        assert_eq!(updated, found);
+        assert_eq!(verdict(&decision, "cont_1"), Some(Verdict::SameEmail));
+        let mut reads: Vec<_> = decision
+            .look_ups
+            .iter()
+            .filter_map(|it| if let LookUp::Read(id) = it { Some(id) } else { None })
+            .collect();
+        let all = reads.len();
+        reads.sort();
+        reads.dedup();
+        assert_eq!(reads.len(), all, "{:?}", decision.look_ups);
+    }
+}
+
 #[test]
 fn a_cached_contact_that_was_merged_away_is_forgotten_and_searched_again() {
     let records = InMemoryRecords::read(
