@@ -52,14 +52,17 @@ pub(crate) fn timestamp(value: &Value) -> Result<Timestamp, DropReason> {
     if is_zero(at) { Err(DropReason::Placeholder) } else { Ok(at) }
 }
 
-/// The day of a point in time as it is written, before conversion to UTC.
+/// The day of a point in time as it is written, before conversion to UTC. Midnight of 1970-01-01 is a day here: people are
+/// born on it, and programs write a day as a time.
 pub(crate) fn date(value: &Value) -> Result<Date, DropReason> {
     let text = single(value)?;
+    if is_zero_date(&text) {
+        return Err(DropReason::Placeholder);
+    }
     match read(&text) {
-        // A day without a time is not a zero time, unless it is that of year 1: people are born on 1970-01-01.
-        Some(read) if read.time.is_none() && read.date.year() > 1 => Ok(read.date),
-        Some(read) => timestamp(value).map(|_| read.date),
-        None => timestamp(value).map(|at| TimeZone::UTC.to_datetime(at).date()),
+        Some(read) if is_zero_year(read.date) => Err(DropReason::Placeholder),
+        Some(read) => Ok(read.date),
+        None => from_number(&text).map(|at| TimeZone::UTC.to_datetime(at).date()),
     }
 }
 
@@ -88,7 +91,11 @@ pub fn is_event_time(at: Timestamp) -> bool {
 
 /// The times that programs have before they have one: year 1 (Go, .NET) and 1970 to the second (everything else).
 fn is_zero(at: Timestamp) -> bool {
-    at.as_second() == 0 || TimeZone::UTC.to_datetime(at).year() <= 1
+    at.as_second() == 0 || is_zero_year(TimeZone::UTC.to_datetime(at).date())
+}
+
+fn is_zero_year(date: Date) -> bool {
+    date.year() <= 1
 }
 
 /// The zero dates that are not dates: `0000-00-00` of `MySQL`, and how PHP reads it.
@@ -336,9 +343,27 @@ mod tests {
         ] {
             assert_eq!(shown(of_event(&value)), expected, "{value}");
         }
-        assert_eq!(date(&json!("1970-01-01")).unwrap().to_string(), "1970-01-01");
-        assert_eq!(date(&json!("1902-05-03")).unwrap().to_string(), "1902-05-03");
-        for value in [json!("0001-01-01"), json!("0000-00-00"), json!("1970-01-01T00:00:00Z"), json!(0)] {
+        for (text, day) in [
+            ("1970-01-01", "1970-01-01"),
+            ("1970-01-01T00:00:00.000Z", "1970-01-01"),
+            ("1970-01-01 00:00:00", "1970-01-01"),
+            ("1970-01-01T00:00:00+05:30", "1970-01-01"),
+            ("1969-12-31T16:00:00-08:00", "1969-12-31"),
+            ("Thu, 01 Jan 1970 00:00:00 GMT", "1970-01-01"),
+            ("1902-05-03", "1902-05-03"),
+        ] {
+            assert_eq!(date(&json!(text)).map(|date| date.to_string()).as_deref(), Ok(day), "{text}");
+        }
+        for value in [
+            json!("0001-01-01"),
+            json!("0001-01-01T00:00:00Z"),
+            json!("0000-00-00"),
+            json!("0000-00-00 00:00:00"),
+            json!("-0001-11-30T00:00:00+0000"),
+            json!("0"),
+            json!(0),
+            json!(-62_135_596_800_i64),
+        ] {
             assert_eq!(date(&value), Err(DropReason::Placeholder), "{value}");
         }
     }

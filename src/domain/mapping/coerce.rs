@@ -278,6 +278,8 @@ mod tests {
             (Date, json!(2024), Err("not_a_date")),
             (Date, json!("12"), Err("not_a_date")),
             (Date, json!(0), Err("placeholder")),
+            (Date, json!("1970-01-01T00:00:00.000Z"), Ok(json!("1970-01-01"))),
+            (Datetime, json!("1970-01-01T00:00:00.000Z"), Err("placeholder")),
             (Date, json!(90_000_000_000_i64), Err("not_a_date")),
             (Date, json!(-86_400), Err("not_a_date")),
             (Date, json!("2026-02-30"), Err("not_a_date")),
