@@ -51,7 +51,7 @@ async fn ten_large_events_of_any_shape_take_a_few_times_their_bytes() {
 async fn headers_of_many_small_values_take_a_few_times_their_bytes() {
     let item = |kind: u8| move |value: &[u8]| [&[kind], value].concat();
     let lists = [
-        item(b'A')(&long(&[b'V'; 130_000])),
+        item(b'A')(&long(&b"V".repeat(130_000))),
         item(b'A')(&long(&item(b'F')(&long(&[])).repeat(26_000))),
         item(b'F')(&long(
             &(0..26_000_u16).flat_map(|n| [&[2], &n.to_be_bytes()[..], b"V"].concat()).collect::<Vec<_>>(),
