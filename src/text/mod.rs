@@ -4,7 +4,7 @@ mod mask;
 mod printable;
 
 pub use mask::{is_ambiguous, masked_urls};
-pub use printable::{block, json, line, shell};
+pub use printable::{argument, block, json, line, shell};
 
 /// Ends an error with the values that would be valid: `; configured: a, b`. Empty when there are none to list.
 pub fn choices(label: &str, choices: &[String]) -> String {

@@ -2,7 +2,8 @@
 //!
 //! Producers choose ids, headers and values; users of Close choose names and labels. A terminal obeys escape sequences
 //! in them, and characters that change the direction of text make a line read as another one. Every command passes
-//! such text through [`line()`] or [`block`] where it prints, and through [`shell`] where it is meant to be copied.
+//! such text through [`line()`] or [`block`] where it prints, and through [`shell`] or [`argument`] where it is meant to be
+//! copied.
 
 use std::fmt::Write;
 
@@ -24,6 +25,12 @@ pub fn shell(word: &str) -> String {
     let word = line(word);
     // The only text that cannot be quoted has a zero byte, which `line` has replaced.
     shlex::try_quote(&word).map_or_else(|_| "''".to_owned(), std::borrow::Cow::into_owned)
+}
+
+/// The last argument of a command that the operator may copy. A word that begins with a dash would be read as an option.
+pub fn argument(word: &str) -> String {
+    let quoted = shell(word);
+    if word.starts_with('-') { format!("-- {quoted}") } else { quoted }
 }
 
 /// Escapes the unsafe characters in JSON, which stays the same data: outside of strings, JSON has none but line breaks.
@@ -105,7 +112,12 @@ mod tests {
             ("x; rm -rf /", "'x; rm -rf /'"),
             ("a\nb", "'a\u{fffd}b'"),
         ] {
-            assert_eq!(shell(word), quoted);
+            assert_eq!((shell(word).as_str(), argument(word).as_str()), (quoted, quoted));
+        }
+        for (word, last) in
+            [("-x", "-- -x"), ("--all", "-- --all"), ("-$(a)", "-- '-$(a)'"), ("-\n", "-- '-\u{fffd}'")]
+        {
+            assert_eq!(argument(word), last);
         }
     }
 

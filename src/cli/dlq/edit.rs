@@ -17,7 +17,7 @@ use crate::config::{self, Destination};
 use crate::dead_letters::edit::{self, Edited};
 use crate::dead_letters::filter::{Filter, Selection};
 use crate::dead_letters::letter::DeadLetter;
-use crate::text::{count, line, shell};
+use crate::text::{argument, count, line, shell};
 
 /// Edit the body of one dead letter, or patch several.
 ///
@@ -81,11 +81,11 @@ async fn edit_one(
 ) -> Result<(), Failure> {
     let letter = find(id, destination).await?;
     // The argument may have been the message id of the producer.
-    let id = shell(&letter.id);
+    let (id, last) = (shell(&letter.id), argument(&letter.id));
     if !edit::is_editable(&letter) {
         return Err(Failure::Input(format!(
             "the body has {} bytes, more than the {} that an edit can keep; export the dead letter, edit the file and \
-             import it: `close-sync dlq export --id {id}`",
+             import it: `close-sync dlq export --id={id}`",
             letter.body.len(),
             MAX_ORIGINAL,
         )));
@@ -117,14 +117,14 @@ async fn edit_one(
         && let Ok((_, path)) = file.keep()
     {
         anstream::eprintln!(
-            "your edit is saved in {0}; to retry: `close-sync dlq edit {id} --body {0}`",
+            "your edit is saved in {0}; to retry: `close-sync dlq edit --body={0} {last}`",
             shell(&path.display().to_string())
         );
     }
     done?;
     print_diff(&before, &edited);
     anstream::eprintln!(
-        "edited; preview a replay with `close-sync dlq show {id}`, then run `close-sync dlq replay --id {id}`"
+        "edited; preview a replay with `close-sync dlq show {last}`, then run `close-sync dlq replay --id={id}`"
     );
     Ok(())
 }

@@ -11,7 +11,7 @@ use crate::config::Destination;
 use crate::dead_letters::group::{Group, Groups};
 use crate::dead_letters::letter::DeadLetter;
 use crate::dead_letters::scan::Disposition;
-use crate::text::{json, line, shell};
+use crate::text::{argument, json, line};
 
 /// List what failed, grouped by fingerprint, the most frequent first, with the remedy.
 #[derive(clap::Args)]
@@ -100,7 +100,7 @@ impl Listing {
                 anstream::println!("    {}", line(error));
             }
             anstream::println!("    what to do: {remedy}");
-            anstream::println!("    close-sync dlq show {}", shell(example));
+            anstream::println!("    close-sync dlq show {}", argument(example));
         }
         if !each && dead_letters.len() > MAX_LISTED {
             anstream::eprintln!(

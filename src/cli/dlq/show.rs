@@ -102,7 +102,7 @@ fn print(letter: &DeadLetter, plan: Option<Result<Explanation, String>>) {
             plan::print("if it were replayed now", &explanation);
             if letter.reason.as_deref() == Some(Reason::Rejected.label()) {
                 anstream::println!(
-                    "\nonly a replay shows whether Close accepts it now: `close-sync dlq replay --id {}`",
+                    "\nonly a replay shows whether Close accepts it now: `close-sync dlq replay --id={}`",
                     shell(&letter.id)
                 );
             }

@@ -16,6 +16,7 @@ use crate::http::admin::explanation;
 use crate::http::admin::layout::{ErrorPage, ago, alert, csrf_token, moment, remedy};
 use crate::http::admin::redact::{Excerpt, Visibility, short};
 use crate::outcome::Reason;
+use crate::text::argument;
 
 #[derive(Deserialize)]
 pub(super) struct MessageQuery {
@@ -140,7 +141,7 @@ fn excerpt(excerpt: &Excerpt, label: &str, id: &str) -> Markup {
         pre tabindex="0" aria-labelledby=(label) { (excerpt.text) }
         @if excerpt.is_cut {
             p .hint {
-                "Only the beginning is shown. " code { "close-sync dlq show --json " (id) } " shows all of it."
+                "Only the beginning is shown. " code { "close-sync dlq show --json " (argument(id)) } " shows all of it."
             }
         }
     }
@@ -199,7 +200,7 @@ fn producer_headers(letter: &DeadLetter, visibility: Visibility) -> Markup {
                     }
                 }
                 @if shown.len() > MAX_HEADERS {
-                    p .hint { "Only the first " (MAX_HEADERS) " are shown. " code { "close-sync dlq show " (letter.id) } " shows all." }
+                    p .hint { "Only the first " (MAX_HEADERS) " are shown. " code { "close-sync dlq show " (argument(&letter.id)) } " shows all." }
                 }
             }
         }

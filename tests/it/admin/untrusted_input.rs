@@ -1,11 +1,12 @@
 //! Malicious and broken clients.
 
 use reqwest::StatusCode;
+use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::{Browser, TOKEN, with_token, without_token};
-use crate::support::{TIMEOUT, Worker};
+use crate::support::{TIMEOUT, Worker, dead_letters, identify};
 
 async fn connect(worker: &Worker) -> TcpStream {
     let base = worker.base().await;
@@ -205,4 +206,45 @@ async fn the_page_of_a_large_dead_letter_is_bounded() {
     }
     assert!(!sizes.is_empty());
     worker.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_commands_on_a_page_take_any_id_as_one_word() {
+    let id = "-x'; $(reboot) & \"y\" <z> #";
+    let bench = without_token().await;
+    bench.worker().await.terminate().await;
+    // Names are shown where values are hidden.
+    let names: serde_json::Map<_, _> =
+        (0..2000).map(|n| (format!("{n}{}", "a".repeat(100)), 1.into())).collect();
+    let event = identify("u1", names.into());
+    let mut letter: Value = serde_json::from_str(&dead_letters::line(id, 0, &event)).unwrap();
+    for n in 0..60 {
+        letter["headers"][format!("x-{n}")] = "y".into();
+    }
+    bench.import(&letter.to_string()).await;
+    let worker = bench.worker().await;
+    let browser = Browser::of(&worker).await;
+    let query: String = url::form_urlencoded::byte_serialize(id.as_bytes()).collect();
+    let page = browser.get(&format!("/page/-/dead/message?id={query}")).await.text;
+    let commands: Vec<_> = page.split("<code>close-sync ").skip(1).collect();
+    assert_eq!(commands.len(), 2, "{page}");
+    for command in commands {
+        let text = command.split_once("</code>").unwrap().0;
+        let text =
+            text.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", "\"").replace("&amp;", "&");
+        let words = shlex::split(&text).unwrap();
+        assert_eq!(words.last().map(String::as_str), Some(id), "{text}");
+        let words: Vec<_> = words.iter().map(String::as_str).collect();
+        let shown = bench.output(&[&words[..2], &["--no-plan"], &words[2..]].concat()).await;
+        assert!(shown.contains("x-59"), "{text}: {shown}");
+    }
+    worker.terminate().await;
+    let edited = ["dlq", "edit", "--patch", r#"{"traits": {"title": "Dr"}}"#, "--", id];
+    let (_, _, said) = bench.run_text(&edited, "").await;
+    // Too large for an edit.
+    let command = said.split('`').find_map(|part| part.strip_prefix("close-sync ")).unwrap();
+    let words = shlex::split(command).unwrap();
+    assert_eq!(words, ["dlq", "export", &format!("--id={id}")], "{said}");
+    let words: Vec<_> = words.iter().map(String::as_str).collect();
+    assert!(bench.output(&words).await.contains("reboot"));
 }

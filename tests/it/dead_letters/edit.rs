@@ -253,7 +253,7 @@ async fn the_largest_body_can_be_edited_and_no_larger() {
     assert!(shown["original"]["traits"]["name"].as_str().unwrap().len() > 32_000);
     assert_eq!(shown["headers"]["x-trail"].as_str().unwrap().len(), 60_000);
     let (code, words) = bench.run_combined(&["dlq", "edit", "large", "--patch", patch], "").await;
-    assert!(code == Some(2) && words.contains("dlq export --id large"), "{words}");
+    assert!(code == Some(2) && words.contains("dlq export --id=large"), "{words}");
     // The remedy works.
     let exported = bench.output(&["dlq", "export", "--id", "large"]).await;
     let mut letter: Value = serde_json::from_str(&exported).unwrap();

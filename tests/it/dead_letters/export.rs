@@ -332,7 +332,7 @@ async fn filters_select_dead_letters() {
     assert_eq!(shown(&bench, "m-b").await["id"], "b");
     let (_, _, words) =
         bench.run_text(&["dlq", "edit", "m-b", "--patch", r#"{"traits": {"title": "Dr"}}"#], "").await;
-    assert!(words.contains("dlq replay --id b`"), "{words}");
+    assert!(words.contains("dlq replay --id=b`"), "{words}");
     let (code, _, words) = bench.run_text(&["dlq", "list", "--since", "yesterday"], "").await;
     assert!(code == Some(2) && words.contains("expected a time in UTC"), "{words}");
     let groups: Value =
