@@ -5,6 +5,8 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::text::block;
+
 /// A call to Close that did not succeed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CloseError {
@@ -127,10 +129,7 @@ impl ResponseExcerpt {
     /// Without characters that control a terminal or hide text. There may be line breaks.
     fn new(body: &[u8]) -> Option<Self> {
         let text = String::from_utf8_lossy(&body[..body.len().min(MAX_EXCERPT)]);
-        let hidden = |c: char| matches!(c, '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
-        let shown = |c: char| c == '\n' || !(c.is_control() || hidden(c));
-        let text: String =
-            text.chars().map(|c| if shown(c) { c } else { char::REPLACEMENT_CHARACTER }).collect();
+        let text = block(&text);
         (!text.trim().is_empty()).then_some(Self(text))
     }
 

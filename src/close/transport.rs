@@ -13,6 +13,7 @@ use url::Url;
 
 use crate::close::error::{CloseError, Fault, MAX_ERROR_BODY};
 use crate::close::settings::Settings;
+use crate::text::line;
 
 pub trait Transport: Send + Sync {
     /// Sends a call once. `path` is relative to the base of the API and includes the query. The body is sent as JSON. The
@@ -121,7 +122,7 @@ fn fault(error: &reqwest::Error) -> CloseError {
         // The innermost cause is the most specific: connection refused, unknown host, invalid certificate.
         let causes = std::iter::successors(std::error::Error::source(error), |cause| cause.source());
         let cause = causes.last().map_or_else(|| "no connection".to_owned(), ToString::to_string);
-        CloseError::Unreachable(cause.chars().filter(|c| !c.is_control()).take(MAX_CAUSE).collect())
+        CloseError::Unreachable(line(&cause.chars().take(MAX_CAUSE).collect::<String>()))
     } else if error.is_timeout() {
         CloseError::Transient(Fault::Timeout)
     } else {
