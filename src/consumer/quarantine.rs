@@ -6,10 +6,11 @@
 //! matter here. What counts is that a message was in flight when RabbitMQ ended the channel:
 //!
 //! 1. Its successor is published like any other. RabbitMQ ends the channel, and the session ends with it.
-//! 2. At the next delivery the successor is published bare ([`Envelope::bare`]), alone on a connection of its own. If
-//!    RabbitMQ accepts it, the message is settled. Messages that were in flight with the one at fault end here.
-//! 3. If RabbitMQ ends that connection too, the message is rejected: the work queue's dead-letter exchange takes it,
-//!    with everything its producer sent and without the reason.
+//! 2. At the next delivery the successor is published alone, on a connection of its own. Messages that were in flight with
+//!    the one at fault are settled here, with all their headers. If RabbitMQ ends that connection too, the successor is
+//!    published bare ([`Envelope::bare`]).
+//! 3. If RabbitMQ still ends the connection, the message is rejected: the work queue's dead-letter exchange takes it, with
+//!    everything its producer sent and without the reason.
 //!
 //! A connection that only breaks is no evidence against a message. One that breaks again and again with the same message
 //! in flight is. Neither is an error of RabbitMQ itself, such as a queue that has crashed.
@@ -35,10 +36,12 @@ use crate::amqp::BrokerError;
 const CAPACITY: u64 = 10_000;
 /// A message returns at once unless consumption pauses.
 const LIFETIME: Duration = Duration::from_hours(1);
-/// The points from which on a message is published bare.
-const BARE_FROM: u32 = 5;
+/// The points for a refusal. A message with so many is published alone.
+const REFUSAL: u32 = 5;
+/// The points from which on it is published bare.
+const BARE_FROM: u32 = 2 * REFUSAL;
 /// The points from which on it is rejected.
-const REJECT_FROM: u32 = 10;
+const REJECT_FROM: u32 = 3 * REFUSAL;
 /// The panics from which on it is rejected.
 const MAX_PANICS: u32 = 2;
 
@@ -60,6 +63,7 @@ struct Record {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Treatment {
     Normal,
+    Alone,
     Bare,
     Reject,
 }
@@ -114,7 +118,8 @@ impl Quarantine {
     /// How to publish the successor of this message.
     pub(crate) fn treatment(&self, message: impl Fn() -> Uuid) -> Treatment {
         match self.record(message).points {
-            0..BARE_FROM => Treatment::Normal,
+            0..REFUSAL => Treatment::Normal,
+            REFUSAL..BARE_FROM => Treatment::Alone,
             BARE_FROM..REJECT_FROM => Treatment::Bare,
             REJECT_FROM.. => Treatment::Reject,
         }
@@ -131,7 +136,7 @@ impl Quarantine {
         self.records.entry(message()).and_upsert_with(|known| {
             let Record { points, panics } = known.map_or_else(Record::default, moka::Entry::into_value);
             match evidence {
-                Evidence::Refused => Record { points: points.saturating_add(BARE_FROM), panics },
+                Evidence::Refused => Record { points: points.saturating_add(REFUSAL), panics },
                 Evidence::Broke => Record { points: points.saturating_add(1), panics },
                 Evidence::Panicked => Record { points, panics: panics.saturating_add(1) },
             }
@@ -162,13 +167,13 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_message_is_published_bare_and_then_rejected() {
+    fn a_refused_message_is_published_alone_then_bare_and_then_rejected() {
         let (quarantine, guilty) = (Quarantine::default(), message(1));
         assert_eq!(quarantine.treatment(guilty), Treatment::Normal);
-        quarantine.suspect(guilty, Evidence::Refused);
-        assert_eq!(quarantine.treatment(guilty), Treatment::Bare);
-        quarantine.suspect(guilty, Evidence::Refused);
-        assert_eq!(quarantine.treatment(guilty), Treatment::Reject);
+        for treatment in [Treatment::Alone, Treatment::Bare, Treatment::Reject] {
+            quarantine.suspect(guilty, Evidence::Refused);
+            assert_eq!(quarantine.treatment(guilty), treatment);
+        }
         assert_eq!(quarantine.treatment(message(2)), Treatment::Normal, "its neighbour");
         quarantine.forget(guilty);
         assert_eq!(quarantine.treatment(guilty), Treatment::Normal);
@@ -177,7 +182,9 @@ mod tests {
     #[test]
     fn a_connection_has_to_break_several_times_with_a_message_in_flight() {
         let quarantine = Quarantine::default();
-        for (times, treatment) in [(4, Treatment::Normal), (1, Treatment::Bare), (5, Treatment::Reject)] {
+        for (times, treatment) in
+            [(4, Treatment::Normal), (1, Treatment::Alone), (5, Treatment::Bare), (5, Treatment::Reject)]
+        {
             for _ in 0..times {
                 quarantine.suspect(message(1), Evidence::Broke);
             }

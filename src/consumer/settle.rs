@@ -147,6 +147,7 @@ async fn publish(
                     answer
                 }
                 // It waits for its turn, which is no sign of an alarm.
+                Treatment::Alone => context.publishers.quarantine.publish(outgoing(&message.envelope)).await,
                 Treatment::Bare => {
                     context.publishers.quarantine.publish(outgoing(&message.envelope.bare())).await
                 }
@@ -164,7 +165,7 @@ async fn publish(
             }
             let is_held = matches!(error, BrokerError::Unconfirmed(_) | BrokerError::Unroutable { .. });
             // The quarantine has connections of its own, and the session goes on without them.
-            let goes_on = treatment == Treatment::Bare && evidence.is_some();
+            let goes_on = treatment != Treatment::Normal && evidence.is_some();
             if !is_held && !goes_on {
                 return Successor::Failed(error);
             }

@@ -207,9 +207,9 @@ fn is_zero(number: &usize) -> bool {
 }
 
 impl Share {
-    /// Whether there are events, and the trigger takes none.
+    /// Whether there is something, and the trigger takes nothing.
     pub fn is_none(self) -> bool {
-        self.events > 0 && self.taken == 0
+        self.events + self.malformed > 0 && self.taken == 0
     }
 }
 

@@ -91,8 +91,11 @@ async fn unrouted_outcome_events_are_dropped_and_counted() {
     let bench = Bench::new().await;
     let exchange = format!("{}-outcomes", bench.exchange);
     let bench = bench.set("AMQP_OUTCOMES", &exchange);
-    let metrics = bench.sync(&[identify("u1", json!({}))]).await;
-    assert_eq!(metrics.count("outcome_messages_total{result=\"unrouted\"}"), 1);
+    let worker = bench.worker().await;
+    bench.publish(&[identify("u1", json!({}))]).await;
+    let unrouted = "outcome_messages_total{result=\"unrouted\"}";
+    worker.until("counted", async |worker| worker.metrics().await.count(unrouted) == 1).await;
+    worker.terminate().await;
     let refused = bench.set("AMQP_OUTCOMES", "amq.topic").run(&["check"], b"").await;
     assert_eq!(refused.status.code(), Some(78));
 }
