@@ -17,7 +17,7 @@ use backoff::backoff::Backoff as _;
 use backoff::exponential::{ExponentialBackoff, ExponentialBackoffBuilder};
 use tokio::time::Instant;
 
-use crate::close::{CloseError, FieldError, Rejection};
+use crate::close::{CloseError, Fault, FieldError, Rejection};
 use crate::outcome::{DeadLetter, DelayCause, Failure, Outcome, PauseCause, Reason, Stage};
 
 /// The retry policy.
@@ -158,7 +158,8 @@ pub fn after_failure(
         CloseError::Unreachable(_) => {
             pause.map_or(AfterFailure::Settle(Outcome::Paused(PauseCause::Unreachable)), AfterFailure::Retry)
         }
-        CloseError::Transient(fault) => match pause {
+        // A record does not shrink within seconds.
+        CloseError::Transient(fault) => match pause.filter(|_| *fault != Fault::TooLarge) {
             Some(pause) => AfterFailure::Retry(pause),
             None => match usize::try_from(history.attempts) {
                 Ok(level) if level < policy.delays.len() => AfterFailure::Settle(Outcome::Delayed {
@@ -176,7 +177,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::close::{Fault, Rejection};
 
     fn policy() -> Policy {
         Policy { in_place: Duration::from_secs(30), jitter: JITTER, delays: vec![Duration::from_secs(30); 4] }
@@ -206,6 +206,8 @@ mod tests {
             (rejected, 0, false, true, "dead rejected"),
             (CloseError::NotFound, 0, false, false, "retry in 0s"),
             (CloseError::NotFound, 0, true, true, "dead not_found"),
+            (CloseError::Transient(Fault::TooLarge), 0, false, true, "delay 0"),
+            (CloseError::Transient(Fault::TooLarge), 4, false, true, "dead exhausted"),
             (CloseError::Unreachable(String::new()), 9, false, true, "retry in 1s"),
             (CloseError::Unreachable(String::new()), 9, false, false, "pause unreachable"),
             (timeout.clone(), 4, false, true, "retry in 1s"),
@@ -225,6 +227,7 @@ mod tests {
             Just(Fault::Timeout),
             Just(Fault::ConnectionLost),
             Just(Fault::InvalidResponse),
+            Just(Fault::TooLarge),
         ];
         prop_oneof![
             Just(CloseError::Unauthorized),

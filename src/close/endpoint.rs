@@ -75,6 +75,11 @@ impl Endpoint {
         }
     }
 
+    /// Whether the answer is a Lead or a Contact that others may have made large.
+    pub(crate) fn reads_record(self) -> bool {
+        matches!(self, Self::ReadLead | Self::ReadContact)
+    }
+
     pub(crate) fn writes(self) -> bool {
         match self {
             Self::CreateLead | Self::CreateContact | Self::UpdateLead | Self::UpdateContact => true,

@@ -47,6 +47,9 @@ pub enum Fault {
     /// A successful response whose body is not valid.
     #[error("Close sent a response that could not be parsed")]
     InvalidResponse,
+    /// A record is larger than [`crate::close::Endpoint`] allows. Close works, and this record stays large.
+    #[error("the Lead or Contact in Close is larger than close-sync reads")]
+    TooLarge,
 }
 
 impl CloseError {
@@ -63,6 +66,7 @@ impl CloseError {
             Self::Transient(Fault::Timeout) => "timeout",
             Self::Transient(Fault::ConnectionLost) => "connection_lost",
             Self::Transient(Fault::InvalidResponse) => "garbled",
+            Self::Transient(Fault::TooLarge) => "too_large",
         }
     }
 
@@ -76,13 +80,21 @@ impl CloseError {
         }
     }
 
+    /// Whether other messages may fail in the same way, because Close or the way to it does not work. A record of any size
+    /// is what producers and people made of it, so it says nothing about other messages.
+    pub fn may_be_an_outage(&self) -> bool {
+        self.is_retryable() && *self != Self::Transient(Fault::TooLarge)
+    }
+
     /// Whether a write may have been applied although the call failed. Close has no idempotency keys, so the record must
     /// be looked up before such a POST is repeated (close-api.md §10). A 503 comes from in front of the application and
     /// counts as not applied, as in Close's own client (close-api.md §2).
     pub fn may_have_been_applied(&self) -> bool {
         match self {
             Self::Transient(Fault::Status(status)) => *status != 503,
-            Self::Transient(Fault::Timeout | Fault::ConnectionLost | Fault::InvalidResponse) => true,
+            Self::Transient(
+                Fault::Timeout | Fault::ConnectionLost | Fault::InvalidResponse | Fault::TooLarge,
+            ) => true,
             Self::Unauthorized
             | Self::PlanLimit
             | Self::Forbidden

@@ -155,7 +155,12 @@ impl Requests {
         let status = result.as_ref().map_or(StatusClass::NoAnswer, |answer| StatusClass::of(answer.status));
         (self.shared.observe)(Call { endpoint, status, took: started.elapsed(), waited });
 
-        let answer = result?;
+        let too_large = CloseError::Transient(Fault::TooLarge);
+        let answer = result.map_err(|error| {
+            // Only the size of a record is up to others.
+            let is_answer = error == too_large && !endpoint.reads_record();
+            if is_answer { CloseError::Transient(Fault::InvalidResponse) } else { error }
+        })?;
         let header = |name: &str| answer.headers.get(name).and_then(|value| value.to_str().ok());
         let limit = RateLimit::read(header);
         permit.answered(limit);

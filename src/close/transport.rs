@@ -92,7 +92,7 @@ impl Http {
                 break;
             }
             if body.len() + chunk.len() > max_answer {
-                return Err(CloseError::Transient(Fault::InvalidResponse));
+                return Err(CloseError::Transient(Fault::TooLarge));
             }
             body.extend_from_slice(&chunk);
         }

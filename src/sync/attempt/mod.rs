@@ -83,7 +83,7 @@ impl<C: Api> Attempts<'_, C> {
             context.set_last_failure(&failure);
             // Messages that share a failed search count as one failure, and each message counts once.
             let counts = self.writes() && !self.client.take_duplicate_failure() && !failed_before;
-            if failure.error.is_retryable() && counts {
+            if failure.error.may_be_an_outage() && counts {
                 failed_before = true;
                 if context.record_failure() {
                     let unreachable = matches!(failure.error, CloseError::Unreachable(_));

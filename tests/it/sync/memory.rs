@@ -78,6 +78,33 @@ async fn headers_of_many_small_values_take_a_few_times_their_bytes() {
     }
 }
 
+/// Producers make Leads large. That must not look like an outage of Close, which would pause all messages.
+#[tokio::test(flavor = "multi_thread")]
+async fn leads_that_are_too_large_do_not_pause_consumption() {
+    let bench = Bench::new().await.set("RUST_LOG", "info,lapin=off");
+    let companies: Vec<_> = (0..15).map(|number| format!("c{number}")).collect();
+    for company in &companies {
+        bench.lead(Some(company), json!([]));
+    }
+    let huge = Effect::Status {
+        code: 200,
+        body: FaultBody::Raw(format!(r#"{{"id":{}}}"#, "0".repeat(17 * MIB))),
+        when: When::BeforeCommit,
+    };
+    bench.simulator.fault(Fault::new(huge).on("GET", "/lead/"));
+    let worker = bench.worker().await;
+    let events: Vec<_> =
+        companies.iter().map(|company| identify(company, json!({"company": {"id": company}}))).collect();
+    bench.publish(&events).await;
+    bench.depth_becomes(".dead", 15).await;
+    let metrics = worker.metrics().await;
+    assert_eq!(metrics.sum("pauses_total"), 0, "{}", worker.log());
+    bench.publish(&[identify("jane", json!({"company": {"id": "other"}}))]).await;
+    worker.until("synced", async |_| bench.simulator.contacts().len() == 1).await;
+    assert!(bench.dead_letters().await.iter().all(|letter| letter["reason"] == "exhausted"));
+    worker.terminate().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_huge_answer_of_close_takes_little_memory_and_is_tried_again() {
     let answers = [
