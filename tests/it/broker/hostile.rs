@@ -398,16 +398,26 @@ async fn any_message_that_rabbitmq_accepts_is_settled() {
     assert!(accepted.len() > 15, "only {} accepted", accepted.len());
     let worker = bench.worker().await;
     worker.until("synced", async |_| bench.simulator.contacts().len() == MESSAGES).await;
+    // Only messages that fail may be left, which looks like an outage. Close works again.
+    bench.simulator.clear_faults();
+    // A message that did not end as a dead letter was synced. Also those count that expired before the worker started, and
+    // a lost session may leave a second copy.
+    let settled = async || -> bool {
+        let dead: BTreeSet<_> =
+            bench.dead_letters().await.iter().map(|letter| letter["body"].to_string()).collect();
+        let people: Vec<_> = bench
+            .simulator
+            .contacts()
+            .iter()
+            .map(|contact| contact["custom.cf_contactuserid"].to_string())
+            .collect();
+        let is_synced = |body: &str| people.iter().any(|id| id.len() > 2 && body.contains(id.as_str()));
+        accepted.iter().all(|body| dead.contains(&json!(body).to_string()) || is_synced(body))
+    };
+    worker.until("settled", async |_| settled().await).await;
     for queue in ["", ".retry.200ms", ".retry.400ms"] {
         bench.depth_becomes(queue, 0).await;
     }
-    bench.assert_each_once(MESSAGES);
-    // Also those that expired before the worker started. A lost session may leave a second copy.
-    let dead = async || -> BTreeSet<String> {
-        let letters = bench.dead_letters().await;
-        letters.iter().map(|letter| letter["body"].as_str().unwrap().to_owned()).collect()
-    };
-    worker.until("dead-lettered", async |_| dead().await == accepted).await;
     let losses = worker.metrics().await.sum("broker_connection_losses_total");
     assert!(losses as usize <= accepted.len(), "{losses} lost sessions: {}", worker.log());
     bench.output(&["dlq", "list"]).await;
