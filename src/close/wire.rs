@@ -441,7 +441,7 @@ mod tests {
             serde_json::from_value::<Me>(json!({"organizations": [{"name": "O", "lead_statuses": statuses}]}))
         };
         assert!(me("stat_1").is_ok() && me(bad).is_err());
-        // A key that is no id cannot be that of a configured field.
+        // A key that is not an id cannot be that of a configured field.
         let lead = read_lead(&json!({"id": "lead_a", "custom.../x": 1, "custom.cf_1": 2})).unwrap();
         assert_eq!(lead.fields.len(), 1);
     }

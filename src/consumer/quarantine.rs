@@ -12,8 +12,8 @@
 //! 3. If RabbitMQ still ends the connection, the message is rejected: the work queue's dead-letter exchange takes it, with
 //!    everything its producer sent and without the reason.
 //!
-//! A connection that only breaks is no evidence against a message. One that breaks again and again with the same message
-//! in flight is. Neither is an error of RabbitMQ itself, such as a queue that has crashed.
+//! One broken connection does not count against a message. Several do, if the same message was in flight each time. An
+//! error of RabbitMQ itself, such as a queue that has crashed, counts like a broken connection.
 //!
 //! A message whose settlement panics ends the session, too. After two panics it is rejected.
 //!
@@ -80,7 +80,7 @@ pub(crate) enum Evidence {
 }
 
 impl Evidence {
-    /// `None` if the error is no evidence against a message.
+    /// `None` if the error does not count against a message.
     pub(crate) fn of(error: &BrokerError) -> Option<Self> {
         match error {
             BrokerError::Rejected(_) => Some(Self::Refused),

@@ -146,7 +146,7 @@ async fn publish(
                     in_flight.store(false, Ordering::Relaxed);
                     answer
                 }
-                // It waits for its turn, which is no sign of an alarm.
+                // A wait for its turn does not mean that an alarm is raised.
                 Treatment::Alone => context.publishers.quarantine.publish(outgoing(&message.envelope)).await,
                 Treatment::Bare => {
                     context.publishers.quarantine.publish(outgoing(&message.envelope.bare())).await
@@ -164,7 +164,7 @@ async fn publish(
                 quarantine.suspect(hash, evidence);
             }
             let is_held = matches!(error, BrokerError::Unconfirmed(_) | BrokerError::Unroutable { .. });
-            // The quarantine has connections of its own, and the session goes on without them.
+            // The quarantine has connections of its own, and the session continues without them.
             let goes_on = treatment != Treatment::Normal && evidence.is_some();
             if !is_held && !goes_on {
                 return Successor::Failed(error);

@@ -293,8 +293,8 @@ pub fn replaces(properties: &BasicProperties) -> Vec<Uuid> {
     text.split(' ').filter_map(|content| content.parse().ok()).collect()
 }
 
-/// When the message was published according to its producer: the end of that second. A time that no message can have,
-/// such as 0, is no time.
+/// When the message was published according to its producer: the end of that second. `None` also for a time that no
+/// message can have, such as 0.
 pub fn sent(properties: &BasicProperties) -> Option<Timestamp> {
     let end = |second: u64| Timestamp::new(i64::try_from(second).ok()?, 999_999_999).ok();
     properties.timestamp().and_then(end).filter(|at| is_event_time(*at))

@@ -1,6 +1,6 @@
 //! The properties of a message: reading its headers, and copying what a successor may keep.
 //!
-//! **The trust boundary.** Whoever may publish controls every property. A copy therefore keeps:
+//! **The trust boundary.** The producer controls every property. A copy therefore keeps:
 //!
 //! - of the headers of close-sync only those with a known name, as a text or a number, cut to a limit;
 //! - no header that RabbitMQ acts on: its own (rabbitmq.md §3.3), and `CC` and `BCC`, which send a copy to each key they

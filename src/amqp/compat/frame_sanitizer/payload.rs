@@ -25,18 +25,13 @@ pub(super) fn frame_max(payload: &mut [u8]) -> Option<u32> {
 }
 
 /// Removes the headers from a payload of which only the start is buffered, from `at` on, and puts a mark in their place.
-/// The whole payload has `size` bytes. Returns how many bytes of headers are still to come, and how many bytes follow them. `None` if the payload
-/// is not that of a message with large headers.
+/// The whole payload has `size` bytes. Returns how many bytes of headers are still to come, and how many bytes follow
+/// them. `None` if the payload is not that of a message with large headers.
 pub(super) fn remove_headers(buffered: &mut Vec<u8>, at: usize, size: usize) -> Option<(usize, usize)> {
     let start = buffered.get_mut(at..)?;
     let arrived = start.len();
     let mut rest = Reader(start);
-    rest.take(2 + 2 + 8)?;
-    let flags = u16::from_be_bytes(*rest.take(2)?.first_chunk()?);
-    for (property, bit) in PROPERTIES.iter().zip((0..16).rev()) {
-        if flags & (1 << bit) == 0 {
-            continue;
-        }
+    for property in properties(&mut rest)? {
         match property {
             Property::Text => drop(rest.text()?),
             Property::Number(_) => return None,
@@ -78,8 +73,6 @@ pub(super) fn sanitize(kind: u8, payload: &mut [u8]) {
 pub(super) struct Sanitized {
     /// The number of short strings with replaced bytes.
     pub(super) texts: usize,
-    /// The size of quarantined headers, in bytes.
-    pub(super) quarantined: usize,
 }
 
 /// The wire format of a message property.
@@ -97,6 +90,15 @@ const PROPERTIES: [Property; 14] = {
     // timestamp; type, user id, app id, cluster id.
     [Text, Text, Headers, Number(1), Number(1), Text, Text, Text, Text, Number(8), Text, Text, Text, Text]
 };
+
+/// The properties that a message has, in their order. Reads the payload up to the first one.
+fn properties(rest: &mut Reader) -> Option<impl Iterator<Item = &'static Property> + use<>> {
+    // Class, weight and body size.
+    rest.take(2 + 2 + 8)?;
+    let flags = u16::from_be_bytes(*rest.take(2)?.first_chunk()?);
+    let is_set = move |(_, bit): &(&Property, u32)| flags & (1 << bit) != 0;
+    Some(PROPERTIES.iter().zip((0..16).rev()).filter(is_set).map(|(property, _)| property))
+}
 
 impl Sanitized {
     /// Sanitizes exchange and routing key, in the method frame that starts a delivery.
@@ -120,13 +122,7 @@ impl Sanitized {
     /// Sanitizes the properties of a message, in a content-header frame.
     pub(super) fn properties(&mut self, payload: &mut [u8]) -> Option<()> {
         let mut rest = Reader(payload);
-        // Class, weight and body size.
-        rest.take(2 + 2 + 8)?;
-        let flags = u16::from_be_bytes(*rest.take(2)?.first_chunk()?);
-        for (property, bit) in PROPERTIES.iter().zip((0..16).rev()) {
-            if flags & (1 << bit) == 0 {
-                continue;
-            }
+        for property in properties(&mut rest)? {
             match property {
                 Property::Text => self.text(&mut rest)?,
                 Property::Number(size) => {
@@ -136,7 +132,7 @@ impl Sanitized {
                     let size = rest.length()?;
                     let headers = rest.take(size)?;
                     if self.headers(headers).is_none() {
-                        self.quarantined += quarantine(headers);
+                        quarantine(headers);
                     }
                 }
             }
@@ -217,8 +213,8 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Replaces all headers by a single text header that keeps most of their bytes. Returns their size.
-fn quarantine(headers: &mut [u8]) -> usize {
+/// Replaces all headers by a single text header that keeps most of their bytes.
+fn quarantine(headers: &mut [u8]) {
     let all = headers.len();
     let entry = || {
         // The name with its length, `S` for a text, and the length of the text.
@@ -227,7 +223,7 @@ fn quarantine(headers: &mut [u8]) -> usize {
         Some([&[name], QUARANTINED.as_bytes(), b"S", &rest.to_be_bytes()].concat())
     };
     // Headers this short cannot be nested too deep.
-    let Some(entry) = entry() else { return 0 };
-    headers[..entry.len()].copy_from_slice(&entry);
-    all
+    if let Some(entry) = entry() {
+        headers[..entry.len()].copy_from_slice(&entry);
+    }
 }
