@@ -14,12 +14,13 @@ use serde_json::{Map, Value};
 use crate::domain::footprint::{LIST, MAX_TREE, MEMBER, OBJECT, TEXT, VALUE};
 
 /// The keys that are read, in all kinds of answers. Custom fields have keys `custom.cf_…`.
-const KEYS: [&str; 18] = [
+const KEYS: [&str; 19] = [
     "contact_ids",
     "contacts",
     "cursor",
     "data",
     "date_created",
+    "date_updated",
     "description",
     "email",
     "emails",

@@ -1,7 +1,7 @@
 //! The calls that syncing a message makes.
 
 use crate::close::error::CloseError;
-use crate::close::records::Records;
+use crate::close::records::{LeadWithContacts, Records, Written};
 use crate::domain::plan::Step;
 use crate::domain::record::{Contact, ContactId, Lead, LeadId};
 
@@ -14,11 +14,33 @@ pub struct CreatedIds {
     pub contact: Option<ContactId>,
 }
 
+impl CreatedIds {
+    /// The ids in the answer to a step. A changed Contact is among them, because the change may have given it the user id
+    /// or the email.
+    pub fn of(step: &Step, written: &Written) -> Self {
+        match (step, written) {
+            (Step::CreateLead { .. }, Written::Lead(LeadWithContacts { lead, contacts, missing })) => Self {
+                lead: Some(lead.id.clone()),
+                contact: contacts.first().map(|contact| &contact.id).or(missing.first()).cloned(),
+            },
+            (Step::CreateContact { .. } | Step::UpdateContact { .. }, Written::Contact(contact)) => {
+                Self { lead: None, contact: Some(contact.id.clone()) }
+            }
+            (
+                Step::CreateLead { .. }
+                | Step::CreateContact { .. }
+                | Step::UpdateLead { .. }
+                | Step::UpdateContact { .. },
+                Written::Lead(_) | Written::Contact(_),
+            ) => Self::default(),
+        }
+    }
+}
+
 /// Close as one message sees it. A trait, so that attempts can be tested on records in memory.
 pub trait Api: Records {
-    /// Sends a write. Returns the ids of the created records; for a changed Contact its id, because the change may
-    /// have given it the user id or the email.
-    fn write(&self, step: &Step) -> impl Future<Output = Result<CreatedIds, CloseError>> + Send;
+    /// Sends a write. Returns the record as Close stored it.
+    fn write(&self, step: &Step) -> impl Future<Output = Result<Written, CloseError>> + Send;
 
     /// Lists the Leads and Contacts created since a time, from the event log. Unlike search, the event log shows
     /// them at once (close-api.md §11). Returns at most one page of each, so a record that is missing may still exist.

@@ -5,23 +5,22 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
-use serde::de::IgnoredAny;
 use serde_json::Value;
 
 use crate::close::answer::Answer;
-use crate::close::api::{Api, CreatedIds};
+use crate::close::api::Api;
 use crate::close::endpoint::{Call, Endpoint};
 use crate::close::error::{CloseError, Fault};
 use crate::close::rate_limit::Priority;
 use crate::close::rate_limit::window::RateLimitStatus;
-use crate::close::records::{Hits, Lookup, Organization, Records};
+use crate::close::records::{Hits, LeadWithContacts, Lookup, Organization, Records, Written};
 use crate::close::requests::Requests;
 use crate::close::search::Search;
 use crate::close::search_batch::Rows;
 use crate::close::settings::Settings;
 use crate::close::stall_guard::StallGuard;
 use crate::close::transport::{Http, Transport};
-use crate::close::wire::{self, LeadContacts};
+use crate::close::wire;
 use crate::domain::plan::{ContactValues, Step};
 use crate::domain::record::{Contact, ContactId, FieldId, Fields, Lead, LeadId};
 use crate::domain::schema::{CustomField, User};
@@ -160,10 +159,10 @@ impl Client {
         &self,
         lead: &Fields,
         contact: Option<&ContactValues>,
-    ) -> Result<(LeadId, Option<ContactId>), CloseError> {
+    ) -> Result<LeadWithContacts, CloseError> {
         let body = wire::lead_body(lead, contact);
         let Answer(answer) = self.requests.request(Endpoint::CreateLead, "lead/", Some(body)).await?;
-        Ok((wire::read_lead(&answer)?.id, wire::first_contact_id(&answer)?))
+        wire::read_lead_with_contacts(&answer)
     }
 
     /// Creates a Contact in a Lead. Never retry it without looking the record up first.
@@ -171,28 +170,28 @@ impl Client {
         &self,
         lead: &LeadId,
         contact: &ContactValues,
-    ) -> Result<ContactId, CloseError> {
+    ) -> Result<Contact, CloseError> {
         let body = wire::contact_body(contact, Some(lead));
         let Answer(answer) = self.requests.request(Endpoint::CreateContact, "contact/", Some(body)).await?;
-        Ok(wire::read_contact(&answer)?.id)
+        wire::read_contact(&answer)
     }
 
     /// Changes fields of a Lead; the others stay (PUT is a patch, close-api.md §1).
-    pub async fn update_lead(&self, id: &LeadId, changes: &Fields) -> Result<(), CloseError> {
-        let body = wire::lead_body(changes, None);
-        self.requests
-            .request::<IgnoredAny>(Endpoint::UpdateLead, &record_path("lead", id.as_str()), Some(body))
-            .await
-            .map(drop)
+    pub async fn update_lead(&self, id: &LeadId, changes: &Fields) -> Result<LeadWithContacts, CloseError> {
+        let (path, body) = (record_path("lead", id.as_str()), wire::lead_body(changes, None));
+        let Answer(answer) = self.requests.request(Endpoint::UpdateLead, &path, Some(body)).await?;
+        wire::read_lead_with_contacts(&answer)
     }
 
     /// Changes fields and whole lists of a Contact; the others stay.
-    pub async fn update_contact(&self, id: &ContactId, changes: &ContactValues) -> Result<(), CloseError> {
-        let body = wire::contact_body(changes, None);
-        self.requests
-            .request::<IgnoredAny>(Endpoint::UpdateContact, &record_path("contact", id.as_str()), Some(body))
-            .await
-            .map(drop)
+    pub async fn update_contact(
+        &self,
+        id: &ContactId,
+        changes: &ContactValues,
+    ) -> Result<Contact, CloseError> {
+        let (path, body) = (record_path("contact", id.as_str()), wire::contact_body(changes, None));
+        let Answer(answer) = self.requests.request(Endpoint::UpdateContact, &path, Some(body)).await?;
+        wire::read_contact(&answer)
     }
 }
 
@@ -216,20 +215,9 @@ impl Records for Client {
         Ok(Hits { contacts: wire::read_all(&found, wire::read_contact)?, more })
     }
 
-    async fn lead(&self, id: &LeadId) -> Result<(Lead, Vec<Contact>), CloseError> {
+    async fn lead(&self, id: &LeadId) -> Result<LeadWithContacts, CloseError> {
         let answer = self.read(Endpoint::ReadLead, &record_path("lead", id.as_str())).await?;
-        let lead = wire::read_lead(&answer)?;
-        let contacts = match wire::read_lead_contacts(&answer)? {
-            LeadContacts::Full(contacts) => contacts,
-            LeadContacts::Ids(ids) => {
-                let mut contacts = Vec::with_capacity(ids.len());
-                for id in ids {
-                    contacts.push(self.contact(&id).await?);
-                }
-                contacts
-            }
-        };
-        Ok((lead, contacts))
+        wire::read_lead_with_contacts(&answer)
     }
 
     async fn contact(&self, id: &ContactId) -> Result<Contact, CloseError> {
@@ -239,23 +227,16 @@ impl Records for Client {
 }
 
 impl Api for Client {
-    async fn write(&self, step: &Step) -> Result<CreatedIds, CloseError> {
+    async fn write(&self, step: &Step) -> Result<Written, CloseError> {
         Ok(match step {
             Step::CreateLead { lead, contact } => {
-                let (lead, contact) = self.create_lead(lead, contact.as_ref()).await?;
-                CreatedIds { lead: Some(lead), contact }
+                Written::Lead(self.create_lead(lead, contact.as_ref()).await?)
             }
             Step::CreateContact { lead, contact } => {
-                CreatedIds { lead: None, contact: Some(self.create_contact(lead, contact).await?) }
+                Written::Contact(self.create_contact(lead, contact).await?)
             }
-            Step::UpdateLead { id, changes } => {
-                self.update_lead(id, changes).await?;
-                CreatedIds::default()
-            }
-            Step::UpdateContact { id, changes } => {
-                self.update_contact(id, changes).await?;
-                CreatedIds { lead: None, contact: Some(id.clone()) }
-            }
+            Step::UpdateLead { id, changes } => Written::Lead(self.update_lead(id, changes).await?),
+            Step::UpdateContact { id, changes } => Written::Contact(self.update_contact(id, changes).await?),
         })
     }
 

@@ -2,13 +2,12 @@
 //! plan without HTTP and without a clock. Its search returns inexact matches and lists deleted records, as that of Close
 //! may do.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
-use crate::close::api::CreatedIds;
 use crate::close::error::CloseError;
-use crate::close::records::{Hits, Records};
+use crate::close::records::{Hits, LeadWithContacts, Records, Written};
 use crate::close::wire;
 use crate::domain::plan::{ContactValues, Step};
 use crate::domain::record::{Channel, Contact, ContactId, Entry, FieldId, Lead, LeadId, Lists, fold_email};
@@ -29,7 +28,11 @@ impl InMemoryRecords {
     /// Reads records in the JSON of Close.
     pub(crate) fn read(leads: &[Value], contacts: &[Value]) -> Self {
         let lead = |lead| wire::read_lead(lead).ok().map(|lead| (lead.id.clone(), lead));
-        let contact = |contact| wire::read_contact(contact).ok().map(|contact| (contact.id.clone(), contact));
+        let contact = |contact| {
+            let contact = wire::read_contact(contact).ok()?;
+            // A fixture leaves out empty lists.
+            Some((contact.id.clone(), Contact { unknown_lists: BTreeSet::new(), ..contact }))
+        };
         Self {
             leads: leads.iter().filter_map(lead).collect(),
             contacts: contacts.iter().filter_map(contact).collect(),
@@ -83,42 +86,53 @@ impl InMemoryRecords {
         }
     }
 
-    /// Applies a step. The records it refers to must exist. Returns the ids of a created Lead and of a created or changed
-    /// Contact.
-    pub(crate) fn apply(&mut self, step: &Step) -> CreatedIds {
+    /// Applies a step. The records it refers to must exist. Returns the record like Close.
+    pub(crate) fn apply(&mut self, step: &Step) -> Written {
         match step {
             Step::CreateLead { lead, contact } => {
                 let (id, date_created) = self.next("lead");
                 let id = LeadId::placeholder(id);
-                let lead = Lead { id: id.clone(), date_created, fields: lead.clone() };
+                let lead = Lead { id: id.clone(), date_created, date_updated: None, fields: lead.clone() };
                 self.leads.insert(id.clone(), lead);
-                let contact = contact.as_ref().map(|contact| self.add(id.clone(), contact));
-                CreatedIds { lead: Some(id), contact }
+                if let Some(contact) = contact {
+                    self.add(id.clone(), contact);
+                }
+                Written::Lead(self.lead_with_contacts(&id).unwrap())
             }
-            Step::CreateContact { lead, contact } => {
-                CreatedIds { lead: None, contact: Some(self.add(lead.clone(), contact)) }
-            }
+            Step::CreateContact { lead, contact } => Written::Contact(self.add(lead.clone(), contact)),
             Step::UpdateLead { id, changes } => {
                 self.leads.get_mut(id).unwrap().fields.extend(changes.clone());
-                CreatedIds::default()
+                Written::Lead(self.lead_with_contacts(id).unwrap())
             }
             Step::UpdateContact { id, changes } => {
                 let contact = self.contacts.get_mut(id).unwrap();
                 contact.fields.extend(changes.fields.clone());
                 contact.lists.extend(as_stored(&changes.lists));
-                CreatedIds { lead: None, contact: Some(id.clone()) }
+                Written::Contact(contact.clone())
             }
         }
     }
 
-    fn add(&mut self, lead: LeadId, values: &ContactValues) -> ContactId {
+    fn add(&mut self, lead: LeadId, values: &ContactValues) -> Contact {
         let (id, date_created) = self.next("cont");
         let id = ContactId::placeholder(id);
-        let ContactValues { fields, lists } = values;
-        let (fields, lists) = (fields.clone(), as_stored(lists));
-        let contact = Contact { id: id.clone(), lead_id: Some(lead), date_created, fields, lists };
-        self.contacts.insert(id.clone(), contact);
-        id
+        let contact = Contact {
+            id: id.clone(),
+            lead_id: Some(lead),
+            date_created,
+            date_updated: None,
+            fields: values.fields.clone(),
+            lists: as_stored(&values.lists),
+            unknown_lists: BTreeSet::new(),
+        };
+        self.contacts.insert(id, contact.clone());
+        contact
+    }
+
+    fn lead_with_contacts(&self, id: &LeadId) -> Option<LeadWithContacts> {
+        let members = self.contacts.values().filter(|contact| contact.lead_id.as_ref() == Some(id));
+        let contacts = members.cloned().collect();
+        Some(LeadWithContacts { lead: self.leads.get(id)?.clone(), contacts, missing: Vec::new() })
     }
 
     fn next(&mut self, prefix: &str) -> (String, String) {
@@ -194,10 +208,8 @@ impl Records for InMemoryRecords {
         Ok(Hits { contacts, more })
     }
 
-    async fn lead(&self, id: &LeadId) -> Result<(Lead, Vec<Contact>), CloseError> {
-        let lead = self.leads.get(id).cloned().ok_or(CloseError::NotFound)?;
-        let members = self.contacts.values().filter(|contact| contact.lead_id.as_ref() == Some(id));
-        Ok((lead, members.cloned().collect()))
+    async fn lead(&self, id: &LeadId) -> Result<LeadWithContacts, CloseError> {
+        self.lead_with_contacts(id).ok_or(CloseError::NotFound)
     }
 
     async fn contact(&self, id: &ContactId) -> Result<Contact, CloseError> {

@@ -20,11 +20,28 @@ pub trait Records: Sync {
         email: Option<&str>,
     ) -> impl Future<Output = Result<Hits, CloseError>> + Send;
 
-    /// A Lead with all its Contacts, as they are now.
-    fn lead(&self, id: &LeadId) -> impl Future<Output = Result<(Lead, Vec<Contact>), CloseError>> + Send;
+    /// A Lead with its Contacts.
+    fn lead(&self, id: &LeadId) -> impl Future<Output = Result<LeadWithContacts, CloseError>> + Send;
 
-    /// A Contact as it is now.
+    /// A Contact.
     fn contact(&self, id: &ContactId) -> impl Future<Output = Result<Contact, CloseError>> + Send;
+}
+
+/// A Lead with its Contacts, as Close answered. The specification of 2026 marks the Contacts in a Lead as deprecated and
+/// only requires their ids (close-api.md §15, 9).
+#[derive(Clone, Debug, PartialEq)]
+pub struct LeadWithContacts {
+    pub lead: Lead,
+    pub contacts: Vec<Contact>,
+    /// The Contacts of the Lead that the answer lacks.
+    pub missing: Vec<ContactId>,
+}
+
+/// The record in the answer to a write, as Close stored it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Written {
+    Lead(LeadWithContacts),
+    Contact(Contact),
 }
 
 /// The organization of the API key, from `GET /me/`.

@@ -1,7 +1,10 @@
 //! Converting records to and from the JSON of Close. Only `close` uses it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 
+use jiff::Timestamp;
+use jiff::civil::DateTime;
+use jiff::tz::TimeZone;
 use serde::de::Error;
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value, json};
@@ -9,7 +12,7 @@ use strum::VariantArray;
 
 use crate::close::answer::Answer;
 use crate::close::error::{CloseError, Fault};
-use crate::close::records::{Lookup, Organization};
+use crate::close::records::{LeadWithContacts, Lookup, Organization};
 use crate::domain::plan::ContactValues;
 use crate::domain::record::{
     Channel, Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists, fold_email, is_id,
@@ -48,55 +51,59 @@ pub(crate) fn read_all<'a, T>(
     objects.into_iter().filter(|object| object.get("id").is_some_and(|id| !id.is_null())).map(read).collect()
 }
 
+/// Close writes times in UTC, in several notations. One without an offset is in UTC too (close-api.md §15, 10).
+fn time(object: &Value, key: &str) -> Option<Timestamp> {
+    let text = object.get(key)?.as_str()?;
+    let naive = || TimeZone::UTC.to_timestamp(text.parse::<DateTime>().ok()?).ok();
+    text.parse().ok().or_else(naive)
+}
+
 pub(crate) fn read_lead(object: &Value) -> Result<Lead, CloseError> {
     Ok(Lead {
         id: id(object, "id", LeadId::parse)?,
         date_created: text(object, "date_created").unwrap_or_default(),
+        date_updated: time(object, "date_updated"),
         fields: fields(object, &[Field::Name, Field::Description, Field::Status]),
     })
 }
 
 pub(crate) fn read_contact(object: &Value) -> Result<Contact, CloseError> {
+    // `None` if an entry cannot be read: writing the list without it would delete it.
     let entries = |channel: Channel| -> Option<Vec<Entry>> {
-        let list = object.get(channel.list())?.as_array()?;
         let entry = |item: &Value| {
             Some(Entry {
                 value: text(item, channel.item())?,
                 kind: text(item, "type").unwrap_or_else(|| channel.default_kind().to_owned()),
             })
         };
-        Some(list.iter().filter_map(entry).collect())
+        object.get(channel.list())?.as_array()?.iter().map(entry).collect()
     };
     let has_lead = object.get("lead_id").is_some_and(|id| !id.is_null());
+    let lists: Lists =
+        Channel::VARIANTS.iter().filter_map(|&channel| Some((channel, entries(channel)?))).collect();
     Ok(Contact {
         id: id(object, "id", ContactId::parse)?,
         lead_id: has_lead.then(|| id(object, "lead_id", LeadId::parse)).transpose()?,
         date_created: text(object, "date_created").unwrap_or_default(),
+        date_updated: time(object, "date_updated"),
         fields: fields(object, &[Field::Name, Field::Title]),
-        lists: Channel::VARIANTS.iter().filter_map(|&channel| Some((channel, entries(channel)?))).collect(),
+        unknown_lists: Channel::VARIANTS
+            .iter()
+            .copied()
+            .filter(|channel| !lists.contains_key(channel))
+            .collect(),
+        lists,
     })
 }
 
-/// The Contacts of a Lead, or only their ids if Close did not send the Contacts. The list of Contacts is deprecated in the
-/// specification of 2026 (close-api.md §4).
-pub(crate) enum LeadContacts {
-    Full(Vec<Contact>),
-    Ids(Vec<ContactId>),
-}
-
-pub(crate) fn read_lead_contacts(lead: &Value) -> Result<LeadContacts, CloseError> {
-    if let Some(contacts) = lead.get("contacts").and_then(Value::as_array) {
-        return Ok(LeadContacts::Full(read_all(contacts, read_contact)?));
-    }
-    let ids = lead.get("contact_ids").and_then(Value::as_array);
+pub(crate) fn read_lead_with_contacts(lead: &Value) -> Result<LeadWithContacts, CloseError> {
+    let list = |key: &str| lead.get(key).and_then(Value::as_array).into_iter().flatten();
+    let contacts = read_all(list("contacts"), read_contact)?;
     let id = |value: &Value| value.as_str().and_then(ContactId::parse).ok_or(NOT_AN_ID);
-    Ok(LeadContacts::Ids(ids.into_iter().flatten().map(id).collect::<Result<_, _>>()?))
-}
-
-/// The id of the first Contact of a created Lead. `contact_ids` was missing in a recorded response (close-api.md §4).
-pub(crate) fn first_contact_id(lead: &Value) -> Result<Option<ContactId>, CloseError> {
-    let first = lead.pointer("/contact_ids/0").or_else(|| lead.pointer("/contacts/0/id"));
-    first.map(|id| id.as_str().and_then(ContactId::parse).ok_or(NOT_AN_ID)).transpose()
+    let mut missing = list("contact_ids").map(id).collect::<Result<Vec<_>, _>>()?;
+    let known: HashSet<&ContactId> = contacts.iter().map(|contact| &contact.id).collect();
+    missing.retain(|id| !known.contains(id));
+    Ok(LeadWithContacts { lead: read_lead(lead)?, contacts, missing })
 }
 
 pub(crate) fn lead_body(fields: &Fields, contact: Option<&ContactValues>) -> Value {
@@ -399,19 +406,59 @@ mod tests {
     }
 
     #[test]
-    fn contacts_of_a_lead_are_read_from_either_list() {
-        let ids = |lead: Value| match read_lead_contacts(&lead).unwrap() {
-            LeadContacts::Full(contacts) => {
-                contacts.into_iter().map(|contact| contact.id.to_string()).collect()
-            }
-            LeadContacts::Ids(ids) => ids.into_iter().map(|id| format!("only {id}")).collect::<Vec<_>>(),
+    fn contacts_that_a_lead_lacks_are_missing() {
+        let read = |mut lead: Value| {
+            lead["id"] = json!("lead_1");
+            let LeadWithContacts { contacts, missing, .. } = read_lead_with_contacts(&lead).unwrap();
+            let ids =
+                |ids: Vec<&ContactId>| ids.into_iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+            (ids(contacts.iter().map(|contact| &contact.id).collect()), ids(missing.iter().collect()))
         };
-        assert_eq!(ids(json!({"contacts": [{"id": "cont_c"}], "contact_ids": ["cont_c"]})), ["cont_c"]);
-        assert_eq!(ids(json!({"contact_ids": ["cont_c"]})), ["only cont_c"]);
-        assert!(ids(json!({})).is_empty());
-        let created = json!({"contacts": [{"id": "cont_c"}]});
-        assert_eq!(first_contact_id(&created), Ok(Some(ContactId::new("cont_c"))));
-        assert_eq!(first_contact_id(&json!({})), Ok(None));
+        let parts = |contacts: &str, missing: &str| (contacts.to_owned(), missing.to_owned());
+        let c = || json!([{"id": "cont_c"}]);
+        assert_eq!(read(json!({"contacts": c(), "contact_ids": ["cont_c"]})), parts("cont_c", ""));
+        assert_eq!(read(json!({"contacts": c()})), parts("cont_c", ""));
+        assert_eq!(
+            read(json!({"contacts": c(), "contact_ids": ["cont_b", "cont_c"]})),
+            parts("cont_c", "cont_b")
+        );
+        for contacts in [json!([]), json!(null)] {
+            assert_eq!(read(json!({"contacts": contacts, "contact_ids": ["cont_c"]})), parts("", "cont_c"));
+        }
+        assert_eq!(read(json!({"contact_ids": ["cont_c"]})), parts("", "cont_c"));
+        assert_eq!(read(json!({})), parts("", ""));
+    }
+
+    #[test]
+    fn a_list_that_cannot_be_read_is_unknown() {
+        let unknown = |emails: Value| {
+            let contact = json!({"id": "cont_1", "emails": emails, "phones": [], "urls": []});
+            let contact = read_contact(&contact).unwrap();
+            (
+                contact.unknown_lists.into_iter().collect::<Vec<_>>(),
+                contact.lists.contains_key(&Channel::Email),
+            )
+        };
+        assert_eq!(unknown(json!([{"email": "a@x.test"}])), (vec![], true));
+        for emails in [json!(null), json!({}), json!([{"email": null}]), json!([{"email": "a@x.test"}, {}])] {
+            assert_eq!(unknown(emails.clone()), (vec![Channel::Email], false), "{emails}");
+        }
+        let contact = read_contact(&json!({"id": "cont_1"})).unwrap();
+        assert_eq!(contact.unknown_lists.len(), Channel::VARIANTS.len());
+    }
+
+    #[test]
+    fn times_are_read_in_the_notations_of_close() {
+        let read = |text: &str| time(&json!({"at": text}), "at").map(|at| at.to_string());
+        for text in [
+            "2026-01-02T03:04:05.600000+00:00",
+            "2026-01-02T03:04:05.6Z",
+            "2026-01-02T04:04:05.6+01:00",
+            "2026-01-02T03:04:05.600000",
+        ] {
+            assert_eq!(read(text).as_deref(), Some("2026-01-02T03:04:05.6Z"), "{text}");
+        }
+        assert_eq!(read("yesterday"), None);
     }
 
     #[test]
@@ -424,11 +471,10 @@ mod tests {
         assert_eq!(read_contact(&json!({"id": "cont_a", "lead_id": null})).unwrap().lead_id, None);
         assert!(read_all(&[json!({"id": "lead_a"}), json!({"id": bad})], read_lead).is_err());
         assert_eq!(read_all(&[json!({"id": "lead_a"}), json!({})], read_lead).unwrap().len(), 1);
-        for lead in [json!({"contact_ids": ["cont_a", bad]}), json!({"contacts": [{"id": bad}]})] {
-            assert!(read_lead_contacts(&lead).is_err(), "{lead}");
-        }
-        for created in [json!({"contact_ids": [bad]}), json!({"contacts": [{"id": 5}]})] {
-            assert!(first_contact_id(&created).is_err(), "{created}");
+        for contacts in [json!({"contact_ids": ["cont_a", bad]}), json!({"contacts": [{"id": 5}]})] {
+            let mut lead = contacts;
+            lead["id"] = json!("lead_a");
+            assert!(read_lead_with_contacts(&lead).is_err(), "{lead}");
         }
         let schema = |id: &str| {
             serde_json::from_value::<Schema>(json!({"fields": [{"id": id, "name": "F", "type": "text"}]}))

@@ -295,6 +295,8 @@ pub fn adopt<'a>(
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::collections::BTreeSet;
+
     use proptest::prelude::*;
     use serde_json::json;
 
@@ -309,6 +311,7 @@ pub(crate) mod tests {
         Lead {
             id: LeadId::new(id),
             date_created: "2026-01-01".into(),
+            date_updated: None,
             fields: company
                 .map(|id| (Field::Custom(FieldId::new("cf_company")), json!(id)))
                 .into_iter()
@@ -322,8 +325,10 @@ pub(crate) mod tests {
             id: ContactId::new(id),
             lead_id: Some(LeadId::new(lead)),
             date_created: "2026-01-01".into(),
+            date_updated: None,
             fields: user.map(|id| (Field::Custom(FieldId::new("cf_user")), json!(id))).into_iter().collect(),
             lists: email.map(|email| (Channel::Email, vec![entry(email)])).into_iter().collect(),
+            unknown_lists: BTreeSet::new(),
         }
     }
 

@@ -99,7 +99,7 @@ fn apply(found: &mut Found, step: &Step, event: &Desired) {
         Step::CreateLead { lead, contact } => {
             let id = LeadId::placeholder(NEW_LEAD);
             let contact = contact.as_ref().map(|values| values.new_contact(&id));
-            let lead = Lead { id, date_created: String::new(), fields: lead.clone() };
+            let lead = Lead { id, date_created: String::new(), date_updated: None, fields: lead.clone() };
             *found = match contact {
                 // Without a company id, the Lead is found through the Contact.
                 Some(contact) if event.identity.company_id.is_none() => {

@@ -1,5 +1,7 @@
 //! What an event does to Close: the steps, and for each record and field what happens and why.
 
+use std::collections::BTreeSet;
+
 use serde_json::Value;
 use strum::{IntoStaticStr, VariantArray};
 
@@ -38,8 +40,10 @@ impl ContactValues {
             id: ContactId::placeholder(NEW_CONTACT),
             lead_id: Some(lead.clone()),
             date_created: String::new(),
+            date_updated: None,
             fields: self.fields.clone(),
             lists: self.lists.clone(),
+            unknown_lists: BTreeSet::new(),
         }
     }
 }

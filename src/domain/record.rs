@@ -1,8 +1,9 @@
 //! The records that close-sync writes, Leads and Contacts, with their ids and fields.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use jiff::Timestamp;
 use serde_json::Value;
 use strum::VariantArray;
 
@@ -236,6 +237,8 @@ pub struct Lead {
     pub id: LeadId,
     /// ISO 8601 in UTC with a fixed number of digits, so it can be sorted as text (close-api.md §1).
     pub date_created: String,
+    /// When anybody last changed the Lead, if Close said so.
+    pub date_updated: Option<Timestamp>,
     /// Without empty values.
     pub fields: Fields,
 }
@@ -248,9 +251,13 @@ pub struct Contact {
     pub lead_id: Option<LeadId>,
     /// See [`Lead::date_created`].
     pub date_created: String,
+    /// See [`Lead::date_updated`].
+    pub date_updated: Option<Timestamp>,
     /// Without empty values.
     pub fields: Fields,
     pub lists: Lists,
+    /// Lists that the answer lacks, or that have an entry which cannot be read. They may have any entries.
+    pub unknown_lists: BTreeSet<Channel>,
 }
 
 /// A person may have pasted an id into Close together with invisible characters. It is the same id.

@@ -1,7 +1,7 @@
 //! Access to records for the resolver: asks the id cache and Close, and notes each look-up and each candidate in
 //! the [`Decision`]. Which look-up comes next is the resolver's decision.
 
-use crate::close::{CloseError, CreatedIds, Records};
+use crate::close::{self, CloseError, CreatedIds, Records};
 use crate::domain::decision::{Candidate, Decision, LookUp};
 use crate::domain::mapping::{Identity, Key, KeyFields};
 use crate::domain::matching::{
@@ -48,14 +48,32 @@ impl<R: Records> Lookups<'_, R> {
         Ok(company_leads(hits, company_id, self.keys))
     }
 
+    /// A Lead with all its Contacts: reads those that the Lead's answer lacks. Without them a person in the Lead would get a
+    /// second Contact.
+    async fn read_lead(&mut self, id: &LeadId) -> Result<LeadWithContacts, CloseError> {
+        let answer = self.records.lead(id).await;
+        self.note(LookUp::Read(id.to_string()));
+        let close::LeadWithContacts { lead, mut contacts, missing } = answer?;
+        for id in missing {
+            let answer = self.records.contact(&id).await;
+            self.note(LookUp::Read(id.to_string()));
+            match answer {
+                Ok(contact) => contacts.push(contact),
+                // Deleted since, and the Lead still lists it.
+                Err(CloseError::NotFound) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok((lead, contacts))
+    }
+
     /// The Lead with its Contacts, if it still exists and still has this company id.
     pub(crate) async fn read_company_lead(
         &mut self,
         id: &LeadId,
         company_id: &str,
     ) -> Result<Option<LeadWithContacts>, CloseError> {
-        let answer = self.records.lead(id).await;
-        self.note(LookUp::Read(id.to_string()));
+        let answer = self.read_lead(id).await;
         let verdict = match &answer {
             Ok((lead, _)) => match_lead(lead, company_id, self.keys),
             Err(CloseError::NotFound) => Verdict::Gone,
@@ -73,9 +91,7 @@ impl<R: Records> Lookups<'_, R> {
         let mut leads: Vec<LeadWithContacts> = Vec::new();
         for id in contacts.iter().filter_map(|contact| contact.lead_id.as_ref()) {
             if !leads.iter().any(|(lead, _)| lead.id == *id) {
-                let answer = self.records.lead(id).await;
-                self.note(LookUp::Read(id.to_string()));
-                leads.push(answer?);
+                leads.push(self.read_lead(id).await?);
             }
         }
         Ok(leads)

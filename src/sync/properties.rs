@@ -88,7 +88,7 @@ pub(crate) fn apply(
 ) {
     let (mut new, mut versions) = (CreatedIds::default(), versions.clone());
     for step in &merged.steps {
-        let mut made = records.apply(step);
+        let mut made = CreatedIds::of(step, &records.apply(step));
         if step.creates() {
             new = made.clone();
         }
@@ -156,6 +156,7 @@ fn records() -> impl Strategy<Value = InMemoryRecords> {
             let lead = Lead {
                 id: id.clone(),
                 date_created: (*date).into(),
+                date_updated: None,
                 fields: fields("cf_company", *company, *name),
             };
             records.leads.insert(id, lead);
@@ -164,9 +165,16 @@ fn records() -> impl Strategy<Value = InMemoryRecords> {
             let id = ContactId::new(format!("cont_{number:02}"));
             let lead_id = Some(LeadId::new(format!("lead_{}", lead.index(leads.len()))));
             let fields = fields("cf_user", user, name);
-            records
-                .contacts
-                .insert(id.clone(), Contact { id, lead_id, date_created: date.into(), fields, lists });
+            let contact = Contact {
+                id: id.clone(),
+                lead_id,
+                date_created: date.into(),
+                date_updated: None,
+                fields,
+                lists,
+                unknown_lists: BTreeSet::new(),
+            };
+            records.contacts.insert(id, contact);
         }
         records
     })

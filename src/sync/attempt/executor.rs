@@ -81,7 +81,7 @@ impl<C: Api> Executor<'_, C> {
                 Ok(_) | Err(_) => id_cache.complete_creation(self.keys),
             }
         }
-        let mut ids = result?;
+        let mut ids = CreatedIds::of(step, &result?);
         if adopts && let Step::UpdateLead { id, .. } = step {
             ids.lead = Some(id.clone());
         }

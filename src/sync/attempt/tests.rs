@@ -10,7 +10,10 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::close::in_memory::InMemoryRecords;
-use crate::close::{Client, Fault, FieldError, Hits, Priority, Records, Rejection, Response, Transport};
+use crate::close::{
+    Client, Fault, FieldError, Hits, LeadWithContacts, Priority, Records, Rejection, Response, Transport,
+    Written,
+};
 use crate::domain::dropped::DropReason;
 use crate::domain::event::Event;
 use crate::domain::mapping::tests::{rules, schema};
@@ -158,7 +161,7 @@ impl Records for FakeClose {
         self.searchable().find_contacts(user, email).await
     }
 
-    async fn lead(&self, id: &LeadId) -> Result<(Lead, Vec<Contact>), CloseError> {
+    async fn lead(&self, id: &LeadId) -> Result<LeadWithContacts, CloseError> {
         tokio::time::sleep(LATENCY).await;
         self.records().lead(id).await
     }
@@ -170,7 +173,7 @@ impl Records for FakeClose {
 }
 
 impl Api for FakeClose {
-    async fn write(&self, step: &Step) -> Result<CreatedIds, CloseError> {
+    async fn write(&self, step: &Step) -> Result<Written, CloseError> {
         let fault = self.state(|state| {
             let locked = state.record_locks.as_ref().map(RecordLocks::locked).unwrap_or_default();
             state.locked.push(locked);
