@@ -4,7 +4,8 @@ use std::net::SocketAddr;
 
 use crate::cli::failure::Failure;
 use crate::cli::signals;
-use close_sync_simulator::{Lag, Limits, Settings, Simulator};
+use crate::text::line;
+use close_sync_simulator::{Behaviour, Lag, Limits, Settings, Simulator};
 
 /// Start a simulated Close, for first steps and tests.
 ///
@@ -16,9 +17,12 @@ pub(super) struct Args {
     /// Listen on this address. Port 0 selects a free port.
     #[arg(long, default_value = "127.0.0.1:8484")]
     addr: SocketAddr,
-    /// Set how long search lags behind writes: `2s`, or `1s..10s` for a range.
-    #[arg(long, default_value = "2s")]
-    search_lag: Lag,
+    /// Set how long search lags behind writes: `2s`, or `1s..10s` for a range. Default: 2s.
+    #[arg(long)]
+    search_lag: Option<Lag>,
+    /// Set a behaviour of Close, for example `--set event_lag=30s`. Repeatable. `--set help` lists all with their values.
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
     /// Disable rate limits. By default, Close's documented limits apply.
     #[arg(long)]
     unlimited: bool,
@@ -28,10 +32,25 @@ pub(super) struct Args {
 }
 
 pub(super) async fn simulate(args: Args) -> Result<(), Failure> {
+    let mut behaviour = Behaviour::default();
+    if let Some(lag) = args.search_lag {
+        behaviour.search_lag = lag;
+    }
+    if args.set.iter().any(|setting| setting == "help") {
+        for (key, value) in behaviour.fields() {
+            anstream::println!("{key}={value}");
+        }
+        return Ok(());
+    }
+    for setting in &args.set {
+        let wrong = |why: &str| Failure::Input(format!("--set {}: {}", line(setting), line(why)));
+        let (key, value) = setting.split_once('=').ok_or_else(|| wrong("expected KEY=VALUE"))?;
+        behaviour.set(key.trim(), value.trim()).map_err(|why| wrong(&why))?;
+    }
     let settings = Settings {
         api_key: args.api_key,
-        search_lag: args.search_lag,
         limits: if args.unlimited { Limits::unlimited() } else { Limits::documented() },
+        behaviour,
         ..Settings::default()
     };
     let simulator = Simulator::start(settings, args.addr).await.map_err(|error| {

@@ -124,11 +124,8 @@ fn work(count: usize) -> Work {
 
 /// A simulator that already has the people and companies.
 async fn close() -> Simulator {
-    let settings = Settings {
-        limits: Limits::documented(),
-        search_lag: Lag::Fixed(Duration::from_secs(2)),
-        ..Settings::default()
-    };
+    let settings = Settings { limits: Limits::documented(), ..Settings::default() }
+        .with(|close| close.search_lag = Lag::Fixed(Duration::from_secs(2)));
     let simulator = Simulator::start(settings, "127.0.0.1:0".parse().unwrap()).await.unwrap();
     for company in 0..COMPANIES {
         let people = (0..PEOPLE).filter(|n| n % COMPANIES == company);

@@ -10,7 +10,7 @@ use crate::support::{Bench, Node, Proxy, Worker, identify, people};
 /// next worker must not create it again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_interrupted_by_a_crash_is_neither_lost_nor_duplicated() {
-    let settings = Settings { search_lag: "4s".parse().unwrap(), ..Settings::fast() };
+    let settings = Settings::fast().with(|close| close.search_lag = "4s".parse().unwrap());
     let bench = Bench::with(settings).await.set("CLOSE_SEARCH_LAG", "5s");
     let held = Effect::Timeout { ms: 60_000, when: When::AfterCommit };
     bench.simulator.fault(Fault::new(held).on("POST", "/lead/").times(1));

@@ -114,7 +114,8 @@ async fn execute(history: &History, plan: &Plan) -> RunResult {
     let url = node.as_ref().map_or_else(shared_broker, |node| node.url.clone());
     let lag = format!("0s..{}ms", plan.lag.as_millis());
     let seed = uuid::Uuid::from_u64_pair(history.seed, 0);
-    let settings = Settings { search_lag: lag.parse().unwrap(), seed, ..Settings::fast() };
+    let settings =
+        Settings { seed, ..Settings::fast() }.with(|close| close.search_lag = lag.parse().unwrap());
     // A request can take effect after its client has given up.
     let guard = plan.lag + Duration::from_millis(1500);
     let bench = Bench::on(&url, settings)

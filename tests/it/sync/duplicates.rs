@@ -13,7 +13,7 @@ fn status(code: u16, when: When) -> Effect {
 
 /// Search does not show what is written during a test.
 fn blind() -> Settings {
-    Settings { search_lag: "1h".parse().unwrap(), ..Settings::fast() }
+    Settings::fast().with(|close| close.search_lag = "1h".parse().unwrap())
 }
 
 fn in_company(user: &str, company: &str) -> Value {
@@ -30,7 +30,7 @@ async fn a_lost_answer_creates_no_duplicate() {
         ("500 before", status(500, When::BeforeCommit)),
     ];
     for (name, effect) in lost {
-        let settings = Settings { search_lag: "500ms".parse().unwrap(), ..Settings::fast() };
+        let settings = Settings::fast().with(|close| close.search_lag = "500ms".parse().unwrap());
         let bench = Bench::with(settings).await.set("CLOSE_SEARCH_LAG", "3s").set("CLOSE_TIMEOUT", "500ms");
         let bench = bench.set("RETRY_IN_PLACE", "30s");
         bench.lead(Some("there"), json!([]));
@@ -52,7 +52,7 @@ async fn a_lost_answer_creates_no_duplicate() {
 /// create the record again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pending_creation_outlives_its_message() {
-    let settings = Settings { search_lag: "1s".parse().unwrap(), ..Settings::fast() };
+    let settings = Settings::fast().with(|close| close.search_lag = "1s".parse().unwrap());
     let bench = Bench::with(settings).await.set("CLOSE_SEARCH_LAG", "2s").set("RETRY_IN_PLACE", "0s");
     let worker = bench.worker().await;
     // Wait until the lag guard of the start is over.
@@ -84,7 +84,7 @@ async fn an_adopted_lead_is_used_although_the_answer_was_lost() {
 /// guard of the standby starts with its first delivery.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_standby_that_takes_over_creates_no_duplicate() {
-    let settings = Settings { search_lag: "2s".parse().unwrap(), ..Settings::fast() };
+    let settings = Settings::fast().with(|close| close.search_lag = "2s".parse().unwrap());
     let bench = Bench::with(settings).await.set("CLOSE_SEARCH_LAG", "3s");
     let active = bench.worker().await;
     let standby = bench.worker().await;
@@ -169,7 +169,7 @@ async fn the_event_log_shows_a_creation_whose_answer_was_lost() {
 /// The leader is frozen right before it creates a Lead; a standby takes over and creates it; the leader wakes up.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_was_frozen_sends_nothing_when_it_wakes_up() {
-    let settings = Settings { search_lag: "1h".parse().unwrap(), ..Settings::fast() };
+    let settings = Settings::fast().with(|close| close.search_lag = "1h".parse().unwrap());
     let bench = Bench::with(settings).await;
     let url = format!("{}?heartbeat=1", bench.amqp_url);
     let bench = bench.set("AMQP_URL", &url);
@@ -207,7 +207,7 @@ async fn a_worker_that_was_frozen_sends_nothing_when_it_wakes_up() {
 /// With two standbys, the leader is killed while it writes. One standby continues and creates no duplicate.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_of_two_standbys_continues_when_the_leader_is_killed() {
-    let settings = Settings { search_lag: "2s".parse().unwrap(), ..Settings::fast() };
+    let settings = Settings::fast().with(|close| close.search_lag = "2s".parse().unwrap());
     let bench = Bench::with(settings).await.set("CLOSE_SEARCH_LAG", "3s").set("WORKER_CONCURRENCY", "4");
     let workers = [bench.worker().await, bench.worker().await, bench.worker().await];
     bench.simulator.fault(Fault::new(Effect::Latency { ms: 100 }).on("POST", "/lead/"));
@@ -272,7 +272,7 @@ async fn no_other_contact_gets_the_user_id_of_a_person_inside_a_lead() {
 /// Search does not show yet what the predecessor created. An event about the person waits for it too.
 #[tokio::test(flavor = "multi_thread")]
 async fn after_a_takeover_all_contacts_of_a_person_are_updated() {
-    let settings = Settings { search_lag: "2s".parse().unwrap(), ..Settings::fast() };
+    let settings = Settings::fast().with(|close| close.search_lag = "2s".parse().unwrap());
     let bench = Bench::with(settings).await.set("CLOSE_SEARCH_LAG", "3s");
     bench.lead(Some("old"), json!([{"name": "Jane", "custom.cf_contactuserid": "u1"}]));
     bench.lead(Some("there"), json!([]));

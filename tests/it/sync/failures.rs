@@ -186,7 +186,7 @@ async fn a_record_that_disappears_is_looked_up_once_more() {
 /// Search still lists a deleted Contact. The worker does not write to it, and creates the person again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deleted_contact_in_search_is_not_used() {
-    let bench = Bench::with(Settings { search_lag: "1h".parse().unwrap(), ..Settings::fast() }).await;
+    let bench = Bench::with(Settings::fast().with(|close| close.search_lag = "1h".parse().unwrap())).await;
     let lead = bench.lead(None, json!([{"name": "Gone", "custom.cf_contactuserid": "u1"}]));
     assert!(bench.simulator.delete(lead["id"].as_str().unwrap()));
     let metrics = bench.sync(&[identify("u1", json!({"name": "Anew"}))]).await;

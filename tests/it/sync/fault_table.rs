@@ -115,7 +115,7 @@ struct Run {
 }
 
 async fn simulator() -> Simulator {
-    let settings = Settings { search_lag: "100ms".parse().unwrap(), ..Settings::fast() };
+    let settings = Settings::fast().with(|close| close.search_lag = "100ms".parse().unwrap());
     Simulator::start(settings, "127.0.0.1:0".parse().unwrap()).await.unwrap()
 }
 

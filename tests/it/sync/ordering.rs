@@ -24,7 +24,7 @@ fn broken(times: u32) -> Fault {
 /// Search shows the new company seconds later, and all fifty messages arrive at once.
 #[tokio::test(flavor = "multi_thread")]
 async fn fifty_colleagues_of_a_new_company_share_one_lead() {
-    let settings = Settings { search_lag: "10s".parse().unwrap(), ..Settings::fast() };
+    let settings = Settings::fast().with(|close| close.search_lag = "10s".parse().unwrap());
     let bench = Bench::with(settings).await;
     let colleagues: Vec<_> = (0..50).map(|n| acme(&format!("u{n}"))).collect();
     let metrics = bench.sync(&colleagues).await;
@@ -36,7 +36,7 @@ async fn fifty_colleagues_of_a_new_company_share_one_lead() {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_person_identified_a_hundred_times_is_one_contact() {
     for merge in ["true", "false"] {
-        let settings = Settings { search_lag: "10s".parse().unwrap(), ..Settings::fast() };
+        let settings = Settings::fast().with(|close| close.search_lag = "10s".parse().unwrap());
         let bench = Bench::with(settings).await.set("WORKER_MERGE", merge);
         // All of them wait when the first is done.
         bench.simulator.fault(Fault::new(Effect::Latency { ms: 2000 }).on("POST", "/lead/").times(1));

@@ -52,7 +52,9 @@ async fn every_form_of_rate_limit_headers_is_understood() {
         (HeaderStyle::Absent, 60),
     ] {
         let limits = Limits { lead: Rate::new(20, 1), contact: Rate::new(20, 1), ..Limits::unlimited() };
-        let bench = Bench::with(Settings { limits, header_style: style, ..Settings::fast() }).await;
+        let bench =
+            Bench::with(Settings { limits, ..Settings::fast() }.with(|close| close.header_style = style))
+                .await;
         let events: Vec<_> = (0..60).map(|n| identify(&format!("u{n}"), json!({}))).collect();
         let metrics = bench.sync(&events).await;
         assert_eq!(metrics.outcomes(), [("created", 60)].into(), "{style:?}");

@@ -24,6 +24,22 @@ pub(crate) struct Call {
 }
 
 impl Call {
+    /// The GET that a POST with a method override stands for: its parameters are in `_params` of the body. A POST with
+    /// another body stays as it is.
+    pub(crate) fn overridden(self) -> Self {
+        let body: Value = serde_json::from_str(self.body.as_deref().unwrap_or_default()).unwrap_or_default();
+        let Some(parameters) = body["_params"].as_object().filter(|_| self.method == "POST") else {
+            return self;
+        };
+        let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        let joined = |value: &Value| match value.as_array() {
+            Some(items) => items.iter().map(text).collect::<Vec<_>>().join(","),
+            None => text(value),
+        };
+        let query = parameters.iter().map(|(name, value)| (name.clone(), joined(value))).collect();
+        Self { method: "GET".into(), query, is_json: false, body: Some(String::new()), ..self }
+    }
+
     /// Parses a query string.
     pub(crate) fn parameters(query: &str) -> Vec<(String, String)> {
         url::form_urlencoded::parse(query.as_bytes()).into_owned().collect()

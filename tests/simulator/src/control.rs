@@ -7,7 +7,7 @@ use axum::{
     extract::{Path, State},
     http::StatusCode,
     response::{IntoResponse, Response},
-    routing::{delete, get, post, put},
+    routing::{delete, get, post},
 };
 use jiff::Timestamp;
 use serde::{Deserialize, de::DeserializeOwned};
@@ -17,7 +17,6 @@ use crate::faults::Fault;
 use crate::limits::Group;
 use crate::refusal::{Object, Refusal};
 use crate::schema::{CustomField, Kind};
-use crate::settings::Lag;
 use crate::shared::Shared;
 
 pub(crate) fn router() -> Router<Arc<Shared>> {
@@ -32,7 +31,7 @@ pub(crate) fn router() -> Router<Arc<Shared>> {
         .route("/_sim/fields/{id}", delete(remove_field))
         .route("/_sim/merge", post(merge))
         .route("/_sim/index", post(index))
-        .route("/_sim/settings", put(settings))
+        .route("/_sim/settings", get(settings).put(change_settings))
 }
 
 type Sim = State<Arc<Shared>>;
@@ -77,7 +76,7 @@ async fn summary(State(shared): Sim) -> Json<Value> {
         "leads": world.records.count(Kind::Lead),
         "contacts": world.records.count(Kind::Contact),
         "requests": {"total": n_requests, "busy": n_busy, "by_group_and_status": requests},
-        "search_lag": world.records.search_lag.to_string(),
+        "search_lag": world.records.schema.behaviour.search_lag.to_string(),
         "faults": world.faults.remaining(),
     }))
 }
@@ -174,21 +173,22 @@ async fn index(State(shared): Sim) -> StatusCode {
     StatusCode::NO_CONTENT
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Changes {
-    search_lag: Option<Lag>,
-    api_key: Option<String>,
+/// Changes the API key (`api_key`) and fields of the behaviour.
+async fn change_settings(State(shared): Sim, body: String) -> Result<StatusCode, ControlError> {
+    let refused = |text: String| ControlError(StatusCode::BAD_REQUEST, json!({"error": text}));
+    let mut changes: Object = read(&body)?;
+    let key = match changes.remove("api_key") {
+        None => None,
+        Some(Value::String(key)) => Some(key),
+        Some(_) => return Err(refused("`api_key` must be a text".into())),
+    };
+    let mut world = shared.world();
+    world.records.schema.behaviour.change(changes).map_err(refused)?;
+    world.api_key = key.unwrap_or_else(|| world.api_key.clone());
+    Ok(StatusCode::NO_CONTENT)
 }
 
-async fn settings(State(shared): Sim, body: String) -> Result<StatusCode, ControlError> {
-    let changes: Changes = read(&body)?;
-    let mut world = shared.world();
-    if let Some(lag) = changes.search_lag {
-        world.records.search_lag = lag;
-    }
-    if let Some(key) = changes.api_key {
-        world.settings.api_key = key;
-    }
-    Ok(StatusCode::NO_CONTENT)
+/// The behaviour as it is now.
+async fn settings(State(shared): Sim) -> Json<Object> {
+    Json(shared.world().records.schema.behaviour.fields())
 }

@@ -1,6 +1,6 @@
 //! How Close validates and rewrites email addresses, URLs and phone numbers.
 
-use crate::settings::Country;
+use crate::behaviour::Country;
 
 /// The trimmed address, if it is valid. Stricter than the standards, like the regular expression of Close
 /// (close-api.md §3): ASCII, no quotes, and a domain with a dot and a non-numeric last label.

@@ -53,6 +53,11 @@ pub(crate) fn format_timestamp(timestamp: Timestamp) -> String {
     milliseconds.strftime("%Y-%m-%dT%H:%M:%S%.6f+00:00").to_string()
 }
 
+/// Formats a timestamp without an offset, as the dates of events are.
+pub(crate) fn format_naive(timestamp: Timestamp) -> String {
+    format_timestamp(timestamp).trim_end_matches("+00:00").to_owned()
+}
+
 /// Parses a timestamp. Without an offset it is UTC; a date alone is midnight of that day.
 pub(crate) fn parse_timestamp(text: &str) -> Option<Timestamp> {
     text.parse().ok().or_else(|| {

@@ -4,12 +4,11 @@
 //! It stores leads and contacts and has the properties that make Close hard to write to: rate limits, a search
 //! index that lags, typed custom fields, rewritten phone numbers, nested error bodies, lost responses. Its
 //! behaviour follows close-api.md. Where Close's behaviour is not documented, the simulator takes the stricter
-//! interpretation, so that a client that works here also works with Close. Each such choice is a setting in
-//! [`Settings`].
+//! interpretation, so that a client that works here also works with Close. Each such choice is a field of
+//! [`Behaviour`], whose default is what was recorded last.
 //!
-//! It deliberately does not support: OAuth, the legacy `query` parameter, Smart Fields, saved searches, tasks,
-//! opportunities, activities, webhooks, bulk actions, `X-HTTP-Method-Override`, and merges of fields. It refuses
-//! such requests.
+//! It deliberately does not support: OAuth, Smart Fields, saved searches, tasks, opportunities, activities, webhooks,
+//! bulk actions, and merges of fields. It refuses such requests.
 //!
 //! The worker must not depend on it: it only sees a URL. Tests that supply their own time use [`Offline`],
 //! without HTTP.
@@ -20,10 +19,11 @@
 //! - `world` answers a `call`, after `limits` and `faults`.
 //! - `records` holds the current state; `index` and `events` show it to clients later.
 //! - `validate`, `custom` and `formats` check writes; `refusal` has the errors.
-//! - `query` and `search` read.
+//! - `query`, `search` and `lists` read.
 //!
 //! From `world` on there is no IO and no clock.
 
+mod behaviour;
 mod call;
 mod connection;
 mod control;
@@ -34,6 +34,7 @@ mod formats;
 mod ids;
 mod index;
 mod limits;
+mod lists;
 mod offline;
 mod query;
 mod records;
@@ -56,12 +57,16 @@ use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use self::{
+    behaviour::{
+        Behaviour, Country, CreatedLead, DescendingCursor, EventData, ExactValue, HeaderStyle, Lag,
+        MissingSlash, RateLimitBody,
+    },
     call::Request,
     faults::{Effect, Fault, FaultBody, When},
     limits::{Limits, Rate},
     offline::{Offline, Reply},
     schema::{CustomField, FieldKind, Owner, User},
-    settings::{Country, CreatedLead, ExactValue, HeaderStyle, Lag, MissingSlash, RateLimitBody, Settings},
+    settings::Settings,
 };
 use self::{
     connection::{ConnectionCutter, CuttableListener},
@@ -225,17 +230,22 @@ impl Simulator {
 
     /// Revokes the API key and accepts this one instead.
     pub fn set_api_key(&self, key: &str) {
-        key.clone_into(&mut self.shared.world().settings.api_key);
+        key.clone_into(&mut self.shared.world().api_key);
     }
 
     /// Changes the search lag for future writes.
     pub fn set_search_lag(&self, lag: Lag) {
-        self.shared.world().records.search_lag = lag;
+        self.behave(|behaviour| behaviour.search_lag = lag);
+    }
+
+    /// Changes the behaviour from the next request on.
+    pub fn behave(&self, change: impl FnOnce(&mut Behaviour)) {
+        change(&mut self.shared.world().records.schema.behaviour);
     }
 
     /// Changes the rate limits from the next request on.
     pub fn set_limits(&self, limits: Limits) {
-        self.shared.world().settings.limits = limits;
+        self.shared.world().limits = limits;
     }
 
     /// The usage text that `close-sync simulate` prints.
@@ -295,9 +305,9 @@ impl Simulator {
              \x20 curl -X PUT {controls}/settings -d '{{\"search_lag\": \"1s..10s\"}}'\n\
              \x20 curl -X PUT {controls}/settings -d '{{\"api_key\": \"another\"}}'\n\
              \x20 curl -X DELETE {controls}/faults\n",
-            key = world.settings.api_key,
+            key = world.api_key,
             // One second more, for the duration of the call.
-            lag = world.settings.search_lag.longest().as_secs() + 1,
+            lag = world.records.schema.behaviour.search_lag.longest().as_secs() + 1,
             lead = text_field(Owner::Lead),
             contact = text_field(Owner::Contact),
         );

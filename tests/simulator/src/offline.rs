@@ -101,7 +101,8 @@ mod tests {
         let start: Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
         let play = || {
             let lag = Lag::Between(Duration::from_secs(1), Duration::from_secs(9));
-            let settings = Settings { seed: Uuid::nil(), search_lag: lag, ..Settings::default() };
+            let settings =
+                Settings { seed: Uuid::nil(), ..Settings::default() }.with(|close| close.search_lag = lag);
             let mut close = Offline::new(settings, start);
             let search = json!({"query": {"type": "object_type", "object_type": "lead"},
                 "results_limit": 10, "_fields": {"lead": ["id"]}});

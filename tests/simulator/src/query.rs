@@ -8,10 +8,10 @@ use std::collections::HashSet;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
+use crate::behaviour::ExactValue;
 use crate::ids::parse_timestamp;
 use crate::index::{Document, Index, normalized};
 use crate::schema::{Kind, Schema};
-use crate::settings::ExactValue;
 
 /// A query tree.
 #[derive(Debug)]
@@ -134,6 +134,66 @@ pub(crate) fn parse_field(field: &Value, schema: &Schema) -> Result<Field, Strin
         }
         other => Err(format!("Unknown field type '{other}'.")),
     }
+}
+
+/// Parses the old query language of `GET /lead/?query=` (close-api.md §4): `key:"value"` and words. All must match.
+/// The error is the text of the 400.
+pub(crate) fn legacy(text: &str, kind: Kind, schema: &Schema) -> Result<Query, String> {
+    let of_contact =
+        |query| Query::Related { this: "lead".into(), related: "contact".into(), query: Box::new(query) };
+    let mut queries = Vec::new();
+    for term in terms(text) {
+        let Some((key, value)) = term.split_once(':') else {
+            let any = || Query::AnyText(TextMatch::Words(words(&term)));
+            queries.push(match kind {
+                Kind::Contact => any(),
+                Kind::Lead => Query::Or(vec![any(), of_contact(any())]),
+            });
+            continue;
+        };
+        let regular = |object: &str, name: &str| Field::Regular { object: object.into(), name: name.into() };
+        let test = Condition::Text(TextMatch::Phrase(words(value)));
+        let query = match (key, kind) {
+            ("sort", _) => continue,
+            ("id", _) => Query::Id(value.into()),
+            ("name" | "company", Kind::Lead) => Query::Field(regular("lead", "name"), test),
+            ("name", Kind::Contact) => Query::Field(regular("contact", "name"), test),
+            ("email" | "email_address", _) => {
+                let with_email = Query::Related {
+                    this: "contact".into(),
+                    related: "contact_email".into(),
+                    query: Box::new(Query::Field(regular("contact_email", "email"), test)),
+                };
+                match kind {
+                    Kind::Contact => with_email,
+                    Kind::Lead => of_contact(with_email),
+                }
+            }
+            (custom, _) => {
+                let name =
+                    custom.strip_prefix("custom.").ok_or_else(|| format!("Unknown field '{custom}'."))?;
+                let field = schema.field(kind, name).ok_or_else(|| format!("Unknown field '{custom}'."))?;
+                Query::Field(Field::Custom(format!("custom.{}", field.id)), test)
+            }
+        };
+        queries.push(query);
+    }
+    Ok(Query::And(queries))
+}
+
+/// The terms of a query in the old language, without their quotes.
+fn terms(text: &str) -> Vec<String> {
+    let (mut terms, mut term, mut quoted) = (Vec::new(), String::new(), false);
+    for letter in text.chars().chain([' ']) {
+        match letter {
+            '"' => quoted = !quoted,
+            letter if letter.is_whitespace() && !quoted => {
+                terms.extend(Some(std::mem::take(&mut term)).filter(|term| !term.is_empty()));
+            }
+            letter => term.push(letter),
+        }
+    }
+    terms
 }
 
 struct Parser<'a> {

@@ -1,12 +1,13 @@
-//! What an organization has besides records: users, lead statuses and custom fields.
+//! What an organization has besides records: users, lead statuses, custom fields, and its behaviour.
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::behaviour::Behaviour;
 use crate::ids::{Ids, format_timestamp};
 use crate::refusal::Refusal;
-use crate::settings::{Country, Settings};
+use crate::settings::Settings;
 
 /// A member of the organization.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -189,8 +190,7 @@ pub(crate) struct Schema {
     more_users: Vec<User>,
     pub(crate) statuses: Vec<Status>,
     pub(crate) fields: Vec<CustomField>,
-    pub(crate) country: Country,
-    pub(crate) strict_contact_keys: bool,
+    pub(crate) behaviour: Behaviour,
     created: Timestamp,
 }
 
@@ -202,8 +202,7 @@ impl Schema {
             more_users: settings.more_users.clone(),
             statuses: settings.statuses.iter().map(|label| Status::new(label)).collect(),
             fields: settings.custom_fields.clone(),
-            country: settings.country.clone(),
-            strict_contact_keys: settings.strict_contact_keys,
+            behaviour: settings.behaviour.clone(),
             created,
         }
     }

@@ -8,11 +8,11 @@ use std::{
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
+use crate::behaviour::{DescendingCursor, ExactValue};
 use crate::index::{Document, Index};
 use crate::query::{self, Field};
 use crate::refusal::{Object, Refusal};
 use crate::schema::{Kind, Schema};
-use crate::settings::ExactValue;
 
 /// Rows per page: the default, and the maximum a request may ask for. Close does not document the maximum;
 /// 200 is the highest value that is known to work.
@@ -54,6 +54,10 @@ pub(crate) fn search(
     ids.truncate(request.results_limit.unwrap_or(MAX_ROWS).min(MAX_ROWS));
     let limited = ids.len();
     let page: Vec<String> = ids.drain(..request.limit.min(ids.len())).collect();
+    let first_is_descending = body.get("sort").is_some_and(|sort| sort[0]["direction"] == "desc");
+    if first_is_descending && schema.behaviour.descending_cursor == DescendingCursor::LosesRows {
+        ids.pop_front();
+    }
     let cursor = (!ids.is_empty()).then_some(token);
     if let Some(cursor) = &cursor {
         let expires = now.saturating_add(CURSOR_TTL).unwrap_or(now);
@@ -381,6 +385,11 @@ mod tests {
             (json!({"query": all, "_fields": ["id"]}), "Invalid value for '_fields'."),
             (json!({"query": all, "cursor": "x"}), "The cursor is invalid or has expired."),
             (json!({"query": all, "sort": "name"}), "'sort' must be a list."),
+            (
+                json!({"query": all, "sort": [{"direction": "asc",
+                    "field": {"type": "regular_field", "object_type": "lead", "field_name": "id"}}]}),
+                "Unknown field 'id' of object type 'lead'.",
+            ),
         ] {
             let found = run(&mut records(), &mut Cursors::default(), body.clone(), 10);
             assert_eq!(found, Err(json!(error)), "{body}");
@@ -474,5 +483,31 @@ mod tests {
         };
         assert_eq!(order("asc"), [Some(5), Some(50), None, None]);
         assert_eq!(order("desc"), [Some(50), Some(5), None, None]);
+    }
+
+    #[test]
+    fn a_cursor_loses_rows_in_descending_order() {
+        let walk = |direction: &str, kept: DescendingCursor| {
+            let (mut records, mut cursors) = (records(), Cursors::default());
+            records.schema.behaviour.descending_cursor = kept;
+            let field = json!({"type": "regular_field", "object_type": "lead", "field_name": "date_created"});
+            let mut body = json!({
+                "query": {"type": "object_type", "object_type": "lead"},
+                "sort": [{"direction": direction, "field": field}],
+                "_limit": 2,
+            });
+            let mut n_rows = 0;
+            loop {
+                let page = run(&mut records, &mut cursors, body.clone(), 10).unwrap();
+                n_rows += page["data"].as_array().unwrap().len();
+                body["cursor"] = page["cursor"].clone();
+                if body["cursor"].is_null() {
+                    return n_rows;
+                }
+            }
+        };
+        assert_eq!(walk("asc", DescendingCursor::LosesRows), 4);
+        assert_eq!(walk("desc", DescendingCursor::LosesRows), 3);
+        assert_eq!(walk("desc", DescendingCursor::Exact), 4);
     }
 }

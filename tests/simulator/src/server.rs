@@ -21,6 +21,8 @@ use crate::shared::Shared;
 use crate::world::{Admission, Decision};
 
 const BASE: &str = "/api/v1";
+/// For queries that are too long for a URL (close-api.md §1).
+const METHOD_OVERRIDE: HeaderName = HeaderName::from_static("x-http-method-override");
 
 /// Routes `/_sim/` to the controls and everything else to the API.
 pub(crate) fn router(shared: Arc<Shared>) -> Router {
@@ -32,7 +34,7 @@ async fn api(
     ConnectInfo(cutter): ConnectInfo<ConnectionCutter>,
     request: Request,
 ) -> Response {
-    let max_body_bytes = shared.world().settings.max_body_bytes;
+    let max_body_bytes = shared.world().max_body_bytes;
     let call = Arc::new(read(request, max_body_bytes).await);
     let Admission { number, headers, decision } = shared.world().admit(&call, Timestamp::now());
     let answer = match decision {
@@ -86,20 +88,24 @@ async fn serve(shared: &Arc<Shared>, call: &Arc<Call>, effect: Option<Effect>) -
 
 async fn read(request: Request, max_body_bytes: usize) -> Call {
     let (parts, body) = request.into_parts();
-    let header = |name: HeaderName| parts.headers.get(name).and_then(|value| value.to_str().ok());
+    let header = |name: &HeaderName| parts.headers.get(name).and_then(|value| value.to_str().ok());
     let path = parts.uri.path();
-    Call {
+    let call = Call {
         method: parts.method.as_str().to_owned(),
         // A path outside the API stays whole, so it gets a 404.
         path: path.strip_prefix(BASE).unwrap_or(path).to_owned(),
         query: Call::parameters(parts.uri.query().unwrap_or_default()),
-        key: header(header::AUTHORIZATION).and_then(basic_user).unwrap_or_default(),
-        is_json: header(header::CONTENT_TYPE).is_some_and(|kind| kind.starts_with("application/json")),
+        key: header(&header::AUTHORIZATION).and_then(basic_user).unwrap_or_default(),
+        is_json: header(&header::CONTENT_TYPE).is_some_and(|kind| kind.starts_with("application/json")),
         is_chunked: parts.headers.contains_key(header::TRANSFER_ENCODING),
         body: to_bytes(body, max_body_bytes)
             .await
             .ok()
             .map(|bytes| String::from_utf8_lossy(&bytes).into_owned()),
+    };
+    match header(&METHOD_OVERRIDE) {
+        Some(method) if method.eq_ignore_ascii_case("GET") => call.overridden(),
+        Some(_) | None => call,
     }
 }
 

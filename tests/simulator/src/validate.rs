@@ -80,7 +80,7 @@ fn contact_fields(body: &Object, schema: &Schema) -> Result<Patch, FieldErrors> 
     validator.date_created();
     validator.custom(Kind::Contact, schema);
     validator.patch.lead_id = body.get("lead_id").and_then(Value::as_str).map(str::to_owned);
-    if schema.strict_contact_keys {
+    if schema.behaviour.strict_contact_keys {
         let unknown = |key: &&String| !KNOWN.contains(&key.as_str()) && !key.starts_with("custom.");
         for key in body.keys().filter(unknown) {
             validator.errors.add(key, "Extra fields not permitted.");
@@ -243,7 +243,7 @@ fn phone_item(item: &Object, schema: &Schema) -> Result<Option<Value>, FieldErro
     if item.get("phone") == Some(&Value::Null) {
         return Ok(None);
     }
-    let phone = formats::phone(required_text(item, "phone")?, &schema.country)
+    let phone = formats::phone(required_text(item, "phone")?, &schema.behaviour.country)
         .ok_or_else(|| FieldErrors::one("phone", "Invalid phone number."))?;
     Ok(Some(json!({
         "phone": phone.number,
@@ -389,7 +389,7 @@ mod tests {
     #[test]
     fn strict_schemas_refuse_unknown_contact_keys() {
         let mut strict = schema();
-        strict.strict_contact_keys = true;
+        strict.behaviour.strict_contact_keys = true;
         let body = map(json!({"name": "x", "custom.cf_region": "x", "id": "x"}));
         let errors = contact(&body, &strict, |_| true).unwrap_err();
         assert_eq!(Value::Object(errors.fields), json!({"id": "Extra fields not permitted."}));

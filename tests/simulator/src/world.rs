@@ -8,15 +8,17 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
+use crate::behaviour::{Behaviour, CreatedLead, HeaderStyle, Lag, MissingSlash, RateLimitBody};
 use crate::call::{Answer, Call, Payload, RequestLog};
 use crate::faults::{Effect, FaultScript};
 use crate::ids::Ids;
-use crate::limits::{BucketState, Group, Limiter, Verdict};
+use crate::limits::{BucketState, Group, Limiter, Limits, Verdict};
+use crate::lists::{self, select_fields};
 use crate::records::Records;
 use crate::refusal::{Object, Refusal};
 use crate::schema::{Kind, Owner};
 use crate::search::{self, Cursors};
-use crate::settings::{CreatedLead, HeaderStyle, Lag, MissingSlash, RateLimitBody, Settings};
+use crate::settings::Settings;
 
 /// The result of admitting a call.
 #[derive(Debug)]
@@ -40,7 +42,10 @@ pub(crate) enum Decision {
 /// The simulated organization with its API.
 #[derive(Debug)]
 pub(crate) struct World {
-    pub(crate) settings: Settings,
+    pub(crate) api_key: String,
+    more_api_keys: Vec<String>,
+    pub(crate) limits: Limits,
+    pub(crate) max_body_bytes: usize,
     pub(crate) records: Records,
     pub(crate) faults: FaultScript,
     pub(crate) requests: RequestLog,
@@ -52,12 +57,19 @@ impl World {
     pub(crate) fn new(settings: Settings, ids: Ids, now: Timestamp) -> Self {
         Self {
             records: Records::new(&settings, ids, now),
-            settings,
+            api_key: settings.api_key,
+            more_api_keys: settings.more_api_keys,
+            limits: settings.limits,
+            max_body_bytes: settings.max_body_bytes,
             faults: FaultScript::default(),
             requests: RequestLog::default(),
             limiter: Limiter::default(),
             cursors: Cursors::default(),
         }
+    }
+
+    fn behaviour(&self) -> &Behaviour {
+        &self.records.schema.behaviour
     }
 
     /// Creates a record as a POST does, but visible to search at once.
@@ -67,12 +79,12 @@ impl World {
         body: &Object,
         now: Timestamp,
     ) -> Result<Value, Refusal> {
-        let lag = std::mem::replace(&mut self.records.search_lag, Lag::NONE);
+        let lag = std::mem::replace(&mut self.records.schema.behaviour.search_lag, Lag::NONE);
         let created = match kind {
             Kind::Lead => self.records.create_lead(body, now),
             Kind::Contact => self.records.create_contact(body, now),
         };
-        self.records.search_lag = lag;
+        self.records.schema.behaviour.search_lag = lag;
         created
     }
 
@@ -86,10 +98,10 @@ impl World {
     /// request that is refused later has still used its token (close-api.md §2).
     pub(crate) fn admit(&mut self, call: &Call, now: Timestamp) -> Admission {
         let number = self.requests.push(call, now);
-        let known = self.settings.api_key == call.key || self.settings.more_api_keys.contains(&call.key);
+        let known = self.api_key == call.key || self.more_api_keys.contains(&call.key);
         let group = Group::of(&call.method, &call.path);
-        let style = self.settings.header_style;
-        let bucket = match self.limiter.acquire(&self.settings.limits, &call.key, known, &group, now) {
+        let style = self.behaviour().header_style;
+        let bucket = match self.limiter.acquire(&self.limits, &call.key, known, &group, now) {
             Verdict::Allowed(bucket) => bucket,
             Verdict::Refused(bucket) => {
                 let decision = Decision::Rejected(self.too_many_requests(&bucket));
@@ -113,13 +125,13 @@ impl World {
 
     /// The 429 for a bucket in this state.
     fn too_many_requests(&self, bucket: &BucketState) -> Answer {
-        let payload = match self.settings.rate_limit_body {
+        let payload = match self.behaviour().rate_limit_body {
             RateLimitBody::Nested => Payload::Json(json!({"error": bucket.details(true)})),
             RateLimitBody::Flat => Payload::Json(bucket.details(false)),
             RateLimitBody::Empty => Payload::Empty,
             RateLimitBody::Text => Payload::Text("Too Many Requests"),
         };
-        let headers = match self.settings.header_style {
+        let headers = match self.behaviour().header_style {
             HeaderStyle::Absent => Vec::new(),
             HeaderStyle::Comma | HeaderStyle::Semicolon | HeaderStyle::Legacy | HeaderStyle::Proxy => {
                 vec![("retry-after", bucket.retry_after())]
@@ -136,7 +148,7 @@ impl World {
             ));
         }
         if !call.path.ends_with('/') {
-            return Some(match self.settings.missing_slash {
+            return Some(match self.behaviour().missing_slash {
                 MissingSlash::NotFound => not_found(),
                 MissingSlash::Redirected => {
                     let location = format!("/api/v1{}/", call.path);
@@ -163,7 +175,9 @@ impl World {
             ("GET", ["user", id]) => {
                 self.records.schema.user_by_id(id).map(|user| select_fields(call, user)).into()
             }
-            ("GET", ["event"]) => self.records.events.page(&call.query, now).into(),
+            ("GET", ["event"]) => {
+                self.records.events.page(&call.query, self.behaviour().event_data, now).into()
+            }
             ("GET", ["status", "lead"]) => Ok(self.records.schema.statuses()).into(),
             ("POST", ["data", "search"]) => self.with_body(call, |world, body| world.search(body, now)),
             ("POST", ["lead", "merge"]) => self.with_body(call, |world, body| world.merge(body, now)),
@@ -186,11 +200,11 @@ impl World {
 
     fn collection(&mut self, call: &Call, method: &str, kind: Kind, now: Timestamp) -> Answer {
         match (method, kind) {
-            ("GET", _) => self.list(call, kind).into(),
+            ("GET", _) => lists::records(call, kind, &self.records).into(),
             ("POST", Kind::Lead) => self.with_body(call, |world, body| {
                 let mut lead = world.records.create_lead(body, now)?;
                 if let Some(lead) = lead.as_object_mut() {
-                    match world.settings.created_lead {
+                    match world.behaviour().created_lead {
                         CreatedLead::Whole => None,
                         CreatedLead::WithoutContactIds => lead.remove("contact_ids"),
                         CreatedLead::WithoutContacts => lead.remove("contacts"),
@@ -226,40 +240,18 @@ impl World {
         if method == "POST" {
             return self.with_body(call, |world, body| world.records.create_field(owner, body));
         }
-        page(call, self.records.schema.custom_fields(owner)).into()
+        lists::page(call, self.records.schema.custom_fields(owner)).into()
     }
 
     fn users(&self, call: &Call) -> Result<Value, Refusal> {
-        check_parameters(call, &[])?;
-        page(call, self.records.schema.user_list())
-    }
-
-    /// A list, newest first.
-    fn list(&self, call: &Call, kind: Kind) -> Result<Value, Refusal> {
-        let filters: &[&str] = match kind {
-            Kind::Lead => &[],
-            Kind::Contact => &["lead_id"],
-        };
-        check_parameters(call, filters)?;
-        let mut records = if self.settings.lists_from_index {
-            let documents = self.records.index.documents().filter(|document| document.kind == kind);
-            let mut records: Vec<Value> = documents.map(|document| (*document.value).clone()).collect();
-            records.sort_by_key(|record| record["date_created"].as_str().map(str::to_owned));
-            records
-        } else {
-            self.records.all(kind)
-        };
-        records.reverse();
-        if let Some(lead_id) = parameter(call, "lead_id") {
-            records.retain(|contact| contact["lead_id"] == *lead_id);
-        }
-        page(call, records)
+        lists::check_parameters(call, &[])?;
+        lists::page(call, self.records.schema.user_list())
     }
 
     fn search(&mut self, body: &Object, now: Timestamp) -> Result<Value, Refusal> {
         let token = self.records.token();
         let Records { schema, index, .. } = &self.records;
-        search::search(body, schema, self.settings.exact_value, index, &mut self.cursors, token, now)
+        search::search(body, schema, schema.behaviour.exact_value, index, &mut self.cursors, token, now)
     }
 
     fn merge(&mut self, body: &Object, now: Timestamp) -> Result<Value, Refusal> {
@@ -303,48 +295,4 @@ fn unknown_route(segments: &[&str]) -> Answer {
         | ["user" | "custom_field" | "custom_field_schema", _] => method_not_allowed(),
         _ => not_found(),
     }
-}
-
-fn parameter<'a>(call: &'a Call, name: &str) -> Option<&'a String> {
-    call.query.iter().find(|(known, _)| known == name).map(|(_, value)| value)
-}
-
-/// Refuses unsupported filters. Ignoring one would return every record as a match.
-fn check_parameters(call: &Call, filters: &[&str]) -> Result<(), Refusal> {
-    const EVERYWHERE: [&str; 3] = ["_limit", "_skip", "_fields"];
-    let unknown = |name: &str| !EVERYWHERE.contains(&name) && !filters.contains(&name);
-    match call.query.iter().find(|(name, _)| unknown(name)) {
-        Some((name, _)) => {
-            Err(Refusal::Malformed(format!("The simulator does not know the parameter {name} here.")))
-        }
-        None => Ok(()),
-    }
-}
-
-/// The record with only the requested fields.
-fn select_fields(call: &Call, record: Value) -> Value {
-    match parameter(call, "_fields") {
-        Some(names) => Value::Object(search::select(&record, &names.split(',').collect::<Vec<_>>())),
-        None => record,
-    }
-}
-
-/// One page according to `_skip` and `_limit`, in Close's envelope (close-api.md §1).
-fn page(call: &Call, mut rows: Vec<Value>) -> Result<Value, Refusal> {
-    const MAX_LIMIT: usize = 200;
-    let number = |name: &str, default: usize| {
-        let parse = |text: &String| {
-            text.parse().map_err(|_| Refusal::Malformed(format!("Invalid value for {name}: {text}")))
-        };
-        parameter(call, name).map_or(Ok(default), parse)
-    };
-    let (skip, limit) = (number("_skip", 0)?, number("_limit", 100)?);
-    if limit > MAX_LIMIT {
-        return Err(Refusal::too_many(MAX_LIMIT));
-    }
-    rows.drain(..skip.min(rows.len()));
-    let has_more = rows.len() > limit;
-    rows.truncate(limit);
-    let rows: Vec<Value> = rows.into_iter().map(|row| select_fields(call, row)).collect();
-    Ok(json!({"data": rows, "has_more": has_more}))
 }

@@ -48,12 +48,9 @@ pub(super) struct World {
 
 impl World {
     pub(super) fn new(plan: Plan, seed: u64) -> Arc<Self> {
-        let settings = Settings {
-            seed: Uuid::from_u64_pair(0, seed),
-            search_lag: Lag::Between(Duration::ZERO, plan.search_lag),
-            limits: plan.limits,
-            ..Settings::default()
-        };
+        let settings =
+            Settings { seed: Uuid::from_u64_pair(0, seed), limits: plan.limits, ..Settings::default() }
+                .with(|close| close.search_lag = Lag::Between(Duration::ZERO, plan.search_lag));
         Arc::new(Self {
             start: Instant::now(),
             close: Mutex::new(Offline::new(settings, Timestamp::from_second(BASE).unwrap())),

@@ -44,7 +44,7 @@ fn print(line: &str) {
 async fn no_message_is_lost_or_duplicated_while_components_fail() {
     let (seconds, seed) = (number("SOAK_SECONDS", SECONDS), number("SOAK_SEED", 1));
     let node = Node::start().await;
-    let settings = Settings { search_lag: "0s..500ms".parse().unwrap(), ..Settings::fast() };
+    let settings = Settings::fast().with(|close| close.search_lag = "0s..500ms".parse().unwrap());
     let bench = Bench::on(&node.url, settings)
         .await
         .set("CLOSE_LEAD_SYNCED_AT_FIELD", "cf_leadsyncedat")

@@ -15,7 +15,7 @@ use crate::ids::{Ids, format_timestamp};
 use crate::index::{Document, Index};
 use crate::refusal::{FieldErrors, Object, REQUIRED, Refusal};
 use crate::schema::{Kind, Schema};
-use crate::settings::{Lag, Settings};
+use crate::settings::Settings;
 use crate::validate::{self, Patch};
 
 /// Nested contacts are created this long after their lead, all at the same time (close-api.md §4).
@@ -44,8 +44,6 @@ pub(crate) struct Records {
     pub(crate) schema: Schema,
     pub(crate) index: Index,
     pub(crate) events: EventLog,
-    pub(crate) search_lag: Lag,
-    event_lag: Lag,
     ids: Ids,
     by_id: HashMap<String, Record>,
     next_serial: u64,
@@ -57,8 +55,6 @@ impl Records {
             schema: Schema::new(settings, &mut ids, now),
             index: Index::default(),
             events: EventLog::default(),
-            search_lag: settings.search_lag,
-            event_lag: settings.event_lag,
             ids,
             by_id: HashMap::new(),
             next_serial: 0,
@@ -88,14 +84,12 @@ impl Records {
         self.get(Kind::Lead, &id)
     }
 
-    /// Creates a contact. Without a lead, it gets a new lead with the contact's name (close-api.md §5).
+    /// Creates a contact. Without a lead, it gets a new lead, which has no name (close-api.md §15 row 18).
     pub(crate) fn create_contact(&mut self, body: &Object, now: Timestamp) -> Result<Value, Refusal> {
         let mut patch = self.validate_contact(body)?;
         let request = self.ids.make("req");
         if patch.lead_id.is_none() {
-            let name = patch.plain.get("name").cloned().unwrap_or_default();
-            let plain = Object::from_iter([("name".to_owned(), name)]);
-            let lead_id = self.insert(Kind::Lead, Patch { plain, ..Patch::default() }, now);
+            let lead_id = self.insert(Kind::Lead, Patch::default(), now);
             self.record_change(&lead_id, "created", None, &request, now);
             patch.lead_id = Some(lead_id);
         }
@@ -173,7 +167,7 @@ impl Records {
         self.remove(source, &request, now);
         self.reindex(destination, now);
         let meta = json!({"merge_source_lead_id": source, "merge_destination_lead_id": destination});
-        let details = json!({"meta": meta, "changed_fields": [], "previous_data": {}, "data": {}});
+        let details = json!({"meta": meta, "changed_fields": [], "previous_data": {}, "data": null});
         self.log_event(
             Kind::Lead,
             destination,
@@ -307,7 +301,7 @@ impl Records {
         }
         self.reindex(id, now);
         let previous = self.to_json(&record);
-        let details = json!({"changed_fields": [], "previous_data": previous, "data": {}, "meta": {}});
+        let details = json!({"changed_fields": [], "previous_data": previous, "data": null, "meta": {}});
         self.log_event(record.kind, id, lead_id, "deleted", details, request, now);
     }
 
@@ -344,7 +338,7 @@ impl Records {
 
     /// Writes the current state of a record, or its deletion, to the search index.
     fn reindex(&mut self, id: &str, now: Timestamp) {
-        let lag = self.search_lag.draw(self.ids.fraction());
+        let lag = self.schema.behaviour.search_lag.draw(self.ids.fraction());
         let document = self.by_id.get(id).map(|record| Document {
             kind: record.kind,
             id: id.to_owned(),
@@ -368,14 +362,15 @@ impl Records {
         details["user_id"] = json!(self.schema.user.id);
         details["organization_id"] = json!(self.schema.organization_id);
         details["oauth_client_id"] = Value::Null;
-        let lag = self.event_lag.draw(self.ids.fraction());
+        let lag = self.schema.behaviour.event_lag.draw(self.ids.fraction());
         self.events.push(Event {
             id: self.ids.make("ev"),
             object_type: kind.word(),
             object_id: id.to_owned(),
             lead_id,
             action,
-            at: now,
+            created: now,
+            updated: now,
             visible: now.saturating_add(lag).unwrap_or(now),
             details,
         });
@@ -448,6 +443,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
+    use crate::behaviour::EventData;
 
     pub(super) fn records() -> Records {
         Records::new(&Settings::fast(), Ids::new(Uuid::nil()), at(0))
@@ -472,7 +468,7 @@ mod tests {
 
     /// All events, newest first, as `object_type.action`.
     fn events(records: &Records) -> Vec<String> {
-        let page = records.events.page(&[], at(1000)).unwrap();
+        let page = records.events.page(&[], EventData::Kept, at(1000)).unwrap();
         let word = |event: &Value, key: &str| event[key].as_str().unwrap().to_owned();
         let events = page["data"].as_array().unwrap().iter();
         events.map(|event| format!("{}.{}", word(event, "object_type"), word(event, "action"))).collect()
@@ -483,11 +479,11 @@ mod tests {
     }
 
     #[test]
-    fn a_contact_without_lead_gets_one_of_its_name() {
+    fn a_contact_without_lead_gets_one_without_a_name() {
         let mut records = records();
         let jane = contact(&mut records, json!({"name": "Jane"}));
         let lead = records.get(Kind::Lead, jane["lead_id"].as_str().unwrap()).unwrap();
-        assert_eq!((&lead["name"], &lead["contacts"][0]), (&json!("Jane"), &jane));
+        assert_eq!((&lead["name"], &lead["contacts"][0]), (&json!(null), &jane));
         assert_eq!(events(&records), ["contact.created", "lead.created"]);
     }
 
@@ -523,7 +519,7 @@ mod tests {
         assert_eq!(jane["emails"], home);
         assert_eq!((&jane["name"], jane["urls"].as_array().unwrap().len()), (&json!("Jane"), 1));
         assert_eq!(jane["date_updated"], "1970-01-01T00:00:09.000000+00:00");
-        let event = &records.events.page(&[], at(1000)).unwrap()["data"][0];
+        let event = &records.events.page(&[], EventData::Kept, at(1000)).unwrap()["data"][0];
         assert_eq!(event["changed_fields"], json!(["emails"]));
         assert_eq!(event["previous_data"]["emails"][0]["email"], "a@b.test");
     }

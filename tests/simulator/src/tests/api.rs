@@ -127,7 +127,7 @@ async fn chunked_bodies_are_refused() {
 
 #[tokio::test]
 async fn a_missing_slash_may_redirect() {
-    let settings = Settings { missing_slash: MissingSlash::Redirected, ..Settings::fast() };
+    let settings = Settings::fast().with(|close| close.missing_slash = MissingSlash::Redirected);
     let (_simulator, client) = start(settings).await;
     let reply = client.get("me").await;
     assert_eq!((reply.status.as_u16(), reply.header("location")), (301, Some("/api/v1/me/")));
@@ -153,7 +153,7 @@ async fn search_lags_and_get_does_not() {
     assert_eq!(client.put(&format!("lead/{id}/"), json!({"name": "x"})).await.status, 404);
     simulator.index_now();
     assert!(client.leads_of("acme-1").await.is_empty());
-    let events = client.get(&format!("event/?lead_id={other}&action=merged")).await.json();
+    let events = client.get(&format!("event/?object_type=lead&lead_id={other}&action=merged")).await.json();
     assert_eq!(
         events["data"][0]["meta"],
         json!({"merge_source_lead_id": id, "merge_destination_lead_id": other})
@@ -202,15 +202,93 @@ async fn lists_page_and_filter() {
     let lead = simulator.add_lead(json!({"contacts": [{"name": "a"}, {"name": "b"}]})).unwrap();
     simulator.add_contact(json!({"name": "c"})).unwrap();
     let page = client.get("lead/?_limit=1&_fields=name").await.json();
-    assert_eq!(page, json!({"data": [{"name": "c"}], "has_more": true}));
+    assert_eq!(
+        page,
+        json!({"data": [{"name": null}], "has_more": true}),
+        "the lead of a contact has no name"
+    );
     let page = client.get("lead/?_limit=1&_skip=1&_fields=id").await.json();
     assert_eq!(page, json!({"data": [{"id": lead["id"]}], "has_more": false}));
     let id = lead["id"].as_str().unwrap();
     let contacts = client.get(&format!("contact/?lead_id={id}")).await.json();
     assert_eq!(contacts["data"].as_array().unwrap().len(), 2);
-    for path in ["lead/?_limit=201", "lead/?query=name:x", "lead/?lead_id=x", "lead/?_skip=-1"] {
+    for path in ["lead/?_skip=-1", "lead/?lead_id=x", "lead/?query=nome:x", "lead/?_skip=35001"] {
         assert_eq!(client.get(path).await.status, 400, "{path}");
     }
+    let refused = client.get("lead/?_limit=201").await;
+    let text = "Input should be less than or equal to 200";
+    assert_eq!(refused.json(), json!({"errors": [], "field-errors": {"_limit": text}}));
+}
+
+#[tokio::test]
+async fn lists_read_the_lagging_index() {
+    for (lists_from_index, expected) in [(true, 0), (false, 1)] {
+        let settings = Settings::fast().with(|close| {
+            close.lists_from_index = lists_from_index;
+            close.search_lag = Lag::Fixed(Duration::from_secs(60));
+        });
+        let (simulator, client) = start(settings).await;
+        let lead = client.post("lead/", json!({"contacts": [{"name": "Jane"}]})).await.json();
+        let rows = |page: &Value| page["data"].as_array().unwrap().len();
+        assert_eq!(rows(&client.get("lead/").await.json()), expected);
+        simulator.index_now();
+        let page = client.get("lead/").await.json();
+        assert_eq!(page["data"][0], lead, "a row is the whole lead with its contacts");
+        assert_eq!(rows(&client.get("contact/").await.json()), 1);
+    }
+}
+
+#[tokio::test]
+async fn leads_are_listed_by_id_and_by_the_old_query_language() {
+    let (simulator, client) = start(Settings::fast()).await;
+    let lead = |name: &str, email: &str| {
+        let body = json!({"name": name, "custom.Company ID": format!("{name}-1"),
+            "contacts": [{"name": "Jane", "emails": [{"email": email}]}]});
+        simulator.add_lead(body).unwrap()["id"].as_str().unwrap().to_owned()
+    };
+    let (acme, beta) = (lead("Acme", "jane@acme.test"), lead("Beta", "jane@beta.test"));
+    let ids = async |path: String| {
+        let page = client.get(&path).await.json();
+        let rows = page["data"].as_array().unwrap_or_else(|| panic!("{path}: {page}")).clone();
+        rows.iter().map(|row| row["id"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    for (query, expected) in [
+        (format!("id__in={acme}"), vec![&acme]),
+        (format!("id__in={acme},{beta},lead_x"), vec![&beta, &acme]),
+        ("query=name:acme".into(), vec![&acme]),
+        ("query=company:\"Beta\" sort:-created".into(), vec![&beta]),
+        ("query=\"custom.Company ID\":\"acme-1\"".into(), vec![&acme]),
+        ("query=custom.cf_leadcompanyid:beta-1".into(), vec![&beta]),
+        ("query=email_address:\"jane@beta.test\"".into(), vec![&beta]),
+        (format!("query=id:{acme}"), vec![&acme]),
+        ("query=beta".into(), vec![&beta]),
+        ("query=FOO".into(), vec![]),
+    ] {
+        let expected: Vec<String> = expected.into_iter().cloned().collect();
+        assert_eq!(ids(format!("lead/?{query}")).await, expected, "{query}");
+    }
+    let empty = client.get("lead/?query=FOO").await.json();
+    assert_eq!(empty, json!({"has_more": false, "total_results": 0, "data": []}), "as recorded");
+    let counted = client.get("lead/?query=jane&_limit=0").await.json();
+    assert_eq!(counted, json!({"has_more": true, "total_results": 2, "data": []}), "of the contacts");
+    let many = vec!["lead_x"; 101].join(",");
+    assert_eq!(client.get(&format!("lead/?id__in={many}")).await.status, 400);
+}
+
+#[tokio::test]
+async fn a_post_may_stand_for_a_get() {
+    let (simulator, client) = start(Settings::fast()).await;
+    let ids: Vec<Value> =
+        (0..3).map(|n| simulator.add_lead(json!({"name": n.to_string()})).unwrap()["id"].clone()).collect();
+    let post = |body: Value| {
+        client.request(Method::POST, "lead/").header("X-HTTP-Method-Override", "GET").json(&body)
+    };
+    let parameters = json!({"_params": {"id__in": ids[..2], "_limit": 1, "_fields": ["id"]}});
+    let page = Client::send(post(parameters)).await.unwrap().json();
+    assert_eq!(page, json!({"data": [{"id": ids[1]}], "has_more": true}));
+    assert_eq!(simulator.request_count("GET", "/lead/"), 1);
+    assert_eq!(Client::send(post(json!({"name": "x"}))).await.unwrap().status, 200, "an ordinary POST");
+    assert_eq!(simulator.leads().len(), 4);
 }
 
 #[tokio::test]
@@ -218,7 +296,8 @@ async fn the_created_lead_may_lack_a_list() {
     for (created_lead, lacks) in
         [(CreatedLead::WithoutContactIds, "contact_ids"), (CreatedLead::WithoutContacts, "contacts")]
     {
-        let (_simulator, client) = start(Settings { created_lead, ..Settings::fast() }).await;
+        let (_simulator, client) =
+            start(Settings::fast().with(|close| close.created_lead = created_lead)).await;
         let created = client.post("lead/", json!({"contacts": [{}]})).await.json();
         assert_eq!(created.get(lacks), None);
     }

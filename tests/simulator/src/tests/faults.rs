@@ -8,12 +8,12 @@ async fn rate_limits_are_enforced_and_sent_as_headers() {
     let (simulator, client) = start(Settings { limits, ..Settings::fast() }).await;
     let search = json!({"query": {"type": "match_all"}});
     let first = client.post("data/search/", search.clone()).await;
-    assert!(first.header("ratelimit").unwrap().starts_with("limit=2, remaining=1, reset="));
+    assert!(first.header("ratelimit").unwrap().starts_with("limit=2; remaining=1; reset="));
     let broken = client.post("data/search/", json!({})).await;
     assert_eq!(broken.status, 400, "an invalid request takes a token too");
     let refused = client.post("data/search/", search).await;
     assert_eq!(refused.status, 429);
-    assert!(refused.header("ratelimit").unwrap().starts_with("limit=2, remaining=0, reset="));
+    assert!(refused.header("ratelimit").unwrap().starts_with("limit=2; remaining=0; reset="));
     let retry_after: u64 = refused.header("retry-after").unwrap().parse().unwrap();
     assert!((1..=60).contains(&retry_after));
     assert_eq!(refused.json()["error"]["rate_limit_type"], "key");
@@ -85,7 +85,7 @@ async fn scripted_statuses_and_hidden_limits() {
     simulator.fault(limited(false));
     let with_headers = client.get("me/").await;
     assert_eq!((with_headers.status.as_u16(), with_headers.header("retry-after")), (429, Some("2")));
-    assert_eq!(with_headers.header("ratelimit"), Some("limit=1000000, remaining=999999, reset=1.500000"));
+    assert_eq!(with_headers.header("ratelimit"), Some("limit=1000000; remaining=999999; reset=1.500000"));
     let without_headers = client.get("me/").await;
     assert_eq!((without_headers.status.as_u16(), without_headers.header("retry-after")), (429, Some("2")));
     assert_eq!(without_headers.header("ratelimit"), None);
@@ -117,7 +117,9 @@ async fn rate_limit_headers_have_the_chosen_form() {
         (HeaderStyle::Proxy, RateLimitBody::Empty, Some("ratelimit-remaining"), ""),
         (HeaderStyle::Absent, RateLimitBody::Nested, None, "{\"error\""),
     ] {
-        let settings = Settings { header_style, rate_limit_body, ..Settings::fast() };
+        let settings = Settings::fast().with(|close| {
+            (close.header_style, close.rate_limit_body) = (header_style, rate_limit_body);
+        });
         let (simulator, client) = start(settings).await;
         simulator.set_limits(Limits { others: Rate::new(0, 8), ..Limits::unlimited() });
         let reply = client.get("me/").await;

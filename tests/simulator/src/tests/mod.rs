@@ -157,7 +157,15 @@ async fn the_controls_work_over_http() {
     let changes = json!({"search_lag": "1s..10s", "api_key": "new"});
     assert_eq!(client.control(Method::PUT, "settings", changes).await.status, 204);
     assert_eq!(client.get("me/").await.status, 401);
-    assert_eq!(client.control(Method::PUT, "settings", json!({"search_lag": "soon"})).await.status, 400);
+    for (key, value) in [("search_lag", json!("soon")), ("serch_lag", json!("1s")), ("api_key", json!(1))] {
+        let body = Value::Object([(key.to_owned(), value)].into_iter().collect());
+        assert_eq!(client.control(Method::PUT, "settings", body).await.status, 400, "{key}");
+    }
+    let settings = client.control(Method::GET, "settings", json!(null)).await.json();
+    assert_eq!(
+        (&settings["search_lag"], &settings["exact_value"]),
+        (&json!("1s..10s"), &json!("folds_case"))
+    );
 }
 
 #[tokio::test]

@@ -1,0 +1,331 @@
+//! How the simulated Close behaves: one struct with a field for each property that Close does not document, or that
+//! was recorded in several forms. The default is what was recorded last (close-api.md §15).
+//!
+//! Every field can be set when the simulator starts (`close-sync simulate --set KEY=VALUE`) and at run time
+//! (`PUT /_sim/settings`).
+
+use std::{fmt, str::FromStr, time::Duration};
+
+use jiff::SignedDuration;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::refusal::Object;
+
+/// The behaviour of the simulated Close. Its JSON form has one key per field.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Behaviour {
+    /// How long a write stays invisible to search (close-api.md §6, §15 row 1).
+    pub search_lag: Lag,
+    /// How long an event stays invisible in the event log. No lag was recorded (close-api.md §15, end).
+    pub event_lag: Lag,
+    /// How long the event log shows the data of an object (close-api.md §15 row 15).
+    pub event_data: EventData,
+    /// The form of the rate limit headers (close-api.md §2, §15 row 12).
+    pub header_style: HeaderStyle,
+    /// The body of a 429 (close-api.md §2).
+    pub rate_limit_body: RateLimitBody,
+    /// How search interprets the text mode `exact_value` (close-api.md §6, §15 row 20).
+    pub exact_value: ExactValue,
+    /// What a cursor does in descending order (close-api.md §15 row 16).
+    pub descending_cursor: DescendingCursor,
+    /// The response to a path without its trailing slash (close-api.md §1).
+    pub missing_slash: MissingSlash,
+    /// Which of its two contact lists the response to `POST /lead/` has (close-api.md §4).
+    pub created_lead: CreatedLead,
+    /// Refuse keys that are not in the published contact schema, instead of ignoring them (close-api.md §5).
+    pub strict_contact_keys: bool,
+    /// `GET /lead/` and `GET /contact/` read from the lagging search index (close-api.md §15 row 17).
+    pub lists_from_index: bool,
+    /// The country of phone numbers without a prefix (close-api.md §5).
+    pub country: Country,
+}
+
+impl Default for Behaviour {
+    fn default() -> Self {
+        Self {
+            search_lag: Lag::Fixed(Duration::from_secs(2)),
+            event_lag: Lag::NONE,
+            event_data: EventData::Kept,
+            header_style: HeaderStyle::Semicolon,
+            rate_limit_body: RateLimitBody::Nested,
+            exact_value: ExactValue::FoldsCase,
+            descending_cursor: DescendingCursor::LosesRows,
+            missing_slash: MissingSlash::NotFound,
+            created_lead: CreatedLead::Whole,
+            strict_contact_keys: false,
+            lists_from_index: true,
+            country: Country::default(),
+        }
+    }
+}
+
+impl Behaviour {
+    /// Changes the fields that `changes` names.
+    ///
+    /// # Errors
+    /// An unknown field or an invalid value. Then nothing is changed.
+    pub fn change(&mut self, changes: Object) -> Result<(), String> {
+        let mut fields = self.fields();
+        let mut changed = self.clone();
+        for (key, value) in changes {
+            let Some(field) = fields.get_mut(&key) else {
+                let known: Vec<&str> = fields.keys().map(String::as_str).collect();
+                return Err(format!("unknown setting `{key}`; known: {}", known.join(", ")));
+            };
+            *field = value;
+            changed = serde_json::from_value(json!(fields)).map_err(|error| format!("`{key}`: {error}"))?;
+        }
+        *self = changed;
+        Ok(())
+    }
+
+    /// Changes one field, as `simulate --set` does. A value that is not JSON is a text: `search_lag=2s`.
+    ///
+    /// # Errors
+    /// As `change`.
+    pub fn set(&mut self, key: &str, value: &str) -> Result<(), String> {
+        let value = serde_json::from_str(value).unwrap_or_else(|_| json!(value));
+        self.change(Object::from_iter([(key.to_owned(), value)]))
+    }
+
+    /// The fields by name, as JSON.
+    pub fn fields(&self) -> Object {
+        match json!(self) {
+            Value::Object(fields) => fields,
+            _ => Object::new(),
+        }
+    }
+}
+
+/// How long a write stays invisible: a fixed time, or a random time for each write.
+///
+/// Its text form is `2s`, or `1s..10s` for a range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Lag {
+    /// Every write takes this long.
+    Fixed(Duration),
+    /// Every write takes a random time from this range, so that writes can overtake one another.
+    Between(Duration, Duration),
+}
+
+impl Lag {
+    pub const NONE: Self = Self::Fixed(Duration::ZERO);
+
+    pub(crate) fn longest(self) -> Duration {
+        match self {
+            Self::Fixed(lag) | Self::Between(_, lag) => lag,
+        }
+    }
+
+    /// The lag of one write. `fraction` is a random number between 0 and 1.
+    pub(crate) fn draw(self, fraction: f64) -> Duration {
+        match self {
+            Self::Fixed(lag) => lag,
+            Self::Between(least, most) => {
+                least + most.saturating_sub(least).mul_f64(fraction.clamp(0.0, 1.0))
+            }
+        }
+    }
+}
+
+impl FromStr for Lag {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let duration = |part: &str| -> Result<Duration, String> {
+            let refused = || format!("`{part}` is not a duration (try `2s` or `1s..10s`)");
+            let parsed: SignedDuration = part.trim().parse().map_err(|_| refused())?;
+            Duration::try_from(parsed).map_err(|_| refused())
+        };
+        match text.split_once("..") {
+            None => Ok(Self::Fixed(duration(text)?)),
+            Some((least, most)) => Ok(Self::Between(duration(least)?, duration(most)?)),
+        }
+    }
+}
+
+impl TryFrom<String> for Lag {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Lag> for String {
+    fn from(lag: Lag) -> Self {
+        lag.to_string()
+    }
+}
+
+impl fmt::Display for Lag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fixed(lag) => write!(f, "{lag:?}"),
+            Self::Between(least, most) => write!(f, "{least:?}..{most:?}"),
+        }
+    }
+}
+
+/// How long the event log shows `data` and `previous_data`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EventData {
+    /// As long as the event, as for admins.
+    Kept,
+    /// For one hour, as for other users. Then both are null.
+    HiddenAfterAnHour,
+}
+
+/// The forms of Close's rate limit headers over the years (close-api.md §2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HeaderStyle {
+    /// `RateLimit: limit=1, remaining=0, reset=0.5`: the documented form.
+    Comma,
+    /// The same with `;` between the items.
+    Semicolon,
+    /// The deprecated `X-Rate-Limit-Limit`, `-Remaining` and `-Reset`.
+    Legacy,
+    /// The legacy names next to the `ratelimit-*` triple of a proxy, as recorded in 2022.
+    Proxy,
+    /// No header at all; a 429 has no `Retry-After` either.
+    Absent,
+}
+
+/// The body of a 429 (close-api.md §2). Clients should not need it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RateLimitBody {
+    /// `{"error": {"message": …, "rate_reset": "0.5", …}}`, the recent form.
+    Nested,
+    /// The same keys at the top level, with a number for `rate_reset`.
+    Flat,
+    /// An empty body.
+    Empty,
+    /// Plain text.
+    Text,
+}
+
+/// How search interprets `"mode": "exact_value"`, which Close does not document.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExactValue {
+    /// Ignores case and surrounding whitespace, so a match can still be a different id.
+    FoldsCase,
+    /// Compares exactly.
+    Exact,
+    /// The mode is unknown: 400.
+    Refused,
+}
+
+/// What a cursor of a search does in descending order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DescendingCursor {
+    /// Loses a row at the end of each page.
+    LosesRows,
+    /// Returns every row once.
+    Exact,
+}
+
+/// The response to a path without its trailing slash.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MissingSlash {
+    /// 404, so that a test shows the mistake at once.
+    NotFound,
+    /// 301 to the correct path, as Close does. Many clients then repeat a POST as a GET.
+    Redirected,
+}
+
+/// Which contact lists the response to `POST /lead/` has. A recording of 2025 had no `contact_ids`, and the
+/// 2026 specification deprecates `contacts` (close-api.md §4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CreatedLead {
+    /// Both `contacts` and `contact_ids`.
+    Whole,
+    /// `contacts` only.
+    WithoutContactIds,
+    /// `contact_ids` only.
+    WithoutContacts,
+}
+
+/// A country, for phone numbers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Country {
+    /// Two letters, such as `US`.
+    pub code: String,
+    /// Digits put before a national number, such as `1`.
+    pub calling_code: String,
+}
+
+impl Default for Country {
+    fn default() -> Self {
+        Self { code: "US".into(), calling_code: "1".into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lag_is_written_as_a_duration_or_a_range() {
+        let seconds = Duration::from_secs;
+        for (text, lag) in [
+            ("0s", Ok(Lag::NONE)),
+            ("2s", Ok(Lag::Fixed(seconds(2)))),
+            ("5m", Ok(Lag::Fixed(seconds(300)))),
+            ("1s..10s", Ok(Lag::Between(seconds(1), seconds(10)))),
+            ("1s .. 10s", Ok(Lag::Between(seconds(1), seconds(10)))),
+            ("soon", Err("`soon` is not a duration (try `2s` or `1s..10s`)".to_owned())),
+            ("-1s", Err("`-1s` is not a duration (try `2s` or `1s..10s`)".to_owned())),
+        ] {
+            assert_eq!(text.parse(), lag, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_drawn_lag_stays_in_its_range() {
+        let seconds = Duration::from_secs;
+        let lag = Lag::Between(seconds(1), seconds(3));
+        assert_eq!([0.0, 0.5, 1.0].map(|fraction| lag.draw(fraction)), [1, 2, 3].map(seconds));
+        assert_eq!(Lag::Between(seconds(3), seconds(1)).draw(0.7), seconds(3), "an empty range is its start");
+    }
+
+    #[test]
+    fn fields_are_set_by_name() {
+        let mut behaviour = Behaviour::default();
+        for (key, value) in [
+            ("search_lag", "1s..10s"),
+            ("lists_from_index", "false"),
+            ("exact_value", "refused"),
+            ("country", r#"{"code": "GB", "calling_code": "44"}"#),
+        ] {
+            behaviour.set(key, value).unwrap();
+        }
+        let seconds = Duration::from_secs;
+        let country = Country { code: "GB".into(), calling_code: "44".into() };
+        let expected = Behaviour {
+            search_lag: Lag::Between(seconds(1), seconds(10)),
+            lists_from_index: false,
+            exact_value: ExactValue::Refused,
+            country,
+            ..Behaviour::default()
+        };
+        assert_eq!(behaviour, expected);
+        let unknown = behaviour.set("serch_lag", "1s").unwrap_err();
+        assert!(unknown.contains("`serch_lag`") && unknown.contains("search_lag, "), "{unknown}");
+        for (key, value) in [("search_lag", "soon"), ("lists_from_index", "1"), ("exact_value", "odd")] {
+            let wrong = behaviour.set(key, value).unwrap_err();
+            assert!(wrong.contains(&format!("`{key}`")), "{wrong}");
+        }
+        assert_eq!(behaviour, expected, "an error changes nothing");
+    }
+}
