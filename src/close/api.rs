@@ -31,7 +31,7 @@ impl CreatedIds {
                 | Step::CreateContact { .. }
                 | Step::UpdateLead { .. }
                 | Step::UpdateContact { .. },
-                Written::Lead(_) | Written::Contact(_),
+                Written::Lead(_) | Written::Contact(_) | Written::Unread,
             ) => Self::default(),
         }
     }

@@ -13,7 +13,7 @@ use crate::close::endpoint::{Call, Endpoint};
 use crate::close::error::{CloseError, Fault};
 use crate::close::rate_limit::Priority;
 use crate::close::rate_limit::window::RateLimitStatus;
-use crate::close::records::{Hits, LeadWithContacts, Lookup, Organization, Records, Written};
+use crate::close::records::{Hits, LeadWithContacts, LeadWithPerson, Lookup, Organization, Records, Written};
 use crate::close::requests::Requests;
 use crate::close::search::Search;
 use crate::close::search_batch::Rows;
@@ -21,6 +21,7 @@ use crate::close::settings::Settings;
 use crate::close::stall_guard::StallGuard;
 use crate::close::transport::{Http, Transport};
 use crate::close::wire;
+use crate::domain::mapping::{Identity, KeyFields};
 use crate::domain::plan::{ContactValues, Step};
 use crate::domain::record::{Contact, ContactId, FieldId, Fields, Lead, LeadId};
 use crate::domain::schema::{CustomField, User};
@@ -137,12 +138,16 @@ impl Client {
 
     /// Reads a record. A 404 is checked with a second call, because a misconfigured gateway may also answer 404, and a
     /// record that does not exist is created again.
-    async fn read(&self, endpoint: Endpoint, path: &str) -> Result<Value, CloseError> {
-        let answer = match self.requests.request(endpoint, path, None).await {
-            Err(CloseError::NotFound) => self.requests.request(endpoint, path, None).await,
+    async fn read<T>(
+        &self,
+        endpoint: Endpoint,
+        path: &str,
+        keep: impl Fn(&Value) -> Result<T, CloseError>,
+    ) -> Result<T, CloseError> {
+        match self.requests.read_record(endpoint, path, &keep).await {
+            Err(CloseError::NotFound) => self.requests.read_record(endpoint, path, &keep).await,
             answer => answer,
-        };
-        answer.map(|Answer(record)| record)
+        }
     }
 
     async fn search(&self, lookup: Lookup) -> Result<Rows, CloseError> {
@@ -177,10 +182,14 @@ impl Client {
     }
 
     /// Changes fields of a Lead; the others stay (PUT is a patch, close-api.md §1).
-    pub async fn update_lead(&self, id: &LeadId, changes: &Fields) -> Result<LeadWithContacts, CloseError> {
+    pub async fn update_lead(&self, id: &LeadId, changes: &Fields) -> Result<Written, CloseError> {
         let (path, body) = (record_path("lead", id.as_str()), wire::lead_body(changes, None));
-        let Answer(answer) = self.requests.request(Endpoint::UpdateLead, &path, Some(body)).await?;
-        wire::read_lead_with_contacts(&answer)
+        match self.requests.request(Endpoint::UpdateLead, &path, Some(body)).await {
+            Ok(Answer(answer)) => Ok(Written::Lead(wire::read_lead_with_contacts(&answer)?)),
+            // The answer has all Contacts of the Lead. The status says that Close applied the changes.
+            Err(CloseError::Transient(Fault::TooLarge)) => Ok(Written::Unread),
+            Err(error) => Err(error),
+        }
     }
 
     /// Changes fields and whole lists of a Contact; the others stay.
@@ -199,7 +208,7 @@ impl Records for Client {
     async fn find_leads(&self, field: &FieldId, company_id: &str) -> Result<Vec<Lead>, CloseError> {
         let lookup = Lookup::Lead { field: field.clone(), company_id: company_id.to_owned() };
         let rows = self.search(lookup).await?.found;
-        wire::read_all(&rows, wire::read_lead)
+        wire::read_all(rows.iter().map(Arc::as_ref), wire::read_lead)
     }
 
     async fn find_contacts(
@@ -212,17 +221,23 @@ impl Records for Client {
             email: email.map(str::to_owned),
         };
         let Rows { found, more, .. } = self.search(lookup).await?;
-        Ok(Hits { contacts: wire::read_all(&found, wire::read_contact)?, more })
+        let contacts = wire::read_all(found.iter().map(Arc::as_ref), wire::read_contact)?;
+        Ok(Hits { contacts, more })
     }
 
-    async fn lead(&self, id: &LeadId) -> Result<LeadWithContacts, CloseError> {
-        let answer = self.read(Endpoint::ReadLead, &record_path("lead", id.as_str())).await?;
-        wire::read_lead_with_contacts(&answer)
+    async fn lead(
+        &self,
+        id: &LeadId,
+        person: &Identity,
+        keys: &KeyFields,
+    ) -> Result<LeadWithPerson, CloseError> {
+        let keep = |answer: &Value| Ok(wire::read_lead_with_contacts(answer)?.of_person(person, keys));
+        self.read(Endpoint::ReadLead, &record_path("lead", id.as_str()), keep).await
     }
 
     async fn contact(&self, id: &ContactId) -> Result<Contact, CloseError> {
-        let answer = self.read(Endpoint::ReadContact, &record_path("contact", id.as_str())).await?;
-        wire::read_contact(&answer)
+        let path = record_path("contact", id.as_str());
+        self.read(Endpoint::ReadContact, &path, wire::read_contact).await
     }
 }
 
@@ -235,7 +250,7 @@ impl Api for Client {
             Step::CreateContact { lead, contact } => {
                 Written::Contact(self.create_contact(lead, contact).await?)
             }
-            Step::UpdateLead { id, changes } => Written::Lead(self.update_lead(id, changes).await?),
+            Step::UpdateLead { id, changes } => self.update_lead(id, changes).await?,
             Step::UpdateContact { id, changes } => Written::Contact(self.update_contact(id, changes).await?),
         })
     }

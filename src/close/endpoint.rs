@@ -5,6 +5,10 @@ use std::time::Duration;
 use reqwest::{Method, StatusCode};
 use strum::{IntoStaticStr, VariantArray};
 
+/// The size in bytes above which an answer with a record is large. Many messages read records at the same time, and their
+/// memory adds up.
+pub(crate) const LARGE_ANSWER: usize = 1 << 20;
+
 /// The groups of path and method that Close limits separately (close-api.md §2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, IntoStaticStr, VariantArray)]
 #[strum(serialize_all = "snake_case")]
@@ -64,20 +68,34 @@ impl Endpoint {
         }
     }
 
-    /// The maximum size of an answer in bytes. It is far above what Close sends: a page of a search has 100 rows of a few
-    /// fields. A Lead comes with all its Contacts, of about 1.5 KB each.
+    /// The maximum size of an answer in bytes. It is far above what Close sends. A page of a search has 100 rows of a few
+    /// fields, where 100 Contacts with 100 of the longest emails take 6.5 MB. A Lead comes with all its Contacts, of about 1.5 KB each, so what
+    /// is above a megabyte is read one at a time ([`LARGE_ANSWER`]).
     pub(crate) fn max_answer(self) -> usize {
         match self {
-            Self::ReadLead | Self::CreateLead | Self::UpdateLead => 16 << 20,
+            Self::ReadLead => 16 << 20,
+            Self::Search => 8 << 20,
             Self::Schema | Self::Events => 4 << 20,
-            Self::Me | Self::Users | Self::Search => 2 << 20,
-            Self::ReadContact | Self::CreateContact | Self::UpdateContact => 1 << 20,
+            Self::Me | Self::Users => 2 << 20,
+            Self::CreateLead
+            | Self::UpdateLead
+            | Self::ReadContact
+            | Self::CreateContact
+            | Self::UpdateContact => 1 << 20,
         }
     }
 
-    /// Whether the answer is a Lead or a Contact that others may have made large.
-    pub(crate) fn reads_record(self) -> bool {
-        matches!(self, Self::ReadLead | Self::ReadContact)
+    /// Whether the answer is a Lead or a Contact, which others may have made larger than the limit.
+    pub(crate) fn answers_with_record(self) -> bool {
+        match self {
+            Self::ReadLead
+            | Self::CreateLead
+            | Self::UpdateLead
+            | Self::ReadContact
+            | Self::CreateContact
+            | Self::UpdateContact => true,
+            Self::Me | Self::Schema | Self::Users | Self::Search | Self::Events => false,
+        }
     }
 
     pub(crate) fn writes(self) -> bool {

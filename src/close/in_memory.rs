@@ -7,8 +7,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::Value;
 
 use crate::close::error::CloseError;
-use crate::close::records::{Hits, LeadWithContacts, Records, Written};
+use crate::close::records::{Hits, LeadWithContacts, LeadWithPerson, Records, Written};
 use crate::close::wire;
+use crate::domain::mapping::{Identity, KeyFields};
 use crate::domain::plan::{ContactValues, Step};
 use crate::domain::record::{Channel, Contact, ContactId, Entry, FieldId, Lead, LeadId, Lists, fold_email};
 use crate::domain::value::{same_word, trim};
@@ -208,8 +209,14 @@ impl Records for InMemoryRecords {
         Ok(Hits { contacts, more })
     }
 
-    async fn lead(&self, id: &LeadId) -> Result<LeadWithContacts, CloseError> {
-        self.lead_with_contacts(id).ok_or(CloseError::NotFound)
+    async fn lead(
+        &self,
+        id: &LeadId,
+        person: &Identity,
+        keys: &KeyFields,
+    ) -> Result<LeadWithPerson, CloseError> {
+        let lead = self.lead_with_contacts(id).ok_or(CloseError::NotFound)?;
+        Ok(lead.of_person(person, keys))
     }
 
     async fn contact(&self, id: &ContactId) -> Result<Contact, CloseError> {

@@ -27,6 +27,6 @@ pub use endpoint::{Call, Endpoint, StatusClass};
 pub use error::{CloseError, Fault, FieldError, Rejection, ResponseExcerpt};
 pub use rate_limit::Priority;
 pub use rate_limit::window::RateLimitStatus;
-pub use records::{Hits, LeadWithContacts, Organization, Records, Written};
+pub use records::{Hits, LeadWithContacts, LeadWithPerson, Organization, Records, Written};
 pub use settings::Settings;
 pub use transport::{Response, Transport};

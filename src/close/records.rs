@@ -1,6 +1,8 @@
 //! Reading records: the interface, its results and the look-ups of a search.
 
 use crate::close::error::CloseError;
+use crate::domain::mapping::{Identity, KeyFields};
+use crate::domain::matching::{MatchedContacts, match_contacts};
 use crate::domain::record::{Contact, ContactId, FieldId, Lead, LeadId};
 use crate::domain::schema::Status;
 
@@ -20,8 +22,13 @@ pub trait Records: Sync {
         email: Option<&str>,
     ) -> impl Future<Output = Result<Hits, CloseError>> + Send;
 
-    /// A Lead with its Contacts.
-    fn lead(&self, id: &LeadId) -> impl Future<Output = Result<LeadWithContacts, CloseError>> + Send;
+    /// A Lead, and the person's Contacts in it. Its other Contacts are not kept: a Lead can have thousands.
+    fn lead(
+        &self,
+        id: &LeadId,
+        person: &Identity,
+        keys: &KeyFields,
+    ) -> impl Future<Output = Result<LeadWithPerson, CloseError>> + Send;
 
     /// A Contact.
     fn contact(&self, id: &ContactId) -> impl Future<Output = Result<Contact, CloseError>> + Send;
@@ -37,11 +44,30 @@ pub struct LeadWithContacts {
     pub missing: Vec<ContactId>,
 }
 
+/// A Lead, and what a message keeps of its Contacts.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LeadWithPerson {
+    pub lead: Lead,
+    /// The person's Contacts among those in the answer.
+    pub people: MatchedContacts,
+    /// The Contacts of the Lead that the answer lacks.
+    pub missing: Vec<ContactId>,
+}
+
+impl LeadWithContacts {
+    pub(crate) fn of_person(self, person: &Identity, keys: &KeyFields) -> LeadWithPerson {
+        let Self { lead, contacts, missing } = self;
+        LeadWithPerson { lead, people: match_contacts(contacts, person, keys), missing }
+    }
+}
+
 /// The record in the answer to a write, as Close stored it.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Written {
     Lead(LeadWithContacts),
     Contact(Contact),
+    /// Close applied the changes of a Lead, and its answer was too large to read.
+    Unread,
 }
 
 /// The organization of the API key, from `GET /me/`.

@@ -12,11 +12,13 @@ use reqwest::StatusCode;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use strum::VariantArray;
+use tokio::sync::Mutex;
 use tokio::time::Instant;
 use tracing::field::Empty;
 use tracing::{Instrument, Span};
 
-use crate::close::endpoint::{Call, Endpoint, StatusClass};
+use crate::close::answer::Answer;
+use crate::close::endpoint::{Call, Endpoint, LARGE_ANSWER, StatusClass};
 use crate::close::error::{CloseError, Fault, Rejection};
 use crate::close::rate_limit::headers::{self, RateLimit};
 use crate::close::rate_limit::{self, Permit, Priority, RateLimiter};
@@ -45,6 +47,8 @@ struct Shared {
     refused_in_a_row: HashMap<Endpoint, AtomicU32>,
     observe: Observer,
     stall_guard: StallGuard,
+    /// Held while a large answer is received and parsed: one at a time.
+    large_answer: Mutex<()>,
 }
 
 /// Consecutive calls answered with 429 before a warning is logged.
@@ -65,6 +69,7 @@ impl Requests {
             refused_in_a_row: endpoints().map(|endpoint| (endpoint, AtomicU32::new(0))).collect(),
             observe: Box::new(observe),
             stall_guard: StallGuard::default(),
+            large_answer: Mutex::default(),
         };
         Self { shared: Arc::new(shared), calls: Arc::default(), priority: Priority::default() }
     }
@@ -112,19 +117,52 @@ impl Requests {
     /// The same with a permit acquired earlier.
     pub(crate) async fn request_with<T: DeserializeOwned>(
         &self,
-        mut acquired: Option<Acquired>,
+        acquired: Option<Acquired>,
         endpoint: Endpoint,
         path: &str,
         body: Option<Value>,
     ) -> Result<T, CloseError> {
+        let answer = self.receive(acquired, endpoint, path, body, endpoint.max_answer()).await?;
+        parse(&answer)
+    }
+
+    /// Reads a record of which `keep` takes what is needed. An answer above [`LARGE_ANSWER`] is read again while no other
+    /// large one is in memory: many messages about the largest Lead would fill it.
+    pub(crate) async fn read_record<T>(
+        &self,
+        endpoint: Endpoint,
+        path: &str,
+        keep: impl Fn(&Value) -> Result<T, CloseError>,
+    ) -> Result<T, CloseError> {
+        let max_answer = endpoint.max_answer();
+        let mut answer = self.receive(None, endpoint, path, None, max_answer.min(LARGE_ANSWER)).await;
+        let mut alone = None;
+        if answer == Err(CloseError::Transient(Fault::TooLarge)) && max_answer > LARGE_ANSWER {
+            alone = Some(self.shared.large_answer.lock().await);
+            answer = self.receive(None, endpoint, path, None, max_answer).await;
+        }
+        let Answer(record) = parse(&answer?)?;
+        let kept = keep(&record);
+        drop((record, alone));
+        kept
+    }
+
+    /// Sends a call until the answer is not a 429, and returns the body.
+    async fn receive(
+        &self,
+        mut acquired: Option<Acquired>,
+        endpoint: Endpoint,
+        path: &str,
+        body: Option<Value>,
+        max_answer: usize,
+    ) -> Result<Vec<u8>, CloseError> {
         loop {
             let permit = match acquired.take() {
                 Some(acquired) => acquired,
                 None => self.acquire(endpoint).await,
             };
-            if let Some(answer) = self.send(permit, endpoint, path, body.as_ref()).await? {
-                return serde_json::from_slice(&answer)
-                    .map_err(|_| CloseError::Transient(Fault::InvalidResponse));
+            if let Some(answer) = self.send(permit, endpoint, path, body.as_ref(), max_answer).await? {
+                return Ok(answer);
             }
         }
     }
@@ -141,6 +179,7 @@ impl Requests {
         endpoint: Endpoint,
         path: &str,
         body: Option<&Value>,
+        max_answer: usize,
     ) -> Result<Option<Vec<u8>>, CloseError> {
         if endpoint.writes() && !self.shared.stall_guard.allows_writes() {
             // The worker ends the session and drops this future.
@@ -149,17 +188,22 @@ impl Requests {
         self.calls.fetch_add(1, Ordering::Relaxed);
         let started = Instant::now();
         let span = span(endpoint, waited);
-        let sent = self.shared.transport.send(endpoint.method(), path, body, endpoint.max_answer());
+        let sent = self.shared.transport.send(endpoint.method(), path, body, max_answer);
         let result = sent.instrument(span.clone()).await;
         record_result(&span, &result);
-        let status = result.as_ref().map_or(StatusClass::NoAnswer, |answer| StatusClass::of(answer.status));
+        let too_large = CloseError::Transient(Fault::TooLarge);
+        let status = match &result {
+            Ok(answer) => StatusClass::of(answer.status),
+            // Only the body of a success is limited.
+            Err(error) if *error == too_large => StatusClass::Ok,
+            Err(_) => StatusClass::NoAnswer,
+        };
         (self.shared.observe)(Call { endpoint, status, took: started.elapsed(), waited });
 
-        let too_large = CloseError::Transient(Fault::TooLarge);
         let answer = result.map_err(|error| {
             // Only the size of a record is up to others.
-            let is_answer = error == too_large && !endpoint.reads_record();
-            if is_answer { CloseError::Transient(Fault::InvalidResponse) } else { error }
+            let is_invalid = error == too_large && !endpoint.answers_with_record();
+            if is_invalid { CloseError::Transient(Fault::InvalidResponse) } else { error }
         })?;
         let header = |name: &str| answer.headers.get(name).and_then(|value| value.to_str().ok());
         let limit = RateLimit::read(header);
@@ -191,6 +235,10 @@ impl Requests {
             status => Err(CloseError::Rejected(Rejection::read(status, &answer.body))),
         }
     }
+}
+
+fn parse<T: DeserializeOwned>(answer: &[u8]) -> Result<T, CloseError> {
+    serde_json::from_slice(answer).map_err(|_| CloseError::Transient(Fault::InvalidResponse))
 }
 
 /// The span of a call, by OpenTelemetry's conventions for HTTP. The transport adds the server. The path is left out

@@ -17,7 +17,7 @@ use crate::close::wire::{self, TextMode};
 use crate::spans;
 
 /// Rows, oldest first, and whether there are more.
-type Page = (Vec<Value>, bool);
+type Page = (Vec<Arc<Value>>, bool);
 
 /// The searches of one organization.
 #[derive(Debug, Default)]
@@ -147,7 +147,7 @@ impl Search {
             let body = wire::search_body(lookups, mode);
             let page: wire::SearchPage =
                 requests.request_with(permit.take(), Endpoint::Search, "data/search/", Some(body)).await?;
-            Ok((page.data, page.more))
+            Ok((page.data.into_iter().map(Arc::new).collect(), page.more))
         };
         if self.phrase_only.load(Ordering::Relaxed) {
             return ask(TextMode::Phrase).await;

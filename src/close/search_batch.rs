@@ -6,7 +6,7 @@
 //! half the budget is spent, unless a batch is full. Leads and Contacts are searched for separately, because it is not
 //! documented that one search can return both (close-api.md §6).
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -34,8 +34,8 @@ pub(crate) struct Failed {
 /// Rows of a search.
 #[derive(Clone, Debug)]
 pub(crate) struct Rows {
-    /// At most one page, oldest first.
-    pub(crate) found: Vec<Value>,
+    /// At most one page, oldest first. Several look-ups may share a row.
+    pub(crate) found: Vec<Arc<Value>>,
     /// Whether Close has more than one page.
     pub(crate) more: bool,
     /// Calls made. They are counted for the first look-up of the batch.

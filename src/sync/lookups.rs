@@ -10,7 +10,8 @@ use crate::domain::matching::{
 use crate::domain::record::{Contact, ContactId, FieldId, Lead, LeadId};
 use crate::sync::id_cache::IdCache;
 
-pub(crate) type LeadWithContacts = (Lead, Vec<Contact>);
+/// A Lead, and the person's Contacts in it.
+pub(crate) type LeadWithPerson = (Lead, MatchedContacts);
 
 pub(crate) struct Lookups<'a, R> {
     pub(crate) records: &'a R,
@@ -48,12 +49,17 @@ impl<R: Records> Lookups<'_, R> {
         Ok(company_leads(hits, company_id, self.keys))
     }
 
-    /// A Lead with all its Contacts: reads those that the Lead's answer lacks. Without them a person in the Lead would get a
-    /// second Contact.
-    async fn read_lead(&mut self, id: &LeadId) -> Result<LeadWithContacts, CloseError> {
-        let answer = self.records.lead(id).await;
+    /// A Lead with the person's Contacts. Also reads those that the Lead's answer lacks. Without them a person in the Lead
+    /// would get a second Contact.
+    async fn read_lead(&mut self, id: &LeadId, person: &Identity) -> Result<LeadWithPerson, CloseError> {
+        let answer = self.records.lead(id, person, self.keys).await;
         self.note(LookUp::Read(id.to_string()));
-        let close::LeadWithContacts { lead, mut contacts, missing } = answer?;
+        let close::LeadWithPerson { lead, people, missing } = answer?;
+        if missing.is_empty() {
+            return Ok((lead, people));
+        }
+        self.note_people(&people, false);
+        let mut contacts = people.contacts;
         for id in missing {
             let answer = self.records.contact(&id).await;
             self.note(LookUp::Read(id.to_string()));
@@ -64,16 +70,17 @@ impl<R: Records> Lookups<'_, R> {
                 Err(error) => return Err(error),
             }
         }
-        Ok((lead, contacts))
+        Ok((lead, match_contacts(contacts, person, self.keys)))
     }
 
-    /// The Lead with its Contacts, if it still exists and still has this company id.
+    /// The Lead, if it still exists and still has this company id.
     pub(crate) async fn read_company_lead(
         &mut self,
         id: &LeadId,
         company_id: &str,
-    ) -> Result<Option<LeadWithContacts>, CloseError> {
-        let answer = self.read_lead(id).await;
+        person: &Identity,
+    ) -> Result<Option<LeadWithPerson>, CloseError> {
+        let answer = self.read_lead(id, person).await;
         let verdict = match &answer {
             Ok((lead, _)) => match_lead(lead, company_id, self.keys),
             Err(CloseError::NotFound) => Verdict::Gone,
@@ -83,15 +90,16 @@ impl<R: Records> Lookups<'_, R> {
         Ok(answer.ok().filter(|_| verdict == Verdict::SameCompany))
     }
 
-    /// The Leads of Contacts with all their members, in the order of the Contacts, each read once.
+    /// The Leads of Contacts, in the order of the Contacts, each read once.
     pub(crate) async fn read_leads_of(
         &mut self,
         contacts: &[Contact],
-    ) -> Result<Vec<LeadWithContacts>, CloseError> {
-        let mut leads: Vec<LeadWithContacts> = Vec::new();
+        person: &Identity,
+    ) -> Result<Vec<LeadWithPerson>, CloseError> {
+        let mut leads: Vec<LeadWithPerson> = Vec::new();
         for id in contacts.iter().filter_map(|contact| contact.lead_id.as_ref()) {
             if !leads.iter().any(|(lead, _)| lead.id == *id) {
-                leads.push(self.read_lead(id).await?);
+                leads.push(self.read_lead(id, person).await?);
             }
         }
         Ok(leads)

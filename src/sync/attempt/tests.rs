@@ -11,13 +11,13 @@ use serde_json::{Value, json};
 use super::*;
 use crate::close::in_memory::InMemoryRecords;
 use crate::close::{
-    Client, Fault, FieldError, Hits, LeadWithContacts, Priority, Records, Rejection, Response, Transport,
+    Client, Fault, FieldError, Hits, LeadWithPerson, Priority, Records, Rejection, Response, Transport,
     Written,
 };
 use crate::domain::dropped::DropReason;
 use crate::domain::event::Event;
 use crate::domain::mapping::tests::{rules, schema};
-use crate::domain::mapping::{Mapping, Rules};
+use crate::domain::mapping::{Identity, KeyFields, Mapping, Rules};
 use crate::domain::matching::Case;
 use crate::domain::plan::Step;
 use crate::domain::record::{Channel, ContactId, Field, FieldId, Lead, LeadId};
@@ -161,9 +161,14 @@ impl Records for FakeClose {
         self.searchable().find_contacts(user, email).await
     }
 
-    async fn lead(&self, id: &LeadId) -> Result<LeadWithContacts, CloseError> {
+    async fn lead(
+        &self,
+        id: &LeadId,
+        person: &Identity,
+        keys: &KeyFields,
+    ) -> Result<LeadWithPerson, CloseError> {
         tokio::time::sleep(LATENCY).await;
-        self.records().lead(id).await
+        self.records().lead(id, person, keys).await
     }
 
     async fn contact(&self, id: &ContactId) -> Result<Contact, CloseError> {

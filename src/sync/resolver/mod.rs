@@ -11,12 +11,14 @@ mod tests;
 use crate::close::{CloseError, Records};
 use crate::domain::decision::Decision;
 use crate::domain::mapping::{Desired, Identity, WriteRule};
-use crate::domain::matching::{self, ContactMatch, Found, Verdict, compare, match_contacts, match_lead};
+use crate::domain::matching::{
+    self, ContactMatch, Found, MatchedContacts, Verdict, compare, match_contacts, match_lead,
+};
 use crate::domain::merge::MergedPlan;
 use crate::domain::record::{Contact, Lead};
 use crate::domain::staleness::RecordVersions;
 use crate::domain::switches::Switches;
-use crate::sync::lookups::{ContactHits, LeadWithContacts, Lookups};
+use crate::sync::lookups::{ContactHits, LeadWithPerson, Lookups};
 use crate::sync::version_cache::VersionCache;
 
 pub(crate) struct Resolver<'a, R> {
@@ -55,9 +57,9 @@ impl<R: Records> Resolver<'_, R> {
 
     async fn find(&mut self, person: &Identity, needs_leads: bool) -> Result<Found, CloseError> {
         if let Some(company_id) = &person.company_id
-            && let Some((lead, members)) = self.find_company_lead(company_id).await?
+            && let Some((lead, people)) = self.find_company_lead(company_id, person).await?
         {
-            let contacts = self.pick_members(members, person);
+            let contacts = self.remember_people(people, person);
             // A Contact elsewhere matters only if duplicates are forbidden.
             let elsewhere = contacts.is_empty()
                 && !self.switches.allow_creating_duplicate_contacts
@@ -73,7 +75,8 @@ impl<R: Records> Resolver<'_, R> {
         if let Some(company_id) = &person.company_id {
             return self.adopt_lead(&contacts, company_id, person).await;
         }
-        let leads = if needs_leads { self.lookups.read_leads_of(&contacts).await? } else { Vec::new() };
+        let leads =
+            if needs_leads { self.lookups.read_leads_of(&contacts, person).await? } else { Vec::new() };
         let lead_of = |contact: &Contact| -> Option<Lead> {
             let mut leads = leads.iter().map(|(lead, _)| lead);
             leads.find(|lead| Some(&lead.id) == contact.lead_id.as_ref()).cloned()
@@ -84,17 +87,21 @@ impl<R: Records> Resolver<'_, R> {
 
     /// The company's Lead: the cached one if it is still right, else the oldest that search shows and that is
     /// still right.
-    async fn find_company_lead(&mut self, company_id: &str) -> Result<Option<LeadWithContacts>, CloseError> {
+    async fn find_company_lead(
+        &mut self,
+        company_id: &str,
+        person: &Identity,
+    ) -> Result<Option<LeadWithPerson>, CloseError> {
         let Some(field) = &self.lookups.keys.company else { return Ok(None) };
         if let Some(id) = self.lookups.cached_lead(company_id) {
-            match self.lookups.read_company_lead(&id, company_id).await? {
+            match self.lookups.read_company_lead(&id, company_id, person).await? {
                 Some(lead) => return Ok(Some(lead)),
                 None => self.lookups.id_cache.forget_lead(company_id),
             }
         }
         let mut candidates = self.lookups.search_leads(field, company_id).await?.into_iter();
         while let Some(candidate) = candidates.next() {
-            if let Some(lead) = self.lookups.read_company_lead(&candidate.id, company_id).await? {
+            if let Some(lead) = self.lookups.read_company_lead(&candidate.id, company_id, person).await? {
                 self.lookups.id_cache.remember_lead(company_id, lead.0.id.clone());
                 for younger in candidates {
                     self.lookups.note_candidate(younger.id.as_str(), Verdict::YoungerLead);
@@ -113,27 +120,26 @@ impl<R: Records> Resolver<'_, R> {
         person: &Identity,
     ) -> Result<Found, CloseError> {
         let keys = self.lookups.keys;
-        let mut leads = self.lookups.read_leads_of(contacts).await?;
+        let mut leads = self.lookups.read_leads_of(contacts, person).await?;
         for (lead, _) in &leads {
             self.lookups.note_candidate(lead.id.as_str(), match_lead(lead, company_id, keys));
         }
         let Some(chosen) = matching::adopt(leads.iter().map(|(lead, _)| lead), company_id, keys) else {
             return Ok(Found::OtherCompany);
         };
-        let (lead, members) = leads.swap_remove(chosen);
+        let (lead, people) = leads.swap_remove(chosen);
         let adopted = match_lead(&lead, company_id, keys) == Verdict::NoCompany;
         if !adopted {
             // It is the company's already, but search does not show that yet.
             self.lookups.id_cache.remember_lead(company_id, lead.id.clone());
         }
-        // Look at all members, not only at the Contacts found: those are limited to ten, anywhere.
-        let contacts = self.pick_members(members, person);
+        // All of the person's Contacts in the Lead, not only those found: those are limited to ten, anywhere.
+        let contacts = self.remember_people(people, person);
         Ok(Found::InLead { lead, contacts, adopted, elsewhere: false })
     }
 
-    /// The person's Contacts among the members of a Lead.
-    fn pick_members(&mut self, members: Vec<Contact>, person: &Identity) -> Vec<Contact> {
-        let people = match_contacts(members, person, self.lookups.keys);
+    /// Notes and caches the person's Contacts in a Lead.
+    fn remember_people(&mut self, people: MatchedContacts, person: &Identity) -> Vec<Contact> {
         self.lookups.note_people(&people, false);
         self.lookups.remember_contacts(&people.contacts, person);
         people.contacts

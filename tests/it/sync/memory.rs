@@ -105,14 +105,44 @@ async fn leads_that_are_too_large_do_not_pause_consumption() {
     worker.terminate().await;
 }
 
+/// Each message reads the whole Lead, and the worker handles up to 64 messages at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_messages_about_the_largest_lead_take_the_memory_of_one() {
+    let bench = Bench::new().await.set("RUST_LOG", "info,lapin=off").set("CLOSE_TIMEOUT", "3m");
+    let lead = bench.lead(Some("acme"), json!([]));
+    let id = lead["id"].as_str().unwrap();
+    let member = |number: usize| {
+        json!({
+            "id": format!("cont_{number}"), "lead_id": id, "name": "n".repeat(4000), "custom.cf_contactuserid": format!("m{number}"),
+            "emails": [{"email": "a@acme.test", "type": "office"}], "urls": vec![json!({"url": "u".repeat(2000), "type": "url"}); 5],
+        })
+    };
+    let members: Vec<_> = (0..1000).map(member).collect();
+    let body =
+        json!({"id": id, "name": "Acme", "custom.cf_leadcompanyid": "acme", "contacts": members}).to_string();
+    assert!((12 * MIB..16 * MIB).contains(&body.len()), "{}", body.len());
+    let large = Effect::Status { code: 200, body: FaultBody::Raw(body), when: When::BeforeCommit };
+    bench.simulator.fault(Fault::new(large).on("GET", "/lead/"));
+    let worker = bench.worker().await;
+    let events: Vec<_> = (0..100)
+        .map(|number| identify(&format!("u{number}"), json!({"name": "Ada", "company": {"id": "acme"}})))
+        .collect();
+    bench.publish(&events).await;
+    worker.until("synced", async |_| bench.simulator.contacts().len() == 100).await;
+    let peak = worker.peak_memory().unwrap();
+    assert!(peak < MAX_PEAK_OF_ANSWERS, "{peak} KiB");
+    assert_eq!(worker.metrics().await.sum("pauses_total"), 0, "{}", worker.log());
+    worker.terminate().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_huge_answer_of_close_takes_little_memory_and_is_tried_again() {
     let answers = [
         // Above the limit of the endpoint.
         format!(r#"{{"data":{}}}"#, list(r#"{"id":"lead_a","custom.cf_leadcompanyid":"acme"}"#, 32 * MIB)),
         // Below it, with many values.
-        format!(r#"{{"data":{}}}"#, list(r#"{"id":0}"#, 2 * MIB - 1024)),
-        format!(r#"{{"data":[{{"id":"a","custom.cf_leadcompanyid":{}}}]}}"#, list("[0]", 2 * MIB - 1024)),
+        format!(r#"{{"data":{}}}"#, list(r#"{"id":0}"#, 8 * MIB - 1024)),
+        format!(r#"{{"data":[{{"id":"a","custom.cf_leadcompanyid":{}}}]}}"#, list("[0]", 8 * MIB - 1024)),
         // More rows than asked for.
         format!(r#"{{"data":{}}}"#, list("{}", MIB)),
     ];
