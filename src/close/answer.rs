@@ -14,10 +14,11 @@ use serde_json::{Map, Value};
 use crate::domain::footprint::{LIST, MAX_TREE, MEMBER, OBJECT, TEXT, VALUE};
 
 /// The keys that are read, in all kinds of answers. Custom fields have keys `custom.cf_…`.
-const KEYS: [&str; 19] = [
+const KEYS: [&str; 20] = [
     "contact_ids",
     "contacts",
     "cursor",
+    "cursor_next",
     "data",
     "date_created",
     "date_updated",

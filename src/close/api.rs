@@ -43,7 +43,7 @@ pub trait Api: Records {
     fn write(&self, step: &Step) -> impl Future<Output = Result<Written, CloseError>> + Send;
 
     /// Lists the Leads and Contacts created since a time, from the event log. Unlike search, the event log shows
-    /// them at once (close-api.md §11). Returns at most one page of each, so a record that is missing may still exist.
+    /// them at once (close-api.md §11). Reads a limited number of pages, so a record that is missing may still exist.
     fn created_since(
         &self,
         since: jiff::Timestamp,

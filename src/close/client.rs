@@ -11,6 +11,7 @@ use crate::close::answer::Answer;
 use crate::close::api::Api;
 use crate::close::endpoint::{Call, Endpoint};
 use crate::close::error::{CloseError, Fault};
+use crate::close::event_log;
 use crate::close::rate_limit::Priority;
 use crate::close::rate_limit::window::RateLimitStatus;
 use crate::close::records::{Hits, LeadWithContacts, LeadWithPerson, Lookup, Organization, Records, Written};
@@ -256,13 +257,8 @@ impl Api for Client {
     }
 
     async fn created_since(&self, since: jiff::Timestamp) -> Result<(Vec<Lead>, Vec<Contact>), CloseError> {
-        let page = async |kind: &str| {
-            let path =
-                format!("event/?object_type={kind}&action=created&date_updated__gte={since}&_limit=50");
-            let wire::Events(records) = self.requests.request(Endpoint::Events, &path, None).await?;
-            Ok(records)
-        };
-        let (leads, contacts) = (page("lead").await?, page("contact").await?);
+        let leads = event_log::created(&self.requests, "lead", since).await?;
+        let contacts = event_log::created(&self.requests, "contact", since).await?;
         Ok((wire::read_all(&leads, wire::read_lead)?, wire::read_all(&contacts, wire::read_contact)?))
     }
 

@@ -9,6 +9,7 @@ mod api;
 mod client;
 mod endpoint;
 mod error;
+mod event_log;
 #[cfg(test)]
 pub(crate) mod in_memory;
 mod rate_limit;

@@ -247,10 +247,17 @@ impl TryFrom<Answer> for SearchPage {
     }
 }
 
-/// The records that events are about.
+/// A page of the event log: the records that events are about, newest first.
 #[derive(Deserialize)]
 #[serde(try_from = "Answer")]
-pub(crate) struct Events(pub(crate) Vec<Value>);
+pub(crate) struct Events {
+    /// Null for users without admin rights when the event is older than an hour (close-api.md §15).
+    pub(crate) records: Vec<Value>,
+    /// When the oldest event of the page happened.
+    pub(crate) oldest: Option<Timestamp>,
+    /// The cursor of the next, older page.
+    pub(crate) older: Option<String>,
+}
 
 impl TryFrom<Answer> for Events {
     type Error = &'static str;
@@ -260,7 +267,11 @@ impl TryFrom<Answer> for Events {
             return Err("no events");
         };
         let record = |mut event: Value| event.get_mut("data").map(Value::take);
-        Ok(Self(events.into_iter().filter_map(record).collect()))
+        Ok(Self {
+            oldest: events.last().and_then(|event| time(event, "date_created")),
+            older: text(&page, "cursor_next").filter(|cursor| !cursor.is_empty()),
+            records: events.into_iter().filter_map(record).collect(),
+        })
     }
 }
 
