@@ -8,7 +8,7 @@ use std::time::Duration;
 use lapin::uri::{AMQPScheme, AMQPUri};
 use lapin::{ConnectionProperties, ErrorKind};
 use secrecy::{ExposeSecret, SecretString};
-use url::Url;
+use url::{Host, Url};
 
 use crate::amqp::compat::stream;
 use crate::amqp::connection::{OpenConnection, disconnect};
@@ -32,7 +32,7 @@ impl Nodes {
         let each: Option<Vec<_>> = split(urls)
             .map(|url| {
                 let fits = Url::parse(url).is_ok_and(|url| url.has_host() && !is_ambiguous(&url));
-                (fits && url.parse::<AMQPUri>().is_ok()).then(|| SecretString::from(url))
+                (fits && node(url).is_ok()).then(|| SecretString::from(url))
             })
             .collect();
         Some(Self { urls: each?, tls: Tls::default(), last: Arc::default() })
@@ -46,20 +46,19 @@ impl Nodes {
 
     /// Whether every node is reached over TLS.
     pub fn is_encrypted(&self) -> bool {
-        let uri = |url: &SecretString| url.expose_secret().parse::<AMQPUri>();
-        self.urls.iter().all(|url| uri(url).is_ok_and(|uri| uri.scheme == AMQPScheme::AMQPS))
+        self.urls.iter().all(|url| node(url.expose_secret()).is_ok_and(|uri| uri.scheme == AMQPScheme::AMQPS))
     }
 
     /// The nodes on other machines that are reached without TLS, `amqp://host:port`.
     pub fn exposed(&self) -> Vec<String> {
-        let uris = self.urls.iter().filter_map(|url| url.expose_secret().parse::<AMQPUri>().ok());
+        let uris = self.urls.iter().filter_map(|url| node(url.expose_secret()).ok());
         let is_exposed = |uri: &AMQPUri| {
             let host = uri.authority.host.as_str();
             let is_loopback = host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
             uri.scheme == AMQPScheme::AMQP && !is_loopback
         };
         let exposed = uris.filter(is_exposed);
-        exposed.map(|uri| format!("amqp://{}:{}", uri.authority.host, uri.authority.port)).collect()
+        exposed.map(|uri| format!("amqp://{}", address(&uri))).collect()
     }
 
     /// The URLs without passwords.
@@ -101,10 +100,10 @@ impl Nodes {
         const HEARTBEAT: u16 = 10;
         const NOT_AMQP: &str = "the answer is not AMQP; check the port, and use `amqps://` for a TLS port";
         let failure = |node: &str, kind, detail| Failure { node: node.to_owned(), kind, detail };
-        let mut uri: AMQPUri = url.parse().map_err(|error| failure("", Kind::Unreachable, error))?;
+        let mut uri = node(url).map_err(|error| failure("", Kind::Unreachable, error))?;
         uri.query.heartbeat.get_or_insert(HEARTBEAT);
         let encrypted = uri.scheme == AMQPScheme::AMQPS;
-        let node = format!("{}:{}", uri.authority.host, uri.authority.port);
+        let node = address(&uri);
         let properties = ConnectionProperties::default().with_connection_name(name.into());
         let connect = stream::connect(uri, properties, self.tls.for_lapin());
         match tokio::time::timeout(CONNECT_TIMEOUT, connect).await {
@@ -170,6 +169,21 @@ impl Failure {
     }
 }
 
+/// Parses the URL of one node. lapin's parser alone reads an IPv6 address as no host, and so as `localhost`.
+fn node(url: &str) -> Result<AMQPUri, String> {
+    let mut uri: AMQPUri = url.parse()?;
+    if let Ok(Some(Host::Ipv6(address))) = Url::parse(url).as_ref().map(Url::host) {
+        uri.authority.host = address.to_string();
+    }
+    Ok(uri)
+}
+
+/// `host:port`.
+fn address(uri: &AMQPUri) -> String {
+    let (host, port) = (&uri.authority.host, uri.authority.port);
+    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+}
+
 fn split(urls: &str) -> impl Iterator<Item = &str> {
     urls.split(',').map(str::trim)
 }
@@ -197,6 +211,16 @@ mod tests {
         ] {
             assert!(!fits(wrong), "{wrong}");
         }
+    }
+
+    #[test]
+    fn an_ipv6_address_is_the_host() {
+        let host = |url: &str| node(url).map(|uri| (uri.authority.host, uri.authority.port));
+        assert_eq!(host("amqp://u:p@[2001:db8::1]:1/v"), Ok(("2001:db8::1".into(), 1)));
+        assert_eq!(host("amqp://[::1]"), Ok(("::1".into(), 5672)));
+        assert_eq!(host("amqp://127.0.0.1"), Ok(("127.0.0.1".into(), 5672)));
+        let exposed = Nodes::parse("amqp://[2001:db8::1]/v,amqp://[::1]").unwrap().exposed();
+        assert_eq!(exposed, ["amqp://[2001:db8::1]:5672"]);
     }
 
     #[test]
