@@ -8,7 +8,7 @@ use lapin::message::Delivery;
 use serde::Serialize;
 use uuid::Uuid;
 
-use crate::amqp::envelope;
+use crate::amqp::envelope::{self, Death};
 use crate::domain::encoding::{EncodingError, Payload, TOOL_LIMIT};
 use crate::sync::ReceivedAt;
 
@@ -60,6 +60,10 @@ impl DeadLetter {
         let properties = envelope::trusted_dead_letter(properties);
         let text = |name| envelope::text(&properties, name);
         let time = |name| text(name)?.parse().ok();
+        // A time in the future would hide the letter from a filter until then.
+        let death = envelope::last_death(&properties);
+        let died = |member: fn(&Death) -> Option<String>| death.as_ref().and_then(member);
+        let died_at = death.as_ref().and_then(|death| death.time).map(|time| time.min(Timestamp::now()));
         let message_id = properties.message_id().as_ref().map(ToString::to_string);
         let broker_fingerprint = || {
             // A client can set this header on RabbitMQ 3.10.
@@ -76,10 +80,10 @@ impl DeadLetter {
             attempts: envelope::number(&properties, envelope::ATTEMPTS),
             replays: envelope::number(&properties, envelope::REPLAYS).unwrap_or(0),
             first_seen: time(envelope::FIRST_SEEN),
-            failed_at: time(envelope::FAILED_AT),
+            failed_at: time(envelope::FAILED_AT).or(died_at),
             edited_at: time(envelope::EDITED_AT),
-            exchange: text(envelope::EXCHANGE),
-            routing_key: text(envelope::ROUTING_KEY),
+            exchange: text(envelope::EXCHANGE).or_else(|| died(|death| death.exchange.clone())),
+            routing_key: text(envelope::ROUTING_KEY).or_else(|| died(|death| death.routing_key.clone())),
             fingerprint: text(envelope::FINGERPRINT).unwrap_or_else(broker_fingerprint),
             decision: text(envelope::DECISION),
             message_id,

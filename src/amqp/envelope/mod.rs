@@ -19,10 +19,11 @@ use lapin::BasicProperties;
 use lapin::types::ShortString;
 use uuid::Uuid;
 
-use crate::amqp::envelope::properties::{Header, bare, copy, has_header, producers, without_own_headers};
 pub use crate::amqp::envelope::properties::{
-    MAX_HEADERS, MAX_ORIGINAL, bytes, content_encoding, is_dead_lettered_by_broker, number, text,
+    Death, MAX_HEADERS, MAX_ORIGINAL, bytes, content_encoding, is_dead_lettered_by_broker, last_death,
+    number, text,
 };
+use crate::amqp::envelope::properties::{Header, bare, copy, has_header, producers, without_own_headers};
 pub use crate::amqp::envelope::trace_parent::TraceParent;
 use crate::close::Priority;
 use crate::domain::time::is_event_time;

@@ -14,6 +14,7 @@
 //! with the other properties (2.5 KiB at most) and the headers that the broker adds when it delivers the message. A
 //! frame that is too large ends the connection. A test adds up the limits of close-sync's own headers.
 
+use jiff::Timestamp;
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, LongString, ShortString};
 
@@ -40,6 +41,35 @@ const DEATHS: &str = "x-death";
 /// Successors never have the header.
 pub fn is_dead_lettered_by_broker(properties: &BasicProperties) -> bool {
     header(properties, DEATHS).is_some()
+}
+
+/// How RabbitMQ last dead-lettered a message. A producer on RabbitMQ 3.10 can forge all of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Death {
+    pub time: Option<Timestamp>,
+    /// The exchange and the routing key it was published with.
+    pub exchange: Option<String>,
+    pub routing_key: Option<String>,
+}
+
+/// The newest entry of `x-death` (<https://www.rabbitmq.com/docs/dlx#effects>).
+pub fn last_death(properties: &BasicProperties) -> Option<Death> {
+    let AMQPValue::FieldArray(deaths) = header(properties, DEATHS)? else { return None };
+    let AMQPValue::FieldTable(death) = deaths.as_slice().first()? else { return None };
+    let member = |name: &str| death.inner().get(name);
+    let time = match member("time") {
+        Some(AMQPValue::Timestamp(seconds)) => i64::try_from(*seconds).ok(),
+        _ => None,
+    };
+    let keys = match member("routing-keys") {
+        Some(AMQPValue::FieldArray(keys)) => keys.as_slice().first(),
+        _ => None,
+    };
+    Some(Death {
+        time: time.and_then(|seconds| Timestamp::from_second(seconds).ok()),
+        exchange: member("exchange").and_then(as_text),
+        routing_key: keys.and_then(as_text),
+    })
 }
 
 /// Whether RabbitMQ acts on this header.
@@ -203,9 +233,13 @@ pub fn content_encoding(properties: &BasicProperties) -> Option<&str> {
 }
 
 /// Reads a text header.
-#[expect(clippy::wildcard_enum_match_arm, reason = "all other AMQP types are not text")]
 pub fn text(properties: &BasicProperties, name: &str) -> Option<String> {
-    match header(properties, name)? {
+    as_text(header(properties, name)?)
+}
+
+#[expect(clippy::wildcard_enum_match_arm, reason = "all other AMQP types are not text")]
+fn as_text(value: &AMQPValue) -> Option<String> {
+    match value {
         AMQPValue::LongString(text) => Some(text.to_string()),
         AMQPValue::ShortString(text) => Some(text.to_string()),
         _ => None,

@@ -207,6 +207,11 @@ async fn the_tools_ignore_headers_of_an_expired_message() {
     let forged = letters.iter().find(|letter| letter["body"] == "forged").unwrap();
     assert_eq!((forged.get("reason"), forged.get("error")), (None, None), "{forged}");
     assert_ne!(forged["id"], "dead-0");
+    // Where it came from, and when: as RabbitMQ noted it.
+    assert_eq!(forged["exchange"], bench.exchange, "{forged}");
+    assert!(forged["failed_at"].is_string(), "{forged}");
+    let recent = bench.output(&["dlq", "list", "--json", "--since", "1h"]).await;
+    assert!(recent.contains(forged["id"].as_str().unwrap()), "{recent}");
     assert!(!forged.to_string().contains("this"), "{forged}");
     // The one that was meant is found under its id.
     let shown: Value =
