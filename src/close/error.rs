@@ -50,6 +50,12 @@ pub enum Fault {
     /// A record is larger than [`crate::close::Endpoint`] allows. Close works, and this record stays large.
     #[error("the Lead or Contact in Close is larger than close-sync reads")]
     TooLarge,
+    /// 404 for a record that Close has shown or created a moment ago. It may not be there yet, or be deleted.
+    #[error("Close does not have a record that it had a moment ago (404)")]
+    NotYet,
+    /// 404 for several different records in a row. The way to Close is at fault.
+    #[error("Close answers 404 for one record after another")]
+    Vanished,
 }
 
 impl CloseError {
@@ -67,6 +73,8 @@ impl CloseError {
             Self::Transient(Fault::ConnectionLost) => "connection_lost",
             Self::Transient(Fault::InvalidResponse) => "garbled",
             Self::Transient(Fault::TooLarge) => "too_large",
+            Self::Transient(Fault::NotYet) => "not_yet",
+            Self::Transient(Fault::Vanished) => "vanished",
         }
     }
 
@@ -83,7 +91,7 @@ impl CloseError {
     /// Whether other messages may fail in the same way, because Close or the way to it does not work. A record of any size
     /// is what producers and people made of it, so it says nothing about other messages.
     pub fn may_be_an_outage(&self) -> bool {
-        self.is_retryable() && *self != Self::Transient(Fault::TooLarge)
+        self.is_retryable() && !matches!(self, Self::Transient(Fault::TooLarge | Fault::NotYet))
     }
 
     /// Whether a write may have been applied although the call failed. Close has no idempotency keys, so the record must
@@ -100,7 +108,8 @@ impl CloseError {
             | Self::Forbidden
             | Self::NotFound
             | Self::Rejected(_)
-            | Self::Unreachable(_) => false,
+            | Self::Unreachable(_)
+            | Self::Transient(Fault::NotYet | Fault::Vanished) => false,
         }
     }
 }

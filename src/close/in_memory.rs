@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
+use strum::VariantArray;
 
 use crate::close::error::CloseError;
 use crate::close::records::{Hits, LeadWithContacts, LeadWithPerson, Records, Written};
@@ -22,6 +23,12 @@ pub(crate) struct InMemoryRecords {
     deleted: (Vec<Lead>, Vec<Contact>),
     /// The records in the search index, if it is frozen.
     frozen: Option<(Vec<Lead>, Vec<Contact>)>,
+    /// Contacts that a Lead lists only by id.
+    pub(crate) hidden: BTreeSet<ContactId>,
+    /// Contacts whose lists a Lead does not show.
+    pub(crate) bare_in_lead: BTreeSet<ContactId>,
+    /// Contacts whose lists no answer shows.
+    pub(crate) bare: BTreeSet<ContactId>,
     created: usize,
 }
 
@@ -145,6 +152,11 @@ impl InMemoryRecords {
     }
 }
 
+/// A Contact in an answer that leaves out its lists.
+fn without_lists(contact: Contact) -> Contact {
+    Contact { lists: Lists::new(), unknown_lists: Channel::VARIANTS.iter().copied().collect(), ..contact }
+}
+
 /// Lists as Close stores them. It rewrites phone numbers and URLs (close-api.md §5); the default country is the US.
 fn as_stored(lists: &Lists) -> Lists {
     let mut stored = lists.clone();
@@ -215,11 +227,18 @@ impl Records for InMemoryRecords {
         person: &Identity,
         keys: &KeyFields,
     ) -> Result<LeadWithPerson, CloseError> {
-        let lead = self.lead_with_contacts(id).ok_or(CloseError::NotFound)?;
+        let mut lead = self.lead_with_contacts(id).ok_or(CloseError::NotFound)?;
+        let (hidden, shown): (Vec<_>, Vec<_>) =
+            lead.contacts.into_iter().partition(|contact| self.hidden.contains(&contact.id));
+        lead.missing = hidden.into_iter().map(|contact| contact.id).collect();
+        let is_bare = |id: &ContactId| self.bare_in_lead.contains(id) || self.bare.contains(id);
+        let shown = shown.into_iter();
+        lead.contacts = shown.map(|one| if is_bare(&one.id) { without_lists(one) } else { one }).collect();
         Ok(lead.of_person(person, keys))
     }
 
     async fn contact(&self, id: &ContactId) -> Result<Contact, CloseError> {
-        self.contacts.get(id).cloned().ok_or(CloseError::NotFound)
+        let contact = self.contacts.get(id).cloned().ok_or(CloseError::NotFound)?;
+        Ok(if self.bare.contains(id) { without_lists(contact) } else { contact })
     }
 }

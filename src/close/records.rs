@@ -2,8 +2,8 @@
 
 use crate::close::error::CloseError;
 use crate::domain::mapping::{Identity, KeyFields};
-use crate::domain::matching::{MatchedContacts, match_contacts};
-use crate::domain::record::{Contact, ContactId, FieldId, Lead, LeadId};
+use crate::domain::matching::{ContactMatch, MatchedContacts, compare, match_contacts};
+use crate::domain::record::{Channel, Contact, ContactId, FieldId, Lead, LeadId};
 use crate::domain::schema::Status;
 
 /// Reads Leads and Contacts. A trait, so that decisions can also be tested on records in memory.
@@ -50,13 +50,26 @@ pub struct LeadWithPerson {
     pub lead: Lead,
     /// The person's Contacts among those in the answer.
     pub people: MatchedContacts,
-    /// The Contacts of the Lead that the answer lacks.
+    /// The Contacts of the Lead that the answer lacks, or has without the lists that matter.
     pub missing: Vec<ContactId>,
 }
 
 impl LeadWithContacts {
+    /// What a message about this person keeps. A Contact whose answer leaves out what is needed counts as missing.
     pub(crate) fn of_person(self, person: &Identity, keys: &KeyFields) -> LeadWithPerson {
-        let Self { lead, contacts, missing } = self;
+        let Self { lead, contacts, mut missing } = self;
+        let is_user = |contact: &Contact| compare(contact, person, keys) == ContactMatch::SameUser;
+        let is_known = contacts.iter().any(is_user);
+        let is_incomplete = |contact: &Contact| match compare(contact, person, keys) {
+            ContactMatch::SameUser | ContactMatch::SameEmail => !contact.unknown_lists.is_empty(),
+            ContactMatch::Conflict => false,
+            // Without its emails, it may be the person.
+            ContactMatch::NoMatch => {
+                !is_known && person.email.is_some() && contact.unknown_lists.contains(&Channel::Email)
+            }
+        };
+        let (incomplete, contacts): (Vec<_>, Vec<_>) = contacts.into_iter().partition(is_incomplete);
+        missing.extend(incomplete.into_iter().map(|contact| contact.id));
         LeadWithPerson { lead, people: match_contacts(contacts, person, keys), missing }
     }
 }

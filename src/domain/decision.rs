@@ -160,6 +160,7 @@ pub fn change(field: &FieldPlan, mapping: &Mapping) -> String {
             format!("keeps {}, set by a newer event, not {wanted}", before.unwrap_or_default())
         }
         (FieldVerdict::ListFull, _) => format!("{wanted} not added: the list is full"),
+        (FieldVerdict::ListUnknown, _) => format!("{wanted} not added: Close did not show the list"),
         (FieldVerdict::Refused, _) => format!("{wanted} rejected by Close"),
     }
 }

@@ -87,6 +87,8 @@ pub enum DropReason {
     TooLong,
     /// The list of the Contact has as many entries as Close accepts.
     ListFull,
+    /// Close did not show the list of the Contact.
+    ListUnknown,
     /// Close rejected the value.
     #[strum(serialize = "refused_by_close")]
     Refused,
@@ -114,6 +116,7 @@ impl DropReason {
             Self::UnknownField => "Close has no such field",
             Self::TooLong => "too long",
             Self::ListFull => "the Contact's list is full",
+            Self::ListUnknown => "Close did not show the Contact's list",
             Self::Refused => "Close rejected it",
         }
     }

@@ -189,6 +189,8 @@ pub enum FieldVerdict {
     OnlyOnCreate,
     /// The list has as many entries as Close accepts.
     ListFull,
+    /// Close did not show the list, so writing it could delete entries.
+    ListUnknown,
     /// A newer event wrote the field ([`crate::domain::staleness`]).
     Stale,
     /// Close rejected the value; the rest was written without it.
@@ -214,11 +216,20 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Values for lists that are full.
+    /// Values for lists that are full or unknown.
     pub fn dropped(&self) -> impl Iterator<Item = Dropped> {
         let fields = self.records.iter().flat_map(|record| &record.fields);
-        let full = fields.filter(|field| field.verdict == FieldVerdict::ListFull);
-        full.map(|field| field.dropped(DropReason::ListFull))
+        fields.filter_map(|field| match field.verdict {
+            FieldVerdict::ListFull => Some(field.dropped(DropReason::ListFull)),
+            FieldVerdict::ListUnknown => Some(field.dropped(DropReason::ListUnknown)),
+            FieldVerdict::Set
+            | FieldVerdict::Appended
+            | FieldVerdict::Same
+            | FieldVerdict::NotEmpty
+            | FieldVerdict::OnlyOnCreate
+            | FieldVerdict::Stale
+            | FieldVerdict::Refused => None,
+        })
     }
 
     /// Fields whose value is older than what Close has.
@@ -260,6 +271,7 @@ impl Plan {
                     | FieldVerdict::NotEmpty
                     | FieldVerdict::OnlyOnCreate
                     | FieldVerdict::ListFull
+                    | FieldVerdict::ListUnknown
                     | FieldVerdict::Stale
                     | FieldVerdict::Refused => {}
                 }

@@ -16,6 +16,7 @@ use crate::sync::circuit_breaker::CircuitBreaker;
 use crate::sync::id_cache::IdCache;
 use crate::sync::job::Settings;
 use crate::sync::preflight::{self, PreflightError};
+use crate::sync::recent_records::RecentRecords;
 use crate::sync::record_locks::RecordLocks;
 use crate::sync::version_cache::VersionCache;
 use crate::telemetry::metrics::Metrics;
@@ -33,6 +34,7 @@ pub(crate) struct Context {
     pub(crate) id_cache: IdCache,
     pub(crate) version_cache: VersionCache,
     pub(crate) record_locks: RecordLocks,
+    pub(crate) recent: RecentRecords,
     pub(crate) metrics: Metrics,
     rules: Rules,
     mapping: RwLock<Arc<Mapping>>,
@@ -64,6 +66,7 @@ impl Context {
             id_cache: IdCache::default(),
             version_cache: VersionCache::default(),
             record_locks: RecordLocks::default(),
+            recent: RecentRecords::default(),
             metrics,
             rules: rules.pinned(&mapping.keys),
             mapping: RwLock::new(Arc::new(mapping)),

@@ -204,6 +204,7 @@ impl LeftOut {
             | DropReason::UnknownField
             | DropReason::TooLong
             | DropReason::ListFull
+            | DropReason::ListUnknown
             | DropReason::Refused => String::new(),
         };
         let in_words = format!("{label}{of}: {shown}, {}{fits}", reason.description());

@@ -1,5 +1,10 @@
 //! Access to records for the resolver: asks the id cache and Close, and notes each look-up and each candidate in
-//! the [`Decision`]. Which look-up comes next is the resolver's decision.
+//! the [`Decision`]. Which look-up comes next is the resolver's decision. Each answer is checked against the memory of
+//! recent records, because reads may be stale.
+
+use std::collections::HashMap;
+
+use tokio::time::Instant;
 
 use crate::close::{self, CloseError, CreatedIds, Records};
 use crate::domain::decision::{Candidate, Decision, LookUp};
@@ -9,6 +14,7 @@ use crate::domain::matching::{
 };
 use crate::domain::record::{Contact, ContactId, FieldId, Lead, LeadId};
 use crate::sync::id_cache::IdCache;
+use crate::sync::recent_records::{Newest, RecentRecords};
 
 /// A Lead, and the person's Contacts in it.
 pub(crate) type LeadWithPerson = (Lead, MatchedContacts);
@@ -17,9 +23,24 @@ pub(crate) struct Lookups<'a, R> {
     pub(crate) records: &'a R,
     pub(crate) id_cache: &'a IdCache,
     pub(crate) keys: &'a KeyFields,
+    pub(crate) recent: &'a RecentRecords,
+    /// How each record was last read.
+    pub(crate) reads: Reads,
     /// Search shows every record created so far.
     pub(crate) search_is_complete: bool,
     pub(crate) decision: &'a mut Decision,
+}
+
+/// How records were last read, by id.
+pub(crate) type Reads = HashMap<String, Read>;
+
+/// A read of a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Read {
+    /// When the answer arrived.
+    pub(crate) at: Instant,
+    /// The answer was older than what is known of the record.
+    pub(crate) stale: bool,
 }
 
 /// Ids of the oldest Contacts that search shows for a person.
@@ -49,28 +70,58 @@ impl<R: Records> Lookups<'_, R> {
         Ok(company_leads(hits, company_id, self.keys))
     }
 
-    /// A Lead with the person's Contacts. Also reads those that the Lead's answer lacks. Without them a person in the Lead
-    /// would get a second Contact.
+    /// A Lead with the person's Contacts. Also reads those that the answer lacks: without them a person in the Lead would
+    /// get a second Contact.
     async fn read_lead(&mut self, id: &LeadId, person: &Identity) -> Result<LeadWithPerson, CloseError> {
         let answer = self.records.lead(id, person, self.keys).await;
         self.note(LookUp::Read(id.to_string()));
-        let close::LeadWithPerson { lead, people, missing } = answer?;
-        if missing.is_empty() {
-            return Ok((lead, people));
-        }
+        let answer = answer.map_err(|error| self.if_not_found(error, id.as_str()))?;
+        let close::LeadWithPerson { lead, people, mut missing } = answer;
+        let Newest { record: lead, stale } = self.recent.lead(lead);
+        let read = self.note_read(id.as_str(), stale);
         self.note_people(&people, false);
-        let mut contacts = people.contacts;
-        for id in missing {
-            let answer = self.records.contact(&id).await;
-            self.note(LookUp::Read(id.to_string()));
-            match answer {
-                Ok(contact) => contacts.push(contact),
-                // Deleted since, and the Lead still lists it.
-                Err(CloseError::NotFound) => {}
+        let mut contacts = Vec::with_capacity(people.contacts.len());
+        for contact in people.contacts {
+            let Newest { record, stale } = self.recent.member(contact);
+            self.reads.insert(record.id.to_string(), Read { stale, ..read });
+            contacts.push(record);
+        }
+        // The answer may be older than a Contact that was added to the Lead a moment ago.
+        let known = person.person().flat_map(|key| self.id_cache.contacts(&key).ids);
+        missing.extend(known.filter(|contact| self.recent.is_in_lead(contact, id, person, self.keys)));
+        missing.sort();
+        missing.dedup();
+        missing.retain(|id| !contacts.iter().any(|contact| contact.id == *id));
+        for missing in missing {
+            match self.read_contact(&missing).await {
+                Ok(contact) if contact.lead_id.as_ref().is_none_or(|lead| lead == id) => {
+                    contacts.push(contact)
+                }
+                // Moved or deleted since, and the Lead still lists it.
+                Ok(_) | Err(CloseError::NotFound) => {}
                 Err(error) => return Err(error),
             }
         }
         Ok((lead, match_contacts(contacts, person, self.keys)))
+    }
+
+    async fn read_contact(&mut self, id: &ContactId) -> Result<Contact, CloseError> {
+        let answer = self.records.contact(id).await;
+        self.note(LookUp::Read(id.to_string()));
+        let answer = answer.map_err(|error| self.if_not_found(error, id.as_str()))?;
+        let Newest { record, stale } = self.recent.contact(answer);
+        self.note_read(id.as_str(), stale);
+        Ok(record)
+    }
+
+    fn if_not_found(&self, error: CloseError, id: &str) -> CloseError {
+        if error == CloseError::NotFound { self.recent.not_found(id) } else { error }
+    }
+
+    fn note_read(&mut self, id: &str, stale: bool) -> Read {
+        let read = Read { at: Instant::now(), stale };
+        self.reads.insert(id.to_owned(), read);
+        read
     }
 
     /// The Lead, if it still exists and still has this company id.
@@ -176,9 +227,7 @@ impl<R: Records> Lookups<'_, R> {
     ) -> Result<MatchedContacts, CloseError> {
         let mut contacts = Vec::with_capacity(ids.len());
         for id in ids {
-            let answer = self.records.contact(&id).await;
-            self.note(LookUp::Read(id.to_string()));
-            match answer {
+            match self.read_contact(&id).await {
                 Ok(contact) => contacts.push(contact),
                 Err(CloseError::NotFound) => {
                     self.note_candidate(id.as_str(), Verdict::Gone);
@@ -194,6 +243,9 @@ impl<R: Records> Lookups<'_, R> {
     /// as complete.
     pub(crate) fn remember_contacts(&self, contacts: &[Contact], person: &Identity) {
         for contact in contacts {
+            if !self.reads.get(contact.id.as_str()).is_some_and(|read| read.stale) {
+                self.recent.remember(contact);
+            }
             let ids = CreatedIds { lead: None, contact: Some(contact.id.clone()) };
             self.id_cache.remember_created(person, ids, false);
         }

@@ -33,6 +33,7 @@ mod lookups;
 pub mod preflight;
 #[cfg(test)]
 pub(crate) mod properties;
+pub mod recent_records;
 pub mod record_locks;
 mod resolver;
 pub mod version_cache;

@@ -21,7 +21,8 @@ use crate::domain::record::{
 use crate::domain::schema::FieldRef;
 use crate::domain::switches::Switches;
 use crate::sync::id_cache::IdCache;
-use crate::sync::lookups::Lookups;
+use crate::sync::lookups::{Lookups, Reads};
+use crate::sync::recent_records::RecentRecords;
 use crate::sync::resolver::{Decided, Resolver};
 use crate::sync::version_cache::VersionCache;
 
@@ -30,6 +31,7 @@ use crate::sync::version_cache::VersionCache;
 pub(crate) struct Caches {
     pub(crate) id_cache: IdCache,
     pub(crate) version_cache: VersionCache,
+    pub(crate) recent: RecentRecords,
 }
 
 impl Caches {
@@ -41,9 +43,17 @@ impl Caches {
         switches: Switches,
         decision: &'a mut Decision,
     ) -> Resolver<'a, InMemoryRecords> {
-        let Self { id_cache, version_cache } = self;
+        let Self { id_cache, version_cache, recent } = self;
         let keys = &mapping.keys;
-        let lookups = Lookups { records, id_cache, keys, search_is_complete: true, decision };
+        let lookups = Lookups {
+            records,
+            id_cache,
+            keys,
+            recent,
+            reads: Reads::new(),
+            search_is_complete: true,
+            decision,
+        };
         Resolver { lookups, version_cache, switches }
     }
 }
@@ -82,7 +92,7 @@ fn sync(
 /// Applies the steps and updates the caches, like the worker.
 pub(crate) fn apply(
     records: &mut InMemoryRecords,
-    Caches { id_cache, version_cache }: &Caches,
+    Caches { id_cache, version_cache, .. }: &Caches,
     events: &[&Desired],
     (decision, Decided { versions, merged, .. }): &(Decision, Decided),
 ) {

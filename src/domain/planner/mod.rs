@@ -223,6 +223,9 @@ fn contact_changes(
         let verdict = match wanted.write {
             _ if contact.is_some_and(|contact| contact.has(channel, value)) => FieldVerdict::Same,
             WriteRule::OnCreate if contact.is_some() => FieldVerdict::OnlyOnCreate,
+            _ if contact.is_some_and(|contact| contact.unknown_lists.contains(&channel)) => {
+                FieldVerdict::ListUnknown
+            }
             WriteRule::IfEmpty if !current.is_empty() => FieldVerdict::NotEmpty,
             WriteRule::OnCreate | WriteRule::IfEmpty | WriteRule::Always if current.len() >= MAX_ENTRIES => {
                 FieldVerdict::ListFull

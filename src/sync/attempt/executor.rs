@@ -66,7 +66,7 @@ impl<C: Api> Executor<'_, C> {
     /// Sends one write and caches the ids it returns. A creation is pending from before the call, because the
     /// call may be dropped at any moment and still happen.
     async fn send(&self, step: &Step, found: &Found) -> Result<CreatedIds, CloseError> {
-        let Context { id_cache, settings, client, .. } = self.context;
+        let Context { id_cache, recent, settings, client, .. } = self.context;
         let adopts = found.adopts() && matches!(step, Step::UpdateLead { .. });
         let gives_keys = adopts || step.creates();
         if gives_keys {
@@ -81,7 +81,13 @@ impl<C: Api> Executor<'_, C> {
                 Ok(_) | Err(_) => id_cache.complete_creation(self.keys),
             }
         }
-        let mut ids = CreatedIds::of(step, &result?);
+        let written = result.map_err(|error| match step.changes() {
+            // It was read just now.
+            Some(id) if error == CloseError::NotFound => recent.not_found(id),
+            Some(_) | None => error,
+        })?;
+        recent.written(step, &written);
+        let mut ids = CreatedIds::of(step, &written);
         if adopts && let Step::UpdateLead { id, .. } = step {
             ids.lead = Some(id.clone());
         }

@@ -20,7 +20,7 @@ use crate::outcome::{Effect, Failure, Outcome, PauseCause, Stage};
 use crate::retry::{self, AfterFailure, Backoff, History};
 use crate::sync::context::Context;
 use crate::sync::job::RunContext;
-use crate::sync::lookups::Lookups;
+use crate::sync::lookups::{Lookups, Reads};
 use crate::sync::record_locks::RecordGuard;
 use crate::sync::resolver::{Decided, Resolver};
 
@@ -133,7 +133,7 @@ impl<C: Api> Attempts<'_, C> {
                 break (decided, guard);
             }
         };
-        let Decided { found, mut versions, merged } = decided;
+        let Decided { found, mut versions, merged, reads: _ } = decided;
         if self.writes() {
             if lag_guard.wanted_to_create && !merged.creates() {
                 self.context.metrics.duplicate_avoided();
@@ -156,7 +156,7 @@ impl<C: Api> Attempts<'_, C> {
     /// Looks up and plans until it is safe to execute the plan. If the plan creates a record, adopts a Lead or changes
     /// all Contacts of a person, search must not have missed a record. Returns when the look-up began.
     async fn decide(&mut self, lag_guard: &mut LagGuard) -> Result<(Decided, Instant), Failure> {
-        let Context { settings, id_cache, version_cache, metrics, keys, .. } = self.context;
+        let Context { settings, id_cache, version_cache, recent, metrics, keys, .. } = self.context;
         loop {
             let read_at = Instant::now();
             let pending = id_cache.pending_until(&self.keys).filter(|until| read_at < *until);
@@ -167,6 +167,8 @@ impl<C: Api> Attempts<'_, C> {
                     records: &self.client,
                     id_cache,
                     keys,
+                    recent,
+                    reads: Reads::new(),
                     search_is_complete: complete_from.is_none(),
                     decision: &mut self.decision,
                 },

@@ -3,7 +3,6 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
-use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use jiff::Timestamp;
 use serde_json::{Value, json};
@@ -11,8 +10,8 @@ use serde_json::{Value, json};
 use super::*;
 use crate::close::in_memory::InMemoryRecords;
 use crate::close::{
-    Client, Fault, FieldError, Hits, LeadWithPerson, Priority, Records, Rejection, Response, Transport,
-    Written,
+    Client, Fault, FieldError, Hits, LeadWithContacts, LeadWithPerson, Priority, Records, Rejection,
+    Response, Transport, Written,
 };
 use crate::domain::dropped::DropReason;
 use crate::domain::event::Event;
@@ -88,6 +87,10 @@ struct State {
     records: InMemoryRecords,
     /// Search shows these records until then.
     search_shows: Option<(InMemoryRecords, Instant)>,
+    /// Reads by id show the records as they were that long ago.
+    read_lag: Duration,
+    /// The records before each write, and when it happened.
+    past: Vec<(Instant, InMemoryRecords)>,
     event_log: (Vec<Lead>, Vec<Contact>),
     /// For the next writes.
     faults: VecDeque<WriteFault>,
@@ -95,6 +98,30 @@ struct State {
     /// The locked records during each write.
     locked: Vec<Vec<String>>,
     record_locks: Option<RecordLocks>,
+}
+
+impl State {
+    fn apply(&mut self, step: &Step) -> Written {
+        self.past.push((Instant::now(), self.records.clone()));
+        let now = Some(at(1000 * i64::try_from(self.past.len()).unwrap()));
+        let mut written = self.records.apply(step);
+        match &mut written {
+            Written::Lead(LeadWithContacts { lead, contacts, .. }) => {
+                lead.date_updated = now;
+                self.records.leads.insert(lead.id.clone(), lead.clone());
+                for contact in contacts.iter_mut().filter(|_| step.creates()) {
+                    contact.date_updated = now;
+                    self.records.contacts.insert(contact.id.clone(), contact.clone());
+                }
+            }
+            Written::Contact(contact) => {
+                contact.date_updated = now;
+                self.records.contacts.insert(contact.id.clone(), contact.clone());
+            }
+            Written::Unread => {}
+        }
+        written
+    }
 }
 
 impl FakeClose {
@@ -116,6 +143,19 @@ impl FakeClose {
     fn with_search_lag(self, lag: Duration) -> Self {
         self.state(|state| state.search_shows = Some((state.records.clone(), Instant::now() + lag)));
         self
+    }
+
+    fn with_read_lag(self, lag: Duration) -> Self {
+        self.state(|state| state.read_lag = lag);
+        self
+    }
+
+    /// The records as reads by id show them.
+    fn readable(&self) -> InMemoryRecords {
+        self.state(|state| {
+            let then = |(written, _): &&(Instant, InMemoryRecords)| written.elapsed() < state.read_lag;
+            state.past.iter().find(then).map_or(&state.records, |(_, before)| before).clone()
+        })
     }
 
     fn state<T>(&self, with: impl FnOnce(&mut State) -> T) -> T {
@@ -168,12 +208,12 @@ impl Records for FakeClose {
         keys: &KeyFields,
     ) -> Result<LeadWithPerson, CloseError> {
         tokio::time::sleep(LATENCY).await;
-        self.records().lead(id, person, keys).await
+        self.readable().lead(id, person, keys).await
     }
 
     async fn contact(&self, id: &ContactId) -> Result<Contact, CloseError> {
         tokio::time::sleep(LATENCY).await;
-        self.records().contact(id).await
+        self.readable().contact(id).await
     }
 }
 
@@ -190,10 +230,10 @@ impl Api for FakeClose {
         match fault {
             Some(WriteFault::Before(error)) => Err(error),
             Some(WriteFault::After(error)) => {
-                self.state(|state| state.records.apply(step));
+                self.state(|state| state.apply(step));
                 Err(error)
             }
-            Some(WriteFault::Slow(_)) | None => Ok(self.state(|state| state.records.apply(step))),
+            Some(WriteFault::Slow(_)) | None => Ok(self.state(|state| state.apply(step))),
         }
     }
 
@@ -514,17 +554,63 @@ async fn a_404_of_a_write_looks_up_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_second_404_runs_the_preflight_check() {
+async fn a_404_of_a_write_to_a_record_that_is_there_is_transient() {
     let context = context(&rules());
     let close = FakeClose::new(&context, &[acme()], &[janes_contact()])
         .with_fault(WriteFault::Before(CloseError::NotFound))
         .with_fault(WriteFault::Before(CloseError::NotFound));
     let desired = jane(&context, 5);
-    let mut attempts = attempts(&context, &close, &desired);
-    // The preflight check calls [`NoTransport`], which panics.
-    let outcome = std::panic::AssertUnwindSafe(attempts.retry_in_place()).catch_unwind().await;
-    assert!(outcome.is_err(), "{outcome:?}");
-    assert_eq!(close.written(), ["update_lead", "update_lead"]);
+    let outcome = attempts(&context, &close, &desired).retry_in_place().await;
+    assert_eq!(outcome, Outcome::Synced(Effect::Updated));
+    assert_eq!(close.written(), ["update_lead", "update_lead", "update_lead", "update_contact"]);
+}
+
+/// An event about Jane with a phone number of hers.
+fn jane_with_phone(context: &Context, second: i64, phone: &str) -> Desired {
+    let traits =
+        json!({"email": "jane@acme.test", "phone": phone, "company": {"id": "acme", "name": "Acme"}});
+    desired(context, second, json!({"userId": "u1", "traits": traits}))
+}
+
+fn phones(contact: &Contact) -> Vec<&str> {
+    contact.list(Channel::Phone).iter().map(|entry| entry.value.as_str()).collect()
+}
+
+const PHONES: [&str; 4] = ["+18004445551", "+18004445552", "+18004445553", "+18004445554"];
+
+#[tokio::test(start_paused = true)]
+async fn stale_reads_create_no_second_record_and_lose_no_entry() {
+    for lag in [500, 1000, 5000].map(Duration::from_millis) {
+        let context = context(&rules());
+        let close = FakeClose::new(&context, &[], &[]).with_search_lag(SEARCH_LAG).with_read_lag(lag);
+        for (second, phone) in (1..).zip(PHONES) {
+            let desired = jane_with_phone(&context, second, phone);
+            let outcome = attempts(&context, &close, &desired).retry_in_place().await;
+            assert!(matches!(outcome, Outcome::Synced(_)), "{outcome:?}");
+        }
+        let records = close.records();
+        assert_eq!((records.leads.len(), records.contacts.len()), (1, 1), "{lag:?}");
+        assert_eq!(phones(&close.contact("cont_new2")), PHONES, "{lag:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_record_that_a_person_deletes_is_created_again_after_a_moment() {
+    let context = context(&rules());
+    let close = FakeClose::new(&context, &[], &[]);
+    attempts(&context, &close, &jane(&context, 5)).run_once().await.ok().unwrap();
+    close.state(|state| {
+        state.records.leads.clear();
+        state.records.contacts.clear();
+    });
+    let outcome = attempts(&context, &close, &jane(&context, 6)).retry_in_place().await;
+    assert_eq!(outcome, Outcome::Synced(Effect::Created));
+    let lead = close.records().leads.into_keys().next().unwrap();
+    assert_eq!(context.id_cache.lead("acme"), Some(lead));
+    // The search index still has the Contact; it is read only once more.
+    close.state(|state| state.records.contacts.clear());
+    let outcome = attempts(&context, &close, &jane(&context, 7)).retry_in_place().await;
+    assert_eq!(outcome, Outcome::Synced(Effect::Added));
 }
 
 #[tokio::test(start_paused = true)]

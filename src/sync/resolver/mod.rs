@@ -2,7 +2,7 @@
 //!
 //! The order of look-ups is that of the rules (`design.md` §2): the company's Lead first, then the person in it;
 //! without such a Lead, the person anywhere. The id cache and search give ids. The records are then read by id,
-//! because search lags and reading does not (close-api.md §6). How records are looked up is in
+//! because search lags more than reading (close-api.md §6). How records are looked up is in
 //! [`crate::sync::lookups`].
 
 #[cfg(test)]
@@ -18,7 +18,7 @@ use crate::domain::merge::MergedPlan;
 use crate::domain::record::{Contact, Lead};
 use crate::domain::staleness::RecordVersions;
 use crate::domain::switches::Switches;
-use crate::sync::lookups::{ContactHits, LeadWithPerson, Lookups};
+use crate::sync::lookups::{ContactHits, LeadWithPerson, Lookups, Reads};
 use crate::sync::version_cache::VersionCache;
 
 pub(crate) struct Resolver<'a, R> {
@@ -31,6 +31,7 @@ pub(crate) struct Resolver<'a, R> {
 pub(crate) struct Decided {
     pub(crate) found: Found,
     pub(crate) versions: RecordVersions,
+    pub(crate) reads: Reads,
     pub(crate) merged: MergedPlan,
 }
 
@@ -52,7 +53,8 @@ impl<R: Records> Resolver<'_, R> {
         decision.case = Some(found.case());
         decision.plan = merged.plans.first().cloned().unwrap_or_default();
         decision.dropped.extend(decision.plan.dropped());
-        Ok(Decided { found, versions, merged })
+        let reads = std::mem::take(&mut self.lookups.reads);
+        Ok(Decided { found, versions, reads, merged })
     }
 
     async fn find(&mut self, person: &Identity, needs_leads: bool) -> Result<Found, CloseError> {

@@ -5,12 +5,13 @@ use serde_json::{Value, json};
 
 use crate::close::in_memory::InMemoryRecords;
 use crate::domain::decision::{Decision, LookUp};
+use crate::domain::dropped::DropReason;
 use crate::domain::event::Event;
 use crate::domain::mapping::Key;
 use crate::domain::mapping::tests::mapping;
 use crate::domain::matching::{Case, MAX_CONTACTS, Verdict};
 use crate::domain::plan::Step;
-use crate::domain::record::{ContactId, LeadId};
+use crate::domain::record::{Channel, ContactId, Field, FieldId, LeadId};
 use crate::domain::switches::Switches;
 use crate::sync::id_cache::{Contacts, IdCache};
 use crate::sync::properties::Caches;
@@ -310,4 +311,73 @@ fn a_contact_elsewhere_matters_only_if_duplicates_are_forbidden() {
         let steps: Vec<_> = steps(&decision).into_iter().filter(|step| step.0 != "update_lead").collect();
         assert_eq!(steps, steps_expected);
     }
+}
+
+/// Jane's Contact with a phone number, and another one.
+fn jane_and_bob() -> InMemoryRecords {
+    let mut bob = contact("cont_0", "lead_1", Some("u0"));
+    bob["emails"] = json!([{"type": "office", "email": "bob@acme.test"}]);
+    let mut jane = contact("cont_1", "lead_1", None);
+    jane["phones"] = json!([{"type": "office", "phone": "+18004445555"}]);
+    InMemoryRecords::read(&[lead("lead_1", "2026-01-01", Some("acme"))], &[bob, jane])
+}
+
+fn decide_phone(records: &InMemoryRecords) -> Decision {
+    let traits = json!({"email": "jane@acme.test", "phone": "+18004445556", "company": {"id": "acme"}});
+    decide_traits(records, &IdCache::default(), traits, Switches::default())
+}
+
+/// The phone numbers that the step for Jane's Contact writes.
+fn written_phones(decision: &Decision) -> Vec<&str> {
+    let phones = decision.plan.steps.iter().filter_map(|step| match step {
+        Step::UpdateContact { id, changes } if id.as_str() == "cont_1" => changes.lists.get(&Channel::Phone),
+        _ => None,
+    });
+    phones.flatten().map(|entry| entry.value.as_str()).collect()
+}
+
+#[test]
+fn contacts_that_a_lead_lists_only_by_id_are_read() {
+    let ids = ["cont_0", "cont_1"].map(ContactId::new);
+    for hidden in [&ids[1..], &ids[..]] {
+        let mut records = jane_and_bob();
+        records.hidden = hidden.iter().cloned().collect();
+        let decision = decide_phone(&records);
+        assert_eq!(decision.case, Some(Case::PersonInLead), "{hidden:?}");
+        assert_eq!(written_phones(&decision), ["+18004445555", "+18004445556"], "{hidden:?}");
+        // The person is not in the Lead only because another Contact is gone.
+        records.contacts.remove(&ids[0]);
+        assert_eq!(decide_phone(&records).case, Some(Case::PersonInLead), "{hidden:?}");
+    }
+}
+
+#[test]
+fn a_list_that_a_lead_does_not_show_is_read_with_the_contact() {
+    for shown_user in [None, Some("u1")] {
+        let mut records = jane_and_bob();
+        let jane = ContactId::new("cont_1");
+        if let Some(user) = shown_user {
+            let key = Field::Custom(FieldId::new("cf_user"));
+            records.contacts.get_mut(&jane).unwrap().fields.insert(key, json!(user));
+        }
+        records.bare_in_lead = [jane].into_iter().collect();
+        let decision = decide_phone(&records);
+        assert_eq!(decision.case, Some(Case::PersonInLead), "{shown_user:?}");
+        assert_eq!(written_phones(&decision), ["+18004445555", "+18004445556"], "{shown_user:?}");
+    }
+}
+
+#[test]
+fn a_list_that_close_never_shows_is_not_written() {
+    let mut records = jane_and_bob();
+    let jane = ContactId::new("cont_1");
+    let key = Field::Custom(FieldId::new("cf_user"));
+    records.contacts.get_mut(&jane).unwrap().fields.insert(key, json!("u1"));
+    records.bare = [jane].into_iter().collect();
+    let decision = decide_phone(&records);
+    assert_eq!(decision.case, Some(Case::PersonInLead));
+    assert_eq!(written_phones(&decision), [""; 0]);
+    let dropped: Vec<_> =
+        decision.dropped.iter().map(|dropped| (dropped.field.as_str(), dropped.reason)).collect();
+    assert_eq!(dropped, [("emails", DropReason::ListUnknown), ("phones", DropReason::ListUnknown)]);
 }

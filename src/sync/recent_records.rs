@@ -1,0 +1,392 @@
+//! Bounded memory of records as Close last showed them: in the answers to our own writes, and in reads by id.
+//!
+//! A read by id may be stale (close-api.md §15, 2). A record that was created a moment ago may not be there yet, and one
+//! that was changed may come back as it was before. Planning on such an answer creates a second record, or replaces a
+//! list without its newest entries. `date_updated` decides which of two states is newer, not our clock.
+//!
+//! - A state that is older than the one in memory is stale: the one in memory is used instead.
+//! - A 404 on a record that was seen a moment ago means "not yet", and the message is retried. The record counts as
+//!   deleted when it stays missing. So a message about a record that a person has just deleted waits for [`MOMENT`].
+//! - Several different records that vanish in a row are not deletions: the route has moved, or the key belongs to another
+//!   organization. Such failures count for the circuit breaker.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use moka::policy::EvictionPolicy;
+use moka::sync::Cache;
+use tokio::time::Instant;
+
+use crate::close::{CloseError, Fault, LeadWithContacts, Written};
+use crate::domain::mapping::{Identity, KeyFields};
+use crate::domain::matching::{ContactMatch, compare};
+use crate::domain::plan::Step;
+use crate::domain::record::{Channel, Contact, ContactId, Fields, Lead, LeadId};
+
+/// How long a record that was seen counts as existing although Close answers 404.
+pub(crate) const MOMENT: Duration = Duration::from_secs(15);
+/// How long a state is remembered. No replica of a database should lag that much.
+const REMEMBERED: Duration = Duration::from_mins(2);
+/// In bytes.
+const CAPACITY: u64 = 16 << 20;
+/// What a record takes beside its values, in bytes.
+const RECORD: usize = 500;
+/// What a value takes beside its text, in bytes.
+const VALUE: usize = 150;
+/// This many different records of one kind that vanish in a row are not deletions.
+const MANY: usize = 5;
+/// The longest time between the first and the last of them.
+const IN_A_ROW: Duration = Duration::from_mins(1);
+
+/// What the ids of a kind start with.
+const LEAD: &str = "lead_";
+const CONTACT: &str = "cont_";
+
+/// Clones share the memory.
+#[derive(Clone, Debug)]
+pub struct RecentRecords {
+    records: Cache<String, Arc<Recent>>,
+    /// Records that answered 404 since one of their kind was last read, by kind.
+    vanished: Arc<Mutex<VanishedByKind>>,
+}
+
+type VanishedByKind = BTreeMap<&'static str, VecDeque<(Instant, String)>>;
+
+/// A record as it was last seen.
+#[derive(Debug)]
+struct Recent {
+    state: State,
+    seen: Instant,
+    /// Close has shown the record, and has not only answered its creation.
+    was_read: bool,
+}
+
+#[derive(Debug)]
+enum State {
+    Lead(Lead),
+    Contact(Contact),
+    /// A Contact that was created in this Lead. The answer did not have its values.
+    ContactIn(LeadId),
+}
+
+/// A record in its newest known state.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Newest<R> {
+    pub(crate) record: R,
+    /// Close answered with an older state.
+    pub(crate) stale: bool,
+}
+
+impl State {
+    fn bytes(&self) -> usize {
+        let fields = |fields: &Fields| -> usize {
+            fields.values().map(|value| VALUE.saturating_add(value.to_string().len())).sum()
+        };
+        match self {
+            Self::Lead(lead) => fields(&lead.fields),
+            Self::Contact(contact) => {
+                let entries = contact.lists.values().flatten();
+                let lists: usize = entries.map(|entry| VALUE + entry.value.len() + entry.kind.len()).sum();
+                fields(&contact.fields) + lists
+            }
+            Self::ContactIn(_) => 0,
+        }
+    }
+}
+
+impl Default for RecentRecords {
+    fn default() -> Self {
+        let weight = |id: &String, recent: &Arc<Recent>| {
+            let bytes = RECORD.saturating_add(id.len()).saturating_add(recent.state.bytes());
+            u32::try_from(bytes).unwrap_or(u32::MAX)
+        };
+        Self {
+            records: Cache::builder()
+                .weigher(weight)
+                .max_capacity(CAPACITY)
+                .eviction_policy(EvictionPolicy::lru())
+                .time_to_live(REMEMBERED)
+                .build(),
+            vanished: Arc::default(),
+        }
+    }
+}
+
+fn is_newer(known: Option<Timestamp>, read: Option<Timestamp>) -> bool {
+    known.zip(read).is_some_and(|(known, read)| known > read)
+}
+
+impl RecentRecords {
+    /// Remembers the answer to a step.
+    pub(crate) fn written(&self, step: &Step, answer: &Written) {
+        match answer {
+            Written::Lead(LeadWithContacts { lead, contacts, missing }) => {
+                self.insert(lead.id.as_str(), State::Lead(lead.clone()), false);
+                if step.creates() {
+                    for contact in contacts {
+                        self.insert(contact.id.as_str(), State::Contact(contact.clone()), false);
+                    }
+                    for id in missing {
+                        self.insert(id.as_str(), State::ContactIn(lead.id.clone()), false);
+                    }
+                }
+            }
+            Written::Contact(contact) => {
+                self.insert(contact.id.as_str(), State::Contact(contact.clone()), false);
+            }
+            Written::Unread => {}
+        }
+    }
+
+    /// The newest known state of a Lead that was read.
+    pub(crate) fn lead(&self, read: Lead) -> Newest<Lead> {
+        self.with_vanished(|vanished| vanished.remove(LEAD));
+        let newest = match self.get(read.id.as_str()).as_deref() {
+            Some(Recent { state: State::Lead(known), .. })
+                if is_newer(known.date_updated, read.date_updated) =>
+            {
+                Newest { record: known.clone(), stale: true }
+            }
+            Some(_) | None => Newest { record: read, stale: false },
+        };
+        // A state that Close did not show must expire.
+        if !newest.stale {
+            self.insert(newest.record.id.as_str(), State::Lead(newest.record.clone()), true);
+        }
+        newest
+    }
+
+    /// The newest known state of a Contact that was read by its id.
+    pub(crate) fn contact(&self, read: Contact) -> Newest<Contact> {
+        self.with_vanished(|vanished| vanished.remove(CONTACT));
+        self.member(read)
+    }
+
+    /// The newest known state of a Contact that was read with its Lead.
+    pub(crate) fn member(&self, read: Contact) -> Newest<Contact> {
+        match self.get(read.id.as_str()).as_deref() {
+            Some(Recent { state: State::Contact(known), .. })
+                if is_newer(known.date_updated, read.date_updated) =>
+            {
+                Newest { record: known.clone(), stale: true }
+            }
+            Some(Recent { state: State::Contact(known), .. })
+                if known.date_updated == read.date_updated && known.date_updated.is_some() =>
+            {
+                Newest { record: with_lists_of(read, known), stale: false }
+            }
+            Some(_) | None => Newest { record: read, stale: false },
+        }
+    }
+
+    /// Remembers that Close has shown this Contact, not an older state of it.
+    pub(crate) fn remember(&self, contact: &Contact) {
+        self.insert(contact.id.as_str(), State::Contact(contact.clone()), true);
+    }
+
+    /// Whether the Contact was in this Lead and the person's when it was last seen.
+    pub(crate) fn is_in_lead(
+        &self,
+        contact: &ContactId,
+        lead: &LeadId,
+        person: &Identity,
+        keys: &KeyFields,
+    ) -> bool {
+        match self.get(contact.as_str()).as_deref() {
+            Some(Recent { state: State::Contact(contact), .. }) => {
+                let likeness = compare(contact, person, keys);
+                contact.lead_id.as_ref() == Some(lead)
+                    && matches!(likeness, ContactMatch::SameUser | ContactMatch::SameEmail)
+            }
+            Some(Recent { state: State::ContactIn(id), .. }) => id == lead,
+            Some(Recent { state: State::Lead(_), .. }) | None => false,
+        }
+    }
+
+    /// What it means that Close answers 404 for a record that a search, the id cache or a read has shown.
+    pub(crate) fn not_found(&self, id: &str) -> CloseError {
+        let now = Instant::now();
+        let recent = self.get(id);
+        // After a creation there is nothing that could have vanished.
+        let has_vanished = recent.as_ref().is_none_or(|recent| recent.was_read);
+        if has_vanished && self.count_vanished(id, now) >= MANY {
+            return CloseError::Transient(Fault::Vanished);
+        }
+        if recent.is_some_and(|recent| now < recent.seen + MOMENT) {
+            return CloseError::Transient(Fault::NotYet);
+        }
+        CloseError::NotFound
+    }
+
+    /// The number of records of this kind that vanished in a row, with this one.
+    fn count_vanished(&self, id: &str, now: Instant) -> usize {
+        let kind = if id.starts_with(LEAD) { LEAD } else { CONTACT };
+        self.with_vanished(|vanished| {
+            let vanished = vanished.entry(kind).or_default();
+            vanished.retain(|(at, _)| now < *at + IN_A_ROW);
+            // A record counts from the first time, so that a few that are really gone do not count for ever.
+            if vanished.len() < MANY && !vanished.iter().any(|(_, known)| known == id) {
+                vanished.push_back((now, id.to_owned()));
+            }
+            vanished.len()
+        })
+    }
+
+    fn get(&self, id: &str) -> Option<Arc<Recent>> {
+        self.records.get(id).filter(|recent| recent.seen.elapsed() < REMEMBERED)
+    }
+
+    fn insert(&self, id: &str, state: State, was_read: bool) {
+        self.records.insert(id.to_owned(), Arc::new(Recent { state, seen: Instant::now(), was_read }));
+    }
+
+    fn with_vanished<T>(&self, with: impl FnOnce(&mut VanishedByKind) -> T) -> T {
+        with(&mut self.vanished.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// A Contact with the lists that the answer lacks, from the same state.
+fn with_lists_of(mut contact: Contact, known: &Contact) -> Contact {
+    let lacks = std::mem::take(&mut contact.unknown_lists);
+    let (unknown, filled) = lacks.into_iter().partition(|channel| known.unknown_lists.contains(channel));
+    contact.unknown_lists = unknown;
+    let filled: BTreeSet<Channel> = filled;
+    let lists = known.lists.iter().filter(|(channel, _)| filled.contains(channel));
+    contact.lists.extend(lists.map(|(channel, list)| (*channel, list.clone())));
+    contact
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::domain::matching::tests::{contact, keys, lead};
+    use crate::domain::record::{Field, Lists};
+
+    fn at(second: i64) -> Option<Timestamp> {
+        Some(Timestamp::from_second(second).unwrap())
+    }
+
+    fn acme(name: &str, updated: Option<Timestamp>) -> Lead {
+        let fields = [(Field::Name, json!(name))].into_iter().collect();
+        Lead { date_updated: updated, fields, ..lead("lead_1", None) }
+    }
+
+    fn jane(updated: Option<Timestamp>) -> Contact {
+        Contact { date_updated: updated, ..contact("cont_1", "lead_1", None, Some("jane@acme.test")) }
+    }
+
+    fn update() -> Step {
+        Step::UpdateLead { id: LeadId::new("lead_1"), changes: Fields::new() }
+    }
+
+    fn answer(lead: Lead) -> Written {
+        Written::Lead(LeadWithContacts { lead, contacts: Vec::new(), missing: Vec::new() })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_newer_of_two_states_is_used_whatever_our_clock_says() {
+        let recent = RecentRecords::default();
+        recent.written(&update(), &answer(acme("ours", at(5))));
+        let read = |name: &str, updated| {
+            let Newest { record, stale } = recent.lead(acme(name, updated));
+            (record.fields[&Field::Name].as_str().unwrap().to_owned(), stale)
+        };
+        assert_eq!(read("before", at(4)), ("ours".into(), true));
+        assert_eq!(read("same", at(5)), ("same".into(), false));
+        assert_eq!(read("undated", None), ("undated".into(), false));
+        recent.written(&update(), &answer(acme("ours", at(5))));
+        assert_eq!(read("theirs", at(6)), ("theirs".into(), false));
+        assert_eq!(read("ours", at(5)), ("theirs".into(), true), "a read is remembered too");
+        tokio::time::sleep(REMEMBERED).await;
+        assert_eq!(read("ours", at(5)), ("ours".into(), false), "for a while");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_404_on_a_recent_record_is_not_yet_and_then_a_deletion() {
+        let recent = RecentRecords::default();
+        assert_eq!(recent.not_found("lead_1"), CloseError::NotFound);
+        recent.lead(acme("Acme", None));
+        recent.remember(&jane(None));
+        for id in ["lead_1", "cont_1"] {
+            assert_eq!(recent.not_found(id), CloseError::Transient(Fault::NotYet), "{id}");
+        }
+        tokio::time::sleep(MOMENT - Duration::from_secs(1)).await;
+        assert_eq!(recent.not_found("lead_1"), CloseError::Transient(Fault::NotYet));
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(recent.not_found("lead_1"), CloseError::NotFound, "a 404 does not count as seen");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn many_records_that_vanish_in_a_row_are_not_deletions() {
+        let vanished = CloseError::Transient(Fault::Vanished);
+        let recent = RecentRecords::default();
+        let not_found = |number: usize| recent.not_found(&format!("lead_vanished{number}"));
+        for _ in 0..20 {
+            assert_eq!(not_found(0), CloseError::NotFound, "one record");
+        }
+        assert!((1..MANY - 1).all(|number| not_found(number) == CloseError::NotFound));
+        assert_eq!(recent.not_found("cont_1"), CloseError::NotFound, "another kind");
+        assert_eq!(not_found(MANY), vanished);
+        recent.contact(jane(None));
+        assert_eq!(not_found(MANY), vanished, "another kind");
+        recent.lead(acme("Acme", None));
+        assert_eq!(not_found(MANY), CloseError::NotFound, "a Lead was read");
+        assert!((0..MANY - 2).all(|number| not_found(number) == CloseError::NotFound));
+        tokio::time::sleep(IN_A_ROW).await;
+        assert_eq!(not_found(MANY - 1), CloseError::NotFound, "the others are long ago");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn new_records_that_close_does_not_show_yet_have_not_vanished() {
+        let recent = RecentRecords::default();
+        for number in 0..2 * MANY {
+            let lead = Lead { id: LeadId::new(format!("lead_{number}")), ..acme("new", at(1)) };
+            recent.written(&update(), &answer(lead));
+            let error = recent.not_found(&format!("lead_{number}"));
+            assert_eq!(error, CloseError::Transient(Fault::NotYet));
+        }
+    }
+
+    #[test]
+    fn a_list_that_an_answer_lacks_is_taken_from_the_same_state() {
+        let recent = RecentRecords::default();
+        recent.remember(&jane(at(5)));
+        let bare = |updated| {
+            let unknown_lists = [Channel::Email, Channel::Phone].into_iter().collect();
+            let bare = Contact { lists: Lists::new(), unknown_lists, ..jane(updated) };
+            recent.member(bare).record
+        };
+        assert_eq!(bare(at(5)), jane(at(5)));
+        assert_eq!(bare(at(6)).unknown_lists.len(), 2, "a person may have changed them");
+        assert_eq!(bare(None).unknown_lists.len(), 2);
+    }
+
+    #[test]
+    fn a_created_contact_belongs_to_its_lead_also_without_its_values() {
+        let recent = RecentRecords::default();
+        let (lead, contact) = (LeadId::new("lead_1"), ContactId::new("cont_1"));
+        let step = Step::CreateLead { lead: Fields::new(), contact: None };
+        let missing = vec![contact.clone()];
+        let written = LeadWithContacts { lead: acme("Acme", None), contacts: Vec::new(), missing };
+        recent.written(&step, &Written::Lead(written));
+        let is_in = |lead: &LeadId| recent.is_in_lead(&contact, lead, &Identity::default(), &keys());
+        assert!(is_in(&lead) && !is_in(&LeadId::new("lead_2")));
+        recent.remember(&jane(None));
+        assert!(!is_in(&lead), "another person");
+    }
+
+    #[test]
+    fn the_size_is_bounded() {
+        let recent = RecentRecords::default();
+        for number in 0..1000 {
+            let fields = [(Field::Description, json!("x".repeat(100_000)))].into_iter().collect();
+            recent.lead(Lead { id: LeadId::new(format!("lead_{number}")), fields, ..acme("", None) });
+        }
+        recent.records.run_pending_tasks();
+        assert!(recent.records.weighted_size() <= CAPACITY && recent.records.entry_count() > 100);
+    }
+}
