@@ -3,6 +3,7 @@
 //! Data goes to standard output, everything else to standard error, so that a script can pipe the data. `failure` has
 //! the exit codes.
 
+mod certify;
 mod check;
 mod dlq;
 mod exposure;
@@ -50,12 +51,12 @@ macro_rules! after_help {
 
 #[cfg(feature = "simulator")]
 const AFTER_HELP: &str = after_help!(
-    "plan --strict, test, dlq replay, dlq export",
+    "certify, plan --strict, test, dlq replay, dlq export",
     "To try it without a Close account, run `close-sync simulate`. It starts a simulated Close and prints how to use \
      it.\n\n"
 );
 #[cfg(not(feature = "simulator"))]
-const AFTER_HELP: &str = after_help!("plan --strict, dlq replay, dlq export", "");
+const AFTER_HELP: &str = after_help!("certify, plan --strict, dlq replay, dlq export", "");
 
 /// Sync identify events from RabbitMQ to the Close CRM.
 #[derive(Parser)]
@@ -81,6 +82,7 @@ enum Command {
     /// SIGHUP reloads the configuration. A second SIGTERM or SIGINT stops at once and loses no message.
     Run,
     Check(check::Args),
+    Certify(certify::Args),
     Plan(plan::Args),
     #[cfg(feature = "simulator")]
     Test(test::Args),
@@ -123,6 +125,10 @@ impl Cli {
             Command::Check(args) => {
                 let config = layers().and_then(|layers| layers.read(args.need()));
                 check::check(&args, config).await
+            }
+            Command::Certify(args) => {
+                let destination = single(layers()?.read(Need::All)?)?;
+                Box::pin(certify::certify(args, destination)).await
             }
             Command::Plan(args) => plan::plan(args, single(layers()?.read(Need::All)?)?).await,
             #[cfg(feature = "simulator")]

@@ -33,6 +33,27 @@ pub(super) fn shutdown() -> Result<CancellationToken, Failure> {
     Ok(shutdown)
 }
 
+/// Cancelled by the first SIGTERM or SIGINT, after `notify`. A second one exits at once.
+pub(super) fn interrupt(notify: impl Fn() + Send + 'static) -> Result<CancellationToken, Failure> {
+    let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
+    let interrupted = CancellationToken::new();
+    let requested = interrupted.clone();
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            if requested.is_cancelled() {
+                std::process::exit(i32::from(UNAVAILABLE));
+            }
+            notify();
+            requested.cancel();
+        }
+    });
+    Ok(interrupted)
+}
+
 /// One item for each SIGHUP.
 pub(super) fn reload() -> Result<BoxStream<'static, ()>, Failure> {
     let next = |mut signal: Signal| async move { signal.recv().await.map(|()| ((), signal)) };

@@ -1,8 +1,13 @@
 //! `close-sync simulate`.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
 
 use crate::cli::failure::Failure;
+use crate::cli::input::read;
 use crate::cli::signals;
 use crate::text::line;
 use close_sync_simulator::{Behaviour, Lag, Limits, Settings, Simulator};
@@ -23,6 +28,9 @@ pub(super) struct Args {
     /// Set a behaviour of Close, for example `--set event_lag=30s`. Repeatable. `--set help` lists all with their values.
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
+    /// Behave like the organization of this report of `certify --json`. `--set` can change it.
+    #[arg(long, value_name = "FILE")]
+    like: Option<PathBuf>,
     /// Disable rate limits. By default, Close's documented limits apply.
     #[arg(long)]
     unlimited: bool,
@@ -31,8 +39,21 @@ pub(super) struct Args {
     api_key: String,
 }
 
+/// The part of a report of `certify` that describes the organization.
+#[derive(Deserialize)]
+struct Report {
+    behaviour: Map<String, Value>,
+}
+
 pub(super) async fn simulate(args: Args) -> Result<(), Failure> {
     let mut behaviour = Behaviour::default();
+    if let Some(file) = &args.like {
+        let name = line(&file.display().to_string());
+        let wrong = |why: &str| Failure::Input(format!("--like {name}: {}", line(why)));
+        let report: Report =
+            serde_json::from_slice(&read(file).await?).map_err(|error| wrong(&error.to_string()))?;
+        behaviour.change(report.behaviour).map_err(|why| wrong(&why))?;
+    }
     if let Some(lag) = args.search_lag {
         behaviour.search_lag = lag;
     }

@@ -13,6 +13,7 @@ mod event_log;
 #[cfg(test)]
 pub(crate) mod in_memory;
 mod rate_limit;
+mod raw;
 mod records;
 mod requests;
 mod search;
@@ -28,6 +29,7 @@ pub use endpoint::{Call, Endpoint, StatusClass};
 pub use error::{CloseError, Fault, FieldError, Rejection, ResponseExcerpt};
 pub use rate_limit::Priority;
 pub use rate_limit::window::RateLimitStatus;
+pub use raw::{RawClient, RawError};
 pub use records::{Hits, LeadWithContacts, LeadWithPerson, Organization, Records, Written};
 pub use settings::Settings;
 pub use transport::{Response, Transport};

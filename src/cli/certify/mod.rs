@@ -1,0 +1,200 @@
+//! `close-sync certify`: tries what close-sync assumes about Close in a real organization.
+//!
+//! `observe` makes a few marked records and notes what it sees in `observations`; `findings` says what that means, without
+//! IO; `cleanup` deletes the records; `report` prints.
+
+mod cleanup;
+mod findings;
+mod observations;
+mod observe;
+mod report;
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use jiff::SignedDuration;
+use serde_json::json;
+use tokio::io::{AsyncBufReadExt, BufReader};
+
+use crate::cli::certify::cleanup::Made;
+use crate::cli::certify::findings::{Configured, findings};
+use crate::cli::certify::observations::Observations;
+use crate::cli::certify::observe::{MAX_CALLS, Observer, Owner, Sample, SampleField, Script};
+use crate::cli::certify::report::Report;
+use crate::cli::failure::{CHECK_FAILED, Failure, UNAVAILABLE};
+use crate::cli::signals;
+use crate::close::{Api, Client, RawClient};
+use crate::config::Destination;
+use crate::domain::mapping::Mapping;
+use crate::domain::schema::{CustomField, FieldKind};
+use crate::sync::preflight::{self, PreflightError};
+use crate::text::line;
+
+/// Test what close-sync assumes about Close, in a sandbox organization of Close.
+///
+/// Creates two Leads and a Contact whose names contain "close-sync certify", changes and searches them, and deletes them
+/// at the end, also when it is interrupted or fails. Makes at most 100 calls, within the rate limits. Workflows and
+/// webhooks of the organization see the records, so use an organization without them.
+///
+/// Prints a table: what is assumed, what was found, and what it means. Exits with 1 if a setting should change or
+/// close-sync does not fit the organization, and prints the line to set. Needs the configuration of the worker, but no
+/// RabbitMQ.
+///
+/// Example: close-sync certify --config close-sync.toml --json > report.json, then close-sync simulate --like report.json
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// Do not ask before writing. Needed in scripts.
+    #[arg(long)]
+    yes: bool,
+    /// Print the report as a JSON object. `simulate --like` reads it.
+    #[arg(long)]
+    json: bool,
+    /// Wait at most this long until search shows a change, for example `5m`. Default: 1m, or `close.search_lag` if it is
+    /// longer. Up to three such waits follow one another.
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    max_wait: Option<Duration>,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let wrong = |_| format!("`{text}` is not a duration; expected for example `30s` or `5m`");
+    let parsed: SignedDuration = text.parse().map_err(wrong)?;
+    Duration::try_from(parsed).map_err(wrong)
+}
+
+const DEFAULT_WAIT: Duration = Duration::from_secs(60);
+
+pub(super) async fn certify(args: Args, config: Destination) -> Result<(), Failure> {
+    let unavailable = |error: &dyn std::fmt::Display| Failure::Unavailable(error.to_string());
+    let search_lag = config.worker.search_lag;
+    let client = Client::new(config.close.clone(), |_| {}).map_err(|error| unavailable(&error))?;
+    let ready = preflight::run(&client, &config.rules).await.map_err(preflight_failed)?;
+    confirm(&args, &ready.organization).await?;
+
+    let marker: String = uuid::Uuid::new_v4().simple().to_string().chars().take(12).collect();
+    let name = format!("close-sync certify {marker}");
+    let stop = signals::interrupt(move || {
+        anstream::eprintln!(
+            "interrupted; deleting the Leads \"{name}…\". A second signal stops at once and leaves them in Close"
+        );
+    })?;
+    let script = script(&ready.mapping, args.max_wait.unwrap_or(DEFAULT_WAIT.max(search_lag)));
+    let mut observer = Observer {
+        client: RawClient::new(config.close, MAX_CALLS.saturating_sub(client.calls()))
+            .map_err(|error| unavailable(&error))?,
+        made: Made::new(marker),
+        seen: Observations::default(),
+        script,
+    };
+    let stopped = tokio::select! {
+        result = observer.run() => result.err().map(|stop| stop.to_string()),
+        () = stop.cancelled() => Some("interrupted".to_owned()),
+    };
+    let left_behind = cleanup::delete_all(&mut observer.client, &mut observer.made).await;
+    let calls = client.calls() + observer.client.made();
+    let findings = findings(&observer.seen, Configured { search_lag });
+    let report = Report::new(ready.organization, calls, stopped, findings, left_behind);
+    if args.json {
+        report.print_json();
+    } else {
+        report.print_table();
+    }
+    if let Some(stopped) = &report.stopped {
+        anstream::eprintln!("stopped early: {}", line(stopped));
+    }
+    if !report.left_behind.is_empty() {
+        anstream::eprintln!(
+            "could not delete: {}; delete them in Close",
+            line(&report.left_behind.join(", "))
+        );
+    }
+    if report.stopped.is_some() || !report.left_behind.is_empty() {
+        return Err(Failure::Reported(UNAVAILABLE));
+    }
+    if report.is_bad() { Err(Failure::Reported(CHECK_FAILED)) } else { Ok(()) }
+}
+
+fn preflight_failed(errors: Vec<PreflightError>) -> Failure {
+    let message = errors.iter().map(|error| line(&error.to_string())).collect::<Vec<_>>().join("\n");
+    if errors.iter().any(|error| matches!(error, PreflightError::Field(_))) {
+        Failure::Configuration(message)
+    } else {
+        Failure::Unavailable(format!("{message}\nhint: run `close-sync check` for details"))
+    }
+}
+
+async fn confirm(args: &Args, organization: &str) -> Result<(), Failure> {
+    let organization = line(organization);
+    if args.yes {
+        return Ok(());
+    }
+    if !std::io::stdin().is_terminal() {
+        return Err(Failure::Input(format!(
+            "this would create and delete records in the organization \"{organization}\"; add --yes to do it"
+        )));
+    }
+    anstream::eprint!(
+        "This creates two Leads and a Contact in the organization \"{organization}\" and deletes them again.\n\
+         Use a sandbox organization. Continue? [y/N] "
+    );
+    let mut answer = String::new();
+    let read = BufReader::new(tokio::io::stdin()).read_line(&mut answer).await;
+    match read {
+        Ok(_) if matches!(answer.trim(), "y" | "Y" | "yes") => Ok(()),
+        Ok(_) | Err(_) => Err(Failure::Input("not confirmed; nothing was written".into())),
+    }
+}
+
+fn script(mapping: &Mapping, max_wait: Duration) -> Script {
+    let key = |id: &dyn std::fmt::Display| format!("custom.{id}");
+    let keys = [&mapping.keys.company, &mapping.keys.user];
+    let [company_key, user_key] = keys.map(|id| id.as_ref().map(|id| key(id)));
+    let is_key = |field: &CustomField| keys.contains(&&Some(field.id.clone()));
+    let configured = mapping.custom().filter(|(_, field)| !is_key(field));
+    let mut fields: Vec<SampleField> = configured
+        .map(|(setting, field)| {
+            let owner = if setting.starts_with("mapping.contact") { Owner::Contact } else { Owner::Lead };
+            SampleField {
+                setting,
+                owner,
+                key: key(&field.id),
+                kind: field.kind.as_str().to_owned(),
+                sample: sample(&field.kind),
+                multiple: field.multiple,
+            }
+        })
+        .collect();
+    let synced_at = [
+        ("close.lead_synced_at_field", Owner::Lead, &mapping.synced_at.lead),
+        ("close.contact_synced_at_field", Owner::Contact, &mapping.synced_at.contact),
+    ];
+    fields.extend(synced_at.into_iter().filter_map(|(setting, owner, id)| {
+        let id = id.as_ref()?;
+        Some(SampleField {
+            setting: setting.to_owned(),
+            owner,
+            key: key(id),
+            kind: "datetime".to_owned(),
+            sample: sample(&FieldKind::Datetime),
+            multiple: false,
+        })
+    }));
+    Script { company_key, user_key, fields, max_wait }
+}
+
+/// A value that a field of this type accepts.
+fn sample(kind: &FieldKind) -> Sample {
+    match kind {
+        FieldKind::Text | FieldKind::Textarea | FieldKind::Hidden => {
+            Sample::Value(json!("close-sync certify"))
+        }
+        FieldKind::Number => Sample::Value(json!(5)),
+        FieldKind::Date => Sample::Value(json!("2026-01-31")),
+        FieldKind::Datetime => Sample::Value(json!("2026-01-31T10:00:00.000000+00:00")),
+        FieldKind::Choices(choices) => {
+            choices.first().map_or(Sample::None, |choice| Sample::Value(json!(choice)))
+        }
+        FieldKind::User => Sample::Me,
+        FieldKind::Contact => Sample::Contact,
+        FieldKind::CustomObject | FieldKind::Other(_) => Sample::None,
+    }
+}

@@ -1,0 +1,661 @@
+//! The script of `certify`: makes a few marked records, tries each assumption, and notes what it sees.
+
+use std::time::Duration;
+
+use reqwest::Method;
+use serde_json::{Map, Value, json};
+use tokio::time::{Instant, sleep};
+
+use crate::cli::certify::cleanup::{self, Made};
+use crate::cli::certify::observations::{
+    ContactsForm, Delay, Exact, FieldObservation, HeaderForm, Kept, NotFound, Observations, Refusal,
+    TimeForm, unknown_lists,
+};
+use crate::close::{RawClient, RawError, Response};
+
+/// The most calls, including those that delete the records.
+pub(super) const MAX_CALLS: u32 = 100;
+/// How long a read by id may stay stale before it counts as lasting.
+const READ_WAIT: Duration = Duration::from_secs(10);
+/// The first pause between two looks.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+/// The lists of a Contact.
+const LISTS: [&str; 3] = ["emails", "phones", "urls"];
+/// A number whose trunk zero and spaces Close removes.
+pub(super) const WITH_TRUNK_ZERO: &str = "+44 07700 900123";
+pub(super) const WITH_EXTENSION: &str = "+1 800 444 5555 x123";
+/// A number without a country. Recorded in accounts of two countries.
+pub(super) const NATIONAL: &str = "8004445555";
+const BAD_PHONE: &str = "call me";
+const BAD_EMAIL: &str = "not an email";
+
+/// A custom field that the configuration fills.
+#[derive(Debug)]
+pub(super) struct SampleField {
+    /// The setting that names it.
+    pub(super) setting: String,
+    pub(super) owner: Owner,
+    /// `custom.cf_…`.
+    pub(super) key: String,
+    pub(super) kind: String,
+    pub(super) sample: Sample,
+    /// The value is a list.
+    pub(super) multiple: bool,
+}
+
+/// A value to write into a field.
+#[derive(Debug)]
+pub(super) enum Sample {
+    Value(Value),
+    /// The user of the API key.
+    Me,
+    /// The Contact that was made.
+    Contact,
+    /// No value is known that Close would accept.
+    None,
+}
+
+impl SampleField {
+    fn value(&self, me: Option<&str>, contact: Option<&str>) -> Option<Value> {
+        let value = match &self.sample {
+            Sample::Value(value) => value.clone(),
+            Sample::Me => me?.into(),
+            Sample::Contact => contact?.into(),
+            Sample::None => return None,
+        };
+        Some(if self.multiple { json!([value]) } else { value })
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Owner {
+    Lead,
+    Contact,
+}
+
+/// What the script works with.
+#[derive(Debug)]
+pub(super) struct Script {
+    /// The key of the company id of Leads, `custom.cf_…`.
+    pub(super) company_key: Option<String>,
+    /// The key of the user id of Contacts.
+    pub(super) user_key: Option<String>,
+    pub(super) fields: Vec<SampleField>,
+    /// How long to wait for search and for the event log.
+    pub(super) max_wait: Duration,
+}
+
+/// Why the script ended early. What was seen until then stands.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Stop {
+    #[error("{0}")]
+    Call(#[from] RawError),
+    #[error("Close answered {status} to {what}")]
+    Refused { what: &'static str, status: u16 },
+}
+
+/// Runs the script. It can be dropped at any point: `seen` and `made` stay right.
+pub(super) struct Observer {
+    pub(super) client: RawClient,
+    pub(super) made: Made,
+    pub(super) seen: Observations,
+    pub(super) script: Script,
+}
+
+/// The Lead with a company id and a Contact, and the one with only a name.
+struct Leads {
+    keyed: String,
+    contact: Option<String>,
+    named: String,
+    /// When Close answered the last creation.
+    created: Instant,
+}
+
+impl Observer {
+    pub(super) async fn run(&mut self) -> Result<(), Stop> {
+        self.not_found().await?;
+        let leads = self.create().await?;
+        self.read_created(&leads).await?;
+        self.lags_of_creation(&leads).await?;
+        self.old_events().await?;
+        self.change(&leads).await?;
+        self.exactness(&leads).await?;
+        self.descending(&leads).await?;
+        self.fields(&leads).await?;
+        if let Some(contact) = &leads.contact {
+            self.phones(contact).await?;
+            self.refusals(contact).await?;
+        }
+        self.deletion(&leads).await
+    }
+
+    /// A call that leaves enough of them to delete what was made.
+    async fn call(&mut self, method: Method, path: &str, body: Option<&Value>) -> Result<Response, Stop> {
+        if self.client.remaining() <= cleanup::reserve(&self.made) {
+            return Err(RawError::OutOfCalls.into());
+        }
+        let response = self.client.call(method, path, body).await?;
+        self.seen.headers.insert(HeaderForm::of(&response.headers));
+        Ok(response)
+    }
+
+    async fn get(&mut self, path: &str) -> Result<Response, Stop> {
+        self.call(Method::GET, path, None).await
+    }
+
+    async fn put(&mut self, path: &str, body: &Value) -> Result<Response, Stop> {
+        self.call(Method::PUT, path, Some(body)).await
+    }
+
+    /// The rows of a search, or its status.
+    async fn search(&mut self, query: Value, more: Value) -> Result<Result<Value, u16>, Stop> {
+        let mut body = json!({"query": query, "_limit": 50});
+        if let (Some(body), Value::Object(more)) = (body.as_object_mut(), more) {
+            body.extend(more);
+        }
+        let response = self.call(Method::POST, "data/search/", Some(&body)).await?;
+        Ok(if response.status.is_success() { Ok(json_of(&response)) } else { Err(response.status.as_u16()) })
+    }
+
+    async fn not_found(&mut self) -> Result<(), Stop> {
+        let id = format!("lead_{}", self.made.marker);
+        let response = self.get(&format!("lead/{id}/")).await?;
+        self.seen.missing_record = Some(NotFound::of(response.status.as_u16(), &response.body));
+        let response = self.get("close_sync_certify/").await?;
+        self.seen.unknown_url = Some(NotFound::of(response.status.as_u16(), &response.body));
+        let response = self.get("me").await?;
+        self.seen.missing_slash = Some(response.status.as_u16());
+        Ok(())
+    }
+
+    async fn create(&mut self) -> Result<Leads, Stop> {
+        let marker = self.made.marker.clone();
+        let mut contact = json!({
+            "name": format!("Certify {marker}"),
+            "emails": [{"email": email(&marker), "type": "office"}],
+            "phones": [{"phone": WITH_TRUNK_ZERO, "type": "office"}],
+            "urls": [{"url": format!("https://example.com/{marker}"), "type": "url"}],
+        });
+        if let Some(key) = &self.script.user_key {
+            contact[key] = json!(format!("{marker}-user"));
+        }
+        let mut lead = json!({"name": name(&marker, "a"), "description": marker, "contacts": [contact]});
+        if let Some(key) = &self.script.company_key {
+            lead[key] = json!(format!("{marker}-1"));
+        }
+        let mut response = self.create_lead(&lead).await?;
+        if response.status.as_u16() == 400 {
+            // Some number or URL may not suit this organization. The rest can still be tried.
+            for list in ["phones", "urls"] {
+                lead["contacts"][0][list] = json!([]);
+            }
+            response = self.create_lead(&lead).await?;
+        }
+        let keyed = json_of(&response);
+        let Some(id) = id_of(&keyed).filter(|_| response.status.is_success()) else {
+            return Err(refused("the creation of a Lead", &response));
+        };
+        self.seen.created_lists = Some(ContactsForm::of(&keyed));
+        self.times(&keyed);
+        let sent = &lead["contacts"][0]["phones"];
+        if sent.as_array().is_some_and(|phones| !phones.is_empty()) {
+            let kept = keyed.pointer("/contacts/0/phones/0/phone").and_then(Value::as_str).map(str::to_owned);
+            if keyed.pointer("/contacts/0").is_some() {
+                self.seen.phones.push((WITH_TRUNK_ZERO, kept));
+            }
+        }
+        let contact = keyed.pointer("/contact_ids/0").or_else(|| keyed.pointer("/contacts/0/id"));
+        let contact = contact.and_then(Value::as_str).map(str::to_owned);
+        let response = self.create_lead(&json!({"name": name(&marker, "b")})).await?;
+        let Some(named) = id_of(&json_of(&response)).filter(|_| response.status.is_success()) else {
+            return Err(refused("the creation of a Lead", &response));
+        };
+        Ok(Leads { keyed: id, contact, named, created: Instant::now() })
+    }
+
+    async fn create_lead(&mut self, body: &Value) -> Result<Response, Stop> {
+        self.made.sending();
+        let response = self.call(Method::POST, "lead/", Some(body)).await?;
+        let status = response.status.as_u16();
+        // After an error of a server, the Lead may exist.
+        if status < 500 && !matches!(status, 408 | 499) {
+            self.made
+                .answered(id_of(&json_of(&response)).filter(|_| response.status.is_success()).as_deref());
+        }
+        Ok(response)
+    }
+
+    fn times(&mut self, record: &Value) {
+        let times = ["date_created", "date_updated"].into_iter().filter_map(|key| record.get(key)?.as_str());
+        self.seen.times.extend(times.map(TimeForm::of));
+    }
+
+    /// Reads the Lead by its id until it is there.
+    async fn read_created(&mut self, leads: &Leads) -> Result<(), Stop> {
+        let path = format!("lead/?id__in={}&_fields=id", leads.keyed);
+        let response = self.get(&path).await?;
+        if response.status.is_success() {
+            let rows = json_of(&response);
+            self.seen.list_shows_new = Some(rows["data"].as_array().is_some_and(|rows| !rows.is_empty()));
+        }
+        let mut looks = Looks::new(leads.created, READ_WAIT);
+        loop {
+            let response = self.get(&format!("lead/{}/", leads.keyed)).await?;
+            let lead = json_of(&response);
+            if response.status.is_success() {
+                self.times(&lead);
+                self.seen.read_created = Some(looks.seen());
+                self.seen.read_lists = Some(ContactsForm::of(&lead));
+                break;
+            }
+            if !looks.next().await {
+                self.seen.read_created = Some(looks.longer());
+                break;
+            }
+        }
+        let Some(contact) = &leads.contact else { return Ok(()) };
+        let response = self.get(&format!("contact/{contact}/")).await?;
+        if response.status.is_success() {
+            let contact = json_of(&response);
+            self.seen.unknown_lists = Some(unknown_lists(&contact, &LISTS));
+            if self.seen.phones.is_empty() {
+                let kept = contact.pointer("/phones/0/phone").and_then(Value::as_str).map(str::to_owned);
+                self.seen.phones.push((WITH_TRUNK_ZERO, kept));
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until search and the event log show the new Leads.
+    async fn lags_of_creation(&mut self, leads: &Leads) -> Result<(), Stop> {
+        let marker = self.made.marker.clone();
+        let company_key = self.script.company_key.clone();
+        let mut mode = "exact_value";
+        let mut looks = Looks::new(leads.created, self.script.max_wait);
+        progress("waiting until search and the event log show the new Leads", self.script.max_wait);
+        loop {
+            let mut conditions = vec![by_name(&format!("{marker}b"))];
+            conditions.extend(company_key.as_deref().map(|key| by_custom(key, mode, &format!("{marker}-1"))));
+            let shown = match self.search(leads_with(conditions), json!({})).await? {
+                Ok(page) => ids(&page),
+                Err(400) if mode == "exact_value" => {
+                    self.seen.exact = Some(Exact::Refused);
+                    mode = "phrase";
+                    continue;
+                }
+                Err(status) => return Err(Stop::Refused { what: "a search", status }),
+            };
+            if self.seen.search_created.is_none() && shown.contains(&leads.named) {
+                self.seen.search_created = Some(looks.seen());
+            }
+            if company_key.is_some() && self.seen.search_key.is_none() && shown.contains(&leads.keyed) {
+                self.seen.search_key = Some(looks.seen());
+            }
+            if self.seen.event.is_none() {
+                let path = "event/?object_type=lead&action=created&_limit=50";
+                let response = self.get(path).await?;
+                let page = json_of(&response);
+                let mut events = page["data"].as_array().into_iter().flatten();
+                if let Some(event) = events.find(|event| event["object_id"] == leads.named) {
+                    self.seen.event = Some(looks.seen());
+                    self.seen.event_has_data = Some(event["data"].is_object());
+                } else if !response.status.is_success() {
+                    self.seen.event = Some(looks.longer());
+                }
+            }
+            let is_key_done = company_key.is_none() || self.seen.search_key.is_some();
+            if self.seen.search_created.is_some() && is_key_done && self.seen.event.is_some() {
+                return Ok(());
+            }
+            if !looks.next().await {
+                break;
+            }
+        }
+        self.seen.search_created.get_or_insert(looks.longer());
+        self.seen.event.get_or_insert(looks.longer());
+        if company_key.is_some() {
+            self.seen.search_key.get_or_insert(looks.longer());
+        }
+        Ok(())
+    }
+
+    /// Looks whether an event of more than an hour ago still has its data.
+    async fn old_events(&mut self) -> Result<(), Stop> {
+        let before = jiff::Timestamp::now() - Duration::from_mins(65);
+        let path = format!("event/?object_type=lead&action=created&date_updated__lt={before:.0}&_limit=1");
+        let response = self.get(&path).await?;
+        let page = json_of(&response);
+        self.seen.old_event_has_data = page.pointer("/data/0/data").map(Value::is_object);
+        Ok(())
+    }
+
+    /// Changes both Leads, reads one back at once, and waits until search shows the change.
+    async fn change(&mut self, leads: &Leads) -> Result<(), Stop> {
+        let marker = self.made.marker.clone();
+        let (keyed, named) = (format!("lead/{}/", leads.keyed), format!("lead/{}/", leads.named));
+        let Some(key) = self.script.company_key.clone() else {
+            let new = format!("{marker} changed");
+            let response = self.put(&keyed, &json!({"description": new})).await?;
+            return self.read_changed(&keyed, "description", &new, &response).await;
+        };
+        let (new, neighbour) = (format!("{marker}-2"), format!("{marker}-2-x"));
+        self.put(&named, &json!({key.as_str(): neighbour})).await?;
+        let response = self.put(&keyed, &json!({key.as_str(): new})).await?;
+        let changed = Instant::now();
+        self.read_changed(&keyed, &key, &new, &response).await?;
+
+        let mode = if self.seen.exact == Some(Exact::Refused) { "phrase" } else { "exact_value" };
+        let mut looks = Looks::new(changed, self.script.max_wait);
+        progress("waiting until search shows the changed custom field", self.script.max_wait);
+        loop {
+            let query = leads_with(vec![by_custom(&key, mode, &new), by_custom(&key, mode, &neighbour)]);
+            let shown = match self.search(query, json!({})).await? {
+                Ok(page) => ids(&page),
+                Err(status) => return Err(Stop::Refused { what: "a search", status }),
+            };
+            if [&leads.keyed, &leads.named].into_iter().all(|id| shown.contains(id)) {
+                self.seen.search_changed = Some(looks.seen());
+                return Ok(());
+            }
+            if !looks.next().await {
+                self.seen.search_changed = Some(looks.longer());
+                return Ok(());
+            }
+        }
+    }
+
+    /// Whether a change of one field left the others alone, and how long reads show the old value.
+    async fn read_changed(
+        &mut self,
+        path: &str,
+        key: &str,
+        new: &str,
+        answer: &Response,
+    ) -> Result<(), Stop> {
+        if !answer.status.is_success() {
+            return Err(refused("the change of a Lead", answer));
+        }
+        let lead = json_of(answer);
+        let marker = &self.made.marker;
+        let has_name = lead["name"].as_str().is_some_and(|name| name.contains(marker));
+        let has_description = lead["description"].as_str().is_some_and(|text| text.contains(marker));
+        let lost_contacts = lead["contact_ids"].as_array().is_some_and(Vec::is_empty);
+        self.seen.is_patch = Some(has_name && has_description && !lost_contacts);
+        let mut looks = Looks::new(Instant::now(), READ_WAIT);
+        loop {
+            let response = self.get(path).await?;
+            if json_of(&response).get(key).and_then(Value::as_str) == Some(new) {
+                self.seen.read_changed = Some(looks.seen());
+                return Ok(());
+            }
+            if !looks.next().await {
+                self.seen.read_changed = Some(looks.longer());
+                return Ok(());
+            }
+        }
+    }
+
+    /// How search compares, once it shows the records.
+    async fn exactness(&mut self, leads: &Leads) -> Result<(), Stop> {
+        let marker = self.made.marker.clone();
+        let key = self.script.company_key.clone();
+        let is_shown = matches!(self.seen.search_changed, Some(Delay::None | Delay::Within(_)));
+        if let Some(key) = key.filter(|_| is_shown && self.seen.exact.is_none()) {
+            let mut found = Vec::new();
+            for value in [format!("{marker}-2"), format!("{marker}-2").to_uppercase()] {
+                let query = leads_with(vec![by_custom(&key, "exact_value", &value)]);
+                found.push(match self.search(query, json!({})).await? {
+                    Ok(page) => ids(&page),
+                    Err(status) => return Err(Stop::Refused { what: "a search", status }),
+                });
+            }
+            let has = |call: usize, id: &String| found.get(call).is_some_and(|ids| ids.contains(id));
+            self.seen.exact = Some(if has(0, &leads.named) {
+                Exact::Words
+            } else if !has(0, &leads.keyed) {
+                Exact::FindsNothing
+            } else if has(1, &leads.keyed) {
+                Exact::FoldsCase
+            } else {
+                Exact::Exact
+            });
+        }
+        if self.seen.exact != Some(Exact::Refused)
+            && let (Some(contact), Some(Delay::None | Delay::Within(_))) =
+                (&leads.contact, self.seen.search_created)
+        {
+            let contact = contact.clone();
+            let query = contact_with_email(&email(&marker).to_uppercase());
+            if let Ok(page) = self.search(query, json!({})).await? {
+                self.seen.email_search = Some(ids(&page).contains(&contact));
+            }
+        }
+        Ok(())
+    }
+
+    /// Walks both Leads one by one, newest first.
+    async fn descending(&mut self, leads: &Leads) -> Result<(), Stop> {
+        if !matches!(self.seen.search_created, Some(Delay::None | Delay::Within(_))) {
+            return Ok(());
+        }
+        let marker = self.made.marker.clone();
+        let query = leads_with(vec![by_name(&format!("{marker}a")), by_name(&format!("{marker}b"))]);
+        let field = json!({"type": "regular_field", "object_type": "lead", "field_name": "date_created"});
+        let sort = json!([{"direction": "desc", "field": field}]);
+        let (mut found, mut cursor) = (Vec::new(), Value::Null);
+        for _ in 0..3 {
+            let more = json!({"sort": sort, "_limit": 1, "cursor": cursor});
+            let Ok(page) = self.search(query.clone(), more).await? else { return Ok(()) };
+            found.extend(ids(&page));
+            cursor = page["cursor"].clone();
+            if cursor.is_null() {
+                break;
+            }
+        }
+        let all = [&leads.keyed, &leads.named].into_iter().all(|id| found.contains(id));
+        self.seen.descending = Some(all);
+        Ok(())
+    }
+
+    /// Writes a sample into every configured custom field, and compares with what comes back.
+    async fn fields(&mut self, leads: &Leads) -> Result<(), Stop> {
+        let me = id_of(&json_of(&self.get("me/?_fields=id").await?));
+        let (me, contact) = (me.as_deref(), leads.contact.as_deref());
+        let targets = [
+            (Owner::Lead, Some(format!("lead/{}/", leads.keyed))),
+            (Owner::Contact, leads.contact.as_ref().map(|contact| format!("contact/{contact}/"))),
+        ];
+        for (owner, path) in targets {
+            let Some(path) = path else { continue };
+            let samples: Vec<(usize, String, Value)> = self
+                .script
+                .fields
+                .iter()
+                .enumerate()
+                .filter(|(_, field)| field.owner == owner)
+                .filter_map(|(index, field)| Some((index, field.key.clone(), field.value(me, contact)?)))
+                .collect();
+            if samples.is_empty() {
+                continue;
+            }
+            let mut body: Map<String, Value> =
+                samples.iter().map(|(_, key, sample)| (key.clone(), sample.clone())).collect();
+            let mut response = self.put(&path, &json!(body)).await?;
+            if response.status.as_u16() == 400 {
+                // Once more without what Close named.
+                let text = String::from_utf8_lossy(&response.body).into_owned();
+                body.retain(|key, _| !text.contains(key.as_str()));
+                if body.is_empty() {
+                    self.observe_fields(&samples, &body, &json!({}));
+                    continue;
+                }
+                response = self.put(&path, &json!(body)).await?;
+            }
+            if response.status.is_success() {
+                self.observe_fields(&samples, &body, &json_of(&response));
+            }
+        }
+        Ok(())
+    }
+
+    fn observe_fields(
+        &mut self,
+        samples: &[(usize, String, Value)],
+        sent: &Map<String, Value>,
+        record: &Value,
+    ) {
+        for (index, key, sample) in samples {
+            let Some(field) = self.script.fields.get(*index) else { continue };
+            let kept = if sent.contains_key(key) { Kept::of(sample, record.get(key)) } else { Kept::Refused };
+            self.seen.fields.push(FieldObservation {
+                setting: field.setting.clone(),
+                kind: field.kind.clone(),
+                sent: sample.clone(),
+                kept,
+            });
+        }
+    }
+
+    async fn phones(&mut self, contact: &str) -> Result<(), Stop> {
+        let path = format!("contact/{contact}/");
+        for phone in [WITH_EXTENSION, NATIONAL] {
+            let response = self.put(&path, &json!({"phones": [{"phone": phone, "type": "office"}]})).await?;
+            let contact = json_of(&response);
+            let kept = contact.pointer("/phones/0/phone").and_then(Value::as_str);
+            self.seen.phones.push((phone, kept.filter(|_| response.status.is_success()).map(str::to_owned)));
+        }
+        Ok(())
+    }
+
+    async fn refusals(&mut self, contact: &str) -> Result<(), Stop> {
+        let path = format!("contact/{contact}/");
+        let good = email(&self.made.marker);
+        let body = json!({"phones": [{"phone": "+18004445555"}, {"phone": BAD_PHONE}]});
+        let response = self.put(&path, &body).await?;
+        let status = response.status.as_u16();
+        self.seen.bad_phone = Some(Refusal::of(status, &response.body, "phones", BAD_PHONE));
+        let body = json!({"emails": [{"email": good}, {"email": BAD_EMAIL}]});
+        let response = self.put(&path, &body).await?;
+        let status = response.status.as_u16();
+        self.seen.bad_email = Some(Refusal::of(status, &response.body, "emails", BAD_EMAIL));
+        let response = self.put(&path, &json!({"close_sync_certify": "unknown"})).await?;
+        self.seen.unknown_key_refused = Some(response.status.is_client_error());
+        Ok(())
+    }
+
+    async fn deletion(&mut self, leads: &Leads) -> Result<(), Stop> {
+        if !cleanup::delete(&mut self.client, &leads.named).await {
+            return Ok(());
+        }
+        let deleted = Instant::now();
+        self.made.deleted(&leads.named);
+        let mut looks = Looks::new(deleted, READ_WAIT);
+        loop {
+            let response = self.get(&format!("lead/{}/", leads.named)).await?;
+            if response.status.as_u16() == 404 {
+                self.seen.read_deleted = Some(looks.seen());
+                return Ok(());
+            }
+            if !looks.next().await {
+                self.seen.read_deleted = Some(looks.longer());
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// Repeated looks with growing pauses, so that few calls cover a long time.
+struct Looks {
+    start: Instant,
+    max_wait: Duration,
+    is_first: bool,
+}
+
+impl Looks {
+    fn new(start: Instant, max_wait: Duration) -> Self {
+        Self { start, max_wait, is_first: true }
+    }
+
+    /// What was looked for is there now.
+    fn seen(&self) -> Delay {
+        if self.is_first { Delay::None } else { Delay::Within(self.start.elapsed()) }
+    }
+
+    fn longer(&self) -> Delay {
+        Delay::Longer(self.max_wait)
+    }
+
+    /// Waits for the next look. Returns whether there is one.
+    async fn next(&mut self) -> bool {
+        self.is_first = false;
+        let elapsed = self.start.elapsed();
+        if elapsed >= self.max_wait {
+            return false;
+        }
+        let pause = elapsed.mul_f64(0.35).max(FIRST_PAUSE).min(self.max_wait.saturating_sub(elapsed));
+        sleep(pause).await;
+        true
+    }
+}
+
+pub(super) fn progress(text: &str, max_wait: Duration) {
+    anstream::eprintln!("{text}, at most {} s", max_wait.as_secs());
+}
+
+fn name(marker: &str, suffix: &str) -> String {
+    format!("close-sync certify {marker}{suffix}")
+}
+
+fn email(marker: &str) -> String {
+    format!("certify-{marker}@example.com")
+}
+
+fn refused(what: &'static str, response: &Response) -> Stop {
+    Stop::Refused { what, status: response.status.as_u16() }
+}
+
+fn json_of(response: &Response) -> Value {
+    serde_json::from_slice(&response.body).unwrap_or_default()
+}
+
+fn id_of(record: &Value) -> Option<String> {
+    let id = record.get("id").and_then(Value::as_str)?;
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    // It becomes a part of paths.
+    (!id.is_empty() && id.bytes().all(is_plain)).then(|| id.to_owned())
+}
+
+fn ids(page: &Value) -> Vec<String> {
+    let rows = page["data"].as_array().into_iter().flatten();
+    rows.filter_map(|row| row["id"].as_str()).map(str::to_owned).collect()
+}
+
+fn leads_with(conditions: Vec<Value>) -> Value {
+    json!({"type": "and", "queries": [
+        {"type": "object_type", "object_type": "lead"}, {"type": "or", "queries": conditions}]})
+}
+
+fn text(mode: &str, value: &str) -> Value {
+    json!({"type": "text", "mode": mode, "value": value})
+}
+
+fn by_name(word: &str) -> Value {
+    json!({"type": "field_condition",
+        "field": {"type": "regular_field", "object_type": "lead", "field_name": "name"},
+        "condition": text("full_words", word)})
+}
+
+fn by_custom(key: &str, mode: &str, value: &str) -> Value {
+    let id = key.strip_prefix("custom.").unwrap_or(key);
+    json!({"type": "field_condition", "field": {"type": "custom_field", "custom_field_id": id},
+        "condition": text(mode, value)})
+}
+
+fn contact_with_email(email: &str) -> Value {
+    let field = json!({"type": "regular_field", "object_type": "contact_email", "field_name": "email"});
+    json!({"type": "and", "queries": [
+        {"type": "object_type", "object_type": "contact"},
+        {"type": "has_related", "this_object_type": "contact", "related_object_type": "contact_email",
+            "related_query": {"type": "field_condition", "field": field, "condition": text("exact_value", email)}},
+    ]})
+}
