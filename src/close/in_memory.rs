@@ -11,6 +11,7 @@ use crate::close::error::CloseError;
 use crate::close::records::{Hits, LeadWithContacts, LeadWithPerson, Records, Written};
 use crate::close::wire;
 use crate::domain::mapping::{Identity, KeyFields};
+use crate::domain::phone::{self, Country};
 use crate::domain::plan::{ContactValues, Step};
 use crate::domain::record::{Channel, Contact, ContactId, Entry, FieldId, Lead, LeadId, Lists, fold_email};
 use crate::domain::value::{same_word, trim};
@@ -175,16 +176,7 @@ fn as_stored(lists: &Lists) -> Lists {
 
 /// A phone number with its country code. Other text is not changed.
 fn international(text: &str) -> String {
-    let digits: String = text.chars().filter(char::is_ascii_digit).collect();
-    if !(1..=14).contains(&digits.len()) {
-        return text.to_owned();
-    }
-    match digits.strip_prefix("00") {
-        _ if text.trim().starts_with('+') => format!("+{digits}"),
-        Some(international) => format!("+{international}"),
-        None if digits.len() == 11 && digits.starts_with('1') => format!("+{digits}"),
-        None => format!("+1{digits}"),
-    }
+    phone::stored_form(text, Country::parse("US")).unwrap_or_else(|| text.to_owned())
 }
 
 /// Search ignores case and surrounding whitespace, so a hit can have a different id (close-api.md §6).

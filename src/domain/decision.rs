@@ -161,6 +161,8 @@ pub fn change(field: &FieldPlan, mapping: &Mapping) -> String {
         }
         (FieldVerdict::ListFull, _) => format!("{wanted} not added: the list is full"),
         (FieldVerdict::ListUnknown, _) => format!("{wanted} not added: Close did not show the list"),
+        (FieldVerdict::NotKept, Some(before)) => format!("{before}, because Close does not keep {wanted}"),
+        (FieldVerdict::NotKept, None) => format!("{wanted} not written: Close does not keep it"),
         (FieldVerdict::Refused, _) => format!("{wanted} rejected by Close"),
     }
 }

@@ -98,7 +98,7 @@ pub fn compare(contact: &Contact, person: &Identity, keys: &KeyFields) -> Contac
     if theirs.is_some() && theirs == person.user_id.as_deref() {
         return ContactMatch::SameUser;
     }
-    let same_email = person.email.as_ref().is_some_and(|email| contact.has(Channel::Email, email));
+    let same_email = person.email.as_ref().is_some_and(|email| contact.has(Channel::Email, email, None));
     match (same_email, theirs, &person.user_id) {
         (false, ..) => ContactMatch::NoMatch,
         (true, Some(_), Some(_)) => ContactMatch::Conflict,

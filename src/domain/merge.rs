@@ -8,6 +8,7 @@ use crate::domain::mapping::Desired;
 use crate::domain::matching::Found;
 use crate::domain::plan::{NEW_CONTACT, NEW_LEAD, Plan, Step};
 use crate::domain::planner::plan;
+use crate::domain::readback::Readback;
 use crate::domain::record::{Lead, LeadId};
 use crate::domain::staleness::RecordVersions;
 use crate::domain::switches::Switches;
@@ -28,8 +29,9 @@ impl MergedPlan {
         found: &Found,
         switches: Switches,
         versions: &RecordVersions,
+        readback: &Readback,
     ) -> Self {
-        let before = plan(first, found, switches, versions);
+        let before = plan(first, found, switches, versions, readback);
         let mut merged = Self { steps: before.steps.clone(), plans: vec![before] };
         let (mut found, mut versions, mut before) = (found.clone(), versions.clone(), first);
         for event in others {
@@ -37,7 +39,7 @@ impl MergedPlan {
                 plan.note_versions(&mut versions, before);
                 plan.steps.iter().for_each(|step| apply(&mut found, step, before));
             }
-            let plan = plan(event, &found, switches, &versions);
+            let plan = plan(event, &found, switches, &versions, readback);
             plan.steps.iter().for_each(|step| merge_step(&mut merged.steps, step));
             merged.plans.push(plan);
             before = event;

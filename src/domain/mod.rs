@@ -9,9 +9,10 @@
 //! - [`planner`] makes the [`plan`]: the steps from those to the wanted records, without stale values ([`staleness`]);
 //! - [`merge`] combines the steps of several events;
 //! - [`partial_write`] removes what Close rejected;
+//! - [`readback`] learns from Close's answers how it keeps what it was sent;
 //! - [`decision`] explains all of it.
 //!
-//! [`record`], [`schema`], [`switches`] and [`dropped`] are shared types. No two files import each other.
+//! [`record`], [`phone`], [`schema`], [`switches`] and [`dropped`] are shared types. No two files import each other.
 
 pub mod decision;
 pub mod dropped;
@@ -22,9 +23,10 @@ pub mod mapping;
 pub mod matching;
 pub mod merge;
 pub mod partial_write;
-mod phone;
+pub mod phone;
 pub mod plan;
 pub mod planner;
+pub mod readback;
 pub mod record;
 pub mod schema;
 pub mod staleness;

@@ -191,6 +191,8 @@ pub enum FieldVerdict {
     ListFull,
     /// Close did not show the list, so writing it could delete entries.
     ListUnknown,
+    /// Close was sent this value before, and returned the one it has.
+    NotKept,
     /// A newer event wrote the field ([`crate::domain::staleness`]).
     Stale,
     /// Close rejected the value; the rest was written without it.
@@ -227,6 +229,7 @@ impl Plan {
             | FieldVerdict::Same
             | FieldVerdict::NotEmpty
             | FieldVerdict::OnlyOnCreate
+            | FieldVerdict::NotKept
             | FieldVerdict::Stale
             | FieldVerdict::Refused => None,
         })
@@ -272,6 +275,7 @@ impl Plan {
                     | FieldVerdict::OnlyOnCreate
                     | FieldVerdict::ListFull
                     | FieldVerdict::ListUnknown
+                    | FieldVerdict::NotKept
                     | FieldVerdict::Stale
                     | FieldVerdict::Refused => {}
                 }

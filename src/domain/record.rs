@@ -4,11 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use jiff::Timestamp;
-use serde_json::Value;
+use jiff::civil::Date;
+use serde_json::{Number, Value};
 use strum::VariantArray;
 
-use crate::domain::phone::digits;
-use crate::domain::value::trim;
+use crate::domain::phone::{self, Country};
+use crate::domain::time;
+use crate::domain::value::{self, trim};
 use crate::domain::web_address;
 
 macro_rules! id {
@@ -109,16 +111,46 @@ impl fmt::Display for Field {
 /// Values by field. A field that is absent has no value, or is not changed.
 pub type Fields = BTreeMap<Field, Value>;
 
-/// Whether two values of a field are equal. Numbers are compared by value. The order of a list does not matter, because
-/// Close does not document that it keeps it.
-pub fn same(one: &Value, other: &Value) -> bool {
-    match (one, other) {
-        (Value::Number(one), Value::Number(other)) => one == other || one.as_f64() == other.as_f64(),
-        (Value::Array(one), Value::Array(other)) => {
-            one.len() == other.len() && one.iter().all(|item| other.iter().any(|its| same(item, its)))
+/// Whether Close returns a wanted value as another: the same value in another notation (close-api.md §15).
+///
+/// Close returns times with any offset, a user as an object, one value as a list or a list of one as a value, and numbers
+/// as text. The order of a list does not matter, because Close does not document that it keeps it.
+pub fn same(stored: &Value, wanted: &Value) -> bool {
+    match (stored, wanted) {
+        (Value::Array(stored), Value::Array(wanted)) => {
+            stored.len() == wanted.len()
+                && wanted.iter().all(|item| stored.iter().any(|other| same(other, item)))
         }
-        (one, other) => one == other,
+        (Value::Array(items), one) => items.len() == 1 && items.iter().all(|item| same(item, one)),
+        (one, Value::Array(items)) => items.len() == 1 && items.iter().all(|item| same(one, item)),
+        (Value::Object(reference), Value::String(id)) => {
+            reference.get("id").and_then(Value::as_str) == Some(id.as_str())
+        }
+        (Value::Number(one), Value::Number(other)) => one == other || one.as_f64() == other.as_f64(),
+        (Value::String(text), Value::Number(number)) => is_number(text, number),
+        (Value::Number(_) | Value::Bool(_), Value::String(text)) => {
+            value::text(stored).as_ref() == Some(text)
+                || stored.as_number().is_some_and(|number| is_number(text, number))
+        }
+        (Value::String(stored), Value::String(wanted)) => stored == wanted || same_time(stored, wanted),
+        (stored, wanted) => stored == wanted,
     }
+}
+
+fn is_number(text: &str, number: &Number) -> bool {
+    let read = serde_json::from_str::<Number>(text.trim()).ok();
+    read.is_some_and(|read| read == *number || read.as_f64() == number.as_f64())
+}
+
+/// Whether a text is a wanted time or day in another notation. Wanted times and days have the notation of
+/// [`time::format_timestamp`] and `2026-01-31`; any other text is compared as text.
+fn same_time(stored: &str, wanted: &str) -> bool {
+    let Some(instant) = time::read_back(stored) else { return false };
+    time::format_timestamp(instant) == wanted
+        || wanted.parse::<Date>().is_ok_and(|date| {
+            date.to_string() == wanted
+                && time::format_timestamp(instant) == format!("{wanted}T00:00:00.000000+00:00")
+        })
 }
 
 /// A list of a Contact. close-sync appends to it and never removes entries.
@@ -159,15 +191,16 @@ impl Channel {
         }
     }
 
-    /// Whether two values are the same email address, phone number or URL.
+    /// Whether Close stores one value as the other: the same email address, phone number or URL.
     ///
-    /// Close rewrites phone numbers (`8004445555` becomes `+18004445555`) and completes URLs, so a value that is read back
-    /// differs from what was sent (close-api.md §5). Comparing the text would append the same number with every event.
-    pub fn same(self, one: &str, other: &str) -> bool {
+    /// Close rewrites phone numbers by the country of the organization (`8004445555` becomes `+18004445555`) and completes
+    /// URLs, so a value that is read back differs from what was sent (close-api.md §5). Comparing the text would append the
+    /// same number with every event.
+    pub fn same(self, sent: &str, stored: &str, country: Option<Country>) -> bool {
         match self {
-            Self::Email => fold_email(one) == fold_email(other),
-            Self::Phone => same_phone(one, other),
-            Self::Url => fold_url(one) == fold_url(other),
+            Self::Email => fold_email(sent) == fold_email(stored),
+            Self::Phone => phone::same(sent, stored, country),
+            Self::Url => fold_url(sent) == fold_url(stored),
         }
     }
 }
@@ -181,30 +214,6 @@ impl fmt::Display for Channel {
 /// An email address in the form in which addresses are compared: trimmed and case-folded.
 pub fn fold_email(email: &str) -> String {
     trim(email).to_lowercase()
-}
-
-/// Country codes have one to three digits (ITU-T E.164).
-const COUNTRY_CODE_DIGITS: usize = 3;
-
-fn same_phone(one: &str, other: &str) -> bool {
-    let international = |text: &str| trim(text).starts_with('+');
-    let (a, b) = (digits(one), digits(other));
-    if a.is_empty() || b.is_empty() {
-        return trim(one) == trim(other);
-    }
-    if a == b {
-        return true;
-    }
-    if international(one) && international(other) {
-        return false;
-    }
-    // For a national number, Close adds the country code and removes the leading zero.
-    let tail = |national: &str, whole: &str| {
-        let national = national.trim_start_matches('0');
-        !national.is_empty()
-            && whole.strip_suffix(national).is_some_and(|code| code.len() <= COUNTRY_CODE_DIGITS)
-    };
-    (!international(one) && tail(&a, &b)) || (!international(other) && tail(&b, &a))
 }
 
 fn fold_url(text: &str) -> String {
@@ -284,8 +293,8 @@ impl Contact {
     }
 
     /// Whether the list has this value according to [`Channel::same`].
-    pub fn has(&self, channel: Channel, value: &str) -> bool {
-        self.list(channel).iter().any(|entry| channel.same(&entry.value, value))
+    pub fn has(&self, channel: Channel, value: &str, country: Option<Country>) -> bool {
+        self.list(channel).iter().any(|entry| channel.same(value, &entry.value, country))
     }
 }
 
@@ -337,6 +346,10 @@ mod tests {
             (Channel::Phone, "+49301234567", "+19301234567", false),
             (Channel::Phone, "1234", "+441234", true),
             (Channel::Phone, "0049301234567", "+49301234567", true),
+            // Their ends agree.
+            (Channel::Phone, "030 901820", "+43130901820", false),
+            (Channel::Phone, "+1 800 444 5555 ext. 12", "+18004445555x12", true),
+            (Channel::Phone, "+1 800 444 5555 ext. 12", "+18004445555", false),
             (Channel::Phone, "4567", "+49301234567", false),
             (Channel::Phone, "8004445555", "8004445556", false),
             (Channel::Phone, "ask reception", "ask reception", true),
@@ -348,8 +361,8 @@ mod tests {
             (Channel::Url, "acme.test:8080", "acme.test", false),
         ];
         for (channel, one, other, same) in cases {
-            assert_eq!(channel.same(one, other), same, "{channel}: {one} ~ {other}");
-            assert_eq!(channel.same(other, one), same, "{channel}: {other} ~ {one}");
+            assert_eq!(channel.same(one, other, None), same, "{channel}: {one} ~ {other}");
+            assert_eq!(channel.same(other, one, None), same, "{channel}: {other} ~ {one}");
         }
     }
 }

@@ -64,7 +64,7 @@ pub type RecordVersions = HashMap<String, FieldVersions>;
 
 /// The time stored in a record.
 pub fn stored(fields: &Fields, synced_at: Option<&FieldId>) -> Option<Timestamp> {
-    fields.get(&Field::Custom(synced_at?.clone()))?.as_str()?.parse().ok()
+    time::read_back(fields.get(&Field::Custom(synced_at?.clone()))?.as_str()?)
 }
 
 /// The time to store in a record that changes, if it is later than the stored one.

@@ -220,6 +220,11 @@ fn named_month(text: &str) -> Option<Written> {
     Some(written(parsed.to_datetime().ok()?, parsed.offset().unwrap_or(Offset::UTC)))
 }
 
+/// A time as Close returns it: with `Z`, any offset, or none, which is UTC (close-api.md §15).
+pub(crate) fn read_back(text: &str) -> Option<Timestamp> {
+    if text.len() > LONGEST { None } else { iso(text)?.timestamp() }
+}
+
 /// A time in Close's notation: UTC with six decimals, of which Close keeps milliseconds (close-api.md §1).
 pub(crate) fn format_timestamp(timestamp: Timestamp) -> String {
     let timestamp = Timestamp::from_millisecond(timestamp.as_millisecond()).unwrap_or(timestamp);

@@ -16,6 +16,7 @@ use crate::sync::circuit_breaker::CircuitBreaker;
 use crate::sync::id_cache::IdCache;
 use crate::sync::job::Settings;
 use crate::sync::preflight::{self, PreflightError};
+use crate::sync::readback_cache::ReadbackCache;
 use crate::sync::recent_records::RecentRecords;
 use crate::sync::record_locks::RecordLocks;
 use crate::sync::version_cache::VersionCache;
@@ -33,6 +34,7 @@ pub(crate) struct Context {
     pub(crate) keys: KeyFields,
     pub(crate) id_cache: IdCache,
     pub(crate) version_cache: VersionCache,
+    pub(crate) readback_cache: ReadbackCache,
     pub(crate) record_locks: RecordLocks,
     pub(crate) recent: RecentRecords,
     pub(crate) metrics: Metrics,
@@ -65,6 +67,7 @@ impl Context {
             keys: mapping.keys.clone(),
             id_cache: IdCache::default(),
             version_cache: VersionCache::default(),
+            readback_cache: ReadbackCache::default(),
             record_locks: RecordLocks::default(),
             recent: RecentRecords::default(),
             metrics,

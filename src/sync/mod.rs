@@ -15,6 +15,9 @@
 //! **Staleness** ([`crate::domain::staleness`]) skips values that are older than what Close holds. **Merging**
 //! ([`crate::domain::merge`]) writes consecutive messages about one person at once.
 //!
+//! **Read-back** ([`crate::domain::readback`]) learns from Close's answers how it keeps what it is sent, so that a value
+//! that comes back as another is not sent again with every event.
+//!
 //! **The mapping** is resolved against the custom fields in Close, and again when they may have changed:
 //! periodically, after a pause, and when Close says that a field does not exist. The lookup fields stay those
 //! of the start.
@@ -33,6 +36,7 @@ mod lookups;
 pub mod preflight;
 #[cfg(test)]
 pub(crate) mod properties;
+pub mod readback_cache;
 pub mod recent_records;
 pub mod record_locks;
 mod resolver;

@@ -22,6 +22,7 @@ use crate::domain::schema::FieldRef;
 use crate::domain::switches::Switches;
 use crate::sync::id_cache::IdCache;
 use crate::sync::lookups::{Lookups, Reads};
+use crate::sync::readback_cache::ReadbackCache;
 use crate::sync::recent_records::RecentRecords;
 use crate::sync::resolver::{Decided, Resolver};
 use crate::sync::version_cache::VersionCache;
@@ -31,6 +32,7 @@ use crate::sync::version_cache::VersionCache;
 pub(crate) struct Caches {
     pub(crate) id_cache: IdCache,
     pub(crate) version_cache: VersionCache,
+    pub(crate) readback_cache: ReadbackCache,
     pub(crate) recent: RecentRecords,
 }
 
@@ -43,7 +45,7 @@ impl Caches {
         switches: Switches,
         decision: &'a mut Decision,
     ) -> Resolver<'a, InMemoryRecords> {
-        let Self { id_cache, version_cache, recent } = self;
+        let Self { id_cache, version_cache, readback_cache, recent } = self;
         let keys = &mapping.keys;
         let lookups = Lookups {
             records,
@@ -54,7 +56,7 @@ impl Caches {
             search_is_complete: true,
             decision,
         };
-        Resolver { lookups, version_cache, switches }
+        Resolver { lookups, version_cache, readback_cache, switches }
     }
 }
 

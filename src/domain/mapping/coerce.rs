@@ -22,6 +22,7 @@ use serde_json::Value;
 
 use crate::domain::dropped::{DropReason, excerpt};
 use crate::domain::phone;
+use crate::domain::record::is_id;
 use crate::domain::schema::{CustomField, FieldKind, Status, User};
 use crate::domain::time::{date, format_timestamp, timestamp};
 use crate::domain::value::{flatten, integer, same_word, single_spaces, text};
@@ -191,15 +192,15 @@ fn item(value: &Value, field: &CustomField, users: &[User]) -> Result<Value, Dro
             });
             user.map(|user| user.id.clone().into()).ok_or(DropReason::NoSuchUser)
         }
-        FieldKind::Contact => reference(&word()?, "cont_"),
-        FieldKind::CustomObject => reference(&word()?, "co_"),
+        FieldKind::Contact => reference(&word()?, "cont"),
+        FieldKind::CustomObject => reference(&word()?, "custobj"),
         FieldKind::Other(_) if value.is_object() || value.is_array() => Err(DropReason::NotAValue),
         FieldKind::Other(_) => Ok(value.clone()),
     }
 }
 
 fn reference(id: &str, prefix: &str) -> Result<Value, DropReason> {
-    (id.starts_with(prefix) && id.len() <= MAX_ID).then(|| id.into()).ok_or(DropReason::NotAnId)
+    is_id(Some(prefix), id).then(|| id.into()).ok_or(DropReason::NotAnId)
 }
 
 fn number(value: &Value) -> Result<Value, DropReason> {
@@ -306,7 +307,8 @@ mod tests {
             (User, json!("Bob"), Err("no_such_user")),
             (Contact, json!("cont_1"), Ok(json!("cont_1"))),
             (Contact, json!("Jane"), Err("not_an_id")),
-            (CustomObject, json!("co_1"), Ok(json!("co_1"))),
+            (CustomObject, json!("custobj_1"), Ok(json!("custobj_1"))),
+            (CustomObject, json!("cotype_1"), Err("not_an_id")),
             (Other("emoji".into()), json!(5), Ok(json!(5))),
             (Other("emoji".into()), json!([5]), Err("not_a_value")),
         ];
@@ -394,9 +396,11 @@ mod tests {
         for piece in schemes.into_iter().chain(signs).chain(invisible) {
             let page = piece.repeat((1 << 20) / piece.len());
             assert!(url(&[json!(page)]).is_err(), "{piece:?}");
-            assert!(Channel::Url.same(&page, &page) && !Channel::Url.same(&page, "http://acme.test"));
+            assert!(
+                Channel::Url.same(&page, &page, None) && !Channel::Url.same(&page, "http://acme.test", None)
+            );
             let text = piece.repeat((1 << 17) / piece.len());
-            assert!(Channel::Phone.same(&text, &text) && Channel::Email.same(&text, &text));
+            assert!(!Channel::Phone.same(&text, "+1234", None) && Channel::Email.same(&text, &text, None));
             assert!(value::domain(&page).is_none_or(|domain| domain.len() <= page.len()), "{piece:?}");
             let values = [json!(text)];
             for refused in [id(&values).err(), email(&values).err(), phone(&values).err()] {

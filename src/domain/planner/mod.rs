@@ -21,19 +21,26 @@ use serde_json::Value;
 use crate::domain::mapping::{Desired, Wanted, WriteRule};
 use crate::domain::matching::Found;
 use crate::domain::plan::{
-    ContactValues, FieldPlan, FieldVerdict, Plan, RecordPlan, RecordRef, Refusal, Step,
+    ContactValues, FieldPlan, FieldVerdict, NEW_CONTACT, NEW_LEAD, Plan, RecordPlan, RecordRef, Refusal, Step,
 };
+use crate::domain::readback::{InList, Readback};
 use crate::domain::record::{Contact, Entry, Field, FieldId, Fields, Lead, Lists, same};
-use crate::domain::staleness::{self, FieldVersions, RecordVersions};
+use crate::domain::staleness::{self, RecordVersions};
 use crate::domain::switches::Switches;
 
 /// The most entries Close keeps in one list of a Contact (close-api.md §5).
 const MAX_ENTRIES: usize = 100;
 
 /// The steps that turn `found` into `desired`. Empty when nothing differs. `versions` tell which values in `found` are
-/// newer than the event.
-pub fn plan(desired: &Desired, found: &Found, switches: Switches, versions: &RecordVersions) -> Plan {
-    let mut planner = Planner { desired, switches, versions, plan: Plan::default() };
+/// newer than the event, `readback` which wanted values Close does not keep.
+pub fn plan(
+    desired: &Desired,
+    found: &Found,
+    switches: Switches,
+    versions: &RecordVersions,
+    readback: &Readback,
+) -> Plan {
+    let mut planner = Planner { desired, switches, versions, readback, plan: Plan::default() };
     match found {
         Found::NoMatch => planner.create_lead(false),
         Found::OtherCompany => planner.create_lead(true),
@@ -66,6 +73,7 @@ struct Planner<'a> {
     desired: &'a Desired,
     switches: Switches,
     versions: &'a RecordVersions,
+    readback: &'a Readback,
     plan: Plan,
 }
 
@@ -75,8 +83,8 @@ impl Planner<'_> {
         let no_contact = no_lead.or(refuse_contact(duplicate, self.switches));
         // A Lead without company id and Contact could never be found again.
         let no_lead = no_lead.or(no_contact.filter(|_| self.desired.identity.company_id.is_none()));
-        let (lead, lead_fields) = lead_changes(self.desired, None, None);
-        let (contact, contact_fields) = contact_changes(self.desired, None, None);
+        let (lead, lead_fields) = self.lead_changes(None);
+        let (contact, contact_fields) = self.contact_changes(None);
         self.consider(RecordRef::NewLead, self.desired.lead_name(), no_lead, lead_fields);
         self.consider(RecordRef::NewContact(None), self.desired.contact_name(), no_contact, contact_fields);
         if no_lead.is_none() {
@@ -86,7 +94,7 @@ impl Planner<'_> {
 
     fn create_contact(&mut self, lead: &Lead, duplicate: bool) {
         let refused = refuse_contact(duplicate, self.switches);
-        let (contact, fields) = contact_changes(self.desired, None, None);
+        let (contact, fields) = self.contact_changes(None);
         self.consider(
             RecordRef::NewContact(Some(lead.id.clone())),
             self.desired.contact_name(),
@@ -99,7 +107,7 @@ impl Planner<'_> {
     }
 
     fn update_lead(&mut self, lead: &Lead) {
-        let (changes, fields) = lead_changes(self.desired, Some(lead), self.versions.get(lead.id.as_str()));
+        let (changes, fields) = self.lead_changes(Some(lead));
         let refused = (!self.switches.allow_updating_existing_leads && !changes.is_empty())
             .then_some(Refusal::UpdateLead);
         self.consider(RecordRef::Lead(lead.id.clone()), name(&lead.fields), refused, fields);
@@ -109,8 +117,7 @@ impl Planner<'_> {
     }
 
     fn update_contact(&mut self, contact: &Contact) {
-        let (changes, fields) =
-            contact_changes(self.desired, Some(contact), self.versions.get(contact.id.as_str()));
+        let (changes, fields) = self.contact_changes(Some(contact));
         let refused = (!self.switches.allow_updating_existing_contacts && !changes.is_empty())
             .then_some(Refusal::UpdateContact);
         self.consider(RecordRef::Contact(contact.id.clone()), name(&contact.fields), refused, fields);
@@ -146,11 +153,12 @@ fn refuse_contact(duplicate: bool, switches: Switches) -> Option<Refusal> {
 }
 
 /// What to set, and the verdict on each field. Without a record everything is set: every write rule allows a value in a
-/// new record.
+/// new record. `is_newer` and `is_futile` are about a field that the record has and the value that is wanted.
 fn field_changes(
     wanted: &BTreeMap<Field, Wanted>,
     record: Option<&Fields>,
     is_newer: impl Fn(&str) -> bool,
+    is_futile: impl Fn(&str, Option<&Value>, &Value) -> bool,
 ) -> (Fields, Vec<FieldPlan>) {
     let (mut changes, mut plans) = (Fields::new(), Vec::new());
     for (field, wanted) in wanted {
@@ -161,6 +169,9 @@ fn field_changes(
             (WriteRule::OnCreate, _) => FieldVerdict::OnlyOnCreate,
             (WriteRule::IfEmpty, Some(_)) => FieldVerdict::NotEmpty,
             (WriteRule::Always, Some(_)) if is_newer(&key) => FieldVerdict::Stale,
+            (WriteRule::IfEmpty | WriteRule::Always, before) if is_futile(&key, before, &wanted.value) => {
+                FieldVerdict::NotKept
+            }
             (WriteRule::IfEmpty, None) | (WriteRule::Always, _) => FieldVerdict::Set,
         };
         if verdict == FieldVerdict::Set {
@@ -193,60 +204,68 @@ fn set_synced_at(
     }
 }
 
-fn lead_changes(
-    desired: &Desired,
-    lead: Option<&Lead>,
-    versions: Option<&FieldVersions>,
-) -> (Fields, Vec<FieldPlan>) {
-    let record = lead.map(|lead| &lead.fields);
-    let is_newer = |field: &str| versions.is_some_and(|versions| versions.is_newer(field, desired.at));
-    let (mut changes, mut plans) = field_changes(&desired.lead, record, is_newer);
-    if record.is_none() || !changes.is_empty() {
-        set_synced_at(desired, desired.synced_at.lead.as_ref(), record, &mut changes, &mut plans);
-    }
-    (changes, plans)
-}
-
-/// The same for a Contact. The wanted entry is appended to its list; existing entries keep their place.
-fn contact_changes(
-    desired: &Desired,
-    contact: Option<&Contact>,
-    versions: Option<&FieldVersions>,
-) -> (ContactValues, Vec<FieldPlan>) {
-    let record = contact.map(|contact| &contact.fields);
-    let is_newer = |field: &str| versions.is_some_and(|versions| versions.is_newer(field, desired.at));
-    let (mut fields, mut plans) = field_changes(&desired.contact, record, is_newer);
-    let mut lists = Lists::new();
-    for (&channel, wanted) in &desired.channels {
-        let Some(value) = wanted.value.as_str() else { continue };
-        let current = contact.map_or(&[][..], |contact| contact.list(channel));
-        let verdict = match wanted.write {
-            _ if contact.is_some_and(|contact| contact.has(channel, value)) => FieldVerdict::Same,
-            WriteRule::OnCreate if contact.is_some() => FieldVerdict::OnlyOnCreate,
-            _ if contact.is_some_and(|contact| contact.unknown_lists.contains(&channel)) => {
-                FieldVerdict::ListUnknown
-            }
-            WriteRule::IfEmpty if !current.is_empty() => FieldVerdict::NotEmpty,
-            WriteRule::OnCreate | WriteRule::IfEmpty | WriteRule::Always if current.len() >= MAX_ENTRIES => {
-                FieldVerdict::ListFull
-            }
-            WriteRule::OnCreate | WriteRule::IfEmpty | WriteRule::Always => FieldVerdict::Appended,
+impl Planner<'_> {
+    fn changes_to(
+        &self,
+        id: &str,
+        wanted: &BTreeMap<Field, Wanted>,
+        record: Option<&Fields>,
+    ) -> (Fields, Vec<FieldPlan>) {
+        let versions = self.versions.get(id);
+        let is_newer =
+            |field: &str| versions.is_some_and(|versions| versions.is_newer(field, self.desired.at));
+        let is_futile = |field: &str, before: Option<&Value>, wanted: &Value| {
+            self.readback.is_futile(id, field, before, wanted)
         };
-        if verdict == FieldVerdict::Appended {
-            let entry = Entry { value: value.to_owned(), kind: channel.default_kind().to_owned() };
-            lists.insert(channel, current.iter().cloned().chain([entry]).collect());
+        field_changes(wanted, record, is_newer, is_futile)
+    }
+
+    fn lead_changes(&self, lead: Option<&Lead>) -> (Fields, Vec<FieldPlan>) {
+        let (desired, record) = (self.desired, lead.map(|lead| &lead.fields));
+        let id = lead.map_or(NEW_LEAD, |lead| lead.id.as_str());
+        let (mut changes, mut plans) = self.changes_to(id, &desired.lead, record);
+        if record.is_none() || !changes.is_empty() {
+            set_synced_at(desired, desired.synced_at.lead.as_ref(), record, &mut changes, &mut plans);
         }
-        let before: Vec<Value> = current.iter().map(|entry| entry.value.clone().into()).collect();
-        plans.push(FieldPlan {
-            field: channel.to_string(),
-            before: (!before.is_empty()).then_some(before.into()),
-            wanted: wanted.value.clone(),
-            write: wanted.write,
-            verdict,
-        });
+        (changes, plans)
     }
-    if record.is_none() || !fields.is_empty() || !lists.is_empty() {
-        set_synced_at(desired, desired.synced_at.contact.as_ref(), record, &mut fields, &mut plans);
+
+    /// The same for a Contact. The wanted entry is appended to its list; existing entries keep their place.
+    fn contact_changes(&self, contact: Option<&Contact>) -> (ContactValues, Vec<FieldPlan>) {
+        let (desired, record) = (self.desired, contact.map(|contact| &contact.fields));
+        let id = contact.map_or(NEW_CONTACT, |contact| contact.id.as_str());
+        let (mut fields, mut plans) = self.changes_to(id, &desired.contact, record);
+        let mut lists = Lists::new();
+        for (&channel, wanted) in &desired.channels {
+            let Some(value) = wanted.value.as_str() else { continue };
+            let current = contact.map_or(&[][..], |contact| contact.list(channel));
+            let verdict = match (wanted.write, self.readback.find(id, channel, current, value)) {
+                (_, Some(InList::Present)) => FieldVerdict::Same,
+                (WriteRule::OnCreate, _) if contact.is_some() => FieldVerdict::OnlyOnCreate,
+                _ if contact.is_some_and(|contact| contact.unknown_lists.contains(&channel)) => {
+                    FieldVerdict::ListUnknown
+                }
+                (WriteRule::IfEmpty, _) if !current.is_empty() => FieldVerdict::NotEmpty,
+                (_, Some(InList::Refused)) => FieldVerdict::NotKept,
+                (_, None) if current.len() >= MAX_ENTRIES => FieldVerdict::ListFull,
+                (_, None) => FieldVerdict::Appended,
+            };
+            if verdict == FieldVerdict::Appended {
+                let entry = Entry { value: value.to_owned(), kind: channel.default_kind().to_owned() };
+                lists.insert(channel, current.iter().cloned().chain([entry]).collect());
+            }
+            let before: Vec<Value> = current.iter().map(|entry| entry.value.clone().into()).collect();
+            plans.push(FieldPlan {
+                field: channel.to_string(),
+                before: (!before.is_empty()).then_some(before.into()),
+                wanted: wanted.value.clone(),
+                write: wanted.write,
+                verdict,
+            });
+        }
+        if record.is_none() || !fields.is_empty() || !lists.is_empty() {
+            set_synced_at(desired, desired.synced_at.contact.as_ref(), record, &mut fields, &mut plans);
+        }
+        (ContactValues { fields, lists }, plans)
     }
-    (ContactValues { fields, lists }, plans)
 }

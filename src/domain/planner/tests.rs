@@ -19,7 +19,7 @@ type Case = (Found, fn(&mut Switches), &'static [&'static str], &'static [Refusa
 fn plan_of(found: &Found, off: fn(&mut Switches)) -> (Vec<&'static str>, Vec<Refusal>) {
     let mut switches = Switches::default();
     off(&mut switches);
-    let plan = plan(&event(), found, switches, &RecordVersions::new());
+    let plan = plan(&event(), found, switches, &RecordVersions::new(), &Readback::default());
     let kinds = plan.steps.iter().map(|step| match step {
         Step::CreateLead { contact: Some(_), .. } => "lead+contact",
         Step::CreateLead { contact: None, .. } => "lead",
@@ -96,7 +96,7 @@ fn switches_remove_steps() {
 fn a_lead_without_a_contact_needs_a_company_id() {
     let nameless = desired(json!({"userId": "u"}));
     let switches = Switches { allow_creating_new_contacts: false, ..Switches::default() };
-    let plan = plan(&nameless, &Found::NoMatch, switches, &RecordVersions::new());
+    let plan = plan(&nameless, &Found::NoMatch, switches, &RecordVersions::new(), &Readback::default());
     assert_eq!((plan.steps.len(), plan.refused.as_slice()), (0, [Refusal::CreateContact].as_slice()));
 }
 
@@ -105,19 +105,32 @@ fn only_missing_entries_are_appended_to_lists() {
     let mut jane = contact("c", "l", Some("u"), Some("JANE@example.test"));
     jane.lists.insert(Channel::Phone, vec![Entry { value: "+441234".into(), kind: "mobile".into() }]);
     let found = Found::Anywhere { people: vec![(jane, None)] };
-    let plan = plan(&event(), &found, Switches::default(), &RecordVersions::new());
+    let plan = plan(&event(), &found, Switches::default(), &RecordVersions::new(), &Readback::default());
     let Some(Step::UpdateContact { changes, .. }) = plan.steps.first() else { panic!("{plan:?}") };
     assert!(!changes.lists.contains_key(&Channel::Email));
     let phones: Vec<_> = changes.lists[&Channel::Phone].iter().map(|entry| entry.value.as_str()).collect();
     assert_eq!(phones, ["+441234", "+493012345"]);
 }
 
+fn contact_changes(desired: &Desired, contact: &Contact) -> (ContactValues, Vec<FieldPlan>) {
+    let (versions, readback) = (RecordVersions::new(), Readback::default());
+    let planner = Planner {
+        desired,
+        switches: Switches::default(),
+        versions: &versions,
+        readback: &readback,
+        plan: Plan::default(),
+    };
+    planner.contact_changes(Some(contact))
+}
+
 #[test]
 fn write_rules_apply_to_fields_and_lists() {
     let current: Fields = [(Field::Title, json!("CEO"))].into();
     let wanted = |field: Field, write| [(field, Wanted { value: json!("new"), write })].into();
-    let changed =
-        |field, write| !field_changes(&wanted(field, write), Some(&current), |_| false).0.is_empty();
+    let changed = |field, write| {
+        !field_changes(&wanted(field, write), Some(&current), |_| false, |_, _, _| false).0.is_empty()
+    };
     assert!(changed(Field::Title, WriteRule::Always));
     assert!(!changed(Field::Title, WriteRule::IfEmpty));
     assert!(!changed(Field::Title, WriteRule::OnCreate));
@@ -127,7 +140,7 @@ fn write_rules_apply_to_fields_and_lists() {
     let grows = |email: Option<&str>, write| {
         let wanted = [(Channel::Email, Wanted { value: json!("n@x.test"), write })].into();
         let desired = Desired { channels: wanted, ..Desired::default() };
-        !contact_changes(&desired, Some(&contact("c", "l", None, email)), None).0.lists.is_empty()
+        !contact_changes(&desired, &contact("c", "l", None, email)).0.lists.is_empty()
     };
     assert!(grows(Some("o@x.test"), WriteRule::Always));
     assert!(!grows(Some("o@x.test"), WriteRule::IfEmpty));
@@ -139,7 +152,7 @@ fn write_rules_apply_to_fields_and_lists() {
     full.lists.insert(Channel::Email, (0..MAX_ENTRIES).map(entry).collect());
     let wanted = [(Channel::Email, Wanted { value: json!("n@x.test"), write: WriteRule::Always })].into();
     let desired = Desired { channels: wanted, ..Desired::default() };
-    let (values, fields) = contact_changes(&desired, Some(&full), None);
+    let (values, fields) = contact_changes(&desired, &full);
     assert!(values.lists.is_empty());
     assert_eq!(fields[0].verdict, FieldVerdict::ListFull);
 }
@@ -147,7 +160,9 @@ fn write_rules_apply_to_fields_and_lists() {
 #[test]
 fn a_rejected_value_is_removed_unless_it_is_an_identity() {
     let desired = event();
-    let create = &plan(&desired, &Found::NoMatch, Switches::default(), &RecordVersions::new()).steps[0];
+    let create =
+        &plan(&desired, &Found::NoMatch, Switches::default(), &RecordVersions::new(), &Readback::default())
+            .steps[0];
     let without = |create: &Step, desired: &Desired, paths: &[&str]| {
         let paths: Vec<Vec<String>> =
             paths.iter().map(|path| path.split(' ').map(str::to_owned).collect()).collect();
@@ -170,7 +185,9 @@ fn a_rejected_value_is_removed_unless_it_is_an_identity() {
     }
 
     let by_email = self::desired(json!({"traits": {"email": "jane@example.test"}}));
-    let create = &plan(&by_email, &Found::NoMatch, Switches::default(), &RecordVersions::new()).steps[0];
+    let create =
+        &plan(&by_email, &Found::NoMatch, Switches::default(), &RecordVersions::new(), &Readback::default())
+            .steps[0];
     assert_eq!(without(create, &by_email, &["contacts 0 emails"]), None);
 }
 
@@ -295,15 +312,15 @@ proptest! {
             allow_creating_duplicate_contacts: on(4),
         };
         let desired = desired(event);
-        let first = plan(&desired, &found, switches, &RecordVersions::new());
+        let first = plan(&desired, &found, switches, &RecordVersions::new(), &Readback::default());
         let after = apply(&first, &found);
-        let second = plan(&desired, &after, switches, &RecordVersions::new());
+        let second = plan(&desired, &after, switches, &RecordVersions::new(), &Readback::default());
         prop_assert!(second.steps.is_empty(), "{first:#?}\n{second:#?}");
     }
 
     #[test]
     fn existing_entries_are_never_removed_or_reordered(event in any_event(), contact in any_contact()) {
-        let lists = contact_changes(&desired(event), Some(&contact), None).0.lists;
+        let lists = contact_changes(&desired(event), &contact).0.lists;
         for (channel, grown) in lists {
             prop_assert!(grown.starts_with(contact.list(channel)));
             prop_assert_eq!(grown.len(), contact.list(channel).len() + 1);
@@ -314,7 +331,7 @@ proptest! {
 #[test]
 fn an_adopted_lead_gets_the_company_id() {
     let found = Found::InLead { lead: lead("l", None), contacts: vec![], adopted: true, elsewhere: false };
-    let plan = plan(&event(), &found, Switches::default(), &RecordVersions::new());
+    let plan = plan(&event(), &found, Switches::default(), &RecordVersions::new(), &Readback::default());
     let Some(Step::UpdateLead { changes, .. }) = plan.steps.first() else { panic!("{plan:?}") };
     assert_eq!(changes[&Field::Custom(FieldId::new("cf_company"))], json!("acme"));
 }

@@ -2,14 +2,17 @@
 
 use tokio::time::Instant;
 
-use crate::close::{Api, CloseError, CreatedIds, FieldError};
+use crate::close::{Api, CloseError, CreatedIds, FieldError, Written};
 use crate::domain::decision::Decision;
 use crate::domain::mapping::{Desired, Key};
 use crate::domain::matching::Found;
 use crate::domain::partial_write;
 use crate::domain::plan::Step;
+use crate::domain::readback::{self, Difference};
 use crate::outcome::Effect;
 use crate::sync::context::Context;
+use crate::sync::readback_cache::ReadbackCache;
+use crate::telemetry::metrics::Metrics;
 
 pub(super) struct Executor<'a, C> {
     pub(super) context: &'a Context,
@@ -87,6 +90,7 @@ impl<C: Api> Executor<'_, C> {
             Some(_) | None => error,
         })?;
         recent.written(step, &written);
+        learn(self.context, step, found, &written);
         let mut ids = CreatedIds::of(step, &written);
         if adopts && let Step::UpdateLead { id, .. } = step {
             ids.lead = Some(id.clone());
@@ -94,5 +98,61 @@ impl<C: Api> Executor<'_, C> {
         tracing::debug!(step = step.label(), made = ?ids, "wrote to Close");
         id_cache.remember_created(&self.desired.identity, ids.clone(), self.decision.is_new_person());
         Ok(ids)
+    }
+}
+
+/// Compares Close's answer to a write with what was sent.
+fn learn(context: &Context, step: &Step, found: &Found, written: &Written) {
+    let Context { readback_cache, metrics, .. } = context;
+    let (leads, contacts) = found.records();
+    let (sent, kept) = match (step, written) {
+        (Step::CreateLead { contact, .. }, Written::Lead(answer)) => {
+            (contact.as_ref(), answer.contacts.first())
+        }
+        (
+            Step::CreateContact { contact, .. } | Step::UpdateContact { changes: contact, .. },
+            Written::Contact(answer),
+        ) => (Some(contact), Some(answer)),
+        (Step::UpdateLead { .. }, _) | (_, Written::Lead(_) | Written::Contact(_) | Written::Unread) => {
+            (None, None)
+        }
+    };
+    if let (
+        Step::CreateLead { lead: sent, .. } | Step::UpdateLead { changes: sent, .. },
+        Written::Lead(answer),
+    ) = (step, written)
+    {
+        let kept = &answer.lead;
+        let before = leads.into_iter().find(|lead| lead.id == kept.id);
+        let differences = readback::differences(sent, before.map(|lead| &lead.fields), &kept.fields);
+        report(readback_cache, metrics, kept.id.as_str(), &differences);
+    }
+    if let Some((sent, kept)) = sent.zip(kept) {
+        if let Some(country) = readback::country_of(&sent.lists, &kept.lists)
+            && readback_cache.set_country(country)
+        {
+            tracing::info!(event = "phone_country_learned", %country, "learned the country of national phone numbers");
+        }
+        let before = contacts.into_iter().find(|contact| contact.id == kept.id);
+        let mut differences =
+            readback::differences(&sent.fields, before.map(|contact| &contact.fields), &kept.fields);
+        differences.extend(readback::list_differences(&sent.lists, &kept.lists, readback_cache.country()));
+        report(readback_cache, metrics, kept.id.as_str(), &differences);
+    }
+}
+
+/// Counts the values that Close did not keep, and logs each field once.
+fn report(cache: &ReadbackCache, metrics: &Metrics, record: &str, differences: &[Difference]) {
+    cache.learn(record, differences);
+    for Difference { field, effect, .. } in differences {
+        metrics.not_kept(*effect);
+        if cache.is_first_of(field) {
+            tracing::warn!(
+                event = "value_not_kept",
+                field,
+                effect = effect.label(),
+                "Close returned another value than it was sent; it is not sent again"
+            );
+        }
     }
 }

@@ -156,7 +156,8 @@ impl<C: Api> Attempts<'_, C> {
     /// Looks up and plans until it is safe to execute the plan. If the plan creates a record, adopts a Lead or changes
     /// all Contacts of a person, search must not have missed a record. Returns when the look-up began.
     async fn decide(&mut self, lag_guard: &mut LagGuard) -> Result<(Decided, Instant), Failure> {
-        let Context { settings, id_cache, version_cache, recent, metrics, keys, .. } = self.context;
+        let Context { settings, id_cache, version_cache, readback_cache, recent, metrics, keys, .. } =
+            self.context;
         loop {
             let read_at = Instant::now();
             let pending = id_cache.pending_until(&self.keys).filter(|until| read_at < *until);
@@ -173,6 +174,7 @@ impl<C: Api> Attempts<'_, C> {
                     decision: &mut self.decision,
                 },
                 version_cache,
+                readback_cache,
                 switches: settings.switches,
             };
             let decided = resolver.decide(self.desired, &self.others).await;

@@ -483,7 +483,7 @@ async fn a_rejected_optional_field_is_left_out_of_the_next_write() {
     assert_eq!(close.written(), ["create_lead", "create_lead"]);
     let contact = close.contact("cont_new2");
     assert_eq!(contact.list(Channel::Phone).len(), 0);
-    assert!(contact.has(Channel::Email, "jane@acme.test"));
+    assert!(contact.has(Channel::Email, "jane@acme.test", None));
     let dropped: Vec<_> =
         attempts.decision.dropped.iter().map(|dropped| (dropped.field.as_str(), dropped.reason)).collect();
     assert_eq!(dropped, [("phones", DropReason::Refused)]);

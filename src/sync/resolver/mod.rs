@@ -19,11 +19,13 @@ use crate::domain::record::{Contact, Lead};
 use crate::domain::staleness::RecordVersions;
 use crate::domain::switches::Switches;
 use crate::sync::lookups::{ContactHits, LeadWithPerson, Lookups, Reads};
+use crate::sync::readback_cache::ReadbackCache;
 use crate::sync::version_cache::VersionCache;
 
 pub(crate) struct Resolver<'a, R> {
     pub(crate) lookups: Lookups<'a, R>,
     pub(crate) version_cache: &'a VersionCache,
+    pub(crate) readback_cache: &'a ReadbackCache,
     pub(crate) switches: Switches,
 }
 
@@ -48,7 +50,8 @@ impl<R: Records> Resolver<'_, R> {
         let needs_leads = changes_leads(&first) || others.iter().any(changes_leads);
         let found = self.find(&first.identity, needs_leads).await?;
         let versions = self.version_cache.versions_of(&found, &first.synced_at);
-        let merged = MergedPlan::plan(first, others, &found, self.switches, &versions);
+        let readback = self.readback_cache.about(&found);
+        let merged = MergedPlan::plan(first, others, &found, self.switches, &versions, &readback);
         let decision = &mut *self.lookups.decision;
         decision.case = Some(found.case());
         decision.plan = merged.plans.first().cloned().unwrap_or_default();

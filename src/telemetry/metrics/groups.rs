@@ -9,6 +9,7 @@ use crate::amqp::BrokerTrouble;
 use crate::close::{Endpoint, StatusClass};
 use crate::domain::dropped::DropReason;
 use crate::domain::plan::Refusal;
+use crate::domain::readback::DifferenceEffect;
 use crate::outcome::{Effect, PauseCause, Reason, Skip, Stage};
 use crate::telemetry::metrics::QuarantineStep;
 use crate::telemetry::metrics::register::{Label, Registrar, label, metrics};
@@ -55,6 +56,10 @@ fn status() -> Label {
     label("status", StatusClass::VARIANTS.iter().map(|status| status.label()))
 }
 
+fn difference_effect() -> Label {
+    label("effect", DifferenceEffect::VARIANTS.iter().map(|effect| effect.label()))
+}
+
 fn drop_reason() -> Label {
     label("reason", DropReason::VARIANTS.iter().map(|reason| reason.label()))
 }
@@ -89,6 +94,7 @@ metrics! {
         fields_dropped: IntCounterVec = counters("fields_dropped_total", "Mapped values that were dropped, by reason", &[drop_reason()]);
         steps_refused: IntCounterVec = counters("steps_refused_total", "Writes that a switch forbids", &[label("switch", Refusal::VARIANTS.iter().map(|refusal| refusal.label()))]);
         conflicts: IntCounter = counter("contact_conflicts_total", "Contacts with the event's email that were not changed because they have a different user id");
+        values_not_kept: IntCounterVec = counters("values_not_kept_total", "Values that Close accepted and returned as others, by effect", &[difference_effect()]);
         stale_values: IntCounter = counter("stale_values_total", "Values that were not written because Close holds a value of a newer event");
     }
 

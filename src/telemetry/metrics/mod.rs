@@ -19,6 +19,7 @@ use tokio::time::Instant;
 use crate::amqp::BrokerTrouble;
 use crate::close::{Call, Client, Endpoint, RateLimitStatus, StatusClass};
 use crate::domain::decision::Decision;
+use crate::domain::readback::DifferenceEffect;
 use crate::outcome::{Outcome, PauseCause, Stage};
 use crate::telemetry::throughput::Throughput;
 use groups::{Broker, CloseCalls, Decisions, HANDED_BACK, Messages, Pauses, Process, Queues, RateLimits};
@@ -272,6 +273,11 @@ impl Metrics {
         let count = |number: usize| u64::try_from(number).unwrap_or(u64::MAX);
         self.decisions.conflicts.inc_by(count(decision.conflicts()));
         self.decisions.stale_values.inc_by(count(decision.plan.stale().count()));
+    }
+
+    /// Close accepted a value and returned another.
+    pub fn not_kept(&self, effect: DifferenceEffect) {
+        self.decisions.values_not_kept.with_label_values(&[effect.label()]).inc();
     }
 
     /// This number of messages was written together with an earlier one.

@@ -7,6 +7,7 @@
 use std::{fmt, str::FromStr, time::Duration};
 
 use jiff::SignedDuration;
+use rlibphonenumber::{PHONE_NUMBER_UTIL, Region};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -255,19 +256,45 @@ pub enum CreatedLead {
     WithoutContacts,
 }
 
-/// A country, for phone numbers.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Country {
-    /// Two letters, such as `US`.
-    pub code: String,
-    /// Digits put before a national number, such as `1`.
-    pub calling_code: String,
+/// A country, for phone numbers. Its text form is two letters, such as `GB`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Country(Region);
+
+impl Country {
+    pub(crate) fn region(self) -> Region {
+        self.0
+    }
+
+    pub(crate) fn calling_code(self) -> i32 {
+        PHONE_NUMBER_UTIL.get_country_code_for_region(self.0).unwrap_or_default()
+    }
+}
+
+impl TryFrom<String> for Country {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let country = text.parse().ok().map(Self).filter(|country| country.calling_code() != 0);
+        country.ok_or_else(|| format!("`{text}` is not a country (try `US` or `GB`)"))
+    }
+}
+
+impl From<Country> for String {
+    fn from(country: Country) -> Self {
+        country.to_string()
+    }
+}
+
+impl fmt::Display for Country {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.as_region_str())
+    }
 }
 
 impl Default for Country {
     fn default() -> Self {
-        Self { code: "US".into(), calling_code: "1".into() }
+        Self(Region::US)
     }
 }
 
@@ -306,12 +333,12 @@ mod tests {
             ("search_lag", "1s..10s"),
             ("lists_from_index", "false"),
             ("exact_value", "refused"),
-            ("country", r#"{"code": "GB", "calling_code": "44"}"#),
+            ("country", "GB"),
         ] {
             behaviour.set(key, value).unwrap();
         }
         let seconds = Duration::from_secs;
-        let country = Country { code: "GB".into(), calling_code: "44".into() };
+        let country = Country(Region::GB);
         let expected = Behaviour {
             search_lag: Lag::Between(seconds(1), seconds(10)),
             lists_from_index: false,

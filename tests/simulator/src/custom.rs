@@ -163,7 +163,7 @@ fn parse_value(field: &CustomField, value: &Value, schema: &Schema) -> Result<Va
             Ok(json!(user.ok_or(NO_SUCH_OBJECT)?.id))
         }
         FieldKind::Contact if text.starts_with("cont_") => Ok(json!(text)),
-        FieldKind::CustomObject if text.starts_with("co_") => Ok(json!(text)),
+        FieldKind::CustomObject if text.starts_with("custobj_") => Ok(json!(text)),
         FieldKind::Contact | FieldKind::CustomObject => Err(NO_SUCH_OBJECT.into()),
     }
 }

@@ -1,5 +1,7 @@
 //! How Close validates and rewrites email addresses, URLs and phone numbers.
 
+use rlibphonenumber::{PHONE_NUMBER_UTIL, PhoneNumberFormat};
+
 use crate::behaviour::Country;
 
 /// The trimmed address, if it is valid. Stricter than the standards, like the regular expression of Close
@@ -43,47 +45,31 @@ pub(crate) fn url(text: &str) -> Option<String> {
 /// A phone number as Close stores it.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Phone {
-    /// `+` and digits.
+    /// `+` and digits, and the extension as `x12`.
     pub(crate) number: String,
-    /// The country, if the number is plausible there.
+    /// The country, if the number is valid there.
     pub(crate) country: Option<String>,
     /// The number in the form shown to people.
     pub(crate) formatted: String,
 }
 
-/// Rewrites a number as Close does: a number without `+` gets the prefix of the default country, even if it
-/// is very short (close-api.md §5). Refuses a number without digits, or longer than E.164 allows.
-pub(crate) fn phone(text: &str, default: &Country) -> Option<Phone> {
-    let text = text.trim();
-    let digits: String = text.chars().filter(char::is_ascii_digit).collect();
-    let code = default.calling_code.as_str();
-    let number = if text.starts_with('+') {
-        digits
-    } else if let Some(international) = digits.strip_prefix("00") {
-        international.to_owned()
-    } else if code == "1" && digits.len() == 11 && digits.starts_with('1') {
-        digits
-    } else {
-        // Outside North America, a national number is dialled with a leading 0 that does not belong to it.
-        let national =
-            if code == "1" { digits.as_str() } else { digits.strip_prefix('0').unwrap_or(&digits) };
-        if national.is_empty() { String::new() } else { format!("{code}{national}") }
-    };
-    if number.is_empty() || number.len() > 15 {
-        return None;
-    }
-    let known = [("1", "US"), (code, default.code.as_str()), ("44", "GB"), ("49", "DE"), ("33", "FR")];
-    let (prefix, country) = known
-        .into_iter()
-        .find(|(prefix, _)| number.starts_with(prefix))
-        .map_or(("", None), |(prefix, country)| (prefix, (number.len() >= 10).then(|| country.to_owned())));
-    let national = &number[prefix.len()..];
-    let formatted = match (prefix, national.len()) {
-        ("1", 10) => format!("+1 {}-{}-{}", &national[..3], &national[3..6], &national[6..]),
-        ("", _) => format!("+{national}"),
-        _ => format!("+{prefix} {national}"),
-    };
-    Some(Phone { number: format!("+{number}"), country, formatted })
+/// Rewrites a number as Close's `PhoneField` does, with libphonenumber and the country of the organization
+/// (close-api.md §15 row 3). `None` if the library cannot parse it.
+pub(crate) fn phone(text: &str, country: &Country) -> Option<Phone> {
+    // Close removes the country code of a number without `+` before it calls the library.
+    let code = country.calling_code().to_string();
+    let text = text.strip_prefix(code.as_str()).unwrap_or(text);
+    // The table of recorded numbers has this refused, and libphonenumber of today reads it: the harsher reading.
+    let is_refused = country.to_string() == "AU" && text.trim_start().starts_with("0011");
+    let parsed = PHONE_NUMBER_UTIL.parse(text, Some(country.region())).ok().filter(|_| !is_refused)?;
+    let e164 = parsed.format_as(PhoneNumberFormat::E164);
+    let extension = parsed.extension.as_deref().filter(|extension| !extension.is_empty());
+    let region = PHONE_NUMBER_UTIL.get_region_for_number(&parsed);
+    Some(Phone {
+        number: extension.map_or_else(|| e164.to_string(), |extension| format!("{e164}x{extension}")),
+        country: region.map(|region| region.as_region_str().to_string()),
+        formatted: parsed.format_as(PhoneNumberFormat::International).to_string(),
+    })
 }
 
 #[cfg(test)]
@@ -133,29 +119,88 @@ mod tests {
         }
     }
 
+    fn country(code: &str) -> Country {
+        code.to_owned().try_into().unwrap()
+    }
+
     #[test]
-    fn phones() {
-        let us = Country::default();
-        let gb = Country { code: "GB".into(), calling_code: "44".into() };
-        for (country, text, expected) in [
-            (&us, "8004445555", Some(("+18004445555", Some("US"), "+1 800-444-5555"))),
-            (&us, "(800) 444-5555", Some(("+18004445555", Some("US"), "+1 800-444-5555"))),
-            (&us, "1 800 444 5555", Some(("+18004445555", Some("US"), "+1 800-444-5555"))),
-            (&us, "+44 800 444 5555", Some(("+448004445555", Some("GB"), "+44 8004445555"))),
-            (&us, "0044 800 444 5555", Some(("+448004445555", Some("GB"), "+44 8004445555"))),
-            (&us, "+998901234567", Some(("+998901234567", None, "+998901234567"))),
-            (&gb, "8004445555", Some(("+448004445555", Some("GB"), "+44 8004445555"))),
-            (&gb, "020 7946 0958", Some(("+442079460958", Some("GB"), "+44 2079460958"))),
-            (&gb, "1234", Some(("+441234", None, "+44 1234"))),
-            (&us, "call me", None),
-            (&us, "+", None),
-            (&us, "", None),
-            (&us, "+1234567890123456", None),
+    fn phones_are_rewritten_as_close_does() {
+        // What Close keeps of a number, by the country of the organization (close-api.md §15 row 3).
+        for (code, text, expected) in [
+            ("US", "+49 030 123456", Some("+4930123456")),
+            ("US", "+44 020 7946 0958", Some("+442079460958")),
+            ("US", "+44 07700 900123", Some("+447700900123")),
+            ("US", "+61 0412 345 678", Some("+61412345678")),
+            ("US", "+33 06 12 34 56 78", Some("+33612345678")),
+            ("US", "+31 06 12345678", Some("+31612345678")),
+            ("US", "+972 050-1234567", Some("+972501234567")),
+            ("US", "+91 098765 43210", Some("+919876543210")),
+            ("US", "+234 0803 123 4567", Some("+2348031234567")),
+            ("US", "+7 8 800 555 35 35", Some("+78005553535")),
+            ("US", "+54 11 15 1234 5678", Some("+5491112345678")),
+            ("US", "+52 044 55 1234 5678", Some("+520445512345678")),
+            ("US", "+55 011 91234-5678", Some("+5511912345678")),
+            ("US", "+353 087 123 4567", Some("+353871234567")),
+            ("US", "+27 082 123 4567", Some("+27821234567")),
+            ("US", "+1 1 800 444 5555", Some("+18004445555")),
+            ("US", "011 44 20 7946 0958", Some("+442079460958")),
+            ("US", "011 49 30 123456", Some("+4930123456")),
+            ("US", "1 (800) 444-5555", Some("+18004445555")),
+            ("US", "(800) 444-5555", Some("+18004445555")),
+            ("US", "8004445555", Some("+18004445555")),
+            ("US", "0044 20 7946 0958", Some("+100442079460958")),
+            ("US", "+44 (0)20 7946 0958", Some("+442079460958")),
+            ("US", "+39 06 1234567", Some("+39061234567")),
+            ("US", "+36 06 30 123 4567", Some("+36301234567")),
+            ("US", "+370 8 612 34567", Some("+37061234567")),
+            ("US", "+375 8 029 123 45 67", Some("+375291234567")),
+            ("US", "+380 067 123 4567", Some("+380671234567")),
+            ("US", "+90 0532 123 45 67", Some("+905321234567")),
+            ("US", "+20 010 1234 5678", Some("+201012345678")),
+            ("GB", "07700 900123", Some("+447700900123")),
+            ("GB", "00 1 800 444 5555", Some("+18004445555")),
+            ("DE", "0049 30 123456", Some("+4930123456")),
+            ("DE", "030 123456", Some("+4930123456")),
+            ("RU", "8 800 555 35 35", Some("+78005553535")),
+            ("AU", "0011 44 20 7946 0958", None),
+            ("JP", "010 44 20 7946 0958", Some("+442079460958")),
+            ("FR", "06 12 34 56 78", Some("+33612345678")),
+            ("HU", "06 30 123 4567", Some("+36301234567")),
+            ("MX", "01 55 1234 5678", Some("+52015512345678")),
+            ("AR", "011 15 1234 5678", Some("+5491112345678")),
+            ("BR", "0 15 11 91234-5678", Some("+5511912345678")),
+            ("US", "1234", Some("+1234")),
+            ("US", "911", Some("+1911")),
+            ("GB", "4412", Some("+4412")),
+            ("IN", "0 98765 43210", Some("+919876543210")),
+            ("KR", "010-1234-5678", Some("+821012345678")),
+            ("NG", "0803 123 4567", Some("+2348031234567")),
+            // Recorded in 2017 and 2018.
+            ("GB", "8004445555", Some("+448004445555")),
+            ("GB", "1234", Some("+441234")),
+            // Tests of Close's own field.
+            ("US", "+1 (650) 618 - 1234 x 768", Some("+16506181234x768")),
+            ("US", "+1 650-618-1234 ext 768", Some("+16506181234x768")),
+            ("US", "notaphone", None),
+            // Letters become digits.
+            ("US", "1-800-FLOWERS", Some("+18003569377")),
+            ("US", "+", None),
+            ("US", "", None),
         ] {
-            let found = phone(text, country);
-            let found =
-                found.as_ref().map(|p| (p.number.as_str(), p.country.as_deref(), p.formatted.as_str()));
-            assert_eq!(found, expected, "{text}");
+            let found = phone(text, &country(code));
+            assert_eq!(found.map(|phone| phone.number).as_deref(), expected, "{code}: {text}");
+        }
+    }
+
+    #[test]
+    fn only_a_valid_phone_has_a_country() {
+        for (text, expected) in [
+            ("800 444 5555", (Some("US"), "+1 800-444-5555")),
+            ("+442079460958", (Some("GB"), "+44 20 7946 0958")),
+            ("1234", (None, "+1 234")),
+        ] {
+            let found = phone(text, &Country::default()).unwrap();
+            assert_eq!((found.country.as_deref(), found.formatted.as_str()), expected, "{text}");
         }
     }
 }

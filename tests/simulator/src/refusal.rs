@@ -6,6 +6,8 @@ use serde_json::{Value, json};
 pub(crate) type Object = serde_json::Map<String, Value>;
 
 pub(crate) const REQUIRED: &str = "This field is required.";
+pub(crate) const NOT_A_PHONE: &str =
+    "Phone number is not valid. Please use the international format like +16505551234";
 pub(crate) const NOT_TEXT: &str = "Value must be of str type.";
 pub(crate) const NOT_A_CHOICE: &str = "Not a valid choice.";
 pub(crate) const NO_SUCH_OBJECT: &str = "Object does not exist.";

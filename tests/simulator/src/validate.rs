@@ -7,7 +7,9 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use crate::custom::{self, CustomPatch};
-use crate::refusal::{FieldErrors, NO_SUCH_OBJECT, NOT_A_CHOICE, NOT_A_DATETIME, NOT_TEXT, Object, REQUIRED};
+use crate::refusal::{
+    FieldErrors, NO_SUCH_OBJECT, NOT_A_CHOICE, NOT_A_DATETIME, NOT_A_PHONE, NOT_TEXT, Object, REQUIRED,
+};
 use crate::schema::{Kind, Schema};
 use crate::{formats, ids};
 
@@ -244,7 +246,7 @@ fn phone_item(item: &Object, schema: &Schema) -> Result<Option<Value>, FieldErro
         return Ok(None);
     }
     let phone = formats::phone(required_text(item, "phone")?, &schema.behaviour.country)
-        .ok_or_else(|| FieldErrors::one("phone", "Invalid phone number."))?;
+        .ok_or_else(|| FieldErrors::one("phone", NOT_A_PHONE))?;
     Ok(Some(json!({
         "phone": phone.number,
         "phone_formatted": phone.formatted,
@@ -370,7 +372,7 @@ mod tests {
             (json!({"emails": [{"email": ""}]}), nested("emails", "email", REQUIRED)),
             (json!({"emails": [{"email": 1}]}), nested("emails", "email", NOT_TEXT)),
             (json!({"emails": [{"email": "a@b.test", "type": 1}]}), nested("emails", "type", NOT_TEXT)),
-            (json!({"phones": [{"phone": "none"}]}), nested("phones", "phone", "Invalid phone number.")),
+            (json!({"phones": [{"phone": "none"}]}), nested("phones", "phone", NOT_A_PHONE)),
             (json!({"urls": [{"url": "no url"}]}), nested("urls", "url", "Invalid URL.")),
             (
                 json!({"emails": vec![json!({"email": "a@b.test"}); 101]}),

@@ -1,0 +1,176 @@
+//! How Close keeps what it was sent, as its own answers show it.
+//!
+//! [`same`](crate::domain::record::same) and [`Channel::same`] know the notations in which Close may return a value. What
+//! they cannot know is learnt: the country by which Close reads national phone numbers, and for each value that came back
+//! as something else, what it came back as. Such a value is not sent again as long as Close returns the same and the event
+//! wants the same.
+
+use std::collections::{BTreeMap, HashMap};
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use serde_json::Value;
+
+use crate::domain::phone::Country;
+use crate::domain::record::{Channel, Entry, Field, Fields, Lists, same};
+
+/// The most values that are remembered for one field of a record.
+const MAX_ANSWERS: usize = 8;
+
+/// What is known about the records of one plan.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Readback {
+    /// The country of national phone numbers, once it is known.
+    pub country: Option<Country>,
+    /// By the id of the record.
+    pub records: HashMap<String, Answers>,
+}
+
+/// The values of one record that Close returned otherwise than they were sent, by the key of the field.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Answers(BTreeMap<String, Vec<Answer>>);
+
+/// Hashes, because the values are personal data that may be large.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Answer {
+    sent: u64,
+    /// `None` if nothing was kept.
+    kept: Option<u64>,
+}
+
+/// A value that Close returned otherwise than it was sent.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Difference {
+    /// The key of the field in Close.
+    pub field: String,
+    pub effect: DifferenceEffect,
+    answer: Answer,
+}
+
+/// What Close did with a value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
+pub enum DifferenceEffect {
+    /// It stored another value.
+    Rewritten,
+    /// It answered with success, and kept what it had.
+    Lost,
+}
+
+impl DifferenceEffect {
+    pub fn label(self) -> &'static str {
+        self.into()
+    }
+}
+
+impl Answers {
+    pub fn learn(&mut self, difference: &Difference) {
+        let answers = self.0.entry(difference.field.clone()).or_default();
+        answers.retain(|answer| answer.sent != difference.answer.sent);
+        answers.push(difference.answer.clone());
+        if answers.len() > MAX_ANSWERS {
+            answers.remove(0);
+        }
+    }
+
+    fn of(&self, field: &str, sent: u64) -> Option<&Answer> {
+        self.0.get(field)?.iter().find(|answer| answer.sent == sent)
+    }
+}
+
+impl Readback {
+    /// Whether Close answers with what it returns now, `before`, when it is sent this value.
+    pub fn is_futile(&self, record: &str, field: &str, before: Option<&Value>, wanted: &Value) -> bool {
+        let answer = self.records.get(record).and_then(|answers| answers.of(field, hash(wanted)));
+        answer.is_some_and(|answer| answer.kept == before.map(hash))
+    }
+
+    /// How the list of a Contact has a value, if sending it would not change the list.
+    pub fn find(&self, record: &str, channel: Channel, list: &[Entry], wanted: &str) -> Option<InList> {
+        if list.iter().any(|entry| channel.same(wanted, &entry.value, self.country)) {
+            return Some(InList::Present);
+        }
+        let answers = self.records.get(record)?;
+        match answers.of(channel.list(), hash_text(wanted))?.kept {
+            None => Some(InList::Refused),
+            Some(kept) => list.iter().any(|entry| hash_text(&entry.value) == kept).then_some(InList::Present),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InList {
+    Present,
+    /// Close did not keep it.
+    Refused,
+}
+
+/// The fields of a step that Close answered with another value. `before` are the values before the step.
+pub fn differences(sent: &Fields, before: Option<&Fields>, kept: &Fields) -> Vec<Difference> {
+    let different = |(field, value): (&Field, &Value)| {
+        let answer = kept.get(field);
+        if answer.is_some_and(|answer| same(answer, value)) {
+            return None;
+        }
+        let is_lost = answer.is_none() || answer == before.and_then(|fields| fields.get(field));
+        Some(Difference {
+            field: field.to_string(),
+            effect: if is_lost { DifferenceEffect::Lost } else { DifferenceEffect::Rewritten },
+            answer: Answer { sent: hash(value), kept: answer.map(hash) },
+        })
+    };
+    sent.iter().filter_map(different).collect()
+}
+
+/// The same for the entries of lists. Lists that the answer does not have are unknown and show nothing.
+pub fn list_differences(sent: &Lists, kept: &Lists, country: Option<Country>) -> Vec<Difference> {
+    let mut differences = Vec::new();
+    for (&channel, sent) in sent {
+        let Some(kept) = kept.get(&channel) else { continue };
+        let has = |sent: &Entry, kept: &Entry| channel.same(&sent.value, &kept.value, country);
+        let missing: Vec<&Entry> =
+            sent.iter().filter(|sent| !kept.iter().any(|kept| has(sent, kept))).collect();
+        let other: Vec<&Entry> =
+            kept.iter().filter(|kept| !sent.iter().any(|sent| has(sent, kept))).collect();
+        for (number, entry) in missing.iter().enumerate() {
+            // Close keeps the order of a list.
+            let kept = other.get(number).filter(|_| other.len() == missing.len());
+            differences.push(Difference {
+                field: channel.list().to_owned(),
+                effect: if kept.is_some() { DifferenceEffect::Rewritten } else { DifferenceEffect::Lost },
+                answer: Answer {
+                    sent: hash_text(&entry.value),
+                    kept: kept.map(|entry| hash_text(&entry.value)),
+                },
+            });
+        }
+    }
+    differences
+}
+
+/// The country by which Close has read a phone number in a list, if the list shows it.
+pub fn country_of(sent: &Lists, kept: &Lists) -> Option<Country> {
+    let phones = |lists: &Lists| lists.get(&Channel::Phone).cloned().unwrap_or_default();
+    let (sent, kept) = (phones(sent), phones(kept));
+    let mut countries = sent
+        .iter()
+        .flat_map(|sent| kept.iter().filter_map(|kept| Country::of_answer(&sent.value, &kept.value)));
+    countries.next()
+}
+
+fn hash_text(text: &str) -> u64 {
+    hash(&Value::from(text))
+}
+
+/// The same for a list in any order.
+fn hash(value: &Value) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    match value {
+        Value::Array(items) => {
+            let mut items: Vec<u64> = items.iter().map(hash).collect();
+            items.sort_unstable();
+            items.hash(&mut hasher);
+        }
+        other => other.to_string().hash(&mut hasher),
+    }
+    hasher.finish()
+}
