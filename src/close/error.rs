@@ -1,11 +1,12 @@
 //! Failed calls to Close, classified by what the caller can do.
+//!
+//! Close answers JSON. Anything else comes from something in front of it, a proxy or a gateway, and says nothing about
+//! the API key, the record or the message, whatever its status.
 
-use std::fmt;
-
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use strum::Display;
 
-use crate::text::block;
+use crate::close::rejection::Rejection;
 
 /// A call to Close that did not succeed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -19,7 +20,7 @@ pub enum CloseError {
     /// 403: the user of the API key lacks the permission.
     #[error("the user of the API key may not do this (403)")]
     Forbidden,
-    /// 404: the record does not exist.
+    /// 404 in Close's words for a record that does not exist.
     #[error("Close does not have the record (404)")]
     NotFound,
     /// 400 and other rejections. The same call would be rejected again.
@@ -34,9 +35,9 @@ pub enum CloseError {
 }
 
 /// A transient fault.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
-    /// 5xx.
+    /// 5xx, 408, 409, 421, 423, 425 or 499.
     #[error("Close answered {0}")]
     Status(u16),
     #[error("Close did not answer in time")]
@@ -56,6 +57,46 @@ pub enum Fault {
     /// 404 for several different records in a row. The way to Close is at fault.
     #[error("Close answers 404 for one record after another")]
     Vanished,
+    /// The answer does not have the form of Close's.
+    #[error(
+        "something between close-sync and Close answered ({status}, {form}); check proxies, gateways and `close.api_url`"
+    )]
+    Foreign { status: u16, form: Form },
+    /// A 404 of Close for a URL that it does not have.
+    #[error("Close does not have this URL (404); check `close.api_url`")]
+    UnknownUrl,
+    /// 3xx. Close does not redirect the URLs that close-sync uses.
+    #[error("redirected to {} ({status}); `close.api_url` is probably wrong", target(host.as_deref()))]
+    Redirected { status: u16, host: Option<String> },
+}
+
+fn target(host: Option<&str>) -> String {
+    host.map_or_else(|| "another path".to_owned(), |host| format!("the host \"{host}\""))
+}
+
+/// What the body of an answer is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Display)]
+pub enum Form {
+    #[strum(serialize = "HTML")]
+    Html,
+    #[strum(serialize = "JSON")]
+    Json,
+    #[strum(serialize = "text")]
+    Text,
+    #[strum(serialize = "empty body")]
+    Empty,
+}
+
+impl Form {
+    /// From the start of the body, because a proxy's content type may be anything.
+    pub(crate) fn of(body: &[u8]) -> Self {
+        match body.trim_ascii_start().first() {
+            None => Self::Empty,
+            Some(b'<') => Self::Html,
+            Some(b'{' | b'[') => Self::Json,
+            Some(_) => Self::Text,
+        }
+    }
 }
 
 impl CloseError {
@@ -75,6 +116,34 @@ impl CloseError {
             Self::Transient(Fault::TooLarge) => "too_large",
             Self::Transient(Fault::NotYet) => "not_yet",
             Self::Transient(Fault::Vanished) => "vanished",
+            Self::Transient(Fault::Foreign { .. }) => "foreign_answer",
+            Self::Transient(Fault::UnknownUrl) => "unknown_url",
+            Self::Transient(Fault::Redirected { .. }) => "redirected",
+        }
+    }
+
+    /// The error of an answer whose status is neither 2xx nor 429.
+    pub(crate) fn of_answer(answer: &ErrorAnswer<'_>) -> Self {
+        let &ErrorAnswer { status, is_json, location, body } = answer;
+        let form = Form::of(body);
+        let foreign = || Self::Transient(Fault::Foreign { status, form });
+        match status {
+            300..=399 => Self::Transient(Fault::Redirected { status, host: host(location) }),
+            408 | 409 | 421 | 423 | 425 | 499 | 500..=599 => Self::Transient(Fault::Status(status)),
+            // Whoever answers, the same request is too large again.
+            413 | 414 | 431 => Self::Rejected(Rejection::read(status, body)),
+            404 => match general_text(body) {
+                Some(text) if text.contains(NO_SUCH_RECORD) => Self::NotFound,
+                Some(text) if text.contains(NO_SUCH_URL) => Self::Transient(Fault::UnknownUrl),
+                Some(_) | None => foreign(),
+            },
+            // Only a proxy asks for this.
+            407 => foreign(),
+            _ if !is_from_close(status, form, is_json, body) => foreign(),
+            401 => Self::Unauthorized,
+            402 => Self::PlanLimit,
+            403 => Self::Forbidden,
+            _ => Self::Rejected(Rejection::read(status, body)),
         }
     }
 
@@ -96,13 +165,20 @@ impl CloseError {
 
     /// Whether a write may have been applied although the call failed. Close has no idempotency keys, so the record must
     /// be looked up before such a POST is repeated (close-api.md §10). A 503 comes from in front of the application and
-    /// counts as not applied, as in Close's own client (close-api.md §2).
+    /// counts as not applied, as in Close's own client (close-api.md §2). A 408 or 499 says that somebody gave up waiting.
+    /// What stands between may have passed the call on before it answered.
     pub fn may_have_been_applied(&self) -> bool {
         match self {
-            Self::Transient(Fault::Status(status)) => *status != 503,
+            Self::Transient(Fault::Status(status)) => !matches!(status, 409 | 421 | 423 | 425 | 503),
             Self::Transient(
-                Fault::Timeout | Fault::ConnectionLost | Fault::InvalidResponse | Fault::TooLarge,
+                Fault::Timeout
+                | Fault::ConnectionLost
+                | Fault::InvalidResponse
+                | Fault::TooLarge
+                | Fault::Foreign { .. }
+                | Fault::Redirected { .. },
             ) => true,
+            Self::Transient(Fault::UnknownUrl) => false,
             Self::Unauthorized
             | Self::PlanLimit
             | Self::Forbidden
@@ -114,265 +190,155 @@ impl CloseError {
     }
 }
 
-/// A rejected call, with the fields that Close named.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Rejection {
-    pub status: u16,
-    /// One entry per field named in `field-errors`, at any depth.
-    pub fields: Vec<FieldError>,
-    /// The general error message, without values.
-    pub message: Option<&'static str>,
-    pub response: Option<ResponseExcerpt>,
+/// An answer with a status that is neither 2xx nor 429.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ErrorAnswer<'a> {
+    pub(crate) status: u16,
+    /// The content type is JSON.
+    pub(crate) is_json: bool,
+    /// The target of a redirect.
+    pub(crate) location: Option<&'a str>,
+    pub(crate) body: &'a [u8],
 }
 
-/// The start of a response. It may contain personal data, so it is shown to an operator on request and is never logged
-/// or written to headers.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct ResponseExcerpt(String);
-
-/// The maximum size of an excerpt in bytes.
-const MAX_EXCERPT: usize = 2048;
 /// The maximum size of the body of an error response in bytes. A longer one says nothing more.
 pub(crate) const MAX_ERROR_BODY: usize = 256 << 10;
-/// The most fields that are read from an error response.
-const MAX_FIELDS: usize = 100;
-/// The most fields that an error names. The others are counted.
-const MAX_NAMED: usize = 10;
-/// The maximum length of a path, in names.
-const MAX_DEPTH: usize = 8;
-/// The maximum length of a name in a path, in characters. The names of Close are shorter.
-const MAX_NAME: usize = 64;
-/// The maximum length of a path as text, in characters.
-const MAX_PATH: usize = 200;
 
-impl ResponseExcerpt {
-    /// Without characters that control a terminal or hide text. There may be line breaks.
-    fn new(body: &[u8]) -> Option<Self> {
-        let text = String::from_utf8_lossy(&body[..body.len().min(MAX_EXCERPT)]);
-        let text = block(&text);
-        (!text.trim().is_empty()).then_some(Self(text))
-    }
+/// Close's words for a record that does not exist (close-api.md §15, 5), in lower case.
+const NO_SUCH_RECORD: &str = "matching query does not exist";
+/// Close's words for a URL that does not exist, in lower case.
+const NO_SUCH_URL: &str = "requested url was not found";
 
-    pub fn reveal(&self) -> &str {
-        &self.0
+/// Whether an answer has a form in which Close answers with this status (close-api.md §3).
+fn is_from_close(status: u16, form: Form, is_json: bool, body: &[u8]) -> bool {
+    match form {
+        Form::Json => serde_json::from_slice::<Value>(body).is_ok_and(|body| body.is_object()),
+        Form::Empty => is_json,
+        // Close's own client expects this.
+        Form::Text => status == 403 && body.trim_ascii().eq_ignore_ascii_case(b"forbidden"),
+        Form::Html => false,
     }
 }
 
-impl fmt::Debug for ResponseExcerpt {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("ResponseExcerpt(withheld)")
-    }
+/// The general text of an error, in lower case.
+fn general_text(body: &[u8]) -> Option<String> {
+    let body: Value = serde_json::from_slice(body).ok()?;
+    let text = body.get("error").or_else(|| body.get("errors")?.get(0))?;
+    Some(text.as_str()?.to_lowercase())
 }
 
-/// A field that Close rejected.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct FieldError {
-    /// The path to the field: `["contacts", "0", "custom.cf_X"]`.
-    pub path: Vec<String>,
-    /// The error message, without values.
-    pub message: &'static str,
-}
-
-const NO_SUCH_FIELD: &str = "the custom field does not exist";
-
-impl FieldError {
-    /// The path as text: `contacts.0.custom.cf_X`.
-    pub fn path(&self) -> String {
-        self.path.join(".").chars().take(MAX_PATH).collect()
-    }
-
-    /// Whether the custom field does not exist.
-    pub fn field_is_missing(&self) -> bool {
-        self.message == NO_SUCH_FIELD
-    }
-}
-
-impl fmt::Display for Rejection {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Close rejected the request ({})", self.status)?;
-        for field in self.fields.iter().take(MAX_NAMED) {
-            write!(f, "; {}: {}", field.path(), field.message)?;
-        }
-        if let Some(more @ 1..) = self.fields.len().checked_sub(MAX_NAMED) {
-            write!(f, "; and {more} more fields")?;
-        }
-        match self.message {
-            Some(message) if self.fields.is_empty() => write!(f, ": {message}"),
-            Some(_) | None => Ok(()),
-        }
-    }
-}
-
-/// How error messages of Close start (close-api.md §3), and what close-sync logs for them.
-///
-/// Close quotes values in its messages: names, phone numbers and emails, which must not get into logs or headers. So only
-/// these texts are used, never the message itself.
-const KNOWN_MESSAGES: [(&str, &str); 15] = [
-    ("this field is required", "this field is required"),
-    ("value must be of", "the value has the wrong type"),
-    ("the value must be no longer", "the value is too long"),
-    ("invalid email", "invalid email address"),
-    ("invalid phone", "invalid phone number"),
-    ("invalid url", "invalid URL"),
-    ("list is too long", "the list is too long"),
-    ("list must not be empty", "the list must not be empty"),
-    ("not a valid choice", "not a valid choice"),
-    ("value cannot be changed", "the value cannot be changed"),
-    ("object does not exist", "the object does not exist"),
-    ("could not parse", "the value could not be parsed"),
-    ("the custom field", NO_SUCH_FIELD),
-    ("invalid request", "invalid request"),
-    ("the request contains invalid json", "the request contains invalid JSON"),
-];
-
-/// Replaces any other message.
-const WITHHELD: &str = "rejected (the message of Close may contain personal data; a replay shows it)";
-
-fn safe_message(text: &str) -> &'static str {
-    let text = text.to_lowercase();
-    KNOWN_MESSAGES.iter().find(|(start, _)| text.starts_with(start)).map_or(WITHHELD, |(_, ours)| *ours)
-}
-
-impl Rejection {
-    /// Reads the body of an error response. It may be empty or not JSON (close-api.md §3).
-    pub(crate) fn read(status: u16, body: &[u8]) -> Self {
-        let body = &body[..body.len().min(MAX_ERROR_BODY)];
-        let response = ResponseExcerpt::new(body);
-        let body: Value = serde_json::from_slice(body).unwrap_or_default();
-        let mut fields = Vec::new();
-        collect_field_errors(&body, &mut Vec::new(), &mut fields);
-        let general = body.get("error").or_else(|| body.get("errors")?.get(0)).and_then(Value::as_str);
-        let message = general.map(safe_message);
-        Self { status, fields, message, response }
-    }
-}
-
-/// The name of a field or an index, as Close has them. Anything else could be a text of a person, or forge a log line or
-/// a header.
-fn safe_name(name: &str) -> String {
-    let safe = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '?' };
-    name.chars().take(MAX_NAME).map(safe).collect()
-}
-
-/// Collects `field-errors` and the `errors` in it. For nested data, `errors` is an object by index.
-fn collect_field_errors(node: &Value, path: &mut Vec<String>, into: &mut Vec<FieldError>) {
-    let children = ["field-errors", "errors"].iter().filter_map(|key| node.get(key)?.as_object()).flatten();
-    for (name, child) in children {
-        if path.len() == MAX_DEPTH || into.len() == MAX_FIELDS {
-            return;
-        }
-        path.push(safe_name(name));
-        match child {
-            Value::String(text) => into.push(FieldError { path: path.clone(), message: safe_message(text) }),
-            Value::Array(texts) => {
-                let text = texts.first().and_then(Value::as_str).unwrap_or_default();
-                into.push(FieldError { path: path.clone(), message: safe_message(text) });
-            }
-            Value::Object(_) => collect_field_errors(child, path, into),
-            Value::Null | Value::Bool(_) | Value::Number(_) => {}
-        }
-        path.pop();
-    }
+/// The host of a URL, if it has only characters of host names.
+fn host(url: Option<&str>) -> Option<String> {
+    let url = url::Url::parse(url?).ok()?;
+    let is_plain = |host: &&str| {
+        host.len() <= 100 && host.bytes().all(|byte| byte.is_ascii_alphanumeric() || b".-:[]".contains(&byte))
+    };
+    url.host_str().filter(is_plain).map(str::to_owned)
 }
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
+    const MISSING: &str = r#"{"error": "Empty query: Lead matching query does not exist."}"#;
+    const URL: &str = r#"{"error": "The requested URL was not found on the server. If you entered…"}"#;
+    const HTML: &str = "\n<html><body>Blocked</body></html>";
+    const DENIED: &str = r#"{"error": "no"}"#;
+
+    fn read(status: u16, body: &str) -> String {
+        let answer = ErrorAnswer { status, is_json: false, location: None, body: body.as_bytes() };
+        match CloseError::of_answer(&answer) {
+            CloseError::Transient(Fault::Foreign { status, form }) => format!("foreign {status} {form}"),
+            error => error.label().to_owned(),
+        }
+    }
+
     #[test]
-    fn rejections_name_fields_and_withhold_values() {
+    fn an_answer_that_is_not_closes_is_transient_whatever_its_status() {
         let cases = [
-            (
-                json!({"errors": [], "field-errors": {"custom.cf_X": "The Custom Field \"Jane\" does not exist."}}),
-                "Close rejected the request (400); custom.cf_X: the custom field does not exist",
-            ),
-            (
-                json!({"errors": [], "field-errors": {"contacts": {"errors": {
-                    "0": {"errors": [], "field-errors": {"emails": {"errors": {
-                        "1": {"errors": [], "field-errors": {"email": "Invalid email address."}}}}}}}}}}),
-                "Close rejected the request (400); contacts.0.emails.1.email: invalid email address",
-            ),
-            (
-                json!({"field-errors": {"status": "Not a valid choice. \"foo\"", "lead": "Object does not exist."}}),
-                "Close rejected the request (400); lead: the object does not exist; status: not a valid choice",
-            ),
-            (
-                json!({"error": "jane@example.test is odd"}),
-                "Close rejected the request (400): rejected (the message of Close may contain personal data; a replay shows it)",
-            ),
-            (json!({"errors": ["Invalid request: x"]}), "Close rejected the request (400): invalid request"),
-            (json!("Forbidden"), "Close rejected the request (400)"),
-            (json!({"field-errors": {"name": null}}), "Close rejected the request (400)"),
+            (401, DENIED, "unauthorized"),
+            (402, DENIED, "plan_limit"),
+            (403, DENIED, "forbidden"),
+            (403, "Forbidden", "forbidden"),
+            (401, HTML, "foreign 401 HTML"),
+            (402, HTML, "foreign 402 HTML"),
+            (403, HTML, "foreign 403 HTML"),
+            (403, "Access denied by policy", "foreign 403 text"),
+            (401, "", "foreign 401 empty body"),
+            (401, "[]", "foreign 401 JSON"),
+            (403, "{", "foreign 403 JSON"),
+            (407, DENIED, "foreign 407 JSON"),
+            (400, HTML, "foreign 400 HTML"),
+            (400, DENIED, "rejected"),
+            (422, r#"{"detail": []}"#, "rejected"),
+            (413, HTML, "rejected"),
+            (418, "teapot", "foreign 418 text"),
         ];
-        for (body, text) in cases {
-            assert_eq!(Rejection::read(400, body.to_string().as_bytes()).to_string(), text);
+        for (status, body, expected) in cases {
+            assert_eq!(read(status, body), expected, "{status} {body}");
         }
-        let withheld = Rejection::read(400, br#"{"error": "jane@example.test is odd"}"#);
-        assert!(
-            withheld.response.as_ref().unwrap().reveal().contains("jane")
-                && !format!("{withheld:?}").contains("jane")
-        );
-        let rejection = Rejection::read(413, b"<html>");
-        let parts = (rejection.to_string(), rejection.response.as_ref().map(ResponseExcerpt::reveal));
-        assert_eq!(parts, ("Close rejected the request (413)".into(), Some("<html>")));
-        assert_eq!(Rejection::read(400, b" ").response, None);
+        let empty = ErrorAnswer { status: 401, is_json: true, location: None, body: b"" };
+        assert_eq!(CloseError::of_answer(&empty), CloseError::Unauthorized);
     }
 
     #[test]
-    fn an_error_has_a_bounded_length_and_plain_names() {
-        let keys = |number: usize, length: usize| -> Value {
-            let member = |n: usize| (format!("{n:04}{}", "k".repeat(length)), json!("Invalid URL."));
-            json!({"field-errors": (0..number).map(member).collect::<serde_json::Map<_, _>>()})
+    fn a_record_is_gone_only_in_closes_words() {
+        let cases = [
+            (MISSING, "not_found"),
+            (r#"{"errors": ["Empty query: Contact matching query does not exist."]}"#, "not_found"),
+            (URL, "unknown_url"),
+            (HTML, "foreign 404 HTML"),
+            (r#"{"message": "no Route matched with those values"}"#, "foreign 404 JSON"),
+            (r#"{"error": {"message": "Not Found"}}"#, "foreign 404 JSON"),
+            ("Not Found", "foreign 404 text"),
+            ("", "foreign 404 empty body"),
+        ];
+        for (body, expected) in cases {
+            assert_eq!(read(404, body), expected, "{body}");
+        }
+    }
+
+    #[test]
+    fn statuses_that_pass_are_transient_and_some_may_have_been_applied() {
+        let cases = [
+            (408, true),
+            (499, true),
+            (500, true),
+            (504, true),
+            (409, false),
+            (421, false),
+            (423, false),
+            (425, false),
+            (503, false),
+        ];
+        for (status, applied) in cases {
+            let answer = ErrorAnswer { status, is_json: true, location: None, body: DENIED.as_bytes() };
+            let error = CloseError::of_answer(&answer);
+            assert_eq!(error, CloseError::Transient(Fault::Status(status)));
+            assert!(error.is_retryable() && error.may_be_an_outage());
+            assert_eq!(error.may_have_been_applied(), applied, "{status}");
+        }
+        for fault in [Fault::Timeout, Fault::ConnectionLost, Fault::InvalidResponse] {
+            assert!(CloseError::Transient(fault).may_have_been_applied());
+        }
+        assert!(!CloseError::Unreachable(String::new()).may_have_been_applied());
+        assert!(!CloseError::NotFound.may_have_been_applied());
+    }
+
+    #[test]
+    fn a_redirect_names_only_a_host() {
+        let text = |location| {
+            let answer = ErrorAnswer { status: 301, is_json: false, location, body: b"" };
+            CloseError::of_answer(&answer).to_string()
         };
-        let nested =
-            (0..100).fold(json!("Invalid URL."), |inner, _| json!({"errors": {"k".repeat(90): inner}}));
-        for body in [keys(1000, 150), keys(1, 200_000), keys(5000, 10), nested] {
-            let rejection = Rejection::read(400, body.to_string().as_bytes());
-            assert!(
-                rejection.fields.len() <= MAX_FIELDS && rejection.to_string().len() < 4000,
-                "{rejection}"
-            );
-            assert!(rejection.fields.iter().all(|field| field.path().len() <= MAX_PATH));
-            assert!(rejection.response.unwrap().reveal().len() <= MAX_EXCERPT);
+        let wrong = "`close.api_url` is probably wrong";
+        assert_eq!(
+            text(Some("https://user:secret@app.close.test/login?token=t")),
+            format!("redirected to the host \"app.close.test\" (301); {wrong}")
+        );
+        for location in [None, Some("/api/v2/me/"), Some("https://x\u{1b}[2J.test/"), Some("not a url")] {
+            let text = text(location);
+            assert_eq!(text, format!("redirected to another path (301); {wrong}"), "{location:?}");
         }
-        assert!(
-            Rejection::read(400, keys(12, 0).to_string().as_bytes())
-                .to_string()
-                .ends_with("; and 2 more fields")
-        );
-        assert!(!Rejection::read(400, keys(10, 0).to_string().as_bytes()).to_string().contains("more"));
-
-        let hostile = "a\r\n\u{1b}[2J\u{9b}31m\u{202e}\u{2066}\u{200b}\u{feff} é";
-        let rejection = Rejection::read(400, json!({"field-errors": {hostile: "x"}}).to_string().as_bytes());
-        assert_eq!(rejection.fields[0].path(), "a????2J?31m??????");
-        let raw = Rejection::read(400, hostile.as_bytes()).response.unwrap();
-        assert!(
-            raw.reveal().chars().all(|c| c == '\n' || "a[2J31m é\u{fffd}".contains(c)),
-            "{:?}",
-            raw.reveal()
-        );
-        assert!(raw.reveal().contains('\n'));
-    }
-
-    #[test]
-    fn a_failed_write_may_have_been_applied_unless_it_was_rejected_or_not_sent() {
-        let maybe_applied = [
-            CloseError::Transient(Fault::Timeout),
-            CloseError::Transient(Fault::ConnectionLost),
-            CloseError::Transient(Fault::InvalidResponse),
-            CloseError::Transient(Fault::Status(500)),
-            CloseError::Transient(Fault::Status(502)),
-            CloseError::Transient(Fault::Status(504)),
-        ];
-        let not_applied = [
-            CloseError::Transient(Fault::Status(503)),
-            CloseError::Unreachable(String::new()),
-            CloseError::NotFound,
-        ];
-        assert!(maybe_applied.iter().all(CloseError::may_have_been_applied));
-        assert!(!not_applied.iter().any(CloseError::may_have_been_applied));
     }
 }

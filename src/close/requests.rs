@@ -19,7 +19,7 @@ use tracing::{Instrument, Span};
 
 use crate::close::answer::Answer;
 use crate::close::endpoint::{Call, Endpoint, LARGE_ANSWER, StatusClass};
-use crate::close::error::{CloseError, Fault, Rejection};
+use crate::close::error::{CloseError, ErrorAnswer, Fault, Form};
 use crate::close::rate_limit::headers::{self, RateLimit};
 use crate::close::rate_limit::{self, Permit, Priority, RateLimiter};
 use crate::close::stall_guard::StallGuard;
@@ -215,13 +215,9 @@ impl Requests {
         }
         match answer.status.as_u16() {
             200..=299 => Ok(Some(answer.body)),
-            401 => Err(CloseError::Unauthorized),
-            402 => Err(CloseError::PlanLimit),
-            403 => Err(CloseError::Forbidden),
-            404 => Err(CloseError::NotFound),
             429 => {
                 let reset = limit.filter(|limit| limit.remaining == 0).map(|limit| limit.reset);
-                let retry_after = || header("retry-after").and_then(headers::seconds);
+                let retry_after = || headers::retry_after(header);
                 let wait = reset.or_else(retry_after).unwrap_or(rate_limit::DEFAULT_WAIT);
                 // Close may round less than a second down to 0.
                 permit.refused(wait.max(rate_limit::SHORTEST_WAIT), reset.is_some());
@@ -231,14 +227,29 @@ impl Requests {
                 }
                 Ok(None)
             }
-            status @ 500..=599 => Err(CloseError::Transient(Fault::Status(status))),
-            status => Err(CloseError::Rejected(Rejection::read(status, &answer.body))),
+            status => {
+                if status == 503
+                    && let Some(wait) = headers::retry_after(header)
+                {
+                    // The call is over, and the next ones of this group wait.
+                    permit.refused(wait.min(rate_limit::LONGEST_UNAVAILABLE), true);
+                }
+                Err(CloseError::of_answer(&ErrorAnswer {
+                    status,
+                    is_json: header("content-type").is_some_and(|kind| kind.contains("json")),
+                    location: header("location"),
+                    body: &answer.body,
+                }))
+            }
         }
     }
 }
 
 fn parse<T: DeserializeOwned>(answer: &[u8]) -> Result<T, CloseError> {
-    serde_json::from_slice(answer).map_err(|_| CloseError::Transient(Fault::InvalidResponse))
+    serde_json::from_slice(answer).map_err(|_| match Form::of(answer) {
+        Form::Json | Form::Empty => CloseError::Transient(Fault::InvalidResponse),
+        form @ (Form::Html | Form::Text) => CloseError::Transient(Fault::Foreign { status: 200, form }),
+    })
 }
 
 /// The span of a call, by OpenTelemetry's conventions for HTTP. The transport adds the server. The path is left out

@@ -21,6 +21,9 @@ pub(crate) const DEFAULT_WAIT: Duration = Duration::from_secs(2);
 /// The shortest wait after a 429.
 pub(crate) const SHORTEST_WAIT: Duration = Duration::from_millis(250);
 
+/// The longest wait after a 503, whatever it says: it may come from a proxy.
+pub(crate) const LONGEST_UNAVAILABLE: Duration = Duration::from_mins(1);
+
 /// The order of calls when budget is short.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Priority {
@@ -169,7 +172,7 @@ impl Permit {
         self.limit = limit;
     }
 
-    /// Records a 429. `explained`: the window was used up.
+    /// Records a 429, or a 503 that says how long to wait. `explained`: a used-up window or an outage explains it.
     pub(crate) fn refused(&self, wait: Duration, explained: bool) {
         self.limiter.change(|state| state.window.refused(self.sent, Instant::now(), wait, explained));
     }

@@ -467,7 +467,10 @@ impl Transport for FakeClose {
             let answer = self.script.lock().unwrap()(&whole);
             let (status, body) = match answer {
                 Answer::Works => (200, self.answer(&method, path, body)),
-                Answer::Status(status) => (status, json!({})),
+                // Something that cannot be left out.
+                Answer::Status(status) => {
+                    (status, json!({"field-errors": {"lead": "This field is required."}}))
+                }
                 Answer::Never => std::future::pending().await,
             };
             let status = StatusCode::from_u16(status).unwrap();

@@ -1,10 +1,10 @@
 //! Workers and brokers that stop, crash and return while messages are processed.
 
-use close_sync_simulator::{Effect, Fault, FaultBody, Settings, When};
+use close_sync_simulator::{Effect, Fault, Settings, When};
 use lapin::BasicProperties;
 use serde_json::json;
 
-use crate::support::{Bench, Node, Proxy, Worker, identify, people};
+use crate::support::{Bench, Node, Proxy, Worker, identify, people, refusal};
 
 /// The worker is killed after Close created the Lead and before it answered. Search does not list the Lead yet, and the
 /// next worker must not create it again.
@@ -139,7 +139,7 @@ async fn a_message_to_dead_letter_is_held_during_an_alarm() {
     worker.settled(1).await;
 
     bench.simulator.fault(Fault::new(Effect::Latency { ms: 8000 }).on("POST", "/data/"));
-    let refused = Effect::Status { code: 400, body: FaultBody::Text, when: When::BeforeCommit };
+    let refused = refusal();
     bench.simulator.fault(Fault::new(refused).on("POST", "/lead/"));
     bench.publish(&people(1)).await;
     worker.until("looking up", async |_| bench.simulator.request_count("POST", "/data/") == 1).await;

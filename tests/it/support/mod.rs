@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use close_sync::amqp::envelope;
 use close_sync::amqp::server_info::ServerInfo;
 use close_sync::config::{Config, Need};
-use close_sync_simulator::{Fault, Settings, Simulator};
+use close_sync_simulator::{Effect, Fault, FaultBody, Settings, Simulator, When};
 use lapin::options::{
     BasicConsumeOptions, BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeleteOptions,
     QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
@@ -29,6 +29,12 @@ pub(crate) use worker::Worker;
 
 /// The timeout of everything a test waits for, long enough for a busy machine.
 pub(crate) const TIMEOUT: Duration = Duration::from_mins(3);
+
+/// Close rejects a request for good: it names a field that records are found by.
+pub(crate) fn refusal() -> Effect {
+    let body = json!({"errors": [], "field-errors": {"custom.cf_contactuserid": "Not a valid choice."}});
+    Effect::Status { code: 400, body: FaultBody::Exactly(body), when: When::BeforeCommit }
+}
 
 /// The environment of one test.
 pub(crate) struct Bench {

@@ -174,9 +174,9 @@ async fn a_record_that_disappears_is_looked_up_once_more() {
     for (times, outcome) in [(1, "updated"), (2, "dead")] {
         let bench = Bench::new().await;
         bench.lead(None, json!([{"name": "Jane", "custom.cf_contactuserid": "u1"}]));
-        bench
-            .simulator
-            .fault(Fault::new(status(404, When::BeforeCommit)).on("PUT", "/contact/").times(times));
+        let body = json!({"error": "Empty query: Contact matching query does not exist."});
+        let gone = Effect::Status { code: 404, body: FaultBody::Exactly(body), when: When::BeforeCommit };
+        bench.simulator.fault(Fault::new(gone).on("PUT", "/contact/").times(times));
         let metrics = bench.sync(&[identify("u1", json!({"title": "CEO"}))]).await;
         assert_eq!(metrics.outcomes(), [(outcome, 1)].into());
         assert_eq!(metrics.count("dead_letters_total{reason=\"not_found\"}"), times - 1);

@@ -21,7 +21,7 @@ use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::support::identify;
+use crate::support::{identify, refusal};
 
 /// A kind of plan: the records in Close, and the event.
 struct Kind {
@@ -87,14 +87,33 @@ fn fault_cases() -> Vec<FaultCase> {
         let effect = Effect::RateLimited { retry_after: 0.3, with_headers };
         case(format!("429, headers: {with_headers}"), effect, SYNCED, SYNCED);
     }
-    let status = |code| Effect::Status { code, body: FaultBody::Html, when: When::BeforeCommit };
-    case("401".into(), status(401), SYNCED, SYNCED);
-    case("402".into(), status(402), SYNCED, SYNCED);
+    // Statuses that pass. Of some, the request may have been applied.
+    for code in [408, 409, 421, 423, 425, 499] {
+        let may_be_applied = matches!(code, 408 | 499);
+        for when in [When::BeforeCommit, When::AfterCommit] {
+            if when == When::BeforeCommit || may_be_applied {
+                let effect = Effect::Status { code, body: FaultBody::Json, when };
+                case(format!("{code} {when:?}"), effect, SYNCED, SYNCED);
+            }
+        }
+    }
+    // The answer of a proxy says nothing about the key, the record or the message.
+    for code in [400, 401, 402, 403, 404, 405] {
+        for when in [When::BeforeCommit, When::AfterCommit] {
+            let effect = Effect::Status { code, body: FaultBody::Html, when };
+            case(format!("{code} of a proxy, {when:?}"), effect, SYNCED, SYNCED);
+        }
+    }
+    let status = |code, body| Effect::Status { code, body, when: When::BeforeCommit };
+    case("unknown URL".into(), status(404, FaultBody::Text), SYNCED, SYNCED);
+    case("401".into(), status(401, FaultBody::Json), SYNCED, SYNCED);
+    case("402".into(), status(402, FaultBody::Json), SYNCED, SYNCED);
     // The key may do everything else, so the forbidden write is a fault of the message.
-    case("403".into(), status(403), SYNCED, "forbidden");
-    case("404".into(), status(404), SYNCED, SYNCED);
-    case("400".into(), status(400), "rejected", "rejected");
-    case("413".into(), status(413), "rejected", "rejected");
+    case("403".into(), status(403, FaultBody::Json), SYNCED, "forbidden");
+    let gone = json!({"error": "Empty query: Lead matching query does not exist."});
+    case("404".into(), status(404, FaultBody::Exactly(gone)), SYNCED, SYNCED);
+    case("400".into(), refusal(), "rejected", "rejected");
+    case("413".into(), status(413, FaultBody::Html), "rejected", "rejected");
     case(
         "200 with half a body".into(),
         Effect::Status { code: 200, body: FaultBody::Text, when: When::AfterCommit },

@@ -4,7 +4,7 @@
 use close_sync_simulator::{Effect, Fault, FaultBody, Settings, When};
 use serde_json::{Value, json};
 
-use crate::support::{Bench, identify, values};
+use crate::support::{Bench, identify, refusal, values};
 
 fn at(second: u32, user: &str, traits: Value) -> Value {
     let mut event = identify(user, traits);
@@ -72,7 +72,7 @@ async fn one_person_identified_a_hundred_times_is_one_contact() {
 async fn messages_of_a_failed_merged_write_run_one_by_one() {
     let bench = Bench::new().await;
     bench.lead(Some("acme"), json!([{"custom.cf_contactuserid": "u1"}]));
-    let refuses = Effect::Status { code: 400, body: FaultBody::Text, when: When::BeforeCommit };
+    let refuses = refusal();
     // The first waits for the search, so that the others are merged. Close rejects their first write.
     bench.simulator.fault(Fault::new(Effect::Latency { ms: 500 }).on("POST", "/data/").times(1));
     bench.simulator.fault(Fault::new(refuses).on("PUT", "/contact/").times(2));
@@ -133,7 +133,7 @@ async fn a_replayed_dead_letter_does_not_overwrite_newer_values() {
         bench.publish(&[first]).await;
         worker.settled(1).await;
 
-        let refuses = Effect::Status { code: 400, body: FaultBody::Text, when: When::BeforeCommit };
+        let refuses = refusal();
         bench.simulator.fault(Fault::new(refuses).on("PUT", "/").times(1));
         let traits =
             json!({"title": "Old", "name": "Only here", "phone": "+49301234567", "company": company("Old")});
@@ -195,7 +195,7 @@ async fn the_written_part_of_a_failed_message_is_not_overwritten_by_an_older_one
     let worker = bench.worker().await;
     bench.publish(&[at(1, "u1", json!({"title": "First", "company": company("First")}))]).await;
     worker.settled(1).await;
-    let refuses = Effect::Status { code: 400, body: FaultBody::Text, when: When::BeforeCommit };
+    let refuses = refusal();
     bench.simulator.fault(Fault::new(refuses).on("PUT", "/contact/").times(1));
     bench.publish(&[at(3, "u1", json!({"title": "New", "company": company("New")}))]).await;
     worker.settled(2).await;

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::support::{Bench, Worker, identify, people};
 
 fn status(code: u16) -> Effect {
-    Effect::Status { code, body: FaultBody::Text, when: When::BeforeCommit }
+    Effect::Status { code, body: FaultBody::default(), when: When::BeforeCommit }
 }
 
 async fn paused(worker: &Worker, cause: &str) {

@@ -10,7 +10,7 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use axum::routing::post;
 use close_sync::amqp::envelope::TRACEPARENT;
-use close_sync_simulator::{Effect, Fault, FaultBody, Settings, When};
+use close_sync_simulator::{Effect, Fault, Settings};
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable};
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
@@ -21,7 +21,7 @@ use prost::Message;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
-use crate::support::{Bench, Worker, identify, people};
+use crate::support::{Bench, Worker, identify, people, refusal};
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const PRODUCER: &str = "00f067aa0ba902b7";
@@ -241,7 +241,7 @@ async fn a_message_continues_the_trace_of_its_producer_with_its_calls() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_letter_and_its_replay_are_in_one_trace() {
     let (collector, bench) = Collector::with_bench(Settings::fast()).await;
-    let bad_request = Effect::Status { code: 400, body: FaultBody::Text, when: When::BeforeCommit };
+    let bad_request = refusal();
     bench.simulator.fault(Fault::new(bad_request).on("POST", "/lead/").times(1));
     let worker = bench.worker().await;
     let parent = format!("00-{TRACE}-{PRODUCER}-01");
