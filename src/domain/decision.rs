@@ -164,6 +164,10 @@ pub fn change(field: &FieldPlan, mapping: &Mapping) -> String {
         (FieldVerdict::NotKept, Some(before)) => format!("{before}, because Close does not keep {wanted}"),
         (FieldVerdict::NotKept, None) => format!("{wanted} not written: Close does not keep it"),
         (FieldVerdict::Refused, _) => format!("{wanted} rejected by Close"),
+        (FieldVerdict::RefusedTogether, _) => {
+            format!("{wanted} not written: Close rejected the write without naming a field")
+        }
+        (FieldVerdict::RefusedBefore, _) => format!("{wanted} not sent: Close rejected it before"),
     }
 }
 

@@ -92,6 +92,8 @@ pub enum DropReason {
     /// Close rejected the value.
     #[strum(serialize = "refused_by_close")]
     Refused,
+    /// Close rejected the value for this record before, so it is not sent again.
+    RefusedBefore,
 }
 
 impl DropReason {
@@ -118,6 +120,7 @@ impl DropReason {
             Self::ListFull => "the Contact's list is full",
             Self::ListUnknown => "Close did not show the Contact's list",
             Self::Refused => "Close rejected it",
+            Self::RefusedBefore => "Close rejected it before",
         }
     }
 }

@@ -8,7 +8,7 @@
 //! - [`matching`] selects the records in Close that the event is about;
 //! - [`planner`] makes the [`plan`]: the steps from those to the wanted records, without stale values ([`staleness`]);
 //! - [`merge`] combines the steps of several events;
-//! - [`partial_write`] removes what Close rejected;
+//! - [`partial_write`] removes what Close rejected, and [`refused`] remembers it;
 //! - [`readback`] learns from Close's answers how it keeps what it was sent;
 //! - [`decision`] explains all of it.
 //!
@@ -28,6 +28,7 @@ pub mod plan;
 pub mod planner;
 pub mod readback;
 pub mod record;
+pub mod refused;
 pub mod schema;
 pub mod staleness;
 pub mod switches;

@@ -1,56 +1,128 @@
 //! A write without the values Close rejected: one bad optional value must not cost the rest.
+
 use strum::VariantArray;
 
 use crate::domain::mapping::{Desired, KeyFields};
 use crate::domain::plan::{RecordRef, RejectedField, Step};
-use crate::domain::record::{Channel, Field};
+use crate::domain::record::{Channel, Field, FieldId};
 
-/// The step without what Close rejected, and what was removed. `paths` are the paths in Close's `field-errors`,
-/// `["contacts", "0", "phones", "0", "phone"]` (close-api.md §3); several may lead to one field.
-///
-/// Returns `None` when a rejected value cannot be left out: an id that records are found by, the only identity of a
-/// new Contact, or a field that is not in the step.
+/// What remains of a step after a rejection.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Remainder {
+    /// The step without the named fields, and which these are.
+    Without(Step, Vec<RejectedField>),
+    /// A rejected value cannot be left out: an id that records are found by, or the only identity of a new Contact.
+    Required,
+    /// Close named no field of the step.
+    Unnamed,
+}
+
+/// The step without what Close rejected. `paths` are the paths in Close's error, `["contacts", "0", "phones", "0", "phone"]`
+/// (close-api.md §3); several may lead to one field.
 pub fn without_rejected<'a>(
     step: &Step,
     paths: impl IntoIterator<Item = &'a [String]>,
     desired: &Desired,
     keys: &KeyFields,
-) -> Option<(Step, Vec<RejectedField>)> {
+) -> Remainder {
     let mut rest = step.clone();
     let mut removed: Vec<RejectedField> = Vec::new();
     for path in paths {
-        let (record, name) = locate(step, path)?;
+        let Some((record, name)) = locate(step, path) else { continue };
         let field = if name == "status" { "status_id" } else { name };
         if removed.iter().any(|removed| removed.record == record && removed.field == field) {
             continue;
         }
-        let is_key = [&keys.company, &keys.user]
-            .into_iter()
-            .flatten()
-            .any(|id| Field::Custom(id.clone()).to_string() == field);
         let only_identity =
             step.creates() && field == Channel::Email.list() && desired.identity.user_id.is_none();
-        if is_key || only_identity || !remove(&mut rest, &record, field) {
-            return None;
+        if is_key(field, keys) || only_identity {
+            return Remainder::Required;
         }
-        removed.push(RejectedField { record, field: field.to_owned() });
+        if remove(&mut rest, &record, field) {
+            removed.push(RejectedField { record, field: field.to_owned() });
+        }
     }
-    (!removed.is_empty()).then_some((rest, removed))
+    if removed.is_empty() { Remainder::Unnamed } else { Remainder::Without(rest, removed) }
+}
+
+/// The step with only what it cannot do without, for a rejection that names no field: ids, the email of a new Contact, and
+/// names if `keep_names`. `None` if that leaves out nothing, or everything.
+pub fn without_optional(
+    step: &Step,
+    desired: &Desired,
+    keys: &KeyFields,
+    keep_names: bool,
+) -> Option<(Step, Vec<RejectedField>)> {
+    let mut rest = step.clone();
+    let mut removed = Vec::new();
+    for (record, field) in fields(step) {
+        let is_email = step.creates() && field == Channel::Email.list() && desired.identity.email.is_some();
+        let is_name = keep_names && field == Field::Name.to_string();
+        if !is_key(&field, keys) && !is_email && !is_name && remove(&mut rest, &record, &field) {
+            removed.push(RejectedField { record, field });
+        }
+    }
+    (!removed.is_empty() && !rest.is_empty()).then_some((rest, removed))
+}
+
+/// The paths of custom fields of the step that Close does not have.
+pub fn unknown_fields(step: &Step, has: impl Fn(&FieldId) -> bool) -> Vec<Vec<String>> {
+    let is_unknown =
+        |field: &str| field.strip_prefix("custom.").and_then(FieldId::parse).is_some_and(|id| !has(&id));
+    let path = |(record, field): (RecordRef, String)| match record {
+        RecordRef::NewContact(None) => vec!["contacts".to_owned(), "0".to_owned(), field],
+        RecordRef::NewLead | RecordRef::NewContact(Some(_)) | RecordRef::Lead(_) | RecordRef::Contact(_) => {
+            vec![field]
+        }
+    };
+    fields(step).into_iter().filter(|(_, field)| is_unknown(field)).map(path).collect()
+}
+
+fn is_key(field: &str, keys: &KeyFields) -> bool {
+    let keys = [&keys.company, &keys.user].into_iter().flatten();
+    keys.map(|id| Field::Custom(id.clone()).to_string()).any(|key| key == field)
 }
 
 /// The record and the field in it that a path in Close's error leads to.
 fn locate<'a>(step: &Step, path: &'a [String]) -> Option<(RecordRef, &'a str)> {
     let (first, rest) = path.split_first()?;
+    let is_list = || Channel::VARIANTS.iter().any(|channel| channel.list() == first);
     let record = match step {
         Step::CreateLead { contact: Some(_), .. } if first == "contacts" => {
             return Some((RecordRef::NewContact(None), rest.get(1)?));
         }
+        // A Lead has no such list.
+        Step::CreateLead { contact: Some(_), .. } if is_list() => RecordRef::NewContact(None),
         Step::CreateLead { .. } => RecordRef::NewLead,
         Step::CreateContact { lead, .. } => RecordRef::NewContact(Some(lead.clone())),
         Step::UpdateLead { id, .. } => RecordRef::Lead(id.clone()),
         Step::UpdateContact { id, .. } => RecordRef::Contact(id.clone()),
     };
     Some((record, first))
+}
+
+/// The fields and lists of a step.
+fn fields(step: &Step) -> Vec<(RecordRef, String)> {
+    let (lead, contact) = match step {
+        Step::CreateLead { lead, contact } => (
+            Some((RecordRef::NewLead, lead)),
+            contact.as_ref().map(|contact| (RecordRef::NewContact(None), contact)),
+        ),
+        Step::CreateContact { lead, contact } => {
+            (None, Some((RecordRef::NewContact(Some(lead.clone())), contact)))
+        }
+        Step::UpdateLead { id, changes } => (Some((RecordRef::Lead(id.clone()), changes)), None),
+        Step::UpdateContact { id, changes } => (None, Some((RecordRef::Contact(id.clone()), changes))),
+    };
+    let lead = lead.into_iter().flat_map(|(record, fields)| {
+        fields.keys().map(move |field| (record.clone(), field.to_string())).collect::<Vec<_>>()
+    });
+    let contact = contact.into_iter().flat_map(|(record, values)| {
+        let names = values.fields.keys().map(ToString::to_string);
+        let names = names.chain(values.lists.keys().map(ToString::to_string));
+        names.map(|name| (record.clone(), name)).collect::<Vec<_>>()
+    });
+    lead.chain(contact).collect()
 }
 
 /// Removes a field or list. Returns whether it was there.

@@ -8,6 +8,7 @@ use strum::{IntoStaticStr, VariantArray};
 use crate::domain::dropped::{DropReason, Dropped, excerpt};
 use crate::domain::mapping::{Desired, WriteRule};
 use crate::domain::record::{Contact, ContactId, Field, FieldId, Fields, LeadId, Lists};
+use crate::domain::refused::RefusedValues;
 use crate::domain::staleness::{RecordVersions, SyncedAtFields};
 
 /// Stands for the id of a Lead that is not created yet.
@@ -154,6 +155,17 @@ impl RecordPlan {
     pub fn written(&self) -> impl Iterator<Item = &FieldPlan> {
         self.fields.iter().filter(|field| matches!(field.verdict, FieldVerdict::Set | FieldVerdict::Appended))
     }
+
+    /// Remembers what Close refused. The time in `synced_at` is another one with each event.
+    fn note_refused(&self, refused: &mut RefusedValues, synced_at: Option<&str>) {
+        let fields = self.fields.iter().filter(|plan| Some(plan.field.as_str()) != synced_at);
+        let of = |verdict| {
+            let refused = fields.clone().filter(move |plan| plan.verdict == verdict);
+            refused.map(|plan| (plan.field.as_str(), &plan.wanted))
+        };
+        of(FieldVerdict::Refused).for_each(|value| refused.insert([value]));
+        refused.insert(of(FieldVerdict::RefusedTogether));
+    }
 }
 
 /// What happens to one field.
@@ -198,6 +210,10 @@ pub enum FieldVerdict {
     /// Close rejected the value; the rest was written without it.
     #[strum(serialize = "refused_by_close")]
     Refused,
+    /// Close rejected the write without naming a field, so all values that can be left out were.
+    RefusedTogether,
+    /// Close rejected the value for this record before ([`crate::domain::refused`]).
+    RefusedBefore,
 }
 
 impl FieldVerdict {
@@ -218,12 +234,13 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Values for lists that are full or unknown.
+    /// Values for lists that are full or unknown, and values that Close rejected before.
     pub fn dropped(&self) -> impl Iterator<Item = Dropped> {
         let fields = self.records.iter().flat_map(|record| &record.fields);
         fields.filter_map(|field| match field.verdict {
             FieldVerdict::ListFull => Some(field.dropped(DropReason::ListFull)),
             FieldVerdict::ListUnknown => Some(field.dropped(DropReason::ListUnknown)),
+            FieldVerdict::RefusedBefore => Some(field.dropped(DropReason::RefusedBefore)),
             FieldVerdict::Set
             | FieldVerdict::Appended
             | FieldVerdict::Same
@@ -231,7 +248,8 @@ impl Plan {
             | FieldVerdict::OnlyOnCreate
             | FieldVerdict::NotKept
             | FieldVerdict::Stale
-            | FieldVerdict::Refused => None,
+            | FieldVerdict::Refused
+            | FieldVerdict::RefusedTogether => None,
         })
     }
 
@@ -253,12 +271,13 @@ impl Plan {
         event: &Desired,
         which: impl Fn(&str) -> bool,
     ) {
-        let Some(at) = event.at else { return };
         let records = self.records.iter().filter(|plan| plan.refused.is_none() && which(plan.record.id()));
         for plan in records {
             let synced_at =
                 plan.record.synced_at(&event.synced_at).map(|id| Field::Custom(id.clone()).to_string());
             let record = versions.entry(plan.record.id().to_owned()).or_default();
+            plan.note_refused(&mut record.refused, synced_at.as_deref());
+            let Some(at) = event.at else { continue };
             for FieldPlan { field, wanted, verdict, write, .. } in &plan.fields {
                 match verdict {
                     FieldVerdict::Set if synced_at.as_ref() == Some(field) => {
@@ -277,20 +296,22 @@ impl Plan {
                     | FieldVerdict::ListUnknown
                     | FieldVerdict::NotKept
                     | FieldVerdict::Stale
-                    | FieldVerdict::Refused => {}
+                    | FieldVerdict::Refused
+                    | FieldVerdict::RefusedTogether
+                    | FieldVerdict::RefusedBefore => {}
                 }
             }
         }
     }
 
     /// Marks fields as rejected by Close. Returns their values.
-    pub fn refuse(&mut self, rejected: &[RejectedField]) -> Vec<Dropped> {
+    pub fn refuse(&mut self, rejected: &[RejectedField], verdict: FieldVerdict) -> Vec<Dropped> {
         let mut dropped = Vec::new();
         for RejectedField { record, field } in rejected {
             let records = self.records.iter_mut().filter(|plan| plan.record == *record);
             let fields = records.flat_map(|record| &mut record.fields);
             for plan in fields.filter(|plan| plan.field == *field) {
-                plan.verdict = FieldVerdict::Refused;
+                plan.verdict = verdict;
                 dropped.push(plan.dropped(DropReason::Refused));
             }
         }
@@ -314,6 +335,20 @@ impl Step {
             Self::CreateLead { .. } | Self::CreateContact { .. } => false,
             Self::UpdateLead { changes, .. } => changes.is_empty(),
             Self::UpdateContact { changes, .. } => changes.is_empty(),
+        }
+    }
+
+    /// Whether all that it would change is the time of the last event.
+    pub fn is_only_time(&self, synced_at: &SyncedAtFields) -> bool {
+        let is_time = |fields: &Fields, time: Option<&FieldId>| {
+            fields.keys().all(|field| matches!(field, Field::Custom(id) if Some(id) == time))
+        };
+        match self {
+            Self::CreateLead { .. } | Self::CreateContact { .. } => false,
+            Self::UpdateLead { changes, .. } => is_time(changes, synced_at.lead.as_ref()),
+            Self::UpdateContact { changes, .. } => {
+                changes.lists.is_empty() && is_time(&changes.fields, synced_at.contact.as_ref())
+            }
         }
     }
 

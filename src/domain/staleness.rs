@@ -19,6 +19,7 @@ use jiff::Timestamp;
 use serde_json::Value;
 
 use crate::domain::record::{Field, FieldId, Fields};
+use crate::domain::refused::RefusedValues;
 use crate::domain::time;
 
 /// The custom fields of type datetime that store the time of the last event applied.
@@ -28,7 +29,7 @@ pub struct SyncedAtFields {
     pub contact: Option<FieldId>,
 }
 
-/// How new the values of one record are.
+/// How new the values of one record are, and what Close refused for it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FieldVersions {
     /// The time stored in the record.
@@ -37,6 +38,7 @@ pub struct FieldVersions {
     pub record: Option<Timestamp>,
     /// The time of the newest event that wrote a field, by the key of the field in Close.
     pub fields: BTreeMap<String, Timestamp>,
+    pub refused: RefusedValues,
 }
 
 impl FieldVersions {
@@ -55,6 +57,7 @@ impl FieldVersions {
             let newest = self.fields.entry(field).or_insert(at);
             *newest = at.max(*newest);
         }
+        self.refused.extend(other.refused);
         self
     }
 }

@@ -131,14 +131,20 @@ impl Context {
         self.refresh(&mut refreshed_at).await
     }
 
-    /// After Close has said that a field does not exist.
+    /// After Close has said that a field does not exist, or has rejected a write without naming a field.
     pub(crate) async fn refresh_stale_mapping(&self) {
-        let mut refreshed_at = self.refreshed_at.lock().await;
-        if refreshed_at.elapsed() > MIN_REFRESH_INTERVAL
-            && let Err(errors) = self.refresh(&mut refreshed_at).await
-        {
+        if let Err(errors) = self.refresh_if_stale().await {
             let obstacle = errors.first().map(ToString::to_string);
             tracing::warn!(obstacle, "cannot read the fields in Close; keeping the current mapping");
+        }
+    }
+
+    async fn refresh_if_stale(&self) -> Result<(), Vec<PreflightError>> {
+        let mut refreshed_at = self.refreshed_at.lock().await;
+        if refreshed_at.elapsed() > MIN_REFRESH_INTERVAL {
+            self.refresh(&mut refreshed_at).await
+        } else {
+            Ok(())
         }
     }
 
@@ -153,6 +159,7 @@ impl Context {
         }
         if mapping != **current {
             tracing::info!(event = "mapping_updated", "fields in Close have changed, mapping updated");
+            self.version_cache.forget_refusals();
             *current = Arc::new(mapping);
         }
         Ok(())
@@ -170,10 +177,21 @@ impl Context {
             let keys = [&self.keys.company, &self.keys.user];
             last.is_some() && keys.iter().any(|key| key.as_ref().map(FieldId::as_str) == last)
         };
+        // A look-up names only the fields that the settings name, so this is not the message's fault, also when the list
+        // of fields still shows them.
+        if let CloseError::Rejected(rejection) = &failure.error
+            && failure.stage == Stage::LookUp
+            && (rejection.field_is_missing() || rejection.is_about_selected_fields())
+        {
+            let errors = self.refresh_mapping().await.err();
+            let cause = errors.and_then(|errors| errors.first()?.pause_cause());
+            return Some(cause.unwrap_or(PauseCause::LookupField));
+        }
         let may_be_systemic = match &failure.error {
             CloseError::Forbidden => true,
             CloseError::Rejected(rejection) => {
                 failure.stage == Stage::LookUp
+                    || rejection.field_is_missing()
                     || rejection.fields.iter().any(|field| is_key_field(&field.path))
             }
             // Check before the message is dead-lettered.

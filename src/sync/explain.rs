@@ -205,7 +205,8 @@ impl LeftOut {
             | DropReason::TooLong
             | DropReason::ListFull
             | DropReason::ListUnknown
-            | DropReason::Refused => String::new(),
+            | DropReason::Refused
+            | DropReason::RefusedBefore => String::new(),
         };
         let in_words = format!("{label}{of}: {shown}, {}{fits}", reason.description());
         Self { field: field.clone(), reason: reason.label(), value: value.clone(), in_words }

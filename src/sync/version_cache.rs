@@ -1,20 +1,30 @@
-//! Bounded cache of field versions: for each record, the time of the last event that set each field.
+//! Bounded cache of field versions: for each record, the time of the last event that set each field, and the values that
+//! Close refused.
 //!
 //! [`crate::domain::staleness`] compares these versions with the time of an event. For a record that is not cached, the
 //! time stored in the record counts for all its fields, if it stores one.
+//!
+//! A refused value is tried again after some hours, and when the fields in Close have changed.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use moka::policy::EvictionPolicy;
 use moka::sync::Cache;
+use tokio::time::Instant;
 
 use crate::close::CreatedIds;
 use crate::domain::matching::Found;
 use crate::domain::plan::{NEW_CONTACT, NEW_LEAD};
 use crate::domain::record::{FieldId, Fields};
+use crate::domain::refused::RefusedValues;
 use crate::domain::staleness::{self, FieldVersions, RecordVersions, SyncedAtFields};
 
 /// In records. An entry takes about 500 bytes.
 const CAPACITY: u64 = 50_000;
+/// How long a refused value is not sent again. What Close accepts may change without a change of the fields.
+const REFUSAL_LIFETIME: Duration = Duration::from_hours(6);
 
 /// Clones share the entries.
 #[derive(Clone, Debug)]
@@ -22,6 +32,8 @@ pub struct VersionCache {
     records: Cache<String, Entry>,
     /// Records whose creation was sent, by kind and stored time. Their ids are missing until Close answers.
     creations: Cache<(&'static str, Timestamp), FieldVersions>,
+    /// Refusals before this time no longer count.
+    refusals_since: Arc<Mutex<Option<Instant>>>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -29,6 +41,8 @@ struct Entry {
     versions: FieldVersions,
     /// The versions after a change that was sent and not answered, if it took effect.
     intended: Option<FieldVersions>,
+    /// When Close refused the first of the values.
+    refused_at: Option<Instant>,
 }
 
 impl Default for VersionCache {
@@ -38,6 +52,7 @@ impl Default for VersionCache {
         Self {
             records: Cache::builder().max_capacity(CAPACITY).eviction_policy(lru()).build(),
             creations: Cache::builder().max_capacity(CAPACITY).eviction_policy(lru()).build(),
+            refusals_since: Arc::default(),
         }
     }
 }
@@ -49,7 +64,7 @@ impl VersionCache {
         let versions = |kind: &'static str, id: &str, fields: &Fields, synced_at: Option<&FieldId>| {
             let stored = staleness::stored(fields, synced_at);
             let is_current = |versions: &FieldVersions| versions.stored == stored;
-            let Some(Entry { versions, intended }) = self.records.get(id) else {
+            let Some(Entry { versions, intended, .. }) = self.get(id) else {
                 let created = stored.and_then(|stored| self.creations.get(&(kind, stored)));
                 return created.unwrap_or(FieldVersions {
                     stored,
@@ -83,7 +98,7 @@ impl VersionCache {
                 (NEW_LEAD | NEW_CONTACT, None) => {}
                 _ => {
                     let versions = self.joined(&id, versions.get(&id).cloned().unwrap_or_default());
-                    self.records.insert(id, Entry { versions, intended: Some(intended) });
+                    self.insert(id, versions, Some(intended));
                 }
             }
         }
@@ -103,13 +118,39 @@ impl VersionCache {
                     versions.stored.inspect(|stored| self.creations.invalidate(&(kind, *stored)));
                 }
                 let versions = self.joined(&id, versions);
-                self.records.insert(id, Entry { versions, intended: None });
+                self.insert(id, versions, None);
             }
         }
     }
 
     /// Joins with the cached versions: another message may have found the record unchanged at the same time.
     fn joined(&self, id: &str, versions: FieldVersions) -> FieldVersions {
-        self.records.get(id).map_or(versions.clone(), |entry| entry.versions.join(versions))
+        self.get(id).map_or(versions.clone(), |entry| entry.versions.join(versions))
+    }
+
+    /// All refused values are tried again.
+    pub fn forget_refusals(&self) {
+        *self.refusals_since.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    /// The entry of a record, without refusals that no longer count.
+    fn get(&self, id: &str) -> Option<Entry> {
+        let mut entry = self.records.get(id)?;
+        let since = *self.refusals_since.lock().unwrap_or_else(PoisonError::into_inner);
+        let counts = |at: Instant| at.elapsed() < REFUSAL_LIFETIME && since.is_none_or(|since| since <= at);
+        if !entry.refused_at.is_some_and(counts) {
+            entry.refused_at = None;
+            entry.versions.refused = RefusedValues::default();
+            if let Some(intended) = &mut entry.intended {
+                intended.refused = RefusedValues::default();
+            }
+        }
+        Some(entry)
+    }
+
+    fn insert(&self, id: String, versions: FieldVersions, intended: Option<FieldVersions>) {
+        let before = self.get(&id).and_then(|entry| entry.refused_at);
+        let refused_at = (!versions.refused.is_empty()).then(|| before.unwrap_or_else(Instant::now));
+        self.records.insert(id, Entry { versions, intended, refused_at });
     }
 }

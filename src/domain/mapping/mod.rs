@@ -106,6 +106,11 @@ impl Mapping {
         })
     }
 
+    /// Whether Close had this custom field when the mapping was resolved.
+    pub fn has_field(&self, id: &FieldId) -> bool {
+        self.names.contains_key(id)
+    }
+
     /// Why the event is not for Close, according to the trigger and to its own `integrations`.
     pub fn not_for_close(&self, event: &Event) -> Option<NotForClose> {
         if !self.rules.trigger.holds(event) {

@@ -25,7 +25,7 @@ use crate::domain::plan::{
 };
 use crate::domain::readback::{InList, Readback};
 use crate::domain::record::{Contact, Entry, Field, FieldId, Fields, Lead, Lists, same};
-use crate::domain::staleness::{self, RecordVersions};
+use crate::domain::staleness::{self, FieldVersions, RecordVersions};
 use crate::domain::switches::Switches;
 
 /// The most entries Close keeps in one list of a Contact (close-api.md §5).
@@ -183,6 +183,31 @@ fn field_changes(
     (changes, plans)
 }
 
+/// Leaves out what Close refused for the record before. Returns the keys of these fields.
+fn leave_out_refused(plans: &mut [FieldPlan], versions: Option<&FieldVersions>) -> Vec<String> {
+    let Some(refused) = versions.map(|versions| &versions.refused).filter(|refused| !refused.is_empty())
+    else {
+        return Vec::new();
+    };
+    let is_written =
+        |plan: &&mut FieldPlan| matches!(plan.verdict, FieldVerdict::Set | FieldVerdict::Appended);
+    let mut left_out = Vec::new();
+    for plan in plans.iter_mut().filter(is_written) {
+        if refused.contains([(plan.field.as_str(), &plan.wanted)]) {
+            plan.verdict = FieldVerdict::RefusedBefore;
+            left_out.push(plan.field.clone());
+        }
+    }
+    let mut rest: Vec<&mut FieldPlan> = plans.iter_mut().filter(is_written).collect();
+    if refused.contains(rest.iter().map(|plan| (plan.field.as_str(), &plan.wanted))) {
+        for plan in &mut rest {
+            plan.verdict = FieldVerdict::RefusedBefore;
+            left_out.push(plan.field.clone());
+        }
+    }
+    left_out
+}
+
 /// Makes a record that changes store the time of the event.
 fn set_synced_at(
     desired: &Desired,
@@ -224,6 +249,8 @@ impl Planner<'_> {
         let (desired, record) = (self.desired, lead.map(|lead| &lead.fields));
         let id = lead.map_or(NEW_LEAD, |lead| lead.id.as_str());
         let (mut changes, mut plans) = self.changes_to(id, &desired.lead, record);
+        let refused = leave_out_refused(&mut plans, self.versions.get(id));
+        changes.retain(|field, _| !refused.contains(&field.to_string()));
         if record.is_none() || !changes.is_empty() {
             set_synced_at(desired, desired.synced_at.lead.as_ref(), record, &mut changes, &mut plans);
         }
@@ -263,6 +290,9 @@ impl Planner<'_> {
                 verdict,
             });
         }
+        let refused = leave_out_refused(&mut plans, self.versions.get(id));
+        fields.retain(|field, _| !refused.contains(&field.to_string()));
+        lists.retain(|channel, _| !refused.contains(&channel.to_string()));
         if record.is_none() || !fields.is_empty() || !lists.is_empty() {
             set_synced_at(desired, desired.synced_at.contact.as_ref(), record, &mut fields, &mut plans);
         }

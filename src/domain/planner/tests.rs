@@ -4,7 +4,7 @@ use serde_json::json;
 use super::*;
 use crate::domain::mapping::tests::desired;
 use crate::domain::matching::tests::{contact, keys, lead};
-use crate::domain::partial_write::without_rejected;
+use crate::domain::partial_write::{Remainder, without_rejected};
 use crate::domain::record::{Channel, FieldId, LeadId};
 
 fn event() -> Desired {
@@ -166,11 +166,18 @@ fn a_rejected_value_is_removed_unless_it_is_an_identity() {
     let without = |create: &Step, desired: &Desired, paths: &[&str]| {
         let paths: Vec<Vec<String>> =
             paths.iter().map(|path| path.split(' ').map(str::to_owned).collect()).collect();
-        let (_, removed) = without_rejected(create, paths.iter().map(Vec::as_slice), desired, &keys())?;
-        Some(removed.into_iter().map(|removed| removed.field).collect::<Vec<_>>().join(" "))
+        let paths = paths.iter().map(Vec::as_slice);
+        match without_rejected(create, paths, desired, &keys()) {
+            Remainder::Without(_, removed) => {
+                Some(removed.into_iter().map(|removed| removed.field).collect::<Vec<_>>().join(" "))
+            }
+            Remainder::Required | Remainder::Unnamed => None,
+        }
     };
-    let cases: [(&[&str], _); 9] = [
+    let cases: [(&[&str], _); 11] = [
         (&["contacts 0 phones 0 phone"], Some("phones")),
+        (&["phones"], Some("phones")),
+        (&["odd", "phones 0"], Some("phones")),
         (&["contacts 0 emails 0 email"], Some("emails")),
         (&["custom.cf_plan"], Some("custom.cf_plan")),
         (&["contacts 0 phones 0 phone", "name", "contacts 0 phones 1 phone"], Some("phones name")),

@@ -2,12 +2,12 @@
 
 use tokio::time::Instant;
 
-use crate::close::{Api, CloseError, CreatedIds, FieldError, Written};
+use crate::close::{Api, CloseError, CreatedIds, FieldError, Rejection, Written};
 use crate::domain::decision::Decision;
 use crate::domain::mapping::{Desired, Key};
 use crate::domain::matching::Found;
-use crate::domain::partial_write;
-use crate::domain::plan::Step;
+use crate::domain::partial_write::{self, Remainder};
+use crate::domain::plan::{FieldVerdict, RejectedField, Step};
 use crate::domain::readback::{self, Difference};
 use crate::outcome::Effect;
 use crate::sync::context::Context;
@@ -36,7 +36,7 @@ impl<C: Api> Executor<'_, C> {
         let mut remaining = step.clone();
         let mut field_is_missing = false;
         let effect = loop {
-            if remaining.is_empty() {
+            if remaining.is_only_time(&self.desired.synced_at) {
                 break Effect::Unchanged;
             }
             let rejection = match self.send(&remaining, found).await {
@@ -49,21 +49,65 @@ impl<C: Api> Executor<'_, C> {
                     break Effect::of(step);
                 }
             };
-            let paths = rejection.fields.iter().map(|field| field.path.as_slice());
-            let Some((smaller, rejected)) =
-                partial_write::without_rejected(&remaining, paths, self.desired, &self.context.keys)
+            field_is_missing |= rejection.field_is_missing();
+            let Some((smaller, rejected, verdict)) = self.without_rejected(&remaining, &rejection).await
             else {
                 return Err(CloseError::Rejected(rejection));
             };
-            let dropped = self.decision.plan.refuse(&rejected);
+            let dropped = self.decision.plan.refuse(&rejected, verdict);
             self.decision.dropped.extend(dropped);
-            field_is_missing |= rejection.fields.iter().any(FieldError::field_is_missing);
             remaining = smaller;
         };
         if field_is_missing {
             self.context.refresh_stale_mapping().await;
         }
         Ok(effect)
+    }
+
+    /// The step without what Close rejected. If Close named no field of it, without custom fields that were deleted in Close,
+    /// else without everything optional.
+    async fn without_rejected(
+        &self,
+        step: &Step,
+        rejection: &Rejection,
+    ) -> Option<(Step, Vec<RejectedField>, FieldVerdict)> {
+        let (context, desired) = (self.context, self.desired);
+        let without = |paths: &[Vec<String>]| {
+            let paths = paths.iter().map(Vec::as_slice);
+            partial_write::without_rejected(step, paths, desired, &context.keys)
+        };
+        let named: Vec<Vec<String>> = rejection.fields.iter().map(|field| field.path.clone()).collect();
+        match without(&named) {
+            Remainder::Without(smaller, rejected) => return Some((smaller, rejected, FieldVerdict::Refused)),
+            Remainder::Required => return None,
+            Remainder::Unnamed => {
+                let is_about_values = matches!(rejection.status, 400 | 422)
+                    && !rejection.fields.iter().any(FieldError::is_about_something_absent);
+                if !is_about_values {
+                    return None;
+                }
+            }
+        }
+        context.refresh_stale_mapping().await;
+        let mapping = context.mapping();
+        match without(&partial_write::unknown_fields(step, |id| mapping.has_field(id))) {
+            Remainder::Without(smaller, rejected) => Some((smaller, rejected, FieldVerdict::Refused)),
+            Remainder::Required => None,
+            Remainder::Unnamed => {
+                let smaller = [true, false].into_iter().find_map(|keep_names| {
+                    partial_write::without_optional(step, desired, &context.keys, keep_names)
+                });
+                let (smaller, rejected) = smaller?;
+                tracing::warn!(
+                    event = "refusal_without_field",
+                    step = step.label(),
+                    error = %rejection,
+                    left_out = rejected.len(),
+                    "Close rejected a write without naming a field, repeating it without optional values"
+                );
+                Some((smaller, rejected, FieldVerdict::RefusedTogether))
+            }
+        }
     }
 
     /// Sends one write and caches the ids it returns. A creation is pending from before the call, because the

@@ -13,7 +13,7 @@ use crate::close::{
     Client, Fault, FieldError, Hits, LeadWithContacts, LeadWithPerson, Priority, Records, Rejection,
     Response, Transport, Written,
 };
-use crate::domain::dropped::DropReason;
+use crate::domain::dropped::{DropReason, Dropped};
 use crate::domain::event::Event;
 use crate::domain::mapping::tests::{rules, schema};
 use crate::domain::mapping::{Identity, KeyFields, Mapping, Rules};
@@ -461,7 +461,8 @@ async fn a_dropped_creation_stays_pending() {
 
 #[tokio::test(start_paused = true)]
 async fn a_creation_that_close_refused_is_not_pending() {
-    for error in [rejection(&[]), CloseError::Transient(Fault::Status(503)), CloseError::Forbidden] {
+    let rejected = rejection(&[&["custom.cf_company"]]);
+    for error in [rejected, CloseError::Transient(Fault::Status(503)), CloseError::Forbidden] {
         let context = context(&rules());
         let close = FakeClose::new(&context, &[], &[]).with_fault(WriteFault::Before(error.clone()));
         let desired = jane(&context, 5);
@@ -487,6 +488,86 @@ async fn a_rejected_optional_field_is_left_out_of_the_next_write() {
     let dropped: Vec<_> =
         attempts.decision.dropped.iter().map(|dropped| (dropped.field.as_str(), dropped.reason)).collect();
     assert_eq!(dropped, [("phones", DropReason::Refused)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_rejection_without_a_field_leaves_out_everything_optional() {
+    let context = context(&rules());
+    let close = FakeClose::new(&context, &[], &[]).with_fault(WriteFault::Before(rejection(&[])));
+    let desired = jane(&context, 5);
+    let mut attempts = attempts(&context, &close, &desired);
+    let completed = attempts.run_once().await.ok().unwrap();
+    assert_eq!(completed.outcome, Outcome::Synced(Effect::Created));
+    assert_eq!(close.written(), ["create_lead", "create_lead"]);
+    let (lead, contact) = (close.lead("lead_new1"), close.contact("cont_new2"));
+    assert_eq!(lead.fields[&Field::Name], json!("Acme"), "a name is needed to recognize the record");
+    assert_eq!(
+        (lead.custom(&FieldId::new("cf_company")), lead.custom(&FieldId::new("cf_plan"))),
+        (Some("acme"), None)
+    );
+    assert_eq!(
+        (contact.custom(&FieldId::new("cf_user")), contact.list(Channel::Phone).len()),
+        (Some("u1"), 0)
+    );
+    assert!(contact.has(Channel::Email, "jane@acme.test", None));
+    let refused = |dropped: &&Dropped| dropped.reason == DropReason::Refused;
+    let dropped = attempts.decision.dropped.iter().filter(refused).map(|dropped| dropped.field.as_str());
+    assert_eq!(dropped.collect::<Vec<_>>(), ["custom.cf_plan", "phones"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_write_of_which_nothing_would_remain_is_rejected() {
+    let context = context(&rules());
+    let error = rejection(&[]);
+    let close =
+        FakeClose::new(&context, &[acme()], &[janes_contact()]).with_fault(WriteFault::Before(error.clone()));
+    let event = json!({"userId": "u1", "traits": {"plan": "pro", "company": {"id": "acme"}}});
+    let desired = desired(&context, 5, event);
+    let failure = attempts(&context, &close, &desired).run_once().await.err().unwrap();
+    assert_eq!((failure.error, close.written()), (error, vec!["update_lead"]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refused_value_is_not_sent_again_for_the_record() {
+    // Whether Close names the field or not.
+    for paths in [&[&["phones", "0", "phone"][..]][..], &[]] {
+        let context = context(&rules());
+        let close = FakeClose::new(&context, &[acme()], &[janes_contact()])
+            .with_fault(WriteFault::Slow(LATENCY))
+            .with_fault(WriteFault::Before(rejection(paths)));
+        attempts(&context, &close, &jane(&context, 5)).run_once().await.ok().unwrap();
+        assert_eq!(close.written(), ["update_lead", "update_contact", "update_contact"], "{paths:?}");
+
+        let again = jane(&context, 6);
+        let mut second = attempts(&context, &close, &again);
+        let outcome = second.run_once().await.ok().unwrap().outcome;
+        assert_eq!((outcome, close.written().len()), (Outcome::Synced(Effect::Unchanged), 3), "{paths:?}");
+        let dropped = |decision: &Decision| -> Vec<_> {
+            decision.dropped.iter().map(|dropped| (dropped.field.clone(), dropped.reason)).collect()
+        };
+        assert_eq!(dropped(&second.decision), [("phones".to_owned(), DropReason::RefusedBefore)]);
+
+        // Another value is tried, and the same one when Close may accept it.
+        let event = json!({"userId": "u1", "traits": {"phone": "+493012345678", "company": {"id": "acme"}}});
+        let other = desired(&context, 7, event);
+        attempts(&context, &close, &other).run_once().await.ok().unwrap();
+        assert_eq!(close.contact("cont_1").list(Channel::Phone).len(), 1);
+        context.version_cache.forget_refusals();
+        tokio::time::sleep(LATENCY).await;
+        attempts(&context, &close, &again).run_once().await.ok().unwrap();
+        assert_eq!(close.contact("cont_1").list(Channel::Phone).len(), 2, "{paths:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_value_refused_in_a_new_record_is_not_sent_again_for_it() {
+    let context = context(&rules());
+    let phone: &[&str] = &["contacts", "0", "phones", "0", "phone"];
+    let close = FakeClose::new(&context, &[], &[]).with_fault(WriteFault::Before(rejection(&[phone])));
+    attempts(&context, &close, &jane(&context, 5)).run_once().await.ok().unwrap();
+    let outcome = attempts(&context, &close, &jane(&context, 6)).run_once().await.ok().unwrap().outcome;
+    assert_eq!(outcome, Outcome::Synced(Effect::Unchanged));
+    assert_eq!(close.written(), ["create_lead", "create_lead"]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -706,7 +787,10 @@ async fn a_dry_run_writes_and_records_nothing() {
 #[tokio::test(start_paused = true)]
 async fn a_dead_letter_carries_the_decision() {
     let context = context(&rules());
-    let close = FakeClose::new(&context, &[], &[]).with_fault(WriteFault::Before(rejection(&[])));
+    let required = FieldError { path: vec!["lead".to_owned()], message: "this field is required" };
+    let error = Rejection { status: 400, fields: vec![required], message: None, response: None };
+    let close =
+        FakeClose::new(&context, &[], &[]).with_fault(WriteFault::Before(CloseError::Rejected(error)));
     let desired = jane(&context, 5);
     let mut attempts = attempts(&context, &close, &desired);
     let outcome = attempts.retry_in_place().await;
