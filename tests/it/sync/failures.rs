@@ -274,7 +274,7 @@ async fn no_personal_data_in_logs_and_metrics() {
         .publish(&[
             identify("u1", traits("one")),
             identify("u1", traits("two")),
-            identify("u2", traits("refused")),
+            identify("refused", traits("three")),
         ])
         .await;
     bench
