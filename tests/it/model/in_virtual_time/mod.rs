@@ -13,6 +13,7 @@
 //! the worker queries the event log with the wall clock, which is earlier than everything that happens here.
 
 mod broker;
+mod person;
 mod plan;
 mod process;
 mod world;
@@ -47,6 +48,8 @@ const DRAIN_TIME: Duration = Duration::from_secs(30);
 struct Run {
     trace: Vec<String>,
     virtual_time: Duration,
+    /// How many phones a person added, and how many of them were lost unavoidably.
+    phones: (usize, usize),
     /// All problems. Empty on success.
     problems: String,
 }
@@ -137,7 +140,8 @@ fn run_seed(seed: u64, retry_mode: RetryMode) -> Run {
         if !unsettled.is_empty() {
             let _ = writeln!(problems, "not settled: {unsettled:?}");
         }
-        let leads = world.close().leads();
+        let leads = person::without_phones(world.close().leads());
+        problems += world.person().problems();
         let dead = world.broker().dead.clone();
         if dead.iter().any(|(_, reason)| retry_mode == RetryMode::InPlace || reason != "exhausted") {
             let _ = writeln!(problems, "dead: {dead:?}");
@@ -158,7 +162,8 @@ fn run_seed(seed: u64, retry_mode: RetryMode) -> Run {
             problems += &world.overwritten();
         }
         let virtual_time = world.elapsed();
-        Run { trace: world.trace(), virtual_time, problems }
+        let phones = world.person().count();
+        Run { trace: world.trace(), virtual_time, phones, problems }
     })
 }
 
@@ -222,36 +227,41 @@ fn run_seeds(retry_mode: RetryMode, default_seeds: u64) {
     let seeds = first..first + number("CLOSE_SYNC_MODEL_SEEDS", default_seeds);
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let began = WallClock::now();
-    let (mut failed, mut virtual_time) = (Vec::new(), Duration::ZERO);
+    let (mut failed, mut virtual_time, mut phones) = (Vec::new(), Duration::ZERO, (0, 0));
     std::thread::scope(|scope| {
         let seeds = &seeds;
         let threads: Vec<_> = (0..cores)
             .map(|core| {
                 scope.spawn(move || {
-                    let (mut failed, mut virtual_time) = (Vec::new(), Duration::ZERO);
+                    let (mut failed, mut virtual_time, mut phones) = (Vec::new(), Duration::ZERO, (0, 0));
                     for seed in seeds.clone().skip(core).step_by(cores) {
                         let run = run_seed(seed, retry_mode);
                         virtual_time += run.virtual_time;
+                        phones = (phones.0 + run.phones.0, phones.1 + run.phones.1);
                         if !run.problems.is_empty() {
                             failed.push((seed, run));
                         }
                     }
-                    (failed, virtual_time)
+                    (failed, virtual_time, phones)
                 })
             })
             .collect();
         for thread in threads {
-            let (thread_failed, thread_lived) = thread.join().unwrap();
-            failed.extend(thread_failed);
-            virtual_time += thread_lived;
+            let (of_thread, time, (added, lost)) = thread.join().unwrap();
+            failed.extend(of_thread);
+            virtual_time += time;
+            phones = (phones.0 + added, phones.1 + lost);
         }
     });
     failed.sort_by_key(|(seed, _)| *seed);
     let number = seeds.end - seeds.start;
     let per_second = f64::from(u32::try_from(number).unwrap()) / began.elapsed().as_secs_f64();
     let summary = format!(
-        "{number} histories of {:.0} hours, {per_second:.0} per second; failed: {:?}",
+        "{number} histories of {:.0} hours, {per_second:.0} per second; of {} phones of a person, {} were lost between \
+         read and write; failed: {:?}",
         virtual_time.as_secs_f64() / 3600.0,
+        phones.0,
+        phones.1,
         failed
             .iter()
             .map(|(seed, run)| (seed, run.problems.lines().next().unwrap_or_default()))

@@ -17,6 +17,8 @@ pub(super) struct Plan {
     /// The maximum search lag.
     pub(super) search_lag: Duration,
     pub(super) limits: Limits,
+    /// The percentage of calls before which a person changes a Contact.
+    pub(super) person_percent: u8,
     /// When the active worker is disrupted, and how.
     pub(super) disruptions: Vec<(Duration, Disruption)>,
     /// A second worker is on standby.
@@ -67,6 +69,7 @@ impl Plan {
             latency: millis([20, 100, 150][random.usize(..3)]),
             search_lag: seconds([0, 2, 10][random.usize(..3)]),
             limits,
+            person_percent: [0, 5, 30][random.usize(..3)],
             disruptions,
             standby: random.bool(),
             gap: millis([0, 100, 1500, 5000][random.usize(..4)]),

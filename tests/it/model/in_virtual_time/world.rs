@@ -19,6 +19,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::broker::{Broker, Channel, Message};
+use super::person::{self, Person};
 use super::plan::{CallOutcome, CallResult, Plan};
 
 /// How long a worker waits for a response.
@@ -44,13 +45,19 @@ pub(super) struct World {
     settled: Mutex<HashSet<usize>>,
     /// Cases where an older event overwrote a newer one.
     overwritten: Mutex<Vec<String>>,
+    person: Mutex<Person>,
 }
 
 impl World {
     pub(super) fn new(plan: Plan, seed: u64) -> Arc<Self> {
+        let settings = Settings {
+            seed: Uuid::from_u64_pair(0, seed),
+            limits: plan.limits,
+            more_api_keys: vec![person::KEY.to_owned()],
+            ..Settings::default()
+        };
         let settings =
-            Settings { seed: Uuid::from_u64_pair(0, seed), limits: plan.limits, ..Settings::default() }
-                .with(|close| close.search_lag = Lag::Between(Duration::ZERO, plan.search_lag));
+            settings.with(|close| close.search_lag = Lag::Between(Duration::ZERO, plan.search_lag));
         Arc::new(Self {
             start: Instant::now(),
             close: Mutex::new(Offline::new(settings, Timestamp::from_second(BASE).unwrap())),
@@ -60,6 +67,7 @@ impl World {
             newest_written: Mutex::default(),
             settled: Mutex::default(),
             overwritten: Mutex::default(),
+            person: Mutex::default(),
             plan,
         })
     }
@@ -110,6 +118,22 @@ impl World {
                 .unwrap()
                 .push(format!("{path}: event {newest} overwritten by older event {number}"));
         }
+    }
+
+    /// Before a call arrives, the person may do something.
+    fn let_person_act(&self) {
+        let acts = self.random(|random| random.u8(..100) < self.plan.person_percent);
+        let mut close = self.close();
+        let contacts = if acts { close.contacts() } else { Vec::new() };
+        let Some(contact) = self.random(|random| random.choice(&contacts)) else { return };
+        let added = self.person().add_phone(&mut close, contact, self.elapsed(), self.now());
+        if let Some(added) = added {
+            self.log(format_args!("person adds {added}"));
+        }
+    }
+
+    pub(super) fn person(&self) -> MutexGuard<'_, Person> {
+        self.person.lock().unwrap()
     }
 
     /// All cases where an older event overwrote a newer one.
@@ -216,10 +240,16 @@ async fn deliver(
     let takes_effect = outcome.takes_effect && (outcome.survives_client || !answer.is_closed());
     let reply = takes_effect.then(|| {
         let now = world.now();
+        world.let_person_act();
         if let Some(body) = body.as_ref().filter(|_| method == Method::PUT) {
             world.record_update(&path, body);
         }
-        world.close().ask(KEY, method.as_str(), &path, body.as_ref(), now)
+        let mut close = world.close();
+        let reply = close.ask(KEY, method.as_str(), &path, body.as_ref(), now);
+        if method == Method::PUT {
+            world.person().check(&close.contacts(), world.elapsed(), Duration::ZERO);
+        }
+        reply
     });
     let status = reply.as_ref().map(|reply| reply.status);
     world.log(format_args!("{call} -> {status:?}, {:?}", outcome.result));
