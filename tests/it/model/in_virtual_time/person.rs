@@ -18,7 +18,7 @@ pub(super) const KEY: &str = "api_person.key";
 pub(super) const PHONES: &str = "+49309";
 
 /// The time between the last read and the arrival of the write: the age at which a worker reads again, and the latencies.
-const WINDOW: Duration = Duration::from_secs(2);
+const WINDOW: Duration = Duration::from_millis(1600);
 
 /// The phones that the person added.
 #[derive(Debug, Default)]
