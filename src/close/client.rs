@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::Value;
 
 use crate::close::answer::Answer;
@@ -29,14 +28,6 @@ use crate::domain::schema::{CustomField, User};
 
 /// More members than any organization has: a list of them that goes on is not Close's.
 const MAX_USERS: usize = 100_000;
-
-/// What stays as it is in an id within a path.
-const IN_ID: &AsciiSet = &NON_ALPHANUMERIC.remove(b'_').remove(b'-');
-
-/// The path of one record. Ids are checked where answers are read; whatever an id contains, it stays one segment.
-fn record_path(kind: &str, id: &str) -> String {
-    format!("{kind}/{}/", utf8_percent_encode(id, IN_ID))
-}
 
 /// A client of one Close organization. Clones share connections, rate limits and searches.
 #[derive(Clone)]
@@ -184,7 +175,7 @@ impl Client {
 
     /// Changes fields of a Lead; the others stay (PUT is a patch, close-api.md §1).
     pub async fn update_lead(&self, id: &LeadId, changes: &Fields) -> Result<Written, CloseError> {
-        let (path, body) = (record_path("lead", id.as_str()), wire::lead_body(changes, None));
+        let (path, body) = (wire::record_path("lead", id.as_str()), wire::lead_body(changes, None));
         match self.requests.request(Endpoint::UpdateLead, &path, Some(body)).await {
             Ok(Answer(answer)) => Ok(Written::Lead(wire::read_lead_with_contacts(&answer)?)),
             // The answer has all Contacts of the Lead. The status says that Close applied the changes.
@@ -199,7 +190,7 @@ impl Client {
         id: &ContactId,
         changes: &ContactValues,
     ) -> Result<Contact, CloseError> {
-        let (path, body) = (record_path("contact", id.as_str()), wire::contact_body(changes, None));
+        let (path, body) = (wire::record_path("contact", id.as_str()), wire::contact_body(changes, None));
         let Answer(answer) = self.requests.request(Endpoint::UpdateContact, &path, Some(body)).await?;
         wire::read_contact(&answer)
     }
@@ -233,11 +224,11 @@ impl Records for Client {
         keys: &KeyFields,
     ) -> Result<LeadWithPerson, CloseError> {
         let keep = |answer: &Value| Ok(wire::read_lead_with_contacts(answer)?.of_person(person, keys));
-        self.read(Endpoint::ReadLead, &record_path("lead", id.as_str()), keep).await
+        self.read(Endpoint::ReadLead, &wire::record_path("lead", id.as_str()), keep).await
     }
 
     async fn contact(&self, id: &ContactId) -> Result<Contact, CloseError> {
-        let path = record_path("contact", id.as_str());
+        let path = wire::record_path("contact", id.as_str());
         self.read(Endpoint::ReadContact, &path, wire::read_contact).await
     }
 }

@@ -216,6 +216,11 @@ impl Rejection {
         self.message == Some(NO_SUCH_FIELD) || self.fields.iter().any(FieldError::field_is_missing)
     }
 
+    /// Whether a query in other words may be accepted.
+    pub(crate) fn may_be_about_the_query(&self) -> bool {
+        self.status == 400 && !self.field_is_missing() && !self.is_about_selected_fields()
+    }
+
     /// Whether the selection of fields to return is rejected.
     pub fn is_about_selected_fields(&self) -> bool {
         self.fields.iter().any(|field| field.path.first().is_some_and(|name| name == "_fields"))

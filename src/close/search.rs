@@ -1,11 +1,12 @@
 //! Searching: look-ups that are pending at the same time share one call.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::Value;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 use tracing::{Instrument, Span};
 
 use crate::close::endpoint::Endpoint;
@@ -19,6 +20,9 @@ use crate::spans;
 /// Rows, oldest first, and whether there are more.
 type Page = (Vec<Arc<Value>>, bool);
 
+/// `exact_value` is tried again after this time: the rejection may have been about something else.
+const PHRASE_FOR: Duration = Duration::from_mins(10);
+
 /// The searches of one organization.
 #[derive(Debug, Default)]
 pub(crate) struct Search {
@@ -26,8 +30,8 @@ pub(crate) struct Search {
     backlog: AtomicBool,
     leads: Batcher,
     contacts: Batcher,
-    /// Close rejected `exact_value`, which is not documented: search by phrase from now on.
-    phrase_only: AtomicBool,
+    /// Close rejected `exact_value`, which is not documented: search by phrase until then.
+    phrase_until: Mutex<Option<Instant>>,
 }
 
 impl Search {
@@ -145,21 +149,36 @@ impl Search {
     ) -> Result<Page, CloseError> {
         let mut ask = async |mode| {
             let body = wire::search_body(lookups, mode);
-            let page: wire::SearchPage =
-                requests.request_with(permit.take(), Endpoint::Search, "data/search/", Some(body)).await?;
-            Ok((page.data.into_iter().map(Arc::new).collect(), page.more))
+            requests.request_with(permit.take(), Endpoint::Search, "data/search/", Some(body)).await
         };
-        if self.phrase_only.load(Ordering::Relaxed) {
-            return ask(TextMode::Phrase).await;
-        }
-        match ask(TextMode::ExactValue).await {
-            Err(CloseError::Rejected(rejection)) if rejection.status == 400 => {
-                let rows = ask(TextMode::Phrase).await?;
-                self.phrase_only.store(true, Ordering::Relaxed);
-                Ok(rows)
+        let phrase_until = || self.phrase_until.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_phrase_only = phrase_until().is_some_and(|until| Instant::now() < until);
+        let page: wire::SearchPage = if is_phrase_only {
+            ask(TextMode::Phrase).await?
+        } else {
+            match ask(TextMode::ExactValue).await {
+                Err(CloseError::Rejected(rejection)) if rejection.may_be_about_the_query() => {
+                    let page = ask(TextMode::Phrase).await?;
+                    *phrase_until() = Some(Instant::now() + PHRASE_FOR);
+                    page
+                }
+                answer => answer?,
             }
-            answer => answer,
+        };
+        let mut rows = Vec::with_capacity(page.data.len());
+        for row in page.data {
+            let Some((endpoint, path)) = wire::incomplete(lookups, &row) else {
+                rows.push(Arc::new(row));
+                continue;
+            };
+            match requests.read_record(endpoint, &path, |record| Ok(wire::row_of(record))).await {
+                Ok(row) => rows.push(Arc::new(row)),
+                // Search still lists a deleted record.
+                Err(CloseError::NotFound) => {}
+                Err(error) => return Err(error),
+            }
         }
+        Ok((rows, page.more))
     }
 }
 
@@ -171,4 +190,109 @@ fn shared_span(pending: &[PendingLookup]) -> Span {
         other.span.follows_from(&first);
     }
     first
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+    use futures_util::future::BoxFuture;
+    use reqwest::header::HeaderMap;
+    use reqwest::{Method, StatusCode};
+    use serde_json::json;
+
+    use super::*;
+    use crate::close::transport::{Response, Transport};
+    use crate::close::{Client, Records};
+    use crate::domain::record::FieldId;
+
+    type Answer = fn(path: &str, mode: &str) -> (u16, Value);
+
+    /// Answers calls, and notes their paths, for a search with its mode.
+    #[derive(Clone)]
+    struct Script(Answer, Arc<Mutex<Vec<String>>>);
+
+    impl Transport for Script {
+        fn send<'a>(
+            &'a self,
+            _: Method,
+            path: &'a str,
+            body: Option<&'a Value>,
+            _: usize,
+        ) -> BoxFuture<'a, Result<Response, CloseError>> {
+            let text = body.map(Value::to_string).unwrap_or_default();
+            let modes = ["exact_value", "phrase"].into_iter();
+            let mode = modes.filter(|mode| text.contains(mode)).collect::<String>();
+            self.1.lock().unwrap().push(format!("{path} {mode}").trim().to_owned());
+            let (status, body) = (self.0)(path, &mode);
+            let status = StatusCode::from_u16(status).unwrap();
+            async move {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                Ok(Response { status, headers: HeaderMap::new(), body: body.to_string().into_bytes() })
+            }
+            .boxed()
+        }
+    }
+
+    fn client(answer: Answer) -> (Client, impl Fn() -> Vec<String>) {
+        let calls = Arc::<Mutex<Vec<String>>>::default();
+        let script = Script(answer, Arc::clone(&calls));
+        let client = Client::with_transport(script, Duration::from_secs(30), 1.0, |_| {});
+        (client, move || std::mem::take(&mut *calls.lock().unwrap()))
+    }
+
+    fn field() -> FieldId {
+        FieldId::new("cf_c")
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_rejected_exact_value_is_tried_again_after_a_while() {
+        let (client, calls) = client(|_, mode| match mode {
+            "exact_value" => (400, json!({"error": "Unknown text mode 'exact_value'."})),
+            _ => (200, json!({"data": []})),
+        });
+        let field = field();
+        for _ in 0..2 {
+            client.find_leads(&field, "acme").await.unwrap();
+        }
+        let search = "data/search/";
+        assert_eq!(
+            calls(),
+            [format!("{search} exact_value"), format!("{search} phrase"), format!("{search} phrase")]
+        );
+        tokio::time::sleep(PHRASE_FOR).await;
+        client.find_leads(&field, "acme").await.unwrap();
+        assert_eq!(calls(), [format!("{search} exact_value"), format!("{search} phrase")]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_search_for_a_field_that_is_gone_is_not_repeated_in_other_words() {
+        let (client, calls) = client(|_, _| (400, json!({"error": "Unknown custom field 'cf_c'."})));
+        let error = client.find_leads(&field(), "acme").await.unwrap_err();
+        assert!(matches!(error, CloseError::Rejected(rejection) if rejection.field_is_missing()));
+        assert_eq!(calls().len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn rows_with_only_an_id_are_read() {
+        let (client, calls) = client(|path, _| match path {
+            "data/search/" => (
+                200,
+                json!({"data": [{"id": "lead_a"}, {"id": "lead_b"}, {"id": "lead_gone"}], "cursor": ""}),
+            ),
+            "lead/lead_a/" => {
+                (200, json!({"id": "lead_a", "custom.cf_c": "acme", "contacts": [{"id": "cont_1"}]}))
+            }
+            "lead/lead_b/" => (200, json!({"id": "lead_b", "custom.cf_c": "globex"})),
+            _ => (404, json!({"error": "Empty query: Lead matching query does not exist."})),
+        });
+        // Both look-ups share one search.
+        let field = field();
+        let find = async |company: &str| -> Vec<String> {
+            let leads = client.find_leads(&field, company).await.unwrap();
+            leads.into_iter().map(|lead| lead.id.to_string()).collect()
+        };
+        let (acme, globex) = tokio::join!(find("acme"), find("globex"));
+        assert_eq!((acme, globex), (vec!["lead_a".to_owned()], vec!["lead_b".to_owned()]));
+        assert_eq!(calls(), ["data/search/ exact_value", "lead/lead_a/", "lead/lead_b/", "lead/lead_gone/"]);
+    }
 }

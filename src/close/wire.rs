@@ -5,12 +5,14 @@ use std::collections::{BTreeSet, HashSet};
 use jiff::Timestamp;
 use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::de::Error;
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value, json};
 use strum::VariantArray;
 
 use crate::close::answer::Answer;
+use crate::close::endpoint::Endpoint;
 use crate::close::error::{CloseError, Fault};
 use crate::close::records::{LeadWithContacts, Lookup, Organization};
 use crate::domain::plan::ContactValues;
@@ -29,6 +31,14 @@ fn fields(object: &Value, plain: &[Field]) -> Fields {
     });
     // Null and "" both mean "no value" (close-api.md §4, §12).
     plain.chain(custom).filter(|(_, value)| !value.is_null() && value != "").collect()
+}
+
+/// What stays as it is in an id within a path.
+const IN_ID: &AsciiSet = &NON_ALPHANUMERIC.remove(b'_').remove(b'-');
+
+/// The path of one record. Ids are checked where answers are read; whatever an id contains, it stays one segment.
+pub(crate) fn record_path(kind: &str, id: &str) -> String {
+    format!("{kind}/{}/", utf8_percent_encode(id, IN_ID))
 }
 
 fn text(object: &Value, key: &str) -> Option<String> {
@@ -228,6 +238,33 @@ pub(crate) fn may_match(lookup: &Lookup, row: &Value) -> bool {
     }
 }
 
+/// The path of the record of a row that has none of the keys that the look-ups asked for. It cannot be told which look-up
+/// the row belongs to before the record is read.
+pub(crate) fn incomplete(lookups: &[Lookup], row: &Value) -> Option<(Endpoint, String)> {
+    let has = |key: &str| row.get(key).is_some_and(|value| !value.is_null());
+    let has_custom = |field: &FieldId| has(&format!("custom.{field}"));
+    let is_complete = lookups.iter().any(|lookup| match lookup {
+        Lookup::Lead { field, .. } => has_custom(field),
+        Lookup::Contact { user, .. } => {
+            has("emails") || user.as_ref().is_some_and(|(field, _)| has_custom(field))
+        }
+    });
+    let (endpoint, kind, prefix) = match lookups.first()? {
+        Lookup::Lead { .. } => (Endpoint::ReadLead, "lead", "lead"),
+        Lookup::Contact { .. } => (Endpoint::ReadContact, "contact", "cont"),
+    };
+    let id = row.get("id")?.as_str().filter(|id| is_id(Some(prefix), id))?;
+    (!is_complete).then(|| (endpoint, record_path(kind, id)))
+}
+
+/// The row of a search for this record.
+pub(crate) fn row_of(record: &Value) -> Value {
+    let is_kept =
+        |key: &str| ["id", "lead_id", "date_created", "emails"].contains(&key) || key.starts_with("custom.");
+    let members = record.as_object().into_iter().flatten();
+    members.filter(|(key, _)| is_kept(key)).map(|(key, value)| (key.clone(), value.clone())).collect()
+}
+
 #[derive(Deserialize)]
 #[serde(try_from = "Answer")]
 pub(crate) struct SearchPage {
@@ -243,7 +280,8 @@ impl TryFrom<Answer> for SearchPage {
         if data.len() > PAGE {
             return Err("more rows than asked for");
         }
-        Ok(Self { data, more: page.get("cursor").is_some_and(Value::is_string) })
+        let cursor = page.get("cursor").and_then(Value::as_str);
+        Ok(Self { data, more: cursor.is_some_and(|cursor| !cursor.trim().is_empty()) })
     }
 }
 
@@ -402,10 +440,36 @@ mod tests {
     }
 
     #[test]
+    fn a_row_with_only_its_id_is_incomplete() {
+        let lead =
+            |company: &str| Lookup::Lead { field: FieldId::new("cf_c"), company_id: company.to_owned() };
+        let user = Some((FieldId::new("cf_u"), "u1".to_owned()));
+        let contact = Lookup::Contact { user, email: Some("a@x.test".to_owned()) };
+        let path = |lookups: &[Lookup], row: Value| incomplete(lookups, &row).map(|(_, path)| path);
+        assert_eq!(path(&[lead("a"), lead("b")], json!({"id": "lead_1"})).as_deref(), Some("lead/lead_1/"));
+        assert_eq!(path(&[lead("a")], json!({"id": "lead_1", "custom.cf_c": "b"})), None);
+        let contacts = std::slice::from_ref(&contact);
+        let only_id = json!({"id": "cont_1", "lead_id": "lead_1", "emails": null});
+        assert_eq!(path(contacts, only_id).as_deref(), Some("contact/cont_1/"));
+        assert_eq!(path(contacts, json!({"id": "cont_1", "emails": []})), None);
+        assert_eq!(path(contacts, json!({"id": "cont_1", "custom.cf_u": "u1"})), None);
+        assert_eq!(path(contacts, json!({"id": "../me"})), None);
+        let record = json!({"id": "lead_1", "custom.cf_c": "a", "contacts": [{}], "name": "Acme"});
+        assert_eq!(row_of(&record), json!({"id": "lead_1", "custom.cf_c": "a"}));
+    }
+
+    #[test]
     fn a_page_of_a_search_has_a_list_of_at_most_as_many_rows_as_asked_for() {
         let page =
             |json: Value| serde_json::from_value::<SearchPage>(json).map(|page| (page.data.len(), page.more));
         assert_eq!(page(json!({"data": [{"id": "a"}], "cursor": "c"})).unwrap(), (1, true));
+        for cursor in [json!(""), json!(" "), json!(null), json!({})] {
+            assert_eq!(
+                page(json!({"data": [{"id": "a"}], "cursor": cursor})).unwrap(),
+                (1, false),
+                "{cursor}"
+            );
+        }
         assert_eq!(page(json!({"data": vec![json!({}); PAGE], "cursor": null})).unwrap(), (PAGE, false));
         for json in
             [json!({"data": vec![json!({}); PAGE + 1]}), json!({}), json!([]), json!("data"), json!(null)]

@@ -56,7 +56,7 @@ impl Caches {
             search_is_complete: true,
             decision,
         };
-        Resolver { lookups, version_cache, readback_cache, switches }
+        Resolver { lookups, version_cache, readback_cache, switches, retry_refused: false }
     }
 }
 

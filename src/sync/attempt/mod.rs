@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::close::{Api, CloseError, CreatedIds};
+use crate::close::{Api, CloseError, CreatedIds, Priority};
 use crate::domain::decision::Decision;
 use crate::domain::mapping::{Desired, Key};
 use crate::domain::matching::{self, ContactMatch, Found, compare, match_lead};
@@ -176,6 +176,7 @@ impl<C: Api> Attempts<'_, C> {
                 version_cache,
                 readback_cache,
                 switches: settings.switches,
+                retry_refused: self.run.priority == Priority::Replay,
             };
             let decided = resolver.decide(self.desired, &self.others).await;
             let decided = decided.map_err(|error| Failure { stage: Stage::LookUp, error })?;

@@ -547,6 +547,12 @@ async fn a_refused_value_is_not_sent_again_for_the_record() {
         };
         assert_eq!(dropped(&second.decision), [("phones".to_owned(), DropReason::RefusedBefore)]);
 
+        // An operator's replay sends it again.
+        let mut replayed = attempts(&context, &close.clone(), &again);
+        replayed.run.priority = Priority::Replay;
+        close.state(|state| state.faults.push_back(WriteFault::Before(timed_out())));
+        assert_eq!(replayed.run_once().await.err().unwrap().error, timed_out(), "{paths:?}");
+
         // Another value is tried, and the same one when Close may accept it.
         let event = json!({"userId": "u1", "traits": {"phone": "+493012345678", "company": {"id": "acme"}}});
         let other = desired(&context, 7, event);

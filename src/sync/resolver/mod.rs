@@ -16,6 +16,7 @@ use crate::domain::matching::{
 };
 use crate::domain::merge::MergedPlan;
 use crate::domain::record::{Contact, Lead};
+use crate::domain::refused::RefusedValues;
 use crate::domain::staleness::RecordVersions;
 use crate::domain::switches::Switches;
 use crate::sync::lookups::{ContactHits, LeadWithPerson, Lookups, Reads};
@@ -27,6 +28,8 @@ pub(crate) struct Resolver<'a, R> {
     pub(crate) version_cache: &'a VersionCache,
     pub(crate) readback_cache: &'a ReadbackCache,
     pub(crate) switches: Switches,
+    /// Send again what Close refused before: an operator replays the message.
+    pub(crate) retry_refused: bool,
 }
 
 /// The records found, and the plan that follows.
@@ -49,7 +52,10 @@ impl<R: Records> Resolver<'_, R> {
             |event: &&Desired| event.lead.values().any(|wanted| wanted.write != WriteRule::OnCreate);
         let needs_leads = changes_leads(&first) || others.iter().any(changes_leads);
         let found = self.find(&first.identity, needs_leads).await?;
-        let versions = self.version_cache.versions_of(&found, &first.synced_at);
+        let mut versions = self.version_cache.versions_of(&found, &first.synced_at);
+        if self.retry_refused {
+            versions.values_mut().for_each(|versions| versions.refused = RefusedValues::default());
+        }
         let readback = self.readback_cache.about(&found);
         let merged = MergedPlan::plan(first, others, &found, self.switches, &versions, &readback);
         let decision = &mut *self.lookups.decision;
