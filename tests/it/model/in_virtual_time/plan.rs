@@ -114,7 +114,7 @@ impl Plan {
         let (takes_effect, result) = if in_outage {
             (false, if random.bool() { CallResult::Unreachable } else { CallResult::Status(503) })
         } else if random.u8(..100) < self.failure_percent {
-            match random.u8(..9) {
+            match random.u8(..12) {
                 0 => (false, CallResult::Unreachable),
                 1 => (false, CallResult::Lost),
                 2 | 3 => (true, CallResult::Lost),
@@ -122,6 +122,10 @@ impl Plan {
                 5 => (true, CallResult::Status([500, 502, 504][random.usize(..3)])),
                 6 => (false, CallResult::NoResponse),
                 7 => (true, CallResult::NoResponse),
+                8 => (false, CallResult::Status([408, 409, 421, 423, 425, 499][random.usize(..6)])),
+                9 => (true, CallResult::Status([408, 499][random.usize(..2)])),
+                // The answer of a proxy, not of Close.
+                10 => (false, CallResult::Status([401, 402, 403, 404][random.usize(..4)])),
                 _ => (true, CallResult::Answer),
             }
         } else {

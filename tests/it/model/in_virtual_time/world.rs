@@ -283,6 +283,6 @@ fn to_response(reply: Reply) -> Response {
 }
 
 fn error_response(status: u16) -> Response {
-    let body = b"upstream connect error".to_vec();
+    let body = b"<html><body>upstream connect error</body></html>".to_vec();
     Response { status: StatusCode::from_u16(status).unwrap(), headers: HeaderMap::new(), body }
 }
