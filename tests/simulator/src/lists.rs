@@ -27,7 +27,9 @@ pub(crate) fn records(call: &Call, kind: Kind, records: &Records) -> Result<Valu
     let mut rows = if records.schema.behaviour.lists_from_index {
         let documents = records.index.documents().filter(|document| document.kind == kind);
         let mut rows: Vec<Value> = documents.map(|document| indexed(records, &document.value)).collect();
-        rows.sort_by_key(|record| record["date_created"].as_str().map(str::to_owned));
+        // The index has no order of its own.
+        let text = |record: &Value, key: &str| record[key].as_str().map(str::to_owned);
+        rows.sort_by_key(|record| (text(record, "date_created"), text(record, "id")));
         rows
     } else {
         records.all(kind)

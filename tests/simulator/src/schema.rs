@@ -238,7 +238,6 @@ impl Schema {
             self.statuses.iter().map(|s| json!({"id": s.id, "label": s.label})).collect();
         let created = format_timestamp(self.created);
         let mut me = self.user_item(&self.user);
-        me["last_used_timezone"] = Value::Null;
         me["email_accounts"] = json!([]);
         me["phone_numbers"] = json!([]);
         me["memberships"] = json!([{"id": "memb_simulator", "organization_id": self.organization_id}]);
@@ -274,6 +273,7 @@ impl Schema {
             "last_name": user.last_name,
             "email": user.email,
             "image": null,
+            "last_used_timezone": null,
             "organizations": [self.organization_id],
             "date_created": created,
             "date_updated": created,

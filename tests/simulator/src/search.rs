@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::behaviour::{DescendingCursor, ExactValue};
 use crate::index::{Document, Index};
 use crate::query::{self, Field};
-use crate::refusal::{Object, Refusal};
+use crate::refusal::{FieldErrors, Object, Refusal};
 use crate::schema::{Kind, Schema};
 
 /// Rows per page: the default, and the maximum a request may ask for. Close does not document the maximum;
@@ -44,7 +44,7 @@ pub(crate) fn search(
     let (mut ids, total) = match request.cursor {
         Some(cursor) => {
             let remaining = cursors.open.get(cursor).map(|(_, ids)| ids.clone());
-            let gone = || Refusal::Malformed("The cursor is invalid or has expired.".into());
+            let gone = || Refusal::Invalid(FieldErrors::one("cursor", "Expired cursor"));
             let ids = remaining.ok_or_else(gone)?;
             let n_remaining = ids.len();
             (ids, n_remaining)
@@ -383,7 +383,6 @@ mod tests {
             (json!({"query": all, "_limit": 201}), "_limit must be less than or equal to 200."),
             (json!({"query": all, "_limit": "5"}), "Invalid value for '_limit'."),
             (json!({"query": all, "_fields": ["id"]}), "Invalid value for '_fields'."),
-            (json!({"query": all, "cursor": "x"}), "The cursor is invalid or has expired."),
             (json!({"query": all, "sort": "name"}), "'sort' must be a list."),
             (
                 json!({"query": all, "sort": [{"direction": "asc",
@@ -399,6 +398,13 @@ mod tests {
             query = json!({"type": "and", "queries": [query]});
         }
         assert!(run(&mut records(), &mut Cursors::default(), json!({"query": query}), 10).is_err());
+        let unknown = run(
+            &mut records(),
+            &mut Cursors::default(),
+            json!({"query": {"type": "match_all"}, "cursor": "x"}),
+            10,
+        );
+        assert!(unknown.is_err());
     }
 
     #[test]

@@ -384,8 +384,6 @@ impl Records {
         set("organization_id", json!(self.schema.organization_id));
         set("created_by", json!(self.schema.user.id));
         set("updated_by", json!(self.schema.user.id));
-        set("created_by_name", json!(self.schema.user.name()));
-        set("updated_by_name", json!(self.schema.user.name()));
         set("date_created", json!(format_timestamp(record.created)));
         set("date_updated", json!(format_timestamp(record.updated)));
         set("integration_links", json!([]));
@@ -396,6 +394,8 @@ impl Records {
         match record.kind {
             Kind::Contact => set("lead_id", json!(record.lead_id)),
             Kind::Lead => {
+                set("created_by_name", json!(self.schema.user.name()));
+                set("updated_by_name", json!(self.schema.user.name()));
                 let status = record.plain.get("status_id").and_then(Value::as_str).unwrap_or_default();
                 set("status_label", json!(self.schema.status_label(status)));
                 set("html_url", json!(format!("https://app.close.com/lead/{}/", record.id)));

@@ -199,7 +199,9 @@ async fn leads_are_added_with_fields_by_name_and_with_their_age() {
 #[tokio::test]
 async fn lists_page_and_filter() {
     let (simulator, client) = start(Settings::fast()).await;
-    let lead = simulator.add_lead(json!({"contacts": [{"name": "a"}, {"name": "b"}]})).unwrap();
+    let lead = simulator
+        .add_lead(json!({"date_created": "2026-01-01", "contacts": [{"name": "a"}, {"name": "b"}]}))
+        .unwrap();
     simulator.add_contact(json!({"name": "c"})).unwrap();
     let page = client.get("lead/?_limit=1&_fields=name").await.json();
     assert_eq!(
@@ -242,11 +244,11 @@ async fn lists_read_the_lagging_index() {
 async fn leads_are_listed_by_id_and_by_the_old_query_language() {
     let (simulator, client) = start(Settings::fast()).await;
     let lead = |name: &str, email: &str| {
-        let body = json!({"name": name, "custom.Company ID": format!("{name}-1"),
+        let body = json!({"name": name, "date_created": format!("2026-01-0{}", name.len() - 3), "custom.Company ID": format!("{name}-1"),
             "contacts": [{"name": "Jane", "emails": [{"email": email}]}]});
         simulator.add_lead(body).unwrap()["id"].as_str().unwrap().to_owned()
     };
-    let (acme, beta) = (lead("Acme", "jane@acme.test"), lead("Beta", "jane@beta.test"));
+    let (acme, beta) = (lead("Acme", "jane@acme.test"), lead("Beta2", "jane@beta.test"));
     let ids = async |path: String| {
         let page = client.get(&path).await.json();
         let rows = page["data"].as_array().unwrap_or_else(|| panic!("{path}: {page}")).clone();
@@ -256,12 +258,12 @@ async fn leads_are_listed_by_id_and_by_the_old_query_language() {
         (format!("id__in={acme}"), vec![&acme]),
         (format!("id__in={acme},{beta},lead_x"), vec![&beta, &acme]),
         ("query=name:acme".into(), vec![&acme]),
-        ("query=company:\"Beta\" sort:-created".into(), vec![&beta]),
+        ("query=company:\"Beta2\" sort:-created".into(), vec![&beta]),
         ("query=\"custom.Company ID\":\"acme-1\"".into(), vec![&acme]),
-        ("query=custom.cf_leadcompanyid:beta-1".into(), vec![&beta]),
+        ("query=custom.cf_leadcompanyid:beta2-1".into(), vec![&beta]),
         ("query=email_address:\"jane@beta.test\"".into(), vec![&beta]),
         (format!("query=id:{acme}"), vec![&acme]),
-        ("query=beta".into(), vec![&beta]),
+        ("query=beta2".into(), vec![&beta]),
         ("query=FOO".into(), vec![]),
     ] {
         let expected: Vec<String> = expected.into_iter().cloned().collect();
@@ -278,8 +280,9 @@ async fn leads_are_listed_by_id_and_by_the_old_query_language() {
 #[tokio::test]
 async fn a_post_may_stand_for_a_get() {
     let (simulator, client) = start(Settings::fast()).await;
-    let ids: Vec<Value> =
-        (0..3).map(|n| simulator.add_lead(json!({"name": n.to_string()})).unwrap()["id"].clone()).collect();
+    let ids: Vec<Value> = (1..4)
+        .map(|n| simulator.add_lead(json!({"date_created": format!("2026-01-0{n}")})).unwrap()["id"].clone())
+        .collect();
     let post = |body: Value| {
         client.request(Method::POST, "lead/").header("X-HTTP-Method-Override", "GET").json(&body)
     };

@@ -3,6 +3,7 @@
 mod api;
 mod faults;
 mod organization;
+mod recorded;
 
 use std::{
     net::Ipv4Addr,
