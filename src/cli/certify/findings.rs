@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde::Serialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use strum::{IntoStaticStr, VariantArray};
 
 use crate::cli::certify::observations::{
@@ -11,6 +11,7 @@ use crate::cli::certify::observations::{
     Refusal, TimeForm,
 };
 use crate::cli::certify::observe::{NATIONAL, WITH_EXTENSION, WITH_TRUNK_ZERO};
+use crate::domain::phone::{Country, stored_form};
 
 /// What close-sync assumes about Close.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, IntoStaticStr, VariantArray)]
@@ -179,11 +180,9 @@ fn found(assumption: Assumption, seen: &Observations, configured: Configured) ->
         Assumption::LeadContacts => seen.read_lists.map(read_lists),
         Assumption::ContactLists => seen.unknown_lists.as_deref().map(contact_lists),
         Assumption::ListEndpoint => list_endpoint(seen),
-        Assumption::ReadCreated => {
-            seen.read_created.map(|delay| read(delay, "the new record", "read_created"))
-        }
-        Assumption::ReadChanged => seen.read_changed.map(|delay| read(delay, "the change", "read_changed")),
-        Assumption::ReadDeleted => seen.read_deleted.map(|delay| read(delay, "the deletion", "read_deleted")),
+        Assumption::ReadCreated => seen.read_created.map(|delay| read(delay, "the new record")),
+        Assumption::ReadChanged => seen.read_changed.map(|delay| read(delay, "the change")),
+        Assumption::ReadDeleted => seen.read_deleted.map(|delay| read(delay, "the deletion")),
         Assumption::SearchCreated => {
             seen.search_created.map(|delay| search(delay, configured).like("search_lag", lag(delay)))
         }
@@ -355,7 +354,7 @@ fn seconds(duration: Duration) -> String {
     }
 }
 
-/// A lag as the simulator takes it.
+/// A lag for the simulator.
 fn lag(delay: Delay) -> String {
     match delay {
         Delay::None => "0s".into(),
@@ -371,7 +370,7 @@ fn within(delay: Delay) -> String {
     }
 }
 
-fn read(delay: Delay, what: &str, _: &str) -> Found {
+fn read(delay: Delay, what: &str) -> Found {
     let found = format!("reads show {what} {}", within(delay));
     match delay {
         Delay::None => Found::new(Status::AsAssumed, found, "close-sync reads what it wrote"),
@@ -522,13 +521,9 @@ fn phone_rewriting(seen: &Observations) -> Option<Found> {
     if phones.is_empty() {
         return None;
     }
-    let expected = |sent: &str| match sent {
-        WITH_TRUNK_ZERO => "+447700900123",
-        _ => "+18004445555x123",
-    };
     let shown = |(sent, kept): &(&str, Option<&str>)| format!("{sent} → {}", kept.unwrap_or("refused"));
     let text = phones.iter().map(shown).collect::<Vec<_>>().join(", ");
-    let is_expected = phones.iter().all(|(sent, kept)| *kept == Some(expected(sent)));
+    let is_expected = phones.iter().all(|(sent, kept)| stored_form(sent, None).as_deref() == *kept);
     Some(if is_expected {
         Found::new(Status::AsAssumed, text, "a phone is added once, in any spelling")
     } else {
@@ -546,22 +541,11 @@ fn phone_country(seen: &Observations) -> Option<Found> {
     let Some(kept) = kept else {
         return Some(Found::new(Status::Handled, "Close refuses a phone without a country", meaning));
     };
-    let code = kept.strip_prefix('+').and_then(|number| number.strip_suffix(NATIONAL));
     let found = Found::new(Status::AsAssumed, format!("{NATIONAL} → {kept}"), meaning);
-    Some(match code {
-        Some(code) => country(found, code),
+    Some(match Country::of_answer(NATIONAL, kept) {
+        Some(country) => found.like("country", country.to_string()),
         None => Found { status: Status::Handled, ..found },
     })
-}
-
-/// The country of a calling code, for the simulator. Codes that several countries share get the largest.
-fn country(found: Found, code: &str) -> Found {
-    let known =
-        [("1", "US"), ("44", "GB"), ("49", "DE"), ("33", "FR"), ("61", "AU"), ("31", "NL"), ("34", "ES")];
-    match known.into_iter().find(|(known, _)| *known == code) {
-        Some((code, name)) => found.like("country", json!({"code": name, "calling_code": code})),
-        None => found,
-    }
 }
 
 fn refusal(refusal: Refusal, what: &str) -> Found {

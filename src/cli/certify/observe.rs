@@ -17,6 +17,8 @@ use crate::close::{RawClient, RawError, Response};
 pub(super) const MAX_CALLS: u32 = 100;
 /// How long a read by id may stay stale before it counts as lasting.
 const READ_WAIT: Duration = Duration::from_secs(10);
+/// The pause before a call that failed is repeated.
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
 /// The first pause between two looks.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 /// The lists of a Contact.
@@ -134,7 +136,17 @@ impl Observer {
         if self.client.remaining() <= cleanup::reserve(&self.made) {
             return Err(RawError::OutOfCalls.into());
         }
-        let response = self.client.call(method, path, body).await?;
+        let is_repeatable = method != Method::POST || path.starts_with("data/search/");
+        let mut response = self.client.call(method.clone(), path, body).await;
+        let is_transient = match &response {
+            Ok(response) => response.status.is_server_error(),
+            Err(error) => matches!(error, RawError::Close(error) if error.is_retryable()),
+        };
+        if is_transient && is_repeatable {
+            sleep(RETRY_PAUSE).await;
+            response = self.client.call(method, path, body).await;
+        }
+        let response = response?;
         self.seen.headers.insert(HeaderForm::of(&response.headers));
         Ok(response)
     }

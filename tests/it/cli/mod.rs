@@ -1,5 +1,6 @@
 //! Tests of the commands and their settings.
 
+mod certify;
 mod check;
 mod destinations;
 mod plan;

@@ -7,7 +7,8 @@ use std::process::Command;
 use close_sync::config::{Config, Need};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
-const COMMANDS: [&str; 8] = ["run", "check", "plan", "test", "publish", "dlq", "simulate", "healthcheck"];
+const COMMANDS: [&str; 9] =
+    ["run", "check", "certify", "plan", "test", "publish", "dlq", "simulate", "healthcheck"];
 
 /// A Markdown file.
 pub(crate) struct Page {
