@@ -4,42 +4,37 @@ use rlibphonenumber::{PHONE_NUMBER_UTIL, PhoneNumberFormat};
 
 use crate::behaviour::Country;
 
-/// The trimmed address, if it is valid. Stricter than the standards, like the regular expression of Close
-/// (close-api.md §3): ASCII, no quotes, and a domain with a dot and a non-numeric last label.
+/// The trimmed address, if it is valid by the rule of Close's own library (close-api.md §15 row 21): one `@`, dots only
+/// between other characters, no white space, and a last label of Latin letters. Letters of other scripts and quotes pass.
 pub(crate) fn email(text: &str) -> Option<&str> {
     let address = text.trim();
-    let (local, domain) = address.rsplit_once('@')?;
-    let local_is_good = !local.is_empty()
-        && local.split('.').all(|atom| {
-            !atom.is_empty()
-                && atom.bytes().all(|b| b.is_ascii_alphanumeric() || b"!#$%&'*+/=?^_`{}|~-".contains(&b))
-        });
-    (address.len() <= 254 && local_is_good && is_domain(domain)).then_some(address)
+    let (local, domain) = address.split_once('@')?;
+    let (host, end) = domain.rsplit_once('.')?;
+    let is_plain = |part: &str| part.split('.').all(|atom| !atom.is_empty());
+    let has_end = (2..=63).contains(&end.len()) && end.bytes().all(|byte| byte.is_ascii_alphabetic());
+    let has_odd = domain.contains('@') || address.contains(char::is_whitespace);
+    (address.chars().count() <= 254 && is_plain(local) && is_plain(host) && has_end && !has_odd)
+        .then_some(address)
 }
 
-fn is_domain(domain: &str) -> bool {
-    let labels_are_good = domain.split('.').all(|label| {
-        !label.is_empty()
-            && label.len() <= 63
-            && !label.starts_with('-')
-            && !label.ends_with('-')
-            && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
-    });
-    let end = domain.rsplit_once('.').map_or("", |(_, end)| end);
-    labels_are_good && end.len() >= 2 && !end.bytes().all(|byte| byte.is_ascii_digit())
-}
-
-/// The URL, if it is valid. A missing scheme becomes `http://` (close-api.md §3).
+/// The URL, if it is valid by the rule of Close's own library. A missing scheme becomes `http://` (close-api.md §3).
+/// Credentials pass; a host is an IPv4 address or has a dot, so `http://[::1]/` and `localhost` are refused (§15 row 21).
 pub(crate) fn url(text: &str) -> Option<String> {
     let text = text.trim();
     let full = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
-    let parsed = url::Url::parse(&full).ok()?;
-    let host = parsed.host_str()?;
-    let known_scheme = matches!(parsed.scheme(), "http" | "https" | "ftp");
-    let is_ip = matches!(parsed.host(), Some(url::Host::Ipv4(_) | url::Host::Ipv6(_)));
-    let has_user = !parsed.username().is_empty() || parsed.password().is_some();
-    (known_scheme && !has_user && (is_ip || is_domain(host)) && !full.contains(char::is_whitespace))
-        .then_some(full)
+    let (scheme, rest) = full.split_once("://")?;
+    let authority = rest.split(['/', '?', '#']).next()?;
+    let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+    let host = match host.rsplit_once(':') {
+        Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => host,
+        Some(_) | None => host,
+    };
+    let is_known = ["http", "https", "ftp"].iter().any(|known| scheme.eq_ignore_ascii_case(known));
+    let is_letter = |c: char| c.is_ascii_alphanumeric() || c == '-' || c >= '\u{a1}';
+    let (name, end) = host.rsplit_once('.')?;
+    let has_end = (2..=63).contains(&end.chars().count()) && end.chars().all(is_letter);
+    let is_host = !name.is_empty() && name.chars().all(|c| is_letter(c) || "._+~%".contains(c));
+    (is_known && (host.parse::<std::net::Ipv4Addr>().is_ok() || (is_host && has_end))).then_some(full)
 }
 
 /// A phone number as Close stores it.
@@ -91,8 +86,13 @@ mod tests {
             ("ja ne@example.test", None),
             ("jane..doe@example.test", None),
             ("jane@@example.test", None),
-            ("jane@-example.test", None),
-            ("jäne@example.test", None),
+            ("jane@example.xn--p1ai", None),
+            ("jane@example.рф", None),
+            (".jane@example.test", None),
+            ("jane.@example.test", None),
+            ("jane@.example.test", None),
+            ("jäne@exämple.test", Some("jäne@exämple.test")),
+            ("\"jane\"@example.test", Some("\"jane\"@example.test")),
             ("", None),
         ] {
             assert_eq!(email(text), expected, "{text}");
@@ -108,7 +108,10 @@ mod tests {
             ("example.test/path", Some("http://example.test/path")),
             (" example.test:8080 ", Some("http://example.test:8080")),
             ("http://127.0.0.1/", Some("http://127.0.0.1/")),
-            ("mailto:jane@example.test", None),
+            ("http://jane:secret@example.test/", Some("http://jane:secret@example.test/")),
+            ("http://exämple.рф", Some("http://exämple.рф")),
+            ("http://[::1]/", None),
+            ("mailto:jane@example.test", Some("http://mailto:jane@example.test")),
             ("javascript://example.test", None),
             ("not a url", None),
             ("localhost", None),
