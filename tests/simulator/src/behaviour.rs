@@ -11,6 +11,7 @@ use rlibphonenumber::{PHONE_NUMBER_UTIL, Region};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::readback::{ListForm, NumberForm, TimeForm, UserForm};
 use crate::refusal::Object;
 
 /// The behaviour of the simulated Close. Its JSON form has one key per field.
@@ -41,6 +42,20 @@ pub struct Behaviour {
     pub lists_from_index: bool,
     /// The country of phone numbers without a prefix (close-api.md §5).
     pub country: Country,
+    /// `GET /me/` says the country. No recording has it.
+    pub country_in_me: bool,
+    /// How answers write times (close-api.md §15 row 10).
+    pub times: TimeForm,
+    /// How answers write numbers (close-api.md §15 row 10).
+    pub numbers: NumberForm,
+    /// How answers write users (close-api.md §15 row 10).
+    pub users: UserForm,
+    /// How answers write lists of one (close-api.md §15 row 10).
+    pub lists: ListForm,
+    /// Fields whose values are accepted and not kept, such as `title` or `custom.cf_leadplan`.
+    pub lossy_fields: Vec<String>,
+    /// Members of custom fields, statuses and users that are null, such as `cf_leadplan.choices` (close-api.md §15 row 11).
+    pub null_members: Vec<String>,
 }
 
 impl Default for Behaviour {
@@ -58,6 +73,13 @@ impl Default for Behaviour {
             strict_contact_keys: false,
             lists_from_index: true,
             country: Country::default(),
+            country_in_me: false,
+            times: TimeForm::Utc,
+            numbers: NumberForm::Number,
+            users: UserForm::Id,
+            lists: ListForm::AsDeclared,
+            lossy_fields: Vec::new(),
+            null_members: Vec::new(),
         }
     }
 }

@@ -19,7 +19,7 @@
 //! - `world` answers a `call`, after `limits` and `faults`.
 //! - `records` holds the current state; `index` and `events` show it to clients later.
 //! - `validate`, `custom` and `formats` check writes; `refusal` has the errors.
-//! - `query`, `search` and `lists` read.
+//! - `query`, `search` and `lists` read; `readback` rewrites values in answers.
 //!
 //! From `world` on there is no IO and no clock.
 
@@ -37,6 +37,7 @@ mod limits;
 mod lists;
 mod offline;
 mod query;
+mod readback;
 mod records;
 mod refusal;
 mod schema;
@@ -65,6 +66,7 @@ pub use self::{
     faults::{Effect, Fault, FaultBody, When},
     limits::{Limits, Rate},
     offline::{Offline, Reply},
+    readback::{ListForm, NumberForm, TimeForm, UserForm},
     schema::{CustomField, FieldKind, Owner, User},
     settings::Settings,
 };

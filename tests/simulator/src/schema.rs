@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::behaviour::Behaviour;
 use crate::ids::{Ids, format_timestamp};
+use crate::readback;
 use crate::refusal::Refusal;
 use crate::settings::Settings;
 
@@ -235,7 +236,7 @@ impl Schema {
     /// `GET /me/` (close-api.md §1).
     pub(crate) fn me(&self) -> Value {
         let statuses: Vec<Value> =
-            self.statuses.iter().map(|s| json!({"id": s.id, "label": s.label})).collect();
+            self.statuses.iter().map(|s| self.shown(json!({"id": s.id, "label": s.label}))).collect();
         let created = format_timestamp(self.created);
         let mut me = self.user_item(&self.user);
         me["email_accounts"] = json!([]);
@@ -251,12 +252,15 @@ impl Schema {
             "lead_statuses": statuses,
             "pipelines": [],
         }]);
+        if self.behaviour.country_in_me {
+            me["organizations"][0]["country"] = json!(self.behaviour.country);
+        }
         me
     }
 
     /// `GET /user/`: the members of the organization (<https://developer.close.com/api/resources/users/list>).
     pub(crate) fn user_list(&self) -> Vec<Value> {
-        self.users().map(|user| self.user_item(user)).collect()
+        self.users().map(|user| self.shown(self.user_item(user))).collect()
     }
 
     /// `GET /user/{id}/` (<https://developer.close.com/api/resources/users/get>).
@@ -299,13 +303,18 @@ impl Schema {
 
     /// `GET /custom_field_schema/{kind}/`: own and shared fields (close-api.md §7).
     pub(crate) fn custom_field_schema(&self, kind: Kind) -> Value {
-        let fields: Vec<Value> = self.fields_of(kind).map(|field| self.item(field)).collect();
+        let fields: Vec<Value> = self.fields_of(kind).map(|field| self.shown(self.item(field))).collect();
         json!({
             "name": kind.title(),
             "object_type": kind.word(),
             "organization_id": self.organization_id,
             "fields": fields,
         })
+    }
+
+    /// An item of the organization, with its members that are null.
+    fn shown(&self, item: Value) -> Value {
+        readback::with_nulls(item, &self.behaviour.null_members)
     }
 
     pub(crate) fn item(&self, field: &CustomField) -> Value {
@@ -320,7 +329,7 @@ impl Schema {
             "accepts_multiple_values": field.accepts_multiple_values,
             "is_shared": field.owner == Owner::Shared,
             "editable_with_roles": [],
-            "referenced_custom_type_id": null,
+            "referenced_custom_type_id": (field.kind == FieldKind::CustomObject).then_some("cotype_simulator"),
             "back_reference_is_visible": false,
             "organization_id": self.organization_id,
             "created_by": self.user.id,

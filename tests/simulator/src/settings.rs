@@ -69,6 +69,8 @@ fn default_fields() -> Vec<CustomField> {
         lead("cf_leadtags", "Tags", FieldKind::Choices).choices(["red", "green", "blue"]).multiple(),
         lead("cf_leadsince", "Customer since", FieldKind::Date),
         lead("cf_leadactive", "Active", FieldKind::Choices).choices(["Yes", "No"]),
+        // Custom objects have ids `custobj_…`, their types `cotype_…` (close-api.md §15 row 8).
+        lead("cf_leadcontract", "Contract", FieldKind::CustomObject),
         lead("cf_leadnotes", "Notes", FieldKind::Textarea),
         contact("cf_contactrole", "Role", FieldKind::Choices).choices(["Buyer", "User", "Champion"]),
         contact("cf_contactscore", "Score", FieldKind::Number),

@@ -14,6 +14,7 @@ use crate::faults::{Effect, FaultScript};
 use crate::ids::Ids;
 use crate::limits::{BucketState, Group, Limiter, Limits, Verdict};
 use crate::lists::{self, select_fields};
+use crate::readback;
 use crate::records::Records;
 use crate::refusal::{Object, Refusal};
 use crate::schema::{Kind, Owner};
@@ -167,6 +168,14 @@ impl World {
 
     /// Executes a call.
     pub(crate) fn serve(&mut self, call: &Call, now: Timestamp) -> Answer {
+        let mut answer = self.execute(call, now);
+        if let Answer { status: 200, payload: Payload::Json(value), .. } = &mut answer {
+            readback::rewrite(value, &self.records.schema);
+        }
+        answer
+    }
+
+    fn execute(&mut self, call: &Call, now: Timestamp) -> Answer {
         self.records.index.apply_due(now);
         let segments: Vec<&str> = call.path.trim_matches('/').split('/').collect();
         match (call.method.as_str(), segments.as_slice()) {

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use crate::events::{Event, EventLog};
 use crate::ids::{Ids, format_timestamp};
 use crate::index::{Document, Index};
+use crate::readback;
 use crate::refusal::{FieldErrors, Object, REQUIRED, Refusal};
 use crate::schema::{Kind, Schema};
 use crate::settings::Settings;
@@ -63,6 +64,7 @@ impl Records {
 
     /// Creates a lead with its nested contacts, or nothing if any of them is invalid.
     pub(crate) fn create_lead(&mut self, body: &Object, now: Timestamp) -> Result<Value, Refusal> {
+        let body = &self.kept(body);
         let mut patch = validate::lead(body, &self.schema).map_err(Refusal::Invalid)?;
         let contacts = mem::take(&mut patch.contacts);
         let request = self.ids.make("req");
@@ -86,6 +88,7 @@ impl Records {
 
     /// Creates a contact. Without a lead, it gets a new lead, which has no name (close-api.md §15 row 18).
     pub(crate) fn create_contact(&mut self, body: &Object, now: Timestamp) -> Result<Value, Refusal> {
+        let body = &self.kept(body);
         let mut patch = self.validate_contact(body)?;
         let request = self.ids.make("req");
         if patch.lead_id.is_none() {
@@ -108,6 +111,7 @@ impl Records {
         now: Timestamp,
     ) -> Result<Value, Refusal> {
         let before = self.get(kind, id)?;
+        let body = &self.kept(body);
         let mut patch = match kind {
             Kind::Lead => validate::lead(body, &self.schema).map_err(Refusal::Invalid)?,
             Kind::Contact => {
@@ -214,6 +218,10 @@ impl Records {
 
     fn find(&self, kind: Kind, id: &str) -> Result<&Record, Refusal> {
         self.by_id.get(id).filter(|record| record.kind == kind).ok_or(Refusal::Missing(kind.title()))
+    }
+
+    fn kept(&self, body: &Object) -> Object {
+        readback::kept(body, &self.schema.behaviour.lossy_fields)
     }
 
     fn validate_contact(&self, body: &Object) -> Result<Patch, Refusal> {
