@@ -260,6 +260,10 @@ async fn check_close(config: &Destination) -> Vec<Finding> {
                 .unresolved
                 .iter()
                 .map(|unresolved| finding(Status::Wrong, &unresolved.setting, unresolved.description()));
+            let unreadable = mapping
+                .unreadable
+                .iter()
+                .map(|item| finding(Status::Warning, "Close", format!("ignores the {item}")));
             let invalid_constants = mapping.invalid_constants().into_iter().map(|invalid| {
                 let fits = choices("choices", &invalid.choices);
                 let detail =
@@ -270,6 +274,7 @@ async fn check_close(config: &Destination) -> Vec<Finding> {
                 .chain(keys)
                 .chain(fields)
                 .chain(unresolved)
+                .chain(unreadable)
                 .chain(invalid_constants)
                 .collect()
         }
@@ -285,6 +290,7 @@ fn preflight_finding(error: &PreflightError, close: &str, api_key: &str) -> Find
     let detail = error.with_remedy(api_key);
     match (error, error.pause_cause()) {
         (PreflightError::Field(key), _) => finding(Status::Wrong, key.setting(), detail),
+        (PreflightError::Rule(rule), _) => finding(Status::Wrong, &rule.setting, rule.description()),
         (PreflightError::Close(_), Some(Unauthorized | Forbidden)) => finding(Status::Wrong, close, detail),
         (PreflightError::Close(_), Some(Unreachable)) => finding(Status::Unreachable, close, detail),
         (PreflightError::Close(_), Some(PlanLimit | Failing | LookupField) | None) => {

@@ -11,6 +11,7 @@ use crate::close::api::Api;
 use crate::close::endpoint::{Call, Endpoint};
 use crate::close::error::{CloseError, Fault};
 use crate::close::event_log;
+use crate::close::organization::{self, Listed};
 use crate::close::rate_limit::Priority;
 use crate::close::rate_limit::window::RateLimitStatus;
 use crate::close::records::{Hits, LeadWithContacts, LeadWithPerson, Lookup, Organization, Records, Written};
@@ -24,7 +25,7 @@ use crate::close::wire;
 use crate::domain::mapping::{Identity, KeyFields};
 use crate::domain::plan::{ContactValues, Step};
 use crate::domain::record::{Contact, ContactId, FieldId, Fields, Lead, LeadId};
-use crate::domain::schema::{CustomField, User};
+use crate::domain::schema::{CustomField, Item, User};
 
 /// More members than any organization has: a list of them that goes on is not Close's.
 const MAX_USERS: usize = 100_000;
@@ -92,37 +93,37 @@ impl Client {
 
     /// The organization of the API key. Also checks the key.
     pub async fn me(&self) -> Result<Organization, CloseError> {
-        let me: wire::Me = self.requests.request(Endpoint::Me, "me/", None).await?;
+        let me: organization::Me = self.requests.request(Endpoint::Me, "me/", None).await?;
         Ok(me.into())
     }
 
     /// All custom fields of Leads, shared ones included.
-    pub async fn lead_fields(&self) -> Result<Vec<CustomField>, CloseError> {
-        self.schema("custom_field_schema/lead/").await
+    pub async fn lead_fields(&self) -> Result<Listed<CustomField>, CloseError> {
+        self.schema("custom_field_schema/lead/", Item::LeadField).await
     }
 
     /// All custom fields of Contacts, shared ones included.
-    pub async fn contact_fields(&self) -> Result<Vec<CustomField>, CloseError> {
-        self.schema("custom_field_schema/contact/").await
+    pub async fn contact_fields(&self) -> Result<Listed<CustomField>, CloseError> {
+        self.schema("custom_field_schema/contact/", Item::ContactField).await
     }
 
-    async fn schema(&self, path: &str) -> Result<Vec<CustomField>, CloseError> {
-        let schema: wire::Schema = self.requests.request(Endpoint::Schema, path, None).await?;
-        Ok(schema.fields.into_iter().map(CustomField::from).collect())
+    async fn schema(&self, path: &str, of: Item) -> Result<Listed<CustomField>, CloseError> {
+        let schema: organization::Schema = self.requests.request(Endpoint::Schema, path, None).await?;
+        Ok(schema.custom_fields(of))
     }
 
     /// The members of the organization.
-    pub async fn users(&self) -> Result<Vec<User>, CloseError> {
-        let mut users = Vec::new();
+    pub async fn users(&self) -> Result<Listed<User>, CloseError> {
+        let (mut users, mut skip) = (Listed::default(), 0);
         loop {
-            let path = format!("user/?_limit={}&_skip={}", wire::PAGE, users.len());
-            let page: wire::Users = self.requests.request(Endpoint::Users, &path, None).await?;
-            let (more, empty) = (page.has_more, page.data.is_empty());
-            users.extend(page.data.into_iter().map(User::from));
-            if users.len() > MAX_USERS {
+            let path = format!("user/?_limit={}&_skip={skip}", wire::PAGE);
+            let page: organization::Users = self.requests.request(Endpoint::Users, &path, None).await?;
+            users.append(page.users());
+            skip += page.data.len();
+            if skip > MAX_USERS {
                 return Err(CloseError::Transient(Fault::InvalidResponse));
             }
-            if !more || empty {
+            if page.has_more != Some(true) || page.data.is_empty() {
                 return Ok(users);
             }
         }

@@ -13,7 +13,9 @@ use crate::close::wire;
 use crate::domain::mapping::{Identity, KeyFields};
 use crate::domain::phone::{self, Country};
 use crate::domain::plan::{ContactValues, Step};
-use crate::domain::record::{Channel, Contact, ContactId, Entry, FieldId, Lead, LeadId, Lists, fold_email};
+use crate::domain::record::{
+    Channel, Contact, ContactId, Entry, FieldId, Lead, LeadId, Lists, apply_changes, fold_email,
+};
 use crate::domain::value::{same_word, trim};
 
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -110,12 +112,12 @@ impl InMemoryRecords {
             }
             Step::CreateContact { lead, contact } => Written::Contact(self.add(lead.clone(), contact)),
             Step::UpdateLead { id, changes } => {
-                self.leads.get_mut(id).unwrap().fields.extend(changes.clone());
+                apply_changes(&mut self.leads.get_mut(id).unwrap().fields, changes);
                 Written::Lead(self.lead_with_contacts(id).unwrap())
             }
             Step::UpdateContact { id, changes } => {
                 let contact = self.contacts.get_mut(id).unwrap();
-                contact.fields.extend(changes.fields.clone());
+                apply_changes(&mut contact.fields, &changes.fields);
                 contact.lists.extend(as_stored(&changes.lists));
                 Written::Contact(contact.clone())
             }

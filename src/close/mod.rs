@@ -12,6 +12,7 @@ mod error;
 mod event_log;
 #[cfg(test)]
 pub(crate) mod in_memory;
+mod organization;
 mod rate_limit;
 mod raw;
 mod records;
@@ -28,6 +29,7 @@ pub use api::{Api, CreatedIds};
 pub use client::Client;
 pub use endpoint::{Call, Endpoint, StatusClass};
 pub use error::{CloseError, Fault, Form};
+pub use organization::Listed;
 pub use rate_limit::Priority;
 pub use rate_limit::window::RateLimitStatus;
 pub use raw::{RawClient, RawError};

@@ -1,6 +1,7 @@
 //! Reading records: the interface, its results and the look-ups of a search.
 
 use crate::close::error::CloseError;
+use crate::close::organization::Listed;
 use crate::domain::mapping::{Identity, KeyFields};
 use crate::domain::matching::{ContactMatch, MatchedContacts, compare, match_contacts};
 use crate::domain::record::{Channel, Contact, ContactId, FieldId, Lead, LeadId};
@@ -84,11 +85,13 @@ pub enum Written {
 }
 
 /// The organization of the API key, from `GET /me/`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Organization {
     pub name: String,
     /// In the organization's order. Empty when Close did not send them.
-    pub statuses: Vec<Status>,
+    pub statuses: Listed<Status>,
+    /// The country of national phone numbers, if Close says it.
+    pub country: Option<String>,
 }
 
 /// What to search for.

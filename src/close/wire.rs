@@ -6,20 +6,18 @@ use jiff::Timestamp;
 use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
-use serde::de::Error;
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use strum::VariantArray;
 
 use crate::close::answer::Answer;
 use crate::close::endpoint::Endpoint;
 use crate::close::error::{CloseError, Fault};
-use crate::close::records::{LeadWithContacts, Lookup, Organization};
+use crate::close::records::{LeadWithContacts, Lookup};
 use crate::domain::plan::ContactValues;
 use crate::domain::record::{
     Channel, Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists, fold_email, is_id,
 };
-use crate::domain::schema::{CustomField, FieldKind, Status, User};
 use crate::domain::value::same_word;
 
 /// The values of a record. Custom fields have keys `custom.cf_…` at the same level.
@@ -313,108 +311,6 @@ impl TryFrom<Answer> for Events {
     }
 }
 
-#[derive(Deserialize)]
-pub(crate) struct Schema {
-    pub(crate) fields: Vec<SchemaField>,
-}
-
-#[derive(Deserialize)]
-pub(crate) struct SchemaField {
-    #[serde(deserialize_with = "field_id")]
-    id: FieldId,
-    name: String,
-    #[serde(rename = "type")]
-    kind: String,
-    choices: Option<Vec<String>>,
-    #[serde(default)]
-    accepts_multiple_values: bool,
-}
-
-impl From<SchemaField> for CustomField {
-    fn from(field: SchemaField) -> Self {
-        Self {
-            id: field.id,
-            name: field.name,
-            kind: FieldKind::parse(&field.kind, field.choices.unwrap_or_default()),
-            multiple: field.accepts_multiple_values,
-        }
-    }
-}
-
-fn field_id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<FieldId, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    FieldId::parse(&text).ok_or_else(|| Error::custom("not an id"))
-}
-
-fn user_id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
-    checked(deserializer, "user")
-}
-
-fn status_id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
-    checked(deserializer, "stat")
-}
-
-fn checked<'de, D: Deserializer<'de>>(deserializer: D, prefix: &str) -> Result<String, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    if is_id(Some(prefix), &text) { Ok(text) } else { Err(Error::custom("not an id")) }
-}
-
-#[derive(Deserialize)]
-pub(crate) struct Users {
-    pub(crate) data: Vec<Member>,
-    #[serde(default)]
-    pub(crate) has_more: bool,
-}
-
-/// A user (<https://developer.close.com/api/resources/users/list>).
-#[derive(Deserialize)]
-pub(crate) struct Member {
-    #[serde(deserialize_with = "user_id")]
-    id: String,
-    #[serde(default)]
-    first_name: Option<String>,
-    #[serde(default)]
-    last_name: Option<String>,
-    #[serde(default)]
-    email: Option<String>,
-}
-
-impl From<Member> for User {
-    fn from(Member { id, first_name, last_name, email }: Member) -> Self {
-        let name = [first_name, last_name].into_iter().flatten().collect::<Vec<_>>().join(" ");
-        Self { id, name: name.trim().to_owned(), email: email.unwrap_or_default() }
-    }
-}
-
-#[derive(Deserialize)]
-pub(crate) struct Me {
-    #[serde(default)]
-    organizations: Vec<MyOrganization>,
-}
-
-#[derive(Default, Deserialize)]
-struct MyOrganization {
-    #[serde(default)]
-    name: String,
-    #[serde(default)]
-    lead_statuses: Vec<LeadStatus>,
-}
-
-#[derive(Deserialize)]
-struct LeadStatus {
-    #[serde(deserialize_with = "status_id")]
-    id: String,
-    label: String,
-}
-
-impl From<Me> for Organization {
-    fn from(me: Me) -> Self {
-        let MyOrganization { name, lead_statuses } = me.organizations.into_iter().next().unwrap_or_default();
-        let status = |LeadStatus { id, label }| Status { id, label };
-        Self { name, statuses: lead_statuses.into_iter().map(status).collect() }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -551,17 +447,6 @@ mod tests {
             lead["id"] = json!("lead_a");
             assert!(read_lead_with_contacts(&lead).is_err(), "{lead}");
         }
-        let schema = |id: &str| {
-            serde_json::from_value::<Schema>(json!({"fields": [{"id": id, "name": "F", "type": "text"}]}))
-        };
-        assert!(schema("cf_1").is_ok() && schema(bad).is_err());
-        let users = |id: &str| serde_json::from_value::<Users>(json!({"data": [{"id": id}]}));
-        assert!(users("user_1").is_ok() && users(bad).is_err() && users("lead_1").is_err());
-        let me = |id: &str| {
-            let statuses = json!([{"id": id, "label": "L"}]);
-            serde_json::from_value::<Me>(json!({"organizations": [{"name": "O", "lead_statuses": statuses}]}))
-        };
-        assert!(me("stat_1").is_ok() && me(bad).is_err());
         // A key that is not an id cannot be that of a configured field.
         let lead = read_lead(&json!({"id": "lead_a", "custom.../x": 1, "custom.cf_1": 2})).unwrap();
         assert_eq!(lead.fields.len(), 1);

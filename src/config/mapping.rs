@@ -58,6 +58,12 @@ pub(super) fn read(raw: &raw::Destination, reader: &mut Reader<'_>) -> Option<Ru
         id: reader.id_source(&setting!(raw, mapping.user_id)),
         synced_at: reader.field(setting!(raw, close.contact_synced_at_field)),
     };
+    for (table, rules) in [("lead", &lead.fields), ("contact", &contact.fields)] {
+        for field in rules.iter().filter(|(_, rule)| rule.write == WriteRule::Add).map(|(field, _)| field) {
+            let message = "`add` is for custom fields with several values; this field holds one value";
+            reader.problem(format!("mapping.{table}.{field}.write"), message);
+        }
+    }
     let channels = reader.rules([
         (Channel::Email, setting!(raw, mapping.contact.email)),
         (Channel::Phone, setting!(raw, mapping.contact.phone)),
@@ -156,7 +162,7 @@ impl Reader<'_> {
             None => Some(WriteRule::default()),
             Some(Ok(write)) => Some(write),
             Some(Err(_)) => {
-                self.problem(write.key, "must be one of `always`, `if_empty`, `on_create`");
+                self.problem(write.key, "must be one of `always`, `if_empty`, `on_create`, `add`");
                 None
             }
         };

@@ -9,7 +9,7 @@ use crate::domain::matching::Found;
 use crate::domain::plan::{NEW_CONTACT, NEW_LEAD, Plan, Step};
 use crate::domain::planner::plan;
 use crate::domain::readback::Readback;
-use crate::domain::record::{Lead, LeadId};
+use crate::domain::record::{Lead, LeadId, apply_changes, merge_changes};
 use crate::domain::staleness::RecordVersions;
 use crate::domain::switches::Switches;
 
@@ -62,11 +62,11 @@ impl MergedPlan {
 fn merge_step(steps: &mut Vec<Step>, step: &Step) {
     let merged = steps.iter_mut().any(|before| match (before, step) {
         (Step::UpdateLead { id, changes }, Step::UpdateLead { id: same, changes: more }) if id == same => {
-            changes.extend(more.clone());
+            merge_changes(changes, more);
             true
         }
         (Step::CreateLead { lead, .. }, Step::UpdateLead { id, changes }) if id.as_str() == NEW_LEAD => {
-            lead.extend(changes.clone());
+            merge_changes(lead, changes);
             true
         }
         (Step::UpdateContact { id, changes }, Step::UpdateContact { id: same, changes: more })
@@ -124,11 +124,11 @@ fn apply(found: &mut Found, step: &Step, event: &Desired) {
                 *adopted = false;
             }
             let leads = found.leads_mut().filter(|lead| lead.id == *id);
-            leads.for_each(|lead| lead.fields.extend(changes.clone()));
+            leads.for_each(|lead| apply_changes(&mut lead.fields, changes));
         }
         Step::UpdateContact { id, changes } => {
             for contact in found.contacts_mut().filter(|contact| contact.id == *id) {
-                contact.fields.extend(changes.fields.clone());
+                apply_changes(&mut contact.fields, &changes.fields);
                 contact.lists.extend(changes.lists.clone());
             }
         }

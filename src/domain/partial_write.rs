@@ -140,6 +140,6 @@ fn remove(step: &mut Step, record: &RecordRef, name: &str) -> bool {
     if let Some((channel, lists)) = channel.zip(lists) {
         return lists.remove(&channel).is_some();
     }
-    let field = fields.keys().find(|field| field.to_string() == name).cloned();
+    let field = fields.keys().find(|field| field.to_string() == name || field.key() == name).cloned();
     field.is_some_and(|field| fields.remove(&field).is_some())
 }

@@ -7,7 +7,7 @@ use strum::{IntoStaticStr, VariantArray};
 
 use crate::domain::dropped::{DropReason, Dropped, excerpt};
 use crate::domain::mapping::{Desired, WriteRule};
-use crate::domain::record::{Contact, ContactId, Field, FieldId, Fields, LeadId, Lists};
+use crate::domain::record::{Contact, ContactId, Field, FieldId, Fields, LeadId, Lists, merge_changes};
 use crate::domain::refused::RefusedValues;
 use crate::domain::staleness::{RecordVersions, SyncedAtFields};
 
@@ -31,7 +31,7 @@ impl ContactValues {
 
     /// Adds later changes. Later values win; a list in a change is complete.
     pub(crate) fn extend(&mut self, later: &Self) {
-        self.fields.extend(later.fields.clone());
+        merge_changes(&mut self.fields, &later.fields);
         self.lists.extend(later.lists.clone());
     }
 
@@ -310,7 +310,8 @@ impl Plan {
         for RejectedField { record, field } in rejected {
             let records = self.records.iter_mut().filter(|plan| plan.record == *record);
             let fields = records.flat_map(|record| &mut record.fields);
-            for plan in fields.filter(|plan| plan.field == *field) {
+            let key = field.strip_suffix(".add").unwrap_or(field);
+            for plan in fields.filter(|plan| plan.field == key) {
                 plan.verdict = verdict;
                 dropped.push(plan.dropped(DropReason::Refused));
             }

@@ -11,7 +11,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use serde_json::Value;
 
 use crate::domain::phone::Country;
-use crate::domain::record::{Channel, Entry, Field, Fields, Lists, same};
+use crate::domain::record::{Channel, Entry, Field, Fields, Lists, missing_items, same};
 
 /// The most values that are remembered for one field of a record.
 const MAX_ANSWERS: usize = 8;
@@ -107,13 +107,21 @@ pub enum InList {
 /// The fields of a step that Close answered with another value. `before` are the values before the step.
 pub fn differences(sent: &Fields, before: Option<&Fields>, kept: &Fields) -> Vec<Difference> {
     let different = |(field, value): (&Field, &Value)| {
-        let answer = kept.get(field);
-        if answer.is_some_and(|answer| same(answer, value)) {
+        let (stored, is_kept): (_, fn(&Value, &Value) -> bool) = match field {
+            Field::Add(id) => {
+                (&Field::Custom(id.clone()), |answer, value| missing_items(Some(answer), value).is_empty())
+            }
+            Field::Name | Field::Description | Field::Status | Field::Title | Field::Custom(_) => {
+                (field, same)
+            }
+        };
+        let answer = kept.get(stored);
+        if answer.is_some_and(|answer| is_kept(answer, value)) {
             return None;
         }
-        let is_lost = answer.is_none() || answer == before.and_then(|fields| fields.get(field));
+        let is_lost = answer.is_none() || answer == before.and_then(|fields| fields.get(stored));
         Some(Difference {
-            field: field.to_string(),
+            field: field.key(),
             effect: if is_lost { DifferenceEffect::Lost } else { DifferenceEffect::Rewritten },
             answer: Answer { sent: hash(value), kept: answer.map(hash) },
         })
@@ -173,4 +181,60 @@ fn hash(value: &Value) -> u64 {
         other => other.to_string().hash(&mut hasher),
     }
     hasher.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn phones(values: &[&str]) -> Lists {
+        let entry = |value: &&str| Entry { value: (*value).to_owned(), kind: "office".into() };
+        [(Channel::Phone, values.iter().map(entry).collect())].into()
+    }
+
+    /// How a list has a number after Close answered `sent` with `kept`.
+    fn found(sent: &[&str], kept: &[&str], wanted: &str) -> Option<InList> {
+        let (sent, kept) = (phones(sent), phones(kept));
+        let mut readback = Readback::default();
+        let answers = readback.records.entry("cont_1".into()).or_default();
+        list_differences(&sent, &kept, None).iter().for_each(|difference| answers.learn(difference));
+        readback.find("cont_1", Channel::Phone, &kept[&Channel::Phone], wanted)
+    }
+
+    #[test]
+    fn a_number_that_close_stored_in_an_unknown_form_is_recognized() {
+        let present = Some(InList::Present);
+        assert_eq!(found(&["0019 44 20 1"], &["+99 1"], "0019 44 20 1"), present);
+        assert_eq!(found(&["+1800", "0019 44 20 1"], &["+1800", "+99 1"], "0019 44 20 1"), present);
+        assert_eq!(found(&["0019 44 20 1"], &["+99 1"], "0019 44 20 2"), None, "another number");
+        assert_eq!(found(&["0019 44 20 1"], &[], "0019 44 20 1"), Some(InList::Refused));
+        assert_eq!(found(&["+1800", "0019 1"], &["+1800"], "0019 1"), Some(InList::Refused));
+        assert_eq!(found(&["+44 020 7946 0958"], &["+442079460958"], "+44 20 7946 0958"), present);
+    }
+
+    #[test]
+    fn a_number_that_a_person_deleted_is_added_again() {
+        let mut readback = Readback::default();
+        let answers = readback.records.entry("cont_1".into()).or_default();
+        let differences = list_differences(&phones(&["0019 1"]), &phones(&["+99 1"]), None);
+        differences.iter().for_each(|difference| answers.learn(difference));
+        assert_eq!(readback.find("cont_1", Channel::Phone, &[], "0019 1"), None);
+    }
+
+    #[test]
+    fn the_answers_of_one_field_are_bounded() {
+        let mut answers = Answers::default();
+        let value = |n: usize| Fields::from([(Field::Title, Value::from(n.to_string()))]);
+        for n in 0..2 * MAX_ANSWERS {
+            differences(&value(n), None, &Fields::new())
+                .iter()
+                .for_each(|difference| answers.learn(difference));
+        }
+        assert_eq!(answers.0["title"].len(), MAX_ANSWERS);
+    }
+
+    #[test]
+    fn a_list_that_the_answer_lacks_shows_nothing() {
+        assert_eq!(list_differences(&phones(&["+1800"]), &Lists::new(), None), []);
+    }
 }

@@ -94,6 +94,19 @@ pub enum Field {
     /// The job title of a Contact.
     Title,
     Custom(FieldId),
+    /// Only in changes: adds values to a custom field with several values, and keeps those that a person adds at the same
+    /// time (close-api.md §5).
+    Add(FieldId),
+}
+
+impl Field {
+    /// The key of the field in a record.
+    pub fn key(&self) -> String {
+        match self {
+            Self::Add(id) | Self::Custom(id) => format!("custom.{id}"),
+            Self::Name | Self::Description | Self::Status | Self::Title => self.to_string(),
+        }
+    }
 }
 
 impl fmt::Display for Field {
@@ -104,12 +117,65 @@ impl fmt::Display for Field {
             Self::Status => f.write_str("status_id"),
             Self::Title => f.write_str("title"),
             Self::Custom(id) => write!(f, "custom.{id}"),
+            Self::Add(id) => write!(f, "custom.{id}.add"),
         }
     }
 }
 
 /// Values by field. A field that is absent has no value, or is not changed.
 pub type Fields = BTreeMap<Field, Value>;
+
+/// Applies changes to the values of a record, as Close does.
+pub fn apply_changes(fields: &mut Fields, changes: &Fields) {
+    for (field, value) in changes {
+        match field {
+            Field::Add(id) => {
+                let values =
+                    fields.entry(Field::Custom(id.clone())).or_insert_with(|| Value::Array(Vec::new()));
+                *values = with_added(values, value);
+            }
+            Field::Name | Field::Description | Field::Status | Field::Title | Field::Custom(_) => {
+                fields.insert(field.clone(), value.clone());
+            }
+        }
+    }
+}
+
+/// Merges later changes of a record into earlier ones. Later values win.
+pub fn merge_changes(earlier: &mut Fields, later: &Fields) {
+    for (field, value) in later {
+        match field {
+            Field::Add(id) => {
+                let whole = Field::Custom(id.clone());
+                let target = if earlier.contains_key(&whole) { whole } else { field.clone() };
+                let values = earlier.entry(target).or_insert_with(|| Value::Array(Vec::new()));
+                *values = with_added(values, value);
+            }
+            Field::Name | Field::Description | Field::Status | Field::Title | Field::Custom(_) => {
+                if let Field::Custom(id) = field {
+                    earlier.remove(&Field::Add(id.clone()));
+                }
+                earlier.insert(field.clone(), value.clone());
+            }
+        }
+    }
+}
+
+/// The items of a list that another list, or a single value, does not have.
+pub fn missing_items(stored: Option<&Value>, wanted: &Value) -> Vec<Value> {
+    let stored = stored.map_or(&[][..], items);
+    let is_missing = |item: &&Value| !stored.iter().any(|other| same(other, item));
+    items(wanted).iter().filter(is_missing).cloned().collect()
+}
+
+fn with_added(stored: &Value, added: &Value) -> Value {
+    let missing = missing_items(Some(stored), added);
+    items(stored).iter().cloned().chain(missing).collect()
+}
+
+fn items(value: &Value) -> &[Value] {
+    value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice)
+}
 
 /// Whether Close returns a wanted value as another: the same value in another notation (close-api.md §15).
 ///
@@ -300,6 +366,8 @@ impl Contact {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -333,6 +401,62 @@ mod tests {
             assert_eq!(LeadId::parse(text).unwrap().as_str(), text);
         }
         assert!(FieldId::parse("lcf_v6S011I6MqcbVvB2FA5Nk8dr5MkL8sWuCiG8cUleO9c").is_some());
+    }
+
+    #[test]
+    fn values_in_another_notation_are_the_same() {
+        let at = json!("2026-01-31T09:00:00.000000+00:00");
+        let user = json!({"id": "user_ada", "name": "Ada"});
+        for (stored, wanted, expected) in [
+            (json!("2026-01-31T09:00:00Z"), at.clone(), true),
+            (json!("2026-01-31T09:00:00+00:00"), at.clone(), true),
+            (json!("2026-01-31T10:00:00.000+01:00"), at.clone(), true),
+            (json!("2026-01-31T09:00:00"), at.clone(), true),
+            (json!("2026-01-31 09:00:00"), at.clone(), true),
+            (json!("2026-01-31T09:00:01Z"), at.clone(), false),
+            (json!("2026-01-31T10:00:00"), at.clone(), false),
+            (json!("soon"), at.clone(), false),
+            // Text that happens to be a time is compared as text.
+            (json!("2026-01-31T09:00:00Z"), json!("2026-01-31T10:00:00+01:00"), false),
+            (json!("2026-01-31T00:00:00Z"), json!("2026-01-31"), true),
+            (json!("2026-01-31T00:00:01Z"), json!("2026-01-31"), false),
+            (json!("5"), json!(5), true),
+            (json!("5.0"), json!(5), true),
+            (json!(5), json!("5"), true),
+            (json!(5.5), json!("5.5"), true),
+            (json!("6"), json!(5), false),
+            (json!("five"), json!(5), false),
+            (json!(true), json!("true"), true),
+            (json!(["a"]), json!("a"), true),
+            (json!("a"), json!(["a"]), true),
+            (json!(["a", "b"]), json!("a"), false),
+            (json!([]), json!("a"), false),
+            (json!(["b", "a"]), json!(["a", "b"]), true),
+            (json!(["5", user]), json!([5, "user_ada"]), true),
+            (user.clone(), json!("user_ada"), true),
+            (user.clone(), json!("user_bob"), false),
+            (json!({"name": "Ada"}), json!("user_ada"), false),
+            (json!("pro"), json!("Pro"), false),
+        ] {
+            assert_eq!(same(&stored, &wanted), expected, "{stored} ~ {wanted}");
+        }
+    }
+
+    #[test]
+    fn added_values_are_merged_with_what_was_set_or_added() {
+        let (whole, add) = (Field::Custom(FieldId::new("cf_1")), Field::Add(FieldId::new("cf_1")));
+        let fields = |field: &Field, value: Value| Fields::from([(field.clone(), value)]);
+        for (earlier, later, merged) in [
+            (fields(&add, json!(["a"])), fields(&add, json!(["b", "a"])), fields(&add, json!(["a", "b"]))),
+            (fields(&whole, json!(["a"])), fields(&add, json!(["b"])), fields(&whole, json!(["a", "b"]))),
+            (fields(&add, json!(["a"])), fields(&whole, json!(["b"])), fields(&whole, json!(["b"]))),
+            (Fields::new(), fields(&add, json!(["b"])), fields(&add, json!(["b"]))),
+        ] {
+            let mut found = earlier.clone();
+            merge_changes(&mut found, &later);
+            assert_eq!(found, merged, "{earlier:?} {later:?}");
+        }
+        assert_eq!((add.key(), add.to_string()), ("custom.cf_1".into(), "custom.cf_1.add".into()));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The schema of a Close organization: custom fields, lead statuses and users.
 
+use crate::domain::phone::Country;
 use crate::domain::record::FieldId;
 
 /// What values are checked against before they are written.
@@ -13,6 +14,55 @@ pub struct Schema {
     pub statuses: Vec<Status>,
     /// The users of the organization. Empty when no rule fills a field of type user.
     pub users: Vec<User>,
+    /// The country of national phone numbers, if Close says it.
+    pub country: Option<Country>,
+    /// What Close sent in a form that cannot be read.
+    pub unreadable: Vec<UnreadableItem>,
+}
+
+/// The kinds of items in the lists of an organization.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::Display)]
+pub enum Item {
+    #[strum(to_string = "Lead custom field")]
+    LeadField,
+    #[strum(to_string = "Contact custom field")]
+    ContactField,
+    #[strum(to_string = "lead status")]
+    LeadStatus,
+    #[strum(to_string = "user")]
+    User,
+}
+
+/// An item that cannot be read. It is left out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnreadableItem {
+    pub item: Item,
+    pub id: Option<String>,
+    pub name: Option<String>,
+    pub problem: Problem,
+}
+
+/// Names the item, but never a user.
+impl std::fmt::Display for UnreadableItem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let name = self.name.as_ref().filter(|_| self.item != Item::User).or(self.id.as_ref());
+        write!(f, "{}", self.item)?;
+        if let Some(name) = name {
+            write!(f, " \"{name}\"")?;
+        }
+        write!(f, ": {}", self.problem)
+    }
+}
+
+/// Why an item cannot be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Problem {
+    #[error("Close sent no valid id for it")]
+    Id,
+    #[error("Close sent no type for it")]
+    Type,
+    #[error("Close sent no list of choices for it")]
+    Choices,
 }
 
 /// A custom field of Leads or Contacts.
@@ -115,6 +165,8 @@ pub enum FieldRefError {
     Missing,
     #[error("several custom fields have this name; use the id of one")]
     Ambiguous,
+    #[error("the custom field cannot be read: {0}")]
+    Unreadable(Problem),
 }
 
 impl FieldRef {
@@ -125,6 +177,23 @@ impl FieldRef {
 
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// The same as [`FieldRef::find`], and says whether the field is one that cannot be read.
+    pub fn find_in<'a>(
+        &self,
+        fields: &'a [CustomField],
+        unreadable: &[UnreadableItem],
+        item: Item,
+    ) -> Result<&'a CustomField, FieldRefError> {
+        let is_it = |other: &&UnreadableItem| {
+            let names = [other.id.as_deref(), other.name.as_deref().map(str::trim)];
+            other.item == item && names.contains(&Some(self.as_str()))
+        };
+        self.find(fields).map_err(|error| match (error, unreadable.iter().find(is_it)) {
+            (FieldRefError::Missing, Some(item)) => FieldRefError::Unreadable(item.problem),
+            _ => error,
+        })
     }
 
     /// Resolves the reference. An id takes precedence over a name.

@@ -61,13 +61,15 @@ pub struct Dependencies<'a> {
 impl Context {
     pub(crate) fn new(dependencies: Dependencies<'_>) -> Self {
         let Dependencies { settings, rules, mapping, client, metrics } = dependencies;
+        let readback_cache = ReadbackCache::default();
+        readback_cache.start_with(mapping.country);
         Self {
             settings,
             client,
             keys: mapping.keys.clone(),
             id_cache: IdCache::default(),
             version_cache: VersionCache::default(),
-            readback_cache: ReadbackCache::default(),
+            readback_cache,
             record_locks: RecordLocks::default(),
             recent: RecentRecords::default(),
             metrics,
@@ -150,10 +152,11 @@ impl Context {
 
     async fn refresh(&self, refreshed_at: &mut Instant) -> Result<(), Vec<PreflightError>> {
         let mapping = preflight::run(&self.client, &self.rules).await?.mapping;
+        self.readback_cache.start_with(mapping.country);
         *refreshed_at = Instant::now();
         let mut current = self.mapping.write().unwrap_or_else(PoisonError::into_inner);
-        if (&mapping.unresolved, mapping.invalid_constants())
-            != (&current.unresolved, current.invalid_constants())
+        if (&mapping.unresolved, &mapping.unreadable, mapping.invalid_constants())
+            != (&current.unresolved, &current.unreadable, current.invalid_constants())
         {
             log_mapping_problems(&mapping);
         }
@@ -210,6 +213,9 @@ impl Context {
 
 /// Logs rules without a field in Close, and constants that their fields do not accept.
 pub fn log_mapping_problems(mapping: &Mapping) {
+    for item in &mapping.unreadable {
+        tracing::warn!(event = "schema_item_unreadable", "ignoring the {item}");
+    }
     for unresolved in &mapping.unresolved {
         tracing::error!(
             event = "field_unresolved",

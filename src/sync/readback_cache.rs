@@ -58,6 +58,13 @@ impl ReadbackCache {
         *self.country.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Close says the country of the organization.
+    pub fn start_with(&self, country: Option<Country>) {
+        if let Some(country) = country {
+            self.set_country(country);
+        }
+    }
+
     /// Returns whether the country was another before.
     pub fn set_country(&self, country: Country) -> bool {
         self.country.lock().unwrap_or_else(PoisonError::into_inner).replace(country) != Some(country)

@@ -50,6 +50,7 @@ fn schema() -> Schema {
         ],
         statuses: vec![Status { id: "stat_1".into(), label: "Potential".into() }],
         users: vec![User { id: "user_1".into(), name: "Ada".into(), email: "ada@close.test".into() }],
+        ..Schema::default()
     }
 }
 

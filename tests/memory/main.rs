@@ -114,6 +114,7 @@ fn mapping() -> Mapping {
         ],
         statuses: vec![Status { id: "stat_1".into(), label: "Potential".into() }],
         users: vec![User { id: "user_1".into(), name: "Ada".into(), email: "ada@close.test".into() }],
+        ..Schema::default()
     };
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/memory/mapping.toml");
     let environment = [].into();

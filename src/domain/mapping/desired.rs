@@ -21,6 +21,8 @@ pub enum WriteRule {
     IfEmpty,
     /// Only into a record that this event creates.
     OnCreate,
+    /// Adds to the values of a field with several values, and keeps what it has.
+    Add,
 }
 
 /// The custom fields, both of type text, in which Close stores the ids that records are found by.

@@ -35,8 +35,9 @@ use serde_json::Value;
 
 use crate::domain::dropped::{DropReason, Dropped, excerpt};
 use crate::domain::event::{Event, NotForClose};
+use crate::domain::phone::Country;
 use crate::domain::record::{Channel, Field, FieldId, fold_email};
-use crate::domain::schema::{CustomField, FieldKind, Schema, User};
+use crate::domain::schema::{CustomField, FieldKind, Schema, UnreadableItem, User};
 use crate::domain::staleness::SyncedAtFields;
 use crate::domain::value;
 
@@ -67,6 +68,10 @@ pub struct Mapping {
     pub synced_at: SyncedAtFields,
     /// Rules whose field does not exist.
     pub unresolved: Vec<UnresolvedField>,
+    /// The country of national phone numbers, if Close says it.
+    pub country: Option<Country>,
+    /// What Close sent in a form that cannot be read.
+    pub unreadable: Vec<UnreadableItem>,
 }
 
 impl Mapping {
@@ -76,17 +81,18 @@ impl Mapping {
     /// Every lookup field that cannot be used. The list is never empty.
     pub fn resolve(rules: &Rules, schema: &Schema) -> Result<Self, Vec<LookupFieldError>> {
         let (mut unresolved, mut bad) = (Vec::new(), Vec::new());
-        let company = resolve::key_field(&rules.lead, &schema.lead, &LEAD, &mut bad);
-        let user = resolve::key_field(&rules.contact, &schema.contact, &CONTACT, &mut bad);
+        let company = resolve::key_field(&rules.lead, schema, &schema.lead, &LEAD, &mut bad);
+        let user = resolve::key_field(&rules.contact, schema, &schema.contact, &CONTACT, &mut bad);
         if !bad.is_empty() {
             return Err(bad);
         }
         let lead = resolve::targets(&rules.lead, schema, &schema.lead, &LEAD, &mut unresolved);
         let contact = resolve::targets(&rules.contact, schema, &schema.contact, &CONTACT, &mut unresolved);
         let synced_at = SyncedAtFields {
-            lead: resolve::synced_at_field(&rules.lead, &schema.lead, &lead, &LEAD, &mut unresolved),
+            lead: resolve::synced_at_field(&rules.lead, schema, &schema.lead, &lead, &LEAD, &mut unresolved),
             contact: resolve::synced_at_field(
                 &rules.contact,
+                schema,
                 &schema.contact,
                 &contact,
                 &CONTACT,
@@ -102,6 +108,8 @@ impl Mapping {
             users: schema.users.clone(),
             names: fields.map(|field| (field.id.clone(), field.name.clone())).collect(),
             unresolved,
+            country: schema.country,
+            unreadable: schema.unreadable.clone(),
             rules: rules.clone(),
         })
     }
@@ -144,7 +152,7 @@ impl Mapping {
         let mut invalid_constants = Vec::new();
         for Target { field, accepts, rule } in targets {
             let setting = match field {
-                Field::Custom(id) => format!("{table}.custom.{id}"),
+                Field::Custom(id) | Field::Add(id) => format!("{table}.custom.{id}"),
                 Field::Name | Field::Description | Field::Status | Field::Title => format!("{table}.{field}"),
             };
             for value in rule.source.constants().chain(rule.or_on_create.constants()) {

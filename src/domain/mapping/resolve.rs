@@ -3,10 +3,11 @@
 use serde_json::Value;
 
 use crate::domain::dropped::DropReason;
+use crate::domain::mapping::desired::WriteRule;
 use crate::domain::mapping::rules::{RecordRules, Rule};
 use crate::domain::mapping::target::{Accepts, Target};
 use crate::domain::record::{Field, FieldId};
-use crate::domain::schema::{CustomField, FieldKind, FieldRef, FieldRefError, Schema};
+use crate::domain::schema::{CustomField, FieldKind, FieldRef, FieldRefError, Item, Problem, Schema};
 
 /// Why a lookup field cannot be used. Without it no message can be processed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -34,6 +35,16 @@ pub enum LookupFieldError {
         /// `Lead` or `Contact`.
         records: &'static str,
     },
+    /// Close sent it in a form that cannot be read.
+    #[error("the {records} custom field `{field}` of `{setting}` cannot be read: {problem}")]
+    Unreadable {
+        setting: &'static str,
+        /// The value of the setting.
+        field: String,
+        /// `Lead` or `Contact`.
+        records: &'static str,
+        problem: Problem,
+    },
     #[error(
         "the {records} custom field `{id}` (\"{name}\") is of type {kind}, but ids are looked up as text: create \
          one of type text in Close (Settings > Custom Fields) and set `{setting}` to its id"
@@ -58,6 +69,7 @@ impl LookupFieldError {
         match self {
             Self::Missing { setting, .. }
             | Self::Ambiguous { setting, .. }
+            | Self::Unreadable { setting, .. }
             | Self::WrongType { setting, .. }
             | Self::AlsoMapped { setting, .. } => setting,
         }
@@ -90,6 +102,9 @@ pub struct UnresolvedField {
 impl UnresolvedField {
     /// What is wrong and what it causes.
     pub fn description(&self) -> String {
+        if let UnresolvedReason::SingleValue = self.reason {
+            return self.reason.to_string();
+        }
         let effect = if self.setting == LEAD.synced_at || self.setting == CONTACT.synced_at {
             "until this is fixed, an older event may overwrite a newer one after a restart"
         } else {
@@ -107,13 +122,29 @@ pub enum UnresolvedReason {
     /// Two rules name one field, by its id and by its name.
     #[error("another rule fills the same custom field; remove one of them")]
     AlsoFilled,
+    /// The rule adds to the values of a field that holds one.
+    #[error("`write = \"add\"` needs a custom field with several values, and this one holds one value")]
+    SingleValue,
     /// It cannot store a time.
     #[error("the custom field is not of type datetime")]
     NotDatetime,
 }
 
+impl UnresolvedField {
+    /// Whether only a change of the configuration, or in Close, helps. The start then fails.
+    pub fn stops_start(&self) -> bool {
+        match self.reason {
+            UnresolvedReason::Reference(FieldRefError::Unreadable(_)) | UnresolvedReason::SingleValue => true,
+            UnresolvedReason::Reference(FieldRefError::Missing | FieldRefError::Ambiguous)
+            | UnresolvedReason::AlsoFilled
+            | UnresolvedReason::NotDatetime => false,
+        }
+    }
+}
+
 /// How the configuration names the settings of one kind of record.
 pub(super) struct SettingNames {
+    item: Item,
     records: &'static str,
     key: &'static str,
     synced_at: &'static str,
@@ -121,12 +152,14 @@ pub(super) struct SettingNames {
 }
 
 pub(super) const LEAD: SettingNames = SettingNames {
+    item: Item::LeadField,
     records: "Lead",
     key: "close.lead_company_id_field",
     synced_at: "close.lead_synced_at_field",
     table: "mapping.lead.custom",
 };
 pub(super) const CONTACT: SettingNames = SettingNames {
+    item: Item::ContactField,
     records: "Contact",
     key: "close.contact_user_id_field",
     synced_at: "close.contact_synced_at_field",
@@ -136,14 +169,18 @@ pub(super) const CONTACT: SettingNames = SettingNames {
 /// The lookup field of a kind of record, if one is configured and can be used.
 pub(super) fn key_field(
     rules: &RecordRules,
+    schema: &Schema,
     fields: &[CustomField],
     names: &SettingNames,
     bad: &mut Vec<LookupFieldError>,
 ) -> Option<FieldId> {
-    let SettingNames { records, key: setting, table, synced_at: _ } = *names;
+    let SettingNames { item, records, key: setting, table, synced_at: _ } = *names;
     let reference = rules.key.as_ref()?;
     let field = || reference.as_str().to_owned();
-    match reference.find(fields) {
+    match reference.find_in(fields, &schema.unreadable, item) {
+        Err(FieldRefError::Unreadable(problem)) => {
+            bad.push(LookupFieldError::Unreadable { setting, field: field(), records, problem });
+        }
         Err(FieldRefError::Missing) => {
             let similar = fields.iter().filter(|field| field.kind == FieldKind::Text);
             let similar = similar.map(|field| format!("`{}` \"{}\"", field.id, field.name)).collect();
@@ -180,12 +217,14 @@ pub(super) fn key_field(
 /// wrote.
 pub(super) fn synced_at_field(
     rules: &RecordRules,
+    schema: &Schema,
     fields: &[CustomField],
     targets: &[Target],
     names: &SettingNames,
     unresolved_fields: &mut Vec<UnresolvedField>,
 ) -> Option<FieldId> {
-    let found = rules.synced_at.as_ref()?.find(fields).map_err(UnresolvedReason::from);
+    let found = rules.synced_at.as_ref()?.find_in(fields, &schema.unreadable, names.item);
+    let found = found.map_err(UnresolvedReason::from);
     let found = found.and_then(|field| {
         let id = Field::Custom(field.id.clone());
         if targets.iter().any(|target| target.field == id) {
@@ -211,7 +250,7 @@ pub(super) fn targets(
 ) -> Vec<Target> {
     let plain = rules.fields.iter().map(|(field, rule)| {
         let accepts = match field {
-            Field::Name | Field::Title | Field::Custom(_) => Accepts::Line,
+            Field::Name | Field::Title | Field::Custom(_) | Field::Add(_) => Accepts::Line,
             Field::Description => Accepts::Text,
             Field::Status => Accepts::Status(schema.statuses.clone()),
         };
@@ -224,7 +263,10 @@ pub(super) fn targets(
             unresolved_fields.push(UnresolvedField { setting, reason });
             (FieldId::placeholder(reference.as_str()), Accepts::Nothing)
         };
-        let (id, accepts) = match reference.find(fields) {
+        let (id, accepts) = match reference.find_in(fields, &schema.unreadable, names.item) {
+            Ok(field) if rule.write == WriteRule::Add && !field.multiple => {
+                unresolved(UnresolvedReason::SingleValue)
+            }
             Ok(field) if targets.iter().any(|target| target.field == Field::Custom(field.id.clone())) => {
                 unresolved(UnresolvedReason::AlsoFilled)
             }

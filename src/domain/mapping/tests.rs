@@ -5,7 +5,7 @@ use strum::VariantArray;
 
 use super::*;
 use crate::domain::mapping::source::{Alternative, Normalize, Source};
-use crate::domain::schema::{FieldRef, Schema};
+use crate::domain::schema::{FieldRef, FieldRefError, Item, Problem, Schema, UnreadableItem};
 
 fn rule(paths: &[&str]) -> Rule {
     Rule { source: source(paths), write: WriteRule::Always, or_on_create: Source::default() }
@@ -429,4 +429,60 @@ proptest! {
             prop_assert!(wanted.value.as_str().is_some_and(|text| !text.is_empty()), "{channel}: {wanted:?}");
         }
     }
+}
+
+#[test]
+fn a_rule_that_can_never_be_applied_stops_the_start() {
+    let odd = |schema: &mut Schema, name: &str| {
+        let name = Some(name.to_owned());
+        schema.lead.retain(|field| Some(&field.name) != name.as_ref());
+        let item = Item::LeadField;
+        schema.unreadable.push(UnreadableItem { item, id: None, name, problem: Problem::Type });
+    };
+    let resolve = |change: &dyn Fn(&mut Rules, &mut Schema)| {
+        let (mut rules, mut schema) = (rules(), schema());
+        change(&mut rules, &mut schema);
+        Mapping::resolve(&rules, &schema).map(|mapping| {
+            let stops = mapping.unresolved.iter().filter(|unresolved| unresolved.stops_start());
+            stops.map(|unresolved| (unresolved.setting.clone(), unresolved.reason)).collect::<Vec<_>>()
+        })
+    };
+    let named = |reference: &str| FieldRef::new(reference);
+    let unreadable = UnresolvedReason::Reference(FieldRefError::Unreadable(Problem::Type));
+    let add = |write| {
+        move |rules: &mut Rules, schema: &mut Schema| {
+            schema.lead.push(CustomField { multiple: true, ..field("cf_tags", "Tags", FieldKind::Text) });
+            let rule = rules.lead.custom.values().next().unwrap().clone();
+            rules.lead.custom = [("cf_tags", write), ("cf_seats", write)]
+                .map(|(name, write)| (FieldRef::new(name), Rule { write, ..rule.clone() }))
+                .into();
+        }
+    };
+    // A field that no rule names.
+    assert_eq!(resolve(&|_, schema| odd(schema, "Other")), Ok(vec![]));
+    // A field that a rule names.
+    let plan = |rules: &mut Rules, schema: &mut Schema| {
+        let rule = rules.lead.custom.values().next().unwrap().clone();
+        rules.lead.custom = [(named("Plan"), rule)].into();
+        odd(schema, "Plan");
+    };
+    assert_eq!(resolve(&plan), Ok(vec![("mapping.lead.custom.Plan".into(), unreadable)]));
+    let synced_at = |rules: &mut Rules, schema: &mut Schema| {
+        rules.lead.synced_at = Some(named("Synced at"));
+        odd(schema, "Synced at");
+    };
+    assert_eq!(resolve(&synced_at), Ok(vec![("close.lead_synced_at_field".into(), unreadable)]));
+    let key = |rules: &mut Rules, schema: &mut Schema| {
+        rules.lead.key = Some(named("Company ID"));
+        odd(schema, "Company ID");
+    };
+    let errors = resolve(&key).unwrap_err();
+    assert!(
+        matches!(&errors[..], [LookupFieldError::Unreadable { problem: Problem::Type, .. }]),
+        "{errors:?}"
+    );
+    // `add` needs several values.
+    let single = vec![("mapping.lead.custom.cf_seats".into(), UnresolvedReason::SingleValue)];
+    assert_eq!(resolve(&add(WriteRule::Add)), Ok(single));
+    assert_eq!(resolve(&add(WriteRule::IfEmpty)), Ok(vec![]));
 }

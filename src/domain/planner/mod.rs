@@ -24,7 +24,7 @@ use crate::domain::plan::{
     ContactValues, FieldPlan, FieldVerdict, NEW_CONTACT, NEW_LEAD, Plan, RecordPlan, RecordRef, Refusal, Step,
 };
 use crate::domain::readback::{InList, Readback};
-use crate::domain::record::{Contact, Entry, Field, FieldId, Fields, Lead, Lists, same};
+use crate::domain::record::{Contact, Entry, Field, FieldId, Fields, Lead, Lists, missing_items, same};
 use crate::domain::staleness::{self, FieldVersions, RecordVersions};
 use crate::domain::switches::Switches;
 
@@ -162,23 +162,40 @@ fn field_changes(
 ) -> (Fields, Vec<FieldPlan>) {
     let (mut changes, mut plans) = (Fields::new(), Vec::new());
     for (field, wanted) in wanted {
-        let (key, before) = (field.to_string(), record.and_then(|fields| fields.get(field)));
+        let (key, before) = (field.key(), record.and_then(|fields| fields.get(field)));
+        let (change, value) = match (field, wanted.write, record) {
+            (Field::Custom(id), WriteRule::Add, Some(_)) => {
+                (Field::Add(id.clone()), missing_items(before, &wanted.value).into())
+            }
+            _ => (field.clone(), wanted.value.clone()),
+        };
         let verdict = match (wanted.write, before) {
             _ if record.is_none() => FieldVerdict::Set,
+            (WriteRule::Add, _) if value.as_array().is_some_and(Vec::is_empty) => FieldVerdict::Same,
             (_, Some(before)) if same(before, &wanted.value) => FieldVerdict::Same,
             (WriteRule::OnCreate, _) => FieldVerdict::OnlyOnCreate,
             (WriteRule::IfEmpty, Some(_)) => FieldVerdict::NotEmpty,
             (WriteRule::Always, Some(_)) if is_newer(&key) => FieldVerdict::Stale,
-            (WriteRule::IfEmpty | WriteRule::Always, before) if is_futile(&key, before, &wanted.value) => {
+            (WriteRule::IfEmpty | WriteRule::Always | WriteRule::Add, before)
+                if is_futile(&key, before, &value) =>
+            {
                 FieldVerdict::NotKept
             }
+            (WriteRule::Add, _) => FieldVerdict::Appended,
             (WriteRule::IfEmpty, None) | (WriteRule::Always, _) => FieldVerdict::Set,
         };
-        if verdict == FieldVerdict::Set {
-            changes.insert(field.clone(), wanted.value.clone());
+        let is_written = matches!(verdict, FieldVerdict::Set | FieldVerdict::Appended);
+        let wanted_value = if is_written { value.clone() } else { wanted.value.clone() };
+        if is_written {
+            changes.insert(change, value);
         }
-        let Wanted { value, write } = wanted.clone();
-        plans.push(FieldPlan { field: key, before: before.cloned(), wanted: value, write, verdict });
+        plans.push(FieldPlan {
+            field: key,
+            before: before.cloned(),
+            wanted: wanted_value,
+            write: wanted.write,
+            verdict,
+        });
     }
     (changes, plans)
 }
@@ -250,7 +267,7 @@ impl Planner<'_> {
         let id = lead.map_or(NEW_LEAD, |lead| lead.id.as_str());
         let (mut changes, mut plans) = self.changes_to(id, &desired.lead, record);
         let refused = leave_out_refused(&mut plans, self.versions.get(id));
-        changes.retain(|field, _| !refused.contains(&field.to_string()));
+        changes.retain(|field, _| !refused.contains(&field.key()));
         if record.is_none() || !changes.is_empty() {
             set_synced_at(desired, desired.synced_at.lead.as_ref(), record, &mut changes, &mut plans);
         }
@@ -291,7 +308,7 @@ impl Planner<'_> {
             });
         }
         let refused = leave_out_refused(&mut plans, self.versions.get(id));
-        fields.retain(|field, _| !refused.contains(&field.to_string()));
+        fields.retain(|field, _| !refused.contains(&field.key()));
         lists.retain(|channel, _| !refused.contains(&channel.to_string()));
         if record.is_none() || !fields.is_empty() || !lists.is_empty() {
             set_synced_at(desired, desired.synced_at.contact.as_ref(), record, &mut fields, &mut plans);

@@ -5,7 +5,8 @@ use super::*;
 use crate::domain::mapping::tests::desired;
 use crate::domain::matching::tests::{contact, keys, lead};
 use crate::domain::partial_write::{Remainder, without_rejected};
-use crate::domain::record::{Channel, FieldId, LeadId};
+use crate::domain::readback::{DifferenceEffect, differences};
+use crate::domain::record::{Channel, FieldId, LeadId, apply_changes};
 
 fn event() -> Desired {
     desired(json!({"userId": "u", "traits": {
@@ -110,6 +111,64 @@ fn only_missing_entries_are_appended_to_lists() {
     assert!(!changes.lists.contains_key(&Channel::Email));
     let phones: Vec<_> = changes.lists[&Channel::Phone].iter().map(|entry| entry.value.as_str()).collect();
     assert_eq!(phones, ["+441234", "+493012345"]);
+}
+
+#[test]
+fn add_keeps_what_a_field_has() {
+    let tags = FieldId::new("cf_tags");
+    let field = Field::Custom(tags.clone());
+    let wanted = [(field.clone(), Wanted { value: json!(["red", "blue"]), write: WriteRule::Add })].into();
+    let changes = |stored: Option<Value>| {
+        let record = stored.map(|stored| Fields::from([(field.clone(), stored)])).unwrap_or_default();
+        let (changes, plans) = field_changes(&wanted, Some(&record), |_| true, |_, _, _| false);
+        let mut after = record;
+        apply_changes(&mut after, &changes);
+        (changes.into_iter().collect::<Vec<_>>(), plans[0].verdict, after.remove(&field).unwrap_or_default())
+    };
+    let add = |values: Value| vec![(Field::Add(tags.clone()), values)];
+    let (appended, same) = (FieldVerdict::Appended, FieldVerdict::Same);
+    for (stored, expected) in [
+        (None, (add(json!(["red", "blue"])), appended, json!(["red", "blue"]))),
+        (Some(json!(["green"])), (add(json!(["red", "blue"])), appended, json!(["green", "red", "blue"]))),
+        (Some(json!(["red", "green"])), (add(json!(["blue"])), appended, json!(["red", "green", "blue"]))),
+        (Some(json!("red")), (add(json!(["blue"])), appended, json!(["red", "blue"]))),
+        (Some(json!(["blue", "red", "green"])), (vec![], same, json!(["blue", "red", "green"]))),
+    ] {
+        assert_eq!(changes(stored.clone()), expected, "{stored:?}");
+    }
+    // A new record gets the whole list.
+    let (created, _) = field_changes(&wanted, None, |_| false, |_, _, _| false);
+    assert_eq!(created, Fields::from([(field, json!(["red", "blue"]))]));
+}
+
+#[test]
+fn what_close_does_not_keep_is_sent_once() {
+    let field = Field::Title;
+    let sent = Fields::from([(field.clone(), json!("CEO\u{2028}"))]);
+    let wanted = [(field.clone(), Wanted { value: json!("CEO\u{2028}"), write: WriteRule::Always })].into();
+    for (before, kept) in
+        [(None, Some("CEO")), (None, None), (Some("CTO"), Some("CTO")), (Some("CTO"), Some("CEO"))]
+    {
+        let record =
+            |value: Option<&str>| Fields::from_iter(value.map(|value| (field.clone(), json!(value))));
+        let differences = differences(&sent, Some(&record(before)), &record(kept));
+        let effect = if kept == before { DifferenceEffect::Lost } else { DifferenceEffect::Rewritten };
+        assert_eq!((differences.len(), differences[0].effect), (1, effect), "{before:?} -> {kept:?}");
+
+        let mut readback = Readback::default();
+        readback.records.entry("r".into()).or_default().learn(&differences[0]);
+        let verdict = |wanted: &BTreeMap<Field, Wanted>, now: Option<&str>| {
+            let is_futile = |field: &str, before: Option<&Value>, value: &Value| {
+                readback.is_futile("r", field, before, value)
+            };
+            field_changes(wanted, Some(&record(now)), |_| false, is_futile).1[0].verdict
+        };
+        assert_eq!(verdict(&wanted, kept), FieldVerdict::NotKept, "{before:?} -> {kept:?}");
+        assert_eq!(verdict(&wanted, Some("changed by a person")), FieldVerdict::Set);
+        let other = [(field.clone(), Wanted { value: json!("CFO"), write: WriteRule::Always })].into();
+        assert_eq!(verdict(&other, kept), FieldVerdict::Set, "the event wants another value");
+    }
+    assert_eq!(differences(&sent, None, &sent), []);
 }
 
 fn contact_changes(desired: &Desired, contact: &Contact) -> (ContactValues, Vec<FieldPlan>) {
