@@ -28,6 +28,22 @@ pub struct Behaviour {
     pub header_style: HeaderStyle,
     /// The body of a 429 (close-api.md §2).
     pub rate_limit_body: RateLimitBody,
+    /// The seconds in `Retry-After` of a 503 that a fault causes. None: without that header (close-api.md §15 row 14).
+    pub retry_after: Option<u32>,
+    /// The form of a 400 that names fields (close-api.md §3, §15 row 6).
+    pub error_shape: ErrorShape,
+    /// The words of a 400 that names fields (close-api.md §3, §15 row 6).
+    pub error_texts: ErrorTexts,
+    /// The 404 for a record that does not exist (close-api.md §15 row 5).
+    pub missing_record: MissingRecord,
+    /// The 404 for a URL that does not exist (close-api.md §15 row 5).
+    pub unknown_url: UnknownUrl,
+    /// What a search does with a custom field in `_fields` that does not exist (close-api.md §15 row 7).
+    pub unknown_selector: UnknownSelector,
+    /// The cursor of the last page of a search. Null was recorded (close-api.md §6).
+    pub last_cursor: LastCursor,
+    /// What the rows of a search have. All fields were recorded; rows with only an id are a precaution.
+    pub search_rows: SearchRows,
     /// How search interprets the text mode `exact_value` (close-api.md §6, §15 row 20).
     pub exact_value: ExactValue,
     /// What a cursor does in descending order (close-api.md §15 row 16).
@@ -64,7 +80,15 @@ impl Default for Behaviour {
             search_lag: Lag::Fixed(Duration::from_secs(2)),
             event_lag: Lag::NONE,
             event_data: EventData::Kept,
-            header_style: HeaderStyle::Semicolon,
+            header_style: HeaderStyle::SemicolonAndTriple,
+            retry_after: None,
+            error_shape: ErrorShape::Nested,
+            error_texts: ErrorTexts::Cleancat,
+            missing_record: MissingRecord::Words,
+            unknown_url: UnknownUrl::Json,
+            unknown_selector: UnknownSelector::Refused,
+            last_cursor: LastCursor::Null,
+            search_rows: SearchRows::Fields,
             rate_limit_body: RateLimitBody::Nested,
             exact_value: ExactValue::FoldsCase,
             descending_cursor: DescendingCursor::LosesRows,
@@ -211,12 +235,99 @@ pub enum HeaderStyle {
     Comma,
     /// The same with `;` between the items.
     Semicolon,
+    /// The same with a `ratelimit-*` triple of another bucket beside it, as recorded in 2026.
+    SemicolonAndTriple,
+    /// The triple beside a `RateLimit` in a form that is not Close's: that of the IETF draft.
+    UnreadableAndTriple,
     /// The deprecated `X-Rate-Limit-Limit`, `-Remaining` and `-Reset`.
     Legacy,
     /// The legacy names next to the `ratelimit-*` triple of a proxy, as recorded in 2022.
     Proxy,
     /// No header at all; a 429 has no `Retry-After` either.
     Absent,
+}
+
+/// The form of a 400 that names fields.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorShape {
+    /// `{"field-errors": {"phones": {"errors": {"0": {"errors": [], "field-errors": {"phone": "…"}}}}}}`, as recorded.
+    Nested,
+    /// `{"field-errors": {"phones": {"0": {"phone": "…"}}}}`.
+    Plain,
+    /// `{"field-errors": {"phones.0.phone": "…"}}`.
+    Dotted,
+    /// `{"errors": ["…"]}`: the text alone.
+    List,
+    /// `{"error": "…"}`: the text alone.
+    General,
+    /// `{"error": "The request is not valid."}`: neither the field nor its text.
+    Vague,
+    /// 422 `{"detail": [{"loc": ["body", "phones", 0, "phone"], "msg": "…"}]}`.
+    Detail,
+}
+
+/// The words of a 400 that names fields.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorTexts {
+    /// Those of Close's own validator.
+    Cleancat,
+    /// Those of pydantic, which Close uses for parameters since 2026.
+    Pydantic,
+}
+
+/// The 404 for a record that does not exist.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MissingRecord {
+    /// Close's words: `Empty query: Lead matching query does not exist.`
+    Words,
+    /// `{"error": "Not Found"}`.
+    OtherWords,
+    /// A page in HTML.
+    Html,
+}
+
+/// The 404 for a URL that does not exist.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UnknownUrl {
+    /// `{"error": "The requested URL was not found on the server."}`.
+    Json,
+    /// A page in HTML.
+    Html,
+}
+
+/// What a search does with a custom field in `_fields` that does not exist.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UnknownSelector {
+    /// 400.
+    Refused,
+    /// The rows do not have it.
+    Ignored,
+}
+
+/// The cursor of the last page of a search.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LastCursor {
+    Null,
+    /// `""`.
+    Empty,
+    /// No such key.
+    Absent,
+}
+
+/// What the rows of a search have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SearchRows {
+    /// The fields that were asked for.
+    Fields,
+    /// Only the id.
+    OnlyIds,
 }
 
 /// The body of a 429 (close-api.md §2). Clients should not need it.

@@ -18,7 +18,7 @@
 //! - `server` and `connection` are HTTP and TCP; `control` is `/_sim/`; `offline` is the entry without HTTP.
 //! - `world` answers a `call`, after `limits` and `faults`.
 //! - `records` holds the current state; `index` and `events` show it to clients later.
-//! - `validate`, `custom` and `formats` check writes; `refusal` has the errors.
+//! - `validate`, `custom` and `formats` check writes; `refusal` has the errors, `forms` their other forms.
 //! - `query`, `search` and `lists` read; `readback` rewrites values in answers.
 //!
 //! From `world` on there is no IO and no clock.
@@ -31,6 +31,7 @@ mod custom;
 mod events;
 mod faults;
 mod formats;
+mod forms;
 mod ids;
 mod index;
 mod limits;
@@ -59,8 +60,9 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use self::{
     behaviour::{
-        Behaviour, Country, CreatedLead, DescendingCursor, EventData, ExactValue, HeaderStyle, Lag,
-        MissingSlash, RateLimitBody,
+        Behaviour, Country, CreatedLead, DescendingCursor, ErrorShape, ErrorTexts, EventData, ExactValue,
+        HeaderStyle, Lag, LastCursor, MissingRecord, MissingSlash, RateLimitBody, SearchRows,
+        UnknownSelector, UnknownUrl,
     },
     call::Request,
     faults::{Effect, Fault, FaultBody, When},

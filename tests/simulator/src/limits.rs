@@ -229,6 +229,18 @@ impl BucketState {
             HeaderStyle::Semicolon => {
                 vec![("ratelimit", format!("limit={limit}; remaining={remaining}; reset={reset}"))]
             }
+            // The triple describes another bucket.
+            HeaderStyle::SemicolonAndTriple => {
+                let joint = format!("limit={limit}; remaining={remaining}; reset={reset}");
+                let mut headers = vec![("ratelimit", joint)];
+                headers.extend(proxy);
+                headers[2].1 = remaining.saturating_sub(1).to_string();
+                headers
+            }
+            HeaderStyle::UnreadableAndTriple => {
+                let draft = format!("\"default\";r={remaining};t={}", self.retry_after());
+                std::iter::once(("ratelimit", draft)).chain(proxy).collect()
+            }
             HeaderStyle::Legacy => legacy.into(),
             HeaderStyle::Proxy => legacy.into_iter().chain(proxy).collect(),
             HeaderStyle::Absent => Vec::new(),
@@ -349,6 +361,17 @@ mod tests {
         };
         assert_eq!(lines(HeaderStyle::Comma), ["ratelimit: limit=16, remaining=3, reset=5.250000"]);
         assert_eq!(lines(HeaderStyle::Semicolon), ["ratelimit: limit=16; remaining=3; reset=5.250000"]);
+        assert_eq!(
+            lines(HeaderStyle::SemicolonAndTriple),
+            [
+                "ratelimit: limit=16; remaining=3; reset=5.250000",
+                "ratelimit-limit: 16",
+                "ratelimit-remaining: 2",
+                "ratelimit-reset: 6"
+            ]
+        );
+        assert_eq!(lines(HeaderStyle::UnreadableAndTriple)[0], "ratelimit: \"default\";r=3;t=6");
+        assert_eq!(lines(HeaderStyle::UnreadableAndTriple)[2], "ratelimit-remaining: 3");
         let legacy = ["x-rate-limit-limit: 16", "x-rate-limit-remaining: 3", "x-rate-limit-reset: 5.250000"];
         assert_eq!(lines(HeaderStyle::Legacy), legacy);
         assert_eq!(lines(HeaderStyle::Proxy)[..3], legacy);

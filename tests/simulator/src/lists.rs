@@ -116,6 +116,6 @@ pub(crate) fn page(call: &Call, mut rows: Vec<Value>) -> Result<Value, Refusal> 
 }
 
 /// The refusal of a number above its maximum, in the words of pydantic.
-fn too_large(field: &str, max: usize) -> Refusal {
+pub(crate) fn too_large(field: &str, max: usize) -> Refusal {
     Refusal::Invalid(FieldErrors::one(field, &format!("Input should be less than or equal to {max}")))
 }

@@ -8,8 +8,9 @@ use std::{
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
-use crate::behaviour::{DescendingCursor, ExactValue};
+use crate::behaviour::{DescendingCursor, ExactValue, LastCursor, SearchRows, UnknownSelector};
 use crate::index::{Document, Index};
+use crate::lists;
 use crate::query::{self, Field};
 use crate::refusal::{FieldErrors, Object, Refusal};
 use crate::schema::{Kind, Schema};
@@ -40,6 +41,10 @@ pub(crate) fn search(
     now: Timestamp,
 ) -> Result<Value, Refusal> {
     let request = Request::parse(body)?;
+    let behaviour = &schema.behaviour;
+    if behaviour.unknown_selector == UnknownSelector::Refused {
+        check_selectors(request.fields, schema)?;
+    }
     cursors.open.retain(|_, (expires, _)| now < *expires);
     let (mut ids, total) = match request.cursor {
         Some(cursor) => {
@@ -63,9 +68,16 @@ pub(crate) fn search(
         let expires = now.saturating_add(CURSOR_TTL).unwrap_or(now);
         cursors.open.insert(cursor.clone(), (expires, ids));
     }
+    let fields = request.fields.filter(|_| behaviour.search_rows == SearchRows::Fields);
     let rows: Vec<Value> =
-        page.iter().filter_map(|id| index.get(id)).map(|document| row(document, request.fields)).collect();
-    let mut answer = json!({"data": rows, "cursor": cursor});
+        page.iter().filter_map(|id| index.get(id)).map(|document| row(document, fields)).collect();
+    let mut answer = json!({"data": rows});
+    match (cursor, behaviour.last_cursor) {
+        (Some(cursor), _) => answer["cursor"] = json!(cursor),
+        (None, LastCursor::Null) => answer["cursor"] = Value::Null,
+        (None, LastCursor::Empty) => answer["cursor"] = json!(""),
+        (None, LastCursor::Absent) => {}
+    }
     if request.include_counts {
         answer["count"] = json!({"limited": limited, "total": total});
     }
@@ -114,7 +126,7 @@ impl<'a> Request<'a> {
         };
         let limit = number("_limit")?.unwrap_or(DEFAULT_LIMIT);
         if limit > MAX_LIMIT {
-            return Err(Refusal::Malformed(format!("_limit must be less than or equal to {MAX_LIMIT}.")));
+            return Err(lists::too_large("_limit", MAX_LIMIT));
         }
         if limit == 0 {
             return Err(malformed("_limit"));
@@ -176,6 +188,21 @@ fn compare(a: &Document, b: &Document, order: &[SortKey]) -> Ordering {
         }
     };
     order.iter().map(by_key).find(|ordering| ordering.is_ne()).unwrap_or(Ordering::Equal)
+}
+
+/// Refuses custom fields that do not exist. The text is not recorded.
+fn check_selectors(fields: Option<&Object>, schema: &Schema) -> Result<(), Refusal> {
+    let names = fields.into_iter().flatten().flat_map(|(kind, names)| {
+        let names = names.as_array().into_iter().flatten().filter_map(Value::as_str);
+        names.filter_map(move |name| Some((Kind::parse(kind)?, name.strip_prefix("custom.")?)))
+    });
+    for (kind, name) in names {
+        if schema.field(kind, name).is_none() {
+            let text = format!("The Custom Field \"{name}\" does not exist.");
+            return Err(Refusal::Invalid(FieldErrors::one("_fields", &text)));
+        }
+    }
+    Ok(())
 }
 
 /// A row: type, id, and the requested fields. Unknown field names are left out (close-api.md §1).
@@ -247,8 +274,12 @@ mod tests {
     fn run(records: &mut Records, cursors: &mut Cursors, body: Value, now: i64) -> Result<Value, Value> {
         let token = records.token();
         let Records { schema, index, .. } = &*records;
-        search(&map(body), schema, ExactValue::FoldsCase, index, cursors, token, at(now))
-            .map_err(|refusal| refusal.body()["error"].clone())
+        search(&map(body), schema, ExactValue::FoldsCase, index, cursors, token, at(now)).map_err(|refusal| {
+            match refusal {
+                Refusal::Invalid(errors) => errors.fields.values().next().cloned().unwrap_or_default(),
+                refusal => refusal.body()["error"].clone(),
+            }
+        })
     }
 
     /// The names of the records that a query finds, oldest first.
@@ -380,9 +411,13 @@ mod tests {
                 query(related("lead", "contact_email", all.clone())),
                 "Object type 'lead' has no related 'contact_email'.",
             ),
-            (json!({"query": all, "_limit": 201}), "_limit must be less than or equal to 200."),
+            (json!({"query": all, "_limit": 201}), "Input should be less than or equal to 200"),
             (json!({"query": all, "_limit": "5"}), "Invalid value for '_limit'."),
             (json!({"query": all, "_fields": ["id"]}), "Invalid value for '_fields'."),
+            (
+                json!({"query": all, "_fields": {"lead": ["id", "custom.cf_gone"]}}),
+                "The Custom Field \"cf_gone\" does not exist.",
+            ),
             (json!({"query": all, "sort": "name"}), "'sort' must be a list."),
             (
                 json!({"query": all, "sort": [{"direction": "asc",

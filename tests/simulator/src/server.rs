@@ -72,7 +72,7 @@ async fn serve(shared: &Arc<Shared>, call: &Arc<Call>, effect: Option<Effect>) -
         }
         Some(Effect::Status { code, body, when }) => {
             take_effect(when);
-            Some(Answer::scripted(code, body))
+            Some(shared.world().scripted(code, body))
         }
         Some(Effect::DropConnection { when }) => {
             take_effect(when);

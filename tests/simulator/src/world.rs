@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 
 use crate::behaviour::{Behaviour, CreatedLead, HeaderStyle, Lag, MissingSlash, RateLimitBody};
 use crate::call::{Answer, Call, Payload, RequestLog};
-use crate::faults::{Effect, FaultScript};
+use crate::faults::{Effect, FaultBody, FaultScript};
+use crate::forms;
 use crate::ids::Ids;
 use crate::limits::{BucketState, Group, Limiter, Limits, Verdict};
 use crate::lists::{self, select_fields};
@@ -134,9 +135,12 @@ impl World {
         };
         let headers = match self.behaviour().header_style {
             HeaderStyle::Absent => Vec::new(),
-            HeaderStyle::Comma | HeaderStyle::Semicolon | HeaderStyle::Legacy | HeaderStyle::Proxy => {
-                vec![("retry-after", bucket.retry_after())]
-            }
+            HeaderStyle::Comma
+            | HeaderStyle::Semicolon
+            | HeaderStyle::SemicolonAndTriple
+            | HeaderStyle::UnreadableAndTriple
+            | HeaderStyle::Legacy
+            | HeaderStyle::Proxy => vec![("retry-after", bucket.retry_after())],
         };
         Answer { status: 429, payload, headers }
     }
@@ -150,7 +154,7 @@ impl World {
         }
         if !call.path.ends_with('/') {
             return Some(match self.behaviour().missing_slash {
-                MissingSlash::NotFound => not_found(),
+                MissingSlash::NotFound => forms::of(not_found(), self.behaviour()),
                 MissingSlash::Redirected => {
                     let location = format!("/api/v1{}/", call.path);
                     Answer { status: 301, payload: Payload::Empty, headers: vec![("location", location)] }
@@ -166,13 +170,20 @@ impl World {
         None
     }
 
+    /// The answer of a scripted fault.
+    pub(crate) fn scripted(&self, status: u16, body: FaultBody) -> Answer {
+        let wait = self.behaviour().retry_after.filter(|_| status == 503);
+        let headers = wait.map(|wait| ("retry-after", wait.to_string()));
+        Answer::scripted(status, body).with(headers.into_iter().collect())
+    }
+
     /// Executes a call.
     pub(crate) fn serve(&mut self, call: &Call, now: Timestamp) -> Answer {
         let mut answer = self.execute(call, now);
         if let Answer { status: 200, payload: Payload::Json(value), .. } = &mut answer {
             readback::rewrite(value, &self.records.schema);
         }
-        answer
+        forms::of(answer, self.behaviour())
     }
 
     fn execute(&mut self, call: &Call, now: Timestamp) -> Answer {
