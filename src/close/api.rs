@@ -2,6 +2,7 @@
 
 use crate::close::error::CloseError;
 use crate::close::records::{LeadWithContacts, Records, Written};
+use crate::close::requests::Acquired;
 use crate::domain::plan::Step;
 use crate::domain::record::{Contact, ContactId, Lead, LeadId};
 
@@ -37,10 +38,43 @@ impl CreatedIds {
     }
 }
 
+/// The budget for one write. Dropping it returns the budget.
+#[derive(Debug)]
+pub struct WritePermit(Option<Acquired>);
+
+impl WritePermit {
+    pub(crate) fn new(acquired: Acquired) -> Self {
+        Self(Some(acquired))
+    }
+
+    pub(crate) fn take(mut self) -> Option<Acquired> {
+        self.0.take()
+    }
+}
+
+impl Drop for WritePermit {
+    fn drop(&mut self) {
+        if let Some((permit, _)) = self.0.take() {
+            permit.give_back();
+        }
+    }
+}
+
 /// Close as one message sees it. A trait, so that attempts can be tested on records in memory.
 pub trait Api: Records {
-    /// Sends a write. Returns the record as Close stored it.
-    fn write(&self, step: &Step) -> impl Future<Output = Result<Written, CloseError>> + Send;
+    /// The budget for one write.
+    type Permit: Send;
+
+    /// Waits until the rate limiter allows the write.
+    fn acquire(&self, step: &Step) -> impl Future<Output = Self::Permit> + Send;
+
+    /// Sends a write. Returns the record as Close stored it. `None` after a 429: nothing has happened, and the caller may
+    /// have to read again before the next try.
+    fn write(
+        &self,
+        step: &Step,
+        permit: Self::Permit,
+    ) -> impl Future<Output = Result<Option<Written>, CloseError>> + Send;
 
     /// Lists the Leads and Contacts created since a time, from the event log. Unlike search, the event log shows
     /// them at once (close-api.md §11). Reads a limited number of pages, so a record that is missing may still exist.

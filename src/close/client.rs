@@ -7,14 +7,14 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::close::answer::Answer;
-use crate::close::api::Api;
+use crate::close::api::{Api, WritePermit};
 use crate::close::endpoint::{Call, Endpoint};
 use crate::close::error::{CloseError, Fault};
 use crate::close::event_log;
 use crate::close::organization::{self, Listed};
 use crate::close::rate_limit::Priority;
 use crate::close::rate_limit::window::RateLimitStatus;
-use crate::close::records::{Hits, LeadWithContacts, LeadWithPerson, Lookup, Organization, Records, Written};
+use crate::close::records::{Hits, LeadWithPerson, Lookup, Organization, Records, Written};
 use crate::close::requests::Requests;
 use crate::close::search::Search;
 use crate::close::search_batch::Rows;
@@ -23,12 +23,21 @@ use crate::close::stall_guard::StallGuard;
 use crate::close::transport::{Http, Transport};
 use crate::close::wire;
 use crate::domain::mapping::{Identity, KeyFields};
-use crate::domain::plan::{ContactValues, Step};
-use crate::domain::record::{Contact, ContactId, FieldId, Fields, Lead, LeadId};
+use crate::domain::plan::Step;
+use crate::domain::record::{Contact, ContactId, FieldId, Lead, LeadId};
 use crate::domain::schema::{CustomField, Item, User};
 
 /// More members than any organization has: a list of them that goes on is not Close's.
 const MAX_USERS: usize = 100_000;
+
+fn endpoint(step: &Step) -> Endpoint {
+    match step {
+        Step::CreateLead { .. } => Endpoint::CreateLead,
+        Step::CreateContact { .. } => Endpoint::CreateContact,
+        Step::UpdateLead { .. } => Endpoint::UpdateLead,
+        Step::UpdateContact { .. } => Endpoint::UpdateContact,
+    }
+}
 
 /// A client of one Close organization. Clones share connections, rate limits and searches.
 #[derive(Clone)]
@@ -151,50 +160,6 @@ impl Client {
         self.requests.add_calls(rows.calls);
         Ok(rows)
     }
-
-    /// Creates a Lead and its Contact in one call. Never retry it without looking the record up first.
-    pub async fn create_lead(
-        &self,
-        lead: &Fields,
-        contact: Option<&ContactValues>,
-    ) -> Result<LeadWithContacts, CloseError> {
-        let body = wire::lead_body(lead, contact);
-        let Answer(answer) = self.requests.request(Endpoint::CreateLead, "lead/", Some(body)).await?;
-        wire::read_lead_with_contacts(&answer)
-    }
-
-    /// Creates a Contact in a Lead. Never retry it without looking the record up first.
-    pub async fn create_contact(
-        &self,
-        lead: &LeadId,
-        contact: &ContactValues,
-    ) -> Result<Contact, CloseError> {
-        let body = wire::contact_body(contact, Some(lead));
-        let Answer(answer) = self.requests.request(Endpoint::CreateContact, "contact/", Some(body)).await?;
-        wire::read_contact(&answer)
-    }
-
-    /// Changes fields of a Lead; the others stay (PUT is a patch, close-api.md §1).
-    pub async fn update_lead(&self, id: &LeadId, changes: &Fields) -> Result<Written, CloseError> {
-        let (path, body) = (wire::record_path("lead", id.as_str()), wire::lead_body(changes, None));
-        match self.requests.request(Endpoint::UpdateLead, &path, Some(body)).await {
-            Ok(Answer(answer)) => Ok(Written::Lead(wire::read_lead_with_contacts(&answer)?)),
-            // The answer has all Contacts of the Lead. The status says that Close applied the changes.
-            Err(CloseError::Transient(Fault::TooLarge)) => Ok(Written::Unread),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Changes fields and whole lists of a Contact; the others stay.
-    pub async fn update_contact(
-        &self,
-        id: &ContactId,
-        changes: &ContactValues,
-    ) -> Result<Contact, CloseError> {
-        let (path, body) = (wire::record_path("contact", id.as_str()), wire::contact_body(changes, None));
-        let Answer(answer) = self.requests.request(Endpoint::UpdateContact, &path, Some(body)).await?;
-        wire::read_contact(&answer)
-    }
 }
 
 impl Records for Client {
@@ -235,17 +200,46 @@ impl Records for Client {
 }
 
 impl Api for Client {
-    async fn write(&self, step: &Step) -> Result<Written, CloseError> {
-        Ok(match step {
+    type Permit = WritePermit;
+
+    async fn acquire(&self, step: &Step) -> WritePermit {
+        WritePermit::new(self.requests.acquire(endpoint(step)).await)
+    }
+
+    async fn write(&self, step: &Step, permit: WritePermit) -> Result<Option<Written>, CloseError> {
+        // PUT is a patch: fields and lists that are not sent stay (close-api.md §1). No write is ever repeated here.
+        let (path, body) = match step {
             Step::CreateLead { lead, contact } => {
-                Written::Lead(self.create_lead(lead, contact.as_ref()).await?)
+                ("lead/".to_owned(), wire::lead_body(lead, contact.as_ref()))
             }
             Step::CreateContact { lead, contact } => {
-                Written::Contact(self.create_contact(lead, contact).await?)
+                ("contact/".to_owned(), wire::contact_body(contact, Some(lead)))
             }
-            Step::UpdateLead { id, changes } => self.update_lead(id, changes).await?,
-            Step::UpdateContact { id, changes } => Written::Contact(self.update_contact(id, changes).await?),
-        })
+            Step::UpdateLead { id, changes } => {
+                (wire::record_path("lead", id.as_str()), wire::lead_body(changes, None))
+            }
+            Step::UpdateContact { id, changes } => {
+                (wire::record_path("contact", id.as_str()), wire::contact_body(changes, None))
+            }
+        };
+        let endpoint = endpoint(step);
+        let Some(acquired) = permit.take() else { return Ok(None) };
+        let answer = match self.requests.send_once(acquired, endpoint, &path, &body).await {
+            // The answer has all Contacts of the Lead. The status says that Close applied the changes.
+            Err(CloseError::Transient(Fault::TooLarge)) if endpoint == Endpoint::UpdateLead => {
+                return Ok(Some(Written::Unread));
+            }
+            answer => answer?,
+        };
+        let Some(Answer(answer)) = answer else { return Ok(None) };
+        Ok(Some(match step {
+            Step::CreateLead { .. } | Step::UpdateLead { .. } => {
+                Written::Lead(wire::read_lead_with_contacts(&answer)?)
+            }
+            Step::CreateContact { .. } | Step::UpdateContact { .. } => {
+                Written::Contact(wire::read_contact(&answer)?)
+            }
+        }))
     }
 
     async fn created_since(&self, since: jiff::Timestamp) -> Result<(Vec<Lead>, Vec<Contact>), CloseError> {

@@ -25,7 +25,7 @@ pub mod stall_guard;
 mod transport;
 mod wire;
 
-pub use api::{Api, CreatedIds};
+pub use api::{Api, CreatedIds, WritePermit};
 pub use client::Client;
 pub use endpoint::{Call, Endpoint, StatusClass};
 pub use error::{CloseError, Fault, Form};

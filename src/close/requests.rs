@@ -167,6 +167,18 @@ impl Requests {
         }
     }
 
+    /// Sends a call once. Returns `None` after a 429: nothing has happened, and the next permit may take long.
+    pub(crate) async fn send_once<T: DeserializeOwned>(
+        &self,
+        acquired: Acquired,
+        endpoint: Endpoint,
+        path: &str,
+        body: &Value,
+    ) -> Result<Option<T>, CloseError> {
+        let answer = self.send(acquired, endpoint, path, Some(body), endpoint.max_answer()).await?;
+        answer.map(|answer| parse(&answer)).transpose()
+    }
+
     /// Waits for the rate limiter.
     pub(crate) async fn acquire(&self, endpoint: Endpoint) -> Acquired {
         self.shared.limiters[&endpoint].acquire(self.priority).await
@@ -185,6 +197,7 @@ impl Requests {
             // The worker ends the session and drops this future.
             std::future::pending::<()>().await;
         }
+        permit.send();
         self.calls.fetch_add(1, Ordering::Relaxed);
         let started = Instant::now();
         let span = span(endpoint, waited);

@@ -6,7 +6,7 @@ use serde_json::Value;
 use strum::{IntoStaticStr, VariantArray};
 
 use crate::domain::dropped::{DropReason, Dropped, excerpt};
-use crate::domain::mapping::{Desired, WriteRule};
+use crate::domain::mapping::{Desired, KeyFields, WriteRule};
 use crate::domain::record::{Contact, ContactId, Field, FieldId, Fields, LeadId, Lists, merge_changes};
 use crate::domain::refused::RefusedValues;
 use crate::domain::staleness::{RecordVersions, SyncedAtFields};
@@ -234,6 +234,34 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// Whether writing a record could undo what a person entered since it was read: a value is added to a list that is
+    /// written as a whole, or is set only because the field was empty, or is an id that decides whose record it is.
+    pub fn could_undo_edits(&self, record: &str, keys: &KeyFields) -> bool {
+        let is_key = |name: &str| {
+            let mut keys = [&keys.company, &keys.user].into_iter().flatten();
+            keys.any(|key| name.strip_prefix("custom.") == Some(key.as_str()))
+        };
+        let records = self.records.iter().filter(|plan| plan.record.id() == record);
+        records.flat_map(|plan| &plan.fields).any(|field| {
+            let is_conditional = !matches!(field.write, WriteRule::Always | WriteRule::OnCreate);
+            field.verdict == FieldVerdict::Appended
+                || field.verdict == FieldVerdict::Set && (is_conditional || is_key(&field.field))
+        })
+    }
+
+    /// Takes over the plan for one record.
+    pub fn replace(&mut self, record: &str, by: &Self) {
+        let is_about = |plan: &&RecordPlan| plan.record.id() == record;
+        let mut plans = by.records.iter().filter(is_about);
+        for plan in self.records.iter_mut().filter(|plan| plan.record.id() == record) {
+            if let Some(by) = plans.next() {
+                *plan = by.clone();
+            }
+        }
+        self.steps.retain(|step| step.changes() != Some(record));
+        self.steps.extend(by.steps.iter().filter(|step| step.changes() == Some(record)).cloned());
+    }
+
     /// Values for lists that are full or unknown, and values that Close rejected before.
     pub fn dropped(&self) -> impl Iterator<Item = Dropped> {
         let fields = self.records.iter().flat_map(|record| &record.fields);

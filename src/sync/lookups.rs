@@ -6,12 +6,13 @@ use std::collections::HashMap;
 
 use tokio::time::Instant;
 
-use crate::close::{self, CloseError, CreatedIds, Records};
+use crate::close::{self, CloseError, CreatedIds, Fault, Records};
 use crate::domain::decision::{Candidate, Decision, LookUp};
 use crate::domain::mapping::{Identity, Key, KeyFields};
 use crate::domain::matching::{
     ContactMatch, MAX_CONTACTS, MatchedContacts, Verdict, company_leads, compare, match_contacts, match_lead,
 };
+use crate::domain::plan::Step;
 use crate::domain::record::{Contact, ContactId, FieldId, Lead, LeadId};
 use crate::sync::id_cache::IdCache;
 use crate::sync::recent_records::{Newest, RecentRecords};
@@ -41,6 +42,13 @@ pub(crate) struct Read {
     pub(crate) at: Instant,
     /// The answer was older than what is known of the record.
     pub(crate) stale: bool,
+}
+
+/// A record that was read right before it is written.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Fresh {
+    Lead(Lead),
+    Contact(Contact),
 }
 
 /// Ids of the oldest Contacts that search shows for a person.
@@ -105,12 +113,41 @@ impl<R: Records> Lookups<'_, R> {
         Ok((lead, match_contacts(contacts, person, self.keys)))
     }
 
+    /// Reads a record again that is about to be written. Fails when Close shows an older state than before: writing a list of
+    /// it would undo what is newer.
+    pub(crate) async fn read_again(
+        &mut self,
+        step: &Step,
+        person: &Identity,
+    ) -> Result<Option<Fresh>, CloseError> {
+        let (fresh, stale) = match step {
+            Step::CreateLead { .. } | Step::CreateContact { .. } => return Ok(None),
+            Step::UpdateLead { id, .. } => {
+                let answer = self.records.lead(id, person, self.keys).await;
+                self.note(LookUp::Read(id.to_string()));
+                let lead = answer.map_err(|error| self.if_not_found(error, id.as_str()))?.lead;
+                let Newest { record, stale } = self.recent.lead(lead);
+                self.note_read(id.as_str(), stale);
+                (Fresh::Lead(record), stale)
+            }
+            Step::UpdateContact { id, .. } => {
+                let contact = self.read_contact(id).await?;
+                let stale = self.reads.get(id.as_str()).is_some_and(|read| read.stale);
+                (Fresh::Contact(contact), stale)
+            }
+        };
+        if stale { Err(CloseError::Transient(Fault::NotYet)) } else { Ok(Some(fresh)) }
+    }
+
     async fn read_contact(&mut self, id: &ContactId) -> Result<Contact, CloseError> {
         let answer = self.records.contact(id).await;
         self.note(LookUp::Read(id.to_string()));
         let answer = answer.map_err(|error| self.if_not_found(error, id.as_str()))?;
         let Newest { record, stale } = self.recent.contact(answer);
         self.note_read(id.as_str(), stale);
+        if !stale {
+            self.recent.remember(&record);
+        }
         Ok(record)
     }
 

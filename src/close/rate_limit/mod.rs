@@ -166,6 +166,11 @@ impl Permit {
         self.used = false;
     }
 
+    /// The call is sent now.
+    pub(crate) fn send(&mut self) {
+        self.sent = Instant::now();
+    }
+
     /// Records that Close answered, and what it reported about the budget.
     pub(crate) fn answered(&mut self, limit: Option<RateLimit>) {
         self.answered = true;

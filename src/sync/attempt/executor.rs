@@ -10,18 +10,39 @@ use crate::domain::partial_write::{self, Remainder};
 use crate::domain::plan::{FieldVerdict, RejectedField, Step};
 use crate::domain::readback::{self, Difference};
 use crate::outcome::Effect;
+use crate::sync::attempt::freshness;
 use crate::sync::context::Context;
+use crate::sync::lookups::{Fresh, Lookups, Reads};
 use crate::sync::readback_cache::ReadbackCache;
 use crate::telemetry::metrics::Metrics;
 
-pub(super) struct Executor<'a, C> {
+pub(super) struct Executor<'a, C: Api> {
     pub(super) context: &'a Context,
     pub(super) client: &'a C,
     pub(super) desired: &'a Desired,
     /// Several events share the write. When Close rejects a field of it, they are retried one by one.
     pub(super) merges: bool,
     pub(super) keys: &'a [Key],
+    /// The step could undo what a person entered ([`crate::domain::plan::Plan::could_undo_edits`]).
+    pub(super) could_undo_edits: bool,
     pub(super) decision: &'a mut Decision,
+    /// How the records were last read.
+    pub(super) reads: &'a mut Reads,
+    /// The budget for the first write, if it is held already.
+    pub(super) permit: Option<C::Permit>,
+}
+
+/// Why a step was not executed.
+pub(super) enum Stopped<P> {
+    Failed(CloseError),
+    /// A person has changed the record since it was planned. The budget for the write is still held.
+    Changed(Fresh, P),
+}
+
+impl<P> From<CloseError> for Stopped<P> {
+    fn from(error: CloseError) -> Self {
+        Self::Failed(error)
+    }
 }
 
 impl<C: Api> Executor<'_, C> {
@@ -32,7 +53,7 @@ impl<C: Api> Executor<'_, C> {
         step: &Step,
         found: &Found,
         created: &mut CreatedIds,
-    ) -> Result<Effect, CloseError> {
+    ) -> Result<Effect, Stopped<C::Permit>> {
         let mut remaining = step.clone();
         let mut field_is_missing = false;
         let effect = loop {
@@ -40,8 +61,8 @@ impl<C: Api> Executor<'_, C> {
                 break Effect::Unchanged;
             }
             let rejection = match self.send(&remaining, found).await {
-                Err(CloseError::Rejected(rejection)) if !self.merges => rejection,
-                Err(error) => return Err(error),
+                Err(Stopped::Failed(CloseError::Rejected(rejection))) if !self.merges => rejection,
+                Err(stopped) => return Err(stopped),
                 Ok(ids) => {
                     if step.creates() {
                         *created = ids;
@@ -52,7 +73,7 @@ impl<C: Api> Executor<'_, C> {
             field_is_missing |= rejection.field_is_missing();
             let Some((smaller, rejected, verdict)) = self.without_rejected(&remaining, &rejection).await
             else {
-                return Err(CloseError::Rejected(rejection));
+                return Err(CloseError::Rejected(rejection).into());
             };
             let dropped = self.decision.plan.refuse(&rejected, verdict);
             self.decision.dropped.extend(dropped);
@@ -112,14 +133,30 @@ impl<C: Api> Executor<'_, C> {
 
     /// Sends one write and caches the ids it returns. A creation is pending from before the call, because the
     /// call may be dropped at any moment and still happen.
-    async fn send(&self, step: &Step, found: &Found) -> Result<CreatedIds, CloseError> {
+    async fn send(&mut self, step: &Step, found: &Found) -> Result<CreatedIds, Stopped<C::Permit>> {
         let Context { id_cache, recent, settings, client, .. } = self.context;
         let adopts = found.adopts() && matches!(step, Step::UpdateLead { .. });
         let gives_keys = adopts || step.creates();
-        if gives_keys {
-            id_cache.add_pending_creation(self.keys, Instant::now() + client.timeout() + settings.search_lag);
-        }
-        let result = self.client.write(step).await;
+        let result = loop {
+            // The wait for budget comes first, so that the write follows its reads at once.
+            let permit = match self.permit.take() {
+                Some(permit) => permit,
+                None => self.client.acquire(step).await,
+            };
+            if let Some(fresh) = self.changed(step, found).await? {
+                return Err(Stopped::Changed(fresh, permit));
+            }
+            if gives_keys {
+                let until = Instant::now() + client.timeout() + settings.search_lag;
+                id_cache.add_pending_creation(self.keys, until);
+            }
+            match self.client.write(step, permit).await {
+                Ok(Some(written)) => break Ok(written),
+                // A 429.
+                Ok(None) => {}
+                Err(error) => break Err(error),
+            }
+        };
         if gives_keys {
             match &result {
                 Err(error) if error.may_have_been_applied() => {
@@ -128,10 +165,10 @@ impl<C: Api> Executor<'_, C> {
                 Ok(_) | Err(_) => id_cache.complete_creation(self.keys),
             }
         }
-        let written = result.map_err(|error| match step.changes() {
+        let written = result.map_err(|error| match gone(step, &error) {
             // It was read just now.
-            Some(id) if error == CloseError::NotFound => recent.not_found(id),
-            Some(_) | None => error,
+            Some(id) => recent.not_found(id),
+            None => error,
         })?;
         recent.written(step, &written);
         learn(self.context, step, found, &written);
@@ -142,6 +179,41 @@ impl<C: Api> Executor<'_, C> {
         tracing::debug!(step = step.label(), made = ?ids, "wrote to Close");
         id_cache.remember_created(&self.desired.identity, ids.clone(), self.decision.is_new_person());
         Ok(ids)
+    }
+
+    /// Reads a record again whose edits the step could undo. Returns the record if a person has changed what the step writes.
+    async fn changed(&mut self, step: &Step, found: &Found) -> Result<Option<Fresh>, CloseError> {
+        let Some(id) = step.changes() else { return Ok(None) };
+        if !self.could_undo_edits || freshness::is_fresh(self.reads.get(id)) {
+            return Ok(None);
+        }
+        let Context { id_cache, recent, keys, .. } = self.context;
+        let mut lookups = Lookups {
+            records: self.client,
+            id_cache,
+            keys,
+            recent,
+            reads: std::mem::take(self.reads),
+            search_is_complete: false,
+            decision: &mut *self.decision,
+        };
+        let fresh = lookups.read_again(step, &self.desired.identity).await;
+        *self.reads = lookups.reads;
+        Ok(fresh?.filter(|fresh| !freshness::is_as_planned(step, found, fresh)))
+    }
+}
+
+/// The record that Close says is gone: the one that the step changes, or the Lead of a new Contact.
+fn gone<'a>(step: &'a Step, error: &CloseError) -> Option<&'a str> {
+    match (step, error) {
+        (_, CloseError::NotFound) => step.changes(),
+        (Step::CreateContact { lead, .. }, CloseError::Rejected(rejection)) => {
+            let is_lead = |field: &FieldError| {
+                matches!(field.path.first().map(String::as_str), Some("lead" | "lead_id"))
+            };
+            rejection.fields.iter().any(is_lead).then(|| lead.as_str())
+        }
+        _ => None,
     }
 }
 

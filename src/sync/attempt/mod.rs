@@ -1,6 +1,7 @@
 //! The attempts at one message: decide, lock, execute, record. A failed attempt starts over with the look-up.
 
 mod executor;
+mod freshness;
 #[cfg(test)]
 mod tests;
 
@@ -20,11 +21,11 @@ use crate::outcome::{Effect, Failure, Outcome, PauseCause, Stage};
 use crate::retry::{self, AfterFailure, Backoff, History};
 use crate::sync::context::Context;
 use crate::sync::job::RunContext;
-use crate::sync::lookups::{Lookups, Reads};
+use crate::sync::lookups::{Fresh, Lookups, Reads};
 use crate::sync::record_locks::RecordGuard;
 use crate::sync::resolver::{Decided, Resolver};
 
-use executor::Executor;
+use executor::{Executor, Stopped};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
@@ -126,27 +127,27 @@ impl<C: Api> Attempts<'_, C> {
 
     /// One attempt. Stops at the first failure.
     pub(crate) async fn run_once(&mut self) -> Result<Completed, Failure> {
-        let mut lag_guard = LagGuard::default();
-        let (decided, _guard) = loop {
-            let (decided, read_at) = self.decide(&mut lag_guard).await?;
-            if let Some(guard) = self.lock(&decided, read_at).await {
-                break (decided, guard);
+        let (mut lag_guard, mut effect) = (LagGuard::default(), Effect::Unchanged);
+        loop {
+            let (mut decided, read_at) = self.decide(&mut lag_guard).await?;
+            let Some(_guard) = self.lock(&decided, read_at).await else { continue };
+            if self.writes() {
+                if lag_guard.wanted_to_create && !decided.merged.creates() {
+                    self.context.metrics.duplicate_avoided();
+                }
+                self.record_intent(&decided.versions, &decided.merged);
             }
-        };
-        let Decided { found, mut versions, merged, reads: _ } = decided;
-        if self.writes() {
-            if lag_guard.wanted_to_create && !merged.creates() {
-                self.context.metrics.duplicate_avoided();
+            let executed = self.execute(&mut decided, &mut effect).await;
+            let Some(created) = executed.map_err(|error| Failure { stage: Stage::Write, error })? else {
+                continue;
+            };
+            (self.decision.new_lead, self.decision.new_contact) =
+                (created.lead.clone(), created.contact.clone());
+            if self.writes() {
+                self.record(decided.versions, &decided.merged, &created);
             }
-            self.record_intent(&versions, &merged);
+            return Ok(self.complete(decided.merged, effect));
         }
-        let executed = self.execute(&found, &merged, &mut versions).await;
-        let (effect, created) = executed.map_err(|error| Failure { stage: Stage::Write, error })?;
-        (self.decision.new_lead, self.decision.new_contact) = (created.lead.clone(), created.contact.clone());
-        if self.writes() {
-            self.record(versions, &merged, &created);
-        }
-        Ok(self.complete(merged, effect))
     }
 
     fn writes(&self) -> bool {
@@ -205,31 +206,78 @@ impl<C: Api> Attempts<'_, C> {
         self.context.record_locks.lock(decided.merged.changed(), read_at).await
     }
 
-    /// Executes the steps in order. What was written is recorded after each step, so also when a later one fails.
+    /// Executes the steps in order. What was written is recorded after each step, so also when a later one fails. Returns
+    /// `None` when a person has changed a record so that it must be looked up again.
     async fn execute(
         &mut self,
-        found: &Found,
-        merged: &MergedPlan,
-        versions: &mut RecordVersions,
-    ) -> Result<(Effect, CreatedIds), CloseError> {
-        let (mut effect, mut created) = (Effect::Unchanged, CreatedIds::default());
-        for step in &merged.steps {
-            if self.mode == Mode::DryRun {
-                effect = effect.min(Effect::of(step));
-                continue;
+        decided: &mut Decided,
+        effect: &mut Effect,
+    ) -> Result<Option<CreatedIds>, CloseError> {
+        let mut created = CreatedIds::default();
+        let records: Vec<Option<String>> =
+            decided.merged.steps.iter().map(|step| step.changes().map(str::to_owned)).collect();
+        for record in records {
+            let mut permit = None;
+            // Each turn after the first one plans the record again. There may be nothing left to write.
+            while let Some(step) = decided.step(record.as_deref()) {
+                if self.mode == Mode::DryRun {
+                    *effect = (*effect).min(Effect::of(&step));
+                    break;
+                }
+                let could_undo_edits = record.as_deref().is_some_and(|record| {
+                    let mut plans = decided.merged.plans.iter();
+                    plans.any(|plan| plan.could_undo_edits(record, &self.context.keys))
+                });
+                let mut executor = Executor {
+                    context: self.context,
+                    client: &self.client,
+                    desired: self.desired,
+                    merges: !self.others.is_empty(),
+                    keys: &self.keys,
+                    could_undo_edits,
+                    decision: &mut self.decision,
+                    reads: &mut decided.reads,
+                    permit: permit.take(),
+                };
+                match executor.execute(&step, &decided.found, &mut created).await {
+                    Ok(executed) => {
+                        *effect = (*effect).min(executed);
+                        self.record_step(step.changes(), &decided.merged, &mut decided.versions);
+                        break;
+                    }
+                    Err(Stopped::Failed(error)) => return Err(error),
+                    Err(Stopped::Changed(fresh, held)) => {
+                        tracing::debug!(record, "the record was changed in Close, planning it again");
+                        if !self.plan_again(decided, fresh, record.as_deref().unwrap_or_default()) {
+                            return Ok(None);
+                        }
+                        permit = Some(held);
+                    }
+                }
             }
-            let mut executor = Executor {
-                context: self.context,
-                client: &self.client,
-                desired: self.desired,
-                merges: !self.others.is_empty(),
-                keys: &self.keys,
-                decision: &mut self.decision,
-            };
-            effect = effect.min(executor.execute(step, found, &mut created).await?);
-            self.record_step(step.changes(), merged, versions);
         }
-        Ok((effect, created))
+        Ok(Some(created))
+    }
+
+    /// Plans a record as it is now. Returns false when it no longer matches as before.
+    fn plan_again(&mut self, decided: &mut Decided, fresh: Fresh, record: &str) -> bool {
+        let Decided { found, versions, merged, .. } = decided;
+        let (person, keys) = (&self.desired.identity, &self.context.keys);
+        if !freshness::substitute(found, fresh, person, keys) {
+            return false;
+        }
+        let Context { settings, readback_cache, .. } = self.context;
+        let readback = readback_cache.about(found);
+        *merged = MergedPlan::plan(self.desired, &self.others, found, settings.switches, versions, &readback);
+        if let Some(plan) = merged.plans.first() {
+            self.decision.plan.replace(record, plan);
+        }
+        for dropped in self.decision.plan.dropped().collect::<Vec<_>>() {
+            if !self.decision.dropped.contains(&dropped) {
+                self.decision.dropped.push(dropped);
+            }
+        }
+        true
     }
 
     /// Each event with its plan.

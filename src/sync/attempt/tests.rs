@@ -31,6 +31,8 @@ use crate::sync::job::Settings;
 use crate::sync::record_locks::RecordLocks;
 use crate::telemetry::metrics::{self, Metrics};
 
+mod people_win;
+
 const TIMEOUT: Duration = Duration::from_secs(30);
 const SEARCH_LAG: Duration = Duration::from_mins(1);
 const LATENCY: Duration = Duration::from_millis(10);
@@ -76,6 +78,8 @@ enum WriteFault {
     After(CloseError),
     /// Close executes it, and answers after this time.
     Slow(Duration),
+    /// 429.
+    Busy,
 }
 
 /// Close for one message. Clones share everything.
@@ -87,11 +91,19 @@ struct State {
     records: InMemoryRecords,
     /// Search shows these records until then.
     search_shows: Option<(InMemoryRecords, Instant)>,
+    /// How long a write waits for rate budget.
+    budget_wait: Duration,
     /// Reads by id show the records as they were that long ago.
     read_lag: Duration,
     /// The records before each write, and when it happened.
     past: Vec<(Instant, InMemoryRecords)>,
     event_log: (Vec<Lead>, Vec<Contact>),
+    /// What a person does in Close, and when.
+    edits: VecDeque<(Instant, people_win::Edit)>,
+    /// What the person has done.
+    edited: Vec<people_win::Edited>,
+    /// When each write took effect.
+    applied: Vec<(Instant, Step)>,
     /// For the next writes.
     faults: VecDeque<WriteFault>,
     writes: Vec<Step>,
@@ -101,8 +113,20 @@ struct State {
 }
 
 impl State {
+    /// Close refuses a write to a record that is gone.
+    fn refusal(&self, step: &Step) -> Option<CloseError> {
+        let InMemoryRecords { leads, contacts, .. } = &self.records;
+        match step {
+            Step::CreateLead { .. } => None,
+            Step::CreateContact { lead, .. } => (!leads.contains_key(lead)).then(|| rejection(&[&["lead"]])),
+            Step::UpdateLead { id, .. } => (!leads.contains_key(id)).then_some(CloseError::NotFound),
+            Step::UpdateContact { id, .. } => (!contacts.contains_key(id)).then_some(CloseError::NotFound),
+        }
+    }
+
     fn apply(&mut self, step: &Step) -> Written {
         self.past.push((Instant::now(), self.records.clone()));
+        self.applied.push((Instant::now(), step.clone()));
         let now = Some(at(1000 * i64::try_from(self.past.len()).unwrap()));
         let mut written = self.records.apply(step);
         match &mut written {
@@ -159,7 +183,9 @@ impl FakeClose {
     }
 
     fn state<T>(&self, with: impl FnOnce(&mut State) -> T) -> T {
-        with(&mut self.0.lock().unwrap())
+        let mut state = self.0.lock().unwrap();
+        state.let_the_person_work();
+        with(&mut state)
     }
 
     fn records(&self) -> InMemoryRecords {
@@ -218,7 +244,14 @@ impl Records for FakeClose {
 }
 
 impl Api for FakeClose {
-    async fn write(&self, step: &Step) -> Result<Written, CloseError> {
+    type Permit = ();
+
+    async fn acquire(&self, _: &Step) {
+        let wait = self.state(|state| state.budget_wait);
+        tokio::time::sleep(wait).await;
+    }
+
+    async fn write(&self, step: &Step, (): ()) -> Result<Option<Written>, CloseError> {
         let fault = self.state(|state| {
             let locked = state.record_locks.as_ref().map(RecordLocks::locked).unwrap_or_default();
             state.locked.push(locked);
@@ -227,13 +260,17 @@ impl Api for FakeClose {
         });
         let latency = if let Some(WriteFault::Slow(latency)) = fault { latency } else { LATENCY };
         tokio::time::sleep(latency).await;
+        if let Some(error) = self.state(|state| state.refusal(step)) {
+            return Err(error);
+        }
         match fault {
             Some(WriteFault::Before(error)) => Err(error),
             Some(WriteFault::After(error)) => {
                 self.state(|state| state.apply(step));
                 Err(error)
             }
-            Some(WriteFault::Slow(_)) | None => Ok(self.state(|state| state.apply(step))),
+            Some(WriteFault::Busy) => Ok(None),
+            Some(WriteFault::Slow(_)) | None => Ok(Some(self.state(|state| state.apply(step)))),
         }
     }
 

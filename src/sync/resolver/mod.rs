@@ -15,6 +15,7 @@ use crate::domain::matching::{
     self, ContactMatch, Found, MatchedContacts, Verdict, compare, match_contacts, match_lead,
 };
 use crate::domain::merge::MergedPlan;
+use crate::domain::plan::Step;
 use crate::domain::record::{Contact, Lead};
 use crate::domain::refused::RefusedValues;
 use crate::domain::staleness::RecordVersions;
@@ -38,6 +39,13 @@ pub(crate) struct Decided {
     pub(crate) versions: RecordVersions,
     pub(crate) reads: Reads,
     pub(crate) merged: MergedPlan,
+}
+
+impl Decided {
+    /// The step that changes this record, or the one that creates records.
+    pub(crate) fn step(&self, changes: Option<&str>) -> Option<Step> {
+        self.merged.steps.iter().find(|step| step.changes() == changes).cloned()
+    }
 }
 
 impl<R: Records> Resolver<'_, R> {
