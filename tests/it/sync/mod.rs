@@ -11,6 +11,7 @@ mod memory;
 mod ordering;
 mod pauses;
 mod rate_limits;
+mod read_back;
 mod scenarios;
 mod schema_changes;
 mod sdk_payloads;
