@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::close::error::MAX_ERROR_BODY;
+use crate::domain::record::{Field, FieldId};
 use crate::text::block;
 
 /// A rejected call, with the fields that Close named.
@@ -203,10 +204,11 @@ impl Rejection {
         let response = ResponseExcerpt::new(body);
         let mut errors = Errors::default();
         errors.read_body(&serde_json::from_slice(body).unwrap_or_default());
-        let Errors { mut fields, message } = errors;
+        let Errors { mut fields, message, missing } = errors;
         if fields.is_empty() {
-            let named = message.and_then(|message| Some((message, subject(message)?)));
-            fields.extend(named.map(|(message, list)| FieldError { path: vec![list.to_owned()], message }));
+            let subject = message.and_then(|message| Some((message, vec![subject(message)?.to_owned()])));
+            let missing = missing.map(|field| (NO_SUCH_FIELD, vec![field]));
+            fields.extend(missing.or(subject).map(|(message, path)| FieldError { path, message }));
         }
         Self { status, fields, message, response }
     }
@@ -250,6 +252,8 @@ const NAMES: [&str; 11] = [
 struct Errors {
     fields: Vec<FieldError>,
     message: Option<&'static str>,
+    /// The custom field that the general text says does not exist.
+    missing: Option<String>,
 }
 
 impl Errors {
@@ -328,11 +332,21 @@ impl Errors {
         let message = safe_message(text);
         let path = joined(path);
         if path.is_empty() {
+            if message == NO_SUCH_FIELD && self.missing.is_none() {
+                self.missing = quoted_field(text);
+            }
             self.message.get_or_insert(message);
         } else if path.len() <= MAX_DEPTH && self.fields.len() < MAX_FIELDS {
             self.fields.push(FieldError { path, message });
         }
     }
+}
+
+/// The key of the custom field whose id a text quotes.
+fn quoted_field(text: &str) -> Option<String> {
+    let is_id = |text: &&str| text.starts_with("cf_") || text.starts_with("lcf_");
+    let id = text.split(['"', '\'', '`']).filter(is_id).find_map(FieldId::parse)?;
+    Some(Field::Custom(id).to_string())
 }
 
 /// The text of an error that is an object.
@@ -494,6 +508,8 @@ mod tests {
         }
         let missing = |body: Value| Rejection::read(400, body.to_string().as_bytes()).field_is_missing();
         assert!(missing(json!({"error": "The Custom Field \"Plan\" does not exist."})));
+        let named = Rejection::read(400, br#"{"error": "The Custom Field \"cf_X\" does not exist."}"#);
+        assert_eq!(named.fields[0].path, ["custom.cf_X"]);
         assert!(!missing(json!({"error": "The Custom Field \"Plan\" is required."})));
         assert!(!missing(json!({"field-errors": {"nickname": text}})));
         let selected =

@@ -38,7 +38,10 @@ pub fn without_rejected<'a>(
         if is_key(field, keys) || only_identity {
             return Remainder::Required;
         }
-        if remove(&mut rest, &record, field) {
+        // Without a path, a custom field may be that of either record.
+        let is_custom = step.creates() && field.starts_with("custom.");
+        let records = [Some(record), is_custom.then_some(RecordRef::NewContact(None))];
+        if let Some(record) = records.into_iter().flatten().find(|record| remove(&mut rest, record, field)) {
             removed.push(RejectedField { record, field: field.to_owned() });
         }
     }

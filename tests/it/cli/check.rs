@@ -87,6 +87,46 @@ async fn errors_of_close_are_not_configuration_errors() {
     }
 }
 
+/// A proxy's refusal says nothing about the API key.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_answer_of_a_proxy_is_not_a_configuration_error() {
+    let bench = Bench::new().await;
+    for code in [200, 401, 402, 403, 404] {
+        bench.simulator.clear_faults();
+        let effect = Effect::Status { code, body: FaultBody::Html, when: When::BeforeCommit };
+        bench.simulator.fault(Fault::new(effect));
+        let (exit, unavailable) = findings(&bench, "unavailable").await;
+        assert_eq!((exit, unavailable.len()), (Some(69), 1), "{code}: {unavailable:?}");
+        assert!(unavailable[0].1.contains(&format!("({code}, HTML)")), "{unavailable:?}");
+    }
+    // `run` waits until Close itself answers.
+    let worker = bench.starting_worker();
+    worker.until("paused", async |worker| worker.is("paused", Some("unreachable")).await).await;
+    bench.simulator.clear_faults();
+    worker.until("ready", async |worker| worker.ready().await.0 == 200).await;
+    worker.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redirect_says_where_it_points_to() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/api/v1/", listener.local_addr().unwrap());
+    let answers = tokio::spawn(async move {
+        let app = axum::Router::new().fallback(|| async {
+            let location = "https://user:hunter2@login.close.test/start?token=hunter2";
+            (axum::http::StatusCode::FOUND, [("location", location)])
+        });
+        axum::serve(listener, app).await.unwrap();
+    });
+    let bench = Bench::new().await.set("CLOSE_API_URL", &url);
+    let (exit, unavailable) = findings(&bench, "unavailable").await;
+    assert_eq!((exit, unavailable.len()), (Some(69), 1), "{unavailable:?}");
+    let detail = &unavailable[0].1;
+    assert!(detail.contains("login.close.test") && detail.contains("close.api_url"), "{detail}");
+    assert!(!detail.contains("hunter2"), "{detail}");
+    answers.abort();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn run_refuses_an_invalid_configuration() {
     let cases: [(&str, &str); 2] =

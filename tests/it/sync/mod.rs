@@ -1,6 +1,7 @@
 //! What becomes of messages in Close.
 
 mod careless_producers;
+mod close_answers;
 mod duplicates;
 mod failures;
 mod fault_table;

@@ -47,6 +47,8 @@ async fn every_form_of_rate_limit_headers_is_understood() {
     for (style, most_refused) in [
         (HeaderStyle::Comma, 0),
         (HeaderStyle::Semicolon, 0),
+        (HeaderStyle::SemicolonAndTriple, 0),
+        (HeaderStyle::UnreadableAndTriple, 0),
         (HeaderStyle::Legacy, 0),
         (HeaderStyle::Proxy, 0),
         (HeaderStyle::Absent, 60),
