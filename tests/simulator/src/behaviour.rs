@@ -20,6 +20,17 @@ use crate::refusal::Object;
 pub struct Behaviour {
     /// How long a write stays invisible to search (close-api.md §6, §15 row 1).
     pub search_lag: Lag,
+    /// The same for creations, if it differs (close-api.md §15 row 1).
+    pub creation_search_lag: Option<Lag>,
+    /// The same for changes of custom fields, if it differs: 18 h on 2025-04-22 (close-api.md §15 row 1).
+    pub custom_field_search_lag: Option<Lag>,
+    /// How old a record is that a read by its id shows, drawn for each read. A record that was created since then is a 404,
+    /// and one that was deleted is shown (close-api.md §15 row 2).
+    pub read_lag: Lag,
+    /// Which of its contacts an answer with a lead has (close-api.md §15 row 9).
+    pub lead_contacts: LeadContacts,
+    /// Which answers have the emails, phones and URLs of a contact (close-api.md §15 row 9).
+    pub contact_lists: ContactLists,
     /// How long an event stays invisible in the event log. No lag was recorded (close-api.md §15, end).
     pub event_lag: Lag,
     /// How long the event log shows the data of an object (close-api.md §15 row 15).
@@ -78,6 +89,11 @@ impl Default for Behaviour {
     fn default() -> Self {
         Self {
             search_lag: Lag::Fixed(Duration::from_secs(2)),
+            creation_search_lag: None,
+            custom_field_search_lag: None,
+            read_lag: Lag::NONE,
+            lead_contacts: LeadContacts::Whole,
+            contact_lists: ContactLists::Whole,
             event_lag: Lag::NONE,
             event_data: EventData::Kept,
             header_style: HeaderStyle::SemicolonAndTriple,
@@ -215,6 +231,37 @@ impl fmt::Display for Lag {
             Self::Between(least, most) => write!(f, "{least:?}..{most:?}"),
         }
     }
+}
+
+/// Which of its contacts an answer with a lead has. The specification of 2026 marks `contacts` as deprecated and requires
+/// only `contact_ids`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LeadContacts {
+    /// All contacts.
+    Whole,
+    /// All but the newest one. `contact_ids` has them all.
+    WithoutNewest,
+    /// `contacts` is empty. `contact_ids` has them all.
+    Empty,
+    /// No `contacts`.
+    Absent,
+}
+
+/// Which answers have the emails, phones and URLs of a contact. The specification of 2026 does not require them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ContactLists {
+    /// All answers.
+    Whole,
+    /// They are null in the contacts of a lead.
+    NullInLeads,
+    /// They are missing in the contacts of a lead.
+    MissingInLeads,
+    /// They are null everywhere.
+    Null,
+    /// They are missing everywhere.
+    Missing,
 }
 
 /// How long the event log shows `data` and `previous_data`.

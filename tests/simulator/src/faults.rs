@@ -79,7 +79,8 @@ impl Fault {
             | Effect::Timeout { .. }
             | Effect::DropConnection { .. }
             | Effect::RateLimited { .. }
-            | Effect::Latency { .. } => None,
+            | Effect::Latency { .. }
+            | Effect::Edit { .. } => None,
         }
     }
 
@@ -137,6 +138,17 @@ pub enum Effect {
     Latency {
         /// Milliseconds.
         ms: u64,
+    },
+    /// Somebody else changes a record right before the request takes effect. It uses no rate limit and is not in the log of
+    /// requests. The request then takes effect as usual.
+    Edit {
+        /// `PUT`, `POST` or `DELETE`.
+        method: String,
+        /// The path below `/api/v1`, such as `/contact/cont_1/`.
+        path: String,
+        /// The body of a `PUT` or `POST`.
+        #[serde(default)]
+        body: Value,
     },
 }
 

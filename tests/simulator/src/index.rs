@@ -26,49 +26,159 @@ pub(crate) struct Index {
     /// An inverted index: the ids of the visible documents by field and normalized value. Without it, a search
     /// for many ids at once would read every document.
     postings: HashMap<String, HashSet<String>>,
-    /// The number of the last visible write of each id. A slow write must not undo a later, faster one.
-    versions: HashMap<String, u64>,
-    pending: BTreeMap<(Timestamp, u64), Write>,
+    states: HashMap<String, State>,
+    pending: BTreeMap<(Timestamp, u64), Vec<Write>>,
     n_writes: u64,
 }
 
+/// What search sees of a record. Custom fields have a lag of their own, so they are kept apart (close-api.md §15 row 1).
+#[derive(Debug, Default)]
+struct State {
+    /// The creation is visible.
+    exists: bool,
+    /// The last visible version of each part, with its number. A slow write must not undo a later, faster one.
+    parts: [Option<(u64, Document)>; 2],
+    /// The deletion is visible.
+    is_deleted: bool,
+}
+
+/// A part of a record with its own lag.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    CustomFields,
+    Rest,
+}
+
+impl Part {
+    const ALL: [Self; 2] = [Self::CustomFields, Self::Rest];
+
+    fn has(self, key: &str) -> bool {
+        (key.starts_with("custom.") || key == "custom") == (self == Self::CustomFields)
+    }
+}
+
 #[derive(Debug)]
-struct Write {
-    id: String,
-    document: Option<Document>,
+enum Write {
+    Creation(Document),
+    Change(Part, Document),
+    Deletion(String),
+}
+
+impl Write {
+    fn id(&self) -> &str {
+        match self {
+            Self::Creation(document) | Self::Change(_, document) => &document.id,
+            Self::Deletion(id) => id,
+        }
+    }
+}
+
+impl State {
+    fn apply(&mut self, write: Write, number: u64) {
+        let mut set = |part: Part, document: &Document| {
+            let version = &mut self.parts[part as usize];
+            if version.as_ref().is_none_or(|(shown, _)| *shown < number) {
+                *version = Some((number, document.clone()));
+            }
+        };
+        match write {
+            Write::Creation(document) => {
+                Part::ALL.into_iter().for_each(|part| set(part, &document));
+                self.exists = true;
+            }
+            Write::Change(part, document) => set(part, &document),
+            Write::Deletion(_) => *self = Self { is_deleted: true, ..Self::default() },
+        }
+    }
+
+    /// The document that search sees.
+    fn document(&self) -> Option<Document> {
+        let [Some((custom, with_custom)), Some((rest, with_rest))] = &self.parts else { return None };
+        if !self.exists || self.is_deleted {
+            return None;
+        }
+        if custom == rest {
+            return Some(with_rest.clone());
+        }
+        let of = |part: Part, document: &Document| {
+            let members = document.value.as_object().cloned().unwrap_or_default();
+            members.into_iter().filter(move |(key, _)| part.has(key)).collect::<Vec<_>>()
+        };
+        let members = of(Part::CustomFields, with_custom).into_iter().chain(of(Part::Rest, with_rest));
+        Some(Document { value: Arc::new(Value::Object(members.collect())), ..with_rest.clone() })
+    }
 }
 
 impl Index {
-    /// Queues a write, or a deletion (`None`), that becomes visible at `visible_at`.
-    pub(crate) fn write(&mut self, id: &str, document: Option<Document>, visible_at: Timestamp) {
+    /// Whether a creation was queued.
+    pub(crate) fn is_known(&self, id: &str) -> bool {
+        self.states.contains_key(id)
+    }
+
+    /// Queues a creation that becomes visible at `visible`.
+    pub(crate) fn create(&mut self, document: Document, visible: Timestamp) {
+        self.states.entry(document.id.clone()).or_default();
+        let number = self.next();
+        self.queue(Write::Creation(document), visible, number);
+    }
+
+    /// Queues a change. Custom fields and the rest become visible each at its own time.
+    pub(crate) fn change(
+        &mut self,
+        document: Document,
+        visible: Timestamp,
+        custom_fields_visible: Timestamp,
+    ) {
+        let number = self.next();
+        self.queue(Write::Change(Part::CustomFields, document.clone()), custom_fields_visible, number);
+        self.queue(Write::Change(Part::Rest, document), visible, number);
+    }
+
+    /// Queues a deletion.
+    pub(crate) fn delete(&mut self, id: &str, visible: Timestamp) {
+        let number = self.next();
+        self.queue(Write::Deletion(id.to_owned()), visible, number);
+    }
+
+    fn next(&mut self) -> u64 {
         self.n_writes += 1;
-        self.pending.insert((visible_at, self.n_writes), Write { id: id.to_owned(), document });
+        self.n_writes
+    }
+
+    fn queue(&mut self, write: Write, visible: Timestamp, number: u64) {
+        self.pending.entry((visible, number)).or_default().push(write);
     }
 
     /// Makes all writes visible that are due.
     pub(crate) fn apply_due(&mut self, now: Timestamp) {
         while let Some(entry) = self.pending.first_entry().filter(|entry| entry.key().0 <= now) {
-            let ((_, version), write) = entry.remove_entry();
-            if self.versions.get(&write.id).is_some_and(|shown| *shown > version) {
-                continue;
+            let ((_, number), writes) = entry.remove_entry();
+            for write in writes {
+                self.apply(write, number);
             }
-            self.versions.insert(write.id.clone(), version);
-            if let Some(old) = self.visible.remove(&write.id) {
-                for term in terms(&old.value) {
-                    if let Entry::Occupied(mut postings) = self.postings.entry(term) {
-                        postings.get_mut().remove(&old.id);
-                        if postings.get().is_empty() {
-                            postings.remove();
-                        }
+        }
+    }
+
+    fn apply(&mut self, write: Write, number: u64) {
+        let id = write.id().to_owned();
+        let state = self.states.entry(id.clone()).or_default();
+        state.apply(write, number);
+        let document = state.document();
+        if let Some(old) = self.visible.remove(&id) {
+            for term in terms(&old.value) {
+                if let Entry::Occupied(mut postings) = self.postings.entry(term) {
+                    postings.get_mut().remove(&old.id);
+                    if postings.get().is_empty() {
+                        postings.remove();
                     }
                 }
             }
-            if let Some(new) = write.document {
-                for term in terms(&new.value) {
-                    self.postings.entry(term).or_default().insert(new.id.clone());
-                }
-                self.visible.insert(write.id, new);
+        }
+        if let Some(new) = document {
+            for term in terms(&new.value) {
+                self.postings.entry(term).or_default().insert(new.id.clone());
             }
+            self.visible.insert(id, new);
         }
     }
 
@@ -143,15 +253,42 @@ mod tests {
     #[test]
     fn writes_become_visible_when_due_and_never_go_back() {
         let mut index = Index::default();
-        index.write("lead_1", Some(document(json!(1))), at(10));
-        index.write("lead_1", Some(document(json!(2))), at(30)); // slow
-        index.write("lead_1", Some(document(json!(3))), at(20)); // written later, visible earlier
-        assert_eq!(shown(&mut index, 9), None);
-        assert_eq!(shown(&mut index, 10), Some(json!(1)));
-        assert_eq!(shown(&mut index, 20), Some(json!(3)));
-        assert_eq!(shown(&mut index, 30), Some(json!(3)));
-        index.write("lead_1", None, at(40));
-        assert_eq!(shown(&mut index, 39), Some(json!(3)));
+        let name = |name: &str| document(json!({"name": name}));
+        let change = |index: &mut Index, to: &str, second| index.change(name(to), at(second), at(second));
+        index.create(name("1"), at(10));
+        change(&mut index, "2", 30); // slow
+        change(&mut index, "3", 20); // written later, visible earlier
+        let names = [9, 10, 20, 30].map(|second| shown(&mut index, second));
+        let shown_name = |name: &str| Some(json!({"name": name}));
+        assert_eq!(names, [None, shown_name("1"), shown_name("3"), shown_name("3")]);
+        index.delete("lead_1", at(40));
+        assert_eq!(shown(&mut index, 39), shown_name("3"));
         assert_eq!(shown(&mut index, 40), None);
+        change(&mut index, "4", 50);
+        assert_eq!(shown(&mut index, 50), None, "a late write does not bring a deleted record back");
+    }
+
+    #[test]
+    fn custom_fields_and_the_rest_become_visible_apart() {
+        let mut index = Index::default();
+        let state = |name: &str, plan: &str| json!({"name": name, "custom.cf_plan": plan});
+        index.create(document(state("1", "1")), at(10));
+        index.change(document(state("2", "2")), at(20), at(60));
+        index.change(document(state("3", "3")), at(30), at(50));
+        let states = [10, 20, 30, 50, 60].map(|second| shown(&mut index, second).unwrap());
+        assert_eq!(
+            states,
+            [state("1", "1"), state("2", "1"), state("3", "1"), state("3", "3"), state("3", "3")]
+        );
+    }
+
+    #[test]
+    fn a_change_is_visible_with_the_creation_at_the_earliest() {
+        let mut index = Index::default();
+        let state = |name: &str| json!({"name": name});
+        index.create(document(state("1")), at(60));
+        index.change(document(state("2")), at(10), at(10));
+        assert_eq!(shown(&mut index, 59), None);
+        assert_eq!(shown(&mut index, 60), Some(state("2")));
     }
 }

@@ -37,6 +37,7 @@ mod index;
 mod limits;
 mod lists;
 mod offline;
+mod omissions;
 mod query;
 mod readback;
 mod records;
@@ -60,9 +61,9 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use self::{
     behaviour::{
-        Behaviour, Country, CreatedLead, DescendingCursor, ErrorShape, ErrorTexts, EventData, ExactValue,
-        HeaderStyle, Lag, LastCursor, MissingRecord, MissingSlash, RateLimitBody, SearchRows,
-        UnknownSelector, UnknownUrl,
+        Behaviour, ContactLists, Country, CreatedLead, DescendingCursor, ErrorShape, ErrorTexts, EventData,
+        ExactValue, HeaderStyle, Lag, LastCursor, LeadContacts, MissingRecord, MissingSlash, RateLimitBody,
+        SearchRows, UnknownSelector, UnknownUrl,
     },
     call::Request,
     faults::{Effect, Fault, FaultBody, When},

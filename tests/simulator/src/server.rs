@@ -59,8 +59,8 @@ async fn serve(shared: &Arc<Shared>, call: &Arc<Call>, effect: Option<Effect>) -
         When::AfterCommit => drop(serve()),
     };
     match effect {
-        // `admit` has already answered hidden limits.
-        None | Some(Effect::RateLimited { .. }) => Some(serve()),
+        // `admit` has already answered hidden limits and made edits.
+        None | Some(Effect::RateLimited { .. } | Effect::Edit { .. }) => Some(serve()),
         Some(Effect::Latency { ms }) => {
             // A separate task: this one is dropped when the client hangs up.
             let (shared, call) = (Arc::clone(shared), Arc::clone(call));

@@ -15,6 +15,7 @@ use crate::forms;
 use crate::ids::Ids;
 use crate::limits::{BucketState, Group, Limiter, Limits, Verdict};
 use crate::lists::{self, select_fields};
+use crate::omissions;
 use crate::readback;
 use crate::records::Records;
 use crate::refusal::{Object, Refusal};
@@ -81,12 +82,15 @@ impl World {
         body: &Object,
         now: Timestamp,
     ) -> Result<Value, Refusal> {
-        let lag = std::mem::replace(&mut self.records.schema.behaviour.search_lag, Lag::NONE);
+        let behaviour = &mut self.records.schema.behaviour;
+        let lag = std::mem::replace(&mut behaviour.search_lag, Lag::NONE);
+        let creation_lag = std::mem::take(&mut behaviour.creation_search_lag);
         let created = match kind {
             Kind::Lead => self.records.create_lead(body, now),
             Kind::Contact => self.records.create_contact(body, now),
         };
-        self.records.schema.behaviour.search_lag = lag;
+        let behaviour = &mut self.records.schema.behaviour;
+        (behaviour.search_lag, behaviour.creation_search_lag) = (lag, creation_lag);
         created
     }
 
@@ -120,6 +124,11 @@ impl World {
                 let hidden = bucket.with_reset(Duration::try_from_secs_f64(retry_after).unwrap_or_default());
                 let headers = if with_headers { hidden.headers(style) } else { Vec::new() };
                 Admission { number, headers, decision: Decision::Rejected(self.too_many_requests(&hidden)) }
+            }
+            Some(Effect::Edit { method, path, body }) => {
+                let body = Some(body.to_string());
+                self.execute(&Call { method, path, is_json: true, body, ..Call::default() }, now);
+                Admission { number, headers, decision: Decision::Accepted(None) }
             }
             effect => Admission { number, headers, decision: Decision::Accepted(effect) },
         }
@@ -230,10 +239,11 @@ impl World {
                         CreatedLead::WithoutContacts => lead.remove("contacts"),
                     };
                 }
-                Ok(select_fields(call, lead))
+                Ok(select_fields(call, world.shown(lead)))
             }),
             ("POST", Kind::Contact) => self.with_body(call, |world, body| {
-                Ok(select_fields(call, world.records.create_contact(body, now)?))
+                let contact = world.records.create_contact(body, now)?;
+                Ok(select_fields(call, world.shown(contact)))
             }),
             _ => method_not_allowed(),
         }
@@ -241,13 +251,23 @@ impl World {
 
     fn record(&mut self, call: &Call, method: &str, kind: Kind, id: &str, now: Timestamp) -> Answer {
         match method {
-            "GET" => self.records.get(kind, id).map(|record| select_fields(call, record)).into(),
+            "GET" => {
+                let record = self.records.read(kind, id, now);
+                record.map(|record| select_fields(call, self.shown(record))).into()
+            }
             "PUT" => self.with_body(call, |world, body| {
-                Ok(select_fields(call, world.records.update(kind, id, body, now)?))
+                let record = world.records.update(kind, id, body, now)?;
+                Ok(select_fields(call, world.shown(record)))
             }),
             "DELETE" => self.records.delete(kind, id, now).map(|()| json!({})).into(),
             _ => method_not_allowed(),
         }
+    }
+
+    /// A record with the contacts and lists that answers have.
+    fn shown(&self, mut record: Value) -> Value {
+        omissions::apply(&mut record, self.behaviour());
+        record
     }
 
     fn custom_fields(&mut self, call: &Call, method: &str, owner: &str) -> Answer {

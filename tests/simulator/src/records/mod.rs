@@ -4,12 +4,14 @@
 //! This is the current state. The search index and the event log receive every change and show it later.
 
 mod custom_fields;
+mod past;
 
-use std::{collections::HashMap, mem, sync::Arc};
+use std::{collections::HashMap, mem, sync::Arc, time::Duration};
 
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
+use crate::behaviour::Lag;
 use crate::events::{Event, EventLog};
 use crate::ids::{Ids, format_timestamp};
 use crate::index::{Document, Index};
@@ -18,6 +20,8 @@ use crate::refusal::{FieldErrors, Object, REQUIRED, Refusal};
 use crate::schema::{Kind, Schema};
 use crate::settings::Settings;
 use crate::validate::{self, Patch};
+
+use past::Past;
 
 /// Nested contacts are created this long after their lead, all at the same time (close-api.md §4).
 const CONTACT_DELAY: SignedDuration = SignedDuration::from_millis(5);
@@ -47,6 +51,7 @@ pub(crate) struct Records {
     pub(crate) events: EventLog,
     ids: Ids,
     by_id: HashMap<String, Record>,
+    past: Past,
     next_serial: u64,
 }
 
@@ -58,6 +63,7 @@ impl Records {
             events: EventLog::default(),
             ids,
             by_id: HashMap::new(),
+            past: Past::default(),
             next_serial: 0,
         }
     }
@@ -193,6 +199,25 @@ impl Records {
             value["contacts"] = contacts.map(|contact| self.to_json(contact)).collect();
         }
         Ok(value)
+    }
+
+    /// A record as a read by id shows it: as it was a while ago, if such reads lag (close-api.md §15 row 2).
+    pub(crate) fn read(&mut self, kind: Kind, id: &str, now: Timestamp) -> Result<Value, Refusal> {
+        let lag = self.schema.behaviour.read_lag.draw(self.ids.fraction());
+        if lag.is_zero() {
+            return self.get(kind, id);
+        }
+        let then = now.saturating_sub(lag).unwrap_or(Timestamp::MIN);
+        let is_kind = |state: &Arc<Value>| state.get("contact_ids").is_some() == (kind == Kind::Lead);
+        let state = self.past.at(id, then).filter(is_kind).ok_or(Refusal::Missing(kind.title()))?;
+        let mut state = (*state).clone();
+        if kind == Kind::Lead {
+            let ids = state["contact_ids"].as_array().into_iter().flatten().filter_map(Value::as_str);
+            let contacts: Vec<Value> =
+                ids.filter_map(|id| self.past.at(id, then)).map(|contact| (*contact).clone()).collect();
+            state["contacts"] = contacts.into();
+        }
+        Ok(state)
     }
 
     /// The kind of the record with this id, if it exists.
@@ -346,13 +371,33 @@ impl Records {
 
     /// Writes the current state of a record, or its deletion, to the search index.
     fn reindex(&mut self, id: &str, now: Timestamp) {
-        let lag = self.schema.behaviour.search_lag.draw(self.ids.fraction());
+        let fraction = self.ids.fraction();
+        let behaviour = &self.schema.behaviour;
+        let general = behaviour.search_lag;
+        let lag = |kind: Option<Lag>| kind.unwrap_or(general).draw(fraction);
         let document = self.by_id.get(id).map(|record| Document {
             kind: record.kind,
             id: id.to_owned(),
             value: Arc::new(self.to_json(record)),
         });
-        self.index.write(id, document, now.saturating_add(lag).unwrap_or(now));
+        self.past.keep(
+            id,
+            document.as_ref().map(|document| document.value.clone()),
+            now,
+            behaviour.read_lag.longest(),
+        );
+        let visible = |lag: Duration| now.saturating_add(lag).unwrap_or(now);
+        match document {
+            Some(document) if self.index.is_known(id) => {
+                self.index.change(
+                    document,
+                    visible(lag(None)),
+                    visible(lag(behaviour.custom_field_search_lag)),
+                );
+            }
+            Some(document) => self.index.create(document, visible(lag(behaviour.creation_search_lag))),
+            None => self.index.delete(id, visible(lag(None))),
+        }
     }
 
     #[expect(clippy::too_many_arguments, reason = "an event has that many properties")]

@@ -3,6 +3,7 @@
 mod api;
 mod faults;
 mod organization;
+mod reads;
 mod recorded;
 
 use std::{
