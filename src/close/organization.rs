@@ -6,9 +6,18 @@
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::close::records::Organization;
 use crate::domain::record::{FieldId, is_id};
 use crate::domain::schema::{CustomField, FieldKind, Item, Problem, Status, UnreadableItem, User};
+
+/// The organization of the API key, from `GET /me/`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Organization {
+    pub name: String,
+    /// In the organization's order. Empty when Close did not send them.
+    pub statuses: Listed<Status>,
+    /// The country of national phone numbers, if Close says it.
+    pub country: Option<String>,
+}
 
 /// What could be read of a list, and what could not.
 #[derive(Clone, Debug, PartialEq)]

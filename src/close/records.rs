@@ -1,11 +1,9 @@
 //! Reading records: the interface, its results and the look-ups of a search.
 
 use crate::close::error::CloseError;
-use crate::close::organization::Listed;
 use crate::domain::mapping::{Identity, KeyFields};
 use crate::domain::matching::{ContactMatch, MatchedContacts, compare, match_contacts};
 use crate::domain::record::{Channel, Contact, ContactId, FieldId, Lead, LeadId};
-use crate::domain::schema::Status;
 
 /// Reads Leads and Contacts. A trait, so that decisions can also be tested on records in memory.
 pub trait Records: Sync {
@@ -82,16 +80,6 @@ pub enum Written {
     Contact(Contact),
     /// Close applied the changes of a Lead, and its answer was too large to read.
     Unread,
-}
-
-/// The organization of the API key, from `GET /me/`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Organization {
-    pub name: String,
-    /// In the organization's order. Empty when Close did not send them.
-    pub statuses: Listed<Status>,
-    /// The country of national phone numbers, if Close says it.
-    pub country: Option<String>,
 }
 
 /// What to search for.

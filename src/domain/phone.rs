@@ -188,7 +188,7 @@ fn from_float(text: &str) -> Float {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     #[test]
@@ -243,7 +243,7 @@ mod tests {
     }
 
     /// What Close keeps of a number, by the country of the organization (close-api.md §15).
-    const REWRITES: [(&str, &str, &str); 50] = [
+    pub(crate) const REWRITES: [(&str, &str, &str); 50] = [
         ("US", "+49 030 123456", "+4930123456"),
         ("US", "+44 020 7946 0958", "+442079460958"),
         ("US", "+44 07700 900123", "+447700900123"),
@@ -297,7 +297,7 @@ mod tests {
     ];
 
     fn country(code: &str) -> Option<Country> {
-        Some(Country::parse(code).unwrap())
+        Country::parse(code)
     }
 
     #[test]

@@ -337,8 +337,12 @@ pub struct Contact {
 
 /// A person may have pasted an id into Close together with invisible characters. It is the same id.
 fn custom<'a>(fields: &'a Fields, field: &FieldId) -> Option<&'a str> {
-    let text = fields.get(&Field::Custom(field.clone())).and_then(Value::as_str);
-    text.map(trim).filter(|text| !text.is_empty())
+    let value = fields.get(&Field::Custom(field.clone()))?;
+    // One value can come back as a list.
+    let value = value
+        .as_array()
+        .map_or(Some(value), |items| if let [one] = &items[..] { Some(one) } else { None })?;
+    value.as_str().map(trim).filter(|text| !text.is_empty())
 }
 
 impl Lead {

@@ -44,7 +44,7 @@ impl ReadbackCache {
             return;
         }
         let mut answers = self.records.get(record).unwrap_or_default();
-        differences.iter().for_each(|difference| answers.learn(difference));
+        answers.learn(differences);
         self.records.insert(record.to_owned(), answers);
     }
 

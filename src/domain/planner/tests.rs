@@ -156,7 +156,7 @@ fn what_close_does_not_keep_is_sent_once() {
         assert_eq!((differences.len(), differences[0].effect), (1, effect), "{before:?} -> {kept:?}");
 
         let mut readback = Readback::default();
-        readback.records.entry("r".into()).or_default().learn(&differences[0]);
+        readback.records.entry("r".into()).or_default().learn(&differences);
         let verdict = |wanted: &BTreeMap<Field, Wanted>, now: Option<&str>| {
             let is_futile = |field: &str, before: Option<&Value>, value: &Value| {
                 readback.is_futile("r", field, before, value)

@@ -65,7 +65,8 @@ async fn a_phone_that_close_rewrites_is_sent_once() {
             .flat_map(|contact| values(contact, "phones", "phone"))
             .collect();
         let mut expected: Vec<&str> = phones.iter().map(|(_, stored)| *stored).collect();
-        (stored.sort(), expected.sort_unstable());
+        stored.sort();
+        expected.sort_unstable();
         assert_eq!(stored, expected, "{country}");
         worker.terminate().await;
     }
@@ -108,7 +109,7 @@ async fn a_value_in_another_form_is_unchanged() {
             json!({"at": "2026-01-31T10:00:00+01:00", "since": "2026-01-31", "seats": 5, "owner": "Ada Account",
                 "tags": ["red"], "company": {"id": "c1"}}),
         );
-        let metrics = bench.sync(&[event.clone()]).await;
+        let metrics = bench.sync(std::slice::from_ref(&event)).await;
         assert_eq!(metrics.outcomes(), [("created", 1)].into(), "{number}");
         assert_eq!(metrics.sum("values_not_kept_total"), 0, "{number}");
         // A new worker remembers nothing.

@@ -50,7 +50,7 @@ pub(crate) struct Phone {
 
 /// Rewrites a number as Close's `PhoneField` does, with libphonenumber and the country of the organization
 /// (close-api.md §15 row 3). `None` if the library cannot parse it.
-pub(crate) fn phone(text: &str, country: &Country) -> Option<Phone> {
+pub(crate) fn phone(text: &str, country: Country) -> Option<Phone> {
     // Close removes the country code of a number without `+` before it calls the library.
     let code = country.calling_code().to_string();
     let text = text.strip_prefix(code.as_str()).unwrap_or(text);
@@ -190,7 +190,7 @@ mod tests {
             ("US", "+", None),
             ("US", "", None),
         ] {
-            let found = phone(text, &country(code));
+            let found = phone(text, country(code));
             assert_eq!(found.map(|phone| phone.number).as_deref(), expected, "{code}: {text}");
         }
     }
@@ -202,7 +202,7 @@ mod tests {
             ("+442079460958", (Some("GB"), "+44 20 7946 0958")),
             ("1234", (None, "+1 234")),
         ] {
-            let found = phone(text, &Country::default()).unwrap();
+            let found = phone(text, Country::default()).unwrap();
             assert_eq!((found.country.as_deref(), found.formatted.as_str()), expected, "{text}");
         }
     }

@@ -245,7 +245,7 @@ fn phone_item(item: &Object, schema: &Schema) -> Result<Option<Value>, FieldErro
     if item.get("phone") == Some(&Value::Null) {
         return Ok(None);
     }
-    let phone = formats::phone(required_text(item, "phone")?, &schema.behaviour.country)
+    let phone = formats::phone(required_text(item, "phone")?, schema.behaviour.country)
         .ok_or_else(|| FieldErrors::one("phone", NOT_A_PHONE))?;
     Ok(Some(json!({
         "phone": phone.number,
