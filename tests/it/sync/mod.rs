@@ -16,3 +16,4 @@ mod read_back;
 mod scenarios;
 mod schema_changes;
 mod sdk_payloads;
+mod stale_reads;

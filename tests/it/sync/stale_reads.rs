@@ -1,0 +1,132 @@
+//! Records that Close shows late, in part, or no longer; and people who edit them at the same time.
+
+use close_sync_simulator::{Behaviour, ContactLists, Effect, Fault, FaultBody, LeadContacts, Settings, When};
+use serde_json::{Value, json};
+
+use crate::support::{Bench, identify};
+
+const PHONES: [&str; 4] = ["+18004445551", "+18004445552", "+18004445553", "+18004445554"];
+
+/// Events of one person, each with another phone number.
+fn events() -> Vec<Value> {
+    let event = |phone: &&str| {
+        identify("u1", json!({"email": "jane@acme.test", "phone": phone, "company": {"id": "acme"}}))
+    };
+    PHONES.iter().map(event).collect()
+}
+
+async fn bench(change: impl FnOnce(&mut Behaviour)) -> Bench {
+    Bench::with(Settings::fast().with(change)).await.set("RETRY_IN_PLACE", "60s").set("WORKER_MERGE", "false")
+}
+
+fn phones(contact: &Value) -> Vec<&str> {
+    contact["phones"].as_array().unwrap().iter().map(|entry| entry["phone"].as_str().unwrap()).collect()
+}
+
+/// The only Contact, which is in the only Lead.
+fn the_contact(bench: &Bench) -> Value {
+    let lead = bench.the_lead();
+    assert_eq!(
+        (bench.simulator.contacts().len(), lead["contacts"].as_array().unwrap().len()),
+        (1, 1),
+        "{lead}"
+    );
+    bench.simulator.contacts().remove(0)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stale_reads_make_no_duplicate_and_undo_nothing() {
+    for (read_lag, search_lag) in [("1s", "0s"), ("1s", "1h"), ("0s..2s", "0s")] {
+        let bench = bench(|close| {
+            close.read_lag = read_lag.parse().unwrap();
+            close.search_lag = search_lag.parse().unwrap();
+        });
+        let bench = bench.await;
+        bench.sync(&events()).await;
+        assert_eq!(phones(&the_contact(&bench)), PHONES, "{read_lag} {search_lag}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn contacts_and_lists_that_a_lead_leaves_out_are_read() {
+    for (contacts, lists) in [
+        (LeadContacts::WithoutNewest, ContactLists::Whole),
+        (LeadContacts::Empty, ContactLists::Whole),
+        (LeadContacts::Absent, ContactLists::Whole),
+        (LeadContacts::Whole, ContactLists::NullInLeads),
+        (LeadContacts::Whole, ContactLists::MissingInLeads),
+    ] {
+        let bench = bench(|close| (close.lead_contacts, close.contact_lists) = (contacts, lists)).await;
+        bench.sync(&events()).await;
+        assert_eq!(phones(&the_contact(&bench)), PHONES, "{contacts:?} {lists:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_that_close_never_shows_is_not_written() {
+    for lists in [ContactLists::Null, ContactLists::Missing] {
+        let bench = bench(|close| close.contact_lists = lists).await;
+        let jane = json!({"custom.cf_contactuserid": "u1", "phones": [{"phone": "+18005550000"}]});
+        bench.lead(Some("acme"), json!([jane]));
+        bench.sync(&events()).await;
+        assert_eq!(phones(&the_contact(&bench)), ["+18005550000"], "{lists:?}");
+    }
+}
+
+/// A person adds a phone number after the worker has read the Contact. The write is answered with a 429 and waits, so the
+/// worker reads again before the next try.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_phone_that_a_person_adds_while_the_write_waits_is_kept() {
+    let bench = bench(|_| {}).await;
+    bench.lead(Some("acme"), json!([{"custom.cf_contactuserid": "u1"}]));
+    let path = format!("/contact/{}/", bench.simulator.contacts()[0]["id"].as_str().unwrap());
+    let edit = |body| Effect::Edit { method: "PUT".into(), path: path.clone(), body };
+    let busy = Effect::RateLimited { retry_after: 2.0, with_headers: true };
+    bench
+        .simulator
+        .fault(Fault::new(edit(json!({"phones": [{"phone": "+18005550000"}]}))).on("PUT", "/lead/").times(1));
+    bench.simulator.fault(Fault::new(busy).on("PUT", &path).times(1));
+    let event =
+        identify("u1", json!({"name": "J", "phone": PHONES[0], "company": {"id": "acme", "name": "Acme"}}));
+    bench.sync(&[event]).await;
+    assert_eq!(phones(&the_contact(&bench)), ["+18005550000", PHONES[0]]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_record_that_a_person_deletes_a_moment_later_is_created_again() {
+    let bench = bench(|close| close.search_lag = "1h".parse().unwrap()).await;
+    let worker = bench.worker().await;
+    bench.publish(&events()[..1]).await;
+    worker.settled(1).await;
+    let deleted = bench.the_lead()["id"].as_str().unwrap().to_owned();
+    assert!(bench.simulator.delete(&deleted));
+    bench.publish(&events()[1..2]).await;
+    worker.settled(2).await;
+    assert_eq!(phones(&the_contact(&bench)), [PHONES[1]]);
+    assert_ne!(bench.the_lead()["id"], deleted);
+    assert_eq!(bench.depth(".dead").await, 0);
+    worker.terminate().await;
+}
+
+/// The key was replaced by one of another organization, or a gateway answers in Close's words.
+#[tokio::test(flavor = "multi_thread")]
+async fn records_that_vanish_in_a_row_pause_the_worker() {
+    let bench = Bench::new().await.set("RETRY_IN_PLACE", "3s").set("WORKER_CONCURRENCY", "16");
+    for n in 0..40 {
+        bench.lead(Some(&format!("c{n}")), json!([]));
+    }
+    let gone = FaultBody::Exactly(json!({"error": "Empty query: Lead matching query does not exist."}));
+    let gone = Effect::Status { code: 404, body: gone, when: When::BeforeCommit };
+    bench.simulator.fault(Fault::new(gone).on("GET", "/lead/"));
+    let worker = bench.worker().await;
+    let event = |n| identify(&format!("u{n}"), json!({"company": {"id": format!("c{n}")}}));
+    bench.publish(&(0..40).map(event).collect::<Vec<_>>()).await;
+    worker.until("paused", async |worker| worker.is("paused", Some("failing")).await).await;
+    let created = bench.simulator.leads().len() - 40;
+    assert!(created <= 5, "{created} second Leads");
+    assert_eq!(bench.depth(".dead").await, 0);
+    bench.simulator.clear_faults();
+    worker.settled(40).await;
+    assert_eq!(bench.simulator.leads().len(), 40 + created);
+    worker.terminate().await;
+}
