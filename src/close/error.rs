@@ -201,9 +201,6 @@ pub(crate) struct ErrorAnswer<'a> {
     pub(crate) body: &'a [u8],
 }
 
-/// The maximum size of the body of an error response in bytes. A longer one says nothing more.
-pub(crate) const MAX_ERROR_BODY: usize = 256 << 10;
-
 /// Close's words for a record that does not exist (close-api.md §15, 5), in lower case.
 const NO_SUCH_RECORD: &str = "matching query does not exist";
 /// Close's words for a URL that does not exist, in lower case.

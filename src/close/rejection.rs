@@ -10,7 +10,6 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::close::error::MAX_ERROR_BODY;
 use crate::domain::record::{Field, FieldId};
 use crate::text::block;
 
@@ -31,6 +30,8 @@ pub struct Rejection {
 #[serde(transparent)]
 pub struct ResponseExcerpt(String);
 
+/// The maximum size of the body of an error response in bytes. A longer one says nothing more.
+pub(crate) const MAX_ERROR_BODY: usize = 256 << 10;
 /// The maximum size of an excerpt in bytes.
 const MAX_EXCERPT: usize = 2048;
 /// The most fields that are read from an error response.

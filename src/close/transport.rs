@@ -11,7 +11,8 @@ use serde_json::Value;
 use tracing::Span;
 use url::Url;
 
-use crate::close::error::{CloseError, Fault, MAX_ERROR_BODY};
+use crate::close::error::{CloseError, Fault};
+use crate::close::rejection::MAX_ERROR_BODY;
 use crate::close::settings::Settings;
 use crate::text::line;
 

@@ -2,117 +2,15 @@
 
 use std::time::Duration;
 
-use serde::Serialize;
-use serde_json::{Map, Value};
-use strum::{IntoStaticStr, VariantArray};
+use strum::VariantArray;
 
+use crate::cli::certify::assumption::Assumption;
+use crate::cli::certify::finding::{Finding, Found, Status};
 use crate::cli::certify::observations::{
-    ContactsForm, Delay, Exact, FieldObservation, HeaderForm, Kept, ListForm, NotFound, Observations,
+    ContactsForm, Delay, ErrorTexts, Exact, HeaderForm, LastCursor, ListForm, NotFound, Observations,
     Refusal, TimeForm,
 };
-use crate::cli::certify::observe::{NATIONAL, WITH_EXTENSION, WITH_TRUNK_ZERO};
-use crate::domain::phone::{Country, stored_form};
-
-/// What close-sync assumes about Close.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, IntoStaticStr, VariantArray)]
-#[serde(rename_all = "snake_case")]
-#[strum(serialize_all = "snake_case")]
-pub(super) enum Assumption {
-    MissingRecord,
-    UnknownUrl,
-    MissingSlash,
-    RateLimitHeader,
-    TimeNotation,
-    CreatedLead,
-    LeadContacts,
-    ContactLists,
-    ListEndpoint,
-    ReadCreated,
-    ReadChanged,
-    ReadDeleted,
-    SearchCreated,
-    SearchKey,
-    SearchChanged,
-    EventLog,
-    EventData,
-    ExactSearch,
-    EmailSearch,
-    DescendingCursor,
-    PutIsPatch,
-    PhoneRewriting,
-    PhoneCountry,
-    BadPhone,
-    BadEmail,
-    UnknownKey,
-    FieldReadBack,
-}
-
-impl Assumption {
-    fn assumed(self) -> &'static str {
-        match self {
-            Self::MissingRecord => "a 404 for a missing record says that it does not exist",
-            Self::UnknownUrl => "a 404 for an unknown URL says so",
-            Self::MissingSlash => "a path without its last slash is refused or redirected",
-            Self::RateLimitHeader => "every answer has a readable rate limit header",
-            Self::TimeNotation => "times are in UTC",
-            Self::CreatedLead => "the answer to a creation has the Contacts of the Lead, or their ids",
-            Self::LeadContacts => "a Lead has all its Contacts, or their ids",
-            Self::ContactLists => "a Contact has its emails, phones and URLs",
-            Self::ListEndpoint => "lists may lag behind writes; close-sync does not read them",
-            Self::ReadCreated => "a created record can be read by its id at once",
-            Self::ReadChanged => "a read by id shows a change at once",
-            Self::ReadDeleted => "a deleted record answers 404 at once",
-            Self::SearchCreated => "search shows a new record within close.search_lag",
-            Self::SearchKey => "search finds a new record by its custom field within close.search_lag",
-            Self::SearchChanged => "search finds a changed custom field within close.search_lag",
-            Self::EventLog => "the event log shows a creation at once",
-            Self::EventData => "events have the data of the record",
-            Self::ExactSearch => "`exact_value` compares whole values",
-            Self::EmailSearch => "search finds an email address in any case",
-            Self::DescendingCursor => "a descending cursor may lose rows; close-sync sorts ascending",
-            Self::PutIsPatch => "a PUT leaves the fields alone that it does not name",
-            Self::PhoneRewriting => "phones are rewritten to international form",
-            Self::PhoneCountry => "a phone without a country gets that of the organization",
-            Self::BadPhone => "an invalid phone is refused, and the answer names it",
-            Self::BadEmail => "an invalid email address is refused, and the answer names it",
-            Self::UnknownKey => "an unknown key may be refused; close-sync sends none",
-            Self::FieldReadBack => "a value comes back as it was sent, or in another notation",
-        }
-    }
-}
-
-/// What follows from a finding.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, IntoStaticStr)]
-#[serde(rename_all = "snake_case")]
-pub(super) enum Status {
-    AsAssumed,
-    /// Differs from the assumption, and close-sync copes with it.
-    Handled,
-    /// A setting should change.
-    ChangeSetting,
-    /// close-sync relies on the assumption, and it does not hold.
-    NotSupported,
-    /// Could not be seen.
-    Unknown,
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub(super) struct Finding {
-    pub(super) assumption: Assumption,
-    /// The setting that the finding is about, if it is about one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) subject: Option<String>,
-    pub(super) status: Status,
-    pub(super) assumed: &'static str,
-    pub(super) found: String,
-    pub(super) meaning: String,
-    /// The line of the configuration that should change.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) setting: Option<String>,
-    /// The settings of the simulator that behave like this.
-    #[serde(skip_serializing_if = "Map::is_empty")]
-    pub(super) behaviour: Map<String, Value>,
-}
+use crate::cli::certify::values;
 
 /// The settings that findings are compared with.
 #[derive(Clone, Copy, Debug)]
@@ -123,50 +21,10 @@ pub(super) struct Configured {
 /// One finding for each assumption, and one for each configured field.
 pub(super) fn findings(seen: &Observations, configured: Configured) -> Vec<Finding> {
     let of = |assumption: &Assumption| match assumption {
-        Assumption::FieldReadBack => seen.fields.iter().map(field).collect(),
-        other => vec![finding(*other, seen, configured)],
+        Assumption::FieldReadBack => seen.fields.iter().map(values::field).collect(),
+        other => vec![found(*other, seen, configured).unwrap_or_else(Found::unknown).of(*other, None)],
     };
     Assumption::VARIANTS.iter().flat_map(of).collect()
-}
-
-/// The parts of a finding that depend on the observation.
-struct Found {
-    status: Status,
-    found: String,
-    meaning: String,
-    setting: Option<String>,
-    behaviour: Map<String, Value>,
-}
-
-impl Found {
-    fn new(status: Status, found: impl Into<String>, meaning: impl Into<String>) -> Self {
-        let (found, meaning) = (found.into(), meaning.into());
-        Self { status, found, meaning, setting: None, behaviour: Map::new() }
-    }
-
-    fn unknown() -> Self {
-        Self::new(Status::Unknown, "not seen", "run certify again to see it")
-    }
-
-    /// The simulator behaves like this with `key` set to `value`.
-    fn like(mut self, key: &str, value: impl Into<Value>) -> Self {
-        self.behaviour.insert(key.to_owned(), value.into());
-        self
-    }
-}
-
-fn finding(assumption: Assumption, seen: &Observations, configured: Configured) -> Finding {
-    let found = found(assumption, seen, configured).unwrap_or_else(Found::unknown);
-    Finding {
-        assumption,
-        subject: None,
-        status: found.status,
-        assumed: assumption.assumed(),
-        found: found.found,
-        meaning: found.meaning,
-        setting: found.setting,
-        behaviour: found.behaviour,
-    }
 }
 
 fn found(assumption: Assumption, seen: &Observations, configured: Configured) -> Option<Found> {
@@ -181,23 +39,47 @@ fn found(assumption: Assumption, seen: &Observations, configured: Configured) ->
         Assumption::ContactLists => seen.unknown_lists.as_deref().map(contact_lists),
         Assumption::ListEndpoint => list_endpoint(seen),
         Assumption::ReadCreated => seen.read_created.map(|delay| read(delay, "the new record")),
-        Assumption::ReadChanged => seen.read_changed.map(|delay| read(delay, "the change")),
+        Assumption::ReadChanged => {
+            seen.read_changed.map(|delay| read(delay, "the change").like("read_lag", lag(delay)))
+        }
         Assumption::ReadDeleted => seen.read_deleted.map(|delay| read(delay, "the deletion")),
         Assumption::SearchCreated => {
             seen.search_created.map(|delay| search(delay, configured).like("search_lag", lag(delay)))
         }
         Assumption::SearchKey => seen.search_key.map(|delay| search(delay, configured)),
-        Assumption::SearchChanged => seen.search_changed.map(|delay| search(delay, configured)),
+        Assumption::SearchChanged => {
+            seen.search_changed.map(|delay| search(delay, configured).like("custom_field_lag", lag(delay)))
+        }
         Assumption::EventLog => seen.event.map(event_log),
         Assumption::EventData => event_data(seen),
         Assumption::ExactSearch => seen.exact.map(exact),
         Assumption::EmailSearch => seen.email_search.map(email_search),
         Assumption::DescendingCursor => seen.descending.map(descending),
         Assumption::PutIsPatch => seen.is_patch.map(put_is_patch),
-        Assumption::PhoneRewriting => phone_rewriting(seen),
-        Assumption::PhoneCountry => phone_country(seen),
-        Assumption::BadPhone => seen.bad_phone.map(|refusal| self::refusal(refusal, "phone")),
-        Assumption::BadEmail => seen.bad_email.map(|refusal| self::refusal(refusal, "email address")),
+        Assumption::PhoneRewriting => values::phone_rewriting(seen),
+        Assumption::PhoneCountry => values::phone_country(seen),
+        Assumption::BadPhone => seen.bad_phone.map(|form| values::refusal(form, "phone")),
+        Assumption::BadEmail => seen.bad_email.map(|form| {
+            let found = values::refusal(form, "email address");
+            match form {
+                Refusal::Nested
+                | Refusal::Plain
+                | Refusal::Dotted
+                | Refusal::List
+                | Refusal::General
+                | Refusal::Vague
+                | Refusal::Detail => found.like("error_shape", <&str>::from(form)),
+                Refusal::OnlyList
+                | Refusal::NotJson
+                | Refusal::Kept
+                | Refusal::LeftOut
+                | Refusal::OtherStatus => found,
+            }
+        }),
+        Assumption::ErrorTexts => seen.error_texts.map(error_texts),
+        Assumption::LastCursor => seen.last_cursor.map(last_cursor),
+        Assumption::SearchRows => seen.rows_have_fields.map(search_rows),
+        Assumption::UnknownSelector => seen.unknown_selector_refused.map(unknown_selector),
         Assumption::UnknownKey => seen.unknown_key_refused.map(unknown_key),
         // A finding for each field.
         Assumption::FieldReadBack => None,
@@ -207,13 +89,22 @@ fn found(assumption: Assumption, seen: &Observations, configured: Configured) ->
 fn missing_record(form: NotFound) -> Found {
     let found = Found::new;
     match form {
-        NotFound::Record => found(Status::AsAssumed, "it does", "a deleted Lead is noticed"),
-        NotFound::Url | NotFound::OtherJson | NotFound::NotJson => found(
-            Status::NotSupported,
-            "another text",
-            "close-sync does not take a record for deleted; messages for deleted records are retried and then \
-             dead-lettered",
-        ),
+        NotFound::Record => {
+            found(Status::AsAssumed, "it does", "a deleted Lead is noticed").like("missing_record", "words")
+        }
+        NotFound::Url | NotFound::OtherJson | NotFound::NotJson => {
+            let found = found(
+                Status::NotSupported,
+                "another text",
+                "close-sync does not take a record for deleted; messages for deleted records are retried and then \
+                 dead-lettered",
+            );
+            match form {
+                NotFound::OtherJson => found.like("missing_record", "other_words"),
+                NotFound::NotJson => found.like("missing_record", "html"),
+                NotFound::Record | NotFound::Url | NotFound::OtherStatus => found,
+            }
+        }
         NotFound::OtherStatus => found(
             Status::NotSupported,
             "not a 404",
@@ -225,18 +116,22 @@ fn missing_record(form: NotFound) -> Found {
 fn unknown_url(form: NotFound) -> Found {
     match form {
         NotFound::Url => {
-            Found::new(Status::AsAssumed, "it does", "a wrong close.url is told from a deleted record")
+            Found::new(Status::AsAssumed, "it does", "a wrong close.api_url is told from a deleted record")
+                .like("unknown_url", "json")
         }
         NotFound::Record => Found::new(
             Status::NotSupported,
             "the text of a missing record",
             "with a wrong route or proxy, close-sync would take records for deleted and create them again",
         ),
-        NotFound::OtherJson | NotFound::NotJson | NotFound::OtherStatus => Found::new(
-            Status::Handled,
-            "another answer",
-            "close-sync retries and takes no record for deleted",
-        ),
+        NotFound::OtherJson | NotFound::NotJson | NotFound::OtherStatus => {
+            let found = Found::new(
+                Status::Handled,
+                "another answer",
+                "close-sync retries and takes no record for deleted",
+            );
+            if form == NotFound::NotJson { found.like("unknown_url", "html") } else { found }
+        }
     }
 }
 
@@ -255,9 +150,10 @@ fn headers(seen: &Observations) -> Option<Found> {
     let names: Vec<&str> = seen.headers.iter().map(|form| (*form).into()).collect();
     let worst = seen.headers.iter().max_by_key(|form| match form {
         HeaderForm::Absent => 2,
-        HeaderForm::Unreadable => 1,
+        HeaderForm::Unreadable | HeaderForm::UnreadableAndTriple => 1,
         HeaderForm::Comma
         | HeaderForm::Semicolon
+        | HeaderForm::SemicolonAndTriple
         | HeaderForm::Triple
         | HeaderForm::Legacy
         | HeaderForm::Proxy => 0,
@@ -267,7 +163,7 @@ fn headers(seen: &Observations) -> Option<Found> {
             Status::Handled,
             "some answers have none; close-sync keeps its own cautious pace and slows down on a 429",
         ),
-        HeaderForm::Unreadable => {
+        HeaderForm::Unreadable | HeaderForm::UnreadableAndTriple => {
             (Status::Handled, "close-sync reads the other headers, or keeps its own cautious pace")
         }
         _ => (Status::AsAssumed, "close-sync uses the whole limit and avoids a 429"),
@@ -292,7 +188,16 @@ fn times(seen: &Observations) -> Option<Found> {
     } else {
         Status::Handled
     };
-    Some(Found::new(status, names.join(", "), meaning))
+    let found = Found::new(status, names.join(", "), meaning);
+    let form = match seen.times.iter().next() {
+        Some(TimeForm::OtherOffset) => Some("offset"),
+        Some(form @ (TimeForm::Utc | TimeForm::Zulu | TimeForm::Naive)) => Some((*form).into()),
+        Some(TimeForm::Unreadable) | None => None,
+    };
+    Some(match form.filter(|_| seen.times.len() == 1) {
+        Some(form) => found.like("times", form),
+        None => found,
+    })
 }
 
 fn created_lists(form: ContactsForm) -> Found {
@@ -314,10 +219,14 @@ fn created_lists(form: ContactsForm) -> Found {
 fn read_lists(form: ContactsForm) -> Found {
     let word: &'static str = form.into();
     match form {
-        ContactsForm::Whole => Found::new(Status::AsAssumed, word, "a Lead is read in one call"),
+        ContactsForm::Whole => {
+            Found::new(Status::AsAssumed, word, "a Lead is read in one call").like("lead_contacts", "whole")
+        }
         ContactsForm::WithoutContactIds => Found::new(Status::Handled, word, "close-sync uses `contacts`"),
         ContactsForm::WithoutContacts | ContactsForm::Partial => {
+            let value = if form == ContactsForm::Partial { "partial" } else { "missing" };
             Found::new(Status::Handled, word, "close-sync reads the missing Contacts one by one")
+                .like("lead_contacts", value)
         }
         ContactsForm::Neither => Found::new(
             Status::NotSupported,
@@ -329,11 +238,24 @@ fn read_lists(form: ContactsForm) -> Found {
 
 fn contact_lists(unknown: &[(&'static str, ListForm)]) -> Found {
     if unknown.is_empty() {
-        return Found::new(Status::AsAssumed, "it does", "close-sync adds to the lists");
+        return Found::new(Status::AsAssumed, "it does", "close-sync adds to the lists")
+            .like("contact_lists", "present");
     }
     let parts: Vec<String> =
         unknown.iter().map(|(list, form)| format!("{list} {}", <&str>::from(form))).collect();
-    Found::new(Status::Handled, parts.join(", "), "close-sync does not write over a list that it cannot see")
+    let found = Found::new(
+        Status::Handled,
+        parts.join(", "),
+        "close-sync does not write over a list that it cannot see",
+    );
+    let all = |wanted: ListForm| unknown.iter().all(|(_, form)| *form == wanted);
+    if all(ListForm::Missing) {
+        found.like("contact_lists", "missing")
+    } else if all(ListForm::Null) {
+        found.like("contact_lists", "null")
+    } else {
+        found
+    }
 }
 
 fn list_endpoint(seen: &Observations) -> Option<Found> {
@@ -510,67 +432,34 @@ fn put_is_patch(is_patch: bool) -> Found {
     }
 }
 
-/// Each phone as it was sent and kept.
-fn phones<'a>(seen: &'a Observations, wanted: &[&str]) -> Vec<(&'static str, Option<&'a str>)> {
-    let phones = seen.phones.iter().filter(|(sent, _)| wanted.contains(sent));
-    phones.map(|(sent, kept)| (*sent, kept.as_deref())).collect()
+fn error_texts(texts: ErrorTexts) -> Found {
+    let word: &'static str = texts.into();
+    Found::new(Status::AsAssumed, word, "dead letters name the reason").like("error_texts", word)
 }
 
-fn phone_rewriting(seen: &Observations) -> Option<Found> {
-    let phones = phones(seen, &[WITH_TRUNK_ZERO, WITH_EXTENSION]);
-    if phones.is_empty() {
-        return None;
-    }
-    let shown = |(sent, kept): &(&str, Option<&str>)| format!("{sent} → {}", kept.unwrap_or("refused"));
-    let text = phones.iter().map(shown).collect::<Vec<_>>().join(", ");
-    let is_expected = phones.iter().all(|(sent, kept)| stored_form(sent, None).as_deref() == *kept);
-    Some(if is_expected {
-        Found::new(Status::AsAssumed, text, "a phone is added once, in any spelling")
+fn last_cursor(cursor: LastCursor) -> Found {
+    let word: &'static str = cursor.into();
+    let status = if cursor == LastCursor::Null { Status::AsAssumed } else { Status::Handled };
+    Found::new(status, word, "no further search is made").like("last_cursor", word)
+}
+
+fn search_rows(have_fields: bool) -> Found {
+    if have_fields {
+        Found::new(Status::AsAssumed, "they do", "a found record needs no other call")
+            .like("search_rows", "fields")
     } else {
-        Found::new(
-            Status::Handled,
-            text,
-            "close-sync learns what Close keeps; send phones in international form",
-        )
-    })
+        Found::new(Status::Handled, "they have only ids", "close-sync reads each found record")
+            .like("search_rows", "only_ids")
+    }
 }
 
-fn phone_country(seen: &Observations) -> Option<Found> {
-    let (_, kept) = phones(seen, &[NATIONAL]).pop()?;
-    let meaning = "send phones with their country";
-    let Some(kept) = kept else {
-        return Some(Found::new(Status::Handled, "Close refuses a phone without a country", meaning));
-    };
-    let found = Found::new(Status::AsAssumed, format!("{NATIONAL} → {kept}"), meaning);
-    Some(match Country::of_answer(NATIONAL, kept) {
-        Some(country) => found.like("country", country.to_string()),
-        None => Found { status: Status::Handled, ..found },
-    })
-}
-
-fn refusal(refusal: Refusal, what: &str) -> Found {
-    let word: &'static str = refusal.into();
-    match refusal {
-        Refusal::Nested | Refusal::Dotted | Refusal::Plain | Refusal::List | Refusal::Detail => Found::new(
-            Status::AsAssumed,
-            format!("refused, {word} shape"),
-            format!("only the {what} is left out; the rest is written"),
-        ),
-        Refusal::General | Refusal::NotJson => Found::new(
-            Status::Handled,
-            format!("refused without a name ({word})"),
-            "all optional values of that message are left out; the rest is written",
-        ),
-        Refusal::Kept | Refusal::LeftOut => Found::new(
-            Status::Handled,
-            format!("accepted ({word})"),
-            format!("an invalid {what} is not reported by Close"),
-        ),
-        Refusal::OtherStatus => Found::new(
-            Status::NotSupported,
-            "an unexpected status",
-            format!("a message with an invalid {what} may be retried and dead-lettered"),
-        ),
+fn unknown_selector(is_refused: bool) -> Found {
+    if is_refused {
+        Found::new(Status::AsAssumed, "it is", "close-sync reads the custom fields again")
+            .like("unknown_selector", "refused")
+    } else {
+        let meaning = "a deleted lookup field is noticed when the custom fields are read again";
+        Found::new(Status::Handled, "it is ignored", meaning).like("unknown_selector", "ignored")
     }
 }
 
@@ -579,37 +468,189 @@ fn unknown_key(is_refused: bool) -> Found {
     Found::new(Status::AsAssumed, found, "no consequence").like("strict_contact_keys", is_refused)
 }
 
-fn field(observation: &FieldObservation) -> Finding {
-    let FieldObservation { setting, kind, sent, kept } = observation;
-    let (status, found, meaning) = match kept {
-        Kept::Same => (Status::AsAssumed, "as it was sent".to_owned(), "no consequence"),
-        Kept::OtherNotation(kept) => {
-            (Status::Handled, format!("{sent} → {kept}"), "close-sync compares by meaning")
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::cli::certify::observations::{FieldObservation, Kept};
+    use crate::cli::certify::script::{NATIONAL, WITH_EXTENSION, WITH_TRUNK_ZERO};
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn one(assumption: Assumption, see: impl FnOnce(&mut Observations)) -> Finding {
+        let mut seen = Observations::default();
+        see(&mut seen);
+        let configured = Configured { search_lag: 20 * SECOND };
+        let mut found = findings(&seen, configured).into_iter();
+        found.find(|finding| finding.assumption == assumption).unwrap()
+    }
+
+    #[test]
+    fn what_was_not_seen_is_unknown() {
+        let configured = Configured { search_lag: SECOND };
+        let found = findings(&Observations::default(), configured);
+        assert_eq!(found.len(), Assumption::VARIANTS.len() - 1, "there is no configured field");
+        assert!(found.iter().all(|finding| finding.status == Status::Unknown));
+    }
+
+    #[test]
+    fn a_lag_of_search_is_compared_with_the_setting() {
+        for (delay, status, setting) in [
+            (Delay::None, Status::AsAssumed, None),
+            (Delay::Within(20 * SECOND), Status::AsAssumed, None),
+            (Delay::Within(21 * SECOND), Status::ChangeSetting, Some("close.search_lag = \"43s\"")),
+            (Delay::Longer(19 * SECOND), Status::Unknown, None),
+            (Delay::Longer(60 * SECOND), Status::ChangeSetting, Some("close.search_lag = \"300s\"")),
+        ] {
+            let finding = one(Assumption::SearchChanged, |seen| seen.search_changed = Some(delay));
+            assert_eq!((finding.status, finding.setting.as_deref()), (status, setting), "{delay:?}");
+            assert!(finding.behaviour.contains_key("custom_field_lag"));
         }
-        Kept::Different(kept) => (
-            Status::Handled,
-            format!("{sent} → {kept}"),
-            "close-sync remembers the pair and does not send the value again",
-        ),
-        Kept::Missing => (
-            Status::NotSupported,
-            format!("{sent} was not kept"),
-            "values for this field are lost; check the permissions of the field in Close",
-        ),
-        Kept::Refused => (
-            Status::NotSupported,
-            format!("{sent} was refused"),
-            "values for this field are left out; check its type in Close",
-        ),
-    };
-    Finding {
-        assumption: Assumption::FieldReadBack,
-        subject: Some(format!("{setting} ({kind})")),
-        status,
-        assumed: Assumption::FieldReadBack.assumed(),
-        found,
-        meaning: meaning.to_owned(),
-        setting: None,
-        behaviour: Map::new(),
+    }
+
+    #[test]
+    fn what_close_sync_cannot_work_with_is_not_supported() {
+        type See = fn(&mut Observations);
+        let cases: [(Assumption, See); 9] = [
+            (Assumption::MissingRecord, |seen| seen.missing_record = Some(NotFound::NotJson)),
+            (Assumption::UnknownUrl, |seen| seen.unknown_url = Some(NotFound::Record)),
+            (Assumption::TimeNotation, |seen| seen.times = [TimeForm::Unreadable].into()),
+            (Assumption::LeadContacts, |seen| seen.read_lists = Some(ContactsForm::Neither)),
+            (Assumption::ExactSearch, |seen| seen.exact = Some(Exact::FindsNothing)),
+            (Assumption::EmailSearch, |seen| seen.email_search = Some(false)),
+            (Assumption::PutIsPatch, |seen| seen.is_patch = Some(false)),
+            (Assumption::BadPhone, |seen| seen.bad_phone = Some(Refusal::OtherStatus)),
+            (Assumption::FieldReadBack, |seen| {
+                let (setting, kind) = ("mapping.lead.cf_1".into(), "text".into());
+                seen.fields = vec![FieldObservation {
+                    setting,
+                    key: "custom.cf_1".into(),
+                    kind,
+                    sent: "x".into(),
+                    kept: Kept::Missing,
+                }];
+            }),
+        ];
+        for (assumption, see) in cases {
+            assert_eq!(one(assumption, see).status, Status::NotSupported, "{assumption:?}");
+        }
+    }
+
+    #[test]
+    fn the_simulator_learns_what_was_found() {
+        type See = fn(&mut Observations);
+        let cases: [(Assumption, See, Status, Value); 12] = [
+            (
+                Assumption::EventData,
+                |seen| {
+                    (seen.event_has_data, seen.old_event_has_data) = (Some(true), Some(false));
+                },
+                Status::Handled,
+                json!({"event_data": "hidden_after_an_hour"}),
+            ),
+            (
+                Assumption::EventData,
+                |seen| {
+                    (seen.event_has_data, seen.old_event_has_data) = (Some(true), Some(true));
+                },
+                Status::AsAssumed,
+                json!({"event_data": "kept"}),
+            ),
+            (
+                Assumption::RateLimitHeader,
+                |seen| {
+                    seen.headers = [HeaderForm::Semicolon, HeaderForm::Absent].into();
+                },
+                Status::Handled,
+                json!({"header_style": "absent"}),
+            ),
+            (
+                Assumption::RateLimitHeader,
+                |seen| {
+                    seen.headers = [HeaderForm::Semicolon].into();
+                },
+                Status::AsAssumed,
+                json!({"header_style": "semicolon"}),
+            ),
+            (
+                Assumption::TimeNotation,
+                |seen| {
+                    seen.times = [TimeForm::OtherOffset].into();
+                },
+                Status::Handled,
+                json!({"times": "offset"}),
+            ),
+            (
+                Assumption::ListEndpoint,
+                |seen| {
+                    (seen.list_shows_new, seen.search_created) = (Some(true), Some(Delay::Within(SECOND)));
+                },
+                Status::AsAssumed,
+                json!({"lists_from_index": false}),
+            ),
+            (
+                Assumption::ListEndpoint,
+                |seen| {
+                    (seen.list_shows_new, seen.search_created) = (Some(true), Some(Delay::None));
+                },
+                Status::AsAssumed,
+                json!({}),
+            ),
+            (
+                Assumption::EventLog,
+                |seen| {
+                    seen.event = Some(Delay::Within(SECOND * 3 / 2));
+                },
+                Status::Handled,
+                json!({"event_lag": "1.5s"}),
+            ),
+            (
+                Assumption::PhoneCountry,
+                |seen| {
+                    seen.phones = vec![(NATIONAL, Some("+448004445555".into()))];
+                },
+                Status::AsAssumed,
+                json!({"country": "GB"}),
+            ),
+            (
+                Assumption::PhoneCountry,
+                |seen| seen.phones = vec![(NATIONAL, None)],
+                Status::Handled,
+                json!({}),
+            ),
+            (
+                Assumption::PhoneRewriting,
+                |seen| {
+                    let kept = |text: &str| Some(text.to_owned());
+                    seen.phones = vec![
+                        (WITH_TRUNK_ZERO, kept("+447700900123")),
+                        (WITH_EXTENSION, kept("+18004445555x123")),
+                    ];
+                },
+                Status::AsAssumed,
+                json!({}),
+            ),
+            (
+                Assumption::FieldReadBack,
+                |seen| {
+                    let (setting, kind) = ("mapping.lead.cf_1".into(), "user".into());
+                    let kept = Kept::OtherNotation(json!({"id": "user_1"}));
+                    seen.fields = vec![FieldObservation {
+                        setting,
+                        key: "custom.cf_1".into(),
+                        kind,
+                        sent: "user_1".into(),
+                        kept,
+                    }];
+                },
+                Status::Handled,
+                json!({"users": "object"}),
+            ),
+        ];
+        for (assumption, see, status, behaviour) in cases {
+            let finding = one(assumption, see);
+            assert_eq!((finding.status, json!(finding.behaviour)), (status, behaviour), "{assumption:?}");
+        }
     }
 }

@@ -3,11 +3,17 @@
 //! `observe` makes a few marked records and notes what it sees in `observations`; `findings` says what that means, without
 //! IO; `cleanup` deletes the records; `report` prints.
 
+mod assumption;
 mod cleanup;
+mod finding;
 mod findings;
+mod looks;
 mod observations;
 mod observe;
+mod queries;
 mod report;
+mod script;
+mod values;
 
 use std::io::IsTerminal;
 use std::time::Duration;
@@ -19,8 +25,9 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use crate::cli::certify::cleanup::Made;
 use crate::cli::certify::findings::{Configured, findings};
 use crate::cli::certify::observations::Observations;
-use crate::cli::certify::observe::{MAX_CALLS, Observer, Owner, Sample, SampleField, Script};
+use crate::cli::certify::observe::{MAX_CALLS, Observer};
 use crate::cli::certify::report::Report;
+use crate::cli::certify::script::{Owner, Sample, SampleField, Script};
 use crate::cli::failure::{CHECK_FAILED, Failure, UNAVAILABLE};
 use crate::cli::signals;
 use crate::close::{Api, Client, RawClient};

@@ -55,7 +55,13 @@ pub(super) struct Observations {
     pub(super) phones: Vec<(&'static str, Option<String>)>,
     pub(super) bad_phone: Option<Refusal>,
     pub(super) bad_email: Option<Refusal>,
+    pub(super) error_texts: Option<ErrorTexts>,
     pub(super) unknown_key_refused: Option<bool>,
+    /// A search for a custom field in `_fields` that does not exist is refused.
+    pub(super) unknown_selector_refused: Option<bool>,
+    pub(super) last_cursor: Option<LastCursor>,
+    /// The rows of a search have the fields that were asked for.
+    pub(super) rows_have_fields: Option<bool>,
     pub(super) fields: Vec<FieldObservation>,
 }
 
@@ -77,8 +83,12 @@ pub(super) enum HeaderForm {
     Comma,
     /// The same with `;`.
     Semicolon,
+    /// The same beside a `ratelimit-*` triple.
+    SemicolonAndTriple,
     /// A `ratelimit` header in another notation.
     Unreadable,
+    /// The same beside a triple.
+    UnreadableAndTriple,
     /// Only `ratelimit-limit`, `-remaining` and `-reset`.
     Triple,
     /// Only `x-rate-limit-limit`, `-remaining` and `-reset`.
@@ -94,12 +104,15 @@ impl HeaderForm {
         let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
         let triple = |prefix: &str| header(&format!("{prefix}-remaining")).is_some();
         match (header("ratelimit"), triple("ratelimit"), triple("x-rate-limit")) {
-            (Some(text), ..) => {
+            (Some(text), is_beside, _) => {
                 let has = |part: &str| text.split([',', ';']).any(|item| item.trim().starts_with(part));
-                match (["limit=", "remaining=", "reset="].into_iter().all(has), text.contains(';')) {
-                    (true, true) => Self::Semicolon,
-                    (true, false) => Self::Comma,
-                    (false, _) => Self::Unreadable,
+                let is_readable = ["limit=", "remaining=", "reset="].into_iter().all(has);
+                match (is_readable, text.contains(';'), is_beside) {
+                    (true, true, false) => Self::Semicolon,
+                    (true, true, true) => Self::SemicolonAndTriple,
+                    (true, false, _) => Self::Comma,
+                    (false, _, false) => Self::Unreadable,
+                    (false, _, true) => Self::UnreadableAndTriple,
                 }
             }
             (None, true, true) => Self::Proxy,
@@ -245,9 +258,13 @@ pub(super) enum Refusal {
     /// `field-errors` with objects and no `errors` between them.
     Plain,
     /// `field-errors` that name only the list.
+    OnlyList,
+    /// `errors` with a text about the value, and no name of a field.
     List,
-    /// A text that names no field.
+    /// `error` with a text about the value.
     General,
+    /// A text that is not about the value.
+    Vague,
     /// `detail` with `loc`, as pydantic writes it.
     Detail,
     /// HTML, plain text or nothing.
@@ -281,14 +298,62 @@ impl Refusal {
         }
         let Some(fields) = body.get("field-errors").and_then(Value::as_object).filter(|map| !map.is_empty())
         else {
-            return Self::General;
+            let word = list.trim_end_matches('s');
+            let is_about =
+                |text: &Value| text.as_str().is_some_and(|text| text.to_lowercase().contains(word));
+            let texts = body.get("errors").and_then(Value::as_array);
+            return if texts.is_some_and(|texts| texts.iter().any(is_about)) {
+                Self::List
+            } else if body.get("error").is_some_and(is_about) {
+                Self::General
+            } else {
+                Self::Vague
+            };
         };
         match fields.get(list) {
             Some(Value::Object(inner)) if inner.contains_key("errors") => Self::Nested,
             Some(Value::Object(_)) => Self::Plain,
-            Some(_) => Self::List,
+            Some(_) => Self::OnlyList,
             None if fields.keys().any(|key| key.starts_with(&format!("{list}."))) => Self::Dotted,
-            None => Self::General,
+            None => Self::Vague,
+        }
+    }
+}
+
+/// The words of a refusal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
+pub(super) enum ErrorTexts {
+    /// Those of Close's own validator.
+    Cleancat,
+    Pydantic,
+}
+
+impl ErrorTexts {
+    /// The words of a refusal of an email address.
+    pub(super) fn of(body: &[u8]) -> Option<Self> {
+        let text = String::from_utf8_lossy(body).to_lowercase();
+        let known = [("invalid email", Self::Cleancat), ("value is not a valid email", Self::Pydantic)];
+        known.into_iter().find(|(words, _)| text.contains(words)).map(|(_, form)| form)
+    }
+}
+
+/// The cursor of the last page of a search.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
+pub(super) enum LastCursor {
+    Null,
+    Empty,
+    Absent,
+}
+
+impl LastCursor {
+    pub(super) fn of(page: &Value) -> Option<Self> {
+        match page.get("cursor") {
+            None => Some(Self::Absent),
+            Some(Value::Null) => Some(Self::Null),
+            Some(Value::String(cursor)) if cursor.is_empty() => Some(Self::Empty),
+            Some(_) => None,
         }
     }
 }
@@ -298,6 +363,8 @@ impl Refusal {
 pub(super) struct FieldObservation {
     /// The setting that names the field.
     pub(super) setting: String,
+    /// `custom.cf_…`.
+    pub(super) key: String,
     pub(super) kind: String,
     pub(super) sent: Value,
     pub(super) kept: Kept,
@@ -367,9 +434,14 @@ mod tests {
             (&[("ratelimit", "limit=100, remaining=50, reset=5")][..], HeaderForm::Comma),
             (
                 &[("ratelimit", "limit=100; remaining=50; reset=5"), ("ratelimit-remaining", "9")],
-                HeaderForm::Semicolon,
+                HeaderForm::SemicolonAndTriple,
             ),
-            (&[("ratelimit", "\"default\";r=50;t=30"), ("ratelimit-remaining", "9")], HeaderForm::Unreadable),
+            (&[("ratelimit", "limit=100; remaining=50; reset=5")], HeaderForm::Semicolon),
+            (&[("ratelimit", "\"default\";r=50;t=30")], HeaderForm::Unreadable),
+            (
+                &[("ratelimit", "\"default\";r=50;t=30"), ("ratelimit-remaining", "9")],
+                HeaderForm::UnreadableAndTriple,
+            ),
             (&[("ratelimit-remaining", "9")], HeaderForm::Triple),
             (&[("x-rate-limit-remaining", "9")], HeaderForm::Legacy),
             (&[("x-rate-limit-remaining", "9"), ("ratelimit-remaining", "9")], HeaderForm::Proxy),
@@ -439,9 +511,10 @@ mod tests {
             ),
             (400, json!({"field-errors": {"phones.1.phone": text}}), Refusal::Dotted),
             (400, json!({"field-errors": {"phones": {"1": {"phone": text}}}}), Refusal::Plain),
-            (400, json!({"field-errors": {"phones": text}}), Refusal::List),
-            (400, json!({"errors": [text], "field-errors": {}}), Refusal::General),
+            (400, json!({"field-errors": {"phones": text}}), Refusal::OnlyList),
+            (400, json!({"errors": [text], "field-errors": {}}), Refusal::List),
             (400, json!({"error": text}), Refusal::General),
+            (400, json!({"error": "The request is not valid."}), Refusal::Vague),
             (422, json!({"detail": [{"loc": ["body", "phones", 1, "phone"], "msg": text}]}), Refusal::Detail),
             (200, json!({"phones": [{"phone": "call me"}]}), Refusal::Kept),
             (200, json!({"phones": []}), Refusal::LeftOut),

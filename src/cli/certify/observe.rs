@@ -7,10 +7,13 @@ use serde_json::{Map, Value, json};
 use tokio::time::{Instant, sleep};
 
 use crate::cli::certify::cleanup::{self, Made};
+use crate::cli::certify::looks::{Looks, progress};
 use crate::cli::certify::observations::{
-    ContactsForm, Delay, Exact, FieldObservation, HeaderForm, Kept, NotFound, Observations, Refusal,
-    TimeForm, unknown_lists,
+    ContactsForm, Delay, ErrorTexts, Exact, FieldObservation, HeaderForm, Kept, LastCursor, NotFound,
+    Observations, Refusal, TimeForm, unknown_lists,
 };
+use crate::cli::certify::queries::{by_custom, by_name, contact_with_email, leads_with};
+use crate::cli::certify::script::{NATIONAL, Owner, Script, WITH_EXTENSION, WITH_TRUNK_ZERO};
 use crate::close::{RawClient, RawError, Response};
 
 /// The most calls, including those that delete the records.
@@ -19,73 +22,10 @@ pub(super) const MAX_CALLS: u32 = 100;
 const READ_WAIT: Duration = Duration::from_secs(10);
 /// The pause before a call that failed is repeated.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
-/// The first pause between two looks.
-const FIRST_PAUSE: Duration = Duration::from_millis(500);
 /// The lists of a Contact.
 const LISTS: [&str; 3] = ["emails", "phones", "urls"];
-/// A number whose trunk zero and spaces Close removes.
-pub(super) const WITH_TRUNK_ZERO: &str = "+44 07700 900123";
-pub(super) const WITH_EXTENSION: &str = "+1 800 444 5555 x123";
-/// A number without a country. Recorded in accounts of two countries.
-pub(super) const NATIONAL: &str = "8004445555";
 const BAD_PHONE: &str = "call me";
 const BAD_EMAIL: &str = "not an email";
-
-/// A custom field that the configuration fills.
-#[derive(Debug)]
-pub(super) struct SampleField {
-    /// The setting that names it.
-    pub(super) setting: String,
-    pub(super) owner: Owner,
-    /// `custom.cf_…`.
-    pub(super) key: String,
-    pub(super) kind: String,
-    pub(super) sample: Sample,
-    /// The value is a list.
-    pub(super) multiple: bool,
-}
-
-/// A value to write into a field.
-#[derive(Debug)]
-pub(super) enum Sample {
-    Value(Value),
-    /// The user of the API key.
-    Me,
-    /// The Contact that was made.
-    Contact,
-    /// No value is known that Close would accept.
-    None,
-}
-
-impl SampleField {
-    fn value(&self, me: Option<&str>, contact: Option<&str>) -> Option<Value> {
-        let value = match &self.sample {
-            Sample::Value(value) => value.clone(),
-            Sample::Me => me?.into(),
-            Sample::Contact => contact?.into(),
-            Sample::None => return None,
-        };
-        Some(if self.multiple { json!([value]) } else { value })
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Owner {
-    Lead,
-    Contact,
-}
-
-/// What the script works with.
-#[derive(Debug)]
-pub(super) struct Script {
-    /// The key of the company id of Leads, `custom.cf_…`.
-    pub(super) company_key: Option<String>,
-    /// The key of the user id of Contacts.
-    pub(super) user_key: Option<String>,
-    pub(super) fields: Vec<SampleField>,
-    /// How long to wait for search and for the event log.
-    pub(super) max_wait: Duration,
-}
 
 /// Why the script ended early. What was seen until then stands.
 #[derive(Debug, thiserror::Error)]
@@ -120,6 +60,7 @@ impl Observer {
         self.read_created(&leads).await?;
         self.lags_of_creation(&leads).await?;
         self.old_events().await?;
+        self.unknown_selector().await?;
         self.change(&leads).await?;
         self.exactness(&leads).await?;
         self.descending(&leads).await?;
@@ -161,7 +102,8 @@ impl Observer {
 
     /// The rows of a search, or its status.
     async fn search(&mut self, query: Value, more: Value) -> Result<Result<Value, u16>, Stop> {
-        let mut body = json!({"query": query, "_limit": 50});
+        let fields = json!({"lead": ["id", "name"], "contact": ["id", "name"]});
+        let mut body = json!({"query": query, "_limit": 50, "_fields": fields});
         if let (Some(body), Value::Object(more)) = (body.as_object_mut(), more) {
             body.extend(more);
         }
@@ -212,7 +154,7 @@ impl Observer {
         let sent = &lead["contacts"][0]["phones"];
         if sent.as_array().is_some_and(|phones| !phones.is_empty()) {
             let kept = keyed.pointer("/contacts/0/phones/0/phone").and_then(Value::as_str).map(str::to_owned);
-            if keyed.pointer("/contacts/0").is_some() {
+            if keyed.pointer("/contacts/0/phones").is_some_and(Value::is_array) {
                 self.seen.phones.push((WITH_TRUNK_ZERO, kept));
             }
         }
@@ -270,7 +212,7 @@ impl Observer {
         if response.status.is_success() {
             let contact = json_of(&response);
             self.seen.unknown_lists = Some(unknown_lists(&contact, &LISTS));
-            if self.seen.phones.is_empty() {
+            if self.seen.phones.is_empty() && contact["phones"].is_array() {
                 let kept = contact.pointer("/phones/0/phone").and_then(Value::as_str).map(str::to_owned);
                 self.seen.phones.push((WITH_TRUNK_ZERO, kept));
             }
@@ -289,7 +231,13 @@ impl Observer {
             let mut conditions = vec![by_name(&format!("{marker}b"))];
             conditions.extend(company_key.as_deref().map(|key| by_custom(key, mode, &format!("{marker}-1"))));
             let shown = match self.search(leads_with(conditions), json!({})).await? {
-                Ok(page) => ids(&page),
+                Ok(page) => {
+                    self.seen.last_cursor = LastCursor::of(&page);
+                    if let Some(row) = page.pointer("/data/0") {
+                        self.seen.rows_have_fields = Some(row.get("name").is_some());
+                    }
+                    ids(&page)
+                }
                 Err(400) if mode == "exact_value" => {
                     self.seen.exact = Some(Exact::Refused);
                     mode = "phrase";
@@ -328,6 +276,19 @@ impl Observer {
         if company_key.is_some() {
             self.seen.search_key.get_or_insert(looks.longer());
         }
+        Ok(())
+    }
+
+    /// Asks a search for a custom field that does not exist.
+    async fn unknown_selector(&mut self) -> Result<(), Stop> {
+        let unknown = format!("custom.cf_{}", self.made.marker);
+        let query = leads_with(vec![by_name(&self.made.marker)]);
+        let answer = self.search(query, json!({"_fields": {"lead": ["id", unknown]}})).await?;
+        self.seen.unknown_selector_refused = match answer {
+            Ok(_) => Some(false),
+            Err(400 | 422) => Some(true),
+            Err(_) => None,
+        };
         Ok(())
     }
 
@@ -521,6 +482,7 @@ impl Observer {
             let kept = if sent.contains_key(key) { Kept::of(sample, record.get(key)) } else { Kept::Refused };
             self.seen.fields.push(FieldObservation {
                 setting: field.setting.clone(),
+                key: field.key.clone(),
                 kind: field.kind.clone(),
                 sent: sample.clone(),
                 kept,
@@ -533,8 +495,13 @@ impl Observer {
         for phone in [WITH_EXTENSION, NATIONAL] {
             let response = self.put(&path, &json!({"phones": [{"phone": phone, "type": "office"}]})).await?;
             let contact = json_of(&response);
-            let kept = contact.pointer("/phones/0/phone").and_then(Value::as_str);
-            self.seen.phones.push((phone, kept.filter(|_| response.status.is_success()).map(str::to_owned)));
+            let kept = contact.pointer("/phones/0/phone").and_then(Value::as_str).map(str::to_owned);
+            match (response.status.is_success(), contact["phones"].is_array()) {
+                (true, true) => self.seen.phones.push((phone, kept)),
+                // Kept, but not shown.
+                (true, false) => {}
+                (false, _) => self.seen.phones.push((phone, None)),
+            }
         }
         Ok(())
     }
@@ -550,6 +517,7 @@ impl Observer {
         let response = self.put(&path, &body).await?;
         let status = response.status.as_u16();
         self.seen.bad_email = Some(Refusal::of(status, &response.body, "emails", BAD_EMAIL));
+        self.seen.error_texts = ErrorTexts::of(&response.body);
         let response = self.put(&path, &json!({"close_sync_certify": "unknown"})).await?;
         self.seen.unknown_key_refused = Some(response.status.is_client_error());
         Ok(())
@@ -574,44 +542,6 @@ impl Observer {
             }
         }
     }
-}
-
-/// Repeated looks with growing pauses, so that few calls cover a long time.
-struct Looks {
-    start: Instant,
-    max_wait: Duration,
-    is_first: bool,
-}
-
-impl Looks {
-    fn new(start: Instant, max_wait: Duration) -> Self {
-        Self { start, max_wait, is_first: true }
-    }
-
-    /// What was looked for is there now.
-    fn seen(&self) -> Delay {
-        if self.is_first { Delay::None } else { Delay::Within(self.start.elapsed()) }
-    }
-
-    fn longer(&self) -> Delay {
-        Delay::Longer(self.max_wait)
-    }
-
-    /// Waits for the next look. Returns whether there is one.
-    async fn next(&mut self) -> bool {
-        self.is_first = false;
-        let elapsed = self.start.elapsed();
-        if elapsed >= self.max_wait {
-            return false;
-        }
-        let pause = elapsed.mul_f64(0.35).max(FIRST_PAUSE).min(self.max_wait.saturating_sub(elapsed));
-        sleep(pause).await;
-        true
-    }
-}
-
-pub(super) fn progress(text: &str, max_wait: Duration) {
-    anstream::eprintln!("{text}, at most {} s", max_wait.as_secs());
 }
 
 fn name(marker: &str, suffix: &str) -> String {
@@ -640,34 +570,4 @@ fn id_of(record: &Value) -> Option<String> {
 fn ids(page: &Value) -> Vec<String> {
     let rows = page["data"].as_array().into_iter().flatten();
     rows.filter_map(|row| row["id"].as_str()).map(str::to_owned).collect()
-}
-
-fn leads_with(conditions: Vec<Value>) -> Value {
-    json!({"type": "and", "queries": [
-        {"type": "object_type", "object_type": "lead"}, {"type": "or", "queries": conditions}]})
-}
-
-fn text(mode: &str, value: &str) -> Value {
-    json!({"type": "text", "mode": mode, "value": value})
-}
-
-fn by_name(word: &str) -> Value {
-    json!({"type": "field_condition",
-        "field": {"type": "regular_field", "object_type": "lead", "field_name": "name"},
-        "condition": text("full_words", word)})
-}
-
-fn by_custom(key: &str, mode: &str, value: &str) -> Value {
-    let id = key.strip_prefix("custom.").unwrap_or(key);
-    json!({"type": "field_condition", "field": {"type": "custom_field", "custom_field_id": id},
-        "condition": text(mode, value)})
-}
-
-fn contact_with_email(email: &str) -> Value {
-    let field = json!({"type": "regular_field", "object_type": "contact_email", "field_name": "email"});
-    json!({"type": "and", "queries": [
-        {"type": "object_type", "object_type": "contact"},
-        {"type": "has_related", "this_object_type": "contact", "related_object_type": "contact_email",
-            "related_query": {"type": "field_condition", "field": field, "condition": text("exact_value", email)}},
-    ]})
 }

@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::VERSION;
-use crate::cli::certify::findings::{Finding, Status};
+use crate::cli::certify::finding::{Finding, Status};
 use crate::text::{json, line};
 
 #[derive(Serialize)]
@@ -35,7 +35,13 @@ impl Report {
         findings: Vec<Finding>,
         left_behind: Vec<String>,
     ) -> Self {
-        let behaviour = findings.iter().flat_map(|finding| finding.behaviour.clone()).collect();
+        let mut behaviour: Map<String, Value> = Map::new();
+        for (key, value) in findings.iter().flat_map(|finding| finding.behaviour.clone()) {
+            match (behaviour.get_mut(&key), value) {
+                (Some(Value::Array(known)), Value::Array(more)) => known.extend(more),
+                (_, value) => drop(behaviour.insert(key, value)),
+            }
+        }
         let settings = longest_of_each(findings.iter().filter_map(|finding| finding.setting.as_deref()));
         let at = format!("{:.0}", jiff::Timestamp::now());
         Self {
