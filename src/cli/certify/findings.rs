@@ -43,13 +43,13 @@ fn found(assumption: Assumption, seen: &Observations, configured: Configured) ->
             seen.read_changed.map(|delay| read(delay, "the change").like("read_lag", lag(delay)))
         }
         Assumption::ReadDeleted => seen.read_deleted.map(|delay| read(delay, "the deletion")),
-        Assumption::SearchCreated => {
-            seen.search_created.map(|delay| search(delay, configured).like("search_lag", lag(delay)))
-        }
+        Assumption::SearchCreated => seen.search_created.map(|delay| {
+            search(delay, configured).like("search_lag", lag(delay)).like("creation_search_lag", lag(delay))
+        }),
         Assumption::SearchKey => seen.search_key.map(|delay| search(delay, configured)),
-        Assumption::SearchChanged => {
-            seen.search_changed.map(|delay| search(delay, configured).like("custom_field_lag", lag(delay)))
-        }
+        Assumption::SearchChanged => seen
+            .search_changed
+            .map(|delay| search(delay, configured).like("custom_field_search_lag", lag(delay))),
         Assumption::EventLog => seen.event.map(event_log),
         Assumption::EventData => event_data(seen),
         Assumption::ExactSearch => seen.exact.map(exact),
@@ -224,7 +224,7 @@ fn read_lists(form: ContactsForm) -> Found {
         }
         ContactsForm::WithoutContactIds => Found::new(Status::Handled, word, "close-sync uses `contacts`"),
         ContactsForm::WithoutContacts | ContactsForm::Partial => {
-            let value = if form == ContactsForm::Partial { "partial" } else { "missing" };
+            let value = if form == ContactsForm::Partial { "without_newest" } else { "absent" };
             Found::new(Status::Handled, word, "close-sync reads the missing Contacts one by one")
                 .like("lead_contacts", value)
         }
@@ -239,7 +239,7 @@ fn read_lists(form: ContactsForm) -> Found {
 fn contact_lists(unknown: &[(&'static str, ListForm)]) -> Found {
     if unknown.is_empty() {
         return Found::new(Status::AsAssumed, "it does", "close-sync adds to the lists")
-            .like("contact_lists", "present");
+            .like("contact_lists", "whole");
     }
     let parts: Vec<String> =
         unknown.iter().map(|(list, form)| format!("{list} {}", <&str>::from(form))).collect();
@@ -505,7 +505,7 @@ mod tests {
         ] {
             let finding = one(Assumption::SearchChanged, |seen| seen.search_changed = Some(delay));
             assert_eq!((finding.status, finding.setting.as_deref()), (status, setting), "{delay:?}");
-            assert!(finding.behaviour.contains_key("custom_field_lag"));
+            assert!(finding.behaviour.contains_key("custom_field_search_lag"));
         }
     }
 

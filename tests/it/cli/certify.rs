@@ -11,9 +11,10 @@ use serde_json::{Value, json};
 use crate::support::{Bench, TIMEOUT};
 
 /// Each behaviour with another value than the default, and the assumption whose finding must show it.
-const VISIBLE: [(&str, &str, &str); 27] = [
+const VISIBLE: [(&str, &str, &str); 28] = [
     ("search_lag", "2s", "search_created"),
-    ("custom_field_lag", "3s", "search_changed"),
+    ("creation_search_lag", "2s", "search_created"),
+    ("custom_field_search_lag", "3s", "search_changed"),
     ("read_lag", "1s", "read_changed"),
     ("event_lag", "1s", "event_log"),
     ("header_style", "legacy", "rate_limit_header"),
@@ -26,7 +27,7 @@ const VISIBLE: [(&str, &str, &str); 27] = [
     ("search_rows", "only_ids", "search_rows"),
     ("exact_value", "refused", "exact_search"),
     ("descending_cursor", "exact", "descending_cursor"),
-    ("lead_contacts", "partial", "lead_contacts"),
+    ("lead_contacts", "absent", "lead_contacts"),
     ("contact_lists", "null", "contact_lists"),
     ("missing_slash", "redirected", "missing_slash"),
     ("created_lead", "without_contact_ids", "created_lead"),

@@ -149,8 +149,14 @@ impl Behaviour {
     /// # Errors
     /// As `change`.
     pub fn set(&mut self, key: &str, value: &str) -> Result<(), String> {
-        let value = serde_json::from_str(value).unwrap_or_else(|_| json!(value));
-        self.change(Object::from_iter([(key.to_owned(), value)]))
+        let set = |value: Value| Object::from_iter([(key.to_owned(), value)]);
+        let parsed = serde_json::from_str(value).unwrap_or_else(|_| json!(value));
+        let is_null = parsed.is_null();
+        match self.change(set(parsed)) {
+            // Some fields can be null, some have the word as a value.
+            Err(_) if is_null => self.change(set(json!(value))),
+            result => result,
+        }
     }
 
     /// The fields by name, as JSON.
