@@ -25,6 +25,7 @@
 //!                                           out (domain::staleness), several events become one write
 //!                                           (domain::merge)
 //!                        record_locks       locks the records of the plan against other writes
+//!                        attempt::freshness takes the budget of a write, then reads again what a person may have changed
 //!                        close::client      sends the steps, each through the rate limiter of its group
 //!                        retry              after a failure: in place, delay queue, dead letter, or pause
 //!   consumer             publishes the successor if there is one, waits for the confirm, then acks

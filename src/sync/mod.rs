@@ -12,6 +12,9 @@
 //! company changes all Contacts of a person, so it waits as well. For a pending creation the guard first reads the
 //! event log, which shows a creation at once; not finding it there proves nothing.
 //!
+//! **Reads by id** may be stale, and may leave out Contacts and lists ([`crate::sync::recent_records`]). A write that could
+//! undo what a person entered follows a read that is at most a second old (`attempt::freshness`).
+//!
 //! **Staleness** ([`crate::domain::staleness`]) skips values that are older than what Close holds. **Merging**
 //! ([`crate::domain::merge`]) writes consecutive messages about one person at once.
 //!
