@@ -99,6 +99,6 @@ async fn find_by_marker(client: &mut RawClient, marker: &str) -> Result<Vec<Stri
     let response = client.call(Method::GET, path, None).await?;
     let page: Value = serde_json::from_slice(&response.body).unwrap_or_default();
     let events = page["data"].as_array().into_iter().flatten().map(|event| &event["data"]);
-    let marked = events.filter(|lead| lead["name"].as_str().is_some_and(|name| name.contains(marker)));
-    Ok(marked.filter_map(|lead| lead["id"].as_str()).map(str::to_owned).collect())
+    let leads = events.filter(|lead| lead["name"].as_str().is_some_and(|name| name.contains(marker)));
+    Ok(leads.filter_map(|lead| lead["id"].as_str()).map(str::to_owned).collect())
 }

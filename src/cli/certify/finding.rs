@@ -42,7 +42,8 @@ pub(super) struct Finding {
 /// The parts of a finding that depend on the observation.
 pub(super) struct Found {
     pub(super) status: Status,
-    pub(super) found: String,
+    /// What was found.
+    pub(super) text: String,
     pub(super) meaning: String,
     pub(super) setting: Option<String>,
     pub(super) behaviour: Map<String, Value>,
@@ -50,8 +51,8 @@ pub(super) struct Found {
 
 impl Found {
     pub(super) fn new(status: Status, found: impl Into<String>, meaning: impl Into<String>) -> Self {
-        let (found, meaning) = (found.into(), meaning.into());
-        Self { status, found, meaning, setting: None, behaviour: Map::new() }
+        let (text, meaning) = (found.into(), meaning.into());
+        Self { status, text, meaning, setting: None, behaviour: Map::new() }
     }
 
     pub(super) fn unknown() -> Self {
@@ -65,7 +66,7 @@ impl Found {
     }
 
     pub(super) fn of(self, assumption: Assumption, subject: Option<String>) -> Finding {
-        let Self { status, found, meaning, setting, behaviour } = self;
+        let Self { status, text: found, meaning, setting, behaviour } = self;
         let assumed = assumption.assumed();
         Finding { assumption, subject, status, assumed, found, meaning, setting, behaviour }
     }

@@ -20,9 +20,12 @@ pub(super) struct Configured {
 
 /// One finding for each assumption, and one for each configured field.
 pub(super) fn findings(seen: &Observations, configured: Configured) -> Vec<Finding> {
-    let of = |assumption: &Assumption| match assumption {
-        Assumption::FieldReadBack => seen.fields.iter().map(values::field).collect(),
-        other => vec![found(*other, seen, configured).unwrap_or_else(Found::unknown).of(*other, None)],
+    let of = |assumption: &Assumption| -> Vec<Finding> {
+        if *assumption == Assumption::FieldReadBack {
+            return seen.fields.iter().map(values::field).collect();
+        }
+        let found = found(*assumption, seen, configured).unwrap_or_else(Found::unknown);
+        vec![found.of(*assumption, None)]
     };
     Assumption::VARIANTS.iter().flat_map(of).collect()
 }
@@ -166,13 +169,16 @@ fn headers(seen: &Observations) -> Option<Found> {
         HeaderForm::Unreadable | HeaderForm::UnreadableAndTriple => {
             (Status::Handled, "close-sync reads the other headers, or keeps its own cautious pace")
         }
-        _ => (Status::AsAssumed, "close-sync uses the whole limit and avoids a 429"),
+        HeaderForm::Comma
+        | HeaderForm::Semicolon
+        | HeaderForm::SemicolonAndTriple
+        | HeaderForm::Triple
+        | HeaderForm::Legacy
+        | HeaderForm::Proxy => (Status::AsAssumed, "close-sync uses the whole limit and avoids a 429"),
     };
     let found = Found::new(status, names.join(", "), meaning);
-    Some(match worst {
-        HeaderForm::Unreadable | HeaderForm::Triple => found,
-        _ => found.like("header_style", <&str>::from(worst)),
-    })
+    let has_no_name = matches!(worst, HeaderForm::Unreadable | HeaderForm::Triple);
+    Some(if has_no_name { found } else { found.like("header_style", <&str>::from(worst)) })
 }
 
 fn times(seen: &Observations) -> Option<Found> {
@@ -382,8 +388,10 @@ fn exact(exact: Exact) -> Found {
     match exact {
         Exact::FoldsCase => Found::new(Status::AsAssumed, "it ignores case", "close-sync compares again")
             .like("exact_value", word),
-        Exact::Exact => Found::new(Status::AsAssumed, "it distinguishes case", "close-sync compares again")
-            .like("exact_value", word),
+        Exact::KeepsCase => {
+            Found::new(Status::AsAssumed, "it distinguishes case", "close-sync compares again")
+                .like("exact_value", word)
+        }
         Exact::Words => Found::new(
             Status::Handled,
             "it also finds longer values",
@@ -538,6 +546,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::too_many_lines, reason = "a table")]
     fn the_simulator_learns_what_was_found() {
         type See = fn(&mut Observations);
         let cases: [(Assumption, See, Status, Value); 12] = [

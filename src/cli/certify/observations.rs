@@ -238,7 +238,8 @@ pub(super) enum Exact {
     /// Whole values, ignoring case.
     FoldsCase,
     /// Whole values.
-    Exact,
+    #[strum(serialize = "exact")]
+    KeepsCase,
     /// Also values that only contain the words.
     Words,
     /// 400.

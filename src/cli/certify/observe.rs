@@ -390,7 +390,7 @@ impl Observer {
             } else if has(1, &leads.keyed) {
                 Exact::FoldsCase
             } else {
-                Exact::Exact
+                Exact::KeepsCase
             });
         }
         if self.seen.exact != Some(Exact::Refused)

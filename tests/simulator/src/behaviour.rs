@@ -131,16 +131,16 @@ impl Behaviour {
     /// An unknown field or an invalid value. Then nothing is changed.
     pub fn change(&mut self, changes: Object) -> Result<(), String> {
         let mut fields = self.fields();
-        let mut changed = self.clone();
+        let mut new = self.clone();
         for (key, value) in changes {
             let Some(field) = fields.get_mut(&key) else {
                 let known: Vec<&str> = fields.keys().map(String::as_str).collect();
                 return Err(format!("unknown setting `{key}`; known: {}", known.join(", ")));
             };
             *field = value;
-            changed = serde_json::from_value(json!(fields)).map_err(|error| format!("`{key}`: {error}"))?;
+            new = serde_json::from_value(json!(fields)).map_err(|error| format!("`{key}`: {error}"))?;
         }
-        *self = changed;
+        *self = new;
         Ok(())
     }
 
@@ -163,7 +163,9 @@ impl Behaviour {
     pub fn fields(&self) -> Object {
         match json!(self) {
             Value::Object(fields) => fields,
-            _ => Object::new(),
+            Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_) => {
+                Object::new()
+            }
         }
     }
 }

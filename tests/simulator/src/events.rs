@@ -198,7 +198,7 @@ impl<'a> Filter<'a> {
             }
         }
         let names: BTreeSet<&str> = filter.equal.iter().map(|(name, _)| *name).collect();
-        if !COMBINATIONS.iter().any(|known| names == BTreeSet::from_iter(known.iter().copied())) {
+        if !COMBINATIONS.iter().any(|known| known.iter().copied().collect::<BTreeSet<_>>() == names) {
             let names: Vec<&str> = names.into_iter().collect();
             let text = format!("This combination of filters is not supported: {}.", names.join(", "));
             return Err(Refusal::Malformed(text));

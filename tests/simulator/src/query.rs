@@ -152,17 +152,17 @@ pub(crate) fn legacy(text: &str, kind: Kind, schema: &Schema) -> Result<Query, S
             continue;
         };
         let regular = |object: &str, name: &str| Field::Regular { object: object.into(), name: name.into() };
-        let test = Condition::Text(TextMatch::Phrase(words(value)));
+        let condition = Condition::Text(TextMatch::Phrase(words(value)));
         let query = match (key, kind) {
             ("sort", _) => continue,
             ("id", _) => Query::Id(value.into()),
-            ("name" | "company", Kind::Lead) => Query::Field(regular("lead", "name"), test),
-            ("name", Kind::Contact) => Query::Field(regular("contact", "name"), test),
+            ("name" | "company", Kind::Lead) => Query::Field(regular("lead", "name"), condition),
+            ("name", Kind::Contact) => Query::Field(regular("contact", "name"), condition),
             ("email" | "email_address", _) => {
                 let with_email = Query::Related {
                     this: "contact".into(),
                     related: "contact_email".into(),
-                    query: Box::new(Query::Field(regular("contact_email", "email"), test)),
+                    query: Box::new(Query::Field(regular("contact_email", "email"), condition)),
                 };
                 match kind {
                     Kind::Contact => with_email,
@@ -173,7 +173,7 @@ pub(crate) fn legacy(text: &str, kind: Kind, schema: &Schema) -> Result<Query, S
                 let name =
                     custom.strip_prefix("custom.").ok_or_else(|| format!("Unknown field '{custom}'."))?;
                 let field = schema.field(kind, name).ok_or_else(|| format!("Unknown field '{custom}'."))?;
-                Query::Field(Field::Custom(format!("custom.{}", field.id)), test)
+                Query::Field(Field::Custom(format!("custom.{}", field.id)), condition)
             }
         };
         queries.push(query);

@@ -227,7 +227,7 @@ async fn lists_read_the_lagging_index() {
     for (lists_from_index, expected) in [(true, 0), (false, 1)] {
         let settings = Settings::fast().with(|close| {
             close.lists_from_index = lists_from_index;
-            close.search_lag = Lag::Fixed(Duration::from_secs(60));
+            close.search_lag = Lag::Fixed(Duration::from_mins(1));
         });
         let (simulator, client) = start(settings).await;
         let lead = client.post("lead/", json!({"contacts": [{"name": "Jane"}]})).await.json();
