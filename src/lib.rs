@@ -64,7 +64,8 @@
 //!    have missed a creation.
 //! 6. Messages that share a key apply in the order they were published. None overwrites what a newer event has set.
 //! 7. A fault that is not the message's costs the message nothing: consumption pauses, messages wait.
-//! 8. The only global state is the panic hook, the TLS provider, and the subscribers of logs and spans. Two workers
+//! 8. The only global state is the panic hook, the TLS provider, the rules of phone numbers, and the subscribers of
+//!    logs and spans. Two workers
 //!    run side by side in one process.
 //! 9. No personal data in logs, labels, traces, error headers or panic messages.
 //!

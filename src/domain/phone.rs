@@ -42,10 +42,10 @@ impl Country {
         if stored_form(sent, None).is_some() {
             return None;
         }
-        let number = parse(stored, None)?;
-        let own = PHONE_NUMBER_UTIL.get_region_for_number(&number).map(Self);
-        let reads = |country: &Self| stored_form(sent, Some(*country)).as_deref() == Some(stored);
-        Self::of(&number).into_iter().chain(own).find(reads)
+        // Which of the countries that share a country code it is does not matter for reading. Asking the library would cost
+        // hundreds of megabytes of compiled patterns for numbers of all countries.
+        let country = Self::of(&parse(stored, None)?)?;
+        (stored_form(sent, Some(country)).as_deref() == Some(stored)).then_some(country)
     }
 }
 
@@ -56,8 +56,14 @@ impl std::fmt::Display for Country {
     }
 }
 
+/// The longest text that the library reads.
+const MAX_TEXT: usize = 250;
+
 /// A number as Close reads it. `None` if it is not a number, or a national one and the country is unknown.
 fn parse(text: &str, country: Option<Country>) -> Option<PhoneNumber> {
+    if text.len() > MAX_TEXT {
+        return None;
+    }
     // Close removes the country code of a number without `+` before it calls the library.
     let code = country.and_then(Country::calling_code).map(|code| code.to_string());
     let text = code.and_then(|code| text.strip_prefix(code.as_str())).unwrap_or(text);
