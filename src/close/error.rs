@@ -178,14 +178,13 @@ impl CloseError {
                 | Fault::Foreign { .. }
                 | Fault::Redirected { .. },
             ) => true,
-            Self::Transient(Fault::UnknownUrl) => false,
             Self::Unauthorized
             | Self::PlanLimit
             | Self::Forbidden
             | Self::NotFound
             | Self::Rejected(_)
             | Self::Unreachable(_)
-            | Self::Transient(Fault::NotYet | Fault::Vanished) => false,
+            | Self::Transient(Fault::NotYet | Fault::Vanished | Fault::UnknownUrl) => false,
         }
     }
 }
@@ -244,9 +243,11 @@ mod tests {
 
     fn read(status: u16, body: &str) -> String {
         let answer = ErrorAnswer { status, is_json: false, location: None, body: body.as_bytes() };
-        match CloseError::of_answer(&answer) {
-            CloseError::Transient(Fault::Foreign { status, form }) => format!("foreign {status} {form}"),
-            error => error.label().to_owned(),
+        let error = CloseError::of_answer(&answer);
+        if let CloseError::Transient(Fault::Foreign { status, form }) = error {
+            format!("foreign {status} {form}")
+        } else {
+            error.label().to_owned()
         }
     }
 

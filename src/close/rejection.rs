@@ -363,9 +363,9 @@ fn located(object: &Map<String, Value>) -> Option<(Vec<String>, &str)> {
         Value::Number(index) => vec![index.to_string()],
         Value::Null | Value::Bool(_) | Value::Array(_) | Value::Object(_) => Vec::new(),
     };
-    let mut path: Vec<String> = match location {
-        Value::Array(parts) => parts.iter().take(MAX_DEPTH * 2).flat_map(part).collect(),
-        other => part(other),
+    let mut path: Vec<String> = match location.as_array() {
+        Some(parts) => parts.iter().take(MAX_DEPTH * 2).flat_map(part).collect(),
+        None => part(location),
     };
     // Where the input was found.
     if path.first().is_some_and(|name| ["body", "query"].contains(&name.as_str())) {

@@ -77,7 +77,9 @@ mod tests {
     fn the_memory_is_bounded_and_forgets_the_oldest() {
         let mut refused = RefusedValues::default();
         let values: Vec<Value> = (0..100).map(Value::from).collect();
-        values.iter().for_each(|value| refused.insert([("phones", value)]));
+        for value in &values {
+            refused.insert([("phones", value)]);
+        }
         let known = values.iter().filter(|value| refused.contains([("phones", *value)])).count();
         assert_eq!((known, refused.contains([("phones", &values[99])])), (MAX_GROUPS, true));
         let mut other = RefusedValues::default();

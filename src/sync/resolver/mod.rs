@@ -62,7 +62,9 @@ impl<R: Records> Resolver<'_, R> {
         let found = self.find(&first.identity, needs_leads).await?;
         let mut versions = self.version_cache.versions_of(&found, &first.synced_at);
         if self.retry_refused {
-            versions.values_mut().for_each(|versions| versions.refused = RefusedValues::default());
+            for versions in versions.values_mut() {
+                versions.refused = RefusedValues::default();
+            }
         }
         let readback = self.readback_cache.about(&found);
         let merged = MergedPlan::plan(first, others, &found, self.switches, &versions, &readback);

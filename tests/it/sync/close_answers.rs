@@ -46,7 +46,7 @@ async fn a_refused_value_costs_only_itself_in_every_shape_of_errors() {
             json!({"name": "Jane", "email": format!("u{number}@acme.test"), "title": "CEO",
                 "phone": "+999 123456", "company": {"id": company}}),
         );
-        bench.publish(&[event.clone()]).await;
+        bench.publish(std::slice::from_ref(&event)).await;
         worker.settled(2 * number - 1).await;
         let written = lead(&bench, &company);
         let contact = &written["contacts"][0];

@@ -277,7 +277,9 @@ mod tests {
         search(&map(body), schema, ExactValue::FoldsCase, index, cursors, token, at(now)).map_err(|refusal| {
             match refusal {
                 Refusal::Invalid(errors) => errors.fields.values().next().cloned().unwrap_or_default(),
-                refusal => refusal.body()["error"].clone(),
+                Refusal::Missing(_) | Refusal::NoMergeSource | Refusal::Malformed(_) => {
+                    refusal.body()["error"].clone()
+                }
             }
         })
     }
