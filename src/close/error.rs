@@ -6,7 +6,7 @@
 use serde_json::Value;
 use strum::Display;
 
-use crate::close::rejection::Rejection;
+use crate::close::rejection::{MAX_ERROR_BODY, Rejection};
 
 /// A call to Close that did not succeed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -208,7 +208,11 @@ const NO_SUCH_URL: &str = "requested url was not found";
 /// Whether an answer has a form in which Close answers with this status (close-api.md §3).
 fn is_from_close(status: u16, form: Form, is_json: bool, body: &[u8]) -> bool {
     match form {
-        Form::Json => serde_json::from_slice::<Value>(body).is_ok_and(|body| body.is_object()),
+        // A body that was cut off is not valid any more.
+        Form::Json => {
+            body.len() >= MAX_ERROR_BODY
+                || serde_json::from_slice::<Value>(body).is_ok_and(|body| body.is_object())
+        }
         Form::Empty => is_json,
         // Close's own client expects this.
         Form::Text => status == 403 && body.trim_ascii().eq_ignore_ascii_case(b"forbidden"),
@@ -275,6 +279,8 @@ mod tests {
         for (status, body, expected) in cases {
             assert_eq!(read(status, body), expected, "{status} {body}");
         }
+        let cut_off = format!("{{\"error\": \"{}", "x".repeat(MAX_ERROR_BODY));
+        assert_eq!(read(400, &cut_off), "rejected");
         let empty = ErrorAnswer { status: 401, is_json: true, location: None, body: b"" };
         assert_eq!(CloseError::of_answer(&empty), CloseError::Unauthorized);
     }

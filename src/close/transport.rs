@@ -89,7 +89,8 @@ impl Http {
         let mut body = Vec::new();
         while let Some(chunk) = response.chunk().await.map_err(|error| fault(&error))? {
             if !status.is_success() && body.len() + chunk.len() > MAX_ERROR_BODY {
-                // The status says enough.
+                // The status and the start say enough.
+                body.extend(chunk.iter().copied().take(MAX_ERROR_BODY - body.len()));
                 break;
             }
             if body.len() + chunk.len() > max_answer {
