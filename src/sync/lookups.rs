@@ -2,11 +2,11 @@
 //! the [`Decision`]. Which look-up comes next is the resolver's decision. Each answer is checked against the memory of
 //! recent records, because reads may be stale.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use tokio::time::Instant;
 
-use crate::close::{self, CloseError, CreatedIds, Fault, Records};
+use crate::close::{CloseError, CreatedIds, Fault, LeadWithPerson, Records};
 use crate::domain::decision::{Candidate, Decision, LookUp};
 use crate::domain::mapping::{Identity, Key, KeyFields};
 use crate::domain::matching::{
@@ -17,8 +17,8 @@ use crate::domain::record::{Contact, ContactId, FieldId, Lead, LeadId};
 use crate::sync::id_cache::IdCache;
 use crate::sync::recent_records::{Newest, RecentRecords};
 
-/// A Lead, and the person's Contacts in it.
-pub(crate) type LeadWithPerson = (Lead, MatchedContacts);
+/// The most Contacts that are read one by one because the answer with their Lead lacks them.
+const MAX_MISSING: usize = 20;
 
 pub(crate) struct Lookups<'a, R> {
     pub(crate) records: &'a R,
@@ -78,39 +78,68 @@ impl<R: Records> Lookups<'_, R> {
         Ok(company_leads(hits, company_id, self.keys))
     }
 
-    /// A Lead with the person's Contacts. Also reads those that the answer lacks: without them a person in the Lead would
-    /// get a second Contact.
     async fn read_lead(&mut self, id: &LeadId, person: &Identity) -> Result<LeadWithPerson, CloseError> {
         let answer = self.records.lead(id, person, self.keys).await;
         self.note(LookUp::Read(id.to_string()));
         let answer = answer.map_err(|error| self.if_not_found(error, id.as_str()))?;
-        let close::LeadWithPerson { lead, people, mut missing } = answer;
-        let Newest { record: lead, stale } = self.recent.lead(lead);
-        let read = self.note_read(id.as_str(), stale);
+        let Newest { record: lead, stale } = self.recent.lead(answer.lead);
+        self.note_read(id.as_str(), stale);
+        Ok(LeadWithPerson { lead, ..answer })
+    }
+
+    /// The person's Contacts in a Lead that was just read. Reads those that the answer lacks: without them a person in the
+    /// Lead would get a second Contact.
+    pub(crate) async fn people_of(
+        &mut self,
+        answer: LeadWithPerson,
+        person: &Identity,
+    ) -> Result<MatchedContacts, CloseError> {
+        let LeadWithPerson { lead, people, missing } = answer;
         self.note_people(&people, false);
+        let read = self.reads.get(lead.id.as_str()).copied();
         let mut contacts = Vec::with_capacity(people.contacts.len());
         for contact in people.contacts {
             let Newest { record, stale } = self.recent.member(contact);
-            self.reads.insert(record.id.to_string(), Read { stale, ..read });
+            if let Some(read) = read {
+                self.reads.insert(record.id.to_string(), Read { stale, ..read });
+            }
             contacts.push(record);
         }
+        let mut ids = self.worth_reading(missing, person).await?;
         // The answer may be older than a Contact that was added to the Lead a moment ago.
         let known = person.person().flat_map(|key| self.id_cache.contacts(&key).ids);
-        missing.extend(known.filter(|contact| self.recent.is_in_lead(contact, id, person, self.keys)));
-        missing.sort();
-        missing.dedup();
-        missing.retain(|id| !contacts.iter().any(|contact| contact.id == *id));
-        for missing in missing {
-            match self.read_contact(&missing).await {
-                Ok(contact) if contact.lead_id.as_ref().is_none_or(|lead| lead == id) => {
-                    contacts.push(contact)
+        ids.extend(known.filter(|contact| self.recent.is_in_lead(contact, &lead.id, person, self.keys)));
+        ids.sort();
+        ids.dedup();
+        ids.retain(|id| !contacts.iter().any(|contact| contact.id == *id));
+        for id in ids {
+            match self.read_contact(&id).await {
+                Ok(contact) if contact.lead_id.as_ref().is_none_or(|id| *id == lead.id) => {
+                    contacts.push(contact);
                 }
                 // Moved or deleted since, and the Lead still lists it.
                 Ok(_) | Err(CloseError::NotFound) => {}
                 Err(error) => return Err(error),
             }
         }
-        Ok((lead, match_contacts(contacts, person, self.keys)))
+        Ok(match_contacts(contacts, person, self.keys))
+    }
+
+    /// The Contacts among those that a Lead's answer lacks that may be the person. Of a few, all are read. A Lead can have
+    /// thousands, and then search and the id cache tell which.
+    async fn worth_reading(
+        &mut self,
+        missing: Vec<ContactId>,
+        person: &Identity,
+    ) -> Result<Vec<ContactId>, CloseError> {
+        if missing.len() <= MAX_MISSING {
+            return Ok(missing);
+        }
+        let ContactHits { by_user, by_email } = self.search_contacts(person).await?;
+        let ids = self.with_cached(person.user(), by_user);
+        let ids = [ids, self.with_cached(person.email(), by_email)].concat();
+        let missing: HashSet<ContactId> = missing.into_iter().collect();
+        Ok(ids.into_iter().filter(|id| missing.contains(id)).collect())
     }
 
     /// Reads a record again that is about to be written. Fails when Close shows an older state than before: writing a list of
@@ -170,7 +199,7 @@ impl<R: Records> Lookups<'_, R> {
     ) -> Result<Option<LeadWithPerson>, CloseError> {
         let answer = self.read_lead(id, person).await;
         let verdict = match &answer {
-            Ok((lead, _)) => match_lead(lead, company_id, self.keys),
+            Ok(LeadWithPerson { lead, .. }) => match_lead(lead, company_id, self.keys),
             Err(CloseError::NotFound) => Verdict::Gone,
             Err(_) => return answer.map(Some),
         };
@@ -186,7 +215,7 @@ impl<R: Records> Lookups<'_, R> {
     ) -> Result<Vec<LeadWithPerson>, CloseError> {
         let mut leads: Vec<LeadWithPerson> = Vec::new();
         for id in contacts.iter().filter_map(|contact| contact.lead_id.as_ref()) {
-            if !leads.iter().any(|(lead, _)| lead.id == *id) {
+            if !leads.iter().any(|read| read.lead.id == *id) {
                 leads.push(self.read_lead(id, person).await?);
             }
         }

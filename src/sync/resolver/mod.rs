@@ -8,19 +8,17 @@
 #[cfg(test)]
 mod tests;
 
-use crate::close::{CloseError, Records};
+use crate::close::{CloseError, LeadWithPerson, Records};
 use crate::domain::decision::Decision;
 use crate::domain::mapping::{Desired, Identity, WriteRule};
-use crate::domain::matching::{
-    self, ContactMatch, Found, MatchedContacts, Verdict, compare, match_contacts, match_lead,
-};
+use crate::domain::matching::{self, ContactMatch, Found, Verdict, compare, match_contacts, match_lead};
 use crate::domain::merge::MergedPlan;
 use crate::domain::plan::Step;
 use crate::domain::record::{Contact, Lead};
 use crate::domain::refused::RefusedValues;
 use crate::domain::staleness::RecordVersions;
 use crate::domain::switches::Switches;
-use crate::sync::lookups::{ContactHits, LeadWithPerson, Lookups, Reads};
+use crate::sync::lookups::{ContactHits, Lookups, Reads};
 use crate::sync::readback_cache::ReadbackCache;
 use crate::sync::version_cache::VersionCache;
 
@@ -78,9 +76,10 @@ impl<R: Records> Resolver<'_, R> {
 
     async fn find(&mut self, person: &Identity, needs_leads: bool) -> Result<Found, CloseError> {
         if let Some(company_id) = &person.company_id
-            && let Some((lead, people)) = self.find_company_lead(company_id, person).await?
+            && let Some(found) = self.find_company_lead(company_id, person).await?
         {
-            let contacts = self.remember_people(people, person);
+            let lead = found.lead.clone();
+            let contacts = self.people_of(found, person).await?;
             // A Contact elsewhere matters only if duplicates are forbidden.
             let elsewhere = contacts.is_empty()
                 && !self.switches.allow_creating_duplicate_contacts
@@ -99,7 +98,7 @@ impl<R: Records> Resolver<'_, R> {
         let leads =
             if needs_leads { self.lookups.read_leads_of(&contacts, person).await? } else { Vec::new() };
         let lead_of = |contact: &Contact| -> Option<Lead> {
-            let mut leads = leads.iter().map(|(lead, _)| lead);
+            let mut leads = leads.iter().map(|found| &found.lead);
             leads.find(|lead| Some(&lead.id) == contact.lead_id.as_ref()).cloned()
         };
         let people = contacts.iter().map(|contact| (contact.clone(), lead_of(contact))).collect();
@@ -123,7 +122,7 @@ impl<R: Records> Resolver<'_, R> {
         let mut candidates = self.lookups.search_leads(field, company_id).await?.into_iter();
         while let Some(candidate) = candidates.next() {
             if let Some(lead) = self.lookups.read_company_lead(&candidate.id, company_id, person).await? {
-                self.lookups.id_cache.remember_lead(company_id, lead.0.id.clone());
+                self.lookups.id_cache.remember_lead(company_id, lead.lead.id.clone());
                 for younger in candidates {
                     self.lookups.note_candidate(younger.id.as_str(), Verdict::YoungerLead);
                 }
@@ -142,28 +141,34 @@ impl<R: Records> Resolver<'_, R> {
     ) -> Result<Found, CloseError> {
         let keys = self.lookups.keys;
         let mut leads = self.lookups.read_leads_of(contacts, person).await?;
-        for (lead, _) in &leads {
+        for LeadWithPerson { lead, .. } in &leads {
             self.lookups.note_candidate(lead.id.as_str(), match_lead(lead, company_id, keys));
         }
-        let Some(chosen) = matching::adopt(leads.iter().map(|(lead, _)| lead), company_id, keys) else {
+        let Some(chosen) = matching::adopt(leads.iter().map(|found| &found.lead), company_id, keys) else {
             return Ok(Found::OtherCompany);
         };
-        let (lead, people) = leads.swap_remove(chosen);
+        let chosen = leads.swap_remove(chosen);
+        let lead = chosen.lead.clone();
         let adopted = match_lead(&lead, company_id, keys) == Verdict::NoCompany;
         if !adopted {
             // It is the company's already, but search does not show that yet.
             self.lookups.id_cache.remember_lead(company_id, lead.id.clone());
         }
         // All of the person's Contacts in the Lead, not only those found: those are limited to ten, anywhere.
-        let contacts = self.remember_people(people, person);
+        let contacts = self.people_of(chosen, person).await?;
         Ok(Found::InLead { lead, contacts, adopted, elsewhere: false })
     }
 
-    /// Notes and caches the person's Contacts in a Lead.
-    fn remember_people(&mut self, people: MatchedContacts, person: &Identity) -> Vec<Contact> {
+    /// The person's Contacts in a Lead, noted and cached.
+    async fn people_of(
+        &mut self,
+        found: LeadWithPerson,
+        person: &Identity,
+    ) -> Result<Vec<Contact>, CloseError> {
+        let people = self.lookups.people_of(found, person).await?;
         self.lookups.note_people(&people, false);
         self.lookups.remember_contacts(&people.contacts, person);
-        people.contacts
+        Ok(people.contacts)
     }
 
     /// The person's Contacts, wherever they are: from the cache if it is complete, else from search and cache.

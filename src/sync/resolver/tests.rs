@@ -381,3 +381,24 @@ fn a_list_that_close_never_shows_is_not_written() {
         decision.dropped.iter().map(|dropped| (dropped.field.as_str(), dropped.reason)).collect();
     assert_eq!(dropped, [("emails", DropReason::ListUnknown), ("phones", DropReason::ListUnknown)]);
 }
+
+#[test]
+fn of_many_contacts_that_a_lead_lists_only_by_id_only_the_person_is_read() {
+    let others = (0..100).map(|n| contact(&format!("cont_other{n}"), "lead_1", Some(&format!("other{n}"))));
+    let others = others.map(|mut other| {
+        other["emails"] = json!([]);
+        other
+    });
+    let contacts: Vec<Value> = others.chain([contact("cont_1", "lead_1", Some("u1"))]).collect();
+    let mut records = InMemoryRecords::read(&[lead("lead_1", "2026-01-01", Some("acme"))], &contacts);
+    records.hidden = records.contacts.keys().cloned().collect();
+    let decision = decide_phone(&records);
+    assert_eq!(decision.case, Some(Case::PersonInLead));
+    let read = decision.look_ups.iter().filter(|look_up| matches!(look_up, LookUp::Read(_))).count();
+    assert_eq!(read, 2, "the Lead and the Contact");
+    // The Leads of a person whose event names no company are read for their own values.
+    let traits = json!({"email": "jane@acme.test", "plan": "pro"});
+    let decision = decide_traits(&records, &IdCache::default(), traits, Switches::default());
+    let read = decision.look_ups.iter().filter(|look_up| matches!(look_up, LookUp::Read(_))).count();
+    assert_eq!((decision.case, read), (Some(Case::KnownPerson), 2));
+}
