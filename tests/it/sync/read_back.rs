@@ -69,6 +69,10 @@ async fn a_phone_that_close_rewrites_is_sent_once() {
         expected.sort_unstable();
         assert_eq!(stored, expected, "{country}");
         worker.terminate().await;
+        // A new worker has learned nothing.
+        bench.simulator.behave(|close| close.country_in_me = true);
+        let outcomes = bench.sync(&events).await;
+        assert_eq!(outcomes.outcome("unchanged") as usize, phones.len(), "{country}");
     }
 }
 
