@@ -329,11 +329,15 @@ fn decide_phone(records: &InMemoryRecords) -> Decision {
 
 /// The phone numbers that the step for Jane's Contact writes.
 fn written_phones(decision: &Decision) -> Vec<&str> {
-    let phones = decision.plan.steps.iter().filter_map(|step| match step {
-        Step::UpdateContact { id, changes } if id.as_str() == "cont_1" => changes.lists.get(&Channel::Phone),
-        _ => None,
-    });
-    phones.flatten().map(|entry| entry.value.as_str()).collect()
+    let mut lists = None;
+    for step in &decision.plan.steps {
+        if let Step::UpdateContact { id, changes } = step
+            && id.as_str() == "cont_1"
+        {
+            lists = changes.lists.get(&Channel::Phone);
+        }
+    }
+    lists.into_iter().flatten().map(|entry| entry.value.as_str()).collect()
 }
 
 #[test]

@@ -83,7 +83,9 @@ impl State {
         };
         match write {
             Write::Creation(document) => {
-                Part::ALL.into_iter().for_each(|part| set(part, &document));
+                for part in Part::ALL {
+                    set(part, &document);
+                }
                 self.exists = true;
             }
             Write::Change(part, document) => set(part, &document),

@@ -211,7 +211,7 @@ fn came_too_late(
                 && (edited.at..=edited.at + window).contains(at)
                 && writes(&changes.fields, &changes.lists)
         }
-        _ => false,
+        Step::CreateLead { .. } | Step::CreateContact { .. } | Step::UpdateLead { .. } => false,
     })
 }
 

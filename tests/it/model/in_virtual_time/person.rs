@@ -66,7 +66,7 @@ impl Person {
             phones.into_iter().any(|entry| entry["phone"] == added.phone.as_str())
         };
         for lost in self.added.extract_if(.., |added| !has(added)) {
-            let age = at - lost.at;
+            let age = at.saturating_sub(lost.at);
             if age <= WINDOW + staleness {
                 self.lost += 1;
             } else {

@@ -10,8 +10,10 @@ use serde_json::Value;
 /// The states of each record from when they were written, oldest first. `None`: the record was deleted.
 #[derive(Debug, Default)]
 pub(super) struct Past {
-    states: HashMap<String, VecDeque<(Timestamp, Option<Arc<Value>>)>>,
+    states: HashMap<String, States>,
 }
+
+type States = VecDeque<(Timestamp, Option<Arc<Value>>)>;
 
 impl Past {
     /// Keeps a state that was written at `now`, and as many earlier ones as reads with this lag show.
