@@ -138,20 +138,6 @@ impl Client {
         }
     }
 
-    /// Reads a record. A 404 is checked with a second call, because a misconfigured gateway may also answer 404, and a
-    /// record that does not exist is created again.
-    async fn read<T>(
-        &self,
-        endpoint: Endpoint,
-        path: &str,
-        keep: impl Fn(&Value) -> Result<T, CloseError>,
-    ) -> Result<T, CloseError> {
-        match self.requests.read_record(endpoint, path, &keep).await {
-            Err(CloseError::NotFound) => self.requests.read_record(endpoint, path, &keep).await,
-            answer => answer,
-        }
-    }
-
     async fn search(&self, lookup: Lookup) -> Result<Rows, CloseError> {
         let rows = self.search.look_up(&self.requests, lookup).await.map_err(|failed| {
             self.duplicate_failure.store(failed.duplicate, Ordering::Relaxed);
@@ -190,12 +176,12 @@ impl Records for Client {
         keys: &KeyFields,
     ) -> Result<LeadWithPerson, CloseError> {
         let keep = |answer: &Value| Ok(wire::read_lead_with_contacts(answer)?.of_person(person, keys));
-        self.read(Endpoint::ReadLead, &wire::record_path("lead", id.as_str()), keep).await
+        self.requests.read_record(Endpoint::ReadLead, &wire::record_path("lead", id.as_str()), keep).await
     }
 
     async fn contact(&self, id: &ContactId) -> Result<Contact, CloseError> {
         let path = wire::record_path("contact", id.as_str());
-        self.read(Endpoint::ReadContact, &path, wire::read_contact).await
+        self.requests.read_record(Endpoint::ReadContact, &path, wire::read_contact).await
     }
 }
 

@@ -293,6 +293,15 @@ mod tests {
         };
         let (acme, globex) = tokio::join!(find("acme"), find("globex"));
         assert_eq!((acme, globex), (vec!["lead_a".to_owned()], vec!["lead_b".to_owned()]));
-        assert_eq!(calls(), ["data/search/ exact_value", "lead/lead_a/", "lead/lead_b/", "lead/lead_gone/"]);
+        assert_eq!(
+            calls(),
+            [
+                "data/search/ exact_value",
+                "lead/lead_a/",
+                "lead/lead_b/",
+                "lead/lead_gone/",
+                "lead/lead_gone/"
+            ]
+        );
     }
 }

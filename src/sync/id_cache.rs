@@ -138,17 +138,22 @@ impl IdCache {
     }
 
     /// A record with these keys may have been created without an answer. Until then, a search that does not
-    /// find it proves nothing.
-    pub fn add_pending_creation(&self, keys: &[Key], until: Instant) {
+    /// find it proves nothing. Returns the keys as they were before, for [`Self::complete_creation`].
+    pub fn add_pending_creation(&self, keys: &[Key], until: Instant) -> Vec<(Key, Option<Instant>)> {
+        let before = keys.iter().map(|key| (key.clone(), self.pending_creations.get(key))).collect();
         for key in keys {
             self.pending_creations.insert(key.clone(), until);
         }
+        before
     }
 
-    /// Close answered the creation.
-    pub fn complete_creation(&self, keys: &[Key]) {
-        for key in keys {
-            self.pending_creations.invalidate(key);
+    /// Close answered the creation. An earlier one with the same key stays pending.
+    pub fn complete_creation(&self, before: Vec<(Key, Option<Instant>)>) {
+        for (key, until) in before {
+            match until {
+                Some(until) => self.pending_creations.insert(key, until),
+                None => self.pending_creations.invalidate(&key),
+            }
         }
     }
 

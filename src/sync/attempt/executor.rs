@@ -137,7 +137,7 @@ impl<C: Api> Executor<'_, C> {
         let Context { id_cache, recent, settings, client, .. } = self.context;
         let adopts = found.adopts() && matches!(step, Step::UpdateLead { .. });
         let gives_keys = adopts || step.creates();
-        let result = loop {
+        let (result, before) = loop {
             // The wait for budget comes first, so that the write follows its reads at once.
             let permit = match self.permit.take() {
                 Some(permit) => permit,
@@ -146,23 +146,30 @@ impl<C: Api> Executor<'_, C> {
             if let Some(fresh) = self.changed(step, found).await? {
                 return Err(Stopped::Changed(fresh, permit));
             }
-            if gives_keys {
+            let before = gives_keys.then(|| {
                 let until = Instant::now() + client.timeout() + settings.search_lag;
-                id_cache.add_pending_creation(self.keys, until);
-            }
+                id_cache.add_pending_creation(self.keys, until)
+            });
             match self.client.write(step, permit).await {
-                Ok(Some(written)) => break Ok(written),
+                Ok(Some(written)) => break (Ok(written), before),
                 // A 429.
-                Ok(None) => {}
-                Err(error) => break Err(error),
+                Ok(None) => before.into_iter().for_each(|before| id_cache.complete_creation(before)),
+                Err(error) => break (Err(error), before),
             }
         };
-        if gives_keys {
-            match &result {
-                Err(error) if error.may_have_been_applied() => {
-                    id_cache.add_pending_creation(self.keys, Instant::now() + settings.search_lag);
-                }
-                Ok(_) | Err(_) => id_cache.complete_creation(self.keys),
+        if let Some(before) = before {
+            // Close did not say which Contact it created, so only search can find it.
+            let is_unknown = result.as_ref().is_ok_and(|written| {
+                matches!(step, Step::CreateLead { contact: Some(_), .. })
+                    && CreatedIds::of(step, written).contact.is_none()
+            });
+            if is_unknown {
+                self.desired.identity.person().for_each(|key| id_cache.forget_contacts(&key));
+            }
+            if is_unknown || result.as_ref().is_err_and(CloseError::may_have_been_applied) {
+                id_cache.add_pending_creation(self.keys, Instant::now() + settings.search_lag);
+            } else {
+                id_cache.complete_creation(before);
             }
         }
         let written = result.map_err(|error| match gone(step, &error) {

@@ -1,6 +1,7 @@
 //! The test bench: each test has its own simulator, its own queues on the shared broker, and workers as processes.
 
 pub(crate) mod amqp10;
+pub(crate) mod behaviour;
 pub(crate) mod dead_letters;
 mod node;
 pub(crate) mod producer;

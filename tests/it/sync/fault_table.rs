@@ -2,7 +2,8 @@
 //! and Close must hold the same records as without the fault, or less if Close rejected something.
 //!
 //! Runs the real worker over HTTP. This test takes the part of the broker: it delivers a delayed or returned message
-//! again.
+//! again. In each run Close behaves in another of the ways that were recorded or are plausible. `CLOSE_SYNC_TEST_SEED` sets
+//! the first seed of these.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write as _;
@@ -16,11 +17,13 @@ use close_sync::outcome::Outcome;
 use close_sync::scenario::render;
 use close_sync::sync::{Dependencies, Prepared, ReceivedAt, RunContext, Worker, preflight};
 use close_sync::telemetry::metrics::Metrics;
-use close_sync_simulator::{Effect, Fault, FaultBody, Settings, Simulator, When};
+use close_sync_simulator::{Behaviour, Effect, Fault, FaultBody, Settings, Simulator, When};
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
+use crate::support::behaviour;
+use crate::support::env;
 use crate::support::{identify, refusal};
 
 /// A kind of plan: the records in Close, and the event.
@@ -38,7 +41,10 @@ fn kinds() -> Vec<Kind> {
     let traits = |company: Value| {
         identify(
             "u1",
-            json!({"name": "Jane Doe", "email": "jane@acme.test", "title": "CEO", "company": company}),
+            json!({
+                "name": "Jane Doe", "email": "jane@acme.test", "title": "CEO", "phone": "+49 (030) 901820",
+                "company": company,
+            }),
         )
     };
     let company = json!({"id": "acme", "name": "Acme"});
@@ -133,8 +139,11 @@ struct Run {
     calls: BTreeSet<(String, String)>,
 }
 
-async fn simulator() -> Simulator {
-    let settings = Settings::fast().with(|close| close.search_lag = "100ms".parse().unwrap());
+async fn simulator(behaviour: Behaviour) -> Simulator {
+    let settings = Settings::fast().with(|close| {
+        *close = behaviour;
+        close.search_lag = "100ms".parse().unwrap();
+    });
     Simulator::start(settings, "127.0.0.1:0".parse().unwrap()).await.unwrap()
 }
 
@@ -155,14 +164,14 @@ fn config(close: &Simulator, timeout: &str) -> Destination {
 
 /// The mapping, which is the same in all runs. Resolved without a fault, so with a timeout that a busy machine keeps.
 async fn resolve_mapping() -> Mapping {
-    let close = simulator().await;
+    let close = simulator(Behaviour::default()).await;
     let config = config(&close, "60s");
     let client = Client::new(config.close, |_| {}).unwrap();
     preflight::run(&client, &config.rules).await.unwrap().mapping
 }
 
-async fn run(kind: &Kind, mapping: Mapping, fault: Option<Fault>) -> Run {
-    let close = simulator().await;
+async fn run(kind: &Kind, mapping: Mapping, behaviour: Behaviour, fault: Option<Fault>) -> Run {
+    let close = simulator(behaviour).await;
     for lead in &kind.leads {
         close.add_lead(lead.clone()).unwrap();
     }
@@ -209,7 +218,8 @@ async fn no_fault_of_a_call_loses_a_message_or_duplicates_a_record() {
     let fault_cases: Vec<Arc<FaultCase>> = fault_cases().into_iter().map(Arc::new).collect();
     let mut cases = Vec::new();
     for kind in kinds().into_iter().map(Arc::new) {
-        let without_fault = Arc::new(run(&kind, mapping.clone(), None).await);
+        let without_fault = run(&kind, mapping.clone(), Behaviour::default(), None).await;
+        let without_fault = Arc::new(without_fault);
         assert_eq!(without_fault.outcome, SYNCED, "{}", kind.name);
         for call in &without_fault.calls {
             let each = |case: &Arc<FaultCase>| {
@@ -219,14 +229,23 @@ async fn no_fault_of_a_call_loses_a_message_or_duplicates_a_record() {
         }
     }
     assert!(cases.len() > 300, "only {} cases", cases.len());
-    let runs = stream::iter(cases).map(|(kind, without_fault, call, case)| {
+    let first_seed = env("CLOSE_SYNC_TEST_SEED").map_or(0, |seed| seed.parse().unwrap());
+    let runs = stream::iter(cases).zip(stream::iter(first_seed..)).map(|(case, seed)| {
+        let (kind, without_fault, call, case) = case;
+        let behaviour = behaviour::any(&mut fastrand::Rng::with_seed(seed));
         let mapping = mapping.clone();
         // A task of its own: the setup of a client takes long and must not delay the timers of the other runs.
         tokio::spawn(async move {
             let fault = Fault::new(case.effect.clone()).on(&call.0, &call.1);
-            let run = tokio::time::timeout(Duration::from_mins(1), run(&kind, mapping, Some(fault)));
-            let run = run.await.expect("a run ends within a minute");
-            difference(&kind, &without_fault, &call, &case, &run)
+            let run = run(&kind, mapping, behaviour.clone(), Some(fault));
+            let run =
+                tokio::time::timeout(Duration::from_mins(1), run).await.expect("a run ends within a minute");
+            let difference = difference(&kind, &without_fault, &call, &case, &run);
+            if difference.is_empty() {
+                difference
+            } else {
+                format!("seed {seed}: {difference}{behaviour:?}\n")
+            }
         })
     });
     let differences: Vec<String> = runs.buffer_unordered(16).map(Result::unwrap).collect().await;

@@ -185,7 +185,8 @@ pub enum Lag {
 impl Lag {
     pub const NONE: Self = Self::Fixed(Duration::ZERO);
 
-    pub(crate) fn longest(self) -> Duration {
+    /// The longest lag of one write.
+    pub fn longest(self) -> Duration {
         match self {
             Self::Fixed(lag) | Self::Between(_, lag) => lag,
         }

@@ -3,7 +3,9 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use close_sync_simulator::{Limits, Rate};
+use close_sync_simulator::{Behaviour, Lag, Limits, Rate};
+
+use crate::support::behaviour;
 
 /// The parameters of a run, apart from the history.
 #[derive(Clone, Debug)]
@@ -14,8 +16,8 @@ pub(super) struct Plan {
     pub(super) outage: Option<Range<Duration>>,
     /// The usual maximum latency of a request, and of a response.
     pub(super) latency: Duration,
-    /// The maximum search lag.
-    pub(super) search_lag: Duration,
+    /// How Close behaves. Search lags up to 10 seconds, less than the workers assume.
+    pub(super) behaviour: Behaviour,
     pub(super) limits: Limits,
     /// The percentage of calls before which a person changes a Contact.
     pub(super) person_percent: u8,
@@ -40,7 +42,6 @@ pub(super) enum Disruption {
 
 impl Plan {
     pub(super) fn draw(random: &mut fastrand::Rng) -> Self {
-        let seconds = Duration::from_secs;
         let millis = Duration::from_millis;
         let disruptions = (0..random.usize(..5)).map(|_| {
             let disruption = if random.u8(..3) == 0 { Disruption::Disconnected } else { Disruption::Killed };
@@ -67,7 +68,7 @@ impl Plan {
             failure_percent: [0, 2, 10, 25][random.usize(..4)],
             outage,
             latency: millis([20, 100, 150][random.usize(..3)]),
-            search_lag: seconds([0, 2, 10][random.usize(..3)]),
+            behaviour: draw_behaviour(random),
             limits,
             person_percent: [0, 5, 30][random.usize(..3)],
             disruptions,
@@ -77,6 +78,16 @@ impl Plan {
             prefetch: [2, 20, 200][random.usize(..3)],
         }
     }
+}
+
+fn draw_behaviour(random: &mut fastrand::Rng) -> Behaviour {
+    let up_to = |seconds| Lag::Between(Duration::ZERO, Duration::from_secs(seconds));
+    let search_lag = [0, 2, 10][random.usize(..3)];
+    let mut lag = || random.bool().then(|| up_to(random.u64(..=search_lag)));
+    let (creation_search_lag, custom_field_search_lag) = (lag(), lag());
+    let read_lag = up_to([0, 0, 1, 3][random.usize(..4)]);
+    let search_lag = up_to(search_lag);
+    Behaviour { search_lag, creation_search_lag, custom_field_search_lag, read_lag, ..behaviour::any(random) }
 }
 
 /// The outcome of one call to Close.

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use close_sync::close::{CloseError, Fault, Response, Transport};
-use close_sync_simulator::{Lag, Offline, Reply, Settings};
+use close_sync_simulator::{Offline, Reply, Settings};
 use futures_util::future::BoxFuture;
 use jiff::Timestamp;
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
@@ -56,8 +56,7 @@ impl World {
             more_api_keys: vec![person::KEY.to_owned()],
             ..Settings::default()
         };
-        let settings =
-            settings.with(|close| close.search_lag = Lag::Between(Duration::ZERO, plan.search_lag));
+        let settings = settings.with(|close| *close = plan.behaviour.clone());
         Arc::new(Self {
             start: Instant::now(),
             close: Mutex::new(Offline::new(settings, Timestamp::from_second(BASE).unwrap())),
@@ -247,7 +246,8 @@ async fn deliver(
         let mut close = world.close();
         let reply = close.ask(KEY, method.as_str(), &path, body.as_ref(), now);
         if method == Method::PUT {
-            world.person().check(&close.contacts(), world.elapsed(), Duration::ZERO);
+            let staleness = world.plan.behaviour.read_lag.longest();
+            world.person().check(&close.contacts(), world.elapsed(), staleness);
         }
         reply
     });
