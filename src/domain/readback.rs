@@ -1,6 +1,6 @@
 //! How Close keeps what it was sent, as its own answers show it.
 //!
-//! [`same`](crate::domain::record::same) and [`Channel::same`] know the notations in which Close may return a value. What
+//! [`same`] and [`Channel::same`] know the notations in which Close may return a value. What
 //! they cannot know is learnt: the country by which Close reads national phone numbers, and for each value that came back
 //! as something else, what it came back as. Such a value is not sent again as long as Close returns the same and the event
 //! wants the same.
