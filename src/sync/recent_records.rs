@@ -6,7 +6,7 @@
 //!
 //! - A state that is older than the one in memory is stale: the one in memory is used instead.
 //! - A 404 on a record that was seen a moment ago means "not yet", and the message is retried. The record counts as
-//!   deleted when it stays missing. So a message about a record that a person has just deleted waits for [`MOMENT`].
+//!   deleted when it stays missing. So a message about a record that a person has just deleted waits for 15 seconds.
 //! - Several different records that vanish in a row are not deletions: the route has moved, or the key belongs to another
 //!   organization. Such failures count for the circuit breaker.
 
