@@ -264,6 +264,12 @@ async fn check_close(config: &Destination) -> Vec<Finding> {
                 .unreadable
                 .iter()
                 .map(|item| finding(Status::Warning, "Close", format!("ignores the {item}")));
+            let missing_required = mapping.missing_required.iter().map(|(kind, name)| {
+                let detail = format!(
+                    "the {kind} \"{name}\" is required, and no rule of the mapping fills it; Close may refuse new records"
+                );
+                finding(Status::Warning, "Close", detail)
+            });
             let invalid_constants = mapping.invalid_constants().into_iter().map(|invalid| {
                 let fits = choices("choices", &invalid.choices);
                 let detail =
@@ -275,6 +281,7 @@ async fn check_close(config: &Destination) -> Vec<Finding> {
                 .chain(fields)
                 .chain(unresolved)
                 .chain(unreadable)
+                .chain(missing_required)
                 .chain(invalid_constants)
                 .collect()
         }

@@ -68,11 +68,11 @@ pub(crate) struct Schema {
 
 impl Schema {
     pub(crate) fn custom_fields(&self, of: Item) -> Listed<CustomField> {
-        Listed::read(&self.fields, of, custom_field)
+        Listed::read(&self.fields, of, |member| custom_field(member, of))
     }
 }
 
-fn custom_field(member: &Value) -> Result<CustomField, Problem> {
+fn custom_field(member: &Value, of: Item) -> Result<CustomField, Problem> {
     let id = text(member, "id").and_then(|id| FieldId::parse(&id)).ok_or(Problem::Id)?;
     let kind = text(member, "type").ok_or(Problem::Type)?;
     let choices = member.get("choices").and_then(Value::as_array);
@@ -86,8 +86,22 @@ fn custom_field(member: &Value) -> Result<CustomField, Problem> {
         name: text(member, "name").unwrap_or_else(|| id.to_string()),
         kind: FieldKind::parse(&kind, choices),
         multiple: member.get("accepts_multiple_values").and_then(Value::as_bool).unwrap_or(false),
+        required: is_required(member, of),
         id,
     })
+}
+
+/// Whether a shared field is required for records of this kind.
+fn is_required(member: &Value, of: Item) -> bool {
+    let kind = match of {
+        Item::LeadField => "lead",
+        Item::ContactField => "contact",
+        Item::LeadStatus | Item::User => return false,
+    };
+    let associations = member.get("associations").and_then(Value::as_array).into_iter().flatten();
+    associations
+        .filter(|association| association["object_type"] == kind)
+        .any(|association| association["required"] == true)
 }
 
 #[derive(Deserialize)]

@@ -74,6 +74,8 @@ pub struct CustomField {
     pub kind: FieldKind,
     /// Whether the field has several values.
     pub multiple: bool,
+    /// Whether a new record has to have a value. It is not documented whether the API enforces it (close-api.md §15 row 22).
+    pub required: bool,
 }
 
 /// The types of custom fields (close-api.md §7).

@@ -29,6 +29,7 @@ fn schema() -> Schema {
         name: name.to_owned(),
         kind,
         multiple,
+        required: false,
     };
     let choices = || FieldKind::Choices(["Yes", "No", "free", "Größe L"].map(str::to_owned).into());
     Schema {

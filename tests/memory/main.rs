@@ -92,6 +92,7 @@ fn mapping() -> Mapping {
         name: name.to_owned(),
         kind,
         multiple,
+        required: false,
     };
     let choices = || FieldKind::Choices(["Yes", "No", "0", "a"].map(str::to_owned).into());
     let schema = Schema {

@@ -242,7 +242,8 @@ mod tests {
     use crate::domain::value;
 
     fn coerced(kind: FieldKind, multiple: bool, value: Value) -> Result<Value, &'static str> {
-        let field = CustomField { id: FieldId::new("cf_1"), name: "F".into(), kind, multiple };
+        let field =
+            CustomField { id: FieldId::new("cf_1"), name: "F".into(), kind, multiple, required: false };
         let ada = User { id: "user_ada".into(), name: "Ada Account".into(), email: "ada@close.test".into() };
         match custom(&[value], &field, &[ada]) {
             (Some(value), None) => Ok(value),

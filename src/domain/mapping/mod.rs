@@ -37,7 +37,7 @@ use crate::domain::dropped::{DropReason, Dropped, excerpt};
 use crate::domain::event::{Event, NotForClose};
 use crate::domain::phone::Country;
 use crate::domain::record::{Channel, Field, FieldId, fold_email};
-use crate::domain::schema::{CustomField, FieldKind, Schema, UnreadableItem, User};
+use crate::domain::schema::{CustomField, FieldKind, Item, Schema, UnreadableItem, User};
 use crate::domain::staleness::SyncedAtFields;
 use crate::domain::value;
 
@@ -72,6 +72,8 @@ pub struct Mapping {
     pub country: Option<Country>,
     /// What Close sent in a form that cannot be read.
     pub unreadable: Vec<UnreadableItem>,
+    /// Custom fields that Close requires in a new record and that no rule fills: their names, by kind.
+    pub missing_required: Vec<(Item, String)>,
 }
 
 impl Mapping {
@@ -99,6 +101,19 @@ impl Mapping {
                 &mut unresolved,
             ),
         };
+        let missing_required = [
+            (Item::LeadField, &schema.lead, &lead, [&company, &synced_at.lead]),
+            (Item::ContactField, &schema.contact, &contact, [&user, &synced_at.contact]),
+        ];
+        let missing_required = missing_required.into_iter().flat_map(|(kind, fields, targets, own)| {
+            let is_filled = move |field: &CustomField| {
+                let id = Field::Custom(field.id.clone());
+                targets.iter().any(|target| target.field == id) || own.contains(&&Some(field.id.clone()))
+            };
+            let missing = fields.iter().filter(move |field| field.required && !is_filled(field));
+            missing.map(move |field| (kind, field.name.clone()))
+        });
+        let missing_required = missing_required.collect();
         let fields = schema.lead.iter().chain(&schema.contact);
         Ok(Self {
             lead,
@@ -110,6 +125,7 @@ impl Mapping {
             unresolved,
             country: schema.country,
             unreadable: schema.unreadable.clone(),
+            missing_required,
             rules: rules.clone(),
         })
     }

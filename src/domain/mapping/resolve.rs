@@ -189,7 +189,7 @@ pub(super) fn key_field(
         Err(FieldRefError::Ambiguous) => {
             bad.push(LookupFieldError::Ambiguous { setting, field: field(), records });
         }
-        Ok(CustomField { id, name, kind, multiple: _ }) if *kind != FieldKind::Text => {
+        Ok(CustomField { id, name, kind, multiple: _, required: _ }) if *kind != FieldKind::Text => {
             let kind = kind.as_str().to_owned();
             bad.push(LookupFieldError::WrongType {
                 setting,

@@ -56,7 +56,7 @@ pub(crate) fn rules() -> Rules {
 }
 
 fn field(id: &str, name: &str, kind: FieldKind) -> CustomField {
-    CustomField { id: FieldId::new(id), name: name.into(), kind, multiple: false }
+    CustomField { id: FieldId::new(id), name: name.into(), kind, multiple: false, required: false }
 }
 
 pub(crate) fn schema() -> Schema {

@@ -43,10 +43,11 @@ const VISIBLE: [(&str, &str, &str); 28] = [
 ];
 
 /// Behaviours that the table above does not cover, with the reason.
-const OTHERS: [(&str, &str); 5] = [
+const OTHERS: [(&str, &str); 6] = [
     ("event_data", "needs an event of more than an hour ago: a unit test of the findings"),
     ("country_in_me", "every call that names the country shows it: close-sync reads it where it is"),
     ("null_members", "`check` shows them"),
+    ("required_fields", "`check` shows them"),
     ("rate_limit_body", "seen only with a 429, which certify does not provoke; close-sync does not read it"),
     ("retry_after", "seen only with a 503"),
 ];

@@ -1,6 +1,6 @@
 //! `close-sync check` with valid and invalid configurations, and how `run` refuses to start.
 
-use close_sync_simulator::{Effect, Fault, FaultBody, When};
+use close_sync_simulator::{CustomField, Effect, Fault, FaultBody, FieldKind, Owner, Settings, When};
 
 use lapin::ExchangeKind;
 use lapin::options::{ExchangeDeclareOptions, QueueDeclareOptions};
@@ -268,4 +268,30 @@ async fn urls_that_would_show_a_secret_are_refused() {
             assert!(!(stdout + &stderr).contains("hunter2"), "{command:?} {url}");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_required_field_that_no_rule_fills_is_a_warning() {
+    let required = vec!["cf_region".to_owned(), "cf_segment".to_owned()];
+    let bench = Bench::with(Settings::fast().with(|close| close.required_fields = required)).await;
+    for (id, name) in [("cf_region", "Region"), ("cf_segment", "Segment"), ("cf_other", "Other")] {
+        bench.simulator.add_field(CustomField::new(id, name, FieldKind::Text, Owner::Shared)).unwrap();
+    }
+    let file = tempfile::NamedTempFile::with_suffix(".toml").unwrap();
+    std::fs::write(file.path(), "[mapping.lead.custom]\nRegion = { from = ['$.traits.region'] }\n").unwrap();
+    let bench = bench.set("CLOSE_SYNC_CONFIG", file.path().to_str().unwrap());
+    let output = bench.run(&["check", "--json"], b"").await;
+    assert!(output.status.success());
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let findings = report.as_array().unwrap().iter();
+    let warnings: Vec<_> = findings
+        .filter(|finding| finding["status"] == "warning" && finding["subject"] == "Close")
+        .map(|finding| finding["detail"].as_str().unwrap().split(" is required").next().unwrap())
+        .collect();
+    let expected = [
+        r#"the Lead custom field "Segment""#,
+        r#"the Contact custom field "Region""#,
+        r#"the Contact custom field "Segment""#,
+    ];
+    assert_eq!(warnings, expected, "{report:#}");
 }

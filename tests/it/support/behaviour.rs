@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use close_sync_simulator::Behaviour;
 
 /// For each behaviour the values to draw from, in JSON or as a text. Without any it keeps its default.
-const DRAWN: [(&str, &[&str]); 32] = [
+const DRAWN: [(&str, &[&str]); 33] = [
     // How long something lags: each test has its own.
     ("search_lag", &[]),
     ("creation_search_lag", &[]),
@@ -54,6 +54,7 @@ const DRAWN: [(&str, &[&str]); 32] = [
     // Values that Close loses, and fields that cannot be read, change the result.
     ("lossy_fields", &[]),
     ("null_members", &[]),
+    ("required_fields", &[]),
 ];
 
 /// Draws a value for each behaviour.

@@ -25,6 +25,7 @@ fn defaults() -> Mapping {
         name: name.to_owned(),
         kind: FieldKind::Text,
         multiple: false,
+        required: false,
     };
     let schema = Schema {
         lead: vec![text("cf_company", "Company ID")],

@@ -83,6 +83,9 @@ pub struct Behaviour {
     pub lossy_fields: Vec<String>,
     /// Members of custom fields, statuses and users that are null, such as `cf_leadplan.choices` (close-api.md §15 row 11).
     pub null_members: Vec<String>,
+    /// Shared custom fields that new records have to have. Creations are not refused: it is unknown whether Close does
+    /// (close-api.md §15 row 22).
+    pub required_fields: Vec<String>,
 }
 
 impl Default for Behaviour {
@@ -120,6 +123,7 @@ impl Default for Behaviour {
             lists: ListForm::AsDeclared,
             lossy_fields: Vec::new(),
             null_members: Vec::new(),
+            required_fields: Vec::new(),
         }
     }
 }

@@ -342,7 +342,7 @@ impl Schema {
                 json!({
                     "object_type": kind.word(),
                     "editable_with_roles": [],
-                    "required": false,
+                    "required": self.behaviour.required_fields.contains(&field.id),
                 })
             };
             item["associations"] = Kind::BOTH.map(association).into_iter().collect();
