@@ -76,31 +76,35 @@ pub(crate) fn read_lead(object: &Value) -> Result<Lead, CloseError> {
 }
 
 pub(crate) fn read_contact(object: &Value) -> Result<Contact, CloseError> {
-    // `None` if an entry cannot be read: writing the list without it would delete it.
-    let entries = |channel: Channel| -> Option<Vec<Entry>> {
-        let entry = |item: &Value| {
-            Some(Entry {
-                value: text(item, channel.item())?,
-                kind: text(item, "type").unwrap_or_else(|| channel.default_kind().to_owned()),
-            })
-        };
-        object.get(channel.list())?.as_array()?.iter().map(entry).collect()
+    let items = |channel: Channel| object.get(channel.list())?.as_array();
+    let entry = |channel: Channel, item: &Value| {
+        Some(Entry {
+            value: text(item, channel.item())?,
+            kind: text(item, "type").unwrap_or_else(|| channel.default_kind().to_owned()),
+        })
     };
     let has_lead = object.get("lead_id").is_some_and(|id| !id.is_null());
-    let lists: Lists =
-        Channel::VARIANTS.iter().filter_map(|&channel| Some((channel, entries(channel)?))).collect();
+    let (mut lists, mut unknown_lists) = (Lists::new(), BTreeSet::new());
+    for &channel in Channel::VARIANTS {
+        let Some(items) = items(channel) else {
+            unknown_lists.insert(channel);
+            continue;
+        };
+        let entries: Vec<Entry> = items.iter().filter_map(|item| entry(channel, item)).collect();
+        // Writing the list without an entry that cannot be read would delete it. The others still tell who the person is.
+        if entries.len() < items.len() {
+            unknown_lists.insert(channel);
+        }
+        lists.insert(channel, entries);
+    }
     Ok(Contact {
         id: id(object, "id", ContactId::parse)?,
         lead_id: has_lead.then(|| id(object, "lead_id", LeadId::parse)).transpose()?,
         date_created: text(object, "date_created").unwrap_or_default(),
         date_updated: time(object, "date_updated"),
         fields: fields(object, &[Field::Name, Field::Title]),
-        unknown_lists: Channel::VARIANTS
-            .iter()
-            .copied()
-            .filter(|channel| !lists.contains_key(channel))
-            .collect(),
         lists,
+        unknown_lists,
     })
 }
 
@@ -401,18 +405,26 @@ mod tests {
     }
 
     #[test]
-    fn a_list_that_cannot_be_read_is_unknown() {
-        let unknown = |emails: Value| {
+    fn a_list_that_cannot_be_read_is_unknown_and_its_readable_entries_are_kept() {
+        let read = |emails: Value| {
             let contact = json!({"id": "cont_1", "emails": emails, "phones": [], "urls": []});
-            let contact = read_contact(&contact).unwrap();
-            (
-                contact.unknown_lists.into_iter().collect::<Vec<_>>(),
-                contact.lists.contains_key(&Channel::Email),
-            )
+            let Contact { mut lists, unknown_lists, .. } = read_contact(&contact).unwrap();
+            (unknown_lists.into_iter().collect::<Vec<_>>(), lists.remove(&Channel::Email))
         };
-        assert_eq!(unknown(json!([{"email": "a@x.test"}])), (vec![], true));
-        for emails in [json!(null), json!({}), json!([{"email": null}]), json!([{"email": "a@x.test"}, {}])] {
-            assert_eq!(unknown(emails.clone()), (vec![Channel::Email], false), "{emails}");
+        let kept = |emails: &[&str]| {
+            let entry = |email: &&str| Entry { value: (*email).to_owned(), kind: "office".into() };
+            Some(emails.iter().map(entry).collect::<Vec<_>>())
+        };
+        let unknown = vec![Channel::Email];
+        for (emails, expected) in [
+            (json!([{"email": "a@x.test"}]), (vec![], kept(&["a@x.test"]))),
+            (json!([{"email": "a@x.test"}, {}]), (unknown.clone(), kept(&["a@x.test"]))),
+            (json!([{"email": null}, {"email": "a@x.test"}]), (unknown.clone(), kept(&["a@x.test"]))),
+            (json!([{"email": null}]), (unknown.clone(), kept(&[]))),
+            (json!(null), (unknown.clone(), None)),
+            (json!({}), (unknown.clone(), None)),
+        ] {
+            assert_eq!(read(emails.clone()), expected, "{emails}");
         }
         let contact = read_contact(&json!({"id": "cont_1"})).unwrap();
         assert_eq!(contact.unknown_lists.len(), Channel::VARIANTS.len());

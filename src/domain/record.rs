@@ -330,8 +330,10 @@ pub struct Contact {
     pub date_updated: Option<Timestamp>,
     /// Without empty values.
     pub fields: Fields,
+    /// A list that the answer lacks is absent.
     pub lists: Lists,
-    /// Lists that the answer lacks, or that have an entry which cannot be read. They may have any entries.
+    /// Lists that the answer lacks, or that have an entry which cannot be read. They may have other entries and are not
+    /// written.
     pub unknown_lists: BTreeSet<Channel>,
 }
 

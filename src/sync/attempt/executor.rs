@@ -251,7 +251,10 @@ fn learn(context: &Context, step: &Step, found: &Found, written: &Written) {
         report(readback_cache, metrics, kept.id.as_str(), &differences);
     }
     if let Some((sent, kept)) = sent.zip(kept) {
-        if let Some(country) = readback::country_of(&sent.lists, &kept.lists)
+        let mut lists = sent.lists.clone();
+        // An entry that cannot be read is not one that Close lost.
+        lists.retain(|channel, _| !kept.unknown_lists.contains(channel));
+        if let Some(country) = readback::country_of(&lists, &kept.lists)
             && readback_cache.set_country(country)
         {
             tracing::info!(event = "phone_country_learned", %country, "learned the country of national phone numbers");
@@ -259,7 +262,7 @@ fn learn(context: &Context, step: &Step, found: &Found, written: &Written) {
         let before = contacts.into_iter().find(|contact| contact.id == kept.id);
         let mut differences =
             readback::differences(&sent.fields, before.map(|contact| &contact.fields), &kept.fields);
-        differences.extend(readback::list_differences(&sent.lists, &kept.lists, readback_cache.country()));
+        differences.extend(readback::list_differences(&lists, &kept.lists, readback_cache.country()));
         report(readback_cache, metrics, kept.id.as_str(), &differences);
     }
 }

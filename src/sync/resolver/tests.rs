@@ -387,6 +387,15 @@ fn a_list_that_close_never_shows_is_not_written() {
 }
 
 #[test]
+fn an_email_that_cannot_be_read_does_not_hide_the_others() {
+    let mut jane = contact("cont_1", "lead_1", None);
+    jane["emails"] = json!([{"email": "jane@acme.test"}, {"email": null}]);
+    let records = InMemoryRecords::read(&[lead("lead_1", "2026-01-01", None)], &[jane]);
+    let decision = decide_person(&records, &IdCache::default());
+    assert_eq!(decision.case, Some(Case::KnownPerson));
+}
+
+#[test]
 fn of_many_contacts_that_a_lead_lists_only_by_id_only_the_person_is_read() {
     let others = (0..100).map(|n| contact(&format!("cont_other{n}"), "lead_1", Some(&format!("other{n}"))));
     let others = others.map(|mut other| {
