@@ -4,7 +4,7 @@
 //! that was changed may come back as it was before. Planning on such an answer creates a second record, or replaces a
 //! list without its newest entries. `date_updated` decides which of two states is newer, not our clock.
 //!
-//! - A state that is older than the one in memory is stale: the one in memory is used instead.
+//! - A state that is older than the one in memory is stale: the one in memory is used instead, and stays.
 //! - A 404 on a record that was seen a moment ago means "not yet", and the message is retried. The record counts as
 //!   deleted when it stays missing. So a message about a record that a person has just deleted waits for 15 seconds.
 //! - Several different records that vanish in a row are not deletions: the route has moved, or the key belongs to another
@@ -15,6 +15,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
+use moka::Entry;
+use moka::ops::compute::Op;
 use moka::policy::EvictionPolicy;
 use moka::sync::Cache;
 use tokio::time::Instant;
@@ -80,6 +82,19 @@ pub(crate) struct Newest<R> {
 }
 
 impl State {
+    fn is_newer_than(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Lead(Lead { date_updated: known, .. }), Self::Lead(Lead { date_updated: read, .. }))
+            | (
+                Self::Contact(Contact { date_updated: known, .. }),
+                Self::Contact(Contact { date_updated: read, .. }),
+            ) => is_newer(*known, *read),
+            // The values of the Contact are known.
+            (Self::Contact(_), Self::ContactIn(_)) => true,
+            (Self::Lead(_) | Self::Contact(_) | Self::ContactIn(_), _) => false,
+        }
+    }
+
     fn bytes(&self) -> usize {
         let fields = |fields: &Fields| -> usize {
             fields.values().map(|value| VALUE.saturating_add(value.to_string().len())).sum()
@@ -238,8 +253,17 @@ impl RecentRecords {
         self.records.get(id).filter(|recent| recent.seen.elapsed() < REMEMBERED)
     }
 
+    /// Remembers a state, unless a newer one is known. The caller may have waited since Close answered, and another message
+    /// may have written the record meanwhile.
     fn insert(&self, id: &str, state: State, was_read: bool) {
-        self.records.insert(id.to_owned(), Arc::new(Recent { state, seen: Instant::now(), was_read }));
+        self.records.entry_by_ref(id).and_compute_with(|entry| {
+            let known = entry.map(Entry::into_value).filter(|known| known.seen.elapsed() < REMEMBERED);
+            if known.as_ref().is_some_and(|known| known.state.is_newer_than(&state)) {
+                return Op::Nop;
+            }
+            let was_read = was_read || known.is_some_and(|known| known.was_read);
+            Op::Put(Arc::new(Recent { state, seen: Instant::now(), was_read }))
+        });
     }
 
     fn with_vanished<T>(&self, with: impl FnOnce(&mut VanishedByKind) -> T) -> T {
@@ -264,7 +288,8 @@ mod tests {
 
     use super::*;
     use crate::domain::matching::tests::{contact, keys, lead};
-    use crate::domain::record::{Field, Lists};
+    use crate::domain::plan::ContactValues;
+    use crate::domain::record::{Entry, Field, Lists};
 
     fn at(second: i64) -> Timestamp {
         Timestamp::from_second(second).unwrap()
@@ -303,6 +328,33 @@ mod tests {
         assert_eq!(read("ours", Some(at(5))), ("theirs".into(), true), "a read is remembered too");
         tokio::time::sleep(REMEMBERED).await;
         assert_eq!(read("ours", Some(at(5))), ("ours".into(), false), "for a while");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_older_state_does_not_replace_a_newer_one() {
+        let recent = RecentRecords::default();
+        let phones: Lists = [(Channel::Phone, vec![Entry { value: "1".into(), kind: "home".into() }])].into();
+        let written = Contact { lists: phones, ..jane(Some(at(5))) };
+        let step = Step::UpdateContact { id: written.id.clone(), changes: ContactValues::default() };
+        let newest = || recent.contact(jane(Some(at(4))));
+        let known = Newest { record: written.clone(), stale: true };
+        recent.remember(&jane(Some(at(4))));
+        recent.written(&step, &Written::Contact(written));
+        assert_eq!(newest(), known);
+        recent.remember(&jane(Some(at(4))));
+        assert_eq!(newest(), known, "read before the write, and remembered after it");
+        recent.written(&step, &Written::Contact(jane(Some(at(3)))));
+        assert_eq!(newest(), known, "an answer that was delayed");
+        let lead = Lead { id: LeadId::new("lead_1"), ..acme("Acme", Some(at(5))) };
+        let missing = vec![ContactId::new("cont_1")];
+        let created = LeadWithContacts { lead, contacts: Vec::new(), missing };
+        let step = Step::CreateLead { lead: Fields::new(), contact: None };
+        recent.written(&step, &Written::Lead(created));
+        assert_eq!(newest(), known, "an answer without the values of the Contact");
+        recent.written(&update(), &answer(acme("older", Some(at(4)))));
+        assert!(recent.lead(acme("older", Some(at(4)))).stale);
+        recent.remember(&jane(Some(at(6))));
+        assert!(!recent.contact(jane(Some(at(6)))).stale);
     }
 
     #[tokio::test(start_paused = true)]
