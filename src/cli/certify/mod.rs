@@ -26,7 +26,7 @@ use crate::cli::certify::cleanup::Made;
 use crate::cli::certify::findings::{Configured, findings};
 use crate::cli::certify::observations::Observations;
 use crate::cli::certify::observe::{MAX_CALLS, Observer};
-use crate::cli::certify::report::Report;
+use crate::cli::certify::report::{Report, Verdict};
 use crate::cli::certify::script::{Owner, Sample, SampleField, Script};
 use crate::cli::failure::{CHECK_FAILED, Failure, UNAVAILABLE};
 use crate::cli::signals;
@@ -34,6 +34,7 @@ use crate::close::{Api, Client, RawClient};
 use crate::config::Destination;
 use crate::domain::mapping::Mapping;
 use crate::domain::schema::{CustomField, FieldKind};
+use crate::outcome::PauseCause;
 use crate::sync::preflight::{self, PreflightError};
 use crate::text::line;
 
@@ -114,15 +115,21 @@ pub(super) async fn certify(args: Args, config: Destination) -> Result<(), Failu
             line(&report.left_behind.join(", "))
         );
     }
-    if report.stopped.is_some() || !report.left_behind.is_empty() {
-        return Err(Failure::Reported(UNAVAILABLE));
+    match report.verdict {
+        Verdict::Incomplete => Err(Failure::Reported(UNAVAILABLE)),
+        Verdict::DoesNotFit | Verdict::FitsAfterChange => Err(Failure::Reported(CHECK_FAILED)),
+        Verdict::Fits => Ok(()),
     }
-    if report.is_bad() { Err(Failure::Reported(CHECK_FAILED)) } else { Ok(()) }
 }
 
 fn preflight_failed(errors: Vec<PreflightError>) -> Failure {
     let message = errors.iter().map(|error| line(&error.to_string())).collect::<Vec<_>>().join("\n");
-    if errors.iter().any(|error| matches!(error, PreflightError::Field(_))) {
+    let is_configuration = |error: &PreflightError| {
+        let cause = error.pause_cause();
+        matches!(error, PreflightError::Field(_) | PreflightError::Rule(_))
+            || matches!(cause, Some(PauseCause::Unauthorized | PauseCause::Forbidden))
+    };
+    if errors.iter().any(is_configuration) {
         Failure::Configuration(message)
     } else {
         Failure::Unavailable(format!("{message}\nhint: run `close-sync check` for details"))

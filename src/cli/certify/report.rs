@@ -9,8 +9,20 @@ use crate::VERSION;
 use crate::cli::certify::finding::{Finding, Status};
 use crate::text::{json, line};
 
+/// Whether close-sync fits the organization.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Verdict {
+    Fits,
+    FitsAfterChange,
+    DoesNotFit,
+    /// The run ended early, or left records behind.
+    Incomplete,
+}
+
 #[derive(Serialize)]
 pub(super) struct Report {
+    pub(super) verdict: Verdict,
     pub(super) organization: String,
     close_sync: &'static str,
     at: String,
@@ -44,7 +56,18 @@ impl Report {
         }
         let settings = longest_of_each(findings.iter().filter_map(|finding| finding.setting.as_deref()));
         let at = format!("{:.0}", jiff::Timestamp::now());
+        let has = |status| findings.iter().any(|finding| finding.status == status);
+        let verdict = if stopped.is_some() || !left_behind.is_empty() {
+            Verdict::Incomplete
+        } else if has(Status::NotSupported) {
+            Verdict::DoesNotFit
+        } else if has(Status::ChangeSetting) {
+            Verdict::FitsAfterChange
+        } else {
+            Verdict::Fits
+        };
         Self {
+            verdict,
             organization,
             close_sync: VERSION,
             at,
@@ -55,13 +78,6 @@ impl Report {
             behaviour,
             left_behind,
         }
-    }
-
-    /// Whether the configuration or close-sync does not fit the organization.
-    pub(super) fn is_bad(&self) -> bool {
-        self.findings
-            .iter()
-            .any(|finding| matches!(finding.status, Status::ChangeSetting | Status::NotSupported))
     }
 
     pub(super) fn print_json(&self) {
@@ -87,10 +103,21 @@ impl Report {
             let style = Yellow.on_default();
             anstream::println!("{style}set{style:#} {}", line(setting));
         }
-        let style = if self.is_bad() { Red } else { Green }.on_default();
-        let verdict = if self.is_bad() { "does not fit" } else { "fits" };
+        for record in &self.left_behind {
+            let style = Red.on_default();
+            anstream::println!("{style}left in Close{style:#} {}", line(record));
+        }
+        let (colour, verdict) = match self.verdict {
+            Verdict::Fits => (Green, "fits"),
+            Verdict::FitsAfterChange => (Yellow, "fits after this change"),
+            Verdict::DoesNotFit => (Red, "does not fit"),
+            Verdict::Incomplete => (Red, "incomplete"),
+        };
+        let style = colour.on_default();
+        let unknown = self.findings.iter().filter(|finding| finding.status == Status::Unknown).count();
+        let untested = if unknown == 0 { String::new() } else { format!(", {unknown} not tested") };
         anstream::println!(
-            "{style}{verdict}{style:#}: the organization \"{}\", {} calls",
+            "{style}{verdict}{style:#}: the organization \"{}\", {} calls{untested}",
             line(&self.organization),
             self.calls
         );
