@@ -52,7 +52,7 @@ impl RawClient {
         Ok(Self::with_transport(Http::new(settings)?, calls))
     }
 
-    fn with_transport(transport: impl Transport + 'static, calls: u32) -> Self {
+    pub(crate) fn with_transport(transport: impl Transport + 'static, calls: u32) -> Self {
         let now = Instant::now();
         Self { transport: Box::new(transport), remaining: calls, made: 0, next: now, next_search: now }
     }

@@ -92,11 +92,9 @@ pub(super) async fn certify(args: Args, config: Destination) -> Result<(), Failu
         made: Made::new(marker),
         seen: Observations::default(),
         script,
+        stop,
     };
-    let stopped = tokio::select! {
-        result = observer.run() => result.err().map(|stop| stop.to_string()),
-        () = stop.cancelled() => Some("interrupted".to_owned()),
-    };
+    let stopped = observer.run().await.err().map(|stop| stop.to_string());
     let left_behind = cleanup::delete_all(&mut observer.client, &mut observer.made).await;
     let calls = client.calls() + observer.client.made();
     let findings = findings(&observer.seen, Configured { search_lag });

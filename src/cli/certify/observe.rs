@@ -5,6 +5,7 @@ use std::time::Duration;
 use reqwest::Method;
 use serde_json::{Map, Value, json};
 use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
 
 use crate::cli::certify::cleanup::{self, Made};
 use crate::cli::certify::looks::{Looks, progress};
@@ -15,6 +16,7 @@ use crate::cli::certify::observations::{
 use crate::cli::certify::queries::{by_custom, by_name, contact_with_email, leads_with};
 use crate::cli::certify::script::{NATIONAL, Owner, Script, WITH_EXTENSION, WITH_TRUNK_ZERO};
 use crate::close::{RawClient, RawError, Response};
+use crate::domain::record::is_id;
 
 /// The most calls, including those that delete the records.
 pub(super) const MAX_CALLS: u32 = 100;
@@ -34,14 +36,18 @@ pub(super) enum Stop {
     Call(#[from] RawError),
     #[error("Close answered {status} to {what}")]
     Refused { what: &'static str, status: u16 },
+    #[error("interrupted")]
+    Interrupted,
 }
 
-/// Runs the script. It can be dropped at any point: `seen` and `made` stay right.
+/// Runs the script. After an interruption or a failure, `seen` and `made` hold what happened until then.
 pub(super) struct Observer {
     pub(super) client: RawClient,
     pub(super) made: Made,
     pub(super) seen: Observations,
     pub(super) script: Script,
+    /// Cancelled by an interruption.
+    pub(super) stop: CancellationToken,
 }
 
 /// The Lead with a company id and a Contact, and the one with only a name.
@@ -54,28 +60,36 @@ struct Leads {
 }
 
 impl Observer {
+    /// Stops at the next await when it is interrupted, but finishes a creation that is under way: without its answer, the
+    /// id of the Lead would not be known.
     pub(super) async fn run(&mut self) -> Result<(), Stop> {
-        self.not_found().await?;
+        let stop = self.stop.clone();
+        interruptible(&stop, self.not_found()).await?;
         let leads = self.create().await?;
-        self.read_created(&leads).await?;
-        self.lags_of_creation(&leads).await?;
+        interruptible(&stop, self.look(&leads)).await
+    }
+
+    /// All steps after the creation.
+    async fn look(&mut self, leads: &Leads) -> Result<(), Stop> {
+        self.read_created(leads).await?;
+        self.lags_of_creation(leads).await?;
         self.old_events().await?;
         self.unknown_selector().await?;
-        self.change(&leads).await?;
-        self.exactness(&leads).await?;
-        self.descending(&leads).await?;
-        self.fields(&leads).await?;
+        self.change(leads).await?;
+        self.exactness(leads).await?;
+        self.descending(leads).await?;
+        self.fields(leads).await?;
         if let Some(contact) = &leads.contact {
             self.phones(contact).await?;
             self.refusals(contact).await?;
         }
-        self.deletion(&leads).await
+        self.deletion(leads).await
     }
 
     /// A call that leaves enough of them to delete what was made.
-    async fn call(&mut self, method: Method, path: &str, body: Option<&Value>) -> Result<Response, Stop> {
+    async fn call(&mut self, method: Method, path: &str, body: Option<&Value>) -> Result<Response, RawError> {
         if self.client.remaining() <= cleanup::reserve(&self.made) {
-            return Err(RawError::OutOfCalls.into());
+            return Err(RawError::OutOfCalls);
         }
         let is_repeatable = method != Method::POST || path.starts_with("data/search/");
         let mut response = self.client.call(method.clone(), path, body).await;
@@ -92,11 +106,11 @@ impl Observer {
         Ok(response)
     }
 
-    async fn get(&mut self, path: &str) -> Result<Response, Stop> {
+    async fn get(&mut self, path: &str) -> Result<Response, RawError> {
         self.call(Method::GET, path, None).await
     }
 
-    async fn put(&mut self, path: &str, body: &Value) -> Result<Response, Stop> {
+    async fn put(&mut self, path: &str, body: &Value) -> Result<Response, RawError> {
         self.call(Method::PUT, path, Some(body)).await
     }
 
@@ -146,7 +160,7 @@ impl Observer {
             response = self.create_lead(&lead).await?;
         }
         let keyed = json_of(&response);
-        let Some(id) = id_of(&keyed).filter(|_| response.status.is_success()) else {
+        let Some(id) = cleanup::lead_id(&keyed["id"]).filter(|_| response.status.is_success()) else {
             return Err(refused("the creation of a Lead", &response));
         };
         self.seen.created_lists = Some(ContactsForm::of(&keyed));
@@ -159,24 +173,24 @@ impl Observer {
             }
         }
         let contact = keyed.pointer("/contact_ids/0").or_else(|| keyed.pointer("/contacts/0/id"));
-        let contact = contact.and_then(Value::as_str).map(str::to_owned);
+        let contact = contact.and_then(Value::as_str).filter(|id| is_id(Some("cont"), id)).map(str::to_owned);
         let response = self.create_lead(&json!({"name": name(&marker, "b")})).await?;
-        let Some(named) = id_of(&json_of(&response)).filter(|_| response.status.is_success()) else {
+        let named = cleanup::lead_id(&json_of(&response)["id"]);
+        let Some(named) = named.filter(|_| response.status.is_success()) else {
             return Err(refused("the creation of a Lead", &response));
         };
         Ok(Leads { keyed: id, contact, named, created: Instant::now() })
     }
 
+    /// Is not interrupted while the creation is under way, so that the id of the Lead is known.
     async fn create_lead(&mut self, body: &Value) -> Result<Response, Stop> {
-        self.made.sending();
-        let response = self.call(Method::POST, "lead/", Some(body)).await?;
-        let status = response.status.as_u16();
-        // After an error of a server, the Lead may exist.
-        if status < 500 && !matches!(status, 408 | 499) {
-            self.made
-                .answered(id_of(&json_of(&response)).filter(|_| response.status.is_success()).as_deref());
+        if self.stop.is_cancelled() {
+            return Err(Stop::Interrupted);
         }
-        Ok(response)
+        self.made.sending();
+        let answer = self.call(Method::POST, "lead/", Some(body)).await;
+        self.made.sent(&answer);
+        Ok(answer?)
     }
 
     fn times(&mut self, record: &Value) {
@@ -432,7 +446,7 @@ impl Observer {
 
     /// Writes a sample into every configured custom field, and compares with what comes back.
     async fn fields(&mut self, leads: &Leads) -> Result<(), Stop> {
-        let me = id_of(&json_of(&self.get("me/?_fields=id").await?));
+        let me = json_of(&self.get("me/?_fields=id").await?)["id"].as_str().map(str::to_owned);
         let (me, contact) = (me.as_deref(), leads.contact.as_deref());
         let targets = [
             (Owner::Lead, Some(format!("lead/{}/", leads.keyed))),
@@ -544,6 +558,17 @@ impl Observer {
     }
 }
 
+/// Runs a step until it ends or the run is interrupted.
+async fn interruptible(
+    stop: &CancellationToken,
+    step: impl Future<Output = Result<(), Stop>>,
+) -> Result<(), Stop> {
+    tokio::select! {
+        result = step => result,
+        () = stop.cancelled() => Err(Stop::Interrupted),
+    }
+}
+
 fn name(marker: &str, suffix: &str) -> String {
     format!("close-sync certify {marker}{suffix}")
 }
@@ -558,13 +583,6 @@ fn refused(what: &'static str, response: &Response) -> Stop {
 
 fn json_of(response: &Response) -> Value {
     serde_json::from_slice(&response.body).unwrap_or_default()
-}
-
-fn id_of(record: &Value) -> Option<String> {
-    let id = record.get("id").and_then(Value::as_str)?;
-    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
-    // It becomes a part of paths.
-    (!id.is_empty() && id.bytes().all(is_plain)).then(|| id.to_owned())
 }
 
 fn ids(page: &Value) -> Vec<String> {

@@ -179,6 +179,34 @@ async fn an_interruption_deletes_what_was_made() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_interruption_during_a_creation_deletes_its_lead() {
+    for after in [0, 1] {
+        let bench = bench(|_| {}).await;
+        let slow = Fault::new(Effect::Latency { ms: 1500 }).on("POST", "/lead/").after(after).times(1);
+        bench.simulator.fault(slow);
+        let run = bench.starting(&["certify", "--yes", "--json", "--max-wait", "10m"]);
+        let sent = usize::try_from(after).unwrap() + 1;
+        run.until("creating", async |_| bench.simulator.request_count("POST", "/lead/") == sent).await;
+        run.signal("INT");
+        assert_eq!(run.ended().await.code(), Some(69), "{}", run.log());
+        assert_eq!(bench.simulator.request_count("POST", "/lead/"), sent, "no creation after it");
+        // The creation takes effect at the latest now.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert_eq!((bench.simulator.leads(), bench.simulator.contacts()), (vec![], vec![]), "{after}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lead_that_the_event_log_shows_late_is_deleted() {
+    let bench = bench(|close| close.set("event_lag", "2s").unwrap()).await;
+    let lost = Effect::Status { code: 504, body: FaultBody::Json, when: When::AfterCommit };
+    bench.simulator.fault(Fault::new(lost).on("POST", "/lead/").times(1));
+    let (output, report) = report(&bench).await;
+    assert_eq!((output.status.code(), &report["left_behind"]), (Some(69), &json!([])), "{report:#}");
+    assert_eq!(bench.simulator.request_count("DELETE", "/lead/"), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_failure_deletes_what_was_made() {
     let status = |code| Effect::Status { code, body: FaultBody::Json, when: When::AfterCommit };
     for (what, fault) in [
