@@ -118,10 +118,12 @@ fn missing_record(form: NotFound) -> Found {
 
 fn unknown_url(form: NotFound) -> Found {
     match form {
-        NotFound::Url => {
-            Found::new(Status::AsAssumed, "it does", "a wrong close.api_url is told from a deleted record")
-                .like("unknown_url", "json")
-        }
+        NotFound::Url => Found::new(
+            Status::AsAssumed,
+            "it does",
+            "a wrong close.api_url is not taken for a deleted record",
+        )
+        .like("unknown_url", "json"),
         NotFound::Record => Found::new(
             Status::NotSupported,
             "the text of a missing record",
@@ -249,11 +251,15 @@ fn contact_lists(unknown: &[(&'static str, ListForm)]) -> Found {
     }
     let parts: Vec<String> =
         unknown.iter().map(|(list, form)| format!("{list} {}", <&str>::from(form))).collect();
-    let found = Found::new(
-        Status::Handled,
-        parts.join(", "),
-        "close-sync does not write over a list that it cannot see",
-    );
+    let (status, meaning) = if unknown.iter().any(|(list, _)| *list == "emails") {
+        (
+            Status::NotSupported,
+            "close-sync cannot recognize people by their email address, and would create them again",
+        )
+    } else {
+        (Status::Handled, "close-sync does not write over a list that it cannot see")
+    };
+    let found = Found::new(status, parts.join(", "), meaning);
     let all = |wanted: ListForm| unknown.iter().all(|(_, form)| *form == wanted);
     if all(ListForm::Missing) {
         found.like("contact_lists", "missing")
@@ -520,7 +526,8 @@ mod tests {
     #[test]
     fn what_close_sync_cannot_work_with_is_not_supported() {
         type See = fn(&mut Observations);
-        let cases: [(Assumption, See); 9] = [
+        let cases: [(Assumption, See); 10] = [
+            (Assumption::ContactLists, |seen| seen.unknown_lists = Some(vec![("emails", ListForm::Null)])),
             (Assumption::MissingRecord, |seen| seen.missing_record = Some(NotFound::NotJson)),
             (Assumption::UnknownUrl, |seen| seen.unknown_url = Some(NotFound::Record)),
             (Assumption::TimeNotation, |seen| seen.times = [TimeForm::Unreadable].into()),
@@ -549,7 +556,13 @@ mod tests {
     #[expect(clippy::too_many_lines, reason = "a table")]
     fn the_simulator_learns_what_was_found() {
         type See = fn(&mut Observations);
-        let cases: [(Assumption, See, Status, Value); 12] = [
+        let cases: [(Assumption, See, Status, Value); 13] = [
+            (
+                Assumption::ContactLists,
+                |seen| seen.unknown_lists = Some(vec![("phones", ListForm::Missing)]),
+                Status::Handled,
+                json!({"contact_lists": "missing"}),
+            ),
             (
                 Assumption::EventData,
                 |seen| {
