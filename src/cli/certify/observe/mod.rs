@@ -1,20 +1,21 @@
 //! The script of `certify`: makes a few marked records, tries each assumption, and notes what it sees.
 
+mod searches;
+mod values;
+
 use std::time::Duration;
 
 use reqwest::Method;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::certify::cleanup::{self, Made};
-use crate::cli::certify::looks::{Looks, progress};
+use crate::cli::certify::looks::Looks;
 use crate::cli::certify::observations::{
-    ContactsForm, Delay, ErrorTexts, Exact, FieldObservation, HeaderForm, Kept, LastCursor, NotFound,
-    Observations, Refusal, TimeForm, unknown_lists,
+    ContactsForm, HeaderForm, NotFound, Observations, TimeForm, unknown_lists,
 };
-use crate::cli::certify::queries::{by_custom, by_name, contact_with_email, leads_with};
-use crate::cli::certify::script::{NATIONAL, Owner, Script, WITH_EXTENSION, WITH_TRUNK_ZERO};
+use crate::cli::certify::script::{Script, WITH_TRUNK_ZERO};
 use crate::close::{RawClient, RawError, Response};
 use crate::domain::record::is_id;
 
@@ -26,8 +27,6 @@ const READ_WAIT: Duration = Duration::from_secs(10);
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
 /// The lists of a Contact.
 const LISTS: [&str; 3] = ["emails", "phones", "urls"];
-const BAD_PHONE: &str = "call me";
-const BAD_EMAIL: &str = "not an email";
 
 /// Why the script ended early. What was seen until then stands.
 #[derive(Debug, thiserror::Error)]
@@ -234,78 +233,6 @@ impl Observer {
         Ok(())
     }
 
-    /// Waits until search and the event log show the new Leads.
-    async fn lags_of_creation(&mut self, leads: &Leads) -> Result<(), Stop> {
-        let marker = self.made.marker.clone();
-        let company_key = self.script.company_key.clone();
-        let mut mode = "exact_value";
-        let mut looks = Looks::new(leads.created, self.script.max_wait);
-        progress("waiting until search and the event log show the new Leads", self.script.max_wait);
-        loop {
-            let mut conditions = vec![by_name(&format!("{marker}b"))];
-            conditions.extend(company_key.as_deref().map(|key| by_custom(key, mode, &format!("{marker}-1"))));
-            let shown = match self.search(leads_with(conditions), json!({})).await? {
-                Ok(page) => {
-                    self.seen.last_cursor = LastCursor::of(&page);
-                    if let Some(row) = page.pointer("/data/0") {
-                        self.seen.rows_have_fields = Some(row.get("name").is_some());
-                    }
-                    ids(&page)
-                }
-                Err(400) if mode == "exact_value" => {
-                    self.seen.exact = Some(Exact::Refused);
-                    mode = "phrase";
-                    continue;
-                }
-                Err(status) => return Err(Stop::Refused { what: "a search", status }),
-            };
-            if self.seen.search_created.is_none() && shown.contains(&leads.named) {
-                self.seen.search_created = Some(looks.seen());
-            }
-            if company_key.is_some() && self.seen.search_key.is_none() && shown.contains(&leads.keyed) {
-                self.seen.search_key = Some(looks.seen());
-            }
-            if self.seen.event.is_none() {
-                let path = "event/?object_type=lead&action=created&_limit=50";
-                let response = self.get(path).await?;
-                let page = json_of(&response);
-                let mut events = page["data"].as_array().into_iter().flatten();
-                if let Some(event) = events.find(|event| event["object_id"] == leads.named) {
-                    self.seen.event = Some(looks.seen());
-                    self.seen.event_has_data = Some(event["data"].is_object());
-                } else if !response.status.is_success() {
-                    self.seen.event = Some(looks.longer());
-                }
-            }
-            let is_key_done = company_key.is_none() || self.seen.search_key.is_some();
-            if self.seen.search_created.is_some() && is_key_done && self.seen.event.is_some() {
-                return Ok(());
-            }
-            if !looks.next().await {
-                break;
-            }
-        }
-        self.seen.search_created.get_or_insert(looks.longer());
-        self.seen.event.get_or_insert(looks.longer());
-        if company_key.is_some() {
-            self.seen.search_key.get_or_insert(looks.longer());
-        }
-        Ok(())
-    }
-
-    /// Asks a search for a custom field that does not exist.
-    async fn unknown_selector(&mut self) -> Result<(), Stop> {
-        let unknown = format!("custom.cf_{}", self.made.marker);
-        let query = leads_with(vec![by_name(&self.made.marker)]);
-        let answer = self.search(query, json!({"_fields": {"lead": ["id", unknown]}})).await?;
-        self.seen.unknown_selector_refused = match answer {
-            Ok(_) => Some(false),
-            Err(400 | 422) => Some(true),
-            Err(_) => None,
-        };
-        Ok(())
-    }
-
     /// Looks whether an event of more than an hour ago still has its data.
     async fn old_events(&mut self) -> Result<(), Stop> {
         let before = jiff::Timestamp::now() - Duration::from_mins(65);
@@ -314,41 +241,6 @@ impl Observer {
         let page = json_of(&response);
         self.seen.old_event_has_data = page.pointer("/data/0/data").map(Value::is_object);
         Ok(())
-    }
-
-    /// Changes both Leads, reads one back at once, and waits until search shows the change.
-    async fn change(&mut self, leads: &Leads) -> Result<(), Stop> {
-        let marker = self.made.marker.clone();
-        let (keyed, named) = (format!("lead/{}/", leads.keyed), format!("lead/{}/", leads.named));
-        let Some(key) = self.script.company_key.clone() else {
-            let new = format!("{marker} changed");
-            let response = self.put(&keyed, &json!({"description": new})).await?;
-            return self.read_changed(&keyed, "description", &new, &response).await;
-        };
-        let (new, neighbour) = (format!("{marker}-2"), format!("{marker}-2-x"));
-        self.put(&named, &json!({key.as_str(): neighbour})).await?;
-        let response = self.put(&keyed, &json!({key.as_str(): new})).await?;
-        let changed = Instant::now();
-        self.read_changed(&keyed, &key, &new, &response).await?;
-
-        let mode = if self.seen.exact == Some(Exact::Refused) { "phrase" } else { "exact_value" };
-        let mut looks = Looks::new(changed, self.script.max_wait);
-        progress("waiting until search shows the changed custom field", self.script.max_wait);
-        loop {
-            let query = leads_with(vec![by_custom(&key, mode, &new), by_custom(&key, mode, &neighbour)]);
-            let shown = match self.search(query, json!({})).await? {
-                Ok(page) => ids(&page),
-                Err(status) => return Err(Stop::Refused { what: "a search", status }),
-            };
-            if [&leads.keyed, &leads.named].into_iter().all(|id| shown.contains(id)) {
-                self.seen.search_changed = Some(looks.seen());
-                return Ok(());
-            }
-            if !looks.next().await {
-                self.seen.search_changed = Some(looks.longer());
-                return Ok(());
-            }
-        }
     }
 
     /// Whether a change of one field left the others alone, and how long reads show the old value.
@@ -380,161 +272,6 @@ impl Observer {
                 return Ok(());
             }
         }
-    }
-
-    /// How search compares, once it shows the records.
-    async fn exactness(&mut self, leads: &Leads) -> Result<(), Stop> {
-        let marker = self.made.marker.clone();
-        let key = self.script.company_key.clone();
-        let is_shown = matches!(self.seen.search_changed, Some(Delay::None | Delay::Within(_)));
-        if let Some(key) = key.filter(|_| is_shown && self.seen.exact.is_none()) {
-            let mut found = Vec::new();
-            for value in [format!("{marker}-2"), format!("{marker}-2").to_uppercase()] {
-                let query = leads_with(vec![by_custom(&key, "exact_value", &value)]);
-                found.push(match self.search(query, json!({})).await? {
-                    Ok(page) => ids(&page),
-                    Err(status) => return Err(Stop::Refused { what: "a search", status }),
-                });
-            }
-            let has = |call: usize, id: &String| found.get(call).is_some_and(|ids| ids.contains(id));
-            self.seen.exact = Some(if has(0, &leads.named) {
-                Exact::Words
-            } else if !has(0, &leads.keyed) {
-                Exact::FindsNothing
-            } else if has(1, &leads.keyed) {
-                Exact::FoldsCase
-            } else {
-                Exact::KeepsCase
-            });
-        }
-        if self.seen.exact != Some(Exact::Refused)
-            && let (Some(contact), Some(Delay::None | Delay::Within(_))) =
-                (&leads.contact, self.seen.search_created)
-        {
-            let contact = contact.clone();
-            let query = contact_with_email(&email(&marker).to_uppercase());
-            if let Ok(page) = self.search(query, json!({})).await? {
-                self.seen.email_search = Some(ids(&page).contains(&contact));
-            }
-        }
-        Ok(())
-    }
-
-    /// Walks both Leads one by one, newest first.
-    async fn descending(&mut self, leads: &Leads) -> Result<(), Stop> {
-        if !matches!(self.seen.search_created, Some(Delay::None | Delay::Within(_))) {
-            return Ok(());
-        }
-        let marker = self.made.marker.clone();
-        let query = leads_with(vec![by_name(&format!("{marker}a")), by_name(&format!("{marker}b"))]);
-        let field = json!({"type": "regular_field", "object_type": "lead", "field_name": "date_created"});
-        let sort = json!([{"direction": "desc", "field": field}]);
-        let (mut found, mut cursor) = (Vec::new(), Value::Null);
-        for _ in 0..3 {
-            let more = json!({"sort": sort, "_limit": 1, "cursor": cursor});
-            let Ok(page) = self.search(query.clone(), more).await? else { return Ok(()) };
-            found.extend(ids(&page));
-            cursor = page["cursor"].clone();
-            if cursor.is_null() {
-                break;
-            }
-        }
-        let all = [&leads.keyed, &leads.named].into_iter().all(|id| found.contains(id));
-        self.seen.descending = Some(all);
-        Ok(())
-    }
-
-    /// Writes a sample into every configured custom field, and compares with what comes back.
-    async fn fields(&mut self, leads: &Leads) -> Result<(), Stop> {
-        let me = json_of(&self.get("me/?_fields=id").await?)["id"].as_str().map(str::to_owned);
-        let (me, contact) = (me.as_deref(), leads.contact.as_deref());
-        let targets = [
-            (Owner::Lead, Some(format!("lead/{}/", leads.keyed))),
-            (Owner::Contact, leads.contact.as_ref().map(|contact| format!("contact/{contact}/"))),
-        ];
-        for (owner, path) in targets {
-            let Some(path) = path else { continue };
-            let samples: Vec<(usize, String, Value)> = self
-                .script
-                .fields
-                .iter()
-                .enumerate()
-                .filter(|(_, field)| field.owner == owner)
-                .filter_map(|(index, field)| Some((index, field.key.clone(), field.value(me, contact)?)))
-                .collect();
-            if samples.is_empty() {
-                continue;
-            }
-            let mut body: Map<String, Value> =
-                samples.iter().map(|(_, key, sample)| (key.clone(), sample.clone())).collect();
-            let mut response = self.put(&path, &json!(body)).await?;
-            if response.status.as_u16() == 400 {
-                // Once more without what Close named.
-                let text = String::from_utf8_lossy(&response.body).into_owned();
-                body.retain(|key, _| !text.contains(key.as_str()));
-                if body.is_empty() {
-                    self.observe_fields(&samples, &body, &json!({}));
-                    continue;
-                }
-                response = self.put(&path, &json!(body)).await?;
-            }
-            if response.status.is_success() {
-                self.observe_fields(&samples, &body, &json_of(&response));
-            }
-        }
-        Ok(())
-    }
-
-    fn observe_fields(
-        &mut self,
-        samples: &[(usize, String, Value)],
-        sent: &Map<String, Value>,
-        record: &Value,
-    ) {
-        for (index, key, sample) in samples {
-            let Some(field) = self.script.fields.get(*index) else { continue };
-            let kept = if sent.contains_key(key) { Kept::of(sample, record.get(key)) } else { Kept::Refused };
-            self.seen.fields.push(FieldObservation {
-                setting: field.setting.clone(),
-                key: field.key.clone(),
-                kind: field.kind.clone(),
-                sent: sample.clone(),
-                kept,
-            });
-        }
-    }
-
-    async fn phones(&mut self, contact: &str) -> Result<(), Stop> {
-        let path = format!("contact/{contact}/");
-        for phone in [WITH_EXTENSION, NATIONAL] {
-            let response = self.put(&path, &json!({"phones": [{"phone": phone, "type": "office"}]})).await?;
-            let contact = json_of(&response);
-            let kept = contact.pointer("/phones/0/phone").and_then(Value::as_str).map(str::to_owned);
-            match (response.status.is_success(), contact["phones"].is_array()) {
-                (true, true) => self.seen.phones.push((phone, kept)),
-                // Kept, but not shown.
-                (true, false) => {}
-                (false, _) => self.seen.phones.push((phone, None)),
-            }
-        }
-        Ok(())
-    }
-
-    async fn refusals(&mut self, contact: &str) -> Result<(), Stop> {
-        let path = format!("contact/{contact}/");
-        let good = email(&self.made.marker);
-        let body = json!({"phones": [{"phone": "+18004445555"}, {"phone": BAD_PHONE}]});
-        let response = self.put(&path, &body).await?;
-        let status = response.status.as_u16();
-        self.seen.bad_phone = Some(Refusal::of(status, &response.body, "phones", BAD_PHONE));
-        let body = json!({"emails": [{"email": good}, {"email": BAD_EMAIL}]});
-        let response = self.put(&path, &body).await?;
-        let status = response.status.as_u16();
-        self.seen.bad_email = Some(Refusal::of(status, &response.body, "emails", BAD_EMAIL));
-        self.seen.error_texts = ErrorTexts::of(&response.body);
-        let response = self.put(&path, &json!({"close_sync_certify": "unknown"})).await?;
-        self.seen.unknown_key_refused = Some(response.status.is_client_error());
-        Ok(())
     }
 
     async fn deletion(&mut self, leads: &Leads) -> Result<(), Stop> {
