@@ -130,7 +130,7 @@ impl CloseError {
         match status {
             300..=399 => Self::Transient(Fault::Redirected { status, host: host(location) }),
             408 | 409 | 421 | 423 | 425 | 499 | 500..=599 => Self::Transient(Fault::Status(status)),
-            // Whoever answers, the same request is too large again.
+            // Close or a proxy: the same request would be too large again.
             413 | 414 | 431 => Self::Rejected(Rejection::read(status, body)),
             404 => match general_text(body) {
                 Some(text) if text.contains(NO_SUCH_RECORD) => Self::NotFound,
@@ -165,8 +165,8 @@ impl CloseError {
 
     /// Whether a write may have been applied although the call failed. Close has no idempotency keys, so the record must
     /// be looked up before such a POST is repeated (close-api.md §10). A 503 comes from in front of the application and
-    /// counts as not applied, as in Close's own client (close-api.md §2). A 408 or 499 says that somebody gave up waiting.
-    /// What stands between may have passed the call on before it answered.
+    /// counts as not applied, as in Close's own client (close-api.md §2). A 408 or 499 means that a server or a proxy
+    /// stopped waiting. A proxy may have passed the call on before it answered.
     pub fn may_have_been_applied(&self) -> bool {
         match self {
             Self::Transient(Fault::Status(status)) => !matches!(status, 409 | 421 | 423 | 425 | 503),

@@ -240,8 +240,8 @@ pub(crate) fn may_match(lookup: &Lookup, row: &Value) -> bool {
     }
 }
 
-/// The path of the record of a row that has none of the keys that the look-ups asked for. It cannot be told which look-up
-/// the row belongs to before the record is read.
+/// The path of the record of a row that has none of the keys that the look-ups asked for. Only the record shows which look-up
+/// found the row.
 pub(crate) fn incomplete(lookups: &[Lookup], row: &Value) -> Option<(Endpoint, String)> {
     let has = |key: &str| row.get(key).is_some_and(|value| !value.is_null());
     let has_custom = |field: &FieldId| has(&format!("custom.{field}"));

@@ -181,7 +181,7 @@ async fn a_record_is_read_again_only_if_the_write_waited_and_could_undo_edits() 
     assert_eq!(reads(WAIT, json!({"phone": "+18004445555"})).await, 2);
 }
 
-/// A call takes at most this long, and [`super::super::freshness`] trusts a read for a second.
+/// A call takes at most this long. A read stays fresh for a second, see [`super::super::freshness`].
 const WINDOW: Duration = Duration::from_millis(1100);
 
 fn edit() -> impl Strategy<Value = Edit> {

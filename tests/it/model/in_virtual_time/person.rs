@@ -1,8 +1,8 @@
 //! A person who adds phones to Contacts in Close while workers change them.
 //!
 //! Close replaces a list as a whole and has no condition on a version. So a phone that was added between the last read of
-//! a worker and its write is lost, and nobody can prevent that. Any other must stay: a worker reads again, right before
-//! the write, what is older than a second.
+//! a worker and its write is lost. No client can prevent this. Any other phone must stay: a worker reads again, right
+//! before the write, what is older than a second.
 
 use std::fmt::Write as _;
 use std::time::Duration;

@@ -62,6 +62,6 @@ mod tests {
         let states = [9, 10, 19, 20, 21, 22].map(|second| shown(&past, second));
         assert_eq!(states, [None, Some(json!(1)), Some(json!(1)), Some(json!(2)), Some(json!(2)), None]);
         keep(&mut past, 30, Some(3));
-        assert_eq!(past.states["lead_1"].len(), 2, "what nobody can read any more is dropped");
+        assert_eq!(past.states["lead_1"].len(), 2, "states that reads no longer show are dropped");
     }
 }
