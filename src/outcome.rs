@@ -295,9 +295,12 @@ impl PauseCause {
             Self::Forbidden => {
                 "give the user of the API key permission to read and write Leads and Contacts in Close"
             }
-            Self::Unreachable => "check the network, and check on Close's status page whether it is down",
+            Self::Unreachable => {
+                "check the network, proxies and `close.api_url`, and on Close's status page whether Close is down"
+            }
             Self::Failing => {
-                "check on Close's status page whether it is down; if only certain messages fail, stop their producers"
+                "if the last failure names a proxy or a redirect, check these and `close.api_url`; else check on Close's status \
+                 page whether it is down; if only certain messages fail, stop their producers"
             }
             Self::LookupField => "run `close-sync check`, which reports what is wrong with the lookup fields",
         }

@@ -74,7 +74,7 @@ async fn check_close(
     let detail = "checking Close, as soon as its rate limits allow";
     status.set(State::Connecting(None), Some(detail.to_owned()));
     // Close's rate limits may delay the check; a shutdown ends it.
-    let cause = match shutdown.run_until_cancelled(candidate.check()).await {
+    let (cause, last_failure) = match shutdown.run_until_cancelled(candidate.check()).await {
         None => return Ok(None),
         Some(Ok(ready)) => {
             tracing::info!(
@@ -84,10 +84,13 @@ async fn check_close(
             );
             return Ok(Some(ready.mapping));
         }
-        Some(Err(errors)) => pause_or_fail(&errors, &candidate.settings.api_key_setting())?,
+        Some(Err(errors)) => {
+            let cause = pause_or_fail(&errors, &candidate.settings.api_key_setting())?;
+            (cause, errors.first().map(ToString::to_string))
+        }
     };
     let probe = || async { candidate.check().await.map(|ready| ready.mapping) };
-    let pause = Pause { status, metrics, again: false, last_failure: None };
+    let pause = Pause { status, metrics, again: false, last_failure };
     let recovered = pause.until(cause, &mut Backoff::probe(), probe, shutdown).await;
     Ok(recovered.map(|(_, mapping)| mapping))
 }

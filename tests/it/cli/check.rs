@@ -102,6 +102,8 @@ async fn the_answer_of_a_proxy_is_not_a_configuration_error() {
     // `run` waits until Close itself answers.
     let worker = bench.starting_worker();
     worker.until("paused", async |worker| worker.is("paused", Some("unreachable")).await).await;
+    let detail = worker.ready().await.1["detail"].to_string();
+    assert!(detail.contains("(404, HTML)"), "{detail}");
     bench.simulator.clear_faults();
     worker.until("ready", async |worker| worker.ready().await.0 == 200).await;
     worker.terminate().await;
