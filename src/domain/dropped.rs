@@ -94,6 +94,8 @@ pub enum DropReason {
     Refused,
     /// Close rejected the value for this record before, so it is not sent again.
     RefusedBefore,
+    /// Close accepted the value for this record before and returned another one, so it is not sent again.
+    NotKept,
 }
 
 impl DropReason {
@@ -121,6 +123,7 @@ impl DropReason {
             Self::ListUnknown => "Close did not show the Contact's list",
             Self::Refused => "Close rejected it",
             Self::RefusedBefore => "Close rejected it before",
+            Self::NotKept => "Close did not keep it before",
         }
     }
 }

@@ -262,19 +262,19 @@ impl Plan {
         self.steps.extend(by.steps.iter().filter(|step| step.changes() == Some(record)).cloned());
     }
 
-    /// Values for lists that are full or unknown, and values that Close rejected before.
+    /// Values for lists that are full or unknown, and values that Close rejected or did not keep before.
     pub fn dropped(&self) -> impl Iterator<Item = Dropped> {
         let fields = self.records.iter().flat_map(|record| &record.fields);
         fields.filter_map(|field| match field.verdict {
             FieldVerdict::ListFull => Some(field.dropped(DropReason::ListFull)),
             FieldVerdict::ListUnknown => Some(field.dropped(DropReason::ListUnknown)),
+            FieldVerdict::NotKept => Some(field.dropped(DropReason::NotKept)),
             FieldVerdict::RefusedBefore => Some(field.dropped(DropReason::RefusedBefore)),
             FieldVerdict::Set
             | FieldVerdict::Appended
             | FieldVerdict::Same
             | FieldVerdict::NotEmpty
             | FieldVerdict::OnlyOnCreate
-            | FieldVerdict::NotKept
             | FieldVerdict::Stale
             | FieldVerdict::Refused
             | FieldVerdict::RefusedTogether => None,

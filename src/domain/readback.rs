@@ -3,12 +3,13 @@
 //! [`same`] and [`Channel::same`] know the notations in which Close may return a value. What
 //! they cannot know is learnt: the country by which Close reads national phone numbers, and for each value that came back
 //! as something else, what it came back as. Such a value is not sent again as long as Close returns the same and the event
-//! wants the same.
+//! wants the same, but for a limited time ([`Answers::forget_not_kept`]): what Close keeps may change.
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use serde_json::Value;
+use strum::VariantArray;
 
 use crate::domain::phone::Country;
 use crate::domain::record::{Channel, Entry, Field, Fields, Lists, missing_items, same};
@@ -74,9 +75,28 @@ impl Answers {
         }
     }
 
+    /// Whether there is a value that is tried again after some time.
+    pub fn has_not_kept(&self) -> bool {
+        self.0.iter().any(|(field, answers)| answers.iter().any(|answer| !is_lasting(field, answer)))
+    }
+
+    /// Forgets the values that Close did not keep, so that they are sent again.
+    pub fn forget_not_kept(&mut self) {
+        self.0.retain(|field, answers| {
+            answers.retain(|answer| is_lasting(field, answer));
+            !answers.is_empty()
+        });
+    }
+
     fn of(&self, field: &str, sent: u64) -> Option<&Answer> {
         self.0.get(field)?.iter().find(|answer| answer.sent == sent)
     }
+}
+
+/// Whether the answer is never forgotten: an entry of a list that Close stored in another form. Sending it again would add
+/// it twice.
+fn is_lasting(field: &str, answer: &Answer) -> bool {
+    answer.kept.is_some() && Channel::VARIANTS.iter().any(|channel| channel.list() == field)
 }
 
 impl Readback {
@@ -259,6 +279,28 @@ mod tests {
         let differences = list_differences(&phones(&["0019 1"]), &phones(&["+99 1"]), None);
         answers.learn(&differences);
         assert_eq!(readback.find("cont_1", Channel::Phone, &[], "0019 1"), None);
+    }
+
+    #[test]
+    fn only_what_close_keeps_in_a_list_in_another_form_is_never_forgotten() {
+        let mut readback = Readback::default();
+        let kept = phones(&["+99 1"]);
+        let answers = readback.records.entry("cont_1".into()).or_default();
+        answers.learn(&list_differences(&phones(&["0019 1"]), &kept, None));
+        assert!(!answers.has_not_kept());
+        answers.learn(&list_differences(&phones(&["+99 1", "0019 2"]), &kept, None));
+        let title = |title: &str| Fields::from([(Field::Title, Value::from(title))]);
+        answers.learn(&differences(&title("CEO"), None, &title("Chief")));
+        assert!(answers.has_not_kept());
+        let find = |readback: &Readback, wanted: &str| {
+            readback.find("cont_1", Channel::Phone, &kept[&Channel::Phone], wanted)
+        };
+        assert_eq!(find(&readback, "0019 2"), Some(InList::Refused));
+        readback.records.get_mut("cont_1").unwrap().forget_not_kept();
+        assert_eq!(find(&readback, "0019 1"), Some(InList::Present), "it would be added twice");
+        assert_eq!(find(&readback, "0019 2"), None);
+        let (before, wanted) = (Value::from("Chief"), Value::from("CEO"));
+        assert!(!readback.is_futile("cont_1", "title", Some(&before), &wanted));
     }
 
     #[test]

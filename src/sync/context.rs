@@ -163,6 +163,7 @@ impl Context {
         if mapping != **current {
             tracing::info!(event = "mapping_updated", "fields in Close have changed, mapping updated");
             self.version_cache.forget_refusals();
+            self.readback_cache.forget_not_kept();
             *current = Arc::new(mapping);
         }
         Ok(())

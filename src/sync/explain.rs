@@ -206,7 +206,8 @@ impl LeftOut {
             | DropReason::ListFull
             | DropReason::ListUnknown
             | DropReason::Refused
-            | DropReason::RefusedBefore => String::new(),
+            | DropReason::RefusedBefore
+            | DropReason::NotKept => String::new(),
         };
         let in_words = format!("{label}{of}: {shown}, {}{fits}", reason.description());
         Self { field: field.clone(), reason: reason.label(), value: value.clone(), in_words }

@@ -1,10 +1,15 @@
 //! Bounded cache of how Close keeps what it is sent: see [`crate::domain::readback`].
+//!
+//! A value that Close did not keep is tried again after some hours, when the fields in Close have changed, and when an
+//! operator replays a message about the record.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use moka::policy::EvictionPolicy;
 use moka::sync::Cache;
+use tokio::time::Instant;
 
 use crate::domain::matching::Found;
 use crate::domain::phone::Country;
@@ -12,29 +17,38 @@ use crate::domain::readback::{Answers, Difference, Readback};
 
 /// In records with such a value. An entry takes about 300 bytes.
 const CAPACITY: u64 = 50_000;
+/// How long a value that Close did not keep is not sent again. What Close keeps may change without a change of the fields.
+const LIFETIME: Duration = Duration::from_hours(6);
 
 /// Clones share the entries.
 #[derive(Clone, Debug)]
 pub struct ReadbackCache {
-    records: Cache<String, Answers>,
+    records: Cache<String, Entry>,
+    /// Values that were not kept before this time are tried again.
+    not_kept_since: Arc<Mutex<Option<Instant>>>,
     country: Arc<Mutex<Option<Country>>>,
     /// The fields that were logged. The configuration names them, so there are few.
     logged: Arc<Mutex<HashSet<String>>>,
 }
 
+#[derive(Clone, Debug, Default)]
+struct Entry {
+    answers: Answers,
+    /// When the first value was not kept.
+    not_kept_at: Option<Instant>,
+}
+
 impl Default for ReadbackCache {
     fn default() -> Self {
         let records = Cache::builder().max_capacity(CAPACITY).eviction_policy(EvictionPolicy::lru()).build();
-        Self { records, country: Arc::default(), logged: Arc::default() }
+        Self { records, not_kept_since: Arc::default(), country: Arc::default(), logged: Arc::default() }
     }
 }
 
 impl ReadbackCache {
     /// What is known about the records found.
     pub fn about(&self, found: &Found) -> Readback {
-        let (leads, contacts) = found.records();
-        let ids = leads.map(|lead| lead.id.as_str()).chain(contacts.map(|contact| contact.id.as_str()));
-        let records = ids.filter_map(|id| Some((id.to_owned(), self.records.get(id)?))).collect();
+        let records = ids(found).filter_map(|id| Some((id.to_owned(), self.get(id)?.answers))).collect();
         Readback { country: self.country(), records }
     }
 
@@ -43,9 +57,38 @@ impl ReadbackCache {
         if differences.is_empty() {
             return;
         }
-        let mut answers = self.records.get(record).unwrap_or_default();
+        let Entry { mut answers, not_kept_at } = self.get(record).unwrap_or_default();
         answers.learn(differences);
-        self.records.insert(record.to_owned(), answers);
+        let not_kept_at = answers.has_not_kept().then(|| not_kept_at.unwrap_or_else(Instant::now));
+        self.records.insert(record.to_owned(), Entry { answers, not_kept_at });
+    }
+
+    /// All values that were not kept are tried again.
+    pub fn forget_not_kept(&self) {
+        *self.not_kept_since.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        self.logged.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// The same for the records found.
+    pub fn forget_not_kept_of(&self, found: &Found) {
+        for id in ids(found) {
+            if let Some(Entry { mut answers, .. }) = self.records.get(id) {
+                answers.forget_not_kept();
+                self.records.insert(id.to_owned(), Entry { answers, not_kept_at: None });
+            }
+        }
+    }
+
+    /// The entry of a record, without the answers that no longer count.
+    fn get(&self, id: &str) -> Option<Entry> {
+        let mut entry = self.records.get(id)?;
+        let since = *self.not_kept_since.lock().unwrap_or_else(PoisonError::into_inner);
+        let counts = |at: Instant| at.elapsed() < LIFETIME && since.is_none_or(|since| since <= at);
+        if !entry.not_kept_at.is_some_and(counts) {
+            entry.not_kept_at = None;
+            entry.answers.forget_not_kept();
+        }
+        Some(entry)
     }
 
     /// Whether a field is reported for the first time.
@@ -69,4 +112,9 @@ impl ReadbackCache {
     pub fn set_country(&self, country: Country) -> bool {
         self.country.lock().unwrap_or_else(PoisonError::into_inner).replace(country) != Some(country)
     }
+}
+
+fn ids(found: &Found) -> impl Iterator<Item = &str> {
+    let (leads, contacts) = found.records();
+    leads.map(|lead| lead.id.as_str()).chain(contacts.map(|contact| contact.id.as_str()))
 }

@@ -277,7 +277,7 @@ fn report(cache: &ReadbackCache, metrics: &Metrics, record: &str, differences: &
                 event = "value_not_kept",
                 field,
                 effect = effect.label(),
-                "Close returned another value than it was sent; it is not sent again"
+                "Close returned another value than it was sent; it is not sent again for six hours"
             );
         }
     }

@@ -31,6 +31,7 @@ use crate::sync::job::Settings;
 use crate::sync::record_locks::RecordLocks;
 use crate::telemetry::metrics::{self, Metrics};
 
+mod not_kept;
 mod people_win;
 
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -78,6 +79,8 @@ enum WriteFault {
     After(CloseError),
     /// Close executes it, and answers after this time.
     Slow(Duration),
+    /// Close answers with success, and keeps neither the title nor the phones of a Contact.
+    Lossy,
     /// 429.
     Busy,
 }
@@ -268,6 +271,14 @@ impl Api for FakeClose {
             Some(WriteFault::After(error)) => {
                 self.state(|state| state.apply(step));
                 Err(error)
+            }
+            Some(WriteFault::Lossy) => {
+                let mut kept = step.clone();
+                if let Step::UpdateContact { changes, .. } = &mut kept {
+                    changes.fields.remove(&Field::Title);
+                    changes.lists.insert(Channel::Phone, Vec::new());
+                }
+                Ok(Some(self.state(|state| state.apply(&kept))))
             }
             Some(WriteFault::Busy) => Ok(None),
             Some(WriteFault::Slow(_)) | None => Ok(Some(self.state(|state| state.apply(step)))),

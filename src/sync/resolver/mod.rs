@@ -27,7 +27,7 @@ pub(crate) struct Resolver<'a, R> {
     pub(crate) version_cache: &'a VersionCache,
     pub(crate) readback_cache: &'a ReadbackCache,
     pub(crate) switches: Switches,
-    /// Send again what Close refused before: an operator replays the message.
+    /// Send again what Close refused or did not keep before: an operator replays the message.
     pub(crate) retry_refused: bool,
 }
 
@@ -63,6 +63,7 @@ impl<R: Records> Resolver<'_, R> {
             for versions in versions.values_mut() {
                 versions.refused = RefusedValues::default();
             }
+            self.readback_cache.forget_not_kept_of(&found);
         }
         let readback = self.readback_cache.about(&found);
         let merged = MergedPlan::plan(first, others, &found, self.switches, &versions, &readback);
