@@ -115,18 +115,21 @@ async fn records_that_vanish_in_a_row_pause_the_worker() {
     for n in 0..40 {
         bench.lead(Some(&format!("c{n}")), json!([]));
     }
+    let worker = bench.worker().await;
+    let event = |n| identify(&format!("u{n}"), json!({"company": {"id": format!("c{n}")}}));
+    let events = || (0..40).map(event).collect::<Vec<_>>();
+    bench.publish(&events()).await;
+    worker.settled(40).await;
     let gone = FaultBody::Exactly(json!({"error": "Empty query: Lead matching query does not exist."}));
     let gone = Effect::Status { code: 404, body: gone, when: When::BeforeCommit };
     bench.simulator.fault(Fault::new(gone).on("GET", "/lead/"));
-    let worker = bench.worker().await;
-    let event = |n| identify(&format!("u{n}"), json!({"company": {"id": format!("c{n}")}}));
-    bench.publish(&(0..40).map(event).collect::<Vec<_>>()).await;
+    bench.publish(&events()).await;
     worker.until("paused", async |worker| worker.is("paused", Some("failing")).await).await;
     let created = bench.simulator.leads().len() - 40;
     assert!(created <= 5, "{created} second Leads");
     assert_eq!(bench.depth(".dead").await, 0);
     bench.simulator.clear_faults();
-    worker.settled(40).await;
+    worker.settled(80).await;
     assert_eq!(bench.simulator.leads().len(), 40 + created);
     worker.terminate().await;
 }
