@@ -42,10 +42,11 @@ impl Country {
         if stored_form(sent, None).is_some() {
             return None;
         }
-        // Which of the countries that share a country code it is does not matter for reading. Asking the library would cost
-        // hundreds of megabytes of compiled patterns for numbers of all countries.
-        let country = Self::of(&parse(stored, None)?)?;
-        (stored_form(sent, Some(country)).as_deref() == Some(stored)).then_some(country)
+        // Countries that share a country code read local numbers in different ways, the main one first. Asking the library
+        // for the country of a number would cost hundreds of megabytes of compiled patterns.
+        let code = parse(stored, None)?.country_code;
+        let countries = PHONE_NUMBER_UTIL.get_regions_for_country_calling_code(code)?.map(Self);
+        countries.into_iter().find(|country| stored_form(sent, Some(*country)).as_deref() == Some(stored))
     }
 }
 
@@ -341,6 +342,8 @@ pub(crate) mod tests {
             ("800 444 5555", "+18004445555", Some("US")),
             ("8 800 555 35 35", "+78005553535", Some("RU")),
             ("03-1234-5678", "+81312345678", Some("JP")),
+            ("2921234", "+14412921234", Some("BM")),
+            ("4301234", "+12464301234", Some("BB")),
             // They do not depend on the country, or were rewritten by another rule.
             ("+44 20 7946 0958", "+442079460958", None),
             ("020 7946 0958", "+12079460958", None),

@@ -11,7 +11,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use serde_json::Value;
 use strum::VariantArray;
 
-use crate::domain::phone::Country;
+use crate::domain::phone::{self, Country};
 use crate::domain::record::{Channel, Entry, Field, Fields, Lists, missing_items, same};
 
 /// The most values that are remembered for one field of a record.
@@ -177,12 +177,20 @@ pub fn list_differences(sent: &Lists, kept: &Lists, country: Option<Country>) ->
     differences
 }
 
-/// The country by which Close has read a phone number in a list, if the list shows it.
-pub fn country_of(sent: &Lists, kept: &Lists) -> Option<Country> {
-    let phones = |lists: &Lists| lists.get(&Channel::Phone).cloned().unwrap_or_default();
-    let (sent, kept) = (phones(sent), phones(kept));
-    let mut countries = sent
-        .iter()
+/// The country by which Close has read a new phone number of a list, if the list shows it and `known` does not explain it.
+/// Numbers that were in the list before say nothing: they may be of any country.
+pub fn country_of(before: &[Entry], sent: &Lists, kept: &Lists, known: Option<Country>) -> Option<Country> {
+    let new = |lists: &Lists| -> Vec<Entry> {
+        let phones = lists.get(&Channel::Phone).into_iter().flatten();
+        phones.filter(|entry| before.iter().all(|other| other.value != entry.value)).cloned().collect()
+    };
+    let (sent, kept) = (new(sent), new(kept));
+    let explains = |sent: &str| {
+        let form = known.and_then(|known| phone::stored_form(sent, Some(known)));
+        form.is_some_and(|form| kept.iter().any(|kept| kept.value == form))
+    };
+    let unexplained = sent.iter().filter(|sent| !explains(&sent.value));
+    let mut countries = unexplained
         .flat_map(|sent| kept.iter().filter_map(|kept| Country::of_answer(&sent.value, &kept.value)));
     countries.next()
 }
@@ -210,7 +218,7 @@ fn hash(value: &Value) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::phone::{self, tests::REWRITES};
+    use crate::domain::phone::tests::REWRITES;
 
     fn phones(values: &[&str]) -> Lists {
         let entry = |value: &&str| Entry { value: (*value).to_owned(), kind: "office".into() };
@@ -259,7 +267,7 @@ mod tests {
 
                 // The country is unknown, and learned from the first answer if it shows it.
                 let (sent_list, kept) = (phones(&[&sent]), phones(&[&stored]));
-                readback.country = country_of(&sent_list, &kept);
+                readback.country = country_of(&[], &sent_list, &kept, None);
                 let answers = readback.records.entry("cont_1".into()).or_default();
                 let differences = list_differences(&sent_list, &kept, readback.country);
                 answers.learn(&differences);
@@ -270,6 +278,21 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn numbers_that_were_in_the_list_teach_no_country() {
+        let country = |before: &[&str], sent: &[&str], kept: &[&str], known: Option<&str>| {
+            let before = phones(before).remove(&Channel::Phone).unwrap();
+            let known = known.and_then(Country::parse);
+            country_of(&before, &phones(sent), &phones(kept), known).map(|country| country.to_string())
+        };
+        let (vienna, berlin, local) = ("+4330901820", "+4930901820", "030 901820");
+        let sent = [vienna, local];
+        assert_eq!(country(&[vienna], &sent, &[vienna, berlin], Some("DE")), None);
+        assert_eq!(country(&[vienna], &sent, &[vienna, berlin], None).as_deref(), Some("DE"));
+        assert_eq!(country(&[vienna], &sent, &[vienna], None), None);
+        assert_eq!(country(&[], &[local], &[berlin], Some("AT")).as_deref(), Some("DE"));
     }
 
     #[test]

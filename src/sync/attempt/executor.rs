@@ -9,6 +9,7 @@ use crate::domain::matching::Found;
 use crate::domain::partial_write::{self, Remainder};
 use crate::domain::plan::{FieldVerdict, RejectedField, Step};
 use crate::domain::readback::{self, Difference};
+use crate::domain::record::Channel;
 use crate::outcome::Effect;
 use crate::sync::attempt::freshness;
 use crate::sync::context::Context;
@@ -251,15 +252,17 @@ fn learn(context: &Context, step: &Step, found: &Found, written: &Written) {
         report(readback_cache, metrics, kept.id.as_str(), &differences);
     }
     if let Some((sent, kept)) = sent.zip(kept) {
+        let before = contacts.into_iter().find(|contact| contact.id == kept.id);
         let mut lists = sent.lists.clone();
         // An entry that cannot be read is not one that Close lost.
         lists.retain(|channel, _| !kept.unknown_lists.contains(channel));
-        if let Some(country) = readback::country_of(&lists, &kept.lists)
+        let known = readback_cache.country();
+        let phones = before.map_or(&[][..], |contact| contact.list(Channel::Phone));
+        if let Some(country) = readback::country_of(phones, &lists, &kept.lists, known)
             && readback_cache.set_country(country)
         {
             tracing::info!(event = "phone_country_learned", %country, "learned the country of national phone numbers");
         }
-        let before = contacts.into_iter().find(|contact| contact.id == kept.id);
         let mut differences =
             readback::differences(&sent.fields, before.map(|contact| &contact.fields), &kept.fields);
         differences.extend(readback::list_differences(&lists, &kept.lists, readback_cache.country()));
