@@ -48,24 +48,45 @@ pub fn without_rejected<'a>(
     if removed.is_empty() { Remainder::Unnamed } else { Remainder::Without(rest, removed) }
 }
 
-/// The step with only what it cannot do without, for a rejection that names no field: ids, the email of a new Contact, and
-/// names if `keep_names`. `None` if that leaves out nothing, or everything.
+/// What is left out together, in this order.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+enum Tier {
+    Lists,
+    Fields,
+    Names,
+}
+
+impl Tier {
+    fn of(field: &str) -> Self {
+        if Channel::VARIANTS.iter().any(|channel| channel.list() == field) {
+            Self::Lists
+        } else if field == Field::Name.to_string() {
+            Self::Names
+        } else {
+            Self::Fields
+        }
+    }
+}
+
+/// The step with less, for a rejection that names no field: without lists, else without fields, else without names. Ids and
+/// the email of a new Contact stay. An update may have nothing left. `None` if nothing can be left out.
 pub fn without_optional(
     step: &Step,
     desired: &Desired,
     keys: &KeyFields,
-    keep_names: bool,
 ) -> Option<(Step, Vec<RejectedField>)> {
-    let mut rest = step.clone();
-    let mut removed = Vec::new();
-    for (record, field) in fields(step) {
-        let is_email = step.creates() && field == Channel::Email.list() && desired.identity.email.is_some();
-        let is_name = keep_names && field == Field::Name.to_string();
-        if !is_key(&field, keys) && !is_email && !is_name && remove(&mut rest, &record, &field) {
+    let is_email =
+        |field: &str| step.creates() && field == Channel::Email.list() && desired.identity.email.is_some();
+    let mut optional = fields(step);
+    optional.retain(|(_, field)| !is_key(field, keys) && !is_email(field));
+    let first = optional.iter().map(|(_, field)| Tier::of(field)).min()?;
+    let (mut rest, mut removed) = (step.clone(), Vec::new());
+    for (record, field) in optional.into_iter().filter(|(_, field)| Tier::of(field) == first) {
+        if remove(&mut rest, &record, &field) {
             removed.push(RejectedField { record, field });
         }
     }
-    (!removed.is_empty() && !rest.is_empty()).then_some((rest, removed))
+    (!removed.is_empty()).then_some((rest, removed))
 }
 
 /// The paths of custom fields of the step that Close does not have.

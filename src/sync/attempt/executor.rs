@@ -87,7 +87,7 @@ impl<C: Api> Executor<'_, C> {
     }
 
     /// The step without what Close rejected. If Close named no field of it, without custom fields that were deleted in Close,
-    /// else without everything optional.
+    /// else without lists, then without fields, then without names. An update of which nothing remains is not sent.
     async fn without_rejected(
         &self,
         step: &Step,
@@ -116,16 +116,13 @@ impl<C: Api> Executor<'_, C> {
             Remainder::Without(smaller, rejected) => Some((smaller, rejected, FieldVerdict::Refused)),
             Remainder::Required => None,
             Remainder::Unnamed => {
-                let smaller = [true, false].into_iter().find_map(|keep_names| {
-                    partial_write::without_optional(step, desired, &context.keys, keep_names)
-                });
-                let (smaller, rejected) = smaller?;
+                let (smaller, rejected) = partial_write::without_optional(step, desired, &context.keys)?;
                 tracing::warn!(
                     event = "refusal_without_field",
                     step = step.label(),
                     error = %rejection,
                     left_out = rejected.len(),
-                    "Close rejected a write without naming a field, repeating it without optional values"
+                    "Close rejected a write without naming a field, leaving out optional values"
                 );
                 Some((smaller, rejected, FieldVerdict::RefusedTogether))
             }

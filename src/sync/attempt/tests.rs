@@ -13,7 +13,7 @@ use crate::close::{
     Client, Fault, FieldError, Hits, LeadWithContacts, LeadWithPerson, Priority, Records, Rejection,
     Response, Transport, Written,
 };
-use crate::domain::dropped::{DropReason, Dropped};
+use crate::domain::dropped::DropReason;
 use crate::domain::event::Event;
 use crate::domain::mapping::tests::{rules, schema};
 use crate::domain::mapping::{Identity, KeyFields, Mapping, Rules};
@@ -33,6 +33,7 @@ use crate::telemetry::metrics::{self, Metrics};
 
 mod not_kept;
 mod people_win;
+mod unnamed;
 
 const TIMEOUT: Duration = Duration::from_secs(30);
 const SEARCH_LAG: Duration = Duration::from_mins(1);
@@ -536,43 +537,6 @@ async fn a_rejected_optional_field_is_left_out_of_the_next_write() {
     let dropped: Vec<_> =
         attempts.decision.dropped.iter().map(|dropped| (dropped.field.as_str(), dropped.reason)).collect();
     assert_eq!(dropped, [("phones", DropReason::Refused)]);
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_rejection_without_a_field_leaves_out_everything_optional() {
-    let context = context(&rules());
-    let close = FakeClose::new(&context, &[], &[]).with_fault(WriteFault::Before(rejection(&[])));
-    let desired = jane(&context, 5);
-    let mut attempts = attempts(&context, &close, &desired);
-    let completed = attempts.run_once().await.ok().unwrap();
-    assert_eq!(completed.outcome, Outcome::Synced(Effect::Created));
-    assert_eq!(close.written(), ["create_lead", "create_lead"]);
-    let (lead, contact) = (close.lead("lead_new1"), close.contact("cont_new2"));
-    assert_eq!(lead.fields[&Field::Name], json!("Acme"), "a name is needed to recognize the record");
-    assert_eq!(
-        (lead.custom(&FieldId::new("cf_company")), lead.custom(&FieldId::new("cf_plan"))),
-        (Some("acme"), None)
-    );
-    assert_eq!(
-        (contact.custom(&FieldId::new("cf_user")), contact.list(Channel::Phone).len()),
-        (Some("u1"), 0)
-    );
-    assert!(contact.has(Channel::Email, "jane@acme.test", None));
-    let refused = |dropped: &&Dropped| dropped.reason == DropReason::Refused;
-    let dropped = attempts.decision.dropped.iter().filter(refused).map(|dropped| dropped.field.as_str());
-    assert_eq!(dropped.collect::<Vec<_>>(), ["custom.cf_plan", "phones"]);
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_write_of_which_nothing_would_remain_is_rejected() {
-    let context = context(&rules());
-    let error = rejection(&[]);
-    let close =
-        FakeClose::new(&context, &[acme()], &[janes_contact()]).with_fault(WriteFault::Before(error.clone()));
-    let event = json!({"userId": "u1", "traits": {"plan": "pro", "company": {"id": "acme"}}});
-    let desired = desired(&context, 5, event);
-    let failure = attempts(&context, &close, &desired).run_once().await.err().unwrap();
-    assert_eq!((failure.error, close.written()), (error, vec!["update_lead"]));
 }
 
 #[tokio::test(start_paused = true)]
