@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde_json::Value;
+use tokio::time::Instant;
 
 use crate::close::answer::Answer;
 use crate::close::api::{Api, WritePermit};
@@ -182,6 +183,10 @@ impl Records for Client {
     async fn contact(&self, id: &ContactId) -> Result<Contact, CloseError> {
         let path = wire::record_path("contact", id.as_str());
         self.requests.read_record(Endpoint::ReadContact, &path, wire::read_contact).await
+    }
+
+    fn last_sent(&self) -> Option<Instant> {
+        self.requests.last_sent()
     }
 }
 

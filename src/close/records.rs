@@ -1,5 +1,7 @@
 //! Reading records: the interface, its results and the look-ups of a search.
 
+use tokio::time::Instant;
+
 use crate::close::error::CloseError;
 use crate::domain::mapping::{Identity, KeyFields};
 use crate::domain::matching::{ContactMatch, MatchedContacts, compare, match_contacts};
@@ -31,6 +33,11 @@ pub trait Records: Sync {
 
     /// A Contact.
     fn contact(&self, id: &ContactId) -> impl Future<Output = Result<Contact, CloseError>> + Send;
+
+    /// When the last call was sent, if a call may have to wait before it is sent.
+    fn last_sent(&self) -> Option<Instant> {
+        None
+    }
 }
 
 /// A Lead with its Contacts, as Close answered. The specification of 2026 marks the Contacts in a Lead as deprecated and

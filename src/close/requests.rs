@@ -4,8 +4,8 @@
 //! limiter and is sent again. A caller may drop a pending call; what was already sent may still take effect.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use reqwest::StatusCode;
@@ -31,11 +31,12 @@ pub(crate) type Acquired = (Permit, Duration);
 
 type Observer = Box<dyn Fn(Call) + Send + Sync>;
 
-/// Sends calls to one organization. Clones share connections, rate limits and the count of calls.
+/// Sends calls to one organization. Clones share connections, rate limits, the count of calls and the time of the last one.
 #[derive(Clone)]
 pub(crate) struct Requests {
     shared: Arc<Shared>,
     calls: Arc<AtomicU32>,
+    last_sent: Arc<std::sync::Mutex<Option<Instant>>>,
     priority: Priority,
 }
 
@@ -71,12 +72,14 @@ impl Requests {
             stall_guard: StallGuard::default(),
             large_answer: Mutex::default(),
         };
-        Self { shared: Arc::new(shared), calls: Arc::default(), priority: Priority::default() }
+        let priority = Priority::default();
+        Self { shared: Arc::new(shared), calls: Arc::default(), last_sent: Arc::default(), priority }
     }
 
     /// The same with a new count of calls and this priority.
     pub(crate) fn with_priority(&self, priority: Priority) -> Self {
-        Self { shared: self.shared.clone(), calls: Arc::default(), priority }
+        let shared = self.shared.clone();
+        Self { shared, calls: Arc::default(), last_sent: Arc::default(), priority }
     }
 
     pub(crate) fn priority(&self) -> Priority {
@@ -98,6 +101,11 @@ impl Requests {
     /// Calls made, including those answered with 429.
     pub(crate) fn calls(&self) -> u32 {
         self.calls.load(Ordering::Relaxed)
+    }
+
+    /// When the last call was sent, after its wait for the rate limiter.
+    pub(crate) fn last_sent(&self) -> Option<Instant> {
+        *self.last_sent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Adds calls made on behalf of this caller.
@@ -207,6 +215,7 @@ impl Requests {
         permit.send();
         self.calls.fetch_add(1, Ordering::Relaxed);
         let started = Instant::now();
+        *self.last_sent.lock().unwrap_or_else(PoisonError::into_inner) = Some(started);
         let span = span(endpoint, waited);
         let sent = self.shared.transport.send(endpoint.method(), path, body, max_answer);
         let result = sent.instrument(span.clone()).await;

@@ -38,7 +38,7 @@ pub(crate) type Reads = HashMap<String, Read>;
 /// A read of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Read {
-    /// When the answer arrived.
+    /// When the call was sent. The answer may show the record as it was then.
     pub(crate) at: Instant,
     /// The answer was older than what is known of the record.
     pub(crate) stale: bool,
@@ -79,11 +79,12 @@ impl<R: Records> Lookups<'_, R> {
     }
 
     async fn read_lead(&mut self, id: &LeadId, person: &Identity) -> Result<LeadWithPerson, CloseError> {
+        let before = Instant::now();
         let answer = self.records.lead(id, person, self.keys).await;
         self.note(LookUp::Read(id.to_string()));
         let answer = answer.map_err(|error| self.if_not_found(error, id.as_str()))?;
         let Newest { record: lead, stale } = self.recent.lead(answer.lead);
-        self.note_read(id.as_str(), stale);
+        self.note_read(id.as_str(), before, stale);
         Ok(LeadWithPerson { lead, ..answer })
     }
 
@@ -152,11 +153,12 @@ impl<R: Records> Lookups<'_, R> {
         let (fresh, stale) = match step {
             Step::CreateLead { .. } | Step::CreateContact { .. } => return Ok(None),
             Step::UpdateLead { id, .. } => {
+                let before = Instant::now();
                 let answer = self.records.lead(id, person, self.keys).await;
                 self.note(LookUp::Read(id.to_string()));
                 let lead = answer.map_err(|error| self.if_not_found(error, id.as_str()))?.lead;
                 let Newest { record, stale } = self.recent.lead(lead);
-                self.note_read(id.as_str(), stale);
+                self.note_read(id.as_str(), before, stale);
                 (Fresh::Lead(record), stale)
             }
             Step::UpdateContact { id, .. } => {
@@ -169,11 +171,12 @@ impl<R: Records> Lookups<'_, R> {
     }
 
     async fn read_contact(&mut self, id: &ContactId) -> Result<Contact, CloseError> {
+        let before = Instant::now();
         let answer = self.records.contact(id).await;
         self.note(LookUp::Read(id.to_string()));
         let answer = answer.map_err(|error| self.if_not_found(error, id.as_str()))?;
         let Newest { record, stale } = self.recent.contact(answer);
-        self.note_read(id.as_str(), stale);
+        self.note_read(id.as_str(), before, stale);
         if !stale {
             self.recent.remember(&record);
         }
@@ -184,10 +187,10 @@ impl<R: Records> Lookups<'_, R> {
         if error == CloseError::NotFound { self.recent.not_found(id) } else { error }
     }
 
-    fn note_read(&mut self, id: &str, stale: bool) -> Read {
-        let read = Read { at: Instant::now(), stale };
-        self.reads.insert(id.to_owned(), read);
-        read
+    /// Notes a read that began at this time, and was sent when there was budget for it.
+    fn note_read(&mut self, id: &str, before: Instant, stale: bool) {
+        let at = self.records.last_sent().map_or(before, |sent| sent.max(before));
+        self.reads.insert(id.to_owned(), Read { at, stale });
     }
 
     /// The Lead, if it still exists and still has this company id.

@@ -15,7 +15,7 @@ use crate::domain::plan::Step;
 use crate::domain::record::{Contact, Lead};
 use crate::sync::lookups::{Fresh, Read};
 
-/// A record that was read within this time is written without reading it again.
+/// A record whose read was sent within this time is written without reading it again.
 const FRESH: Duration = Duration::from_secs(1);
 
 /// Whether a record may be written as it was read.

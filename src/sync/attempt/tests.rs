@@ -97,6 +97,8 @@ struct State {
     search_shows: Option<(InMemoryRecords, Instant)>,
     /// How long a write waits for rate budget.
     budget_wait: Duration,
+    /// How long the answer to a read by id is under way.
+    answer_delay: Duration,
     /// Reads by id show the records as they were that long ago.
     read_lag: Duration,
     /// The records before each write, and when it happened.
@@ -238,12 +240,16 @@ impl Records for FakeClose {
         keys: &KeyFields,
     ) -> Result<LeadWithPerson, CloseError> {
         tokio::time::sleep(LATENCY).await;
-        self.readable().lead(id, person, keys).await
+        let answer = self.readable().lead(id, person, keys).await;
+        tokio::time::sleep(self.state(|state| state.answer_delay)).await;
+        answer
     }
 
     async fn contact(&self, id: &ContactId) -> Result<Contact, CloseError> {
         tokio::time::sleep(LATENCY).await;
-        self.readable().contact(id).await
+        let answer = self.readable().contact(id).await;
+        tokio::time::sleep(self.state(|state| state.answer_delay)).await;
+        answer
     }
 }
 

@@ -115,6 +115,18 @@ async fn a_phone_that_a_person_adds_while_the_write_waits_is_kept() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_phone_that_a_person_adds_while_an_answer_is_under_way_is_kept() {
+    for after in (1..30).map(|n| n * Duration::from_millis(100)) {
+        let context = context(&rules());
+        let close = FakeClose::new(&context, &[acme()], &[janes_contact()])
+            .with_edit(after, Edit::Add(Channel::Phone, THEIR_PHONE));
+        close.state(|state| state.answer_delay = WAIT);
+        sync_jane(&context, &close).await;
+        assert_eq!(phones(&close.contact("cont_1")), [THEIR_PHONE, "+18004445555"], "{after:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_phone_that_a_person_adds_while_close_answers_429_is_kept() {
     let context = context(&rules());
     let event = desired(&context, 5, json!({"userId": "u1", "traits": {"phone": "+18004445555"}}));
