@@ -298,10 +298,10 @@ impl Observer {
 /// Runs a step until it ends or the run is interrupted.
 async fn interruptible(
     stop: &CancellationToken,
-    step: impl Future<Output = Result<(), Stop>>,
+    work: impl Future<Output = Result<(), Stop>>,
 ) -> Result<(), Stop> {
     tokio::select! {
-        result = step => result,
+        result = work => result,
         () = stop.cancelled() => Err(Stop::Interrupted),
     }
 }
