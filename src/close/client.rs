@@ -165,9 +165,9 @@ impl Records for Client {
             user: user.map(|(field, id)| (field.clone(), id.to_owned())),
             email: email.map(str::to_owned),
         };
-        let Rows { found, more, .. } = self.search(lookup).await?;
+        let Rows { found, more, exact, .. } = self.search(lookup).await?;
         let contacts = wire::read_all(found.iter().map(Arc::as_ref), wire::read_contact)?;
-        Ok(Hits { contacts, more })
+        Ok(Hits { contacts, more, exact })
     }
 
     async fn lead(

@@ -57,6 +57,9 @@ pub enum Fault {
     /// 404 for several different records in a row. The way to Close is at fault.
     #[error("Close answers 404 for one record after another")]
     Vanished,
+    /// Whether a Contact is the person depends on emails that Close leaves out.
+    #[error("Close does not show the emails of a Contact that may be the person")]
+    ListsUnknown,
     /// The answer does not have the form of Close's.
     #[error(
         "something between close-sync and Close answered ({status}, {form}); check proxies, gateways and `close.api_url`"
@@ -116,6 +119,7 @@ impl CloseError {
             Self::Transient(Fault::TooLarge) => "too_large",
             Self::Transient(Fault::NotYet) => "not_yet",
             Self::Transient(Fault::Vanished) => "vanished",
+            Self::Transient(Fault::ListsUnknown) => "lists_unknown",
             Self::Transient(Fault::Foreign { .. }) => "foreign_answer",
             Self::Transient(Fault::UnknownUrl) => "unknown_url",
             Self::Transient(Fault::Redirected { .. }) => "redirected",
@@ -184,7 +188,9 @@ impl CloseError {
             | Self::NotFound
             | Self::Rejected(_)
             | Self::Unreachable(_)
-            | Self::Transient(Fault::NotYet | Fault::Vanished | Fault::UnknownUrl) => false,
+            | Self::Transient(Fault::NotYet | Fault::Vanished | Fault::ListsUnknown | Fault::UnknownUrl) => {
+                false
+            }
         }
     }
 }

@@ -32,6 +32,8 @@ pub(crate) struct InMemoryRecords {
     pub(crate) bare_in_lead: BTreeSet<ContactId>,
     /// Contacts whose lists no answer shows.
     pub(crate) bare: BTreeSet<ContactId>,
+    /// Search may find more than was asked for.
+    pub(crate) inexact: bool,
     created: usize,
 }
 
@@ -140,6 +142,10 @@ impl InMemoryRecords {
         contact
     }
 
+    fn shown(&self, contact: Contact) -> Contact {
+        if self.bare.contains(&contact.id) { without_lists(contact) } else { contact }
+    }
+
     fn lead_with_contacts(&self, id: &LeadId) -> Option<LeadWithContacts> {
         let members = self.contacts.values().filter(|contact| contact.lead_id.as_ref() == Some(id));
         let contacts = members.cloned().collect();
@@ -207,12 +213,13 @@ impl Records for InMemoryRecords {
                     emails.iter().any(|entry| fold_email(&entry.value) == fold_email(email))
                 })
         };
+        let shown = |contact: &Contact| self.shown(contact.clone());
         let mut contacts: Vec<Contact> =
-            self.indexed_contacts().into_iter().filter(wanted).cloned().collect();
+            self.indexed_contacts().into_iter().filter(wanted).map(shown).collect();
         contacts.sort_by(|a, b| a.date_created.cmp(&b.date_created));
         let more = contacts.len() > wire::PAGE;
         contacts.truncate(wire::PAGE);
-        Ok(Hits { contacts, more })
+        Ok(Hits { contacts, more, exact: !self.inexact })
     }
 
     async fn lead(
@@ -232,7 +239,6 @@ impl Records for InMemoryRecords {
     }
 
     async fn contact(&self, id: &ContactId) -> Result<Contact, CloseError> {
-        let contact = self.contacts.get(id).cloned().ok_or(CloseError::NotFound)?;
-        Ok(if self.bare.contains(id) { without_lists(contact) } else { contact })
+        Ok(self.shown(self.contacts.get(id).cloned().ok_or(CloseError::NotFound)?))
     }
 }

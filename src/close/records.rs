@@ -113,4 +113,6 @@ pub struct Hits {
     pub contacts: Vec<Contact>,
     /// Whether Close has more than one page.
     pub more: bool,
+    /// The search was for exactly these keys, and for no other person.
+    pub exact: bool,
 }

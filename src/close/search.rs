@@ -17,8 +17,12 @@ use crate::close::search_batch::{Batcher, Failed, PendingLookup, Rows, SearchRes
 use crate::close::wire::{self, TextMode};
 use crate::spans;
 
-/// Rows, oldest first, and whether there are more.
-type Page = (Vec<Arc<Value>>, bool);
+/// Rows, oldest first.
+struct Page {
+    rows: Vec<Arc<Value>>,
+    more: bool,
+    mode: TextMode,
+}
 
 /// `exact_value` is tried again after this time: the rejection may have been about something else.
 const PHRASE_FOR: Duration = Duration::from_mins(10);
@@ -105,8 +109,8 @@ impl Search {
         }
     }
 
-    /// The part of a page for each look-up. If the page was too small, or one look-up may have made the search fail,
-    /// each half is searched again, and so on. If both halves fail with a transient error, Close has a problem and the
+    /// The part of a page for each look-up. If the page was too small, or does not show which look-up a row belongs to, or
+    /// one look-up may have made the search fail, each half is searched again, and so on. If both halves fail with a transient error, Close has a problem and the
     /// failure stands for all.
     async fn distribute(
         &self,
@@ -116,7 +120,11 @@ impl Search {
     ) -> Vec<SearchResult> {
         let is_transient = |page: &Result<Page, CloseError>| matches!(page, Err(CloseError::Transient(_)));
         let split = match &page {
-            Ok((_, more)) => *more,
+            Ok(Page { rows, more, .. }) => {
+                let is_unclear =
+                    |row: &Arc<Value>| lookups.iter().any(|lookup| wire::is_unclear(lookup, row));
+                *more || rows.iter().any(is_unclear)
+            }
             Err(error) => matches!(error, CloseError::Rejected(_) | CloseError::Transient(_)),
         };
         if split && lookups.len() > 1 {
@@ -131,10 +139,11 @@ impl Search {
         }
         let alone = lookups.len() == 1;
         let part = |lookup: &Lookup| match &page {
-            Ok((rows, more)) => {
+            Ok(Page { rows, more, mode }) => {
                 let found =
                     rows.iter().filter(|row| alone || wire::may_match(lookup, row)).cloned().collect();
-                Ok(Rows { found, more: *more, calls: 0 })
+                let exact = alone && matches!(mode, TextMode::ExactValue);
+                Ok(Rows { found, more: *more, exact, calls: 0 })
             }
             Err(error) => Err(Failed { error: error.clone(), duplicate: false }),
         };
@@ -153,16 +162,16 @@ impl Search {
         };
         let phrase_until = || self.phrase_until.lock().unwrap_or_else(PoisonError::into_inner);
         let is_phrase_only = phrase_until().is_some_and(|until| Instant::now() < until);
-        let page: wire::SearchPage = if is_phrase_only {
-            ask(TextMode::Phrase).await?
+        let (page, mode): (wire::SearchPage, _) = if is_phrase_only {
+            (ask(TextMode::Phrase).await?, TextMode::Phrase)
         } else {
             match ask(TextMode::ExactValue).await {
                 Err(CloseError::Rejected(rejection)) if rejection.may_be_about_the_query() => {
                     let page = ask(TextMode::Phrase).await?;
                     *phrase_until() = Some(Instant::now() + PHRASE_FOR);
-                    page
+                    (page, TextMode::Phrase)
                 }
-                answer => answer?,
+                answer => (answer?, TextMode::ExactValue),
             }
         };
         let mut rows = Vec::with_capacity(page.data.len());
@@ -178,7 +187,7 @@ impl Search {
                 Err(error) => return Err(error),
             }
         }
-        Ok((rows, page.more))
+        Ok(Page { rows, more: page.more, mode })
     }
 }
 
@@ -270,6 +279,21 @@ mod tests {
         let error = client.find_leads(&field(), "acme").await.unwrap_err();
         assert!(matches!(error, CloseError::Rejected(rejection) if rejection.field_is_missing()));
         assert_eq!(calls().len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_row_that_never_shows_its_emails_belongs_to_the_look_up_that_finds_it_alone() {
+        let (client, calls) = client(|path, _| {
+            let row = json!({"id": "cont_1", "lead_id": "lead_1", "emails": null});
+            (200, if path == "data/search/" { json!({"data": [row]}) } else { row })
+        });
+        let find = async |email: &str| {
+            let hits = client.find_contacts(None, Some(email)).await.unwrap();
+            (hits.contacts.len(), hits.exact)
+        };
+        assert_eq!(tokio::join!(find("a@x.test"), find("b@x.test")), ((1, true), (1, true)));
+        let searches = calls().iter().filter(|call| call.starts_with("data/search/")).count();
+        assert_eq!(searches, 3, "both, and then each alone");
     }
 
     #[tokio::test(start_paused = true)]

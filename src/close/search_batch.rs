@@ -38,6 +38,8 @@ pub(crate) struct Rows {
     pub(crate) found: Vec<Arc<Value>>,
     /// Whether Close has more than one page.
     pub(crate) more: bool,
+    /// The search was for this look-up alone, in a mode that finds only exact matches.
+    pub(crate) exact: bool,
     /// Calls made. They are counted for the first look-up of the batch.
     pub(crate) calls: u32,
 }

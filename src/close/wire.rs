@@ -222,17 +222,31 @@ pub(crate) fn search_body(lookups: &[Lookup], mode: TextMode) -> Value {
     })
 }
 
+/// Whether the row has a custom field with this id. Compares inexactly, as search does.
+fn has_id(row: &Value, field: &FieldId, id: &str) -> bool {
+    row[format!("custom.{field}")].as_str().is_some_and(|stored| same_word(stored, id))
+}
+
+/// Whether only the emails of a row would tell whether it belongs to this look-up, and the row does not show them.
+pub(crate) fn is_unclear(lookup: &Lookup, row: &Value) -> bool {
+    match lookup {
+        Lookup::Lead { .. } => false,
+        Lookup::Contact { user, email } => {
+            let has_user = user.as_ref().is_some_and(|(field, _)| !row[format!("custom.{field}")].is_null());
+            email.is_some() && !has_user && !row["emails"].is_array()
+        }
+    }
+}
+
 /// Whether a row of a shared search may belong to this look-up. Compares inexactly, as search does; the caller compares
 /// again.
 pub(crate) fn may_match(lookup: &Lookup, row: &Value) -> bool {
-    let is_hit = |field: &FieldId, id: &str| {
-        row[format!("custom.{field}")].as_str().is_some_and(|stored| same_word(stored, id))
-    };
     match lookup {
-        Lookup::Lead { field, company_id } => is_hit(field, company_id),
+        Lookup::Lead { field, company_id } => has_id(row, field, company_id),
         Lookup::Contact { user, email } => {
             let emails = row["emails"].as_array().into_iter().flatten();
-            user.as_ref().is_some_and(|(field, id)| is_hit(field, id))
+            is_unclear(lookup, row)
+                || user.as_ref().is_some_and(|(field, id)| has_id(row, field, id))
                 || email.as_deref().is_some_and(|email| {
                     emails.filter_map(|entry| entry["email"].as_str()).any(|stored| same_word(stored, email))
                 })
@@ -240,15 +254,14 @@ pub(crate) fn may_match(lookup: &Lookup, row: &Value) -> bool {
     }
 }
 
-/// The path of the record of a row that has none of the keys that the look-ups asked for. Only the record shows which look-up
-/// found the row.
+/// The path of the record of a row without the keys by which a look-up finds it. Only the record shows which look-up found
+/// the row.
 pub(crate) fn incomplete(lookups: &[Lookup], row: &Value) -> Option<(Endpoint, String)> {
     let has = |key: &str| row.get(key).is_some_and(|value| !value.is_null());
-    let has_custom = |field: &FieldId| has(&format!("custom.{field}"));
     let is_complete = lookups.iter().any(|lookup| match lookup {
-        Lookup::Lead { field, .. } => has_custom(field),
+        Lookup::Lead { field, .. } => has(&format!("custom.{field}")),
         Lookup::Contact { user, .. } => {
-            has("emails") || user.as_ref().is_some_and(|(field, _)| has_custom(field))
+            has("emails") || user.as_ref().is_some_and(|(field, id)| has_id(row, field, id))
         }
     });
     let (endpoint, kind, prefix) = match lookups.first()? {

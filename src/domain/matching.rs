@@ -17,6 +17,8 @@
 //!   oldest one is used. Dates may be equal and Close leaves their order open, so the id decides then (close-api.md §12,
 //!   13).
 //! - All email addresses of a Contact count equally.
+//! - Emails that Close does not show are unknown, not absent (close-api.md §15, 9). Search by exactly this email then decides.
+//!   If it cannot, the attempt fails rather than create a second Contact.
 use strum::{IntoStaticStr, VariantArray};
 
 use crate::domain::mapping::{Identity, KeyFields};
@@ -62,6 +64,8 @@ pub enum Verdict {
     /// The Contact has neither the user id nor the email. Search is only a hint.
     #[strum(serialize = "not_the_person")]
     NoMatch,
+    /// Close does not show the emails of the Contact, and no user id decides.
+    EmailsUnknown,
     /// The Contact matches, but ten older Contacts match too.
     TooMany,
     /// The record was deleted or merged, and search still lists it.
@@ -87,6 +91,7 @@ impl Verdict {
             }
             Self::DifferentPerson => "has the email but another user id: a different person, left alone",
             Self::NoMatch => "has neither the user id nor the email",
+            Self::EmailsUnknown => "may have the email: Close does not show its emails",
             Self::TooMany => "matches too, but only the ten oldest Contacts are updated",
             Self::Gone => "was deleted or merged",
         }
@@ -106,6 +111,14 @@ pub fn compare(contact: &Contact, person: &Identity, keys: &KeyFields) -> Contac
     }
 }
 
+/// Whether a Contact may be the person although it does not match: Close does not show its emails, and no user id decides.
+pub fn may_be(contact: &Contact, person: &Identity, keys: &KeyFields) -> bool {
+    let theirs = keys.user.as_ref().and_then(|field| contact.custom(field));
+    let shows_emails =
+        contact.lists.contains_key(&Channel::Email) || !contact.unknown_lists.contains(&Channel::Email);
+    person.email.is_some() && !shows_emails && (theirs.is_none() || person.user_id.is_none())
+}
+
 /// The Contacts of a person.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct MatchedContacts {
@@ -113,6 +126,13 @@ pub struct MatchedContacts {
     pub contacts: Vec<Contact>,
     /// The verdict on each candidate, oldest first.
     pub verdicts: Vec<(ContactId, Verdict)>,
+}
+
+impl MatchedContacts {
+    /// Whether another Contact may be the person.
+    pub fn are_uncertain(&self) -> bool {
+        self.verdicts.iter().any(|(_, verdict)| *verdict == Verdict::EmailsUnknown)
+    }
 }
 
 /// Selects the Contacts of a person: those with the user id, else those with the email.
@@ -126,6 +146,7 @@ pub fn match_contacts(mut candidates: Vec<Contact>, person: &Identity, keys: &Ke
         let verdict = match compared(&contact) {
             ContactMatch::SameEmail if by_user => Verdict::UserIdDecides,
             ContactMatch::Conflict => Verdict::DifferentPerson,
+            ContactMatch::NoMatch if may_be(&contact, person, keys) => Verdict::EmailsUnknown,
             ContactMatch::NoMatch => Verdict::NoMatch,
             ContactMatch::SameUser | ContactMatch::SameEmail if matched.contacts.len() == MAX_CONTACTS => {
                 Verdict::TooMany

@@ -62,6 +62,7 @@ pub fn decision(
         Verdict::YoungerLead
         | Verdict::UserIdDecides
         | Verdict::DifferentPerson
+        | Verdict::EmailsUnknown
         | Verdict::TooMany
         | Verdict::Gone => true,
         Verdict::SameCompany

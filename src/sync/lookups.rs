@@ -11,9 +11,10 @@ use crate::domain::decision::{Candidate, Decision, LookUp};
 use crate::domain::mapping::{Identity, Key, KeyFields};
 use crate::domain::matching::{
     ContactMatch, MAX_CONTACTS, MatchedContacts, Verdict, company_leads, compare, match_contacts, match_lead,
+    may_be,
 };
 use crate::domain::plan::Step;
-use crate::domain::record::{Contact, ContactId, FieldId, Lead, LeadId};
+use crate::domain::record::{Channel, Contact, ContactId, Entry, FieldId, Lead, LeadId};
 use crate::sync::id_cache::IdCache;
 use crate::sync::recent_records::{Newest, RecentRecords};
 
@@ -114,7 +115,7 @@ impl<R: Records> Lookups<'_, R> {
         ids.dedup();
         ids.retain(|id| !contacts.iter().any(|contact| contact.id == *id));
         for id in ids {
-            match self.read_contact(&id).await {
+            match self.read_contact(&id, person).await {
                 Ok(contact) if contact.lead_id.as_ref().is_none_or(|id| *id == lead.id) => {
                     contacts.push(contact);
                 }
@@ -123,7 +124,30 @@ impl<R: Records> Lookups<'_, R> {
                 Err(error) => return Err(error),
             }
         }
-        Ok(match_contacts(contacts, person, self.keys))
+        let people = match_contacts(contacts.clone(), person, self.keys);
+        if !people.contacts.is_empty() || !people.are_uncertain() {
+            return Ok(people);
+        }
+        // A Contact would be created, although one whose emails Close does not show may be the person.
+        let ContactHits { by_email, .. } = self.search_contacts(person).await?;
+        let contacts = contacts.into_iter().map(|contact| self.with_email(contact, person, &by_email));
+        let people = match_contacts(contacts.collect(), person, self.keys);
+        if people.contacts.is_empty() && people.are_uncertain() {
+            return Err(CloseError::Transient(Fault::ListsUnknown));
+        }
+        Ok(people)
+    }
+
+    /// A Contact with the person's email if Close does not show its emails and it was found under exactly this one. Its list
+    /// remains unknown, so it is not written.
+    fn with_email(&self, mut contact: Contact, person: &Identity, found: &[ContactId]) -> Contact {
+        if let Some(email) = person.email.clone().filter(|_| may_be(&contact, person, self.keys))
+            && found.contains(&contact.id)
+        {
+            let kind = Channel::Email.default_kind().to_owned();
+            contact.lists.insert(Channel::Email, vec![Entry { value: email, kind }]);
+        }
+        contact
     }
 
     /// The Contacts among those that a Lead's answer lacks that may be the person. Of a few, all are read. A Lead can have
@@ -162,7 +186,7 @@ impl<R: Records> Lookups<'_, R> {
                 (Fresh::Lead(record), stale)
             }
             Step::UpdateContact { id, .. } => {
-                let contact = self.read_contact(id).await?;
+                let contact = self.read_contact(id, person).await?;
                 let stale = self.reads.get(id.as_str()).is_some_and(|read| read.stale);
                 (Fresh::Contact(contact), stale)
             }
@@ -170,7 +194,7 @@ impl<R: Records> Lookups<'_, R> {
         if stale { Err(CloseError::Transient(Fault::NotYet)) } else { Ok(Some(fresh)) }
     }
 
-    async fn read_contact(&mut self, id: &ContactId) -> Result<Contact, CloseError> {
+    async fn read_contact(&mut self, id: &ContactId, person: &Identity) -> Result<Contact, CloseError> {
         let before = Instant::now();
         let answer = self.records.contact(id).await;
         self.note(LookUp::Read(id.to_string()));
@@ -180,7 +204,8 @@ impl<R: Records> Lookups<'_, R> {
         if !stale {
             self.recent.remember(&record);
         }
-        Ok(record)
+        let found = self.with_cached(person.email(), Vec::new());
+        Ok(self.with_email(record, person, &found))
     }
 
     fn if_not_found(&self, error: CloseError, id: &str) -> CloseError {
@@ -242,6 +267,11 @@ impl<R: Records> Lookups<'_, R> {
         let hits = self.records.find_contacts(user, person.email.as_deref()).await?;
         self.note(LookUp::SearchedContacts(hits.contacts.len()));
         let mut candidates = hits.contacts;
+        if hits.exact {
+            let ids: Vec<ContactId> = candidates.iter().map(|contact| contact.id.clone()).collect();
+            let known = candidates.into_iter().map(|contact| self.with_email(contact, person, &ids));
+            candidates = known.collect();
+        }
         let is_user = |contact: &Contact| compare(contact, person, self.keys) == ContactMatch::SameUser;
         // A shared email can fill the whole page; the person may be on the next one.
         if hits.more && user.is_some() && !candidates.iter().any(is_user) {
@@ -253,7 +283,11 @@ impl<R: Records> Lookups<'_, R> {
         for (id, verdict) in match_contacts(candidates.clone(), person, self.keys).verdicts {
             if matches!(
                 verdict,
-                Verdict::TooMany | Verdict::UserIdDecides | Verdict::DifferentPerson | Verdict::NoMatch
+                Verdict::TooMany
+                    | Verdict::UserIdDecides
+                    | Verdict::DifferentPerson
+                    | Verdict::EmailsUnknown
+                    | Verdict::NoMatch
             ) {
                 self.note_candidate(id.as_str(), verdict);
             }
@@ -264,6 +298,10 @@ impl<R: Records> Lookups<'_, R> {
             alike.map(|contact| contact.id.clone()).take(MAX_CONTACTS).collect()
         };
         let by_user = with(ContactMatch::SameUser);
+        let is_found = !by_user.is_empty() || !with(ContactMatch::SameEmail).is_empty();
+        if !is_found && candidates.iter().any(|contact| may_be(contact, person, self.keys)) {
+            return Err(CloseError::Transient(Fault::ListsUnknown));
+        }
         // A Contact with the email and another user id does not match this person, but may match an event that
         // has only the email.
         let by_email = [with(ContactMatch::SameEmail), with(ContactMatch::Conflict)].concat();
@@ -296,7 +334,7 @@ impl<R: Records> Lookups<'_, R> {
     ) -> Result<MatchedContacts, CloseError> {
         let mut contacts = Vec::with_capacity(ids.len());
         for id in ids {
-            match self.read_contact(&id).await {
+            match self.read_contact(&id, person).await {
                 Ok(contact) => contacts.push(contact),
                 Err(CloseError::NotFound) => {
                     self.note_candidate(id.as_str(), Verdict::Gone);

@@ -8,7 +8,7 @@
 #[cfg(test)]
 mod tests;
 
-use crate::close::{CloseError, LeadWithPerson, Records};
+use crate::close::{CloseError, Fault, LeadWithPerson, Records};
 use crate::domain::decision::Decision;
 use crate::domain::mapping::{Desired, Identity, WriteRule};
 use crate::domain::matching::{self, ContactMatch, Found, Verdict, compare, match_contacts, match_lead};
@@ -197,8 +197,12 @@ impl<R: Records> Resolver<'_, R> {
         ids.retain(|id| !read.contains(id));
         let others = self.lookups.read_contacts(ids, person).await?;
         self.lookups.note_people(&others, true);
+        let are_uncertain = people.are_uncertain() || others.are_uncertain();
         let all = match_contacts([people.contacts, others.contacts].concat(), person, self.lookups.keys);
         self.lookups.note_people(&all, true);
+        if all.contacts.is_empty() && are_uncertain {
+            return Err(CloseError::Transient(Fault::ListsUnknown));
+        }
         Ok(all.contacts)
     }
 }

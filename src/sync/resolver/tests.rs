@@ -4,6 +4,7 @@ use futures_util::FutureExt;
 use serde_json::{Value, json};
 
 use crate::close::in_memory::InMemoryRecords;
+use crate::close::{CloseError, Fault};
 use crate::domain::decision::{Decision, LookUp};
 use crate::domain::dropped::DropReason;
 use crate::domain::event::Event;
@@ -46,14 +47,23 @@ fn decide_traits(
     traits: Value,
     switches: Switches,
 ) -> Decision {
-    let mapping = mapping();
     let body = json!({"type": "identify", "userId": "u1", "traits": traits});
+    try_decide(records, id_cache, body, switches).unwrap()
+}
+
+fn try_decide(
+    records: &InMemoryRecords,
+    id_cache: &IdCache,
+    body: Value,
+    switches: Switches,
+) -> Result<Decision, CloseError> {
+    let mapping = mapping();
     let desired = mapping.apply(&Event { body }).unwrap();
     let mut decision = Decision::default();
     let caches = Caches { id_cache: id_cache.clone(), ..Caches::default() };
     let mut resolver = caches.resolver(records, &mapping, switches, &mut decision);
-    resolver.decide(&desired, &[]).now_or_never().unwrap().unwrap();
-    decision
+    resolver.decide(&desired, &[]).now_or_never().unwrap()?;
+    Ok(decision)
 }
 
 fn verdict(decision: &Decision, id: &str) -> Option<Verdict> {
@@ -384,6 +394,54 @@ fn a_list_that_close_never_shows_is_not_written() {
     let dropped: Vec<_> =
         decision.dropped.iter().map(|dropped| (dropped.field.as_str(), dropped.reason)).collect();
     assert_eq!(dropped, [("emails", DropReason::ListUnknown), ("phones", DropReason::ListUnknown)]);
+}
+
+/// What an event without a user id decides on records whose lists Close never shows.
+fn decide_bare(
+    contacts: &[Value],
+    inexact: bool,
+    id_cache: &IdCache,
+    traits: Value,
+) -> Result<Option<Case>, Fault> {
+    let mut records = InMemoryRecords::read(&[lead("lead_1", "2026-01-01", Some("acme"))], contacts);
+    (records.bare, records.inexact) = (records.contacts.keys().cloned().collect(), inexact);
+    let body = json!({"type": "identify", "traits": traits});
+    match try_decide(&records, id_cache, body, Switches::default()) {
+        Ok(decision) => Ok(decision.case),
+        Err(CloseError::Transient(fault)) => Err(fault),
+        Err(error) => panic!("{error}"),
+    }
+}
+
+#[test]
+fn a_contact_whose_emails_close_never_shows_is_the_person_if_search_or_the_cache_says_so() {
+    let alone = || json!({"email": "jane@acme.test"});
+    for user in [None, Some("u1")] {
+        let jane = &[contact("cont_1", "lead_1", user)];
+        for (traits, case) in [(alone(), Case::KnownPerson), (jane_of_acme(), Case::PersonInLead)] {
+            let empty = IdCache::default();
+            assert_eq!(decide_bare(jane, false, &empty, traits.clone()), Ok(Some(case)), "{traits}");
+            let id_cache = IdCache::default();
+            let email = Key::Email("jane@acme.test".into());
+            id_cache.remember_contacts(email, vec![ContactId::new("cont_1")], true);
+            assert_eq!(decide_bare(jane, true, &id_cache, traits.clone()), Ok(Some(case)), "{traits}");
+            let empty = IdCache::default();
+            assert_eq!(decide_bare(jane, true, &empty, traits), Err(Fault::ListsUnknown));
+        }
+    }
+}
+
+#[test]
+fn no_contact_is_created_beside_one_that_may_be_the_person() {
+    let mut bob = contact("cont_0", "lead_1", None);
+    bob["emails"] = json!([{"email": "bob@acme.test"}]);
+    let found = decide_bare(&[bob.clone()], false, &IdCache::default(), jane_of_acme());
+    assert_eq!(found, Err(Fault::ListsUnknown));
+    // Two different user ids are two people.
+    bob["custom.cf_user"] = json!("u0");
+    let mut records = InMemoryRecords::read(&[lead("lead_1", "2026-01-01", Some("acme"))], &[bob]);
+    records.bare = records.contacts.keys().cloned().collect();
+    assert_eq!(decide(&records, &IdCache::default()).case, Some(Case::NewInLead));
 }
 
 #[test]

@@ -49,7 +49,8 @@ const DRAWN: [(&str, &[&str]); 33] = [
     ("users", &["id", "object"]),
     ("lists", &["as_declared", "always_list", "never_list_of_one"]),
     ("lead_contacts", &["whole", "without_newest", "empty", "absent"]),
-    // Lists that Close never shows are not written.
+    // Not `null` and `missing`: lists that Close never shows are not written, and an event fails when nothing else tells
+    // who a Contact is.
     ("contact_lists", &["whole", "null_in_leads", "missing_in_leads"]),
     // Values that Close loses, and fields that cannot be read, change the result.
     ("lossy_fields", &[]),
