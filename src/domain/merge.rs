@@ -66,7 +66,8 @@ fn merge_step(steps: &mut Vec<Step>, step: &Step) {
             true
         }
         (Step::CreateLead { lead, .. }, Step::UpdateLead { id, changes }) if id.as_str() == NEW_LEAD => {
-            merge_changes(lead, changes);
+            // Close documents `.add` only for updates: a creation has the whole list.
+            apply_changes(lead, changes);
             true
         }
         (Step::UpdateContact { id, changes }, Step::UpdateContact { id: same, changes: more })
@@ -79,7 +80,8 @@ fn merge_step(steps: &mut Vec<Step>, step: &Step) {
             Step::CreateContact { contact, .. } | Step::CreateLead { contact: Some(contact), .. },
             Step::UpdateContact { id, changes },
         ) if id.as_str() == NEW_CONTACT => {
-            contact.extend(changes);
+            apply_changes(&mut contact.fields, &changes.fields);
+            contact.lists.extend(changes.lists.clone());
             true
         }
         (
@@ -132,5 +134,30 @@ fn apply(found: &mut Found, step: &Step, event: &Desired) {
                 contact.lists.extend(changes.lists.clone());
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::domain::plan::ContactValues;
+    use crate::domain::record::{ContactId, Field, FieldId, Fields};
+
+    #[test]
+    fn a_value_that_is_added_to_a_new_record_is_created_with_it() {
+        let fields =
+            |field: fn(FieldId) -> Field, id: &str| Fields::from([(field(FieldId::new(id)), json!(["a"]))]);
+        let values = |fields| ContactValues { fields, ..ContactValues::default() };
+        let mut steps =
+            vec![Step::CreateLead { lead: Fields::new(), contact: Some(ContactValues::default()) }];
+        let lead = LeadId::placeholder(NEW_LEAD);
+        merge_step(&mut steps, &Step::UpdateLead { id: lead, changes: fields(Field::Add, "cf_1") });
+        let contact = ContactId::placeholder(NEW_CONTACT);
+        let changes = values(fields(Field::Add, "cf_2"));
+        merge_step(&mut steps, &Step::UpdateContact { id: contact, changes });
+        let contact = Some(values(fields(Field::Custom, "cf_2")));
+        assert_eq!(steps, [Step::CreateLead { lead: fields(Field::Custom, "cf_1"), contact }]);
     }
 }
