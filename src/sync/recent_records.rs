@@ -130,8 +130,16 @@ impl Default for RecentRecords {
     }
 }
 
+/// Compares whole seconds if one of the times has no fraction: a proxy may cut it, and then each read would look stale.
 fn is_newer(known: Option<Timestamp>, read: Option<Timestamp>) -> bool {
-    known.zip(read).is_some_and(|(known, read)| known > read)
+    let has_fraction = |time: Timestamp| time.subsec_nanosecond() != 0;
+    known.zip(read).is_some_and(|(known, read)| {
+        if has_fraction(known) && has_fraction(read) {
+            known > read
+        } else {
+            known.as_second() > read.as_second()
+        }
+    })
 }
 
 impl RecentRecords {
@@ -364,6 +372,16 @@ mod tests {
         assert!(recent.lead(acme("older", Some(at(4)))).stale);
         recent.remember(&jane(Some(at(6))));
         assert!(!recent.contact(jane(Some(at(6)))).stale);
+    }
+
+    #[test]
+    fn a_time_without_its_fraction_is_not_older() {
+        let time = |text: &str| Some(text.parse::<Timestamp>().unwrap());
+        let exact = "2026-01-31T09:00:05.25Z";
+        assert!(!is_newer(time(exact), time("2026-01-31T09:00:05Z")));
+        assert!(is_newer(time(exact), time("2026-01-31T09:00:04Z")));
+        assert!(is_newer(time(exact), time("2026-01-31T09:00:05.2Z")));
+        assert!(!is_newer(time(exact), time("2026-01-31T09:00:05.3Z")));
     }
 
     #[tokio::test(start_paused = true)]
