@@ -73,6 +73,18 @@ async fn a_list_that_close_never_shows_is_not_written() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_person_whose_emails_close_never_shows_is_not_created_again() {
+    for lists in [ContactLists::Null, ContactLists::Missing] {
+        for company in [json!(null), json!({"id": "acme"})] {
+            let bench = bench(|close| close.contact_lists = lists).await;
+            let event = |title: &str| json!({"type": "identify", "traits": {"email": "jane@acme.test", "title": title, "company": company}});
+            bench.sync(&["CTO", "CEO", "COO"].map(event)).await;
+            the_contact(&bench);
+        }
+    }
+}
+
 /// A person adds a phone number after the worker has read the Contact. The write is answered with a 429 and waits, so the
 /// worker reads again before the next try.
 #[tokio::test(flavor = "multi_thread")]
