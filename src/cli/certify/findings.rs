@@ -254,7 +254,7 @@ fn contact_lists(unknown: &[(&'static str, ListForm)]) -> Found {
     let (status, meaning) = if unknown.iter().any(|(list, _)| *list == "emails") {
         (
             Status::NotSupported,
-            "close-sync cannot recognize people by their email address, and would create them again",
+            "close-sync cannot see who has an email address; messages about new people of a known company fail",
         )
     } else {
         (Status::Handled, "close-sync does not write over a list that it cannot see")
