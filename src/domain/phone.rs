@@ -21,7 +21,7 @@ const MAX_EXTENSION: usize = 7;
 pub struct Country(Region);
 
 impl Country {
-    /// Reads two letters, `GB`. `None` if there is no such country with phone numbers of its own.
+    /// Reads two letters, `GB`. `None` for an unknown country, and for one that uses the numbers of another.
     pub fn parse(code: &str) -> Option<Self> {
         let country = Self(code.parse().ok()?);
         country.calling_code().map(|_| country)

@@ -383,9 +383,9 @@ fn event_data(seen: &Observations) -> Option<Found> {
             Found::new(Status::AsAssumed, "they do, also after an hour", "no consequence")
                 .like("event_data", "kept"),
         ),
-        None => seen.event_has_data.map(|_| {
-            Found::new(Status::AsAssumed, "they do; there is no older event to look at", "no consequence")
-        }),
+        None => seen
+            .event_has_data
+            .map(|_| Found::new(Status::AsAssumed, "they do; no older event was seen", "no consequence")),
     }
 }
 
@@ -504,7 +504,7 @@ mod tests {
     fn what_was_not_seen_is_unknown() {
         let configured = Configured { search_lag: SECOND };
         let found = findings(&Observations::default(), configured);
-        assert_eq!(found.len(), Assumption::VARIANTS.len() - 1, "there is no configured field");
+        assert_eq!(found.len(), Assumption::VARIANTS.len() - 1, "no field is configured");
         assert!(found.iter().all(|finding| finding.status == Status::Unknown));
     }
 

@@ -176,7 +176,7 @@ async fn bare_rows_of_a_search_find_the_records() {
     assert_eq!((bench.simulator.leads().len(), bench.simulator.contacts().len()), (2, 2));
 }
 
-/// An empty cursor says that there are no more rows, so a shared email needs no second search.
+/// An empty cursor ends the rows, so a shared email needs no second search.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_empty_cursor_costs_no_search() {
     let bench = Bench::new().await;
