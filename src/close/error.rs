@@ -2,6 +2,10 @@
 //!
 //! Close answers JSON. Anything else comes from something in front of it, a proxy or a gateway, and says nothing about
 //! the API key, the record or the message, whatever its status.
+//!
+//! Only a few statuses are about the message: 400 and 422, and 413 for a write, whose size is that of its message. No message
+//! makes a URL or a header longer, so 414 and 431 are not among them. A status that is not listed here is transient: it
+//! may come from a new version of Close or a changed URL, and must not cost messages.
 
 use serde_json::Value;
 use strum::Display;
@@ -40,6 +44,9 @@ pub enum Fault {
     /// 5xx, 408, 409, 421, 423, 425 or 499.
     #[error("Close answered {0}")]
     Status(u16),
+    /// Any other status that Close is not known to use for a message.
+    #[error("Close answered with a status that it does not use for these calls ({0}); check `close.api_url`")]
+    Unexpected(u16),
     #[error("Close did not answer in time")]
     Timeout,
     /// The connection broke during the call.
@@ -61,9 +68,7 @@ pub enum Fault {
     #[error("Close does not show the emails of a Contact that may be the person")]
     ListsUnknown,
     /// The answer does not have the form of Close's.
-    #[error(
-        "something between close-sync and Close answered ({status}, {form}); check proxies, gateways and `close.api_url`"
-    )]
+    #[error("{} answered ({status}, {form}); check {}", answerer(*status), suspects(*status))]
     Foreign { status: u16, form: Form },
     /// A 404 of Close for a URL that it does not have.
     #[error("Close does not have this URL (404); check `close.api_url`")]
@@ -71,6 +76,21 @@ pub enum Fault {
     /// 3xx. Close does not redirect the URLs that close-sync uses.
     #[error("redirected to {} ({status}); `close.api_url` is probably wrong", target(host.as_deref()))]
     Redirected { status: u16, host: Option<String> },
+}
+
+/// What may have sent an answer that does not have the form of Close's.
+fn answerer(status: u16) -> &'static str {
+    match status {
+        500..=599 => "a gateway of Close, or something between close-sync and Close,",
+        _ => "something between close-sync and Close",
+    }
+}
+
+fn suspects(status: u16) -> &'static str {
+    match status {
+        500..=599 => "Close's status page, proxies and gateways",
+        _ => "proxies, gateways and `close.api_url`",
+    }
 }
 
 fn target(host: Option<&str>) -> String {
@@ -113,6 +133,7 @@ impl CloseError {
             Self::Rejected(_) => "rejected",
             Self::Unreachable(_) => "unreachable",
             Self::Transient(Fault::Status(_)) => "server_error",
+            Self::Transient(Fault::Unexpected(_)) => "unexpected_status",
             Self::Transient(Fault::Timeout) => "timeout",
             Self::Transient(Fault::ConnectionLost) => "connection_lost",
             Self::Transient(Fault::InvalidResponse) => "garbled",
@@ -128,26 +149,29 @@ impl CloseError {
 
     /// The error of an answer whose status is neither 2xx nor 429.
     pub(crate) fn of_answer(answer: &ErrorAnswer<'_>) -> Self {
-        let &ErrorAnswer { status, is_json, location, body } = answer;
+        let &ErrorAnswer { status, to_write, is_json, location, body } = answer;
         let form = Form::of(body);
         let foreign = || Self::Transient(Fault::Foreign { status, form });
         match status {
             300..=399 => Self::Transient(Fault::Redirected { status, host: host(location) }),
-            408 | 409 | 421 | 423 | 425 | 499 | 500..=599 => Self::Transient(Fault::Status(status)),
-            // Close or a proxy: the same request would be too large again.
-            413 | 414 | 431 => Self::Rejected(Rejection::read(status, body)),
             404 => match general_text(body) {
                 Some(text) if text.contains(NO_SUCH_RECORD) => Self::NotFound,
                 Some(text) if text.contains(NO_SUCH_URL) => Self::Transient(Fault::UnknownUrl),
                 Some(_) | None => foreign(),
             },
+            // Close or a proxy: the same write would be too large again. Look-ups have a bounded size.
+            413 if to_write => Self::Rejected(Rejection::read(status, body)),
+            // An application that fails may send its framework's page, so this may be Close.
+            500 => Self::Transient(Fault::Status(status)),
             // Only a proxy asks for this.
             407 => foreign(),
             _ if !is_from_close(status, form, is_json, body) => foreign(),
             401 => Self::Unauthorized,
             402 => Self::PlanLimit,
             403 => Self::Forbidden,
-            _ => Self::Rejected(Rejection::read(status, body)),
+            400 | 422 => Self::Rejected(Rejection::read(status, body)),
+            408 | 409 | 421 | 423 | 425 | 499 | 501..=599 => Self::Transient(Fault::Status(status)),
+            _ => Self::Transient(Fault::Unexpected(status)),
         }
     }
 
@@ -170,16 +194,17 @@ impl CloseError {
     /// Whether a write may have been applied although the call failed. Close has no idempotency keys, so the record must
     /// be looked up before such a POST is repeated (close-api.md §10). A 503 comes from in front of the application and
     /// counts as not applied, as in Close's own client (close-api.md §2). A 408 or 499 means that a server or a proxy
-    /// stopped waiting. A proxy may have passed the call on before it answered.
+    /// stopped waiting. A proxy may have passed the call on before it answered. An unexpected status proves nothing.
     pub fn may_have_been_applied(&self) -> bool {
         match self {
             Self::Transient(Fault::Status(status)) => !matches!(status, 409 | 421 | 423 | 425 | 503),
+            Self::Transient(Fault::Foreign { status, .. }) => *status != 503,
             Self::Transient(
-                Fault::Timeout
+                Fault::Unexpected(_)
+                | Fault::Timeout
                 | Fault::ConnectionLost
                 | Fault::InvalidResponse
                 | Fault::TooLarge
-                | Fault::Foreign { .. }
                 | Fault::Redirected { .. },
             ) => true,
             Self::Unauthorized
@@ -199,6 +224,8 @@ impl CloseError {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ErrorAnswer<'a> {
     pub(crate) status: u16,
+    /// The call creates or changes a record.
+    pub(crate) to_write: bool,
     /// The content type is JSON.
     pub(crate) is_json: bool,
     /// The target of a redirect.
@@ -252,7 +279,8 @@ mod tests {
     const DENIED: &str = r#"{"error": "no"}"#;
 
     fn read(status: u16, body: &str) -> String {
-        let answer = ErrorAnswer { status, is_json: false, location: None, body: body.as_bytes() };
+        let answer =
+            ErrorAnswer { status, to_write: true, is_json: false, location: None, body: body.as_bytes() };
         let error = CloseError::of_answer(&answer);
         if let CloseError::Transient(Fault::Foreign { status, form }) = error {
             format!("foreign {status} {form}")
@@ -279,16 +307,52 @@ mod tests {
             (400, HTML, "foreign 400 HTML"),
             (400, DENIED, "rejected"),
             (422, r#"{"detail": []}"#, "rejected"),
-            (413, HTML, "rejected"),
             (418, "teapot", "foreign 418 text"),
+            (408, HTML, "foreign 408 HTML"),
+            (502, HTML, "foreign 502 HTML"),
+            (503, "upstream connect error", "foreign 503 text"),
+            (504, "", "foreign 504 empty body"),
+            (500, HTML, "server_error"),
+            (503, DENIED, "server_error"),
         ];
         for (status, body, expected) in cases {
             assert_eq!(read(status, body), expected, "{status} {body}");
         }
         let cut_off = format!("{{\"error\": \"{}", "x".repeat(MAX_ERROR_BODY));
         assert_eq!(read(400, &cut_off), "rejected");
-        let empty = ErrorAnswer { status: 401, is_json: true, location: None, body: b"" };
-        assert_eq!(CloseError::of_answer(&empty), CloseError::Unauthorized);
+        let empty = |status| {
+            let answer = ErrorAnswer { status, to_write: true, is_json: true, location: None, body: b"" };
+            CloseError::of_answer(&answer)
+        };
+        assert_eq!(empty(401), CloseError::Unauthorized);
+        assert_eq!(empty(504), CloseError::Transient(Fault::Status(504)), "as recorded");
+        let names = |status| CloseError::Transient(Fault::Foreign { status, form: Form::Html }).to_string();
+        assert!(names(503).starts_with("a gateway of Close, or something between"), "{}", names(503));
+        assert!(names(403).starts_with("something between"), "{}", names(403));
+    }
+
+    #[test]
+    fn few_statuses_refuse_a_message_and_any_other_is_transient() {
+        let of = |status, to_write, body: &str| {
+            let body = body.as_bytes();
+            CloseError::of_answer(&ErrorAnswer { status, to_write, is_json: true, location: None, body })
+        };
+        let is_rejected = |error: &CloseError| matches!(error, CloseError::Rejected(_));
+        let about_the_key_or_the_record = [401, 402, 403, 404];
+        for status in (400..=599).filter(|status| !about_the_key_or_the_record.contains(status)) {
+            for to_write in [true, false] {
+                let error = of(status, to_write, DENIED);
+                let refuses = matches!(status, 400 | 422) || (status == 413 && to_write);
+                assert_eq!(is_rejected(&error), refuses, "{status} {error}");
+                assert_eq!(error.is_retryable(), !refuses, "{status} {error}");
+            }
+        }
+        assert!(is_rejected(&of(413, true, HTML)), "the limit of a proxy is about the same size");
+        for status in [405, 406, 410, 412, 414, 415, 417, 424, 426, 428, 431, 451] {
+            let error = of(status, true, DENIED);
+            assert_eq!(error, CloseError::Transient(Fault::Unexpected(status)));
+            assert!(error.may_have_been_applied() && error.may_be_an_outage(), "{status}");
+        }
     }
 
     #[test]
@@ -322,7 +386,8 @@ mod tests {
             (503, false),
         ];
         for (status, applied) in cases {
-            let answer = ErrorAnswer { status, is_json: true, location: None, body: DENIED.as_bytes() };
+            let body = DENIED.as_bytes();
+            let answer = ErrorAnswer { status, to_write: true, is_json: true, location: None, body };
             let error = CloseError::of_answer(&answer);
             assert_eq!(error, CloseError::Transient(Fault::Status(status)));
             assert!(error.is_retryable() && error.may_be_an_outage());
@@ -338,7 +403,7 @@ mod tests {
     #[test]
     fn a_redirect_names_only_a_host() {
         let text = |location| {
-            let answer = ErrorAnswer { status: 301, is_json: false, location, body: b"" };
+            let answer = ErrorAnswer { status: 301, to_write: false, is_json: false, location, body: b"" };
             CloseError::of_answer(&answer).to_string()
         };
         let wrong = "`close.api_url` is probably wrong";

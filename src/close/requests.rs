@@ -265,6 +265,7 @@ impl Requests {
                 }
                 Err(CloseError::of_answer(&ErrorAnswer {
                     status,
+                    to_write: endpoint.writes(),
                     is_json: header("content-type").is_some_and(|kind| kind.contains("json")),
                     location: header("location"),
                     body: &answer.body,

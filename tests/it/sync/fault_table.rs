@@ -10,7 +10,7 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
-use close_sync::close::{Client, Priority};
+use close_sync::close::Client;
 use close_sync::config::{Config, Destination, Need};
 use close_sync::domain::mapping::Mapping;
 use close_sync::outcome::Outcome;
@@ -20,7 +20,6 @@ use close_sync::telemetry::metrics::Metrics;
 use close_sync_simulator::{Behaviour, Effect, Fault, FaultBody, Settings, Simulator, When};
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
-use tokio::time::Instant;
 
 use crate::support::behaviour;
 use crate::support::env;
@@ -103,8 +102,17 @@ fn fault_cases() -> Vec<FaultCase> {
             }
         }
     }
+    // Statuses that say nothing about the message.
+    for code in [405, 406, 410, 412, 414, 415, 417, 418, 424, 426, 428, 431, 451] {
+        for when in [When::BeforeCommit, When::AfterCommit] {
+            if when == When::BeforeCommit || matches!(code, 405 | 424) {
+                let effect = Effect::Status { code, body: FaultBody::Json, when };
+                case(format!("{code} {when:?}"), effect, SYNCED, SYNCED);
+            }
+        }
+    }
     // The answer of a proxy says nothing about the key, the record or the message.
-    for code in [400, 401, 402, 403, 404, 405] {
+    for code in [400, 401, 402, 403, 404, 405, 502] {
         for when in [When::BeforeCommit, When::AfterCommit] {
             let effect = Effect::Status { code, body: FaultBody::Html, when };
             case(format!("{code} of a proxy, {when:?}"), effect, SYNCED, SYNCED);
@@ -119,7 +127,11 @@ fn fault_cases() -> Vec<FaultCase> {
     let gone = json!({"error": "Empty query: Lead matching query does not exist."});
     case("404".into(), status(404, FaultBody::Exactly(gone)), SYNCED, SYNCED);
     case("400".into(), refusal(), "rejected", "rejected");
-    case("413".into(), status(413, FaultBody::Html), "rejected", "rejected");
+    let Effect::Status { body, when, .. } = refusal() else { unreachable!("a refusal is a status") };
+    case("422".into(), Effect::Status { code: 422, body, when }, "rejected", "rejected");
+    // The size of a write is that of its message.
+    case("413".into(), status(413, FaultBody::Html), SYNCED, "rejected");
+    case("413 of Close".into(), status(413, FaultBody::Json), SYNCED, "rejected");
     case(
         "200 with half a body".into(),
         Effect::Status { code: 200, body: FaultBody::Text, when: When::AfterCommit },
@@ -192,7 +204,7 @@ async fn run(kind: &Kind, mapping: Mapping, behaviour: Behaviour, fault: Option<
         let Prepared::Job(job) = worker.prepare(kind.event.to_string().as_bytes(), ReceivedAt::now()) else {
             panic!("the event does not need Close")
         };
-        let context = RunContext { attempts, priority: Priority::Live, search_complete_from: Instant::now() };
+        let context = RunContext { attempts, ..RunContext::first() };
         match worker.run(&job, context).await.0 {
             Outcome::Synced(_) => break SYNCED.to_owned(),
             Outcome::Dead(dead) => break dead.reason.label().to_owned(),
