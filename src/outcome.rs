@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::time::Duration;
-use strum::{EnumString, IntoStaticStr, VariantArray};
+use strum::{EnumDiscriminants, EnumString, IntoStaticStr, VariantArray};
 
 use crate::close::{CloseError, ResponseExcerpt};
 use crate::domain::event::NotForClose;
@@ -60,10 +60,18 @@ impl Outcome {
 }
 
 /// Why a message waits in a delay queue.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, EnumDiscriminants)]
+#[strum_discriminants(
+    name(DelayLabel),
+    doc = "The causes without their details, for metrics.",
+    derive(Hash, IntoStaticStr, VariantArray),
+    strum(serialize_all = "snake_case")
+)]
 pub enum DelayCause {
     /// An attempt failed.
     Failed(String),
+    /// An attempt failed for a reason that cannot be the message's.
+    NotClose(String),
     /// The rate limits held the message back for the longest time that a delivery may be held.
     RateLimited(Duration),
     /// An earlier message with a common key waits in a delay queue.
@@ -75,15 +83,20 @@ impl DelayCause {
     pub fn uses_attempt(&self) -> bool {
         match self {
             Self::Failed(_) => true,
-            Self::RateLimited(_) | Self::BehindEarlier => false,
+            Self::NotClose(_) | Self::RateLimited(_) | Self::BehindEarlier => false,
         }
+    }
+
+    /// The label in logs and metrics.
+    pub fn label(&self) -> &'static str {
+        DelayLabel::from(self).into()
     }
 }
 
 impl fmt::Display for DelayCause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Failed(why) => f.write_str(why),
+            Self::Failed(why) | Self::NotClose(why) => f.write_str(why),
             Self::RateLimited(held) => {
                 write!(f, "held for {} s, waiting for Close's rate limits", held.as_secs())
             }

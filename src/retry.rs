@@ -8,6 +8,13 @@
 //!   counts as an attempt. After the last attempt the message is dead-lettered. Later messages that share a key with a
 //!   delayed message are delayed too ([`crate::consumer::scheduler::delayed`]).
 //!
+//! **Failures that are not the message's.** The HTML of a proxy, a redirect or a broken connection says nothing about the
+//! message, so it uses no attempt, however long it lasts: the message goes through the delay queues again, each time
+//! after about as long as it is old. The circuit breaker alone does not keep this promise. It needs several messages a
+//! minute to know an outage from a single bad message. If it also opened after several failures in a row, with few
+//! messages, one whose text a firewall blocks would pause all others. The price is that such a message, and those that
+//! follow it, wait until it is [`Policy::foreign_max_age`] old. Then it uses its attempts, and ends.
+//!
 //! Only this module uses the `backoff` crate (see `.deny.toml`), and only to compute intervals.
 
 use std::time::Duration;
@@ -30,6 +37,8 @@ pub struct Policy {
     pub jitter: f64,
     /// The delays of the delay queues, shortest first. Their number is the number of further attempts.
     pub delays: Vec<Duration>,
+    /// The age up to which a failure that cannot be the message's uses no attempt.
+    pub foreign_max_age: Duration,
 }
 
 /// The default jitter, as a fraction of the pause.
@@ -103,6 +112,8 @@ impl Policy {
 pub struct History {
     /// Attempts before this one, from the header of the message.
     pub attempts: u32,
+    /// The time since the message was first received.
+    pub age: Duration,
     /// Whether this delivery was already retried after a 404.
     pub retried_after_404: bool,
 }
@@ -114,6 +125,24 @@ pub enum AfterFailure {
     Retry(Duration),
     /// Settle the delivery.
     Settle(Outcome),
+}
+
+/// Whether a fault may be the message's: Close has received the call, and may fail because of what it says.
+fn may_be_the_messages(fault: &Fault) -> bool {
+    match fault {
+        Fault::Status(_)
+        | Fault::Timeout
+        | Fault::InvalidResponse
+        | Fault::TooLarge
+        | Fault::NotYet
+        | Fault::ListsUnknown => true,
+        Fault::Unexpected(_)
+        | Fault::ConnectionLost
+        | Fault::Vanished
+        | Fault::Foreign { .. }
+        | Fault::UnknownUrl
+        | Fault::Redirected { .. } => false,
+    }
 }
 
 /// Decides what follows a failure. `pause` is the next pause in place; `None` when the time for them is used up.
@@ -161,6 +190,12 @@ pub fn after_failure(
         // A record does not shrink within seconds.
         CloseError::Transient(fault) => match pause.filter(|_| *fault != Fault::TooLarge) {
             Some(pause) => AfterFailure::Retry(pause),
+            None if !may_be_the_messages(fault) && history.age < policy.foreign_max_age => {
+                AfterFailure::Settle(Outcome::Delayed {
+                    level: policy.level_for(history.age),
+                    cause: DelayCause::NotClose(fault.to_string()),
+                })
+            }
             None => match usize::try_from(history.attempts) {
                 Ok(level) if level < policy.delays.len() => AfterFailure::Settle(Outcome::Delayed {
                     level,
@@ -179,16 +214,29 @@ mod tests {
     use super::*;
 
     fn policy() -> Policy {
-        Policy { in_place: Duration::from_secs(30), jitter: JITTER, delays: vec![Duration::from_secs(30); 4] }
+        Policy {
+            in_place: Duration::from_secs(30),
+            jitter: JITTER,
+            delays: [30, 120, 600, 3600].map(Duration::from_secs).into(),
+            foreign_max_age: Duration::from_hours(24),
+        }
     }
 
     fn verdict(error: CloseError, attempts: u32, retried_after_404: bool, pause: bool) -> String {
         let failure = Failure { stage: Stage::Write, error };
         let pause = pause.then_some(Duration::from_secs(1));
-        match after_failure(&failure, History { attempts, retried_after_404 }, pause, &policy()) {
+        let history = History { attempts, retried_after_404, ..History::default() };
+        described(&after_failure(&failure, history, pause, &policy()))
+    }
+
+    fn described(after: &AfterFailure) -> String {
+        match after {
             AfterFailure::Retry(pause) => format!("retry in {}s", pause.as_secs()),
             AfterFailure::Settle(Outcome::Dead(dead)) => format!("dead {}", dead.reason.label()),
-            AfterFailure::Settle(Outcome::Delayed { level, .. }) => format!("delay {level}"),
+            AfterFailure::Settle(Outcome::Delayed { level, cause }) if cause.uses_attempt() => {
+                format!("delay {level}")
+            }
+            AfterFailure::Settle(Outcome::Delayed { level, cause }) => format!("{} {level}", cause.label()),
             AfterFailure::Settle(Outcome::Paused(cause)) => format!("pause {}", cause.label()),
             AfterFailure::Settle(other) => format!("{other:?}"),
         }
@@ -221,6 +269,31 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_failure_that_cannot_be_the_messages_uses_no_attempt_until_a_certain_age() {
+        let foreign = Fault::Foreign { status: 403, form: crate::close::Form::Html };
+        let redirected = Fault::Redirected { status: 302, host: None };
+        let faults = [foreign, redirected, Fault::UnknownUrl, Fault::ConnectionLost, Fault::Unexpected(410)];
+        let ages = [
+            (0, 0, "not_close 0"),
+            (100, 4, "not_close 0"),
+            (120, 4, "not_close 1"),
+            (7200, 4, "not_close 3"),
+            (86_399, 4, "not_close 3"),
+            (86_400, 0, "delay 0"),
+            (86_400, 3, "delay 3"),
+            (u64::MAX, 4, "dead exhausted"),
+        ];
+        for fault in faults {
+            for (age, attempts, expected) in ages {
+                let history = History { attempts, age: Duration::from_secs(age), retried_after_404: false };
+                let failure = Failure { stage: Stage::Write, error: CloseError::Transient(fault.clone()) };
+                let after = after_failure(&failure, history, None, &policy());
+                assert_eq!(described(&after), expected, "{fault} {age}");
+            }
+        }
+    }
+
     fn any_error() -> impl Strategy<Value = CloseError> {
         let fault = prop_oneof![
             (500u16..600).prop_map(Fault::Status),
@@ -247,10 +320,15 @@ mod tests {
 
     proptest! {
         /// A message that keeps failing is eventually dead-lettered, after at most one attempt more than there are
-        /// delays. A pause does not count as an attempt.
+        /// delays. Neither a pause nor a failure that cannot be the message's counts, the latter up to an age.
         #[test]
         fn every_sequence_of_failures_ends(errors in proptest::collection::vec(any_error(), 200), delays in 0usize..6) {
-            let policy = Policy { in_place: Duration::ZERO, jitter: JITTER, delays: vec![Duration::from_secs(1); delays] };
+            let policy = Policy {
+                in_place: Duration::ZERO,
+                jitter: JITTER,
+                delays: vec![Duration::from_secs(1); delays],
+                foreign_max_age: if delays == 0 { Duration::ZERO } else { Duration::from_secs(20) },
+            };
             let mut history = History::default();
             let mut ended = false;
             for error in errors {
@@ -258,8 +336,12 @@ mod tests {
                 match after_failure(&Failure { stage: Stage::Write, error }, history, None, &policy) {
                     AfterFailure::Retry(_) => history.retried_after_404 |= not_found,
                     AfterFailure::Settle(Outcome::Delayed { level, cause }) => {
-                        prop_assert!(cause.uses_attempt() && level < delays);
-                        history = History { attempts: history.attempts + 1, retried_after_404: false };
+                        prop_assert!(level < delays);
+                        history = History {
+                            attempts: history.attempts + u32::from(cause.uses_attempt()),
+                            age: history.age + policy.delays[level],
+                            retried_after_404: false,
+                        };
                     }
                     AfterFailure::Settle(Outcome::Paused(_)) => history.retried_after_404 = false,
                     AfterFailure::Settle(Outcome::Dead(_)) => {

@@ -221,6 +221,7 @@ fn worker(
     reader: &mut Reader<'_>,
 ) -> Option<sync::Settings> {
     let in_place = reader.duration(setting!(raw, retry.in_place), Duration::ZERO);
+    let foreign_max_age = reader.duration(setting!(raw, retry.foreign_max_age), Duration::ZERO);
     let max_message_bytes = reader.number(setting!(raw, worker.max_message_bytes), 1..=1 << 30);
     let search_lag = reader.duration(setting!(raw, close.search_lag), Duration::ZERO);
     let hold = reader.duration(setting!(raw, worker.hold), Duration::from_secs(1));
@@ -238,6 +239,7 @@ fn worker(
             in_place: in_place?,
             jitter: retry::JITTER,
             delays: delays?.iter().map(|delay| delay.duration).collect(),
+            foreign_max_age: foreign_max_age?,
         },
         max_message_bytes: usize::try_from(max_message_bytes?).ok()?,
         search_lag: search_lag?,

@@ -114,6 +114,7 @@ pub(super) struct Worker {
 pub(super) struct Retry {
     pub(super) in_place: String,
     pub(super) delays: Vec<Value>,
+    pub(super) foreign_max_age: String,
 }
 
 #[derive(Deserialize)]

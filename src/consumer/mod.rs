@@ -324,6 +324,7 @@ impl<'a> Consumer<'a> {
             let Some((_, first)) = run.first() else { continue };
             let run_context = RunContext {
                 attempts: first.envelope.attempts,
+                age: first.envelope.age(environment.now()),
                 priority: first.envelope.priority(),
                 search_complete_from: self.state.search_complete_from().unwrap_or_else(Instant::now),
             };

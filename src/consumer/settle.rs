@@ -289,9 +289,11 @@ fn log(context: &Context, WorkResult { outcome, decision, started }: &WorkResult
         Outcome::Delayed { level, cause } => {
             let charged = cause.uses_attempt();
             tracing::warn!(
+                event = "message_delayed",
+                cause = cause.label(),
+                error = %cause,
                 delay = delay(*level),
                 charged,
-                %cause,
                 took_ms,
                 "message failed, retrying from a delay queue"
             );

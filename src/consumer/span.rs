@@ -95,7 +95,9 @@ pub(crate) fn conclude(span: &Span, outcome: &Outcome, settlement: &Settlement) 
             span.record("close_sync.skipped_for", skip.label());
         }
         Outcome::Dead(dead) => spans::fail(span, dead.reason.label(), &dead.error),
-        Outcome::Delayed { cause: DelayCause::Failed(why), .. } => spans::fail(span, "failed", why),
+        Outcome::Delayed { cause: cause @ (DelayCause::Failed(why) | DelayCause::NotClose(why)), .. } => {
+            spans::fail(span, cause.label(), why);
+        }
         Outcome::Delayed { cause: DelayCause::RateLimited(_) | DelayCause::BehindEarlier, .. }
         | Outcome::Synced(_)
         | Outcome::Paused(_) => {}

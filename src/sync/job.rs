@@ -48,6 +48,8 @@ impl Job {
 pub struct RunContext {
     /// Attempts made before.
     pub attempts: u32,
+    /// The time since the message was first received.
+    pub age: Duration,
     /// Which messages get rate budget first.
     pub priority: Priority,
     /// Before this time, search may miss records that other workers created.
@@ -57,7 +59,12 @@ pub struct RunContext {
 impl RunContext {
     /// The first attempt, with no other worker running.
     pub fn first() -> Self {
-        Self { attempts: 0, priority: Priority::Live, search_complete_from: Instant::now() }
+        Self {
+            attempts: 0,
+            age: Duration::ZERO,
+            priority: Priority::Live,
+            search_complete_from: Instant::now(),
+        }
     }
 }
 

@@ -14,6 +14,8 @@ mod properties;
 mod tests;
 mod trace_parent;
 
+use std::time::Duration;
+
 use jiff::Timestamp;
 use lapin::BasicProperties;
 use lapin::types::ShortString;
@@ -194,6 +196,11 @@ impl Envelope {
             // It returned from a delay queue.
             (_, Some(_)) => Priority::Retry,
         }
+    }
+
+    /// The time since the message was first received.
+    pub fn age(&self, now: Timestamp) -> Duration {
+        Duration::try_from(now.duration_since(self.first_seen)).unwrap_or_default()
     }
 
     /// Properties for a delay queue, after `attempts` attempts.

@@ -164,6 +164,7 @@ impl Harness {
             switches: Switches::default(),
             retry: Policy {
                 in_place: Duration::ZERO,
+                foreign_max_age: Duration::ZERO,
                 jitter: 0.0,
                 delays: delays.map(|(_, seconds)| Duration::from_secs(seconds)).into(),
             },

@@ -176,6 +176,8 @@ fn totals(metrics: &Metrics) -> Markup {
         section .card aria-labelledby="so-far" {
             h2 #so-far { "Since the start" }
             (counts("Messages by outcome", "No messages settled yet.", &metrics.settled_by_outcome()))
+            @let delays = metrics.delays_by_cause();
+            @if !delays.is_empty() { (counts("Messages sent to delay queues by cause", "", &delays)) }
             @let dead_letters = metrics.dead_letters_by_reason();
             @if !dead_letters.is_empty() { (counts("Dead letters by reason", "", &dead_letters)) }
         }

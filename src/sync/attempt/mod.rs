@@ -69,7 +69,8 @@ impl<C: Api> Attempts<'_, C> {
         let context = self.context;
         let policy = &context.settings.retry;
         let mut backoff = Backoff::in_place(policy);
-        let mut history = History { attempts: self.run.attempts, retried_after_404: false };
+        let RunContext { attempts, age, .. } = self.run;
+        let mut history = History { attempts, age, retried_after_404: false };
         let mut failed_before = false;
         loop {
             let failure = match self.run_once().await {

@@ -10,7 +10,7 @@ use crate::close::{Endpoint, StatusClass};
 use crate::domain::dropped::DropReason;
 use crate::domain::plan::Refusal;
 use crate::domain::readback::DifferenceEffect;
-use crate::outcome::{Effect, PauseCause, Reason, Skip, Stage};
+use crate::outcome::{DelayLabel, Effect, PauseCause, Reason, Skip, Stage};
 use crate::telemetry::metrics::QuarantineStep;
 use crate::telemetry::metrics::register::{Label, Registrar, label, metrics};
 
@@ -41,6 +41,11 @@ pub(crate) fn outcomes() -> impl Iterator<Item = &'static str> {
 /// The reasons to dead-letter a message.
 pub(crate) fn reasons() -> impl Iterator<Item = &'static str> {
     Reason::VARIANTS.iter().map(|reason| reason.label())
+}
+
+/// The causes of a delay.
+pub(crate) fn delay_causes() -> impl Iterator<Item = &'static str> {
+    DelayLabel::VARIANTS.iter().map(|cause| cause.into())
 }
 
 /// The causes of a pause.
@@ -74,6 +79,7 @@ metrics! {
         settled: IntCounterVec = counters("messages_settled_total", "Deliveries by outcome", &[label("outcome", outcomes())]);
         replayed: IntCounterVec = counters("messages_replayed_total", "Deliveries of replayed messages by outcome", &[label("outcome", acked())]);
         skipped: IntCounterVec = counters("messages_skipped_total", "Skipped messages by reason", &[label("reason", Skip::all().map(Skip::label))]);
+        delays: IntCounterVec = counters("messages_delayed_total", "Messages sent to a delay queue by cause", &[label("cause", delay_causes())]);
         dead_letters: IntCounterVec = counters("dead_letters_total", "Dead-lettered messages by reason", &[label("reason", reasons())]);
         retries: IntCounterVec = counters("retries_total", "Retries in place by the stage that failed", &[label("stage", [Stage::LookUp.label(), Stage::Write.label()])]);
         yields: IntCounter = counter("messages_yielded_total", "Messages sent to a delay queue because an earlier message of the same person or company waits there");

@@ -168,6 +168,11 @@ impl Metrics {
         nonzero(&self.messages.dead_letters, groups::reasons())
     }
 
+    /// The number of deliveries since the start that went to a delay queue by cause, without zeros.
+    pub fn delays_by_cause(&self) -> Vec<(&'static str, u64)> {
+        nonzero(&self.messages.delays, groups::delay_causes())
+    }
+
     pub fn set_backlog(&self, messages: u32, drain: Option<Duration>) {
         self.queues.backlog.set(messages.into());
         self.queues.drain_seconds.set(drain.map_or(f64::NAN, |drain| drain.as_secs_f64()));
@@ -205,7 +210,10 @@ impl Metrics {
             Outcome::Dead(dead) => {
                 self.messages.dead_letters.with_label_values(&[dead.reason.label()]).inc();
             }
-            Outcome::Synced(_) | Outcome::Delayed { .. } | Outcome::Paused(_) => {}
+            Outcome::Delayed { cause, .. } => {
+                self.messages.delays.with_label_values(&[cause.label()]).inc();
+            }
+            Outcome::Synced(_) | Outcome::Paused(_) => {}
         }
         self.messages.settled.with_label_values(&[outcome.label()]).inc();
         self.messages.handling_seconds.observe(took.as_secs_f64());

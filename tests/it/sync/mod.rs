@@ -5,6 +5,7 @@ mod close_answers;
 mod duplicates;
 mod failures;
 mod fault_table;
+mod foreign_answers;
 mod fuzz_corpus;
 mod invalid_ids;
 mod matching_rules;

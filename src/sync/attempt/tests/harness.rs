@@ -22,7 +22,12 @@ impl Transport for NoTransport {
 }
 
 pub(super) fn context(rules: &Rules) -> Context {
-    let policy = Policy { in_place: Duration::from_secs(30), jitter: 0.0, delays: vec![TIMEOUT] };
+    let policy = Policy {
+        in_place: Duration::from_secs(30),
+        jitter: 0.0,
+        delays: vec![TIMEOUT],
+        foreign_max_age: Duration::from_hours(1),
+    };
     Context::new(Dependencies {
         settings: Settings {
             switches: Switches::default(),
@@ -284,7 +289,7 @@ pub(super) fn attempts<'a>(
         desired,
         others: Vec::new(),
         keys: desired.identity.keys(),
-        run: RunContext { attempts: 0, priority: Priority::Live, search_complete_from: Instant::now() },
+        run: RunContext::first(),
         mode: Mode::Write,
         decision: Decision::default(),
     }
