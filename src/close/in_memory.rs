@@ -32,6 +32,8 @@ pub(crate) struct InMemoryRecords {
     pub(crate) bare_in_lead: BTreeSet<ContactId>,
     /// Contacts whose lists no answer shows.
     pub(crate) bare: BTreeSet<ContactId>,
+    /// The country of national phone numbers. The United States if none.
+    pub(crate) country: Option<Country>,
     /// Search may find more than was asked for.
     pub(crate) inexact: bool,
     created: usize,
@@ -118,9 +120,10 @@ impl InMemoryRecords {
                 Written::Lead(self.lead_with_contacts(id).unwrap())
             }
             Step::UpdateContact { id, changes } => {
+                let country = self.country;
                 let contact = self.contacts.get_mut(id).unwrap();
                 apply_changes(&mut contact.fields, &changes.fields);
-                contact.lists.extend(as_stored(&changes.lists));
+                contact.lists.extend(as_stored(&changes.lists, country));
                 Written::Contact(contact.clone())
             }
         }
@@ -135,7 +138,7 @@ impl InMemoryRecords {
             date_created,
             date_updated: None,
             fields: values.fields.clone(),
-            lists: as_stored(&values.lists),
+            lists: as_stored(&values.lists, self.country),
             unknown_lists: BTreeSet::new(),
         };
         self.contacts.insert(id, contact.clone());
@@ -166,14 +169,14 @@ fn without_lists(contact: Contact) -> Contact {
     Contact { lists: Lists::new(), unknown_lists: Channel::VARIANTS.iter().copied().collect(), ..contact }
 }
 
-/// Lists as Close stores them. It rewrites phone numbers and URLs (close-api.md §5); the default country is the US.
-fn as_stored(lists: &Lists) -> Lists {
+/// Lists as Close stores them. It rewrites phone numbers and URLs (close-api.md §5).
+fn as_stored(lists: &Lists, country: Option<Country>) -> Lists {
     let mut stored = lists.clone();
     for (channel, entries) in &mut stored {
         for Entry { value, .. } in entries {
             *value = match channel {
                 Channel::Email => trim(value).to_owned(),
-                Channel::Phone => international(value),
+                Channel::Phone => international(value, country),
                 Channel::Url if value.contains("://") => value.clone(),
                 Channel::Url => format!("http://{value}"),
             };
@@ -183,8 +186,8 @@ fn as_stored(lists: &Lists) -> Lists {
 }
 
 /// A phone number with its country code. Other text is not changed.
-fn international(text: &str) -> String {
-    phone::stored_form(text, Country::parse("US")).unwrap_or_else(|| text.to_owned())
+fn international(text: &str, country: Option<Country>) -> String {
+    phone::stored_form(text, country.or(Country::parse("US"))).unwrap_or_else(|| text.to_owned())
 }
 
 /// Search ignores case and surrounding whitespace, so a hit can have a different id (close-api.md §6).

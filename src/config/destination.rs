@@ -16,6 +16,7 @@ use crate::config::problems::{NOT_TOML, Problem};
 use crate::config::raw::{self, setting};
 use crate::config::reader::{Reader, duration};
 use crate::config::settings::{Destination, Need};
+use crate::domain::phone::Country;
 use crate::retry::{self, Policy};
 use crate::{close, sync};
 
@@ -224,6 +225,10 @@ fn worker(
     let foreign_max_age = reader.duration(setting!(raw, retry.foreign_max_age), Duration::ZERO);
     let max_message_bytes = reader.number(setting!(raw, worker.max_message_bytes), 1..=1 << 30);
     let search_lag = reader.duration(setting!(raw, close.search_lag), Duration::ZERO);
+    let expected = "two letters (ISO 3166) like `GB`, or nothing";
+    let country = reader.parsed(setting!(raw, close.country), "country", expected, |text| {
+        if text.is_empty() { Some(None) } else { Country::parse(text).map(Some) }
+    });
     let hold = reader.duration(setting!(raw, worker.hold), Duration::from_secs(1));
     if hold.is_some_and(|hold| hold > LONGEST_HOLD) {
         let message =
@@ -244,6 +249,7 @@ fn worker(
         max_message_bytes: usize::try_from(max_message_bytes?).ok()?,
         search_lag: search_lag?,
         hold: hold?,
+        country: country?,
         merge: raw.worker.merge,
     })
 }

@@ -93,6 +93,7 @@ pub(super) struct Close {
     pub(super) contact_user_id_field: String,
     pub(super) lead_synced_at_field: String,
     pub(super) contact_synced_at_field: String,
+    pub(super) country: String,
     pub(super) schema_refresh: String,
     pub(super) timeout: String,
     pub(super) rate_limit_share: i64,

@@ -45,6 +45,20 @@ fn the_defaults_need_only_a_key() {
 }
 
 #[test]
+fn a_country_is_two_letters() {
+    let country = |text: &str| {
+        let worker = single("", &[("CLOSE_API_KEY", "api_k"), ("CLOSE_COUNTRY", text)]).worker;
+        worker.country.map(|country| country.to_string())
+    };
+    assert_eq!((country(""), country("GB").as_deref()), (None, Some("GB")));
+    assert_eq!(country("de").as_deref(), Some("DE"));
+    for wrong in ["ZZ", "Germany", "DEU", "+49"] {
+        let reported = problems("", &[("CLOSE_COUNTRY", wrong)]);
+        assert!(reported.contains("2 problems") && reported.contains("close.country"), "{reported}");
+    }
+}
+
+#[test]
 fn the_hash_ignores_where_a_setting_stands_and_every_secret() {
     let hash = |text: &str, more: &[(&str, &str)]| {
         single(text, &[&[("CLOSE_API_KEY", "api_k")], more].concat()).hash

@@ -31,11 +31,6 @@ impl Country {
         PHONE_NUMBER_UTIL.get_country_code_for_region(self.0)
     }
 
-    /// The country whose number this is. For a country code that several countries share, the main one.
-    fn of(number: &PhoneNumber) -> Option<Self> {
-        PHONE_NUMBER_UTIL.get_region_for_country_code(number.country_code).map(Self)
-    }
-
     /// The country by which Close has read a national number, seen from the form in which it stores it. `None` if that
     /// form does not depend on a country.
     pub fn of_answer(sent: &str, stored: &str) -> Option<Self> {
@@ -79,25 +74,15 @@ pub fn stored_form(text: &str, country: Option<Country>) -> Option<String> {
     Some(format!("{}{extension}", number.format_as(PhoneNumberFormat::E164)))
 }
 
-/// Whether Close stores two numbers as the same.
-///
-/// While the country of the organization is unknown, a national number is read by the country of the other number, and by
-/// the United States, where the prefix of a foreign number differs from that of most countries.
+/// Whether Close stores two numbers as the same. While the country of the organization is unknown, only if that holds in
+/// every country: a national number may be any country's, and to take it for another one would lose it.
 pub(crate) fn same(one: &str, other: &str, country: Option<Country>) -> bool {
     let (one, other) = (trim(one), trim(other));
     if one == other {
         return true;
     }
-    let are_same = |country: Option<Country>| {
-        let form = stored_form(one, country);
-        form.is_some() && (form.as_deref() == Some(other) || form == stored_form(other, country))
-    };
-    if country.is_some() {
-        return are_same(country);
-    }
-    let own = |text| parse(text, None).as_ref().and_then(Country::of);
-    let countries = [own(one), own(other), Country::parse("US")];
-    countries.into_iter().flatten().any(|country| are_same(Some(country)))
+    let form = stored_form(one, country);
+    form.is_some() && (form.as_deref() == Some(other) || form == stored_form(other, country))
 }
 
 /// The number with ASCII digits, or `None` if the text is not a phone number.
@@ -319,6 +304,27 @@ pub(crate) mod tests {
                 "{code}: {text}"
             );
         }
+    }
+
+    #[test]
+    fn while_the_country_is_unknown_only_what_holds_in_every_country_is_the_same() {
+        let regions = PHONE_NUMBER_UTIL.get_supported_regions();
+        let countries: Vec<Country> =
+            regions.filter_map(|region| Country::parse(&region.as_region_str())).collect();
+        assert!(countries.len() > 200, "{}", countries.len());
+        let mut recognized = 0;
+        for text in REWRITES.map(|(_, text, _)| text).iter().chain(&["020 7946 0958", "+442079460958"]) {
+            let sent = normalize(text).unwrap();
+            let forms: Vec<String> =
+                countries.iter().filter_map(|country| stored_form(&sent, Some(*country))).collect();
+            for stored in &forms {
+                let is_same = forms.iter().all(|form| form == stored);
+                assert_eq!(same(&sent, stored, None), is_same, "{text} {stored}");
+                assert_eq!(same(stored, &sent, None), is_same, "{text} {stored}");
+                recognized += usize::from(is_same);
+            }
+        }
+        assert!(recognized > 1000, "{recognized}");
     }
 
     #[test]

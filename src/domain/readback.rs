@@ -178,21 +178,21 @@ pub fn list_differences(sent: &Lists, kept: &Lists, country: Option<Country>) ->
 }
 
 /// The country by which Close has read a new phone number of a list, if the list shows it and `known` does not explain it.
-/// Numbers that were in the list before say nothing: they may be of any country.
+///
+/// Numbers that were in the list before say nothing: they may be of any country. Close keeps the order of a list, so the
+/// place of a number shows what it became. Without that, a foreign number with the same digits could be taken for it.
 pub fn country_of(before: &[Entry], sent: &Lists, kept: &Lists, known: Option<Country>) -> Option<Country> {
-    let new = |lists: &Lists| -> Vec<Entry> {
-        let phones = lists.get(&Channel::Phone).into_iter().flatten();
-        phones.filter(|entry| before.iter().all(|other| other.value != entry.value)).cloned().collect()
-    };
-    let (sent, kept) = (new(sent), new(kept));
-    let explains = |sent: &str| {
-        let form = known.and_then(|known| phone::stored_form(sent, Some(known)));
-        form.is_some_and(|form| kept.iter().any(|kept| kept.value == form))
-    };
-    let unexplained = sent.iter().filter(|sent| !explains(&sent.value));
-    let mut countries = unexplained
-        .flat_map(|sent| kept.iter().filter_map(|kept| Country::of_answer(&sent.value, &kept.value)));
-    countries.next()
+    let (sent, kept) = (sent.get(&Channel::Phone)?, kept.get(&Channel::Phone)?);
+    let is_old = |sent: &Entry| before.iter().any(|other| other.value == sent.value);
+    let is_in_place = |(sent, kept): (&Entry, &Entry)| !is_old(sent) || sent.value == kept.value;
+    if sent.len() != kept.len() || !sent.iter().zip(kept).all(is_in_place) {
+        return None;
+    }
+    let new = sent.iter().zip(kept).filter(|(sent, _)| !is_old(sent));
+    let mut unexplained = new.filter(|(sent, kept)| {
+        known.is_none() || phone::stored_form(&sent.value, known).as_ref() != Some(&kept.value)
+    });
+    unexplained.find_map(|(sent, kept)| Country::of_answer(&sent.value, &kept.value))
 }
 
 fn hash_text(text: &str) -> u64 {
@@ -291,7 +291,9 @@ mod tests {
         let sent = [vienna, local];
         assert_eq!(country(&[vienna], &sent, &[vienna, berlin], Some("DE")), None);
         assert_eq!(country(&[vienna], &sent, &[vienna, berlin], None).as_deref(), Some("DE"));
-        assert_eq!(country(&[vienna], &sent, &[vienna], None), None);
+        assert_eq!(country(&[vienna], &sent, &[vienna], None), None, "lost, or the same");
+        assert_eq!(country(&[vienna], &sent, &[vienna, vienna], None).as_deref(), Some("AT"));
+        assert_eq!(country(&[vienna], &sent, &[berlin, vienna], None), None, "in another order");
         assert_eq!(country(&[], &[local], &[berlin], Some("AT")).as_deref(), Some("DE"));
     }
 

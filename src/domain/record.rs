@@ -470,12 +470,13 @@ mod tests {
         let cases = [
             (Channel::Email, " Jane@Example.TEST", "jane@example.test", true),
             (Channel::Email, "jane+crm@example.test", "jane@example.test", false),
-            (Channel::Phone, "800 444-5555", "+18004445555", true),
-            (Channel::Phone, "0301234567", "+49301234567", true),
+            // The country is unknown.
+            (Channel::Phone, "800 444-5555", "+18004445555", false),
+            (Channel::Phone, "0301234567", "+49301234567", false),
             (Channel::Phone, "+49 30 1234567", "+49301234567", true),
             (Channel::Phone, "+49301234567", "+19301234567", false),
-            (Channel::Phone, "1234", "+441234", true),
-            (Channel::Phone, "0049301234567", "+49301234567", true),
+            (Channel::Phone, "1234", "+441234", false),
+            (Channel::Phone, "0049301234567", "+49301234567", false),
             // Their ends agree.
             (Channel::Phone, "030 901820", "+43130901820", false),
             (Channel::Phone, "+1 800 444 5555 ext. 12", "+18004445555x12", true),

@@ -196,6 +196,11 @@ impl Suite {
         if !self.statuses.is_empty() {
             settings.statuses.clone_from(&self.statuses);
         }
+        // A worker that has run for a while knows the country, so the one of the scenario does.
+        settings.behaviour.country_in_me = true;
+        if let Some(country) = config.worker.country {
+            settings.behaviour.set("country", &country.to_string()).map_err(failed)?;
+        }
         settings.more_users = self.users.iter().map(Member::user).collect();
         let any =
             "127.0.0.1:0".parse().map_err(|error: std::net::AddrParseError| failed(error.to_string()))?;

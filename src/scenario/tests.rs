@@ -42,9 +42,13 @@ async fn in_memory(suite: &Suite, scenario: &Scenario, base: &Layers) -> String 
     let mut records = records().after(&before);
 
     let config = suite.config(scenario, base, &simulator).unwrap();
-    let switches = config.worker.switches;
+    let (switches, country) = (config.worker.switches, config.worker.country);
+    records.country = country;
     let worker = worker(config).await.unwrap();
     let (mapping, caches) = (worker.mapping(), Caches::default());
+    if let Some(country) = country {
+        caches.readback_cache.set_country(country);
+    }
     let mut decisions = Vec::new();
     for event in event::split(scenario.event.as_bytes()) {
         let (outcome, decision) = match worker.prepare(&event, ReceivedAt::now()) {

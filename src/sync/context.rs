@@ -62,7 +62,7 @@ impl Context {
     pub(crate) fn new(dependencies: Dependencies<'_>) -> Self {
         let Dependencies { settings, rules, mapping, client, metrics } = dependencies;
         let readback_cache = ReadbackCache::default();
-        readback_cache.start_with(mapping.country);
+        readback_cache.start_with(settings.country.or(mapping.country));
         Self {
             settings,
             client,

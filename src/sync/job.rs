@@ -7,6 +7,7 @@ use tokio::time::Instant;
 
 use crate::close::Priority;
 use crate::domain::mapping::{Desired, Key};
+use crate::domain::phone::Country;
 use crate::domain::switches::Switches;
 use crate::outcome::Outcome;
 use crate::retry::Policy;
@@ -21,6 +22,8 @@ pub struct Settings {
     pub search_lag: Duration,
     /// The longest a delivery is held, including waits for rate budget.
     pub hold: Duration,
+    /// The country by which Close reads national phone numbers, if the configuration names it.
+    pub country: Option<Country>,
     /// Whether consecutive messages about one person are merged into one write.
     pub merge: bool,
 }

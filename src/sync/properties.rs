@@ -14,6 +14,7 @@ use crate::domain::event::Event;
 use crate::domain::mapping::tests::{rules, schema};
 use crate::domain::mapping::{Desired, Mapping, WriteRule};
 use crate::domain::matching::{Case, ContactMatch, MAX_CONTACTS, compare};
+use crate::domain::phone::Country;
 use crate::domain::plan::Step;
 use crate::domain::record::{
     Channel, Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists,
@@ -28,12 +29,25 @@ use crate::sync::resolver::{Decided, Resolver};
 use crate::sync::version_cache::VersionCache;
 
 /// The caches that the worker keeps from one message to the next.
-#[derive(Default)]
 pub(crate) struct Caches {
     pub(crate) id_cache: IdCache,
     pub(crate) version_cache: VersionCache,
     pub(crate) readback_cache: ReadbackCache,
     pub(crate) recent: RecentRecords,
+}
+
+/// The country is that of [`InMemoryRecords`].
+impl Default for Caches {
+    fn default() -> Self {
+        let readback_cache = ReadbackCache::default();
+        readback_cache.start_with(Country::parse("US"));
+        Self {
+            id_cache: IdCache::default(),
+            version_cache: VersionCache::default(),
+            readback_cache,
+            recent: RecentRecords::default(),
+        }
+    }
 }
 
 impl Caches {

@@ -101,11 +101,10 @@ impl ReadbackCache {
         *self.country.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Close says the country of the organization.
+    /// The country that the configuration or Close names. What an answer has shown is better evidence, and stays.
     pub fn start_with(&self, country: Option<Country>) {
-        if let Some(country) = country {
-            self.set_country(country);
-        }
+        let mut known = self.country.lock().unwrap_or_else(PoisonError::into_inner);
+        *known = known.or(country);
     }
 
     /// Returns whether the country was another before.

@@ -11,11 +11,13 @@ use crate::cli::certify::observations::{
     Refusal, TimeForm,
 };
 use crate::cli::certify::values;
+use crate::domain::phone::Country;
 
 /// The settings that findings are compared with.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Configured {
     pub(super) search_lag: Duration,
+    pub(super) country: Option<Country>,
 }
 
 /// One finding for each assumption, and one for each configured field.
@@ -60,7 +62,7 @@ fn found(assumption: Assumption, seen: &Observations, configured: Configured) ->
         Assumption::DescendingCursor => seen.descending.map(descending),
         Assumption::PutIsPatch => seen.is_patch.map(put_is_patch),
         Assumption::PhoneRewriting => values::phone_rewriting(seen),
-        Assumption::PhoneCountry => values::phone_country(seen),
+        Assumption::PhoneCountry => values::phone_country(seen, configured.country),
         Assumption::BadPhone => seen.bad_phone.map(|form| values::refusal(form, "phone")),
         Assumption::BadEmail => seen.bad_email.map(|form| {
             let found = values::refusal(form, "email address");
@@ -495,17 +497,36 @@ mod tests {
     fn one(assumption: Assumption, see: impl FnOnce(&mut Observations)) -> Finding {
         let mut seen = Observations::default();
         see(&mut seen);
-        let configured = Configured { search_lag: 20 * SECOND };
+        let configured = Configured { search_lag: 20 * SECOND, country: None };
         let mut found = findings(&seen, configured).into_iter();
         found.find(|finding| finding.assumption == assumption).unwrap()
     }
 
     #[test]
     fn what_was_not_seen_is_unknown() {
-        let configured = Configured { search_lag: SECOND };
+        let configured = Configured { search_lag: SECOND, country: None };
         let found = findings(&Observations::default(), configured);
         assert_eq!(found.len(), Assumption::VARIANTS.len() - 1, "no field is configured");
         assert!(found.iter().all(|finding| finding.status == Status::Unknown));
+    }
+
+    #[test]
+    fn the_country_of_phones_is_compared_with_the_setting() {
+        let seen = Observations {
+            phones: vec![(NATIONAL, Some("+448004445555".into()))],
+            ..Observations::default()
+        };
+        let line = "close.country = \"GB\"";
+        for (country, status, setting) in [
+            (None, Status::AsAssumed, None),
+            (Some("GB"), Status::AsAssumed, None),
+            (Some("DE"), Status::ChangeSetting, Some(line)),
+        ] {
+            let configured = Configured { search_lag: SECOND, country: country.and_then(Country::parse) };
+            let mut found = findings(&seen, configured).into_iter();
+            let finding = found.find(|finding| finding.assumption == Assumption::PhoneCountry).unwrap();
+            assert_eq!((finding.status, finding.setting.as_deref()), (status, setting), "{country:?}");
+        }
     }
 
     #[test]

@@ -73,7 +73,7 @@ const DEFAULT_WAIT: Duration = Duration::from_mins(1);
 
 pub(super) async fn certify(args: Args, config: Destination) -> Result<(), Failure> {
     let unavailable = |error: &dyn std::fmt::Display| Failure::Unavailable(error.to_string());
-    let search_lag = config.worker.search_lag;
+    let (search_lag, country) = (config.worker.search_lag, config.worker.country);
     let client = Client::new(config.close.clone(), |_| {}).map_err(|error| unavailable(&error))?;
     let ready = preflight::run(&client, &config.rules).await.map_err(preflight_failed)?;
     confirm(&args, &ready.organization).await?;
@@ -97,7 +97,7 @@ pub(super) async fn certify(args: Args, config: Destination) -> Result<(), Failu
     let stopped = observer.run().await.err().map(|stop| stop.to_string());
     let left_behind = cleanup::delete_all(&mut observer.client, &mut observer.made).await;
     let calls = client.calls() + observer.client.made();
-    let findings = findings(&observer.seen, Configured { search_lag });
+    let findings = findings(&observer.seen, Configured { search_lag, country });
     let report = Report::new(ready.organization, calls, stopped, findings, left_behind);
     if args.json {
         report.print_json();

@@ -33,17 +33,30 @@ pub(super) fn phone_rewriting(seen: &Observations) -> Option<Found> {
     })
 }
 
-pub(super) fn phone_country(seen: &Observations) -> Option<Found> {
+pub(super) fn phone_country(seen: &Observations, configured: Option<Country>) -> Option<Found> {
     let (_, kept) = phones(seen, &[NATIONAL]).pop()?;
     let meaning = "send phones with their country";
     let Some(kept) = kept else {
         return Some(Found::new(Status::Handled, "Close refuses a phone without a country", meaning));
     };
-    let found = Found::new(Status::AsAssumed, format!("{NATIONAL} → {kept}"), meaning);
-    Some(match Country::of_answer(NATIONAL, kept) {
-        Some(country) => found.like("country", country.to_string()),
-        None => Found { status: Status::Handled, ..found },
-    })
+    let text = format!("{NATIONAL} → {kept}");
+    let Some(country) = Country::of_answer(NATIONAL, kept) else {
+        return Some(Found::new(Status::Handled, text, meaning));
+    };
+    let setting = format!("close.country = \"{country}\"");
+    let found = match configured {
+        None => Found::new(Status::AsAssumed, text, format!("{meaning}, or set {setting}")),
+        // Countries that share a country code read most numbers alike.
+        Some(configured) if stored_form(NATIONAL, Some(configured)).as_deref() == Some(kept) => {
+            Found::new(Status::AsAssumed, text, format!("close.country is {configured}"))
+        }
+        Some(configured) => {
+            let meaning =
+                format!("close.country is {configured}; a phone may be added once more after a start");
+            Found { setting: Some(setting), ..Found::new(Status::ChangeSetting, text, meaning) }
+        }
+    };
+    Some(found.like("country", country.to_string()))
 }
 
 pub(super) fn refusal(refusal: Refusal, what: &str) -> Found {

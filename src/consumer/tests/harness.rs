@@ -170,6 +170,7 @@ impl Harness {
             },
             max_message_bytes: 1 << 20,
             search_lag: Duration::ZERO,
+            country: None,
             hold: Duration::from_hours(1),
             merge: true,
         };

@@ -258,7 +258,11 @@ fn learn(context: &Context, step: &Step, found: &Found, written: &Written) {
         if let Some(country) = readback::country_of(phones, &lists, &kept.lists, known)
             && readback_cache.set_country(country)
         {
-            tracing::info!(event = "phone_country_learned", %country, "learned the country of national phone numbers");
+            tracing::info!(
+                event = "phone_country_learned",
+                %country,
+                "learned the country of national phone numbers; with close.country it is known from the start"
+            );
         }
         let mut differences =
             readback::differences(&sent.fields, before.map(|contact| &contact.fields), &kept.fields);

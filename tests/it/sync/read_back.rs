@@ -70,7 +70,7 @@ async fn a_phone_that_close_rewrites_is_sent_once() {
         assert_eq!(stored, expected, "{country}");
         worker.terminate().await;
         // A new worker has learned nothing.
-        bench.simulator.behave(|close| close.country_in_me = true);
+        let bench = bench.set("CLOSE_COUNTRY", country);
         let outcomes = bench.sync(&events).await;
         assert_eq!(outcomes.outcome("unchanged") as usize, phones.len(), "{country}");
     }
@@ -92,6 +92,53 @@ async fn a_new_worker_recognizes_phones_when_close_names_its_country() {
     // The ends of two numbers agree.
     let other = [identify("u1", json!({"phone": "+1 7700 900123"}))];
     assert_eq!(bench.sync(&other).await.outcomes(), [("updated", 1)].into());
+}
+
+/// The only phones in Close.
+fn phones(bench: &Bench) -> Vec<String> {
+    bench.simulator.contacts().iter().flat_map(|contact| values(contact, "phones", "phone")).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_national_phone_is_not_taken_for_a_foreign_one_whatever_is_known_of_the_country() {
+    let (foreign, national) = ("+442079460958", "+492079460958");
+    for setting in ["", "DE"] {
+        let bench = bench(|close| close.set("country", "DE").unwrap()).await;
+        let bench = bench.set("WORKER_MERGE", "false").set("CLOSE_COUNTRY", setting);
+        bench.lead(None, json!([{"custom.cf_contactuserid": "u1", "phones": [{"phone": foreign}]}]));
+        let event = || identify("u1", json!({"phone": "020 7946 0958"}));
+        let worker = bench.worker().await;
+        let mut settled = 0;
+        assert_eq!(writes(&bench, &worker, &vec![event(); 20], &mut settled).await, 1, "{setting}");
+        assert_eq!(phones(&bench), [foreign, national], "{setting}");
+        worker.terminate().await;
+        // A new worker knows the country from the setting. Otherwise one write shows it, for all Contacts.
+        bench.lead(None, json!([{"custom.cf_contactuserid": "u2", "phones": [{"phone": "+4930123456"}]}]));
+        let worker = bench.worker().await;
+        let others = identify("u2", json!({"phone": "030 123456"}));
+        let events: Vec<Value> = (0..10).flat_map(|_| [event(), others.clone()]).collect();
+        let (first, others) = events.split_at(1);
+        let mut settled = 0;
+        let written = writes(&bench, &worker, first, &mut settled).await;
+        assert_eq!(written, usize::from(setting.is_empty()), "{setting}");
+        assert_eq!(writes(&bench, &worker, others, &mut settled).await, 0, "{setting}");
+        assert_eq!(worker.events("phone_country_learned"), usize::from(setting.is_empty()), "{setting}");
+        worker.terminate().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_of_close_correct_a_wrong_country_in_the_configuration() {
+    let bench = bench(|close| close.set("country", "GB").unwrap()).await;
+    let bench = bench.set("CLOSE_COUNTRY", "DE").set("CLOSE_SCHEMA_REFRESH", "10s");
+    let worker = bench.worker().await;
+    let event = |n: usize| identify(&format!("u{n}"), json!({"phone": "07700 900123"}));
+    let mut settled = 0;
+    assert_eq!(writes(&bench, &worker, &[event(1)], &mut settled).await, 1);
+    assert_eq!(worker.events("phone_country_learned"), 1);
+    assert_eq!(writes(&bench, &worker, &[event(1), event(1)], &mut settled).await, 0);
+    assert_eq!(phones(&bench), ["+447700900123"]);
+    worker.terminate().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -34,6 +34,7 @@ pub(super) fn context(rules: &Rules) -> Context {
             retry: policy,
             max_message_bytes: 1 << 20,
             search_lag: SEARCH_LAG,
+            country: None,
             hold: Duration::from_hours(1),
             merge: true,
         },
