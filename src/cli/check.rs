@@ -264,9 +264,10 @@ async fn check_close(config: &Destination) -> Vec<Finding> {
                 .unreadable
                 .iter()
                 .map(|item| finding(Status::Warning, "Close", format!("ignores the {item}")));
-            let missing_required = mapping.missing_required.iter().map(|(kind, name)| {
+            let missing_required = mapping.missing_required.iter().map(|(kind, field)| {
                 let detail = format!(
-                    "the {kind} \"{name}\" is required, and no rule of the mapping fills it; Close may refuse new records"
+                    "the {kind} \"{}\" is required, and no rule of the mapping fills it; Close may refuse new records",
+                    field.name
                 );
                 finding(Status::Warning, "Close", detail)
             });

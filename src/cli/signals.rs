@@ -1,4 +1,4 @@
-//! What signals do: SIGTERM and SIGINT shut down, SIGHUP reloads.
+//! What signals do: SIGTERM and SIGINT shut down, SIGHUP reloads, or shuts down a command that works for a terminal.
 
 use futures_util::stream::BoxStream;
 use futures_util::{StreamExt, stream};
@@ -33,9 +33,11 @@ pub(super) fn shutdown() -> Result<CancellationToken, Failure> {
     Ok(shutdown)
 }
 
-/// Cancelled by the first SIGTERM or SIGINT, after `notify`. A second one exits at once.
+/// Cancelled by the first SIGTERM, SIGINT or SIGHUP, after `notify`. A second one exits at once. Other commands reload on
+/// a SIGHUP; here it means that the terminal was closed.
 pub(super) fn interrupt(notify: impl Fn() + Send + 'static) -> Result<CancellationToken, Failure> {
     let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
+    let mut hangup = listen(SignalKind::hangup())?;
     let interrupted = CancellationToken::new();
     let requested = interrupted.clone();
     tokio::spawn(async move {
@@ -43,6 +45,7 @@ pub(super) fn interrupt(notify: impl Fn() + Send + 'static) -> Result<Cancellati
             tokio::select! {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
+                _ = hangup.recv() => {}
             }
             if requested.is_cancelled() {
                 std::process::exit(i32::from(UNAVAILABLE));

@@ -19,7 +19,7 @@ use tracing::{Instrument, Span};
 
 use crate::close::answer::Answer;
 use crate::close::endpoint::{Call, Endpoint, LARGE_ANSWER, StatusClass};
-use crate::close::error::{CloseError, ErrorAnswer, Fault, Form};
+use crate::close::error::{CloseError, Fault, Form};
 use crate::close::rate_limit::headers::{self, RateLimit};
 use crate::close::rate_limit::{self, Permit, Priority, RateLimiter};
 use crate::close::stall_guard::StallGuard;
@@ -234,7 +234,7 @@ impl Requests {
             let is_invalid = error == too_large && !endpoint.answers_with_record();
             if is_invalid { CloseError::Transient(Fault::InvalidResponse) } else { error }
         })?;
-        let header = |name: &str| answer.headers.get(name).and_then(|value| value.to_str().ok());
+        let header = |name: &str| answer.header(name);
         let limit = RateLimit::read(header);
         permit.answered(limit);
         if answer.status != StatusCode::TOO_MANY_REQUESTS
@@ -263,13 +263,7 @@ impl Requests {
                     // The call is over, and the next ones of this group wait.
                     permit.refused(wait.min(rate_limit::LONGEST_UNAVAILABLE), true);
                 }
-                Err(CloseError::of_answer(&ErrorAnswer {
-                    status,
-                    to_write: endpoint.writes(),
-                    is_json: header("content-type").is_some_and(|kind| kind.contains("json")),
-                    location: header("location"),
-                    body: &answer.body,
-                }))
+                Err(answer.error(endpoint.writes()))
             }
         }
     }

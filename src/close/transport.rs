@@ -11,7 +11,7 @@ use serde_json::Value;
 use tracing::Span;
 use url::Url;
 
-use crate::close::error::{CloseError, Fault};
+use crate::close::error::{CloseError, ErrorAnswer, Fault};
 use crate::close::rejection::MAX_ERROR_BODY;
 use crate::close::settings::Settings;
 use crate::text::line;
@@ -39,6 +39,23 @@ pub struct Response {
     pub status: StatusCode,
     pub headers: HeaderMap,
     pub body: Vec<u8>,
+}
+
+impl Response {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name).and_then(|value| value.to_str().ok())
+    }
+
+    /// The error of an answer whose status is neither 2xx nor 429. `to_write`: the call creates or changes a record.
+    pub(crate) fn error(&self, to_write: bool) -> CloseError {
+        CloseError::of_answer(&ErrorAnswer {
+            status: self.status.as_u16(),
+            to_write,
+            is_json: self.header("content-type").is_some_and(|kind| kind.contains("json")),
+            location: self.header("location"),
+            body: &self.body,
+        })
+    }
 }
 
 /// The maximum length of the cause of a failed connection, in characters: it may quote names from a certificate.

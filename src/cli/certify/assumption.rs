@@ -8,6 +8,8 @@ use strum::{IntoStaticStr, VariantArray};
 #[serde(rename_all = "snake_case")]
 #[strum(serialize_all = "snake_case")]
 pub(super) enum Assumption {
+    Schema,
+    RequiredFields,
     MissingRecord,
     UnknownUrl,
     MissingSlash,
@@ -34,6 +36,7 @@ pub(super) enum Assumption {
     PutIsPatch,
     PhoneRewriting,
     PhoneCountry,
+    CountryInMe,
     BadPhone,
     BadEmail,
     ErrorTexts,
@@ -44,6 +47,8 @@ pub(super) enum Assumption {
 impl Assumption {
     pub(super) fn assumed(self) -> &'static str {
         match self {
+            Self::Schema => "custom fields, statuses and users are complete",
+            Self::RequiredFields => "the mapping fills every required custom field",
             Self::MissingRecord => "a 404 for a missing record says that it does not exist",
             Self::UnknownUrl => "a 404 for an unknown URL says so",
             Self::MissingSlash => "a path without its last slash is refused or redirected",
@@ -70,6 +75,7 @@ impl Assumption {
             Self::PutIsPatch => "a PUT leaves the fields alone that it does not name",
             Self::PhoneRewriting => "phones are rewritten to international form",
             Self::PhoneCountry => "a phone without a country gets that of the organization",
+            Self::CountryInMe => "`GET /me/` may name the country of the organization",
             Self::BadPhone => "an invalid phone is refused, and the answer names it",
             Self::BadEmail => "an invalid email address is refused, and the answer names it",
             Self::ErrorTexts => "refusals have the words of Close's own validator, or of pydantic",

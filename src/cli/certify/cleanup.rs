@@ -25,7 +25,7 @@ const SUFFIXES: [&str; 2] = ["a", "b"];
 /// The calls that deleting needs: each Lead, and the look-up of one whose creation is in doubt.
 pub(super) fn reserve(made: &Made) -> u32 {
     let leads = u32::try_from(made.leads.len()).unwrap_or(u32::MAX).saturating_add(1);
-    let look_up = if made.in_doubt { LOOK_UP_CALLS } else { 0 };
+    let look_up = if made.is_in_doubt() { LOOK_UP_CALLS } else { 0 };
     leads.saturating_mul(TRIES).saturating_add(look_up).saturating_add(2)
 }
 
@@ -35,8 +35,10 @@ pub(super) struct Made {
     /// The name of every record contains it.
     pub(super) marker: String,
     leads: Vec<String>,
-    /// A creation was sent, and its answer was not seen.
-    in_doubt: bool,
+    /// A creation was sent, and its answer was not seen yet.
+    is_sending: bool,
+    /// Some creation may have made a Lead whose id is not known. The answer to a later creation says nothing about it.
+    has_doubt: bool,
 }
 
 impl Made {
@@ -46,26 +48,29 @@ impl Made {
 
     /// A creation is about to be sent.
     pub(super) fn sending(&mut self) {
-        self.in_doubt = true;
+        self.is_sending = true;
     }
 
-    /// The outcome of a creation. It stays in doubt if Close may have created a Lead whose id is not known.
+    /// The outcome of a creation.
     pub(super) fn sent(&mut self, answer: &Result<Response, RawError>) {
-        let is_in_doubt = match answer {
+        self.is_sending = false;
+        self.has_doubt |= match answer {
             Ok(response) if response.status.is_success() => {
                 let record: Value = serde_json::from_slice(&response.body).unwrap_or_default();
                 let lead = lead_id(&record["id"]);
                 self.leads.extend(lead.clone());
                 lead.is_none()
             }
-            Ok(response) => {
-                !response.status.is_client_error() || matches!(response.status.as_u16(), 408 | 499)
-            }
+            // Refused in Close's words.
+            Ok(_) => false,
             Err(RawError::Close(error)) => error.may_have_been_applied(),
             // Not sent, or answered with 429.
             Err(RawError::OutOfCalls | RawError::RateLimited) => false,
         };
-        self.in_doubt = is_in_doubt;
+    }
+
+    fn is_in_doubt(&self) -> bool {
+        self.is_sending || self.has_doubt
     }
 
     pub(super) fn deleted(&mut self, lead: &str) {
@@ -80,12 +85,12 @@ impl Made {
 /// Deletes everything. Returns the ids of what could not be deleted; if a creation stayed in doubt, also the marker.
 pub(super) async fn delete_all(client: &mut RawClient, made: &mut Made) -> Vec<String> {
     let mut left = Vec::new();
-    if made.in_doubt {
+    if made.is_in_doubt() {
         match look_up(client, made).await {
             Some(lead) => made.leads.push(lead),
             None => left.push(format!("a Lead with \"{}\" in its name, if there is one", made.marker)),
         }
-        made.in_doubt = false;
+        (made.is_sending, made.has_doubt) = (false, false);
     }
     for lead in std::mem::take(&mut made.leads) {
         if !delete(client, &lead).await {
@@ -186,7 +191,7 @@ mod tests {
     use reqwest::header::HeaderMap;
 
     use super::*;
-    use crate::close::{CloseError, Transport};
+    use crate::close::{CloseError, Fault, Transport};
 
     type Answer = fn(&str) -> (u16, &'static str);
 
@@ -242,6 +247,32 @@ mod tests {
         ];
         for answer in none {
             assert_eq!(left_in_doubt(answer).await, (vec![IN_DOUBT.to_owned()], vec![]));
+        }
+    }
+
+    #[test]
+    fn the_answer_to_a_later_creation_settles_no_doubt_about_an_earlier_one() {
+        let (status, headers) = (StatusCode::OK, HeaderMap::new());
+        let created = Ok(Response { status, headers, body: br#"{"id": "lead_1"}"#.into() });
+        let refused = Ok(Response {
+            status: StatusCode::BAD_REQUEST,
+            headers: HeaderMap::new(),
+            body: br#"{"error": "no"}"#.into(),
+        });
+        let lost = Err(RawError::Close(CloseError::Transient(Fault::Timeout)));
+        for (first, second, expected) in [
+            (&lost, &created, true),
+            (&refused, &created, false),
+            (&created, &lost, true),
+            (&lost, &refused, true),
+        ] {
+            let mut made = Made::new("f00".to_owned());
+            for answer in [first, second] {
+                made.sending();
+                assert!(made.is_in_doubt());
+                made.sent(answer);
+            }
+            assert_eq!(made.is_in_doubt(), expected, "{first:?} {second:?}");
         }
     }
 

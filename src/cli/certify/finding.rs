@@ -55,8 +55,8 @@ impl Found {
         Self { status, text, meaning, setting: None, behaviour: Map::new() }
     }
 
-    pub(super) fn unknown() -> Self {
-        Self::new(Status::Unknown, "not seen", "run certify again to see it")
+    pub(super) fn unknown(reason: &'static str) -> Self {
+        Self::new(Status::Unknown, "not seen", reason)
     }
 
     /// The simulator behaves like this with `key` set to `value`.

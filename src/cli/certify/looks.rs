@@ -23,7 +23,8 @@ impl Looks {
 
     /// What was looked for is there now.
     pub(super) fn seen(&self) -> Delay {
-        if self.is_first { Delay::None } else { Delay::Within(self.start.elapsed()) }
+        let elapsed = self.start.elapsed();
+        if self.is_first { Delay::Below(elapsed) } else { Delay::Within(elapsed) }
     }
 
     pub(super) fn longer(&self) -> Delay {

@@ -13,7 +13,6 @@ mod observe;
 mod queries;
 mod report;
 mod script;
-mod values;
 
 use std::io::IsTerminal;
 use std::time::Duration;
@@ -21,9 +20,10 @@ use std::time::Duration;
 use jiff::SignedDuration;
 use serde_json::json;
 use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::time::timeout;
 
 use crate::cli::certify::cleanup::Made;
-use crate::cli::certify::findings::{Configured, findings};
+use crate::cli::certify::findings::{Run, findings};
 use crate::cli::certify::observations::Observations;
 use crate::cli::certify::observe::{MAX_CALLS, Observer};
 use crate::cli::certify::report::{Report, Verdict};
@@ -75,7 +75,15 @@ pub(super) async fn certify(args: Args, config: Destination) -> Result<(), Failu
     let unavailable = |error: &dyn std::fmt::Display| Failure::Unavailable(error.to_string());
     let (search_lag, country) = (config.worker.search_lag, config.worker.country);
     let client = Client::new(config.close.clone(), |_| {}).map_err(|error| unavailable(&error))?;
-    let ready = preflight::run(&client, &config.rules).await.map_err(preflight_failed)?;
+    let max_wait = args.max_wait.unwrap_or(DEFAULT_WAIT.max(search_lag));
+    // The client waits as long as Close answers with 429.
+    let Ok(ready) = timeout(max_wait, preflight::run(&client, &config.rules)).await else {
+        let waited = max_wait.as_secs();
+        return Err(Failure::Unavailable(format!(
+            "Close did not allow the first calls within {waited} s; it is slow or keeps answering with 429"
+        )));
+    };
+    let ready = ready.map_err(preflight_failed)?;
     confirm(&args, &ready.organization).await?;
 
     let marker: String = uuid::Uuid::new_v4().simple().to_string().chars().take(12).collect();
@@ -85,19 +93,29 @@ pub(super) async fn certify(args: Args, config: Destination) -> Result<(), Failu
             "interrupted; deleting the Leads \"{name}…\". A second signal stops at once and leaves them in Close"
         );
     })?;
-    let script = script(&ready.mapping, args.max_wait.unwrap_or(DEFAULT_WAIT.max(search_lag)));
+    let script = script(&ready.mapping, max_wait);
     let mut observer = Observer {
         client: RawClient::new(config.close, MAX_CALLS.saturating_sub(client.calls()))
             .map_err(|error| unavailable(&error))?,
         made: Made::new(marker),
-        seen: Observations::default(),
+        seen: Observations {
+            unreadable: Some(ready.mapping.unreadable.clone()),
+            missing_required: Some(missing_required(&ready.mapping)),
+            ..Observations::default()
+        },
         script,
         stop,
     };
     let stopped = observer.run().await.err().map(|stop| stop.to_string());
     let left_behind = cleanup::delete_all(&mut observer.client, &mut observer.made).await;
     let calls = client.calls() + observer.client.made();
-    let findings = findings(&observer.seen, Configured { search_lag, country });
+    let run = Run {
+        search_lag,
+        country,
+        has_company_field: observer.script.company_key.is_some(),
+        ended_early: stopped.is_some(),
+    };
+    let findings = findings(&observer.seen, run);
     let report = Report::new(ready.organization, calls, stopped, findings, left_behind);
     if args.json {
         report.print_json();
@@ -156,6 +174,17 @@ async fn confirm(args: &Args, organization: &str) -> Result<(), Failure> {
     }
 }
 
+/// A shared field is required for Leads and for Contacts.
+fn missing_required(mapping: &Mapping) -> Vec<CustomField> {
+    let mut missing: Vec<CustomField> = Vec::new();
+    for (_, field) in &mapping.missing_required {
+        if missing.iter().all(|known| known.id != field.id) {
+            missing.push(field.clone());
+        }
+    }
+    missing
+}
+
 fn script(mapping: &Mapping, max_wait: Duration) -> Script {
     let key = |id: &dyn std::fmt::Display| format!("custom.{id}");
     let keys = [&mapping.keys.company, &mapping.keys.user];
@@ -203,10 +232,12 @@ fn sample(kind: &FieldKind) -> Sample {
         FieldKind::Date => Sample::Value(json!("2026-01-31")),
         FieldKind::Datetime => Sample::Value(json!("2026-01-31T10:00:00.000000+00:00")),
         FieldKind::Choices(choices) => {
-            choices.first().map_or(Sample::None, |choice| Sample::Value(json!(choice)))
+            let none = Sample::None("the field has no choices");
+            choices.first().map_or(none, |choice| Sample::Value(json!(choice)))
         }
         FieldKind::User => Sample::Me,
         FieldKind::Contact => Sample::Contact,
-        FieldKind::CustomObject | FieldKind::Other(_) => Sample::None,
+        FieldKind::CustomObject => Sample::None("not tried: certify makes no custom object to refer to"),
+        FieldKind::Other(_) => Sample::None("not tried: close-sync does not know this type"),
     }
 }

@@ -32,19 +32,20 @@ pub(super) enum Sample {
     Me,
     /// The Contact that was made.
     Contact,
-    /// No value is known that Close would accept.
-    None,
+    /// No value is known that Close would accept, for this reason.
+    None(&'static str),
 }
 
 impl SampleField {
-    pub(super) fn value(&self, me: Option<&str>, contact: Option<&str>) -> Option<Value> {
+    /// The value to write, or why there is none.
+    pub(super) fn value(&self, me: Option<&str>, contact: Option<&str>) -> Result<Value, &'static str> {
         let value = match &self.sample {
             Sample::Value(value) => value.clone(),
-            Sample::Me => me?.into(),
-            Sample::Contact => contact?.into(),
-            Sample::None => return None,
+            Sample::Me => me.ok_or("Close did not name the user of the API key")?.into(),
+            Sample::Contact => contact.ok_or("Close did not name the new Contact")?.into(),
+            Sample::None(reason) => return Err(reason),
         };
-        Some(if self.multiple { json!([value]) } else { value })
+        Ok(if self.multiple { json!([value]) } else { value })
     }
 }
 

@@ -72,8 +72,8 @@ pub struct Mapping {
     pub country: Option<Country>,
     /// What Close sent in a form that cannot be read.
     pub unreadable: Vec<UnreadableItem>,
-    /// Custom fields that Close requires in a new record and that no rule fills: their names, by kind.
-    pub missing_required: Vec<(Item, String)>,
+    /// Custom fields that Close requires in a new record and that no rule fills, by kind.
+    pub missing_required: Vec<(Item, CustomField)>,
 }
 
 impl Mapping {
@@ -111,7 +111,7 @@ impl Mapping {
                 targets.iter().any(|target| target.field == id) || own.contains(&&Some(field.id.clone()))
             };
             let missing = fields.iter().filter(move |field| field.required && !is_filled(field));
-            missing.map(move |field| (kind, field.name.clone()))
+            missing.map(move |field| (kind, field.clone()))
         });
         let missing_required = missing_required.collect();
         let fields = schema.lead.iter().chain(&schema.contact);

@@ -170,11 +170,20 @@ impl Simulator {
         self.add(Kind::Contact, body)
     }
 
+    /// Creates a lead as if at this time, for what an organization has from before.
+    pub fn add_lead_at(&self, body: Value, at: Timestamp) -> Result<Value, Value> {
+        self.add_at(Kind::Lead, body, at)
+    }
+
     fn add(&self, kind: Kind, body: Value) -> Result<Value, Value> {
+        self.add_at(kind, body, Timestamp::now())
+    }
+
+    fn add_at(&self, kind: Kind, body: Value, at: Timestamp) -> Result<Value, Value> {
         let Value::Object(body) = body else {
             return Err(json!({"error": "JSON data must be a dict."}));
         };
-        let record = self.shared.world().add_indexed(kind, &body, Timestamp::now());
+        let record = self.shared.world().add_indexed(kind, &body, at);
         record.map_err(|refusal| refusal.body())
     }
 

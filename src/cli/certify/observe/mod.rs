@@ -1,5 +1,6 @@
 //! The script of `certify`: makes a few marked records, tries each assumption, and notes what it sees.
 
+mod genuine;
 mod searches;
 mod values;
 
@@ -16,7 +17,7 @@ use crate::cli::certify::observations::{
     ContactsForm, HeaderForm, NotFound, Observations, TimeForm, unknown_lists,
 };
 use crate::cli::certify::script::{Script, WITH_TRUNK_ZERO};
-use crate::close::{RawClient, RawError, Response};
+use crate::close::{CloseError, RawClient, RawError, Response};
 use crate::domain::record::is_id;
 
 /// The most calls, including those that delete the records.
@@ -85,24 +86,54 @@ impl Observer {
         self.deletion(leads).await
     }
 
-    /// A call that leaves enough of them to delete what was made.
+    /// A call that leaves enough of them to delete what was made. An answer that is not Close's, and one that says nothing
+    /// about the request, is an error and no observation.
     async fn call(&mut self, method: Method, path: &str, body: Option<&Value>) -> Result<Response, RawError> {
-        if self.client.remaining() <= cleanup::reserve(&self.made) {
-            return Err(RawError::OutOfCalls);
-        }
+        let missing = self.seen.missing_record;
+        self.call_judged(method, path, body, |response| genuine::fault(path, response, missing)).await
+    }
+
+    async fn call_judged(
+        &mut self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+        fault: impl Fn(&Response) -> Option<CloseError>,
+    ) -> Result<Response, RawError> {
         let is_repeatable = method != Method::POST || path.starts_with("data/search/");
-        let mut response = self.client.call(method.clone(), path, body).await;
-        let is_transient = match &response {
-            Ok(response) => response.status.is_server_error(),
-            Err(error) => matches!(error, RawError::Close(error) if error.is_retryable()),
-        };
-        if is_transient && is_repeatable {
-            sleep(RETRY_PAUSE).await;
-            response = self.client.call(method, path, body).await;
+        let mut is_first = true;
+        loop {
+            if self.client.remaining() <= cleanup::reserve(&self.made) {
+                return Err(RawError::OutOfCalls);
+            }
+            let answer = self.client.call(method.clone(), path, body).await;
+            let answer = answer.and_then(|response| match fault(&response) {
+                Some(error) => Err(RawError::Close(error)),
+                None => Ok(response),
+            });
+            match answer {
+                Ok(response) => {
+                    self.seen.headers.insert(HeaderForm::of(&response.headers));
+                    return Ok(response);
+                }
+                Err(RawError::Close(error)) if is_first && is_repeatable && error.is_retryable() => {
+                    is_first = false;
+                    sleep(RETRY_PAUSE).await;
+                }
+                Err(error) => return Err(error),
+            }
         }
-        let response = response?;
-        self.seen.headers.insert(HeaderForm::of(&response.headers));
-        Ok(response)
+    }
+
+    /// Calls what does not exist. Any answer with one of these statuses is an observation.
+    async fn probe(&mut self, path: &str, statuses: &[u16]) -> Result<Response, RawError> {
+        let fault = |response: &Response| {
+            if statuses.contains(&response.status.as_u16()) {
+                return None;
+            }
+            genuine::fault(path, response, None)
+        };
+        self.call_judged(Method::GET, path, None, fault).await
     }
 
     async fn get(&mut self, path: &str) -> Result<Response, RawError> {
@@ -126,11 +157,11 @@ impl Observer {
 
     async fn not_found(&mut self) -> Result<(), Stop> {
         let id = format!("lead_{}", self.made.marker);
-        let response = self.get(&format!("lead/{id}/")).await?;
+        let response = self.probe(&format!("lead/{id}/"), &[404]).await?;
         self.seen.missing_record = Some(NotFound::of(response.status.as_u16(), &response.body));
-        let response = self.get("close_sync_certify/").await?;
+        let response = self.probe("close_sync_certify/", &[404]).await?;
         self.seen.unknown_url = Some(NotFound::of(response.status.as_u16(), &response.body));
-        let response = self.get("me").await?;
+        let response = self.probe("me", &[301, 302, 307, 308, 404, 405]).await?;
         self.seen.missing_slash = Some(response.status.as_u16());
         Ok(())
     }
@@ -178,6 +209,7 @@ impl Observer {
         let Some(named) = named.filter(|_| response.status.is_success()) else {
             return Err(refused("the creation of a Lead", &response));
         };
+        self.seen.has_contact = contact.is_some();
         Ok(Leads { keyed: id, contact, named, created: Instant::now() })
     }
 

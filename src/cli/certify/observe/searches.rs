@@ -120,7 +120,7 @@ impl Observer {
     pub(super) async fn exactness(&mut self, leads: &Leads) -> Result<(), Stop> {
         let marker = self.made.marker.clone();
         let key = self.script.company_key.clone();
-        let is_shown = matches!(self.seen.search_changed, Some(Delay::None | Delay::Within(_)));
+        let is_shown = matches!(self.seen.search_changed, Some(Delay::Below(_) | Delay::Within(_)));
         if let Some(key) = key.filter(|_| is_shown && self.seen.exact.is_none()) {
             let mut found = Vec::new();
             for value in [format!("{marker}-2"), format!("{marker}-2").to_uppercase()] {
@@ -142,7 +142,7 @@ impl Observer {
             });
         }
         if self.seen.exact != Some(Exact::Refused)
-            && let (Some(contact), Some(Delay::None | Delay::Within(_))) =
+            && let (Some(contact), Some(Delay::Below(_) | Delay::Within(_))) =
                 (&leads.contact, self.seen.search_created)
         {
             let contact = contact.clone();
@@ -156,7 +156,7 @@ impl Observer {
 
     /// Walks both Leads one by one, newest first.
     pub(super) async fn descending(&mut self, leads: &Leads) -> Result<(), Stop> {
-        if !matches!(self.seen.search_created, Some(Delay::None | Delay::Within(_))) {
+        if !matches!(self.seen.search_created, Some(Delay::Below(_) | Delay::Within(_))) {
             return Ok(());
         }
         let marker = self.made.marker.clone();

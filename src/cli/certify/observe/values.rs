@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use crate::cli::certify::observations::{ErrorTexts, FieldObservation, Kept, Refusal};
 use crate::cli::certify::observe::{Leads, Observer, Stop, email, json_of};
-use crate::cli::certify::script::{NATIONAL, Owner, WITH_EXTENSION};
+use crate::cli::certify::script::{NATIONAL, Owner, SampleField, WITH_EXTENSION};
 
 const BAD_PHONE: &str = "call me";
 const BAD_EMAIL: &str = "not an email";
@@ -12,25 +12,34 @@ const BAD_EMAIL: &str = "not an email";
 impl Observer {
     /// Writes a sample into every configured custom field, and compares with what comes back.
     pub(super) async fn fields(&mut self, leads: &Leads) -> Result<(), Stop> {
-        let me = json_of(&self.get("me/?_fields=id").await?)["id"].as_str().map(str::to_owned);
+        let me = json_of(&self.get("me/").await?);
+        self.seen.country_in_me =
+            Some(me.pointer("/organizations/0/country").is_some_and(|country| !country.is_null()));
+        let me = me["id"].as_str().map(str::to_owned);
         let (me, contact) = (me.as_deref(), leads.contact.as_deref());
         let targets = [
             (Owner::Lead, Some(format!("lead/{}/", leads.keyed))),
             (Owner::Contact, leads.contact.as_ref().map(|contact| format!("contact/{contact}/"))),
         ];
         for (owner, path) in targets {
-            let Some(path) = path else { continue };
-            let samples: Vec<(usize, String, Value)> = self
-                .script
-                .fields
-                .iter()
-                .enumerate()
-                .filter(|(_, field)| field.owner == owner)
-                .filter_map(|(index, field)| Some((index, field.key.clone(), field.value(me, contact)?)))
-                .collect();
-            if samples.is_empty() {
-                continue;
+            let mut samples: Vec<(usize, String, Value)> = Vec::new();
+            for (index, field) in self.script.fields.iter().enumerate() {
+                if field.owner != owner {
+                    continue;
+                }
+                let value = match &path {
+                    Some(_) => field.value(me, contact),
+                    None => Err("Close did not name the new Contact"),
+                };
+                match value {
+                    Ok(value) => samples.push((index, field.key.clone(), value)),
+                    Err(reason) => {
+                        let observation = observation(field, Value::Null, Kept::NotTried(reason));
+                        self.seen.fields.push(observation);
+                    }
+                }
             }
+            let Some(path) = path.filter(|_| !samples.is_empty()) else { continue };
             let mut body: Map<String, Value> =
                 samples.iter().map(|(_, key, sample)| (key.clone(), sample.clone())).collect();
             let mut response = self.put(&path, &json!(body)).await?;
@@ -60,13 +69,7 @@ impl Observer {
         for (index, key, sample) in samples {
             let Some(field) = self.script.fields.get(*index) else { continue };
             let kept = if sent.contains_key(key) { Kept::of(sample, record.get(key)) } else { Kept::Refused };
-            self.seen.fields.push(FieldObservation {
-                setting: field.setting.clone(),
-                key: field.key.clone(),
-                kind: field.kind.clone(),
-                sent: sample.clone(),
-                kept,
-            });
+            self.seen.fields.push(observation(field, sample.clone(), kept));
         }
     }
 
@@ -80,7 +83,10 @@ impl Observer {
                 (true, true) => self.seen.phones.push((phone, kept)),
                 // Kept, but not shown.
                 (true, false) => {}
-                (false, _) => self.seen.phones.push((phone, None)),
+                (false, _) if matches!(response.status.as_u16(), 400 | 422) => {
+                    self.seen.phones.push((phone, None));
+                }
+                (false, _) => {}
             }
         }
         Ok(())
@@ -102,4 +108,9 @@ impl Observer {
         self.seen.unknown_key_refused = Some(response.status.is_client_error());
         Ok(())
     }
+}
+
+fn observation(field: &SampleField, sent: Value, kept: Kept) -> FieldObservation {
+    let SampleField { setting, key, kind, .. } = field;
+    FieldObservation { setting: setting.clone(), key: key.clone(), kind: kind.clone(), sent, kept }
 }

@@ -87,6 +87,32 @@ pub(super) fn refusal(refusal: Refusal, what: &str) -> Found {
     }
 }
 
+pub(super) fn bad_email(refusal: Refusal) -> Found {
+    let found = self::refusal(refusal, "email address");
+    match refusal {
+        Refusal::Nested
+        | Refusal::Plain
+        | Refusal::Dotted
+        | Refusal::List
+        | Refusal::General
+        | Refusal::Vague
+        | Refusal::Detail => found.like("error_shape", <&str>::from(refusal)),
+        Refusal::OnlyList | Refusal::NotJson | Refusal::Kept | Refusal::LeftOut | Refusal::OtherStatus => {
+            found
+        }
+    }
+}
+
+pub(super) fn country_in_me(names_it: bool) -> Found {
+    let found = if names_it {
+        Found::new(Status::AsAssumed, "it does", "a phone without a country is compared in that country")
+    } else {
+        let meaning = "close-sync learns the country from the first phones that Close rewrites";
+        Found::new(Status::AsAssumed, "it does not", meaning)
+    };
+    found.like("country_in_me", names_it)
+}
+
 pub(super) fn field(observation: &FieldObservation) -> Finding {
     let FieldObservation { setting, kind, sent, kept, .. } = observation;
     let (status, found, meaning) = match kept {
@@ -109,6 +135,11 @@ pub(super) fn field(observation: &FieldObservation) -> Finding {
             format!("{sent} was refused"),
             "values for this field are left out; check its type in Close",
         ),
+        Kept::NotTried(reason) => (
+            Status::Unknown,
+            (*reason).to_owned(),
+            "the metric close_sync_values_not_kept_total counts values that Close does not keep",
+        ),
     };
     let found = Found::new(status, found, meaning);
     let found = match kept {
@@ -117,7 +148,7 @@ pub(super) fn field(observation: &FieldObservation) -> Finding {
             None => found,
         },
         Kept::Missing => found.like("lossy_fields", vec![observation.key.clone()]),
-        Kept::Same | Kept::Different(_) | Kept::Refused => found,
+        Kept::Same | Kept::Different(_) | Kept::Refused | Kept::NotTried(_) => found,
     };
     found.of(Assumption::FieldReadBack, Some(format!("{setting} ({kind})")))
 }
