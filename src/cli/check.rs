@@ -19,7 +19,8 @@ use crate::text::{block, choices, count, json, line, masked_urls};
 /// Check the configuration, RabbitMQ, the API key, and the fields that the settings name in Close.
 ///
 /// Prints one finding per line. Changes nothing in RabbitMQ or Close. Exits with 78 if the configuration has an error,
-/// and with 69 if RabbitMQ or Close is unavailable.
+/// and with 69 if RabbitMQ or Close is unavailable. A rule for a custom field that does not exist in Close is an error
+/// here. `run` starts without that rule and logs a warning.
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// Print the effective settings as TOML with masked secrets. Checks only the settings.
