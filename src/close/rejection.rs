@@ -205,11 +205,11 @@ impl Rejection {
         let response = ResponseExcerpt::new(body);
         let mut errors = Errors::default();
         errors.read_body(&serde_json::from_slice(body).unwrap_or_default());
-        let Errors { mut fields, message, missing } = errors;
+        let message = errors.message();
+        let Errors { mut fields, general } = errors;
         if fields.is_empty() {
-            let subject = message.and_then(|message| Some((message, vec![subject(message)?.to_owned()])));
-            let missing = missing.map(|field| (NO_SUCH_FIELD, vec![field]));
-            fields.extend(missing.or(subject).map(|(message, path)| FieldError { path, message }));
+            let named = |text: General| Some(FieldError { path: vec![text.field?], message: text.message });
+            fields.extend(general.into_iter().filter_map(named));
         }
         Self { status, fields, message, response }
     }
@@ -252,24 +252,45 @@ const NAMES: [&str; 11] = [
 #[derive(Default)]
 struct Errors {
     fields: Vec<FieldError>,
-    message: Option<&'static str>,
-    /// The custom field that the general text says does not exist.
-    missing: Option<String>,
+    general: Vec<General>,
+}
+
+/// A text without a path.
+struct General {
+    message: &'static str,
+    /// The list that the text is about, or the custom field that it says does not exist.
+    field: Option<String>,
 }
 
 impl Errors {
+    fn is_empty(&self) -> bool {
+        self.fields.is_empty() && self.general.is_empty()
+    }
+
+    /// The general text that says most.
+    fn message(&self) -> Option<&'static str> {
+        let rank = |message: &&str| match *message {
+            NO_SUCH_FIELD => 0,
+            WITHHELD => 2,
+            _ => 1,
+        };
+        self.general.iter().map(|text| text.message).min_by_key(rank)
+    }
+
     fn read_body(&mut self, body: &Value) {
         let Some(object) = body.as_object() else { return };
         self.read_wrapped(object, &[]);
-        if self.fields.is_empty() && self.message.is_none() {
+        if self.is_empty() {
             let is_name = |name: &str| {
                 let first = names(name).first().cloned().unwrap_or_default();
                 NAMES.contains(&first.as_str()) || first.starts_with("custom")
             };
             self.read_members(object.iter().filter(|(name, _)| is_name(name)), &[]);
         }
-        if self.fields.is_empty() && self.message.is_none() {
-            self.message = text_of(object).map(safe_message);
+        if self.is_empty()
+            && let Some(text) = text_of(object)
+        {
+            self.add(text, &[]);
         }
     }
 
@@ -283,11 +304,6 @@ impl Errors {
     fn read(&mut self, node: &Value, path: &[String]) {
         match node {
             Value::String(text) => self.add(text, path),
-            Value::Array(items) if items.iter().all(Value::is_string) => {
-                if let Some(text) = items.first().and_then(Value::as_str) {
-                    self.add(text, path);
-                }
-            }
             Value::Array(items) => {
                 for (index, item) in items.iter().enumerate().take(MAX_FIELDS) {
                     match item.as_object().and_then(located) {
@@ -333,12 +349,19 @@ impl Errors {
         let message = safe_message(text);
         let path = joined(path);
         if path.is_empty() {
-            if message == NO_SUCH_FIELD && self.missing.is_none() {
-                self.missing = quoted_field(text);
+            let field = match message {
+                NO_SUCH_FIELD => quoted_field(text),
+                _ => subject(message).map(str::to_owned),
+            };
+            let is_known = |known: &General| known.message == message && known.field == field;
+            if self.general.len() < MAX_FIELDS && !self.general.iter().any(is_known) {
+                self.general.push(General { message, field });
             }
-            self.message.get_or_insert(message);
         } else if path.len() <= MAX_DEPTH && self.fields.len() < MAX_FIELDS {
-            self.fields.push(FieldError { path, message });
+            let error = FieldError { path, message };
+            if !self.fields.contains(&error) {
+                self.fields.push(error);
+            }
         }
     }
 }
@@ -490,6 +513,27 @@ mod tests {
                 "{body}"
             );
         }
+    }
+
+    #[test]
+    fn every_text_of_a_list_is_read() {
+        let phone = "Phone number is not valid.";
+        let gone = "The Custom Field \"cf_X\" does not exist.";
+        let cases = [
+            (json!({"errors": ["jane is odd", gone, phone]}), &["custom.cf_X", "phones"][..]),
+            (json!({"error": ["Validation failed", "Invalid URL.", phone]}), &["urls", "phones"]),
+            (json!({"errors": [phone, phone]}), &["phones"]),
+            (json!({"field-errors": {"custom.cf_X": ["Not a valid choice.", gone]}}), &["custom.cf_X"; 2]),
+        ];
+        for (body, expected) in cases {
+            let rejection = Rejection::read(400, body.to_string().as_bytes());
+            let paths: Vec<_> = rejection.fields.iter().map(FieldError::path).collect();
+            assert_eq!(paths, expected, "{body}");
+            assert_eq!(rejection.field_is_missing(), body.to_string().contains("does not exist"), "{body}");
+        }
+        let unnamed = json!({"errors": ["Validation failed", "The Custom Field \"Plan\" does not exist."]});
+        let rejection = Rejection::read(400, unnamed.to_string().as_bytes());
+        assert!(rejection.fields.is_empty() && rejection.field_is_missing());
     }
 
     #[test]
