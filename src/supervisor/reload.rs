@@ -30,7 +30,7 @@ impl Candidate {
     /// The preflight check of Close, at start and on reload. Logs what the mapping has to leave out.
     pub(super) async fn check(&self) -> Result<Ready, Vec<PreflightError>> {
         let ready = preflight::run(&self.client, &self.settings.rules).await?.for_start()?;
-        log_mapping_problems(&ready.mapping);
+        log_mapping_problems(&ready.mapping, None);
         Ok(ready)
     }
 

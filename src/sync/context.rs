@@ -133,12 +133,13 @@ impl Context {
         self.refresh(&mut refreshed_at).await
     }
 
-    /// After Close has said that a field does not exist, or has rejected a write without naming a field.
-    pub(crate) async fn refresh_stale_mapping(&self) {
-        if let Err(errors) = self.refresh_if_stale().await {
-            let obstacle = errors.first().map(ToString::to_string);
-            tracing::warn!(obstacle, "cannot read the fields in Close; keeping the current mapping");
-        }
+    /// After Close has said that a field does not exist, or has rejected a write without naming a field. Returns the cause
+    /// of the pause that the fields in Close lead to.
+    pub(crate) async fn refresh_stale_mapping(&self) -> Option<PauseCause> {
+        let errors = self.refresh_if_stale().await.err()?;
+        let obstacle = errors.first().map(ToString::to_string);
+        tracing::warn!(obstacle, "cannot read the fields in Close; keeping the current mapping");
+        errors.first()?.pause_cause()
     }
 
     async fn refresh_if_stale(&self) -> Result<(), Vec<PreflightError>> {
@@ -158,7 +159,7 @@ impl Context {
         if (&mapping.unresolved, &mapping.unreadable, mapping.invalid_constants())
             != (&current.unresolved, &current.unreadable, current.invalid_constants())
         {
-            log_mapping_problems(&mapping);
+            log_mapping_problems(&mapping, Some(&current));
         }
         if mapping != **current {
             tracing::info!(event = "mapping_updated", "fields in Close have changed, mapping updated");
@@ -196,6 +197,8 @@ impl Context {
             CloseError::Rejected(rejection) => {
                 failure.stage == Stage::LookUp
                     || rejection.field_is_missing()
+                    // It may be about a lookup field, which every write has.
+                    || rejection.fields.is_empty()
                     || rejection.fields.iter().any(|field| is_key_field(&field.path))
             }
             // Check before the message is dead-lettered.
@@ -212,12 +215,15 @@ impl Context {
     }
 }
 
-/// Logs rules without a field in Close, and constants that their fields do not accept.
-pub fn log_mapping_problems(mapping: &Mapping) {
-    for item in &mapping.unreadable {
+/// Logs rules without a field in Close, and constants that their fields do not accept. Those of the mapping `before` were
+/// logged already.
+pub fn log_mapping_problems(mapping: &Mapping, before: Option<&Mapping>) {
+    let is_new = |item: &&_| before.is_none_or(|before| !before.unreadable.contains(item));
+    for item in mapping.unreadable.iter().filter(is_new) {
         tracing::warn!(event = "schema_item_unreadable", "ignoring the {item}");
     }
-    for unresolved in &mapping.unresolved {
+    let is_new = |unresolved: &&_| before.is_none_or(|before| !before.unresolved.contains(unresolved));
+    for unresolved in mapping.unresolved.iter().filter(is_new) {
         tracing::error!(
             event = "field_unresolved",
             setting = unresolved.setting,
@@ -225,7 +231,8 @@ pub fn log_mapping_problems(mapping: &Mapping) {
             unresolved.description()
         );
     }
-    for invalid in mapping.invalid_constants() {
+    let logged = before.map(Mapping::invalid_constants).unwrap_or_default();
+    for invalid in mapping.invalid_constants().iter().filter(|invalid| !logged.contains(invalid)) {
         tracing::error!(
             setting = invalid.setting,
             "ignoring the constant {}: {} (`close-sync check` lists the accepted values)",

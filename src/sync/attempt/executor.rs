@@ -10,7 +10,7 @@ use crate::domain::partial_write::{self, Remainder};
 use crate::domain::plan::{FieldVerdict, RejectedField, Step};
 use crate::domain::readback::{self, Difference};
 use crate::domain::record::Channel;
-use crate::outcome::Effect;
+use crate::outcome::{Effect, PauseCause};
 use crate::sync::attempt::freshness;
 use crate::sync::context::Context;
 use crate::sync::lookups::{Fresh, Lookups, Reads};
@@ -110,7 +110,9 @@ impl<C: Api> Executor<'_, C> {
                 }
             }
         }
-        context.refresh_stale_mapping().await;
+        if context.refresh_stale_mapping().await == Some(PauseCause::LookupField) {
+            return None;
+        }
         let mapping = context.mapping();
         match without(&partial_write::unknown_fields(step, |id| mapping.has_field(id))) {
             Remainder::Without(smaller, rejected) => Some((smaller, rejected, FieldVerdict::Refused)),

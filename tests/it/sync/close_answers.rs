@@ -130,6 +130,26 @@ async fn a_deleted_key_field_pauses_consumption() {
     worker.terminate().await;
 }
 
+/// The same for the field that people are found by, when Close names no field. The Lead is known, so no search names the
+/// field either.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_key_field_pauses_consumption_when_close_names_no_field() {
+    let bench = Bench::new().await;
+    bench.simulator.behave(|close| close.error_shape = ErrorShape::Vague);
+    let key = bench.simulator.fields().into_iter().find(|field| field.id == "cf_contactuserid").unwrap();
+    let worker = bench.worker().await;
+    let event = |user: &str| identify(user, json!({"title": "CEO", "company": {"id": "acme"}}));
+    bench.publish(&[event("u1")]).await;
+    worker.settled(1).await;
+    bench.simulator.remove_field(&key.id);
+    bench.publish(&[event("u2")]).await;
+    worker.until("paused", async |worker| worker.is("paused", Some("lookup_field")).await).await;
+    bench.simulator.add_field(key).unwrap();
+    let metrics = worker.settled(2).await;
+    assert_eq!((metrics.outcome("added"), metrics.outcome("dead"), bench.depth(".dead").await), (1, 0, 0));
+    worker.terminate().await;
+}
+
 /// A proxy answers 404 for every record that is read. No record counts as gone.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_404_of_a_proxy_creates_no_second_record() {

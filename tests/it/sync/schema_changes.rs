@@ -38,6 +38,19 @@ async fn a_field_created_while_the_worker_runs_is_written_after_the_next_refresh
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_change_of_the_fields_logs_only_what_is_new() {
+    let rules = "{ Region = { from = [\"$.traits.region\"] }, Tier = { from = [\"$.traits.tier\"] } }";
+    let bench = Bench::new().await.set("MAPPING_LEAD_CUSTOM", rules).set("CLOSE_SCHEMA_REFRESH", "10s");
+    bench.simulator.add_field(region()).unwrap();
+    let worker = bench.worker().await;
+    assert_eq!(worker.events("field_unresolved"), 1);
+    bench.simulator.remove_field("cf_leadregion");
+    worker.until("following", async |worker| worker.events("mapping_updated") == 1).await;
+    assert_eq!(worker.events("field_unresolved"), 2, "one more, and the first is not repeated");
+    worker.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_field_deleted_while_the_worker_runs_is_left_out() {
     let bench = Bench::new().await.set("MAPPING_LEAD_CUSTOM", RULES);
     bench.simulator.add_field(region()).unwrap();
