@@ -6,7 +6,8 @@
 
 use crate::domain::mapping::Desired;
 use crate::domain::matching::Found;
-use crate::domain::plan::{NEW_CONTACT, NEW_LEAD, Plan, Step};
+use crate::domain::partial_write;
+use crate::domain::plan::{FieldVerdict, NEW_CONTACT, NEW_LEAD, Plan, RejectedField, Step};
 use crate::domain::planner::plan;
 use crate::domain::readback::Readback;
 use crate::domain::record::{Lead, LeadId, apply_changes, merge_changes};
@@ -45,6 +46,19 @@ impl MergedPlan {
             before = event;
         }
         merged
+    }
+
+    /// Leaves out what Close rejected while an earlier plan was executed, where it would be sent again.
+    pub fn leave_out(&mut self, refused: &[(RejectedField, FieldVerdict)]) {
+        for (rejected, verdict) in refused {
+            for plan in &mut self.plans {
+                if plan.writes(rejected) {
+                    plan.refuse(std::slice::from_ref(rejected), *verdict);
+                    plan.steps.iter_mut().for_each(|step| partial_write::leave_out(step, rejected));
+                }
+            }
+            self.steps.iter_mut().for_each(|step| partial_write::leave_out(step, rejected));
+        }
     }
 
     /// Whether a record would be created. "Not found" must then be certain.

@@ -89,6 +89,13 @@ pub fn without_optional(
     (!removed.is_empty()).then_some((rest, removed))
 }
 
+/// Removes a field from the step that changes its record.
+pub fn leave_out(step: &mut Step, rejected: &RejectedField) {
+    if step.changes() == Some(rejected.record.id()) {
+        remove(step, &rejected.record, &rejected.field);
+    }
+}
+
 /// The paths of custom fields of the step that Close does not have.
 pub fn unknown_fields(step: &Step, has: impl Fn(&FieldId) -> bool) -> Vec<Vec<String>> {
     let is_unknown =

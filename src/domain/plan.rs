@@ -332,6 +332,23 @@ impl Plan {
         }
     }
 
+    /// The fields of a record that Close rejected while the plan was executed.
+    pub fn refused_of(&self, record: &str) -> Vec<(RejectedField, FieldVerdict)> {
+        let records = self.records.iter().filter(|plan| plan.record.id() == record);
+        let fields = records.flat_map(|plan| plan.fields.iter().map(|field| (plan.record.clone(), field)));
+        let refused = fields.filter(|(_, field)| {
+            matches!(field.verdict, FieldVerdict::Refused | FieldVerdict::RefusedTogether)
+        });
+        let rejected = |record, field: &FieldPlan| RejectedField { record, field: field.field.clone() };
+        refused.map(|(record, field)| (rejected(record, field), field.verdict)).collect()
+    }
+
+    /// Whether the plan writes a field.
+    pub fn writes(&self, RejectedField { record, field }: &RejectedField) -> bool {
+        let mut records = self.records.iter().filter(|plan| plan.record == *record);
+        records.any(|plan| plan.written().any(|written| written.field == *field))
+    }
+
     /// Marks fields as rejected by Close. Returns their values.
     pub fn refuse(&mut self, rejected: &[RejectedField], verdict: FieldVerdict) -> Vec<Dropped> {
         let mut dropped = Vec::new();

@@ -124,7 +124,7 @@ pub(crate) fn apply(
         id_cache.remember_created(&events[0].identity, made, decision.is_new_person());
     }
     events.iter().zip(&merged.plans).for_each(|(event, plan)| plan.note_versions(&mut versions, event));
-    version_cache.remember(versions, &new);
+    version_cache.remember(versions, &new, tokio::time::Instant::now());
 }
 
 /// Records in Close, with the mapping and the switches.

@@ -89,23 +89,27 @@ impl VersionCache {
         leads.chain(contacts).collect()
     }
 
-    /// Caches the versions that records will have after the changes that are about to be sent.
-    pub fn intend(&self, versions: &RecordVersions, intended: RecordVersions) {
-        for (id, intended) in intended {
+    /// Caches the versions that records will have after the changes that are about to be sent. The versions before were read
+    /// at `read_at`.
+    pub fn intend(&self, versions: &RecordVersions, intended: RecordVersions, read_at: Instant) {
+        for (id, mut intended) in intended {
             match (id.as_str(), intended.stored) {
                 (NEW_LEAD, Some(stored)) => self.creations.insert((NEW_LEAD, stored), intended),
                 (NEW_CONTACT, Some(stored)) => self.creations.insert((NEW_CONTACT, stored), intended),
                 (NEW_LEAD | NEW_CONTACT, None) => {}
                 _ => {
-                    let versions = self.joined(&id, versions.get(&id).cloned().unwrap_or_default());
+                    self.drop_forgotten(&mut intended, read_at);
+                    let versions = versions.get(&id).cloned().unwrap_or_default();
+                    let versions = self.joined(&id, versions, read_at);
                     self.insert(id, versions, Some(intended));
                 }
             }
         }
     }
 
-    /// Caches the versions of records, those of new records under their ids in `created`.
-    pub fn remember(&self, versions: RecordVersions, created: &CreatedIds) {
+    /// Caches the versions of records, those of new records under their ids in `created`. They continue versions that were
+    /// read at `read_at`.
+    pub fn remember(&self, versions: RecordVersions, created: &CreatedIds, read_at: Instant) {
         for (id, versions) in versions {
             let id = match id.as_str() {
                 NEW_LEAD => created.lead.as_ref().map(ToString::to_string),
@@ -117,15 +121,30 @@ impl VersionCache {
                 for kind in [NEW_LEAD, NEW_CONTACT] {
                     versions.stored.inspect(|stored| self.creations.invalidate(&(kind, *stored)));
                 }
-                let versions = self.joined(&id, versions);
+                let versions = self.joined(&id, versions, read_at);
                 self.insert(id, versions, None);
             }
         }
     }
 
     /// Joins with the cached versions: another message may have found the record unchanged at the same time.
-    fn joined(&self, id: &str, versions: FieldVersions) -> FieldVersions {
-        self.get(id).map_or(versions.clone(), |entry| entry.versions.join(versions))
+    fn joined(&self, id: &str, mut versions: FieldVersions, read_at: Instant) -> FieldVersions {
+        self.drop_forgotten(&mut versions, read_at);
+        match self.get(id) {
+            Some(entry) => entry.versions.join(versions),
+            None => versions,
+        }
+    }
+
+    /// A message that read the refusals before they were forgotten does not bring them back.
+    fn drop_forgotten(&self, versions: &mut FieldVersions, read_at: Instant) {
+        if self.refusals_since().is_some_and(|since| since > read_at) {
+            versions.refused = RefusedValues::default();
+        }
+    }
+
+    fn refusals_since(&self) -> Option<Instant> {
+        *self.refusals_since.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All refused values are tried again.
@@ -136,7 +155,7 @@ impl VersionCache {
     /// The entry of a record, without refusals that no longer count.
     fn get(&self, id: &str) -> Option<Entry> {
         let mut entry = self.records.get(id)?;
-        let since = *self.refusals_since.lock().unwrap_or_else(PoisonError::into_inner);
+        let since = self.refusals_since();
         let counts = |at: Instant| at.elapsed() < REFUSAL_LIFETIME && since.is_none_or(|since| since <= at);
         if !entry.refused_at.is_some_and(counts) {
             entry.refused_at = None;

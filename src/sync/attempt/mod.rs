@@ -136,16 +136,16 @@ impl<C: Api> Attempts<'_, C> {
                 if lag_guard.wanted_to_create && !decided.merged.creates() {
                     self.context.metrics.duplicate_avoided();
                 }
-                self.record_intent(&decided.versions, &decided.merged);
+                self.record_intent(&decided.versions, &decided.merged, read_at);
             }
-            let executed = self.execute(&mut decided, &mut effect).await;
+            let executed = self.execute(&mut decided, &mut effect, read_at).await;
             let Some(created) = executed.map_err(|error| Failure { stage: Stage::Write, error })? else {
                 continue;
             };
             (self.decision.new_lead, self.decision.new_contact) =
                 (created.lead.clone(), created.contact.clone());
             if self.writes() {
-                self.record(decided.versions, &decided.merged, &created);
+                self.record(decided.versions, &decided.merged, &created, read_at);
             }
             return Ok(self.complete(decided.merged, effect));
         }
@@ -213,6 +213,7 @@ impl<C: Api> Attempts<'_, C> {
         &mut self,
         decided: &mut Decided,
         effect: &mut Effect,
+        read_at: Instant,
     ) -> Result<Option<CreatedIds>, CloseError> {
         let mut created = CreatedIds::default();
         let records: Vec<Option<String>> =
@@ -243,7 +244,7 @@ impl<C: Api> Attempts<'_, C> {
                 match executor.execute(&step, &decided.found, &mut created).await {
                     Ok(executed) => {
                         *effect = (*effect).min(executed);
-                        self.record_step(step.changes(), &decided.merged, &mut decided.versions);
+                        self.record_step(step.changes(), &decided.merged, &mut decided.versions, read_at);
                         break;
                     }
                     Err(Stopped::Failed(error)) => return Err(error),
@@ -269,7 +270,9 @@ impl<C: Api> Attempts<'_, C> {
         }
         let Context { settings, readback_cache, .. } = self.context;
         let readback = readback_cache.about(found);
+        let refused = self.decision.plan.refused_of(record);
         *merged = MergedPlan::plan(self.desired, &self.others, found, settings.switches, versions, &readback);
+        merged.leave_out(&refused);
         if let Some(plan) = merged.plans.first() {
             self.decision.plan.replace(record, plan);
         }
@@ -288,25 +291,37 @@ impl<C: Api> Attempts<'_, C> {
     }
 
     /// Before the writes: a write whose answer is lost may still happen.
-    fn record_intent(&self, versions: &RecordVersions, merged: &MergedPlan) {
+    fn record_intent(&self, versions: &RecordVersions, merged: &MergedPlan, read_at: Instant) {
         let mut intended = versions.clone();
         self.plans(merged).for_each(|(event, plan)| plan.note_versions(&mut intended, event));
-        self.context.version_cache.intend(versions, intended);
+        self.context.version_cache.intend(versions, intended, read_at);
     }
 
     /// After a step that changed the record `changed`. New records are recorded at the end, with their ids.
-    fn record_step(&self, changed: Option<&str>, merged: &MergedPlan, versions: &mut RecordVersions) {
+    fn record_step(
+        &self,
+        changed: Option<&str>,
+        merged: &MergedPlan,
+        versions: &mut RecordVersions,
+        read_at: Instant,
+    ) {
         let is_written = |id: &str| changed == Some(id);
         self.plans(merged).for_each(|(event, plan)| plan.note_versions_of(versions, event, is_written));
         let written = versions.iter().filter(|(id, _)| is_written(id));
         let written = written.map(|(id, version)| (id.clone(), version.clone())).collect();
-        self.context.version_cache.remember(written, &CreatedIds::default());
+        self.context.version_cache.remember(written, &CreatedIds::default(), read_at);
     }
 
     /// After all steps: also what the records held already.
-    fn record(&self, mut versions: RecordVersions, merged: &MergedPlan, created: &CreatedIds) {
+    fn record(
+        &self,
+        mut versions: RecordVersions,
+        merged: &MergedPlan,
+        created: &CreatedIds,
+        read_at: Instant,
+    ) {
         self.plans(merged).for_each(|(event, plan)| plan.note_versions(&mut versions, event));
-        self.context.version_cache.remember(versions, created);
+        self.context.version_cache.remember(versions, created, read_at);
     }
 
     fn complete(&self, merged: MergedPlan, effect: Effect) -> Completed {

@@ -114,6 +114,32 @@ async fn a_phone_that_a_person_adds_while_the_write_waits_is_kept() {
     }
 }
 
+/// Close refuses the phone. While the write waits to be sent without it, a person changes the title.
+#[tokio::test(start_paused = true)]
+async fn a_refused_value_is_not_sent_again_when_a_person_changes_the_record() {
+    for (refusal, also) in [(&[&["phones"][..]][..], None), (&[], Some("emails"))] {
+        let context = context(&rules());
+        let close = FakeClose::new(&context, &[acme()], &[janes_contact()])
+            .with_budget_wait(WAIT)
+            .with_fault(WriteFault::Before(rejection(refusal)))
+            .with_edit(WAIT + Duration::from_secs(1), Edit::Set(Field::Title, "Chief"));
+        let email = also.map(|_| "other@acme.test");
+        let traits =
+            json!({"phone": "+18004445555", "email": email, "title": "CEO", "company": {"id": "acme"}});
+        let desired = desired(&context, 5, json!({"userId": "u1", "traits": traits}));
+        let mut attempts = attempts(&context, &close, &desired);
+        let outcome = attempts.retry_in_place().await;
+        assert_eq!(outcome, Outcome::Synced(Effect::Updated));
+        let contact = close.contact("cont_1");
+        assert_eq!((&contact.fields[&Field::Title], phones(&contact)), (&json!("CEO"), vec![]));
+        assert_eq!(close.written(), ["update_contact", "update_contact"]);
+        let dropped = attempts.decision.dropped.iter();
+        let dropped: Vec<_> = dropped.map(|dropped| (dropped.field.as_str(), dropped.reason)).collect();
+        let refused = also.into_iter().chain(["phones"]).map(|field| (field, DropReason::Refused));
+        assert_eq!(dropped, refused.collect::<Vec<_>>(), "each is counted once");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_phone_that_a_person_adds_while_an_answer_is_under_way_is_kept() {
     for after in (1..30).map(|n| n * Duration::from_millis(100)) {

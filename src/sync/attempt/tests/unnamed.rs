@@ -2,6 +2,8 @@
 
 use super::*;
 
+const WAIT: Duration = Duration::from_secs(3);
+
 /// The fields that Close refused in this attempt.
 fn refused(decision: &Decision) -> Vec<&str> {
     let refused = decision.dropped.iter().filter(|dropped| dropped.reason == DropReason::Refused);
@@ -48,6 +50,31 @@ async fn a_refused_phone_costs_no_title_of_later_events() {
         assert_eq!(close.contact("cont_1").fields[&Field::Title], json!(title));
     }
     assert_eq!(close.written().len(), 4, "the phone is sent once");
+}
+
+/// The fields in Close change, so that refused values are tried again, while a message about the record is under way.
+#[tokio::test(start_paused = true)]
+async fn a_message_in_flight_does_not_bring_back_refusals_that_were_forgotten() {
+    let context = context(&rules());
+    let close = FakeClose::new(&context, &[acme()], &[janes_contact()]).with_fault(vague());
+    let event = |second, title: &str| {
+        let traits = json!({"title": title, "phone": PHONES[0], "company": {"id": "acme"}});
+        desired(&context, second, json!({"userId": "u1", "traits": traits}))
+    };
+    attempts(&context, &close, &event(1, "T1")).run_once().await.ok().unwrap();
+    assert!(phones(&close.contact("cont_1")).is_empty());
+    let second = event(2, "T2");
+    let mut in_flight = attempts(&context, &close, &second);
+    let forget = async {
+        close.state(|state| state.budget_wait = WAIT);
+        tokio::time::sleep(WAIT / 2).await;
+        context.version_cache.forget_refusals();
+    };
+    let (completed, ()) = tokio::join!(in_flight.run_once(), forget);
+    completed.ok().unwrap();
+    assert!(phones(&close.contact("cont_1")).is_empty(), "it was planned before");
+    attempts(&context, &close, &event(3, "T3")).run_once().await.ok().unwrap();
+    assert_eq!(phones(&close.contact("cont_1")), [PHONES[0]]);
 }
 
 #[tokio::test(start_paused = true)]
