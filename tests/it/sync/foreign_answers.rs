@@ -19,7 +19,7 @@ fn delayed(metrics: &Metrics, cause: &str) -> u32 {
 /// A proxy blocks all writes for longer than all attempts take.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_proxy_in_the_way_costs_no_message_however_long_it_lasts() {
-    let bench = Bench::new().await.set("RETRY_IN_PLACE", "0s");
+    let bench = Bench::new().await.set("RETRY_IN_PLACE", "0s").set("HTTP_PAGE", "true");
     bench.simulator.fault(blocked());
     let worker = bench.worker().await;
     bench.publish(&[identify("u1", json!({})), identify("u2", json!({}))]).await;
@@ -30,6 +30,8 @@ async fn a_proxy_in_the_way_costs_no_message_however_long_it_lasts() {
     let metrics = worker.metrics().await;
     assert_eq!((metrics.outcome("dead"), delayed(&metrics, "failed")), (0, 0));
     assert!(worker.events("message_delayed") >= 7);
+    let (_, page) = worker.page("/page/-").await.unwrap();
+    assert!(page.contains(r#"<th scope="row">not_close</th>"#), "{page}");
     assert_eq!(worker.logged("\"cause\":\"not_close\""), worker.events("message_delayed"));
     worker.terminate().await;
     assert_eq!((bench.simulator.leads().len(), bench.depth(".dead").await), (2, 0));
