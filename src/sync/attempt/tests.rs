@@ -1,6 +1,6 @@
 //! Attempts at one message on records in memory, in virtual time: no network, no broker.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
 use futures_util::future::BoxFuture;
@@ -16,10 +16,10 @@ use crate::close::{
 use crate::domain::dropped::DropReason;
 use crate::domain::event::Event;
 use crate::domain::mapping::tests::{rules, schema};
-use crate::domain::mapping::{Identity, KeyFields, Mapping, Rules};
+use crate::domain::mapping::{Identity, KeyFields, Mapping, Rules, Wanted};
 use crate::domain::matching::Case;
 use crate::domain::plan::Step;
-use crate::domain::record::{Channel, ContactId, Field, FieldId, Lead, LeadId};
+use crate::domain::record::{Channel, ContactId, Field, FieldId, Fields, Lead, LeadId};
 use crate::domain::schema::FieldRef;
 use crate::domain::staleness::FieldVersions;
 use crate::domain::switches::Switches;
@@ -33,7 +33,9 @@ use crate::telemetry::metrics::{self, Metrics};
 
 mod harness;
 mod not_kept;
+mod nothing_is_lost;
 mod people_win;
+mod person;
 mod unnamed;
 
 use harness::*;

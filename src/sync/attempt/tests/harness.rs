@@ -55,6 +55,8 @@ pub(super) enum WriteFault {
     Slow(Duration),
     /// Close answers with success, and keeps neither the title nor the phones of a Contact.
     Lossy,
+    /// Close rejects the phones of a Contact.
+    BadPhones,
     /// 429.
     Busy,
 }
@@ -74,21 +76,26 @@ pub(super) struct State {
     pub(super) answer_delay: Duration,
     /// Reads by id show the records as they were that long ago.
     pub(super) read_lag: Duration,
-    /// The records before each write, and when it happened.
+    /// The records before each change, and when it happened.
     pub(super) past: Vec<(Instant, InMemoryRecords)>,
     pub(super) event_log: (Vec<Lead>, Vec<Contact>),
-    /// What a person does in Close, and when.
-    pub(super) edits: VecDeque<(Instant, people_win::Edit)>,
-    /// What the person has done.
-    pub(super) edited: Vec<people_win::Edited>,
-    /// When each write took effect.
-    pub(super) applied: Vec<(Instant, Step)>,
+    /// What a person does in Close, when, and to which Contact.
+    pub(super) edits: VecDeque<(Instant, usize, person::Edit)>,
+    pub(super) applied: Vec<Applied>,
     /// For the next writes.
     pub(super) faults: VecDeque<WriteFault>,
     pub(super) writes: Vec<Step>,
     /// The locked records during each write.
     pub(super) locked: Vec<Vec<String>>,
     pub(super) record_locks: Option<RecordLocks>,
+}
+
+/// A write that took effect.
+pub(super) struct Applied {
+    pub(super) at: Instant,
+    pub(super) step: Step,
+    /// The place of the records before it in the past.
+    pub(super) state: usize,
 }
 
 impl State {
@@ -105,7 +112,8 @@ impl State {
 
     pub(super) fn apply(&mut self, step: &Step) -> Written {
         self.past.push((Instant::now(), self.records.clone()));
-        self.applied.push((Instant::now(), step.clone()));
+        let state = self.past.len() - 1;
+        self.applied.push(Applied { at: Instant::now(), step: step.clone(), state });
         let now = Some(at(1000 * i64::try_from(self.past.len()).unwrap()));
         let mut written = self.records.apply(step);
         match &mut written {
@@ -191,6 +199,10 @@ impl FakeClose {
     }
 }
 
+fn has_phones(step: &Step) -> bool {
+    matches!(step, Step::UpdateContact { changes, .. } if changes.lists.contains_key(&Channel::Phone))
+}
+
 impl Records for FakeClose {
     async fn find_leads(&self, field: &FieldId, company_id: &str) -> Result<Vec<Lead>, CloseError> {
         tokio::time::sleep(LATENCY).await;
@@ -248,6 +260,7 @@ impl Api for FakeClose {
         }
         match fault {
             Some(WriteFault::Before(error)) => Err(error),
+            Some(WriteFault::BadPhones) if has_phones(step) => Err(rejection(&[&["phones"]])),
             Some(WriteFault::After(error)) => {
                 self.state(|state| state.apply(step));
                 Err(error)
@@ -261,7 +274,9 @@ impl Api for FakeClose {
                 Ok(Some(self.state(|state| state.apply(&kept))))
             }
             Some(WriteFault::Busy) => Ok(None),
-            Some(WriteFault::Slow(_)) | None => Ok(Some(self.state(|state| state.apply(step)))),
+            Some(WriteFault::BadPhones | WriteFault::Slow(_)) | None => {
+                Ok(Some(self.state(|state| state.apply(step))))
+            }
         }
     }
 
