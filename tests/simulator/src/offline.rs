@@ -80,6 +80,12 @@ impl Offline {
         self.world.records.all(Kind::Lead)
     }
 
+    /// A lead or contact as it is now.
+    pub fn record(&self, id: &str) -> Option<Value> {
+        let records = &self.world.records;
+        records.kind_of(id).and_then(|kind| records.get(kind, id).ok())
+    }
+
     /// All contacts as they are now, oldest first.
     pub fn contacts(&self) -> Vec<Value> {
         self.world.records.all(Kind::Contact)

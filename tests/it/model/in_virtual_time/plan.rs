@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use close_sync_simulator::{Behaviour, Lag, Limits, Rate};
 
+use super::person::Manner;
 use crate::support::behaviour;
 
 /// The parameters of a run, apart from the history.
@@ -19,8 +20,9 @@ pub(super) struct Plan {
     /// How Close behaves. Search lags up to 10 seconds, less than the workers assume.
     pub(super) behaviour: Behaviour,
     pub(super) limits: Limits,
-    /// The percentage of calls before which a person changes a Contact.
+    /// The percentage of calls after which a person changes a record.
     pub(super) person_percent: u8,
+    pub(super) person: Manner,
     /// When the active worker is disrupted, and how.
     pub(super) disruptions: Vec<(Duration, Disruption)>,
     /// A second worker is on standby.
@@ -58,7 +60,8 @@ impl Plan {
             1 => Limits::documented(),
             _ => Limits {
                 lead: Rate::new(20, 8),
-                contact: Rate::new(20, 8),
+                // With the smaller one, a write waits for seconds after its read.
+                contact: Rate::new([20, 4][random.usize(..2)], 8),
                 search: Rate::new(8, 8),
                 others: Rate::new(20, 8),
                 organization_multiple: 3,
@@ -70,7 +73,8 @@ impl Plan {
             latency: millis([20, 100, 150][random.usize(..3)]),
             behaviour: draw_behaviour(random),
             limits,
-            person_percent: [0, 5, 30][random.usize(..3)],
+            person_percent: [0, 10, 60][random.usize(..3)],
+            person: if random.bool() { Manner::Careful } else { Manner::Free },
             disruptions,
             standby: random.bool(),
             gap: millis([0, 100, 1500, 5000][random.usize(..4)]),

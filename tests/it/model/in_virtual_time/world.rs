@@ -119,16 +119,31 @@ impl World {
         }
     }
 
-    /// Before a call arrives, the person may do something.
-    fn let_person_act(&self) {
-        let acts = self.random(|random| random.u8(..100) < self.plan.person_percent);
-        let mut close = self.close();
-        let contacts = if acts { close.contacts() } else { Vec::new() };
-        let Some(contact) = self.random(|random| random.choice(&contacts)) else { return };
-        let added = self.person().add_phone(&mut close, contact, self.elapsed(), self.now());
-        if let Some(added) = added {
-            self.log(format_args!("person adds {added}"));
+    /// After a call about a record, a person may do something to it, while workers are about to write what they have read.
+    fn let_person_act(self: &Arc<Self>, record: Option<&str>) {
+        if !self.random(|random| random.u8(..100) < self.plan.person_percent) {
+            return;
         }
+        let soon = self.random(fastrand::Rng::bool);
+        let delay = Duration::from_millis(self.random(|random| random.u64(..if soon { 300 } else { 5000 })));
+        let (world, record) = (Arc::clone(self), record.map(str::to_owned));
+        tokio::spawn(async move {
+            tokio::time::sleep(delay).await;
+            let mut close = world.close();
+            let contacts = close.contacts();
+            let is_close_by = |contact: &&Value| {
+                record.as_deref().is_none_or(|record| contact["id"] == record || contact["lead_id"] == record)
+            };
+            let contacts: Vec<&Value> = contacts.iter().filter(is_close_by).collect();
+            let time = (world.elapsed(), world.now());
+            let edit = world.random(|random| {
+                let contact = random.choice(contacts)?;
+                world.person().act(&mut close, contact, world.plan.person, random, time)
+            });
+            if let Some(edit) = edit {
+                world.log(format_args!("person: {edit}"));
+            }
+        });
     }
 
     pub(super) fn person(&self) -> MutexGuard<'_, Person> {
@@ -239,15 +254,21 @@ async fn deliver(
     let takes_effect = outcome.takes_effect && (outcome.survives_client || !answer.is_closed());
     let reply = takes_effect.then(|| {
         let now = world.now();
-        world.let_person_act();
         if let Some(body) = body.as_ref().filter(|_| method == Method::PUT) {
             world.record_update(&path, body);
         }
         let mut close = world.close();
+        let record = path.split(['/', '?']).nth(1).filter(|record| close.record(record).is_some());
+        world.let_person_act(record);
+        let changed = record.filter(|_| method == Method::PUT);
+        let before = changed.and_then(|record| close.record(record));
         let reply = close.ask(KEY, method.as_str(), &path, body.as_ref(), now);
-        if method == Method::PUT {
-            let staleness = world.plan.behaviour.read_lag.longest();
-            world.person().check(&close.contacts(), world.elapsed(), staleness);
+        if let (200, Some(record), Some(before), Some(body)) = (reply.status, changed, before, &body) {
+            let (at, staleness) = (world.elapsed(), world.plan.behaviour.read_lag.longest());
+            let unsettled = world.broker().unsettled();
+            let mut person = world.person();
+            person.replaced(record, before, at);
+            person.check(record, body, &unsettled, at, staleness);
         }
         reply
     });
