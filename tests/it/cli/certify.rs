@@ -383,7 +383,9 @@ async fn the_simulator_behaves_like_a_report() {
         close.set("exact_value", "exact").unwrap();
     })
     .await;
-    let (_, report) = report(&bench).await;
+    let (_, mut report) = report(&bench).await;
+    // A field of the real organization.
+    report["behaviour"]["lossy_fields"] = json!(["title", "custom.cf_real"]);
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), report.to_string()).unwrap();
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -402,12 +404,36 @@ async fn the_simulator_behaves_like_a_report() {
     let mut expected = Behaviour::default();
     expected.change(report["behaviour"].as_object().unwrap().clone()).unwrap();
     expected.set("event_lag", "7s").unwrap();
+    expected.lossy_fields.retain(|field| field == "title");
     assert_eq!(settings, Value::Object(expected.fields()));
     assert_eq!((&settings["header_style"], &settings["exact_value"]), (&json!("legacy"), &json!("exact")));
     simulator.terminate().await;
 
-    for wrong in [&["--set", "serch_lag=1s"][..], &["--set", "search_lag"], &["--like", "/nowhere"]] {
+    for (wrong, remedy) in [
+        (&["--set", "serch_lag=1s"][..], "`search_lag`"),
+        (&["--set", "search_lag"], "KEY=VALUE"),
+        (&["--like", "/nowhere"], "/nowhere"),
+        (&["--set", "lossy_fields=[\"phone\"]"], "`phones`"),
+        (&["--set", "null_members=[\"cf_leadplan.choises\"]"], "`cf_leadplan.choices`"),
+    ] {
         let output = bench.run(&[&["simulate", "--addr", "127.0.0.1:0"], wrong].concat(), b"").await;
-        assert_eq!(output.status.code(), Some(2), "{wrong:?}");
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{wrong:?}: {error}");
+        assert!(error.contains(remedy), "{wrong:?}: {error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn simulate_explains_every_behaviour() {
+    let output = bench(|_| {}).await.run(&["simulate", "--set", "help"], b"").await;
+    assert_eq!(output.status.code(), Some(0));
+    let help = String::from_utf8(output.stdout).unwrap();
+    assert!(help.lines().all(|line| line.chars().count() <= 100), "{help}");
+    for knob in Behaviour::knobs() {
+        assert!(
+            help.lines().any(|line| line.trim_start().starts_with(&format!("{} ", knob.name))),
+            "{}\n{help}",
+            knob.name
+        );
     }
 }

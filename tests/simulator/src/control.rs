@@ -183,7 +183,16 @@ async fn change_settings(State(shared): Sim, body: String) -> Result<StatusCode,
         Some(_) => return Err(refused("`api_key` must be a text".into())),
     };
     let mut world = shared.world();
-    world.records.schema.behaviour.change(changes).map_err(refused)?;
+    let schema = &mut world.records.schema;
+    let mut behaviour = schema.behaviour.clone();
+    let changed: Vec<String> = changes.keys().cloned().collect();
+    behaviour.change(changes).map_err(refused)?;
+    // A field that another list names may have been deleted.
+    let unknown = schema.unknown_names(&behaviour);
+    if let Some(unknown) = unknown.iter().find(|name| changed.iter().any(|key| key == name.setting)) {
+        return Err(refused(unknown.to_string()));
+    }
+    schema.behaviour = behaviour;
     world.api_key = key.unwrap_or_else(|| world.api_key.clone());
     Ok(StatusCode::NO_CONTENT)
 }

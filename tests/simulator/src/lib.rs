@@ -62,15 +62,15 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 pub use self::{
     behaviour::{
         Behaviour, ContactLists, Country, CreatedLead, DescendingCursor, ErrorShape, ErrorTexts, EventData,
-        ExactValue, HeaderStyle, Lag, LastCursor, LeadContacts, MissingRecord, MissingSlash, RateLimitBody,
-        SearchRows, UnknownSelector, UnknownUrl,
+        ExactValue, HeaderStyle, Knob, Lag, LastCursor, LeadContacts, MissingRecord, MissingSlash,
+        RateLimitBody, SearchRows, UnknownSelector, UnknownUrl,
     },
     call::Request,
     faults::{Effect, Fault, FaultBody, When},
     limits::{Limits, Rate},
     offline::{Offline, Reply},
     readback::{ListForm, NumberForm, TimeForm, UserForm},
-    schema::{CustomField, FieldKind, Owner, User},
+    schema::{CustomField, FieldKind, Owner, UnknownName, User},
     settings::Settings,
 };
 use self::{
@@ -311,6 +311,15 @@ impl Simulator {
              \x20 # one lead is created, but the response is lost\n\
              \x20 curl {controls}/faults -d '{{\"method\": \"POST\", \"path\": \"/lead/\", \"times\": 1, \
              \"effect\": {{\"drop_connection\": {{\"when\": \"after_commit\"}}}}}}'\n\
+             \x20 # a proxy answers the next two requests with an HTML page\n\
+             \x20 curl {controls}/faults -d '{{\"times\": 2, \"effect\": {{\"status\": {{\"code\": 502, \
+             \"body\": \"html\"}}}}}}'\n\
+             \x20 # the next request gets no answer for 60 seconds\n\
+             \x20 curl {controls}/faults -d '{{\"times\": 1, \"effect\": {{\"timeout\": {{\"ms\": 60000}}}}}}'\n\
+             \x20 # a person renames a lead right before the worker changes it; its id is in {controls}/leads\n\
+             \x20 curl {controls}/faults -d '{{\"method\": \"PUT\", \"path\": \"/lead/lead_ID/\", \"times\": 1, \
+             \"effect\": {{\"edit\": {{\"method\": \"PUT\", \"path\": \"/lead/lead_ID/\", \"body\": {{\"name\": \
+             \"Edited\"}}}}}}}}'\n\
              \x20 # a custom field is added, then deleted\n\
              \x20 curl {controls}/fields -d '{{\"id\": \"cf_region\", \"name\": \"Region\", \
              \"type\": \"text\", \"owner\": \"lead\"}}'\n\

@@ -4,6 +4,7 @@
 use jiff::{Timestamp, tz::Offset};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use strum::VariantNames;
 
 use crate::{
     behaviour::Behaviour,
@@ -13,8 +14,9 @@ use crate::{
 };
 
 /// How answers write times.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, VariantNames)]
 #[serde(rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
 pub enum TimeForm {
     /// `2026-01-31T09:00:00.000000+00:00`, as in most recordings.
     Utc,
@@ -27,8 +29,9 @@ pub enum TimeForm {
 }
 
 /// How answers write the values of fields of type number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, VariantNames)]
 #[serde(rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
 pub enum NumberForm {
     /// `5`.
     Number,
@@ -37,8 +40,9 @@ pub enum NumberForm {
 }
 
 /// How answers write the values of fields of type user.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, VariantNames)]
 #[serde(rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
 pub enum UserForm {
     /// `"user_ada"`.
     Id,
@@ -47,8 +51,9 @@ pub enum UserForm {
 }
 
 /// How answers write one value of a field that can have several.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, VariantNames)]
 #[serde(rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
 pub enum ListForm {
     /// A list if the field accepts several values.
     AsDeclared,

@@ -1,13 +1,15 @@
 //! What an organization has besides records: users, lead statuses, custom fields, and its behaviour.
 
+use std::fmt;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::behaviour::Behaviour;
+use crate::behaviour::{self, Behaviour};
 use crate::ids::{Ids, format_timestamp};
 use crate::readback;
-use crate::refusal::Refusal;
+use crate::refusal::{Object, Refusal};
 use crate::settings::Settings;
 
 /// A member of the organization.
@@ -182,6 +184,22 @@ impl Status {
     }
 }
 
+/// A name in a list of the behaviour that the organization does not have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnknownName {
+    /// The setting with the list.
+    pub setting: &'static str,
+    /// The name.
+    pub name: String,
+    hint: String,
+}
+
+impl fmt::Display for UnknownName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "`{}`: unknown name `{}`; {}", self.setting, self.name, self.hint)
+    }
+}
+
 /// The schema that writes are validated against.
 #[derive(Debug)]
 pub(crate) struct Schema {
@@ -310,6 +328,39 @@ impl Schema {
             "organization_id": self.organization_id,
             "fields": fields,
         })
+    }
+
+    /// The names in the lists of a behaviour that the organization does not have. They would have no effect.
+    pub(crate) fn unknown_names(&self, behaviour: &Behaviour) -> Vec<UnknownName> {
+        let lossy = ["name", "description", "url", "status_id", "title", "emails", "phones", "urls"]
+            .map(String::from);
+        let custom = self.fields.iter().map(|field| format!("custom.{}", field.id));
+        let lossy: Vec<String> = lossy.into_iter().chain(custom).collect();
+        let statuses = self.statuses.iter().map(|status| json!({"id": status.id, "label": status.label}));
+        let items = self.fields.iter().map(|field| self.item(field)).chain(statuses);
+        let items = items.chain(self.users().map(|user| self.user_item(user)));
+        let members: Vec<String> = items
+            .flat_map(|item| {
+                let id = item["id"].as_str().unwrap_or_default();
+                let members = item.as_object().into_iter().flat_map(Object::keys);
+                members.map(|member| format!("{id}.{member}")).collect::<Vec<_>>()
+            })
+            .collect();
+        let shared = self.fields.iter().filter(|field| field.owner == Owner::Shared);
+        let shared: Vec<String> = shared.map(|field| field.id.clone()).collect();
+        let lists = [
+            ("lossy_fields", &behaviour.lossy_fields, lossy),
+            ("null_members", &behaviour.null_members, members),
+            ("required_fields", &behaviour.required_fields, shared),
+        ];
+        let unknown = lists.into_iter().flat_map(|(setting, names, known)| {
+            let unknown = names.iter().filter(|name| !known.contains(name)).cloned().collect::<Vec<_>>();
+            unknown.into_iter().map(move |name| {
+                let hint = behaviour::known(&name, known.iter());
+                UnknownName { setting, name, hint }
+            })
+        });
+        unknown.collect()
     }
 
     /// An item of the organization, with its members that are null.

@@ -2,11 +2,13 @@
 //!
 //! `Settings::fast` turns off what only costs time.
 
+use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::behaviour::{Behaviour, Lag};
+use crate::ids::Ids;
 use crate::limits::Limits;
-use crate::schema::{CustomField, FieldKind, Owner, User};
+use crate::schema::{CustomField, FieldKind, Owner, Schema, UnknownName, User};
 
 /// How the simulated organization behaves and what it contains at the start.
 #[derive(Debug, Clone)]
@@ -84,6 +86,12 @@ impl Settings {
     pub fn fast() -> Self {
         let settings = Self { limits: Limits::unlimited(), ..Self::default() };
         settings.with(|behaviour| behaviour.search_lag = Lag::NONE)
+    }
+
+    /// The names in the lists of the behaviour that the organization does not have.
+    pub fn unknown_names(&self) -> Vec<UnknownName> {
+        let schema = Schema::new(self, &mut Ids::new(self.seed), Timestamp::UNIX_EPOCH);
+        schema.unknown_names(&self.behaviour)
     }
 
     /// Changes the behaviour: `Settings::fast().with(|behaviour| behaviour.search_lag = lag)`.

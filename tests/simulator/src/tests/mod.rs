@@ -184,6 +184,9 @@ async fn usage_shows_how_to_use_it() {
     ] {
         assert!(usage.contains(&line), "{usage}");
     }
+    for effect in ["\"status\"", "\"html\"", "\"drop_connection\"", "\"timeout\"", "\"edit\""] {
+        assert!(usage.contains(effect), "{effect}: {usage}");
+    }
     for fault in usage.lines().filter_map(|line| line.split_once("/faults -d '")) {
         let read: Result<Fault, _> = serde_json::from_str(fault.1.trim_end_matches('\''));
         assert!(read.is_ok(), "{read:?}");
@@ -191,4 +194,34 @@ async fn usage_shows_how_to_use_it() {
     let field = usage.lines().find_map(|line| line.split_once("/fields -d '")).unwrap().1;
     let field: CustomField = serde_json::from_str(field.trim_end_matches('\'')).unwrap();
     simulator.add_field(field).unwrap();
+}
+
+/// A name that does not exist would have no effect.
+#[tokio::test]
+async fn names_in_lists_must_exist() {
+    let (simulator, client) = start(Settings::fast()).await;
+    let set = async |changes: Value| client.control(Method::PUT, "settings", changes).await.status.as_u16();
+    for (setting, unknown, known) in [
+        ("lossy_fields", "custom.cf_leadplam", "custom.cf_leadplan"),
+        ("lossy_fields", "fone", "phones"),
+        ("null_members", "cf_leadplan.choises", "cf_leadplan.choices"),
+        ("null_members", "cf_nowhere.choices", "user_adaaccount.email"),
+        ("null_members", "stat_badfit", "stat_badfit.label"),
+        ("required_fields", "cf_leadplan", "cf_region"),
+    ] {
+        let field = json!({"id": "cf_region", "name": "Region", "type": "text", "owner": "shared"});
+        client.control(Method::POST, "fields", field).await;
+        assert_eq!(set(json!({setting: [unknown]})).await, 400, "{unknown}");
+        assert_eq!(set(json!({setting: [known]})).await, 204, "{known}");
+        // Nothing is changed by what is refused.
+        let settings = client.control(Method::GET, "settings", json!(null)).await.json();
+        assert_eq!(settings[setting], json!([known]));
+        let mut settings = Settings::fast();
+        settings.behaviour.set(setting, &json!([unknown]).to_string()).unwrap();
+        let unknown_names = settings.unknown_names();
+        assert_eq!((unknown_names[0].setting, unknown_names[0].name.as_str()), (setting, unknown));
+    }
+    // A list may name a field that is deleted later.
+    assert!(simulator.remove_field("cf_region"));
+    assert_eq!(set(json!({"search_lag": "1s"})).await, 204);
 }
