@@ -150,16 +150,26 @@ async fn a_deleted_key_field_pauses_consumption_when_close_names_no_field() {
     worker.terminate().await;
 }
 
-/// A proxy answers 404 for every record that is read. No record counts as gone.
+/// A proxy answers 404 for every Lead that is read, as long as the worker tries. No record counts as gone.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_404_of_a_proxy_creates_no_second_record() {
     let bench = Bench::new().await.set("RETRY_IN_PLACE", "20s");
     bench.lead(Some("acme"), json!([{"custom.cf_contactuserid": "u1"}]));
     let effect = Effect::Status { code: 404, body: FaultBody::Html, when: When::BeforeCommit };
-    bench.simulator.fault(Fault::new(effect).on("GET", "/lead/").times(2));
-    let metrics = bench.sync(&[identify("u1", json!({"title": "CEO", "company": {"id": "acme"}}))]).await;
+    bench.simulator.fault(Fault::new(effect).on("GET", "/lead/"));
+    let worker = bench.worker().await;
+    bench.publish(&[identify("u1", json!({"title": "CEO", "company": {"id": "acme"}}))]).await;
+    worker
+        .until("tried again", async |_| {
+            bench.simulator.request_count("GET", "/lead/") > 3
+                || bench.simulator.request_count("POST", "/lead/") > 0
+        })
+        .await;
+    bench.simulator.clear_faults();
+    let metrics = worker.settled(1).await;
     assert_eq!(metrics.outcomes(), [("updated", 1)].into());
     assert_eq!(bench.the_lead()["contacts"][0]["title"], "CEO");
+    worker.terminate().await;
 }
 
 /// A write waits for as long as a 503 asks, and uses no attempt meanwhile.

@@ -90,8 +90,12 @@ async fn a_new_worker_recognizes_phones_when_close_names_its_country() {
     assert_eq!(bench.sync(&events).await.outcomes(), [("created", 2)].into());
     assert_eq!(bench.sync(&events).await.outcomes(), [("unchanged", 2)].into());
     // The ends of two numbers agree.
-    let other = [identify("u1", json!({"phone": "+1 7700 900123"}))];
-    assert_eq!(bench.sync(&other).await.outcomes(), [("updated", 1)].into());
+    bench.lead(None, json!([{"custom.cf_contactuserid": "u3", "phones": [{"phone": "+17700900123"}]}]));
+    let others = [
+        identify("u1", json!({"phone": "+1 7700 900123"})),
+        identify("u3", json!({"phone": "07700 900123"})),
+    ];
+    assert_eq!(bench.sync(&others).await.outcomes(), [("updated", 2)].into());
 }
 
 /// The only phones in Close.
