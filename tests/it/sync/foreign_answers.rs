@@ -31,7 +31,7 @@ async fn a_proxy_in_the_way_costs_no_message_however_long_it_lasts() {
     assert_eq!((metrics.outcome("dead"), delayed(&metrics, "failed")), (0, 0));
     assert!(worker.events("message_delayed") >= 7);
     let (_, page) = worker.page("/page/-").await.unwrap();
-    assert!(page.contains(r#"<th scope="row">not_close</th>"#), "{page}");
+    assert!(page.contains(r#"<th scope="row">not close</th>"#), "{page}");
     assert_eq!(worker.logged("\"cause\":\"not_close\""), worker.events("message_delayed"));
     worker.terminate().await;
     assert_eq!((bench.simulator.leads().len(), bench.depth(".dead").await), (2, 0));
