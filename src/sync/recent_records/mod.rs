@@ -11,8 +11,10 @@
 //!   another organization. Such failures count for the circuit breaker. A record that only a search or the id cache names
 //!   does not count: search may lag for hours, and list everything that a person has deleted.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError};
+mod vanished;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -28,6 +30,8 @@ use crate::domain::matching::{ContactMatch, compare};
 use crate::domain::plan::Step;
 use crate::domain::record::{Channel, Contact, ContactId, Fields, Lead, LeadId};
 
+use vanished::{Kind, Vanished};
+
 /// How long a record that was seen counts as existing although Close answers 404.
 pub(crate) const MOMENT: Duration = Duration::from_secs(15);
 /// How long a state is remembered. No replica of a database should lag that much.
@@ -38,24 +42,14 @@ const CAPACITY: u64 = 16 << 20;
 const RECORD: usize = 500;
 /// What a value takes beside its text, in bytes.
 const VALUE: usize = 150;
-/// This many different records of one kind that vanish in a row are not deletions.
-const MANY: usize = 5;
-/// The longest time between the first and the last of them.
-const IN_A_ROW: Duration = Duration::from_mins(1);
-
-/// What the ids of a kind start with.
-const LEAD: &str = "lead_";
-const CONTACT: &str = "cont_";
 
 /// Clones share the memory.
 #[derive(Clone, Debug)]
 pub struct RecentRecords {
     records: Cache<String, Arc<Recent>>,
-    /// Records in memory that answered 404 since one of their kind was last read or changed, by kind.
-    vanished: Arc<Mutex<VanishedByKind>>,
+    /// Records in memory that answered 404.
+    vanished: Vanished,
 }
-
-type VanishedByKind = BTreeMap<&'static str, VecDeque<(Instant, String)>>;
 
 /// A record as it was last seen.
 #[derive(Debug)]
@@ -125,7 +119,7 @@ impl Default for RecentRecords {
                 .eviction_policy(EvictionPolicy::lru())
                 .time_to_live(REMEMBERED)
                 .build(),
-            vanished: Arc::default(),
+            vanished: Vanished::default(),
         }
     }
 }
@@ -148,10 +142,12 @@ impl RecentRecords {
         // A write to a record shows that Close still has this kind. Records can also be created where the others are missing.
         let exists = match step {
             Step::CreateLead { .. } => None,
-            Step::UpdateLead { .. } | Step::CreateContact { .. } => Some(LEAD),
-            Step::UpdateContact { .. } => Some(CONTACT),
+            Step::UpdateLead { .. } | Step::CreateContact { .. } => Some(Kind::Lead),
+            Step::UpdateContact { .. } => Some(Kind::Contact),
         };
-        self.with_vanished(|vanished| exists.and_then(|kind| vanished.remove(kind)));
+        if let Some(kind) = exists {
+            self.vanished.forget(kind);
+        }
         let existed = !step.creates();
         match answer {
             Written::Lead(LeadWithContacts { lead, contacts, missing }) => {
@@ -174,7 +170,7 @@ impl RecentRecords {
 
     /// The newest known state of a Lead that was read.
     pub(crate) fn lead(&self, read: Lead) -> Newest<Lead> {
-        self.with_vanished(|vanished| vanished.remove(LEAD));
+        self.vanished.forget(Kind::Lead);
         let newest = match self.get(read.id.as_str()).as_deref() {
             Some(Recent { state: State::Lead(known), .. })
                 if is_newer(known.date_updated, read.date_updated) =>
@@ -192,7 +188,7 @@ impl RecentRecords {
 
     /// The newest known state of a Contact that was read by its id.
     pub(crate) fn contact(&self, read: Contact) -> Newest<Contact> {
-        self.with_vanished(|vanished| vanished.remove(CONTACT));
+        self.vanished.forget(Kind::Contact);
         self.member(read)
     }
 
@@ -243,27 +239,13 @@ impl RecentRecords {
         let recent = self.get(id);
         // A record that was only created may not be there yet, and one that was not read may be gone for long.
         let has_vanished = recent.as_ref().is_some_and(|recent| recent.was_read);
-        if has_vanished && self.count_vanished(id, now) >= MANY {
+        if has_vanished && self.vanished.are_many_with(id, now) {
             return CloseError::Transient(Fault::Vanished);
         }
         if recent.is_some_and(|recent| now < recent.seen + MOMENT) {
             return CloseError::Transient(Fault::NotYet);
         }
         CloseError::NotFound
-    }
-
-    /// The number of records of this kind that vanished in a row, with this one.
-    fn count_vanished(&self, id: &str, now: Instant) -> usize {
-        let kind = if id.starts_with(LEAD) { LEAD } else { CONTACT };
-        self.with_vanished(|vanished| {
-            let vanished = vanished.entry(kind).or_default();
-            vanished.retain(|(at, _)| now < *at + IN_A_ROW);
-            // A record counts from the first time, so that a few that are really gone do not count for ever.
-            if vanished.len() < MANY && !vanished.iter().any(|(_, known)| known == id) {
-                vanished.push_back((now, id.to_owned()));
-            }
-            vanished.len()
-        })
     }
 
     fn get(&self, id: &str) -> Option<Arc<Recent>> {
@@ -282,10 +264,6 @@ impl RecentRecords {
             Op::Put(Arc::new(Recent { state, seen: Instant::now(), was_read }))
         });
     }
-
-    fn with_vanished<T>(&self, with: impl FnOnce(&mut VanishedByKind) -> T) -> T {
-        with(&mut self.vanished.lock().unwrap_or_else(PoisonError::into_inner))
-    }
 }
 
 /// A Contact with the lists that the answer lacks, from the same state.
@@ -303,6 +281,7 @@ fn with_lists_of(mut contact: Contact, known: &Contact) -> Contact {
 mod tests {
     use serde_json::json;
 
+    use super::vanished::{IN_A_ROW, MANY};
     use super::*;
     use crate::domain::matching::tests::{contact, keys, lead};
     use crate::domain::plan::ContactValues;
