@@ -124,9 +124,13 @@ impl Default for RecentRecords {
     }
 }
 
-/// Compares whole seconds if one of the times has no fraction: a proxy may cut it, and then each read would look stale.
+/// Whether a time is exact. A proxy may cut its fraction, and then a person may have changed the record within the second.
+fn has_fraction(time: Timestamp) -> bool {
+    time.subsec_nanosecond() != 0
+}
+
+/// Compares whole seconds if one of the times has no fraction: otherwise each read would look stale.
 fn is_newer(known: Option<Timestamp>, read: Option<Timestamp>) -> bool {
-    let has_fraction = |time: Timestamp| time.subsec_nanosecond() != 0;
     known.zip(read).is_some_and(|(known, read)| {
         if has_fraction(known) && has_fraction(read) {
             known > read
@@ -201,7 +205,8 @@ impl RecentRecords {
                 Newest { record: known.clone(), stale: true }
             }
             Some(Recent { state: State::Contact(known), .. })
-                if known.date_updated == read.date_updated && known.date_updated.is_some() =>
+                if known.date_updated == read.date_updated
+                    && known.date_updated.is_some_and(has_fraction) =>
             {
                 Newest { record: with_lists_of(read, known), stale: false }
             }
@@ -440,15 +445,20 @@ mod tests {
     #[test]
     fn a_list_that_an_answer_lacks_is_taken_from_the_same_state() {
         let recent = RecentRecords::default();
-        recent.remember(&jane(Some(at(5))));
+        let time = |text: &str| Some(text.parse::<Timestamp>().unwrap());
+        let exact = time("2026-01-31T09:00:05.25Z");
         let bare = |updated| {
             let unknown_lists = [Channel::Email, Channel::Phone].into_iter().collect();
             let bare = Contact { lists: Lists::new(), unknown_lists, ..jane(updated) };
             recent.member(bare).record
         };
-        assert_eq!(bare(Some(at(5))), jane(Some(at(5))));
-        assert_eq!(bare(Some(at(6))).unknown_lists.len(), 2, "a person may have changed them");
-        assert_eq!(bare(None).unknown_lists.len(), 2);
+        recent.remember(&jane(exact));
+        assert_eq!(bare(exact), jane(exact));
+        let a_person_may_have_changed_them = |updated| bare(updated).unknown_lists.len() == 2;
+        assert!(a_person_may_have_changed_them(time("2026-01-31T09:00:05.5Z")));
+        assert!(a_person_may_have_changed_them(None));
+        recent.remember(&jane(Some(at(2_000_000_000))));
+        assert!(a_person_may_have_changed_them(Some(at(2_000_000_000))), "within the second");
     }
 
     #[test]
