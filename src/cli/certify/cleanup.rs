@@ -61,11 +61,9 @@ impl Made {
                 self.leads.extend(lead.clone());
                 lead.is_none()
             }
-            // Refused in Close's words.
-            Ok(_) => false,
             Err(RawError::Close(error)) => error.may_have_been_applied(),
-            // Not sent, or answered with 429.
-            Err(RawError::OutOfCalls | RawError::RateLimited) => false,
+            // Refused in Close's words, not sent, or answered with 429.
+            Ok(_) | Err(RawError::OutOfCalls | RawError::RateLimited) => false,
         };
     }
 

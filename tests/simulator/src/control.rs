@@ -185,11 +185,11 @@ async fn change_settings(State(shared): Sim, body: String) -> Result<StatusCode,
     let mut world = shared.world();
     let schema = &mut world.records.schema;
     let mut behaviour = schema.behaviour.clone();
-    let changed: Vec<String> = changes.keys().cloned().collect();
+    let keys: Vec<String> = changes.keys().cloned().collect();
     behaviour.change(changes).map_err(refused)?;
     // A field that another list names may have been deleted.
     let unknown = schema.unknown_names(&behaviour);
-    if let Some(unknown) = unknown.iter().find(|name| changed.iter().any(|key| key == name.setting)) {
+    if let Some(unknown) = unknown.iter().find(|name| keys.iter().any(|key| key == name.setting)) {
         return Err(refused(unknown.to_string()));
     }
     schema.behaviour = behaviour;

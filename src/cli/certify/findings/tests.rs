@@ -8,6 +8,8 @@ use crate::cli::certify::observations::{
 use crate::cli::certify::script::{NATIONAL, WITH_EXTENSION, WITH_TRUNK_ZERO};
 use crate::domain::schema::{Item, Problem, UnreadableItem};
 
+type See = fn(&mut Observations);
+
 const SECOND: Duration = Duration::from_secs(1);
 const RUN: Run =
     Run { search_lag: Duration::from_secs(20), country: None, has_company_field: true, ended_early: false };
@@ -29,14 +31,13 @@ fn what_was_not_seen_is_unknown() {
 /// Another run shows only what this one could have seen.
 #[test]
 fn what_another_run_cannot_show_has_a_reason() {
-    let again = |run: Run, assumption: Assumption, see: fn(&mut Observations)| {
+    let again = |run: Run, assumption: Assumption, see: See| {
         let mut seen = Observations { has_contact: true, ..Observations::default() };
         see(&mut seen);
         not_seen(assumption, &seen, run) == not_seen(assumption, &seen, Run { ended_early: true, ..RUN })
     };
     assert!(again(RUN, Assumption::PutIsPatch, |_| {}));
     let without_field = Run { has_company_field: false, ..RUN };
-    type See = fn(&mut Observations);
     let cases: [(Run, Assumption, See); 11] = [
         (without_field, Assumption::SearchKey, |_| {}),
         (without_field, Assumption::SearchChanged, |_| {}),
@@ -103,7 +104,6 @@ fn a_lag_below_the_first_look_is_not_zero() {
 
 #[test]
 fn what_close_sync_cannot_work_with_is_not_supported() {
-    type See = fn(&mut Observations);
     let cases: [(Assumption, See); 10] = [
         (Assumption::ContactLists, |seen| seen.unknown_lists = Some(vec![("emails", ListForm::Null)])),
         (Assumption::MissingRecord, |seen| seen.missing_record = Some(NotFound::NotJson)),
@@ -133,7 +133,6 @@ fn what_close_sync_cannot_work_with_is_not_supported() {
 #[test]
 #[expect(clippy::too_many_lines, reason = "a table")]
 fn the_simulator_learns_what_was_found() {
-    type See = fn(&mut Observations);
     let cases: [(Assumption, See, Status, Value); 15] = [
         (
             Assumption::ContactLists,

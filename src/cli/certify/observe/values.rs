@@ -79,14 +79,11 @@ impl Observer {
             let response = self.put(&path, &json!({"phones": [{"phone": phone, "type": "office"}]})).await?;
             let contact = json_of(&response);
             let kept = contact.pointer("/phones/0/phone").and_then(Value::as_str).map(str::to_owned);
-            match (response.status.is_success(), contact["phones"].is_array()) {
-                (true, true) => self.seen.phones.push((phone, kept)),
-                // Kept, but not shown.
-                (true, false) => {}
-                (false, _) if matches!(response.status.as_u16(), 400 | 422) => {
-                    self.seen.phones.push((phone, None));
-                }
-                (false, _) => {}
+            match response.status.as_u16() {
+                200..=299 if contact["phones"].is_array() => self.seen.phones.push((phone, kept)),
+                400 | 422 => self.seen.phones.push((phone, None)),
+                // Kept, but not shown; or refused for another reason.
+                _ => {}
             }
         }
         Ok(())
