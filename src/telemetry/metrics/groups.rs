@@ -45,7 +45,7 @@ pub(crate) fn reasons() -> impl Iterator<Item = &'static str> {
 
 /// The causes of a delay.
 pub(crate) fn delay_causes() -> impl Iterator<Item = &'static str> {
-    DelayLabel::VARIANTS.iter().map(|cause| cause.into())
+    DelayLabel::VARIANTS.iter().map(Into::into)
 }
 
 /// The causes of a pause.
