@@ -161,6 +161,9 @@ pub fn change(field: &FieldPlan, mapping: &Mapping) -> String {
         }
         (FieldVerdict::ListFull, _) => format!("{wanted} not added: the list is full"),
         (FieldVerdict::ListUnknown, _) => format!("{wanted} not added: Close did not show the list"),
+        (FieldVerdict::Rewritten, before) => {
+            format!("keeps {}, the form in which Close stores {wanted}", before.unwrap_or_default())
+        }
         (FieldVerdict::NotKept, Some(before)) => format!("{before}, because Close does not keep {wanted}"),
         (FieldVerdict::NotKept, None) => format!("{wanted} not written: Close does not keep it"),
         (FieldVerdict::Refused, _) => format!("{wanted} rejected by Close"),

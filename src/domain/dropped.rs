@@ -94,8 +94,10 @@ pub enum DropReason {
     Refused,
     /// Close rejected the value for this record before, so it is not sent again.
     RefusedBefore,
-    /// Close accepted the value for this record before and returned another one, so it is not sent again.
+    /// Close accepted the value for this record before and kept what it had, so it is not sent again.
     NotKept,
+    /// Close accepted the value for this record before and stored another one for it, so it is not sent again.
+    Rewritten,
 }
 
 impl DropReason {
@@ -124,6 +126,7 @@ impl DropReason {
             Self::Refused => "Close rejected it",
             Self::RefusedBefore => "Close rejected it before",
             Self::NotKept => "Close did not keep it before",
+            Self::Rewritten => "Close stores it in another form, which the record has",
         }
     }
 }

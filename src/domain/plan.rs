@@ -203,8 +203,10 @@ pub enum FieldVerdict {
     ListFull,
     /// Close did not show the list, so writing it could delete entries.
     ListUnknown,
-    /// Close was sent this value before, and returned the one it has.
+    /// Close was sent this value before, and kept what it had.
     NotKept,
+    /// Close was sent this value before, and stores it in the form that it has.
+    Rewritten,
     /// A newer event wrote the field ([`crate::domain::staleness`]).
     Stale,
     /// Close rejected the value; the rest was written without it.
@@ -269,6 +271,7 @@ impl Plan {
             FieldVerdict::ListFull => Some(field.dropped(DropReason::ListFull)),
             FieldVerdict::ListUnknown => Some(field.dropped(DropReason::ListUnknown)),
             FieldVerdict::NotKept => Some(field.dropped(DropReason::NotKept)),
+            FieldVerdict::Rewritten => Some(field.dropped(DropReason::Rewritten)),
             FieldVerdict::RefusedBefore => Some(field.dropped(DropReason::RefusedBefore)),
             FieldVerdict::Set
             | FieldVerdict::Appended
@@ -323,6 +326,7 @@ impl Plan {
                     | FieldVerdict::ListFull
                     | FieldVerdict::ListUnknown
                     | FieldVerdict::NotKept
+                    | FieldVerdict::Rewritten
                     | FieldVerdict::Stale
                     | FieldVerdict::Refused
                     | FieldVerdict::RefusedTogether

@@ -33,6 +33,7 @@ pub struct Answers(BTreeMap<String, Vec<Answer>>);
 /// Hashes, because the values are personal data that may be large.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Answer {
+    effect: DifferenceEffect,
     sent: u64,
     /// `None` if nothing was kept.
     kept: Option<u64>,
@@ -43,8 +44,13 @@ struct Answer {
 pub struct Difference {
     /// The key of the field in Close.
     pub field: String,
-    pub effect: DifferenceEffect,
     answer: Answer,
+}
+
+impl Difference {
+    pub fn effect(&self) -> DifferenceEffect {
+        self.answer.effect
+    }
 }
 
 /// What Close did with a value.
@@ -100,10 +106,16 @@ fn is_lasting(field: &str, answer: &Answer) -> bool {
 }
 
 impl Readback {
-    /// Whether Close answers with what it returns now, `before`, when it is sent this value.
-    pub fn is_futile(&self, record: &str, field: &str, before: Option<&Value>, wanted: &Value) -> bool {
-        let answer = self.records.get(record).and_then(|answers| answers.of(field, hash(wanted)));
-        answer.is_some_and(|answer| answer.kept == before.map(hash))
+    /// What Close does with a value, if it then answers with what it returns now, `before`.
+    pub fn futile(
+        &self,
+        record: &str,
+        field: &str,
+        before: Option<&Value>,
+        wanted: &Value,
+    ) -> Option<DifferenceEffect> {
+        let answer = self.records.get(record).and_then(|answers| answers.of(field, hash(wanted)))?;
+        (answer.kept == before.map(hash)).then_some(answer.effect)
     }
 
     /// How the list of a Contact has a value, if sending it would not change the list.
@@ -142,11 +154,9 @@ pub fn differences(sent: &Fields, before: Option<&Fields>, kept: &Fields) -> Vec
             return None;
         }
         let is_lost = answer.is_none() || answer == before.and_then(|fields| fields.get(stored));
-        Some(Difference {
-            field: field.key(),
-            effect: if is_lost { DifferenceEffect::Lost } else { DifferenceEffect::Rewritten },
-            answer: Answer { sent: hash(value), kept: answer.map(hash) },
-        })
+        let effect = if is_lost { DifferenceEffect::Lost } else { DifferenceEffect::Rewritten };
+        let answer = Answer { effect, sent: hash(value), kept: answer.map(hash) };
+        Some(Difference { field: field.key(), answer })
     };
     sent.iter().filter_map(different).collect()
 }
@@ -164,14 +174,10 @@ pub fn list_differences(sent: &Lists, kept: &Lists, country: Option<Country>) ->
         for (number, entry) in missing.iter().enumerate() {
             // Close keeps the order of a list.
             let kept = other.get(number).filter(|_| other.len() == missing.len());
-            differences.push(Difference {
-                field: channel.list().to_owned(),
-                effect: if kept.is_some() { DifferenceEffect::Rewritten } else { DifferenceEffect::Lost },
-                answer: Answer {
-                    sent: hash_text(&entry.value),
-                    kept: kept.map(|entry| hash_text(&entry.value)),
-                },
-            });
+            let effect = if kept.is_some() { DifferenceEffect::Rewritten } else { DifferenceEffect::Lost };
+            let kept = kept.map(|entry| hash_text(&entry.value));
+            let answer = Answer { effect, sent: hash_text(&entry.value), kept };
+            differences.push(Difference { field: channel.list().to_owned(), answer });
         }
     }
     differences
@@ -325,7 +331,7 @@ mod tests {
         assert_eq!(find(&readback, "0019 1"), Some(InList::Present), "it would be added twice");
         assert_eq!(find(&readback, "0019 2"), None);
         let (before, wanted) = (Value::from("Chief"), Value::from("CEO"));
-        assert!(!readback.is_futile("cont_1", "title", Some(&before), &wanted));
+        assert_eq!(readback.futile("cont_1", "title", Some(&before), &wanted), None);
     }
 
     #[test]

@@ -207,7 +207,8 @@ impl LeftOut {
             | DropReason::ListUnknown
             | DropReason::Refused
             | DropReason::RefusedBefore
-            | DropReason::NotKept => String::new(),
+            | DropReason::NotKept
+            | DropReason::Rewritten => String::new(),
         };
         let in_words = format!("{label}{of}: {shown}, {}{fits}", reason.description());
         Self { field: field.clone(), reason: reason.label(), value: value.clone(), in_words }

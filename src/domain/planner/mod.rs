@@ -23,7 +23,7 @@ use crate::domain::matching::Found;
 use crate::domain::plan::{
     ContactValues, FieldPlan, FieldVerdict, NEW_CONTACT, NEW_LEAD, Plan, RecordPlan, RecordRef, Refusal, Step,
 };
-use crate::domain::readback::{InList, Readback};
+use crate::domain::readback::{DifferenceEffect, InList, Readback};
 use crate::domain::record::{Contact, Entry, Field, FieldId, Fields, Lead, Lists, missing_items, same};
 use crate::domain::staleness::{self, FieldVersions, RecordVersions};
 use crate::domain::switches::Switches;
@@ -153,12 +153,12 @@ fn refuse_contact(duplicate: bool, switches: Switches) -> Option<Refusal> {
 }
 
 /// What to set, and the verdict on each field. Without a record everything is set: every write rule allows a value in a
-/// new record. `is_newer` and `is_futile` are about a field that the record has and the value that is wanted.
+/// new record. `is_newer` and `futile` are about a field that the record has and the value that is wanted.
 fn field_changes(
     wanted: &BTreeMap<Field, Wanted>,
     record: Option<&Fields>,
     is_newer: impl Fn(&str) -> bool,
-    is_futile: impl Fn(&str, Option<&Value>, &Value) -> bool,
+    futile: impl Fn(&str, Option<&Value>, &Value) -> Option<DifferenceEffect>,
 ) -> (Fields, Vec<FieldPlan>) {
     let (mut changes, mut plans) = (Fields::new(), Vec::new());
     for (field, wanted) in wanted {
@@ -176,13 +176,14 @@ fn field_changes(
             (WriteRule::OnCreate, _) => FieldVerdict::OnlyOnCreate,
             (WriteRule::IfEmpty, Some(_)) => FieldVerdict::NotEmpty,
             (WriteRule::Always, Some(_)) if is_newer(&key) => FieldVerdict::Stale,
-            (WriteRule::IfEmpty | WriteRule::Always | WriteRule::Add, before)
-                if is_futile(&key, before, &value) =>
-            {
-                FieldVerdict::NotKept
+            (WriteRule::IfEmpty | WriteRule::Always | WriteRule::Add, before) => {
+                match (futile(&key, before, &value), wanted.write) {
+                    (Some(DifferenceEffect::Lost), _) => FieldVerdict::NotKept,
+                    (Some(DifferenceEffect::Rewritten), _) => FieldVerdict::Rewritten,
+                    (None, WriteRule::Add) => FieldVerdict::Appended,
+                    (None, _) => FieldVerdict::Set,
+                }
             }
-            (WriteRule::Add, _) => FieldVerdict::Appended,
-            (WriteRule::IfEmpty, None) | (WriteRule::Always, _) => FieldVerdict::Set,
         };
         let is_written = matches!(verdict, FieldVerdict::Set | FieldVerdict::Appended);
         let wanted_value = if is_written { value.clone() } else { wanted.value.clone() };
@@ -256,10 +257,10 @@ impl Planner<'_> {
         let versions = self.versions.get(id);
         let is_newer =
             |field: &str| versions.is_some_and(|versions| versions.is_newer(field, self.desired.at));
-        let is_futile = |field: &str, before: Option<&Value>, wanted: &Value| {
-            self.readback.is_futile(id, field, before, wanted)
+        let futile = |field: &str, before: Option<&Value>, wanted: &Value| {
+            self.readback.futile(id, field, before, wanted)
         };
-        field_changes(wanted, record, is_newer, is_futile)
+        field_changes(wanted, record, is_newer, futile)
     }
 
     fn lead_changes(&self, lead: Option<&Lead>) -> (Fields, Vec<FieldPlan>) {

@@ -276,8 +276,10 @@ fn learn(context: &Context, step: &Step, found: &Found, written: &Written) {
 /// Counts the values that Close did not keep, and logs each field once.
 fn report(cache: &ReadbackCache, metrics: &Metrics, record: &str, differences: &[Difference]) {
     cache.learn(record, differences);
-    for Difference { field, effect, .. } in differences {
-        metrics.not_kept(*effect);
+    for difference in differences {
+        let Difference { field, .. } = difference;
+        let effect = difference.effect();
+        metrics.not_kept(effect);
         if cache.is_first_of(field) {
             tracing::warn!(
                 event = "value_not_kept",
