@@ -38,7 +38,7 @@ async fn a_new_person_of_a_new_company_becomes_a_lead_with_a_contact_in_one_call
 
 #[tokio::test(flavor = "multi_thread")]
 async fn values_that_close_has_are_not_sent_again() {
-    let bench = Bench::new().await;
+    let bench = Bench::new().await.set("CLOSE_COUNTRY", "US");
     let metrics = bench.sync(&[jane(), jane(), jane()]).await;
     assert_eq!(metrics.outcomes(), [("created", 1), ("unchanged", 2)].into());
     // Another worker has empty caches and looks everything up.
