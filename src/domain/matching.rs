@@ -18,7 +18,7 @@
 //!   13).
 //! - All email addresses of a Contact count equally.
 //! - Emails that Close does not show are unknown, not absent (close-api.md §15, 9). Search by exactly this email then decides.
-//!   If it cannot, the attempt fails rather than create a second Contact.
+//!   If the search is inexact and finds such a Contact, the attempt fails rather than create a second Contact.
 use strum::{IntoStaticStr, VariantArray};
 
 use crate::domain::mapping::{Identity, KeyFields};
@@ -129,6 +129,11 @@ pub struct MatchedContacts {
 }
 
 impl MatchedContacts {
+    /// Whether one of these Contacts may be the person.
+    pub fn are_uncertain_about(&self, ids: &[ContactId]) -> bool {
+        self.verdicts.iter().any(|(id, verdict)| *verdict == Verdict::EmailsUnknown && ids.contains(id))
+    }
+
     /// Whether another Contact may be the person.
     pub fn are_uncertain(&self) -> bool {
         self.verdicts.iter().any(|(_, verdict)| *verdict == Verdict::EmailsUnknown)

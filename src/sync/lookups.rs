@@ -56,6 +56,8 @@ pub(crate) enum Fresh {
 pub(crate) struct ContactHits {
     pub(crate) by_user: Vec<ContactId>,
     pub(crate) by_email: Vec<ContactId>,
+    /// Those that may have the email: Close does not show their emails, and the search may find more than was asked for.
+    pub(crate) unclear: Vec<ContactId>,
 }
 
 impl<R: Records> Lookups<'_, R> {
@@ -128,11 +130,11 @@ impl<R: Records> Lookups<'_, R> {
         if !people.contacts.is_empty() || !people.are_uncertain() {
             return Ok(people);
         }
-        // A Contact would be created, although one whose emails Close does not show may be the person.
-        let ContactHits { by_email, .. } = self.search_contacts(person).await?;
+        // Search knows the emails that Close does not show. Whom it does not find, is another person.
+        let ContactHits { by_email, unclear, .. } = self.search_contacts(person).await?;
         let contacts = contacts.into_iter().map(|contact| self.with_email(contact, person, &by_email));
         let people = match_contacts(contacts.collect(), person, self.keys);
-        if people.contacts.is_empty() && people.are_uncertain() {
+        if people.contacts.is_empty() && people.are_uncertain_about(&unclear) {
             return Err(CloseError::Transient(Fault::ListsUnknown));
         }
         Ok(people)
@@ -160,9 +162,9 @@ impl<R: Records> Lookups<'_, R> {
         if missing.len() <= MAX_MISSING {
             return Ok(missing);
         }
-        let ContactHits { by_user, by_email } = self.search_contacts(person).await?;
+        let ContactHits { by_user, by_email, unclear } = self.search_contacts(person).await?;
         let ids = self.with_cached(person.user(), by_user);
-        let ids = [ids, self.with_cached(person.email(), by_email)].concat();
+        let ids = [ids, self.with_cached(person.email(), by_email), unclear].concat();
         let missing: HashSet<ContactId> = missing.into_iter().collect();
         Ok(ids.into_iter().filter(|id| missing.contains(id)).collect())
     }
@@ -298,14 +300,12 @@ impl<R: Records> Lookups<'_, R> {
             alike.map(|contact| contact.id.clone()).take(MAX_CONTACTS).collect()
         };
         let by_user = with(ContactMatch::SameUser);
-        let is_found = !by_user.is_empty() || !with(ContactMatch::SameEmail).is_empty();
-        if !is_found && candidates.iter().any(|contact| may_be(contact, person, self.keys)) {
-            return Err(CloseError::Transient(Fault::ListsUnknown));
-        }
+        let unclear = candidates.iter().filter(|contact| may_be(contact, person, self.keys));
+        let unclear: Vec<ContactId> = unclear.map(|contact| contact.id.clone()).take(MAX_CONTACTS).collect();
         // A Contact with the email and another user id does not match this person, but may match an event that
         // has only the email.
         let by_email = [with(ContactMatch::SameEmail), with(ContactMatch::Conflict)].concat();
-        let complete = self.search_is_complete;
+        let complete = self.search_is_complete && unclear.is_empty();
         if let Some(user_id) = &person.user_id {
             self.id_cache.remember_contacts(Key::User(user_id.clone()), by_user.clone(), complete);
         }
@@ -314,7 +314,7 @@ impl<R: Records> Lookups<'_, R> {
         {
             self.id_cache.remember_contacts(Key::Email(email.clone()), by_email.clone(), complete);
         }
-        Ok(ContactHits { by_user, by_email })
+        Ok(ContactHits { by_user, by_email, unclear })
     }
 
     /// Adds the cached ids of a key: search may not show them yet.

@@ -181,7 +181,7 @@ impl<R: Records> Resolver<'_, R> {
                 return Ok(people.contacts);
             }
         }
-        let ContactHits { by_user, by_email } = self.lookups.search_contacts(person).await?;
+        let ContactHits { by_user, by_email, unclear } = self.lookups.search_contacts(person).await?;
         // The user id decides. Contacts with only the email are read when none has the user id.
         let read = self.lookups.with_cached(person.user(), by_user);
         let people = self.lookups.read_contacts(read.clone(), person).await?;
@@ -193,7 +193,10 @@ impl<R: Records> Resolver<'_, R> {
         }
         // One that is cached under the user id may have only the email, because a switch forbids to write the user id. It
         // counts also if neither search nor the cache has it under the email.
-        let mut ids = self.lookups.with_cached(person.email(), by_email);
+        // The record may show the emails that the search leaves out.
+        let mut ids = [self.lookups.with_cached(person.email(), by_email), unclear].concat();
+        ids.sort();
+        ids.dedup();
         ids.retain(|id| !read.contains(id));
         let others = self.lookups.read_contacts(ids, person).await?;
         self.lookups.note_people(&others, true);

@@ -3,7 +3,7 @@
 use close_sync_simulator::{Behaviour, ContactLists, Effect, Fault, FaultBody, LeadContacts, Settings, When};
 use serde_json::{Value, json};
 
-use crate::support::{Bench, identify};
+use crate::support::{Bench, identify, values};
 
 const PHONES: [&str; 4] = ["+18004445551", "+18004445552", "+18004445553", "+18004445554"];
 
@@ -82,6 +82,30 @@ async fn a_person_whose_emails_close_never_shows_is_not_created_again() {
             bench.sync(&["CTO", "CEO", "COO"].map(event)).await;
             the_contact(&bench);
         }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn new_people_are_created_beside_a_person_whose_emails_close_never_shows() {
+    for lists in [ContactLists::Null, ContactLists::Missing] {
+        let bench = bench(|close| close.contact_lists = lists).await;
+        bench.lead(Some("acme"), json!([{"name": "Bob", "emails": [{"email": "bob@acme.test"}]}]));
+        let event = |name: &str, email: &str| json!({"type": "identify", "traits": {"email": email, "name": name, "company": {"id": "acme"}}});
+        let events = [
+            event("Jane", "jane@acme.test"),
+            event("Joe", "joe@acme.test"),
+            event("Robert", "bob@acme.test"),
+            event("Jane", "jane@acme.test"),
+        ];
+        let metrics = bench.sync(&events).await;
+        assert_eq!(metrics.outcomes(), [("added", 2), ("unchanged", 1), ("updated", 1)].into(), "{lists:?}");
+        let contacts = bench.simulator.contacts();
+        let seen: Vec<_> = contacts
+            .iter()
+            .map(|one| (one["name"].as_str().unwrap(), values(one, "emails", "email")))
+            .collect();
+        let expected = [("Robert", "bob@acme.test"), ("Jane", "jane@acme.test"), ("Joe", "joe@acme.test")];
+        assert_eq!(seen, expected.map(|(name, email)| (name, vec![email.to_owned()])), "{lists:?}");
     }
 }
 

@@ -204,7 +204,7 @@ pub(super) fn contact_lists(unknown: &[(&'static str, ListForm)]) -> Found {
     let (status, meaning) = if unknown.iter().any(|(list, _)| *list == "emails") {
         (
             Status::NotSupported,
-            "close-sync cannot see who has an email address; messages about new people of a known company fail",
+            "close-sync only knows from search who has an email address, so a lag of search can make duplicates",
         )
     } else {
         (Status::Handled, "close-sync does not write over a list that it cannot see")
