@@ -213,7 +213,7 @@ pub enum Reason {
     Rejected,
     /// The user of the API key lacks a permission.
     Forbidden,
-    /// The record was gone in two consecutive attempts.
+    /// In every attempt, the record that was found was gone.
     NotFound,
     /// Every attempt failed.
     Exhausted,

@@ -8,6 +8,12 @@
 //!   counts as an attempt. After the last attempt the message is dead-lettered. Later messages that share a key with a
 //!   delayed message are delayed too ([`crate::consumer::scheduler::delayed`]).
 //!
+//! **A record that is gone.** Close answers 404 for a record that a look-up has found: search lags, or a person deleted or
+//! merged the record between our look-up and our write. The first time in a delivery the message is looked up again at
+//! once, which nearly always finds another record or none. A person who merges one Lead after another can do the same
+//! again, and the message is not at fault then either. So each later 404 is retried like a timeout: with pauses, then
+//! through the delay queues. Only when all attempts ended so is the message dead-lettered as `not_found`.
+//!
 //! **Failures that are not the message's.** The HTML of a proxy, a redirect or a broken connection says nothing about the
 //! message, so it uses no attempt, however long it lasts: the message goes through the delay queues again, each time
 //! after about as long as it is old. The circuit breaker alone does not keep this promise. It needs several messages a
@@ -169,6 +175,13 @@ pub fn after_failure(
             response,
         }))
     };
+    let after_attempt = |reason| match usize::try_from(history.attempts) {
+        Ok(level) if level < policy.delays.len() => AfterFailure::Settle(Outcome::Delayed {
+            level,
+            cause: DelayCause::Failed(failure.error.to_string()),
+        }),
+        Ok(_) | Err(_) => dead(reason, None),
+    };
     match &failure.error {
         CloseError::Unauthorized => AfterFailure::Settle(Outcome::Paused(PauseCause::Unauthorized)),
         CloseError::PlanLimit => AfterFailure::Settle(Outcome::Paused(PauseCause::PlanLimit)),
@@ -180,9 +193,9 @@ pub fn after_failure(
         CloseError::Rejected(rejection) => {
             dead(Reason::Rejected, rejection.fields.first().map(FieldError::path))
         }
-        // Search may still list a record that was deleted or merged (close-api.md §9), so look it up once more.
-        CloseError::NotFound if history.retried_after_404 => dead(Reason::NotFound, None),
-        CloseError::NotFound => AfterFailure::Retry(Duration::ZERO),
+        // The record was deleted or merged (close-api.md §9), and a look-up shows what there is now.
+        CloseError::NotFound if !history.retried_after_404 => AfterFailure::Retry(Duration::ZERO),
+        CloseError::NotFound => pause.map_or_else(|| after_attempt(Reason::NotFound), AfterFailure::Retry),
         // Nothing was sent, and the next message would fail too.
         CloseError::Unreachable(_) => {
             pause.map_or(AfterFailure::Settle(Outcome::Paused(PauseCause::Unreachable)), AfterFailure::Retry)
@@ -196,13 +209,7 @@ pub fn after_failure(
                     cause: DelayCause::NotClose(fault.to_string()),
                 })
             }
-            None => match usize::try_from(history.attempts) {
-                Ok(level) if level < policy.delays.len() => AfterFailure::Settle(Outcome::Delayed {
-                    level,
-                    cause: DelayCause::Failed(fault.to_string()),
-                }),
-                Ok(_) | Err(_) => dead(Reason::Exhausted, None),
-            },
+            None => after_attempt(Reason::Exhausted),
         },
     }
 }
@@ -252,8 +259,11 @@ mod tests {
             (CloseError::PlanLimit, 0, false, true, "pause plan_limit"),
             (CloseError::Forbidden, 0, false, true, "dead forbidden"),
             (rejected, 0, false, true, "dead rejected"),
-            (CloseError::NotFound, 0, false, false, "retry in 0s"),
-            (CloseError::NotFound, 0, true, true, "dead not_found"),
+            (CloseError::NotFound, 4, false, false, "retry in 0s"),
+            (CloseError::NotFound, 4, true, true, "retry in 1s"),
+            (CloseError::NotFound, 0, true, false, "delay 0"),
+            (CloseError::NotFound, 3, true, false, "delay 3"),
+            (CloseError::NotFound, 4, true, false, "dead not_found"),
             (CloseError::Transient(Fault::TooLarge), 0, false, true, "delay 0"),
             (CloseError::Transient(Fault::TooLarge), 4, false, true, "dead exhausted"),
             (CloseError::Unreachable(String::new()), 9, false, true, "retry in 1s"),

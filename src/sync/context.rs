@@ -201,8 +201,8 @@ impl Context {
                     || rejection.fields.is_empty()
                     || rejection.fields.iter().any(|field| is_key_field(&field.path))
             }
-            // Check before the message is dead-lettered.
-            CloseError::NotFound => history.retried_after_404,
+            // Check before it costs the message an attempt.
+            CloseError::NotFound => history.retried_after_404 && is_last_attempt,
             CloseError::Transient(_) => is_last_attempt,
             CloseError::Unauthorized | CloseError::PlanLimit | CloseError::Unreachable(_) => false,
         };

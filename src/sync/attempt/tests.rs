@@ -31,6 +31,7 @@ use crate::sync::job::Settings;
 use crate::sync::record_locks::RecordLocks;
 use crate::telemetry::metrics::{self, Metrics};
 
+mod gone;
 mod harness;
 mod not_kept;
 mod nothing_is_lost;
