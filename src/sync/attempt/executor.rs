@@ -1,9 +1,14 @@
 //! Executes one step of a plan: sends the write, and again without the optional fields that Close rejects.
+//!
+//! **A new Contact whose Lead is gone** is refused, and Close need not name the Lead as the reason. Reads may lag, and still
+//! show the Lead. So when Close refuses a new Contact in its last form and names nothing of it, the Lead is read again
+//! once it is certain that a read shows whether it existed: after [`MOMENT`]. Waiting once costs Close one call. Retries
+//! until then would send every form again, each time.
 
 use tokio::time::Instant;
 
 use crate::close::{Api, CloseError, CreatedIds, FieldError, Rejection, Written};
-use crate::domain::decision::Decision;
+use crate::domain::decision::{Decision, LookUp};
 use crate::domain::mapping::{Desired, Key};
 use crate::domain::matching::Found;
 use crate::domain::partial_write::{self, Remainder};
@@ -15,6 +20,7 @@ use crate::sync::attempt::freshness;
 use crate::sync::context::Context;
 use crate::sync::lookups::{Fresh, Lookups, Reads};
 use crate::sync::readback_cache::ReadbackCache;
+use crate::sync::recent_records::MOMENT;
 use crate::telemetry::metrics::Metrics;
 
 pub(super) struct Executor<'a, C: Api> {
@@ -72,10 +78,7 @@ impl<C: Api> Executor<'_, C> {
                 }
             };
             field_is_missing |= rejection.field_is_missing();
-            let Some((smaller, rejected, verdict)) = self.without_rejected(&remaining, &rejection).await
-            else {
-                return Err(CloseError::Rejected(rejection).into());
-            };
+            let (smaller, rejected, verdict) = self.without_rejected(&remaining, &rejection).await?;
             let dropped = self.decision.plan.refuse(&rejected, verdict);
             self.decision.dropped.extend(dropped);
             remaining = smaller;
@@ -89,36 +92,41 @@ impl<C: Api> Executor<'_, C> {
     /// The step without what Close rejected. If Close named no field of it, without custom fields that were deleted in Close,
     /// else without lists, then without fields, then without names. An update of which nothing remains is not sent.
     async fn without_rejected(
-        &self,
+        &mut self,
         step: &Step,
         rejection: &Rejection,
-    ) -> Option<(Step, Vec<RejectedField>, FieldVerdict)> {
+    ) -> Result<(Step, Vec<RejectedField>, FieldVerdict), CloseError> {
         let (context, desired) = (self.context, self.desired);
+        let rejected_for_good = || Err(CloseError::Rejected(rejection.clone()));
         let without = |paths: &[Vec<String>]| {
             let paths = paths.iter().map(Vec::as_slice);
             partial_write::without_rejected(step, paths, desired, &context.keys)
         };
         let named: Vec<Vec<String>> = rejection.fields.iter().map(|field| field.path.clone()).collect();
         match without(&named) {
-            Remainder::Without(smaller, rejected) => return Some((smaller, rejected, FieldVerdict::Refused)),
-            Remainder::Required => return None,
+            Remainder::Without(smaller, rejected) => return Ok((smaller, rejected, FieldVerdict::Refused)),
+            Remainder::Required => return rejected_for_good(),
             Remainder::Unnamed => {
                 let is_about_values = matches!(rejection.status, 400 | 422)
                     && !rejection.fields.iter().any(FieldError::is_about_something_absent);
                 if !is_about_values {
-                    return None;
+                    return rejected_for_good();
                 }
             }
         }
         if context.refresh_stale_mapping().await == Some(PauseCause::LookupField) {
-            return None;
+            return rejected_for_good();
         }
         let mapping = context.mapping();
         match without(&partial_write::unknown_fields(step, |id| mapping.has_field(id))) {
-            Remainder::Without(smaller, rejected) => Some((smaller, rejected, FieldVerdict::Refused)),
-            Remainder::Required => None,
+            Remainder::Without(smaller, rejected) => Ok((smaller, rejected, FieldVerdict::Refused)),
+            Remainder::Required => rejected_for_good(),
             Remainder::Unnamed => {
-                let (smaller, rejected) = partial_write::without_optional(step, desired, &context.keys)?;
+                let Some((smaller, rejected)) = partial_write::without_optional(step, desired, &context.keys)
+                else {
+                    self.lead_exists(step).await?;
+                    return rejected_for_good();
+                };
                 tracing::warn!(
                     event = "refusal_without_field",
                     step = step.label(),
@@ -126,8 +134,21 @@ impl<C: Api> Executor<'_, C> {
                     left_out = rejected.len(),
                     "Close rejected a write without naming a field, leaving out optional values"
                 );
-                Some((smaller, rejected, FieldVerdict::RefusedTogether))
+                Ok((smaller, rejected, FieldVerdict::RefusedTogether))
             }
+        }
+    }
+
+    /// Fails if the Lead of a new Contact may have been gone when Close refused the Contact.
+    async fn lead_exists(&mut self, step: &Step) -> Result<(), CloseError> {
+        let Step::CreateContact { lead, .. } = step else { return Ok(()) };
+        tokio::time::sleep(MOMENT).await;
+        let answer = self.client.lead(lead, &self.desired.identity, &self.context.keys).await;
+        self.decision.look_ups.push(LookUp::Read(lead.to_string()));
+        match answer {
+            Ok(_) => Ok(()),
+            Err(CloseError::NotFound) => Err(self.context.recent.not_found(lead.as_str())),
+            Err(error) => Err(error),
         }
     }
 

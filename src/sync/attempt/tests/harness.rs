@@ -76,6 +76,8 @@ pub(super) struct State {
     pub(super) answer_delay: Duration,
     /// Reads by id show the records as they were that long ago.
     pub(super) read_lag: Duration,
+    /// Close does not say which field it refuses.
+    pub(super) names_no_field: bool,
     /// The records before each change, and when it happened.
     pub(super) past: Vec<(Instant, InMemoryRecords)>,
     pub(super) event_log: (Vec<Lead>, Vec<Contact>),
@@ -104,7 +106,10 @@ impl State {
         let InMemoryRecords { leads, contacts, .. } = &self.records;
         match step {
             Step::CreateLead { .. } => None,
-            Step::CreateContact { lead, .. } => (!leads.contains_key(lead)).then(|| rejection(&[&["lead"]])),
+            Step::CreateContact { lead, .. } => {
+                let named: &[&[&str]] = if self.names_no_field { &[] } else { &[&["lead"]] };
+                (!leads.contains_key(lead)).then(|| rejection(named))
+            }
             Step::UpdateLead { id, .. } => (!leads.contains_key(id)).then_some(CloseError::NotFound),
             Step::UpdateContact { id, .. } => (!contacts.contains_key(id)).then_some(CloseError::NotFound),
         }
