@@ -9,6 +9,7 @@ use tokio::time::Instant;
 
 use crate::close::answer::Answer;
 use crate::close::api::{Api, WritePermit};
+use crate::close::deletion;
 use crate::close::endpoint::{Call, Endpoint};
 use crate::close::error::{CloseError, Fault};
 use crate::close::event_log;
@@ -177,12 +178,11 @@ impl Records for Client {
         keys: &KeyFields,
     ) -> Result<LeadWithPerson, CloseError> {
         let keep = |answer: &Value| Ok(wire::read_lead_with_contacts(answer)?.of_person(person, keys));
-        self.requests.read_record(Endpoint::ReadLead, &wire::record_path("lead", id.as_str()), keep).await
+        deletion::read_record(&self.requests, Endpoint::ReadLead, id.as_str(), keep).await
     }
 
     async fn contact(&self, id: &ContactId) -> Result<Contact, CloseError> {
-        let path = wire::record_path("contact", id.as_str());
-        self.requests.read_record(Endpoint::ReadContact, &path, wire::read_contact).await
+        deletion::read_record(&self.requests, Endpoint::ReadContact, id.as_str(), wire::read_contact).await
     }
 
     fn last_sent(&self) -> Option<Instant> {
@@ -199,26 +199,33 @@ impl Api for Client {
 
     async fn write(&self, step: &Step, permit: WritePermit) -> Result<Option<Written>, CloseError> {
         // PUT is a patch: fields and lists that are not sent stay (close-api.md §1). No write is ever repeated here.
-        let (path, body) = match step {
-            Step::CreateLead { lead, contact } => {
-                ("lead/".to_owned(), wire::lead_body(lead, contact.as_ref()))
-            }
-            Step::CreateContact { lead, contact } => {
-                ("contact/".to_owned(), wire::contact_body(contact, Some(lead)))
-            }
-            Step::UpdateLead { id, changes } => {
-                (wire::record_path("lead", id.as_str()), wire::lead_body(changes, None))
-            }
-            Step::UpdateContact { id, changes } => {
-                (wire::record_path("contact", id.as_str()), wire::contact_body(changes, None))
-            }
-        };
         let endpoint = endpoint(step);
+        let body = match step {
+            Step::CreateLead { lead, contact } => wire::lead_body(lead, contact.as_ref()),
+            Step::CreateContact { lead, contact } => wire::contact_body(contact, Some(lead)),
+            Step::UpdateLead { changes, .. } => wire::lead_body(changes, None),
+            Step::UpdateContact { changes, .. } => wire::contact_body(changes, None),
+        };
+        let path = match step.changes() {
+            Some(id) => wire::record_path(endpoint, id),
+            None => wire::list_path(endpoint).to_owned(),
+        };
         let Some(acquired) = permit.take() else { return Ok(None) };
         let answer = match self.requests.send_once(acquired, endpoint, &path, &body).await {
             // The answer has all Contacts of the Lead. The status says that Close applied the changes.
             Err(CloseError::Transient(Fault::TooLarge)) if endpoint == Endpoint::UpdateLead => {
                 return Ok(Some(Written::Unread));
+            }
+            Err(CloseError::NotFound) => {
+                let (reads, id) = match step {
+                    // Nothing of a new Lead can be missing.
+                    Step::CreateLead { .. } => return Err(CloseError::Transient(Fault::UnknownUrl)),
+                    Step::CreateContact { lead: id, .. } | Step::UpdateLead { id, .. } => {
+                        (Endpoint::ReadLead, id.as_str())
+                    }
+                    Step::UpdateContact { id, .. } => (Endpoint::ReadContact, id.as_str()),
+                };
+                return Err(deletion::missing(&self.requests, reads, id).await);
             }
             answer => answer?,
         };

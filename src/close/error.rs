@@ -24,7 +24,7 @@ pub enum CloseError {
     /// 403: the user of the API key lacks the permission.
     #[error("the user of the API key may not do this (403)")]
     Forbidden,
-    /// 404 in Close's words for a record that does not exist.
+    /// 404 in Close's words for a record that was deleted (see `close/deletion.rs`).
     #[error("Close does not have the record (404)")]
     NotFound,
     /// 400 and other rejections. The same call would be rejected again.
@@ -58,12 +58,15 @@ pub enum Fault {
     /// A record is larger than [`crate::close::Endpoint`] allows. Close works, and this record stays large.
     #[error("the Lead or Contact in Close is larger than close-sync reads")]
     TooLarge,
-    /// 404 for a record that Close has shown or created a moment ago. It may not be there yet, or be deleted.
+    /// 404 for a record whose deletion the event log does not show. The way to Close may be at fault.
+    #[error(
+        "Close answers 404 for a record, and its event log does not show that it was deleted; check `close.api_url` and the \
+         API key"
+    )]
+    Vanished,
+    /// The same for a record that Close has shown or created a moment ago. It may not be there yet.
     #[error("Close does not have a record that it had a moment ago (404)")]
     NotYet,
-    /// 404 for several different records in a row. The way to Close is at fault.
-    #[error("Close answers 404 for one record after another")]
-    Vanished,
     /// Whether a Contact is the person depends on emails that Close leaves out.
     #[error("Close does not show the emails of a Contact that may be the person")]
     ListsUnknown,

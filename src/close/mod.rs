@@ -7,6 +7,7 @@
 mod answer;
 mod api;
 mod client;
+mod deletion;
 mod endpoint;
 mod error;
 mod event_log;
@@ -27,6 +28,7 @@ mod wire;
 
 pub use api::{Api, CreatedIds, WritePermit};
 pub use client::Client;
+pub(crate) use deletion::MOMENT;
 pub use endpoint::{Call, Endpoint, StatusClass};
 pub use error::{CloseError, Fault, Form};
 pub use organization::{Listed, Organization};

@@ -136,9 +136,8 @@ impl Requests {
 
     /// Reads a record of which `keep` takes what is needed.
     ///
-    /// A 404 is checked with a second call, because a record that does not exist is created again. An answer above
-    /// [`LARGE_ANSWER`] is read again while no other large one is in memory: many messages about the largest Lead would
-    /// fill it.
+    /// An answer above [`LARGE_ANSWER`] is read again while no other large one is in memory: many messages about the largest
+    /// Lead would fill it. A 404 proves nothing yet ([`crate::close::deletion`]).
     pub(crate) async fn read_record<T>(
         &self,
         endpoint: Endpoint,
@@ -146,11 +145,7 @@ impl Requests {
         keep: impl Fn(&Value) -> Result<T, CloseError>,
     ) -> Result<T, CloseError> {
         let max_answer = endpoint.max_answer();
-        let read = || self.receive(None, endpoint, path, None, max_answer.min(LARGE_ANSWER));
-        let mut answer = read().await;
-        if answer == Err(CloseError::NotFound) {
-            answer = read().await;
-        }
+        let mut answer = self.receive(None, endpoint, path, None, max_answer.min(LARGE_ANSWER)).await;
         let mut alone = None;
         if answer == Err(CloseError::Transient(Fault::TooLarge)) && max_answer > LARGE_ANSWER {
             alone = Some(self.shared.large_answer.lock().await);

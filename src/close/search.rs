@@ -9,6 +9,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tracing::{Instrument, Span};
 
+use crate::close::deletion;
 use crate::close::endpoint::Endpoint;
 use crate::close::error::{CloseError, Fault};
 use crate::close::records::Lookup;
@@ -176,11 +177,11 @@ impl Search {
         };
         let mut rows = Vec::with_capacity(page.data.len());
         for row in page.data {
-            let Some((endpoint, path)) = wire::incomplete(lookups, &row) else {
+            let Some((endpoint, id)) = wire::incomplete(lookups, &row) else {
                 rows.push(Arc::new(row));
                 continue;
             };
-            match requests.read_record(endpoint, &path, |record| Ok(wire::row_of(record))).await {
+            match deletion::read_record(requests, endpoint, id, |record| Ok(wire::row_of(record))).await {
                 Ok(row) => rows.push(Arc::new(row)),
                 // Search still lists a deleted record.
                 Err(CloseError::NotFound) => {}
@@ -296,6 +297,18 @@ mod tests {
         assert_eq!(searches, 3, "both, and then each alone");
     }
 
+    /// A row that cannot be read is not left out: the person would be created again.
+    #[tokio::test(start_paused = true)]
+    async fn a_search_fails_when_a_row_with_only_an_id_vanishes_without_a_deletion() {
+        let (client, _) = client(|path, _| match path {
+            "data/search/" => (200, json!({"data": [{"id": "lead_a"}]})),
+            path if path.starts_with("event/") => (200, json!({"data": []})),
+            _ => (404, json!({"error": "Empty query: Lead matching query does not exist."})),
+        });
+        let error = client.find_leads(&field(), "acme").await.unwrap_err();
+        assert_eq!(error, CloseError::Transient(Fault::Vanished));
+    }
+
     #[tokio::test(start_paused = true)]
     async fn rows_with_only_an_id_are_read() {
         let (client, calls) = client(|path, _| match path {
@@ -307,6 +320,9 @@ mod tests {
                 (200, json!({"id": "lead_a", "custom.cf_c": "acme", "contacts": [{"id": "cont_1"}]}))
             }
             "lead/lead_b/" => (200, json!({"id": "lead_b", "custom.cf_c": "globex"})),
+            path if path.starts_with("event/") => {
+                (200, json!({"data": [{"object_id": "lead_gone", "action": "deleted"}]}))
+            }
             _ => (404, json!({"error": "Empty query: Lead matching query does not exist."})),
         });
         // Both look-ups share one search.
@@ -324,7 +340,7 @@ mod tests {
                 "lead/lead_a/",
                 "lead/lead_b/",
                 "lead/lead_gone/",
-                "lead/lead_gone/"
+                "event/?object_id=lead_gone&action=deleted&_limit=1"
             ]
         );
     }

@@ -31,12 +31,17 @@ fn fields(object: &Value, plain: &[Field]) -> Fields {
     plain.chain(custom).filter(|(_, value)| !value.is_null() && value != "").collect()
 }
 
-/// What stays as it is in an id within a path.
-const IN_ID: &AsciiSet = &NON_ALPHANUMERIC.remove(b'_').remove(b'-');
+/// What stays as it is in an id within a URL.
+pub(crate) const IN_ID: &AsciiSet = &NON_ALPHANUMERIC.remove(b'_').remove(b'-');
 
 /// The path of one record. Ids are checked where answers are read; whatever an id contains, it stays one segment.
-pub(crate) fn record_path(kind: &str, id: &str) -> String {
-    format!("{kind}/{}/", utf8_percent_encode(id, IN_ID))
+pub(crate) fn record_path(endpoint: Endpoint, id: &str) -> String {
+    format!("{}{}/", list_path(endpoint), utf8_percent_encode(id, IN_ID))
+}
+
+/// The path of the list of the records that an endpoint is about.
+pub(crate) fn list_path(endpoint: Endpoint) -> &'static str {
+    endpoint.template().trim_start_matches('/').trim_end_matches("{id}/")
 }
 
 fn text(object: &Value, key: &str) -> Option<String> {
@@ -254,9 +259,9 @@ pub(crate) fn may_match(lookup: &Lookup, row: &Value) -> bool {
     }
 }
 
-/// The path of the record of a row without the keys by which a look-up finds it. Only the record shows which look-up found
-/// the row.
-pub(crate) fn incomplete(lookups: &[Lookup], row: &Value) -> Option<(Endpoint, String)> {
+/// The endpoint and the id of the record of a row without the keys by which a look-up finds it. Only the record shows which
+/// look-up found the row.
+pub(crate) fn incomplete<'a>(lookups: &[Lookup], row: &'a Value) -> Option<(Endpoint, &'a str)> {
     let has = |key: &str| row.get(key).is_some_and(|value| !value.is_null());
     let is_complete = lookups.iter().any(|lookup| match lookup {
         Lookup::Lead { field, .. } => has(&format!("custom.{field}")),
@@ -264,12 +269,12 @@ pub(crate) fn incomplete(lookups: &[Lookup], row: &Value) -> Option<(Endpoint, S
             has("emails") || user.as_ref().is_some_and(|(field, id)| has_id(row, field, id))
         }
     });
-    let (endpoint, kind, prefix) = match lookups.first()? {
-        Lookup::Lead { .. } => (Endpoint::ReadLead, "lead", "lead"),
-        Lookup::Contact { .. } => (Endpoint::ReadContact, "contact", "cont"),
+    let (endpoint, prefix) = match lookups.first()? {
+        Lookup::Lead { .. } => (Endpoint::ReadLead, "lead"),
+        Lookup::Contact { .. } => (Endpoint::ReadContact, "cont"),
     };
     let id = row.get("id")?.as_str().filter(|id| is_id(Some(prefix), id))?;
-    (!is_complete).then(|| (endpoint, record_path(kind, id)))
+    (!is_complete).then_some((endpoint, id))
 }
 
 /// The row of a search for this record.
@@ -358,7 +363,9 @@ mod tests {
             |company: &str| Lookup::Lead { field: FieldId::new("cf_c"), company_id: company.to_owned() };
         let user = Some((FieldId::new("cf_u"), "u1".to_owned()));
         let contact = Lookup::Contact { user, email: Some("a@x.test".to_owned()) };
-        let path = |lookups: &[Lookup], row: Value| incomplete(lookups, &row).map(|(_, path)| path);
+        let path = |lookups: &[Lookup], row: Value| {
+            incomplete(lookups, &row).map(|(endpoint, id)| record_path(endpoint, id))
+        };
         assert_eq!(path(&[lead("a"), lead("b")], json!({"id": "lead_1"})).as_deref(), Some("lead/lead_1/"));
         assert_eq!(path(&[lead("a")], json!({"id": "lead_1", "custom.cf_c": "b"})), None);
         let contacts = std::slice::from_ref(&contact);

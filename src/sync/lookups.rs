@@ -85,7 +85,7 @@ impl<R: Records> Lookups<'_, R> {
         let before = Instant::now();
         let answer = self.records.lead(id, person, self.keys).await;
         self.note(LookUp::Read(id.to_string()));
-        let answer = answer.map_err(|error| self.if_not_found(error, id.as_str()))?;
+        let answer = answer.map_err(|error| self.recent.or_not_yet(error, id.as_str()))?;
         let Newest { record: lead, stale } = self.recent.lead(answer.lead);
         self.note_read(id.as_str(), before, stale);
         Ok(LeadWithPerson { lead, ..answer })
@@ -182,7 +182,7 @@ impl<R: Records> Lookups<'_, R> {
                 let before = Instant::now();
                 let answer = self.records.lead(id, person, self.keys).await;
                 self.note(LookUp::Read(id.to_string()));
-                let lead = answer.map_err(|error| self.if_not_found(error, id.as_str()))?.lead;
+                let lead = answer.map_err(|error| self.recent.or_not_yet(error, id.as_str()))?.lead;
                 let Newest { record, stale } = self.recent.lead(lead);
                 self.note_read(id.as_str(), before, stale);
                 (Fresh::Lead(record), stale)
@@ -200,7 +200,7 @@ impl<R: Records> Lookups<'_, R> {
         let before = Instant::now();
         let answer = self.records.contact(id).await;
         self.note(LookUp::Read(id.to_string()));
-        let answer = answer.map_err(|error| self.if_not_found(error, id.as_str()))?;
+        let answer = answer.map_err(|error| self.recent.or_not_yet(error, id.as_str()))?;
         let Newest { record, stale } = self.recent.contact(answer);
         self.note_read(id.as_str(), before, stale);
         if !stale {
@@ -208,10 +208,6 @@ impl<R: Records> Lookups<'_, R> {
         }
         let found = self.with_cached(person.email(), Vec::new());
         Ok(self.with_email(record, person, &found))
-    }
-
-    fn if_not_found(&self, error: CloseError, id: &str) -> CloseError {
-        if error == CloseError::NotFound { self.recent.not_found(id) } else { error }
     }
 
     /// Notes a read that began at this time, and was sent when there was budget for it.

@@ -7,7 +7,7 @@
 
 use tokio::time::Instant;
 
-use crate::close::{Api, CloseError, CreatedIds, FieldError, Rejection, Written};
+use crate::close::{Api, CloseError, CreatedIds, Fault, FieldError, MOMENT, Rejection, Written};
 use crate::domain::decision::{Decision, LookUp};
 use crate::domain::mapping::{Desired, Key};
 use crate::domain::matching::Found;
@@ -20,7 +20,6 @@ use crate::sync::attempt::freshness;
 use crate::sync::context::Context;
 use crate::sync::lookups::{Fresh, Lookups, Reads};
 use crate::sync::readback_cache::ReadbackCache;
-use crate::sync::recent_records::MOMENT;
 use crate::telemetry::metrics::Metrics;
 
 pub(super) struct Executor<'a, C: Api> {
@@ -145,11 +144,7 @@ impl<C: Api> Executor<'_, C> {
         tokio::time::sleep(MOMENT).await;
         let answer = self.client.lead(lead, &self.desired.identity, &self.context.keys).await;
         self.decision.look_ups.push(LookUp::Read(lead.to_string()));
-        match answer {
-            Ok(_) => Ok(()),
-            Err(CloseError::NotFound) => Err(self.context.recent.not_found(lead.as_str())),
-            Err(error) => Err(error),
-        }
+        answer.map(drop)
     }
 
     /// Sends one write and caches the ids it returns. A creation is pending from before the call, because the
@@ -193,9 +188,10 @@ impl<C: Api> Executor<'_, C> {
                 id_cache.complete_creation(before);
             }
         }
-        let written = result.map_err(|error| match gone(step, &error) {
-            // It was read just now.
-            Some(id) => recent.not_found(id),
+        let written = result.map_err(|error| match step.changes() {
+            Some(id) => recent.or_not_yet(error, id),
+            // The read of the Lead may have been stale. The next one shows whether it is gone.
+            None if refuses_lead(step, &error) => CloseError::Transient(Fault::NotYet),
             None => error,
         })?;
         recent.written(step, &written);
@@ -231,18 +227,12 @@ impl<C: Api> Executor<'_, C> {
     }
 }
 
-/// The record that Close says is gone: the one that the step changes, or the Lead of a new Contact.
-fn gone<'a>(step: &'a Step, error: &CloseError) -> Option<&'a str> {
-    match (step, error) {
-        (_, CloseError::NotFound) => step.changes(),
-        (Step::CreateContact { lead, .. }, CloseError::Rejected(rejection)) => {
-            let is_lead = |field: &FieldError| {
-                matches!(field.path.first().map(String::as_str), Some("lead" | "lead_id"))
-            };
-            rejection.fields.iter().any(is_lead).then(|| lead.as_str())
-        }
-        _ => None,
-    }
+/// Whether Close refuses a new Contact because of its Lead.
+fn refuses_lead(step: &Step, error: &CloseError) -> bool {
+    let (Step::CreateContact { .. }, CloseError::Rejected(rejection)) = (step, error) else { return false };
+    let is_lead =
+        |field: &FieldError| matches!(field.path.first().map(String::as_str), Some("lead" | "lead_id"));
+    rejection.fields.iter().any(is_lead)
 }
 
 /// Compares Close's answer to a write with what was sent.

@@ -319,8 +319,9 @@ async fn a_404_of_a_write_looks_up_again() {
 #[tokio::test(start_paused = true)]
 async fn a_404_of_a_write_to_a_record_that_is_there_is_transient() {
     let context = context(&rules());
+    let vanished = || WriteFault::Before(CloseError::Transient(Fault::Vanished));
     let close = FakeClose::new(&context, &[acme()], &[janes_contact()])
-        .with_fault(WriteFault::Before(CloseError::NotFound))
+        .with_fault(vanished())
         .with_fault(WriteFault::Before(CloseError::NotFound));
     let desired = jane(&context, 5);
     let outcome = attempts(&context, &close, &desired).retry_in_place().await;

@@ -2,7 +2,7 @@
 
 use super::person::Edit;
 use super::*;
-use crate::sync::recent_records::MOMENT;
+use crate::close::MOMENT;
 
 /// A Lead of the company.
 fn lead(id: &str) -> Value {

@@ -174,6 +174,12 @@ impl FakeClose {
         })
     }
 
+    /// The error for a record that a read by id does not show, although it exists.
+    fn missing(error: CloseError, exists: bool) -> CloseError {
+        let is_unproven = error == CloseError::NotFound && exists;
+        if is_unproven { CloseError::Transient(Fault::Vanished) } else { error }
+    }
+
     pub(super) fn state<T>(&self, with: impl FnOnce(&mut State) -> T) -> T {
         let mut state = self.0.lock().unwrap();
         state.let_the_person_work();
@@ -231,6 +237,7 @@ impl Records for FakeClose {
     ) -> Result<LeadWithPerson, CloseError> {
         tokio::time::sleep(LATENCY).await;
         let answer = self.readable().lead(id, person, keys).await;
+        let answer = answer.map_err(|error| Self::missing(error, self.records().leads.contains_key(id)));
         tokio::time::sleep(self.state(|state| state.answer_delay)).await;
         answer
     }
@@ -238,6 +245,7 @@ impl Records for FakeClose {
     async fn contact(&self, id: &ContactId) -> Result<Contact, CloseError> {
         tokio::time::sleep(LATENCY).await;
         let answer = self.readable().contact(id).await;
+        let answer = answer.map_err(|error| Self::missing(error, self.records().contacts.contains_key(id)));
         tokio::time::sleep(self.state(|state| state.answer_delay)).await;
         answer
     }

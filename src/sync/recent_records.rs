@@ -5,13 +5,8 @@
 //! list without its newest entries. `date_updated` decides which of two states is newer, not our clock.
 //!
 //! - A state that is older than the one in memory is stale: the one in memory is used instead, and stays.
-//! - A 404 on a record that was seen a moment ago means "not yet", and the message is retried. The record counts as
-//!   deleted when it stays missing. So a message about a record that a person has just deleted waits for 15 seconds.
-//! - Several different records in memory that vanish in a row are not deletions: the route has moved, or the key belongs to
-//!   another organization. Such failures count for the circuit breaker. A record that only a search or the id cache names
-//!   does not count: search may lag for hours, and list everything that a person has deleted.
-
-mod vanished;
+//! - A 404 on a record that was created a moment ago and was not read since means "not yet", unless the event log shows
+//!   its deletion. Such a failure says nothing of Close, so it does not count for the circuit breaker.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -24,16 +19,12 @@ use moka::policy::EvictionPolicy;
 use moka::sync::Cache;
 use tokio::time::Instant;
 
-use crate::close::{CloseError, Fault, LeadWithContacts, Written};
+use crate::close::{CloseError, Fault, LeadWithContacts, MOMENT, Written};
 use crate::domain::mapping::{Identity, KeyFields};
 use crate::domain::matching::{ContactMatch, compare};
 use crate::domain::plan::Step;
 use crate::domain::record::{Channel, Contact, ContactId, Fields, Lead, LeadId};
 
-use vanished::{Kind, Vanished};
-
-/// How long a record that was seen counts as existing although Close answers 404.
-pub(crate) const MOMENT: Duration = Duration::from_secs(15);
 /// How long a state is remembered. No replica of a database should lag that much.
 const REMEMBERED: Duration = Duration::from_mins(2);
 /// In bytes.
@@ -47,8 +38,6 @@ const VALUE: usize = 150;
 #[derive(Clone, Debug)]
 pub struct RecentRecords {
     records: Cache<String, Arc<Recent>>,
-    /// Records in memory that answered 404.
-    vanished: Vanished,
 }
 
 /// A record as it was last seen.
@@ -119,7 +108,6 @@ impl Default for RecentRecords {
                 .eviction_policy(EvictionPolicy::lru())
                 .time_to_live(REMEMBERED)
                 .build(),
-            vanished: Vanished::default(),
         }
     }
 }
@@ -143,15 +131,6 @@ fn is_newer(known: Option<Timestamp>, read: Option<Timestamp>) -> bool {
 impl RecentRecords {
     /// Remembers the answer to a step.
     pub(crate) fn written(&self, step: &Step, answer: &Written) {
-        // A write to a record shows that Close still has this kind. Records can also be created where the others are missing.
-        let exists = match step {
-            Step::CreateLead { .. } => None,
-            Step::UpdateLead { .. } | Step::CreateContact { .. } => Some(Kind::Lead),
-            Step::UpdateContact { .. } => Some(Kind::Contact),
-        };
-        if let Some(kind) = exists {
-            self.vanished.forget(kind);
-        }
         let existed = !step.creates();
         match answer {
             Written::Lead(LeadWithContacts { lead, contacts, missing }) => {
@@ -174,7 +153,6 @@ impl RecentRecords {
 
     /// The newest known state of a Lead that was read.
     pub(crate) fn lead(&self, read: Lead) -> Newest<Lead> {
-        self.vanished.forget(Kind::Lead);
         let newest = match self.get(read.id.as_str()).as_deref() {
             Some(Recent { state: State::Lead(known), .. })
                 if is_newer(known.date_updated, read.date_updated) =>
@@ -192,7 +170,6 @@ impl RecentRecords {
 
     /// The newest known state of a Contact that was read by its id.
     pub(crate) fn contact(&self, read: Contact) -> Newest<Contact> {
-        self.vanished.forget(Kind::Contact);
         self.member(read)
     }
 
@@ -238,19 +215,11 @@ impl RecentRecords {
         }
     }
 
-    /// What it means that Close answers 404 for a record that a search, the id cache or a read has shown.
-    pub(crate) fn not_found(&self, id: &str) -> CloseError {
-        let now = Instant::now();
-        let recent = self.get(id);
-        // A record that was only created may not be there yet, and one that was not read may be gone for long.
-        let has_vanished = recent.as_ref().is_some_and(|recent| recent.was_read);
-        if has_vanished && self.vanished.are_many_with(id, now) {
-            return CloseError::Transient(Fault::Vanished);
-        }
-        if recent.is_some_and(|recent| now < recent.seen + MOMENT) {
-            return CloseError::Transient(Fault::NotYet);
-        }
-        CloseError::NotFound
+    /// The error of a call about a record: a record that was created a moment ago has not vanished.
+    pub(crate) fn or_not_yet(&self, error: CloseError, id: &str) -> CloseError {
+        let is_new = || self.get(id).is_some_and(|recent| !recent.was_read && recent.seen.elapsed() < MOMENT);
+        let is_not_yet = error == CloseError::Transient(Fault::Vanished) && is_new();
+        if is_not_yet { CloseError::Transient(Fault::NotYet) } else { error }
     }
 
     fn get(&self, id: &str) -> Option<Arc<Recent>> {
@@ -286,7 +255,6 @@ fn with_lists_of(mut contact: Contact, known: &Contact) -> Contact {
 mod tests {
     use serde_json::json;
 
-    use super::vanished::{IN_A_ROW, MANY};
     use super::*;
     use crate::domain::matching::tests::{contact, keys, lead};
     use crate::domain::plan::ContactValues;
@@ -369,77 +337,27 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_404_on_a_recent_record_is_not_yet_and_then_a_deletion() {
+    async fn a_new_record_that_vanishes_is_not_there_yet() {
         let recent = RecentRecords::default();
-        assert_eq!(recent.not_found("lead_1"), CloseError::NotFound);
-        recent.lead(acme("Acme", None));
-        recent.remember(&jane(None));
-        for id in ["lead_1", "cont_1"] {
-            assert_eq!(recent.not_found(id), CloseError::Transient(Fault::NotYet), "{id}");
-        }
+        let (not_yet, vanished) =
+            (CloseError::Transient(Fault::NotYet), CloseError::Transient(Fault::Vanished));
+        let of = |error: &CloseError| recent.or_not_yet(error.clone(), "lead_1");
+        assert_eq!(of(&vanished), vanished, "never seen");
+        let create = || {
+            let step = Step::CreateLead { lead: Fields::new(), contact: None };
+            recent.written(&step, &answer(acme("new", None)));
+        };
+        create();
         tokio::time::sleep(MOMENT.saturating_sub(Duration::from_secs(1))).await;
-        assert_eq!(recent.not_found("lead_1"), CloseError::Transient(Fault::NotYet));
+        assert_eq!(of(&vanished), not_yet);
+        for other in [CloseError::NotFound, CloseError::Transient(Fault::Timeout)] {
+            assert_eq!(of(&other), other, "a deletion is proven");
+        }
         tokio::time::sleep(Duration::from_secs(1)).await;
-        assert_eq!(recent.not_found("lead_1"), CloseError::NotFound, "a 404 does not count as seen");
-    }
-
-    fn read_leads(recent: &RecentRecords, numbers: std::ops::Range<usize>) {
-        for number in numbers {
-            recent.lead(Lead { id: LeadId::new(format!("lead_{number}")), ..acme("Acme", None) });
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn many_records_that_vanish_in_a_row_are_not_deletions() {
-        let vanished = CloseError::Transient(Fault::Vanished);
-        let recent = RecentRecords::default();
-        let not_found = |number: usize| recent.not_found(&format!("lead_{number}"));
-        read_leads(&recent, 0..2 * MANY);
-        recent.contact(jane(None));
-        recent.remember(&jane(None));
-        tokio::time::sleep(MOMENT).await;
-        for _ in 0..20 {
-            assert_eq!(not_found(0), CloseError::NotFound, "one record");
-        }
-        assert!((1..MANY - 1).all(|number| not_found(number) == CloseError::NotFound));
-        assert_eq!(recent.not_found("cont_1"), CloseError::NotFound, "another kind");
-        assert_eq!(not_found(MANY), vanished);
-        let created = Lead { id: LeadId::new("lead_created"), ..acme("Acme", None) };
-        recent.written(&Step::CreateLead { lead: Fields::new(), contact: None }, &answer(created));
-        assert_eq!(not_found(MANY), vanished, "a creation shows nothing of the others");
-        recent.contact(jane(None));
-        assert_eq!(not_found(MANY), vanished, "another kind");
-        read_leads(&recent, 0..1);
-        assert_eq!(not_found(MANY), CloseError::NotFound, "a Lead was read");
-        assert!((1..MANY - 1).all(|number| not_found(number) == CloseError::NotFound));
-        assert_eq!(not_found(MANY + 1), vanished);
-        recent.written(&update(), &Written::Unread);
-        assert!((1..MANY).all(|number| not_found(number) == CloseError::NotFound), "a Lead was changed");
-        tokio::time::sleep(IN_A_ROW).await;
-        assert_eq!(not_found(MANY), CloseError::NotFound, "the others are long ago");
-    }
-
-    /// A person deletes many Leads, and search, which lags, still lists them.
-    #[tokio::test(start_paused = true)]
-    async fn deleted_records_that_only_a_search_lists_have_not_vanished() {
-        let recent = RecentRecords::default();
-        let all_are_gone =
-            || (0..60).all(|number| recent.not_found(&format!("lead_{number}")) == CloseError::NotFound);
-        assert!(all_are_gone(), "never read");
-        read_leads(&recent, 0..60);
-        tokio::time::sleep(REMEMBERED).await;
-        assert!(all_are_gone(), "read long ago");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn new_records_that_close_does_not_show_yet_have_not_vanished() {
-        let recent = RecentRecords::default();
-        for number in 0..2 * MANY {
-            let lead = Lead { id: LeadId::new(format!("lead_{number}")), ..acme("new", Some(at(1))) };
-            recent.written(&Step::CreateLead { lead: Fields::new(), contact: None }, &answer(lead));
-            let error = recent.not_found(&format!("lead_{number}"));
-            assert_eq!(error, CloseError::Transient(Fault::NotYet));
-        }
+        assert_eq!(of(&vanished), vanished, "a 404 does not count as seen");
+        create();
+        recent.lead(acme("Acme", None));
+        assert_eq!(of(&vanished), vanished, "it was there");
     }
 
     #[test]
