@@ -236,3 +236,25 @@ async fn a_deletion_is_believed_when_the_event_log_shows_it() {
     assert_ne!(bench.the_lead()["id"], deleted);
     worker.terminate().await;
 }
+
+/// The key may not read the event log.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_the_event_log_a_deletion_is_believed_when_other_records_are_there() {
+    let bench = bench(|_| {}).await;
+    let refused = FaultBody::Exactly(json!({"error": "You do not have permission to do this."}));
+    let refused = Effect::Status { code: 403, body: refused, when: When::BeforeCommit };
+    bench.simulator.fault(Fault::new(refused).on("GET", "/event/"));
+    let other = bench.lead(Some("other"), json!([]));
+    let lead = bench.lead(Some("acme"), json!([]));
+    let deleted = lead["id"].as_str().unwrap();
+    let worker = bench.worker().await;
+    bench.publish(&events()[..1]).await;
+    worker.settled(1).await;
+    assert!(bench.simulator.delete(deleted));
+    bench.publish(&events()[1..2]).await;
+    let metrics = worker.settled(2).await;
+    assert_eq!(metrics.sum("pauses_total"), 0);
+    let leads: Vec<Value> = bench.simulator.leads().iter().map(|lead| lead["id"].clone()).collect();
+    assert_eq!((leads.len(), leads.contains(&other["id"]), leads.contains(&lead["id"])), (2, true, false));
+    worker.terminate().await;
+}
