@@ -24,7 +24,7 @@ use crate::support::{Bench, Node, Worker, amqp10, identify, people};
 
 /// From now on Close fails to create Leads of [`failing`] events, so that their messages go through the delay queues.
 fn fail(bench: &Bench) {
-    let fails = Effect::Status { code: 503, body: FaultBody::Text, when: When::BeforeCommit };
+    let fails = Effect::Status { code: 500, body: FaultBody::Text, when: When::BeforeCommit };
     bench.simulator.fault(Fault::new(fails).on("POST", "/lead/").containing("hostile"));
 }
 
