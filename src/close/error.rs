@@ -195,15 +195,15 @@ impl CloseError {
     }
 
     /// Whether a write may have been applied although the call failed. Close has no idempotency keys, so the record must
-    /// be looked up before such a POST is repeated (close-api.md §10). A 503 comes from in front of the application and
-    /// counts as not applied, as in Close's own client (close-api.md §2). A 408 or 499 means that a server or a proxy
+    /// be looked up before such a POST is repeated (close-api.md §10). Close's own 503 comes from in front of the application
+    /// and counts as not applied, as in Close's own client (close-api.md §2). A 408 or 499 means that a server or a proxy
     /// stopped waiting. A proxy may have passed the call on before it answered. An unexpected status proves nothing.
     pub fn may_have_been_applied(&self) -> bool {
         match self {
             Self::Transient(Fault::Status(status)) => !matches!(status, 409 | 421 | 423 | 425 | 503),
-            Self::Transient(Fault::Foreign { status, .. }) => *status != 503,
             Self::Transient(
-                Fault::Unexpected(_)
+                Fault::Foreign { .. }
+                | Fault::Unexpected(_)
                 | Fault::Timeout
                 | Fault::ConnectionLost
                 | Fault::InvalidResponse
@@ -396,7 +396,9 @@ mod tests {
             assert!(error.is_retryable() && error.may_be_an_outage());
             assert_eq!(error.may_have_been_applied(), applied, "{status}");
         }
-        for fault in [Fault::Timeout, Fault::ConnectionLost, Fault::InvalidResponse] {
+        // A mesh answers so, too, when it lost a call that it had passed on.
+        let proxy = Fault::Foreign { status: 503, form: Form::Text };
+        for fault in [Fault::Timeout, Fault::ConnectionLost, Fault::InvalidResponse, proxy] {
             assert!(CloseError::Transient(fault).may_have_been_applied());
         }
         assert!(!CloseError::Unreachable(String::new()).may_have_been_applied());
