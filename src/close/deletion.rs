@@ -8,9 +8,9 @@
 //! - The event log has the deletion: the record is gone ([`CloseError::NotFound`]).
 //! - It does not: the record has only vanished ([`Fault::Vanished`]), and the call is repeated later. Perhaps the event log
 //!   lags.
-//! - It does not answer: the call fails as the read of the event log did, and nothing is concluded.
+//! - It does not answer: nothing is concluded, and the record has only vanished. The message is not at fault.
 //! - The key may not read it, or Close refuses the question: the record is gone if reads by id show another record of its
-//!   kind (or Close lists none), and still not this one after [`MOMENT`]. Else it has vanished. That is weaker: it does not
+//!   kind, and still not this one after [`MOMENT`]. Else it has vanished. That is weaker: it does not
 //!   tell a deletion from a fault that affects some records only.
 
 use std::time::Duration;
@@ -64,13 +64,16 @@ pub(crate) async fn read_record<T>(
 /// What a 404 for a record means. `endpoint` reads it.
 pub(crate) async fn missing(requests: &Requests, endpoint: Endpoint, id: &str) -> CloseError {
     let gone = match was_deleted(requests, id).await {
-        Err(CloseError::Forbidden | CloseError::Rejected(_)) => is_gone(requests, endpoint, id).await,
+        Err(CloseError::Forbidden | CloseError::PlanLimit | CloseError::Rejected(_)) => {
+            is_gone(requests, endpoint, id).await
+        }
         answer => answer,
     };
     match gone {
         Ok(true) => CloseError::NotFound,
-        Ok(false) | Err(CloseError::NotFound | CloseError::Forbidden | CloseError::Rejected(_)) => VANISHED,
-        Err(error) => error,
+        // The key is wrong, or the way to Close is: these have their own consequences.
+        Err(error @ (CloseError::Unauthorized | CloseError::Unreachable(_))) => error,
+        Ok(false) | Err(_) => VANISHED,
     }
 }
 
@@ -92,13 +95,10 @@ async fn is_gone(requests: &Requests, endpoint: Endpoint, id: &str) -> Result<bo
     Ok(reads_another(requests, endpoint, id).await? && !exists(requests, endpoint, id).await?)
 }
 
-/// Whether another record can be read. If the list shows none at all, there is none to read.
+/// Whether another record can be read. An empty list proves nothing: the key may not see any.
 async fn reads_another(requests: &Requests, endpoint: Endpoint, id: &str) -> Result<bool, CloseError> {
     let path = format!("{}?_limit={OTHERS}&_fields=id", wire::list_path(endpoint));
     let rows: Rows<Other> = requests.request(endpoint, &path, None).await?;
-    if rows.data.is_empty() {
-        return Ok(true);
-    }
     for other in rows.data.iter().filter_map(|row| row.id.as_deref()).filter(|other| *other != id) {
         if exists(requests, endpoint, other).await? {
             return Ok(true);
@@ -199,7 +199,8 @@ mod tests {
             (event("cont_2", "deleted"), VANISHED),
             ((200, json!({"data": []})), VANISHED),
             (not_there(), VANISHED),
-            ((500, json!({"error": "no"})), CloseError::Transient(Fault::Status(500))),
+            ((500, json!({"error": "no"})), VANISHED),
+            ((200, json!({"data": null})), VANISHED),
             ((401, json!({"error": "no"})), CloseError::Unauthorized),
         ] {
             let started = Instant::now();
@@ -223,12 +224,12 @@ mod tests {
             (rows(&["cont_1", "cont_2", "cont_3"]), only_second, CloseError::NotFound),
             (rows(&["cont_2"]), none, VANISHED),
             (rows(&["cont_1"]), others, VANISHED),
-            (rows(&[]), none, CloseError::NotFound),
+            (rows(&[]), none, VANISHED),
             (not_there(), others, VANISHED),
             (rows(&["cont_2"]), same, VANISHED),
             (rows(&["cont_2"]), late, VANISHED),
         ];
-        for status in [403, 400] {
+        for status in [403, 402, 400] {
             for (list, answer, expected) in cases.clone() {
                 let script = Script {
                     list: list.clone(),

@@ -244,7 +244,7 @@ async fn without_the_event_log_a_deletion_is_believed_when_other_records_are_the
     let refused = FaultBody::Exactly(json!({"error": "You do not have permission to do this."}));
     let refused = Effect::Status { code: 403, body: refused, when: When::BeforeCommit };
     bench.simulator.fault(Fault::new(refused).on("GET", "/event/"));
-    let other = bench.lead(Some("other"), json!([]));
+    let other = bench.lead(Some("other"), json!([{"name": "Other"}]));
     let lead = bench.lead(Some("acme"), json!([]));
     let deleted = lead["id"].as_str().unwrap();
     let worker = bench.worker().await;
