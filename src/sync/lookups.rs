@@ -116,18 +116,33 @@ impl<R: Records> Lookups<'_, R> {
         ids.sort();
         ids.dedup();
         ids.retain(|id| !contacts.iter().any(|contact| contact.id == *id));
+        let is_known =
+            |id: &ContactId| person.person().any(|key| self.id_cache.contacts(&key).ids.contains(id));
+        let unknown: HashSet<ContactId> = ids.iter().filter(|id| !is_known(id)).cloned().collect();
+        let mut vanished = Vec::new();
         for id in ids {
             match self.read_contact(&id, person).await {
                 Ok(contact) if contact.lead_id.as_ref().is_none_or(|id| *id == lead.id) => {
                     contacts.push(contact);
                 }
+                // The Lead was just read. It may list for ever what was deleted long ago.
+                Err(CloseError::Transient(Fault::Vanished)) if unknown.contains(&id) => vanished.push(id),
                 // Moved or deleted since, and the Lead still lists it.
                 Ok(_) | Err(CloseError::NotFound) => {}
                 Err(error) => return Err(error),
             }
         }
         let people = match_contacts(contacts.clone(), person, self.keys);
-        if !people.contacts.is_empty() || !people.are_uncertain() {
+        if !people.contacts.is_empty() {
+            return Ok(people);
+        }
+        if !vanished.is_empty() {
+            let ContactHits { by_user, by_email, .. } = self.search_contacts(person).await?;
+            if vanished.iter().any(|id| by_user.contains(id) || by_email.contains(id)) {
+                return Err(CloseError::Transient(Fault::Vanished));
+            }
+        }
+        if !people.are_uncertain() {
             return Ok(people);
         }
         // Search knows the emails that Close does not show. Whom it does not find, is another person.
