@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::Value;
 use strum::VariantArray;
 
-use crate::close::error::CloseError;
+use crate::close::error::{CloseError, Fault};
 use crate::close::records::{Hits, LeadWithContacts, LeadWithPerson, Records, Written};
 use crate::close::wire;
 use crate::domain::mapping::{Identity, KeyFields};
@@ -28,6 +28,8 @@ pub(crate) struct InMemoryRecords {
     frozen: Option<(Vec<Lead>, Vec<Contact>)>,
     /// Contacts that a Lead lists only by id.
     pub(crate) hidden: BTreeSet<ContactId>,
+    /// Contacts that answer 404 although nothing shows that they were deleted.
+    pub(crate) vanished: BTreeSet<ContactId>,
     /// Contacts whose lists a Lead does not show.
     pub(crate) bare_in_lead: BTreeSet<ContactId>,
     /// Contacts whose lists no answer shows.
@@ -242,6 +244,9 @@ impl Records for InMemoryRecords {
     }
 
     async fn contact(&self, id: &ContactId) -> Result<Contact, CloseError> {
+        if self.vanished.contains(id) {
+            return Err(CloseError::Transient(Fault::Vanished));
+        }
         Ok(self.shown(self.contacts.get(id).cloned().ok_or(CloseError::NotFound)?))
     }
 }

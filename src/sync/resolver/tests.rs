@@ -396,6 +396,24 @@ fn a_list_that_close_never_shows_is_not_written() {
     assert_eq!(dropped, [("emails", DropReason::ListUnknown), ("phones", DropReason::ListUnknown)]);
 }
 
+#[test]
+fn a_contact_that_a_lead_lists_and_nobody_shows_matters_only_if_it_may_be_the_person() {
+    let case = |user: &str, id_cache: &IdCache| {
+        let contact = contact("cont_1", "lead_1", Some(user));
+        let mut records = InMemoryRecords::read(&[lead("lead_1", "2026-01-01", Some("acme"))], &[contact]);
+        records.hidden = records.contacts.keys().cloned().collect();
+        records.vanished.clone_from(&records.hidden);
+        let event = json!({"type": "identify", "userId": "u1", "traits": {"company": {"id": "acme"}}});
+        try_decide(&records, id_cache, event, Switches::default()).map(|decision| decision.case)
+    };
+    let vanished = Err(CloseError::Transient(Fault::Vanished));
+    assert_eq!(case("u2", &IdCache::default()), Ok(Some(Case::NewInLead)), "search shows somebody else");
+    assert_eq!(case("u1", &IdCache::default()), vanished, "search shows the person");
+    let id_cache = IdCache::default();
+    id_cache.remember_contacts(user(), vec![ContactId::new("cont_1")], false);
+    assert_eq!(case("u2", &id_cache), vanished, "the worker knows it");
+}
+
 /// What an event without a user id decides on records whose lists Close never shows.
 fn decide_bare(
     contacts: &[Value],
