@@ -217,14 +217,10 @@ impl Api for Client {
                 return Ok(Some(Written::Unread));
             }
             Err(CloseError::NotFound) => {
-                let (reads, id) = match step {
-                    // Nothing of a new Lead can be missing.
-                    Step::CreateLead { .. } => return Err(CloseError::Transient(Fault::UnknownUrl)),
-                    Step::CreateContact { lead: id, .. } | Step::UpdateLead { id, .. } => {
-                        (Endpoint::ReadLead, id.as_str())
-                    }
-                    Step::UpdateContact { id, .. } => (Endpoint::ReadContact, id.as_str()),
-                };
+                // Nothing of a new Lead can be missing.
+                let Some(id) = step.needs() else { return Err(CloseError::Transient(Fault::UnknownUrl)) };
+                let is_contact = matches!(step, Step::UpdateContact { .. });
+                let reads = if is_contact { Endpoint::ReadContact } else { Endpoint::ReadLead };
                 return Err(deletion::missing(&self.requests, reads, id).await);
             }
             answer => answer?,

@@ -120,8 +120,7 @@ async fn exists(requests: &Requests, endpoint: Endpoint, id: &str) -> Result<boo
 mod tests {
     use futures_util::FutureExt;
     use futures_util::future::BoxFuture;
-    use reqwest::header::HeaderMap;
-    use reqwest::{Method, StatusCode};
+    use reqwest::Method;
     use serde_json::json;
     use tokio::time::Instant;
 
@@ -177,9 +176,7 @@ mod tests {
                 None if path.starts_with("event/") => self.events.clone(),
                 None => not_there(),
             };
-            let status = StatusCode::from_u16(status).unwrap();
-            let body = body.to_string().into_bytes();
-            std::future::ready(Ok(Response { status, headers: HeaderMap::new(), body })).boxed()
+            std::future::ready(Ok(Response::with_status(status, body))).boxed()
         }
     }
 

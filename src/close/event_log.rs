@@ -41,8 +41,7 @@ mod tests {
 
     use futures_util::FutureExt;
     use futures_util::future::BoxFuture;
-    use reqwest::header::HeaderMap;
-    use reqwest::{Method, StatusCode};
+    use reqwest::Method;
     use serde_json::json;
 
     use super::*;
@@ -72,12 +71,7 @@ mod tests {
             };
             let next = (to < self.n_events).then(|| to.to_string());
             let page = json!({"data": (from..to).map(event).collect::<Vec<_>>(), "cursor_next": next});
-            let response = Response {
-                status: StatusCode::OK,
-                headers: HeaderMap::new(),
-                body: page.to_string().into_bytes(),
-            };
-            std::future::ready(Ok(response)).boxed()
+            std::future::ready(Ok(Response::with_status(200, page))).boxed()
         }
     }
 

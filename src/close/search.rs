@@ -206,8 +206,7 @@ fn shared_span(pending: &[PendingLookup]) -> Span {
 mod tests {
     use futures_util::FutureExt;
     use futures_util::future::BoxFuture;
-    use reqwest::header::HeaderMap;
-    use reqwest::{Method, StatusCode};
+    use reqwest::Method;
     use serde_json::json;
 
     use super::*;
@@ -234,10 +233,9 @@ mod tests {
             let mode = modes.filter(|mode| text.contains(mode)).collect::<String>();
             self.1.lock().unwrap().push(format!("{path} {mode}").trim().to_owned());
             let (status, body) = (self.0)(path, &mode);
-            let status = StatusCode::from_u16(status).unwrap();
             async move {
                 tokio::time::sleep(Duration::from_millis(10)).await;
-                Ok(Response { status, headers: HeaderMap::new(), body: body.to_string().into_bytes() })
+                Ok(Response::with_status(status, body))
             }
             .boxed()
         }

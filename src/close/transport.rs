@@ -42,6 +42,13 @@ pub struct Response {
 }
 
 impl Response {
+    /// A response without headers.
+    #[cfg(test)]
+    pub(crate) fn with_status(status: u16, body: impl ToString) -> Self {
+        let status = StatusCode::from_u16(status).unwrap();
+        Self { status, headers: HeaderMap::new(), body: body.to_string().into_bytes() }
+    }
+
     pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name).and_then(|value| value.to_str().ok())
     }

@@ -411,6 +411,15 @@ impl Step {
         }
     }
 
+    /// The id of the record that must exist for the step: the one it changes, or the Lead of a new Contact.
+    pub fn needs(&self) -> Option<&str> {
+        match self {
+            Self::CreateLead { .. } => None,
+            Self::CreateContact { lead: id, .. } | Self::UpdateLead { id, .. } => Some(id.as_str()),
+            Self::UpdateContact { id, .. } => Some(id.as_str()),
+        }
+    }
+
     /// Whether the step creates a record. Such a step is never repeated without looking the record up first.
     pub fn creates(&self) -> bool {
         match self {

@@ -185,8 +185,6 @@ mod tests {
 
     use futures_util::FutureExt;
     use futures_util::future::BoxFuture;
-    use reqwest::StatusCode;
-    use reqwest::header::HeaderMap;
 
     use super::*;
     use crate::close::{CloseError, Fault, Transport};
@@ -208,9 +206,7 @@ mod tests {
             let call = format!("{method} {path}");
             let (status, body) = self.0(&call);
             self.1.lock().unwrap().push(call);
-            let status = StatusCode::from_u16(status).unwrap();
-            let response = Response { status, headers: HeaderMap::new(), body: body.into() };
-            std::future::ready(Ok(response)).boxed()
+            std::future::ready(Ok(Response::with_status(status, body))).boxed()
         }
     }
 
@@ -250,13 +246,8 @@ mod tests {
 
     #[test]
     fn the_answer_to_a_later_creation_settles_no_doubt_about_an_earlier_one() {
-        let (status, headers) = (StatusCode::OK, HeaderMap::new());
-        let created = Ok(Response { status, headers, body: br#"{"id": "lead_1"}"#.into() });
-        let refused = Ok(Response {
-            status: StatusCode::BAD_REQUEST,
-            headers: HeaderMap::new(),
-            body: br#"{"error": "no"}"#.into(),
-        });
+        let created = Ok(Response::with_status(200, r#"{"id": "lead_1"}"#));
+        let refused = Ok(Response::with_status(400, r#"{"error": "no"}"#));
         let lost = Err(RawError::Close(CloseError::Transient(Fault::Timeout)));
         for (first, second, expected) in [
             (&lost, &created, true),

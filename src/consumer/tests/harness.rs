@@ -8,8 +8,7 @@ use std::time::Duration;
 use futures_util::future::{BoxFuture, FutureExt};
 use lapin::BasicProperties;
 use lapin::types::FieldTable;
-use reqwest::header::HeaderMap;
-use reqwest::{Method, StatusCode};
+use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -475,8 +474,7 @@ impl Transport for FakeClose {
                 }
                 Answer::Never => std::future::pending().await,
             };
-            let status = StatusCode::from_u16(status).unwrap();
-            Ok(Response { status, headers: HeaderMap::new(), body: body.to_string().into_bytes() })
+            Ok(Response::with_status(status, body))
         }
         .boxed()
     }

@@ -188,12 +188,11 @@ impl<C: Api> Executor<'_, C> {
                 id_cache.complete_creation(before);
             }
         }
-        let written = result.map_err(|error| match (step, step.changes()) {
+        let written = result.map_err(|error| match step.needs() {
             // The read of the Lead may have been stale. The next one shows whether it is gone.
-            _ if refuses_lead(step, &error) => CloseError::Transient(Fault::NotYet),
-            (_, Some(id)) => recent.or_not_yet(error, id),
-            (Step::CreateContact { lead, .. }, None) => recent.or_not_yet(error, lead.as_str()),
-            (_, None) => error,
+            Some(_) if refuses_lead(step, &error) => CloseError::Transient(Fault::NotYet),
+            Some(id) => recent.or_not_yet(error, id),
+            None => error,
         })?;
         recent.written(step, &written);
         learn(self.context, step, found, &written);

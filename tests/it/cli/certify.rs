@@ -183,7 +183,7 @@ async fn every_configured_field_is_read_back() {
     }
 }
 
-/// Something in front of Close answers in the middle of the run. Its answers are no findings.
+/// Something in front of Close answers in the middle of the run. The report ignores its answers.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_that_is_not_closes_ends_the_run() {
     let status = |code, body| Effect::Status { code, body, when: When::BeforeCommit };

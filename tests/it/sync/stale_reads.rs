@@ -220,20 +220,25 @@ async fn records_that_a_person_deletes_in_a_burst_pause_nobody() {
     worker.terminate().await;
 }
 
+/// A person deletes the Lead after the first event. Returns once the second one is settled.
+async fn delete_between_events(bench: &Bench, lead: &Value) -> (Worker, Metrics) {
+    let worker = bench.worker().await;
+    bench.publish(&events()[..1]).await;
+    worker.settled(1).await;
+    assert!(bench.simulator.delete(lead["id"].as_str().unwrap()));
+    bench.publish(&events()[1..2]).await;
+    let metrics = worker.settled(2).await;
+    (worker, metrics)
+}
+
 /// The event log shows the deletion late.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deletion_is_believed_when_the_event_log_shows_it() {
     let bench = bench(|close| close.event_lag = "3s".parse().unwrap()).await;
     let lead = bench.lead(Some("acme"), json!([]));
-    let deleted = lead["id"].as_str().unwrap();
-    let worker = bench.worker().await;
-    bench.publish(&events()[..1]).await;
-    worker.settled(1).await;
-    assert!(bench.simulator.delete(deleted));
-    bench.publish(&events()[1..2]).await;
-    worker.settled(2).await;
+    let (worker, _) = delete_between_events(&bench, &lead).await;
     assert_eq!(phones(&the_contact(&bench)), [PHONES[1]]);
-    assert_ne!(bench.the_lead()["id"], deleted);
+    assert_ne!(bench.the_lead()["id"], lead["id"]);
     worker.terminate().await;
 }
 
@@ -246,13 +251,7 @@ async fn without_the_event_log_a_deletion_is_believed_when_other_records_are_the
     bench.simulator.fault(Fault::new(refused).on("GET", "/event/"));
     let other = bench.lead(Some("other"), json!([{"name": "Other"}]));
     let lead = bench.lead(Some("acme"), json!([]));
-    let deleted = lead["id"].as_str().unwrap();
-    let worker = bench.worker().await;
-    bench.publish(&events()[..1]).await;
-    worker.settled(1).await;
-    assert!(bench.simulator.delete(deleted));
-    bench.publish(&events()[1..2]).await;
-    let metrics = worker.settled(2).await;
+    let (worker, metrics) = delete_between_events(&bench, &lead).await;
     assert_eq!(metrics.sum("pauses_total"), 0);
     let leads: Vec<Value> = bench.simulator.leads().iter().map(|lead| lead["id"].clone()).collect();
     assert_eq!((leads.len(), leads.contains(&other["id"]), leads.contains(&lead["id"])), (2, true, false));

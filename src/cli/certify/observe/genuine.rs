@@ -43,8 +43,6 @@ fn is_answer_to(path: &str, body: &Value) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use reqwest::StatusCode;
-    use reqwest::header::HeaderMap;
 
     use super::*;
 
@@ -75,8 +73,7 @@ mod tests {
             ("lead/lead_1/", 404, "<html>", Some(NotFound::NotJson), false),
             ("lead/lead_1/", 404, r#"{"error": "Not Found"}"#, Some(NotFound::NotJson), true),
         ] {
-            let status = StatusCode::from_u16(status).unwrap();
-            let response = Response { status, headers: HeaderMap::new(), body: body.into() };
+            let response = Response::with_status(status, body);
             assert_eq!(fault(path, &response, missing).is_some(), is_fault, "{path} {status} {body}");
         }
     }

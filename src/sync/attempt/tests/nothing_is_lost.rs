@@ -8,7 +8,7 @@
 //!   added or moved before the window stays, and one that a person removed does not come back unless the event has it.
 //! - A field is one that the event sets. Under the rule `if_empty`, and if it is an id, it was empty at that moment. Under
 //!   `always`, the value of the event wins at any time.
-//! - A record is created only if at that moment nobody in Close was the person. The wait for the budget of a creation
+//! - A record is created only if at that moment Close had no record of the person. The wait for the budget of a creation
 //!   belongs to its window: it could only undo the creation of the same record by a person.
 
 use proptest::prelude::*;
@@ -110,7 +110,7 @@ struct Law<'a> {
     keys: &'a KeyFields,
     /// Each with the time until which it lasted.
     states: &'a [(Instant, InMemoryRecords)],
-    /// The first state after our last creation. What we created ourselves is no surprise.
+    /// The first state after our last creation. Records that we created ourselves are expected.
     created: usize,
     at: Instant,
     window: Duration,
