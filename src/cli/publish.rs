@@ -131,11 +131,7 @@ async fn publish_lines(
         };
         let key = args.routing_key.as_deref().unwrap_or_else(|| kind(event.as_ref()));
         let (exchange, properties) = (settings.exchange.as_str(), properties(event.as_ref()));
-        let publish = publisher.send(Outgoing { exchange, key, body, properties });
-        let sent =
-            tokio::time::timeout(publisher::PATIENCE, publish).await.unwrap_or(Err(publisher::UNANSWERED));
-        unconfirmed
-            .push_back((number, sent.map_err(|error| stopped(&error, number, counts.published, settings))?));
+        unconfirmed.push_back((number, publisher.send(Outgoing { exchange, key, body, properties })));
         if unconfirmed.len() >= MAX_UNCONFIRMED {
             confirm(&mut unconfirmed, &mut counts, settings, bar).await?;
         }

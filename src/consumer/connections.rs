@@ -194,7 +194,7 @@ impl Receipt for Acker {
 /// Without a timeout: a successor is held for as long as it takes.
 impl Publish for Publisher {
     fn publish<'a>(&'a self, message: Outgoing<'a>) -> BoxFuture<'a, Result<(), BrokerError>> {
-        async move { self.send(message).await?.confirmed().await }.boxed()
+        async move { self.send(message).confirmed().await }.boxed()
     }
 }
 

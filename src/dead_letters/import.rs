@@ -98,7 +98,7 @@ async fn publish(
             letter.restored_properties()
         };
         let message = Outgoing { exchange: &exchange, key: "", body: &letter.body, properties };
-        unconfirmed.push_back(publisher.send(message).await?);
+        unconfirmed.push_back(publisher.send(message));
         if unconfirmed.len() == WINDOW
             && let Some(first) = unconfirmed.pop_front()
         {

@@ -5,6 +5,7 @@ mod misbehaving;
 mod nodes;
 mod outcome_events;
 mod permissions;
+mod publisher;
 mod restarts;
 mod tls;
 mod topology;

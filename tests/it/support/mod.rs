@@ -379,7 +379,7 @@ pub(crate) fn values(contact: &Value, list: &str, item: &str) -> Vec<String> {
     entries.iter().map(|entry| entry[item].as_str().unwrap().to_owned()).collect()
 }
 
-async fn connect(url: &str) -> lapin::Result<Connection> {
+pub(crate) async fn connect(url: &str) -> lapin::Result<Connection> {
     Connection::connect(url, ConnectionProperties::default()).await
 }
 
