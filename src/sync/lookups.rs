@@ -136,17 +136,17 @@ impl<R: Records> Lookups<'_, R> {
         if !people.contacts.is_empty() {
             return Ok(people);
         }
-        if !vanished.is_empty() {
-            let ContactHits { by_user, by_email, .. } = self.search_contacts(person).await?;
-            if vanished.iter().any(|id| by_user.contains(id) || by_email.contains(id)) {
-                return Err(CloseError::Transient(Fault::Vanished));
-            }
+        if vanished.is_empty() && !people.are_uncertain() {
+            return Ok(people);
+        }
+        let ContactHits { by_user, by_email, unclear } = self.search_contacts(person).await?;
+        if vanished.iter().any(|id| by_user.contains(id) || by_email.contains(id)) {
+            return Err(CloseError::Transient(Fault::Vanished));
         }
         if !people.are_uncertain() {
             return Ok(people);
         }
-        // Search knows the emails that Close does not show. Whom it does not find, is another person.
-        let ContactHits { by_email, unclear, .. } = self.search_contacts(person).await?;
+        // Search knows the emails that Close does not show. A Contact that it does not find is another person.
         let contacts = contacts.into_iter().map(|contact| self.with_email(contact, person, &by_email));
         let people = match_contacts(contacts.collect(), person, self.keys);
         if people.contacts.is_empty() && people.are_uncertain_about(&unclear) {
