@@ -102,7 +102,7 @@ struct Submitted {
     answer: oneshot::Sender<Result<(), BrokerError>>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(PartialEq, Eq)]
 struct Route {
     exchange: String,
     key: String,
@@ -153,7 +153,7 @@ fn route(returned: BasicReturnMessage) -> Route {
 ///
 /// A confirm takes the oldest of the returned messages that no confirm has taken. So when a stored message's confirm
 /// takes none, none of them is this message: if it was returned, an earlier confirm took it. When a confirm takes the
-/// message of another, its own may still wait there: then nobody knows.
+/// message of another, its own may still wait there: then its fate is unknown.
 #[derive(Default)]
 struct InFlight {
     next: u64,
@@ -261,25 +261,16 @@ mod tests {
 
     #[test]
     fn a_returned_message_is_not_stored_when_the_confirm_of_another_carries_it() {
-        let mut two = Two::new(["now", "30s"]);
-        two.in_flight.acked(SECOND, Some(route("now")));
-        two.in_flight.acked(FIRST, None);
-        assert_eq!(two.answers(), [Answer::Returned, Answer::Unknown]);
-    }
-
-    #[test]
-    fn two_returned_messages_may_come_with_the_confirm_of_each_other() {
-        let mut two = Two::new(["now", "30s"]);
-        two.in_flight.acked(SECOND, Some(route("now")));
-        two.in_flight.acked(FIRST, Some(route("30s")));
-        assert_eq!(two.answers(), [Answer::Returned, Answer::Unknown]);
-    }
-
-    #[test]
-    fn the_confirm_of_a_refused_message_may_carry_another() {
-        let mut two = Two::new(["now", "30s"]);
-        two.in_flight.failed(SECOND, Some(route("now")), BrokerError::Unconfirmed("full"));
-        two.in_flight.acked(FIRST, None);
-        assert_eq!(two.answers(), [Answer::Returned, Answer::Unknown]);
+        let full = BrokerError::Unconfirmed("full");
+        // What the second message's confirm says beside carrying the first, and what the first message's confirm carries.
+        for (refused, carried) in [(None, None), (None, Some("30s")), (Some(full), None)] {
+            let mut two = Two::new(["now", "30s"]);
+            match refused {
+                None => two.in_flight.acked(SECOND, Some(route("now"))),
+                Some(error) => two.in_flight.failed(SECOND, Some(route("now")), error),
+            }
+            two.in_flight.acked(FIRST, carried.map(route));
+            assert_eq!(two.answers(), [Answer::Returned, Answer::Unknown], "{carried:?}");
+        }
     }
 }

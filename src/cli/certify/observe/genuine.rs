@@ -43,7 +43,6 @@ fn is_answer_to(path: &str, body: &Value) -> bool {
 
 #[cfg(test)]
 mod tests {
-
     use super::*;
 
     #[test]
