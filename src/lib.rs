@@ -20,12 +20,14 @@
 //!                        domain::mapping    Event -> Desired: wanted values, and who the event is about
 //!   consumer::scheduler  waits until no earlier unfinished message shares a key (key_queues); follows an
 //!                        earlier one that waits in a delay queue (delayed); may be merged with the one before
+//!                        (the first message starts nothing before the consumer has read its predecessors' journal)
 //!   sync::attempt        sync::resolver     id cache, batched search, read by id -> Found (domain::matching)
 //!                        domain::planner    Desired + Found -> steps, or nothing to do; stale values are left
 //!                                           out (domain::staleness), several events become one write
 //!                                           (domain::merge)
 //!                        record_locks       locks the records of the plan against other writes
 //!                        attempt::freshness takes the budget of a write, then reads again what a person may have changed
+//!                        sync::journal      writes down what is about to be created
 //!                        close::client      sends the steps, each through the rate limiter of its group
 //!                        retry              after a failure: in place, delay queue, dead letter, or pause
 //!   consumer             publishes the successor if there is one, waits for the confirm, then acks
@@ -48,7 +50,8 @@
 //! - [`retry`]: what follows a failure; [`outcome`]: the closed lists of what can become of a message.
 //! - [`close`]: the only place that knows Close's HTTP API, with its rate limiter.
 //! - [`domain`]: the decisions, as pure functions of values.
-//! - [`spans`]: what code needs to create a span; [`text`]: phrases of commands and of the operator's page.
+//! - [`spans`]: what code needs to create a span; [`text`]: phrases of commands and of the operator's page; [`waits`]:
+//!   what a message waited for.
 //! - `scenario`: test files for a mapping, played on `close-sync-simulator`, a stateful fake Close. Only with the
 //!   feature `simulator`, which the commands `simulate` and `test` need and the worker does not.
 //!
@@ -102,3 +105,4 @@ pub mod close;
 pub mod domain;
 pub mod spans;
 pub mod text;
+pub mod waits;

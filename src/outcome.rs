@@ -7,6 +7,7 @@ use strum::{EnumDiscriminants, EnumString, IntoStaticStr, VariantArray};
 use crate::close::{CloseError, ResponseExcerpt};
 use crate::domain::event::NotForClose;
 use crate::domain::plan::{Plan, Refusal, Step};
+use crate::waits::WaitCause;
 
 /// The label of a dead-lettered message.
 pub const DEAD: &str = "dead";
@@ -72,24 +73,44 @@ pub enum DelayCause {
     Failed(String),
     /// An attempt failed for a reason that cannot be the message's.
     NotClose(String),
-    /// The rate limits held the message back for the longest time that a delivery may be held.
-    RateLimited(Duration),
+    /// The message was held for the longest time that a delivery may be held.
+    Held(Held),
     /// An earlier message with a common key waits in a delay queue.
     BehindEarlier,
 }
 
+/// How a message spent the longest time that a delivery may be held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// The cause of the longest wait.
+    pub cause: WaitCause,
+    /// How long the message waited for that.
+    pub waited: Duration,
+    pub held: Duration,
+}
+
 impl DelayCause {
+    /// All labels.
+    pub fn labels() -> impl Iterator<Item = &'static str> {
+        let held = WaitCause::VARIANTS.iter().map(|cause| cause.label());
+        let others = DelayLabel::VARIANTS.iter().filter(|label| **label != DelayLabel::Held);
+        others.map(Into::into).chain(held)
+    }
+
     /// Whether the delay counts as an attempt.
     pub fn uses_attempt(&self) -> bool {
         match self {
             Self::Failed(_) => true,
-            Self::NotClose(_) | Self::RateLimited(_) | Self::BehindEarlier => false,
+            Self::NotClose(_) | Self::Held(_) | Self::BehindEarlier => false,
         }
     }
 
     /// The label in logs and metrics.
     pub fn label(&self) -> &'static str {
-        DelayLabel::from(self).into()
+        match self {
+            Self::Held(held) => held.cause.label(),
+            Self::Failed(_) | Self::NotClose(_) | Self::BehindEarlier => DelayLabel::from(self).into(),
+        }
     }
 }
 
@@ -97,13 +118,19 @@ impl fmt::Display for DelayCause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Failed(why) | Self::NotClose(why) => f.write_str(why),
-            Self::RateLimited(held) => {
-                write!(f, "held for {} s, waiting for Close's rate limits", held.as_secs())
-            }
+            Self::Held(held) => held.fmt(f),
             Self::BehindEarlier => {
                 f.write_str("an earlier message about the same person or company is delayed")
             }
         }
+    }
+}
+
+impl fmt::Display for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { cause, waited, held } = self;
+        let (held, waited) = (held.as_secs(), waited.as_secs());
+        write!(f, "held for {held} s, {waited} s of it waiting for {}", cause.description())
     }
 }
 

@@ -19,7 +19,11 @@
 //! after about as long as it is old. The circuit breaker alone does not keep this promise. It needs several messages a
 //! minute to know an outage from a single bad message. If it also opened after several failures in a row, with few
 //! messages, one whose text a firewall blocks would pause all others. The price is that such a message, and those that
-//! follow it, wait until it is [`Policy::foreign_max_age`] old. Then it uses its attempts, and ends.
+//! follow it, wait until it is [`Policy::max_age`] old. Then it uses its attempts, and ends.
+//!
+//! **Waits.** A message that was held for the longest time that a delivery may be held has not failed. It uses no attempt
+//! either, and goes through the delay queues in the same way. When it is older than [`Policy::max_age`], it is
+//! dead-lettered with what it waited for.
 //!
 //! Only this module uses the `backoff` crate (see `.deny.toml`), and only to compute intervals.
 
@@ -31,7 +35,7 @@ use backoff::exponential::{ExponentialBackoff, ExponentialBackoffBuilder};
 use tokio::time::Instant;
 
 use crate::close::{CloseError, Fault, FieldError, Rejection};
-use crate::outcome::{DeadLetter, DelayCause, Failure, Outcome, PauseCause, Reason, Stage};
+use crate::outcome::{DeadLetter, DelayCause, Failure, Held, Outcome, PauseCause, Reason, Stage};
 
 /// The retry policy.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,8 +47,8 @@ pub struct Policy {
     pub jitter: f64,
     /// The delays of the delay queues, shortest first. Their number is the number of further attempts.
     pub delays: Vec<Duration>,
-    /// The age up to which a failure that cannot be the message's uses no attempt.
-    pub foreign_max_age: Duration,
+    /// The age up to which a failure that cannot be the message's, and a long wait, use no attempt.
+    pub max_age: Duration,
 }
 
 /// The default jitter, as a fraction of the pause.
@@ -203,7 +207,7 @@ pub fn after_failure(
         // A record does not shrink within seconds.
         CloseError::Transient(fault) => match pause.filter(|_| *fault != Fault::TooLarge) {
             Some(pause) => AfterFailure::Retry(pause),
-            None if !may_be_the_messages(fault) && history.age < policy.foreign_max_age => {
+            None if !may_be_the_messages(fault) && history.age < policy.max_age => {
                 AfterFailure::Settle(Outcome::Delayed {
                     level: policy.level_for(history.age),
                     cause: DelayCause::NotClose(fault.to_string()),
@@ -212,6 +216,21 @@ pub fn after_failure(
             None => after_attempt(Reason::Exhausted),
         },
     }
+}
+
+/// Decides what follows when a message of this age was held for as long as a delivery may be held.
+pub fn after_hold(held: Held, stage: Stage, age: Duration, policy: &Policy) -> Outcome {
+    if age < policy.max_age {
+        return Outcome::Delayed { level: policy.level_for(age), cause: DelayCause::Held(held) };
+    }
+    Outcome::Dead(DeadLetter {
+        reason: Reason::Exhausted,
+        stage,
+        error: held.to_string(),
+        field: None,
+        decision: None,
+        response: None,
+    })
 }
 
 #[cfg(test)]
@@ -225,7 +244,7 @@ mod tests {
             in_place: Duration::from_secs(30),
             jitter: JITTER,
             delays: [30, 120, 600, 3600].map(Duration::from_secs).into(),
-            foreign_max_age: Duration::from_hours(24),
+            max_age: Duration::from_hours(24),
         }
     }
 
@@ -304,6 +323,28 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_held_message_uses_no_attempt_and_ends_at_a_certain_age() {
+        let held = Held {
+            cause: crate::waits::WaitCause::Search,
+            waited: Duration::from_secs(599),
+            held: Duration::from_mins(10),
+        };
+        let ages = [
+            (0, "search 0"),
+            (120, "search 1"),
+            (660, "search 2"),
+            (7200, "search 3"),
+            (86_399, "search 3"),
+            (86_400, "dead exhausted"),
+            (u64::MAX, "dead exhausted"),
+        ];
+        for (age, expected) in ages {
+            let outcome = after_hold(held, Stage::LookUp, Duration::from_secs(age), &policy());
+            assert_eq!(described(&AfterFailure::Settle(outcome)), expected, "{age}");
+        }
+    }
+
     fn any_error() -> impl Strategy<Value = CloseError> {
         let fault = prop_oneof![
             (500u16..600).prop_map(Fault::Status),
@@ -337,7 +378,7 @@ mod tests {
                 in_place: Duration::ZERO,
                 jitter: JITTER,
                 delays: vec![Duration::from_secs(1); delays],
-                foreign_max_age: if delays == 0 { Duration::ZERO } else { Duration::from_secs(20) },
+                max_age: if delays == 0 { Duration::ZERO } else { Duration::from_secs(20) },
             };
             let mut history = History::default();
             let mut ended = false;

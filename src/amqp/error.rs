@@ -66,6 +66,8 @@ pub enum BrokerError {
         "RabbitMQ cancelled the consumer: its queue was deleted, or a message was held longer than `consumer_timeout`"
     )]
     Cancelled,
+    #[error("another worker has taken over the queue")]
+    TakenOver,
     /// A message is too large, or has properties that RabbitMQ does not accept.
     #[error("RabbitMQ refused what was sent, and closed the channel or the connection: {0}")]
     Rejected(String),
@@ -86,8 +88,13 @@ impl BrokerError {
             Self::Forbidden(_) | Self::MayNotDeclare(_) => BrokerTrouble::Forbidden,
             Self::Lost(_) | Self::Rejected(_) | Self::Unconfirmed(_) | Self::Busy(_) => BrokerTrouble::Lost,
             Self::StoodStill(_) => BrokerTrouble::StoodStill,
-            Self::Cancelled => BrokerTrouble::Cancelled,
+            Self::Cancelled | Self::TakenOver => BrokerTrouble::Cancelled,
         }
+    }
+
+    /// Whether the error is about one exchange or queue, and the connection can still be used.
+    pub(crate) fn is_about_object(&self) -> bool {
+        matches!(self, Self::Missing(_) | Self::Forbidden(_) | Self::MayNotDeclare(_) | Self::Conflict { .. })
     }
 
     /// Whether the error persists until somebody changes the configuration or the broker.

@@ -10,6 +10,7 @@
 //! | [`topology`] | exchanges, queues and bindings, and why each has its arguments |
 //! | [`envelope`] | the headers that travel with a message |
 //! | [`publisher`] | publishing with confirms |
+//! | `stream` | reading a stream |
 //! | `compat` | workarounds for lapin |
 //!
 //! A consumer needs two connections, one to consume and one to publish. When RabbitMQ blocks a publishing connection
@@ -24,10 +25,12 @@ pub mod nodes;
 pub mod publisher;
 pub mod server_info;
 mod settings;
+pub(crate) mod stream;
 pub mod tls;
 pub mod topology;
 
 pub(crate) use connection::ACK_FLUSH_TIME;
 pub use connection::{OpenConnection, disconnect, with_timeout};
 pub use error::{BrokerError, BrokerTrouble};
-pub use settings::{Delay, Settings, TopologyMode};
+pub use settings::{Delay, JournalSettings, Settings, TopologyMode};
+pub use topology::JournalState;

@@ -25,6 +25,18 @@ pub struct Settings {
     pub topology: TopologyMode,
     /// The exchange for outcome events to producers.
     pub outcomes: Option<String>,
+    pub journal: JournalSettings,
+}
+
+/// The journal: a stream, which keeps what was published for a while.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct JournalSettings {
+    /// Whether there is one.
+    pub enabled: bool,
+    /// How long entries are kept.
+    pub max_age: Duration,
+    /// How many bytes of entries are kept.
+    pub max_bytes: u64,
 }
 
 /// A delay queue: `<queue>.retry.<name>`.
@@ -60,6 +72,11 @@ impl Settings {
     /// The dead-letter queue. Its exchange has the same name.
     pub fn dead_letter_queue(&self) -> String {
         format!("{}.dead", self.queue)
+    }
+
+    /// The stream of the journal. Its exchange has the same name.
+    pub fn journal_queue(&self) -> String {
+        format!("{}.journal", self.queue)
     }
 
     /// An exclusive queue that serves as a lock: only one process scans the dead letters at a time. RabbitMQ deletes it

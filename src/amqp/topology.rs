@@ -6,15 +6,22 @@
 //! | `close-sync` | work queue, bound to `identify` (with `#`, or the keys configured) and to `close-sync.retry` with `now` |
 //! | `close-sync.retry`, `close-sync.retry.<delay>` | direct exchange and delay queues |
 //! | `close-sync.dead` | fanout exchange and dead-letter queue |
+//! | `close-sync.journal` | fanout exchange and stream: what a worker tells its successor |
 //! | `amqp.outcomes` | if configured: topic exchange for outcome events |
 //!
-//! All queues are quorum queues: durable, replicated in a cluster, and the only kind with
-//! at-least-once dead-lettering. Everything essential is an argument, not a policy: a delay queue
+//! All queues but the journal are quorum queues: durable, replicated in a cluster, and the only kind with
+//! at-least-once dead-lettering. The worker can do without the journal, see [`prepare_journal`]. Everything essential is an argument, not a policy: a delay queue
 //! that lost its time-to-live would keep its messages for ever.
 //!
 //! [`objects`] and [`bindings`] list all of this. A worker with the configure permission declares them. A worker
 //! without it ([`TopologyMode::Check`]) only checks that they exist; an administrator imports
 //! `deploy/rabbitmq/definitions.json` for it.
+//!
+//! **Readiness.** A worker is ready after the broker has confirmed each declaration and binding, one after the other, so
+//! a message that is published afterwards is routed. Bindings that are deleted later are declared again within 20 s
+//! ([`crate::consumer::topology_monitor`]), and until then the broker returns messages as unroutable, although the worker is
+//! ready. [`TopologyMode::Check`] cannot see bindings at all. A producer must also expect a nack: a quorum queue refuses
+//! the first message of a channel when its leader does not answer in time (`reject_publish` in `rabbit_fifo_client`).
 
 use std::fmt;
 
@@ -26,7 +33,7 @@ use strum::IntoStaticStr;
 
 use crate::amqp::error::BrokerError;
 use crate::amqp::server_info::DELIVERY_LIMIT;
-use crate::amqp::settings::{Delay, Settings, TopologyMode};
+use crate::amqp::settings::{Delay, JournalSettings, Settings, TopologyMode};
 
 /// The key of the retry exchange that routes to the work queue without delay. Delay queues and replays publish with
 /// it. Through the exchange of the producers, every other queue bound to that would receive a copy.
@@ -35,6 +42,9 @@ pub const NOW: &str = "now";
 /// The key of the retry exchange for the outcomes of replayed messages. A queue is bound to it only while a replay
 /// runs.
 pub(crate) const REPLAYED: &str = "replayed";
+
+/// The size of a segment of the journal, in bytes. Larger than what is written between two checkpoints of a small journal.
+const JOURNAL_SEGMENT: i64 = 16 << 20;
 
 /// An exchange or a queue that has to exist. All of them are durable.
 #[derive(Clone, Debug)]
@@ -76,6 +86,82 @@ pub async fn prepare(connection: &Connection, settings: &Settings) -> Result<(),
             missing => Err(BrokerError::Incomplete(missing)),
         },
     }
+}
+
+/// Whether a worker has a journal.
+#[derive(Clone, Debug)]
+pub enum JournalState {
+    Ready,
+    /// The settings say so.
+    Disabled,
+    /// An administrator did not make it, or the broker has no streams.
+    Unusable(BrokerError),
+}
+
+impl JournalState {
+    pub fn label(&self) -> &'static str {
+        match self {
+            Self::Ready => "in_use",
+            Self::Disabled => "disabled",
+            Self::Unusable(_) => "unusable",
+        }
+    }
+}
+
+/// Whether the journal can be used, without declaring it. `None` if a worker will declare it.
+///
+/// # Errors
+/// When the connection is lost.
+pub async fn check_journal(
+    connection: &Connection,
+    settings: &Settings,
+) -> Result<Option<JournalState>, BrokerError> {
+    if !settings.journal.enabled || settings.topology == TopologyMode::Check {
+        return prepare_journal(connection, settings).await.map(Some);
+    }
+    for object in journal_objects(settings) {
+        if !object.exists(connection).await? {
+            return Ok(None);
+        }
+    }
+    Ok(Some(JournalState::Ready))
+}
+
+/// Declares the journal, or only checks that it exists, as configured.
+///
+/// # Errors
+/// When the connection is lost.
+pub async fn prepare_journal(
+    connection: &Connection,
+    settings: &Settings,
+) -> Result<JournalState, BrokerError> {
+    if !settings.journal.enabled {
+        return Ok(JournalState::Disabled);
+    }
+    let mut trouble = None;
+    let mut missing = Vec::new();
+    for object in journal_objects(settings) {
+        let declared = match settings.topology {
+            TopologyMode::Declare => object.declare(&connection.create_channel().await?).await,
+            TopologyMode::Check => Ok(()),
+        };
+        let exists = match object.exists(connection).await {
+            Err(error) if error.is_about_object() => false,
+            exists => exists?,
+        };
+        if !exists {
+            missing.push(object.to_string());
+            trouble = trouble.or(declared.err());
+        }
+    }
+    if missing.is_empty() {
+        if settings.topology == TopologyMode::Declare {
+            let bound = journal_binding(settings).declare(&connection.create_channel().await?).await;
+            return Ok(bound.map_or_else(JournalState::Unusable, |()| JournalState::Ready));
+        }
+        return Ok(JournalState::Ready);
+    }
+    Ok(JournalState::Unusable(trouble.unwrap_or(BrokerError::Incomplete(missing))))
 }
 
 /// Declares everything. Idempotent.
@@ -177,6 +263,26 @@ pub fn objects(settings: &Settings) -> Vec<Object> {
     .chain(delays)
     .chain(outcomes)
     .collect()
+}
+
+/// The exchange and the stream of the journal.
+pub fn journal_objects(settings: &Settings) -> [Object; 2] {
+    let name = settings.journal_queue();
+    let JournalSettings { max_age, max_bytes, .. } = settings.journal;
+    let arguments = vec![
+        ("x-queue-type", Argument::from("stream")),
+        ("x-max-age", Argument::Text(format!("{}s", max_age.as_secs()))),
+        ("x-max-length-bytes", Argument::Number(i64::try_from(max_bytes).unwrap_or(i64::MAX))),
+        // The broker deletes whole segments. With its default of 500 MB a small journal would keep everything.
+        ("x-stream-max-segment-size-bytes", Argument::Number(JOURNAL_SEGMENT)),
+    ];
+    [Object::Exchange { name: name.clone(), kind: Kind::Fanout }, Object::Queue { name, arguments }]
+}
+
+/// The binding of the journal.
+pub fn journal_binding(settings: &Settings) -> Binding {
+    let name = settings.journal_queue();
+    Binding { queue: name.clone(), exchange: name, key: String::new() }
 }
 
 /// The bindings in the order of declaration.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use crate::amqp::server_info::ServerInfo;
-use crate::amqp::{self, BrokerError, OpenConnection, topology};
+use crate::amqp::{self, BrokerError, JournalState, OpenConnection, topology};
 use crate::cli::exposure::exposures;
 use crate::cli::failure::{CONFIGURATION, Failure, UNAVAILABLE};
 use crate::cli::input::read;
@@ -166,7 +166,7 @@ async fn check_destination(config: &Destination) -> Vec<Finding> {
 async fn check_broker(config: &Destination) -> Vec<Finding> {
     let settings = &config.amqp;
     let subject = format!("RabbitMQ at {}", settings.nodes.masked());
-    let (broker, depths) = match query_broker(settings).await {
+    let (broker, depths, journal) = match query_broker(settings).await {
         Ok(found) => found,
         Err(error) => {
             let is_setup = matches!(error, BrokerError::Incomplete(_) | BrokerError::MayNotDeclare(_));
@@ -198,14 +198,36 @@ async fn check_broker(config: &Destination) -> Vec<Finding> {
         }
         (None, _) => format!("reachable; queue `{}` does not exist yet; `run` declares it", settings.queue),
     };
-    vec![finding(Status::Ok, subject, detail), finding(Status::Ok, broker.to_string(), broker.describe())]
+    vec![
+        finding(Status::Ok, subject, detail),
+        finding(Status::Ok, broker.to_string(), broker.describe()),
+        journal_finding(settings, journal),
+    ]
+}
+
+fn journal_finding(settings: &amqp::Settings, journal: Option<JournalState>) -> Finding {
+    let name = settings.journal_queue();
+    let (status, detail) = match journal {
+        Some(JournalState::Ready) => (Status::Ok, format!("stream `{name}`")),
+        None => (Status::Ok, format!("stream `{name}` does not exist yet; `run` declares it")),
+        Some(JournalState::Disabled) => (
+            Status::Note,
+            "off (`journal.enabled`); creations wait for search after each start, and a slow search leads to \
+             duplicates"
+                .to_owned(),
+        ),
+        Some(JournalState::Unusable(error)) => (Status::Warning, format!("not used: {error}")),
+    };
+    finding(status, "journal", detail)
 }
 
 /// The depth of a queue, if it exists.
 type Depth = Option<topology::Depth>;
 
-/// The broker's version and features, and the depths of the work queue and the dead-letter queue.
-async fn query_broker(settings: &amqp::Settings) -> Result<(ServerInfo, (Depth, Depth)), BrokerError> {
+/// The broker's version and features, the depths of the work queue and the dead-letter queue, and the journal.
+async fn query_broker(
+    settings: &amqp::Settings,
+) -> Result<(ServerInfo, (Depth, Depth), Option<JournalState>), BrokerError> {
     let OpenConnection { connection, server: broker, .. } = settings.open("close-sync check").await?;
     match settings.topology {
         amqp::TopologyMode::Declare => topology::compare(&connection, settings).await?,
@@ -213,8 +235,9 @@ async fn query_broker(settings: &amqp::Settings) -> Result<(ServerInfo, (Depth, 
     }
     let work = topology::depth(&connection, &settings.queue).await?;
     let dead = topology::depth(&connection, &settings.dead_letter_queue()).await?;
+    let journal = topology::check_journal(&connection, settings).await?;
     amqp::disconnect(&connection).await;
-    Ok((broker, (work, dead)))
+    Ok((broker, (work, dead), journal))
 }
 
 async fn check_close(config: &Destination) -> Vec<Finding> {

@@ -74,6 +74,7 @@ impl From<BrokerError> for Failure {
             | BrokerError::Lost(_)
             | BrokerError::StoodStill(_)
             | BrokerError::Cancelled
+            | BrokerError::TakenOver
             | BrokerError::Rejected(_)
             | BrokerError::Busy(_)
             | BrokerError::Unroutable { .. }

@@ -14,9 +14,9 @@ use crate::close::Client;
 use crate::config::Destination;
 use crate::domain::event::{self, Event};
 use crate::domain::mapping::Key;
-use crate::sync::explain::{self, DEAD, Explanation, Record};
+use crate::sync::explain::{self, DEAD, Explanation, Record, WAITS_FOR_SEARCH};
 use crate::sync::preflight::{self, PreflightError};
-use crate::sync::{Dependencies, ReceivedAt, Worker};
+use crate::sync::{Dependencies, ReceivedAt, Worker, system_clock};
 use crate::telemetry::metrics::Metrics;
 use crate::text::{choices, count, json, line as one_line};
 
@@ -45,7 +45,7 @@ pub(super) struct Args {
 
 pub(super) async fn plan(args: Args, config: Destination) -> Result<(), Failure> {
     let events = event::split(&read(&args.file).await?);
-    let worker = worker(config).await?;
+    let rehearsal = worker(config).await?.rehearsal();
 
     let mut counts: Vec<(&'static str, usize)> = Vec::new();
     let (mut calls, mut left_out, mut dead) = (0, 0, false);
@@ -53,7 +53,7 @@ pub(super) async fn plan(args: Args, config: Destination) -> Result<(), Failure>
     let bar = progress(events.len());
     // One by one, so that the same file gives the same output each time.
     for (number, event) in (1..).zip(&events) {
-        let (keys, report) = explain::dry_run(&worker, event.into(), ReceivedAt::now())
+        let (keys, report) = explain::dry_run(&rehearsal, event.into(), ReceivedAt::now())
             .await
             .map_err(|why| Failure::Unavailable(format!("event {number} {}", one_line(&why.to_string()))))?;
         let message_id =
@@ -113,6 +113,7 @@ pub(super) async fn worker(config: Destination) -> Result<Worker, Failure> {
         mapping: ready.mapping,
         client,
         metrics,
+        clock: system_clock(),
     }))
 }
 
@@ -186,6 +187,9 @@ pub(super) fn print(title: &str, report: &Explanation) {
     anstream::println!("{BOLD}{title}{BOLD:#}: {color}{}{color:#}{reason}", report.outcome);
     if let Some(error) = &report.error {
         line("error", error);
+    }
+    if report.waits_for.is_some() {
+        line("waits", WAITS_FOR_SEARCH);
     }
     if !report.look_ups.is_empty() {
         line("looked up", &report.look_ups.join("; "));

@@ -5,6 +5,7 @@ use crate::close::records::{LeadWithContacts, Records, Written};
 use crate::close::requests::Acquired;
 use crate::domain::plan::Step;
 use crate::domain::record::{Contact, ContactId, Lead, LeadId};
+use crate::waits::Waits;
 
 /// The records that a step created or gave keys to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -60,6 +61,16 @@ impl Drop for WritePermit {
     }
 }
 
+/// Records that the event log lists.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Created {
+    pub leads: Vec<Lead>,
+    pub contacts: Vec<Contact>,
+    /// The log was read back to the time that was asked for, and showed every record in it. A limited number of pages is
+    /// read.
+    pub complete: bool,
+}
+
 /// Close as one message sees it. A trait, so that attempts can be tested on records in memory.
 pub trait Api: Records {
     /// The budget for one write.
@@ -76,15 +87,18 @@ pub trait Api: Records {
         permit: Self::Permit,
     ) -> impl Future<Output = Result<Option<Written>, CloseError>> + Send;
 
-    /// Lists the Leads and Contacts created since a time, from the event log. Unlike search, the event log shows
-    /// them at once (close-api.md §11). Reads a limited number of pages, so a record that is missing may still exist.
+    /// Lists the Leads and Contacts created since a time, from the event log. It shows them sooner than search
+    /// (close-api.md §11).
     fn created_since(
         &self,
         since: jiff::Timestamp,
-    ) -> impl Future<Output = Result<(Vec<Lead>, Vec<Contact>), CloseError>> + Send;
+    ) -> impl Future<Output = Result<Created, CloseError>> + Send;
 
     /// The number of calls made for this message, including those answered with 429.
     fn calls(&self) -> u32;
+
+    /// What the message has waited for.
+    fn waits(&self) -> &Waits;
 
     /// Whether another message already counts the last failure. Resets the flag.
     fn take_duplicate_failure(&self) -> bool;

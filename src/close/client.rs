@@ -8,7 +8,7 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 use crate::close::answer::Answer;
-use crate::close::api::{Api, WritePermit};
+use crate::close::api::{Api, Created, WritePermit};
 use crate::close::deletion;
 use crate::close::endpoint::{Call, Endpoint};
 use crate::close::error::{CloseError, Fault};
@@ -28,6 +28,7 @@ use crate::domain::mapping::{Identity, KeyFields};
 use crate::domain::plan::Step;
 use crate::domain::record::{Contact, ContactId, FieldId, Lead, LeadId};
 use crate::domain::schema::{CustomField, Item, User};
+use crate::waits::Waits;
 
 /// More members than any organization has: a list of them that goes on is not Close's.
 const MAX_USERS: usize = 100_000;
@@ -79,10 +80,10 @@ impl Client {
         self.requests.timeout()
     }
 
-    /// A client for one message, with its own count of calls and this priority.
+    /// A client for one message, with its own count of calls, its own waits and this priority.
     #[must_use]
     pub fn for_message(&self, priority: Priority) -> Self {
-        let requests = self.requests.with_priority(priority);
+        let requests = self.requests.for_work(priority, Waits::default());
         Self { requests, search: self.search.clone(), duplicate_failure: Arc::default() }
     }
 
@@ -138,6 +139,14 @@ impl Client {
                 return Ok(users);
             }
         }
+    }
+
+    /// Adds a look-up to the next search that other look-ups need. Returns when that search was sent, and the ids it found.
+    /// `None` when it failed.
+    pub(crate) async fn ride_along(&self, lookup: Lookup) -> Option<(Instant, Vec<String>)> {
+        let Rows { found, sent, .. } = self.search.ride_along(lookup).await?.ok()?;
+        let ids = found.iter().filter_map(|row| Some(row.get("id")?.as_str()?.to_owned()));
+        Some((sent, ids.collect()))
     }
 
     async fn search(&self, lookup: Lookup) -> Result<Rows, CloseError> {
@@ -236,14 +245,22 @@ impl Api for Client {
         }))
     }
 
-    async fn created_since(&self, since: jiff::Timestamp) -> Result<(Vec<Lead>, Vec<Contact>), CloseError> {
+    async fn created_since(&self, since: jiff::Timestamp) -> Result<Created, CloseError> {
         let leads = event_log::created(&self.requests, "lead", since).await?;
         let contacts = event_log::created(&self.requests, "contact", since).await?;
-        Ok((wire::read_all(&leads, wire::read_lead)?, wire::read_all(&contacts, wire::read_contact)?))
+        Ok(Created {
+            complete: leads.complete && contacts.complete,
+            leads: wire::read_all(&leads.records, wire::read_lead)?,
+            contacts: wire::read_all(&contacts.records, wire::read_contact)?,
+        })
     }
 
     fn calls(&self) -> u32 {
         self.requests.calls()
+    }
+
+    fn waits(&self) -> &Waits {
+        self.requests.waits()
     }
 
     fn take_duplicate_failure(&self) -> bool {

@@ -12,26 +12,32 @@ use crate::close::wire::Events;
 /// The most pages to read for one question: as many creations as a fast minute has.
 const MAX_PAGES: usize = 10;
 
-/// The records of a kind that were created since a time, newest first. There may be more of them.
+/// Records that the log lists.
+#[derive(Debug)]
+pub(crate) struct Log {
+    /// Newest first.
+    pub(crate) records: Vec<Value>,
+    /// These are all.
+    pub(crate) complete: bool,
+}
+
+/// The records of a kind that were created since a time.
 ///
 /// Close supports only some combinations of filters, and 50 rows. A cursor replaces the date, so the date is compared
 /// here as well.
-pub(crate) async fn created(
-    requests: &Requests,
-    kind: &str,
-    since: Timestamp,
-) -> Result<Vec<Value>, CloseError> {
+pub(crate) async fn created(requests: &Requests, kind: &str, since: Timestamp) -> Result<Log, CloseError> {
     let filter = format!("event/?object_type={kind}&action=created&_limit=50");
     let mut path = format!("{filter}&date_updated__gte={since}");
-    let mut found = Vec::new();
+    let mut log = Log { records: Vec::new(), complete: true };
     for _ in 0..MAX_PAGES {
         let page: Events = requests.request(Endpoint::Events, &path, None).await?;
-        found.extend(page.records);
+        log.records.extend(page.records);
+        log.complete &= !page.lacks_records;
         let reaches_back = page.oldest.is_none_or(|oldest| oldest < since);
-        let Some(cursor) = page.older.filter(|_| !reaches_back) else { break };
+        let Some(cursor) = page.older.filter(|_| !reaches_back) else { return Ok(log) };
         path = format!("{filter}&_cursor={}", utf8_percent_encode(&cursor, NON_ALPHANUMERIC));
     }
-    Ok(found)
+    Ok(Log { complete: false, ..log })
 }
 
 #[cfg(test)]
@@ -89,7 +95,8 @@ mod tests {
             let since = Timestamp::from_second(1_800_000_000 - seconds).unwrap();
             let found = created(&requests, "lead", since).await.unwrap();
             let asked = log.asked.lock().unwrap();
-            assert_eq!((found.len(), asked.len()), (n_found, n_pages), "{n_events} {seconds}");
+            assert_eq!((found.records.len(), asked.len()), (n_found, n_pages), "{n_events} {seconds}");
+            assert_eq!(found.complete, n_pages < MAX_PAGES);
             let filter = "event/?object_type=lead&action=created&_limit=50&";
             assert!(asked.iter().all(|path| path.starts_with(filter)), "{asked:?}");
         }

@@ -26,7 +26,7 @@ pub mod stall_guard;
 mod transport;
 mod wire;
 
-pub use api::{Api, CreatedIds, WritePermit};
+pub use api::{Api, Created, CreatedIds, WritePermit};
 pub use client::Client;
 pub(crate) use deletion::MOMENT;
 pub use endpoint::{Call, Endpoint, StatusClass};
@@ -35,6 +35,7 @@ pub use organization::{Listed, Organization};
 pub use rate_limit::Priority;
 pub use rate_limit::window::RateLimitStatus;
 pub use raw::{RawClient, RawError};
+pub(crate) use records::Lookup;
 pub use records::{Hits, LeadWithContacts, LeadWithPerson, Records, Written};
 pub use rejection::{FieldError, Rejection, ResponseExcerpt};
 pub use settings::Settings;

@@ -25,6 +25,7 @@ use crate::close::rate_limit::{self, Permit, Priority, RateLimiter};
 use crate::close::stall_guard::StallGuard;
 use crate::close::transport::{Response, Transport};
 use crate::spans::{self, SPANS};
+use crate::waits::{WaitCause, Waits};
 
 /// A permit for one call, and how long acquiring it took.
 pub(crate) type Acquired = (Permit, Duration);
@@ -38,6 +39,8 @@ pub(crate) struct Requests {
     calls: Arc<AtomicU32>,
     last_sent: Arc<std::sync::Mutex<Option<Instant>>>,
     priority: Priority,
+    /// What the calls wait for.
+    waits: Waits,
 }
 
 struct Shared {
@@ -72,14 +75,23 @@ impl Requests {
             stall_guard: StallGuard::default(),
             large_answer: Mutex::default(),
         };
-        let priority = Priority::default();
-        Self { shared: Arc::new(shared), calls: Arc::default(), last_sent: Arc::default(), priority }
+        Self {
+            shared: Arc::new(shared),
+            calls: Arc::default(),
+            last_sent: Arc::default(),
+            priority: Priority::default(),
+            waits: Waits::default(),
+        }
     }
 
-    /// The same with a new count of calls and this priority.
-    pub(crate) fn with_priority(&self, priority: Priority) -> Self {
+    /// The same with a new count of calls, this priority, and a place to note waits.
+    pub(crate) fn for_work(&self, priority: Priority, waits: Waits) -> Self {
         let shared = self.shared.clone();
-        Self { shared, calls: Arc::default(), last_sent: Arc::default(), priority }
+        Self { shared, calls: Arc::default(), last_sent: Arc::default(), priority, waits }
+    }
+
+    pub(crate) fn waits(&self) -> &Waits {
+        &self.waits
     }
 
     pub(crate) fn priority(&self) -> Priority {
@@ -148,7 +160,7 @@ impl Requests {
         let mut answer = self.receive(None, endpoint, path, None, max_answer.min(LARGE_ANSWER)).await;
         let mut alone = None;
         if answer == Err(CloseError::Transient(Fault::TooLarge)) && max_answer > LARGE_ANSWER {
-            alone = Some(self.shared.large_answer.lock().await);
+            alone = Some(self.waits.during(WaitCause::SlowClose, self.shared.large_answer.lock()).await);
             answer = self.receive(None, endpoint, path, None, max_answer).await;
         }
         let Answer(record) = parse(&answer?)?;
@@ -191,7 +203,8 @@ impl Requests {
 
     /// Waits for the rate limiter.
     pub(crate) async fn acquire(&self, endpoint: Endpoint) -> Acquired {
-        self.shared.limiters[&endpoint].acquire(self.priority).await
+        let acquire = self.shared.limiters[&endpoint].acquire(self.priority);
+        self.waits.during(WaitCause::RateLimited, acquire).await
     }
 
     /// Sends once. Returns `None` after a 429: the rate limiter then blocks for as long as Close asked.
@@ -213,7 +226,7 @@ impl Requests {
         *self.last_sent.lock().unwrap_or_else(PoisonError::into_inner) = Some(started);
         let span = span(endpoint, waited);
         let sent = self.shared.transport.send(endpoint.method(), path, body, max_answer);
-        let result = sent.instrument(span.clone()).await;
+        let result = self.waits.during(WaitCause::SlowClose, sent.instrument(span.clone())).await;
         record_result(&span, &result);
         let too_large = CloseError::Transient(Fault::TooLarge);
         let status = match &result {

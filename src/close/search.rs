@@ -12,6 +12,7 @@ use tracing::{Instrument, Span};
 use crate::close::deletion;
 use crate::close::endpoint::Endpoint;
 use crate::close::error::{CloseError, Fault};
+use crate::close::rate_limit::Priority;
 use crate::close::records::Lookup;
 use crate::close::requests::{Acquired, Requests};
 use crate::close::search_batch::{Batcher, Failed, PendingLookup, Rows, SearchResult};
@@ -49,14 +50,24 @@ impl Search {
         let (answer, received) = oneshot::channel();
         let kind = lookup.clone();
         let pending = PendingLookup { lookup, priority: requests.priority(), span: spans::current(), answer };
-        if self.batcher(&kind).add(pending) {
+        let batcher = self.batcher(&kind);
+        let _waiting = requests.waits().share(batcher.waits());
+        if batcher.add(pending) {
             // In a task of its own: this caller may give up while others wait for the same search.
-            let (search, requests) = (self.clone(), requests.clone());
+            let (search, requests, kind) = (self.clone(), requests.clone(), kind.clone());
             tokio::spawn(async move { search.run_batches(&requests, &kind).await });
         }
         // The sender is dropped without an answer when the search panics.
         let lost = |_| Failed { error: CloseError::Transient(Fault::ConnectionLost), duplicate: false };
         received.await.map_err(lost)?
+    }
+
+    /// Adds a look-up to the next search, and starts none. `None` when that search panicked.
+    pub(crate) async fn ride_along(&self, lookup: Lookup) -> Option<SearchResult> {
+        let (answer, received) = oneshot::channel();
+        let batcher = self.batcher(&lookup);
+        batcher.ride_along(PendingLookup { lookup, priority: Priority::Replay, span: Span::none(), answer });
+        received.await.ok()
     }
 
     /// The interval between searches of one kind. With two kinds, half the budget is spent.
@@ -77,9 +88,10 @@ impl Search {
 
     /// Runs searches until no look-up of this kind is pending.
     async fn run_batches(&self, requests: &Requests, kind: &Lookup) {
-        let runner = self.batcher(kind).runner();
+        let batcher = self.batcher(kind);
+        let runner = batcher.runner();
         while let Some(priority) = runner.highest_priority() {
-            let requests = requests.with_priority(priority);
+            let requests = requests.for_work(priority, batcher.waits().clone());
             runner.wait(self.interval(&requests)).await;
             // Look-ups that arrive while this waits for the rate limiter join the batch.
             let permit = requests.acquire(Endpoint::Search).await;
@@ -91,6 +103,7 @@ impl Search {
                 // All callers gave up in the meantime.
                 permit.0.give_back();
             } else {
+                let sent = Instant::now();
                 let search = async {
                     let page = self.search(&requests, &lookups, Some(permit)).await;
                     self.distribute(&requests, &lookups, page).await
@@ -99,7 +112,10 @@ impl Search {
                 let calls = requests.calls();
                 for (number, (answer, mut result)) in (0..).zip(answers.into_iter().zip(results)) {
                     match &mut result {
-                        Ok(rows) => rows.calls = if number == 0 { calls } else { 0 },
+                        Ok(rows) => {
+                            rows.calls = if number == 0 { calls } else { 0 };
+                            rows.sent = sent;
+                        }
                         // As many look-ups report the failure as calls failed.
                         Err(failed) => failed.duplicate = number >= calls,
                     }
@@ -144,7 +160,7 @@ impl Search {
                 let found =
                     rows.iter().filter(|row| alone || wire::may_match(lookup, row)).cloned().collect();
                 let exact = alone && matches!(mode, TextMode::ExactValue);
-                Ok(Rows { found, more: *more, exact, calls: 0 })
+                Ok(Rows { found, more: *more, exact, calls: 0, sent: Instant::now() })
             }
             Err(error) => Err(Failed { error: error.clone(), duplicate: false }),
         };
@@ -211,8 +227,9 @@ mod tests {
 
     use super::*;
     use crate::close::transport::{Response, Transport};
-    use crate::close::{Client, Records};
+    use crate::close::{Api, Client, Records};
     use crate::domain::record::FieldId;
+    use crate::waits::WaitCause;
 
     type Answer = fn(path: &str, mode: &str) -> (u16, Value);
 
@@ -305,6 +322,28 @@ mod tests {
         });
         let error = client.find_leads(&field(), "acme").await.unwrap_err();
         assert_eq!(error, CloseError::Transient(Fault::Vanished));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_look_up_that_gives_up_has_noted_what_its_shared_search_waited_for() {
+        let (limited, _) = client(|_, _| (429, json!({})));
+        let limited = limited.for_message(Priority::Live);
+        let field = field();
+        let find = limited.find_leads(&field, "acme");
+        assert!(tokio::time::timeout(Duration::from_mins(1), find).await.is_err());
+        let (cause, waited) = limited.waits().longest();
+        assert_eq!(cause, WaitCause::RateLimited);
+        assert!(waited > Duration::from_secs(50) && waited < Duration::from_mins(1), "{waited:?}");
+
+        // The second look-up waits for the search of the first.
+        let (client, _) = client(|_, _| (200, json!({"data": []})));
+        let (first, second) = (client.for_message(Priority::Live), client.for_message(Priority::Live));
+        let (one, two) = tokio::join!(first.find_leads(&field, "acme"), second.find_leads(&field, "globex"));
+        assert!(one.is_ok() && two.is_ok());
+        let answer = Duration::from_millis(10);
+        assert_eq!(first.waits().longest(), (WaitCause::SlowClose, answer));
+        let (cause, waited) = second.waits().longest();
+        assert!(cause == WaitCause::SlowClose && waited >= answer, "{cause:?} {waited:?}");
     }
 
     #[tokio::test(start_paused = true)]

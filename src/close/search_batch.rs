@@ -17,6 +17,7 @@ use tracing::Span;
 use crate::close::error::CloseError;
 use crate::close::rate_limit::Priority;
 use crate::close::records::Lookup;
+use crate::waits::{WaitCause, Waits};
 
 /// The most look-ups in one search: each has two conditions, and the rows of all must fit one page.
 const MAX_BATCH: usize = 25;
@@ -42,6 +43,8 @@ pub(crate) struct Rows {
     pub(crate) exact: bool,
     /// Calls made. They are counted for the first look-up of the batch.
     pub(crate) calls: u32,
+    /// When the search was sent.
+    pub(crate) sent: Instant,
 }
 
 /// A look-up that waits for its search.
@@ -60,11 +63,15 @@ pub(crate) struct Batcher {
     state: Mutex<State>,
     /// Notified when a batch is full.
     full: Notify,
+    /// What the searches wait for.
+    waits: Waits,
 }
 
 #[derive(Debug, Default)]
 struct State {
     pending: Vec<PendingLookup>,
+    /// They join the next search, and start none.
+    riders: Vec<PendingLookup>,
     is_running: bool,
     last_search: Option<Instant>,
 }
@@ -84,6 +91,15 @@ impl Batcher {
             }
             !std::mem::replace(&mut state.is_running, true)
         })
+    }
+
+    /// Adds a look-up that joins the next search. It starts none.
+    pub(crate) fn ride_along(&self, lookup: PendingLookup) {
+        self.with(|state| state.riders.push(lookup));
+    }
+
+    pub(crate) fn waits(&self) -> &Waits {
+        &self.waits
     }
 
     /// The runner to start when [`Batcher::add`] returned true.
@@ -118,7 +134,8 @@ impl BatchRunner<'_> {
                 self.0.full.notified().await;
             }
         };
-        let _ = tokio::time::timeout_at(last + interval, full).await;
+        let next = tokio::time::timeout_at(last + interval, full);
+        let _ = self.0.waits.during(WaitCause::Search, next).await;
     }
 
     /// Takes the look-ups for the next search, highest priority first.
@@ -128,7 +145,12 @@ impl BatchRunner<'_> {
             state.pending.retain(|pending| !pending.answer.is_closed());
             state.pending.sort_by_key(|pending| pending.priority);
             let number = state.pending.len().min(MAX_BATCH);
-            state.pending.drain(..number).collect()
+            let mut next: Vec<PendingLookup> = state.pending.drain(..number).collect();
+            if number > 0 {
+                let riders = state.riders.len().min(MAX_BATCH - number);
+                next.extend(state.riders.drain(..riders));
+            }
+            next
         })
     }
 }
@@ -150,6 +172,15 @@ mod tests {
         let (answer, receiver) = oneshot::channel();
         let lookup = Lookup::Lead { field: FieldId::new("cf_c"), company_id: id.into() };
         (PendingLookup { lookup, priority, span: Span::none(), answer }, receiver)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_interval_between_searches_is_a_wait_for_search() {
+        let batcher = Batcher::default();
+        let runner = batcher.runner();
+        runner.next();
+        runner.wait(Duration::from_secs(2)).await;
+        assert_eq!(batcher.waits().longest(), (WaitCause::Search, Duration::from_secs(2)));
     }
 
     #[test]

@@ -309,8 +309,10 @@ impl TryFrom<Answer> for SearchPage {
 #[derive(Deserialize)]
 #[serde(try_from = "Answer")]
 pub(crate) struct Events {
-    /// Null for users without admin rights when the event is older than an hour (close-api.md §15).
     pub(crate) records: Vec<Value>,
+    /// An event lacks its record: that of an event older than an hour is null for users without admin rights (close-api.md
+    /// §15, 15).
+    pub(crate) lacks_records: bool,
     /// When the oldest event of the page happened.
     pub(crate) oldest: Option<Timestamp>,
     /// The cursor of the next, older page.
@@ -324,11 +326,16 @@ impl TryFrom<Answer> for Events {
         let Some(Value::Array(events)) = page.get_mut("data").map(Value::take) else {
             return Err("no events");
         };
-        let record = |mut event: Value| event.get_mut("data").map(Value::take);
+        // The order of events is not guaranteed.
+        let oldest = events.iter().filter_map(|event| time(event, "date_created")).min();
+        let number = events.len();
+        let record = |mut event: Value| event.get_mut("data").map(Value::take).filter(Value::is_object);
+        let records: Vec<Value> = events.into_iter().filter_map(record).collect();
         Ok(Self {
-            oldest: events.last().and_then(|event| time(event, "date_created")),
+            oldest,
             older: text(&page, "cursor_next").filter(|cursor| !cursor.is_empty()),
-            records: events.into_iter().filter_map(record).collect(),
+            lacks_records: records.len() < number,
+            records,
         })
     }
 }

@@ -8,7 +8,7 @@ use url::Url;
 
 use crate::amqp::nodes::Nodes;
 use crate::amqp::tls::{Files, Tls};
-use crate::amqp::{self, Delay, TopologyMode};
+use crate::amqp::{self, Delay, JournalSettings, TopologyMode};
 use crate::config::effective::hash;
 use crate::config::keys::within;
 use crate::config::mapping;
@@ -76,6 +76,7 @@ fn amqp(raw: &raw::Destination, delays: Option<&[Delay]>, reader: &mut Reader<'_
             "check" => Some(TopologyMode::Check),
             _ => None,
         });
+    let journal = journal(raw, reader);
     let outcomes = outcomes(raw, [exchange.as_ref(), queue.as_ref()], reader);
     Some(amqp::Settings {
         nodes: nodes?.with_tls(tls?),
@@ -86,6 +87,19 @@ fn amqp(raw: &raw::Destination, delays: Option<&[Delay]>, reader: &mut Reader<'_
         binding_keys: binding_keys?,
         topology: topology?,
         outcomes,
+        journal: journal?,
+    })
+}
+
+fn journal(raw: &raw::Destination, reader: &mut Reader<'_>) -> Option<JournalSettings> {
+    // The broker deletes whole segments, and needs a few of them.
+    const LEAST_BYTES: i64 = 64 << 20;
+    let max_age = reader.duration(setting!(raw, journal.max_age), Duration::from_hours(1));
+    let max_bytes = reader.number(setting!(raw, journal.max_bytes), LEAST_BYTES..=1 << 50);
+    Some(JournalSettings {
+        enabled: raw.journal.enabled,
+        max_age: max_age?,
+        max_bytes: u64::try_from(max_bytes?).ok()?,
     })
 }
 
@@ -222,9 +236,10 @@ fn worker(
     reader: &mut Reader<'_>,
 ) -> Option<sync::Settings> {
     let in_place = reader.duration(setting!(raw, retry.in_place), Duration::ZERO);
-    let foreign_max_age = reader.duration(setting!(raw, retry.foreign_max_age), Duration::ZERO);
+    let max_age = reader.duration(setting!(raw, retry.max_age), Duration::ZERO);
     let max_message_bytes = reader.number(setting!(raw, worker.max_message_bytes), 1..=1 << 30);
     let search_lag = reader.duration(setting!(raw, close.search_lag), Duration::ZERO);
+    let event_log_lag = reader.duration(setting!(raw, close.event_log_lag), Duration::ZERO);
     let expected = "two letters (ISO 3166) like `GB`, or nothing";
     let country = reader.parsed(setting!(raw, close.country), "country", expected, |text| {
         if text.is_empty() { Some(None) } else { Country::parse(text).map(Some) }
@@ -244,10 +259,11 @@ fn worker(
             in_place: in_place?,
             jitter: retry::JITTER,
             delays: delays?.iter().map(|delay| delay.duration).collect(),
-            foreign_max_age: foreign_max_age?,
+            max_age: max_age?,
         },
         max_message_bytes: usize::try_from(max_message_bytes?).ok()?,
         search_lag: search_lag?,
+        event_log_lag: event_log_lag?,
         hold: hold?,
         country: country?,
         merge: raw.worker.merge,

@@ -56,6 +56,7 @@ pub(super) struct Process {
 pub(super) struct Destination {
     pub(super) amqp: Amqp,
     pub(super) close: Close,
+    pub(super) journal: Journal,
     pub(super) worker: Worker,
     pub(super) retry: Retry,
     pub(super) switches: Switches,
@@ -98,6 +99,15 @@ pub(super) struct Close {
     pub(super) timeout: String,
     pub(super) rate_limit_share: i64,
     pub(super) search_lag: String,
+    pub(super) event_log_lag: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Journal {
+    pub(super) enabled: bool,
+    pub(super) max_age: String,
+    pub(super) max_bytes: i64,
 }
 
 #[derive(Deserialize)]
@@ -115,7 +125,7 @@ pub(super) struct Worker {
 pub(super) struct Retry {
     pub(super) in_place: String,
     pub(super) delays: Vec<Value>,
-    pub(super) foreign_max_age: String,
+    pub(super) max_age: String,
 }
 
 #[derive(Deserialize)]

@@ -9,8 +9,8 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use lapin::BasicProperties;
 
-use crate::amqp::BrokerError;
 use crate::amqp::publisher::Outgoing;
+use crate::amqp::{BrokerError, JournalState};
 
 /// A consumer on the work queue, and the channels to publish with.
 pub trait Broker: Send {
@@ -23,6 +23,12 @@ pub trait Broker: Send {
     /// The channels to publish with.
     fn publishers(&self) -> Publishers;
 
+    /// Whether there is a journal.
+    fn journal(&self) -> &JournalState;
+
+    /// Reads the journal from here on. Its messages are events from then on. Ends an earlier reading.
+    fn read_journal(&mut self, from: ReadFrom);
+
     /// How long the process may be suspended before the broker gives the queue to another worker.
     fn stall_limit(&self) -> Duration;
 
@@ -34,6 +40,8 @@ pub trait Broker: Send {
 pub enum BrokerEvent {
     /// A message was delivered.
     Delivery(Box<Delivery>),
+    /// A message of the journal was read.
+    Journal(JournalMessage),
     /// A connection or the consumer is gone.
     Lost(BrokerError),
     /// The broker raised an alarm for this reason, or cleared it.
@@ -81,8 +89,27 @@ pub struct Publishers {
     pub successors: Arc<dyn Publish>,
     /// Successors that may end their connection, one at a time.
     pub quarantine: Arc<dyn Publish>,
+    /// Entries of the journal.
+    pub journal: Arc<dyn Publish>,
     /// Outcome events for replays.
     pub replays: Arc<dyn Publish>,
     /// Outcome events for producers.
     pub producers: Arc<dyn Publish>,
+}
+
+/// A message of the journal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JournalMessage {
+    /// Its position in the log. The first message has 0.
+    pub position: u64,
+    pub body: Vec<u8>,
+}
+
+/// Where reading begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadFrom {
+    /// Near the last message.
+    Last,
+    /// The message at this position, or the first one after it.
+    Position(u64),
 }

@@ -16,10 +16,14 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::amqp::publisher::{Outgoing, Publisher, UNANSWERED};
 use crate::amqp::server_info::ServerInfo;
+use crate::amqp::stream::{Offset, StreamMessage};
 use crate::amqp::{
-    ACK_FLUSH_TIME, BrokerError, OpenConnection, Settings, disconnect, topology, with_timeout,
+    self, ACK_FLUSH_TIME, BrokerError, JournalState, OpenConnection, Settings, disconnect, topology,
+    with_timeout,
 };
-use crate::consumer::broker::{Broker, BrokerEvent, Delivery, Publish, Publishers, Receipt};
+use crate::consumer::broker::{
+    Broker, BrokerEvent, Delivery, JournalMessage, Publish, Publishers, ReadFrom, Receipt,
+};
 use crate::consumer::topology_monitor;
 use crate::telemetry::metrics::Metrics;
 
@@ -42,6 +46,9 @@ pub(crate) struct Connections {
     events: stream::BoxStream<'static, BrokerEvent>,
     missing: stream::BoxStream<'static, Option<BrokerError>>,
     receiving: bool,
+    journal_state: JournalState,
+    journal_name: String,
+    journal: Option<stream::BoxStream<'static, BrokerEvent>>,
 }
 
 impl Connections {
@@ -50,7 +57,10 @@ impl Connections {
         let consuming = settings.open("close-sync consume").await?;
         let first = events(&consuming.connection).map(|event| match event {
             BrokerEvent::Lost(error) => BrokerEvent::Lost(not_rejected(error)),
-            event @ (BrokerEvent::Delivery(_) | BrokerEvent::Alarm(_) | BrokerEvent::Missing(_)) => event,
+            event @ (BrokerEvent::Delivery(_)
+            | BrokerEvent::Journal(_)
+            | BrokerEvent::Alarm(_)
+            | BrokerEvent::Missing(_)) => event,
         });
         let publishing = settings.open("close-sync publish").await?;
         let events = stream::select(first, events(&publishing.connection)).boxed();
@@ -68,11 +78,13 @@ impl Connections {
         let server = consuming.server;
         let (consuming, publishing) = (Arc::new(consuming.connection), Arc::new(publishing.connection));
         topology::prepare(&consuming, settings).await?;
+        let journal_state = topology::prepare_journal(&consuming, settings).await?;
         let lazy = || Arc::new(LazyPublisher::new(Arc::clone(&publishing)));
         let successors = Arc::new(Publisher::new(&publishing).await?);
         let quarantine =
             Arc::new(IsolatedPublisher { settings: Arc::clone(settings), turn: Mutex::default() });
-        let publishers = Publishers { successors, quarantine, replays: lazy(), producers: lazy() };
+        let journal = Arc::new(Publisher::new(&publishing).await?);
+        let publishers = Publishers { successors, quarantine, journal, replays: lazy(), producers: lazy() };
         let channel = consuming.create_channel().await?;
         channel.basic_qos(settings.prefetch, BasicQosOptions::default()).await?;
         let deliveries = channel
@@ -97,17 +109,21 @@ impl Connections {
             events,
             missing,
             receiving: true,
+            journal_state,
+            journal_name: settings.journal_queue(),
+            journal: None,
         })
     }
 }
 
 impl Broker for Connections {
     async fn next_event(&mut self) -> BrokerEvent {
-        let Self { deliveries, events, missing, receiving, .. } = self;
+        let Self { deliveries, events, missing, receiving, journal, .. } = self;
         tokio::select! {
             biased;
             Some(event) = events.next() => event,
             Some(missing) = missing.next(), if *receiving => BrokerEvent::Missing(missing),
+            Some(event) = next_of(journal) => event,
             // Not polled again after the end: it would hang (rabbitmq.md §0, 8).
             delivery = deliveries.next(), if *receiving => match delivery {
                 Some(Ok(delivery)) => BrokerEvent::Delivery(Box::new(delivery.into())),
@@ -127,6 +143,23 @@ impl Broker for Connections {
         self.publishers.clone()
     }
 
+    fn journal(&self) -> &JournalState {
+        &self.journal_state
+    }
+
+    fn read_journal(&mut self, from: ReadFrom) {
+        let from = match from {
+            ReadFrom::Last => Offset::Last,
+            ReadFrom::Position(position) => Offset::Position(position),
+        };
+        let messages = amqp::stream::read(Arc::clone(&self.consuming), self.journal_name.clone(), from);
+        let event = |message| match message {
+            Ok(StreamMessage { position, body }) => BrokerEvent::Journal(JournalMessage { position, body }),
+            Err(error) => BrokerEvent::Lost(not_rejected(error)),
+        };
+        self.journal = Some(messages.map(event).boxed());
+    }
+
     fn stall_limit(&self) -> Duration {
         // The broker gives the queue to the standby two to three intervals after the last frame it received. lapin sends
         // one every half interval, so the last one may be that old when the process is suspended.
@@ -143,6 +176,13 @@ impl Broker for Connections {
         let _ = self.channel.close(200, "bye".into()).await;
         disconnect(&self.consuming).await;
         disconnect(&self.publishing).await;
+    }
+}
+
+async fn next_of(stream: &mut Option<stream::BoxStream<'static, BrokerEvent>>) -> Option<BrokerEvent> {
+    match stream {
+        Some(stream) => stream.next().await,
+        None => None,
     }
 }
 

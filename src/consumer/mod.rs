@@ -28,6 +28,7 @@ pub mod broker;
 mod connections;
 mod context;
 mod delivery;
+mod journal;
 pub mod outcome_events;
 mod process;
 pub mod quarantine;
@@ -43,18 +44,21 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use strum::VariantArray;
+use tokio::sync::mpsc;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
-use crate::amqp::{BrokerError, Settings};
+use crate::amqp::{BrokerError, JournalState, Settings};
 use crate::close::Priority;
 use crate::close::stall_guard::StallGuard;
-use crate::consumer::broker::{Broker, BrokerEvent};
+use crate::consumer::broker::{Broker, BrokerEvent, JournalMessage, ReadFrom};
 use crate::consumer::connections::Connections;
 use crate::consumer::context::Context;
 pub use crate::consumer::context::{Environment, System};
 use crate::consumer::delivery::ReceivedMessage;
+use crate::consumer::journal::{Instruction, SessionJournal};
 use crate::consumer::process::{process, skip};
 use crate::consumer::quarantine::{Evidence, Quarantine};
 use crate::consumer::scheduler::delayed::DelayedMessages;
@@ -62,6 +66,7 @@ use crate::consumer::scheduler::key_queues::JobId;
 use crate::consumer::scheduler::{Next, Scheduler};
 pub use crate::consumer::state::{End, SessionStats};
 use crate::consumer::state::{Processed, Resume, SessionState, Settlement};
+use crate::domain::journal::ChangeKind;
 use crate::domain::mapping::Key;
 use crate::outcome::PauseCause;
 use crate::sync::{RunContext, Worker};
@@ -164,6 +169,9 @@ struct Consumer<'a> {
     /// until there is some.
     skips: JoinSet<Settlement>,
     heartbeat: Interval,
+    /// From the first delivery on, if there is a journal.
+    journal: Option<SessionJournal>,
+    journal_failures: (mpsc::UnboundedSender<BrokerError>, mpsc::UnboundedReceiver<BrokerError>),
 }
 
 impl<'a> Consumer<'a> {
@@ -179,6 +187,8 @@ impl<'a> Consumer<'a> {
             tasks: JoinSet::new(),
             skips: JoinSet::new(),
             heartbeat,
+            journal: None,
+            journal_failures: mpsc::unbounded_channel(),
         }
     }
 
@@ -232,13 +242,17 @@ impl<'a> Consumer<'a> {
                     return end;
                 },
                 () = sleep_until(wake_at) => {}
+                Some(error) = self.journal_failures.1.recv() => return End::Lost(error),
                 event = broker.next_event() => match event {
                     BrokerEvent::Delivery(delivery) => {
-                        if self.state.received(Instant::now(), context.worker.settings().search_lag) {
-                            context.worker.forget_records();
+                        if self.state.received(Instant::now()) {
+                            self.become_active(broker);
                         }
                         self.receive(ReceivedMessage::prepare(*delivery, &context));
                     }
+                    BrokerEvent::Journal(message) => if let Some(end) = self.journal_message(&message, broker) {
+                        return end;
+                    },
                     BrokerEvent::Lost(error) => return End::Lost(error),
                     BrokerEvent::Alarm(reason) => self.alarm(reason),
                     BrokerEvent::Missing(missing) => self.missing(missing.as_ref()),
@@ -273,10 +287,52 @@ impl<'a> Consumer<'a> {
                 event = broker.next_event() => match event {
                     BrokerEvent::Lost(_) => return,
                     BrokerEvent::Alarm(reason) => self.alarm(reason),
+                    BrokerEvent::Journal(message) => if self.journal_message(&message, broker).is_some() {
+                        return;
+                    },
                     BrokerEvent::Delivery(_) | BrokerEvent::Missing(_) => {}
                 },
             }
         }
+    }
+
+    /// The first delivery: this is the active worker from now on. Another one may have been active until now.
+    fn become_active(&mut self, broker: &mut impl Broker) {
+        let Context { worker, environment, settings, metrics, status, .. } = &*self.context;
+        worker.search_again();
+        let state = broker.journal();
+        status.set_journal(state.label());
+        metrics.set_journal(matches!(state, JournalState::Ready));
+        match state {
+            JournalState::Ready => {
+                let publish = broker.publishers().journal;
+                let failures = self.journal_failures.0.clone();
+                let journal = SessionJournal::start(worker, environment.id(), publish, settings, failures);
+                journal.set_blocked(status.is_alarmed());
+                self.journal = Some(journal);
+                self.state.set_taking_over(true);
+                broker.read_journal(ReadFrom::Last);
+            }
+            JournalState::Disabled => worker.forget_changes(worker.settings().search_lag),
+            JournalState::Unusable(error) => {
+                worker.forget_changes(worker.settings().search_lag);
+                tracing::warn!(
+                    event = "journal_unusable",
+                    %error,
+                    "working without a journal, creations wait for search after each start"
+                );
+            }
+        }
+    }
+
+    fn journal_message(&mut self, message: &JournalMessage, broker: &mut impl Broker) -> Option<End> {
+        match self.journal.as_mut()?.received(message) {
+            Instruction::Nothing => {}
+            Instruction::Read(from) => broker.read_journal(from),
+            Instruction::Ready => self.state.set_taking_over(false),
+            Instruction::TakenOver => return Some(End::Lost(BrokerError::TakenOver)),
+        }
+        None
     }
 
     /// Ends the session: messages that were not settled return to the queue when the channel is closed.
@@ -326,7 +382,7 @@ impl<'a> Consumer<'a> {
                 attempts: first.envelope.attempts,
                 age: first.envelope.age(environment.now()),
                 priority: first.envelope.priority(),
-                search_complete_from: self.state.search_complete_from().unwrap_or_else(Instant::now),
+                journal: self.journal.as_ref().map(SessionJournal::handle).unwrap_or_default(),
             };
             self.tasks.spawn(process(Arc::clone(&self.context), run, run_context));
         }
@@ -349,7 +405,14 @@ impl<'a> Consumer<'a> {
     fn report_load(&self) {
         let load = self.state.load();
         self.context.metrics.set_load(load.in_progress + self.skips.len(), load.waiting);
-        self.context.worker.set_backlog(load.saturated);
+        let Context { worker, metrics, status, .. } = &*self.context;
+        worker.set_backlog(load.saturated);
+        for kind in ChangeKind::VARIANTS {
+            if let Some(lag) = worker.search_lag(*kind) {
+                metrics.set_search_lag(*kind, lag);
+                status.set_search_lag(*kind, lag);
+            }
+        }
     }
 
     /// Close works, or there was no pause.
@@ -381,6 +444,9 @@ impl<'a> Consumer<'a> {
             );
         } else {
             tracing::info!(event = "alarm_cleared", "RabbitMQ cleared the alarm");
+        }
+        if let Some(journal) = &self.journal {
+            journal.set_blocked(reason.is_some());
         }
         self.context.metrics.set_broker_alarm(reason.is_some());
         self.context.status.set_alarm(reason);

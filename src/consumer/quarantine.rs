@@ -97,6 +97,7 @@ impl Evidence {
             | BrokerError::MayNotDeclare(_)
             | BrokerError::StoodStill(_)
             | BrokerError::Cancelled
+            | BrokerError::TakenOver
             | BrokerError::Unroutable { .. }
             | BrokerError::Unconfirmed(_) => None,
         }

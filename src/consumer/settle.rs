@@ -295,7 +295,7 @@ fn log(context: &Context, WorkResult { outcome, decision, started }: &WorkResult
                 delay = delay(*level),
                 charged,
                 took_ms,
-                "message failed, retrying from a delay queue"
+                "message delayed, retrying from a delay queue"
             );
         }
         Outcome::Dead(dead) => tracing::warn!(

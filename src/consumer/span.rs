@@ -98,7 +98,7 @@ pub(crate) fn conclude(span: &Span, outcome: &Outcome, settlement: &Settlement) 
         Outcome::Delayed { cause: cause @ (DelayCause::Failed(why) | DelayCause::NotClose(why)), .. } => {
             spans::fail(span, cause.label(), why);
         }
-        Outcome::Delayed { cause: DelayCause::RateLimited(_) | DelayCause::BehindEarlier, .. }
+        Outcome::Delayed { cause: DelayCause::Held(_) | DelayCause::BehindEarlier, .. }
         | Outcome::Synced(_)
         | Outcome::Paused(_) => {}
     }

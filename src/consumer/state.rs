@@ -122,8 +122,8 @@ pub(crate) struct SessionState<'a, K, R, T> {
     in_progress: usize,
     received: u64,
     stats: SessionStats,
-    /// What other workers created can be missing from search until then.
-    search_complete_from: Option<Instant>,
+    /// What earlier workers did is being read. Nothing starts before.
+    is_taking_over: bool,
     /// When the last task started.
     idle_since: Instant,
     draw: Draw,
@@ -153,22 +153,18 @@ impl<'a, K: Clone + Eq + Hash, R: Copy + Ord, T> SessionState<'a, K, R, T> {
             in_progress: 0,
             received: 0,
             stats: SessionStats { breaker_closed: !half_open, ..SessionStats::default() },
-            search_complete_from: None,
+            is_taking_over: false,
             idle_since: now,
             draw: if half_open { Draw::BeforeFirstDelivery } else { Draw::Done },
         }
     }
 
     /// Counts a delivery. Returns whether it is the first.
-    pub(crate) fn received(&mut self, now: Instant, search_lag: Duration) -> bool {
+    pub(crate) fn received(&mut self, now: Instant) -> bool {
         self.received += 1;
         let first = self.received == 1;
-        if first {
-            // A predecessor may have worked until now. A standby may have waited for hours before.
-            self.search_complete_from = Some(now + search_lag);
-            if self.draw == Draw::BeforeFirstDelivery {
-                self.draw = Draw::At(now + DRAW_AFTER);
-            }
+        if first && self.draw == Draw::BeforeFirstDelivery {
+            self.draw = Draw::At(now + DRAW_AFTER);
         }
         first
     }
@@ -196,7 +192,7 @@ impl<'a, K: Clone + Eq + Hash, R: Copy + Ord, T> SessionState<'a, K, R, T> {
             self.draw = Draw::Done;
         }
         let limit = self.limit();
-        if self.draw != Draw::Done || self.tasks >= limit {
+        if self.is_taking_over || self.draw != Draw::Done || self.tasks >= limit {
             return None;
         }
         let next = if limit < self.concurrency {
@@ -275,9 +271,9 @@ impl<'a, K: Clone + Eq + Hash, R: Copy + Ord, T> SessionState<'a, K, R, T> {
         self.stats.breaker_closed && self.received > 0
     }
 
-    /// What others created before this may not show up in search yet.
-    pub(crate) fn search_complete_from(&self) -> Option<Instant> {
-        self.search_complete_from
+    /// Starts nothing while the journal is read.
+    pub(crate) fn set_taking_over(&mut self, is_taking_over: bool) {
+        self.is_taking_over = is_taking_over;
     }
 
     pub(crate) fn load(&self) -> Load {

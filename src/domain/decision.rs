@@ -33,6 +33,8 @@ pub struct Decision {
     pub calls: u32,
     /// The message was looked up and written together with an earlier one.
     pub merged: bool,
+    /// Of a dry run: the worker would wait until search shows earlier changes, and look up again.
+    pub awaits_search: bool,
     /// The created Lead.
     pub new_lead: Option<LeadId>,
     /// The created Contact.

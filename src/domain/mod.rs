@@ -10,7 +10,8 @@
 //! - [`merge`] combines the steps of several events;
 //! - [`partial_write`] removes what Close rejected, and [`refused`] remembers it;
 //! - [`readback`] learns from Close's answers how it keeps what it was sent;
-//! - [`decision`] explains all of it.
+//! - [`decision`] explains all of it;
+//! - [`journal`] hands what was learnt to the next worker.
 //!
 //! [`record`], [`phone`], [`schema`], [`switches`] and [`dropped`] are shared types. No two files import each other.
 
@@ -19,6 +20,7 @@ pub mod dropped;
 pub mod encoding;
 pub mod event;
 pub(crate) mod footprint;
+pub mod journal;
 pub mod mapping;
 pub mod matching;
 pub mod merge;

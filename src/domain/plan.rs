@@ -9,7 +9,7 @@ use crate::domain::dropped::{DropReason, Dropped, excerpt};
 use crate::domain::mapping::{Desired, KeyFields, WriteRule};
 use crate::domain::record::{Contact, ContactId, Field, FieldId, Fields, LeadId, Lists, merge_changes};
 use crate::domain::refused::RefusedValues;
-use crate::domain::staleness::{RecordVersions, SyncedAtFields};
+use crate::domain::staleness::{FieldHash, RecordVersions, SyncedAtFields};
 
 /// Stands for the id of a Lead that is not created yet.
 pub const NEW_LEAD: &str = "new lead";
@@ -317,7 +317,7 @@ impl Plan {
                     // A fallback name is not a value of the event.
                     FieldVerdict::Set | FieldVerdict::Same if *write == WriteRule::OnCreate => {}
                     FieldVerdict::Set | FieldVerdict::Same => {
-                        let newest = record.fields.entry(field.clone()).or_insert(at);
+                        let newest = record.fields.entry(FieldHash::of(field)).or_insert(at);
                         *newest = at.max(*newest);
                     }
                     FieldVerdict::Appended

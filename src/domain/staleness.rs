@@ -16,6 +16,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::domain::record::{Field, FieldId, Fields};
@@ -29,6 +30,18 @@ pub struct SyncedAtFields {
     pub contact: Option<FieldId>,
 }
 
+/// A hash of the key of a field in Close. A record has a few dozen fields, so two with one hash are improbable; the newer
+/// time then counts for both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct FieldHash(u32);
+
+impl FieldHash {
+    pub fn of(field: &str) -> Self {
+        Self(crc32fast::hash(field.as_bytes()))
+    }
+}
+
 /// How new the values of one record are, and what Close refused for it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FieldVersions {
@@ -36,15 +49,15 @@ pub struct FieldVersions {
     pub stored: Option<Timestamp>,
     /// The latest time at which other processes may have written any field.
     pub record: Option<Timestamp>,
-    /// The time of the newest event that wrote a field, by the key of the field in Close.
-    pub fields: BTreeMap<String, Timestamp>,
+    /// The time of the newest event that wrote a field.
+    pub fields: BTreeMap<FieldHash, Timestamp>,
     pub refused: RefusedValues,
 }
 
 impl FieldVersions {
     /// Whether an event newer than `at` wrote the field.
     pub fn is_newer(&self, field: &str, at: Option<Timestamp>) -> bool {
-        let newest = self.record.max(self.fields.get(field).copied());
+        let newest = self.record.max(self.fields.get(&FieldHash::of(field)).copied());
         at.is_some_and(|at| newest.is_some_and(|newest| newest > at))
     }
 

@@ -70,7 +70,7 @@ impl DestinationRuntime {
 }
 
 /// The body of `/readyz`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum Readyz {
     /// The only destination, without a name.

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
+use jiff::Timestamp;
 use tokio::time::Instant;
 
 use crate::close::{Client, CloseError};
@@ -13,12 +14,15 @@ use crate::domain::record::FieldId;
 use crate::outcome::{Failure, PauseCause, Stage};
 use crate::retry::History;
 use crate::sync::circuit_breaker::CircuitBreaker;
+use crate::sync::clock::Clock;
 use crate::sync::id_cache::IdCache;
 use crate::sync::job::Settings;
+use crate::sync::lag_guard::LagGuard;
 use crate::sync::preflight::{self, PreflightError};
 use crate::sync::readback_cache::ReadbackCache;
 use crate::sync::recent_records::RecentRecords;
 use crate::sync::record_locks::RecordLocks;
+use crate::sync::search_lag::SearchLag;
 use crate::sync::version_cache::VersionCache;
 use crate::telemetry::metrics::Metrics;
 
@@ -28,16 +32,27 @@ const MIN_REFRESH_INTERVAL: Duration = Duration::from_secs(10);
 /// The shortest time between two log lines about the same mistake of producers.
 const MIN_LOG_INTERVAL: Duration = Duration::from_mins(1);
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    Write,
+    /// Sends no writes, waits for no other message, and does not count: neither in metrics nor in the circuit breaker.
+    DryRun,
+}
+
 pub(crate) struct Context {
+    pub(crate) mode: Mode,
     pub(crate) settings: Settings,
     pub(crate) client: Client,
     pub(crate) keys: KeyFields,
     pub(crate) id_cache: IdCache,
+    pub(crate) lag_guard: Arc<LagGuard>,
+    pub(crate) search_lag: SearchLag,
     pub(crate) version_cache: VersionCache,
     pub(crate) readback_cache: ReadbackCache,
     pub(crate) record_locks: RecordLocks,
     pub(crate) recent: RecentRecords,
     pub(crate) metrics: Metrics,
+    clock: Clock,
     rules: Rules,
     mapping: RwLock<Arc<Mapping>>,
     /// When the mapping was last refreshed. Held during a refresh, so that there is one at a time.
@@ -56,18 +71,23 @@ pub struct Dependencies<'a> {
     pub mapping: Mapping,
     pub client: Client,
     pub metrics: Metrics,
+    pub clock: Clock,
 }
 
 impl Context {
     pub(crate) fn new(dependencies: Dependencies<'_>) -> Self {
-        let Dependencies { settings, rules, mapping, client, metrics } = dependencies;
+        let Dependencies { settings, rules, mapping, client, metrics, clock } = dependencies;
         let readback_cache = ReadbackCache::default();
         readback_cache.start_with(settings.country.or(mapping.country));
+        let (id_cache, lag_guard) = (IdCache::default(), Arc::new(LagGuard::new(settings.search_lag)));
         Self {
-            settings,
+            mode: Mode::Write,
+            search_lag: SearchLag::new(Arc::clone(&lag_guard), id_cache.clone(), Arc::clone(&clock)),
             client,
             keys: mapping.keys.clone(),
-            id_cache: IdCache::default(),
+            id_cache,
+            lag_guard,
+            clock,
             version_cache: VersionCache::default(),
             readback_cache,
             record_locks: RecordLocks::default(),
@@ -79,7 +99,56 @@ impl Context {
             breaker: Mutex::default(),
             last_failure: Mutex::default(),
             unreadable_time_logged: Mutex::default(),
+            settings,
         }
+    }
+
+    /// A context for dry runs. It knows what this one knows, and what it learns stays in it. The client is the same, so that
+    /// all calls keep to the rate limits.
+    pub(crate) fn for_rehearsal(&self) -> Self {
+        let (id_cache, lag_guard) = (self.id_cache.for_rehearsal(), Arc::new(self.lag_guard.for_rehearsal()));
+        let refreshed_at = self.refreshed_at.try_lock().map_or_else(|_| Instant::now(), |at| *at);
+        Self {
+            mode: Mode::DryRun,
+            settings: self.settings.clone(),
+            client: self.client.clone(),
+            keys: self.keys.clone(),
+            search_lag: SearchLag::new(Arc::clone(&lag_guard), id_cache.clone(), Arc::clone(&self.clock)),
+            id_cache,
+            lag_guard,
+            version_cache: self.version_cache.for_rehearsal(),
+            readback_cache: self.readback_cache.for_rehearsal(),
+            record_locks: RecordLocks::default(),
+            recent: self.recent.for_rehearsal(),
+            metrics: self.metrics.clone(),
+            clock: Arc::clone(&self.clock),
+            rules: self.rules.clone(),
+            mapping: RwLock::new(self.mapping()),
+            refreshed_at: tokio::sync::Mutex::new(refreshed_at),
+            breaker: Mutex::default(),
+            last_failure: Mutex::default(),
+            unreadable_time_logged: Mutex::default(),
+        }
+    }
+
+    /// All that a rehearsal must leave as it is.
+    #[cfg(test)]
+    pub(crate) fn memories(&self) -> Vec<String> {
+        vec![
+            format!("{:?}", self.id_cache),
+            format!("{:?}", self.lag_guard),
+            format!("{:?}", self.version_cache),
+            format!("{:?}", self.readback_cache),
+            format!("{:?}", self.record_locks),
+            format!("{:?}", self.recent),
+            format!("{:?}", self.breaker),
+            format!("{:?}", self.last_failure),
+            format!("{:?}", self.mapping()),
+        ]
+    }
+
+    pub(crate) fn now(&self) -> Timestamp {
+        (self.clock)()
     }
 
     pub(crate) fn mapping(&self) -> Arc<Mapping> {
@@ -156,6 +225,10 @@ impl Context {
         self.readback_cache.start_with(mapping.country);
         *refreshed_at = Instant::now();
         let mut current = self.mapping.write().unwrap_or_else(PoisonError::into_inner);
+        if self.mode == Mode::DryRun {
+            *current = Arc::new(mapping);
+            return Ok(());
+        }
         if (&mapping.unresolved, &mapping.unreadable, mapping.invalid_constants())
             != (&current.unresolved, &current.unreadable, current.invalid_constants())
         {

@@ -13,11 +13,15 @@ use crate::domain::matching::Case;
 use crate::domain::plan::{RecordPlan, RecordRef, Refusal};
 use crate::domain::record::LeadId;
 use crate::outcome::{DelayCause, Outcome, PauseCause};
-use crate::sync::{Prepared, ReceivedAt, Worker};
+use crate::sync::{Prepared, ReceivedAt, Rehearsal};
 use crate::text::choices;
 
 /// The outcome of an event that cannot succeed.
 pub const DEAD: &str = "dead-lettered";
+
+/// What the worker would wait for, in words.
+pub const WAITS_FOR_SEARCH: &str =
+    "would wait until Close's search shows earlier changes, then look up again; the plan may change";
 
 /// The explanation of one event. The fields without `skip` are the JSON of `plan --json`.
 #[derive(Clone, Debug, Serialize)]
@@ -35,6 +39,9 @@ pub struct Explanation {
     /// The description of the rule.
     #[serde(skip)]
     pub rule_in_words: Option<&'static str>,
+    /// `search` where the worker would wait until Close's search shows earlier changes, and then look up again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waits_for: Option<&'static str>,
     /// The look-ups in order, cached and from Close.
     pub look_ups: Vec<String>,
     /// The records that were considered.
@@ -137,18 +144,18 @@ impl fmt::Display for Unplanned {
 /// # Errors
 /// When a look-up fails.
 pub async fn dry_run(
-    worker: &Worker,
+    rehearsal: &Rehearsal,
     event: Payload<'_>,
     received_at: ReceivedAt,
 ) -> Result<(Vec<Key>, Explanation), Unplanned> {
-    let (keys, outcome, decision) = match worker.prepare(event, received_at) {
+    let (keys, outcome, decision) = match rehearsal.prepare(event, received_at) {
         Prepared::Settled(outcome) => (Vec::new(), outcome, Decision::default()),
         Prepared::Job(job) => {
-            let (outcome, decision) = worker.dry_run(&job).await;
+            let (outcome, decision) = rehearsal.run(&job).await;
             (job.keys(), outcome, decision)
         }
     };
-    Ok((keys, Explanation::new(outcome, &decision, &worker.mapping())?))
+    Ok((keys, Explanation::new(outcome, &decision, &rehearsal.mapping())?))
 }
 
 impl Explanation {
@@ -171,6 +178,7 @@ impl Explanation {
             error,
             rule: decision.case.map(Case::label),
             rule_in_words: decision.case.map(Case::description),
+            waits_for: decision.awaits_search.then_some("search"),
             look_ups: decision.look_ups.iter().map(LookUp::description).collect(),
             candidates: decision.candidates.iter().map(candidate).collect(),
             records: decision.plan.records.iter().map(|record| Record::new(record, mapping)).collect(),

@@ -1,34 +1,45 @@
-//! Bounded cache of ids from earlier messages. It saves searches and, above all, holds the records just created
-//! while search does not show them yet (`design.md` P2). It also holds pending creations: those whose answer was
-//! lost, whatever happened to their message.
+//! Bounded cache of ids by key. It saves searches and, above all, holds the records that we created or gave keys to while
+//! search does not show them yet (`design.md` P2).
 //!
-//! The caller reads a record before it relies on a cached id: a Contact may have been moved, a Lead merged. An
-//! entry lives ten minutes at most; then a search finds records that people created in Close.
+//! An id is a candidate: the caller reads the record before it relies on it, because a Contact may have been moved, a Lead
+//! merged. What a search has shown saves the next search for ten minutes; then another one finds records that people
+//! created in Close. An id itself stays until there is no room for it. When a change that search has not shown yet is
+//! evicted, [`IdCache::evicted`] says so, and "not found" proves nothing until search has shown something younger
+//! ([`crate::sync::lag_guard`]).
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use jiff::Timestamp;
+use moka::notification::RemovalCause;
 use moka::policy::EvictionPolicy;
 use moka::sync::Cache;
 use tokio::time::Instant;
 
 use crate::close::CreatedIds;
+use crate::domain::journal::{ChangeKind, KeyHash, RecordId};
 use crate::domain::mapping::{Identity, Key};
 use crate::domain::record::{ContactId, LeadId};
+use crate::sync::layered::Layered;
 
+/// How long a search need not be repeated.
 const LIFETIME: Duration = Duration::from_mins(10);
-/// In bytes, for each of the three caches: about 50,000 entries, or fewer with long keys. Keys come from messages.
-const CAPACITY: u64 = 16 << 20;
-/// What an entry takes beside its key and ids, in bytes.
-const ENTRY: usize = 200;
+/// In bytes: about 120,000 keys.
+const CAPACITY: u64 = 32 << 20;
+/// What an entry takes beside its ids, in bytes.
+const ENTRY: usize = 150;
+/// What an id takes beside its text, in bytes.
+const ID: usize = 80;
 /// The most Contacts of one key. Only few are updated, and a page of a search has no more.
 const MAX_CONTACTS: usize = 100;
 
 /// Clones share the entries.
 #[derive(Clone, Debug)]
 pub struct IdCache {
-    leads: Cache<String, LeadId>,
-    people: Cache<Key, Contacts>,
-    pending_creations: Cache<Key, Instant>,
+    entries: Layered<KeyHash, Entry>,
+    /// What searches have shown before this no longer saves one.
+    searched_since: Arc<Mutex<Option<Instant>>>,
+    evicted: Arc<Mutex<Vec<Change>>>,
 }
 
 /// The Contacts cached for a user id or an email.
@@ -39,86 +50,161 @@ pub struct Contacts {
     pub complete: bool,
 }
 
-fn size(key: &Key) -> usize {
-    match key {
-        Key::Company(text) | Key::User(text) | Key::Email(text) => text.len(),
-    }
+/// A record got keys from us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Change {
+    pub kind: ChangeKind,
+    pub at: Timestamp,
 }
 
-impl Contacts {
-    fn size(&self) -> usize {
-        self.ids.iter().map(|id| size_of::<ContactId>() + id.as_str().len()).sum()
-    }
+#[derive(Clone, Debug, Default)]
+struct Entry {
+    known: Vec<Known>,
+    /// When a search has shown that these are all.
+    complete: Option<Instant>,
 }
 
-fn weight(bytes: usize) -> u32 {
-    u32::try_from(ENTRY.saturating_add(bytes)).unwrap_or(u32::MAX)
+#[derive(Clone, Debug)]
+struct Known {
+    id: RecordId,
+    /// The change that search has not shown yet.
+    unseen: Option<Change>,
+}
+
+impl Entry {
+    fn weight(&self) -> u32 {
+        let ids = self.known.iter().map(|known| ID.saturating_add(known.id.as_str().len())).sum();
+        u32::try_from(ENTRY.saturating_add(ids)).unwrap_or(u32::MAX)
+    }
+
+    fn unseen(&self) -> impl Iterator<Item = Change> {
+        self.known.iter().filter_map(|known| known.unseen)
+    }
 }
 
 impl Default for IdCache {
     fn default() -> Self {
-        // The most recent entries matter most, however often the others are read.
-        Self {
-            leads: Cache::builder()
-                .weigher(|company_id: &String, id: &LeadId| weight(company_id.len() + id.as_str().len()))
-                .max_capacity(CAPACITY)
-                .eviction_policy(EvictionPolicy::lru())
-                .time_to_live(LIFETIME)
-                .build(),
-            people: Cache::builder()
-                .weigher(|key: &Key, contacts: &Contacts| weight(size(key) + contacts.size()))
-                .max_capacity(CAPACITY)
-                .eviction_policy(EvictionPolicy::lru())
-                .time_to_live(LIFETIME)
-                .build(),
-            pending_creations: Cache::builder()
-                .weigher(|key: &Key, _: &Instant| weight(size(key)))
-                .max_capacity(CAPACITY)
-                .eviction_policy(EvictionPolicy::lru())
-                .build(),
-        }
+        Self::with_capacity(CAPACITY)
     }
 }
 
 impl IdCache {
+    fn with_capacity(bytes: u64) -> Self {
+        let evicted = Arc::<Mutex<Vec<Change>>>::default();
+        let changes = Arc::clone(&evicted);
+        let note = move |_: Arc<KeyHash>, entry: Entry, cause: RemovalCause| {
+            if cause == RemovalCause::Size {
+                changes.lock().unwrap_or_else(PoisonError::into_inner).extend(entry.unseen());
+            }
+        };
+        // The most recent entries matter most, however often the others are read.
+        let entries = Cache::builder()
+            .weigher(|_: &KeyHash, entry: &Entry| entry.weight())
+            .max_capacity(bytes)
+            .eviction_policy(EvictionPolicy::lru())
+            .eviction_listener(note)
+            .build();
+        Self { entries: Layered::new(entries), searched_since: Arc::default(), evicted }
+    }
+
+    /// A cache for a rehearsal: it knows what this one knows, and keeps what it learns for itself.
+    pub(crate) fn for_rehearsal(&self) -> Self {
+        let copy = Self::default();
+        copy.searched_since.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&self.searched_since());
+        let evicted = self.evicted.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        copy.evicted.lock().unwrap_or_else(PoisonError::into_inner).extend(evicted);
+        Self { entries: self.entries.covered_by(copy.entries.own().clone()), ..copy }
+    }
+
+    fn searched_since(&self) -> Option<Instant> {
+        *self.searched_since.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_fresh(&self, at: Option<Instant>) -> bool {
+        let since = self.searched_since();
+        at.is_some_and(|at| at.elapsed() < LIFETIME && since.is_none_or(|since| since < at))
+    }
+
+    fn entry(&self, key: KeyHash) -> Entry {
+        self.entries.get(&key).unwrap_or_default()
+    }
+
+    /// Changes the entry of a key, created if there is none.
+    fn update(&self, key: KeyHash, with: impl FnOnce(&mut Entry)) {
+        self.entries.update(&key, |entry| {
+            let mut entry = entry.unwrap_or_default();
+            with(&mut entry);
+            Some(entry)
+        });
+    }
+
+    /// The company's Lead, if no search for it is needed.
     pub fn lead(&self, company_id: &str) -> Option<LeadId> {
-        self.leads.get(company_id)
+        let entry = self.entry(company(company_id));
+        self.is_fresh(entry.complete).then(|| leads(&entry).next()).flatten()
+    }
+
+    /// The Leads that were the company's. Search may not show them yet.
+    pub fn known_leads(&self, company_id: &str) -> Vec<LeadId> {
+        leads(&self.entry(company(company_id))).collect()
+    }
+
+    /// The records that have a key, or had it.
+    pub fn known(&self, key: &Key) -> Vec<RecordId> {
+        self.entry(KeyHash::of(key)).known.into_iter().map(|known| known.id).collect()
     }
 
     pub fn remember_lead(&self, company_id: &str, id: LeadId) {
-        self.leads.insert(company_id.to_owned(), id);
+        let id = RecordId::Lead(id);
+        self.update(company(company_id), |entry| {
+            let before = entry.known.iter().position(|known| known.id == id);
+            let known = before.map_or(Known { id, unseen: None }, |at| entry.known.remove(at));
+            entry.known.insert(0, known);
+            entry.complete = Some(Instant::now());
+        });
     }
 
-    pub fn forget_lead(&self, company_id: &str) {
-        self.leads.invalidate(company_id);
+    /// The Lead is gone, or no longer the company's.
+    pub fn forget_lead(&self, company_id: &str, id: &LeadId) {
+        self.update(company(company_id), |entry| {
+            entry.known.retain(|known| !matches!(&known.id, RecordId::Lead(known) if known == id));
+            entry.complete = None;
+        });
     }
 
     pub fn contacts(&self, key: &Key) -> Contacts {
-        self.people.get(key).unwrap_or_default()
+        let entry = self.entry(KeyHash::of(key));
+        let ids = entry.known.iter().filter_map(|known| match &known.id {
+            RecordId::Contact(id) => Some(id.clone()),
+            RecordId::Lead(_) => None,
+        });
+        Contacts { ids: ids.collect(), complete: self.is_fresh(entry.complete) }
     }
 
     /// Adds what a search found to what is cached: search does not show what was created a moment ago. Does not
     /// cache an empty answer, which proves nothing (close-api.md §6). `all`: the search cannot have missed one.
     pub fn remember_contacts(&self, key: Key, ids: Vec<ContactId>, all: bool) {
         if !ids.is_empty() {
-            self.add(key, ids, all);
+            self.add(KeyHash::of(&key), ids.into_iter().map(RecordId::Contact), all);
         }
     }
 
-    fn add(&self, key: Key, ids: Vec<ContactId>, complete: bool) {
-        let mut contacts = self.contacts(&key);
-        contacts.complete |= complete;
-        for id in ids {
-            if contacts.ids.contains(&id) {
-                continue;
+    fn add(&self, key: KeyHash, ids: impl IntoIterator<Item = RecordId>, complete: bool) {
+        self.update(key, |entry| {
+            if complete {
+                entry.complete = Some(Instant::now());
             }
-            if contacts.ids.len() < MAX_CONTACTS {
-                contacts.ids.push(id);
-            } else {
-                contacts.complete = false;
+            for id in ids {
+                if entry.known.iter().any(|known| known.id == id) {
+                    continue;
+                }
+                if entry.known.len() < MAX_CONTACTS {
+                    entry.known.push(Known { id, unseen: None });
+                } else {
+                    entry.complete = None;
+                }
             }
-        }
-        self.people.insert(key, contacts);
+        });
     }
 
     /// Caches the records just created for a person. `only`: no other Contact has the person's keys.
@@ -127,67 +213,132 @@ impl IdCache {
             self.remember_lead(company_id, lead);
         }
         if let Some(contact) = created.contact {
-            person.person().for_each(|key| self.add(key, vec![contact.clone()], only));
+            let id = RecordId::Contact(contact);
+            person.person().for_each(|key| self.add(KeyHash::of(&key), [id.clone()], only));
         }
     }
 
-    /// Forgets all records: another worker may have created more of them. Pending creations stay.
-    pub fn forget_records(&self) {
-        self.leads.invalidate_all();
-        self.people.invalidate_all();
-    }
-
-    /// A record with these keys may have been created without an answer. Until then, a search that does not
-    /// find it proves nothing. Returns the keys as they were before, for [`Self::complete_creation`].
-    pub fn add_pending_creation(&self, keys: &[Key], until: Instant) -> Vec<(Key, Option<Instant>)> {
-        let before = keys.iter().map(|key| (key.clone(), self.pending_creations.get(key))).collect();
+    /// A record got these keys, or is about to get them. Search may not show it yet.
+    pub fn changed(&self, keys: &[KeyHash], id: &RecordId, change: Change) {
         for key in keys {
-            self.pending_creations.insert(key.clone(), until);
-        }
-        before
-    }
-
-    /// Close answered the creation. An earlier one with the same key stays pending.
-    pub fn complete_creation(&self, before: Vec<(Key, Option<Instant>)>) {
-        for (key, until) in before {
-            match until {
-                Some(until) => self.pending_creations.insert(key, until),
-                None => self.pending_creations.invalidate(&key),
-            }
+            self.update(*key, |entry| {
+                let known = entry.known.iter().position(|known| known.id == *id);
+                let known = known.map_or(Known { id: id.clone(), unseen: None }, |at| entry.known.remove(at));
+                // Own changes matter more than what search shows.
+                entry.known.insert(0, Known { unseen: Some(change), ..known });
+                let dropped = entry.known.split_off(entry.known.len().min(MAX_CONTACTS));
+                let dropped = dropped.iter().filter_map(|known| known.unseen);
+                self.evicted.lock().unwrap_or_else(PoisonError::into_inner).extend(dropped);
+            });
         }
     }
 
-    /// Until when search may miss a record with these keys.
-    pub fn pending_until(&self, keys: &[Key]) -> Option<Instant> {
-        keys.iter().filter_map(|key| self.pending_creations.get(key)).max()
+    /// A search for this key has shown the record. Returns the change that it had not shown before.
+    pub fn seen(&self, key: &Key, id: &RecordId) -> Option<Change> {
+        let key = KeyHash::of(key);
+        // Most records have nothing to note, and an update of the entry costs more.
+        let is_seen = |known: &Known| known.id == *id && known.unseen.is_some();
+        if !self.entry(key).known.iter().any(is_seen) {
+            return None;
+        }
+        let mut change = None;
+        self.update(key, |entry| {
+            let known = entry.known.iter_mut().find(|known| known.id == *id);
+            change = known.and_then(|known| known.unseen.take());
+        });
+        change
     }
 
-    pub fn forget_contacts(&self, key: &Key) {
-        self.people.invalidate(key);
+    /// The changes that were evicted before search had shown them, since the last call.
+    pub fn evicted(&self) -> Vec<Change> {
+        std::mem::take(&mut *self.evicted.lock().unwrap_or_else(PoisonError::into_inner))
     }
+
+    /// All changes that search has not shown yet.
+    pub fn unseen(&self) -> Vec<(KeyHash, RecordId, Change)> {
+        let of = |key: KeyHash, entry: Entry| {
+            let known = entry.known.into_iter();
+            known.filter_map(move |Known { id, unseen }| Some((key, id, unseen?))).collect::<Vec<_>>()
+        };
+        self.entries.own().iter().flat_map(|(key, entry)| of(*key, entry)).collect()
+    }
+
+    /// Another worker may have created records: what searches have shown so far may not be all.
+    pub fn search_again(&self) {
+        *self.searched_since.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    /// The Contact is gone.
+    pub fn forget_contact(&self, key: &Key, id: &ContactId) {
+        self.update(KeyHash::of(key), |entry| {
+            entry.known.retain(|known| !matches!(&known.id, RecordId::Contact(known) if known == id));
+            entry.complete = None;
+        });
+    }
+
+    /// There may be more Contacts with the key than are cached.
+    pub fn search_again_for(&self, key: &Key) {
+        self.update(KeyHash::of(key), |entry| entry.complete = None);
+    }
+}
+
+fn company(id: &str) -> KeyHash {
+    KeyHash::of(&Key::Company(id.to_owned()))
+}
+
+fn leads(entry: &Entry) -> impl Iterator<Item = LeadId> {
+    entry.known.iter().filter_map(|known| match &known.id {
+        RecordId::Lead(id) => Some(id.clone()),
+        RecordId::Contact(_) => None,
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    fn creation(second: i64) -> Change {
+        Change { kind: ChangeKind::Creation, at: at(second) }
+    }
+
     #[test]
     fn the_size_does_not_depend_on_what_messages_say() {
-        let cache = IdCache::default();
+        let cache = IdCache::with_capacity(1 << 20);
         let key = |number: usize| Key::User(format!("{number:0>255}"));
         let ids =
             |number: usize| (0..number).map(|n| ContactId::new(format!("cont_{n:0>43}"))).collect::<Vec<_>>();
         for number in 0..5000 {
             cache.remember_contacts(key(number), ids(100), true);
-            cache.add_pending_creation(&[key(number)], Instant::now());
         }
-        cache.people.run_pending_tasks();
-        assert!(cache.people.weighted_size() <= CAPACITY && cache.people.entry_count() < 2500);
-        cache.pending_creations.run_pending_tasks();
-        assert_eq!(cache.pending_creations.entry_count(), 5000);
+        cache.entries.own().run_pending_tasks();
+        assert!(cache.entries.own().weighted_size() <= 1 << 20 && cache.entries.own().entry_count() < 100);
+        assert_eq!(cache.evicted(), [], "search shows them");
         cache.remember_contacts(key(0), ids(MAX_CONTACTS + 1), true);
         let contacts = cache.contacts(&key(0));
         assert_eq!((contacts.ids.len(), contacts.complete), (MAX_CONTACTS, false));
+    }
+
+    #[test]
+    fn what_is_evicted_before_search_has_shown_it_is_reported() {
+        let cache = IdCache::with_capacity(100 << 10);
+        let key = |number: i64| Key::User(number.to_string());
+        let id = RecordId::Contact(ContactId::new("cont_1"));
+        for number in 0..1000 {
+            cache.changed(&[KeyHash::of(&key(number))], &id, creation(number));
+            if number % 2 == 0 {
+                assert_eq!(cache.seen(&key(number), &id), Some(creation(number)));
+                assert_eq!(cache.seen(&key(number), &id), None, "seen before");
+            }
+        }
+        cache.entries.own().run_pending_tasks();
+        let kept = cache.unseen().len();
+        let evicted = cache.evicted();
+        assert_eq!((evicted.len() + kept, cache.evicted()), (500, Vec::new()));
+        assert!(kept > 0 && evicted.contains(&creation(1)) && !evicted.contains(&creation(2)));
     }
 
     #[test]
@@ -210,7 +361,29 @@ mod tests {
             Contacts { ids, complete: true },
             "search may not list cont_1 yet"
         );
-        cache.forget_contacts(&key());
-        assert_eq!(cache.contacts(&key()), Contacts::default());
+        cache.forget_contact(&key(), &id("cont_0"));
+        let ids = vec![id("cont_1"), id("cont_2")];
+        assert_eq!(cache.contacts(&key()), Contacts { ids, complete: false });
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn ids_outlive_the_search_that_showed_them() {
+        let cache = IdCache::default();
+        let key = || Key::User("u1".into());
+        let both = |cache: &IdCache| (cache.lead("acme"), cache.contacts(&key()).complete);
+        let remember = || {
+            cache.remember_lead("acme", LeadId::new("lead_1"));
+            cache.remember_contacts(key(), vec![ContactId::new("cont_1")], true);
+        };
+        remember();
+        assert_eq!(both(&cache), (Some(LeadId::new("lead_1")), true));
+        tokio::time::advance(LIFETIME).await;
+        assert_eq!(both(&cache), (None, false));
+        remember();
+        tokio::time::advance(Duration::from_secs(1)).await;
+        cache.search_again();
+        assert_eq!(both(&cache), (None, false));
+        assert_eq!(cache.known_leads("acme"), [LeadId::new("lead_1")]);
+        assert_eq!(cache.contacts(&key()).ids, [ContactId::new("cont_1")]);
     }
 }

@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
-use tokio::time::Instant;
 
 use crate::close::Priority;
 use crate::domain::mapping::{Desired, Key};
@@ -11,6 +10,7 @@ use crate::domain::phone::Country;
 use crate::domain::switches::Switches;
 use crate::outcome::Outcome;
 use crate::retry::Policy;
+use crate::sync::journal::JournalHandle;
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
@@ -18,9 +18,11 @@ pub struct Settings {
     pub retry: Policy,
     /// Larger messages are dead-lettered, in bytes.
     pub max_message_bytes: usize,
-    /// The longest a write may take to appear in search, calls in progress included.
+    /// How long a write usually takes to appear in search. Search shows changes in order, up to this time.
     pub search_lag: Duration,
-    /// The longest a delivery is held, including waits for rate budget.
+    /// How long a creation may take to appear in the event log. What is missing after that did not happen.
+    pub event_log_lag: Duration,
+    /// The longest a delivery is held, all waits included.
     pub hold: Duration,
     /// The country by which Close reads national phone numbers, if the configuration names it.
     pub country: Option<Country>,
@@ -47,7 +49,7 @@ impl Job {
     }
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone)]
 pub struct RunContext {
     /// Attempts made before.
     pub attempts: u32,
@@ -55,19 +57,14 @@ pub struct RunContext {
     pub age: Duration,
     /// Which messages get rate budget first.
     pub priority: Priority,
-    /// Before this time, search may miss records that other workers created.
-    pub search_complete_from: Instant,
+    /// Where creations and writes are written down.
+    pub journal: JournalHandle,
 }
 
 impl RunContext {
-    /// The first attempt, with no other worker running.
+    /// The first attempt, without a journal.
     pub fn first() -> Self {
-        Self {
-            attempts: 0,
-            age: Duration::ZERO,
-            priority: Priority::Live,
-            search_complete_from: Instant::now(),
-        }
+        Self { attempts: 0, age: Duration::ZERO, priority: Priority::Live, journal: JournalHandle::default() }
     }
 }
 

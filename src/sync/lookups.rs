@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use crate::close::{CloseError, CreatedIds, Fault, LeadWithPerson, Records};
 use crate::domain::decision::{Candidate, Decision, LookUp};
+use crate::domain::journal::RecordId;
 use crate::domain::mapping::{Identity, Key, KeyFields};
 use crate::domain::matching::{
     ContactMatch, MAX_CONTACTS, MatchedContacts, Verdict, company_leads, compare, match_contacts, match_lead,
@@ -16,6 +17,7 @@ use crate::domain::matching::{
 use crate::domain::plan::Step;
 use crate::domain::record::{Channel, Contact, ContactId, Entry, FieldId, Lead, LeadId};
 use crate::sync::id_cache::IdCache;
+use crate::sync::lag_guard::LagGuard;
 use crate::sync::recent_records::{Newest, RecentRecords};
 
 /// The most Contacts that are read one by one because the answer with their Lead lacks them.
@@ -24,6 +26,7 @@ const MAX_MISSING: usize = 20;
 pub(crate) struct Lookups<'a, R> {
     pub(crate) records: &'a R,
     pub(crate) id_cache: &'a IdCache,
+    pub(crate) lag_guard: &'a LagGuard,
     pub(crate) keys: &'a KeyFields,
     pub(crate) recent: &'a RecentRecords,
     /// How each record was last read.
@@ -73,8 +76,13 @@ impl<R: Records> Lookups<'_, R> {
         field: &FieldId,
         company_id: &str,
     ) -> Result<Vec<Lead>, CloseError> {
+        let searched = Instant::now();
         let hits = self.records.find_leads(field, company_id).await?;
         self.note(LookUp::SearchedLeads(hits.len()));
+        let key = Key::Company(company_id.to_owned());
+        for lead in &hits {
+            self.seen(&key, RecordId::Lead(lead.id.clone()), searched);
+        }
         for lead in hits.iter().filter(|lead| lead.custom(field) != Some(company_id)) {
             self.note_candidate(lead.id.as_str(), match_lead(lead, company_id, self.keys));
         }
@@ -277,6 +285,7 @@ impl<R: Records> Lookups<'_, R> {
     /// Searches the person's Contacts and caches their ids.
     pub(crate) async fn search_contacts(&mut self, person: &Identity) -> Result<ContactHits, CloseError> {
         let user = self.keys.user.as_ref().zip(person.user_id.as_deref());
+        let searched = Instant::now();
         let hits = self.records.find_contacts(user, person.email.as_deref()).await?;
         self.note(LookUp::SearchedContacts(hits.contacts.len()));
         let mut candidates = hits.contacts;
@@ -291,6 +300,17 @@ impl<R: Records> Lookups<'_, R> {
             let hits = self.records.find_contacts(user, None).await?;
             self.note(LookUp::SearchedContacts(hits.contacts.len()));
             candidates.extend(hits.contacts);
+        }
+        // Where there is a user id, showing the email alone proves nothing: custom fields may lag more.
+        if let Some(key) = person.person().next() {
+            let found = match_contacts(candidates.clone(), person, self.keys).contacts;
+            let is_found = |contact: &Contact| {
+                person.user_id.is_none() || compare(contact, person, self.keys) == ContactMatch::SameUser
+            };
+            found
+                .into_iter()
+                .filter(is_found)
+                .for_each(|contact| self.seen(&key, RecordId::Contact(contact.id), searched));
         }
         // Not all candidates are read, so note here which ones are left alone.
         for (id, verdict) in match_contacts(candidates.clone(), person, self.keys).verdicts {
@@ -349,7 +369,7 @@ impl<R: Records> Lookups<'_, R> {
                 Ok(contact) => contacts.push(contact),
                 Err(CloseError::NotFound) => {
                     self.note_candidate(id.as_str(), Verdict::Gone);
-                    person.person().for_each(|key| self.id_cache.forget_contacts(&key));
+                    person.person().for_each(|key| self.id_cache.forget_contact(&key, &id));
                 }
                 Err(error) => return Err(error),
             }
@@ -366,6 +386,13 @@ impl<R: Records> Lookups<'_, R> {
             }
             let ids = CreatedIds { lead: None, contact: Some(contact.id.clone()) };
             self.id_cache.remember_created(person, ids, false);
+        }
+    }
+
+    /// Search has shown a record by this key.
+    fn seen(&self, key: &Key, id: RecordId, searched: Instant) {
+        if let Some(change) = self.id_cache.seen(key, &id) {
+            self.lag_guard.shown(change.kind, change.at, searched);
         }
     }
 

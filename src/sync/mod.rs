@@ -4,13 +4,10 @@
 //! plans and writes. When a step fails, the next attempt starts over with the look-up, so that a write whose
 //! outcome is unknown is never repeated blindly.
 //!
-//! **The lag guard.** Search does not show records that were created a moment ago. Before a record is created
-//! because none was found, the search must be recent enough to show every earlier creation. Our own creations
-//! are cached ([`crate::sync::id_cache`]). For those of a previous worker, and for a POST whose answer was lost,
-//! the guard waits until search must have caught up, and looks again. A lost answer is a pending creation of the
-//! keys, not of the message, so it also delays the next message about the same person. An event without a
-//! company changes all Contacts of a person, so it waits as well. For a pending creation the guard first reads the
-//! event log, which shows a creation at once; not finding it there proves nothing.
+//! **The lag of search.** Search does not show records that were created a moment ago, and at times lags for hours. What
+//! this worker and those before it created is cached ([`id_cache`]); a [`journal`] outlives them. A POST whose answer was
+//! lost is a pending creation of its keys: until it is proven whether it happened ([`lag_guard`]), messages with one of
+//! the keys create nothing. An event without a company changes all Contacts of a person, so it waits as well.
 //!
 //! **Reads by id** may be stale, and may leave out Contacts and lists ([`crate::sync::recent_records`]). A write that could
 //! undo what a person entered follows a read that is at most a second old (`attempt::freshness`).
@@ -25,16 +22,22 @@
 //! periodically, after a pause, and when Close says that a field does not exist. The lookup fields stay those
 //! of the start.
 //!
-//! **A dry run** sends no writes; everything else is the same code.
+//! **A dry run** ([`Rehearsal`]) is the same code without the writes, on a copy of what the worker knows. It leaves no trace
+//! in memory, locks or journal, and waits neither for a lock nor for search.
 //!
 //! This module does not use lapin.
 
 mod attempt;
 pub mod circuit_breaker;
+mod clock;
 mod context;
 pub mod explain;
 pub mod id_cache;
 mod job;
+pub mod journal;
+pub mod lag_guard;
+mod layered;
+mod learn;
 mod lookups;
 pub mod preflight;
 #[cfg(test)]
@@ -43,10 +46,14 @@ pub mod readback_cache;
 pub mod recent_records;
 pub mod record_locks;
 mod resolver;
+pub mod search_lag;
 pub mod version_cache;
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use jiff::Timestamp;
+use strum::VariantArray;
 use tokio::time::Instant;
 
 use crate::close::Client;
@@ -54,15 +61,18 @@ use crate::close::stall_guard::StallGuard;
 use crate::domain::decision::Decision;
 use crate::domain::encoding::Payload;
 use crate::domain::event::{Event, Malformed};
+use crate::domain::journal::{ChangeKind, Entry};
 use crate::domain::mapping::{Anonymous, Mapping, NoIdentity};
-use crate::outcome::{DeadLetter, DelayCause, Outcome, Reason, Skip, Stage};
+use crate::outcome::{DeadLetter, Outcome, Reason, Skip, Stage};
 use crate::sync::circuit_breaker::CircuitBreaker;
 use crate::sync::preflight::PreflightError;
 
+pub use clock::{Clock, system_clock};
 pub use context::{Dependencies, log_mapping_problems};
 pub use job::{Job, Prepared, ReceivedAt, RunContext, Settings};
+pub use lag_guard::LONGEST_SEARCH_LAG;
 
-use attempt::{Attempts, Mode};
+use attempt::Attempts;
 use context::Context;
 
 /// Syncs messages to one Close organization. Clones share everything.
@@ -83,9 +93,42 @@ impl Worker {
         self.0.mapping()
     }
 
-    /// Clears the cached ids when a session receives its first message: another worker may have been active since.
-    pub fn forget_records(&self) {
-        self.0.id_cache.forget_records();
+    /// Another worker may have been active. What searches have shown so far may not be all.
+    pub fn search_again(&self) {
+        self.0.id_cache.search_again();
+    }
+
+    /// What other workers created up to now is unknown. Search shows it, at the latest when `after` has passed.
+    pub fn forget_changes(&self, after: Duration) {
+        let (now, clock) = (self.0.now(), Instant::now() + after);
+        for kind in ChangeKind::VARIANTS {
+            self.0.lag_guard.forget(*kind, now, clock);
+        }
+    }
+
+    pub fn now(&self) -> Timestamp {
+        self.0.now()
+    }
+
+    /// The changes that are not remembered, and that search has not been proven to show.
+    pub fn forgotten_changes(&self) -> Option<Timestamp> {
+        self.0.forget_evicted();
+        self.0.lag_guard.forgotten()
+    }
+
+    /// Learns what another worker has written to the journal.
+    pub fn learn(&self, entry: Entry) {
+        self.0.learn(entry);
+    }
+
+    /// All that a successor has to know, as entries of the journal.
+    pub fn checkpoint(&self) -> impl Iterator<Item = Entry> {
+        self.0.checkpoint()
+    }
+
+    /// How far search lags, if it is known.
+    pub fn search_lag(&self, kind: ChangeKind) -> Option<Duration> {
+        self.0.search_lag.current(kind)
     }
 
     /// Stops calls after the process has stood still.
@@ -156,13 +199,9 @@ impl Worker {
     /// May be dropped at any moment. Calls that were sent may still take effect, so a new session needs a new
     /// `search_complete_from`.
     pub async fn run(&self, job: &Job, run: RunContext) -> (Outcome, Decision) {
-        let mut attempts = self.attempts(job, &[], run, Mode::Write);
-        let hold = self.0.settings.hold;
-        let settled = tokio::time::timeout(hold, attempts.retry_in_place()).await;
-        let outcome = settled.unwrap_or_else(|_| {
-            self.extend_pending_creation(job);
-            Outcome::Delayed { level: 0, cause: DelayCause::RateLimited(hold) }
-        });
+        let mut attempts = self.attempts(job, &[], run);
+        let outcome = attempts.within_hold().await;
+        attempts.run.journal.stored().await;
         self.report_freshness(job, &outcome);
         attempts.conclude(outcome)
     }
@@ -179,11 +218,9 @@ impl Worker {
     /// May be dropped like [`Worker::run`].
     pub async fn run_merged(&self, jobs: &[&Job], run: RunContext) -> Option<Vec<(Outcome, Decision)>> {
         let (first, others) = jobs.split_first()?;
-        let mut attempts = self.attempts(first, others, run, Mode::Write);
-        let Ok(result) = tokio::time::timeout(self.0.settings.hold, attempts.run_once()).await else {
-            self.extend_pending_creation(first);
-            return None;
-        };
+        let mut attempts = self.attempts(first, others, run);
+        let result = tokio::time::timeout(self.0.settings.hold, attempts.run_once()).await.ok()?;
+        attempts.run.journal.stored().await;
         let completed = result
             .inspect_err(
                 |failure| tracing::debug!(error = %failure.error, "merged write failed, processing messages one by one"),
@@ -197,20 +234,9 @@ impl Worker {
         Some(outcomes)
     }
 
-    /// Returns what [`Worker::run`] would do now, except for errors that only a write shows. Writes nothing.
-    pub async fn dry_run(&self, job: &Job) -> (Outcome, Decision) {
-        let mut attempts = self.attempts(job, &[], RunContext::first(), Mode::DryRun);
-        let outcome = attempts.retry_in_place().await;
-        attempts.conclude(outcome)
-    }
-
-    /// A creation that was dropped while it was sent may still happen: its time to appear in search starts now.
-    fn extend_pending_creation(&self, job: &Job) {
-        let Context { id_cache, client, settings, .. } = &*self.0;
-        if id_cache.pending_until(&job.keys()).is_some() {
-            let until = Instant::now() + client.timeout() + settings.search_lag;
-            id_cache.add_pending_creation(&job.keys(), until);
-        }
+    /// What the worker knows now, for dry runs.
+    pub fn rehearsal(&self) -> Rehearsal {
+        Rehearsal(Self(Arc::new(self.0.for_rehearsal())))
     }
 
     fn report_freshness(&self, job: &Job, outcome: &Outcome) {
@@ -219,13 +245,7 @@ impl Worker {
         }
     }
 
-    fn attempts<'a>(
-        &'a self,
-        job: &'a Job,
-        others: &[&'a Job],
-        run: RunContext,
-        mode: Mode,
-    ) -> Attempts<'a, Client> {
+    fn attempts<'a>(&'a self, job: &'a Job, others: &[&'a Job], run: RunContext) -> Attempts<'a, Client> {
         Attempts {
             context: &self.0,
             client: self.0.client.for_message(run.priority),
@@ -233,9 +253,31 @@ impl Worker {
             others: others.iter().map(|job| &job.desired).collect(),
             keys: job.keys(),
             run,
-            mode,
+            stage: Stage::LookUp,
             decision: Decision::default(),
         }
+    }
+}
+
+/// Dry runs on a copy of what a worker knows. They share what they look up.
+pub struct Rehearsal(Worker);
+
+impl Rehearsal {
+    /// The mapping in force.
+    pub fn mapping(&self) -> Arc<Mapping> {
+        self.0.mapping()
+    }
+
+    /// The same as [`Worker::prepare`].
+    pub fn prepare<'a>(&self, body: impl Into<Payload<'a>>, received_at: ReceivedAt) -> Prepared {
+        self.0.prepare(body, received_at)
+    }
+
+    /// Returns what [`Worker::run`] would do now, except for errors that only a write shows. Writes nothing.
+    pub async fn run(&self, job: &Job) -> (Outcome, Decision) {
+        let mut attempts = self.0.attempts(job, &[], RunContext::first());
+        let outcome = attempts.retry_in_place().await;
+        attempts.conclude(outcome)
     }
 }
 

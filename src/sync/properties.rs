@@ -22,6 +22,7 @@ use crate::domain::record::{
 use crate::domain::schema::FieldRef;
 use crate::domain::switches::Switches;
 use crate::sync::id_cache::IdCache;
+use crate::sync::lag_guard::LagGuard;
 use crate::sync::lookups::{Lookups, Reads};
 use crate::sync::readback_cache::ReadbackCache;
 use crate::sync::recent_records::RecentRecords;
@@ -31,6 +32,7 @@ use crate::sync::version_cache::VersionCache;
 /// The caches that the worker keeps from one message to the next.
 pub(crate) struct Caches {
     pub(crate) id_cache: IdCache,
+    pub(crate) lag_guard: LagGuard,
     pub(crate) version_cache: VersionCache,
     pub(crate) readback_cache: ReadbackCache,
     pub(crate) recent: RecentRecords,
@@ -43,6 +45,7 @@ impl Default for Caches {
         readback_cache.start_with(Country::parse("US"));
         Self {
             id_cache: IdCache::default(),
+            lag_guard: LagGuard::default(),
             version_cache: VersionCache::default(),
             readback_cache,
             recent: RecentRecords::default(),
@@ -59,11 +62,12 @@ impl Caches {
         switches: Switches,
         decision: &'a mut Decision,
     ) -> Resolver<'a, InMemoryRecords> {
-        let Self { id_cache, version_cache, readback_cache, recent } = self;
+        let Self { id_cache, lag_guard, version_cache, readback_cache, recent } = self;
         let keys = &mapping.keys;
         let lookups = Lookups {
             records,
             id_cache,
+            lag_guard,
             keys,
             recent,
             reads: Reads::new(),

@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use crate::domain::matching::Found;
 use crate::domain::phone::Country;
 use crate::domain::readback::{Answers, Difference, Readback};
+use crate::sync::layered::Layered;
 
 /// In records with such a value. An entry takes about 300 bytes.
 const CAPACITY: u64 = 50_000;
@@ -23,7 +24,7 @@ const LIFETIME: Duration = Duration::from_hours(6);
 /// Clones share the entries.
 #[derive(Clone, Debug)]
 pub struct ReadbackCache {
-    records: Cache<String, Entry>,
+    records: Layered<String, Entry>,
     /// Values that were not kept before this time are tried again.
     not_kept_since: Arc<Mutex<Option<Instant>>>,
     country: Arc<Mutex<Option<Country>>>,
@@ -41,11 +42,27 @@ struct Entry {
 impl Default for ReadbackCache {
     fn default() -> Self {
         let records = Cache::builder().max_capacity(CAPACITY).eviction_policy(EvictionPolicy::lru()).build();
+        let records = Layered::new(records);
         Self { records, not_kept_since: Arc::default(), country: Arc::default(), logged: Arc::default() }
     }
 }
 
+/// A value of its own.
+fn copy<T: Clone>(shared: &Mutex<T>) -> Arc<Mutex<T>> {
+    Arc::new(Mutex::new(shared.lock().unwrap_or_else(PoisonError::into_inner).clone()))
+}
+
 impl ReadbackCache {
+    /// A cache for a rehearsal: it knows what this one knows, and keeps what it learns for itself.
+    pub(crate) fn for_rehearsal(&self) -> Self {
+        Self {
+            records: self.records.covered_by(Self::default().records.own().clone()),
+            not_kept_since: copy(&self.not_kept_since),
+            country: copy(&self.country),
+            logged: copy(&self.logged),
+        }
+    }
+
     /// What is known about the records found.
     pub fn about(&self, found: &Found) -> Readback {
         let records = ids(found).filter_map(|id| Some((id.to_owned(), self.get(id)?.answers))).collect();

@@ -13,8 +13,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use moka::Entry;
-use moka::ops::compute::Op;
 use moka::policy::EvictionPolicy;
 use moka::sync::Cache;
 use tokio::time::Instant;
@@ -24,9 +22,10 @@ use crate::domain::mapping::{Identity, KeyFields};
 use crate::domain::matching::{ContactMatch, compare};
 use crate::domain::plan::Step;
 use crate::domain::record::{Channel, Contact, ContactId, Fields, Lead, LeadId};
+use crate::sync::layered::Layered;
 
 /// How long a state is remembered. No replica of a database should lag that much.
-const REMEMBERED: Duration = Duration::from_mins(2);
+pub(crate) const REMEMBERED: Duration = Duration::from_mins(2);
 /// In bytes.
 const CAPACITY: u64 = 16 << 20;
 /// What a record takes beside its values, in bytes.
@@ -37,7 +36,7 @@ const VALUE: usize = 150;
 /// Clones share the memory.
 #[derive(Clone, Debug)]
 pub struct RecentRecords {
-    records: Cache<String, Arc<Recent>>,
+    records: Layered<String, Arc<Recent>>,
 }
 
 /// A record as it was last seen.
@@ -55,6 +54,8 @@ enum State {
     Contact(Contact),
     /// A Contact that was created in this Lead. The answer did not have its values.
     ContactIn(LeadId),
+    /// Another worker wrote the record, and Close then showed this `date_updated`.
+    Elsewhere(Option<Timestamp>),
 }
 
 /// A record in its newest known state.
@@ -68,14 +69,23 @@ pub(crate) struct Newest<R> {
 impl State {
     fn is_newer_than(&self, other: &Self) -> bool {
         match (self, other) {
-            (Self::Lead(Lead { date_updated: known, .. }), Self::Lead(Lead { date_updated: read, .. }))
-            | (
-                Self::Contact(Contact { date_updated: known, .. }),
-                Self::Contact(Contact { date_updated: read, .. }),
-            ) => is_newer(*known, *read),
+            (Self::Lead(_), Self::Lead(_) | Self::Elsewhere(_))
+            | (Self::Contact(_), Self::Contact(_) | Self::Elsewhere(_))
+            | (Self::Elsewhere(_), Self::Lead(_) | Self::Contact(_)) => {
+                is_newer(self.updated(), other.updated())
+            }
             // The values of the Contact are known.
             (Self::Contact(_), Self::ContactIn(_)) => true,
-            (Self::Lead(_) | Self::Contact(_) | Self::ContactIn(_), _) => false,
+            (Self::Lead(_) | Self::Contact(_) | Self::ContactIn(_) | Self::Elsewhere(_), _) => false,
+        }
+    }
+
+    fn updated(&self) -> Option<Timestamp> {
+        match self {
+            Self::Lead(lead) => lead.date_updated,
+            Self::Contact(contact) => contact.date_updated,
+            Self::ContactIn(_) => None,
+            Self::Elsewhere(updated) => *updated,
         }
     }
 
@@ -90,7 +100,7 @@ impl State {
                 let lists: usize = entries.map(|entry| VALUE + entry.value.len() + entry.kind.len()).sum();
                 fields(&contact.fields) + lists
             }
-            Self::ContactIn(_) => 0,
+            Self::ContactIn(_) | Self::Elsewhere(_) => 0,
         }
     }
 }
@@ -101,14 +111,13 @@ impl Default for RecentRecords {
             let bytes = RECORD.saturating_add(id.len()).saturating_add(recent.state.bytes());
             u32::try_from(bytes).unwrap_or(u32::MAX)
         };
-        Self {
-            records: Cache::builder()
-                .weigher(weight)
-                .max_capacity(CAPACITY)
-                .eviction_policy(EvictionPolicy::lru())
-                .time_to_live(REMEMBERED)
-                .build(),
-        }
+        let records = Cache::builder()
+            .weigher(weight)
+            .max_capacity(CAPACITY)
+            .eviction_policy(EvictionPolicy::lru())
+            .time_to_live(REMEMBERED)
+            .build();
+        Self { records: Layered::new(records) }
     }
 }
 
@@ -129,6 +138,12 @@ fn is_newer(known: Option<Timestamp>, read: Option<Timestamp>) -> bool {
 }
 
 impl RecentRecords {
+    /// A memory for a rehearsal: it knows what this one knows, and keeps what it learns for itself.
+    pub(crate) fn for_rehearsal(&self) -> Self {
+        let own = Self::default().records.own().clone();
+        Self { records: self.records.covered_by(own) }
+    }
+
     /// Remembers the answer to a step.
     pub(crate) fn written(&self, step: &Step, answer: &Written) {
         let existed = !step.creates();
@@ -151,6 +166,16 @@ impl RecentRecords {
         }
     }
 
+    /// Another worker wrote a record a moment ago, and Close then showed this `date_updated`. Reads may lag behind it.
+    pub(crate) fn written_elsewhere(&self, id: &str, updated: Option<Timestamp>) {
+        self.insert(id, State::Elsewhere(updated), false);
+    }
+
+    /// The `date_updated` of the newest known state of a record.
+    pub(crate) fn updated(&self, id: &str) -> Option<Timestamp> {
+        self.get(id)?.state.updated()
+    }
+
     /// The newest known state of a Lead that was read.
     pub(crate) fn lead(&self, read: Lead) -> Newest<Lead> {
         let newest = match self.get(read.id.as_str()).as_deref() {
@@ -158,6 +183,9 @@ impl RecentRecords {
                 if is_newer(known.date_updated, read.date_updated) =>
             {
                 Newest { record: known.clone(), stale: true }
+            }
+            Some(Recent { state: State::Elsewhere(known), .. }) => {
+                Newest { stale: is_newer(*known, read.date_updated), record: read }
             }
             Some(_) | None => Newest { record: read, stale: false },
         };
@@ -187,6 +215,9 @@ impl RecentRecords {
             {
                 Newest { record: with_lists_of(read, known), stale: false }
             }
+            Some(Recent { state: State::Elsewhere(known), .. }) => {
+                Newest { stale: is_newer(*known, read.date_updated), record: read }
+            }
             Some(_) | None => Newest { record: read, stale: false },
         }
     }
@@ -211,6 +242,8 @@ impl RecentRecords {
                     && matches!(likeness, ContactMatch::SameUser | ContactMatch::SameEmail)
             }
             Some(Recent { state: State::ContactIn(id), .. }) => id == lead,
+            // Reading it shows whether it is.
+            Some(Recent { state: State::Elsewhere(_), .. }) => true,
             Some(Recent { state: State::Lead(_), .. }) | None => false,
         }
     }
@@ -229,13 +262,13 @@ impl RecentRecords {
     /// Remembers a state, unless a newer one is known. The caller may have waited since Close answered, and another message
     /// may have written the record meanwhile.
     fn insert(&self, id: &str, state: State, was_read: bool) {
-        self.records.entry_by_ref(id).and_compute_with(|entry| {
-            let known = entry.map(Entry::into_value).filter(|known| known.seen.elapsed() < REMEMBERED);
+        self.records.update(id, |known| {
+            let known = known.filter(|known| known.seen.elapsed() < REMEMBERED);
             if known.as_ref().is_some_and(|known| known.state.is_newer_than(&state)) {
-                return Op::Nop;
+                return None;
             }
             let was_read = was_read || known.is_some_and(|known| known.was_read);
-            Op::Put(Arc::new(Recent { state, seen: Instant::now(), was_read }))
+            Some(Arc::new(Recent { state, seen: Instant::now(), was_read }))
         });
     }
 }
@@ -279,6 +312,21 @@ mod tests {
 
     fn answer(lead: Lead) -> Written {
         Written::Lead(LeadWithContacts { lead, contacts: Vec::new(), missing: Vec::new() })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_read_that_lags_behind_what_another_worker_wrote_is_stale() {
+        let recent = RecentRecords::default();
+        recent.written_elsewhere("lead_1", Some(at(5)));
+        recent.written_elsewhere("cont_1", Some(at(5)));
+        let stale = |updated| (recent.lead(acme("a", updated)).stale, recent.contact(jane(updated)).stale);
+        assert_eq!(stale(Some(at(4))), (true, true));
+        assert_eq!(recent.updated("lead_1"), Some(at(5)), "stays");
+        let vanished = CloseError::Transient(Fault::Vanished);
+        assert_eq!(recent.or_not_yet(vanished, "lead_1"), CloseError::Transient(Fault::NotYet));
+        let (contact, lead) = (ContactId::new("cont_1"), LeadId::new("lead_1"));
+        assert!(recent.is_in_lead(&contact, &lead, &Identity::default(), &keys()), "it is read to see");
+        assert_eq!(stale(Some(at(5))), (false, false));
     }
 
     #[tokio::test(start_paused = true)]
@@ -400,7 +448,8 @@ mod tests {
             let fields = [(Field::Description, json!("x".repeat(100_000)))].into_iter().collect();
             recent.lead(Lead { id: LeadId::new(format!("lead_{number}")), fields, ..acme("", None) });
         }
-        recent.records.run_pending_tasks();
-        assert!(recent.records.weighted_size() <= CAPACITY && recent.records.entry_count() > 100);
+        let records = recent.records.own();
+        records.run_pending_tasks();
+        assert!(records.weighted_size() <= CAPACITY && records.entry_count() > 100);
     }
 }

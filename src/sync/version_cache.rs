@@ -15,11 +15,13 @@ use moka::sync::Cache;
 use tokio::time::Instant;
 
 use crate::close::CreatedIds;
+use crate::domain::journal::{self, RecordId};
 use crate::domain::matching::Found;
 use crate::domain::plan::{NEW_CONTACT, NEW_LEAD};
 use crate::domain::record::{FieldId, Fields};
 use crate::domain::refused::RefusedValues;
-use crate::domain::staleness::{self, FieldVersions, RecordVersions, SyncedAtFields};
+use crate::domain::staleness::{self, FieldHash, FieldVersions, RecordVersions, SyncedAtFields};
+use crate::sync::layered::Layered;
 
 /// In records. An entry takes about 500 bytes.
 const CAPACITY: u64 = 50_000;
@@ -29,9 +31,9 @@ const REFUSAL_LIFETIME: Duration = Duration::from_hours(6);
 /// Clones share the entries.
 #[derive(Clone, Debug)]
 pub struct VersionCache {
-    records: Cache<String, Entry>,
+    records: Layered<String, Entry>,
     /// Records whose creation was sent, by kind and stored time. Their ids are missing until Close answers.
-    creations: Cache<(&'static str, Timestamp), FieldVersions>,
+    creations: Layered<(&'static str, Timestamp), FieldVersions>,
     /// Refusals before this time no longer count.
     refusals_since: Arc<Mutex<Option<Instant>>>,
 }
@@ -50,14 +52,24 @@ impl Default for VersionCache {
         // The most recent entries matter most, however often the others are read.
         let lru = EvictionPolicy::lru;
         Self {
-            records: Cache::builder().max_capacity(CAPACITY).eviction_policy(lru()).build(),
-            creations: Cache::builder().max_capacity(CAPACITY).eviction_policy(lru()).build(),
+            records: Layered::new(Cache::builder().max_capacity(CAPACITY).eviction_policy(lru()).build()),
+            creations: Layered::new(Cache::builder().max_capacity(CAPACITY).eviction_policy(lru()).build()),
             refusals_since: Arc::default(),
         }
     }
 }
 
 impl VersionCache {
+    /// A cache for a rehearsal: it knows what this one knows, and keeps what it learns for itself.
+    pub(crate) fn for_rehearsal(&self) -> Self {
+        let Self { records, creations, .. } = Self::default();
+        Self {
+            records: self.records.covered_by(records.own().clone()),
+            creations: self.creations.covered_by(creations.own().clone()),
+            refusals_since: Arc::new(Mutex::new(self.refusals_since())),
+        }
+    }
+
     /// Returns the versions of the records found. If a record stores another time than the cache, another process wrote
     /// to it, and may have written any field.
     pub fn versions_of(&self, found: &Found, synced_at: &SyncedAtFields) -> RecordVersions {
@@ -119,12 +131,31 @@ impl VersionCache {
             if let Some(id) = id {
                 // Close answered the creation, so the record is cached by its id from now on.
                 for kind in [NEW_LEAD, NEW_CONTACT] {
-                    versions.stored.inspect(|stored| self.creations.invalidate(&(kind, *stored)));
+                    versions.stored.inspect(|stored| self.creations.own().invalidate(&(kind, *stored)));
                 }
                 let versions = self.joined(&id, versions, read_at);
                 self.insert(id, versions, None);
             }
         }
+    }
+
+    /// Caches what another worker has written.
+    pub fn learn(&self, record: &RecordId, at: Timestamp, fields: &[FieldHash], stored: Option<Timestamp>) {
+        let fields = fields.iter().map(|field| (*field, at)).collect();
+        let versions = FieldVersions { stored, fields, ..FieldVersions::default() };
+        let id = record.as_str();
+        self.insert(id.to_owned(), self.joined(id, versions, Instant::now()), None);
+    }
+
+    /// The entries of the journal for all records.
+    pub fn written(&self) -> impl Iterator<Item = journal::Entry> {
+        self.records.own().iter().flat_map(|(id, Entry { versions, .. })| {
+            let record = RecordId::try_from(id.as_ref().clone()).ok();
+            record.into_iter().flat_map(move |record| {
+                let fields: Vec<_> = versions.fields.clone().into_iter().collect();
+                journal::written(record, fields, versions.stored, None).collect::<Vec<_>>()
+            })
+        })
     }
 
     /// Joins with the cached versions: another message may have found the record unchanged at the same time.

@@ -1,13 +1,16 @@
 //! The state of a worker, for `/readyz`, the operator's page and systemd.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::Serialize;
 use tokio::sync::watch;
 
 use crate::amqp::BrokerTrouble;
+use crate::domain::journal::ChangeKind;
 use crate::outcome::PauseCause;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +30,7 @@ pub enum State {
 }
 
 /// The state as `/readyz` reports it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Readiness {
     /// Whether messages are processed when they arrive.
     pub ready: bool,
@@ -45,6 +48,12 @@ pub struct Readiness {
     /// held.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub alarm: Option<String>,
+    /// Whether the active worker writes a journal: `in_use`, `disabled` or `unusable`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub journal: Option<&'static str>,
+    /// How far Close's search lags, by the kind of change, where it was measured.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub search_lag_seconds: BTreeMap<&'static str, f64>,
     /// When the worker entered this state.
     pub since: Timestamp,
 }
@@ -69,6 +78,8 @@ struct Current {
     detail: Option<String>,
     alarm: Option<String>,
     missing: Option<String>,
+    journal: Option<&'static str>,
+    search_lag_seconds: BTreeMap<&'static str, f64>,
     since: Timestamp,
 }
 
@@ -79,7 +90,15 @@ pub struct Status(Arc<watch::Sender<Current>>);
 impl Default for Status {
     fn default() -> Self {
         let (state, since) = (State::Connecting(None), Timestamp::now());
-        Self(Arc::new(watch::Sender::new(Current { state, detail: None, alarm: None, missing: None, since })))
+        Self(Arc::new(watch::Sender::new(Current {
+            state,
+            detail: None,
+            alarm: None,
+            missing: None,
+            journal: None,
+            search_lag_seconds: BTreeMap::new(),
+            since,
+        })))
     }
 }
 
@@ -109,12 +128,27 @@ impl Status {
         self.0.send_modify(|current| current.missing = what);
     }
 
+    /// Sets whether the active worker writes a journal.
+    pub fn set_journal(&self, journal: &'static str) {
+        self.0.send_modify(|current| current.journal = Some(journal));
+    }
+
+    /// Sets how far Close's search lags for a kind of change.
+    pub fn set_search_lag(&self, kind: ChangeKind, lag: Duration) {
+        // Nobody waits for it.
+        self.0.send_if_modified(|current| {
+            current.search_lag_seconds.insert(kind.label(), lag.as_secs_f64());
+            false
+        });
+    }
+
     pub fn state(&self) -> State {
         self.0.borrow().state
     }
 
     pub fn readiness(&self) -> Readiness {
-        let Current { state, detail, alarm, missing, since } = self.0.borrow().clone();
+        let Current { state, detail, alarm, missing, journal, search_lag_seconds, since } =
+            self.0.borrow().clone();
         let (ready, label, cause) = match state {
             State::Connecting(cause) => (false, "connecting", cause.map(|why| (why.label(), why.remedy()))),
             State::StandingBy => (true, "standing_by", None),
@@ -132,6 +166,6 @@ impl Status {
         };
         let (cause, remedy) = cause.unzip();
         let ready = ready && cause.is_none() && alarm.is_none();
-        Readiness { ready, state: label, cause, remedy, detail, alarm, since }
+        Readiness { ready, state: label, cause, remedy, detail, alarm, journal, search_lag_seconds, since }
     }
 }

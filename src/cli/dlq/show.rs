@@ -50,7 +50,7 @@ async fn plan(
 ) -> Result<Explanation, String> {
     let message = |failure: Failure| failure.message().unwrap_or_default().to_owned();
     let worker = plan::worker(load().map_err(message)?).await.map_err(message)?;
-    let planned = explain::dry_run(&worker, letter.payload(), letter.received_at()).await;
+    let planned = explain::dry_run(&worker.rehearsal(), letter.payload(), letter.received_at()).await;
     planned.map(|(_, explanation)| explanation).map_err(|why| why.to_string())
 }
 

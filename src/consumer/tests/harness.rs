@@ -6,24 +6,29 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures_util::future::{BoxFuture, FutureExt};
+use jiff::Timestamp;
 use lapin::BasicProperties;
 use lapin::types::FieldTable;
 use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::amqp::envelope::{ATTEMPTS, DELAY_ID, number, text};
 use crate::amqp::nodes::Nodes;
 use crate::amqp::publisher::Outgoing;
-use crate::amqp::{self, BrokerError, Delay, TopologyMode};
+use crate::amqp::{self, BrokerError, Delay, JournalSettings, JournalState, TopologyMode};
 use crate::close::{Client, CloseError, Response, Transport};
-use crate::consumer::broker::{Broker, BrokerEvent, Delivery, Publish, Publishers, Receipt};
+use crate::consumer::broker::{
+    Broker, BrokerEvent, Delivery, JournalMessage, Publish, Publishers, ReadFrom, Receipt,
+};
 use crate::consumer::quarantine::Quarantine;
 use crate::consumer::scheduler::delayed::DelayedMessages;
 use crate::consumer::{End, Session, SessionStats, System};
+use crate::domain::journal::{self, Batch};
 use crate::domain::mapping::Key;
 use crate::domain::mapping::tests::{mapping, rules};
 use crate::domain::switches::Switches;
@@ -136,15 +141,33 @@ pub(super) fn published(log: &[Entry]) -> Vec<&Published> {
 
 type Script<Request, Reply> = Arc<Mutex<Box<dyn FnMut(&Request) -> Reply + Send>>>;
 
+/// A worker that knows nothing yet, with a clock in virtual time.
+fn worker(settings: sync::Settings, records: &Arc<FakeClose>, metrics: &Metrics) -> Worker {
+    let (began, start) = (records.began, records.start);
+    let transport = SharedClose(Arc::clone(records));
+    Worker::new(Dependencies {
+        settings,
+        rules: &rules(),
+        mapping: mapping(),
+        client: Client::with_transport(transport, Duration::from_hours(2), 1.0, |_| {}),
+        metrics: metrics.clone(),
+        clock: Arc::new(move || began + start.elapsed()),
+    })
+}
+
 /// Everything around a session. Close works and the broker confirms, until a script says otherwise.
 pub(super) struct Harness {
     pub(super) log: Log,
     /// How a session starts. Tests change its fields.
     pub(super) session: Session,
     close: Script<str, Answer>,
+    records: Arc<FakeClose>,
+    settings: sync::Settings,
     confirms: Script<Published, Confirm>,
     /// Acks reach a channel that is gone.
     stale: Arc<AtomicBool>,
+    /// Outlives the sessions.
+    pub(super) journal: FakeJournal,
 }
 
 impl Harness {
@@ -152,30 +175,31 @@ impl Harness {
     pub(super) fn new(change: impl FnOnce(&mut sync::Settings)) -> Self {
         let log = Log(Arc::new(watch::Sender::new(Vec::new())));
         let close: Script<str, Answer> = Arc::new(Mutex::new(Box::new(|_| Answer::Works)));
-        let transport = FakeClose {
+        let records = Arc::new(FakeClose {
             log: log.clone(),
             script: Arc::clone(&close),
             leads: Mutex::default(),
+            began: Timestamp::now(),
+            start: Instant::now(),
             created: AtomicUsize::new(0),
-        };
+        });
         let delays = [("30s", 30), ("5m", 300)];
         let mut settings = sync::Settings {
             switches: Switches::default(),
             retry: Policy {
                 in_place: Duration::ZERO,
-                foreign_max_age: Duration::ZERO,
+                max_age: Duration::ZERO,
                 jitter: 0.0,
                 delays: delays.map(|(_, seconds)| Duration::from_secs(seconds)).into(),
             },
             max_message_bytes: 1 << 20,
             search_lag: Duration::ZERO,
+            event_log_lag: Duration::ZERO,
             country: None,
             hold: Duration::from_hours(1),
             merge: true,
         };
         change(&mut settings);
-        let metrics = Metrics::new(None).unwrap();
-        let client = Client::with_transport(transport, Duration::from_hours(2), 1.0, |_| {});
         let amqp = amqp::Settings {
             nodes: Nodes::parse("amqp://guest:guest@127.0.0.1:1/%2f").unwrap(),
             exchange: "identify".into(),
@@ -187,17 +211,13 @@ impl Harness {
             binding_keys: vec!["#".into()],
             topology: TopologyMode::Declare,
             outcomes: None,
+            journal: JournalSettings { enabled: true, max_age: Duration::from_hours(48), max_bytes: 1 << 30 },
         };
+        let metrics = Metrics::new(None).unwrap();
         let session = Session {
             destination: None,
             settings: Arc::new(amqp),
-            worker: Worker::new(Dependencies {
-                settings,
-                rules: &rules(),
-                mapping: mapping(),
-                client,
-                metrics: metrics.clone(),
-            }),
+            worker: worker(settings.clone(), &records, &metrics),
             metrics,
             status: Status::default(),
             concurrency: 10,
@@ -206,7 +226,24 @@ impl Harness {
             paused_before: None,
         };
         let confirms: Script<Published, Confirm> = Arc::new(Mutex::new(Box::new(|_| Confirm::Ok)));
-        Self { log, session, close, confirms, stale: Arc::default() }
+        let journal =
+            FakeJournal { state: JournalState::Ready, messages: Arc::new(watch::Sender::new(Vec::new())) };
+        Self { log, session, close, records, settings, confirms, stale: Arc::default(), journal }
+    }
+
+    /// Another process, with the same Close, journal and log.
+    pub(super) fn restart(&self) -> Self {
+        let worker = worker(self.settings.clone(), &self.records, &self.session.metrics);
+        Self {
+            log: self.log.clone(),
+            session: Session { worker, ..self.session.clone() },
+            close: Arc::clone(&self.close),
+            records: Arc::clone(&self.records),
+            settings: self.settings.clone(),
+            confirms: Arc::clone(&self.confirms),
+            stale: Arc::default(),
+            journal: self.journal.clone(),
+        }
     }
 
     /// Decides how Close answers from now on. The call is passed as `POST lead/`, with its body.
@@ -233,7 +270,13 @@ impl Harness {
             stale: Arc::clone(&self.stale),
             quarantined: false,
         };
-        let broker = FakeBroker { channel: channel.clone(), events: received, receiving: true };
+        let broker = FakeBroker {
+            channel: channel.clone(),
+            events: received,
+            receiving: true,
+            journal: self.journal.clone(),
+            read_next: None,
+        };
         let (session, shutdown) = (self.session.clone(), CancellationToken::new());
         let requested = shutdown.clone();
         let task = tokio::spawn(async move {
@@ -313,17 +356,68 @@ struct FakeBroker {
     channel: Channel,
     events: mpsc::UnboundedReceiver<BrokerEvent>,
     receiving: bool,
+    journal: FakeJournal,
+    /// What is read next in the journal.
+    read_next: Option<usize>,
+}
+
+/// The journal. Clones share it.
+#[derive(Clone)]
+pub(super) struct FakeJournal {
+    pub(super) state: JournalState,
+    pub(super) messages: Arc<watch::Sender<Vec<Vec<u8>>>>,
+}
+
+impl FakeJournal {
+    /// All entries.
+    pub(super) fn entries(&self) -> Vec<journal::Entry> {
+        let messages = self.messages.borrow().clone();
+        messages.iter().flat_map(|body| Batch::decode(body).unwrap().entries).collect()
+    }
+}
+
+impl Publish for FakeJournal {
+    fn publish<'a>(&'a self, message: Outgoing<'a>) -> BoxFuture<'a, Result<(), BrokerError>> {
+        self.messages.send_modify(|messages| messages.push(message.body.to_vec()));
+        std::future::ready(Ok(())).boxed()
+    }
 }
 
 impl Broker for FakeBroker {
     async fn next_event(&mut self) -> BrokerEvent {
         loop {
-            match self.events.recv().await {
+            let next = self.read_next;
+            let mut messages = self.journal.messages.subscribe();
+            let journal = async {
+                let Some(next) = next else { return std::future::pending().await };
+                let messages = messages.wait_for(|messages| messages.len() > next).await.unwrap();
+                JournalMessage { position: next as u64, body: messages[next].clone() }
+            };
+            let event = tokio::select! {
+                biased;
+                event = self.events.recv() => event,
+                message = journal => {
+                    self.read_next = next.map(|next| next + 1);
+                    Some(BrokerEvent::Journal(message))
+                }
+            };
+            match event {
                 Some(BrokerEvent::Delivery(_)) if !self.receiving => {}
                 Some(event) => return event,
                 None => std::future::pending().await,
             }
         }
+    }
+
+    fn journal(&self) -> &JournalState {
+        &self.journal.state
+    }
+
+    fn read_journal(&mut self, from: ReadFrom) {
+        self.read_next = Some(match from {
+            ReadFrom::Last => self.journal.messages.borrow().len().saturating_sub(1),
+            ReadFrom::Position(position) => usize::try_from(position).unwrap(),
+        });
     }
 
     fn stop_receiving(&mut self) {
@@ -335,6 +429,7 @@ impl Broker for FakeBroker {
         Publishers {
             successors: publisher(),
             quarantine: Arc::new(Channel { quarantined: true, ..self.channel.clone() }),
+            journal: Arc::new(self.journal.clone()),
             replays: publisher(),
             producers: publisher(),
         }
@@ -415,7 +510,12 @@ struct FakeClose {
     script: Script<str, Answer>,
     leads: Mutex<BTreeMap<String, Value>>,
     created: AtomicUsize,
+    /// The time of day at the start of virtual time.
+    began: Timestamp,
+    start: Instant,
 }
+
+struct SharedClose(Arc<FakeClose>);
 
 impl FakeClose {
     fn answer(&self, method: &Method, path: &str, body: Option<&Value>) -> Value {
@@ -428,6 +528,7 @@ impl FakeClose {
             ("GET", "custom_field_schema/contact/") => {
                 json!({"fields": [{"id": "cf_user", "name": "User ID", "type": "text"}]})
             }
+            ("GET", path) if path.starts_with("event/") => json!({"data": [], "cursor_next": null}),
             ("POST", "data/search/") => json!({"data": [], "cursor": null}),
             ("POST", "lead/") => {
                 let mut lead = body.unwrap().clone();
@@ -453,7 +554,7 @@ impl FakeClose {
     }
 }
 
-impl Transport for FakeClose {
+impl Transport for SharedClose {
     fn send<'a>(
         &'a self,
         method: Method,
@@ -464,10 +565,11 @@ impl Transport for FakeClose {
         let call = format!("{method} {path}");
         async move {
             let whole = format!("{call} {}", body.map(ToString::to_string).unwrap_or_default());
-            self.log.add(Entry::Called(call));
-            let answer = self.script.lock().unwrap()(&whole);
+            let Self(close) = self;
+            close.log.add(Entry::Called(call));
+            let answer = close.script.lock().unwrap()(&whole);
             let (status, body) = match answer {
-                Answer::Works => (200, self.answer(&method, path, body)),
+                Answer::Works => (200, close.answer(&method, path, body)),
                 // Something that cannot be left out.
                 Answer::Status(status) => {
                     (status, json!({"field-errors": {"lead": "This field is required."}}))

@@ -6,7 +6,7 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use super::harness::{Answer, Entry, Harness, Running, calls, event};
-use crate::amqp::BrokerError;
+use crate::amqp::{BrokerError, JournalState};
 use crate::close::stall_guard::StallGuard;
 use crate::consumer::End;
 use crate::consumer::broker::BrokerEvent;
@@ -108,16 +108,17 @@ async fn a_session_forgets_the_records_that_another_worker_may_have_changed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn nothing_is_created_until_search_shows_what_a_predecessor_created() {
+async fn without_a_journal_nothing_is_created_until_search_shows_what_a_predecessor_created() {
     let lag = Duration::from_mins(1);
-    let harness = Harness::new(|settings| settings.search_lag = lag);
+    let mut harness = Harness::new(|settings| settings.search_lag = lag);
+    harness.journal.state = JournalState::Disabled;
     let session = harness.start();
     // The lag counts from the first delivery: until then another worker may have been active.
     tokio::time::sleep(lag * 10).await;
     session.deliver("1", &event("jane", "acme"));
     let began = Instant::now();
     let log = harness.log.wait_for(|log| calls(log).contains(&"POST lead/")).await;
-    assert_eq!(began.elapsed(), lag);
+    assert!(began.elapsed() >= lag);
     let searches = calls(&log).iter().filter(|call| call.contains("search")).count();
     assert!(searches >= 2, "it looks again afterwards: {log:#?}");
     session.stop().await;

@@ -177,7 +177,7 @@ async fn a_suspected_message_that_needs_no_successor_any_more_is_synced() {
     session.stop().await;
 
     // The record has ended.
-    harness.session.worker.forget_records();
+    harness.session.worker.search_again();
     harness.close_answers(failing_searches);
     harness.broker_answers(|_| Confirm::Ok);
     let session = harness.start();

@@ -20,7 +20,7 @@ const SECOND: Duration = Duration::from_secs(1);
 fn state(delayed: &mut DelayedMessages<usize>, resume: Resume, now: Instant) -> TestState<'_> {
     let mut state = TestState::new(Scheduler::new(delayed), 10, resume, now);
     for n in 0..20 {
-        state.received(now, SECOND);
+        state.received(now);
         state.schedule(vec![n], 0, None, n);
     }
     state
@@ -112,12 +112,16 @@ fn a_half_open_breaker_stays_open_while_a_probe_runs() {
 }
 
 #[test]
-fn only_the_first_delivery_sets_when_search_is_complete() {
+fn nothing_starts_while_the_journal_is_read() {
     let (mut delayed, now) = (DelayedMessages::default(), Instant::now());
     let mut state = TestState::new(Scheduler::new(&mut delayed), 10, Resume::Normal, now);
-    assert!(state.received(now, SECOND));
-    assert!(!state.received(now + SECOND * 5, SECOND));
-    assert_eq!(state.search_complete_from(), Some(now + SECOND));
+    assert!(state.received(now));
+    assert!(!state.received(now + SECOND * 5), "not the first");
+    state.set_taking_over(true);
+    state.schedule(vec![1], 1, None, 1);
+    assert!(state.next(now, || 0, |_, _| false).is_none());
+    state.set_taking_over(false);
+    assert!(state.next(now, || 0, |_, _| false).is_some());
 }
 
 #[test]

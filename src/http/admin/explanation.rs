@@ -9,7 +9,7 @@ use crate::http::admin::destination::Destination;
 use crate::http::admin::layout::{Column, table};
 use crate::http::admin::redact::Visibility;
 use crate::sync::ReceivedAt;
-use crate::sync::explain::{self, DEAD, Explanation, LeftOut, Record};
+use crate::sync::explain::{self, DEAD, Explanation, LeftOut, Record, WAITS_FOR_SEARCH};
 
 /// The time-out of a dry run, which may wait for Close's rate limit.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -32,7 +32,8 @@ pub(super) async fn dry_run(
         .runtime
         .worker()
         .ok_or("The worker has not passed the preflight check of Close yet. The live page shows why.")?;
-    let dry_run = explain::dry_run(&worker, event, received_at);
+    let rehearsal = worker.rehearsal();
+    let dry_run = explain::dry_run(&rehearsal, event, received_at);
     let (_, explanation) = tokio::time::timeout(TIMEOUT, dry_run)
         .await
         .map_err(|_| {
@@ -69,6 +70,7 @@ fn render(explanation: &Explanation, visibility: Visibility) -> Markup {
         }
         dl .facts {
             @if let Some(rule) = explanation.rule_in_words { dt { "Rule" } dd { (rule) } }
+            @if explanation.waits_for.is_some() { dt { "Waits" } dd { (WAITS_FOR_SEARCH) } }
             @if !explanation.look_ups.is_empty() {
                 dt { "Looked up" }
                 dd { (explanation.look_ups.join("; ")) }

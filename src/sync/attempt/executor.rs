@@ -5,22 +5,28 @@
 //! once it is certain that a read shows whether it existed: after [`MOMENT`]. Waiting once costs Close one call. Retries
 //! until then would send every form again, each time.
 
-use tokio::time::Instant;
+use jiff::Timestamp;
+use uuid::Uuid;
 
 use crate::close::{Api, CloseError, CreatedIds, Fault, FieldError, MOMENT, Rejection, Written};
 use crate::domain::decision::{Decision, LookUp};
-use crate::domain::mapping::{Desired, Key};
+use crate::domain::journal::{ChangeKind, Entry, KeyHash, RecordId};
+use crate::domain::mapping::{Desired, Identity, Key};
 use crate::domain::matching::Found;
 use crate::domain::partial_write::{self, Remainder};
 use crate::domain::plan::{FieldVerdict, RejectedField, Step};
 use crate::domain::readback::{self, Difference};
-use crate::domain::record::Channel;
+use crate::domain::record::{Channel, Field};
 use crate::outcome::{Effect, PauseCause};
 use crate::sync::attempt::freshness;
 use crate::sync::context::Context;
+use crate::sync::id_cache::Change;
+use crate::sync::journal::{self, JournalHandle};
+use crate::sync::lag_guard::Pending;
 use crate::sync::lookups::{Fresh, Lookups, Reads};
 use crate::sync::readback_cache::ReadbackCache;
 use crate::telemetry::metrics::Metrics;
+use crate::waits::WaitCause;
 
 pub(super) struct Executor<'a, C: Api> {
     pub(super) context: &'a Context,
@@ -29,6 +35,7 @@ pub(super) struct Executor<'a, C: Api> {
     /// Several events share the write. When Close rejects a field of it, they are retried one by one.
     pub(super) merges: bool,
     pub(super) keys: &'a [Key],
+    pub(super) journal: &'a JournalHandle,
     /// The step could undo what a person entered ([`crate::domain::plan::Plan::could_undo_edits`]).
     pub(super) could_undo_edits: bool,
     pub(super) decision: &'a mut Decision,
@@ -36,6 +43,14 @@ pub(super) struct Executor<'a, C: Api> {
     pub(super) reads: &'a mut Reads,
     /// The budget for the first write, if it is held already.
     pub(super) permit: Option<C::Permit>,
+}
+
+/// What was written down about a step.
+#[derive(Clone, Copy, Debug, Default)]
+struct Announced {
+    is_written: bool,
+    /// Of a creation.
+    operation: Option<Uuid>,
 }
 
 /// Why a step was not executed.
@@ -83,7 +98,7 @@ impl<C: Api> Executor<'_, C> {
             remaining = smaller;
         };
         if field_is_missing {
-            self.context.refresh_stale_mapping().await;
+            self.refresh_stale_mapping().await;
         }
         Ok(effect)
     }
@@ -113,7 +128,7 @@ impl<C: Api> Executor<'_, C> {
                 }
             }
         }
-        if context.refresh_stale_mapping().await == Some(PauseCause::LookupField) {
+        if self.refresh_stale_mapping().await == Some(PauseCause::LookupField) {
             return rejected_for_good();
         }
         let mapping = context.mapping();
@@ -147,13 +162,17 @@ impl<C: Api> Executor<'_, C> {
         answer.map(drop)
     }
 
+    async fn refresh_stale_mapping(&self) -> Option<PauseCause> {
+        let _waiting = self.client.waits().share(self.context.client.waits());
+        self.context.refresh_stale_mapping().await
+    }
+
     /// Sends one write and caches the ids it returns. A creation is pending from before the call, because the
     /// call may be dropped at any moment and still happen.
     async fn send(&mut self, step: &Step, found: &Found) -> Result<CreatedIds, Stopped<C::Permit>> {
-        let Context { id_cache, recent, settings, client, .. } = self.context;
-        let adopts = found.adopts() && matches!(step, Step::UpdateLead { .. });
-        let gives_keys = adopts || step.creates();
-        let (result, before) = loop {
+        let Context { id_cache, recent, .. } = self.context;
+        let mut announced = Announced::default();
+        let (result, sent) = loop {
             // The wait for budget comes first, so that the write follows its reads at once.
             let permit = match self.permit.take() {
                 Some(permit) => permit,
@@ -162,47 +181,148 @@ impl<C: Api> Executor<'_, C> {
             if let Some(fresh) = self.changed(step, found).await? {
                 return Err(Stopped::Changed(fresh, permit));
             }
-            let before = gives_keys.then(|| {
-                let until = Instant::now() + client.timeout() + settings.search_lag;
-                id_cache.add_pending_creation(self.keys, until)
-            });
+            let sent = self.context.now();
+            announced = self.announce(step, found, sent, announced).await?;
             match self.client.write(step, permit).await {
-                Ok(Some(written)) => break (Ok(written), before),
-                // A 429.
-                Ok(None) => before.into_iter().for_each(|before| id_cache.complete_creation(before)),
-                Err(error) => break (Err(error), before),
+                Ok(Some(written)) => break (Ok(written), sent),
+                // A 429: nothing has happened.
+                Ok(None) => {}
+                Err(error) => break (Err(error), sent),
             }
         };
-        if let Some(before) = before {
-            // Close did not say which Contact it created, so only search can find it.
-            let is_unknown = result.as_ref().is_ok_and(|written| {
-                matches!(step, Step::CreateLead { contact: Some(_), .. })
-                    && CreatedIds::of(step, written).contact.is_none()
-            });
-            if is_unknown {
-                self.desired.identity.person().for_each(|key| id_cache.forget_contacts(&key));
+        let Announced { operation, .. } = announced;
+        let written = match result {
+            Ok(written) => written,
+            Err(error) => {
+                self.failed(operation, &error);
+                return Err(match step.needs() {
+                    // The read of the Lead may have been stale. The next one shows whether it is gone.
+                    Some(_) if refuses_lead(step, &error) => CloseError::Transient(Fault::NotYet),
+                    Some(id) => recent.or_not_yet(error, id),
+                    None => error,
+                }
+                .into());
             }
-            if is_unknown || result.as_ref().is_err_and(CloseError::may_have_been_applied) {
-                id_cache.add_pending_creation(self.keys, Instant::now() + settings.search_lag);
-            } else {
-                id_cache.complete_creation(before);
-            }
-        }
-        let written = result.map_err(|error| match step.needs() {
-            // The read of the Lead may have been stale. The next one shows whether it is gone.
-            Some(_) if refuses_lead(step, &error) => CloseError::Transient(Fault::NotYet),
-            Some(id) => recent.or_not_yet(error, id),
-            None => error,
-        })?;
+        };
         recent.written(step, &written);
         learn(self.context, step, found, &written);
         let mut ids = CreatedIds::of(step, &written);
-        if adopts && let Step::UpdateLead { id, .. } = step {
+        if let Some(operation) = operation {
+            self.created(operation, step, &ids, sent);
+        }
+        if adopts(step, found)
+            && let Step::UpdateLead { id, .. } = step
+        {
             ids.lead = Some(id.clone());
         }
         tracing::debug!(step = step.label(), made = ?ids, "wrote to Close");
         id_cache.remember_created(&self.desired.identity, ids.clone(), self.decision.is_new_person());
         Ok(ids)
+    }
+
+    /// Writes down a creation, or keys that a record gets, before they are sent: once, also if a 429 repeats the step.
+    async fn announce(
+        &mut self,
+        step: &Step,
+        found: &Found,
+        sent: Timestamp,
+        before: Announced,
+    ) -> Result<Announced, CloseError> {
+        let Context { lag_guard, id_cache, client, .. } = self.context;
+        let hashes = KeyHash::of_all(self.keys);
+        if !step.creates() {
+            let Some((record, keys)) = self.new_keys(step, found).filter(|_| !before.is_written) else {
+                return Ok(before);
+            };
+            let change = Change { kind: ChangeKind::KeyChange, at: sent };
+            id_cache.changed(&keys, &record, change);
+            self.journal.append(vec![journal::keys(record, keys, change)]);
+            self.client.waits().during(WaitCause::Journal, self.journal.stored()).await;
+            return Ok(Announced { is_written: true, operation: None });
+        }
+        let operation = before.operation.unwrap_or_else(journal::operation);
+        let ends = sent.saturating_add(client.timeout()).unwrap_or(Timestamp::MAX);
+        let creates_lead = matches!(step, Step::CreateLead { .. });
+        lag_guard.begin(operation, Pending { keys: hashes.clone(), creates_lead, sent, ends });
+        if !before.is_written {
+            self.journal.append(vec![Entry::Creating {
+                operation,
+                keys: hashes.clone(),
+                lead: creates_lead,
+                at: sent,
+            }]);
+            self.client.waits().during(WaitCause::Journal, self.journal.read_back()).await;
+        }
+        if lag_guard.pending_with(&hashes).iter().any(|(other, _)| *other != operation) {
+            // Another worker was first.
+            self.settle(operation);
+            return Err(CloseError::Transient(Fault::NotYet));
+        }
+        Ok(Announced { is_written: true, operation: Some(operation) })
+    }
+
+    /// The record that a step gives keys to, if it exists already.
+    fn new_keys(&self, step: &Step, found: &Found) -> Option<(RecordId, Vec<KeyHash>)> {
+        let Identity { company_id, user_id, email } = &self.desired.identity;
+        match step {
+            Step::UpdateLead { id, .. } if adopts(step, found) => {
+                let key = KeyHash::of(&Key::Company(company_id.clone()?));
+                Some((RecordId::Lead(id.clone()), vec![key]))
+            }
+            Step::UpdateContact { id, changes } => {
+                let user_field = self.context.keys.user.clone().map(Field::Custom);
+                let user = user_field.filter(|field| changes.fields.contains_key(field));
+                let user = user.and(user_id.clone()).map(Key::User);
+                let email = changes.lists.get(&Channel::Email).and(email.clone()).map(Key::Email);
+                let keys: Vec<KeyHash> = user.iter().chain(&email).map(KeyHash::of).collect();
+                (!keys.is_empty()).then(|| (RecordId::Contact(id.clone()), keys))
+            }
+            Step::UpdateLead { .. } | Step::CreateLead { .. } | Step::CreateContact { .. } => None,
+        }
+    }
+
+    /// Close answered a creation.
+    fn created(&self, operation: Uuid, step: &Step, ids: &CreatedIds, sent: Timestamp) {
+        let Context { id_cache, client, keys, search_lag, .. } = self.context;
+        let person = &self.desired.identity;
+        let change = Change { kind: ChangeKind::Creation, at: sent };
+        let lead = ids.lead.clone().map(RecordId::Lead).zip(person.company_id.clone().map(Key::Company));
+        let lead = lead.map(|(lead, company)| (lead, vec![company]));
+        let contact =
+            ids.contact.clone().map(|id| (RecordId::Contact(id), person.person().collect::<Vec<_>>()));
+        let mut entries = Vec::new();
+        for (record, new_keys) in lead.into_iter().chain(contact) {
+            let hashes = KeyHash::of_all(&new_keys);
+            id_cache.changed(&hashes, &record, change);
+            if let Some(key) = new_keys.into_iter().next() {
+                search_lag.watch(client, keys, key, record.clone(), change);
+            }
+            entries.push(journal::keys(record, hashes, change));
+        }
+        self.journal.append(entries);
+        // Close did not say which Contact it created, so only search can find it.
+        if matches!(step, Step::CreateLead { contact: Some(_), .. }) && ids.contact.is_none() {
+            person.person().for_each(|key| id_cache.search_again_for(&key));
+        } else {
+            self.settle(operation);
+        }
+    }
+
+    fn failed(&self, operation: Option<Uuid>, error: &CloseError) {
+        let Some(operation) = operation else { return };
+        if !error.may_have_been_applied() {
+            self.settle(operation);
+            return;
+        }
+        let Context { lag_guard, client, .. } = self.context;
+        let sent = self.context.now();
+        let ends = sent.saturating_add(client.timeout()).unwrap_or(Timestamp::MAX);
+        lag_guard.extend(operation, ends);
+    }
+
+    fn settle(&self, operation: Uuid) {
+        self.context.lag_guard.settle(operation);
+        self.journal.append(vec![Entry::Settled { operation }]);
     }
 
     /// Reads a record again whose edits the step could undo. Returns the record if a person has changed what the step writes.
@@ -211,10 +331,11 @@ impl<C: Api> Executor<'_, C> {
         if !self.could_undo_edits || freshness::is_fresh(self.reads.get(id)) {
             return Ok(None);
         }
-        let Context { id_cache, recent, keys, .. } = self.context;
+        let Context { id_cache, lag_guard, recent, keys, .. } = self.context;
         let mut lookups = Lookups {
             records: self.client,
             id_cache,
+            lag_guard,
             keys,
             recent,
             reads: std::mem::take(self.reads),
@@ -225,6 +346,11 @@ impl<C: Api> Executor<'_, C> {
         *self.reads = lookups.reads;
         Ok(fresh?.filter(|fresh| !freshness::is_as_planned(step, found, fresh)))
     }
+}
+
+/// Whether a step gives a Lead its company id.
+fn adopts(step: &Step, found: &Found) -> bool {
+    found.adopts() && matches!(step, Step::UpdateLead { .. })
 }
 
 /// Whether Close refuses a new Contact because of its Lead.

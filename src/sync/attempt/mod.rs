@@ -5,34 +5,34 @@ mod freshness;
 #[cfg(test)]
 mod tests;
 
+use std::collections::HashSet;
 use std::time::Duration;
 
+use jiff::{SignedDuration, Timestamp};
 use tokio::time::Instant;
+use uuid::Uuid;
 
-use crate::close::{Api, CloseError, CreatedIds, Priority};
+use crate::close::{Api, CloseError, Created, CreatedIds, Priority};
 use crate::domain::decision::Decision;
+use crate::domain::journal::{self, Entry, KeyHash, RecordId};
 use crate::domain::mapping::{Desired, Key};
 use crate::domain::matching::{self, ContactMatch, Found, compare, match_lead};
 use crate::domain::merge::MergedPlan;
-use crate::domain::plan::Plan;
-use crate::domain::record::Contact;
-use crate::domain::staleness::RecordVersions;
-use crate::outcome::{Effect, Failure, Outcome, PauseCause, Stage};
+use crate::domain::plan::{NEW_CONTACT, NEW_LEAD, Plan, Step};
+use crate::domain::record::{Contact, Lead};
+use crate::domain::staleness::{FieldVersions, RecordVersions};
+use crate::domain::time;
+use crate::outcome::{Effect, Failure, Held, Outcome, PauseCause, Stage};
 use crate::retry::{self, AfterFailure, Backoff, History};
-use crate::sync::context::Context;
+use crate::sync::context::{Context, Mode};
 use crate::sync::job::RunContext;
+use crate::sync::lag_guard::{Gap, Pending};
 use crate::sync::lookups::{Fresh, Lookups, Reads};
 use crate::sync::record_locks::RecordGuard;
 use crate::sync::resolver::{Decided, Resolver};
+use crate::waits::WaitCause;
 
 use executor::{Executor, Stopped};
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Mode {
-    Write,
-    /// Sends no writes, and does not count: neither in metrics nor in the circuit breaker.
-    DryRun,
-}
 
 /// The outcome of one attempt.
 pub(crate) struct Completed {
@@ -51,19 +51,77 @@ pub(crate) struct Attempts<'a, C> {
     pub(crate) others: Vec<&'a Desired>,
     pub(crate) keys: Vec<Key>,
     pub(crate) run: RunContext,
-    pub(crate) mode: Mode,
+    /// Of the last attempt.
+    pub(crate) stage: Stage,
     /// Of the last attempt.
     pub(crate) decision: Decision,
 }
 
-/// What the lag guard remembers while it repeats a look-up.
+/// What an attempt remembers while it repeats a look-up because search may have missed a record.
 #[derive(Default)]
-struct LagGuard {
+struct GapWait {
+    looks: u32,
     asked_event_log: bool,
+    /// Records that the event log has shown. A look-up after that which does not find them proves that they are gone, or
+    /// somebody else's.
+    shown_by_event_log: HashSet<String>,
     wanted_to_create: bool,
 }
 
+impl GapWait {
+    /// The pause before the next look-up: longer each time, because each costs a search.
+    fn backoff(&mut self) -> Duration {
+        self.looks = self.looks.saturating_add(1);
+        MAX_LOOK_INTERVAL.min(FIRST_LOOK_INTERVAL.saturating_mul(2_u32.saturating_pow(self.looks - 1)))
+    }
+
+    /// At first, because a creation that happened shows soon, and again once it must show.
+    fn asks_event_log(&mut self, must_show: bool) -> bool {
+        !std::mem::replace(&mut self.asked_event_log, true) || must_show
+    }
+}
+
+/// What the event log says about a creation.
+enum InEventLog {
+    Found,
+    Absent,
+    /// It did not answer, or does not reach back far enough.
+    Unknown,
+}
+
+/// Close's clock may differ this much from ours.
+const CLOCK_SKEW: SignedDuration = SignedDuration::from_secs(60);
+/// Between two look-ups while search may have missed a record.
+const FIRST_LOOK_INTERVAL: Duration = Duration::from_secs(2);
+const MAX_LOOK_INTERVAL: Duration = Duration::from_mins(1);
+
+/// Whether a record that was found is the one that a creation without an answer was for: it was not known before, and
+/// was created meanwhile.
+fn has_happened(pending: &Pending, found: &Found, known: &HashSet<String>) -> bool {
+    let was_meanwhile = |id: &str, date_created: &str| {
+        !known.contains(id)
+            && time::read_back(date_created).is_some_and(|created| {
+                let since_sent = created.duration_since(pending.sent);
+                since_sent >= -CLOCK_SKEW && created.duration_since(pending.ends) <= CLOCK_SKEW
+            })
+    };
+    let (mut leads, mut contacts) = found.records();
+    contacts.any(|contact| was_meanwhile(contact.id.as_str(), &contact.date_created))
+        || (pending.creates_lead && leads.any(|lead| was_meanwhile(lead.id.as_str(), &lead.date_created)))
+}
+
 impl<C: Api> Attempts<'_, C> {
+    /// Repeats attempts for as long as a delivery may be held. Then the longest wait is the cause of a delay.
+    pub(crate) async fn within_hold(&mut self) -> Outcome {
+        let hold = self.context.settings.hold;
+        if let Ok(outcome) = tokio::time::timeout(hold, self.retry_in_place()).await {
+            return outcome;
+        }
+        let (cause, waited) = self.client.waits().longest();
+        let policy = &self.context.settings.retry;
+        retry::after_hold(Held { cause, waited, held: hold }, self.stage, self.run.age, policy)
+    }
+
     /// Repeats attempts until the message is settled or the retries in place are used up.
     pub(crate) async fn retry_in_place(&mut self) -> Outcome {
         let context = self.context;
@@ -94,7 +152,11 @@ impl<C: Api> Attempts<'_, C> {
                 }
             }
             let delay = backoff.next_delay();
-            if let Some(cause) = context.systemic_cause(&failure, history, delay.is_none()).await {
+            let systemic_cause = {
+                let _waiting = self.client.waits().share(context.client.waits());
+                context.systemic_cause(&failure, history, delay.is_none()).await
+            };
+            if let Some(cause) = systemic_cause {
                 return Outcome::Paused(cause);
             }
             match retry::after_failure(&failure, history, delay, policy) {
@@ -107,7 +169,7 @@ impl<C: Api> Attempts<'_, C> {
                 AfterFailure::Retry(delay) => {
                     tracing::debug!(stage = failure.stage.label(), error = %failure.error, pause = ?delay, "attempt failed, retrying in place");
                     history.retried_after_404 |= failure.error == CloseError::NotFound;
-                    tokio::time::sleep(delay).await;
+                    self.client.waits().during(WaitCause::Backoff, tokio::time::sleep(delay)).await;
                     if self.writes() {
                         context.metrics.retried(failure.stage);
                     }
@@ -128,12 +190,14 @@ impl<C: Api> Attempts<'_, C> {
 
     /// One attempt. Stops at the first failure.
     pub(crate) async fn run_once(&mut self) -> Result<Completed, Failure> {
-        let (mut lag_guard, mut effect) = (LagGuard::default(), Effect::Unchanged);
+        let (mut wait, mut effect) = (GapWait::default(), Effect::Unchanged);
         loop {
-            let (mut decided, read_at) = self.decide(&mut lag_guard).await?;
+            self.stage = Stage::LookUp;
+            let (mut decided, read_at) = self.decide(&mut wait).await?;
+            self.stage = Stage::Write;
             let Some(_guard) = self.lock(&decided, read_at).await else { continue };
             if self.writes() {
-                if lag_guard.wanted_to_create && !decided.merged.creates() {
+                if wait.wanted_to_create && !decided.merged.creates() {
                     self.context.metrics.duplicate_avoided();
                 }
                 self.record_intent(&decided.versions, &decided.merged, read_at);
@@ -145,34 +209,52 @@ impl<C: Api> Attempts<'_, C> {
             (self.decision.new_lead, self.decision.new_contact) =
                 (created.lead.clone(), created.contact.clone());
             if self.writes() {
+                let written =
+                    decided.merged.steps.iter().filter_map(Step::changes).map(str::to_owned).collect();
                 self.record(decided.versions, &decided.merged, &created, read_at);
+                self.journal_versions(&decided.merged, &created, |id| {
+                    !HashSet::<String>::contains(&written, id)
+                });
             }
             return Ok(self.complete(decided.merged, effect));
         }
     }
 
     fn writes(&self) -> bool {
-        self.mode == Mode::Write
+        self.context.mode == Mode::Write
     }
 
     /// Looks up and plans until it is safe to execute the plan. If the plan creates a record, adopts a Lead or changes
     /// all Contacts of a person, search must not have missed a record. Returns when the look-up began.
-    async fn decide(&mut self, lag_guard: &mut LagGuard) -> Result<(Decided, Instant), Failure> {
-        let Context { settings, id_cache, version_cache, readback_cache, recent, metrics, keys, .. } =
-            self.context;
+    async fn decide(&mut self, wait: &mut GapWait) -> Result<(Decided, Instant), Failure> {
+        let Context {
+            settings,
+            id_cache,
+            lag_guard,
+            version_cache,
+            readback_cache,
+            recent,
+            metrics,
+            keys,
+            ..
+        } = self.context;
+        let hashes = KeyHash::of_all(&self.keys);
+        let known: HashSet<String> =
+            self.keys.iter().flat_map(|key| id_cache.known(key)).map(String::from).collect();
         loop {
             let read_at = Instant::now();
-            let pending = id_cache.pending_until(&self.keys).filter(|until| read_at < *until);
-            let complete_from =
-                pending.max(Some(self.run.search_complete_from)).filter(|from| read_at < *from);
+            self.context.forget_evicted();
+            let pending = lag_guard.pending_with(&hashes);
+            let gap = lag_guard.gap(&hashes, read_at, None);
             let mut resolver = Resolver {
                 lookups: Lookups {
                     records: &self.client,
                     id_cache,
+                    lag_guard,
                     keys,
                     recent,
                     reads: Reads::new(),
-                    search_is_complete: complete_from.is_none(),
+                    search_is_complete: gap.is_none(),
                     decision: &mut self.decision,
                 },
                 version_cache,
@@ -182,29 +264,91 @@ impl<C: Api> Attempts<'_, C> {
             };
             let decided = resolver.decide(self.desired, &self.others).await;
             let decided = decided.map_err(|error| Failure { stage: Stage::LookUp, error })?;
+            let happened =
+                pending.iter().filter(|(_, pending)| has_happened(pending, &decided.found, &known));
+            self.settle(happened.map(|(operation, _)| *operation));
             let is_anywhere = matches!(decided.found, Found::Anywhere { .. });
-            let needs_proof = decided.found.adopts() || decided.merged.creates() || is_anywhere;
-            let Some(complete_from) = complete_from.filter(|_| needs_proof) else {
+            let creates = decided.merged.creates();
+            let needs_proof = decided.found.adopts() || creates || is_anywhere;
+            // The search of this look-up may be the proof.
+            let gap = lag_guard.gap(&hashes, read_at, None).filter(|_| needs_proof);
+            let Some(gap) = gap else {
+                if creates {
+                    // Search would have shown what they created.
+                    self.settle(pending.into_iter().map(|(operation, _)| operation));
+                }
                 return Ok((decided, read_at));
             };
-            if self.mode == Mode::Write {
+            if self.writes() {
                 metrics.lag_guard_waited();
             }
-            lag_guard.wanted_to_create |= decided.merged.creates();
-            // A creation that happened without an answer is found sooner in the event log. After a start there
-            // is no particular creation to look for, and every message would ask.
-            let ask = pending.is_some() && !std::mem::replace(&mut lag_guard.asked_event_log, true);
-            if ask && self.find_in_event_log().await {
-                continue;
+            wait.wanted_to_create |= creates;
+            if !self.close_gap(&gap, wait, &pending, &decided.found).await {
+                self.decision.awaits_search = true;
+                return Ok((decided, read_at));
             }
-            tokio::time::sleep_until(complete_from).await;
         }
+    }
+
+    /// Looks into the event log, or waits until there is reason to look up again. A dry run does not wait: returns false.
+    async fn close_gap(
+        &self,
+        gap: &Gap,
+        wait: &mut GapWait,
+        pending: &[(Uuid, Pending)],
+        found: &Found,
+    ) -> bool {
+        let Context { settings, lag_guard, .. } = self.context;
+        let progress = lag_guard.progress();
+        let mut next = Instant::now() + wait.backoff();
+        if let Some(since) = gap.pending_since {
+            let event_log_lag = SignedDuration::try_from(settings.event_log_lag).unwrap_or_default();
+            let remaining = gap.until.duration_since(self.context.now()).saturating_add(event_log_lag);
+            // What is missing from the log by then did not happen.
+            let must_show = remaining <= SignedDuration::ZERO;
+            if wait.asks_event_log(must_show) {
+                match self.find_in_event_log(since, found, &mut wait.shown_by_event_log).await {
+                    InEventLog::Found => return true,
+                    InEventLog::Absent if must_show => {
+                        self.settle(pending.iter().map(|(operation, _)| *operation));
+                        return true;
+                    }
+                    InEventLog::Absent | InEventLog::Unknown => {}
+                }
+            }
+            if let Ok(remaining) = Duration::try_from(remaining)
+                && !must_show
+            {
+                next = next.min(Instant::now() + remaining);
+            }
+        }
+        if !self.writes() {
+            return false;
+        }
+        next = next.min(gap.clock.max(Instant::now()));
+        let _waiting = self.client.waits().start(WaitCause::Search);
+        tokio::select! {
+            biased;
+            () = progress => {}
+            () = tokio::time::sleep_until(next) => {}
+        }
+        true
+    }
+
+    /// It is known what came of these creations.
+    fn settle(&self, operations: impl Iterator<Item = Uuid>) {
+        let entries = operations.map(|operation| {
+            self.context.lag_guard.settle(operation);
+            Entry::Settled { operation }
+        });
+        self.run.journal.append(entries.collect());
     }
 
     /// Locks the records that the plan changes. `None` if another message has written to one of them: look up again. A
     /// creation locks nothing. Two messages that would create the same record share a key and never run at once.
     async fn lock(&self, decided: &Decided, read_at: Instant) -> Option<RecordGuard> {
-        self.context.record_locks.lock(decided.merged.changed(), read_at).await
+        let lock = self.context.record_locks.lock(decided.merged.changed(), read_at);
+        self.client.waits().during(WaitCause::RecordLock, lock).await
     }
 
     /// Executes the steps in order. What was written is recorded after each step, so also when a later one fails. Returns
@@ -222,7 +366,7 @@ impl<C: Api> Attempts<'_, C> {
             let mut permit = None;
             // Each turn after the first one plans the record again. There may be nothing left to write.
             while let Some(step) = decided.step(record.as_deref()) {
-                if self.mode == Mode::DryRun {
+                if !self.writes() {
                     *effect = (*effect).min(Effect::of(&step));
                     break;
                 }
@@ -236,6 +380,7 @@ impl<C: Api> Attempts<'_, C> {
                     desired: self.desired,
                     merges: !self.others.is_empty(),
                     keys: &self.keys,
+                    journal: &self.run.journal,
                     could_undo_edits,
                     decision: &mut self.decision,
                     reads: &mut decided.reads,
@@ -310,6 +455,23 @@ impl<C: Api> Attempts<'_, C> {
         let written = versions.iter().filter(|(id, _)| is_written(id));
         let written = written.map(|(id, version)| (id.clone(), version.clone())).collect();
         self.context.version_cache.remember(written, &CreatedIds::default(), read_at);
+        self.journal_versions(merged, &CreatedIds::default(), is_written);
+    }
+
+    /// Writes down the times of the events that set fields.
+    fn journal_versions(&self, merged: &MergedPlan, created: &CreatedIds, which: impl Fn(&str) -> bool) {
+        let mut versions = RecordVersions::new();
+        self.plans(merged).for_each(|(event, plan)| plan.note_versions_of(&mut versions, event, &which));
+        let entries = versions.into_iter().filter_map(|(id, FieldVersions { fields, stored, .. })| {
+            let record = match id.as_str() {
+                NEW_LEAD => RecordId::Lead(created.lead.clone()?),
+                NEW_CONTACT => RecordId::Contact(created.contact.clone()?),
+                _ => RecordId::try_from(id).ok()?,
+            };
+            let updated = self.context.recent.updated(record.as_str());
+            Some(journal::written(record, fields, stored, updated))
+        });
+        self.run.journal.append(entries.flatten().collect());
     }
 
     /// After all steps: also what the records held already.
@@ -342,28 +504,44 @@ impl<C: Api> Attempts<'_, C> {
         Completed { outcome, merged }
     }
 
-    /// Looks in the event log for records with these keys that search may not show yet, and caches their ids.
-    /// Finding none proves nothing.
-    async fn find_in_event_log(&self) -> bool {
-        let Context { id_cache, keys, settings, client, .. } = self.context;
-        // Twice the lag: clocks differ.
-        let ago = 2 * (client.timeout() + settings.search_lag) + Duration::from_mins(1);
-        let Ok(since) = jiff::Timestamp::now().checked_sub(ago) else { return false };
-        let Ok((leads, contacts)) = self.client.created_since(since).await else { return false };
-        let person = &self.desired.identity;
-        let lead = person.company_id.as_deref().and_then(|company_id| {
-            leads
-                .into_iter()
-                .find(|lead| match_lead(lead, company_id, keys) == matching::Verdict::SameCompany)
-        });
-        let is_person = |contact: &Contact| {
-            matches!(compare(contact, person, keys), ContactMatch::SameUser | ContactMatch::SameEmail)
+    /// Looks in the event log for records with these keys that the look-up did not find, and caches their ids.
+    async fn find_in_event_log(
+        &self,
+        since: Timestamp,
+        found: &Found,
+        shown: &mut HashSet<String>,
+    ) -> InEventLog {
+        let Context { id_cache, keys, client, .. } = self.context;
+        // Clocks differ.
+        let margin = client.timeout() + Duration::from_mins(1);
+        let Ok(since) = since.checked_sub(margin) else { return InEventLog::Unknown };
+        let Ok(Created { leads, contacts, complete }) = self.client.created_since(since).await else {
+            return InEventLog::Unknown;
         };
-        let contact = contacts.into_iter().find(is_person);
-        let found = lead.is_some() || contact.is_some();
+        let person = &self.desired.identity;
+        let (known_leads, known_contacts) = found.records();
+        let known_leads: Vec<&str> = known_leads.map(|lead| lead.id.as_str()).collect();
+        let known_contacts: Vec<&str> = known_contacts.map(|contact| contact.id.as_str()).collect();
+        let is_lead = |lead: &Lead| {
+            let company = person.company_id.as_deref().filter(|_| known_leads.is_empty());
+            company.is_some_and(|company| match_lead(lead, company, keys) == matching::Verdict::SameCompany)
+        };
+        let is_person = |contact: &Contact| {
+            let likeness = compare(contact, person, keys);
+            matches!(likeness, ContactMatch::SameUser | ContactMatch::SameEmail)
+                && !known_contacts.contains(&contact.id.as_str())
+        };
+        let lead = leads.into_iter().find(|lead| is_lead(lead) && !shown.contains(lead.id.as_str()));
+        let contact =
+            contacts.into_iter().find(|contact| is_person(contact) && !shown.contains(contact.id.as_str()));
+        if lead.is_none() && contact.is_none() {
+            return if complete { InEventLog::Absent } else { InEventLog::Unknown };
+        }
         let created =
             CreatedIds { lead: lead.map(|lead| lead.id), contact: contact.map(|contact| contact.id) };
+        shown.extend(created.lead.iter().map(ToString::to_string));
+        shown.extend(created.contact.iter().map(ToString::to_string));
         id_cache.remember_created(person, created, false);
-        found
+        InEventLog::Found
     }
 }

@@ -15,13 +15,14 @@ use crate::close::{
 };
 use crate::domain::dropped::DropReason;
 use crate::domain::event::Event;
+use crate::domain::journal::ChangeKind;
 use crate::domain::mapping::tests::{rules, schema};
 use crate::domain::mapping::{Identity, KeyFields, Mapping, Rules, Wanted};
 use crate::domain::matching::Case;
 use crate::domain::plan::Step;
 use crate::domain::record::{Channel, ContactId, Field, FieldId, Fields, Lead, LeadId};
 use crate::domain::schema::FieldRef;
-use crate::domain::staleness::FieldVersions;
+use crate::domain::staleness::{FieldHash, FieldVersions};
 use crate::domain::switches::Switches;
 use crate::outcome::DeadLetter;
 use crate::retry::Policy;
@@ -37,7 +38,9 @@ mod not_kept;
 mod nothing_is_lost;
 mod people_win;
 mod person;
+mod rehearsal;
 mod unnamed;
+mod waits;
 
 use harness::*;
 
@@ -59,9 +62,12 @@ async fn a_created_lead_and_contact_are_cached_with_their_versions() {
         let cached = Contacts { ids: vec![contact.clone()], complete: true };
         assert_eq!(context.id_cache.contacts(&key), cached, "no other Contact has {key:?}");
     }
-    assert_eq!(context.id_cache.pending_until(&desired.identity.keys()), None);
-    assert_eq!(lead_versions(&context, close.lead("lead_new1")).fields["custom.cf_plan"], at(5));
-    assert_eq!(contact_versions(&context, close.contact("cont_new2")).fields["name"], at(5));
+    assert_eq!(pending(&context, &desired), [""; 0]);
+    assert_eq!(
+        lead_versions(&context, close.lead("lead_new1")).fields[&FieldHash::of("custom.cf_plan")],
+        at(5)
+    );
+    assert_eq!(contact_versions(&context, close.contact("cont_new2")).fields[&FieldHash::of("name")], at(5));
 }
 
 #[tokio::test(start_paused = true)]
@@ -117,9 +123,9 @@ async fn a_creation_without_an_answer_is_pending_and_not_cached() {
     let desired = jane(&context, 5);
     let failure = attempts(&context, &close, &desired).run_once().await.err().unwrap();
     assert_eq!(failure, Failure { stage: Stage::Write, error: timed_out() });
+    assert_eq!(pending(&context, &desired).len(), 1);
     // From the end of the call, not from its start.
-    let pending = context.id_cache.pending_until(&desired.identity.keys());
-    assert_eq!(pending, Some(Instant::now() + SEARCH_LAG));
+    assert_eq!(context.lag_guard.pending()[0].1.ends, context.now() + TIMEOUT);
     assert_eq!(context.id_cache.lead("acme"), None);
     assert_eq!(context.record_locks.locked(), [""; 0], "the locks are released");
 }
@@ -136,7 +142,7 @@ async fn a_creation_without_an_answer_is_not_repeated_while_search_lags() {
     assert_eq!(outcome, Outcome::Synced(Effect::Unchanged));
     assert_eq!(close.written(), ["create_lead"]);
     assert_eq!(close.records().leads.len(), 1);
-    assert!(start.elapsed() >= SEARCH_LAG, "waited only {:?}", start.elapsed());
+    assert!(start.elapsed() >= lag, "waited only {:?}", start.elapsed());
     assert_eq!(context.id_cache.lead("acme"), Some(LeadId::new("lead_new1")));
     assert_eq!(counter(&context, "duplicates_avoided_total"), 1);
 }
@@ -151,7 +157,8 @@ async fn the_event_log_ends_the_wait_for_a_pending_creation() {
     attempts(&context, &close, &desired).run_once().await.err().unwrap();
     let InMemoryRecords { leads, contacts, .. } = close.records();
     close.state(|state| {
-        state.event_log = (leads.into_values().collect(), contacts.into_values().collect());
+        state.event_log.leads = leads.into_values().collect();
+        state.event_log.contacts = contacts.into_values().collect();
     });
 
     let start = Instant::now();
@@ -168,8 +175,8 @@ async fn a_dropped_creation_stays_pending() {
     let mut attempts = attempts(&context, &close, &desired);
     tokio::time::timeout(Duration::from_secs(1), attempts.run_once()).await.err().unwrap();
     assert_eq!(close.written(), ["create_lead"], "the call was sent");
-    let pending = context.id_cache.pending_until(&desired.identity.keys()).unwrap();
-    assert!(pending > Instant::now() + SEARCH_LAG, "the call may take effect until it times out");
+    let ends = context.lag_guard.pending()[0].1.ends;
+    assert!(ends > context.now(), "the call may take effect until it times out");
 }
 
 #[tokio::test(start_paused = true)]
@@ -181,7 +188,7 @@ async fn a_creation_that_close_refused_is_not_pending() {
         let desired = jane(&context, 5);
         let failure = attempts(&context, &close, &desired).run_once().await.err().unwrap();
         assert_eq!(failure.error, error);
-        assert_eq!(context.id_cache.pending_until(&desired.identity.keys()), None, "{error}");
+        assert_eq!(pending(&context, &desired), [""; 0], "{error}");
     }
 }
 
@@ -292,7 +299,7 @@ async fn merged_events_share_one_write_with_the_latest_values() {
     let merged: Vec<_> =
         completed.merged.iter().map(|(outcome, decision)| (outcome.clone(), decision.merged)).collect();
     assert_eq!(merged, [(Outcome::Synced(Effect::Updated), true)]);
-    assert_eq!(contact_versions(&context, close.contact("cont_1")).fields["title"], at(6));
+    assert_eq!(contact_versions(&context, close.contact("cont_1")).fields[&FieldHash::of("title")], at(6));
 }
 
 #[tokio::test(start_paused = true)]
@@ -385,7 +392,7 @@ async fn a_step_that_succeeded_is_recorded_when_a_later_one_fails() {
         .with_fault(WriteFault::Before(CloseError::Transient(Fault::Status(500))));
     attempts(&context, &close, &jane(&context, 5)).run_once().await.err().unwrap();
     assert_eq!(close.written(), ["update_lead", "update_contact"]);
-    assert_eq!(lead_versions(&context, close.lead("lead_1")).fields["custom.cf_plan"], at(5));
+    assert_eq!(lead_versions(&context, close.lead("lead_1")).fields[&FieldHash::of("custom.cf_plan")], at(5));
     let contact = contact_versions(&context, close.contact("cont_1"));
     assert_eq!(contact, FieldVersions::default(), "Close may not have changed the Contact");
 }
@@ -400,7 +407,7 @@ async fn a_change_without_an_answer_is_recognized_by_its_stored_time() {
         .with_fault(WriteFault::After(timed_out()));
     attempts(&context, &close, &jane(&context, 5)).run_once().await.err().unwrap();
     let versions = contact_versions(&context, close.contact("cont_1"));
-    assert_eq!(versions.fields.get("name"), Some(&at(5)));
+    assert_eq!(versions.fields.get(&FieldHash::of("name")), Some(&at(5)));
     assert_eq!(versions.record, None, "the event did not set all fields");
 }
 
@@ -438,7 +445,7 @@ async fn only_plans_that_need_a_complete_search_wait_for_it() {
         let desired = desired(&context, 5, event);
         let mut attempts = attempts(&context, &close, &desired);
         let start = Instant::now();
-        attempts.run.search_complete_from = start + SEARCH_LAG;
+        context.lag_guard.forget(ChangeKind::Creation, context.now(), start + SEARCH_LAG);
         attempts.run_once().await.ok().unwrap();
         start.elapsed()
     };
@@ -451,20 +458,6 @@ async fn only_plans_that_need_a_complete_search_wait_for_it() {
     assert!(elapsed(&[], &[], with_company()).await >= SEARCH_LAG, "a creation");
     assert!(elapsed(&[no_company], contacts, with_company()).await >= SEARCH_LAG, "an adoption");
     assert!(elapsed(&[acme()], contacts, without_company()).await >= SEARCH_LAG, "all Contacts of a person");
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_dry_run_writes_and_records_nothing() {
-    let context = context(&rules());
-    let close = FakeClose::new(&context, &[acme()], &[]);
-    let desired = jane(&context, 5);
-    let mut attempts = attempts(&context, &close, &desired);
-    attempts.mode = Mode::DryRun;
-    let completed = attempts.run_once().await.ok().unwrap();
-    assert_eq!(completed.outcome, Outcome::Synced(Effect::Added));
-    assert_eq!(close.written(), [""; 0]);
-    assert_eq!(lead_versions(&context, close.lead("lead_1")), FieldVersions::default());
-    assert_eq!(context.id_cache.contacts(&Key::User("u1".into())), Contacts::default());
 }
 
 #[tokio::test(start_paused = true)]

@@ -14,7 +14,7 @@ use crate::domain::mapping::{Desired, Identity, WriteRule};
 use crate::domain::matching::{self, ContactMatch, Found, Verdict, compare, match_contacts, match_lead};
 use crate::domain::merge::MergedPlan;
 use crate::domain::plan::Step;
-use crate::domain::record::{Contact, Lead};
+use crate::domain::record::{Contact, Lead, LeadId};
 use crate::domain::refused::RefusedValues;
 use crate::domain::staleness::RecordVersions;
 use crate::domain::switches::Switches;
@@ -117,18 +117,25 @@ impl<R: Records> Resolver<'_, R> {
         if let Some(id) = self.lookups.cached_lead(company_id) {
             match self.lookups.read_company_lead(&id, company_id, person).await? {
                 Some(lead) => return Ok(Some(lead)),
-                None => self.lookups.id_cache.forget_lead(company_id),
+                None => self.lookups.id_cache.forget_lead(company_id, &id),
             }
         }
-        let mut candidates = self.lookups.search_leads(field, company_id).await?.into_iter();
+        let found = self.lookups.search_leads(field, company_id).await?;
+        let mut candidates: Vec<LeadId> = found.into_iter().map(|lead| lead.id).collect();
+        // Search may not show yet what we created.
+        let known = self.lookups.id_cache.known_leads(company_id);
+        let unseen: Vec<LeadId> = known.into_iter().filter(|id| !candidates.contains(id)).collect();
+        candidates.extend(unseen);
+        let mut candidates = candidates.into_iter();
         while let Some(candidate) = candidates.next() {
-            if let Some(lead) = self.lookups.read_company_lead(&candidate.id, company_id, person).await? {
+            if let Some(lead) = self.lookups.read_company_lead(&candidate, company_id, person).await? {
                 self.lookups.id_cache.remember_lead(company_id, lead.lead.id.clone());
                 for younger in candidates {
-                    self.lookups.note_candidate(younger.id.as_str(), Verdict::YoungerLead);
+                    self.lookups.note_candidate(younger.as_str(), Verdict::YoungerLead);
                 }
                 return Ok(Some(lead));
             }
+            self.lookups.id_cache.forget_lead(company_id, &candidate);
         }
         Ok(None)
     }

@@ -8,9 +8,10 @@ use strum::{VariantArray, VariantNames as _};
 use crate::amqp::BrokerTrouble;
 use crate::close::{Endpoint, StatusClass};
 use crate::domain::dropped::DropReason;
+use crate::domain::journal::ChangeKind;
 use crate::domain::plan::Refusal;
 use crate::domain::readback::DifferenceEffect;
-use crate::outcome::{DelayLabel, Effect, PauseCause, Reason, Skip, Stage};
+use crate::outcome::{DelayCause, Effect, PauseCause, Reason, Skip, Stage};
 use crate::telemetry::metrics::QuarantineStep;
 use crate::telemetry::metrics::register::{Label, Registrar, label, metrics};
 
@@ -45,7 +46,7 @@ pub(crate) fn reasons() -> impl Iterator<Item = &'static str> {
 
 /// The causes of a delay.
 pub(crate) fn delay_causes() -> impl Iterator<Item = &'static str> {
-    DelayLabel::VARIANTS.iter().map(Into::into)
+    DelayCause::labels()
 }
 
 /// The causes of a pause.
@@ -67,6 +68,10 @@ fn difference_effect() -> Label {
 
 fn drop_reason() -> Label {
     label("reason", DropReason::VARIANTS.iter().map(|reason| reason.label()))
+}
+
+fn change_kind() -> Label {
+    label("kind", ChangeKind::VARIANTS.iter().map(|kind| kind.label()))
 }
 
 fn broker_cause() -> Label {
@@ -96,6 +101,7 @@ metrics! {
     /// What was decided about single records and fields.
     Decisions {
         lag_guard_waits: IntCounter = counter("lag_guard_waits_total", "Waits for Close's search index to catch up before a record was created");
+        search_lag: GaugeVec = unknowns("search_lag_seconds", "How far Close's search lags behind changes of ours, by the kind of change; NaN until it is measured", &[change_kind()]);
         duplicates_avoided: IntCounter = counter("duplicates_avoided_total", "Creations that were cancelled because the search index caught up and showed the record");
         fields_dropped: IntCounterVec = counters("fields_dropped_total", "Mapped values that were dropped, by reason", &[drop_reason()]);
         steps_refused: IntCounterVec = counters("steps_refused_total", "Writes that a switch forbids", &[label("switch", Refusal::VARIANTS.iter().map(|refusal| refusal.label()))]);
@@ -116,6 +122,7 @@ metrics! {
         info: IntGaugeVec = gauges("broker_info", "1, labelled with the version of RabbitMQ; absent before the first connection", &[label("version", [])]);
         losses: IntCounterVec = counters("broker_connection_losses_total", "Lost connections to RabbitMQ by cause", &[broker_cause()]);
         trouble: IntGaugeVec = gauges("broker_trouble", "1 while this cause prevents a connection to RabbitMQ, or while RabbitMQ lacks an exchange or queue", &[broker_cause()]);
+        journal: IntGauge = gauge("journal_in_use", "1 while the active worker writes a journal");
         alarm: IntGauge = gauge("broker_alarm", "1 while RabbitMQ accepts no messages because of a memory or disk alarm");
         successors_held: IntGauge = gauge("successors_held", "Messages held because RabbitMQ does not accept their successor for a delay or dead-letter queue");
         outcome_messages: IntCounterVec = counters("outcome_messages_total", "Published outcome events: routed to a queue, unrouted, or lost", &[label("result", ["routed", "unrouted", "lost"])]);

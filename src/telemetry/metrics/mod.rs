@@ -19,6 +19,7 @@ use tokio::time::Instant;
 use crate::amqp::BrokerTrouble;
 use crate::close::{Call, Client, Endpoint, RateLimitStatus, StatusClass};
 use crate::domain::decision::Decision;
+use crate::domain::journal::ChangeKind;
 use crate::domain::readback::DifferenceEffect;
 use crate::outcome::{Outcome, PauseCause, Stage};
 use crate::telemetry::throughput::Throughput;
@@ -305,6 +306,16 @@ impl Metrics {
     pub fn set_load(&self, in_flight: usize, waiting: usize) {
         self.messages.in_flight.set(i64::try_from(in_flight).unwrap_or(i64::MAX));
         self.messages.waiting.set(i64::try_from(waiting).unwrap_or(i64::MAX));
+    }
+
+    /// Sets whether the active worker writes a journal.
+    pub fn set_journal(&self, in_use: bool) {
+        self.broker.journal.set(in_use.into());
+    }
+
+    /// Sets how far Close's search lags for a kind of change.
+    pub fn set_search_lag(&self, kind: ChangeKind, lag: Duration) {
+        self.decisions.search_lag.with_label_values(&[kind.label()]).set(lag.as_secs_f64());
     }
 
     /// A pause starts.

@@ -2,7 +2,7 @@
 //! allow nothing else.
 
 use close_sync::amqp;
-use close_sync::amqp::topology::{Object, bindings, objects};
+use close_sync::amqp::topology::{Object, bindings, journal_binding, journal_objects, objects};
 use close_sync::config::{Config, Need};
 use close_sync_simulator::{Effect, Fault, FaultBody, Settings, When};
 use serde_json::{Map, Value, json};
@@ -15,7 +15,7 @@ const DEFINITIONS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/rabbitmq/
 /// The exchanges, queues and bindings, in RabbitMQ's import format.
 fn definitions(settings: &amqp::Settings) -> String {
     let (mut exchanges, mut queues) = (Vec::new(), Vec::new());
-    for object in objects(settings) {
+    for object in objects(settings).into_iter().chain(journal_objects(settings)) {
         match object {
             Object::Exchange { name, kind } => exchanges.push(json!({
                 "name": name, "vhost": "/", "type": kind.label(), "durable": true, "auto_delete": false,
@@ -32,6 +32,7 @@ fn definitions(settings: &amqp::Settings) -> String {
     }
     let bindings: Vec<_> = bindings(settings)
         .into_iter()
+        .chain([journal_binding(settings)])
         .map(|binding| {
             json!({
                 "source": binding.exchange, "vhost": "/", "destination": binding.queue,

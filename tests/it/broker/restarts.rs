@@ -133,6 +133,9 @@ async fn a_rolling_restart_processes_each_message_once() {
 async fn a_message_to_dead_letter_is_held_during_an_alarm() {
     let node = Node::start().await;
     let bench = Bench::on(&node.url, Settings::fast()).await;
+    // An update: creations wait for the journal.
+    bench.lead(None, json!([{"name": "Jane", "emails": [{"email": "jane@x.test"}]}]));
+    let event = identify("u1", json!({"email": "jane@x.test"}));
     // RabbitMQ blocks only connections that have published.
     let worker = bench.worker().await;
     bench.publish_bytes(b"nonsense", BasicProperties::default()).await;
@@ -140,8 +143,8 @@ async fn a_message_to_dead_letter_is_held_during_an_alarm() {
 
     bench.simulator.fault(Fault::new(Effect::Latency { ms: 8000 }).on("POST", "/data/"));
     let refused = refusal();
-    bench.simulator.fault(Fault::new(refused).on("POST", "/lead/"));
-    bench.publish(&people(1)).await;
+    bench.simulator.fault(Fault::new(refused).on("PUT", "/contact/"));
+    bench.publish(&[event]).await;
     worker.until("looking up", async |_| bench.simulator.request_count("POST", "/data/") == 1).await;
     node.alarm(true).await;
     worker.until("blocked", async |worker| worker.metrics().await.count("broker_alarm") == 1).await;

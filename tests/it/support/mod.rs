@@ -76,6 +76,7 @@ impl Bench {
             ("CLOSE_LEAD_COMPANY_ID_FIELD", "cf_leadcompanyid"),
             ("CLOSE_CONTACT_USER_ID_FIELD", "cf_contactuserid"),
             ("CLOSE_SEARCH_LAG", "0s"),
+            ("CLOSE_EVENT_LOG_LAG", "0s"),
             ("RETRY_IN_PLACE", "1s"),
             ("RETRY_DELAYS", "[\"200ms\", \"400ms\"]"),
             ("HTTP_ADDR", "127.0.0.1:0"),
@@ -196,7 +197,13 @@ impl Bench {
             )
             .await
             .unwrap();
-        assert_eq!(confirm.await.unwrap(), lapin::Confirmation::Ack(None), "the message was not routed");
+        match confirm.await.unwrap() {
+            lapin::Confirmation::Ack(None) => {}
+            lapin::Confirmation::Ack(Some(returned)) => panic!("no queue is bound: {returned:?}"),
+            nack @ (lapin::Confirmation::Nack(_) | lapin::Confirmation::NotRequested) => {
+                panic!("the broker refused the message: {nack:?}")
+            }
+        }
     }
 
     /// Starts a worker, publishes, waits until everything is settled, and stops the worker.

@@ -8,7 +8,7 @@ use close_sync::config::{Config, Need};
 use close_sync::consumer::quarantine::Quarantine;
 use close_sync::consumer::scheduler::delayed::DelayedMessages;
 use close_sync::consumer::{End, Session};
-use close_sync::sync::{Dependencies, Worker, preflight};
+use close_sync::sync::{Dependencies, Worker, preflight, system_clock};
 use close_sync::telemetry::metrics::Metrics;
 use close_sync::telemetry::status::Status;
 use close_sync_simulator::{Effect, Fault, FaultBody, Limits, Rate, Settings, When};
@@ -202,7 +202,9 @@ async fn a_long_wait_for_budget_continues_in_a_delay_queue_and_uses_no_attempt()
     let worker = bench.worker().await;
     bench.publish(&[identify("u1", json!({}))]).await;
     worker.until("created", async |worker| worker.metrics().await.outcome("created") == 1).await;
-    assert!(worker.metrics().await.outcome("delayed") >= 2);
+    let metrics = worker.metrics().await;
+    let delayed = metrics.count("messages_delayed_total{cause=\"rate_limited\"}");
+    assert!(delayed >= 2 && delayed == metrics.outcome("delayed"), "{}", worker.log());
     assert_eq!(worker.logged("\"attempt\":2"), 0, "{}", worker.log());
     worker.terminate().await;
 }
@@ -229,6 +231,7 @@ async fn a_panic_dead_letters_one_message_and_the_worker_continues() {
             mapping,
             client,
             metrics: metrics.clone(),
+            clock: system_clock(),
         }),
         metrics: metrics.clone(),
         status: Status::default(),

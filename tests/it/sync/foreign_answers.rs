@@ -40,7 +40,7 @@ async fn a_proxy_in_the_way_costs_no_message_however_long_it_lasts() {
 /// A firewall blocks the text of one producer. The messages of others go on, and this one ends with its reason.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_that_a_firewall_blocks_ends_after_its_age_and_stops_no_other() {
-    let bench = Bench::new().await.set("RETRY_IN_PLACE", "0s").set("RETRY_FOREIGN_MAX_AGE", "1s");
+    let bench = Bench::new().await.set("RETRY_IN_PLACE", "0s").set("RETRY_MAX_AGE", "1s");
     bench.simulator.fault(blocked().containing("drop table"));
     let worker = bench.worker().await;
     let name = |n: usize| if n == 0 { "drop table".to_owned() } else { format!("Person {n}") };

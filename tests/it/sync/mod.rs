@@ -18,3 +18,4 @@ mod scenarios;
 mod schema_changes;
 mod sdk_payloads;
 mod stale_reads;
+mod waits;

@@ -1,9 +1,12 @@
 //! Close in memory, with faults, and the parts of an attempt.
 
 use super::*;
+use crate::sync::Clock;
+use crate::waits::Waits;
 
 pub(super) const TIMEOUT: Duration = Duration::from_secs(30);
 pub(super) const SEARCH_LAG: Duration = Duration::from_mins(1);
+pub(super) const EVENT_LOG_LAG: Duration = Duration::from_mins(6);
 pub(super) const LATENCY: Duration = Duration::from_millis(10);
 
 /// Attempts send every call through [`FakeClose`].
@@ -21,12 +24,18 @@ impl Transport for NoTransport {
     }
 }
 
+/// A clock in virtual time.
+pub(super) fn clock() -> Clock {
+    let (began, start) = (Timestamp::now(), Instant::now());
+    Arc::new(move || began + start.elapsed())
+}
+
 pub(super) fn context(rules: &Rules) -> Context {
     let policy = Policy {
         in_place: Duration::from_secs(30),
         jitter: 0.0,
         delays: vec![TIMEOUT],
-        foreign_max_age: Duration::from_hours(1),
+        max_age: Duration::from_hours(1),
     };
     Context::new(Dependencies {
         settings: Settings {
@@ -34,6 +43,7 @@ pub(super) fn context(rules: &Rules) -> Context {
             retry: policy,
             max_message_bytes: 1 << 20,
             search_lag: SEARCH_LAG,
+            event_log_lag: EVENT_LOG_LAG,
             country: None,
             hold: Duration::from_hours(1),
             merge: true,
@@ -42,6 +52,7 @@ pub(super) fn context(rules: &Rules) -> Context {
         mapping: Mapping::resolve(rules, &schema()).unwrap(),
         client: Client::with_transport(NoTransport, TIMEOUT, 1.0, |_| {}),
         metrics: Metrics::new(None).unwrap(),
+        clock: clock(),
     })
 }
 
@@ -63,7 +74,7 @@ pub(super) enum WriteFault {
 
 /// Close for one message. Clones share everything.
 #[derive(Clone, Default)]
-pub(super) struct FakeClose(Arc<Mutex<State>>);
+pub(super) struct FakeClose(Arc<Mutex<State>>, Waits);
 
 #[derive(Default)]
 pub(super) struct State {
@@ -80,7 +91,7 @@ pub(super) struct State {
     pub(super) names_no_field: bool,
     /// The records before each change, and when it happened.
     pub(super) past: Vec<(Instant, InMemoryRecords)>,
-    pub(super) event_log: (Vec<Lead>, Vec<Contact>),
+    pub(super) event_log: Created,
     /// What a person does in Close, when, and to which Contact.
     pub(super) edits: VecDeque<(Instant, usize, person::Edit)>,
     pub(super) applied: Vec<Applied>,
@@ -147,7 +158,7 @@ impl FakeClose {
             record_locks: Some(context.record_locks.clone()),
             ..State::default()
         };
-        Self(Arc::new(Mutex::new(state)))
+        Self(Arc::new(Mutex::new(state)), Waits::default())
     }
 
     pub(super) fn with_fault(self, fault: WriteFault) -> Self {
@@ -256,7 +267,7 @@ impl Api for FakeClose {
 
     async fn acquire(&self, _: &Step) {
         let wait = self.state(|state| state.budget_wait);
-        tokio::time::sleep(wait).await;
+        self.waits().during(WaitCause::RateLimited, tokio::time::sleep(wait)).await;
     }
 
     async fn write(&self, step: &Step, (): ()) -> Result<Option<Written>, CloseError> {
@@ -267,7 +278,7 @@ impl Api for FakeClose {
             state.faults.pop_front()
         });
         let latency = if let Some(WriteFault::Slow(latency)) = fault { latency } else { LATENCY };
-        tokio::time::sleep(latency).await;
+        self.waits().during(WaitCause::SlowClose, tokio::time::sleep(latency)).await;
         if let Some(error) = self.state(|state| state.refusal(step)) {
             return Err(error);
         }
@@ -293,13 +304,17 @@ impl Api for FakeClose {
         }
     }
 
-    async fn created_since(&self, _: Timestamp) -> Result<(Vec<Lead>, Vec<Contact>), CloseError> {
+    async fn created_since(&self, _: Timestamp) -> Result<Created, CloseError> {
         tokio::time::sleep(LATENCY).await;
         Ok(self.state(|state| state.event_log.clone()))
     }
 
     fn calls(&self) -> u32 {
         0
+    }
+
+    fn waits(&self) -> &Waits {
+        &self.1
     }
 
     fn take_duplicate_failure(&self) -> bool {
@@ -314,14 +329,20 @@ pub(super) fn attempts<'a>(
 ) -> Attempts<'a, FakeClose> {
     Attempts {
         context,
-        client: close.clone(),
+        client: FakeClose(Arc::clone(&close.0), Waits::default()),
         desired,
         others: Vec::new(),
         keys: desired.identity.keys(),
         run: RunContext::first(),
-        mode: Mode::Write,
+        stage: Stage::LookUp,
         decision: Decision::default(),
     }
+}
+
+/// The creations without an answer that share a key with an event.
+pub(super) fn pending(context: &Context, desired: &Desired) -> Vec<String> {
+    let keys = KeyHash::of_all(&desired.identity.keys());
+    context.lag_guard.pending_with(&keys).into_iter().map(|(operation, _)| operation.to_string()).collect()
 }
 
 /// Maps an event that happened at this second.

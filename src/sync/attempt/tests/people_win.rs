@@ -113,7 +113,7 @@ async fn ids_that_a_person_sets_while_the_write_waits_are_kept() {
     assert_eq!(close.lead("lead_1").custom(&FieldId::new("cf_company")), Some("globex"));
 
     // The Contact would get the user id, and has another one by then.
-    context.id_cache.forget_records();
+    let context = super::context(&rules());
     let mut jane = janes_contact();
     jane["custom.cf_user"] = json!(null);
     let close = FakeClose::new(&context, &[acme()], &[jane])

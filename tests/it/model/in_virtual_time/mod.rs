@@ -13,6 +13,7 @@
 //! the worker queries the event log with the wall clock, which is earlier than everything that happens here.
 
 mod broker;
+mod journal;
 mod person;
 mod plan;
 mod process;

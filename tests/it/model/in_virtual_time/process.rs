@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use close_sync::amqp::envelope::{REASON, text};
 use close_sync::amqp::publisher::Outgoing;
-use close_sync::amqp::{self, BrokerError};
+use close_sync::amqp::{self, BrokerError, JournalState};
 use close_sync::close::Client;
-use close_sync::consumer::broker::{self, BrokerEvent, Publish, Publishers, Receipt};
+use close_sync::consumer::broker::{self, BrokerEvent, Publish, Publishers, ReadFrom, Receipt};
 use close_sync::consumer::quarantine::Quarantine;
 use close_sync::consumer::scheduler::delayed::DelayedMessages;
 use close_sync::consumer::{End, Environment, Session};
@@ -68,6 +68,10 @@ impl Process {
                 mapping,
                 client,
                 metrics: metrics.clone(),
+                clock: {
+                    let world = Arc::clone(world);
+                    Arc::new(move || world.now())
+                },
             }),
             metrics,
             status: Status::default(),
@@ -146,6 +150,8 @@ impl ProcessTask {
                 cut: Arc::clone(&self.cut),
                 is_cut: false,
                 process: self.number,
+                journal: JournalState::Ready,
+                read_next: None,
             };
             let shutdown = CancellationToken::new();
             let session = self.session.run_on(broker, Arc::clone(&environment), &mut delayed, &shutdown);
@@ -199,10 +205,14 @@ struct SimulatedBroker {
     cut: Arc<Notify>,
     is_cut: bool,
     process: usize,
+    journal: JournalState,
+    /// What is read next in the journal.
+    read_next: Option<usize>,
 }
 
 impl broker::Broker for SimulatedBroker {
     async fn next_event(&mut self) -> BrokerEvent {
+        let world = Arc::clone(&self.publisher.world);
         tokio::select! {
             biased;
             () = self.cut.notified() => {
@@ -221,6 +231,10 @@ impl broker::Broker for SimulatedBroker {
                     receipt: Box::new(SimulatedReceipt { publisher, channel: self.channel, tag, number }),
                 }))
             }
+            message = world.journal.read(self.read_next) => {
+                self.read_next = self.read_next.map(|next| next + 1);
+                BrokerEvent::Journal(message)
+            }
         }
     }
 
@@ -228,11 +242,20 @@ impl broker::Broker for SimulatedBroker {
         self.deliveries.close();
     }
 
+    fn journal(&self) -> &JournalState {
+        &self.journal
+    }
+
+    fn read_journal(&mut self, from: ReadFrom) {
+        self.read_next = Some(self.publisher.world.journal.position(from));
+    }
+
     fn publishers(&self) -> Publishers {
         let publisher = || Arc::clone(&self.publisher) as Arc<dyn Publish>;
         Publishers {
             successors: publisher(),
             quarantine: publisher(),
+            journal: Arc::new(JournalPublisher(Arc::clone(&self.publisher.world))),
             replays: publisher(),
             producers: publisher(),
         }
@@ -251,6 +274,22 @@ impl broker::Broker for SimulatedBroker {
             tokio::time::sleep(LAST_ACKS_DELAY).await;
             world.broker().unsubscribe(self.channel, true);
         }
+    }
+}
+
+/// Appends to the journal. Whoever is killed meanwhile does not know whether it did.
+struct JournalPublisher(Arc<World>);
+
+impl Publish for JournalPublisher {
+    fn publish<'a>(&'a self, message: Outgoing<'a>) -> BoxFuture<'a, Result<(), BrokerError>> {
+        async move {
+            let travel = || self.0.random(|random| Duration::from_millis(random.u64(0..=20)));
+            tokio::time::sleep(travel()).await;
+            self.0.journal.append(message.body.to_vec());
+            tokio::time::sleep(travel()).await;
+            Ok(())
+        }
+        .boxed()
     }
 }
 

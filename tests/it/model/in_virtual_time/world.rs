@@ -19,6 +19,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::broker::{Broker, Channel, Message};
+use super::journal::Journal;
 use super::person::{self, Person};
 use super::plan::{CallOutcome, CallResult, Plan};
 
@@ -46,6 +47,7 @@ pub(super) struct World {
     /// Cases where an older event overwrote a newer one.
     overwritten: Mutex<Vec<String>>,
     person: Mutex<Person>,
+    pub(super) journal: Journal,
 }
 
 impl World {
@@ -67,6 +69,7 @@ impl World {
             settled: Mutex::default(),
             overwritten: Mutex::default(),
             person: Mutex::default(),
+            journal: Journal::default(),
             plan,
         })
     }

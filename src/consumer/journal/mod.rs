@@ -1,0 +1,219 @@
+//! The journal of a session: a log on the broker that outlives the worker (`design.md` §9).
+//!
+//! Nothing is read before the session receives its first delivery, which makes it the active one. It then appends a start
+//! entry and reads the log up to that entry ([`takeover`]): now it knows what its predecessors knew. Only then does it start
+//! messages. It goes on reading, because a worker that lost the queue may not know it yet. When another session has
+//! started, this one has lost the queue, and ends.
+//!
+//! **Appending** ([`writer`]). What messages append while the broker stores earlier entries becomes one message, so the cost
+//! of an entry falls with the load.
+//!
+//! **Checkpoints.** Now and then the active worker appends all that it remembers. Each message says where the newest
+//! complete checkpoint begins, so that a takeover reads little. Other entries go on meanwhile: an entry that a checkpoint
+//! misses follows its beginning, and learning one twice does no harm.
+
+mod takeover;
+mod writer;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::amqp::{BrokerError, Settings};
+use crate::consumer::broker::{JournalMessage, Publish, ReadFrom};
+use crate::domain::journal::{Batch, Entry, Unreadable};
+use crate::sync::journal::{Journal, JournalHandle};
+use crate::sync::{LONGEST_SEARCH_LAG, Worker};
+
+use takeover::{Known, Next, Takeover};
+pub(crate) use writer::Writer;
+
+/// A checkpoint is written after this many bytes, or twice the last checkpoint if that is more.
+const CHECKPOINT_AFTER: usize = 4 << 20;
+/// Entries of a checkpoint that are appended at once.
+const CHECKPOINT_PART: usize = 200;
+
+/// What the loop of the session has to do.
+#[derive(Debug)]
+pub(crate) enum Instruction {
+    Nothing,
+    /// Read again, from another position.
+    Read(ReadFrom),
+    /// Messages may start.
+    Ready,
+    /// Another session is the active one.
+    TakenOver,
+}
+
+/// The journal in the loop of a session.
+pub(crate) struct SessionJournal {
+    session: Uuid,
+    worker: Worker,
+    writer: Arc<Writer>,
+    takeover: Takeover,
+    /// A checkpoint is written at least this often, so that the broker does not delete the last one by its age.
+    max_checkpoint_age: Duration,
+    /// Bytes that were read since the last checkpoint began, and since when.
+    since_checkpoint: (usize, Instant),
+    /// The one that is being written.
+    checkpoint: Option<Checkpoint>,
+    /// The size of the last one, in bytes.
+    checkpoint_size: usize,
+}
+
+/// A checkpoint that is being written.
+struct Checkpoint {
+    id: Uuid,
+    begins: Option<u64>,
+}
+
+impl SessionJournal {
+    /// Appends the start entry. Failures to append go to `failures`.
+    pub(crate) fn start(
+        worker: &Worker,
+        session: Uuid,
+        publish: Arc<dyn Publish>,
+        settings: &Settings,
+        failures: mpsc::UnboundedSender<BrokerError>,
+    ) -> Self {
+        let exchange = settings.journal_queue();
+        let writer = Arc::new(Writer::new(session));
+        writer.append(vec![Entry::Start { at: worker.now() }]);
+        Arc::clone(&writer).spawn(publish, exchange, failures);
+        writer.flush();
+        Self {
+            session,
+            worker: worker.clone(),
+            writer,
+            takeover: Takeover::new(session),
+            max_checkpoint_age: settings.journal.max_age / 4,
+            since_checkpoint: (0, Instant::now()),
+            checkpoint: None,
+            checkpoint_size: 0,
+        }
+    }
+
+    pub(crate) fn handle(&self) -> JournalHandle {
+        JournalHandle::new(Arc::clone(&self.writer) as Arc<dyn Journal>)
+    }
+
+    /// RabbitMQ has an alarm, or no longer.
+    pub(crate) fn set_blocked(&self, is_blocked: bool) {
+        self.writer.set_blocked(is_blocked);
+    }
+
+    /// A message of the journal arrived.
+    pub(crate) fn received(&mut self, message: &JournalMessage) -> Instruction {
+        let batch = match Batch::decode(&message.body) {
+            Ok(batch) => Some(batch),
+            Err(reason) => {
+                log_unreadable(reason, message.position);
+                None
+            }
+        };
+        self.since_checkpoint.0 = self.since_checkpoint.0.saturating_add(message.body.len());
+        if self.takeover.is_done() {
+            return batch.map_or(Instruction::Nothing, |batch| self.tail(message.position, batch));
+        }
+        match self.takeover.received(message.position, batch) {
+            Next::Read(from) => Instruction::Read(from),
+            Next::Learn(entries) => {
+                for entry in entries {
+                    self.worker.learn(entry);
+                }
+                Instruction::Nothing
+            }
+            Next::Done { entries, read_from, known } => {
+                for entry in entries {
+                    self.worker.learn(entry);
+                }
+                tell(&self.worker, known);
+                self.writer.set_read_from(read_from);
+                self.writer.read_back(1);
+                self.checkpoint_if_due();
+                Instruction::Ready
+            }
+        }
+    }
+
+    fn tail(&mut self, position: u64, batch: Batch) -> Instruction {
+        let Batch { session, appended, entries, .. } = batch;
+        if session != self.session {
+            for entry in entries {
+                if matches!(entry, Entry::Start { .. }) {
+                    return Instruction::TakenOver;
+                }
+                self.worker.learn(entry);
+            }
+            return Instruction::Nothing;
+        }
+        self.writer.read_back(appended);
+        for entry in entries {
+            self.follow_checkpoint(position, &entry);
+        }
+        self.checkpoint_if_due();
+        Instruction::Nothing
+    }
+
+    /// Where the checkpoint that is being written begins is known once it has been read back.
+    fn follow_checkpoint(&mut self, position: u64, entry: &Entry) {
+        let Some(checkpoint) = &mut self.checkpoint else { return };
+        if *entry == (Entry::CheckpointBegin { checkpoint: checkpoint.id }) {
+            checkpoint.begins = Some(position);
+            self.since_checkpoint = (0, Instant::now());
+        }
+        let ends = matches!(entry, Entry::CheckpointEnd { checkpoint: id, .. } if *id == checkpoint.id);
+        if let Some(begins) = checkpoint.begins.filter(|_| ends) {
+            self.writer.set_read_from(begins);
+            self.checkpoint = None;
+            self.checkpoint_size = self.since_checkpoint.0;
+        }
+    }
+
+    fn checkpoint_if_due(&mut self) {
+        let (bytes, began) = self.since_checkpoint;
+        let is_large = bytes >= CHECKPOINT_AFTER.max(self.checkpoint_size.saturating_mul(2));
+        if self.checkpoint.is_some() || !(is_large || began.elapsed() >= self.max_checkpoint_age) {
+            return;
+        }
+        let id = Uuid::now_v7();
+        self.checkpoint = Some(Checkpoint { id, begins: None });
+        let (worker, writer) = (self.worker.clone(), Arc::clone(&self.writer));
+        tokio::spawn(async move {
+            writer.append(vec![Entry::CheckpointBegin { checkpoint: id }]);
+            let entries: Vec<Entry> = worker.checkpoint().collect();
+            for part in entries.chunks(CHECKPOINT_PART) {
+                writer.append(part.to_vec());
+                // Messages need the journal, too.
+                writer.stored().await;
+            }
+            writer.append(vec![Entry::CheckpointEnd { checkpoint: id, missing: worker.forgotten_changes() }]);
+            writer.stored().await;
+        });
+    }
+}
+
+fn log_unreadable(reason: Unreadable, position: u64) {
+    tracing::warn!(
+        event = "journal_entry_unreadable",
+        position,
+        "ignoring a message in the journal: {reason}"
+    );
+}
+
+/// Tells the worker what the journal does not know.
+fn tell(worker: &Worker, known: Known) {
+    match known {
+        Known::All => {}
+        Known::SinceBirth(age) => {
+            let rest = worker.settings().search_lag.saturating_sub(age);
+            if !rest.is_zero() {
+                worker.forget_changes(rest);
+            }
+        }
+        Known::EntriesAreGone => worker.forget_changes(LONGEST_SEARCH_LAG),
+    }
+}

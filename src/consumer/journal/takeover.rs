@@ -1,0 +1,266 @@
+//! What a new session reads of the journal: from the newest checkpoint up to its own start entry. Pure.
+//!
+//! Each message says where the newest checkpoint begins, but the first ones of a session, written before it knew. The
+//! session reads the last message; while that does not say it, the one before. Then it reads from the checkpoint on.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use uuid::Uuid;
+
+use crate::consumer::broker::ReadFrom;
+use crate::domain::journal::{Batch, Entry};
+
+/// After so many messages that do not say where the checkpoint is, all is read.
+const MAX_STEPS_BACK: u32 = 100;
+
+/// What the journal says about the time before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Known {
+    /// All that earlier workers created.
+    All,
+    /// The journal is this old. Before it there were workers without one, or none.
+    SinceBirth(Duration),
+    /// The broker has deleted entries that no checkpoint repeats.
+    EntriesAreGone,
+}
+
+/// What follows from a message.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// Read again from here.
+    Read(ReadFrom),
+    Learn(Vec<Entry>),
+    /// The own start entry was read.
+    Done {
+        entries: Vec<Entry>,
+        /// Where a successor begins to read.
+        read_from: u64,
+        known: Known,
+    },
+}
+
+#[derive(Debug)]
+pub(super) struct Takeover {
+    session: Uuid,
+    phase: Phase,
+    /// Creations of which the end has been read. A checkpoint may repeat their beginning.
+    settled: HashSet<Uuid>,
+    /// The first start entry, by the clock of its worker.
+    first_start: Option<Timestamp>,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Locating {
+        steps_back: u32,
+    },
+    /// From this position on.
+    Reading {
+        from: u64,
+        begins: Option<Begins>,
+    },
+    Done,
+}
+
+/// How reading began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Begins {
+    WithJournal,
+    WithCheckpoint,
+    /// What came before is gone.
+    Later,
+}
+
+impl Takeover {
+    pub(super) fn new(session: Uuid) -> Self {
+        Self { session, phase: Phase::Locating { steps_back: 0 }, settled: HashSet::new(), first_start: None }
+    }
+
+    pub(super) fn is_done(&self) -> bool {
+        matches!(self.phase, Phase::Done)
+    }
+
+    /// A message was read. `batch` is `None` if it is unreadable.
+    pub(super) fn received(&mut self, position: u64, batch: Option<Batch>) -> Next {
+        match &mut self.phase {
+            Phase::Locating { steps_back } => {
+                let from = match batch.as_ref().and_then(|batch| batch.read_from) {
+                    Some(from) if from <= position => from,
+                    _ if position == 0 || *steps_back >= MAX_STEPS_BACK => 0,
+                    _ => {
+                        *steps_back += 1;
+                        return Next::Read(ReadFrom::Position(position - 1));
+                    }
+                };
+                self.phase = Phase::Reading { from, begins: None };
+                Next::Read(ReadFrom::Position(from))
+            }
+            Phase::Reading { from, begins } => {
+                let from = *from;
+                if begins.is_none() {
+                    let is_checkpoint = batch.as_ref().is_some_and(|batch| {
+                        batch.entries.iter().any(|entry| matches!(entry, Entry::CheckpointBegin { .. }))
+                    });
+                    *begins = Some(match position {
+                        0 => Begins::WithJournal,
+                        position if position == from && is_checkpoint => Begins::WithCheckpoint,
+                        _ => Begins::Later,
+                    });
+                }
+                let begins = *begins;
+                match batch {
+                    None => Next::Learn(Vec::new()),
+                    Some(batch) => self.read(batch, from, begins),
+                }
+            }
+            Phase::Done => Next::Learn(Vec::new()),
+        }
+    }
+
+    fn read(&mut self, batch: Batch, from: u64, begins: Option<Begins>) -> Next {
+        let mut entries = Vec::with_capacity(batch.entries.len());
+        for entry in batch.entries {
+            match &entry {
+                Entry::Start { at } => {
+                    let first = *self.first_start.get_or_insert(*at);
+                    if batch.session == self.session {
+                        self.phase = Phase::Done;
+                        let age = Duration::try_from(at.duration_since(first)).unwrap_or_default();
+                        let known = match begins {
+                            Some(Begins::WithCheckpoint) => Known::All,
+                            Some(Begins::WithJournal) => Known::SinceBirth(age),
+                            Some(Begins::Later) | None => Known::EntriesAreGone,
+                        };
+                        return Next::Done { entries, read_from: from, known };
+                    }
+                }
+                Entry::Settled { operation } => {
+                    self.settled.insert(*operation);
+                }
+                Entry::Creating { operation, .. } if self.settled.contains(operation) => continue,
+                Entry::Creating { .. }
+                | Entry::Keys { .. }
+                | Entry::Written { .. }
+                | Entry::CheckpointBegin { .. }
+                | Entry::CheckpointEnd { .. } => {}
+            }
+            entries.push(entry);
+        }
+        Next::Learn(entries)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::journal::VERSION;
+
+    const ME: Uuid = Uuid::from_u128(1);
+    const BEFORE: Uuid = Uuid::from_u128(2);
+    const OPERATION: Uuid = Uuid::from_u128(7);
+
+    fn batch(session: Uuid, read_from: Option<u64>, entries: Vec<Entry>) -> Batch {
+        Batch { version: VERSION, session, read_from, appended: 0, entries }
+    }
+
+    fn start(second: i64) -> Entry {
+        Entry::Start { at: Timestamp::from_second(second).unwrap() }
+    }
+
+    fn creating() -> Entry {
+        Entry::Creating { operation: OPERATION, keys: Vec::new(), lead: true, at: Timestamp::UNIX_EPOCH }
+    }
+
+    fn settled() -> Entry {
+        Entry::Settled { operation: OPERATION }
+    }
+
+    fn begin() -> Entry {
+        Entry::CheckpointBegin { checkpoint: OPERATION }
+    }
+
+    /// Takes over a journal that holds these messages from a position on.
+    fn take_over(first: u64, messages: &[Batch]) -> (Vec<Entry>, u64, Known, u32) {
+        let mut takeover = Takeover::new(ME);
+        let (mut from, mut reads, mut learnt) = (ReadFrom::Last, 1, Vec::new());
+        'read: loop {
+            let position = match from {
+                ReadFrom::Last => first + messages.len() as u64 - 1,
+                ReadFrom::Position(position) => position.max(first),
+            };
+            for at in position.. {
+                let message = messages.get(usize::try_from(at - first).unwrap()).expect("its start entry");
+                match takeover.received(at, Some(message.clone())) {
+                    Next::Read(next) => {
+                        (from, reads) = (next, reads + 1);
+                        continue 'read;
+                    }
+                    Next::Learn(entries) => learnt.extend(entries),
+                    Next::Done { entries, read_from, known } => {
+                        learnt.extend(entries);
+                        assert!(takeover.is_done());
+                        return (learnt, read_from, known, reads);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_first_session_finds_only_its_own_start() {
+        let messages = [batch(ME, None, vec![start(100)])];
+        assert_eq!(take_over(0, &messages), (vec![], 0, Known::SinceBirth(Duration::ZERO), 2));
+    }
+
+    #[test]
+    fn without_a_checkpoint_all_is_read() {
+        let messages = [
+            batch(BEFORE, None, vec![start(100)]),
+            batch(BEFORE, Some(0), vec![creating()]),
+            batch(ME, None, vec![start(160)]),
+        ];
+        let known = Known::SinceBirth(Duration::from_mins(1));
+        assert_eq!(take_over(0, &messages), (vec![start(100), creating()], 0, known, 3));
+    }
+
+    #[test]
+    fn reading_begins_with_the_checkpoint_that_a_late_message_names() {
+        let messages = [
+            batch(BEFORE, Some(0), vec![creating()]),
+            batch(BEFORE, Some(0), vec![begin(), creating()]),
+            batch(BEFORE, Some(11), vec![settled()]),
+            // A session that died at once, and one that starts at the same time.
+            batch(Uuid::from_u128(3), None, vec![start(100)]),
+            batch(ME, None, vec![start(160)]),
+            batch(Uuid::from_u128(4), None, vec![start(161)]),
+        ];
+        let learnt = vec![begin(), creating(), settled(), start(100)];
+        assert_eq!(take_over(10, &messages), (learnt, 11, Known::All, 5));
+    }
+
+    #[test]
+    fn entries_that_the_broker_has_deleted_are_noticed() {
+        let messages = [batch(BEFORE, Some(3), vec![creating()]), batch(ME, None, vec![start(160)])];
+        assert_eq!(take_over(5, &messages), (vec![creating()], 3, Known::EntriesAreGone, 3));
+    }
+
+    #[test]
+    fn a_creation_that_a_checkpoint_repeats_after_its_end_is_not_pending() {
+        let messages =
+            [batch(BEFORE, Some(5), vec![begin(), settled(), creating()]), batch(ME, None, vec![start(160)])];
+        assert_eq!(take_over(5, &messages).0, [begin(), settled()]);
+    }
+
+    #[test]
+    fn unreadable_messages_are_passed_over() {
+        let mut takeover = Takeover::new(ME);
+        assert_eq!(takeover.received(1, None), Next::Read(ReadFrom::Position(0)));
+        assert_eq!(takeover.received(0, None), Next::Read(ReadFrom::Position(0)));
+        assert_eq!(takeover.received(0, None), Next::Learn(vec![]));
+        let mine = batch(ME, None, vec![start(160)]);
+        let known = Known::SinceBirth(Duration::ZERO);
+        assert_eq!(takeover.received(1, Some(mine)), Next::Done { entries: vec![], read_from: 0, known });
+    }
+}

@@ -1,0 +1,191 @@
+//! Appends entries to the journal in the background.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use lapin::BasicProperties;
+use tokio::sync::{Notify, mpsc, watch};
+use uuid::Uuid;
+
+use crate::amqp::BrokerError;
+use crate::amqp::publisher::Outgoing;
+use crate::consumer::broker::Publish;
+use crate::domain::journal::{Batch, Entry, VERSION};
+use crate::sync::journal::Journal;
+
+/// The most entries in one message.
+const MAX_BATCH: usize = 500;
+
+/// The entries that a session appends, in order.
+pub(crate) struct Writer {
+    session: Uuid,
+    queue: Mutex<Queue>,
+    wake: Notify,
+    /// How many entries the broker has stored.
+    stored: Progress,
+    /// How many of them have been read back.
+    read_back: Progress,
+    /// RabbitMQ accepts no messages, because of an alarm.
+    is_blocked: watch::Sender<bool>,
+}
+
+#[derive(Default)]
+struct Queue {
+    entries: Vec<Entry>,
+    /// All entries so far.
+    appended: u64,
+    read_from: Option<u64>,
+}
+
+impl Writer {
+    pub(crate) fn new(session: Uuid) -> Self {
+        Self {
+            session,
+            queue: Mutex::default(),
+            wake: Notify::new(),
+            stored: Progress::default(),
+            read_back: Progress::default(),
+            is_blocked: watch::Sender::new(false),
+        }
+    }
+
+    fn with<T>(&self, with: impl FnOnce(&mut Queue) -> T) -> T {
+        with(&mut self.queue.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Appends in a task of its own until the session drops the receiver of `failures`, or an entry cannot be appended.
+    pub(crate) fn spawn(
+        self: Arc<Self>,
+        publish: Arc<dyn Publish>,
+        exchange: String,
+        failures: mpsc::UnboundedSender<BrokerError>,
+    ) {
+        tokio::spawn(async move {
+            tokio::select! {
+                biased;
+                () = failures.closed() => {}
+                Err(error) = self.run(&*publish, &exchange) => {
+                    let _ = failures.send(error);
+                }
+            }
+        });
+    }
+
+    async fn run(
+        &self,
+        publish: &dyn Publish,
+        exchange: &str,
+    ) -> Result<std::convert::Infallible, BrokerError> {
+        loop {
+            self.wake.notified().await;
+            while let Some(batch) = self.next() {
+                let properties = BasicProperties::default().with_content_type("application/json".into());
+                let body = batch.encode();
+                publish.publish(Outgoing { exchange, key: "", body: &body, properties }).await?;
+                self.stored.reached(batch.appended);
+            }
+        }
+    }
+
+    fn next(&self) -> Option<Batch> {
+        self.with(|queue| {
+            let number = queue.entries.len().min(MAX_BATCH);
+            let entries: Vec<Entry> = queue.entries.drain(..number).collect();
+            let rest = queue.entries.len() as u64;
+            (!entries.is_empty()).then(|| Batch {
+                version: VERSION,
+                session: self.session,
+                read_from: queue.read_from,
+                appended: queue.appended.saturating_sub(rest),
+                entries,
+            })
+        })
+    }
+
+    /// Sends what was appended.
+    pub(crate) fn flush(&self) {
+        self.wake.notify_one();
+    }
+
+    /// Where a successor begins to read.
+    pub(crate) fn set_read_from(&self, position: u64) {
+        self.with(|queue| queue.read_from = Some(position));
+    }
+
+    /// This many entries have been read back.
+    pub(crate) fn read_back(&self, appended: u64) {
+        self.read_back.reached(appended);
+    }
+
+    /// RabbitMQ has an alarm, or no longer.
+    pub(crate) fn set_blocked(&self, is_blocked: bool) {
+        self.is_blocked.send_replace(is_blocked);
+    }
+
+    async fn wait(&self, progress: &Progress) {
+        let appended = self.with(|queue| queue.appended);
+        if progress.has_reached(appended) {
+            return;
+        }
+        self.flush();
+        progress.wait_for(appended).await;
+    }
+}
+
+/// A number that grows. Whoever waited first wakes first, so that runs in virtual time can be repeated.
+#[derive(Default)]
+struct Progress {
+    number: AtomicU64,
+    grown: Notify,
+}
+
+impl Progress {
+    fn has_reached(&self, number: u64) -> bool {
+        self.number.load(Ordering::Acquire) >= number
+    }
+
+    fn reached(&self, number: u64) {
+        if self.number.fetch_max(number, Ordering::AcqRel) < number {
+            self.grown.notify_waiters();
+        }
+    }
+
+    async fn wait_for(&self, number: u64) {
+        loop {
+            let grown = self.grown.notified();
+            if self.has_reached(number) {
+                return;
+            }
+            grown.await;
+        }
+    }
+}
+
+impl Journal for Writer {
+    fn append(&self, entries: Vec<Entry>) {
+        self.with(|queue| {
+            queue.appended += entries.len() as u64;
+            queue.entries.extend(entries);
+        });
+    }
+
+    /// During an alarm entries are stored later, so that updates can go on. If the worker dies before that, its successor
+    /// lacks the times of events.
+    fn stored(&self) -> BoxFuture<'_, ()> {
+        async {
+            let mut is_blocked = self.is_blocked.subscribe();
+            tokio::select! {
+                biased;
+                () = self.wait(&self.stored) => {}
+                _ = is_blocked.wait_for(|is_blocked| *is_blocked) => {}
+            }
+        }
+        .boxed()
+    }
+
+    fn read_back(&self) -> BoxFuture<'_, ()> {
+        self.wait(&self.read_back).boxed()
+    }
+}

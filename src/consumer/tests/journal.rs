@@ -1,0 +1,113 @@
+//! Sessions with a journal: what one writes down and the next one knows.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::harness::*;
+use crate::amqp::BrokerError;
+use crate::consumer::End;
+use crate::consumer::broker::BrokerEvent;
+use crate::domain::journal::Entry as Written;
+
+const LAG: Duration = Duration::from_mins(1);
+
+fn creations_in(log: &[Entry]) -> usize {
+    calls(log).iter().filter(|call| **call == "POST lead/").count()
+}
+
+fn creations(harness: &Harness) -> usize {
+    creations_in(&harness.log.entries())
+}
+
+/// A journal that is older than the lag of search, so that a new session has nothing to wait for.
+async fn harness_with_old_journal() -> Harness {
+    let harness = Harness::new(|settings| settings.search_lag = LAG);
+    let session = harness.start();
+    session.deliver("0", &event("nobody", "nowhere"));
+    harness.log.wait_for_ack("0").await;
+    session.stop().await;
+    harness
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_first_session_with_a_journal_waits_for_search() {
+    let began = Instant::now();
+    let harness = harness_with_old_journal().await;
+    assert!(began.elapsed() >= LAG);
+    let [Written::Start { .. }, Written::Creating { operation: began, .. }, rest @ ..] =
+        &harness.journal.entries()[..]
+    else {
+        panic!("{:#?}", harness.journal.entries())
+    };
+    let settled =
+        rest.iter().position(|entry| matches!(entry, Written::Settled { operation } if operation == began));
+    let keys = rest.iter().filter(|entry| matches!(entry, Written::Keys { .. })).count();
+    let written = rest.iter().filter(|entry| matches!(entry, Written::Written { .. })).count();
+    assert!(settled.is_some() && keys == 2 && written == 2, "{rest:#?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_later_session_creates_at_once() {
+    let harness = harness_with_old_journal().await;
+    let session = harness.start();
+    let began = Instant::now();
+    session.deliver("1", &event("jane", "acme"));
+    harness.log.wait_for_ack("1").await;
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+    session.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_process_knows_what_was_created_before_search_shows_it() {
+    let harness = harness_with_old_journal().await;
+    let session = harness.start();
+    session.deliver("1", &event("jane", "acme"));
+    harness.log.wait_for_ack("1").await;
+    session.stop().await;
+    let created = creations(&harness);
+
+    // The fake Close finds nothing by search.
+    let other = harness.restart();
+    let session = other.start();
+    session.deliver("2", &event("jane", "acme"));
+    other.log.wait_for_ack("2").await;
+    session.stop().await;
+    assert_eq!(creations(&other), created);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_creation_that_was_cut_off_is_pending_for_the_next_process() {
+    let harness = harness_with_old_journal().await;
+    harness.close_answers(|call| if call.starts_with("POST lead/ ") { Answer::Never } else { Answer::Works });
+    let session = harness.start();
+    session.deliver("1", &event("jane", "acme"));
+    let created = creations(&harness);
+    harness.log.wait_for(|log| creations_in(log) > created).await;
+    session.send(BrokerEvent::Lost(BrokerError::Cancelled));
+    session.end().await;
+
+    let other = harness.restart();
+    other.close_answers(|_| Answer::Works);
+    let session = other.start();
+    session.deliver("2", &event("bob", "globex"));
+    session.deliver("1", &event("jane", "acme"));
+    let began = Instant::now();
+    other.log.wait_for_ack("2").await;
+    assert!(began.elapsed() < Duration::from_secs(1), "other keys do not wait");
+    other.log.wait_for_ack("1").await;
+    assert!(began.elapsed() > LAG, "{:?}", began.elapsed());
+    session.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_session_ends_when_another_one_starts() {
+    let harness = harness_with_old_journal().await;
+    let first = harness.start();
+    first.deliver("1", &event("jane", "acme"));
+    harness.log.wait_for_ack("1").await;
+    let second = harness.restart().start();
+    second.deliver("2", &event("bob", "globex"));
+    assert!(matches!(first.end().await.0, End::Lost(BrokerError::TakenOver)));
+    second.stop().await;
+}

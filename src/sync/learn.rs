@@ -1,0 +1,79 @@
+//! What a worker learns from the journal entries of its predecessors, and what it tells its successor.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio::time::Instant;
+
+use crate::domain::journal::{ChangeKind, Entry};
+use crate::sync::context::Context;
+use crate::sync::id_cache::Change;
+use crate::sync::lag_guard::{LONGEST_SEARCH_LAG, Pending};
+use crate::sync::recent_records::REMEMBERED;
+
+impl Context {
+    /// Learns what another worker has written down.
+    pub(crate) fn learn(&self, entry: Entry) {
+        match entry {
+            Entry::Creating { operation, keys, lead, at } => {
+                // Its worker may still be sending it.
+                let ends = self.now().saturating_add(self.client.timeout()).unwrap_or(Timestamp::MAX);
+                self.lag_guard.begin(operation, Pending { keys, creates_lead: lead, sent: at, ends });
+            }
+            Entry::Settled { operation } => self.lag_guard.settle(operation),
+            Entry::Keys { record, keys, change: kind, at } => {
+                if self.is_recent(at) {
+                    self.recent.written_elsewhere(record.as_str(), None);
+                }
+                self.id_cache.changed(&keys, &record, Change { kind, at });
+            }
+            Entry::Written { record, at, fields, stored, updated } => {
+                if updated.is_some_and(|updated| self.is_recent(updated)) {
+                    self.recent.written_elsewhere(record.as_str(), updated);
+                }
+                self.version_cache.learn(&record, at, &fields, stored);
+            }
+            Entry::CheckpointEnd { missing: Some(missing), .. } => {
+                for kind in [ChangeKind::Creation, ChangeKind::KeyChange] {
+                    self.lag_guard.forget(kind, missing, Instant::now() + LONGEST_SEARCH_LAG);
+                }
+            }
+            Entry::Start { .. } | Entry::CheckpointBegin { .. } | Entry::CheckpointEnd { .. } => {}
+        }
+    }
+
+    /// Whether reads of a record that changed at this time may still show it as it was before.
+    fn is_recent(&self, changed: Timestamp) -> bool {
+        let age = Duration::try_from(self.now().duration_since(changed)).unwrap_or_default();
+        age < REMEMBERED
+    }
+
+    /// Changes for which there was no room are forgotten.
+    pub(crate) fn forget_evicted(&self) {
+        for Change { kind, at } in self.id_cache.evicted() {
+            self.lag_guard.forget(kind, at, Instant::now() + LONGEST_SEARCH_LAG);
+        }
+    }
+
+    /// All that is remembered, as entries for the next worker.
+    pub(crate) fn checkpoint(&self) -> impl Iterator<Item = Entry> {
+        let pending = self.lag_guard.pending().into_iter();
+        let creating = pending.map(|(operation, Pending { keys, creates_lead, sent, .. })| Entry::Creating {
+            operation,
+            keys,
+            lead: creates_lead,
+            at: sent,
+        });
+        let unseen = self.id_cache.unseen().into_iter();
+        let is_shown =
+            |change: &Change| self.lag_guard.shows_up_to(change.kind).is_some_and(|shown| change.at <= shown);
+        let unseen = unseen.filter(move |(_, _, change)| !is_shown(change));
+        let keys = unseen.map(|(key, record, Change { kind, at })| Entry::Keys {
+            record,
+            keys: vec![key],
+            change: kind,
+            at,
+        });
+        creating.chain(keys).chain(self.version_cache.written())
+    }
+}
