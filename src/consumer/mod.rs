@@ -395,7 +395,8 @@ impl<'a> Consumer<'a> {
     }
 
     fn processed(&mut self, task: Result<Processed<ReceivedMessage>, JoinError>) -> Option<End> {
-        task.map_or_else(|_| Some(panicked()), |processed| self.state.processed(processed))
+        let now = Instant::now();
+        task.map_or_else(|_| Some(panicked()), |processed| self.state.processed(processed, now))
     }
 
     fn skipped(&mut self, skip: Result<Settlement, JoinError>) -> Option<End> {

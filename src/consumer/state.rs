@@ -2,8 +2,9 @@
 //!
 //! **After a pause** a session starts a few messages, and one more for each that succeeds with Close
 //! ([`HALF_OPEN_PROBES`]). Where only a message can prove that Close works again ([`Resume::HalfOpen`]), the circuit
-//! breaker is half-open until one succeeds. The messages to try are then drawn at random from those received in the
-//! first moments: the first in the queue may be those that always fail, and would be tried first every time.
+//! breaker is half-open until one succeeds, or there is none to try ([`HALF_OPEN_IDLE`]). The messages to try are then
+//! drawn at random from those received in the first moments: the first in the queue may be those that always fail, and
+//! would be tried first every time.
 
 use std::hash::Hash;
 use std::ops::AddAssign;
@@ -18,7 +19,8 @@ use crate::consumer::scheduler::{Completion, Next, Scheduler};
 use crate::outcome::PauseCause;
 use crate::sync::circuit_breaker::HALF_OPEN_PROBES;
 
-/// A half-open circuit breaker closes after this long without a message to try.
+/// A half-open circuit breaker closes after this long without a message to try. One that failed is to be tried again when
+/// it is back from its delay queue, so the breaker does not close before.
 const HALF_OPEN_IDLE: Duration = Duration::from_mins(1);
 
 /// How long a half-open session receives messages before it draws some.
@@ -124,7 +126,7 @@ pub(crate) struct SessionState<'a, K, R, T> {
     stats: SessionStats,
     /// What earlier workers did is being read. Nothing starts before.
     is_taking_over: bool,
-    /// When the last task started.
+    /// Since when there has been no message to try. In the future while one is in a delay queue.
     idle_since: Instant,
     draw: Draw,
 }
@@ -205,20 +207,24 @@ impl<'a, K: Clone + Eq + Hash, R: Copy + Ord, T> SessionState<'a, K, R, T> {
             Next::Run(run) => run.len(),
             Next::Defer(..) => 1,
         };
-        self.idle_since = now;
+        self.try_until(now);
         Some(next)
     }
 
     /// A task ended. Returns why the session has to end, if it has to. Messages that were not settled keep their place,
     /// so that none behind them starts.
-    pub(crate) fn processed(&mut self, processed: Processed<T>) -> Option<End> {
+    pub(crate) fn processed(&mut self, processed: Processed<T>, now: Instant) -> Option<End> {
         self.tasks -= 1;
+        self.try_until(now);
         match processed {
             Processed::Settled(each) => {
                 self.in_progress -= each.len();
                 let mut end = None;
                 for (job, settlement) in each {
                     if let Settlement::Settled { completion, .. } = settlement {
+                        if let Completion::Delayed { due, .. } = completion {
+                            self.try_until(due);
+                        }
                         self.scheduler.finish(job, completion);
                     }
                     end = end.or(self.settled(settlement));
@@ -233,6 +239,11 @@ impl<'a, K: Clone + Eq + Hash, R: Copy + Ord, T> SessionState<'a, K, R, T> {
                 None
             }
         }
+    }
+
+    /// There is a message to try until then.
+    fn try_until(&mut self, until: Instant) {
+        self.idle_since = self.idle_since.max(until);
     }
 
     /// Counts a settlement. Returns why the session has to end, if it has to.
