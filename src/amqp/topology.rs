@@ -19,7 +19,7 @@
 //!
 //! **Readiness.** A worker is ready after the broker has confirmed each declaration and binding, one after the other, so
 //! a message that is published afterwards is routed. Bindings that are deleted later are declared again within 20 s
-//! ([`crate::consumer::topology_monitor`]), and until then the broker returns messages as unroutable, although the worker is
+//! (`consumer/topology_monitor.rs`), and until then the broker returns messages as unroutable, although the worker is
 //! ready. [`TopologyMode::Check`] cannot see bindings at all. A producer must also expect a nack: a quorum queue refuses
 //! the first message of a channel when its leader does not answer in time (`reject_publish` in `rabbit_fifo_client`).
 
