@@ -18,6 +18,7 @@ use super::person::Edit;
 use super::*;
 use crate::domain::mapping::WriteRule;
 use crate::domain::record::{Entry, Lists};
+use crate::sync::lag_guard::LONGEST_SEARCH_LAG;
 
 /// How old a read may be, see [`super::super::freshness`].
 const FRESH: Duration = Duration::from_secs(1);
@@ -222,8 +223,8 @@ proptest! {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
         runtime.block_on(async {
             let mut context = context(&rules_of_all_kinds());
-            // In place of the delay queues.
-            context.settings.retry.in_place = Duration::from_mins(5);
+            // In place of the delay queues. The event log never settles a lost creation.
+            context.settings.retry.in_place = 10 * LONGEST_SEARCH_LAG;
             let other = json!({"id": "lead_2", "date_created": "2026-01-02", "name": "Other"});
             let mut second = janes_contact();
             (second["id"], second["lead_id"], second["custom.cf_user"]) = (json!("cont_2"), json!("lead_2"), json!(null));
