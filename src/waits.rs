@@ -127,7 +127,7 @@ impl Drop for Sharing<'_> {
         let after = self.shared.with(|tally| tally.waited);
         self.waits.with(|tally| {
             for (waited, (after, before)) in tally.waited.iter_mut().zip(after.into_iter().zip(self.before)) {
-                *waited += after - before;
+                *waited += after.saturating_sub(before);
             }
         });
     }

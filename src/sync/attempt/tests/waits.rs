@@ -24,7 +24,11 @@ async fn held(mut attempts: Attempts<'_, FakeClose>) -> (WaitCause, u64) {
             assert_eq!(cause.label(), held.cause.label());
             (held.cause, held.waited.as_secs())
         }
-        outcome => panic!("{outcome:?}"),
+        outcome @ (Outcome::Synced(_)
+        | Outcome::Skipped(_)
+        | Outcome::Paused(_)
+        | Outcome::Delayed { .. }
+        | Outcome::Dead(_)) => panic!("{outcome:?}"),
     }
 }
 
@@ -123,7 +127,9 @@ async fn a_message_that_waits_is_exhausted_at_a_certain_age() {
                 assert!(letter.error.contains(WaitCause::Search.description()), "{}", letter.error);
                 assert!(letter.decision.is_some());
             }
-            outcome => panic!("{outcome:?}"),
+            outcome @ (Outcome::Synced(_) | Outcome::Skipped(_) | Outcome::Paused(_)) => {
+                panic!("{outcome:?}")
+            }
         }
     }
     let slow = FakeClose::new(&context, &[acme()], &[janes_contact()]).with_fault(WriteFault::Slow(FOR_EVER));
