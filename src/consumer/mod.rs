@@ -303,6 +303,11 @@ impl<'a> Consumer<'a> {
         let state = broker.journal();
         status.set_journal(state.label());
         metrics.set_journal(matches!(state, JournalState::Ready));
+        tracing::info!(
+            event = "worker_active",
+            journal = state.label(),
+            "received the first message, this worker is the active one"
+        );
         match state {
             JournalState::Ready => {
                 let publish = broker.publishers().journal;

@@ -131,6 +131,13 @@ impl SessionJournal {
                     self.worker.learn(entry);
                 }
                 tell(&self.worker, known);
+                let (bytes, began) = self.since_checkpoint;
+                tracing::info!(
+                    event = "journal_read",
+                    bytes,
+                    ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+                    "read the journal, starting messages"
+                );
                 self.writer.set_read_from(read_from);
                 self.writer.read_back(1);
                 self.checkpoint_if_due();
