@@ -167,6 +167,30 @@ async fn the_event_log_ends_the_wait_for_a_pending_creation() {
     assert!(start.elapsed() < Duration::from_secs(1), "waited {:?}", start.elapsed());
 }
 
+/// A search is not repeated for ten minutes. After that, search is still behind.
+#[tokio::test(start_paused = true)]
+async fn created_records_are_known_until_search_shows_them_without_a_restart() {
+    let context = context(&rules());
+    let lag = Duration::from_mins(30);
+    let close = FakeClose::new(&context, &[], &[]).with_search_lag(lag);
+    attempts(&context, &close, &jane(&context, 1)).run_once().await.ok().unwrap();
+    let created = Instant::now();
+    for event in 2..5 {
+        tokio::time::advance(Duration::from_secs(642)).await;
+        let other =
+            json!({"userId": format!("u{event}"), "traits": {"company": {"id": "acme", "name": "Acme"}}});
+        let (again, other) = (jane(&context, event), desired(&context, event, other));
+        let completed = attempts(&context, &close, &again).run_once().await.ok().unwrap();
+        assert_eq!(completed.outcome, Outcome::Synced(Effect::Unchanged));
+        let completed = attempts(&context, &close, &other).run_once().await.ok().unwrap();
+        assert_eq!(completed.outcome, Outcome::Synced(Effect::Added));
+    }
+    assert_eq!(close.records().leads.len(), 1);
+    assert!(created.elapsed() > lag, "the last ones came after search had caught up");
+    assert_eq!(close.written(), ["create_lead", "create_contact", "create_contact", "create_contact"]);
+    assert_eq!(counter(&context, "lag_guard_waits_total"), 0);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_dropped_creation_stays_pending() {
     let context = context(&rules());
