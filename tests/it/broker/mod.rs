@@ -1,6 +1,7 @@
 //! RabbitMQ and its administrators: outages, alarms, permissions, TLS, topology.
 
 mod hostile;
+mod journal;
 mod misbehaving;
 mod nodes;
 mod outcome_events;
