@@ -204,6 +204,7 @@ fn command<'a>(words: &[&'a str]) -> Option<(String, Vec<&'a str>)> {
         "deploy/rabbitmq-node",
         "tests/run",
         "tests/soak",
+        "tests/takeover",
         "tests/versions",
         "tests/throughput",
     ];

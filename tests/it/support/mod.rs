@@ -3,6 +3,7 @@
 pub(crate) mod amqp10;
 pub(crate) mod behaviour;
 pub(crate) mod dead_letters;
+pub(crate) mod journal;
 mod node;
 pub(crate) mod producer;
 mod proxy;

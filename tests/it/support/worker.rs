@@ -5,12 +5,13 @@ use std::process::{ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 
-use super::{Metrics, TIMEOUT};
+use super::{Metrics, TIMEOUT, env};
 
 /// A running worker. It is killed when dropped.
 pub(crate) struct Worker {
@@ -23,7 +24,8 @@ pub(crate) struct Worker {
 }
 
 fn command(environment: &BTreeMap<String, String>, arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_close-sync"));
+    let program = env("CLOSE_SYNC_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_close-sync").to_owned());
+    let mut command = Command::new(program);
     command.args(arguments).env_clear().envs(environment).kill_on_drop(true);
     command
 }
@@ -88,6 +90,14 @@ impl Worker {
         let log = self.log.lock().unwrap();
         let lines = log.iter().filter_map(|line| serde_json::from_str::<Value>(line).ok());
         lines.filter(|line| line["event"] == name).count()
+    }
+
+    /// When it logged an event for the first time, and the fields of that line.
+    pub(crate) fn logged_event(&self, name: &str) -> Option<(Timestamp, Value)> {
+        let log = self.log.lock().unwrap();
+        let mut lines = log.iter().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let line = lines.find(|line| line["event"] == name)?;
+        Some((line["timestamp"].as_str()?.parse().ok()?, line))
     }
 
     /// The number of log lines that contain a text.
