@@ -37,7 +37,11 @@ impl ReceivedMessage {
         let is_own = exchange == context.settings.retry_exchange();
         let route = Route { exchange: &exchange, routing_key: &routing_key, is_own };
         let envelope = Envelope::of(properties, route, context.environment.now());
-        let received_at = ReceivedAt { published: envelope.sent, received: envelope.first_seen };
+        let received_at = ReceivedAt {
+            published: envelope.sent,
+            received: envelope.first_seen,
+            is_replay: envelope.priority() == Priority::Replay,
+        };
         let payload = Payload { bytes: &body, encoding: envelope.content_encoding() };
         let prepare = AssertUnwindSafe(|| context.worker.prepare(payload, received_at));
         let prepared = std::panic::catch_unwind(prepare)

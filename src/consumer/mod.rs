@@ -28,7 +28,7 @@ pub mod broker;
 mod connections;
 mod context;
 mod delivery;
-mod journal;
+pub(crate) mod journal;
 pub mod outcome_events;
 mod process;
 pub mod quarantine;
@@ -318,9 +318,9 @@ impl<'a> Consumer<'a> {
                 self.state.set_taking_over(true);
                 broker.read_journal(ReadFrom::Last);
             }
-            JournalState::Disabled => worker.forget_changes(worker.settings().search_lag),
+            JournalState::Disabled => worker.forget(),
             JournalState::Unusable(error) => {
-                worker.forget_changes(worker.settings().search_lag);
+                worker.forget();
                 tracing::warn!(
                     event = "journal_unusable",
                     %error,

@@ -149,6 +149,7 @@ impl DeadLetter {
         ReceivedAt {
             published: envelope::sent(&self.properties),
             received: self.first_seen.unwrap_or_else(Timestamp::now),
+            is_replay: true,
         }
     }
 

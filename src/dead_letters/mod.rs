@@ -19,6 +19,7 @@ pub mod edit;
 pub mod export;
 pub mod filter;
 pub mod group;
+pub mod guard;
 pub mod import;
 pub mod letter;
 pub mod progress;

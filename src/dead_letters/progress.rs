@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::amqp::topology::Depth;
 use crate::consumer::outcome_events::DeadLetterSummary;
+use crate::dead_letters::guard::GuardCounts;
 use crate::outcome::DEAD;
 use crate::text::count;
 
@@ -12,6 +13,8 @@ pub struct Progress {
     pub stage: Stage,
     /// Dead letters to replay.
     pub matched: usize,
+    /// What guards newer values against them, counted before the first is sent.
+    pub guards: GuardCounts,
     pub sent: usize,
     /// Sent messages whose outcome will arrive.
     pub in_flight: usize,

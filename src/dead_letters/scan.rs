@@ -261,8 +261,8 @@ impl<'a> DeadLetterQueue<'a> {
         let (most, newest) = match selection.limit {
             None => (usize::MAX, Some(Timestamp::MAX)),
             Some(limit) => {
-                let oldest = self.oldest(limit, is_selected, observer).await?;
-                (oldest.len(), oldest.last().copied().flatten())
+                let oldest = self.oldest(limit, |letter| is_selected(letter).then_some(()), observer).await?;
+                (oldest.len(), oldest.last().and_then(|(failed_at, ())| *failed_at))
             }
         };
         let mut matched = 0;
@@ -277,22 +277,22 @@ impl<'a> DeadLetterQueue<'a> {
         Ok((batch, matched))
     }
 
-    /// The times of failure of the dead letters that match, oldest first and at most `limit`.
-    pub(crate) async fn oldest(
+    /// What `pick` returns for the dead letters that it picks, with their times of failure, oldest first and at most `limit`.
+    pub(crate) async fn oldest<T: Send>(
         &self,
         limit: usize,
-        mut matches: impl FnMut(&DeadLetter) -> bool + Send,
+        mut pick: impl FnMut(&DeadLetter) -> Option<T> + Send,
         observer: &mut Observer<'_>,
-    ) -> Result<Vec<Option<Timestamp>>, BrokerError> {
-        let mut times = Vec::new();
+    ) -> Result<Vec<(Option<Timestamp>, T)>, BrokerError> {
+        let mut picked = Vec::new();
         let collect = |letter: &DeadLetter| {
-            times.extend(matches(letter).then_some(letter.failed_at));
+            picked.extend(pick(letter).map(|value| (letter.failed_at, value)));
             Disposition::Return
         };
         self.take(collect, observer).await?.close().await;
-        times.sort_unstable();
-        times.truncate(limit);
-        Ok(times)
+        picked.sort_by_key(|(failed_at, _)| *failed_at);
+        picked.truncate(limit);
+        Ok(picked)
     }
 
     pub(crate) async fn leave(&self) {

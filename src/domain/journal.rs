@@ -201,15 +201,25 @@ pub struct Batch {
     /// The session that appended them.
     #[serde(rename = "s")]
     pub session: Uuid,
-    /// Where a successor begins to read: the position of the newest complete checkpoint. `None` as long as the session has
-    /// not found it.
-    #[serde(rename = "p", skip_serializing_if = "Option::is_none", default)]
-    pub read_from: Option<u64>,
+    /// `None` as long as the session has not found it.
+    #[serde(rename = "a", skip_serializing_if = "Option::is_none", default)]
+    pub anchor: Option<Anchor>,
     /// How many entries the session has appended, these included.
     #[serde(rename = "n")]
     pub appended: u64,
     #[serde(rename = "e")]
     pub entries: Vec<Entry>,
+}
+
+/// Where a successor begins to read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Anchor {
+    /// Of the newest complete checkpoint, or of the first message.
+    #[serde(rename = "p")]
+    pub position: u64,
+    /// What events of this time or later have written is in the journal from there on.
+    #[serde(rename = "f", with = "microsecond::required")]
+    pub remembered_from: Timestamp,
 }
 
 /// Why a message of the journal is skipped.
@@ -311,12 +321,13 @@ mod tests {
         #[test]
         fn a_batch_that_was_encoded_is_decoded(
             session in any::<u128>(),
-            read_from in prop::option::of(any::<u64>()),
+            anchor in prop::option::of((any::<u64>(), times())),
             appended in any::<u64>(),
             entries in prop::collection::vec(entries(), 0..20),
         ) {
             let session = Uuid::from_u128(session);
-            let batch = Batch { version: VERSION, session, read_from, appended, entries };
+            let anchor = anchor.map(|(position, remembered_from)| Anchor { position, remembered_from });
+            let batch = Batch { version: VERSION, session, anchor, appended, entries };
             prop_assert_eq!(Batch::decode(&batch.encode()), Ok(batch));
         }
 

@@ -316,6 +316,8 @@ impl Plan {
                     }
                     // A fallback name is not a value of the event.
                     FieldVerdict::Set | FieldVerdict::Same if *write == WriteRule::OnCreate => {}
+                    // A newer event may have set the same value.
+                    FieldVerdict::Same if record.is_unknown(field, event.at, event.is_replay) => {}
                     FieldVerdict::Set | FieldVerdict::Same => {
                         let newest = record.fields.entry(FieldHash::of(field)).or_insert(at);
                         *newest = at.max(*newest);

@@ -5,10 +5,15 @@
 //! value are left out; everything else is written as usual. So fields that are always written end as if the events had
 //! come in order. Lists only grow and need no comparison.
 //!
-//! **Where times come from.** The worker remembers per field what it wrote itself ([`crate::sync::version_cache`]). For
-//! writes of other processes, such as a worker before a restart, a record has only the time of its last event, and only
-//! if a custom field is configured to store it (`close.contact_synced_at_field`). The whole record then counts as that
+//! **Where times come from.** The worker remembers per field what it and its predecessors wrote
+//! ([`crate::sync::version_cache`]). A custom field can store the time of a record's last event
+//! (`close.contact_synced_at_field`). When it says that another process wrote the record, the whole record counts as that
 //! new: an older event still fills empty fields but changes none.
+//!
+//! **What is not remembered.** Memory reaches back to some time. A replayed event can be older ([`Unremembered`]). Unless
+//! the record stores a time, or the time of the field is known, such an event changes no field of a record that has
+//! changed in Close since. A live event is not held to this: it is late by hours at most, and edits by people would make
+//! it lose values that nobody else wrote.
 //!
 //! **The time of an event** comes from its producer, but is never later than the time it was first received. Otherwise
 //! a clock that is ahead by a year would freeze the record for a year.
@@ -42,6 +47,17 @@ impl FieldHash {
     }
 }
 
+/// Writes to a record that are not remembered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unremembered {
+    /// Writes by events of this time or later are remembered.
+    pub before: Timestamp,
+    /// When somebody else may last have changed the record: its `date_updated`, but for what this worker wrote since.
+    pub changed: Timestamp,
+    /// The `date_updated` that this follows from.
+    pub shown: Timestamp,
+}
+
 /// How new the values of one record are, and what Close refused for it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FieldVersions {
@@ -51,17 +67,27 @@ pub struct FieldVersions {
     pub record: Option<Timestamp>,
     /// The time of the newest event that wrote a field.
     pub fields: BTreeMap<FieldHash, Timestamp>,
+    pub unremembered: Option<Unremembered>,
     pub refused: RefusedValues,
 }
 
 impl FieldVersions {
-    /// Whether an event newer than `at` wrote the field.
-    pub fn is_newer(&self, field: &str, at: Option<Timestamp>) -> bool {
+    /// Whether an event newer than `at` wrote the field, or may have written it before a replay.
+    pub fn is_newer(&self, field: &str, at: Option<Timestamp>, is_replay: bool) -> bool {
         let newest = self.record.max(self.fields.get(&FieldHash::of(field)).copied());
-        at.is_some_and(|at| newest.is_some_and(|newest| newest > at))
+        at.is_some_and(|at| newest.is_some_and(|newest| newest > at)) || self.is_unknown(field, at, is_replay)
     }
 
-    /// The newest times of both.
+    /// Whether an event newer than this replayed one may have written the field, and nothing tells.
+    pub fn is_unknown(&self, field: &str, at: Option<Timestamp>, is_replay: bool) -> bool {
+        let is_concerned =
+            |hidden: Unremembered| at.is_some_and(|at| at < hidden.before && at < hidden.changed);
+        is_replay
+            && self.unremembered.is_some_and(is_concerned)
+            && !self.fields.contains_key(&FieldHash::of(field))
+    }
+
+    /// The newest times of both. `other` is the newer one.
     #[must_use]
     pub fn join(mut self, other: Self) -> Self {
         self.stored = self.stored.max(other.stored);
@@ -70,6 +96,7 @@ impl FieldVersions {
             let newest = self.fields.entry(field).or_insert(at);
             *newest = at.max(*newest);
         }
+        self.unremembered = other.unremembered.or(self.unremembered);
         self.refused.extend(other.refused);
         self
     }

@@ -75,11 +75,18 @@ pub struct ReceivedAt {
     pub published: Option<Timestamp>,
     /// When the message was first received. An event that claims a later time gets this time.
     pub received: Timestamp,
+    /// An operator replays it.
+    pub is_replay: bool,
 }
 
 impl ReceivedAt {
     pub fn now() -> Self {
-        Self { published: None, received: Timestamp::now() }
+        Self { published: None, received: Timestamp::now(), is_replay: false }
+    }
+
+    /// The time of an event that says this time.
+    pub fn event_time(&self, said: Option<Timestamp>) -> Timestamp {
+        said.or(self.published).unwrap_or(self.received).min(self.received)
     }
 }
 

@@ -98,12 +98,28 @@ impl Worker {
         self.0.id_cache.search_again();
     }
 
+    /// Without a journal, what other workers have done up to now is unknown.
+    pub fn forget(&self) {
+        self.forget_changes(self.settings().search_lag);
+        self.remembers_from(self.now());
+    }
+
     /// What other workers created up to now is unknown. Search shows it, at the latest when `after` has passed.
     pub fn forget_changes(&self, after: Duration) {
         let (now, clock) = (self.0.now(), Instant::now() + after);
         for kind in ChangeKind::VARIANTS {
             self.0.lag_guard.forget(*kind, now, clock);
         }
+    }
+
+    /// What older events than this have written may be unknown.
+    pub fn remembers_from(&self, at: Timestamp) {
+        self.0.version_cache.remembers_from(at);
+    }
+
+    /// What events of this time or later have written is known. `None`: it is not known of any that is missing.
+    pub fn remembered_from(&self) -> Option<Timestamp> {
+        self.0.version_cache.remembered_from()
     }
 
     pub fn now(&self) -> Timestamp {
@@ -176,8 +192,8 @@ impl Worker {
         }
         match mapping.apply(&event) {
             Ok(mut desired) => {
-                let at = event.time().or(received_at.published).unwrap_or(received_at.received);
-                desired.at = Some(at.min(received_at.received));
+                desired.at = Some(received_at.event_time(event.time()));
+                desired.is_replay = received_at.is_replay;
                 Prepared::Job(Job { desired, event_time: event.time() })
             }
             Err(NoIdentity::Anonymous) if mapping.anonymous() == Anonymous::Skip => {

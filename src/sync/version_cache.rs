@@ -2,7 +2,8 @@
 //! Close refused.
 //!
 //! [`crate::domain::staleness`] compares these versions with the time of an event. For a record that is not cached, the
-//! time stored in the record counts for all its fields, if it stores one.
+//! time stored in the record counts for all its fields, if it stores one. Memory reaches back to a time
+//! ([`VersionCache::remembered_from`]): the birth of the journal, or the newest event of a record for which there was no room.
 //!
 //! A refused value is tried again after some hours, and when the fields in Close have changed.
 
@@ -10,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
+use moka::notification::RemovalCause;
 use moka::policy::EvictionPolicy;
 use moka::sync::Cache;
 use tokio::time::Instant;
@@ -18,9 +20,10 @@ use crate::close::CreatedIds;
 use crate::domain::journal::{self, RecordId};
 use crate::domain::matching::Found;
 use crate::domain::plan::{NEW_CONTACT, NEW_LEAD};
-use crate::domain::record::{FieldId, Fields};
 use crate::domain::refused::RefusedValues;
-use crate::domain::staleness::{self, FieldHash, FieldVersions, RecordVersions, SyncedAtFields};
+use crate::domain::staleness::{
+    self, FieldHash, FieldVersions, RecordVersions, SyncedAtFields, Unremembered,
+};
 use crate::sync::layered::Layered;
 
 /// In records. An entry takes about 500 bytes.
@@ -36,7 +39,11 @@ pub struct VersionCache {
     creations: Layered<(&'static str, Timestamp), FieldVersions>,
     /// Refusals before this time no longer count.
     refusals_since: Arc<Mutex<Option<Instant>>>,
+    /// Writes by events of this time or later are remembered. `None`: it is not known of any that is missing.
+    remembered_from: RememberedFrom,
 }
+
+type RememberedFrom = Arc<Mutex<Option<Timestamp>>>;
 
 #[derive(Clone, Debug, Default)]
 struct Entry {
@@ -49,21 +56,46 @@ struct Entry {
 
 impl Default for VersionCache {
     fn default() -> Self {
-        // The most recent entries matter most, however often the others are read.
-        let lru = EvictionPolicy::lru;
-        Self {
-            records: Layered::new(Cache::builder().max_capacity(CAPACITY).eviction_policy(lru()).build()),
-            creations: Layered::new(Cache::builder().max_capacity(CAPACITY).eviction_policy(lru()).build()),
-            refusals_since: Arc::default(),
-        }
+        Self::with_capacity(CAPACITY)
     }
 }
 
 impl VersionCache {
+    fn with_capacity(records: u64) -> Self {
+        // The most recent entries matter most, however often the others are read.
+        let lru = EvictionPolicy::lru;
+        let remembered_from = RememberedFrom::default();
+        let forgets = Arc::clone(&remembered_from);
+        let note = move |_: Arc<String>, entry: Entry, cause: RemovalCause| {
+            if cause == RemovalCause::Size {
+                raise(&forgets, entry.versions.fields.into_values().max());
+            }
+        };
+        let cache = Cache::builder().max_capacity(records).eviction_policy(lru());
+        Self {
+            records: Layered::new(cache.eviction_listener(note).build()),
+            creations: Layered::new(Cache::builder().max_capacity(records).eviction_policy(lru()).build()),
+            refusals_since: Arc::default(),
+            remembered_from,
+        }
+    }
+
+    /// Writes by older events than this may be missing.
+    pub fn remembers_from(&self, at: Timestamp) {
+        raise(&self.remembered_from, Some(at));
+    }
+
+    /// Writes by events of this time or later are remembered, if any may be missing.
+    pub fn remembered_from(&self) -> Option<Timestamp> {
+        *self.remembered_from.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// A cache for a rehearsal: it knows what this one knows, and keeps what it learns for itself.
     pub(crate) fn for_rehearsal(&self) -> Self {
-        let Self { records, creations, .. } = Self::default();
+        let Self { records, creations, remembered_from, .. } = Self::default();
+        raise(&remembered_from, self.remembered_from());
         Self {
+            remembered_from,
             records: self.records.covered_by(records.own().clone()),
             creations: self.creations.covered_by(creations.own().clone()),
             refusals_since: Arc::new(Mutex::new(self.refusals_since())),
@@ -73,32 +105,53 @@ impl VersionCache {
     /// Returns the versions of the records found. If a record stores another time than the cache, another process wrote
     /// to it, and may have written any field.
     pub fn versions_of(&self, found: &Found, synced_at: &SyncedAtFields) -> RecordVersions {
-        let versions = |kind: &'static str, id: &str, fields: &Fields, synced_at: Option<&FieldId>| {
-            let stored = staleness::stored(fields, synced_at);
-            let is_current = |versions: &FieldVersions| versions.stored == stored;
-            let Some(Entry { versions, intended, .. }) = self.get(id) else {
-                let created = stored.and_then(|stored| self.creations.get(&(kind, stored)));
-                return created.unwrap_or(FieldVersions {
-                    stored,
-                    record: stored,
-                    ..FieldVersions::default()
-                });
-            };
-            if is_current(&versions) {
-                return versions;
-            }
-            intended.filter(is_current).unwrap_or(FieldVersions { stored, record: stored, ..versions })
-        };
         let (leads, contacts) = found.records();
         let leads = leads.map(|lead| {
-            let id = lead.id.as_str();
-            (id.to_owned(), versions(NEW_LEAD, id, &lead.fields, synced_at.lead.as_ref()))
+            let (id, stored) = (lead.id.as_str(), staleness::stored(&lead.fields, synced_at.lead.as_ref()));
+            (id.to_owned(), self.versions(NEW_LEAD, id, stored, lead.date_updated))
         });
         let contacts = contacts.map(|contact| {
+            let stored = staleness::stored(&contact.fields, synced_at.contact.as_ref());
             let id = contact.id.as_str();
-            (id.to_owned(), versions(NEW_CONTACT, id, &contact.fields, synced_at.contact.as_ref()))
+            (id.to_owned(), self.versions(NEW_CONTACT, id, stored, contact.date_updated))
         });
         leads.chain(contacts).collect()
+    }
+
+    /// `stored` and `updated`: what the record shows.
+    fn versions(
+        &self,
+        kind: &'static str,
+        id: &str,
+        stored: Option<Timestamp>,
+        updated: Option<Timestamp>,
+    ) -> FieldVersions {
+        let is_current = |versions: &FieldVersions| versions.stored == stored;
+        let Some(Entry { versions, intended, .. }) = self.get(id) else {
+            let created = stored.and_then(|stored| self.creations.get(&(kind, stored)));
+            let unknown = FieldVersions { stored, record: stored, ..FieldVersions::default() };
+            let unremembered = self.unremembered(None, stored, updated);
+            return FieldVersions { unremembered, ..created.unwrap_or(unknown) };
+        };
+        let unremembered = self.unremembered(versions.unremembered, stored, updated);
+        let versions = if is_current(&versions) {
+            versions
+        } else {
+            intended.filter(is_current).unwrap_or(FieldVersions { stored, record: stored, ..versions })
+        };
+        FieldVersions { unremembered, ..versions }
+    }
+
+    /// A record that stores the time of its last event needs no other.
+    fn unremembered(
+        &self,
+        before: Option<Unremembered>,
+        stored: Option<Timestamp>,
+        updated: Option<Timestamp>,
+    ) -> Option<Unremembered> {
+        let shown = updated.filter(|_| stored.is_none())?;
+        let changed = before.filter(|before| before.shown == shown).map_or(shown, |before| before.changed);
+        Some(Unremembered { before: self.remembered_from()?, changed, shown })
     }
 
     /// Caches the versions that records will have after the changes that are about to be sent. The versions before were read
@@ -202,5 +255,33 @@ impl VersionCache {
         let before = self.get(&id).and_then(|entry| entry.refused_at);
         let refused_at = (!versions.refused.is_empty()).then(|| before.unwrap_or_else(Instant::now));
         self.records.insert(id, Entry { versions, intended, refused_at });
+    }
+}
+
+fn raise(from: &RememberedFrom, at: Option<Timestamp>) {
+    let mut from = from.lock().unwrap_or_else(PoisonError::into_inner);
+    *from = (*from).max(at);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::record::ContactId;
+
+    #[test]
+    fn memory_reaches_back_to_the_newest_event_of_an_evicted_record() {
+        let cache = VersionCache::with_capacity(2);
+        let at = |second| Timestamp::from_second(second).unwrap();
+        let contact = |number| RecordId::Contact(ContactId::new(format!("cont_{number}")));
+        let title = FieldHash::of("title");
+        assert_eq!(cache.remembered_from(), None);
+        for (number, second) in [(1, 30), (2, 10), (3, 20)] {
+            cache.learn(&contact(number), at(second), &[title], None);
+            cache.records.own().run_pending_tasks();
+        }
+        assert_eq!(cache.remembered_from(), Some(at(30)));
+        cache.remembers_from(at(5));
+        assert_eq!(cache.remembered_from(), Some(at(30)), "it never grows");
+        assert_eq!(cache.for_rehearsal().remembered_from(), Some(at(30)));
     }
 }

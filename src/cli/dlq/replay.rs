@@ -9,10 +9,11 @@ use serde_json::json;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::cli::dlq::select::SelectionArgs;
+use crate::cli::dlq::select::{SelectionArgs, remembered_from};
 use crate::cli::dlq::terminal::{WAITING, bar};
 use crate::cli::failure::{CHECK_FAILED, Failure};
 use crate::config::Destination;
+use crate::dead_letters::guard::{GuardCounts, Guards};
 use crate::dead_letters::letter::DeadLetter;
 use crate::dead_letters::progress::{End, Progress, Stage};
 use crate::dead_letters::replay::{ReplayRequest, replay as run};
@@ -24,6 +25,9 @@ use crate::text::{count, json as safe_json, line};
 /// Sends the oldest message and waits for its outcome. If it does not fail again, sends the others, a few at a time, so
 /// that live messages do not queue behind all of them. Stops when a message fails with a fingerprint that a replayed
 /// message failed with before.
+///
+/// Says first how many events are older than what the worker remembers. These change no field of a record that has changed
+/// in Close since, unless the records store the time of their last event.
 ///
 /// A dead letter is deleted only after the work queue has it. Ctrl-C stops the replay. Run the same command again to
 /// continue. An interrupted replay may send a message twice, which changes nothing in Close.
@@ -63,15 +67,17 @@ fn duration(text: &str) -> Result<Duration, String> {
 
 pub(super) async fn replay(args: &Args, destination: &Destination) -> Result<(), Failure> {
     let filter = &args.selection.filter;
+    let guards = Guards::new(&destination.rules, remembered_from(destination).await?);
     if args.dry_run {
-        let mut groups = BTreeMap::new();
+        let (mut groups, mut guarded) = (BTreeMap::new(), GuardCounts::new());
         let count = |letter: &DeadLetter| {
             *groups.entry(letter.fingerprint.clone()).or_default() += 1;
+            *guarded.entry(guards.of(letter)).or_default() += 1;
             Disposition::Return
         };
         let ScanSummary { found, matched, .. } = filter.scan(destination, count).await?;
         if args.json {
-            let summary = json!({"end": "dry_run", "found": found, "matched": matched, "groups": groups});
+            let summary = json!({"end": "dry_run", "found": found, "matched": matched, "groups": groups, "guards": guarded});
             anstream::println!("{}", safe_json(&serde_json::to_string_pretty(&summary).unwrap_or_default()));
         }
         if matched == 0 {
@@ -80,6 +86,7 @@ pub(super) async fn replay(args: &Args, destination: &Destination) -> Result<(),
         if !args.json {
             let kinds = counts(&groups);
             anstream::println!("would replay {matched} of {found} ({kinds}); run without --dry-run to do it");
+            guards.describe(&guarded).iter().for_each(|line| anstream::println!("{line}"));
         }
         return Ok(());
     }
@@ -88,10 +95,11 @@ pub(super) async fn replay(args: &Args, destination: &Destination) -> Result<(),
         max_in_flight: args.at_once.into(),
         keep_going: args.keep_going,
         outcome_timeout: (!args.no_wait).then_some(args.wait),
+        guards: Some(guards),
     };
     let (sender, progress) = watch::channel(Progress::default());
     let stop = stop_on_interrupt();
-    let shown = tokio::spawn(show(progress));
+    let shown = tokio::spawn(show(progress, guards));
     let result = run(&destination.amqp, request, sender, &stop).await;
     let _ = shown.await;
     let (progress, end) = result?;
@@ -127,9 +135,9 @@ fn stop_on_interrupt() -> CancellationToken {
 const LINE_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Shows progress: a bar on a terminal, otherwise a line for each stage and every [`LINE_INTERVAL`].
-async fn show(mut progress: watch::Receiver<Progress>) {
+async fn show(mut progress: watch::Receiver<Progress>, guards: Guards) {
     let bar = bar("{msg} {wide_bar} {pos} of {len}, {per_sec}, {eta} left");
-    let (mut before, mut last_line) = (None, Instant::now());
+    let (mut before, mut last_line, mut is_described) = (None, Instant::now(), false);
     while progress.changed().await.is_ok() {
         let now = progress.borrow_and_update().clone();
         if bar.is_hidden() && now.stage == Stage::Sending && last_line.elapsed() > LINE_INTERVAL {
@@ -140,6 +148,12 @@ async fn show(mut progress: watch::Receiver<Progress>) {
                 now.matched,
                 now.in_flight
             );
+        }
+        if !is_described && !now.guards.is_empty() {
+            is_described = true;
+            bar.suspend(|| {
+                guards.describe(&now.guards).iter().for_each(|line| anstream::eprintln!("{line}"))
+            });
         }
         bar.set_length(now.matched as u64);
         bar.set_position(now.finished() as u64);
@@ -180,6 +194,7 @@ fn print_stage(bar: &ProgressBar, progress: &Progress, is_idle: bool) {
 struct Summary<'a> {
     end: &'static str,
     matched: usize,
+    guards: &'a GuardCounts,
     replayed: usize,
     outcomes: &'a BTreeMap<String, usize>,
     under_way: usize,
@@ -200,6 +215,7 @@ impl<'a> Summary<'a> {
                 End::Stopped => "stopped",
             },
             matched: progress.matched,
+            guards: &progress.guards,
             replayed: progress.sent,
             outcomes: &progress.outcomes,
             under_way: progress.in_flight,

@@ -8,6 +8,7 @@ use strum::VariantArray as _;
 use crate::cli::dlq::terminal::{observer, report_running_replay, scan_bar};
 use crate::cli::failure::{Failure, USAGE};
 use crate::config::Destination;
+use crate::consumer::journal::anchor;
 use crate::dead_letters::filter::{Filter, IdentityFilter, Selection};
 use crate::dead_letters::letter::DeadLetter;
 use crate::dead_letters::scan::{Disposition, ScanSummary, find_by_id, scan};
@@ -137,6 +138,11 @@ impl FilterArgs {
         anstream::eprintln!("no dead letter matches; list them with `close-sync dlq list`");
         if self.id.is_empty() && self.message_id.is_empty() { Ok(()) } else { Err(Failure::Reported(USAGE)) }
     }
+}
+
+/// What events of this time or later have written is in the worker's journal. `None` without a journal.
+pub(super) async fn remembered_from(destination: &Destination) -> Result<Option<Timestamp>, Failure> {
+    Ok(anchor(&destination.amqp).await?.map(|anchor| anchor.remembered_from))
 }
 
 /// The dead letter with this id, or with this message id of the producer.

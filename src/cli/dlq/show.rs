@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use crate::cli::dlq::select::find;
+use crate::cli::dlq::select::{find, remembered_from};
 use crate::cli::failure::Failure;
 use crate::cli::plan;
 use crate::config::Destination;
@@ -49,7 +49,10 @@ async fn plan(
     load: impl FnOnce() -> Result<Destination, Failure>,
 ) -> Result<Explanation, String> {
     let message = |failure: Failure| failure.message().unwrap_or_default().to_owned();
-    let worker = plan::worker(load().map_err(message)?).await.map_err(message)?;
+    let destination = load().map_err(message)?;
+    let remembered_from = remembered_from(&destination).await.map_err(message)?;
+    let worker = plan::worker(destination).await.map_err(message)?;
+    remembered_from.inspect(|from| worker.remembers_from(*from));
     let planned = explain::dry_run(&worker.rehearsal(), letter.payload(), letter.received_at()).await;
     planned.map(|(_, explanation)| explanation).map_err(|why| why.to_string())
 }

@@ -12,6 +12,7 @@
 //! complete checkpoint begins, so that a takeover reads little. Other entries go on meanwhile: an entry that a checkpoint
 //! misses follows its beginning, and learning one twice does no harm.
 
+mod anchor;
 mod takeover;
 mod writer;
 
@@ -24,10 +25,11 @@ use uuid::Uuid;
 
 use crate::amqp::{BrokerError, Settings};
 use crate::consumer::broker::{JournalMessage, Publish, ReadFrom};
-use crate::domain::journal::{Batch, Entry, Unreadable};
+use crate::domain::journal::{Anchor, Batch, Entry, Unreadable};
 use crate::sync::journal::{Journal, JournalHandle};
 use crate::sync::{LONGEST_SEARCH_LAG, Worker};
 
+pub(crate) use anchor::anchor;
 use takeover::{Known, Next, Takeover};
 pub(crate) use writer::Writer;
 
@@ -126,7 +128,7 @@ impl SessionJournal {
                 }
                 Instruction::Nothing
             }
-            Next::Done { entries, read_from, known } => {
+            Next::Done { entries, anchor, known } => {
                 for entry in entries {
                     self.worker.learn(entry);
                 }
@@ -138,7 +140,8 @@ impl SessionJournal {
                     ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
                     "read the journal, starting messages"
                 );
-                self.writer.set_read_from(read_from);
+                self.worker.remembers_from(anchor.remembered_from);
+                self.writer.set_anchor(anchor);
                 self.writer.read_back(1);
                 self.checkpoint_if_due();
                 Instruction::Ready
@@ -173,8 +176,9 @@ impl SessionJournal {
             self.since_checkpoint = (0, Instant::now());
         }
         let ends = matches!(entry, Entry::CheckpointEnd { checkpoint: id, .. } if *id == checkpoint.id);
-        if let Some(begins) = checkpoint.begins.filter(|_| ends) {
-            self.writer.set_read_from(begins);
+        if let Some(position) = checkpoint.begins.filter(|_| ends) {
+            let remembered_from = self.worker.remembered_from().unwrap_or_else(|| self.worker.now());
+            self.writer.set_anchor(Anchor { position, remembered_from });
             self.checkpoint = None;
             self.checkpoint_size = self.since_checkpoint.0;
         }

@@ -1,6 +1,6 @@
 //! What a new session reads of the journal: from the newest checkpoint up to its own start entry. Pure.
 //!
-//! Each message says where the newest checkpoint begins, but the first ones of a session, written before it knew. The
+//! Each message says where to begin ([`Anchor`]), but the first ones of a session, written before it knew. The
 //! session reads the last message; while that does not say it, the one before. Then it reads from the checkpoint on.
 
 use std::collections::HashSet;
@@ -10,10 +10,10 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::consumer::broker::ReadFrom;
-use crate::domain::journal::{Batch, Entry};
+use crate::domain::journal::{Anchor, Batch, Entry};
 
 /// After so many messages that do not say where the checkpoint is, all is read.
-const MAX_STEPS_BACK: u32 = 100;
+pub(super) const MAX_STEPS_BACK: u32 = 100;
 
 /// What the journal says about the time before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,8 +35,7 @@ pub(super) enum Next {
     /// The own start entry was read.
     Done {
         entries: Vec<Entry>,
-        /// Where a successor begins to read.
-        read_from: u64,
+        anchor: Anchor,
         known: Known,
     },
 }
@@ -59,6 +58,7 @@ enum Phase {
     /// From this position on.
     Reading {
         from: u64,
+        remembered_from: Option<Timestamp>,
         begins: Option<Begins>,
     },
     Done,
@@ -86,19 +86,21 @@ impl Takeover {
     pub(super) fn received(&mut self, position: u64, batch: Option<Batch>) -> Next {
         match &mut self.phase {
             Phase::Locating { steps_back } => {
-                let from = match batch.as_ref().and_then(|batch| batch.read_from) {
-                    Some(from) if from <= position => from,
-                    _ if position == 0 || *steps_back >= MAX_STEPS_BACK => 0,
+                let (from, remembered_from) = match batch.as_ref().and_then(|batch| batch.anchor) {
+                    Some(anchor) if anchor.position <= position => {
+                        (anchor.position, Some(anchor.remembered_from))
+                    }
+                    _ if position == 0 || *steps_back >= MAX_STEPS_BACK => (0, None),
                     _ => {
                         *steps_back += 1;
                         return Next::Read(ReadFrom::Position(position - 1));
                     }
                 };
-                self.phase = Phase::Reading { from, begins: None };
+                self.phase = Phase::Reading { from, remembered_from, begins: None };
                 Next::Read(ReadFrom::Position(from))
             }
-            Phase::Reading { from, begins } => {
-                let from = *from;
+            Phase::Reading { from, remembered_from, begins } => {
+                let (from, remembered_from) = (*from, *remembered_from);
                 if begins.is_none() {
                     let is_checkpoint = batch.as_ref().is_some_and(|batch| {
                         batch.entries.iter().any(|entry| matches!(entry, Entry::CheckpointBegin { .. }))
@@ -112,14 +114,20 @@ impl Takeover {
                 let begins = *begins;
                 match batch {
                     None => Next::Learn(Vec::new()),
-                    Some(batch) => self.read(batch, from, begins),
+                    Some(batch) => self.read(batch, from, remembered_from, begins),
                 }
             }
             Phase::Done => Next::Learn(Vec::new()),
         }
     }
 
-    fn read(&mut self, batch: Batch, from: u64, begins: Option<Begins>) -> Next {
+    fn read(
+        &mut self,
+        batch: Batch,
+        position: u64,
+        remembered_from: Option<Timestamp>,
+        begins: Option<Begins>,
+    ) -> Next {
         let mut entries = Vec::with_capacity(batch.entries.len());
         for entry in batch.entries {
             match &entry {
@@ -128,12 +136,15 @@ impl Takeover {
                     if batch.session == self.session {
                         self.phase = Phase::Done;
                         let age = Duration::try_from(at.duration_since(first)).unwrap_or_default();
-                        let known = match begins {
-                            Some(Begins::WithCheckpoint) => Known::All,
-                            Some(Begins::WithJournal) => Known::SinceBirth(age),
-                            Some(Begins::Later) | None => Known::EntriesAreGone,
+                        let (known, remembered_from) = match begins {
+                            Some(Begins::WithCheckpoint) => (Known::All, remembered_from.unwrap_or(*at)),
+                            Some(Begins::WithJournal) => {
+                                (Known::SinceBirth(age), remembered_from.unwrap_or(first))
+                            }
+                            Some(Begins::Later) | None => (Known::EntriesAreGone, *at),
                         };
-                        return Next::Done { entries, read_from: from, known };
+                        let anchor = Anchor { position, remembered_from };
+                        return Next::Done { entries, anchor, known };
                     }
                 }
                 Entry::Settled { operation } => {
@@ -161,12 +172,21 @@ mod tests {
     const BEFORE: Uuid = Uuid::from_u128(2);
     const OPERATION: Uuid = Uuid::from_u128(7);
 
-    fn batch(session: Uuid, read_from: Option<u64>, entries: Vec<Entry>) -> Batch {
-        Batch { version: VERSION, session, read_from, appended: 0, entries }
+    fn batch(session: Uuid, anchor: Option<u64>, entries: Vec<Entry>) -> Batch {
+        let anchor = anchor.map(|position| Anchor { position, remembered_from: at(40) });
+        Batch { version: VERSION, session, anchor, appended: 0, entries }
+    }
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    fn anchor(position: u64, second: i64) -> Anchor {
+        Anchor { position, remembered_from: at(second) }
     }
 
     fn start(second: i64) -> Entry {
-        Entry::Start { at: Timestamp::from_second(second).unwrap() }
+        Entry::Start { at: at(second) }
     }
 
     fn creating() -> Entry {
@@ -182,7 +202,7 @@ mod tests {
     }
 
     /// Takes over a journal that holds these messages from a position on.
-    fn take_over(first: u64, messages: &[Batch]) -> (Vec<Entry>, u64, Known, u32) {
+    fn take_over(first: u64, messages: &[Batch]) -> (Vec<Entry>, Anchor, Known, u32) {
         let mut takeover = Takeover::new(ME);
         let (mut from, mut reads, mut learnt) = (ReadFrom::Last, 1, Vec::new());
         'read: loop {
@@ -198,10 +218,10 @@ mod tests {
                         continue 'read;
                     }
                     Next::Learn(entries) => learnt.extend(entries),
-                    Next::Done { entries, read_from, known } => {
+                    Next::Done { entries, anchor, known } => {
                         learnt.extend(entries);
                         assert!(takeover.is_done());
-                        return (learnt, read_from, known, reads);
+                        return (learnt, anchor, known, reads);
                     }
                 }
             }
@@ -211,7 +231,7 @@ mod tests {
     #[test]
     fn the_first_session_finds_only_its_own_start() {
         let messages = [batch(ME, None, vec![start(100)])];
-        assert_eq!(take_over(0, &messages), (vec![], 0, Known::SinceBirth(Duration::ZERO), 2));
+        assert_eq!(take_over(0, &messages), (vec![], anchor(0, 100), Known::SinceBirth(Duration::ZERO), 2));
     }
 
     #[test]
@@ -222,7 +242,7 @@ mod tests {
             batch(ME, None, vec![start(160)]),
         ];
         let known = Known::SinceBirth(Duration::from_mins(1));
-        assert_eq!(take_over(0, &messages), (vec![start(100), creating()], 0, known, 3));
+        assert_eq!(take_over(0, &messages), (vec![start(100), creating()], anchor(0, 40), known, 3));
     }
 
     #[test]
@@ -237,13 +257,13 @@ mod tests {
             batch(Uuid::from_u128(4), None, vec![start(161)]),
         ];
         let learnt = vec![begin(), creating(), settled(), start(100)];
-        assert_eq!(take_over(10, &messages), (learnt, 11, Known::All, 5));
+        assert_eq!(take_over(10, &messages), (learnt, anchor(11, 40), Known::All, 5));
     }
 
     #[test]
     fn entries_that_the_broker_has_deleted_are_noticed() {
         let messages = [batch(BEFORE, Some(3), vec![creating()]), batch(ME, None, vec![start(160)])];
-        assert_eq!(take_over(5, &messages), (vec![creating()], 3, Known::EntriesAreGone, 3));
+        assert_eq!(take_over(5, &messages), (vec![creating()], anchor(3, 160), Known::EntriesAreGone, 3));
     }
 
     #[test]
@@ -261,6 +281,9 @@ mod tests {
         assert_eq!(takeover.received(0, None), Next::Learn(vec![]));
         let mine = batch(ME, None, vec![start(160)]);
         let known = Known::SinceBirth(Duration::ZERO);
-        assert_eq!(takeover.received(1, Some(mine)), Next::Done { entries: vec![], read_from: 0, known });
+        assert_eq!(
+            takeover.received(1, Some(mine)),
+            Next::Done { entries: vec![], anchor: anchor(0, 160), known }
+        );
     }
 }

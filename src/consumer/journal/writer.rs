@@ -12,7 +12,7 @@ use uuid::Uuid;
 use crate::amqp::BrokerError;
 use crate::amqp::publisher::Outgoing;
 use crate::consumer::broker::Publish;
-use crate::domain::journal::{Batch, Entry, VERSION};
+use crate::domain::journal::{Anchor, Batch, Entry, VERSION};
 use crate::sync::journal::Journal;
 
 /// The most entries in one message.
@@ -36,7 +36,7 @@ struct Queue {
     entries: Vec<Entry>,
     /// All entries so far.
     appended: u64,
-    read_from: Option<u64>,
+    anchor: Option<Anchor>,
 }
 
 impl Writer {
@@ -97,7 +97,7 @@ impl Writer {
             (!entries.is_empty()).then(|| Batch {
                 version: VERSION,
                 session: self.session,
-                read_from: queue.read_from,
+                anchor: queue.anchor,
                 appended: queue.appended.saturating_sub(rest),
                 entries,
             })
@@ -110,8 +110,8 @@ impl Writer {
     }
 
     /// Where a successor begins to read.
-    pub(crate) fn set_read_from(&self, position: u64) {
-        self.with(|queue| queue.read_from = Some(position));
+    pub(crate) fn set_anchor(&self, anchor: Anchor) {
+        self.with(|queue| queue.anchor = Some(anchor));
     }
 
     /// This many entries have been read back.

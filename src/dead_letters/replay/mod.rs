@@ -43,6 +43,7 @@ use crate::amqp::{BrokerError, Settings, disconnect, envelope, with_timeout};
 use crate::consumer::outcome_events::{DeadLetterSummary, ReplayEvent};
 use crate::dead_letters::edit;
 use crate::dead_letters::filter::Selection;
+use crate::dead_letters::guard::{GuardCounts, Guards};
 use crate::dead_letters::letter::DeadLetter;
 use crate::dead_letters::progress::{End, Progress, Stage};
 use crate::dead_letters::replay::state::{Action, Event, FailedAt, Policy, ReplayState};
@@ -59,6 +60,8 @@ pub struct ReplayRequest {
     pub keep_going: bool,
     /// How long to wait for an outcome. `None`: send everything and wait for nothing.
     pub outcome_timeout: Option<Duration>,
+    /// To count what guards newer values. `None`: not counted.
+    pub guards: Option<Guards>,
 }
 
 impl ReplayRequest {
@@ -75,6 +78,7 @@ impl From<Selection> for ReplayRequest {
             max_in_flight: Self::MAX_IN_FLIGHT.into(),
             keep_going: false,
             outcome_timeout: Some(Self::OUTCOME_TIMEOUT),
+            guards: None,
         }
     }
 }
@@ -226,15 +230,23 @@ impl<'a> Shell<'a> {
                 let mut failed_again = Vec::new();
                 let scan = async {
                     sleep(pause).await;
-                    let matches = |letter: &DeadLetter| {
+                    let guards = self.request.guards;
+                    let pick = |letter: &DeadLetter| {
                         failed_again
                             .extend(outcome_of(letter).filter(|outcome| state.is_open(outcome.replay)));
-                        matches(letter)
+                        matches(letter).then(|| guards.map(|guards| guards.of(letter)))
                     };
-                    session.queue.oldest(limit, matches, &mut observer).await
+                    session.queue.oldest(limit, pick, &mut observer).await
                 };
-                let failed_at = until_stopped.run_until_cancelled(scan).await.transpose()?;
-                failed_at.map(|failed_at| Event::Scanned { failed_at, failed_again })
+                let picked = until_stopped.run_until_cancelled(scan).await.transpose()?;
+                picked.map(|picked| {
+                    let mut guards = GuardCounts::new();
+                    for guard in picked.iter().filter_map(|(_, guard)| *guard) {
+                        *guards.entry(guard).or_default() += 1;
+                    }
+                    let failed_at = picked.into_iter().map(|(failed_at, _)| failed_at).collect();
+                    Event::Scanned { failed_at, guards, failed_again }
+                })
             }
             Action::TakeBatch { failed_at, exclusive } => {
                 let take = session.take_batch(&failed_at, exclusive, matches, &mut observer);

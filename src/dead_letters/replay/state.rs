@@ -19,6 +19,7 @@ use uuid::Uuid;
 use crate::amqp::BrokerError;
 use crate::amqp::topology::Depth;
 use crate::consumer::outcome_events::{DeadLetterSummary, ReplayEvent};
+use crate::dead_letters::guard::GuardCounts;
 use crate::dead_letters::progress::{End, Progress, Stage};
 use crate::dead_letters::replay::in_flight::{Deadline, InFlight};
 use crate::retry::Backoff;
@@ -49,6 +50,8 @@ pub(super) enum Event {
     Scanned {
         /// The dead letters to replay, oldest first.
         failed_at: Vec<FailedAt>,
+        /// What guards newer values against them.
+        guards: GuardCounts,
         /// Messages of this replay that are dead letters again.
         failed_again: Vec<ReplayEvent>,
     },
@@ -236,7 +239,10 @@ impl ReplayState {
         match event {
             Event::Connected => return self.connected(now),
             Event::EditsCompleted => return self.scan(Duration::ZERO),
-            Event::Scanned { failed_at, failed_again } => {
+            Event::Scanned { failed_at, guards, failed_again } => {
+                if self.progress.sent == 0 {
+                    self.progress.guards = guards;
+                }
                 if let Some(again) = self.scanned(failed_at, failed_again, now) {
                     return again;
                 }

@@ -86,6 +86,8 @@ pub struct Desired {
     pub identity: Identity,
     /// When the event happened. An event without a time is never stale.
     pub at: Option<Timestamp>,
+    /// An operator replays it. It may be much older than what the worker remembers.
+    pub is_replay: bool,
     /// The fields in which records store that time.
     pub synced_at: SyncedAtFields,
     /// Values for the Lead, including the company id.

@@ -255,8 +255,9 @@ impl Planner<'_> {
         record: Option<&Fields>,
     ) -> (Fields, Vec<FieldPlan>) {
         let versions = self.versions.get(id);
-        let is_newer =
-            |field: &str| versions.is_some_and(|versions| versions.is_newer(field, self.desired.at));
+        let is_newer = |field: &str| {
+            versions.is_some_and(|versions| versions.is_newer(field, self.desired.at, self.desired.is_replay))
+        };
         let futile = |field: &str, before: Option<&Value>, wanted: &Value| {
             self.readback.futile(id, field, before, wanted)
         };

@@ -211,8 +211,9 @@ impl<C: Api> Attempts<'_, C> {
             if self.writes() {
                 let written =
                     decided.merged.steps.iter().filter_map(Step::changes).map(str::to_owned).collect();
-                self.record(decided.versions, &decided.merged, &created, read_at);
-                self.journal_versions(&decided.merged, &created, |id| {
+                let versions = decided.versions;
+                self.record(versions.clone(), &decided.merged, &created, read_at);
+                self.journal_versions(&versions, &decided.merged, &created, |id| {
                     !HashSet::<String>::contains(&written, id)
                 });
             }
@@ -452,15 +453,30 @@ impl<C: Api> Attempts<'_, C> {
     ) {
         let is_written = |id: &str| changed == Some(id);
         self.plans(merged).for_each(|(event, plan)| plan.note_versions_of(versions, event, is_written));
+        for (id, version) in versions.iter_mut().filter(|(id, _)| is_written(id)) {
+            let shown = self.context.recent.updated(id);
+            version.unremembered.iter_mut().zip(shown).for_each(|(hidden, shown)| hidden.shown = shown);
+        }
         let written = versions.iter().filter(|(id, _)| is_written(id));
         let written = written.map(|(id, version)| (id.clone(), version.clone())).collect();
         self.context.version_cache.remember(written, &CreatedIds::default(), read_at);
-        self.journal_versions(merged, &CreatedIds::default(), is_written);
+        self.journal_versions(versions, merged, &CreatedIds::default(), is_written);
     }
 
     /// Writes down the times of the events that set fields.
-    fn journal_versions(&self, merged: &MergedPlan, created: &CreatedIds, which: impl Fn(&str) -> bool) {
-        let mut versions = RecordVersions::new();
+    fn journal_versions(
+        &self,
+        known: &RecordVersions,
+        merged: &MergedPlan,
+        created: &CreatedIds,
+        which: impl Fn(&str) -> bool,
+    ) {
+        let unremembered = |known: &FieldVersions| FieldVersions {
+            unremembered: known.unremembered,
+            ..FieldVersions::default()
+        };
+        let mut versions: RecordVersions =
+            known.iter().map(|(id, known)| (id.clone(), unremembered(known))).collect();
         self.plans(merged).for_each(|(event, plan)| plan.note_versions_of(&mut versions, event, &which));
         let entries = versions.into_iter().filter_map(|(id, FieldVersions { fields, stored, .. })| {
             let record = match id.as_str() {

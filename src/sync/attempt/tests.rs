@@ -36,6 +36,7 @@ mod gone;
 mod harness;
 mod not_kept;
 mod nothing_is_lost;
+mod old_replays;
 mod people_win;
 mod person;
 mod rehearsal;

@@ -162,6 +162,36 @@ async fn a_replayed_dead_letter_does_not_overwrite_newer_values() {
     }
 }
 
+/// The worker does not know when the fields were written, because the event is older than its journal. A person may have
+/// entered them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_letter_that_is_older_than_the_journal_changes_only_empty_fields() {
+    let bench = Bench::new().await;
+    let jane = json!([{"name": "Jane", "title": "New", "custom.cf_contactuserid": "u1"}]);
+    bench.lead(Some("acme"), jane);
+    let worker = bench.worker().await;
+    bench.simulator.fault(Fault::new(refusal()).on("PUT", "/").times(1));
+    let traits = json!({"title": "Old", "phone": "+49301234567", "company": {"id": "acme"}});
+    let recent = identify("u2", json!({"company": {"id": "acme"}}));
+    bench.publish(&[at(1, "u1", traits)]).await;
+    bench.depth_becomes(".dead", 1).await;
+    bench.simulator.fault(Fault::new(refusal()).on("POST", "/contact/").times(1));
+    bench.publish(&[recent]).await;
+    bench.depth_becomes(".dead", 2).await;
+
+    for arguments in [&["--dry-run"][..], &[]] {
+        let arguments = [&["dlq", "replay", "--all", "--json"], arguments].concat();
+        let replay: Value = serde_json::from_str(&bench.output(&arguments).await).unwrap();
+        assert_eq!(replay["guards"], json!({"last_change": 1, "field_times": 1}));
+    }
+    let lead = bench.the_lead();
+    let contact = &lead["contacts"][0];
+    assert_eq!(contact["title"], json!("New"));
+    assert_eq!(values(contact, "phones", "phone"), ["+49301234567"]);
+    assert_eq!(worker.metrics().await.count("stale_values_total"), 1);
+    worker.terminate().await;
+}
+
 /// A wrong clock, an event without a time, and equal times from different sources.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_event_with_a_future_time_does_not_block_later_ones() {

@@ -15,6 +15,7 @@ use uuid::Uuid;
 
 use crate::amqp::BrokerError;
 use crate::consumer::outcome_events::{DeadLetterSummary, ReplayEvent};
+use crate::dead_letters::guard::GuardCounts;
 use crate::dead_letters::progress::End;
 use crate::dead_letters::replay::state::{Action, Event, FailedAt, Policy, ReplayState};
 
@@ -82,7 +83,11 @@ impl Run {
         assert!(matches!(self.action, Action::Connect { .. }), "{:?}", self.action);
         assert!(matches!(self.on(Event::Connected), Action::CompleteEdits));
         assert!(matches!(self.on(Event::EditsCompleted), Action::Scan { .. }));
-        self.on(Event::Scanned { failed_at: times(count), failed_again: Vec::new() });
+        self.on(Event::Scanned {
+            failed_at: times(count),
+            guards: GuardCounts::new(),
+            failed_again: Vec::new(),
+        });
     }
 
     /// Performs the actions that need no outcome, up to the next publish.

@@ -11,6 +11,7 @@ use uuid::Uuid;
 use super::{Run, TIMEOUT, created, dead, delayed, times};
 use crate::amqp::BrokerError;
 use crate::consumer::outcome_events::ReplayEvent;
+use crate::dead_letters::guard::GuardCounts;
 use crate::dead_letters::progress::{End, Stage};
 use crate::dead_letters::replay::state::{Action, Event, Policy};
 
@@ -141,6 +142,7 @@ fn check(case: &Case) -> Result<(), TestCaseError> {
                 any_passed |= policy.keep_going && !failed_again.is_empty();
                 Event::Scanned {
                     failed_at: queue.iter().take(*limit).map(|n| all[*n]).collect(),
+                    guards: GuardCounts::new(),
                     failed_again,
                 }
             }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::{POLICY, Run, TIMEOUT, created, dead, delayed, lost, times};
 use crate::amqp::BrokerError;
 use crate::amqp::topology::Depth;
+use crate::dead_letters::guard::GuardCounts;
 use crate::dead_letters::progress::{End, Stage};
 use crate::dead_letters::replay::state::{
     Action, Event, LAST_OUTCOMES, Policy, RECONNECT_TIMEOUT, RESCAN_PAUSE, SCANS,
@@ -21,7 +22,11 @@ fn a_message_without_confirm_is_not_counted_as_sent() {
     run.on(Event::Connected);
     assert!(matches!(run.on(Event::EditsCompleted), Action::Scan { limit: 2, .. }));
     // RabbitMQ had accepted it, so its outcome counts.
-    run.on(Event::Scanned { failed_at: times(2), failed_again: vec![dead(unconfirmed, "a")] });
+    run.on(Event::Scanned {
+        failed_at: times(2),
+        guards: GuardCounts::new(),
+        failed_again: vec![dead(unconfirmed, "a")],
+    });
     assert_eq!((run.end(), run.state.progress().failed_again()), (End::SameFailure, 1));
 }
 
@@ -62,11 +67,15 @@ fn too_few_dead_letters_after_a_reconnect_are_scanned_again() {
     run.on(Event::Connected);
     run.on(Event::EditsCompleted);
     for _ in 1..SCANS {
-        let again = run.on(Event::Scanned { failed_at: Vec::new(), failed_again: Vec::new() });
+        let again = run.on(Event::Scanned {
+            failed_at: Vec::new(),
+            guards: GuardCounts::new(),
+            failed_again: Vec::new(),
+        });
         assert!(matches!(again, Action::Scan { pause: RESCAN_PAUSE, .. }), "{again:?}");
     }
     // Other operators replayed, edited or discarded them.
-    run.on(Event::Scanned { failed_at: times(2), failed_again: Vec::new() });
+    run.on(Event::Scanned { failed_at: times(2), guards: GuardCounts::new(), failed_again: Vec::new() });
     assert_eq!(run.state.progress().matched, 4);
     run.send();
 }
@@ -138,7 +147,11 @@ fn a_reconnect_restarts_the_outcome_timeout() {
     run.connect(0);
     for _ in 1..SCANS {
         if matches!(run.action, Action::Scan { .. }) {
-            run.on(Event::Scanned { failed_at: Vec::new(), failed_again: Vec::new() });
+            run.on(Event::Scanned {
+                failed_at: Vec::new(),
+                guards: GuardCounts::new(),
+                failed_again: Vec::new(),
+            });
         }
     }
     assert_eq!(run.until_wait(), run.now + TIMEOUT);
@@ -169,7 +182,11 @@ fn a_canary_that_failed_while_disconnected_stops_the_replay() {
     run.on(lost());
     run.on(Event::Connected);
     run.on(Event::EditsCompleted);
-    run.on(Event::Scanned { failed_at: times(8), failed_again: vec![dead(canary, "a")] });
+    run.on(Event::Scanned {
+        failed_at: times(8),
+        guards: GuardCounts::new(),
+        failed_again: vec![dead(canary, "a")],
+    });
     assert_eq!((run.end(), run.counts()), (End::CanaryFailed, (1, 0, 0)));
 }
 

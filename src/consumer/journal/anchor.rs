@@ -1,0 +1,45 @@
+//! How far back the journal reaches, for commands that run beside the worker.
+
+use std::sync::Arc;
+
+use futures_util::StreamExt;
+
+use crate::amqp::stream::{self, Offset};
+use crate::amqp::{BrokerError, Settings, disconnect, with_timeout};
+use crate::consumer::journal::takeover::MAX_STEPS_BACK;
+use crate::domain::journal::{Anchor, Batch};
+
+/// What the newest message of the journal that says so says. `None` without a journal, or if no worker has used it.
+///
+/// # Errors
+/// When the journal cannot be read.
+pub(crate) async fn anchor(settings: &Settings) -> Result<Option<Anchor>, BrokerError> {
+    if !settings.journal.enabled {
+        return Ok(None);
+    }
+    let connection = Arc::new(settings.connect("close-sync journal").await?);
+    let found = find(&connection, &settings.journal_queue()).await;
+    disconnect(&connection).await;
+    found
+}
+
+async fn find(connection: &Arc<lapin::Connection>, queue: &str) -> Result<Option<Anchor>, BrokerError> {
+    let mut offset = Offset::Last;
+    for _ in 0..MAX_STEPS_BACK {
+        let mut messages = std::pin::pin!(stream::read(Arc::clone(connection), queue.to_owned(), offset));
+        // Nothing arrives from an empty journal.
+        let Ok(Some(message)) = with_timeout(async { Ok(messages.next().await) }).await else {
+            return Ok(None);
+        };
+        let message = match message {
+            Err(BrokerError::Missing(_)) => return Ok(None),
+            message => message?,
+        };
+        if let Some(anchor) = Batch::decode(&message.body).ok().and_then(|batch| batch.anchor) {
+            return Ok(Some(anchor));
+        }
+        let Some(before) = message.position.checked_sub(1) else { return Ok(None) };
+        offset = Offset::Position(before);
+    }
+    Ok(None)
+}
