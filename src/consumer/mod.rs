@@ -414,10 +414,10 @@ impl<'a> Consumer<'a> {
         let Context { worker, metrics, status, .. } = &*self.context;
         worker.set_backlog(load.saturated);
         for kind in ChangeKind::VARIANTS {
-            if let Some(lag) = worker.search_lag(*kind) {
-                metrics.set_search_lag(*kind, lag);
-                status.set_search_lag(*kind, lag);
-            }
+            // Of a standby it is old.
+            let lag = worker.search_lag(*kind).filter(|_| self.state.is_consuming());
+            metrics.set_search_lag(*kind, lag);
+            status.set_search_lag(*kind, lag);
         }
     }
 

@@ -30,12 +30,14 @@ pub struct SearchLag {
 /// The changes of one kind.
 #[derive(Debug, Default)]
 struct Kind {
-    /// The change that rides along.
-    watched: Option<Change>,
+    /// A change rides along.
+    is_watching: bool,
     /// The youngest change since.
     next: Option<Watched>,
     /// The lag of the last change that search has shown.
     measured: Option<Duration>,
+    /// The age of the change that rides along, at the last search that did not show it.
+    missed: Option<Duration>,
 }
 
 #[derive(Debug)]
@@ -55,16 +57,14 @@ impl SearchLag {
         with(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner)[kind as usize])
     }
 
-    /// The lag of search for changes of this kind: as last measured, or longer if a change has not been shown for longer.
-    /// `None` before the first measurement.
+    /// The lag of search for changes of this kind: as last measured, or longer if a search did not show a change that was
+    /// older. `None` before the first measurement. Without searches it stays as it is.
     pub fn current(&self, kind: ChangeKind) -> Option<Duration> {
-        let now = (self.clock)();
-        self.with(kind, |kind| {
-            let waiting = kind
-                .watched
-                .map(|change| Duration::try_from(now.duration_since(change.at)).unwrap_or_default());
-            kind.measured.map(|measured| waiting.map_or(measured, |waiting| waiting.max(measured)))
-        })
+        self.with(kind, |kind| kind.measured.max(kind.missed))
+    }
+
+    fn age(&self, change: Change) -> Option<Duration> {
+        Duration::try_from((self.clock)().duration_since(change.at)).ok()
     }
 
     /// A record got a key. Watches until search shows it, unless an earlier change is watched.
@@ -80,7 +80,7 @@ impl SearchLag {
         let watched = Watched { key, lookup, record, change };
         let is_idle = self.with(change.kind, |kind| {
             kind.next = Some(watched);
-            kind.watched.is_none()
+            !kind.is_watching
         });
         if is_idle {
             let (lag, client) = (self.clone(), client.clone());
@@ -92,7 +92,7 @@ impl SearchLag {
     async fn watch_next(&self, client: &Client, kind: ChangeKind) -> bool {
         let next = self.with(kind, |kind| {
             let next = kind.next.take();
-            kind.watched = next.as_ref().map(|next| next.change);
+            kind.is_watching = next.is_some();
             next
         });
         let Some(Watched { key, lookup, record, change }) = next else { return false };
@@ -103,13 +103,15 @@ impl SearchLag {
                 self.shown(change, searched);
                 return true;
             }
+            let age = self.age(change);
+            self.with(kind, |kind| kind.missed = age);
         }
     }
 
     /// Search has shown a change for the first time.
     pub(crate) fn shown(&self, change: Change, searched: Instant) {
-        let lag = (self.clock)().duration_since(change.at);
-        self.with(change.kind, |kind| kind.measured = Duration::try_from(lag).ok());
+        let lag = self.age(change);
+        self.with(change.kind, |kind| (kind.measured, kind.missed) = (lag, None));
         self.guard.shown(change.kind, change.at, searched);
     }
 }

@@ -133,11 +133,14 @@ impl Status {
         self.0.send_modify(|current| current.journal = Some(journal));
     }
 
-    /// Sets how far Close's search lags for a kind of change.
-    pub fn set_search_lag(&self, kind: ChangeKind, lag: Duration) {
+    /// Sets how far Close's search lags for a kind of change, if that is known.
+    pub fn set_search_lag(&self, kind: ChangeKind, lag: Option<Duration>) {
         // Nobody waits for it.
         self.0.send_if_modified(|current| {
-            current.search_lag_seconds.insert(kind.label(), lag.as_secs_f64());
+            match lag {
+                Some(lag) => current.search_lag_seconds.insert(kind.label(), lag.as_secs_f64()),
+                None => current.search_lag_seconds.remove(kind.label()),
+            };
             false
         });
     }

@@ -7,6 +7,7 @@ use axum::extract::{self, Query};
 use jiff::SignedDuration;
 use maud::{Markup, html};
 
+use crate::domain::journal::ChangeKind;
 use crate::http::admin::app_state::AppState;
 use crate::http::admin::auth::Visitor;
 use crate::http::admin::destination::{Destination, HOME};
@@ -105,6 +106,14 @@ fn state_card(readiness: &Readiness) -> Markup {
             }
             @if let Some(detail) = &readiness.detail { p { (detail) } }
             @if let Some(text) = readiness.remedy { (remedy(text)) }
+            @if readiness.journal.is_some_and(|journal| journal != "in_use") {
+                p .hint {
+                    "Works without a journal: after each start, creations wait for search, and a slow search makes duplicates."
+                }
+            }
+            @for (kind, seconds) in &readiness.search_lag_seconds {
+                p .quiet { "Close's search " (lag(kind, *seconds)) }
+            }
             @if let Some(alarm) = &readiness.alarm {
                 p .notice.bad {
                     "RabbitMQ has an alarm: " (alarm) ". Events are still written to Close. Messages for a delay or \
@@ -113,6 +122,12 @@ fn state_card(readiness: &Readiness) -> Markup {
             }
         }
     }
+}
+
+fn lag(kind: &str, seconds: f64) -> String {
+    let lag = span(SignedDuration::try_from_secs_f64(seconds).unwrap_or_default());
+    let what = if kind == ChangeKind::Creation.label() { "new records" } else { "new ids and emails" };
+    format!("shows {what} after {lag}.")
 }
 
 fn work_card(load: Load, backlog: Option<u64>, destination: &Destination) -> Markup {

@@ -314,8 +314,10 @@ impl Metrics {
     }
 
     /// Sets how far Close's search lags for a kind of change.
-    pub fn set_search_lag(&self, kind: ChangeKind, lag: Duration) {
-        self.decisions.search_lag.with_label_values(&[kind.label()]).set(lag.as_secs_f64());
+    /// `None`: unknown.
+    pub fn set_search_lag(&self, kind: ChangeKind, lag: Option<Duration>) {
+        let seconds = lag.map_or(f64::NAN, |lag| lag.as_secs_f64());
+        self.decisions.search_lag.with_label_values(&[kind.label()]).set(seconds);
     }
 
     /// A pause starts.
