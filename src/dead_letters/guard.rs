@@ -54,14 +54,12 @@ impl Guards {
     /// Lines for operators: which guard holds for how many.
     pub fn describe(&self, counts: &GuardCounts) -> Vec<String> {
         let reach = match self.remembered_from {
-            Some(from) => {
-                format!("from before {} UTC, where the journal begins", from.strftime("%Y-%m-%d %H:%M"))
-            }
+            Some(from) => format!("older than the journal ({} UTC)", from.strftime("%Y-%m-%d %H:%M")),
             None => "without a journal".to_owned(),
         };
         let line = |(guard, count): (&Guard, &usize)| match guard {
             Guard::FieldTimes => {
-                format!("{count} known to the journal: fields that a newer event wrote stay")
+                format!("{count} no older than the journal: fields that a newer event wrote stay")
             }
             Guard::StoredTime => {
                 format!("{count} {reach}: fields of a record that stores a newer time stay")
@@ -78,6 +76,7 @@ impl Guards {
 mod tests {
     use lapin::BasicProperties;
 
+    use super::Guard::{FieldTimes, LastChange, StoredTime};
     use super::*;
 
     #[test]
@@ -92,7 +91,6 @@ mod tests {
             let guards = Guards { stores_times, remembered_from };
             [&old, &new, &unreadable].map(|letter| guards.of(letter))
         };
-        use Guard::{FieldTimes, LastChange, StoredTime};
         assert_eq!(guards(false, from), [LastChange, FieldTimes, FieldTimes]);
         assert_eq!(guards(true, from), [StoredTime, FieldTimes, FieldTimes]);
         assert_eq!(guards(true, None), [StoredTime; 3]);

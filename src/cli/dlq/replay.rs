@@ -151,9 +151,9 @@ async fn show(mut progress: watch::Receiver<Progress>, guards: Guards) {
         }
         if !is_described && !now.guards.is_empty() {
             is_described = true;
-            bar.suspend(|| {
-                guards.describe(&now.guards).iter().for_each(|line| anstream::eprintln!("{line}"))
-            });
+            for line in guards.describe(&now.guards) {
+                bar.suspend(|| anstream::eprintln!("{line}"));
+            }
         }
         bar.set_length(now.matched as u64);
         bar.set_position(now.finished() as u64);

@@ -5,6 +5,7 @@ use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp};
 use strum::VariantArray as _;
 
+use crate::amqp::BrokerError;
 use crate::cli::dlq::terminal::{observer, report_running_replay, scan_bar};
 use crate::cli::failure::{Failure, USAGE};
 use crate::config::Destination;
@@ -140,9 +141,17 @@ impl FilterArgs {
     }
 }
 
-/// What events of this time or later have written is in the worker's journal. `None` without a journal.
+/// What events of this time or later have written is in the worker's journal. `None` if there is none, or this user may
+/// not read it.
 pub(super) async fn remembered_from(destination: &Destination) -> Result<Option<Timestamp>, Failure> {
-    Ok(anchor(&destination.amqp).await?.map(|anchor| anchor.remembered_from))
+    match anchor(&destination.amqp).await {
+        Ok(anchor) => Ok(anchor.map(|anchor| anchor.remembered_from)),
+        Err(error @ BrokerError::Forbidden(_)) => {
+            anstream::eprintln!("warning: cannot tell how far the journal reaches: {error}");
+            Ok(None)
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// The dead letter with this id, or with this message id of the producer.

@@ -282,10 +282,10 @@ async fn delayed_and_dead_lettered_messages_keep_their_trace() {
     let (_, headers, properties) = bench.take_dead_letter().await;
     assert_eq!((headers["traceparent"].as_str(), headers["tracestate"].as_str()), (TRACE, "vendor=1"));
     assert_eq!(properties.correlation_id().as_ref().unwrap().as_str(), "c-1");
-    for (line, attempt) in [("failed, retrying from a delay queue", 1), ("dead-lettered", 2)] {
+    for (event, attempt) in [("message_delayed", 1), ("dead_lettered", 2)] {
         let log = worker.log();
-        let line: serde_json::Value =
-            serde_json::from_str(log.lines().find(|each| each.contains(line)).unwrap()).unwrap();
+        let mut lines = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        let line = lines.find(|line| line["event"] == event).unwrap();
         let span = &line["span"];
         assert_eq!(span["trace_id"], "4bf92f3577b34da6a3ce929d0e0e4736", "{line}");
         assert_eq!(span["parent_span_id"], "00f067aa0ba902b7");

@@ -144,7 +144,7 @@ async fn queue_depths_are_exported_only_while_connected() {
 /// The series that exist, and the values of those that do not depend on time.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_metrics_page_after_a_scenario() {
-    let bench = Bench::new().await;
+    let bench = Bench::new().await.set("WORKER_MERGE", "false");
     let worker = bench.worker().await;
     let mut event = identify("u1", json!({"email": "j@x.test", "phone": "none", "company": {"id": "c"}}));
     event["timestamp"] = "2026-01-02T03:04:05Z".into();

@@ -213,7 +213,8 @@ async fn failures_are_counted_by_fingerprint() {
     let dry: Value = serde_json::from_str(&dry).unwrap();
     assert_eq!(
         dry,
-        json!({"end": "dry_run", "found": 4, "matched": 2, "groups": {"rejected:write:name": 2}})
+        json!({"end": "dry_run", "found": 4, "matched": 2, "groups": {"rejected:write:name": 2},
+            "guards": {"last_change": 2}})
     );
     let listed = bench.output(&["dlq", "list"]).await;
     assert!(

@@ -73,7 +73,7 @@ impl<'a> Past<'a> {
             let at = Timestamp::now() - SignedDuration::from_hours(24);
             entries.insert(0, Entry::Start { at });
         }
-        Batch { version: VERSION, session: self.session, read_from: None, appended: 0, entries }.encode()
+        Batch { version: VERSION, session: self.session, anchor: None, appended: 0, entries }.encode()
     }
 
     /// The entries of a creation.
@@ -168,7 +168,9 @@ impl JournalReader {
                         complete = Some(Checkpoint { ended: Timestamp::now(), bytes });
                     }
                 }
-                if complete.is_some() && batch.read_from == u64::try_from(begins).ok() {
+                if complete.is_some()
+                    && batch.anchor.map(|anchor| anchor.position) == u64::try_from(begins).ok()
+                {
                     sender.send_replace(complete);
                 }
             }
