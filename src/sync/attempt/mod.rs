@@ -2,37 +2,33 @@
 
 mod executor;
 mod freshness;
+mod gap;
 #[cfg(test)]
 mod tests;
 
 use std::collections::HashSet;
-use std::time::Duration;
 
-use jiff::{SignedDuration, Timestamp};
 use tokio::time::Instant;
-use uuid::Uuid;
 
-use crate::close::{Api, CloseError, Created, CreatedIds, Priority};
+use crate::close::{Api, CloseError, CreatedIds, Priority};
 use crate::domain::decision::Decision;
-use crate::domain::journal::{self, Entry, KeyHash, RecordId};
+use crate::domain::journal::{self, KeyHash, RecordId};
 use crate::domain::mapping::{Desired, Key};
-use crate::domain::matching::{self, ContactMatch, Found, compare, match_lead};
+use crate::domain::matching::Found;
 use crate::domain::merge::MergedPlan;
 use crate::domain::plan::{NEW_CONTACT, NEW_LEAD, Plan, Step};
-use crate::domain::record::{Contact, Lead};
 use crate::domain::staleness::{FieldVersions, RecordVersions};
-use crate::domain::time;
 use crate::outcome::{Effect, Failure, Held, Outcome, PauseCause, Stage};
 use crate::retry::{self, AfterFailure, Backoff, History};
 use crate::sync::context::{Context, Mode};
 use crate::sync::job::RunContext;
-use crate::sync::lag_guard::{Gap, Pending};
 use crate::sync::lookups::{Fresh, Lookups, Reads};
 use crate::sync::record_locks::RecordGuard;
 use crate::sync::resolver::{Decided, Resolver};
 use crate::waits::WaitCause;
 
 use executor::{Executor, Stopped};
+use gap::{GapWait, has_happened};
 
 /// The outcome of one attempt.
 pub(crate) struct Completed {
@@ -55,59 +51,6 @@ pub(crate) struct Attempts<'a, C> {
     pub(crate) stage: Stage,
     /// Of the last attempt.
     pub(crate) decision: Decision,
-}
-
-/// What an attempt remembers while it repeats a look-up because search may have missed a record.
-#[derive(Default)]
-struct GapWait {
-    looks: u32,
-    asked_event_log: bool,
-    /// Records that the event log has shown. A look-up after that which does not find them proves that they are gone, or
-    /// somebody else's.
-    shown_by_event_log: HashSet<String>,
-    wanted_to_create: bool,
-}
-
-impl GapWait {
-    /// The pause before the next look-up: longer each time, because each costs a search.
-    fn backoff(&mut self) -> Duration {
-        self.looks = self.looks.saturating_add(1);
-        MAX_LOOK_INTERVAL.min(FIRST_LOOK_INTERVAL.saturating_mul(2_u32.saturating_pow(self.looks - 1)))
-    }
-
-    /// At first, because a creation that happened shows soon, and again once it must show.
-    fn asks_event_log(&mut self, must_show: bool) -> bool {
-        !std::mem::replace(&mut self.asked_event_log, true) || must_show
-    }
-}
-
-/// What the event log says about a creation.
-enum InEventLog {
-    Found,
-    Absent,
-    /// It did not answer, or does not reach back far enough.
-    Unknown,
-}
-
-/// Close's clock may differ this much from ours.
-const CLOCK_SKEW: SignedDuration = SignedDuration::from_secs(60);
-/// Between two look-ups while search may have missed a record.
-const FIRST_LOOK_INTERVAL: Duration = Duration::from_secs(2);
-const MAX_LOOK_INTERVAL: Duration = Duration::from_mins(1);
-
-/// Whether a record that was found is the one that a creation without an answer was for: it was not known before, and
-/// was created meanwhile.
-fn has_happened(pending: &Pending, found: &Found, known: &HashSet<String>) -> bool {
-    let was_meanwhile = |id: &str, date_created: &str| {
-        !known.contains(id)
-            && time::read_back(date_created).is_some_and(|created| {
-                let since_sent = created.duration_since(pending.sent);
-                since_sent >= -CLOCK_SKEW && created.duration_since(pending.ends) <= CLOCK_SKEW
-            })
-    };
-    let (mut leads, mut contacts) = found.records();
-    contacts.any(|contact| was_meanwhile(contact.id.as_str(), &contact.date_created))
-        || (pending.creates_lead && leads.any(|lead| was_meanwhile(lead.id.as_str(), &lead.date_created)))
 }
 
 impl<C: Api> Attempts<'_, C> {
@@ -291,60 +234,6 @@ impl<C: Api> Attempts<'_, C> {
         }
     }
 
-    /// Looks into the event log, or waits until there is reason to look up again. A dry run does not wait: returns false.
-    async fn close_gap(
-        &self,
-        gap: &Gap,
-        wait: &mut GapWait,
-        pending: &[(Uuid, Pending)],
-        found: &Found,
-    ) -> bool {
-        let Context { settings, lag_guard, .. } = self.context;
-        let progress = lag_guard.progress();
-        let mut next = Instant::now() + wait.backoff();
-        if let Some(since) = gap.pending_since {
-            let event_log_lag = SignedDuration::try_from(settings.event_log_lag).unwrap_or_default();
-            let remaining = gap.until.duration_since(self.context.now()).saturating_add(event_log_lag);
-            // What is missing from the log by then did not happen.
-            let must_show = remaining <= SignedDuration::ZERO;
-            if wait.asks_event_log(must_show) {
-                match self.find_in_event_log(since, found, &mut wait.shown_by_event_log).await {
-                    InEventLog::Found => return true,
-                    InEventLog::Absent if must_show => {
-                        self.settle(pending.iter().map(|(operation, _)| *operation));
-                        return true;
-                    }
-                    InEventLog::Absent | InEventLog::Unknown => {}
-                }
-            }
-            if let Ok(remaining) = Duration::try_from(remaining)
-                && !must_show
-            {
-                next = next.min(Instant::now() + remaining);
-            }
-        }
-        if !self.writes() {
-            return false;
-        }
-        next = next.min(gap.clock.max(Instant::now()));
-        let _waiting = self.client.waits().start(WaitCause::Search);
-        tokio::select! {
-            biased;
-            () = progress => {}
-            () = tokio::time::sleep_until(next) => {}
-        }
-        true
-    }
-
-    /// It is known what came of these creations.
-    fn settle(&self, operations: impl Iterator<Item = Uuid>) {
-        let entries = operations.map(|operation| {
-            self.context.lag_guard.settle(operation);
-            Entry::Settled { operation }
-        });
-        self.run.journal.append(entries.collect());
-    }
-
     /// Locks the records that the plan changes. `None` if another message has written to one of them: look up again. A
     /// creation locks nothing. Two messages that would create the same record share a key and never run at once.
     async fn lock(&self, decided: &Decided, read_at: Instant) -> Option<RecordGuard> {
@@ -518,46 +407,5 @@ impl<C: Api> Attempts<'_, C> {
         let outcome = if others.is_empty() { Outcome::of(plan, effect) } else { as_planned(plan) };
         let merged = others.into_iter().map(|decision| (as_planned(&decision.plan), decision)).collect();
         Completed { outcome, merged }
-    }
-
-    /// Looks in the event log for records with these keys that the look-up did not find, and caches their ids.
-    async fn find_in_event_log(
-        &self,
-        since: Timestamp,
-        found: &Found,
-        shown: &mut HashSet<String>,
-    ) -> InEventLog {
-        let Context { id_cache, keys, client, .. } = self.context;
-        // Clocks differ.
-        let margin = client.timeout() + Duration::from_mins(1);
-        let Ok(since) = since.checked_sub(margin) else { return InEventLog::Unknown };
-        let Ok(Created { leads, contacts, complete }) = self.client.created_since(since).await else {
-            return InEventLog::Unknown;
-        };
-        let person = &self.desired.identity;
-        let (known_leads, known_contacts) = found.records();
-        let known_leads: Vec<&str> = known_leads.map(|lead| lead.id.as_str()).collect();
-        let known_contacts: Vec<&str> = known_contacts.map(|contact| contact.id.as_str()).collect();
-        let is_lead = |lead: &Lead| {
-            let company = person.company_id.as_deref().filter(|_| known_leads.is_empty());
-            company.is_some_and(|company| match_lead(lead, company, keys) == matching::Verdict::SameCompany)
-        };
-        let is_person = |contact: &Contact| {
-            let likeness = compare(contact, person, keys);
-            matches!(likeness, ContactMatch::SameUser | ContactMatch::SameEmail)
-                && !known_contacts.contains(&contact.id.as_str())
-        };
-        let lead = leads.into_iter().find(|lead| is_lead(lead) && !shown.contains(lead.id.as_str()));
-        let contact =
-            contacts.into_iter().find(|contact| is_person(contact) && !shown.contains(contact.id.as_str()));
-        if lead.is_none() && contact.is_none() {
-            return if complete { InEventLog::Absent } else { InEventLog::Unknown };
-        }
-        let created =
-            CreatedIds { lead: lead.map(|lead| lead.id), contact: contact.map(|contact| contact.id) };
-        shown.extend(created.lead.iter().map(ToString::to_string));
-        shown.extend(created.contact.iter().map(ToString::to_string));
-        id_cache.remember_created(person, created, false);
-        InEventLog::Found
     }
 }

@@ -2,15 +2,17 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use jiff::Timestamp;
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 use super::*;
 use crate::close::in_memory::InMemoryRecords;
 use crate::close::{
-    Client, Fault, FieldError, Hits, LeadWithContacts, LeadWithPerson, Priority, Records, Rejection,
+    Client, Created, Fault, FieldError, Hits, LeadWithContacts, LeadWithPerson, Priority, Records, Rejection,
     Response, Transport, Written,
 };
 use crate::domain::dropped::DropReason;
@@ -18,12 +20,13 @@ use crate::domain::event::Event;
 use crate::domain::journal::ChangeKind;
 use crate::domain::mapping::tests::{rules, schema};
 use crate::domain::mapping::{Identity, KeyFields, Mapping, Rules, Wanted};
-use crate::domain::matching::Case;
+use crate::domain::matching::{Case, ContactMatch, compare};
 use crate::domain::plan::Step;
-use crate::domain::record::{Channel, ContactId, Field, FieldId, Fields, Lead, LeadId};
+use crate::domain::record::{Channel, Contact, ContactId, Field, FieldId, Fields, Lead, LeadId};
 use crate::domain::schema::FieldRef;
 use crate::domain::staleness::{FieldHash, FieldVersions};
 use crate::domain::switches::Switches;
+use crate::domain::time;
 use crate::outcome::DeadLetter;
 use crate::retry::Policy;
 use crate::sync::context::Dependencies;
