@@ -31,6 +31,7 @@ use lapin::{Channel, Connection, ExchangeKind};
 use serde::Serialize;
 use strum::IntoStaticStr;
 
+use crate::amqp::connection::{OpenConnection, disconnect};
 use crate::amqp::error::BrokerError;
 use crate::amqp::server_info::DELIVERY_LIMIT;
 use crate::amqp::settings::{Delay, JournalSettings, Settings, TopologyMode};
@@ -138,30 +139,53 @@ pub async fn prepare_journal(
     if !settings.journal.enabled {
         return Ok(JournalState::Disabled);
     }
-    let mut trouble = None;
+    let declares = settings.topology == TopologyMode::Declare;
+    let (mut missing, mut trouble) = (missing_for_journal(connection, settings).await?, None);
+    if declares && !missing.is_empty() {
+        trouble = Box::pin(declare_for_journal(settings, &missing)).await.err();
+        missing = missing_for_journal(connection, settings).await?;
+    }
+    if !missing.is_empty() {
+        let missing = missing.iter().map(Object::to_string).collect();
+        return Ok(JournalState::Unusable(trouble.unwrap_or(BrokerError::Incomplete(missing))));
+    }
+    if declares {
+        let bound = journal_binding(settings).declare(&connection.create_channel().await?).await;
+        return Ok(bound.map_or_else(JournalState::Unusable, |()| JournalState::Ready));
+    }
+    Ok(JournalState::Ready)
+}
+
+async fn missing_for_journal(
+    connection: &Connection,
+    settings: &Settings,
+) -> Result<Vec<Object>, BrokerError> {
     let mut missing = Vec::new();
     for object in journal_objects(settings) {
-        let declared = match settings.topology {
-            TopologyMode::Declare => object.declare(&connection.create_channel().await?).await,
-            TopologyMode::Check => Ok(()),
-        };
         let exists = match object.exists(connection).await {
             Err(error) if error.is_about_object() => false,
             exists => exists?,
         };
         if !exists {
-            missing.push(object.to_string());
-            trouble = trouble.or(declared.err());
+            missing.push(object);
         }
     }
-    if missing.is_empty() {
-        if settings.topology == TopologyMode::Declare {
-            let bound = journal_binding(settings).declare(&connection.create_channel().await?).await;
-            return Ok(bound.map_or_else(JournalState::Unusable, |()| JournalState::Ready));
+    Ok(missing)
+}
+
+/// Declares on a connection of its own: a broker without streams closes it.
+async fn declare_for_journal(settings: &Settings, objects: &[Object]) -> Result<(), BrokerError> {
+    let OpenConnection { connection, abort, .. } = settings.open("close-sync journal").await?;
+    let _abort = abort.drop_guard();
+    let declared = async {
+        for object in objects {
+            object.declare(&connection.create_channel().await?).await?;
         }
-        return Ok(JournalState::Ready);
-    }
-    Ok(JournalState::Unusable(trouble.unwrap_or(BrokerError::Incomplete(missing))))
+        Ok(())
+    };
+    let declared = declared.await;
+    disconnect(&connection).await;
+    declared
 }
 
 /// Declares everything. Idempotent.

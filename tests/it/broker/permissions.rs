@@ -183,3 +183,23 @@ async fn a_worker_without_permission_to_declare_logs_the_remedy() {
     let other = bench.named("identify", "close-sync-other");
     assert_eq!(other.sync(&[identify("u1", json!({}))]).await.outcomes(), [("created", 1)].into());
 }
+
+/// RabbitMQ 3.10 has streams only after an administrator has enabled their feature flag. It closes the connection on
+/// which a stream is declared without it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_without_streams_works_without_a_journal() {
+    let bench = Bench::new().await;
+    if !bench.broker().await.unwrap().version.starts_with("3.10.") {
+        println!("skipped: this version always has streams");
+        return;
+    }
+    let flags = "[{rabbit, [{forced_feature_flags_on_init, [quorum_queue, implicit_default_bindings]}]}].";
+    let node = Node::with(&["--advanced", flags]).await;
+    let bench = Bench::on(&node.url, Settings::fast()).await;
+    let worker = bench.worker().await;
+    bench.publish(&[identify("u1", json!({}))]).await;
+    assert_eq!(worker.settled(1).await.outcomes(), [("created", 1)].into());
+    assert_eq!(worker.events("journal_unusable"), 1, "{}", worker.log());
+    assert_eq!(worker.ready().await.1["journal"], "unusable");
+    worker.terminate().await;
+}
