@@ -1,12 +1,14 @@
 //! Reading a stream: a log of messages that stay after they were read (rabbitmq.md, last section).
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::{Stream, StreamExt, stream};
 use lapin::message::Delivery;
 use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, Consumer};
+use tokio::time::Instant;
 
 use crate::amqp::error::BrokerError;
 
@@ -14,6 +16,11 @@ use crate::amqp::error::BrokerError;
 const PREFETCH: u16 = 1000;
 /// Messages are acked in groups of this size. To ack a message of a stream asks for more, and removes nothing.
 const ACK_AFTER: u16 = 200;
+
+/// A node that has just started has no running replica of the stream for some seconds, and refuses to read from it.
+const REPLICA_STARTS_WITHIN: Duration = Duration::from_secs(30);
+/// The wait before it is tried again.
+const TRY_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// Where reading begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +61,18 @@ struct Reader {
 
 impl Reader {
     async fn open(connection: &Connection, name: &str, offset: Offset) -> Result<Self, BrokerError> {
+        let start = Instant::now();
+        loop {
+            match Self::try_open(connection, name, offset).await {
+                Err(BrokerError::Conflict { .. }) if start.elapsed() < REPLICA_STARTS_WITHIN => {
+                    tokio::time::sleep(TRY_AGAIN_AFTER).await;
+                }
+                opened => return opened,
+            }
+        }
+    }
+
+    async fn try_open(connection: &Connection, name: &str, offset: Offset) -> Result<Self, BrokerError> {
         let channel = connection.create_channel().await?;
         channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
         let offset = match offset {

@@ -42,6 +42,8 @@ pub enum BrokerEvent {
     Delivery(Box<Delivery>),
     /// A message of the journal was read.
     Journal(JournalMessage),
+    /// The journal cannot be read. Its reading has ended.
+    JournalFailed(BrokerError),
     /// A connection or the consumer is gone.
     Lost(BrokerError),
     /// The broker raised an alarm for this reason, or cleared it.

@@ -59,6 +59,7 @@ impl Connections {
             BrokerEvent::Lost(error) => BrokerEvent::Lost(not_rejected(error)),
             event @ (BrokerEvent::Delivery(_)
             | BrokerEvent::Journal(_)
+            | BrokerEvent::JournalFailed(_)
             | BrokerEvent::Alarm(_)
             | BrokerEvent::Missing(_)) => event,
         });
@@ -155,7 +156,7 @@ impl Broker for Connections {
         let messages = amqp::stream::read(Arc::clone(&self.consuming), self.journal_name.clone(), from);
         let event = |message| match message {
             Ok(StreamMessage { position, body }) => BrokerEvent::Journal(JournalMessage { position, body }),
-            Err(error) => BrokerEvent::Lost(not_rejected(error)),
+            Err(error) => BrokerEvent::JournalFailed(not_rejected(error)),
         };
         self.journal = Some(messages.map(event).boxed());
     }

@@ -242,7 +242,9 @@ impl<'a> Consumer<'a> {
                     return end;
                 },
                 () = sleep_until(wake_at) => {}
-                Some(error) = self.journal_failures.1.recv() => return End::Lost(error),
+                Some(error) = self.journal_failures.1.recv() => if let Some(end) = self.journal_failed(error) {
+                    return end;
+                },
                 event = broker.next_event() => match event {
                     BrokerEvent::Delivery(delivery) => {
                         if self.state.received(Instant::now()) {
@@ -251,6 +253,9 @@ impl<'a> Consumer<'a> {
                         self.receive(ReceivedMessage::prepare(*delivery, &context));
                     }
                     BrokerEvent::Journal(message) => if let Some(end) = self.journal_message(&message, broker) {
+                        return end;
+                    },
+                    BrokerEvent::JournalFailed(error) => if let Some(end) = self.journal_failed(error) {
                         return end;
                     },
                     BrokerEvent::Lost(error) => return End::Lost(error),
@@ -286,6 +291,9 @@ impl<'a> Consumer<'a> {
                 Some(skip) = self.skips.join_next() => drop(self.skipped(skip)),
                 event = broker.next_event() => match event {
                     BrokerEvent::Lost(_) => return,
+                    BrokerEvent::JournalFailed(error) => if self.journal_failed(error).is_some() {
+                        return;
+                    },
                     BrokerEvent::Alarm(reason) => self.alarm(reason),
                     BrokerEvent::Journal(message) => if self.journal_message(&message, broker).is_some() {
                         return;
@@ -301,8 +309,6 @@ impl<'a> Consumer<'a> {
         let Context { worker, environment, settings, metrics, status, .. } = &*self.context;
         worker.search_again();
         let state = broker.journal();
-        status.set_journal(state.label());
-        metrics.set_journal(matches!(state, JournalState::Ready));
         tracing::info!(
             event = "worker_active",
             journal = state.label(),
@@ -310,6 +316,8 @@ impl<'a> Consumer<'a> {
         );
         match state {
             JournalState::Ready => {
+                status.set_journal(state.label());
+                metrics.set_journal(true);
                 let publish = broker.publishers().journal;
                 let failures = self.journal_failures.0.clone();
                 let journal = SessionJournal::start(worker, environment.id(), publish, settings, failures);
@@ -318,16 +326,37 @@ impl<'a> Consumer<'a> {
                 self.state.set_taking_over(true);
                 broker.read_journal(ReadFrom::Last);
             }
-            JournalState::Disabled => worker.forget(),
-            JournalState::Unusable(error) => {
-                worker.forget();
-                tracing::warn!(
-                    event = "journal_unusable",
-                    %error,
-                    "working without a journal, creations wait for search after each start"
-                );
-            }
+            JournalState::Disabled | JournalState::Unusable(_) => self.work_without_journal(state),
         }
+    }
+
+    fn work_without_journal(&self, state: &JournalState) {
+        let Context { worker, metrics, status, .. } = &*self.context;
+        status.set_journal(state.label());
+        metrics.set_journal(false);
+        worker.forget();
+        if let JournalState::Unusable(error) = state {
+            tracing::warn!(
+                event = "journal_unusable",
+                %error,
+                "working without a journal, creations wait for search after each start"
+            );
+        }
+    }
+
+    /// The journal cannot be written or read. That it exists does not tell whether the user may use it, and whether the
+    /// node has a replica of it. Before messages have started, the session can do without it.
+    fn journal_failed(&mut self, error: BrokerError) -> Option<End> {
+        let is_refused = matches!(error, BrokerError::Forbidden(_) | BrokerError::Conflict { .. });
+        if self.journal.is_some() && !(is_refused && self.state.is_taking_over()) {
+            return Some(End::Lost(error));
+        }
+        // Reading and writing may both be refused.
+        if self.journal.take().is_some() {
+            self.state.set_taking_over(false);
+            self.work_without_journal(&JournalState::Unusable(error));
+        }
+        None
     }
 
     fn journal_message(&mut self, message: &JournalMessage, broker: &mut impl Broker) -> Option<End> {

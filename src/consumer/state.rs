@@ -287,6 +287,10 @@ impl<'a, K: Clone + Eq + Hash, R: Copy + Ord, T> SessionState<'a, K, R, T> {
         self.is_taking_over = is_taking_over;
     }
 
+    pub(crate) fn is_taking_over(&self) -> bool {
+        self.is_taking_over
+    }
+
     pub(crate) fn load(&self) -> Load {
         let waiting = self.scheduler.waiting();
         let saturated = self.tasks == self.concurrency && waiting >= self.concurrency;

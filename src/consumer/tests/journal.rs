@@ -111,3 +111,33 @@ async fn a_session_ends_when_another_one_starts() {
     assert!(matches!(first.end().await.0, End::Lost(BrokerError::TakenOver)));
     second.stop().await;
 }
+
+/// The journal exists, but the user may not use it, or the node has no replica of it.
+#[tokio::test(start_paused = true)]
+async fn a_session_that_is_refused_the_journal_works_without_it() {
+    let refusals = [
+        BrokerError::Forbidden("access refused".into()),
+        BrokerError::Conflict { object: "queue `close-sync.journal`".into(), detail: "no replica".into() },
+    ];
+    for refusal in refusals {
+        let harness = harness_with_old_journal().await;
+        let session = harness.start();
+        let began = Instant::now();
+        session.deliver("1", &event("jane", "acme"));
+        session.send(BrokerEvent::JournalFailed(refusal));
+        session.send(BrokerEvent::JournalFailed(BrokerError::Forbidden("access refused".into())));
+        harness.log.wait_for_ack("1").await;
+        assert!(began.elapsed() >= LAG, "creations wait for search: {:?}", began.elapsed());
+        session.stop().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_session_that_relies_on_the_journal_ends_when_it_fails() {
+    let harness = harness_with_old_journal().await;
+    let session = harness.start();
+    session.deliver("1", &event("jane", "acme"));
+    harness.log.wait_for_ack("1").await;
+    session.send(BrokerEvent::JournalFailed(BrokerError::Forbidden("access refused".into())));
+    assert!(matches!(session.end().await.0, End::Lost(BrokerError::Forbidden(_))));
+}

@@ -184,6 +184,34 @@ async fn a_worker_without_permission_to_declare_logs_the_remedy() {
     assert_eq!(other.sync(&[identify("u1", json!({}))]).await.outcomes(), [("created", 1)].into());
 }
 
+/// After an upgrade an administrator has imported the definitions, and the user has its old permissions.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_may_not_use_the_journal_works_without_it() {
+    let node = Node::start().await;
+    administer(&node).await;
+    let write = |journal: &str| format!(r"^close-sync\.(retry|dead{journal})$");
+    let read = |journal: &str| format!(r"^(identify|close-sync({journal}\.retry\..+)?)$");
+    let permissions =
+        [(write(""), read("")), (write(""), read(r"\.journal|")), (write("|journal"), read(""))];
+    for (number, (write, read)) in permissions.iter().enumerate() {
+        node.ctl(&["set_permissions", "worker", "^$", write, read]).await;
+        let bench = Bench::on(&node.url, Settings::fast()).await.named("identify", "close-sync");
+        let bench = login(bench.unset("RETRY_DELAYS"), "worker").set("AMQP_TOPOLOGY", "check");
+        let worker = bench.worker().await;
+        bench.publish(&[identify(&format!("u{number}"), json!({}))]).await;
+        let metrics = worker.settled(1).await;
+        assert_eq!(metrics.outcomes(), [("created", 1)].into(), "{write} {read}");
+        assert_eq!(metrics.sum("broker_connection_losses_total"), 0, "{}", worker.log());
+        assert_eq!(
+            (metrics.count("journal_in_use"), worker.events("journal_unusable")),
+            (0, 1),
+            "{write} {read}"
+        );
+        assert_eq!(worker.ready().await.1["journal"], "unusable");
+        worker.terminate().await;
+    }
+}
+
 /// RabbitMQ 3.10 has streams only after an administrator has enabled their feature flag. It closes the connection on
 /// which a stream is declared without it.
 #[tokio::test(flavor = "multi_thread")]
