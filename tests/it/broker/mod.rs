@@ -1,5 +1,6 @@
 //! RabbitMQ and its administrators: outages, alarms, permissions, TLS, topology.
 
+mod checkpoints;
 mod hostile;
 mod journal;
 mod misbehaving;

@@ -4,6 +4,10 @@ use std::process::Command;
 
 use super::env;
 
+/// Since 4.3, RabbitMQ waits a minute before it redelivers the unacked messages of a consumer whose node died. Older
+/// versions redeliver at once and ignore the setting.
+const REDELIVER_SOON: [&str; 2] = ["--advanced", "[{rabbit, [{consumer_disconnected_timeout, 2000}]}]."];
+
 /// A private RabbitMQ node. It is removed when dropped.
 pub(crate) struct Node {
     directory: tempfile::TempDir,
@@ -31,16 +35,17 @@ impl Node {
 
     /// Starts a cluster of three nodes.
     pub(crate) async fn cluster() -> [Self; 3] {
-        // Since 4.3, RabbitMQ waits a minute before it redelivers the unacked messages of a consumer whose node
-        // died. Older versions redeliver at once and ignore the setting.
-        let redeliver_soon = ["--advanced", "[{rabbit, [{consumer_disconnected_timeout, 2000}]}]."];
-        let first = Self::with(&redeliver_soon).await;
-        let directory = first.directory.path().to_str().unwrap().to_owned();
-        let joining = [redeliver_soon.as_slice(), &["--join", &directory]].concat();
+        let first = Self::with(&REDELIVER_SOON).await;
         // One after the other: each must find a running cluster, not another node that is starting.
-        let second = Self::with(&joining).await;
-        let third = Self::with(&joining).await;
+        let second = first.joined().await;
+        let third = first.joined().await;
         [first, second, third]
+    }
+
+    /// Starts another node of its cluster.
+    pub(crate) async fn joined(&self) -> Self {
+        let directory = self.directory.path().to_str().unwrap();
+        Self::with(&[REDELIVER_SOON.as_slice(), &["--join", directory]].concat()).await
     }
 
     /// Starts the node again, with the same port and data.
