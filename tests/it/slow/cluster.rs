@@ -158,6 +158,12 @@ async fn the_journal_is_declared_while_a_node_is_gone_and_used_on_it_later() {
 async fn a_worker_on_a_node_without_a_replica_of_the_journal_works_without_it() {
     let first = Node::start().await;
     let bench = Bench::on(&first.url, Settings::fast()).await;
+    if bench.broker().await.unwrap().version.starts_with("3.10.") {
+        println!(
+            "skipped: for minutes this version ends the connection instead, or says that the stream is stopping"
+        );
+        return;
+    }
     bench.worker().await.terminate().await;
     let second = first.joined().await;
     let (bench, worker) = update_on(bench, &second, 10, "CTO").await;
