@@ -4,7 +4,8 @@
 //! Records that we created or gave keys to are in the id cache until search shows them. What remains:
 //!
 //! - **Pending creations.** A creation was sent, by this worker or one before it, and no answer arrived. It may have
-//!   happened.
+//!   happened. A message that learns what came of it learns that for its own keys only: it does not look for the other
+//!   person of a creation that has its company id.
 //! - **Forgotten changes.** There was no room for them, or a worker without a journal made them.
 //!
 //! Search is proven to show these when it has shown a change of ours that is younger ([`LagGuard::shown`]). Search is in
@@ -123,6 +124,13 @@ impl LagGuard {
         self.progress.notify_waiters();
     }
 
+    /// For these keys it is known what came of the creation. Returns whether no other key remains.
+    pub fn settle_for(&self, operation: Uuid, keys: &[KeyHash]) -> bool {
+        let is_settled = self.with(|state| state.settle_for(operation, keys));
+        self.progress.notify_waiters();
+        is_settled
+    }
+
     /// Changes of this kind up to a time are not remembered.
     pub fn forget(&self, kind: ChangeKind, until: Timestamp, clock: Instant) {
         self.with(|state| state.forget(kind, until, clock));
@@ -194,15 +202,26 @@ impl State {
     }
 
     fn settle(&mut self, operation: Uuid) {
-        let Some((pending, _)) = self.pending.remove(&operation) else { return };
-        for key in pending.keys {
-            if let Some(operations) = self.by_key.get_mut(&key) {
+        let keys = self.pending.get(&operation).map(|(pending, _)| pending.keys.clone());
+        self.settle_for(operation, &keys.unwrap_or_default());
+    }
+
+    fn settle_for(&mut self, operation: Uuid, keys: &[KeyHash]) -> bool {
+        let Some((pending, _)) = self.pending.get_mut(&operation) else { return false };
+        pending.keys.retain(|key| !keys.contains(key));
+        let is_settled = pending.keys.is_empty();
+        if is_settled {
+            self.pending.remove(&operation);
+        }
+        for key in keys {
+            if let Some(operations) = self.by_key.get_mut(key) {
                 operations.retain(|known| *known != operation);
                 if operations.is_empty() {
-                    self.by_key.remove(&key);
+                    self.by_key.remove(key);
                 }
             }
         }
+        is_settled
     }
 
     /// Forgets all but the youngest half.
@@ -328,6 +347,19 @@ mod tests {
         assert_eq!(guard.gap(&[key("a")], Instant::now(), None), Some(gap), "an earlier one stays pending");
         guard.settle(one);
         assert_eq!(guard.gap(&[key("a")], Instant::now(), None), None);
+        assert!(guard.with(|state| state.pending.is_empty() && state.by_key.is_empty()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_creation_stays_pending_for_the_keys_that_nobody_looked_for() {
+        let guard = LagGuard::new(DISORDER);
+        let operation = Uuid::from_u128(1);
+        guard.begin(operation, pending(&["a", "b"], 100));
+        assert!(!guard.settle_for(operation, &[key("a"), key("c")]));
+        assert_eq!(guard.gap(&[key("a")], Instant::now(), None), None);
+        assert!(guard.gap(&[key("b")], Instant::now(), None).is_some());
+        assert_eq!(guard.pending()[0].1.keys, [key("b")], "the next worker learns that");
+        assert!(guard.settle_for(operation, &[key("b")]));
         assert!(guard.with(|state| state.pending.is_empty() && state.by_key.is_empty()));
     }
 

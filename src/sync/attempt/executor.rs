@@ -283,7 +283,7 @@ impl<C: Api> Executor<'_, C> {
 
     /// Close answered a creation.
     fn created(&self, operation: Uuid, step: &Step, ids: &CreatedIds, sent: Timestamp) {
-        let Context { id_cache, client, keys, search_lag, .. } = self.context;
+        let Context { id_cache, lag_guard, client, keys, search_lag, .. } = self.context;
         let person = &self.desired.identity;
         let change = Change { kind: ChangeKind::Creation, at: sent };
         let lead = ids.lead.clone().map(RecordId::Lead).zip(person.company_id.clone().map(Key::Company));
@@ -303,6 +303,9 @@ impl<C: Api> Executor<'_, C> {
         // Close did not say which Contact it created, so only search can find it.
         if matches!(step, Step::CreateLead { contact: Some(_), .. }) && ids.contact.is_none() {
             person.person().for_each(|key| id_cache.search_again_for(&key));
+            if let Some(company) = person.company_id.clone().filter(|_| ids.lead.is_some()) {
+                lag_guard.settle_for(operation, &[KeyHash::of(&Key::Company(company))]);
+            }
         } else {
             self.settle(operation);
         }

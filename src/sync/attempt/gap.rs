@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::close::{Api, Created, CreatedIds};
-use crate::domain::journal::Entry;
+use crate::domain::journal::{Entry, KeyHash};
 use crate::domain::matching::{self, ContactMatch, Found, compare, match_lead};
 use crate::domain::record::{Contact, Lead};
 use crate::domain::time;
@@ -92,7 +92,8 @@ impl<C: Api> Attempts<'_, C> {
                 match self.find_in_event_log(since, found, &mut wait.shown_by_event_log).await {
                     InEventLog::Found => return true,
                     InEventLog::Absent if must_show => {
-                        self.settle(pending.iter().map(|(operation, _)| *operation));
+                        let hashes = KeyHash::of_all(&self.keys);
+                        self.settle_for(&hashes, pending.iter().map(|(operation, _)| *operation));
                         return true;
                     }
                     InEventLog::Absent | InEventLog::Unknown => {}
@@ -123,6 +124,13 @@ impl<C: Api> Attempts<'_, C> {
             self.context.lag_guard.settle(operation);
             Entry::Settled { operation }
         });
+        self.run.journal.append(entries.collect());
+    }
+
+    /// It is known what came of these creations as far as these keys are concerned.
+    pub(super) fn settle_for(&self, keys: &[KeyHash], operations: impl Iterator<Item = Uuid>) {
+        let settled = operations.filter(|operation| self.context.lag_guard.settle_for(*operation, keys));
+        let entries = settled.map(|operation| Entry::Settled { operation });
         self.run.journal.append(entries.collect());
     }
 

@@ -210,7 +210,7 @@ impl<C: Api> Attempts<'_, C> {
             let decided = decided.map_err(|error| Failure { stage: Stage::LookUp, error })?;
             let happened =
                 pending.iter().filter(|(_, pending)| has_happened(pending, &decided.found, &known));
-            self.settle(happened.map(|(operation, _)| *operation));
+            self.settle_for(&hashes, happened.map(|(operation, _)| *operation));
             let is_anywhere = matches!(decided.found, Found::Anywhere { .. });
             let creates = decided.merged.creates();
             let needs_proof = decided.found.adopts() || creates || is_anywhere;

@@ -171,6 +171,30 @@ async fn the_event_log_ends_the_wait_for_a_pending_creation() {
     assert!(start.elapsed() < Duration::from_secs(1), "waited {:?}", start.elapsed());
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_colleague_who_finds_the_lead_of_a_pending_creation_does_not_settle_it_for_the_person() {
+    let context = context(&rules());
+    let close = FakeClose::new(&context, &[], &[])
+        .with_search_lag(Duration::from_hours(1))
+        .with_fault(WriteFault::After(timed_out()));
+    attempts(&context, &close, &jane(&context, 5)).run_once().await.err().unwrap();
+    let InMemoryRecords { leads, contacts, .. } = close.records();
+    close.state(|state| {
+        state.event_log.leads = leads.into_values().collect();
+        state.event_log.contacts = contacts.into_values().collect();
+    });
+
+    let company = json!({"id": "acme", "name": "Acme"});
+    let colleague = desired(&context, 6, json!({"userId": "u9", "traits": {"company": company}}));
+    let completed = attempts(&context, &close, &colleague).run_once().await.ok().unwrap();
+    assert_eq!(completed.outcome, Outcome::Synced(Effect::Added));
+    let without_company =
+        desired(&context, 7, json!({"userId": "u1", "traits": {"email": "jane@acme.test"}}));
+    attempts(&context, &close, &without_company).run_once().await.ok().unwrap();
+    assert_eq!(close.written(), ["create_lead", "create_contact"]);
+    assert_eq!(close.records().leads.len(), 1);
+}
+
 /// A search is not repeated for ten minutes. After that, search is still behind.
 #[tokio::test(start_paused = true)]
 async fn created_records_are_known_until_search_shows_them_without_a_restart() {

@@ -3,6 +3,7 @@
 use jiff::Timestamp;
 use serde_json::Value;
 
+use crate::behaviour::Behaviour;
 use crate::call::Call;
 use crate::ids::Ids;
 use crate::refusal::Object;
@@ -73,6 +74,16 @@ impl Offline {
     /// The body of the 400 response.
     pub fn add_lead(&mut self, body: &Object, now: Timestamp) -> Result<Value, Value> {
         self.world.add_indexed(Kind::Lead, body, now).map_err(|refusal| refusal.body())
+    }
+
+    /// Changes the behaviour from the next call on.
+    pub fn behave(&mut self, change: impl FnOnce(&mut Behaviour)) {
+        change(&mut self.world.records.schema.behaviour);
+    }
+
+    /// Makes everything written so far visible to search.
+    pub fn index_now(&mut self) {
+        self.world.records.index.apply_all();
     }
 
     /// All leads with their contacts as they are now, regardless of the search index; oldest first.

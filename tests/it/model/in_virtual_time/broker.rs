@@ -141,6 +141,13 @@ impl Broker {
             && self.consumers.iter().all(|consumer| consumer.unacked.is_empty())
     }
 
+    /// What waits, and for whom.
+    pub(super) fn digest(&self) -> Vec<Vec<usize>> {
+        let numbers = |consumer: &Consumer| consumer.unacked.values().map(|message| message.number).collect();
+        let ready = self.ready.iter().map(|message| message.number).collect();
+        std::iter::once(ready).chain(self.consumers.iter().map(numbers)).collect()
+    }
+
     /// Messages that were not acked as often as they were published.
     pub(super) fn unsettled(&self) -> Vec<usize> {
         let missing =

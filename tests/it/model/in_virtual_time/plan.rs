@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use close_sync_simulator::{Behaviour, Lag, Limits, Rate};
 
+use super::mutant::Mutant;
 use super::person::Manner;
 use crate::support::behaviour;
 
@@ -17,8 +18,15 @@ pub(super) struct Plan {
     pub(super) outage: Option<Range<Duration>>,
     /// The usual maximum latency of a request, and of a response.
     pub(super) latency: Duration,
-    /// How Close behaves. Search lags up to 10 seconds, less than the workers assume.
+    /// How Close behaves, except for search.
     pub(super) behaviour: Behaviour,
+    pub(super) search: Search,
+    /// The event log answers. Otherwise only search and the clock can prove that a creation did not happen.
+    pub(super) event_log_answers: bool,
+    /// `None` if an administrator did not make one. Then search lags less than the workers assume.
+    pub(super) journal: Option<JournalPlan>,
+    /// What the workers lack. Only to prove that the model notices it.
+    pub(super) mutant: Option<Mutant>,
     pub(super) limits: Limits,
     /// The percentage of calls after which a person changes a record.
     pub(super) person_percent: u8,
@@ -33,6 +41,73 @@ pub(super) struct Plan {
     pub(super) prefetch: usize,
 }
 
+/// How far search lags, for each kind of change apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Search {
+    pub(super) creations: Lagging,
+    pub(super) custom_fields: Lagging,
+    pub(super) rest: Lagging,
+    /// A change may overtake an earlier one by this much, which is less than the workers assume.
+    pub(super) disorder: Duration,
+}
+
+/// When search shows a change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lagging {
+    /// This much later.
+    By(Duration),
+    /// The index stands still for a while, and then shows all.
+    StandsStill { from: Duration, until: Duration },
+}
+
+impl Lagging {
+    fn draw(random: &mut fastrand::Rng, longest: Duration) -> Self {
+        let longest = u64::try_from(longest.as_millis()).unwrap_or(u64::MAX);
+        let lag = Duration::from_millis(random.u64(0..=longest));
+        match random.u8(..4) {
+            0 => Self::By(Duration::ZERO),
+            1 => Self::By(Duration::from_millis(longest)),
+            2 => Self::By(lag),
+            _ => {
+                let from = Duration::from_millis(random.u64(..60_000));
+                Self::StandsStill { from, until: from + lag }
+            }
+        }
+    }
+
+    fn at(self, elapsed: Duration) -> Duration {
+        match self {
+            Self::By(lag) => lag,
+            Self::StandsStill { from, until } if elapsed >= from => until.saturating_sub(elapsed),
+            Self::StandsStill { .. } => Duration::ZERO,
+        }
+    }
+}
+
+impl Search {
+    /// Sets how far changes lag that are made now.
+    pub(super) fn apply(&self, behaviour: &mut Behaviour, elapsed: Duration) {
+        let lag = |lagging: Lagging| {
+            let least = lagging.at(elapsed);
+            Lag::Between(least, least + self.disorder)
+        };
+        behaviour.search_lag = lag(self.rest);
+        behaviour.creation_search_lag = Some(lag(self.creations));
+        behaviour.custom_field_search_lag = Some(lag(self.custom_fields));
+    }
+}
+
+/// The journal on the broker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct JournalPlan {
+    /// The maximum latency of an entry, and of its confirm. An entry in flight may arrive after the death of its worker.
+    pub(super) latency: Duration,
+    /// How long entries are kept.
+    pub(super) max_age: Duration,
+    /// How many messages are deleted at once.
+    pub(super) segment: usize,
+}
+
 /// A disruption of a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Disruption {
@@ -40,14 +115,95 @@ pub(super) enum Disruption {
     Killed,
     /// The process loses its broker connection and reconnects.
     Disconnected,
+    /// All processes lose their connections, as when a node of the broker fails.
+    AllDisconnected,
+    /// The broker gives the queue to the standby, and the process does not know it yet: for this long, unless the journal
+    /// says so.
+    Superseded(Duration),
 }
 
 impl Plan {
+    /// Nothing fails.
+    pub(super) fn calm() -> Self {
+        let at_once = Lagging::By(Duration::ZERO);
+        Self {
+            failure_percent: 0,
+            outage: None,
+            latency: Duration::from_millis(1),
+            behaviour: Behaviour::default(),
+            search: Search {
+                creations: at_once,
+                custom_fields: at_once,
+                rest: at_once,
+                disorder: Duration::ZERO,
+            },
+            event_log_answers: true,
+            journal: Some(JournalPlan {
+                latency: Duration::ZERO,
+                max_age: Duration::from_hours(48),
+                segment: 20,
+            }),
+            mutant: None,
+            limits: Limits::unlimited(),
+            person_percent: 0,
+            person: Manner::Careful,
+            disruptions: Vec::new(),
+            standby: true,
+            gap: Duration::ZERO,
+            concurrency: 4,
+            prefetch: 20,
+        }
+    }
+
+    /// The same for workers that lack a protection: with all that the protection is for, and often.
+    pub(super) fn with_mutant(self, mutant: Mutant, random: &mut fastrand::Rng) -> Self {
+        let millis = Duration::from_millis;
+        let long = Lagging::By(Duration::from_mins(30));
+        let disruptions = (1..=20).map(|number| {
+            let disruption = if random.bool() {
+                Disruption::Killed
+            } else {
+                Disruption::Superseded(millis(random.u64(..15_000)))
+            };
+            (millis(number * 3000 + random.u64(..1000)), disruption)
+        });
+        Self {
+            mutant: Some(mutant),
+            search: Search { creations: long, custom_fields: long, rest: long, disorder: Duration::ZERO },
+            event_log_answers: true,
+            journal: Some(JournalPlan {
+                latency: millis(1000),
+                max_age: Duration::from_hours(48),
+                segment: 20,
+            }),
+            person: Manner::Careful,
+            disruptions: disruptions.collect(),
+            standby: true,
+            gap: millis(1500),
+            ..self
+        }
+    }
+
     pub(super) fn draw(random: &mut fastrand::Rng) -> Self {
         let millis = Duration::from_millis;
+        let has_journal = random.u8(..6) > 0;
+        // Slow ones last for hours, so that caches expire, the event log hides data and the journal deletes entries.
+        let is_slow = has_journal && random.u8(..16) == 0;
+        let gap = if is_slow { 1_200_000 } else { [0, 100, 1500, 5000][random.usize(..4)] };
+        let journal = has_journal.then(|| JournalPlan {
+            latency: millis([20, 20, 200, 1000][random.usize(..4)]),
+            max_age: Duration::from_hours(if is_slow { 1 } else { 48 }),
+            segment: random.usize(1..20),
+        });
+        let during = if is_slow { 8 * 3_600_000 } else { 90_000 };
         let disruptions = (0..random.usize(..5)).map(|_| {
-            let disruption = if random.u8(..3) == 0 { Disruption::Disconnected } else { Disruption::Killed };
-            (millis(random.u64(..90_000)), disruption)
+            let disruption = match random.u8(..8) {
+                0 => Disruption::Disconnected,
+                1 => Disruption::AllDisconnected,
+                2 | 3 if has_journal => Disruption::Superseded(millis(random.u64(..15_000))),
+                _ => Disruption::Killed,
+            };
+            (millis(random.u64(..during)), disruption)
         });
         let mut disruptions: Vec<_> = disruptions.collect();
         disruptions.sort_by_key(|(at, _)| *at);
@@ -67,17 +223,24 @@ impl Plan {
                 organization_multiple: 3,
             },
         };
+        // Without the event log, a run can last as long as search lags.
+        let event_log_answers = random.u8(..64) > 0;
         Self {
             failure_percent: [0, 2, 10, 25][random.usize(..4)],
             outage,
             latency: millis([20, 100, 150][random.usize(..3)]),
             behaviour: draw_behaviour(random),
+            search: draw_search(random, has_journal),
+            event_log_answers,
+            journal,
+            mutant: None,
             limits,
-            person_percent: [0, 10, 60][random.usize(..3)],
+            // Only the event log tells what a person deleted.
+            person_percent: if event_log_answers { [0, 10, 60][random.usize(..3)] } else { 0 },
             person: if random.bool() { Manner::Careful } else { Manner::Free },
             disruptions,
             standby: random.bool(),
-            gap: millis([0, 100, 1500, 5000][random.usize(..4)]),
+            gap: millis(gap),
             concurrency: [1, 4, 32][random.usize(..3)],
             prefetch: [2, 20, 200][random.usize(..3)],
         }
@@ -86,13 +249,22 @@ impl Plan {
 
 fn draw_behaviour(random: &mut fastrand::Rng) -> Behaviour {
     let up_to = |seconds| Lag::Between(Duration::ZERO, Duration::from_secs(seconds));
-    let search_lag = [0, 2, 10][random.usize(..3)];
-    let mut lag = || random.bool().then(|| up_to(random.u64(..=search_lag)));
-    let (creation_search_lag, custom_field_search_lag) = (lag(), lag());
     let read_lag = up_to([0, 0, 1, 3][random.usize(..4)]);
-    let search_lag = up_to(search_lag);
-    Behaviour { search_lag, creation_search_lag, custom_field_search_lag, read_lag, ..behaviour::any(random) }
+    let event_lag = up_to([0, 0, 5, 300][random.usize(..4)]);
+    Behaviour { read_lag, event_lag, ..behaviour::any(random) }
 }
+
+fn draw_search(random: &mut fastrand::Rng, has_journal: bool) -> Search {
+    let longest = [0, 60, 1800, LONGEST_SEARCH_LAG][random.usize(..4)];
+    let longest = Duration::from_secs(if has_journal { longest } else { 0 });
+    let mut lag = || Lagging::draw(random, longest);
+    let (creations, custom_fields, rest) = (lag(), lag(), lag());
+    let disorder = Duration::from_secs([0, 2, 10][random.usize(..3)]);
+    Search { creations, custom_fields, rest, disorder }
+}
+
+/// In seconds: 24 hours after a creation was sent, with what it takes to arrive and with disorder.
+const LONGEST_SEARCH_LAG: u64 = 24 * 3600 - 20;
 
 /// The outcome of one call to Close.
 #[derive(Clone, Copy, Debug)]

@@ -2,24 +2,27 @@
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use close_sync::amqp::envelope::{REASON, text};
 use close_sync::amqp::publisher::Outgoing;
 use close_sync::amqp::{self, BrokerError, JournalState};
 use close_sync::close::Client;
-use close_sync::consumer::broker::{self, BrokerEvent, Publish, Publishers, ReadFrom, Receipt};
+use close_sync::consumer::broker::{
+    self, BrokerEvent, JournalMessage, Publish, Publishers, ReadFrom, Receipt,
+};
 use close_sync::consumer::quarantine::Quarantine;
 use close_sync::consumer::scheduler::delayed::DelayedMessages;
 use close_sync::consumer::{End, Environment, Session};
+use close_sync::domain::journal::Batch;
 use close_sync::domain::mapping::{Mapping, Rules};
 use close_sync::sync::{Dependencies, Settings, Worker};
 use close_sync::telemetry::metrics::Metrics;
 use close_sync::telemetry::status::Status;
 use futures_util::future::{BoxFuture, FutureExt};
 use jiff::Timestamp;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -85,6 +88,7 @@ impl Process {
         let process = ProcessTask {
             world: Arc::clone(world),
             number,
+            alive: Arc::clone(&alive),
             session,
             cut: Arc::clone(&cut),
             channel: Arc::clone(&channel),
@@ -103,6 +107,31 @@ impl Process {
     /// Cuts the connection to the broker.
     pub(super) fn disconnect(&self) {
         self.cut.notify_one();
+    }
+
+    /// The broker gives the queue to another process. This one notices it later.
+    pub(super) fn supersede(&self, noticed_after: Duration) {
+        let Some(channel) = *self.channel.lock().unwrap() else { return };
+        let acks_arrive = self.world.random(fastrand::Rng::bool);
+        self.world.broker().unsubscribe(channel, acks_arrive);
+        let cut = Arc::clone(&self.cut);
+        tokio::spawn(async move {
+            tokio::time::sleep(noticed_after).await;
+            cut.notify_one();
+        });
+    }
+
+    /// The same, in a small world: what is in flight decides when it notices.
+    pub(super) fn lose_queue(&self) {
+        let channel = *self.channel.lock().unwrap();
+        self.world.broker().unsubscribe(channel.expect("a consumer"), false);
+    }
+
+    /// Kills the process, in a small world. The broker notices it at once.
+    pub(super) fn crash(self) {
+        self.alive.store(false, Ordering::Relaxed);
+        self.task.abort();
+        self.lose_queue();
     }
 
     /// Kills the process.
@@ -126,6 +155,7 @@ async fn disconnect(world: &World, channel: Channel) {
 struct ProcessTask {
     world: Arc<World>,
     number: usize,
+    alive: Arc<AtomicBool>,
     session: Session,
     cut: Arc<Notify>,
     channel: Arc<Mutex<Option<Channel>>>,
@@ -142,6 +172,8 @@ impl ProcessTask {
             let broker = SimulatedBroker {
                 publisher: Arc::new(SimulatedPublisher {
                     world: Arc::clone(&self.world),
+                    process: self.number,
+                    alive: Arc::clone(&self.alive),
                     settings: Arc::clone(&self.session.settings),
                     replaced: Mutex::default(),
                 }),
@@ -150,8 +182,13 @@ impl ProcessTask {
                 cut: Arc::clone(&self.cut),
                 is_cut: false,
                 process: self.number,
-                journal: JournalState::Ready,
+                journal: match self.world.plan.journal {
+                    Some(_) => JournalState::Ready,
+                    None => JournalState::Unusable(BrokerError::Lost("no journal".into())),
+                },
+                journal_session: Arc::default(),
                 read_next: None,
+                has_started: false,
             };
             let shutdown = CancellationToken::new();
             let session = self.session.run_on(broker, Arc::clone(&environment), &mut delayed, &shutdown);
@@ -174,6 +211,9 @@ impl ProcessTask {
                     self.session.paused_before = Some(cause);
                 }
                 End::Lost(BrokerError::Cancelled) => {}
+                End::Lost(BrokerError::TakenOver) => {
+                    self.world.log(format_args!("process {} learns that another took over", self.number));
+                }
                 end @ (End::Lost(_) | End::Stopped) => panic!("{end:?}"),
             }
         }
@@ -206,8 +246,27 @@ struct SimulatedBroker {
     is_cut: bool,
     process: usize,
     journal: JournalState,
+    /// The session, once it has appended its start.
+    journal_session: Arc<OnceLock<Uuid>>,
     /// What is read next in the journal.
     read_next: Option<usize>,
+    /// It has read its own start.
+    has_started: bool,
+}
+
+impl SimulatedBroker {
+    /// A message of the journal as this worker reads it.
+    fn read(&mut self, mut message: JournalMessage) -> JournalMessage {
+        let world = &self.publisher.world;
+        self.read_next = Some(usize::try_from(message.position).unwrap() + 1);
+        if let Some(mutant) = world.plan.mutant {
+            let session = self.journal_session.get().copied();
+            message.body = mutant.read(&message.body, session, self.has_started, world.now());
+            let batch = Batch::decode(&message.body).expect("a message of the journal");
+            self.has_started |= Some(batch.session) == session;
+        }
+        message
+    }
 }
 
 impl broker::Broker for SimulatedBroker {
@@ -231,10 +290,7 @@ impl broker::Broker for SimulatedBroker {
                     receipt: Box::new(SimulatedReceipt { publisher, channel: self.channel, tag, number }),
                 }))
             }
-            message = world.journal.read(self.read_next) => {
-                self.read_next = self.read_next.map(|next| next + 1);
-                BrokerEvent::Journal(message)
-            }
+            message = world.journal.read(self.read_next) => BrokerEvent::Journal(self.read(message)),
         }
     }
 
@@ -255,7 +311,12 @@ impl broker::Broker for SimulatedBroker {
         Publishers {
             successors: publisher(),
             quarantine: publisher(),
-            journal: Arc::new(JournalPublisher(Arc::clone(&self.publisher.world))),
+            journal: Arc::new(JournalPublisher {
+                world: Arc::clone(&self.publisher.world),
+                process: self.process,
+                alive: Arc::clone(&self.publisher.alive),
+                session: Arc::clone(&self.journal_session),
+            }),
             replays: publisher(),
             producers: publisher(),
         }
@@ -277,16 +338,45 @@ impl broker::Broker for SimulatedBroker {
     }
 }
 
-/// Appends to the journal. Whoever is killed meanwhile does not know whether it did.
-struct JournalPublisher(Arc<World>);
+/// Appends to the journal. An entry in flight arrives also after its worker was killed, or is lost.
+struct JournalPublisher {
+    world: Arc<World>,
+    process: usize,
+    alive: Arc<AtomicBool>,
+    session: Arc<OnceLock<Uuid>>,
+}
 
 impl Publish for JournalPublisher {
     fn publish<'a>(&'a self, message: Outgoing<'a>) -> BoxFuture<'a, Result<(), BrokerError>> {
+        let world = Arc::clone(&self.world);
+        let body = world.plan.mutant.map_or_else(|| message.body.to_vec(), |it| it.appended(message.body));
+        if world.plan.mutant.is_some() {
+            let batch = Batch::decode(&body).expect("a message of the journal");
+            self.session.get_or_init(|| batch.session);
+        }
+        if let Some(steps) = self.world.steps() {
+            return async move {
+                steps.append(self.process, &self.alive, body).await;
+                Ok(())
+            }
+            .boxed();
+        }
+        let latency = world.plan.journal.map_or(Duration::ZERO, |journal| journal.latency);
+        let latency = u64::try_from(latency.as_millis()).unwrap();
+        let travel = || Duration::from_millis(world.random(|random| random.u64(0..=latency)));
+        let (there, back, survives) = (travel(), travel(), world.random(fastrand::Rng::bool));
+        let (arrived, is_stored) = oneshot::channel();
+        tokio::spawn(async move {
+            tokio::time::sleep(there).await;
+            if survives || !arrived.is_closed() {
+                world.journal.append(body);
+                // Its worker may be gone.
+                let _ = arrived.send(());
+            }
+        });
         async move {
-            let travel = || self.0.random(|random| Duration::from_millis(random.u64(0..=20)));
-            tokio::time::sleep(travel()).await;
-            self.0.journal.append(message.body.to_vec());
-            tokio::time::sleep(travel()).await;
+            let _ = is_stored.await;
+            tokio::time::sleep(back).await;
             Ok(())
         }
         .boxed()
@@ -296,6 +386,8 @@ impl Publish for JournalPublisher {
 /// Publishes to the simulated delay queues and dead-letter queue.
 struct SimulatedPublisher {
     world: Arc<World>,
+    process: usize,
+    alive: Arc<AtomicBool>,
     settings: Arc<amqp::Settings>,
     /// Unacked messages of which a copy was published.
     replaced: Mutex<HashSet<usize>>,
@@ -304,7 +396,7 @@ struct SimulatedPublisher {
 impl Publish for SimulatedPublisher {
     fn publish<'a>(&'a self, message: Outgoing<'a>) -> BoxFuture<'a, Result<(), BrokerError>> {
         async move {
-            let Self { world, settings, replaced } = self;
+            let Self { world, settings, replaced, .. } = self;
             let Outgoing { exchange, key, body, properties } = message;
             let number: usize = properties.message_id().as_ref().unwrap().as_str().parse().unwrap();
             if exchange == settings.dead_letter_queue() {
@@ -332,11 +424,14 @@ struct SimulatedReceipt {
 
 impl Receipt for SimulatedReceipt {
     fn ack(&self) -> BoxFuture<'_, Result<bool, BrokerError>> {
-        let SimulatedPublisher { world, replaced, .. } = &*self.publisher;
+        let SimulatedPublisher { world, process, alive, replaced, .. } = &*self.publisher;
         if !replaced.lock().unwrap().remove(&self.number) {
             world.mark_settled(self.number);
         }
-        world.ack(self.channel, self.tag);
+        match world.steps() {
+            Some(steps) => steps.ack(*process, alive, self.channel, self.tag),
+            None => world.ack(self.channel, self.tag),
+        }
         std::future::ready(Ok(true)).boxed()
     }
 

@@ -3,7 +3,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -21,7 +21,8 @@ use uuid::Uuid;
 use super::broker::{Broker, Channel, Message};
 use super::journal::Journal;
 use super::person::{self, Person};
-use super::plan::{CallOutcome, CallResult, Plan};
+use super::plan::{CallOutcome, CallResult, Lagging, Plan, Search};
+use super::stepped::Steps;
 
 /// How long a worker waits for a response.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(3);
@@ -29,8 +30,7 @@ pub(super) const TIMEOUT: Duration = Duration::from_secs(3);
 /// The valid API key.
 const KEY: &str = "api_simulator.key";
 
-/// The start of virtual time, far in the future. The worker queries the event log with the wall clock, and all
-/// events here must be later than that.
+/// The start of virtual time, far from the time of the machine: nothing may depend on that.
 const BASE: i64 = 4_102_444_800;
 
 pub(super) struct World {
@@ -48,6 +48,17 @@ pub(super) struct World {
     overwritten: Mutex<Vec<String>>,
     person: Mutex<Person>,
     pub(super) journal: Journal,
+    /// Creations whose worker does not know what came of them.
+    pub(super) unanswered_creations: AtomicU32,
+    /// In a small world.
+    stepped: Option<Stepped>,
+}
+
+/// A world whose steps are chosen, and not drawn. Search shows nothing until it catches up.
+#[derive(Default)]
+struct Stepped {
+    steps: Steps,
+    index_caught_up: AtomicBool,
 }
 
 impl World {
@@ -69,9 +80,49 @@ impl World {
             settled: Mutex::default(),
             overwritten: Mutex::default(),
             person: Mutex::default(),
-            journal: Journal::default(),
+            journal: plan
+                .journal
+                .map_or_else(|| Journal::new(Duration::MAX, 1), |it| Journal::new(it.max_age, it.segment)),
+            unanswered_creations: AtomicU32::new(0),
+            stepped: None,
             plan,
         })
+    }
+
+    /// A small world.
+    pub(super) fn stepped(plan: Plan) -> Arc<Self> {
+        let mut world = Arc::into_inner(Self::new(plan, 0)).expect("the only one");
+        world.stepped = Some(Stepped::default());
+        Arc::new(world)
+    }
+
+    /// The steps to choose from, in a small world.
+    pub(super) fn steps(&self) -> Option<&Steps> {
+        self.stepped.as_ref().map(|stepped| &stepped.steps)
+    }
+
+    /// Whether the index of a small world shows everything.
+    pub(super) fn index_caught_up(&self) -> bool {
+        self.stepped.as_ref().is_some_and(|stepped| stepped.index_caught_up.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn catch_up(&self) {
+        if let Some(stepped) = &self.stepped {
+            stepped.index_caught_up.store(true, Ordering::Relaxed);
+            self.close().index_now();
+        }
+    }
+
+    /// Close's answer to a call that arrives now.
+    pub(super) fn answer(&self, method: &Method, path: &str, body: Option<&Value>) -> Response {
+        to_response(self.close().ask(KEY, method.as_str(), path, body, self.now()))
+    }
+
+    /// An ack arrives.
+    pub(super) fn ack_now(&self, channel: Channel, tag: u64) {
+        let mut broker = self.broker();
+        broker.ack_sent(channel, tag);
+        broker.ack_arrives(channel);
     }
 
     pub(super) fn elapsed(&self) -> Duration {
@@ -88,8 +139,18 @@ impl World {
         self.broker.lock().unwrap()
     }
 
+    /// Close as it behaves now.
     pub(super) fn close(&self) -> MutexGuard<'_, Offline> {
-        self.close.lock().unwrap()
+        let mut close = self.close.lock().unwrap();
+        let never = Lagging::By(Duration::from_hours(1000));
+        let search = match &self.stepped {
+            Some(stepped) if !stepped.index_caught_up.load(Ordering::Relaxed) => {
+                Search { creations: never, custom_fields: never, rest: never, ..self.plan.search }
+            }
+            Some(_) | None => self.plan.search,
+        };
+        close.behave(|behaviour| search.apply(behaviour, self.elapsed()));
+        close
     }
 
     pub(super) fn random<T>(&self, draw: impl FnOnce(&mut fastrand::Rng) -> T) -> T {
@@ -213,8 +274,17 @@ impl SimulatedTransport {
             return std::future::pending().await;
         }
         let world = &self.world;
+        if let Some(steps) = world.steps() {
+            return steps.call(self.process, &self.alive, (method, path, body)).await;
+        }
         let creates = method == Method::POST && path != "data/search/";
-        let outcome = world.random(|random| world.plan.draw_call(random, creates, world.elapsed()));
+        let mut outcome = world.random(|random| world.plan.draw_call(random, creates, world.elapsed()));
+        if path.starts_with("event/") && !world.plan.event_log_answers {
+            (outcome.takes_effect, outcome.result) = (false, CallResult::Status(500));
+        }
+        if creates && outcome.result != CallResult::Answer {
+            world.unanswered_creations.fetch_add(1, Ordering::Relaxed);
+        }
         let (path_alone, _) = path.split_once('?').unwrap_or((path, ""));
         let written = body.filter(|_| path != "data/search/").map(ToString::to_string).unwrap_or_default();
         let call = format!("process {}: {method} {path_alone} {written}", self.process);
