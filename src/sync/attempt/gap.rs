@@ -9,12 +9,15 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::close::{Api, Created, CreatedIds};
-use crate::domain::journal::{Entry, KeyHash};
+use crate::domain::journal::{ChangeKind, Entry, KeyHash, RecordId};
+use crate::domain::mapping::Key;
 use crate::domain::matching::{self, ContactMatch, Found, compare, match_lead};
 use crate::domain::record::{Contact, Lead};
 use crate::domain::time;
 use crate::sync::attempt::Attempts;
 use crate::sync::context::Context;
+use crate::sync::id_cache::Change;
+use crate::sync::journal;
 use crate::sync::lag_guard::{Gap, Pending};
 use crate::waits::WaitCause;
 
@@ -56,9 +59,9 @@ const CLOCK_SKEW: SignedDuration = SignedDuration::from_secs(60);
 const FIRST_LOOK_INTERVAL: Duration = Duration::from_secs(2);
 const MAX_LOOK_INTERVAL: Duration = Duration::from_mins(1);
 
-/// Whether a record that was found is the one that a creation without an answer was for: it was not known before, and
-/// was created meanwhile.
-pub(super) fn has_happened(pending: &Pending, found: &Found, known: &HashSet<String>) -> bool {
+/// The records that were found and that a creation without an answer was for: they were not known before, and were created
+/// meanwhile.
+pub(super) fn created_by(pending: &Pending, found: &Found, known: &HashSet<String>) -> Vec<RecordId> {
     let was_meanwhile = |id: &str, date_created: &str| {
         !known.contains(id)
             && time::read_back(date_created).is_some_and(|created| {
@@ -66,9 +69,12 @@ pub(super) fn has_happened(pending: &Pending, found: &Found, known: &HashSet<Str
                 since_sent >= -CLOCK_SKEW && created.duration_since(pending.ends) <= CLOCK_SKEW
             })
     };
-    let (mut leads, mut contacts) = found.records();
-    contacts.any(|contact| was_meanwhile(contact.id.as_str(), &contact.date_created))
-        || (pending.creates_lead && leads.any(|lead| was_meanwhile(lead.id.as_str(), &lead.date_created)))
+    let (leads, contacts) = found.records();
+    let leads =
+        leads.filter(|lead| pending.creates_lead && was_meanwhile(lead.id.as_str(), &lead.date_created));
+    let contacts = contacts.filter(|contact| was_meanwhile(contact.id.as_str(), &contact.date_created));
+    let leads = leads.map(|lead| RecordId::Lead(lead.id.clone()));
+    leads.chain(contacts.map(|contact| RecordId::Contact(contact.id.clone()))).collect()
 }
 
 impl<C: Api> Attempts<'_, C> {
@@ -125,6 +131,24 @@ impl<C: Api> Attempts<'_, C> {
             Entry::Settled { operation }
         });
         self.run.journal.append(entries.collect());
+    }
+
+    /// A creation without an answer has created these records. The next worker must know them as well: search may not show
+    /// them yet.
+    pub(super) fn happened(&self, operation: Uuid, pending: &Pending, records: Vec<RecordId>) {
+        let person = &self.desired.identity;
+        let change = Change { kind: ChangeKind::Creation, at: pending.sent };
+        let entries = records.into_iter().map(|record| {
+            let keys: Vec<Key> = match &record {
+                RecordId::Lead(_) => person.company_id.clone().map(Key::Company).into_iter().collect(),
+                RecordId::Contact(_) => person.person().collect(),
+            };
+            let keys = KeyHash::of_all(&keys);
+            self.context.id_cache.changed(&keys, &record, change);
+            journal::keys(record, keys, change)
+        });
+        self.run.journal.append(entries.collect());
+        self.settle_for(&KeyHash::of_all(&self.keys), std::iter::once(operation));
     }
 
     /// It is known what came of these creations as far as these keys are concerned.

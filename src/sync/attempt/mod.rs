@@ -28,7 +28,7 @@ use crate::sync::resolver::{Decided, Resolver};
 use crate::waits::WaitCause;
 
 use executor::{Executor, Stopped};
-use gap::{GapWait, has_happened};
+use gap::{GapWait, created_by};
 
 /// The outcome of one attempt.
 pub(crate) struct Completed {
@@ -208,9 +208,12 @@ impl<C: Api> Attempts<'_, C> {
             };
             let decided = resolver.decide(self.desired, &self.others).await;
             let decided = decided.map_err(|error| Failure { stage: Stage::LookUp, error })?;
-            let happened =
-                pending.iter().filter(|(_, pending)| has_happened(pending, &decided.found, &known));
-            self.settle_for(&hashes, happened.map(|(operation, _)| *operation));
+            for (operation, pending) in &pending {
+                let records = created_by(pending, &decided.found, &known);
+                if !records.is_empty() {
+                    self.happened(*operation, pending, records);
+                }
+            }
             let is_anywhere = matches!(decided.found, Found::Anywhere { .. });
             let creates = decided.merged.creates();
             let needs_proof = decided.found.adopts() || creates || is_anywhere;

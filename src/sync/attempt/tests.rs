@@ -1,6 +1,6 @@
 //! Attempts at one message on records in memory, in virtual time: no network, no broker.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use crate::close::{
 };
 use crate::domain::dropped::DropReason;
 use crate::domain::event::Event;
-use crate::domain::journal::ChangeKind;
+use crate::domain::journal::{ChangeKind, Entry};
 use crate::domain::mapping::tests::{rules, schema};
 use crate::domain::mapping::{Identity, KeyFields, Mapping, Rules, Wanted};
 use crate::domain::matching::{Case, ContactMatch, compare};
@@ -159,6 +159,12 @@ async fn the_event_log_ends_the_wait_for_a_pending_creation() {
         .with_fault(WriteFault::After(timed_out()));
     let desired = jane(&context, 5);
     attempts(&context, &close, &desired).run_once().await.err().unwrap();
+    let now = context.now().to_string();
+    close.state(|state| {
+        let InMemoryRecords { leads, contacts, .. } = &mut state.records;
+        leads.values_mut().for_each(|lead| lead.date_created.clone_from(&now));
+        contacts.values_mut().for_each(|contact| contact.date_created.clone_from(&now));
+    });
     let InMemoryRecords { leads, contacts, .. } = close.records();
     close.state(|state| {
         state.event_log.leads = leads.into_values().collect();
@@ -169,6 +175,13 @@ async fn the_event_log_ends_the_wait_for_a_pending_creation() {
     let completed = attempts(&context, &close, &desired).run_once().await.ok().unwrap();
     assert_eq!(completed.outcome, Outcome::Synced(Effect::Unchanged));
     assert!(start.elapsed() < Duration::from_secs(1), "waited {:?}", start.elapsed());
+    let records = context.checkpoint().filter_map(|entry| {
+        let Entry::Keys { record, .. } = entry else { return None };
+        Some(String::from(record))
+    });
+    let (records, both): (BTreeSet<_>, _) = (records.collect(), ["cont_new2", "lead_new1"]);
+    let both = both.map(str::to_owned).into();
+    assert_eq!(records, both, "search does not show them to the next worker either");
 }
 
 #[tokio::test(start_paused = true)]

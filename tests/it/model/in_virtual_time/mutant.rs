@@ -9,6 +9,8 @@ use uuid::Uuid;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, VariantArray)]
 pub(super) enum Mutant {
+    /// Lacks nothing: the same histories do not kill it.
+    Control,
     /// Does not write down a creation before it sends it.
     NoIntent,
     /// Does not write down which records it created.
@@ -26,19 +28,19 @@ const BELIEVED: SignedDuration = SignedDuration::from_secs(20);
 impl Mutant {
     /// What arrives in the journal of what a worker appends.
     pub(super) fn appended(self, body: &[u8]) -> Vec<u8> {
-        self.rewritten(body, |entry| match self {
+        rewritten(body, |entry| match self {
             Self::NoIntent => !matches!(entry, Entry::Creating { .. }),
             Self::NoResult => !matches!(entry, Entry::Keys { change: ChangeKind::Creation, .. }),
-            Self::NoTail | Self::NoMemory | Self::ClockForEvidence => true,
+            Self::Control | Self::NoTail | Self::NoMemory | Self::ClockForEvidence => true,
         })
     }
 
     /// What a worker reads. `started`: it has read its own start entry.
     pub(super) fn read(self, body: &[u8], session: Option<Uuid>, started: bool, now: Timestamp) -> Vec<u8> {
         let is_own = Batch::decode(body).is_ok_and(|batch| Some(batch.session) == session);
-        self.rewritten(body, |entry| match self {
+        rewritten(body, |entry| match self {
             _ if is_own => true,
-            Self::NoIntent | Self::NoResult => true,
+            Self::Control | Self::NoIntent | Self::NoResult => true,
             Self::NoTail => !started,
             Self::NoMemory => started || matches!(entry, Entry::Start { .. }),
             Self::ClockForEvidence => match entry {
@@ -51,10 +53,10 @@ impl Mutant {
             },
         })
     }
+}
 
-    fn rewritten(self, body: &[u8], keeps: impl Fn(&Entry) -> bool) -> Vec<u8> {
-        let mut batch = Batch::decode(body).expect("a message of the journal");
-        batch.entries.retain(keeps);
-        batch.encode()
-    }
+fn rewritten(body: &[u8], keeps: impl Fn(&Entry) -> bool) -> Vec<u8> {
+    let mut batch = Batch::decode(body).expect("a message of the journal");
+    batch.entries.retain(keeps);
+    batch.encode()
 }

@@ -85,7 +85,7 @@ impl Steps {
         let (stored, is_stored) = oneshot::channel();
         self.push(process, alive, Action::Append(body, stored));
         if is_stored.await.is_err() {
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
     }
 
