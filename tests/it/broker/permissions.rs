@@ -218,7 +218,7 @@ async fn a_worker_that_may_not_use_the_journal_works_without_it() {
 async fn a_broker_without_streams_works_without_a_journal() {
     let bench = Bench::new().await;
     if !bench.broker().await.unwrap().version.starts_with("3.10.") {
-        println!("skipped: this version always has streams");
+        // This version always has streams.
         return;
     }
     let flags = "[{rabbit, [{forced_feature_flags_on_init, [quorum_queue, implicit_default_bindings]}]}].";
