@@ -244,10 +244,13 @@ impl Batch {
         struct Header {
             v: u32,
         }
-        match serde_json::from_slice::<Header>(body) {
-            Ok(Header { v: VERSION }) => serde_json::from_slice(body).map_err(|_| Unreadable::Foreign),
-            Ok(Header { v }) if v > VERSION => Err(Unreadable::Newer),
-            Ok(_) | Err(_) => Err(Unreadable::Foreign),
+        match serde_json::from_slice::<Self>(body) {
+            Ok(batch) if batch.version == VERSION => Ok(batch),
+            // A second look only at what is not of this version: a takeover waits for this.
+            Ok(_) | Err(_) => match serde_json::from_slice::<Header>(body) {
+                Ok(Header { v }) if v > VERSION => Err(Unreadable::Newer),
+                Ok(_) | Err(_) => Err(Unreadable::Foreign),
+            },
         }
     }
 }

@@ -51,7 +51,7 @@ pub struct Contacts {
 }
 
 /// A record got keys from us.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Change {
     pub kind: ChangeKind,
     pub at: Timestamp,

@@ -1,11 +1,12 @@
 //! What a worker learns from the journal entries of its predecessors, and what it tells its successor.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::time::Instant;
 
-use crate::domain::journal::{ChangeKind, Entry};
+use crate::domain::journal::{ChangeKind, Entry, KeyHash, RecordId};
 use crate::sync::context::Context;
 use crate::sync::id_cache::Change;
 use crate::sync::lag_guard::{LONGEST_SEARCH_LAG, Pending};
@@ -64,13 +65,18 @@ impl Context {
             lead: creates_lead,
             at: sent,
         });
-        let unseen = self.id_cache.unseen().into_iter();
         let is_shown =
             |change: &Change| self.lag_guard.shows_up_to(change.kind).is_some_and(|shown| change.at <= shown);
-        let unseen = unseen.filter(move |(_, _, change)| !is_shown(change));
-        let keys = unseen.map(|(key, record, Change { kind, at })| Entry::Keys {
+        // One entry for all keys of a record: a successor reads less before it starts.
+        let mut unseen = BTreeMap::<(RecordId, Change), Vec<KeyHash>>::new();
+        for (key, record, change) in self.id_cache.unseen() {
+            if !is_shown(&change) {
+                unseen.entry((record, change)).or_default().push(key);
+            }
+        }
+        let keys = unseen.into_iter().map(|((record, Change { kind, at }), keys)| Entry::Keys {
             record,
-            keys: vec![key],
+            keys,
             change: kind,
             at,
         });

@@ -196,8 +196,11 @@ impl VersionCache {
     pub fn learn(&self, record: &RecordId, at: Timestamp, fields: &[FieldHash], stored: Option<Timestamp>) {
         let fields = fields.iter().map(|field| (*field, at)).collect();
         let versions = FieldVersions { stored, fields, ..FieldVersions::default() };
-        let id = record.as_str();
-        self.insert(id.to_owned(), self.joined(id, versions, Instant::now()), None);
+        // One step: a takeover does this for every entry.
+        self.records.update(record.as_str(), |entry| {
+            let entry = entry.unwrap_or_default();
+            Some(Entry { versions: entry.versions.join(versions), intended: None, ..entry })
+        });
     }
 
     /// The entries of the journal for all records.

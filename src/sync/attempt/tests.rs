@@ -233,6 +233,27 @@ async fn created_records_are_known_until_search_shows_them_without_a_restart() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_checkpoint_repeats_what_search_does_not_show_with_one_entry_for_each_record() {
+    let predecessor = context(&rules());
+    let close = FakeClose::new(&predecessor, &[], &[]).with_search_lag(Duration::from_mins(30));
+    let jane = jane(&predecessor, 1);
+    attempts(&predecessor, &close, &jane).run_once().await.ok().unwrap();
+    let mut n_keys = Vec::new();
+    let successor = context(&rules());
+    for entry in predecessor.checkpoint() {
+        if let Entry::Keys { record, keys, .. } = &entry {
+            n_keys.push((record.as_str().to_owned(), keys.len()));
+        }
+        successor.learn(entry);
+    }
+    assert_eq!(n_keys, [("lead_new1".to_owned(), 1), ("cont_new2".to_owned(), 2)]);
+    for key in jane.identity.keys() {
+        let known = predecessor.id_cache.known(&key);
+        assert_eq!((successor.id_cache.known(&key), known.len()), (known, 1), "{key:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_dropped_creation_stays_pending() {
     let context = context(&rules());
     let close = FakeClose::new(&context, &[], &[]).with_fault(WriteFault::Slow(TIMEOUT));
