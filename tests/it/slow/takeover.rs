@@ -180,13 +180,15 @@ struct Takeover {
     reading: Duration,
     /// From the first delivery to the first creation.
     creating: Duration,
+    /// The CPU time that the standby used for that.
+    cpu: Duration,
     /// How much was read.
     bytes: u64,
 }
 
 impl Takeover {
     async fn after_kill(bench: &Bench, active: &Worker, standby: &Worker) -> Self {
-        let killed = Timestamp::now();
+        let (killed, cpu) = (Timestamp::now(), standby.cpu_time());
         active.kill().await;
         let mut first = None;
         standby
@@ -205,15 +207,16 @@ impl Takeover {
             broker: between(killed, activated),
             reading: between(activated, read),
             creating: between(activated, first.unwrap()),
+            cpu: standby.cpu_time().saturating_sub(cpu),
             bytes: line["bytes"].as_u64().unwrap(),
         }
     }
 
     fn line(&self) -> String {
-        let Self { broker, reading, creating, bytes } = self;
-        let [broker, reading, creating] = [broker, reading, creating].map(Duration::as_millis);
+        let Self { broker, reading, creating, cpu, bytes } = self;
+        let [broker, reading, creating, cpu] = [broker, reading, creating, cpu].map(Duration::as_millis);
         format!(
-            "broker {broker} ms, journal read after {reading} ms ({bytes} bytes), created after {creating} ms"
+            "broker {broker} ms, journal read after {reading} ms ({bytes} bytes), created after {creating} ms, CPU {cpu} ms"
         )
     }
 }
@@ -232,6 +235,7 @@ fn report(shape: Shape, entries: usize, times: &mut [Takeover]) {
     row("broker: kill to first delivery", |takeover| takeover.broker);
     row("first delivery to journal read", |takeover| takeover.reading);
     row("first delivery to first creation", |takeover| takeover.creating);
+    row("CPU time of the standby", |takeover| takeover.cpu);
 }
 
 fn print(line: &str) {

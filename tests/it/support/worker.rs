@@ -179,6 +179,15 @@ impl Worker {
         line.trim().strip_suffix(" kB")?.parse().ok()
     }
 
+    /// The CPU time that it has used.
+    pub(crate) fn cpu_time(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap();
+        let (_, fields) = stat.rsplit_once(") ").unwrap();
+        let ticks = fields.split(' ').skip(11).take(2).map(|field| field.parse::<u64>().unwrap());
+        // Linux counts in hundredths of a second.
+        Duration::from_millis(10 * ticks.sum::<u64>())
+    }
+
     /// The number of its threads with this name.
     pub(crate) fn threads(&self, name: &str) -> usize {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid)).unwrap();
