@@ -8,7 +8,8 @@
 //! The search is depth first. Each schedule is replayed from the beginning, on the real workers. A state that was reached
 //! before is not explored again: there each worker has had the same answers, and all else is the same but for times.
 //!
-//! **What is explored.** By default one event with each pair of faults, and two events with a crash. With
+//! **What is explored.** By default one event: with a crash and a lost answer, with a lost answer and an index that catches up,
+//! and with a worker that lost the queue. With
 //! `CLOSE_SYNC_SMALL_WORLDS=all` one event with all faults together, and all pairs and triples of events with each fault.
 
 use std::collections::HashSet;
@@ -50,7 +51,8 @@ enum Fault {
 }
 
 /// The faults of a world. Each happens once or not at all.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "any of them may be on")]
 struct Faults {
     crash: bool,
     supersede: bool,
@@ -328,14 +330,8 @@ fn small_worlds_have_no_bad_schedule() {
         let each = |events: Vec<usize>| [CRASH, SUPERSEDED, LOST].map(|faults| (events.clone(), faults));
         std::iter::once((vec![0], ALL)).chain(pairs.chain(triples).flat_map(each)).collect()
     } else {
-        let of_one = [
-            Faults { crash: true, ..LOST },
-            Faults { supersede: true, ..LOST },
-            Faults { catch_up: true, ..CRASH },
-            Faults { catch_up: true, ..SUPERSEDED },
-            Faults { catch_up: true, ..LOST },
-        ];
-        of_one.into_iter().map(|faults| (vec![0], faults)).chain([(vec![0, 1], CRASH)]).collect()
+        let of_one = [Faults { crash: true, ..LOST }, Faults { catch_up: true, ..LOST }, SUPERSEDED];
+        of_one.into_iter().map(|faults| (vec![0], faults)).collect()
     };
     let began = WallClock::now();
     let (mut states, mut schedules, mut steps) = (0, 0, 0);
