@@ -6,7 +6,7 @@
 //! | `close-sync` | work queue, bound to `identify` (with `#`, or the keys configured) and to `close-sync.retry` with `now` |
 //! | `close-sync.retry`, `close-sync.retry.<delay>` | direct exchange and delay queues |
 //! | `close-sync.dead` | fanout exchange and dead-letter queue |
-//! | `close-sync.journal` | fanout exchange and stream: what a worker tells its successor |
+//! | `close-sync.journal` | fanout exchange and stream: what a worker records for its successor |
 //! | `amqp.outcomes` | if configured: topic exchange for outcome events |
 //!
 //! All queues but the journal are quorum queues: durable, replicated in a cluster, and the only kind with

@@ -232,9 +232,17 @@ impl<'a> Consumer<'a> {
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return End::Stopped,
-                _ = self.heartbeat.tick() => if let Some(gap) = context.worker.stall_guard().heartbeat() {
-                    return End::Lost(BrokerError::StoodStill(gap));
-                },
+                _ = self.heartbeat.tick() => {
+                    if let Some(gap) = context.worker.stall_guard().heartbeat() {
+                        return End::Lost(BrokerError::StoodStill(gap));
+                    }
+                    if self.journal.as_ref().is_some_and(SessionJournal::is_stuck) {
+                        let error = BrokerError::Unconfirmed("the journal is not read");
+                        if let Some(end) = self.journal_failed(error) {
+                            return end;
+                        }
+                    }
+                }
                 Some(task) = self.tasks.join_next() => if let Some(end) = self.processed(task) {
                     return end;
                 },
@@ -289,6 +297,9 @@ impl<'a> Consumer<'a> {
                 },
                 Some(task) = self.tasks.join_next() => drop(self.processed(task)),
                 Some(skip) = self.skips.join_next() => drop(self.skipped(skip)),
+                Some(error) = self.journal_failures.1.recv() => if self.journal_failed(error).is_some() {
+                    return;
+                },
                 event = broker.next_event() => match event {
                     BrokerEvent::Lost(_) => return,
                     BrokerEvent::JournalFailed(error) => if self.journal_failed(error).is_some() {
@@ -312,16 +323,19 @@ impl<'a> Consumer<'a> {
         tracing::info!(
             event = "worker_active",
             journal = state.label(),
-            "received the first message, this worker is the active one"
+            "received a message, this worker is the active one"
         );
         match state {
             JournalState::Ready => {
+                let worked_without = status.journal().is_some_and(|before| before != state.label());
                 status.set_journal(state.label());
                 metrics.set_journal(true);
                 let publish = broker.publishers().journal;
                 let failures = self.journal_failures.0.clone();
-                let journal = SessionJournal::start(worker, environment.id(), publish, settings, failures);
+                let mut journal =
+                    SessionJournal::start(worker, environment.id(), publish, settings, failures);
                 journal.set_blocked(status.is_alarmed());
+                journal.set_worked_without(worked_without);
                 self.journal = Some(journal);
                 self.state.set_taking_over(true);
                 broker.read_journal(ReadFrom::Last);
@@ -347,7 +361,14 @@ impl<'a> Consumer<'a> {
     /// The journal cannot be written or read. That it exists does not tell whether the user may use it, and whether the
     /// node has a replica of it. Before messages have started, the session can do without it.
     fn journal_failed(&mut self, error: BrokerError) -> Option<End> {
-        let is_refused = matches!(error, BrokerError::Forbidden(_) | BrokerError::Conflict { .. });
+        let is_refused = matches!(
+            error,
+            BrokerError::Forbidden(_)
+                | BrokerError::Conflict { .. }
+                | BrokerError::Missing(_)
+                | BrokerError::Unroutable { .. }
+                | BrokerError::Unconfirmed(_)
+        );
         if self.journal.is_some() && !(is_refused && self.state.is_taking_over()) {
             return Some(End::Lost(error));
         }

@@ -10,7 +10,7 @@ use crate::dead_letters::letter::DeadLetter;
 use crate::domain::event::Event;
 use crate::domain::mapping::Rules;
 
-/// What tells whether a value of an event is older than the value in Close.
+/// What shows whether a value of an event is older than the value in Close.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, IntoStaticStr)]
 #[serde(rename_all = "snake_case")]
 #[strum(serialize_all = "snake_case")]

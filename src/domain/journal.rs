@@ -1,8 +1,8 @@
-//! The entries of the journal: what one worker tells the next (`design.md` §9).
+//! The entries of the journal: what one worker records for the next (`design.md` §9).
 //!
 //! The journal is an append-only log that outlives the process. An entry says what a worker is about to create, what Close
 //! answered, which keys lead to a record, and which event last set each field of it. Entries hold ids of records, hashes
-//! and times. They hold no personal data: whoever reads the log can test whether it mentions an email they already know, and
+//! and times. They hold no personal data: a reader of the log can test whether it mentions an email that they know, and
 //! learns nothing else.
 //!
 //! **Applying entries twice, or in part, does no harm.** Ids only point to records, which are read before they are used;
@@ -120,14 +120,18 @@ pub enum Entry {
     CheckpointEnd {
         #[serde(rename = "c")]
         checkpoint: Uuid,
-        /// Changes of keys up to this time are missing from it: there was no room for them, and search had not shown them.
-        #[serde(
-            rename = "m",
-            with = "microsecond::optional",
-            skip_serializing_if = "Option::is_none",
-            default
-        )]
-        missing: Option<Timestamp>,
+    },
+    /// Changes of this kind up to this time are missing from the checkpoint: there was no room for them, and search had not
+    /// shown them.
+    Forgotten {
+        #[serde(rename = "c")]
+        change: ChangeKind,
+        /// The worker's clock.
+        #[serde(rename = "t", with = "microsecond::required")]
+        at: Timestamp,
+        /// When search shows them even without proof.
+        #[serde(rename = "u", with = "microsecond::required")]
+        until: Timestamp,
     },
 }
 
@@ -315,8 +319,9 @@ mod tests {
                 }
             ),
             id().prop_map(|checkpoint| Entry::CheckpointBegin { checkpoint }),
-            (id(), prop::option::of(times()))
-                .prop_map(|(checkpoint, missing)| Entry::CheckpointEnd { checkpoint, missing }),
+            id().prop_map(|checkpoint| Entry::CheckpointEnd { checkpoint }),
+            (prop::sample::select(ChangeKind::VARIANTS), times(), times())
+                .prop_map(|(change, at, until)| Entry::Forgotten { change, at, until }),
         ]
     }
 

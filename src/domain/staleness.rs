@@ -78,7 +78,7 @@ impl FieldVersions {
         at.is_some_and(|at| newest.is_some_and(|newest| newest > at)) || self.is_unknown(field, at, is_replay)
     }
 
-    /// Whether an event newer than this replayed one may have written the field, and nothing tells.
+    /// Whether an event newer than this replayed one may have written the field. No memory says so or denies it.
     pub fn is_unknown(&self, field: &str, at: Option<Timestamp>, is_replay: bool) -> bool {
         let is_concerned =
             |hidden: Unremembered| at.is_some_and(|at| at < hidden.before && at < hidden.changed);

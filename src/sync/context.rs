@@ -79,7 +79,8 @@ impl Context {
         let Dependencies { settings, rules, mapping, client, metrics, clock } = dependencies;
         let readback_cache = ReadbackCache::default();
         readback_cache.start_with(settings.country.or(mapping.country));
-        let (id_cache, lag_guard) = (IdCache::default(), Arc::new(LagGuard::new(settings.search_lag)));
+        let lag_guard = LagGuard::new(settings.search_lag, client.timeout(), Arc::clone(&clock));
+        let (id_cache, lag_guard) = (IdCache::default(), Arc::new(lag_guard));
         Self {
             mode: Mode::Write,
             search_lag: SearchLag::new(Arc::clone(&lag_guard), id_cache.clone(), Arc::clone(&clock)),

@@ -57,6 +57,14 @@ pub struct Change {
     pub at: Timestamp,
 }
 
+impl Change {
+    /// Whether search, when it shows the change by this key, shows older changes of its kind. It shows emails sooner than
+    /// custom fields.
+    pub fn tells_lag(self, key: &Key) -> bool {
+        self.kind == ChangeKind::Creation || !matches!(key, Key::Email(_))
+    }
+}
+
 #[derive(Clone, Debug, Default)]
 struct Entry {
     known: Vec<Known>,

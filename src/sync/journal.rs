@@ -13,12 +13,11 @@
 use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
-use uuid::Uuid;
 
 use crate::domain::journal::{Entry, KeyHash, RecordId};
 use crate::sync::id_cache::Change;
 
-/// Appends entries. When the broker does not take them, the session ends, and whoever waits is dropped with it.
+/// Appends entries. When the broker does not take them, the session ends, and callers that wait are dropped with it.
 pub trait Journal: Send + Sync {
     /// Appends entries in the background, after all that were appended before.
     fn append(&self, entries: Vec<Entry>);
@@ -63,9 +62,4 @@ impl JournalHandle {
 /// The entries for keys that records got from a creation or a change.
 pub(crate) fn keys(record: RecordId, keys: Vec<KeyHash>, Change { kind, at }: Change) -> Entry {
     Entry::Keys { record, keys, change: kind, at }
-}
-
-/// A new operation.
-pub(crate) fn operation() -> Uuid {
-    Uuid::now_v7()
 }

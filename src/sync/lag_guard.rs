@@ -13,16 +13,19 @@
 //! resort, and only where nothing else can prove it: [`Gap::clock`].
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use strum::VariantArray;
 use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::domain::journal::{ChangeKind, KeyHash};
+use crate::sync::clock::Clock;
 
 /// The longest lag of search that was seen is 18 hours (close-api.md §15, 1). Without any proof, search counts as complete
 /// after this.
@@ -32,15 +35,17 @@ pub const LONGEST_SEARCH_LAG: Duration = Duration::from_hours(24);
 const MAX_PENDING: usize = 50_000;
 
 /// What one worker knows about the lag of search. Shared by all messages.
-#[derive(Debug, Default)]
 pub struct LagGuard {
     state: Mutex<State>,
     progress: Notify,
+    /// How long a creation that was sent may take to happen.
+    timeout: Duration,
+    clock: Clock,
 }
 
 #[derive(Clone, Debug, Default)]
 struct State {
-    pending: HashMap<Uuid, (Pending, Instant)>,
+    pending: HashMap<Uuid, Doubt>,
     by_key: HashMap<KeyHash, Vec<Uuid>>,
     /// Changes up to this time are forgotten, by kind.
     forgotten: [Option<Forgotten>; ChangeKind::VARIANTS.len()],
@@ -48,6 +53,18 @@ struct State {
     shown: [Option<Shown>; ChangeKind::VARIANTS.len()],
     /// Search may show a change this much later than a younger one.
     disorder: SignedDuration,
+}
+
+/// A pending creation, by the clock of this process.
+#[derive(Clone, Debug)]
+struct Doubt {
+    pending: Pending,
+    /// An earlier search proves nothing about it.
+    began: Instant,
+    /// It can no longer happen.
+    over: Instant,
+    /// Without proof it counts as shown from then on.
+    clock: Instant,
 }
 
 /// A creation without an answer.
@@ -81,41 +98,70 @@ struct Shown {
 pub struct Gap {
     /// When the first pending creation was sent. `None` where only forgotten changes matter.
     pub pending_since: Option<Timestamp>,
-    /// When the last change took effect, at the latest.
-    pub until: Timestamp,
+    /// When the last pending creation can no longer happen.
+    pub over: Instant,
     /// Without proof search counts as complete from then on.
     pub clock: Instant,
 }
 
+impl fmt::Debug for LagGuard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.with(|state| state.fmt(f))
+    }
+}
+
 impl LagGuard {
-    /// A guard for a search whose changes may overtake each other by `disorder`.
-    pub fn new(disorder: Duration) -> Self {
+    /// A guard for a search whose changes may overtake each other by `disorder`. A creation that was sent happens within
+    /// `timeout`.
+    pub fn new(disorder: Duration, timeout: Duration, clock: Clock) -> Self {
         let disorder = SignedDuration::try_from(disorder).unwrap_or(SignedDuration::MAX);
-        Self { state: Mutex::new(State { disorder, ..State::default() }), progress: Notify::new() }
+        let state = Mutex::new(State { disorder, ..State::default() });
+        Self { state, progress: Notify::new(), timeout, clock }
     }
 
     /// A copy for a rehearsal.
     pub(crate) fn for_rehearsal(&self) -> Self {
-        Self { state: Mutex::new(self.with(|state| state.clone())), progress: Notify::new() }
+        Self {
+            state: Mutex::new(self.with(|state| state.clone())),
+            progress: Notify::new(),
+            timeout: self.timeout,
+            clock: Arc::clone(&self.clock),
+        }
     }
 
     fn with<T>(&self, with: impl FnOnce(&mut State) -> T) -> T {
         with(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// A creation is about to be sent. The same operation again replaces its times.
-    pub fn begin(&self, operation: Uuid, pending: Pending) {
-        self.with(|state| state.begin(operation, pending));
+    /// A creation with these keys is about to be sent, or was sent at that time by another worker, which may still be
+    /// sending it. The same operation again replaces its times.
+    pub fn begin(&self, operation: Uuid, keys: Vec<KeyHash>, creates_lead: bool, sent: Timestamp) {
+        let (began, ends) = (Instant::now(), self.ends());
+        let (over, clock) = (began + self.timeout, self.last_resort(sent));
+        let pending = Pending { keys, creates_lead, sent, ends };
+        self.with(|state| state.begin(operation, Doubt { pending, began, over, clock }));
     }
 
-    /// A creation may still happen up to this time.
-    pub fn extend(&self, operation: Uuid, ends: Timestamp) {
+    /// A creation that was sent up to now may still happen.
+    pub fn extend(&self, operation: Uuid) {
+        let (now, ends) = (Instant::now(), self.ends());
         self.with(|state| {
-            if let Some((pending, clock)) = state.pending.get_mut(&operation) {
-                *clock = Instant::now() + LONGEST_SEARCH_LAG;
-                pending.ends = pending.ends.max(ends);
+            if let Some(doubt) = state.pending.get_mut(&operation) {
+                doubt.pending.ends = doubt.pending.ends.max(ends);
+                doubt.over = now + self.timeout;
+                doubt.clock = now + LONGEST_SEARCH_LAG;
             }
         });
+    }
+
+    fn ends(&self) -> Timestamp {
+        (self.clock)().saturating_add(self.timeout).unwrap_or(Timestamp::MAX)
+    }
+
+    /// When search shows a change of this time even without proof.
+    fn last_resort(&self, change: Timestamp) -> Instant {
+        let age = Duration::try_from((self.clock)().duration_since(change)).unwrap_or_default();
+        Instant::now() + LONGEST_SEARCH_LAG.saturating_sub(age)
     }
 
     /// Close answered the creation, or refused it.
@@ -131,13 +177,23 @@ impl LagGuard {
         is_settled
     }
 
-    /// Changes of this kind up to a time are not remembered.
-    pub fn forget(&self, kind: ChangeKind, until: Timestamp, clock: Instant) {
-        self.with(|state| state.forget(kind, until, clock));
+    /// Changes of this kind up to a time are not remembered. They count as shown `after` a while, even without proof.
+    pub fn forget(&self, kind: ChangeKind, until: Timestamp, after: Duration) {
+        self.with(|state| state.forget(kind, until, Instant::now() + after));
     }
 
-    /// Search has shown a change. `searched`: when that search was sent.
+    /// There is no room for a change of this time.
+    pub fn evicted(&self, kind: ChangeKind, at: Timestamp) {
+        let clock = self.last_resort(at);
+        self.with(|state| state.forget(kind, at, clock));
+    }
+
+    /// Search has shown a change. `searched`: when that search was sent. A change later than now has a wrong time and proves
+    /// nothing.
     pub fn shown(&self, kind: ChangeKind, change: Timestamp, searched: Instant) {
+        if change > (self.clock)() {
+            return;
+        }
         self.with(|state| {
             let shown = &mut state.shown[kind as usize];
             if shown.is_none_or(|before| before.change < change) {
@@ -160,23 +216,25 @@ impl LagGuard {
                 keys.iter().filter_map(|key| state.by_key.get(key)).flatten().copied().collect();
             operations.sort_unstable();
             operations.dedup();
-            let pending = |id: Uuid| Some((id, state.pending.get(&id)?.0.clone()));
+            let pending = |id: Uuid| Some((id, state.pending.get(&id)?.pending.clone()));
             operations.into_iter().filter_map(pending).collect()
         })
     }
 
-    /// The forgotten changes that search has not been proven to show, the newest of each kind.
-    pub fn forgotten(&self) -> Option<Timestamp> {
+    /// Up to when changes of each kind are forgotten and search has not been proven to show them, and how long they count
+    /// as not shown without proof.
+    pub fn forgotten(&self) -> Vec<(ChangeKind, Timestamp, Duration)> {
         let now = Instant::now();
-        self.with(|state| {
-            let kinds = ChangeKind::VARIANTS.iter();
-            kinds.filter_map(|kind| Some(state.forgotten(*kind, now)?.until)).max()
-        })
+        let forgotten = |state: &State, kind: ChangeKind| {
+            let Forgotten { until, clock, .. } = state.forgotten(kind, now)?;
+            Some((kind, until, clock.duration_since(now)))
+        };
+        self.with(|state| ChangeKind::VARIANTS.iter().filter_map(|kind| forgotten(state, *kind)).collect())
     }
 
     /// The creations without an answer, for the next worker.
     pub fn pending(&self) -> Vec<(Uuid, Pending)> {
-        self.with(|state| state.pending.iter().map(|(id, (pending, _))| (*id, pending.clone())).collect())
+        self.with(|state| state.pending.iter().map(|(id, doubt)| (*id, doubt.pending.clone())).collect())
     }
 
     /// The changes that are certainly shown by now: younger ones than these may be missing.
@@ -184,30 +242,30 @@ impl LagGuard {
         self.with(|state| state.shown[kind as usize]?.change.checked_sub(state.disorder).ok())
     }
 
-    /// Waits until something is learnt about the lag.
-    pub async fn progress(&self) {
-        self.progress.notified().await;
+    /// Completes once something is learnt about the lag after this call.
+    pub fn progress(&self) -> Notified<'_> {
+        self.progress.notified()
     }
 }
 
 impl State {
-    fn begin(&mut self, operation: Uuid, pending: Pending) {
+    fn begin(&mut self, operation: Uuid, doubt: Doubt) {
         if !self.pending.contains_key(&operation) {
             self.make_room();
-            for key in &pending.keys {
+            for key in &doubt.pending.keys {
                 self.by_key.entry(*key).or_default().push(operation);
             }
         }
-        self.pending.insert(operation, (pending, Instant::now() + LONGEST_SEARCH_LAG));
+        self.pending.insert(operation, doubt);
     }
 
     fn settle(&mut self, operation: Uuid) {
-        let keys = self.pending.get(&operation).map(|(pending, _)| pending.keys.clone());
+        let keys = self.pending.get(&operation).map(|doubt| doubt.pending.keys.clone());
         self.settle_for(operation, &keys.unwrap_or_default());
     }
 
     fn settle_for(&mut self, operation: Uuid, keys: &[KeyHash]) -> bool {
-        let Some((pending, _)) = self.pending.get_mut(&operation) else { return false };
+        let Some(Doubt { pending, .. }) = self.pending.get_mut(&operation) else { return false };
         pending.keys.retain(|key| !keys.contains(key));
         let is_settled = pending.keys.is_empty();
         if is_settled {
@@ -230,7 +288,7 @@ impl State {
             return;
         }
         let mut by_age: Vec<(Timestamp, Uuid)> =
-            self.pending.iter().map(|(id, (pending, _))| (pending.ends, *id)).collect();
+            self.pending.iter().map(|(id, doubt)| (doubt.pending.ends, *id)).collect();
         by_age.sort_unstable();
         by_age.truncate(MAX_PENDING / 2);
         if let Some((until, _)) = by_age.last() {
@@ -264,15 +322,16 @@ impl State {
     fn gap(&self, keys: &[KeyHash], searched: Instant, except: Option<Uuid>) -> Option<Gap> {
         let forgotten = ChangeKind::VARIANTS.iter().filter_map(|kind| self.forgotten(*kind, searched));
         let mut gap: Option<Gap> = None;
-        for Forgotten { until, clock } in forgotten {
-            gap = Some(Gap { pending_since: None, until, clock }.and(gap));
+        for Forgotten { clock, .. } in forgotten {
+            gap = Some(Gap { pending_since: None, over: searched, clock }.and(gap));
         }
         let operations = keys.iter().filter_map(|key| self.by_key.get(key)).flatten();
         let pending = operations.filter(|id| except != Some(**id)).filter_map(|id| self.pending.get(id));
-        for (Pending { sent, ends, .. }, clock) in pending.filter(|(_, clock)| searched < *clock) {
-            let proof = self.proof(ChangeKind::Creation, *ends);
+        for Doubt { pending, began, over, clock } in pending.filter(|doubt| searched < doubt.clock) {
+            // Clocks of workers differ, and may be set back.
+            let proof = self.proof(ChangeKind::Creation, pending.ends).filter(|from| from >= began);
             if proof.is_none_or(|from| searched < from) {
-                gap = Some(Gap { pending_since: Some(*sent), until: *ends, clock: *clock }.and(gap));
+                gap = Some(Gap { pending_since: Some(pending.sent), over: *over, clock: *clock }.and(gap));
             }
         }
         gap
@@ -283,32 +342,38 @@ impl Gap {
     fn and(self, other: Option<Self>) -> Self {
         let Some(other) = other else { return self };
         let since = self.pending_since.into_iter().chain(other.pending_since).min();
-        Self { pending_since: since, until: self.until.max(other.until), clock: self.clock.max(other.clock) }
+        Self { pending_since: since, over: self.over.max(other.over), clock: self.clock.max(other.clock) }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicI64;
+    use std::sync::atomic::Ordering::Relaxed;
+
     use super::*;
     use crate::domain::mapping::Key;
 
     const DISORDER: Duration = Duration::from_secs(20);
+    const TIMEOUT: Duration = Duration::from_secs(30);
 
     fn at(second: i64) -> Timestamp {
         Timestamp::from_second(second).unwrap()
+    }
+
+    /// A guard and its wall clock, in seconds.
+    fn guard() -> (LagGuard, Arc<AtomicI64>) {
+        let now = Arc::new(AtomicI64::new(100));
+        let clock = Arc::clone(&now);
+        (LagGuard::new(DISORDER, TIMEOUT, Arc::new(move || at(clock.load(Relaxed)))), now)
     }
 
     fn key(text: &str) -> KeyHash {
         KeyHash::of(&Key::User(text.into()))
     }
 
-    fn pending(keys: &[&str], sent: i64) -> Pending {
-        Pending {
-            keys: keys.iter().map(|text| key(text)).collect(),
-            creates_lead: true,
-            sent: at(sent),
-            ends: at(sent + 30),
-        }
+    fn keys(texts: &[&str]) -> Vec<KeyHash> {
+        texts.iter().map(|text| key(text)).collect()
     }
 
     fn last_resort() -> Instant {
@@ -317,87 +382,121 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_pending_creation_concerns_its_keys_until_search_has_shown_a_younger_one() {
-        let guard = LagGuard::new(DISORDER);
+        let (guard, now) = guard();
         let operation = Uuid::from_u128(1);
-        guard.begin(operation, pending(&["a", "b"], 100));
-        let gap = Gap { pending_since: Some(at(100)), until: at(130), clock: last_resort() };
+        guard.begin(operation, keys(&["a", "b"]), true, at(100));
         let searched = Instant::now();
-        assert_eq!(guard.gap(&[key("b"), key("c")], searched, None), Some(gap));
-        assert_eq!(guard.gap(&[key("c")], searched, None), None);
-        assert_eq!(guard.gap(&[key("a")], searched, Some(operation)), None, "the caller's own");
+        let gap = Gap { pending_since: Some(at(100)), over: searched + TIMEOUT, clock: last_resort() };
+        assert_eq!(guard.gap(&keys(&["b", "c"]), searched, None), Some(gap));
+        assert_eq!(guard.gap(&keys(&["c"]), searched, None), None);
+        assert_eq!(guard.gap(&keys(&["a"]), searched, Some(operation)), None, "the caller's own");
 
         tokio::time::advance(Duration::from_mins(1)).await;
+        now.store(1000, Relaxed);
         let later = Instant::now();
         guard.shown(ChangeKind::KeyChange, at(500), later);
         guard.shown(ChangeKind::Creation, at(149), later);
-        assert_eq!(guard.gap(&[key("a")], later, None), Some(gap), "may have been overtaken by it");
+        assert_eq!(guard.gap(&keys(&["a"]), later, None), Some(gap), "may have been overtaken by it");
         guard.shown(ChangeKind::Creation, at(150), later);
-        assert_eq!(guard.gap(&[key("a")], later, None), None);
-        assert_eq!(guard.gap(&[key("a")], searched, None), Some(gap), "an older search proves nothing");
+        assert_eq!(guard.gap(&keys(&["a"]), later, None), None);
+        assert_eq!(guard.gap(&keys(&["a"]), searched, None), Some(gap), "an older search proves nothing");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_clock_that_is_ahead_or_was_set_back_proves_nothing() {
+        let (guard, now) = guard();
+        guard.shown(ChangeKind::Creation, at(500), Instant::now());
+        assert_eq!(guard.shows_up_to(ChangeKind::Creation), None, "of the future");
+        now.store(600, Relaxed);
+        guard.shown(ChangeKind::Creation, at(500), Instant::now());
+        assert_eq!(guard.shows_up_to(ChangeKind::Creation), Some(at(480)));
+        now.store(100, Relaxed);
+        tokio::time::advance(Duration::from_secs(1)).await;
+        guard.begin(Uuid::from_u128(1), keys(&["a"]), true, at(100));
+        assert!(guard.gap(&keys(&["a"]), Instant::now(), None).is_some(), "that search came before");
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_settled_creation_concerns_nobody() {
-        let guard = LagGuard::new(DISORDER);
+        let (guard, _) = guard();
         let (one, two) = (Uuid::from_u128(1), Uuid::from_u128(2));
-        guard.begin(one, pending(&["a"], 100));
-        guard.begin(two, pending(&["a"], 200));
+        guard.begin(one, keys(&["a"]), true, at(100));
+        guard.begin(two, keys(&["a"]), true, at(200));
         guard.settle(two);
-        let gap = Gap { pending_since: Some(at(100)), until: at(130), clock: last_resort() };
-        assert_eq!(guard.gap(&[key("a")], Instant::now(), None), Some(gap), "an earlier one stays pending");
+        let gap = Gap { pending_since: Some(at(100)), over: Instant::now() + TIMEOUT, clock: last_resort() };
+        assert_eq!(guard.gap(&keys(&["a"]), Instant::now(), None), Some(gap), "an earlier one stays pending");
         guard.settle(one);
-        assert_eq!(guard.gap(&[key("a")], Instant::now(), None), None);
+        assert_eq!(guard.gap(&keys(&["a"]), Instant::now(), None), None);
         assert!(guard.with(|state| state.pending.is_empty() && state.by_key.is_empty()));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_creation_stays_pending_for_the_keys_that_nobody_looked_for() {
-        let guard = LagGuard::new(DISORDER);
+        let (guard, _) = guard();
         let operation = Uuid::from_u128(1);
-        guard.begin(operation, pending(&["a", "b"], 100));
-        assert!(!guard.settle_for(operation, &[key("a"), key("c")]));
-        assert_eq!(guard.gap(&[key("a")], Instant::now(), None), None);
-        assert!(guard.gap(&[key("b")], Instant::now(), None).is_some());
-        assert_eq!(guard.pending()[0].1.keys, [key("b")], "the next worker learns that");
-        assert!(guard.settle_for(operation, &[key("b")]));
+        guard.begin(operation, keys(&["a", "b"]), true, at(100));
+        assert!(!guard.settle_for(operation, &keys(&["a", "c"])));
+        assert_eq!(guard.gap(&keys(&["a"]), Instant::now(), None), None);
+        assert!(guard.gap(&keys(&["b"]), Instant::now(), None).is_some());
+        assert_eq!(guard.pending()[0].1.keys, keys(&["b"]), "the next worker learns that");
+        assert!(guard.settle_for(operation, &keys(&["b"])));
         assert!(guard.with(|state| state.pending.is_empty() && state.by_key.is_empty()));
     }
 
     #[tokio::test(start_paused = true)]
     async fn forgotten_changes_concern_all_keys_until_search_has_shown_younger_ones_of_each_kind() {
-        let guard = LagGuard::new(DISORDER);
-        guard.forget(ChangeKind::Creation, at(100), last_resort());
-        guard.forget(ChangeKind::KeyChange, at(90), last_resort());
-        let now = Instant::now();
-        let gap = |until| Some(Gap { pending_since: None, until: at(until), clock: last_resort() });
-        assert_eq!(guard.gap(&[key("a")], now, None), gap(100));
-        guard.shown(ChangeKind::Creation, at(120), now);
-        assert_eq!((guard.gap(&[key("a")], now, None), guard.forgotten()), (gap(90), Some(at(90))));
-        guard.shown(ChangeKind::KeyChange, at(120), now);
-        assert_eq!((guard.gap(&[key("a")], now, None), guard.forgotten()), (None, None));
+        let (guard, now) = guard();
+        guard.evicted(ChangeKind::Creation, at(100));
+        guard.evicted(ChangeKind::KeyChange, at(90));
+        let searched = Instant::now();
+        let late = Duration::from_secs(10);
+        let forgotten = |kind, second, age| (kind, at(second), LONGEST_SEARCH_LAG.saturating_sub(age));
+        let creations = forgotten(ChangeKind::Creation, 100, Duration::ZERO);
+        let key_changes = forgotten(ChangeKind::KeyChange, 90, late);
+        assert_eq!(guard.forgotten(), [creations, key_changes]);
+        let clock = |age: Duration| guard.gap(&keys(&["a"]), searched, None).map(|gap| gap.clock + age);
+        assert_eq!(clock(Duration::ZERO), Some(last_resort()));
+        now.store(120, Relaxed);
+        guard.shown(ChangeKind::Creation, at(120), searched);
+        assert_eq!((clock(late), guard.forgotten()), (Some(last_resort()), vec![key_changes]));
+        guard.shown(ChangeKind::KeyChange, at(120), searched);
+        assert_eq!((clock(late), guard.forgotten()), (None, vec![]));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_eviction_of_what_search_has_long_shown_concerns_nobody() {
+        let (guard, now) = guard();
+        now.store(500, Relaxed);
+        guard.shown(ChangeKind::Creation, at(400), Instant::now());
+        tokio::time::advance(Duration::from_secs(1)).await;
+        guard.evicted(ChangeKind::Creation, at(380));
+        assert_eq!(guard.gap(&keys(&["a"]), Instant::now(), None), None);
+        guard.evicted(ChangeKind::Creation, at(381));
+        assert!(guard.gap(&keys(&["a"]), Instant::now(), None).is_some());
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_clock_is_the_last_resort() {
-        let guard = LagGuard::new(DISORDER);
+        let (guard, _) = guard();
         let clock = Instant::now() + DISORDER;
-        guard.forget(ChangeKind::Creation, at(100), clock);
+        guard.forget(ChangeKind::Creation, at(100), DISORDER);
         assert_eq!(guard.gap(&[], Instant::now(), None).unwrap().clock, clock);
         assert_eq!(guard.gap(&[], clock, None), None);
-        guard.begin(Uuid::from_u128(1), pending(&["a"], 100));
-        assert_eq!(guard.gap(&[key("a")], clock, None).unwrap().clock, last_resort());
-        assert_eq!(guard.gap(&[key("a")], last_resort(), None), None);
+        guard.begin(Uuid::from_u128(1), keys(&["a"]), true, at(100));
+        assert_eq!(guard.gap(&keys(&["a"]), clock, None).unwrap().clock, last_resort());
+        assert_eq!(guard.gap(&keys(&["a"]), last_resort(), None), None);
     }
 
     #[tokio::test(start_paused = true)]
     async fn pending_creations_are_bounded_and_those_without_room_are_forgotten() {
-        let guard = LagGuard::new(DISORDER);
+        let (guard, now) = guard();
         for number in 0..=MAX_PENDING {
-            let sent = i64::try_from(number).unwrap();
-            guard.begin(Uuid::from_u128(number as u128), pending(&[&number.to_string()], sent));
+            let second = i64::try_from(number).unwrap();
+            now.store(second, Relaxed);
+            guard.begin(Uuid::from_u128(number as u128), keys(&[&number.to_string()]), true, at(second));
         }
         assert_eq!(guard.pending().len(), MAX_PENDING / 2 + 1);
         let until = i64::try_from(MAX_PENDING / 2).unwrap() - 1 + 30;
-        assert_eq!(guard.gap(&[key("a")], Instant::now(), None).unwrap().until, at(until));
+        assert_eq!(guard.forgotten()[0].1, at(until));
     }
 }

@@ -1,12 +1,11 @@
-//! What a worker learns from the journal entries of its predecessors, and what it tells its successor.
+//! What a worker learns from the journal entries of its predecessors, and what it records for its successor.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use tokio::time::Instant;
 
-use crate::domain::journal::{ChangeKind, Entry, KeyHash, RecordId};
+use crate::domain::journal::{Entry, KeyHash, RecordId};
 use crate::sync::context::Context;
 use crate::sync::id_cache::Change;
 use crate::sync::lag_guard::{LONGEST_SEARCH_LAG, Pending};
@@ -17,12 +16,11 @@ impl Context {
     pub(crate) fn learn(&self, entry: Entry) {
         match entry {
             Entry::Creating { operation, keys, lead, at } => {
-                // Its worker may still be sending it.
-                let ends = self.now().saturating_add(self.client.timeout()).unwrap_or(Timestamp::MAX);
-                self.lag_guard.begin(operation, Pending { keys, creates_lead: lead, sent: at, ends });
+                self.lag_guard.begin(operation, keys, lead, self.past(at));
             }
             Entry::Settled { operation } => self.lag_guard.settle(operation),
             Entry::Keys { record, keys, change: kind, at } => {
+                let at = self.past(at);
                 if self.is_recent(at) {
                     self.recent.written_elsewhere(record.as_str(), None);
                 }
@@ -34,13 +32,17 @@ impl Context {
                 }
                 self.version_cache.learn(&record, at, &fields, stored);
             }
-            Entry::CheckpointEnd { missing: Some(missing), .. } => {
-                for kind in [ChangeKind::Creation, ChangeKind::KeyChange] {
-                    self.lag_guard.forget(kind, missing, Instant::now() + LONGEST_SEARCH_LAG);
-                }
+            Entry::Forgotten { change, at, until } => {
+                let rest = Duration::try_from(until.duration_since(self.now())).unwrap_or_default();
+                self.lag_guard.forget(change, self.past(at), rest.min(LONGEST_SEARCH_LAG));
             }
             Entry::Start { .. } | Entry::CheckpointBegin { .. } | Entry::CheckpointEnd { .. } => {}
         }
+    }
+
+    /// A time by the clock of another worker, which may be ahead.
+    fn past(&self, at: Timestamp) -> Timestamp {
+        at.min(self.now())
     }
 
     /// Whether reads of a record that changed at this time may still show it as it was before.
@@ -52,12 +54,13 @@ impl Context {
     /// Changes for which there was no room are forgotten.
     pub(crate) fn forget_evicted(&self) {
         for Change { kind, at } in self.id_cache.evicted() {
-            self.lag_guard.forget(kind, at, Instant::now() + LONGEST_SEARCH_LAG);
+            self.lag_guard.evicted(kind, at);
         }
     }
 
     /// All that is remembered, as entries for the next worker.
     pub(crate) fn checkpoint(&self) -> impl Iterator<Item = Entry> {
+        self.forget_evicted();
         let pending = self.lag_guard.pending().into_iter();
         let creating = pending.map(|(operation, Pending { keys, creates_lead, sent, .. })| Entry::Creating {
             operation,
@@ -80,6 +83,13 @@ impl Context {
             change: kind,
             at,
         });
-        creating.chain(keys).chain(self.version_cache.written())
+        let forgotten = self.lag_guard.forgotten().into_iter();
+        let now = self.now();
+        let forgotten = forgotten.map(move |(change, at, rest)| Entry::Forgotten {
+            change,
+            at,
+            until: now.saturating_add(rest).unwrap_or(Timestamp::MAX),
+        });
+        forgotten.chain(creating).chain(keys).chain(self.version_cache.written())
     }
 }

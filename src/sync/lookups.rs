@@ -253,6 +253,10 @@ impl<R: Records> Lookups<'_, R> {
             Err(_) => return answer.map(Some),
         };
         self.note_candidate(id.as_str(), verdict);
+        if verdict != Verdict::SameCompany && self.reads.get(id.as_str()).is_some_and(|read| read.stale) {
+            // It may have got the company id since.
+            return Err(CloseError::Transient(Fault::NotYet));
+        }
         Ok(answer.ok().filter(|_| verdict == Verdict::SameCompany))
     }
 
@@ -391,7 +395,7 @@ impl<R: Records> Lookups<'_, R> {
 
     /// Search has shown a record by this key.
     fn seen(&self, key: &Key, id: RecordId, searched: Instant) {
-        if let Some(change) = self.id_cache.seen(key, &id) {
+        if let Some(change) = self.id_cache.seen(key, &id).filter(|change| change.tells_lag(key)) {
             self.lag_guard.shown(change.kind, change.at, searched);
         }
     }

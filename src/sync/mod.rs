@@ -54,7 +54,6 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use strum::VariantArray;
-use tokio::time::Instant;
 
 use crate::close::Client;
 use crate::close::stall_guard::StallGuard;
@@ -106,9 +105,8 @@ impl Worker {
 
     /// What other workers created up to now is unknown. Search shows it, at the latest when `after` has passed.
     pub fn forget_changes(&self, after: Duration) {
-        let (now, clock) = (self.0.now(), Instant::now() + after);
         for kind in ChangeKind::VARIANTS {
-            self.0.lag_guard.forget(*kind, now, clock);
+            self.0.lag_guard.forget(*kind, self.now(), after);
         }
     }
 
@@ -124,12 +122,6 @@ impl Worker {
 
     pub fn now(&self) -> Timestamp {
         self.0.now()
-    }
-
-    /// The changes that are not remembered, and that search has not been proven to show.
-    pub fn forgotten_changes(&self) -> Option<Timestamp> {
-        self.0.forget_evicted();
-        self.0.lag_guard.forgotten()
     }
 
     /// Learns what another worker has written to the journal.

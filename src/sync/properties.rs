@@ -1,6 +1,7 @@
 //! Property tests of matching on random records in memory: look up, decide, apply, and look up again.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use jiff::Timestamp;
@@ -21,6 +22,7 @@ use crate::domain::record::{
 };
 use crate::domain::schema::FieldRef;
 use crate::domain::switches::Switches;
+use crate::sync::clock::system_clock;
 use crate::sync::id_cache::IdCache;
 use crate::sync::lag_guard::LagGuard;
 use crate::sync::lookups::{Lookups, Reads};
@@ -28,6 +30,8 @@ use crate::sync::readback_cache::ReadbackCache;
 use crate::sync::recent_records::RecentRecords;
 use crate::sync::resolver::{Decided, Resolver};
 use crate::sync::version_cache::VersionCache;
+
+const SEARCH_LAG: Duration = Duration::from_secs(20);
 
 /// The caches that the worker keeps from one message to the next.
 pub(crate) struct Caches {
@@ -45,7 +49,7 @@ impl Default for Caches {
         readback_cache.start_with(Country::parse("US"));
         Self {
             id_cache: IdCache::default(),
-            lag_guard: LagGuard::default(),
+            lag_guard: LagGuard::new(SEARCH_LAG, SEARCH_LAG, system_clock()),
             version_cache: VersionCache::default(),
             readback_cache,
             recent: RecentRecords::default(),

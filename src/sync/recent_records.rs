@@ -69,13 +69,14 @@ pub(crate) struct Newest<R> {
 impl State {
     fn is_newer_than(&self, other: &Self) -> bool {
         match (self, other) {
-            (Self::Lead(_), Self::Lead(_) | Self::Elsewhere(_))
-            | (Self::Contact(_), Self::Contact(_) | Self::Elsewhere(_))
+            (Self::Lead(_), Self::Lead(_) | Self::Elsewhere(Some(_)))
+            | (Self::Contact(_), Self::Contact(_) | Self::Elsewhere(Some(_)))
             | (Self::Elsewhere(_), Self::Lead(_) | Self::Contact(_)) => {
                 is_newer(self.updated(), other.updated())
             }
-            // The values of the Contact are known.
-            (Self::Contact(_), Self::ContactIn(_)) => true,
+            // The other says nothing new, or the values of the Contact are known.
+            (Self::Lead(_) | Self::Contact(_) | Self::ContactIn(_), Self::Elsewhere(None))
+            | (Self::Contact(_), Self::ContactIn(_)) => true,
             (Self::Lead(_) | Self::Contact(_) | Self::ContactIn(_) | Self::Elsewhere(_), _) => false,
         }
     }

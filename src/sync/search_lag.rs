@@ -1,13 +1,14 @@
 //! Measures how far search lags behind, without calls of its own: the condition for one change of ours rides along in the
 //! searches for other messages, until a search shows the change. Then the youngest change since rides along.
 //!
-//! What is shown proves to [`LagGuard`] that search shows older changes too.
+//! What is shown proves to [`LagGuard`] that search shows older changes too. A person may delete the record meanwhile, so a
+//! younger change takes its place after a while, and after a longer while the next time.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use strum::VariantArray;
-use tokio::time::Instant;
+use tokio::task::JoinSet;
 
 use crate::close::{Client, Lookup};
 use crate::domain::journal::{ChangeKind, RecordId};
@@ -18,17 +19,24 @@ use crate::sync::lag_guard::LagGuard;
 
 const KINDS: usize = ChangeKind::VARIANTS.len();
 
-/// Clones share the state.
-#[derive(Clone)]
+/// The first patience with a change that search does not show. The record may be gone. It doubles each time.
+const PATIENCE: Duration = Duration::from_mins(10);
+
 pub struct SearchLag {
-    state: Arc<Mutex<[Kind; KINDS]>>,
+    watcher: Arc<Watcher>,
+    /// Aborted when the worker is gone.
+    tasks: Mutex<JoinSet<()>>,
+}
+
+struct Watcher {
+    state: Mutex<[Kind; KINDS]>,
     guard: Arc<LagGuard>,
     id_cache: IdCache,
     clock: Clock,
 }
 
 /// The changes of one kind.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Kind {
     /// A change rides along.
     is_watching: bool,
@@ -38,6 +46,14 @@ struct Kind {
     measured: Option<Duration>,
     /// The age of the change that rides along, at the last search that did not show it.
     missed: Option<Duration>,
+    /// When a change is older than this, the youngest takes its place.
+    patience: Duration,
+}
+
+impl Default for Kind {
+    fn default() -> Self {
+        Self { is_watching: false, next: None, measured: None, missed: None, patience: PATIENCE }
+    }
 }
 
 #[derive(Debug)]
@@ -50,21 +66,14 @@ struct Watched {
 
 impl SearchLag {
     pub(crate) fn new(guard: Arc<LagGuard>, id_cache: IdCache, clock: Clock) -> Self {
-        Self { state: Arc::default(), guard, id_cache, clock }
-    }
-
-    fn with<T>(&self, kind: ChangeKind, with: impl FnOnce(&mut Kind) -> T) -> T {
-        with(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner)[kind as usize])
+        let watcher = Arc::new(Watcher { state: Mutex::default(), guard, id_cache, clock });
+        Self { watcher, tasks: Mutex::default() }
     }
 
     /// The lag of search for changes of this kind: as last measured, or longer if a search did not show a change that was
     /// older. `None` before the first measurement. Without searches it stays as it is.
     pub fn current(&self, kind: ChangeKind) -> Option<Duration> {
-        self.with(kind, |kind| kind.measured.max(kind.missed))
-    }
-
-    fn age(&self, change: Change) -> Option<Duration> {
-        Duration::try_from((self.clock)().duration_since(change.at)).ok()
+        self.watcher.with(kind, |kind| kind.measured.max(kind.missed))
     }
 
     /// A record got a key. Watches until search shows it, unless an earlier change is watched.
@@ -76,16 +85,28 @@ impl SearchLag {
         record: RecordId,
         change: Change,
     ) {
-        let Some(lookup) = lookup(&key, keys) else { return };
+        let Some(lookup) = lookup(&key, keys).filter(|_| change.tells_lag(&key)) else { return };
         let watched = Watched { key, lookup, record, change };
-        let is_idle = self.with(change.kind, |kind| {
+        let is_idle = self.watcher.with(change.kind, |kind| {
             kind.next = Some(watched);
             !kind.is_watching
         });
         if is_idle {
-            let (lag, client) = (self.clone(), client.clone());
-            tokio::spawn(async move { while lag.watch_next(&client, change.kind).await {} });
+            let (state, client) = (Arc::clone(&self.watcher), client.clone());
+            let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+            while tasks.try_join_next().is_some() {}
+            tasks.spawn(async move { while state.watch_next(&client, change.kind).await {} });
         }
+    }
+}
+
+impl Watcher {
+    fn with<T>(&self, kind: ChangeKind, with: impl FnOnce(&mut Kind) -> T) -> T {
+        with(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner)[kind as usize])
+    }
+
+    fn age(&self, change: Change) -> Option<Duration> {
+        Duration::try_from((self.clock)().duration_since(change.at)).ok()
     }
 
     /// Watches the youngest change until search shows it. False if there is none.
@@ -98,21 +119,27 @@ impl SearchLag {
         let Some(Watched { key, lookup, record, change }) = next else { return false };
         loop {
             let Some((searched, ids)) = client.ride_along(lookup.clone()).await else { continue };
+            let age = self.age(change);
             if ids.iter().any(|id| id == record.as_str()) {
                 self.id_cache.seen(&key, &record);
-                self.shown(change, searched);
+                self.guard.shown(kind, change.at, searched);
+                self.with(kind, |kind| {
+                    (kind.measured, kind.missed, kind.patience) = (age, None, PATIENCE);
+                });
                 return true;
             }
-            let age = self.age(change);
-            self.with(kind, |kind| kind.missed = age);
+            let gives_up = self.with(kind, |kind| {
+                kind.missed = age;
+                let gives_up = kind.next.is_some() && age.is_some_and(|age| age > kind.patience);
+                if gives_up {
+                    kind.patience = kind.patience.saturating_mul(2);
+                }
+                gives_up
+            });
+            if gives_up {
+                return true;
+            }
         }
-    }
-
-    /// Search has shown a change for the first time.
-    pub(crate) fn shown(&self, change: Change, searched: Instant) {
-        let lag = self.age(change);
-        self.with(change.kind, |kind| (kind.measured, kind.missed) = (lag, None));
-        self.guard.shown(change.kind, change.at, searched);
     }
 }
 

@@ -133,9 +133,13 @@ impl Status {
         self.0.send_modify(|current| current.journal = Some(journal));
     }
 
+    pub fn journal(&self) -> Option<&'static str> {
+        self.0.borrow().journal
+    }
+
     /// Sets how far Close's search lags for a kind of change, if that is known.
     pub fn set_search_lag(&self, kind: ChangeKind, lag: Option<Duration>) {
-        // Nobody waits for it.
+        // No task waits for a change of it.
         self.0.send_if_modified(|current| {
             match lag {
                 Some(lag) => current.search_lag_seconds.insert(kind.label(), lag.as_secs_f64()),

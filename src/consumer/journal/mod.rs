@@ -21,6 +21,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use crate::amqp::{BrokerError, Settings};
@@ -33,8 +34,10 @@ pub(crate) use anchor::anchor;
 use takeover::{Known, Next, Takeover};
 pub(crate) use writer::Writer;
 
-/// A checkpoint is written after this many bytes, or twice the last checkpoint if that is more.
+/// A checkpoint is written after this many bytes, or the size of the last checkpoint if that is more.
 const CHECKPOINT_AFTER: usize = 4 << 20;
+/// A takeover that reads nothing for this long is given up.
+const STUCK_AFTER: Duration = Duration::from_mins(1);
 /// Entries of a checkpoint that are appended at once.
 const CHECKPOINT_PART: usize = 200;
 
@@ -64,6 +67,15 @@ pub(crate) struct SessionJournal {
     checkpoint: Option<Checkpoint>,
     /// The size of the last one, in bytes.
     checkpoint_size: usize,
+    /// The most bytes of entries after which the broker must still have the last checkpoint.
+    max_checkpoint_distance: usize,
+    /// Ends with the session.
+    checkpoint_task: Option<AbortOnDropHandle<()>>,
+    unreadable: u64,
+    /// When the last message was read.
+    last_read: Instant,
+    /// The session before this one had no journal.
+    worked_without: bool,
 }
 
 /// A checkpoint that is being written.
@@ -95,6 +107,11 @@ impl SessionJournal {
             since_checkpoint: (0, Instant::now()),
             checkpoint: None,
             checkpoint_size: 0,
+            max_checkpoint_distance: usize::try_from(settings.journal.max_bytes / 4).unwrap_or(usize::MAX),
+            checkpoint_task: None,
+            unreadable: 0,
+            last_read: Instant::now(),
+            worked_without: false,
         }
     }
 
@@ -107,18 +124,30 @@ impl SessionJournal {
         self.writer.set_blocked(is_blocked);
     }
 
+    /// What the session before this one did is not in the journal. Others may have been active then, too.
+    pub(crate) fn set_worked_without(&mut self, worked_without: bool) {
+        self.worked_without = worked_without;
+    }
+
+    /// Whether the takeover does not go on. During an alarm it waits for the end of it.
+    pub(crate) fn is_stuck(&self) -> bool {
+        !self.takeover.is_done() && !self.writer.is_blocked() && self.last_read.elapsed() >= STUCK_AFTER
+    }
+
     /// A message of the journal arrived.
     pub(crate) fn received(&mut self, message: &JournalMessage) -> Instruction {
-        let batch = match Batch::decode(&message.body) {
-            Ok(batch) => Some(batch),
-            Err(reason) => {
-                log_unreadable(reason, message.position);
-                None
-            }
-        };
+        self.last_read = Instant::now();
+        let batch = Batch::decode(&message.body);
+        if let Err(reason) = batch {
+            self.unreadable(reason, message.position);
+        }
         self.since_checkpoint.0 = self.since_checkpoint.0.saturating_add(message.body.len());
         if self.takeover.is_done() {
             return batch.map_or(Instruction::Nothing, |batch| self.tail(message.position, batch));
+        }
+        let is_end = |entry: &Entry| matches!(entry, Entry::CheckpointEnd { .. });
+        if batch.as_ref().is_ok_and(|batch| batch.entries.iter().any(is_end)) {
+            self.checkpoint_size = self.since_checkpoint.0;
         }
         match self.takeover.received(message.position, batch) {
             Next::Read(from) => Instruction::Read(from),
@@ -143,6 +172,13 @@ impl SessionJournal {
                 self.worker.remembers_from(anchor.remembered_from);
                 self.writer.set_anchor(anchor);
                 self.writer.read_back(1);
+                if self.worked_without {
+                    self.worker.forget();
+                }
+                if self.worked_without || known == Known::EntriesAreGone {
+                    // The next worker finds a beginning again.
+                    self.start_checkpoint();
+                }
                 self.checkpoint_if_due();
                 Instruction::Ready
             }
@@ -168,6 +204,19 @@ impl SessionJournal {
         Instruction::Nothing
     }
 
+    /// Logs the first, and then ever fewer.
+    fn unreadable(&mut self, reason: Unreadable, position: u64) {
+        self.unreadable = self.unreadable.saturating_add(1);
+        if self.unreadable.is_power_of_two() {
+            tracing::warn!(
+                event = "journal_entry_unreadable",
+                position,
+                count = self.unreadable,
+                "ignoring messages in the journal: {reason}"
+            );
+        }
+    }
+
     /// Where the checkpoint that is being written begins is known once it has been read back.
     fn follow_checkpoint(&mut self, position: u64, entry: &Entry) {
         let Some(checkpoint) = &mut self.checkpoint else { return };
@@ -186,14 +235,18 @@ impl SessionJournal {
 
     fn checkpoint_if_due(&mut self) {
         let (bytes, began) = self.since_checkpoint;
-        let is_large = bytes >= CHECKPOINT_AFTER.max(self.checkpoint_size.saturating_mul(2));
-        if self.checkpoint.is_some() || !(is_large || began.elapsed() >= self.max_checkpoint_age) {
-            return;
+        let enough = CHECKPOINT_AFTER.max(self.checkpoint_size).min(self.max_checkpoint_distance);
+        let is_due = bytes >= enough || began.elapsed() >= self.max_checkpoint_age;
+        if self.checkpoint.is_none() && is_due {
+            self.start_checkpoint();
         }
+    }
+
+    fn start_checkpoint(&mut self) {
         let id = Uuid::now_v7();
         self.checkpoint = Some(Checkpoint { id, begins: None });
         let (worker, writer) = (self.worker.clone(), Arc::clone(&self.writer));
-        tokio::spawn(async move {
+        let task = tokio::spawn(async move {
             writer.append(vec![Entry::CheckpointBegin { checkpoint: id }]);
             let entries: Vec<Entry> = worker.checkpoint().collect();
             for part in entries.chunks(CHECKPOINT_PART) {
@@ -201,18 +254,11 @@ impl SessionJournal {
                 // Messages need the journal, too.
                 writer.stored().await;
             }
-            writer.append(vec![Entry::CheckpointEnd { checkpoint: id, missing: worker.forgotten_changes() }]);
-            writer.stored().await;
+            writer.append(vec![Entry::CheckpointEnd { checkpoint: id }]);
+            writer.flush();
         });
+        self.checkpoint_task = Some(AbortOnDropHandle::new(task));
     }
-}
-
-fn log_unreadable(reason: Unreadable, position: u64) {
-    tracing::warn!(
-        event = "journal_entry_unreadable",
-        position,
-        "ignoring a message in the journal: {reason}"
-    );
 }
 
 /// Tells the worker what the journal does not know.

@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::consumer::broker::ReadFrom;
-use crate::domain::journal::{Anchor, Batch, Entry};
+use crate::domain::journal::{Anchor, Batch, Entry, Unreadable};
 
 /// After so many messages that do not say where the checkpoint is, all is read.
 pub(super) const MAX_STEPS_BACK: u32 = 100;
@@ -82,8 +82,10 @@ impl Takeover {
         matches!(self.phase, Phase::Done)
     }
 
-    /// A message was read. `batch` is `None` if it is unreadable.
-    pub(super) fn received(&mut self, position: u64, batch: Option<Batch>) -> Next {
+    /// A message was read. What a newer version wrote is as good as gone.
+    pub(super) fn received(&mut self, position: u64, batch: Result<Batch, Unreadable>) -> Next {
+        let is_newer = matches!(batch, Err(Unreadable::Newer));
+        let batch = batch.ok();
         match &mut self.phase {
             Phase::Locating { steps_back } => {
                 let (from, remembered_from) = match batch.as_ref().and_then(|batch| batch.anchor) {
@@ -111,6 +113,9 @@ impl Takeover {
                         _ => Begins::Later,
                     });
                 }
+                if is_newer {
+                    *begins = Some(Begins::Later);
+                }
                 let begins = *begins;
                 match batch {
                     None => Next::Learn(Vec::new()),
@@ -135,6 +140,7 @@ impl Takeover {
                     let first = *self.first_start.get_or_insert(*at);
                     if batch.session == self.session {
                         self.phase = Phase::Done;
+                        self.settled = HashSet::new();
                         let age = Duration::try_from(at.duration_since(first)).unwrap_or_default();
                         let (known, remembered_from) = match begins {
                             Some(Begins::WithCheckpoint) => (Known::All, remembered_from.unwrap_or(*at)),
@@ -154,6 +160,7 @@ impl Takeover {
                 Entry::Creating { .. }
                 | Entry::Keys { .. }
                 | Entry::Written { .. }
+                | Entry::Forgotten { .. }
                 | Entry::CheckpointBegin { .. }
                 | Entry::CheckpointEnd { .. } => {}
             }
@@ -212,7 +219,7 @@ mod tests {
             };
             for at in position.. {
                 let message = messages.get(usize::try_from(at - first).unwrap()).expect("its start entry");
-                match takeover.received(at, Some(message.clone())) {
+                match takeover.received(at, Ok(message.clone())) {
                     Next::Read(next) => {
                         (from, reads) = (next, reads + 1);
                         continue 'read;
@@ -276,14 +283,26 @@ mod tests {
     #[test]
     fn unreadable_messages_are_passed_over() {
         let mut takeover = Takeover::new(ME);
-        assert_eq!(takeover.received(1, None), Next::Read(ReadFrom::Position(0)));
-        assert_eq!(takeover.received(0, None), Next::Read(ReadFrom::Position(0)));
-        assert_eq!(takeover.received(0, None), Next::Learn(vec![]));
+        let foreign = || Err(Unreadable::Foreign);
+        assert_eq!(takeover.received(1, foreign()), Next::Read(ReadFrom::Position(0)));
+        assert_eq!(takeover.received(0, foreign()), Next::Read(ReadFrom::Position(0)));
+        assert_eq!(takeover.received(0, foreign()), Next::Learn(vec![]));
         let mine = batch(ME, None, vec![start(160)]);
         let known = Known::SinceBirth(Duration::ZERO);
         assert_eq!(
-            takeover.received(1, Some(mine)),
+            takeover.received(1, Ok(mine)),
             Next::Done { entries: vec![], anchor: anchor(0, 160), known }
         );
+    }
+
+    #[test]
+    fn what_a_newer_version_wrote_is_as_good_as_gone() {
+        let mut takeover = Takeover::new(ME);
+        assert_eq!(takeover.received(0, Err(Unreadable::Newer)), Next::Read(ReadFrom::Position(0)));
+        assert_eq!(takeover.received(0, Err(Unreadable::Newer)), Next::Learn(vec![]));
+        let mine = batch(ME, None, vec![start(160)]);
+        let known = Known::EntriesAreGone;
+        let done = Next::Done { entries: vec![], anchor: anchor(0, 160), known };
+        assert_eq!(takeover.received(1, Ok(mine)), done);
     }
 }

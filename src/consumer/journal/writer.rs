@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -17,6 +18,11 @@ use crate::sync::journal::Journal;
 
 /// The most entries in one message.
 const MAX_BATCH: usize = 500;
+
+/// A broker that works confirms much sooner.
+const CONFIRMED_WITHIN: Duration = Duration::from_mins(1);
+/// More entries than this do not wait for the end of an alarm.
+const MAX_UNSTORED: usize = 50_000;
 
 /// The entries that a session appends, in order.
 pub(crate) struct Writer {
@@ -83,9 +89,33 @@ impl Writer {
             while let Some(batch) = self.next() {
                 let properties = BasicProperties::default().with_content_type("application/json".into());
                 let body = batch.encode();
-                publish.publish(Outgoing { exchange, key: "", body: &body, properties }).await?;
+                let publish = publish.publish(Outgoing { exchange, key: "", body: &body, properties });
+                self.unless_stuck(publish).await?;
                 self.stored.reached(batch.appended);
             }
+        }
+    }
+
+    /// Fails when the broker does not confirm for a while, unless it has an alarm.
+    async fn unless_stuck(
+        &self,
+        publish: impl Future<Output = Result<(), BrokerError>>,
+    ) -> Result<(), BrokerError> {
+        let mut is_blocked = self.is_blocked.subscribe();
+        let stuck = async {
+            loop {
+                let _ = is_blocked.wait_for(|is_blocked| !is_blocked).await;
+                tokio::select! {
+                    biased;
+                    _ = is_blocked.wait_for(|is_blocked| *is_blocked) => {}
+                    () = tokio::time::sleep(CONFIRMED_WITHIN) => return,
+                }
+            }
+        };
+        tokio::select! {
+            biased;
+            published = publish => published,
+            () = stuck => Err(BrokerError::Unconfirmed("the journal does not answer")),
         }
     }
 
@@ -124,6 +154,10 @@ impl Writer {
         self.is_blocked.send_replace(is_blocked);
     }
 
+    pub(crate) fn is_blocked(&self) -> bool {
+        *self.is_blocked.borrow()
+    }
+
     async fn wait(&self, progress: &Progress) {
         let appended = self.with(|queue| queue.appended);
         if progress.has_reached(appended) {
@@ -134,7 +168,7 @@ impl Writer {
     }
 }
 
-/// A number that grows. Whoever waited first wakes first, so that runs in virtual time can be repeated.
+/// A number that grows. The first to wait wakes first, so that runs in virtual time can be repeated.
 #[derive(Default)]
 struct Progress {
     number: AtomicU64,
@@ -171,10 +205,13 @@ impl Journal for Writer {
         });
     }
 
-    /// During an alarm entries are stored later, so that updates can go on. If the worker dies before that, its successor
-    /// lacks the times of events.
+    /// During an alarm the times of events are stored later, so that updates can go on, up to a number of entries. If the
+    /// worker dies before that, its successor lacks them.
     fn stored(&self) -> BoxFuture<'_, ()> {
         async {
+            if self.with(|queue| queue.entries.len()) > MAX_UNSTORED {
+                return self.wait(&self.stored).await;
+            }
             let mut is_blocked = self.is_blocked.subscribe();
             tokio::select! {
                 biased;

@@ -116,8 +116,8 @@ fn state_card(readiness: &Readiness) -> Markup {
             }
             @if let Some(alarm) = &readiness.alarm {
                 p .notice.bad {
-                    "RabbitMQ has an alarm: " (alarm) ". Events are still written to Close. Messages for a delay or \
-                     dead-letter queue are held."
+                    "RabbitMQ has an alarm: " (alarm) ". Changes are still written to Close. Creations wait, and \
+                     messages for a delay or dead-letter queue are held."
                 }
             }
         }

@@ -22,7 +22,6 @@ use crate::sync::attempt::freshness;
 use crate::sync::context::Context;
 use crate::sync::id_cache::Change;
 use crate::sync::journal::{self, JournalHandle};
-use crate::sync::lag_guard::Pending;
 use crate::sync::lookups::{Fresh, Lookups, Reads};
 use crate::sync::readback_cache::ReadbackCache;
 use crate::telemetry::metrics::Metrics;
@@ -58,6 +57,18 @@ pub(super) enum Stopped<P> {
     Failed(CloseError),
     /// A person has changed the record since it was planned. The budget for the write is still held.
     Changed(Fresh, P),
+}
+
+/// A creation that is not sent yet. Dropped, it will not happen.
+struct Unsent<'e, 'a, C: Api> {
+    executor: &'e Executor<'a, C>,
+    operation: Option<Uuid>,
+}
+
+impl<C: Api> Drop for Unsent<'_, '_, C> {
+    fn drop(&mut self) {
+        self.operation.into_iter().for_each(|operation| self.executor.settle(operation));
+    }
 }
 
 impl<P> From<CloseError> for Stopped<P> {
@@ -178,11 +189,11 @@ impl<C: Api> Executor<'_, C> {
                 Some(permit) => permit,
                 None => self.client.acquire(step).await,
             };
+            announced = self.announce(step, found, announced).await?;
             if let Some(fresh) = self.changed(step, found).await? {
                 return Err(Stopped::Changed(fresh, permit));
             }
             let sent = self.context.now();
-            announced = self.announce(step, found, sent, announced).await?;
             match self.client.write(step, permit).await {
                 Ok(Some(written)) => break (Ok(written), sent),
                 // A 429: nothing has happened.
@@ -209,6 +220,8 @@ impl<C: Api> Executor<'_, C> {
         let mut ids = CreatedIds::of(step, &written);
         if let Some(operation) = operation {
             self.created(operation, step, &ids, sent);
+        } else if let Some((record, keys)) = self.new_keys(step, found) {
+            self.watch(keys, record, Change { kind: ChangeKind::KeyChange, at: sent });
         }
         if adopts(step, found)
             && let Step::UpdateLead { id, .. } = step
@@ -225,33 +238,29 @@ impl<C: Api> Executor<'_, C> {
         &mut self,
         step: &Step,
         found: &Found,
-        sent: Timestamp,
         before: Announced,
     ) -> Result<Announced, CloseError> {
-        let Context { lag_guard, id_cache, client, .. } = self.context;
-        let hashes = KeyHash::of_all(self.keys);
+        let Context { lag_guard, id_cache, .. } = self.context;
+        let sent = self.context.now();
         if !step.creates() {
             let Some((record, keys)) = self.new_keys(step, found).filter(|_| !before.is_written) else {
                 return Ok(before);
             };
-            let change = Change { kind: ChangeKind::KeyChange, at: sent };
+            let (keys, change) = (KeyHash::of_all(&keys), Change { kind: ChangeKind::KeyChange, at: sent });
             id_cache.changed(&keys, &record, change);
             self.journal.append(vec![journal::keys(record, keys, change)]);
-            self.client.waits().during(WaitCause::Journal, self.journal.stored()).await;
+            self.client.waits().during(WaitCause::Journal, self.journal.read_back()).await;
             return Ok(Announced { is_written: true, operation: None });
         }
-        let operation = before.operation.unwrap_or_else(journal::operation);
-        let ends = sent.saturating_add(client.timeout()).unwrap_or(Timestamp::MAX);
-        let creates_lead = matches!(step, Step::CreateLead { .. });
-        lag_guard.begin(operation, Pending { keys: hashes.clone(), creates_lead, sent, ends });
+        let hashes = KeyHash::of_all(self.keys);
+        let operation = before.operation.unwrap_or_else(Uuid::now_v7);
+        let lead = matches!(step, Step::CreateLead { .. });
+        lag_guard.begin(operation, hashes.clone(), lead, sent);
         if !before.is_written {
-            self.journal.append(vec![Entry::Creating {
-                operation,
-                keys: hashes.clone(),
-                lead: creates_lead,
-                at: sent,
-            }]);
+            let mut unsent = Unsent { executor: self, operation: Some(operation) };
+            self.journal.append(vec![Entry::Creating { operation, keys: hashes.clone(), lead, at: sent }]);
             self.client.waits().during(WaitCause::Journal, self.journal.read_back()).await;
+            unsent.operation = None;
         }
         if lag_guard.pending_with(&hashes).iter().any(|(other, _)| *other != operation) {
             // Another worker was first.
@@ -262,19 +271,18 @@ impl<C: Api> Executor<'_, C> {
     }
 
     /// The record that a step gives keys to, if it exists already.
-    fn new_keys(&self, step: &Step, found: &Found) -> Option<(RecordId, Vec<KeyHash>)> {
+    fn new_keys(&self, step: &Step, found: &Found) -> Option<(RecordId, Vec<Key>)> {
         let Identity { company_id, user_id, email } = &self.desired.identity;
         match step {
             Step::UpdateLead { id, .. } if adopts(step, found) => {
-                let key = KeyHash::of(&Key::Company(company_id.clone()?));
-                Some((RecordId::Lead(id.clone()), vec![key]))
+                Some((RecordId::Lead(id.clone()), vec![Key::Company(company_id.clone()?)]))
             }
             Step::UpdateContact { id, changes } => {
                 let user_field = self.context.keys.user.clone().map(Field::Custom);
                 let user = user_field.filter(|field| changes.fields.contains_key(field));
                 let user = user.and(user_id.clone()).map(Key::User);
                 let email = changes.lists.get(&Channel::Email).and(email.clone()).map(Key::Email);
-                let keys: Vec<KeyHash> = user.iter().chain(&email).map(KeyHash::of).collect();
+                let keys: Vec<Key> = user.into_iter().chain(email).collect();
                 (!keys.is_empty()).then(|| (RecordId::Contact(id.clone()), keys))
             }
             Step::UpdateLead { .. } | Step::CreateLead { .. } | Step::CreateContact { .. } => None,
@@ -283,7 +291,7 @@ impl<C: Api> Executor<'_, C> {
 
     /// Close answered a creation.
     fn created(&self, operation: Uuid, step: &Step, ids: &CreatedIds, sent: Timestamp) {
-        let Context { id_cache, lag_guard, client, keys, search_lag, .. } = self.context;
+        let Context { id_cache, lag_guard, .. } = self.context;
         let person = &self.desired.identity;
         let change = Change { kind: ChangeKind::Creation, at: sent };
         let lead = ids.lead.clone().map(RecordId::Lead).zip(person.company_id.clone().map(Key::Company));
@@ -294,12 +302,9 @@ impl<C: Api> Executor<'_, C> {
         for (record, new_keys) in lead.into_iter().chain(contact) {
             let hashes = KeyHash::of_all(&new_keys);
             id_cache.changed(&hashes, &record, change);
-            if let Some(key) = new_keys.into_iter().next() {
-                search_lag.watch(client, keys, key, record.clone(), change);
-            }
+            self.watch(new_keys, record.clone(), change);
             entries.push(journal::keys(record, hashes, change));
         }
-        self.journal.append(entries);
         // Close did not say which Contact it created, so only search can find it.
         if matches!(step, Step::CreateLead { contact: Some(_), .. }) && ids.contact.is_none() {
             person.person().for_each(|key| id_cache.search_again_for(&key));
@@ -307,7 +312,17 @@ impl<C: Api> Executor<'_, C> {
                 lag_guard.settle_for(operation, &[KeyHash::of(&Key::Company(company))]);
             }
         } else {
-            self.settle(operation);
+            lag_guard.settle(operation);
+            entries.push(Entry::Settled { operation });
+        }
+        self.journal.append(entries);
+    }
+
+    /// Measures the lag of search by a record that got these keys.
+    fn watch(&self, new_keys: Vec<Key>, record: RecordId, change: Change) {
+        let Context { client, keys, search_lag, .. } = self.context;
+        if let Some(key) = new_keys.into_iter().next() {
+            search_lag.watch(client, keys, key, record, change);
         }
     }
 
@@ -317,10 +332,7 @@ impl<C: Api> Executor<'_, C> {
             self.settle(operation);
             return;
         }
-        let Context { lag_guard, client, .. } = self.context;
-        let sent = self.context.now();
-        let ends = sent.saturating_add(client.timeout()).unwrap_or(Timestamp::MAX);
-        lag_guard.extend(operation, ends);
+        self.context.lag_guard.extend(operation);
     }
 
     fn settle(&self, operation: Uuid) {

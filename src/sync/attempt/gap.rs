@@ -1,5 +1,5 @@
 //! Closing a gap: a plan that needs proof of what does not exist waits until search has shown enough, or the event log
-//! tells ([`crate::sync::lag_guard`]).
+//! answers ([`crate::sync::lag_guard`]).
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -53,6 +53,8 @@ enum InEventLog {
     Unknown,
 }
 
+/// The event log is read from this long before a creation was sent, because clocks differ.
+const CLOCK_MARGIN: Duration = Duration::from_mins(3);
 /// Close's clock may differ this much from ours.
 const CLOCK_SKEW: SignedDuration = SignedDuration::from_secs(60);
 /// Between two look-ups while search may have missed a record.
@@ -90,10 +92,9 @@ impl<C: Api> Attempts<'_, C> {
         let progress = lag_guard.progress();
         let mut next = Instant::now() + wait.backoff();
         if let Some(since) = gap.pending_since {
-            let event_log_lag = SignedDuration::try_from(settings.event_log_lag).unwrap_or_default();
-            let remaining = gap.until.duration_since(self.context.now()).saturating_add(event_log_lag);
             // What is missing from the log by then did not happen.
-            let must_show = remaining <= SignedDuration::ZERO;
+            let shows_at = gap.over + settings.event_log_lag;
+            let must_show = shows_at <= Instant::now();
             if wait.asks_event_log(must_show) {
                 match self.find_in_event_log(since, found, &mut wait.shown_by_event_log).await {
                     InEventLog::Found => return true,
@@ -105,10 +106,8 @@ impl<C: Api> Attempts<'_, C> {
                     InEventLog::Absent | InEventLog::Unknown => {}
                 }
             }
-            if let Ok(remaining) = Duration::try_from(remaining)
-                && !must_show
-            {
-                next = next.min(Instant::now() + remaining);
+            if !must_show {
+                next = next.min(shows_at);
             }
         }
         if !self.writes() {
@@ -166,9 +165,9 @@ impl<C: Api> Attempts<'_, C> {
         shown: &mut HashSet<String>,
     ) -> InEventLog {
         let Context { id_cache, keys, client, .. } = self.context;
-        // Clocks differ.
-        let margin = client.timeout() + Duration::from_mins(1);
-        let Ok(since) = since.checked_sub(margin) else { return InEventLog::Unknown };
+        let Ok(since) = since.checked_sub(client.timeout() + CLOCK_MARGIN) else {
+            return InEventLog::Unknown;
+        };
         let Ok(Created { leads, contacts, complete }) = self.client.created_since(since).await else {
             return InEventLog::Unknown;
         };

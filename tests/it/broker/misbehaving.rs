@@ -231,6 +231,8 @@ async fn a_session_start_without_answer_times_out() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_lost_during_session_start_is_noticed() {
     let bench = Bench::new().await;
+    // With its objects in place a worker opens two connections.
+    bench.worker().await.terminate().await;
     let proxy = Proxy::start(&bench.amqp_url).await;
     let bench = bench.set("AMQP_URL", &proxy.url).set("RUST_LOG", "info,lapin=error");
     proxy.set_trap(&QOS);

@@ -133,9 +133,9 @@ async fn a_rolling_restart_processes_each_message_once() {
 async fn a_message_to_dead_letter_is_held_during_an_alarm() {
     let node = Node::start().await;
     let bench = Bench::on(&node.url, Settings::fast()).await;
-    // An update: creations wait for the journal.
-    bench.lead(None, json!([{"name": "Jane", "emails": [{"email": "jane@x.test"}]}]));
-    let event = identify("u1", json!({"email": "jane@x.test"}));
+    // An update without a new key: creations and new keys wait for the journal.
+    bench.lead(None, json!([{"name": "Jane", "custom.cf_contactuserid": "u1"}]));
+    let event = identify("u1", json!({"title": "CTO"}));
     // RabbitMQ blocks only connections that have published.
     let worker = bench.worker().await;
     bench.publish_bytes(b"nonsense", BasicProperties::default()).await;

@@ -104,6 +104,7 @@ async fn a_huge_error_of_close_becomes_a_dead_letter_with_short_headers() {
 async fn an_invalid_optional_value_is_left_out_and_the_others_are_written() {
     let bench =
         Bench::new().await.set("MAPPING_LEAD_CUSTOM", "{ cf_leadplan = { from = [\"$.traits.plan\"] } }");
+    let bench = bench.set("WORKER_MERGE", "false");
     let event = |plan: &str, name: &str| {
         identify("u1", json!({"plan": plan, "name": name, "phone": "n/a", "company": {"id": "acme"}}))
     };
@@ -265,7 +266,7 @@ async fn a_panic_dead_letters_one_message_and_the_worker_continues() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_personal_data_in_logs_and_metrics() {
-    let bench = Bench::new().await.set("RETRY_IN_PLACE", "20s");
+    let bench = Bench::new().await.set("RETRY_IN_PLACE", "20s").set("WORKER_MERGE", "false");
     bench.simulator.fault(Fault::new(status(500, When::AfterCommit)).on("PUT", "/contact/"));
     let refusal = json!({"error": "Secretname has an invalid phone +4930555123"});
     let effect = Effect::Status { code: 400, body: FaultBody::Exactly(refusal), when: When::BeforeCommit };

@@ -167,6 +167,7 @@ fn config(close: &Simulator, timeout: &str) -> Destination {
         ("CLOSE_CONTACT_USER_ID_FIELD", "cf_contactuserid"),
         ("CLOSE_TIMEOUT", timeout),
         ("CLOSE_SEARCH_LAG", "1800ms"),
+        ("CLOSE_EVENT_LOG_LAG", "0s"),
         ("RETRY_IN_PLACE", "6s"),
     ]
     .map(|(key, value)| (key.to_owned(), value.to_owned()))
@@ -251,8 +252,10 @@ async fn no_fault_of_a_call_loses_a_message_or_duplicates_a_record() {
         tokio::spawn(async move {
             let fault = Fault::new(case.effect.clone()).on(&call.0, &call.1);
             let run = run(&kind, mapping, behaviour.clone(), Some(fault));
-            let run =
-                tokio::time::timeout(Duration::from_mins(1), run).await.expect("a run ends within a minute");
+            let run = tokio::time::timeout(Duration::from_mins(1), run).await;
+            let run = run.unwrap_or_else(|_| {
+                panic!("seed {seed} does not end: {call:?} {:?} {behaviour:?}", case.effect)
+            });
             let difference = difference(&kind, &without_fault, &call, &case, &run);
             if difference.is_empty() {
                 difference

@@ -3,7 +3,6 @@
 use super::*;
 use crate::domain::journal::RecordId;
 use crate::sync::id_cache::Change;
-use crate::sync::lag_guard::Pending;
 
 /// The outcome of a rehearsal, its decision, and how long it took. Asserts that it writes nothing and leaves no trace.
 async fn rehearse(context: &Context, close: &FakeClose, event: &Desired) -> (Outcome, Decision, Duration) {
@@ -112,7 +111,7 @@ async fn a_rehearsal_says_that_the_worker_would_wait_for_search() {
     let context = context(&rules());
     let close = FakeClose::new(&context, &[], &[]);
     let event = jane(&context, 5);
-    context.lag_guard.forget(ChangeKind::Creation, context.now(), Instant::now() + SEARCH_LAG);
+    context.lag_guard.forget(ChangeKind::Creation, context.now(), SEARCH_LAG);
     let (outcome, decision, took) = rehearse(&context, &close, &event).await;
     assert_eq!((outcome, decision.awaits_search), (Outcome::Synced(Effect::Created), true));
     assert!(took < LATENCY * 10, "{took:?}");
@@ -127,7 +126,7 @@ async fn a_rehearsal_asks_the_event_log_about_a_creation_without_an_answer() {
     let close = FakeClose::new(&context, &[], &[]).with_search_lag(SEARCH_LAG * 100);
     let event = jane(&context, 5);
     let (keys, sent) = (KeyHash::of_all(&event.identity.keys()), context.now());
-    context.lag_guard.begin(Uuid::nil(), Pending { keys, creates_lead: true, sent, ends: sent + TIMEOUT });
+    context.lag_guard.begin(Uuid::nil(), keys, true, sent);
     let (outcome, decision, took) = rehearse(&context, &close, &event).await;
     assert_eq!((outcome, decision.awaits_search), (Outcome::Synced(Effect::Created), true));
     assert!(took < LATENCY * 10, "{took:?}");

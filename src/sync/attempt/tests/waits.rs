@@ -44,7 +44,7 @@ async fn a_message_waits_for_rate_limits() {
 async fn a_message_waits_for_search() {
     let context = context_with_hold();
     let close = FakeClose::new(&context, &[], &[]);
-    context.lag_guard.forget(ChangeKind::Creation, context.now(), Instant::now() + FOR_EVER);
+    context.lag_guard.forget(ChangeKind::Creation, context.now(), FOR_EVER);
     assert_eq!(held(attempts(&context, &close, &jane(&context, 5))).await, (WaitCause::Search, 19));
 }
 
@@ -112,7 +112,7 @@ async fn a_message_that_waits_is_exhausted_at_a_certain_age() {
     let context = context_with_hold();
     let max_age = context.settings.retry.max_age;
     let close = FakeClose::new(&context, &[], &[]);
-    context.lag_guard.forget(ChangeKind::Creation, context.now(), Instant::now() + FOR_EVER);
+    context.lag_guard.forget(ChangeKind::Creation, context.now(), FOR_EVER);
     let desired = jane(&context, 5);
     for (age, dead) in [(max_age.saturating_sub(Duration::from_secs(1)), false), (max_age, true)] {
         let mut attempts = attempts(&context, &close, &desired);

@@ -66,7 +66,9 @@ fn last_resort(plan: &Plan) -> Duration {
 /// without an answer costs a day at most.
 fn time_limit(world: &World, published: Duration) -> Duration {
     let unanswered = world.unanswered_creations.load(Ordering::Relaxed);
-    let waits = if world.plan.event_log_answers { 0 } else { unanswered };
+    // Each disruption may cut a creation off.
+    let doubts = unanswered.saturating_add(u32::try_from(world.plan.disruptions.len()).unwrap_or(u32::MAX));
+    let waits = if world.plan.event_log_answers { 0 } else { doubts };
     published + Duration::from_hours(3) + Duration::from_hours(24) * waits
 }
 

@@ -48,6 +48,7 @@ impl Mutant {
                 Entry::Start { .. }
                 | Entry::Settled { .. }
                 | Entry::Written { .. }
+                | Entry::Forgotten { .. }
                 | Entry::CheckpointBegin { .. }
                 | Entry::CheckpointEnd { .. } => true,
             },

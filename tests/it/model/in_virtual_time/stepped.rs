@@ -196,6 +196,7 @@ fn entry_label(entry: &Entry) -> String {
         Entry::Settled { .. } => "settled".to_owned(),
         Entry::Keys { record, keys, change, .. } => format!("keys {record:?} {keys:?} {change:?}"),
         Entry::Written { record, at, fields, .. } => format!("written {record:?} {at} {fields:?}"),
+        Entry::Forgotten { change, .. } => format!("forgotten {change:?}"),
         Entry::CheckpointBegin { .. } | Entry::CheckpointEnd { .. } => "checkpoint".to_owned(),
     }
 }

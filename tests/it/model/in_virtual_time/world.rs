@@ -282,7 +282,8 @@ impl SimulatedTransport {
         if path.starts_with("event/") && !world.plan.event_log_answers {
             (outcome.takes_effect, outcome.result) = (false, CallResult::Status(500));
         }
-        if creates && outcome.result != CallResult::Answer {
+        // An answer need not name the Contact. Where the event log is silent, only search then shows it.
+        if creates && (outcome.result != CallResult::Answer || !world.plan.event_log_answers) {
             world.unanswered_creations.fetch_add(1, Ordering::Relaxed);
         }
         let (path_alone, _) = path.split_once('?').unwrap_or((path, ""));
