@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 use crate::domain::footprint::{LIST, MAX_TREE, MEMBER, OBJECT, TEXT, VALUE};
 
 /// The keys that are read, in all kinds of answers. Custom fields have keys `custom.cf_…`.
-const KEYS: [&str; 20] = [
+const KEYS: [&str; 21] = [
     "contact_ids",
     "contacts",
     "cursor",
@@ -28,6 +28,7 @@ const KEYS: [&str; 20] = [
     "id",
     "lead_id",
     "name",
+    "object_id",
     "phone",
     "phones",
     "status_id",

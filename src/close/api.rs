@@ -1,5 +1,7 @@
 //! The calls that syncing a message makes.
 
+use jiff::Timestamp;
+
 use crate::close::error::CloseError;
 use crate::close::records::{LeadWithContacts, Records, Written};
 use crate::close::requests::Acquired;
@@ -66,8 +68,7 @@ impl Drop for WritePermit {
 pub struct Created {
     pub leads: Vec<Lead>,
     pub contacts: Vec<Contact>,
-    /// The log was read back to the time that was asked for, and showed every record in it. A limited number of pages is
-    /// read.
+    /// These are all. A limited number of pages is read.
     pub complete: bool,
 }
 
@@ -87,11 +88,12 @@ pub trait Api: Records {
         permit: Self::Permit,
     ) -> impl Future<Output = Result<Option<Written>, CloseError>> + Send;
 
-    /// Lists the Leads and Contacts created since a time, from the event log. It shows them sooner than search
+    /// Lists the Leads and Contacts created in a span of time, from the event log. It shows them sooner than search
     /// (close-api.md §11).
-    fn created_since(
+    fn created_between(
         &self,
-        since: jiff::Timestamp,
+        since: Timestamp,
+        until: Timestamp,
     ) -> impl Future<Output = Result<Created, CloseError>> + Send;
 
     /// The number of calls made for this message, including those answered with 429.

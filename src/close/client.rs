@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use jiff::Timestamp;
 use serde_json::Value;
 use tokio::time::Instant;
 
@@ -245,13 +246,14 @@ impl Api for Client {
         }))
     }
 
-    async fn created_since(&self, since: jiff::Timestamp) -> Result<Created, CloseError> {
-        let leads = event_log::created(&self.requests, "lead", since).await?;
-        let contacts = event_log::created(&self.requests, "contact", since).await?;
+    async fn created_between(&self, since: Timestamp, until: Timestamp) -> Result<Created, CloseError> {
+        let (requests, span) = (&self.requests, (since, until));
+        let leads = event_log::created(requests, Endpoint::ReadLead, span, wire::read_lead).await?;
+        let contacts = event_log::created(requests, Endpoint::ReadContact, span, wire::read_contact).await?;
         Ok(Created {
             complete: leads.complete && contacts.complete,
-            leads: wire::read_all(&leads.records, wire::read_lead)?,
-            contacts: wire::read_all(&contacts.records, wire::read_contact)?,
+            leads: leads.records,
+            contacts: contacts.records,
         })
     }
 

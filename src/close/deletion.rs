@@ -5,7 +5,8 @@
 //! event for each record that was deleted in the last 30 days, also by a merge, and also for the Contacts of a deleted Lead
 //! (close-api.md §4, §9). An id that is older than search lags does not come up.
 //!
-//! - The event log has the deletion: the record is gone ([`CloseError::NotFound`]).
+//! - The event log has the deletion: the record is gone ([`CloseError::NotFound`]). It never comes back, a restored one has
+//!   a new id (close-api.md §9). So it is not read again: search may show it for hours to each message.
 //! - It does not: the record has only vanished ([`Fault::Vanished`]), and the call is repeated later. Perhaps the event log
 //!   lags.
 //! - It does not answer: nothing is concluded, and the record has only vanished. The message is not at fault.
@@ -55,6 +56,9 @@ pub(crate) async fn read_record<T>(
     id: &str,
     keep: impl Fn(&Value) -> Result<T, CloseError>,
 ) -> Result<T, CloseError> {
+    if requests.deletions().contains_key(id) {
+        return Err(CloseError::NotFound);
+    }
     match requests.read_record(endpoint, &wire::record_path(endpoint, id), keep).await {
         Err(CloseError::NotFound) => Err(missing(requests, endpoint, id).await),
         answer => answer,
@@ -86,7 +90,11 @@ async fn was_deleted(requests: &Requests, id: &str) -> Result<bool, CloseError> 
     let is_it = |event: &Deletion| {
         event.object_id.as_deref() == Some(id) && event.action.as_deref() == Some("deleted")
     };
-    Ok(events.data.iter().any(is_it))
+    let was_deleted = events.data.iter().any(is_it);
+    if was_deleted {
+        requests.deletions().insert(id.to_owned(), ());
+    }
+    Ok(was_deleted)
 }
 
 /// Whether a record is still missing after [`MOMENT`], and another one is not.
@@ -204,6 +212,21 @@ mod tests {
             assert_eq!(read(Script::new(events.clone())).await, expected, "{events:?}");
             assert!(started.elapsed() < MOMENT);
         }
+    }
+
+    /// How many calls two reads of a record take.
+    async fn calls(events: Reply) -> u32 {
+        let client = client(Script::new(events));
+        for _ in 0..2 {
+            client.contact(&ContactId::new("cont_1")).await.unwrap_err();
+        }
+        client.calls()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_record_whose_deletion_is_known_is_not_read_again() {
+        assert_eq!(calls(event("cont_1", "deleted")).await, 2);
+        assert_eq!(calls(event("cont_1", "updated")).await, 4);
     }
 
     #[tokio::test(start_paused = true)]

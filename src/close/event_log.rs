@@ -1,43 +1,78 @@
-//! Close's event log: which records were created since a time (close-api.md §11, §15).
+//! Close's event log: which records were created in a span of time (close-api.md §11, §15).
+
+use std::time::Duration;
 
 use jiff::Timestamp;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::Value;
 
+use crate::close::deletion;
 use crate::close::endpoint::Endpoint;
 use crate::close::error::CloseError;
 use crate::close::requests::Requests;
-use crate::close::wire::Events;
+use crate::close::wire::{Event, Events};
 
 /// The most pages to read for one question: as many creations as a fast minute has.
 const MAX_PAGES: usize = 10;
+/// The most records to read by id for one question.
+const MAX_READS: usize = 50;
+/// Close may add what happens to a record soon after an event to this event, which gets a later `date_updated`.
+const MERGED_FOR: Duration = Duration::from_mins(15);
 
 /// Records that the log lists.
 #[derive(Debug)]
-pub(crate) struct Log {
-    /// Newest first.
-    pub(crate) records: Vec<Value>,
+pub(crate) struct Log<T> {
+    pub(crate) records: Vec<T>,
     /// These are all.
     pub(crate) complete: bool,
 }
 
-/// The records of a kind that were created since a time.
+/// The records that `endpoint` reads which were created in a span of time and are not deleted. A record whose event does
+/// not show it is read by its id.
 ///
-/// Close supports only some combinations of filters, and 50 rows. A cursor replaces the date, so the date is compared
-/// here as well.
-pub(crate) async fn created(requests: &Requests, kind: &str, since: Timestamp) -> Result<Log, CloseError> {
+/// Close supports only some combinations of filters, and 50 rows. A cursor replaces the dates, and events are dated by
+/// their last change, so the date is compared here as well.
+pub(crate) async fn created<T>(
+    requests: &Requests,
+    endpoint: Endpoint,
+    (since, until): (Timestamp, Timestamp),
+    read: fn(&Value) -> Result<T, CloseError>,
+) -> Result<Log<T>, CloseError> {
+    let kind = if endpoint == Endpoint::ReadLead { "lead" } else { "contact" };
     let filter = format!("event/?object_type={kind}&action=created&_limit=50");
-    let mut path = format!("{filter}&date_updated__gte={since}");
-    let mut log = Log { records: Vec::new(), complete: true };
+    let updated_until = until.saturating_add(MERGED_FOR).unwrap_or(Timestamp::MAX);
+    let mut path = format!("{filter}&date_updated__gte={since}&date_updated__lte={updated_until}");
+    let mut log = Log { records: Vec::new(), complete: false };
+    let mut hidden = Vec::new();
     for _ in 0..MAX_PAGES {
         let page: Events = requests.request(Endpoint::Events, &path, None).await?;
-        log.records.extend(page.records);
-        log.complete &= !page.lacks_records;
-        let reaches_back = page.oldest.is_none_or(|oldest| oldest < since);
-        let Some(cursor) = page.older.filter(|_| !reaches_back) else { return Ok(log) };
+        // The order of events is not guaranteed.
+        let oldest = page.events.iter().filter_map(|event| event.at).min();
+        let is_asked_for = |event: &Event| event.at.is_none_or(|at| (since..=until).contains(&at));
+        for Event { object_id, record, .. } in page.events.into_iter().filter(is_asked_for) {
+            match record {
+                Some(record) => log.records.push(read(&record)?),
+                None => hidden.push(object_id),
+            }
+        }
+        let reaches_back = oldest.is_none_or(|oldest| oldest < since);
+        let Some(cursor) = page.older.filter(|_| !reaches_back) else {
+            log.complete = true;
+            break;
+        };
         path = format!("{filter}&_cursor={}", utf8_percent_encode(&cursor, NON_ALPHANUMERIC));
     }
-    Ok(Log { complete: false, ..log })
+    log.complete &= hidden.len() <= MAX_READS;
+    for id in hidden.into_iter().take(MAX_READS) {
+        match id {
+            None => log.complete = false,
+            Some(id) => match deletion::read_record(requests, endpoint, &id, read).await {
+                Err(CloseError::NotFound) => {}
+                record => log.records.push(record?),
+            },
+        }
+    }
+    Ok(log)
 }
 
 #[cfg(test)]
@@ -52,15 +87,40 @@ mod tests {
 
     use super::*;
     use crate::close::transport::{Response, Transport};
+    use crate::close::wire;
+    use crate::domain::record::Lead;
 
-    /// A log with one event a second, which shows 50 of them from a position on.
+    /// A log with one creation of a Lead each second, which shows 50 of them from a position on. Those from `hidden_from`
+    /// on do not show their Lead. Each third Lead is deleted.
     #[derive(Clone)]
-    struct Log {
+    struct FakeLog {
         n_events: usize,
+        hidden_from: usize,
         asked: Arc<Mutex<Vec<String>>>,
     }
 
-    impl Transport for Log {
+    const NEWEST: i64 = 1_800_000_000;
+
+    fn at(seconds_ago: i64) -> Timestamp {
+        Timestamp::from_second(NEWEST - seconds_ago).unwrap()
+    }
+
+    impl FakeLog {
+        fn page(&self, path: &str) -> Value {
+            let from = path.split_once("_cursor=").map_or(0, |(_, cursor)| cursor.parse().unwrap());
+            let to = self.n_events.min(from + 50);
+            let event = |n: usize| {
+                let created = at(i64::try_from(n).unwrap()).to_string();
+                let id = format!("lead_{n}");
+                let data = if n < self.hidden_from { json!({"id": id}) } else { Value::Null };
+                json!({"date_created": created.trim_end_matches('Z'), "object_id": id, "data": data})
+            };
+            let next = (to < self.n_events).then(|| to.to_string());
+            json!({"data": (from..to).map(event).collect::<Vec<_>>(), "cursor_next": next})
+        }
+    }
+
+    impl Transport for FakeLog {
         fn send<'a>(
             &'a self,
             _: Method,
@@ -68,37 +128,58 @@ mod tests {
             _: Option<&'a Value>,
             _: usize,
         ) -> BoxFuture<'a, Result<Response, CloseError>> {
-            self.asked.lock().unwrap().push(path.to_owned());
-            let from = path.split_once("_cursor=").map_or(0, |(_, cursor)| cursor.parse().unwrap());
-            let to = self.n_events.min(from + 50);
-            let event = |n: usize| {
-                let at = Timestamp::from_second(1_800_000_000 - i64::try_from(n).unwrap()).unwrap();
-                json!({"date_created": at.to_string().trim_end_matches('Z'), "data": {"id": format!("lead_{n}")}})
+            let lead = path.strip_prefix("lead/").map(|id| id.trim_end_matches('/'));
+            let deletion = path.strip_prefix("event/?object_id=").and_then(|path| path.split_once('&'));
+            let response = if let Some(id) = lead {
+                match id.strip_prefix("lead_").unwrap().parse::<usize>().unwrap() % 3 {
+                    0 => (404, json!({"error": "Empty query: Lead matching query does not exist."})),
+                    _ => (200, json!({"id": id})),
+                }
+            } else if let Some((id, _)) = deletion {
+                (200, json!({"data": [{"object_id": id, "action": "deleted"}]}))
+            } else {
+                self.asked.lock().unwrap().push(path.to_owned());
+                (200, self.page(path))
             };
-            let next = (to < self.n_events).then(|| to.to_string());
-            let page = json!({"data": (from..to).map(event).collect::<Vec<_>>(), "cursor_next": next});
-            std::future::ready(Ok(Response::with_status(200, page))).boxed()
+            std::future::ready(Ok(Response::with_status(response.0, response.1))).boxed()
         }
+    }
+
+    async fn find(log: &FakeLog, from: i64, to: i64) -> Log<Lead> {
+        let requests = Requests::new(log.clone(), Duration::from_secs(9), 1.0, |_| {});
+        created(&requests, Endpoint::ReadLead, (at(from), at(to)), wire::read_lead).await.unwrap()
     }
 
     #[tokio::test(start_paused = true)]
     async fn pages_are_read_back_to_the_time() {
-        for (n_events, seconds, n_found, n_pages) in [
-            (0, 600, 0, 1),
-            (50, 600, 50, 1),
-            (51, 600, 51, 2),
-            (500, 120, 150, 3),    // the cursor does not know the date
-            (2000, 9000, 500, 10), // not the whole log
+        for (n_events, from, to, n_found, n_pages) in [
+            (0, 600, 0, 0, 1),
+            (50, 600, 0, 50, 1),
+            (50, 600, 20, 30, 1), // those after it may have been changed since
+            (51, 600, 0, 51, 2),
+            (500, 120, 0, 121, 3),    // the cursor does not know the date
+            (2000, 9000, 0, 500, 10), // not the whole log
         ] {
-            let log = Log { n_events, asked: Arc::default() };
-            let requests = Requests::new(log.clone(), Duration::from_secs(9), 1.0, |_| {});
-            let since = Timestamp::from_second(1_800_000_000 - seconds).unwrap();
-            let found = created(&requests, "lead", since).await.unwrap();
+            let log = FakeLog { n_events, hidden_from: usize::MAX, asked: Arc::default() };
+            let found = find(&log, from, to).await;
             let asked = log.asked.lock().unwrap();
-            assert_eq!((found.records.len(), asked.len()), (n_found, n_pages), "{n_events} {seconds}");
+            assert_eq!((found.records.len(), asked.len()), (n_found, n_pages), "{n_events} {from} {to}");
             assert_eq!(found.complete, n_pages < MAX_PAGES);
             let filter = "event/?object_type=lead&action=created&_limit=50&";
             assert!(asked.iter().all(|path| path.starts_with(filter)), "{asked:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_record_that_its_event_hides_is_read() {
+        for (n_events, hidden_from, n_found, complete) in [
+            (10, 4, 8, true), // 6 and 9 are deleted
+            (60, 10, 10 + 34, true),
+            (61, 10, 10 + 34, false),
+        ] {
+            let log = FakeLog { n_events, hidden_from, asked: Arc::default() };
+            let found = find(&log, 600, 0).await;
+            assert_eq!((found.records.len(), found.complete), (n_found, complete), "{n_events}");
         }
     }
 }

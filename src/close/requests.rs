@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use moka::sync::Cache;
 use reqwest::StatusCode;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -53,10 +54,14 @@ struct Shared {
     stall_guard: StallGuard,
     /// Held while a large answer is received and parsed: one at a time.
     large_answer: Mutex<()>,
+    deletions: Cache<String, ()>,
 }
 
 /// Consecutive calls answered with 429 before a warning is logged.
 const MANY_REFUSALS: u32 = 5;
+
+/// How many deletions are remembered.
+const MAX_DELETIONS: u64 = 10_000;
 
 impl Requests {
     pub(crate) fn new(
@@ -74,6 +79,7 @@ impl Requests {
             observe: Box::new(observe),
             stall_guard: StallGuard::default(),
             large_answer: Mutex::default(),
+            deletions: Cache::new(MAX_DELETIONS),
         };
         Self {
             shared: Arc::new(shared),
@@ -108,6 +114,11 @@ impl Requests {
 
     pub(crate) fn stall_guard(&self) -> &StallGuard {
         &self.shared.stall_guard
+    }
+
+    /// The records whose deletion the event log has shown.
+    pub(crate) fn deletions(&self) -> &Cache<String, ()> {
+        &self.shared.deletions
     }
 
     /// Calls made, including those answered with 429.

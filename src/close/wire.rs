@@ -305,18 +305,21 @@ impl TryFrom<Answer> for SearchPage {
     }
 }
 
-/// A page of the event log: the records that events are about, newest first.
+/// A page of the event log, newest first.
 #[derive(Deserialize)]
 #[serde(try_from = "Answer")]
 pub(crate) struct Events {
-    pub(crate) records: Vec<Value>,
-    /// An event lacks its record: that of an event older than an hour is null for users without admin rights (close-api.md
-    /// §15, 15).
-    pub(crate) lacks_records: bool,
-    /// When the oldest event of the page happened.
-    pub(crate) oldest: Option<Timestamp>,
+    pub(crate) events: Vec<Event>,
     /// The cursor of the next, older page.
     pub(crate) older: Option<String>,
+}
+
+pub(crate) struct Event {
+    /// The id of the record that it is about.
+    pub(crate) object_id: Option<String>,
+    pub(crate) at: Option<Timestamp>,
+    /// Users without admin rights do not see that of an event older than an hour (close-api.md §15, 15).
+    pub(crate) record: Option<Value>,
 }
 
 impl TryFrom<Answer> for Events {
@@ -326,16 +329,14 @@ impl TryFrom<Answer> for Events {
         let Some(Value::Array(events)) = page.get_mut("data").map(Value::take) else {
             return Err("no events");
         };
-        // The order of events is not guaranteed.
-        let oldest = events.iter().filter_map(|event| time(event, "date_created")).min();
-        let number = events.len();
-        let record = |mut event: Value| event.get_mut("data").map(Value::take).filter(Value::is_object);
-        let records: Vec<Value> = events.into_iter().filter_map(record).collect();
+        let event = |mut event: Value| Event {
+            object_id: text(&event, "object_id"),
+            at: time(&event, "date_created"),
+            record: event.get_mut("data").map(Value::take).filter(Value::is_object),
+        };
         Ok(Self {
-            oldest,
+            events: events.into_iter().map(event).collect(),
             older: text(&page, "cursor_next").filter(|cursor| !cursor.is_empty()),
-            lacks_records: records.len() < number,
-            records,
         })
     }
 }

@@ -96,8 +96,8 @@ struct Shown {
 /// Changes that search may not show yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Gap {
-    /// When the first pending creation was sent. `None` where only forgotten changes matter.
-    pub pending_since: Option<Timestamp>,
+    /// When the first pending creation was sent, and when the last one ended. `None` where only forgotten changes matter.
+    pub pending: Option<(Timestamp, Timestamp)>,
     /// When the last pending creation can no longer happen.
     pub over: Instant,
     /// Without proof search counts as complete from then on.
@@ -323,7 +323,7 @@ impl State {
         let forgotten = ChangeKind::VARIANTS.iter().filter_map(|kind| self.forgotten(*kind, searched));
         let mut gap: Option<Gap> = None;
         for Forgotten { clock, .. } in forgotten {
-            gap = Some(Gap { pending_since: None, over: searched, clock }.and(gap));
+            gap = Some(Gap { pending: None, over: searched, clock }.and(gap));
         }
         let operations = keys.iter().filter_map(|key| self.by_key.get(key)).flatten();
         let pending = operations.filter(|id| except != Some(**id)).filter_map(|id| self.pending.get(id));
@@ -331,7 +331,8 @@ impl State {
             // Clocks of workers differ, and may be set back.
             let proof = self.proof(ChangeKind::Creation, pending.ends).filter(|from| from >= began);
             if proof.is_none_or(|from| searched < from) {
-                gap = Some(Gap { pending_since: Some(pending.sent), over: *over, clock: *clock }.and(gap));
+                let span = Some((pending.sent, pending.ends));
+                gap = Some(Gap { pending: span, over: *over, clock: *clock }.and(gap));
             }
         }
         gap
@@ -341,8 +342,11 @@ impl State {
 impl Gap {
     fn and(self, other: Option<Self>) -> Self {
         let Some(other) = other else { return self };
-        let since = self.pending_since.into_iter().chain(other.pending_since).min();
-        Self { pending_since: since, over: self.over.max(other.over), clock: self.clock.max(other.clock) }
+        let pending = match (self.pending, other.pending) {
+            (Some((sent, ends)), Some((since, until))) => Some((sent.min(since), ends.max(until))),
+            (one, other) => one.or(other),
+        };
+        Self { pending, over: self.over.max(other.over), clock: self.clock.max(other.clock) }
     }
 }
 
@@ -386,7 +390,7 @@ mod tests {
         let operation = Uuid::from_u128(1);
         guard.begin(operation, keys(&["a", "b"]), true, at(100));
         let searched = Instant::now();
-        let gap = Gap { pending_since: Some(at(100)), over: searched + TIMEOUT, clock: last_resort() };
+        let gap = Gap { pending: Some((at(100), at(130))), over: searched + TIMEOUT, clock: last_resort() };
         assert_eq!(guard.gap(&keys(&["b", "c"]), searched, None), Some(gap));
         assert_eq!(guard.gap(&keys(&["c"]), searched, None), None);
         assert_eq!(guard.gap(&keys(&["a"]), searched, Some(operation)), None, "the caller's own");
@@ -423,7 +427,8 @@ mod tests {
         guard.begin(one, keys(&["a"]), true, at(100));
         guard.begin(two, keys(&["a"]), true, at(200));
         guard.settle(two);
-        let gap = Gap { pending_since: Some(at(100)), over: Instant::now() + TIMEOUT, clock: last_resort() };
+        let gap =
+            Gap { pending: Some((at(100), at(130))), over: Instant::now() + TIMEOUT, clock: last_resort() };
         assert_eq!(guard.gap(&keys(&["a"]), Instant::now(), None), Some(gap), "an earlier one stays pending");
         guard.settle(one);
         assert_eq!(guard.gap(&keys(&["a"]), Instant::now(), None), None);

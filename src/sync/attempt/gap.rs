@@ -53,7 +53,7 @@ enum InEventLog {
     Unknown,
 }
 
-/// The event log is read from this long before a creation was sent, because clocks differ.
+/// The event log is read from this long before a creation was sent until this long after its end, because clocks differ.
 const CLOCK_MARGIN: Duration = Duration::from_mins(3);
 /// Close's clock may differ this much from ours.
 const CLOCK_SKEW: SignedDuration = SignedDuration::from_secs(60);
@@ -91,12 +91,12 @@ impl<C: Api> Attempts<'_, C> {
         let Context { settings, lag_guard, .. } = self.context;
         let progress = lag_guard.progress();
         let mut next = Instant::now() + wait.backoff();
-        if let Some(since) = gap.pending_since {
+        if let Some(pending_in) = gap.pending {
             // What is missing from the log by then did not happen.
             let shows_at = gap.over + settings.event_log_lag;
             let must_show = shows_at <= Instant::now();
             if wait.asks_event_log(must_show) {
-                match self.find_in_event_log(since, found, &mut wait.shown_by_event_log).await {
+                match self.find_in_event_log(pending_in, found, &mut wait.shown_by_event_log).await {
                     InEventLog::Found => return true,
                     InEventLog::Absent if must_show => {
                         let hashes = KeyHash::of_all(&self.keys);
@@ -160,15 +160,15 @@ impl<C: Api> Attempts<'_, C> {
     /// Looks in the event log for records with these keys that the look-up did not find, and caches their ids.
     async fn find_in_event_log(
         &self,
-        since: Timestamp,
+        (since, until): (Timestamp, Timestamp),
         found: &Found,
         shown: &mut HashSet<String>,
     ) -> InEventLog {
         let Context { id_cache, keys, client, .. } = self.context;
-        let Ok(since) = since.checked_sub(client.timeout() + CLOCK_MARGIN) else {
-            return InEventLog::Unknown;
-        };
-        let Ok(Created { leads, contacts, complete }) = self.client.created_since(since).await else {
+        let span = (since.checked_sub(client.timeout() + CLOCK_MARGIN), until.checked_add(CLOCK_MARGIN));
+        let (Ok(since), Ok(until)) = span else { return InEventLog::Unknown };
+        let Ok(Created { leads, contacts, complete }) = self.client.created_between(since, until).await
+        else {
             return InEventLog::Unknown;
         };
         let person = &self.desired.identity;

@@ -278,8 +278,13 @@ async fn a_shared_call_is_exported_once_and_linked_to() {
     // The first waits for the search, so that the others are merged.
     bench.simulator.fault(Fault::new(Effect::Latency { ms: 500 }).on("POST", "/data/").times(1));
     let title = |n: u32| identify("u1", json!({"title": format!("Title {n}"), "company": {"id": "acme"}}));
-    let metrics = bench.sync(&[title(0), title(1), title(2), title(3)]).await;
-    assert_eq!(metrics.count("messages_merged_total"), 2);
+    let worker = bench.worker().await;
+    bench.publish(&[title(0)]).await;
+    worker.until("searching", async |_| bench.simulator.request_count("POST", "/data/") == 1).await;
+    bench.publish(&[title(1), title(2), title(3)]).await;
+    worker.settled(4).await;
+    assert_eq!(worker.metrics().await.count("messages_merged_total"), 2);
+    worker.terminate().await;
     let messages = collector.messages();
     assert!(messages.iter().all(|span| attributes(span)["close_sync.outcome"] == "updated"));
     let [_, first, second, third] = &messages[..] else { panic!("{messages:#?}") };

@@ -304,7 +304,7 @@ impl Api for FakeClose {
         }
     }
 
-    async fn created_since(&self, _: Timestamp) -> Result<Created, CloseError> {
+    async fn created_between(&self, _: Timestamp, _: Timestamp) -> Result<Created, CloseError> {
         tokio::time::sleep(LATENCY).await;
         Ok(self.state(|state| state.event_log.clone()))
     }
