@@ -46,8 +46,9 @@ pub(crate) async fn created<T>(
     let mut hidden = Vec::new();
     for _ in 0..MAX_PAGES {
         let page: Events = requests.request(Endpoint::Events, &path, None).await?;
-        // The order of events is not guaranteed.
-        let oldest = page.events.iter().filter_map(|event| event.at).min();
+        // The order of events is not guaranteed. An event that was changed meanwhile is among newer ones, with an old date.
+        let is_older = |event: &Event| event.changed.is_some_and(|changed| changed < since);
+        let reaches_back = page.events.iter().all(is_older);
         let is_asked_for = |event: &Event| event.at.is_none_or(|at| (since..=until).contains(&at));
         for Event { object_id, record, .. } in page.events.into_iter().filter(is_asked_for) {
             match record {
@@ -55,7 +56,6 @@ pub(crate) async fn created<T>(
                 None => hidden.push(object_id),
             }
         }
-        let reaches_back = oldest.is_none_or(|oldest| oldest < since);
         let Some(cursor) = page.older.filter(|_| !reaches_back) else {
             log.complete = true;
             break;
@@ -96,6 +96,8 @@ mod tests {
     struct FakeLog {
         n_events: usize,
         hidden_from: usize,
+        /// The first event was changed just now. Its Lead was created this many seconds ago.
+        first_created: i64,
         asked: Arc<Mutex<Vec<String>>>,
     }
 
@@ -110,10 +112,13 @@ mod tests {
             let from = path.split_once("_cursor=").map_or(0, |(_, cursor)| cursor.parse().unwrap());
             let to = self.n_events.min(from + 50);
             let event = |n: usize| {
-                let created = at(i64::try_from(n).unwrap()).to_string();
+                let changed = at(i64::try_from(n).unwrap()).to_string();
+                let created = if n == 0 { at(self.first_created).to_string() } else { changed.clone() };
+                let naive = |date: &str| date.trim_end_matches('Z').to_owned();
                 let id = format!("lead_{n}");
                 let data = if n < self.hidden_from { json!({"id": id}) } else { Value::Null };
-                json!({"date_created": created.trim_end_matches('Z'), "object_id": id, "data": data})
+                json!({"date_created": naive(&created), "date_updated": naive(&changed), "object_id": id,
+                    "data": data})
             };
             let next = (to < self.n_events).then(|| to.to_string());
             json!({"data": (from..to).map(event).collect::<Vec<_>>(), "cursor_next": next})
@@ -157,10 +162,10 @@ mod tests {
             (50, 600, 0, 50, 1),
             (50, 600, 20, 30, 1), // those after it may have been changed since
             (51, 600, 0, 51, 2),
-            (500, 120, 0, 121, 3),    // the cursor does not know the date
+            (500, 120, 0, 121, 4),    // the cursor does not know the date
             (2000, 9000, 0, 500, 10), // not the whole log
         ] {
-            let log = FakeLog { n_events, hidden_from: usize::MAX, asked: Arc::default() };
+            let log = FakeLog { n_events, hidden_from: usize::MAX, first_created: 0, asked: Arc::default() };
             let found = find(&log, from, to).await;
             let asked = log.asked.lock().unwrap();
             assert_eq!((found.records.len(), asked.len()), (n_found, n_pages), "{n_events} {from} {to}");
@@ -171,13 +176,20 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn an_old_creation_that_was_changed_meanwhile_does_not_end_the_search() {
+        let log = FakeLog { n_events: 100, hidden_from: usize::MAX, first_created: 700, asked: Arc::default() };
+        let found = find(&log, 600, 0).await;
+        assert_eq!((found.records.len(), found.complete), (99, true));
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_record_that_its_event_hides_is_read() {
         for (n_events, hidden_from, n_found, complete) in [
             (10, 4, 8, true), // 6 and 9 are deleted
             (60, 10, 10 + 34, true),
             (61, 10, 10 + 34, false),
         ] {
-            let log = FakeLog { n_events, hidden_from, asked: Arc::default() };
+            let log = FakeLog { n_events, hidden_from, first_created: 0, asked: Arc::default() };
             let found = find(&log, 600, 0).await;
             assert_eq!((found.records.len(), found.complete), (n_found, complete), "{n_events}");
         }

@@ -318,6 +318,8 @@ pub(crate) struct Event {
     /// The id of the record that it is about.
     pub(crate) object_id: Option<String>,
     pub(crate) at: Option<Timestamp>,
+    /// When it was last changed.
+    pub(crate) changed: Option<Timestamp>,
     /// Users without admin rights do not see that of an event older than an hour (close-api.md §15, 15).
     pub(crate) record: Option<Value>,
 }
@@ -332,6 +334,7 @@ impl TryFrom<Answer> for Events {
         let event = |mut event: Value| Event {
             object_id: text(&event, "object_id"),
             at: time(&event, "date_created"),
+            changed: time(&event, "date_updated").or_else(|| time(&event, "date_created")),
             record: event.get_mut("data").map(Value::take).filter(Value::is_object),
         };
         Ok(Self {
