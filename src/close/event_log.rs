@@ -98,6 +98,8 @@ mod tests {
         hidden_from: usize,
         /// The first event was changed just now. Its Lead was created this many seconds ago.
         first_created: i64,
+        /// The event at this position names something that is not an id.
+        bad_id: usize,
         asked: Arc<Mutex<Vec<String>>>,
     }
 
@@ -115,7 +117,7 @@ mod tests {
                 let changed = at(i64::try_from(n).unwrap()).to_string();
                 let created = if n == 0 { at(self.first_created).to_string() } else { changed.clone() };
                 let naive = |date: &str| date.trim_end_matches('Z').to_owned();
-                let id = format!("lead_{n}");
+                let id = if n == self.bad_id { "../me".to_owned() } else { format!("lead_{n}") };
                 let data = if n < self.hidden_from { json!({"id": id}) } else { Value::Null };
                 json!({"date_created": naive(&created), "date_updated": naive(&changed), "object_id": id,
                     "data": data})
@@ -165,7 +167,13 @@ mod tests {
             (500, 120, 0, 121, 4),    // the cursor does not know the date
             (2000, 9000, 0, 500, 10), // not the whole log
         ] {
-            let log = FakeLog { n_events, hidden_from: usize::MAX, first_created: 0, asked: Arc::default() };
+            let log = FakeLog {
+                n_events,
+                hidden_from: usize::MAX,
+                first_created: 0,
+                bad_id: usize::MAX,
+                asked: Arc::default(),
+            };
             let found = find(&log, from, to).await;
             let asked = log.asked.lock().unwrap();
             assert_eq!((found.records.len(), asked.len()), (n_found, n_pages), "{n_events} {from} {to}");
@@ -177,9 +185,23 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn an_old_creation_that_was_changed_meanwhile_does_not_end_the_search() {
-        let log = FakeLog { n_events: 100, hidden_from: usize::MAX, first_created: 700, asked: Arc::default() };
+        let log = FakeLog {
+            n_events: 100,
+            hidden_from: usize::MAX,
+            first_created: 700,
+            bad_id: usize::MAX,
+            asked: Arc::default(),
+        };
         let found = find(&log, 600, 0).await;
         assert_eq!((found.records.len(), found.complete), (99, true));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_not_an_id_is_not_read() {
+        let log =
+            FakeLog { n_events: 10, hidden_from: 4, first_created: 0, bad_id: 5, asked: Arc::default() };
+        let found = find(&log, 600, 0).await;
+        assert_eq!((found.records.len(), found.complete), (7, false));
     }
 
     #[tokio::test(start_paused = true)]
@@ -189,7 +211,13 @@ mod tests {
             (60, 10, 10 + 34, true),
             (61, 10, 10 + 34, false),
         ] {
-            let log = FakeLog { n_events, hidden_from, first_created: 0, asked: Arc::default() };
+            let log = FakeLog {
+                n_events,
+                hidden_from,
+                first_created: 0,
+                bad_id: usize::MAX,
+                asked: Arc::default(),
+            };
             let found = find(&log, 600, 0).await;
             assert_eq!((found.records.len(), found.complete), (n_found, complete), "{n_events}");
         }

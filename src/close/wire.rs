@@ -315,7 +315,7 @@ pub(crate) struct Events {
 }
 
 pub(crate) struct Event {
-    /// The id of the record that it is about.
+    /// The id of the record that it is about, if it is one.
     pub(crate) object_id: Option<String>,
     pub(crate) at: Option<Timestamp>,
     /// When it was last changed.
@@ -332,7 +332,7 @@ impl TryFrom<Answer> for Events {
             return Err("no events");
         };
         let event = |mut event: Value| Event {
-            object_id: text(&event, "object_id"),
+            object_id: text(&event, "object_id").filter(|id| is_id(None, id)),
             at: time(&event, "date_created"),
             changed: time(&event, "date_updated").or_else(|| time(&event, "date_created")),
             record: event.get_mut("data").map(Value::take).filter(Value::is_object),
