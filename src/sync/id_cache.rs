@@ -3,9 +3,10 @@
 //!
 //! An id is a candidate: the caller reads the record before it relies on it, because a Contact may have been moved, a Lead
 //! merged. What a search has shown saves the next search for ten minutes; then another one finds records that people
-//! created in Close. An id itself stays until there is no room for it. When a change that search has not shown yet is
-//! evicted, [`IdCache::evicted`] says so, and "not found" proves nothing until search has shown something younger
-//! ([`crate::sync::lag_guard`]).
+//! created in Close. An id itself stays until there is no room for it, or for [`LONGEST_SEARCH_LAG`]: after that, search
+//! shows the record without it, and a deletion of the record may no longer be in the event log, which keeps 30 days
+//! (`crate::close::deletion`). When a change that search has not shown yet is evicted, [`IdCache::evicted`] says so, and
+//! "not found" proves nothing until search has shown something younger ([`crate::sync::lag_guard`]).
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -20,6 +21,7 @@ use crate::close::CreatedIds;
 use crate::domain::journal::{ChangeKind, KeyHash, RecordId};
 use crate::domain::mapping::{Identity, Key};
 use crate::domain::record::{ContactId, LeadId};
+use crate::sync::lag_guard::LONGEST_SEARCH_LAG;
 use crate::sync::layered::Layered;
 
 /// How long a search need not be repeated.
@@ -77,9 +79,22 @@ struct Known {
     id: RecordId,
     /// The change that search has not shown yet.
     unseen: Option<Change>,
+    /// When the record last was one with the key.
+    since: Instant,
+}
+
+impl Known {
+    fn new(id: RecordId) -> Self {
+        Self { id, unseen: None, since: Instant::now() }
+    }
 }
 
 impl Entry {
+    fn without_expired(mut self) -> Self {
+        self.known.retain(|known| known.since.elapsed() < LONGEST_SEARCH_LAG);
+        self
+    }
+
     fn weight(&self) -> u32 {
         let ids = self.known.iter().map(|known| ID.saturating_add(known.id.as_str().len())).sum();
         u32::try_from(ENTRY.saturating_add(ids)).unwrap_or(u32::MAX)
@@ -134,13 +149,13 @@ impl IdCache {
     }
 
     fn entry(&self, key: KeyHash) -> Entry {
-        self.entries.get(&key).unwrap_or_default()
+        self.entries.get(&key).unwrap_or_default().without_expired()
     }
 
     /// Changes the entry of a key, created if there is none.
     fn update(&self, key: KeyHash, with: impl FnOnce(&mut Entry)) {
         self.entries.update(&key, |entry| {
-            let mut entry = entry.unwrap_or_default();
+            let mut entry = entry.unwrap_or_default().without_expired();
             with(&mut entry);
             Some(entry)
         });
@@ -166,8 +181,8 @@ impl IdCache {
         let id = RecordId::Lead(id);
         self.update(company(company_id), |entry| {
             let before = entry.known.iter().position(|known| known.id == id);
-            let known = before.map_or(Known { id, unseen: None }, |at| entry.known.remove(at));
-            entry.known.insert(0, known);
+            let unseen = before.and_then(|at| entry.known.remove(at).unseen);
+            entry.known.insert(0, Known { unseen, ..Known::new(id) });
             entry.complete = Some(Instant::now());
         });
     }
@@ -203,11 +218,10 @@ impl IdCache {
                 entry.complete = Some(Instant::now());
             }
             for id in ids {
-                if entry.known.iter().any(|known| known.id == id) {
-                    continue;
-                }
-                if entry.known.len() < MAX_CONTACTS {
-                    entry.known.push(Known { id, unseen: None });
+                if let Some(known) = entry.known.iter_mut().find(|known| known.id == id) {
+                    known.since = Instant::now();
+                } else if entry.known.len() < MAX_CONTACTS {
+                    entry.known.push(Known::new(id));
                 } else {
                     entry.complete = None;
                 }
@@ -230,10 +244,9 @@ impl IdCache {
     pub fn changed(&self, keys: &[KeyHash], id: &RecordId, change: Change) {
         for key in keys {
             self.update(*key, |entry| {
-                let known = entry.known.iter().position(|known| known.id == *id);
-                let known = known.map_or(Known { id: id.clone(), unseen: None }, |at| entry.known.remove(at));
+                entry.known.retain(|known| known.id != *id);
                 // Own changes matter more than what search shows.
-                entry.known.insert(0, Known { unseen: Some(change), ..known });
+                entry.known.insert(0, Known { unseen: Some(change), ..Known::new(id.clone()) });
                 let dropped = entry.known.split_off(entry.known.len().min(MAX_CONTACTS));
                 let dropped = dropped.iter().filter_map(|known| known.unseen);
                 self.evicted.lock().unwrap_or_else(PoisonError::into_inner).extend(dropped);
@@ -265,8 +278,8 @@ impl IdCache {
     /// All changes that search has not shown yet.
     pub fn unseen(&self) -> Vec<(KeyHash, RecordId, Change)> {
         let of = |key: KeyHash, entry: Entry| {
-            let known = entry.known.into_iter();
-            known.filter_map(move |Known { id, unseen }| Some((key, id, unseen?))).collect::<Vec<_>>()
+            let known = entry.without_expired().known.into_iter();
+            known.filter_map(move |Known { id, unseen, .. }| Some((key, id, unseen?))).collect::<Vec<_>>()
         };
         self.entries.own().iter().flat_map(|(key, entry)| of(*key, entry)).collect()
     }
@@ -372,6 +385,24 @@ mod tests {
         cache.forget_contact(&key(), &id("cont_0"));
         let ids = vec![id("cont_1"), id("cont_2")];
         assert_eq!(cache.contacts(&key()), Contacts { ids, complete: false });
+    }
+
+    /// Search shows the record by then. If it was deleted more than 30 days ago, nothing in Close tells so.
+    #[tokio::test(start_paused = true)]
+    async fn an_id_is_forgotten_when_search_must_show_the_record() {
+        let (cache, id) = (IdCache::default(), || LeadId::new("lead_1"));
+        cache.changed(&[company("acme")], &RecordId::Lead(id()), creation(1));
+        tokio::time::advance(LONGEST_SEARCH_LAG.saturating_sub(Duration::from_secs(1))).await;
+        assert_eq!((cache.known_leads("acme"), cache.unseen().len()), (vec![id()], 1));
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert_eq!((cache.known_leads("acme"), cache.unseen()), (vec![], vec![]));
+        assert_eq!(cache.evicted(), [], "that concerns nobody");
+        let (jane, contact) = (|| Key::User("jane".into()), || ContactId::new("cont_1"));
+        for _ in 0..3 {
+            cache.remember_contacts(jane(), vec![contact()], true);
+            tokio::time::advance(LONGEST_SEARCH_LAG / 2).await;
+        }
+        assert_eq!(cache.contacts(&jane()).ids, [contact()], "found again meanwhile");
     }
 
     #[tokio::test(start_paused = true)]

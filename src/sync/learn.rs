@@ -21,13 +21,15 @@ impl Context {
             Entry::Settled { operation } => self.lag_guard.settle(operation),
             Entry::Keys { record, keys, change: kind, at } => {
                 let at = self.past(at);
-                if self.is_recent(at) {
+                if self.age(at) < REMEMBERED {
                     self.recent.written_elsewhere(record.as_str(), None);
                 }
-                self.id_cache.changed(&keys, &record, Change { kind, at });
+                if self.age(at) < LONGEST_SEARCH_LAG {
+                    self.id_cache.changed(&keys, &record, Change { kind, at });
+                }
             }
             Entry::Written { record, at, fields, stored, updated } => {
-                if updated.is_some_and(|updated| self.is_recent(updated)) {
+                if updated.is_some_and(|updated| self.age(updated) < REMEMBERED) {
                     self.recent.written_elsewhere(record.as_str(), updated);
                 }
                 self.version_cache.learn(&record, at, &fields, stored);
@@ -45,10 +47,9 @@ impl Context {
         at.min(self.now())
     }
 
-    /// Whether reads of a record that changed at this time may still show it as it was before.
-    fn is_recent(&self, changed: Timestamp) -> bool {
-        let age = Duration::try_from(self.now().duration_since(changed)).unwrap_or_default();
-        age < REMEMBERED
+    /// How long ago that was. Zero if it is in the future.
+    fn age(&self, at: Timestamp) -> Duration {
+        Duration::try_from(self.now().duration_since(at)).unwrap_or_default()
     }
 
     /// Changes for which there was no room are forgotten.
