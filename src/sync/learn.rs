@@ -32,7 +32,7 @@ impl Context {
                 if updated.is_some_and(|updated| self.age(updated) < REMEMBERED) {
                     self.recent.written_elsewhere(record.as_str(), updated);
                 }
-                self.version_cache.learn(&record, at, &fields, stored);
+                self.version_cache.learn(&record, self.past(at), &fields, stored);
             }
             Entry::Forgotten { change, at, until } => {
                 let rest = Duration::try_from(until.duration_since(self.now())).unwrap_or_default();

@@ -110,9 +110,10 @@ impl Worker {
         }
     }
 
-    /// What older events than this have written may be unknown.
+    /// What older events than this have written may be unknown. The time may be by the clock of another worker, which may
+    /// be ahead.
     pub fn remembers_from(&self, at: Timestamp) {
-        self.0.version_cache.remembers_from(at);
+        self.0.version_cache.remembers_from(at.min(self.now()));
     }
 
     /// What events of this time or later have written is known. `None`: it is not known of any that is missing.

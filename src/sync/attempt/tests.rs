@@ -258,6 +258,19 @@ async fn a_checkpoint_repeats_what_search_does_not_show_with_one_entry_for_each_
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_worker_whose_clock_was_ahead_does_not_make_later_events_old() {
+    let context = context(&rules());
+    let year = Duration::from_hours(24 * 365);
+    let record = RecordId::Contact(ContactId::new("cont_1"));
+    let ahead = context.now() + year;
+    let fields = vec![FieldHash::of("title")];
+    context.learn(Entry::Written { record, at: ahead, fields, stored: None, updated: None });
+    let close = FakeClose::new(&context, &[acme()], &[janes_contact()]);
+    let versions = contact_versions(&context, close.contact("cont_1"));
+    assert_eq!(versions.fields[&FieldHash::of("title")], context.now());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_dropped_creation_stays_pending() {
     let context = context(&rules());
     let close = FakeClose::new(&context, &[], &[]).with_fault(WriteFault::Slow(TIMEOUT));
