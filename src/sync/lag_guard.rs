@@ -142,7 +142,7 @@ impl LagGuard {
         self.with(|state| state.begin(operation, Doubt { pending, began, over, clock }));
     }
 
-    /// A creation that was sent up to now may still happen.
+    /// A creation that was sent up to now, or is sent now, may still happen.
     pub fn extend(&self, operation: Uuid) {
         let (now, ends) = (Instant::now(), self.ends());
         self.with(|state| {
@@ -232,9 +232,13 @@ impl LagGuard {
         self.with(|state| ChangeKind::VARIANTS.iter().filter_map(|kind| forgotten(state, *kind)).collect())
     }
 
-    /// The creations without an answer, for the next worker.
+    /// The creations without an answer that search need not show yet, for the next worker.
     pub fn pending(&self) -> Vec<(Uuid, Pending)> {
-        self.with(|state| state.pending.iter().map(|(id, doubt)| (*id, doubt.pending.clone())).collect())
+        let now = Instant::now();
+        self.with(|state| {
+            let pending = state.pending.iter().filter(|(_, doubt)| now < doubt.clock);
+            pending.map(|(id, doubt)| (*id, doubt.pending.clone())).collect()
+        })
     }
 
     /// The changes that are certainly shown by now: younger ones than these may be missing.
@@ -490,6 +494,9 @@ mod tests {
         guard.begin(Uuid::from_u128(1), keys(&["a"]), true, at(100));
         assert_eq!(guard.gap(&keys(&["a"]), clock, None).unwrap().clock, last_resort());
         assert_eq!(guard.gap(&keys(&["a"]), last_resort(), None), None);
+        assert_eq!(guard.pending().len(), 1);
+        tokio::time::advance(LONGEST_SEARCH_LAG).await;
+        assert_eq!(guard.pending(), [], "the next worker need not know");
     }
 
     #[tokio::test(start_paused = true)]
