@@ -261,6 +261,8 @@ impl<C: Api> Executor<'_, C> {
             self.journal.append(vec![Entry::Creating { operation, keys: hashes.clone(), lead, at: sent }]);
             self.client.waits().during(WaitCause::Journal, self.journal.read_back()).await;
             unsent.operation = None;
+            // The journal may have taken minutes.
+            lag_guard.extend(operation);
         }
         if lag_guard.pending_with(&hashes).iter().any(|(other, _)| *other != operation) {
             // Another worker was first.

@@ -32,6 +32,7 @@ use crate::retry::Policy;
 use crate::sync::context::Dependencies;
 use crate::sync::id_cache::Contacts;
 use crate::sync::job::Settings;
+use crate::sync::journal::{Journal, JournalHandle};
 use crate::sync::record_locks::RecordLocks;
 use crate::telemetry::metrics::{self, Metrics};
 
@@ -280,6 +281,31 @@ async fn a_dropped_creation_stays_pending() {
     assert_eq!(close.written(), ["create_lead"], "the call was sent");
     let ends = context.lag_guard.pending()[0].1.ends;
     assert!(ends > context.now(), "the call may take effect until it times out");
+}
+
+/// The journal may take minutes, so a creation does not begin when it is written down.
+#[tokio::test(start_paused = true)]
+async fn a_creation_that_is_dropped_after_a_wait_for_the_journal_may_still_happen() {
+    struct Slow;
+    impl Journal for Slow {
+        fn append(&self, _: Vec<Entry>) {}
+
+        fn stored(&self) -> BoxFuture<'_, ()> {
+            Box::pin(std::future::ready(()))
+        }
+
+        fn read_back(&self) -> BoxFuture<'_, ()> {
+            Box::pin(tokio::time::sleep(Duration::from_mins(5)))
+        }
+    }
+    let context = context(&rules());
+    let close = FakeClose::new(&context, &[], &[]).with_fault(WriteFault::Slow(Duration::from_hours(1)));
+    let desired = jane(&context, 5);
+    let mut attempts = attempts(&context, &close, &desired);
+    attempts.run.journal = JournalHandle::new(Arc::new(Slow));
+    let dropped = tokio::time::timeout(Duration::from_secs(301), attempts.run_once()).await;
+    assert!(dropped.is_err() && close.written() == ["create_lead"]);
+    assert!(context.lag_guard.pending()[0].1.ends > context.now(), "{:?}", context.lag_guard);
 }
 
 #[tokio::test(start_paused = true)]

@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::outcome::{DelayCause, Reason};
-use crate::sync::journal::{Journal, JournalHandle};
 use crate::waits::WaitCause;
 
 const HOLD: Duration = Duration::from_secs(20);
