@@ -61,7 +61,6 @@ impl Context {
 
     /// All that is remembered, as entries for the next worker.
     pub(crate) fn checkpoint(&self) -> impl Iterator<Item = Entry> {
-        self.forget_evicted();
         let pending = self.lag_guard.pending().into_iter();
         let creating = pending.map(|(operation, Pending { keys, creates_lead, sent, .. })| Entry::Creating {
             operation,
@@ -84,6 +83,8 @@ impl Context {
             change: kind,
             at,
         });
+        // After the above, so that what is evicted meanwhile is in one of both.
+        self.forget_evicted();
         let forgotten = self.lag_guard.forgotten().into_iter();
         let now = self.now();
         let forgotten = forgotten.map(move |(change, at, rest)| Entry::Forgotten {
