@@ -143,7 +143,12 @@ impl SessionJournal {
         }
         self.since_checkpoint.0 = self.since_checkpoint.0.saturating_add(message.body.len());
         if self.takeover.is_done() {
-            return batch.map_or(Instruction::Nothing, |batch| self.tail(message.position, batch));
+            return match batch {
+                Ok(batch) => self.tail(message.position, batch),
+                // It may be the start of another session.
+                Err(Unreadable::Newer) => Instruction::TakenOver,
+                Err(Unreadable::Foreign) => Instruction::Nothing,
+            };
         }
         let is_end = |entry: &Entry| matches!(entry, Entry::CheckpointEnd { .. });
         if batch.as_ref().is_ok_and(|batch| batch.entries.iter().any(is_end)) {

@@ -112,6 +112,21 @@ async fn a_session_ends_when_another_one_starts() {
     second.stop().await;
 }
 
+/// During an upgrade the other worker may be a newer one, whose entries this one cannot read.
+#[tokio::test(start_paused = true)]
+async fn a_session_ends_when_a_newer_version_writes() {
+    let harness = harness_with_old_journal().await;
+    let session = harness.start();
+    session.deliver("1", &event("jane", "acme"));
+    harness.log.wait_for_ack("1").await;
+    let append = |body: &[u8]| harness.journal.messages.send_modify(|all| all.push(body.to_vec()));
+    append(b"of another program");
+    session.deliver("2", &event("bob", "globex"));
+    harness.log.wait_for_ack("2").await;
+    append(br#"{"v":2}"#);
+    assert!(matches!(session.end().await.0, End::Lost(BrokerError::TakenOver)));
+}
+
 /// The journal exists, but the user may not use it, or the node has no replica of it.
 #[tokio::test(start_paused = true)]
 async fn a_session_that_is_refused_the_journal_works_without_it() {
