@@ -26,6 +26,8 @@ use crate::waits::WaitCause;
 pub(super) struct GapWait {
     looks: u32,
     asked_event_log: bool,
+    /// Since the creation must show, the log had more entries than are read. It only gets longer.
+    event_log_is_too_long: bool,
     /// Records that the event log has shown. A look-up after that which does not find them proves that they are gone, or
     /// somebody else's.
     shown_by_event_log: HashSet<String>,
@@ -41,7 +43,8 @@ impl GapWait {
 
     /// At first, because a creation that happened shows soon, and again once it must show.
     fn asks_event_log(&mut self, must_show: bool) -> bool {
-        !std::mem::replace(&mut self.asked_event_log, true) || must_show
+        let is_first = !std::mem::replace(&mut self.asked_event_log, true);
+        (is_first || must_show) && !self.event_log_is_too_long
     }
 }
 
@@ -49,7 +52,9 @@ impl GapWait {
 enum InEventLog {
     Found,
     Absent,
-    /// It did not answer, or does not reach back far enough.
+    /// It has more entries than are read.
+    TooLong,
+    /// It did not answer.
     Unknown,
 }
 
@@ -103,6 +108,7 @@ impl<C: Api> Attempts<'_, C> {
                         self.settle_for(&hashes, pending.iter().map(|(operation, _)| *operation));
                         return true;
                     }
+                    InEventLog::TooLong => wait.event_log_is_too_long = must_show,
                     InEventLog::Absent | InEventLog::Unknown => {}
                 }
             }
@@ -188,7 +194,7 @@ impl<C: Api> Attempts<'_, C> {
         let contact =
             contacts.into_iter().find(|contact| is_person(contact) && !shown.contains(contact.id.as_str()));
         if lead.is_none() && contact.is_none() {
-            return if complete { InEventLog::Absent } else { InEventLog::Unknown };
+            return if complete { InEventLog::Absent } else { InEventLog::TooLong };
         }
         let created =
             CreatedIds { lead: lead.map(|lead| lead.id), contact: contact.map(|contact| contact.id) };

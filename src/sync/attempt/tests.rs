@@ -189,6 +189,22 @@ async fn the_event_log_ends_the_wait_for_a_pending_creation() {
     assert_eq!(records, both, "search does not show them to the next worker either");
 }
 
+/// Each question costs many calls.
+#[tokio::test(start_paused = true)]
+async fn an_event_log_that_is_too_long_is_not_asked_again_and_again() {
+    let context = context(&rules());
+    let close = FakeClose::new(&context, &[], &[])
+        .with_search_lag(Duration::from_hours(1))
+        .with_fault(WriteFault::After(timed_out()));
+    let desired = jane(&context, 5);
+    attempts(&context, &close, &desired).run_once().await.err().unwrap();
+    assert!(!close.state(|state| state.event_log.complete));
+    let mut attempts = attempts(&context, &close, &desired);
+    let half_an_hour = tokio::time::timeout(Duration::from_mins(30), attempts.run_once()).await;
+    assert!(half_an_hour.is_err(), "it waits for search");
+    assert_eq!(close.state(|state| state.event_log_calls), 2, "at first, and once it must show");
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_colleague_who_finds_the_lead_of_a_pending_creation_does_not_settle_it_for_the_person() {
     let context = context(&rules());

@@ -92,6 +92,7 @@ pub(super) struct State {
     /// The records before each change, and when it happened.
     pub(super) past: Vec<(Instant, InMemoryRecords)>,
     pub(super) event_log: Created,
+    pub(super) event_log_calls: usize,
     /// What a person does in Close, when, and to which Contact.
     pub(super) edits: VecDeque<(Instant, usize, person::Edit)>,
     pub(super) applied: Vec<Applied>,
@@ -306,7 +307,10 @@ impl Api for FakeClose {
 
     async fn created_between(&self, _: Timestamp, _: Timestamp) -> Result<Created, CloseError> {
         tokio::time::sleep(LATENCY).await;
-        Ok(self.state(|state| state.event_log.clone()))
+        Ok(self.state(|state| {
+            state.event_log_calls += 1;
+            state.event_log.clone()
+        }))
     }
 
     fn calls(&self) -> u32 {
