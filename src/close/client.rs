@@ -142,12 +142,12 @@ impl Client {
         }
     }
 
-    /// Adds a look-up to the next search that other look-ups need. Returns when that search was sent, and the ids it found.
-    /// `None` when it failed.
-    pub(crate) async fn ride_along(&self, lookup: Lookup) -> Option<(Instant, Vec<String>)> {
-        let Rows { found, sent, .. } = self.search.ride_along(lookup).await?.ok()?;
+    /// Adds a look-up to the next search that other look-ups need. Returns the ids it found. `None` when it
+    /// failed.
+    pub(crate) async fn ride_along(&self, lookup: Lookup) -> Option<Vec<String>> {
+        let Rows { found, .. } = self.search.ride_along(lookup).await?.ok()?;
         let ids = found.iter().filter_map(|row| Some(row.get("id")?.as_str()?.to_owned()));
-        Some((sent, ids.collect()))
+        Some(ids.collect())
     }
 
     async fn search(&self, lookup: Lookup) -> Result<Rows, CloseError> {

@@ -103,7 +103,6 @@ impl Search {
                 // All callers gave up in the meantime.
                 permit.0.give_back();
             } else {
-                let sent = Instant::now();
                 let search = async {
                     let page = self.search(&requests, &lookups, Some(permit)).await;
                     self.distribute(&requests, &lookups, page).await
@@ -112,10 +111,7 @@ impl Search {
                 let calls = requests.calls();
                 for (number, (answer, mut result)) in (0..).zip(answers.into_iter().zip(results)) {
                     match &mut result {
-                        Ok(rows) => {
-                            rows.calls = if number == 0 { calls } else { 0 };
-                            rows.sent = sent;
-                        }
+                        Ok(rows) => rows.calls = if number == 0 { calls } else { 0 },
                         // As many look-ups report the failure as calls failed.
                         Err(failed) => failed.duplicate = number >= calls,
                     }
@@ -160,7 +156,7 @@ impl Search {
                 let found =
                     rows.iter().filter(|row| alone || wire::may_match(lookup, row)).cloned().collect();
                 let exact = alone && matches!(mode, TextMode::ExactValue);
-                Ok(Rows { found, more: *more, exact, calls: 0, sent: Instant::now() })
+                Ok(Rows { found, more: *more, exact, calls: 0 })
             }
             Err(error) => Err(Failed { error: error.clone(), duplicate: false }),
         };

@@ -43,8 +43,6 @@ pub(crate) struct Rows {
     pub(crate) exact: bool,
     /// Calls made. They are counted for the first look-up of the batch.
     pub(crate) calls: u32,
-    /// When the search was sent.
-    pub(crate) sent: Instant,
 }
 
 /// A look-up that waits for its search.

@@ -89,8 +89,8 @@ struct Forgotten {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Shown {
     change: Timestamp,
-    /// When the search was sent.
-    searched: Instant,
+    /// When the search was answered. What a search shows that was sent before is not known.
+    answered: Instant,
 }
 
 /// Changes that search may not show yet.
@@ -188,16 +188,16 @@ impl LagGuard {
         self.with(|state| state.forget(kind, at, clock));
     }
 
-    /// Search has shown a change. `searched`: when that search was sent. A change later than now has a wrong time and proves
+    /// Search has shown a change. `answered`: when the answer arrived. A change later than now has a wrong time and proves
     /// nothing.
-    pub fn shown(&self, kind: ChangeKind, change: Timestamp, searched: Instant) {
+    pub fn shown(&self, kind: ChangeKind, change: Timestamp, answered: Instant) {
         if change > (self.clock)() {
             return;
         }
         self.with(|state| {
             let shown = &mut state.shown[kind as usize];
             if shown.is_none_or(|before| before.change < change) {
-                *shown = Some(Shown { change, searched });
+                *shown = Some(Shown { change, answered });
             }
         });
         self.progress.notify_waiters();
@@ -314,7 +314,7 @@ impl State {
     fn proof(&self, kind: ChangeKind, until: Timestamp) -> Option<Instant> {
         let shown = self.shown[kind as usize]?;
         let is_younger = shown.change.duration_since(until) >= self.disorder;
-        is_younger.then_some(shown.searched)
+        is_younger.then_some(shown.answered)
     }
 
     fn forgotten(&self, kind: ChangeKind, searched: Instant) -> Option<Forgotten> {

@@ -76,12 +76,12 @@ impl<R: Records> Lookups<'_, R> {
         field: &FieldId,
         company_id: &str,
     ) -> Result<Vec<Lead>, CloseError> {
-        let searched = Instant::now();
         let hits = self.records.find_leads(field, company_id).await?;
+        let answered = Instant::now();
         self.note(LookUp::SearchedLeads(hits.len()));
         let key = Key::Company(company_id.to_owned());
         for lead in &hits {
-            self.seen(&key, RecordId::Lead(lead.id.clone()), searched);
+            self.seen(&key, RecordId::Lead(lead.id.clone()), answered);
         }
         for lead in hits.iter().filter(|lead| lead.custom(field) != Some(company_id)) {
             self.note_candidate(lead.id.as_str(), match_lead(lead, company_id, self.keys));
@@ -289,7 +289,6 @@ impl<R: Records> Lookups<'_, R> {
     /// Searches the person's Contacts and caches their ids.
     pub(crate) async fn search_contacts(&mut self, person: &Identity) -> Result<ContactHits, CloseError> {
         let user = self.keys.user.as_ref().zip(person.user_id.as_deref());
-        let searched = Instant::now();
         let hits = self.records.find_contacts(user, person.email.as_deref()).await?;
         self.note(LookUp::SearchedContacts(hits.contacts.len()));
         let mut candidates = hits.contacts;
@@ -305,6 +304,7 @@ impl<R: Records> Lookups<'_, R> {
             self.note(LookUp::SearchedContacts(hits.contacts.len()));
             candidates.extend(hits.contacts);
         }
+        let answered = Instant::now();
         // Where there is a user id, showing the email alone proves nothing: custom fields may lag more.
         if let Some(key) = person.person().next() {
             let found = match_contacts(candidates.clone(), person, self.keys).contacts;
@@ -314,7 +314,7 @@ impl<R: Records> Lookups<'_, R> {
             found
                 .into_iter()
                 .filter(is_found)
-                .for_each(|contact| self.seen(&key, RecordId::Contact(contact.id), searched));
+                .for_each(|contact| self.seen(&key, RecordId::Contact(contact.id), answered));
         }
         // Not all candidates are read, so note here which ones are left alone.
         for (id, verdict) in match_contacts(candidates.clone(), person, self.keys).verdicts {
@@ -394,9 +394,9 @@ impl<R: Records> Lookups<'_, R> {
     }
 
     /// Search has shown a record by this key.
-    fn seen(&self, key: &Key, id: RecordId, searched: Instant) {
+    fn seen(&self, key: &Key, id: RecordId, answered: Instant) {
         if let Some(change) = self.id_cache.seen(key, &id).filter(|change| change.tells_lag(key)) {
-            self.lag_guard.shown(change.kind, change.at, searched);
+            self.lag_guard.shown(change.kind, change.at, answered);
         }
     }
 

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use strum::VariantArray;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use crate::close::{Client, Lookup};
 use crate::domain::journal::{ChangeKind, RecordId};
@@ -118,11 +119,11 @@ impl Watcher {
         });
         let Some(Watched { key, lookup, record, change }) = next else { return false };
         loop {
-            let Some((searched, ids)) = client.ride_along(lookup.clone()).await else { continue };
+            let Some(ids) = client.ride_along(lookup.clone()).await else { continue };
             let age = self.age(change);
             if ids.iter().any(|id| id == record.as_str()) {
                 self.id_cache.seen(&key, &record);
-                self.guard.shown(kind, change.at, searched);
+                self.guard.shown(kind, change.at, Instant::now());
                 self.with(kind, |kind| {
                     (kind.measured, kind.missed, kind.patience) = (age, None, PATIENCE);
                 });

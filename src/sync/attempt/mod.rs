@@ -217,7 +217,6 @@ impl<C: Api> Attempts<'_, C> {
             let is_anywhere = matches!(decided.found, Found::Anywhere { .. });
             let creates = decided.merged.creates();
             let needs_proof = decided.found.adopts() || creates || is_anywhere;
-            // The search of this look-up may be the proof.
             let gap = lag_guard.gap(&hashes, read_at, None).filter(|_| needs_proof);
             let Some(gap) = gap else {
                 if creates {
@@ -230,6 +229,10 @@ impl<C: Api> Attempts<'_, C> {
                 metrics.lag_guard_waited();
             }
             wait.wanted_to_create |= creates;
+            // Search has caught up meanwhile. One of the searches of this look-up may have come before that.
+            if lag_guard.gap(&hashes, Instant::now(), None).is_none() {
+                continue;
+            }
             if !self.close_gap(&gap, wait, &pending, &decided.found).await {
                 self.decision.awaits_search = true;
                 return Ok((decided, read_at));

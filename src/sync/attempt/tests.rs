@@ -30,7 +30,7 @@ use crate::domain::time;
 use crate::outcome::DeadLetter;
 use crate::retry::Policy;
 use crate::sync::context::Dependencies;
-use crate::sync::id_cache::Contacts;
+use crate::sync::id_cache::{Change, Contacts};
 use crate::sync::job::Settings;
 use crate::sync::journal::{Journal, JournalHandle};
 use crate::sync::record_locks::RecordLocks;
@@ -187,6 +187,23 @@ async fn the_event_log_ends_the_wait_for_a_pending_creation() {
     let (records, both): (BTreeSet<_>, _) = (records.collect(), ["cont_new2", "lead_new1"]);
     let both = both.map(str::to_owned).into();
     assert_eq!(records, both, "search does not show them to the next worker either");
+}
+
+/// A search that was sent while this one was under way may have been answered from an older state.
+#[tokio::test(start_paused = true)]
+async fn a_search_proves_nothing_about_one_that_was_sent_before_its_answer() {
+    let context = context(&rules());
+    let close = FakeClose::new(&context, &[acme()], &[janes_contact()]);
+    context.lag_guard.forget(ChangeKind::Creation, context.now() - 2 * SEARCH_LAG, Duration::from_hours(1));
+    let record = RecordId::Contact(ContactId::new("cont_1"));
+    let key = KeyHash::of(&Key::User("u1".into()));
+    let change = Change { kind: ChangeKind::Creation, at: context.now() };
+    context.id_cache.changed(&[key], &record, change);
+    let jane = desired(&context, 5, json!({"userId": "u1", "traits": {"name": "Jane"}}));
+    let during = Instant::now() + LATENCY / 2;
+    attempts(&context, &close, &jane).run_once().await.ok().unwrap();
+    assert_eq!(context.lag_guard.gap(&[key], Instant::now(), None), None, "search has caught up");
+    assert!(context.lag_guard.gap(&[key], during, None).is_some());
 }
 
 /// Each question costs many calls.
