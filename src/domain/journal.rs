@@ -339,9 +339,21 @@ mod tests {
             prop_assert_eq!(Batch::decode(&batch.encode()), Ok(batch));
         }
 
+        /// Of what other programs write, most is not JSON. Damaged entries get further.
         #[test]
-        fn nothing_that_is_read_panics(body in prop::collection::vec(any::<u8>(), 0..200)) {
+        fn damaged_entries_are_read_without_a_panic(
+            entries in prop::collection::vec(entries(), 1..5),
+            damages in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+            length in any::<prop::sample::Index>(),
+        ) {
+            let batch = Batch { version: VERSION, session: Uuid::nil(), anchor: None, appended: 1, entries };
+            let mut body = batch.encode();
+            for (at, byte) in damages {
+                let at = at.index(body.len());
+                body[at] = byte;
+            }
             let _ = Batch::decode(&body);
+            let _ = Batch::decode(&body[..length.index(body.len())]);
         }
     }
 

@@ -33,6 +33,7 @@ use crate::sync::context::Dependencies;
 use crate::sync::id_cache::{Change, Contacts};
 use crate::sync::job::Settings;
 use crate::sync::journal::{Journal, JournalHandle};
+use crate::sync::lag_guard::LONGEST_SEARCH_LAG;
 use crate::sync::record_locks::RecordLocks;
 use crate::telemetry::metrics::{self, Metrics};
 
@@ -302,6 +303,35 @@ async fn a_worker_whose_clock_was_ahead_does_not_make_later_events_old() {
     let close = FakeClose::new(&context, &[acme()], &[janes_contact()]);
     let versions = contact_versions(&context, close.contact("cont_1"));
     assert_eq!(versions.fields[&FieldHash::of("title")], context.now());
+}
+
+/// Entries may be damaged, or written by a worker without a clock.
+#[tokio::test(start_paused = true)]
+async fn entries_of_any_time_are_learnt_and_repeated() {
+    let context = context(&rules());
+    let keys = vec![KeyHash::of(&Key::User("u1".into()))];
+    let record = || RecordId::Contact(ContactId::new("cont_1"));
+    let times = [Timestamp::MIN, Timestamp::UNIX_EPOCH, Timestamp::MAX];
+    for (number, at) in (0..).zip(times) {
+        for until in times {
+            let (operation, fields) = (Uuid::from_u128(number), vec![FieldHash::of("title")]);
+            let (stored, updated) = (Some(until), Some(until));
+            for change in [ChangeKind::Creation, ChangeKind::KeyChange] {
+                context.learn(Entry::Forgotten { change, at, until });
+                context.learn(Entry::Keys { record: record(), keys: keys.clone(), change, at });
+            }
+            context.learn(Entry::Creating { operation, keys: keys.clone(), lead: true, at });
+            context.learn(Entry::Written { record: record(), at, fields, stored, updated });
+        }
+    }
+    let gap = context.lag_guard.gap(&keys, Instant::now(), None).unwrap();
+    assert!(gap.clock <= Instant::now() + LONGEST_SEARCH_LAG, "no wait is longer");
+    let successor = super::tests::context(&rules());
+    context.checkpoint().for_each(|entry| successor.learn(entry));
+    let close = FakeClose::new(&successor, &[acme()], &[janes_contact()]);
+    let jane = jane(&successor, 5);
+    let mut attempts = attempts(&successor, &close, &jane);
+    assert!(attempts.run_once().await.is_ok());
 }
 
 #[tokio::test(start_paused = true)]
