@@ -205,8 +205,7 @@ impl Worker {
 
     /// Syncs a message, with retries in place.
     ///
-    /// May be dropped at any moment. Calls that were sent may still take effect, so a new session needs a new
-    /// `search_complete_from`.
+    /// May be dropped at any moment. Calls that were sent may still take effect: a creation stays pending ([`lag_guard`]).
     pub async fn run(&self, job: &Job, run: RunContext) -> (Outcome, Decision) {
         let mut attempts = self.attempts(job, &[], run);
         let outcome = attempts.within_hold().await;
