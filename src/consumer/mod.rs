@@ -169,7 +169,7 @@ struct Consumer<'a> {
     /// until there is some.
     skips: JoinSet<Settlement>,
     heartbeat: Interval,
-    /// From the first delivery on, if there is a journal.
+    /// If there is one that can be read.
     journal: Option<SessionJournal>,
     journal_failures: (mpsc::UnboundedSender<BrokerError>, mpsc::UnboundedReceiver<BrokerError>),
 }
@@ -219,6 +219,7 @@ impl<'a> Consumer<'a> {
             }
             _ => self.breaker_closed(),
         }
+        self.follow_journal(broker);
         loop {
             if self.state.close_breaker(Instant::now()) {
                 self.breaker_closed();
@@ -315,9 +316,21 @@ impl<'a> Consumer<'a> {
         }
     }
 
+    /// A standby learns what the active worker does, so that it can take over at once.
+    fn follow_journal(&mut self, broker: &mut impl Broker) {
+        let Context { worker, environment, settings, .. } = &*self.context;
+        if matches!(broker.journal(), JournalState::Ready) {
+            self.journal = Some(SessionJournal::follow(worker, environment.id(), settings));
+            broker.read_journal(ReadFrom::Last);
+        }
+    }
+
     /// The first delivery: this is the active worker from now on. Another one may have been active until now.
     fn become_active(&mut self, broker: &mut impl Broker) {
-        let Context { worker, environment, settings, metrics, status, .. } = &*self.context;
+        if self.journal.is_none() {
+            self.follow_journal(broker);
+        }
+        let Context { worker, settings, metrics, status, .. } = &*self.context;
         worker.search_again();
         let state = broker.journal();
         tracing::info!(
@@ -325,23 +338,14 @@ impl<'a> Consumer<'a> {
             journal = state.label(),
             "received a message, this worker is the active one"
         );
-        match state {
-            JournalState::Ready => {
-                let worked_without = status.journal().is_some_and(|before| before != state.label());
-                status.set_journal(state.label());
-                metrics.set_journal(true);
-                let publish = broker.publishers().journal;
-                let failures = self.journal_failures.0.clone();
-                let mut journal =
-                    SessionJournal::start(worker, environment.id(), publish, settings, failures);
-                journal.set_blocked(status.is_alarmed());
-                journal.set_worked_without(worked_without);
-                self.journal = Some(journal);
-                self.state.set_taking_over(true);
-                broker.read_journal(ReadFrom::Last);
-            }
-            JournalState::Disabled | JournalState::Unusable(_) => self.work_without_journal(state),
-        }
+        let Some(journal) = &mut self.journal else { return self.work_without_journal(state) };
+        let worked_without = status.journal().is_some_and(|before| before != state.label());
+        status.set_journal(state.label());
+        metrics.set_journal(true);
+        journal.set_blocked(status.is_alarmed());
+        journal.set_worked_without(worked_without);
+        journal.take_over(broker.publishers().journal, settings, self.journal_failures.0.clone());
+        self.state.set_taking_over(true);
     }
 
     fn work_without_journal(&self, state: &JournalState) {
@@ -369,6 +373,11 @@ impl<'a> Consumer<'a> {
                 | BrokerError::Unroutable { .. }
                 | BrokerError::Unconfirmed(_)
         );
+        if self.journal.as_ref().is_some_and(|journal| !journal.is_active()) {
+            tracing::debug!(%error, "the journal cannot be followed, trying it again at the first delivery");
+            self.journal = None;
+            return None;
+        }
         if self.journal.is_some() && !(is_refused && self.state.is_taking_over()) {
             return Some(End::Lost(error));
         }

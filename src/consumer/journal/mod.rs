@@ -1,9 +1,9 @@
 //! The journal of a session: a log on the broker that outlives the worker (`design.md` §9).
 //!
-//! Nothing is read before the session receives its first delivery, which makes it the active one. It then appends a start
-//! entry and reads the log up to that entry ([`takeover`]): now it knows what its predecessors knew. Only then does it start
-//! messages. It goes on reading, because a worker that lost the queue may not know it yet. When another session has
-//! started, this one has lost the queue, and ends.
+//! A session follows the log from its beginning on, so that a standby takes over at once. Its first delivery makes it the
+//! active one. It then appends a start entry and reads up to that entry ([`takeover`]): now it knows what its predecessors
+//! knew. Only then does it start messages. It goes on reading, because a worker that lost the queue may not know it yet.
+//! When another session has started, this one has lost the queue, and ends.
 //!
 //! **Appending** ([`writer`]). What messages append while the broker stores earlier entries becomes one message, so the cost
 //! of an entry falls with the load.
@@ -72,8 +72,12 @@ pub(crate) struct SessionJournal {
     /// Ends with the session.
     checkpoint_task: Option<AbortOnDropHandle<()>>,
     unreadable: u64,
+    /// The bytes of all messages that were read.
+    read: usize,
     /// When the last message was read.
     last_read: Instant,
+    /// When the session became the active one.
+    active_since: Option<Instant>,
     /// The session before this one had no journal.
     worked_without: bool,
 }
@@ -85,23 +89,12 @@ struct Checkpoint {
 }
 
 impl SessionJournal {
-    /// Appends the start entry. Failures to append go to `failures`.
-    pub(crate) fn start(
-        worker: &Worker,
-        session: Uuid,
-        publish: Arc<dyn Publish>,
-        settings: &Settings,
-        failures: mpsc::UnboundedSender<BrokerError>,
-    ) -> Self {
-        let exchange = settings.journal_queue();
-        let writer = Arc::new(Writer::new(session));
-        writer.append(vec![Entry::Start { at: worker.now() }]);
-        Arc::clone(&writer).spawn(publish, exchange, failures);
-        writer.flush();
+    /// A session that reads what the active one appends.
+    pub(crate) fn follow(worker: &Worker, session: Uuid, settings: &Settings) -> Self {
         Self {
             session,
             worker: worker.clone(),
-            writer,
+            writer: Arc::new(Writer::new(session)),
             takeover: Takeover::new(session),
             max_checkpoint_age: settings.journal.max_age / 4,
             since_checkpoint: (0, Instant::now()),
@@ -110,9 +103,29 @@ impl SessionJournal {
             max_checkpoint_distance: usize::try_from(settings.journal.max_bytes / 4).unwrap_or(usize::MAX),
             checkpoint_task: None,
             unreadable: 0,
+            read: 0,
             last_read: Instant::now(),
+            active_since: None,
             worked_without: false,
         }
+    }
+
+    /// The session is the active one: appends the start entry. Failures to append go to `failures`.
+    pub(crate) fn take_over(
+        &mut self,
+        publish: Arc<dyn Publish>,
+        settings: &Settings,
+        failures: mpsc::UnboundedSender<BrokerError>,
+    ) {
+        self.writer.append(vec![Entry::Start { at: self.worker.now() }]);
+        Arc::clone(&self.writer).spawn(publish, settings.journal_queue(), failures);
+        self.writer.flush();
+        self.last_read = Instant::now();
+        self.active_since = Some(Instant::now());
+    }
+
+    pub(crate) fn is_active(&self) -> bool {
+        self.active_since.is_some()
     }
 
     pub(crate) fn handle(&self) -> JournalHandle {
@@ -131,7 +144,10 @@ impl SessionJournal {
 
     /// Whether the takeover does not go on. During an alarm it waits for the end of it.
     pub(crate) fn is_stuck(&self) -> bool {
-        !self.takeover.is_done() && !self.writer.is_blocked() && self.last_read.elapsed() >= STUCK_AFTER
+        self.is_active()
+            && !self.takeover.is_done()
+            && !self.writer.is_blocked()
+            && self.last_read.elapsed() >= STUCK_AFTER
     }
 
     /// A message of the journal arrived.
@@ -141,6 +157,7 @@ impl SessionJournal {
         if let Err(reason) = batch {
             self.unreadable(reason, message.position);
         }
+        self.read = self.read.saturating_add(message.body.len());
         self.since_checkpoint.0 = self.since_checkpoint.0.saturating_add(message.body.len());
         if self.takeover.is_done() {
             return match batch {
@@ -150,9 +167,17 @@ impl SessionJournal {
                 Err(Unreadable::Foreign) => Instruction::Nothing,
             };
         }
-        let is_end = |entry: &Entry| matches!(entry, Entry::CheckpointEnd { .. });
-        if batch.as_ref().is_ok_and(|batch| batch.entries.iter().any(is_end)) {
-            self.checkpoint_size = self.since_checkpoint.0;
+        for entry in batch.iter().flat_map(|batch| &batch.entries) {
+            match entry {
+                Entry::CheckpointBegin { .. } => self.since_checkpoint = (0, Instant::now()),
+                Entry::CheckpointEnd { .. } => self.checkpoint_size = self.since_checkpoint.0,
+                Entry::Start { .. }
+                | Entry::Creating { .. }
+                | Entry::Settled { .. }
+                | Entry::Keys { .. }
+                | Entry::Written { .. }
+                | Entry::Forgotten { .. } => {}
+            }
         }
         match self.takeover.received(message.position, batch) {
             Next::Read(from) => Instruction::Read(from),
@@ -167,11 +192,11 @@ impl SessionJournal {
                     self.worker.learn(entry);
                 }
                 tell(&self.worker, known);
-                let (bytes, began) = self.since_checkpoint;
+                let took = self.active_since.map(|since| since.elapsed()).unwrap_or_default();
                 tracing::info!(
                     event = "journal_read",
-                    bytes,
-                    ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+                    bytes = self.read,
+                    ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
                     "read the journal, starting messages"
                 );
                 self.worker.remembers_from(anchor.remembered_from);

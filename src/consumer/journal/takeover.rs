@@ -1,7 +1,8 @@
-//! What a new session reads of the journal: from the newest checkpoint up to its own start entry. Pure.
+//! What a session reads of the journal: from the newest checkpoint up to its own start entry. Pure.
 //!
 //! Each message says where to begin ([`Anchor`]), but the first ones of a session, written before it knew. The
-//! session reads the last message; while that does not say it, the one before. Then it reads from the checkpoint on.
+//! session reads the last message; while that does not say it, the one before. Then it reads from the checkpoint on. A
+//! standby follows the journal for days, so it takes over each newer checkpoint that it has read.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -52,16 +53,20 @@ pub(super) struct Takeover {
 
 #[derive(Debug)]
 enum Phase {
-    Locating {
-        steps_back: u32,
-    },
-    /// From this position on.
-    Reading {
-        from: u64,
-        remembered_from: Option<Timestamp>,
-        begins: Option<Begins>,
-    },
+    Locating { steps_back: u32 },
+    Reading(Reading),
     Done,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Reading {
+    /// Where the newest checkpoint begins.
+    checkpoint: u64,
+    remembered_from: Option<Timestamp>,
+    /// The first message that was read, and what it says.
+    begins: Option<(u64, Begins)>,
+    /// The last message of a newer version.
+    newer: Option<u64>,
 }
 
 /// How reading began.
@@ -82,13 +87,13 @@ impl Takeover {
         matches!(self.phase, Phase::Done)
     }
 
-    /// A message was read. What a newer version wrote is as good as gone.
+    /// A message was read.
     pub(super) fn received(&mut self, position: u64, batch: Result<Batch, Unreadable>) -> Next {
         let is_newer = matches!(batch, Err(Unreadable::Newer));
         let batch = batch.ok();
         match &mut self.phase {
             Phase::Locating { steps_back } => {
-                let (from, remembered_from) = match batch.as_ref().and_then(|batch| batch.anchor) {
+                let (checkpoint, remembered_from) = match batch.as_ref().and_then(|batch| batch.anchor) {
                     Some(anchor) if anchor.position <= position => {
                         (anchor.position, Some(anchor.remembered_from))
                     }
@@ -98,41 +103,20 @@ impl Takeover {
                         return Next::Read(ReadFrom::Position(position - 1));
                     }
                 };
-                self.phase = Phase::Reading { from, remembered_from, begins: None };
-                Next::Read(ReadFrom::Position(from))
+                let reading = Reading { checkpoint, remembered_from, begins: None, newer: None };
+                self.phase = Phase::Reading(reading);
+                Next::Read(ReadFrom::Position(checkpoint))
             }
-            Phase::Reading { from, remembered_from, begins } => {
-                let (from, remembered_from) = (*from, *remembered_from);
-                if begins.is_none() {
-                    let is_checkpoint = batch.as_ref().is_some_and(|batch| {
-                        batch.entries.iter().any(|entry| matches!(entry, Entry::CheckpointBegin { .. }))
-                    });
-                    *begins = Some(match position {
-                        0 => Begins::WithJournal,
-                        position if position == from && is_checkpoint => Begins::WithCheckpoint,
-                        _ => Begins::Later,
-                    });
-                }
-                if is_newer {
-                    *begins = Some(Begins::Later);
-                }
-                let begins = *begins;
-                match batch {
-                    None => Next::Learn(Vec::new()),
-                    Some(batch) => self.read(batch, from, remembered_from, begins),
-                }
+            Phase::Reading(reading) => {
+                reading.received(position, batch.as_ref(), is_newer);
+                let reading = *reading;
+                batch.map_or(Next::Learn(Vec::new()), |batch| self.read(batch, reading))
             }
             Phase::Done => Next::Learn(Vec::new()),
         }
     }
 
-    fn read(
-        &mut self,
-        batch: Batch,
-        position: u64,
-        remembered_from: Option<Timestamp>,
-        begins: Option<Begins>,
-    ) -> Next {
+    fn read(&mut self, batch: Batch, reading: Reading) -> Next {
         let mut entries = Vec::with_capacity(batch.entries.len());
         for entry in batch.entries {
             match &entry {
@@ -142,14 +126,13 @@ impl Takeover {
                         self.phase = Phase::Done;
                         self.settled = HashSet::new();
                         let age = Duration::try_from(at.duration_since(first)).unwrap_or_default();
-                        let (known, remembered_from) = match begins {
-                            Some(Begins::WithCheckpoint) => (Known::All, remembered_from.unwrap_or(*at)),
-                            Some(Begins::WithJournal) => {
-                                (Known::SinceBirth(age), remembered_from.unwrap_or(first))
-                            }
-                            Some(Begins::Later) | None => (Known::EntriesAreGone, *at),
+                        let Reading { checkpoint, remembered_from, .. } = reading;
+                        let (known, remembered_from) = match reading.begins() {
+                            Begins::WithCheckpoint => (Known::All, remembered_from.unwrap_or(*at)),
+                            Begins::WithJournal => (Known::SinceBirth(age), remembered_from.unwrap_or(first)),
+                            Begins::Later => (Known::EntriesAreGone, *at),
                         };
-                        let anchor = Anchor { position, remembered_from };
+                        let anchor = Anchor { position: checkpoint, remembered_from };
                         return Next::Done { entries, anchor, known };
                     }
                 }
@@ -157,16 +140,52 @@ impl Takeover {
                     self.settled.insert(*operation);
                 }
                 Entry::Creating { operation, .. } if self.settled.contains(operation) => continue,
+                // It repeats nothing that ended before.
+                Entry::CheckpointBegin { .. } => self.settled.clear(),
                 Entry::Creating { .. }
                 | Entry::Keys { .. }
                 | Entry::Written { .. }
                 | Entry::Forgotten { .. }
-                | Entry::CheckpointBegin { .. }
                 | Entry::CheckpointEnd { .. } => {}
             }
             entries.push(entry);
         }
         Next::Learn(entries)
+    }
+}
+
+impl Reading {
+    fn received(&mut self, position: u64, batch: Option<&Batch>, is_newer: bool) {
+        let begins = |entry: &Entry| matches!(entry, Entry::CheckpointBegin { .. });
+        let (first, _) = *self.begins.get_or_insert_with(|| {
+            let is_checkpoint =
+                position == self.checkpoint && batch.is_some_and(|batch| batch.entries.iter().any(begins));
+            let how = match position {
+                0 => Begins::WithJournal,
+                _ if is_checkpoint => Begins::WithCheckpoint,
+                _ => Begins::Later,
+            };
+            (position, how)
+        });
+        if is_newer {
+            self.newer = Some(position);
+        }
+        let read = first.max(self.checkpoint + 1)..=position;
+        if let Some(anchor) = batch.and_then(|batch| batch.anchor)
+            && read.contains(&anchor.position)
+        {
+            self.checkpoint = anchor.position;
+            self.remembered_from = Some(anchor.remembered_from);
+            self.begins = Some((first, Begins::WithCheckpoint));
+        }
+    }
+
+    /// What a newer version wrote is as good as gone, until a checkpoint follows.
+    fn begins(&self) -> Begins {
+        match self.begins {
+            Some((_, begins)) if self.newer.is_none_or(|newer| newer < self.checkpoint) => begins,
+            Some(_) | None => Begins::Later,
+        }
     }
 }
 
@@ -265,6 +284,43 @@ mod tests {
         ];
         let learnt = vec![begin(), creating(), settled(), start(100)];
         assert_eq!(take_over(10, &messages), (learnt, anchor(11, 40), Known::All, 5));
+    }
+
+    #[test]
+    fn a_standby_takes_over_the_newer_checkpoints_that_it_has_read() {
+        let newer = Anchor { position: 12, remembered_from: at(90) };
+        let says = |anchor| Batch { anchor: Some(anchor), ..batch(BEFORE, None, vec![settled()]) };
+        for (last, known, expected) in [
+            (newer, Known::All, newer),
+            // It points to what was deleted before the standby began to read.
+            (anchor(9, 90), Known::EntriesAreGone, anchor(3, 160)),
+            (anchor(99, 90), Known::EntriesAreGone, anchor(3, 160)),
+        ] {
+            let mut takeover = Takeover::new(ME);
+            let before = || Ok(batch(BEFORE, Some(3), vec![creating()]));
+            assert_eq!(takeover.received(11, before()), Next::Read(ReadFrom::Position(3)));
+            takeover.received(10, before());
+            takeover.received(12, Ok(batch(BEFORE, Some(3), vec![begin()])));
+            takeover.received(13, Ok(says(last)));
+            let Next::Done { anchor, known: is_known, .. } =
+                takeover.received(14, Ok(batch(ME, None, vec![start(160)])))
+            else {
+                panic!("done")
+            };
+            assert_eq!((anchor, is_known), (expected, known), "{last:?}");
+        }
+    }
+
+    #[test]
+    fn a_checkpoint_after_what_a_newer_version_wrote_says_all() {
+        let mut takeover = Takeover::new(ME);
+        takeover.received(0, Err(Unreadable::Newer));
+        takeover.received(0, Err(Unreadable::Newer));
+        takeover.received(1, Ok(batch(BEFORE, None, vec![begin()])));
+        takeover.received(2, Ok(batch(BEFORE, Some(1), vec![settled()])));
+        let done = takeover.received(3, Ok(batch(ME, None, vec![start(160)])));
+        let known = Known::All;
+        assert_eq!(done, Next::Done { entries: vec![], anchor: anchor(1, 40), known });
     }
 
     #[test]

@@ -77,6 +77,43 @@ async fn another_process_knows_what_was_created_before_search_shows_it() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_standby_reads_before_its_first_delivery() {
+    let harness = harness_with_old_journal().await;
+    let active = harness.start();
+    let other = harness.restart();
+    let standby = other.start();
+    active.deliver("1", &event("jane", "acme"));
+    harness.log.wait_for_ack("1").await;
+    let created = creations(&harness);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    // A reading that begins now would learn nothing.
+    harness.journal.messages.send_modify(|messages| messages.iter_mut().for_each(Vec::clear));
+
+    let began = Instant::now();
+    standby.deliver("2", &event("jane", "acme"));
+    standby.deliver("3", &event("bob", "globex"));
+    other.log.wait_for_ack("2").await;
+    other.log.wait_for_ack("3").await;
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+    assert_eq!(creations(&other), created + 1);
+    assert!(matches!(active.end().await.0, End::Lost(BrokerError::TakenOver)));
+    standby.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_standby_that_cannot_read_tries_again_at_its_first_delivery() {
+    let harness = harness_with_old_journal().await;
+    let session = harness.start();
+    session.send(BrokerEvent::JournalFailed(BrokerError::Cancelled));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let began = Instant::now();
+    session.deliver("1", &event("jane", "acme"));
+    harness.log.wait_for_ack("1").await;
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+    session.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_creation_that_was_cut_off_is_pending_for_the_next_process() {
     let harness = harness_with_old_journal().await;
     harness.close_answers(|call| if call.starts_with("POST lead/ ") { Answer::Never } else { Answer::Works });
