@@ -132,7 +132,7 @@ async fn a_rolling_restart_processes_each_message_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_to_dead_letter_is_held_during_an_alarm() {
     let node = Node::start().await;
-    let bench = Bench::on(&node.url, Settings::fast()).await;
+    let bench = Bench::on(&node.url, Settings::fast()).await.set("WORKER_HOLD", "10m");
     // An update without a new key: creations and new keys wait for the journal.
     bench.lead(None, json!([{"name": "Jane", "custom.cf_contactuserid": "u1"}]));
     let event = identify("u1", json!({"title": "CTO"}));
@@ -141,14 +141,15 @@ async fn a_message_to_dead_letter_is_held_during_an_alarm() {
     bench.publish_bytes(b"nonsense", BasicProperties::default()).await;
     worker.settled(1).await;
 
-    bench.simulator.fault(Fault::new(Effect::Latency { ms: 8000 }).on("POST", "/data/"));
-    let refused = refusal();
-    bench.simulator.fault(Fault::new(refused).on("PUT", "/contact/"));
+    let busy = Effect::RateLimited { retry_after: 0.2, with_headers: false };
+    bench.simulator.fault(Fault::new(busy).on("POST", "/data/"));
     bench.publish(&[event]).await;
-    worker.until("looking up", async |_| bench.simulator.request_count("POST", "/data/") == 1).await;
+    worker.until("looking up", async |_| bench.simulator.request_count("POST", "/data/") > 0).await;
     node.alarm(true).await;
-    worker.until("blocked", async |worker| worker.metrics().await.count("broker_alarm") == 1).await;
+    bench.simulator.clear_faults();
+    bench.simulator.fault(Fault::new(refusal()).on("PUT", "/contact/"));
     worker.until("held", async |worker| worker.metrics().await.count("successors_held") == 1).await;
+    worker.until("blocked", async |worker| worker.metrics().await.count("broker_alarm") == 1).await;
     let metrics = worker.metrics().await;
     assert_eq!((metrics.outcome("dead"), worker.events("dead_lettered")), (1, 1), "held");
     let (status, readiness) = worker.ready().await;

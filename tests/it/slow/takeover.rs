@@ -2,7 +2,7 @@
 //!
 //! Creations arrive all the time. The active worker is killed with SIGKILL. The log of the standby says when it received
 //! its first message, which is when the broker's own takeover ends. The log of the simulator says when it created the
-//! first record after that. Between the two, the standby reads the journal.
+//! first record after that. Between the two, the standby reads what it has not read of the journal before.
 
 use std::collections::HashSet;
 use std::io::Write as _;
@@ -79,6 +79,7 @@ async fn a_standby_creates_at_once_after_a_kill() {
                 past.append_bytes((2 * size).max(CHECKPOINT_AFTER) * 15 / 16).await;
             }
         }
+        standby.until("has followed the journal", async |standby| is_idle(standby).await).await;
         let takeover = Takeover::after_kill(&bench, &active, &standby).await;
         print(&format!("kill {:>2}: {}", kill + 1, takeover.line()));
         times.push(takeover);
@@ -159,6 +160,13 @@ fn print_rate(created: &[Timestamp], restarts: &[Timestamp]) {
     }
     let gaps = created.windows(2).map(|pair| pair[1].duration_since(pair[0]).as_millis());
     print(&format!("longest time without a creation: {} ms", gaps.max().unwrap_or(0)));
+}
+
+/// Whether a standby reads no more of the journal than what the active worker appends now.
+async fn is_idle(standby: &Worker) -> bool {
+    let before = standby.cpu_time();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    standby.cpu_time().saturating_sub(before) < Duration::from_millis(100)
 }
 
 /// Whether all of the first people are created.

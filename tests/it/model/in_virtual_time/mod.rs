@@ -172,7 +172,8 @@ fn run_seed(seed: u64, retry_mode: RetryMode, mutant: Option<Mutant>) -> Run {
         config.amqp = Arc::new(amqp);
     }
     (config.settings.retry.in_place, config.settings.hold) = match retry_mode {
-        RetryMode::InPlace => (Duration::from_hours(1), last_resort(&plan)),
+        // A failure after a wait of a day is retried as well.
+        RetryMode::InPlace => (last_resort(&plan), last_resort(&plan)),
         RetryMode::DelayQueues => (Duration::from_secs(3), Duration::from_mins(1)),
     };
     in_virtual_time(async {
