@@ -103,7 +103,9 @@ impl Reader {
                 return Some((Err(error.into()), None));
             }
         }
-        let position = position(&delivery).unwrap_or_default();
+        let Some(position) = position(&delivery) else {
+            return Some((Err(BrokerError::Lost("a message of a stream has no position".into())), None));
+        };
         Some((Ok(StreamMessage { position, body: delivery.data }), Some(reader)))
     }
 }

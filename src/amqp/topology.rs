@@ -10,8 +10,8 @@
 //! | `amqp.outcomes` | if configured: topic exchange for outcome events |
 //!
 //! All queues but the journal are quorum queues: durable, replicated in a cluster, and the only kind with
-//! at-least-once dead-lettering. The worker can do without the journal, see [`prepare_journal`]. Everything essential is an argument, not a policy: a delay queue
-//! that lost its time-to-live would keep its messages for ever.
+//! at-least-once dead-lettering. The worker can do without the journal, see [`prepare_journal`]. Everything essential is
+//! an argument, not a policy: a delay queue that lost its time-to-live would keep its messages for ever.
 //!
 //! [`objects`] and [`bindings`] list all of this. A worker with the configure permission declares them. A worker
 //! without it ([`TopologyMode::Check`]) only checks that they exist; an administrator imports

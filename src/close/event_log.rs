@@ -51,9 +51,9 @@ pub(crate) async fn created<T>(
         let reaches_back = page.events.iter().all(is_older);
         let is_asked_for = |event: &Event| event.at.is_none_or(|at| (since..=until).contains(&at));
         for Event { object_id, record, .. } in page.events.into_iter().filter(is_asked_for) {
-            match record {
-                Some(record) => log.records.push(read(&record)?),
-                None => hidden.push(object_id),
+            match record.as_ref().map(read) {
+                Some(Ok(record)) => log.records.push(record),
+                Some(Err(_)) | None => hidden.push(object_id),
             }
         }
         let Some(cursor) = page.older.filter(|_| !reaches_back) else {

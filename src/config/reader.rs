@@ -61,6 +61,10 @@ impl Reader<'_> {
     }
 }
 
+/// Longer times are mistakes, and too long for arithmetic with clocks.
+const LONGEST: Duration = Duration::from_hours(24 * 366);
+
 pub(super) fn duration(text: &str) -> Option<Duration> {
-    text.parse::<jiff::SignedDuration>().ok()?.try_into().ok()
+    let duration: Duration = text.parse::<jiff::SignedDuration>().ok()?.try_into().ok()?;
+    (duration <= LONGEST).then_some(duration)
 }

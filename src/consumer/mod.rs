@@ -58,7 +58,7 @@ use crate::consumer::connections::Connections;
 use crate::consumer::context::Context;
 pub use crate::consumer::context::{Environment, System};
 use crate::consumer::delivery::ReceivedMessage;
-use crate::consumer::journal::{Instruction, SessionJournal};
+use crate::consumer::journal::{Absence, Instruction, SessionJournal};
 use crate::consumer::process::{process, skip};
 use crate::consumer::quarantine::{Evidence, Quarantine};
 use crate::consumer::scheduler::delayed::DelayedMessages;
@@ -172,6 +172,8 @@ struct Consumer<'a> {
     /// If there is one that can be read.
     journal: Option<SessionJournal>,
     journal_failures: (mpsc::UnboundedSender<BrokerError>, mpsc::UnboundedReceiver<BrokerError>),
+    /// If there is one, and this session works without it.
+    absence: Option<Absence>,
 }
 
 impl<'a> Consumer<'a> {
@@ -189,6 +191,7 @@ impl<'a> Consumer<'a> {
             heartbeat,
             journal: None,
             journal_failures: mpsc::unbounded_channel(),
+            absence: None,
         }
     }
 
@@ -330,7 +333,7 @@ impl<'a> Consumer<'a> {
         if self.journal.is_none() {
             self.follow_journal(broker);
         }
-        let Context { worker, settings, metrics, status, .. } = &*self.context;
+        let Context { worker, settings, metrics, status, publishers, .. } = &*self.context;
         worker.search_again();
         let state = broker.journal();
         tracing::info!(
@@ -338,18 +341,21 @@ impl<'a> Consumer<'a> {
             journal = state.label(),
             "received a message, this worker is the active one"
         );
-        let Some(journal) = &mut self.journal else { return self.work_without_journal(state) };
+        let Some(journal) = &mut self.journal else {
+            let state = state.clone();
+            return self.work_without_journal(&state);
+        };
         let worked_without = status.journal().is_some_and(|before| before != state.label());
         status.set_journal(state.label());
         metrics.set_journal(true);
         journal.set_blocked(status.is_alarmed());
         journal.set_worked_without(worked_without);
-        journal.take_over(broker.publishers().journal, settings, self.journal_failures.0.clone());
+        journal.take_over(Arc::clone(&publishers.journal), settings, self.journal_failures.0.clone());
         self.state.set_taking_over(true);
     }
 
-    fn work_without_journal(&self, state: &JournalState) {
-        let Context { worker, metrics, status, .. } = &*self.context;
+    fn work_without_journal(&mut self, state: &JournalState) {
+        let Context { worker, environment, settings, metrics, status, publishers, .. } = &*self.context;
         status.set_journal(state.label());
         metrics.set_journal(false);
         worker.forget();
@@ -359,6 +365,8 @@ impl<'a> Consumer<'a> {
                 %error,
                 "working without a journal, creations wait for search after each start"
             );
+            let publish = Arc::clone(&publishers.journal);
+            self.absence = Some(Absence::report(worker.clone(), environment.id(), publish, settings));
         }
     }
 

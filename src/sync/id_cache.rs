@@ -396,7 +396,7 @@ mod tests {
         assert_eq!((cache.known_leads("acme"), cache.unseen().len()), (vec![id()], 1));
         tokio::time::advance(Duration::from_secs(1)).await;
         assert_eq!((cache.known_leads("acme"), cache.unseen()), (vec![], vec![]));
-        assert_eq!(cache.evicted(), [], "that concerns nobody");
+        assert_eq!(cache.evicted(), [], "nothing is evicted");
         let (jane, contact) = (|| Key::User("jane".into()), || ContactId::new("cont_1"));
         for _ in 0..3 {
             cache.remember_contacts(jane(), vec![contact()], true);

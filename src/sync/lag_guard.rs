@@ -45,7 +45,7 @@ pub struct LagGuard {
 
 #[derive(Clone, Debug, Default)]
 struct State {
-    pending: HashMap<Uuid, Doubt>,
+    pending: HashMap<Uuid, Unanswered>,
     by_key: HashMap<KeyHash, Vec<Uuid>>,
     /// Changes up to this time are forgotten, by kind.
     forgotten: [Option<Forgotten>; ChangeKind::VARIANTS.len()],
@@ -57,7 +57,7 @@ struct State {
 
 /// A pending creation, by the clock of this process.
 #[derive(Clone, Debug)]
-struct Doubt {
+struct Unanswered {
     pending: Pending,
     /// An earlier search proves nothing about it.
     began: Instant,
@@ -139,7 +139,7 @@ impl LagGuard {
         let (began, ends) = (Instant::now(), self.ends());
         let (over, clock) = (began + self.timeout, self.last_resort(sent));
         let pending = Pending { keys, creates_lead, sent, ends };
-        self.with(|state| state.begin(operation, Doubt { pending, began, over, clock }));
+        self.with(|state| state.begin(operation, Unanswered { pending, began, over, clock }));
     }
 
     /// A creation that was sent up to now, or is sent now, may still happen.
@@ -253,7 +253,7 @@ impl LagGuard {
 }
 
 impl State {
-    fn begin(&mut self, operation: Uuid, doubt: Doubt) {
+    fn begin(&mut self, operation: Uuid, doubt: Unanswered) {
         if !self.pending.contains_key(&operation) {
             self.make_room();
             for key in &doubt.pending.keys {
@@ -269,7 +269,7 @@ impl State {
     }
 
     fn settle_for(&mut self, operation: Uuid, keys: &[KeyHash]) -> bool {
-        let Some(Doubt { pending, .. }) = self.pending.get_mut(&operation) else { return false };
+        let Some(Unanswered { pending, .. }) = self.pending.get_mut(&operation) else { return false };
         pending.keys.retain(|key| !keys.contains(key));
         let is_settled = pending.keys.is_empty();
         if is_settled {
@@ -331,7 +331,7 @@ impl State {
         }
         let operations = keys.iter().filter_map(|key| self.by_key.get(key)).flatten();
         let pending = operations.filter(|id| except != Some(**id)).filter_map(|id| self.pending.get(id));
-        for Doubt { pending, began, over, clock } in pending.filter(|doubt| searched < doubt.clock) {
+        for Unanswered { pending, began, over, clock } in pending.filter(|doubt| searched < doubt.clock) {
             // Clocks of workers differ, and may be set back.
             let proof = self.proof(ChangeKind::Creation, pending.ends).filter(|from| from >= began);
             if proof.is_none_or(|from| searched < from) {
@@ -425,7 +425,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_settled_creation_concerns_nobody() {
+    async fn a_settled_creation_is_no_gap() {
         let (guard, _) = guard();
         let (one, two) = (Uuid::from_u128(1), Uuid::from_u128(2));
         guard.begin(one, keys(&["a"]), true, at(100));
@@ -473,7 +473,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_eviction_of_what_search_has_long_shown_concerns_nobody() {
+    async fn an_eviction_of_what_search_has_long_shown_is_no_gap() {
         let (guard, now) = guard();
         now.store(500, Relaxed);
         guard.shown(ChangeKind::Creation, at(400), Instant::now());

@@ -6,10 +6,10 @@ use futures_util::StreamExt;
 
 use crate::amqp::stream::{self, Offset};
 use crate::amqp::{BrokerError, Settings, disconnect, with_timeout};
-use crate::consumer::journal::takeover::MAX_STEPS_BACK;
+use crate::consumer::journal::takeover::further_back;
 use crate::domain::journal::{Anchor, Batch};
 
-/// What the newest message of the journal that says so says. `None` without a journal, or if no worker has used it.
+/// What one of the newest messages of the journal says. `None` without a journal, or if no worker has used it.
 ///
 /// # Errors
 /// When the journal cannot be read.
@@ -25,7 +25,7 @@ pub(crate) async fn anchor(settings: &Settings) -> Result<Option<Anchor>, Broker
 
 async fn find(connection: &Arc<lapin::Connection>, queue: &str) -> Result<Option<Anchor>, BrokerError> {
     let mut offset = Offset::Last;
-    for _ in 0..MAX_STEPS_BACK {
+    for steps in 0.. {
         let mut messages = std::pin::pin!(stream::read(Arc::clone(connection), queue.to_owned(), offset));
         // Nothing arrives from an empty journal.
         let Ok(Some(message)) = with_timeout(async { Ok(messages.next().await) }).await else {
@@ -38,8 +38,10 @@ async fn find(connection: &Arc<lapin::Connection>, queue: &str) -> Result<Option
         if let Some(anchor) = Batch::decode(&message.body).ok().and_then(|batch| batch.anchor) {
             return Ok(Some(anchor));
         }
-        let Some(before) = message.position.checked_sub(1) else { return Ok(None) };
-        offset = Offset::Position(before);
+        if message.position == 0 {
+            break;
+        }
+        offset = Offset::Position(further_back(message.position, steps));
     }
     Ok(None)
 }

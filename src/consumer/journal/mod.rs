@@ -12,6 +12,7 @@
 //! complete checkpoint begins, so that a takeover reads little. Other entries go on meanwhile: an entry that a checkpoint
 //! misses follows its beginning, and learning one twice does no harm.
 
+mod absence;
 mod anchor;
 mod takeover;
 mod writer;
@@ -30,6 +31,7 @@ use crate::domain::journal::{Anchor, Batch, Entry, Unreadable};
 use crate::sync::journal::{Journal, JournalHandle};
 use crate::sync::{LONGEST_SEARCH_LAG, Worker};
 
+pub(crate) use absence::Absence;
 pub(crate) use anchor::anchor;
 use takeover::{Known, Next, Takeover};
 pub(crate) use writer::Writer;

@@ -1,7 +1,7 @@
 //! What a session reads of the journal: from the newest checkpoint up to its own start entry. Pure.
 //!
 //! Each message says where to begin ([`Anchor`]), but the first ones of a session, written before it knew. The
-//! session reads the last message; while that does not say it, the one before. Then it reads from the checkpoint on. A
+//! session reads the last message; while that does not say it, one before it. Then it reads from the checkpoint on. A
 //! standby follows the journal for days, so it takes over each newer checkpoint that it has read.
 
 use std::collections::HashSet;
@@ -13,8 +13,10 @@ use uuid::Uuid;
 use crate::consumer::broker::ReadFrom;
 use crate::domain::journal::{Anchor, Batch, Entry, Unreadable};
 
-/// After so many messages that do not say where the checkpoint is, all is read.
-pub(super) const MAX_STEPS_BACK: u32 = 100;
+/// The message to read after one that does not say where the checkpoint is. The steps grow, because many may not say it.
+pub(super) fn further_back(position: u64, steps: u32) -> u64 {
+    position.saturating_sub(1_u64.checked_shl(steps).unwrap_or(u64::MAX))
+}
 
 /// What the journal says about the time before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,10 +99,11 @@ impl Takeover {
                     Some(anchor) if anchor.position <= position => {
                         (anchor.position, Some(anchor.remembered_from))
                     }
-                    _ if position == 0 || *steps_back >= MAX_STEPS_BACK => (0, None),
+                    _ if position == 0 => (0, None),
                     _ => {
+                        let before = further_back(position, *steps_back);
                         *steps_back += 1;
-                        return Next::Read(ReadFrom::Position(position - 1));
+                        return Next::Read(ReadFrom::Position(before));
                     }
                 };
                 let reading = Reading { checkpoint, remembered_from, begins: None, newer: None };
@@ -283,7 +286,7 @@ mod tests {
             batch(Uuid::from_u128(4), None, vec![start(161)]),
         ];
         let learnt = vec![begin(), creating(), settled(), start(100)];
-        assert_eq!(take_over(10, &messages), (learnt, anchor(11, 40), Known::All, 5));
+        assert_eq!(take_over(10, &messages), (learnt, anchor(11, 40), Known::All, 4));
     }
 
     #[test]
@@ -321,6 +324,17 @@ mod tests {
         let done = takeover.received(3, Ok(batch(ME, None, vec![start(160)])));
         let known = Known::All;
         assert_eq!(done, Next::Done { entries: vec![], anchor: anchor(1, 40), known });
+    }
+
+    #[test]
+    fn the_steps_back_grow() {
+        let silent = |n| vec![batch(BEFORE, None, vec![settled()]); n];
+        for (n, reads) in [(10, 6), (1000, 12), (10_000, 16)] {
+            let messages =
+                [vec![batch(BEFORE, Some(0), vec![])], silent(n), vec![batch(ME, None, vec![start(9)])]]
+                    .concat();
+            assert_eq!(take_over(0, &messages).3, reads, "{n}");
+        }
     }
 
     #[test]

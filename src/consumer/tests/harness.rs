@@ -236,7 +236,7 @@ impl Harness {
         let worker = worker(self.settings.clone(), &self.records, &self.session.metrics);
         Self {
             log: self.log.clone(),
-            session: Session { worker, ..self.session.clone() },
+            session: Session { worker, status: Status::default(), ..self.session.clone() },
             close: Arc::clone(&self.close),
             records: Arc::clone(&self.records),
             settings: self.settings.clone(),

@@ -184,6 +184,27 @@ async fn a_session_that_is_refused_the_journal_works_without_it() {
     }
 }
 
+/// It creates what the journal does not know.
+#[tokio::test(start_paused = true)]
+async fn the_session_after_one_that_was_refused_the_journal_waits_for_search() {
+    let harness = harness_with_old_journal().await;
+    let session = harness.start();
+    session.deliver("1", &event("jane", "acme"));
+    session.send(BrokerEvent::JournalFailed(BrokerError::Forbidden("access refused".into())));
+    harness.log.wait_for_ack("1").await;
+    tokio::time::sleep(Duration::from_hours(10)).await;
+    session.stop().await;
+
+    let other = harness.restart();
+    let session = other.start();
+    let began = Instant::now();
+    session.deliver("2", &event("jane", "globex"));
+    other.log.wait_for_ack("2").await;
+    assert!(began.elapsed() >= LAG, "{:?}", began.elapsed());
+    assert!(began.elapsed() < LAG * 3, "not for ever: {:?}", began.elapsed());
+    session.stop().await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_session_that_relies_on_the_journal_ends_when_it_fails() {
     let harness = harness_with_old_journal().await;

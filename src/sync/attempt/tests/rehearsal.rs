@@ -1,4 +1,4 @@
-//! A rehearsal decides as the worker would, leaves no trace, and waits for nobody.
+//! A rehearsal decides as the worker would, leaves no trace, and does not wait.
 
 use super::*;
 use crate::domain::journal::RecordId;
