@@ -12,6 +12,7 @@ use crate::domain::schema::{CustomField, FieldKind, Item, Problem, Status, Unrea
 /// The organization of the API key, from `GET /me/`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Organization {
+    pub id: Option<String>,
     pub name: String,
     /// In the organization's order. Empty when Close did not send them.
     pub statuses: Listed<Status>,
@@ -139,6 +140,7 @@ impl From<Me> for Organization {
             Ok(Status { label: text(member, "label").unwrap_or_else(|| id.clone()), id })
         };
         Self {
+            id: text(&organization, "id"),
             name: text(&organization, "name").unwrap_or_default(),
             statuses: Listed::read(statuses.map_or(&[][..], Vec::as_slice), Item::LeadStatus, status),
             // Not documented, and not in any recording.

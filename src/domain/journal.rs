@@ -46,6 +46,17 @@ impl KeyHash {
     }
 }
 
+/// A hash of the id of an organization in Close.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct OrganizationHash(u64);
+
+impl OrganizationHash {
+    pub fn of(id: &str) -> Self {
+        Self(Uuid::new_v5(&NAMESPACE, format!("o{id}").as_bytes()).as_u64_pair().0)
+    }
+}
+
 /// One entry.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -205,6 +216,9 @@ pub struct Batch {
     /// The session that appended them.
     #[serde(rename = "s")]
     pub session: Uuid,
+    /// The organization that the records belong to, if Close says it.
+    #[serde(rename = "g", skip_serializing_if = "Option::is_none", default)]
+    pub organization: Option<OrganizationHash>,
     /// `None` as long as the session has not found it.
     #[serde(rename = "a", skip_serializing_if = "Option::is_none", default)]
     pub anchor: Option<Anchor>,
@@ -239,6 +253,17 @@ impl Batch {
     pub fn encode(&self) -> Vec<u8> {
         // Serializing values of these types to memory cannot fail.
         serde_json::to_vec(self).unwrap_or_default()
+    }
+
+    /// Leaves only what matters to a session of any organization: that another one has started.
+    pub fn keep_starts(&mut self) {
+        self.anchor = None;
+        self.entries.retain(|entry| matches!(entry, Entry::Start { .. }));
+    }
+
+    /// Whether its records are certainly of another organization.
+    pub fn is_of_other(&self, organization: Option<OrganizationHash>) -> bool {
+        self.organization.zip(organization).is_some_and(|(one, other)| one != other)
     }
 
     /// # Errors
@@ -329,13 +354,14 @@ mod tests {
         #[test]
         fn a_batch_that_was_encoded_is_decoded(
             session in any::<u128>(),
+            organization in prop::option::of(any::<u64>().prop_map(OrganizationHash)),
             anchor in prop::option::of((any::<u64>(), times())),
             appended in any::<u64>(),
             entries in prop::collection::vec(entries(), 0..20),
         ) {
             let session = Uuid::from_u128(session);
             let anchor = anchor.map(|(position, remembered_from)| Anchor { position, remembered_from });
-            let batch = Batch { version: VERSION, session, anchor, appended, entries };
+            let batch = Batch { version: VERSION, session, organization, anchor, appended, entries };
             prop_assert_eq!(Batch::decode(&batch.encode()), Ok(batch));
         }
 
@@ -346,7 +372,7 @@ mod tests {
             damages in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
             length in any::<prop::sample::Index>(),
         ) {
-            let batch = Batch { version: VERSION, session: Uuid::nil(), anchor: None, appended: 1, entries };
+            let batch = Batch { version: VERSION, session: Uuid::nil(), organization: None, anchor: None, appended: 1, entries };
             let mut body = batch.encode();
             for (at, byte) in damages {
                 let at = at.index(body.len());

@@ -16,6 +16,8 @@ pub struct Schema {
     pub users: Vec<User>,
     /// The country of national phone numbers, if Close says it.
     pub country: Option<Country>,
+    /// The id of the organization that has all this.
+    pub organization: Option<String>,
     /// What Close sent in a form that cannot be read.
     pub unreadable: Vec<UnreadableItem>,
 }

@@ -83,7 +83,8 @@ pub async fn run(client: &Client, rules: &Rules) -> Result<Ready, Vec<PreflightE
     let organization = client.me().await.map_err(close)?;
     let Listed { items: statuses, unreadable } = organization.statuses;
     let country = organization.country.as_deref().and_then(Country::parse);
-    let mut schema = Schema { statuses, country, unreadable, ..Schema::default() };
+    let mut schema =
+        Schema { statuses, country, organization: organization.id, unreadable, ..Schema::default() };
     let (leads, contacts) = rules.needs();
     if leads {
         let mut fields = client.lead_fields().await.map_err(close)?;

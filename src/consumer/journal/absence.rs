@@ -54,5 +54,12 @@ fn forgotten(worker: &Worker, session: Uuid) -> Batch {
     let at = after(worker.now(), REPEATED_AFTER);
     let until = after(at, worker.settings().search_lag);
     let entries = ChangeKind::VARIANTS.iter().map(|change| Entry::Forgotten { change: *change, at, until });
-    Batch { version: VERSION, session, anchor: None, appended: 0, entries: entries.collect() }
+    Batch {
+        version: VERSION,
+        session,
+        organization: super::organization(worker),
+        anchor: None,
+        appended: 0,
+        entries: entries.collect(),
+    }
 }

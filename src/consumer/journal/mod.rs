@@ -17,6 +17,7 @@ mod anchor;
 mod takeover;
 mod writer;
 
+use std::fmt::Display;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,7 +28,7 @@ use uuid::Uuid;
 
 use crate::amqp::{BrokerError, Settings};
 use crate::consumer::broker::{JournalMessage, Publish, ReadFrom};
-use crate::domain::journal::{Anchor, Batch, Entry, Unreadable};
+use crate::domain::journal::{Anchor, Batch, Entry, OrganizationHash, Unreadable};
 use crate::sync::journal::{Journal, JournalHandle};
 use crate::sync::{LONGEST_SEARCH_LAG, Worker};
 
@@ -58,6 +59,7 @@ pub(crate) enum Instruction {
 /// The journal in the loop of a session.
 pub(crate) struct SessionJournal {
     session: Uuid,
+    organization: Option<OrganizationHash>,
     worker: Worker,
     writer: Arc<Writer>,
     takeover: Takeover,
@@ -93,10 +95,12 @@ struct Checkpoint {
 impl SessionJournal {
     /// A session that reads what the active one appends.
     pub(crate) fn follow(worker: &Worker, session: Uuid, settings: &Settings) -> Self {
+        let organization = organization(worker);
         Self {
             session,
             worker: worker.clone(),
-            writer: Arc::new(Writer::new(session)),
+            writer: Arc::new(Writer::new(session, organization)),
+            organization,
             takeover: Takeover::new(session),
             max_checkpoint_age: settings.journal.max_age / 4,
             since_checkpoint: (0, Instant::now()),
@@ -155,9 +159,14 @@ impl SessionJournal {
     /// A message of the journal arrived.
     pub(crate) fn received(&mut self, message: &JournalMessage) -> Instruction {
         self.last_read = Instant::now();
-        let batch = Batch::decode(&message.body);
-        if let Err(reason) = batch {
-            self.unreadable(reason, message.position);
+        let mut batch = Batch::decode(&message.body);
+        match &mut batch {
+            Err(reason) => self.unreadable(reason, message.position),
+            Ok(batch) if batch.is_of_other(self.organization) => {
+                self.unreadable(&"about another organization in Close", message.position);
+                batch.keep_starts();
+            }
+            Ok(_) => {}
         }
         self.read = self.read.saturating_add(message.body.len());
         self.since_checkpoint.0 = self.since_checkpoint.0.saturating_add(message.body.len());
@@ -237,7 +246,7 @@ impl SessionJournal {
     }
 
     /// Logs the first, and then ever fewer.
-    fn unreadable(&mut self, reason: Unreadable, position: u64) {
+    fn unreadable(&mut self, reason: &dyn Display, position: u64) {
         self.unreadable = self.unreadable.saturating_add(1);
         if self.unreadable.is_power_of_two() {
             tracing::warn!(
@@ -291,6 +300,10 @@ impl SessionJournal {
         });
         self.checkpoint_task = Some(AbortOnDropHandle::new(task));
     }
+}
+
+fn organization(worker: &Worker) -> Option<OrganizationHash> {
+    worker.mapping().organization.as_deref().map(OrganizationHash::of)
 }
 
 /// Tells the worker what the journal does not know.

@@ -203,7 +203,7 @@ mod tests {
 
     fn batch(session: Uuid, anchor: Option<u64>, entries: Vec<Entry>) -> Batch {
         let anchor = anchor.map(|position| Anchor { position, remembered_from: at(40) });
-        Batch { version: VERSION, session, anchor, appended: 0, entries }
+        Batch { version: VERSION, session, organization: None, anchor, appended: 0, entries }
     }
 
     fn at(second: i64) -> Timestamp {

@@ -13,7 +13,7 @@ use uuid::Uuid;
 use crate::amqp::BrokerError;
 use crate::amqp::publisher::Outgoing;
 use crate::consumer::broker::Publish;
-use crate::domain::journal::{Anchor, Batch, Entry, VERSION};
+use crate::domain::journal::{Anchor, Batch, Entry, OrganizationHash, VERSION};
 use crate::sync::journal::Journal;
 
 /// The most entries in one message.
@@ -27,6 +27,7 @@ const MAX_UNSTORED: usize = 50_000;
 /// The entries that a session appends, in order.
 pub(crate) struct Writer {
     session: Uuid,
+    organization: Option<OrganizationHash>,
     queue: Mutex<Queue>,
     wake: Notify,
     /// How many entries the broker has stored.
@@ -46,9 +47,10 @@ struct Queue {
 }
 
 impl Writer {
-    pub(crate) fn new(session: Uuid) -> Self {
+    pub(crate) fn new(session: Uuid, organization: Option<OrganizationHash>) -> Self {
         Self {
             session,
+            organization,
             queue: Mutex::default(),
             wake: Notify::new(),
             stored: Progress::default(),
@@ -127,6 +129,7 @@ impl Writer {
             (!entries.is_empty()).then(|| Batch {
                 version: VERSION,
                 session: self.session,
+                organization: self.organization,
                 anchor: queue.anchor,
                 appended: queue.appended.saturating_sub(rest),
                 entries,

@@ -141,19 +141,28 @@ pub(super) fn published(log: &[Entry]) -> Vec<&Published> {
 
 type Script<Request, Reply> = Arc<Mutex<Box<dyn FnMut(&Request) -> Reply + Send>>>;
 
-/// A worker that knows nothing yet, with a clock in virtual time.
-fn worker(settings: sync::Settings, records: &Arc<FakeClose>, metrics: &Metrics) -> Worker {
+/// A worker for an organization that knows nothing yet, with a clock in virtual time.
+fn worker(
+    settings: sync::Settings,
+    records: &Arc<FakeClose>,
+    metrics: &Metrics,
+    organization: &str,
+) -> Worker {
     let (began, start) = (records.began, records.start);
     let transport = SharedClose(Arc::clone(records));
+    let mut mapping = mapping();
+    mapping.organization = Some(organization.to_owned());
     Worker::new(Dependencies {
         settings,
         rules: &rules(),
-        mapping: mapping(),
+        mapping,
         client: Client::with_transport(transport, Duration::from_hours(2), 1.0, |_| {}),
         metrics: metrics.clone(),
         clock: Arc::new(move || began + start.elapsed()),
     })
 }
+
+const ORGANIZATION: &str = "orga_1";
 
 /// Everything around a session. Close works and the broker confirms, until a script says otherwise.
 pub(super) struct Harness {
@@ -217,7 +226,7 @@ impl Harness {
         let session = Session {
             destination: None,
             settings: Arc::new(amqp),
-            worker: worker(settings.clone(), &records, &metrics),
+            worker: worker(settings.clone(), &records, &metrics, ORGANIZATION),
             metrics,
             status: Status::default(),
             concurrency: 10,
@@ -233,7 +242,12 @@ impl Harness {
 
     /// Another process, with the same Close, journal and log.
     pub(super) fn restart(&self) -> Self {
-        let worker = worker(self.settings.clone(), &self.records, &self.session.metrics);
+        self.restart_for(ORGANIZATION)
+    }
+
+    /// The same for another organization.
+    pub(super) fn restart_for(&self, organization: &str) -> Self {
+        let worker = worker(self.settings.clone(), &self.records, &self.session.metrics, organization);
         Self {
             log: self.log.clone(),
             session: Session { worker, status: Status::default(), ..self.session.clone() },

@@ -184,6 +184,23 @@ async fn a_session_that_is_refused_the_journal_works_without_it() {
     }
 }
 
+/// For example first a sandbox. Its ids mean nothing in the other organization.
+#[tokio::test(start_paused = true)]
+async fn a_session_learns_nothing_about_another_organization() {
+    let harness = harness_with_old_journal().await;
+    let session = harness.start();
+    session.deliver("1", &event("jane", "acme"));
+    harness.log.wait_for_ack("1").await;
+    let created = creations(&harness);
+    let other = harness.restart_for("orga_2");
+    let successor = other.start();
+    successor.deliver("2", &event("jane", "acme"));
+    other.log.wait_for_ack("2").await;
+    assert_eq!(creations(&other), created + 1);
+    assert!(matches!(session.end().await.0, End::Lost(BrokerError::TakenOver)));
+    successor.stop().await;
+}
+
 /// It creates what the journal does not know.
 #[tokio::test(start_paused = true)]
 async fn the_session_after_one_that_was_refused_the_journal_waits_for_search() {

@@ -70,6 +70,8 @@ pub struct Mapping {
     pub unresolved: Vec<UnresolvedField>,
     /// The country of national phone numbers, if Close says it.
     pub country: Option<Country>,
+    /// The id of the organization whose fields these are, if Close says it.
+    pub organization: Option<String>,
     /// What Close sent in a form that cannot be read.
     pub unreadable: Vec<UnreadableItem>,
     /// Custom fields that Close requires in a new record and that no rule fills, by kind.
@@ -124,6 +126,7 @@ impl Mapping {
             names: fields.map(|field| (field.id.clone(), field.name.clone())).collect(),
             unresolved,
             country: schema.country,
+            organization: schema.organization.clone(),
             unreadable: schema.unreadable.clone(),
             missing_required,
             rules: rules.clone(),

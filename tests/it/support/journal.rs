@@ -73,7 +73,15 @@ impl<'a> Past<'a> {
             let at = Timestamp::now() - SignedDuration::from_hours(24);
             entries.insert(0, Entry::Start { at });
         }
-        Batch { version: VERSION, session: self.session, anchor: None, appended: 0, entries }.encode()
+        let batch = Batch {
+            version: VERSION,
+            session: self.session,
+            organization: None,
+            anchor: None,
+            appended: 0,
+            entries,
+        };
+        batch.encode()
     }
 
     /// The entries of a creation.
