@@ -27,7 +27,10 @@ struct Heartbeat {
 }
 
 impl StallGuard {
-    pub const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
+    /// The time between heartbeats for a limit.
+    pub fn heartbeat_interval(limit: Duration) -> Duration {
+        limit / 40
+    }
 
     /// Starts guarding. A gap up to `limit` counts as a busy machine.
     pub fn arm(&self, limit: Duration) {

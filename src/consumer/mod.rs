@@ -147,7 +147,8 @@ impl Session {
             stop: CancellationToken::new(),
             outcome_events_fail: AtomicBool::new(false),
         };
-        let mut consumer = Consumer::new(Arc::new(context), self, delayed);
+        let stall_limit = broker.stall_limit();
+        let mut consumer = Consumer::new(Arc::new(context), self, delayed, stall_limit);
         let end = consumer.run(&mut broker, shutdown).await;
         if matches!(end, End::Stopped) {
             consumer.wind_down(&mut broker, self.grace).await;
@@ -177,9 +178,16 @@ struct Consumer<'a> {
 }
 
 impl<'a> Consumer<'a> {
-    fn new(context: Arc<Context>, session: &Session, delayed: &'a mut DelayedMessages<Key>) -> Self {
+    /// `stall_limit`: after a gap this long in the heartbeats another worker may be at work.
+    fn new(
+        context: Arc<Context>,
+        session: &Session,
+        delayed: &'a mut DelayedMessages<Key>,
+        stall_limit: Duration,
+    ) -> Self {
         let resume = Resume::after(session.paused_before);
-        let mut heartbeat = tokio::time::interval(StallGuard::HEARTBEAT_INTERVAL);
+        context.worker.stall_guard().arm(stall_limit);
+        let mut heartbeat = tokio::time::interval(StallGuard::heartbeat_interval(stall_limit));
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Self {
             context,
@@ -199,7 +207,6 @@ impl<'a> Consumer<'a> {
     async fn run(&mut self, broker: &mut impl Broker, shutdown: &CancellationToken) -> End {
         let context = Arc::clone(&self.context);
         let stall_guard = context.worker.stall_guard();
-        stall_guard.arm(broker.stall_limit());
         match self.next_end(broker, shutdown).await {
             // A process that was suspended may notice the lost connection first.
             End::Lost(error) => {

@@ -81,7 +81,7 @@ async fn a_lost_connection_after_a_suspension_counts_as_a_suspension() {
     let (harness, session) = busy_session().await;
     harness.session.worker.stall_guard().arm(Duration::ZERO);
     // The next heartbeat of the loop is still to come.
-    tokio::time::advance(StallGuard::HEARTBEAT_INTERVAL / 4).await;
+    tokio::time::advance(StallGuard::heartbeat_interval(Duration::from_secs(20)) / 4).await;
     session.send(BrokerEvent::Lost(BrokerError::Cancelled));
     let (end, _) = session.end().await;
     assert!(matches!(end, End::Lost(BrokerError::StoodStill(_))), "{end:?}");
