@@ -24,7 +24,7 @@ pub(crate) async fn anchor(settings: &Settings) -> Result<Option<Anchor>, Broker
 }
 
 async fn find(connection: &Arc<lapin::Connection>, queue: &str) -> Result<Option<Anchor>, BrokerError> {
-    let mut offset = Offset::Last;
+    let (mut offset, mut asked) = (Offset::Last, u64::MAX);
     for steps in 0.. {
         let mut messages = std::pin::pin!(stream::read(Arc::clone(connection), queue.to_owned(), offset));
         // Nothing arrives from an empty journal.
@@ -38,10 +38,11 @@ async fn find(connection: &Arc<lapin::Connection>, queue: &str) -> Result<Option
         if let Some(anchor) = Batch::decode(&message.body).ok().and_then(|batch| batch.anchor) {
             return Ok(Some(anchor));
         }
-        if message.position == 0 {
+        if message.position == 0 || message.position > asked {
             break;
         }
-        offset = Offset::Position(further_back(message.position, steps));
+        asked = further_back(message.position, steps);
+        offset = Offset::Position(asked);
     }
     Ok(None)
 }

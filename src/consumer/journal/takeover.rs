@@ -55,7 +55,11 @@ pub(super) struct Takeover {
 
 #[derive(Debug)]
 enum Phase {
-    Locating { steps_back: u32 },
+    Locating {
+        steps_back: u32,
+        /// The position that was asked for. The broker sends the first message from there on that still exists.
+        asked: Option<u64>,
+    },
     Reading(Reading),
     Done,
 }
@@ -82,7 +86,12 @@ enum Begins {
 
 impl Takeover {
     pub(super) fn new(session: Uuid) -> Self {
-        Self { session, phase: Phase::Locating { steps_back: 0 }, settled: HashSet::new(), first_start: None }
+        Self {
+            session,
+            phase: Phase::Locating { steps_back: 0, asked: None },
+            settled: HashSet::new(),
+            first_start: None,
+        }
     }
 
     pub(super) fn is_done(&self) -> bool {
@@ -94,15 +103,17 @@ impl Takeover {
         let is_newer = matches!(batch, Err(Unreadable::Newer));
         let batch = batch.ok();
         match &mut self.phase {
-            Phase::Locating { steps_back } => {
+            Phase::Locating { steps_back, asked } => {
                 let (checkpoint, remembered_from) = match batch.as_ref().and_then(|batch| batch.anchor) {
                     Some(anchor) if anchor.position <= position => {
                         (anchor.position, Some(anchor.remembered_from))
                     }
-                    _ if position == 0 => (0, None),
+                    // There is no message before it.
+                    _ if position == 0 || asked.is_some_and(|asked| position > asked) => (0, None),
                     _ => {
                         let before = further_back(position, *steps_back);
                         *steps_back += 1;
+                        *asked = Some(before);
                         return Next::Read(ReadFrom::Position(before));
                     }
                 };
@@ -324,6 +335,14 @@ mod tests {
         let done = takeover.received(3, Ok(batch(ME, None, vec![start(160)])));
         let known = Known::All;
         assert_eq!(done, Next::Done { entries: vec![], anchor: anchor(1, 40), known });
+    }
+
+    #[test]
+    fn the_steps_back_end_with_the_first_message_that_is_left() {
+        let silent = || batch(BEFORE, None, vec![creating()]);
+        let messages = [silent(), silent(), silent(), batch(ME, None, vec![start(160)])];
+        let learnt = vec![creating(), creating(), creating()];
+        assert_eq!(take_over(50, &messages), (learnt, anchor(0, 160), Known::EntriesAreGone, 5));
     }
 
     #[test]

@@ -111,7 +111,10 @@ static CONFIG: LazyLock<WorkerConfig> = LazyLock::new(|| {
             alive: Arc::new(true.into()),
         };
         let client = Client::with_transport(transport, TIMEOUT, 1.0, |_| {});
-        preflight::run(&client, &rules).await.unwrap().mapping
+        // Each world has an organization of its own.
+        let mut mapping = preflight::run(&client, &rules).await.unwrap().mapping;
+        mapping.organization = None;
+        mapping
     });
     WorkerConfig {
         amqp: Arc::new(config.amqp),
