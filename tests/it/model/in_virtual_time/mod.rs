@@ -52,24 +52,17 @@ use crate::support::env;
 
 /// Ends a run that does not end by itself.
 fn last_resort(plan: &Plan) -> Duration {
-    let is_slow = plan.gap > Duration::from_mins(1);
-    Duration::from_hours(if !plan.event_log_answers {
-        24 * 30
-    } else if is_slow {
-        12
-    } else {
-        4
-    })
+    Duration::from_hours(if plan.event_log_answers { 24 } else { 24 * 30 })
 }
 
-/// When all messages must be settled. Where the event log answers, no message waits for search. Otherwise a creation
-/// without an answer costs a day at most.
+/// When all messages must be settled. A creation without an answer costs a day at most, and far less where the event log
+/// answers: until it must show it (`close.event_log_lag`), then a delay for each message behind it, and calls that fail.
 fn time_limit(world: &World, published: Duration) -> Duration {
     let unanswered = world.unanswered_creations.load(Ordering::Relaxed);
     // Each disruption may cut a creation off.
     let doubts = unanswered.saturating_add(u32::try_from(world.plan.disruptions.len()).unwrap_or(u32::MAX));
-    let waits = if world.plan.event_log_answers { 0 } else { doubts };
-    published + Duration::from_hours(3) + Duration::from_hours(24) * waits
+    let wait = Duration::from_hours(if world.plan.event_log_answers { 1 } else { 24 });
+    published + Duration::from_hours(3) + wait * doubts
 }
 
 /// Longer than a request can still be in flight to Close.
