@@ -300,7 +300,7 @@ impl Simulator {
              \x20 export CLOSE_API_KEY={key}\n\
              \x20 export CLOSE_LEAD_COMPANY_ID_FIELD={lead}\n\
              \x20 export CLOSE_CONTACT_USER_ID_FIELD={contact}\n\
-             \x20 export CLOSE_SEARCH_LAG={lag}s          # wait this long before trusting an empty search\n\
+             \x20 export CLOSE_SEARCH_LAG={lag}s          # how long a search may lag\n\
              \nInspect it:\n\
              \x20 curl {controls}/\n\
              \x20 curl {controls}/leads\n\
