@@ -43,12 +43,36 @@ struct Kind {
     is_watching: bool,
     /// The youngest change since.
     next: Option<Watched>,
-    /// The lag of the last change that search has shown.
+    /// The age of the last change that search has shown, at the last search that did not show it. The first search that
+    /// shows it may come much later than it could have.
     measured: Option<Duration>,
     /// The age of the change that rides along, at the last search that did not show it.
     missed: Option<Duration>,
     /// When a change is older than this, the youngest takes its place.
     patience: Duration,
+}
+
+impl Kind {
+    /// A search has shown the change that rides along.
+    fn shown(&mut self) {
+        let missed = self.missed.take();
+        (self.measured, self.patience) = (Some(missed.unwrap_or_default()), PATIENCE);
+    }
+
+    /// A search has not shown the change, which is this old. Whether to give up on it.
+    fn missed(&mut self, age: Option<Duration>) -> bool {
+        self.missed = age;
+        let gives_up = self.next.is_some() && age.is_some_and(|age| age > self.patience);
+        if gives_up {
+            self.patience = self.patience.saturating_mul(2);
+        }
+        gives_up
+    }
+
+    /// The lag, at least.
+    fn lag(&self) -> Option<Duration> {
+        self.measured.max(self.missed)
+    }
 }
 
 impl Default for Kind {
@@ -71,10 +95,10 @@ impl SearchLag {
         Self { watcher, tasks: Mutex::default() }
     }
 
-    /// The lag of search for changes of this kind: as last measured, or longer if a search did not show a change that was
-    /// older. `None` before the first measurement. Without searches it stays as it is.
+    /// The lag of search for changes of this kind, at least: the age of the last change at the last search that did not show
+    /// it. `None` before the first measurement. Without searches it stays as it is.
     pub fn current(&self, kind: ChangeKind) -> Option<Duration> {
-        self.watcher.with(kind, |kind| kind.measured.max(kind.missed))
+        self.watcher.with(kind, |kind| kind.lag())
     }
 
     /// A record got a key. Watches until search shows it, unless an earlier change is watched.
@@ -120,24 +144,13 @@ impl Watcher {
         let Some(Watched { key, lookup, record, change }) = next else { return false };
         loop {
             let Some(ids) = client.ride_along(lookup.clone()).await else { continue };
-            let age = self.age(change);
             if ids.iter().any(|id| id == record.as_str()) {
                 self.id_cache.seen(&key, &record);
                 self.guard.shown(kind, change.at, Instant::now());
-                self.with(kind, |kind| {
-                    (kind.measured, kind.missed, kind.patience) = (age, None, PATIENCE);
-                });
+                self.with(kind, Kind::shown);
                 return true;
             }
-            let gives_up = self.with(kind, |kind| {
-                kind.missed = age;
-                let gives_up = kind.next.is_some() && age.is_some_and(|age| age > kind.patience);
-                if gives_up {
-                    kind.patience = kind.patience.saturating_mul(2);
-                }
-                gives_up
-            });
-            if gives_up {
+            if self.with(kind, |kind| kind.missed(self.age(change))) {
                 return true;
             }
         }
@@ -150,4 +163,40 @@ fn lookup(key: &Key, keys: &KeyFields) -> Option<Lookup> {
         Key::User(id) => Lookup::Contact { user: Some((keys.user.clone()?, id.clone())), email: None },
         Key::Email(email) => Lookup::Contact { user: None, email: Some(email.clone()) },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+
+    use super::*;
+    use crate::domain::record::LeadId;
+
+    #[test]
+    fn the_lag_is_what_searches_have_missed_at_least() {
+        let mut kind = Kind::default();
+        assert_eq!(kind.lag(), None);
+        assert!(!kind.missed(Some(Duration::from_secs(40))));
+        assert_eq!(kind.lag(), Some(Duration::from_secs(40)), "before it is shown");
+        kind.shown();
+        assert_eq!(kind.lag(), Some(Duration::from_secs(40)));
+        // The next search comes an hour later.
+        kind.shown();
+        assert_eq!(kind.lag(), Some(Duration::from_secs(0)));
+    }
+
+    #[test]
+    fn a_change_that_is_never_shown_gives_way_to_a_younger_one_more_and_more_slowly() {
+        let mut kind = Kind::default();
+        let age = |minutes| Some(Duration::from_mins(minutes));
+        assert!(!kind.missed(age(11)), "there is no younger one");
+        let record = RecordId::Lead(LeadId::new("lead_1"));
+        let lookup = Lookup::Contact { user: None, email: None };
+        let change = Change { kind: ChangeKind::Creation, at: Timestamp::UNIX_EPOCH };
+        kind.next = Some(Watched { key: Key::Company("acme".into()), lookup, record, change });
+        let gives_up = [9, 11, 11, 21, 39, 41].map(|minutes| kind.missed(age(minutes)));
+        assert_eq!(gives_up, [false, true, false, true, false, true]);
+        kind.shown();
+        assert!(kind.missed(age(11)), "from the beginning");
+    }
 }
