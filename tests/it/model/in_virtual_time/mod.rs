@@ -350,12 +350,12 @@ fn print(text: &str) {
 
 #[test]
 fn close_matches_the_model() {
-    run_seeds(RetryMode::InPlace, 100);
+    run_seeds(RetryMode::InPlace, 60);
 }
 
 #[test]
 fn nothing_is_created_twice_when_order_is_lost() {
-    run_seeds(RetryMode::DelayQueues, 50);
+    run_seeds(RetryMode::DelayQueues, 25);
 }
 
 /// Each protection of the journal is needed: without it a history fails that passes with it.
