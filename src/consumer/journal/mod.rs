@@ -37,7 +37,7 @@ pub(crate) use anchor::anchor;
 use takeover::{Known, Next, Takeover};
 pub(crate) use writer::Writer;
 
-/// A checkpoint is written after this many bytes, or the size of the last checkpoint if that is more.
+/// A checkpoint is written when this many bytes follow the last one, or as many as it has if that is more.
 const CHECKPOINT_AFTER: usize = 4 << 20;
 /// A takeover that reads nothing for this long is given up.
 const STUCK_AFTER: Duration = Duration::from_mins(1);
@@ -276,8 +276,8 @@ impl SessionJournal {
 
     fn checkpoint_if_due(&mut self) {
         let (bytes, began) = self.since_checkpoint;
-        let enough = CHECKPOINT_AFTER.max(self.checkpoint_size).min(self.max_checkpoint_distance);
-        let is_due = bytes >= enough || began.elapsed() >= self.max_checkpoint_age;
+        let is_due = bytes >= next_checkpoint(self.checkpoint_size, self.max_checkpoint_distance)
+            || began.elapsed() >= self.max_checkpoint_age;
         if self.checkpoint.is_none() && is_due {
             self.start_checkpoint();
         }
@@ -302,6 +302,12 @@ impl SessionJournal {
     }
 }
 
+/// How many bytes after the beginning of a checkpoint of this size the next one begins: not at once, whatever the limit.
+fn next_checkpoint(size: usize, max_distance: usize) -> usize {
+    let least = size.saturating_add(CHECKPOINT_AFTER);
+    size.saturating_mul(2).max(least).min(max_distance.max(least))
+}
+
 fn organization(worker: &Worker) -> Option<OrganizationHash> {
     worker.mapping().organization.as_deref().map(OrganizationHash::of)
 }
@@ -317,5 +323,19 @@ fn tell(worker: &Worker, known: Known) {
             }
         }
         Known::EntriesAreGone => worker.forget_changes(LONGEST_SEARCH_LAG),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_much_follows_a_checkpoint_as_it_has() {
+        const MB: usize = 1 << 20;
+        let megabytes = |size: usize, max| next_checkpoint(size * MB, max * MB) / MB;
+        let sizes = [0, 1, 4, 10, 60];
+        assert_eq!(sizes.map(|size| megabytes(size, 256)), [4, 5, 8, 20, 120]);
+        assert_eq!(sizes.map(|size| megabytes(size, 16)), [4, 5, 8, 16, 64]);
     }
 }
