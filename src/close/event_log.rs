@@ -110,6 +110,12 @@ mod tests {
     }
 
     impl FakeLog {
+        /// It shows all Leads.
+        fn new(n_events: usize) -> Self {
+            let (hidden_from, bad_id) = (usize::MAX, usize::MAX);
+            Self { n_events, hidden_from, first_created: 0, bad_id, asked: Arc::default() }
+        }
+
         fn page(&self, path: &str) -> Value {
             let from = path.split_once("_cursor=").map_or(0, |(_, cursor)| cursor.parse().unwrap());
             let to = self.n_events.min(from + 50);
@@ -167,13 +173,7 @@ mod tests {
             (500, 120, 0, 121, 4),    // the cursor does not know the date
             (2000, 9000, 0, 500, 10), // not the whole log
         ] {
-            let log = FakeLog {
-                n_events,
-                hidden_from: usize::MAX,
-                first_created: 0,
-                bad_id: usize::MAX,
-                asked: Arc::default(),
-            };
+            let log = FakeLog::new(n_events);
             let found = find(&log, from, to).await;
             let asked = log.asked.lock().unwrap();
             assert_eq!((found.records.len(), asked.len()), (n_found, n_pages), "{n_events} {from} {to}");
@@ -185,21 +185,14 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn an_old_creation_that_was_changed_meanwhile_does_not_end_the_search() {
-        let log = FakeLog {
-            n_events: 100,
-            hidden_from: usize::MAX,
-            first_created: 700,
-            bad_id: usize::MAX,
-            asked: Arc::default(),
-        };
+        let log = FakeLog { first_created: 700, ..FakeLog::new(100) };
         let found = find(&log, 600, 0).await;
         assert_eq!((found.records.len(), found.complete), (99, true));
     }
 
     #[tokio::test(start_paused = true)]
     async fn what_is_not_an_id_is_not_read() {
-        let log =
-            FakeLog { n_events: 10, hidden_from: 4, first_created: 0, bad_id: 5, asked: Arc::default() };
+        let log = FakeLog { hidden_from: 4, bad_id: 5, ..FakeLog::new(10) };
         let found = find(&log, 600, 0).await;
         assert_eq!((found.records.len(), found.complete), (7, false));
     }
@@ -211,13 +204,7 @@ mod tests {
             (60, 10, 10 + 34, true),
             (61, 10, 10 + 34, false),
         ] {
-            let log = FakeLog {
-                n_events,
-                hidden_from,
-                first_created: 0,
-                bad_id: usize::MAX,
-                asked: Arc::default(),
-            };
+            let log = FakeLog { hidden_from, ..FakeLog::new(n_events) };
             let found = find(&log, 600, 0).await;
             assert_eq!((found.records.len(), found.complete), (n_found, complete), "{n_events}");
         }

@@ -13,7 +13,7 @@
 //! **What is not remembered.** Memory reaches back to some time. A replayed event can be older ([`Unremembered`]). Unless
 //! the record stores a time, or the time of the field is known, such an event changes no field of a record that has
 //! changed in Close since. A live event is not held to this: it is late by hours at most, and edits by people would make
-//! it lose values that nobody else wrote.
+//! it lose values that no other event wrote.
 //!
 //! **The time of an event** comes from its producer, but is never later than the time it was first received. Otherwise
 //! a clock that is ahead by a year would freeze the record for a year.

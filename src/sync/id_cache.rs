@@ -3,7 +3,7 @@
 //!
 //! An id is a candidate: the caller reads the record before it relies on it, because a Contact may have been moved, a Lead
 //! merged. What a search has shown saves the next search for ten minutes; then another one finds records that people
-//! created in Close. An id itself stays until there is no room for it, or for [`LONGEST_SEARCH_LAG`]: after that, search
+//! created in Close. An id stays until the memory is full, or for [`LONGEST_SEARCH_LAG`]: after that, search
 //! shows the record without it, and a deletion of the record may no longer be in the event log, which keeps 30 days
 //! (`crate::close::deletion`). When a change that search has not shown yet is evicted, [`IdCache::evicted`] says so, and
 //! "not found" proves nothing until search has shown something younger ([`crate::sync::lag_guard`]).
@@ -62,7 +62,7 @@ pub struct Change {
 impl Change {
     /// Whether search, when it shows the change by this key, shows older changes of its kind. It shows emails sooner than
     /// custom fields.
-    pub fn tells_lag(self, key: &Key) -> bool {
+    pub fn shows_lag(self, key: &Key) -> bool {
         self.kind == ChangeKind::Creation || !matches!(key, Key::Email(_))
     }
 }
@@ -387,7 +387,7 @@ mod tests {
         assert_eq!(cache.contacts(&key()), Contacts { ids, complete: false });
     }
 
-    /// Search shows the record by then. If it was deleted more than 30 days ago, nothing in Close tells so.
+    /// Search shows the record by then. If it was deleted more than 30 days ago, nothing in Close shows it.
     #[tokio::test(start_paused = true)]
     async fn an_id_is_forgotten_when_search_must_show_the_record() {
         let (cache, id) = (IdCache::default(), || LeadId::new("lead_1"));

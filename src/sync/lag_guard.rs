@@ -182,7 +182,7 @@ impl LagGuard {
         self.with(|state| state.forget(kind, until, Instant::now() + after));
     }
 
-    /// There is no room for a change of this time.
+    /// A change of this time was left out because the memory is full.
     pub fn evicted(&self, kind: ChangeKind, at: Timestamp) {
         let clock = self.last_resort(at);
         self.with(|state| state.forget(kind, at, clock));
@@ -440,7 +440,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_creation_stays_pending_for_the_keys_that_nobody_looked_for() {
+    async fn a_creation_stays_pending_for_the_keys_that_were_not_looked_for() {
         let (guard, _) = guard();
         let operation = Uuid::from_u128(1);
         guard.begin(operation, keys(&["a", "b"]), true, at(100));

@@ -395,7 +395,7 @@ impl<R: Records> Lookups<'_, R> {
 
     /// Search has shown a record by this key.
     fn seen(&self, key: &Key, id: RecordId, answered: Instant) {
-        if let Some(change) = self.id_cache.seen(key, &id).filter(|change| change.tells_lag(key)) {
+        if let Some(change) = self.id_cache.seen(key, &id).filter(|change| change.shows_lag(key)) {
             self.lag_guard.shown(change.kind, change.at, answered);
         }
     }

@@ -110,7 +110,7 @@ impl SearchLag {
         record: RecordId,
         change: Change,
     ) {
-        let Some(lookup) = lookup(&key, keys).filter(|_| change.tells_lag(&key)) else { return };
+        let Some(lookup) = lookup(&key, keys).filter(|_| change.shows_lag(&key)) else { return };
         let watched = Watched { key, lookup, record, change };
         let is_idle = self.watcher.with(change.kind, |kind| {
             kind.next = Some(watched);

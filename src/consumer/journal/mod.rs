@@ -202,7 +202,7 @@ impl SessionJournal {
                 for entry in entries {
                     self.worker.learn(entry);
                 }
-                tell(&self.worker, known);
+                pass_on(&self.worker, known);
                 let took = self.active_since.map(|since| since.elapsed()).unwrap_or_default();
                 tracing::info!(
                     event = "journal_read",
@@ -312,8 +312,8 @@ fn organization(worker: &Worker) -> Option<OrganizationHash> {
     worker.mapping().organization.as_deref().map(OrganizationHash::of)
 }
 
-/// Tells the worker what the journal does not know.
-fn tell(worker: &Worker, known: Known) {
+/// Passes on what the journal does not know.
+fn pass_on(worker: &Worker, known: Known) {
     match known {
         Known::All => {}
         Known::SinceBirth(age) => {

@@ -108,7 +108,7 @@ impl Takeover {
                     Some(anchor) if anchor.position <= position => {
                         (anchor.position, Some(anchor.remembered_from))
                     }
-                    // There is no message before it.
+                    // It is the first one that is left.
                     _ if position == 0 || asked.is_some_and(|asked| position > asked) => (0, None),
                     _ => {
                         let before = further_back(position, *steps_back);

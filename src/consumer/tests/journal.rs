@@ -24,10 +24,18 @@ fn creations(harness: &Harness) -> usize {
 async fn harness_with_old_journal() -> Harness {
     let harness = Harness::new(|settings| settings.search_lag = LAG);
     let session = harness.start();
-    session.deliver("0", &event("nobody", "nowhere"));
+    session.deliver("0", &event("first", "first"));
     harness.log.wait_for_ack("0").await;
     session.stop().await;
     harness
+}
+
+/// A session that has created Jane in Acme, with message 1.
+async fn session_that_created_jane(harness: &Harness) -> Running {
+    let session = harness.start();
+    session.deliver("1", &event("jane", "acme"));
+    harness.log.wait_for_ack("1").await;
+    session
 }
 
 #[tokio::test(start_paused = true)]
@@ -61,9 +69,7 @@ async fn a_later_session_creates_at_once() {
 #[tokio::test(start_paused = true)]
 async fn another_process_knows_what_was_created_before_search_shows_it() {
     let harness = harness_with_old_journal().await;
-    let session = harness.start();
-    session.deliver("1", &event("jane", "acme"));
-    harness.log.wait_for_ack("1").await;
+    let session = session_that_created_jane(&harness).await;
     session.stop().await;
     let created = creations(&harness);
 
@@ -153,9 +159,7 @@ async fn a_session_ends_when_another_one_starts() {
 #[tokio::test(start_paused = true)]
 async fn a_session_ends_when_a_newer_version_writes() {
     let harness = harness_with_old_journal().await;
-    let session = harness.start();
-    session.deliver("1", &event("jane", "acme"));
-    harness.log.wait_for_ack("1").await;
+    let session = session_that_created_jane(&harness).await;
     let append = |body: &[u8]| harness.journal.messages.send_modify(|all| all.push(body.to_vec()));
     append(b"of another program");
     session.deliver("2", &event("bob", "globex"));
@@ -188,9 +192,7 @@ async fn a_session_that_is_refused_the_journal_works_without_it() {
 #[tokio::test(start_paused = true)]
 async fn a_session_learns_nothing_about_another_organization() {
     let harness = harness_with_old_journal().await;
-    let session = harness.start();
-    session.deliver("1", &event("jane", "acme"));
-    harness.log.wait_for_ack("1").await;
+    let session = session_that_created_jane(&harness).await;
     let created = creations(&harness);
     let other = harness.restart_for("orga_2");
     let successor = other.start();
@@ -225,9 +227,7 @@ async fn the_session_after_one_that_was_refused_the_journal_waits_for_search() {
 #[tokio::test(start_paused = true)]
 async fn a_session_that_relies_on_the_journal_ends_when_it_fails() {
     let harness = harness_with_old_journal().await;
-    let session = harness.start();
-    session.deliver("1", &event("jane", "acme"));
-    harness.log.wait_for_ack("1").await;
+    let session = session_that_created_jane(&harness).await;
     session.send(BrokerEvent::JournalFailed(BrokerError::Forbidden("access refused".into())));
     assert!(matches!(session.end().await.0, End::Lost(BrokerError::Forbidden(_))));
 }

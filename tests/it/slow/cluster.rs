@@ -157,7 +157,7 @@ async fn the_journal_is_declared_while_a_node_is_gone_and_used_on_it_later() {
     }
 }
 
-/// RabbitMQ lets nobody read a stream on a node without a replica of it.
+/// RabbitMQ does not serve a stream on a node without a replica of it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_on_a_node_without_a_replica_of_the_journal_works_without_it() {
     let first = Node::start().await;

@@ -1,4 +1,4 @@
-//! The network as a list of steps that have not happened yet. Whoever explores a small world decides which comes next.
+//! The network as a list of steps that have not happened yet. The exploration of a small world decides which comes next.
 
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
