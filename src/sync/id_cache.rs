@@ -8,6 +8,7 @@
 //! (`crate::close::deletion`). When a change that search has not shown yet is evicted, [`IdCache::evicted`] says so, and
 //! "not found" proves nothing until search has shown something younger ([`crate::sync::lag_guard`]).
 
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -172,9 +173,10 @@ impl IdCache {
         leads(&self.entry(company(company_id))).collect()
     }
 
-    /// The records that have a key, or had it.
-    pub fn known(&self, key: &Key) -> Vec<RecordId> {
-        self.entry(KeyHash::of(key)).known.into_iter().map(|known| known.id).collect()
+    /// The ids of the records that have one of the keys, or had it.
+    pub fn known(&self, keys: &[Key]) -> HashSet<String> {
+        let known = keys.iter().flat_map(|key| self.entry(KeyHash::of(key)).known);
+        known.map(|known| known.id.into()).collect()
     }
 
     pub fn remember_lead(&self, company_id: &str, id: LeadId) {

@@ -254,12 +254,14 @@ impl Worker {
     }
 
     fn attempts<'a>(&'a self, job: &'a Job, others: &[&'a Job], run: RunContext) -> Attempts<'a, Client> {
+        let keys = job.keys();
         Attempts {
             context: &self.0,
             client: self.0.client.for_message(run.priority),
             desired: &job.desired,
             others: others.iter().map(|job| &job.desired).collect(),
-            keys: job.keys(),
+            known: self.0.id_cache.known(&keys),
+            keys,
             run,
             stage: Stage::LookUp,
             decision: Decision::default(),

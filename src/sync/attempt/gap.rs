@@ -66,20 +66,17 @@ const CLOCK_SKEW: SignedDuration = SignedDuration::from_secs(60);
 const FIRST_LOOK_INTERVAL: Duration = Duration::from_secs(2);
 const MAX_LOOK_INTERVAL: Duration = Duration::from_mins(1);
 
-/// The records that were found and that a creation without an answer was for: they were not known before, and were created
-/// meanwhile.
-pub(super) fn created_by(pending: &Pending, found: &Found, known: &HashSet<String>) -> Vec<RecordId> {
-    let was_meanwhile = |id: &str, date_created: &str| {
-        !known.contains(id)
-            && time::read_back(date_created).is_some_and(|created| {
-                let since_sent = created.duration_since(pending.sent);
-                since_sent >= -CLOCK_SKEW && created.duration_since(pending.ends) <= CLOCK_SKEW
-            })
+/// The records that were found and that a creation without an answer may be for: they were created meanwhile.
+fn created_meanwhile(pending: &Pending, found: &Found) -> Vec<RecordId> {
+    let was_meanwhile = |date_created: &str| {
+        time::read_back(date_created).is_some_and(|created| {
+            let since_sent = created.duration_since(pending.sent);
+            since_sent >= -CLOCK_SKEW && created.duration_since(pending.ends) <= CLOCK_SKEW
+        })
     };
     let (leads, contacts) = found.records();
-    let leads =
-        leads.filter(|lead| pending.creates_lead && was_meanwhile(lead.id.as_str(), &lead.date_created));
-    let contacts = contacts.filter(|contact| was_meanwhile(contact.id.as_str(), &contact.date_created));
+    let leads = leads.filter(|lead| pending.creates_lead && was_meanwhile(&lead.date_created));
+    let contacts = contacts.filter(|contact| was_meanwhile(&contact.date_created));
     let leads = leads.map(|lead| RecordId::Lead(lead.id.clone()));
     leads.chain(contacts.map(|contact| RecordId::Contact(contact.id.clone()))).collect()
 }
@@ -104,8 +101,7 @@ impl<C: Api> Attempts<'_, C> {
                 match self.find_in_event_log(pending_in, found, &mut wait.shown_by_event_log).await {
                     InEventLog::Found => return true,
                     InEventLog::Absent if must_show => {
-                        let hashes = KeyHash::of_all(&self.keys);
-                        self.settle_for(&hashes, pending.iter().map(|(operation, _)| *operation));
+                        self.settle_all(pending, found);
                         return true;
                     }
                     InEventLog::TooLong => wait.event_log_is_too_long = must_show,
@@ -129,18 +125,31 @@ impl<C: Api> Attempts<'_, C> {
         true
     }
 
-    /// It is known what came of these creations.
-    pub(super) fn settle(&self, operations: impl Iterator<Item = Uuid>) {
-        let entries = operations.map(|operation| {
-            self.context.lag_guard.settle(operation);
-            Entry::Settled { operation }
-        });
-        self.run.journal.append(entries.collect());
+    /// Settles the creations without an answer that have created a record that was found. One that was known before the first
+    /// attempt may be something else's.
+    pub(super) fn settle_found(&self, pending: &[(Uuid, Pending)], found: &Found) {
+        for (operation, pending) in pending {
+            let records = created_meanwhile(pending, found);
+            if !records.iter().all(|record| self.known.contains(record.as_str())) {
+                // A Lead comes with a Contact. Where only the Lead was found, the Contact is still to be found.
+                let has_contact = records.iter().any(|record| matches!(record, RecordId::Contact(_)));
+                let company = || self.keys.iter().filter(|key| matches!(key, Key::Company(_))).cloned();
+                let keys = if has_contact { self.keys.clone() } else { company().collect() };
+                self.settle(*operation, pending, records, &keys);
+            }
+        }
     }
 
-    /// A creation without an answer has created these records. The next worker must know them as well: search may not show
-    /// them yet.
-    pub(super) fn happened(&self, operation: Uuid, pending: &Pending, records: Vec<RecordId>) {
+    /// These creations have created nothing but what was found.
+    pub(super) fn settle_all(&self, pending: &[(Uuid, Pending)], found: &Found) {
+        for (operation, pending) in pending {
+            self.settle(*operation, pending, created_meanwhile(pending, found), &self.keys);
+        }
+    }
+
+    /// It is known what came of a creation as far as these keys are concerned. The next worker must know the records as well:
+    /// search may not show them yet.
+    fn settle(&self, operation: Uuid, pending: &Pending, records: Vec<RecordId>, keys: &[Key]) {
         let person = &self.desired.identity;
         let change = Change { kind: ChangeKind::Creation, at: pending.sent };
         let entries = records.into_iter().map(|record| {
@@ -152,15 +161,11 @@ impl<C: Api> Attempts<'_, C> {
             self.context.id_cache.changed(&keys, &record, change);
             journal::keys(record, keys, change)
         });
-        self.run.journal.append(entries.collect());
-        self.settle_for(&KeyHash::of_all(&self.keys), std::iter::once(operation));
-    }
-
-    /// It is known what came of these creations as far as these keys are concerned.
-    pub(super) fn settle_for(&self, keys: &[KeyHash], operations: impl Iterator<Item = Uuid>) {
-        let settled = operations.filter(|operation| self.context.lag_guard.settle_for(*operation, keys));
-        let entries = settled.map(|operation| Entry::Settled { operation });
-        self.run.journal.append(entries.collect());
+        let mut entries: Vec<Entry> = entries.collect();
+        if self.context.lag_guard.settle_for(operation, &KeyHash::of_all(keys)) {
+            entries.push(Entry::Settled { operation });
+        }
+        self.run.journal.append(entries);
     }
 
     /// Looks in the event log for records with these keys that the look-up did not find, and caches their ids.

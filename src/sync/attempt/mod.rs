@@ -28,7 +28,7 @@ use crate::sync::resolver::{Decided, Resolver};
 use crate::waits::WaitCause;
 
 use executor::{Executor, Stopped};
-use gap::{GapWait, created_by};
+use gap::GapWait;
 
 /// The outcome of one attempt.
 pub(crate) struct Completed {
@@ -46,6 +46,8 @@ pub(crate) struct Attempts<'a, C> {
     /// Events that are merged into the same write.
     pub(crate) others: Vec<&'a Desired>,
     pub(crate) keys: Vec<Key>,
+    /// The ids of the records that were known by these keys before the first attempt.
+    pub(crate) known: HashSet<String>,
     pub(crate) run: RunContext,
     /// Of the last attempt.
     pub(crate) stage: Stage,
@@ -183,8 +185,6 @@ impl<C: Api> Attempts<'_, C> {
             ..
         } = self.context;
         let hashes = KeyHash::of_all(&self.keys);
-        let known: HashSet<String> =
-            self.keys.iter().flat_map(|key| id_cache.known(key)).map(String::from).collect();
         loop {
             let read_at = Instant::now();
             self.context.forget_evicted();
@@ -208,12 +208,7 @@ impl<C: Api> Attempts<'_, C> {
             };
             let decided = resolver.decide(self.desired, &self.others).await;
             let decided = decided.map_err(|error| Failure { stage: Stage::LookUp, error })?;
-            for (operation, pending) in &pending {
-                let records = created_by(pending, &decided.found, &known);
-                if !records.is_empty() {
-                    self.happened(*operation, pending, records);
-                }
-            }
+            self.settle_found(&pending, &decided.found);
             let is_anywhere = matches!(decided.found, Found::Anywhere { .. });
             let creates = decided.merged.creates();
             let needs_proof = decided.found.adopts() || creates || is_anywhere;
@@ -221,7 +216,7 @@ impl<C: Api> Attempts<'_, C> {
             let Some(gap) = gap else {
                 if creates {
                     // Search would have shown what they created.
-                    self.settle(pending.into_iter().map(|(operation, _)| operation));
+                    self.settle_all(&pending, &decided.found);
                 }
                 return Ok((decided, read_at));
             };

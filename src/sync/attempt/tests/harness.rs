@@ -85,6 +85,8 @@ pub(super) struct State {
     pub(super) budget_wait: Duration,
     /// How long the answer to a read by id is under way.
     pub(super) answer_delay: Duration,
+    /// For the next reads of a Lead.
+    pub(super) read_faults: VecDeque<CloseError>,
     /// Reads by id show the records as they were that long ago.
     pub(super) read_lag: Duration,
     /// Close does not say which field it refuses.
@@ -248,6 +250,9 @@ impl Records for FakeClose {
         keys: &KeyFields,
     ) -> Result<LeadWithPerson, CloseError> {
         tokio::time::sleep(LATENCY).await;
+        if let Some(error) = self.state(|state| state.read_faults.pop_front()) {
+            return Err(error);
+        }
         let answer = self.readable().lead(id, person, keys).await;
         let answer = answer.map_err(|error| Self::missing(error, self.records().leads.contains_key(id)));
         tokio::time::sleep(self.state(|state| state.answer_delay)).await;
@@ -331,12 +336,14 @@ pub(super) fn attempts<'a>(
     close: &FakeClose,
     desired: &'a Desired,
 ) -> Attempts<'a, FakeClose> {
+    let keys = desired.identity.keys();
     Attempts {
         context,
         client: FakeClose(Arc::clone(&close.0), Waits::default()),
         desired,
         others: Vec::new(),
-        keys: desired.identity.keys(),
+        known: context.id_cache.known(&keys),
+        keys,
         run: RunContext::first(),
         stage: Stage::LookUp,
         decision: Decision::default(),
