@@ -243,7 +243,7 @@ impl<C: Api> Attempts<'_, C> {
     }
 
     /// Executes the steps in order. What was written is recorded after each step, so also when a later one fails. Returns
-    /// `None` when a person has changed a record so that it must be looked up again.
+    /// `None` when the records must be looked up again, because a person has changed one or Close did not show a new one.
     async fn execute(
         &mut self,
         decided: &mut Decided,
@@ -280,6 +280,11 @@ impl<C: Api> Attempts<'_, C> {
                 match executor.execute(&step, &decided.found, &mut created).await {
                     Ok(executed) => {
                         *effect = (*effect).min(executed);
+                        let has_contact = matches!(step, Step::CreateLead { contact: Some(_), .. });
+                        if has_contact && created.contact.is_none() {
+                            // Only a look-up can tell which Contact it is, and for that the times of its fields are kept.
+                            return Ok(None);
+                        }
                         self.record_step(step.changes(), &decided.merged, &mut decided.versions, read_at);
                         break;
                     }

@@ -66,6 +66,8 @@ pub(super) enum WriteFault {
     Slow(Duration),
     /// Close answers with success, and keeps neither the title nor the phones of a Contact.
     Lossy,
+    /// Close answers with a new Lead without its Contact.
+    WithoutContact,
     /// Close rejects the phones of a Contact.
     BadPhones,
     /// 429.
@@ -302,6 +304,13 @@ impl Api for FakeClose {
                     changes.lists.insert(Channel::Phone, Vec::new());
                 }
                 Ok(Some(self.state(|state| state.apply(&kept))))
+            }
+            Some(WriteFault::WithoutContact) => {
+                let mut written = self.state(|state| state.apply(step));
+                if let Written::Lead(lead) = &mut written {
+                    lead.contacts.clear();
+                }
+                Ok(Some(written))
             }
             Some(WriteFault::Busy) => Ok(None),
             Some(WriteFault::BadPhones | WriteFault::Slow(_)) | None => {
