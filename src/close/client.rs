@@ -43,11 +43,19 @@ fn endpoint(step: &Step) -> Endpoint {
     }
 }
 
+/// What was read because the event log does not show it.
+#[derive(Default)]
+struct HiddenRecords {
+    leads: event_log::Hidden<Lead>,
+    contacts: event_log::Hidden<Contact>,
+}
+
 /// A client of one Close organization. Clones share connections, rate limits and searches.
 #[derive(Clone)]
 pub struct Client {
     requests: Requests,
     search: Arc<Search>,
+    hidden: Arc<HiddenRecords>,
     /// The last failure was that of a shared search, and another look-up reports it.
     duplicate_failure: Arc<AtomicBool>,
 }
@@ -73,7 +81,7 @@ impl Client {
         observe: impl Fn(Call) + Send + Sync + 'static,
     ) -> Self {
         let requests = Requests::new(transport, timeout, share, observe);
-        Self { requests, search: Arc::default(), duplicate_failure: Arc::default() }
+        Self { requests, search: Arc::default(), hidden: Arc::default(), duplicate_failure: Arc::default() }
     }
 
     /// The timeout of one call.
@@ -85,7 +93,7 @@ impl Client {
     #[must_use]
     pub fn for_message(&self, priority: Priority) -> Self {
         let requests = self.requests.for_work(priority, Waits::default());
-        Self { requests, search: self.search.clone(), duplicate_failure: Arc::default() }
+        Self { requests, duplicate_failure: Arc::default(), ..self.clone() }
     }
 
     /// The rate limits that Close reported.
@@ -248,8 +256,10 @@ impl Api for Client {
 
     async fn created_between(&self, since: Timestamp, until: Timestamp) -> Result<Created, CloseError> {
         let (requests, span) = (&self.requests, (since, until));
-        let leads = event_log::created(requests, Endpoint::ReadLead, span, wire::read_lead).await?;
-        let contacts = event_log::created(requests, Endpoint::ReadContact, span, wire::read_contact).await?;
+        let HiddenRecords { leads, contacts } = &*self.hidden;
+        let leads = event_log::created(requests, leads, Endpoint::ReadLead, span, wire::read_lead).await?;
+        let contacts =
+            event_log::created(requests, contacts, Endpoint::ReadContact, span, wire::read_contact).await?;
         Ok(Created {
             complete: leads.complete && contacts.complete,
             leads: leads.records,

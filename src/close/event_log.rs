@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
+use moka::sync::Cache;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::Value;
+use tokio::time::Instant;
 
 use crate::close::deletion;
 use crate::close::endpoint::Endpoint;
@@ -19,6 +21,29 @@ const MAX_READS: usize = 50;
 /// Close may add what happens to a record soon after an event to this event, which gets a later `date_updated`.
 const MERGED_FOR: Duration = Duration::from_mins(15);
 
+/// How long a record that its event hides is not read again. A question is repeated until it has been answered whole, and
+/// others ask about the same time.
+const REMEMBERED: Duration = Duration::from_mins(10);
+/// How many of them are remembered.
+const MAX_REMEMBERED: u64 = 500;
+
+/// Records that their events hide, by id, as they were when they were read.
+#[derive(Debug)]
+pub(crate) struct Hidden<T: Clone + Send + Sync + 'static>(Cache<String, (Instant, T)>);
+
+impl<T: Clone + Send + Sync + 'static> Default for Hidden<T> {
+    fn default() -> Self {
+        Self(Cache::new(MAX_REMEMBERED))
+    }
+}
+
+impl<T: Clone + Send + Sync + 'static> Hidden<T> {
+    fn get(&self, id: &str) -> Option<T> {
+        let (read_at, record) = self.0.get(id)?;
+        (read_at.elapsed() < REMEMBERED).then_some(record)
+    }
+}
+
 /// Records that the log lists.
 #[derive(Debug)]
 pub(crate) struct Log<T> {
@@ -32,8 +57,9 @@ pub(crate) struct Log<T> {
 ///
 /// Close supports only some combinations of filters, and 50 rows. A cursor replaces the dates, and events are dated by
 /// their last change, so the date is compared here as well.
-pub(crate) async fn created<T>(
+pub(crate) async fn created<T: Clone + Send + Sync>(
     requests: &Requests,
+    remembered: &Hidden<T>,
     endpoint: Endpoint,
     (since, until): (Timestamp, Timestamp),
     read: fn(&Value) -> Result<T, CloseError>,
@@ -64,12 +90,21 @@ pub(crate) async fn created<T>(
     }
     log.complete &= hidden.len() <= MAX_READS;
     for id in hidden.into_iter().take(MAX_READS) {
-        match id {
-            None => log.complete = false,
-            Some(id) => match deletion::read_record(requests, endpoint, &id, read).await {
-                Err(CloseError::NotFound) => {}
-                record => log.records.push(record?),
-            },
+        let Some(id) = id else {
+            log.complete = false;
+            continue;
+        };
+        if let Some(record) = remembered.get(&id) {
+            log.records.push(record);
+            continue;
+        }
+        match deletion::read_record(requests, endpoint, &id, read).await {
+            Err(CloseError::NotFound) => {}
+            record => {
+                let record = record?;
+                remembered.0.insert(id, (Instant::now(), record.clone()));
+                log.records.push(record);
+            }
         }
     }
     Ok(log)
@@ -77,6 +112,7 @@ pub(crate) async fn created<T>(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
     use std::sync::{Arc, Mutex};
     use std::time::Duration;
 
@@ -101,6 +137,8 @@ mod tests {
         /// The event at this position names something that is not an id.
         bad_id: usize,
         asked: Arc<Mutex<Vec<String>>>,
+        /// Leads that were read by id. The eleventh read fails.
+        n_reads: Arc<AtomicUsize>,
     }
 
     const NEWEST: i64 = 1_800_000_000;
@@ -113,7 +151,8 @@ mod tests {
         /// It shows all Leads.
         fn new(n_events: usize) -> Self {
             let (hidden_from, bad_id) = (usize::MAX, usize::MAX);
-            Self { n_events, hidden_from, first_created: 0, bad_id, asked: Arc::default() }
+            let (asked, n_reads) = (Arc::default(), Arc::default());
+            Self { n_events, hidden_from, first_created: 0, bad_id, asked, n_reads }
         }
 
         fn page(&self, path: &str) -> Value {
@@ -144,7 +183,9 @@ mod tests {
             let lead = path.strip_prefix("lead/").map(|id| id.trim_end_matches('/'));
             let deletion = path.strip_prefix("event/?object_id=").and_then(|path| path.split_once('&'));
             let response = if let Some(id) = lead {
+                let n_before = self.n_reads.fetch_add(1, Relaxed);
                 match id.strip_prefix("lead_").unwrap().parse::<usize>().unwrap() % 3 {
+                    _ if n_before == 10 => (500, json!({})),
                     0 => (404, json!({"error": "Empty query: Lead matching query does not exist."})),
                     _ => (200, json!({"id": id})),
                 }
@@ -158,9 +199,15 @@ mod tests {
         }
     }
 
+    /// Asks again after a failure.
     async fn find(log: &FakeLog, from: i64, to: i64) -> Log<Lead> {
         let requests = Requests::new(log.clone(), Duration::from_secs(9), 1.0, |_| {});
-        created(&requests, Endpoint::ReadLead, (at(from), at(to)), wire::read_lead).await.unwrap()
+        let remembered = Hidden::default();
+        let ask = || created(&requests, &remembered, Endpoint::ReadLead, (at(from), at(to)), wire::read_lead);
+        match ask().await {
+            Ok(found) => found,
+            Err(_) => ask().await.unwrap(),
+        }
     }
 
     #[tokio::test(start_paused = true)]
@@ -198,15 +245,16 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_record_that_its_event_hides_is_read() {
-        for (n_events, hidden_from, n_found, complete) in [
-            (10, 4, 8, true), // 6 and 9 are deleted
-            (60, 10, 10 + 34, true),
-            (61, 10, 10 + 34, false),
+    async fn a_record_that_its_event_hides_is_read_once() {
+        for (n_events, hidden_from, n_found, complete, n_reads) in [
+            (10, 4, 8, true, 6), // 6 and 9 are deleted
+            (60, 10, 10 + 34, true, 50 + 1),
+            (61, 10, 10 + 34, false, 50 + 1),
         ] {
             let log = FakeLog { hidden_from, ..FakeLog::new(n_events) };
             let found = find(&log, 600, 0).await;
             assert_eq!((found.records.len(), found.complete), (n_found, complete), "{n_events}");
+            assert_eq!(log.n_reads.load(Relaxed), n_reads, "{n_events}");
         }
     }
 }

@@ -71,7 +71,7 @@ pub use context::{Dependencies, log_mapping_problems};
 pub use job::{Job, Prepared, ReceivedAt, RunContext, Settings};
 pub use lag_guard::LONGEST_SEARCH_LAG;
 
-use attempt::Attempts;
+use attempt::{Attempts, GapWait};
 use context::Context;
 
 /// Syncs messages to one Close organization. Clones share everything.
@@ -262,6 +262,7 @@ impl Worker {
             others: others.iter().map(|job| &job.desired).collect(),
             known: self.0.id_cache.known(&keys),
             keys,
+            gap_wait: GapWait::default(),
             run,
             stage: Stage::LookUp,
             decision: Decision::default(),

@@ -21,20 +21,25 @@ use crate::sync::journal;
 use crate::sync::lag_guard::{Gap, Pending};
 use crate::waits::WaitCause;
 
-/// What an attempt remembers while it repeats a look-up because search may have missed a record.
+/// What the attempts at a message remember while they repeat a look-up because search may have missed a record.
 #[derive(Default)]
-pub(super) struct GapWait {
+pub(crate) struct GapWait {
     looks: u32,
     asked_event_log: bool,
     /// Since the creation must show, the log had more entries than are read. It only gets longer.
     event_log_is_too_long: bool,
-    /// Records that the event log has shown. A look-up after that which does not find them proves that they are gone, or
-    /// somebody else's.
-    shown_by_event_log: HashSet<String>,
+    /// Records that were known before a look-up. If it did not find them, they are gone, or somebody else's: the event log
+    /// says nothing new of them.
+    looked_at: HashSet<String>,
     pub(super) wanted_to_create: bool,
 }
 
 impl GapWait {
+    /// A look-up begins, and these are known.
+    pub(super) fn looks_at(&mut self, known: HashSet<String>) {
+        self.looked_at.extend(known);
+    }
+
     /// The pause before the next look-up: longer each time, because each costs a search.
     fn backoff(&mut self) -> Duration {
         self.looks = self.looks.saturating_add(1);
@@ -83,28 +88,22 @@ fn created_meanwhile(pending: &Pending, found: &Found) -> Vec<RecordId> {
 
 impl<C: Api> Attempts<'_, C> {
     /// Looks into the event log, or waits until there is reason to look up again. A dry run does not wait: returns false.
-    pub(super) async fn close_gap(
-        &self,
-        gap: &Gap,
-        wait: &mut GapWait,
-        pending: &[(Uuid, Pending)],
-        found: &Found,
-    ) -> bool {
+    pub(super) async fn close_gap(&mut self, gap: &Gap, pending: &[(Uuid, Pending)], found: &Found) -> bool {
         let Context { settings, lag_guard, .. } = self.context;
         let progress = lag_guard.progress();
-        let mut next = Instant::now() + wait.backoff();
+        let mut next = Instant::now() + self.gap_wait.backoff();
         if let Some(pending_in) = gap.pending {
             // What is missing from the log by then did not happen.
             let shows_at = gap.over + settings.event_log_lag;
             let must_show = shows_at <= Instant::now();
-            if wait.asks_event_log(must_show) {
-                match self.find_in_event_log(pending_in, found, &mut wait.shown_by_event_log).await {
+            if self.gap_wait.asks_event_log(must_show) {
+                match self.find_in_event_log(pending_in, found).await {
                     InEventLog::Found => return true,
                     InEventLog::Absent if must_show => {
                         self.settle_all(pending, found);
                         return true;
                     }
-                    InEventLog::TooLong => wait.event_log_is_too_long = must_show,
+                    InEventLog::TooLong => self.gap_wait.event_log_is_too_long = must_show,
                     InEventLog::Absent | InEventLog::Unknown => {}
                 }
             }
@@ -169,12 +168,7 @@ impl<C: Api> Attempts<'_, C> {
     }
 
     /// Looks in the event log for records with these keys that the look-up did not find, and caches their ids.
-    async fn find_in_event_log(
-        &self,
-        (since, until): (Timestamp, Timestamp),
-        found: &Found,
-        shown: &mut HashSet<String>,
-    ) -> InEventLog {
+    async fn find_in_event_log(&self, (since, until): (Timestamp, Timestamp), found: &Found) -> InEventLog {
         let Context { id_cache, keys, client, .. } = self.context;
         let span = (since.checked_sub(client.timeout() + CLOCK_MARGIN), until.checked_add(CLOCK_MARGIN));
         let (Ok(since), Ok(until)) = span else { return InEventLog::Unknown };
@@ -195,16 +189,14 @@ impl<C: Api> Attempts<'_, C> {
             matches!(likeness, ContactMatch::SameUser | ContactMatch::SameEmail)
                 && !known_contacts.contains(&contact.id.as_str())
         };
-        let lead = leads.into_iter().find(|lead| is_lead(lead) && !shown.contains(lead.id.as_str()));
-        let contact =
-            contacts.into_iter().find(|contact| is_person(contact) && !shown.contains(contact.id.as_str()));
+        let is_new = |id: &str| !self.gap_wait.looked_at.contains(id);
+        let lead = leads.into_iter().find(|lead| is_lead(lead) && is_new(lead.id.as_str()));
+        let contact = contacts.into_iter().find(|contact| is_person(contact) && is_new(contact.id.as_str()));
         if lead.is_none() && contact.is_none() {
             return if complete { InEventLog::Absent } else { InEventLog::TooLong };
         }
         let created =
             CreatedIds { lead: lead.map(|lead| lead.id), contact: contact.map(|contact| contact.id) };
-        shown.extend(created.lead.iter().map(ToString::to_string));
-        shown.extend(created.contact.iter().map(ToString::to_string));
         id_cache.remember_created(person, created, false);
         InEventLog::Found
     }

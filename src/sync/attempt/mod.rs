@@ -28,7 +28,7 @@ use crate::sync::resolver::{Decided, Resolver};
 use crate::waits::WaitCause;
 
 use executor::{Executor, Stopped};
-use gap::GapWait;
+pub(crate) use gap::GapWait;
 
 /// The outcome of one attempt.
 pub(crate) struct Completed {
@@ -48,6 +48,7 @@ pub(crate) struct Attempts<'a, C> {
     pub(crate) keys: Vec<Key>,
     /// The ids of the records that were known by these keys before the first attempt.
     pub(crate) known: HashSet<String>,
+    pub(crate) gap_wait: GapWait,
     pub(crate) run: RunContext,
     /// Of the last attempt.
     pub(crate) stage: Stage,
@@ -135,14 +136,14 @@ impl<C: Api> Attempts<'_, C> {
 
     /// One attempt. Stops at the first failure.
     pub(crate) async fn run_once(&mut self) -> Result<Completed, Failure> {
-        let (mut wait, mut effect) = (GapWait::default(), Effect::Unchanged);
+        let mut effect = Effect::Unchanged;
         loop {
             self.stage = Stage::LookUp;
-            let (mut decided, read_at) = self.decide(&mut wait).await?;
+            let (mut decided, read_at) = self.decide().await?;
             self.stage = Stage::Write;
             let Some(_guard) = self.lock(&decided, read_at).await else { continue };
             if self.writes() {
-                if wait.wanted_to_create && !decided.merged.creates() {
+                if self.gap_wait.wanted_to_create && !decided.merged.creates() {
                     self.context.metrics.duplicate_avoided();
                 }
                 self.record_intent(&decided.versions, &decided.merged, read_at);
@@ -172,7 +173,7 @@ impl<C: Api> Attempts<'_, C> {
 
     /// Looks up and plans until it is safe to execute the plan. If the plan creates a record, adopts a Lead or changes
     /// all Contacts of a person, search must not have missed a record. Returns when the look-up began.
-    async fn decide(&mut self, wait: &mut GapWait) -> Result<(Decided, Instant), Failure> {
+    async fn decide(&mut self) -> Result<(Decided, Instant), Failure> {
         let Context {
             settings,
             id_cache,
@@ -187,6 +188,7 @@ impl<C: Api> Attempts<'_, C> {
         let hashes = KeyHash::of_all(&self.keys);
         loop {
             let read_at = Instant::now();
+            self.gap_wait.looks_at(id_cache.known(&self.keys));
             self.context.forget_evicted();
             let pending = lag_guard.pending_with(&hashes);
             let gap = lag_guard.gap(&hashes, read_at, None);
@@ -223,12 +225,12 @@ impl<C: Api> Attempts<'_, C> {
             if self.writes() {
                 metrics.lag_guard_waited();
             }
-            wait.wanted_to_create |= creates;
+            self.gap_wait.wanted_to_create |= creates;
             // Search has caught up meanwhile. One of the searches of this look-up may have come before that.
             if lag_guard.gap(&hashes, Instant::now(), None).is_none() {
                 continue;
             }
-            if !self.close_gap(&gap, wait, &pending, &decided.found).await {
+            if !self.close_gap(&gap, &pending, &decided.found).await {
                 self.decision.awaits_search = true;
                 return Ok((decided, read_at));
             }

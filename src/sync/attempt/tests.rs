@@ -235,6 +235,41 @@ async fn the_next_worker_knows_what_a_failed_attempt_has_found() {
     assert_eq!(pending(&context, &email_only), [""; 0]);
 }
 
+/// The person has Contacts in Leads of other companies. A failed attempt must not ask about them from the beginning.
+#[tokio::test(start_paused = true)]
+async fn an_attempt_goes_on_where_a_failed_one_stopped_to_ask_the_event_log() {
+    let context = context(&rules());
+    let close = FakeClose::new(&context, &[], &[])
+        .with_search_lag(Duration::from_hours(1))
+        .with_fault(WriteFault::Before(timed_out()));
+    let jane = jane(&context, 5);
+    attempts(&context, &close, &jane).run_once().await.err().unwrap();
+    let elsewhere = |number: usize| {
+        let (lead, contact) = (format!("lead_{number}"), format!("cont_{number}"));
+        (
+            crate::domain::matching::tests::lead(&lead, Some("other")),
+            crate::domain::matching::tests::contact(&contact, &lead, Some("u1"), None),
+        )
+    };
+    close.state(|state| {
+        for (lead, contact) in (0..3).map(elsewhere) {
+            state.records.leads.insert(lead.id.clone(), lead);
+            state.records.contacts.insert(contact.id.clone(), contact);
+        }
+    });
+    show_in_event_log(&context, &close);
+    tokio::time::sleep(TIMEOUT + EVENT_LOG_LAG).await;
+
+    // They fail when they look at what the event log has shown.
+    let mut attempts = attempts(&context, &close, &jane);
+    for _ in 0..3 {
+        close.state(|state| state.read_faults.push_back(timed_out()));
+        attempts.run_once().await.err().unwrap();
+    }
+    attempts.run_once().await.ok().unwrap();
+    assert_eq!(close.state(|state| state.event_log_calls), 4);
+}
+
 /// A search that was sent while this one was under way may have been answered from an older state.
 #[tokio::test(start_paused = true)]
 async fn a_search_proves_nothing_about_one_that_was_sent_before_its_answer() {

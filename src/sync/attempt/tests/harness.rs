@@ -353,6 +353,7 @@ pub(super) fn attempts<'a>(
         others: Vec::new(),
         known: context.id_cache.known(&keys),
         keys,
+        gap_wait: GapWait::default(),
         run: RunContext::first(),
         stage: Stage::LookUp,
         decision: Decision::default(),
