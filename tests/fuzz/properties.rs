@@ -77,8 +77,8 @@ pub(crate) fn settle(bytes: &[u8]) {
         assert!(successor.expiration().is_none() && successor.user_id().is_none(), "{what}");
         let names = successor.headers().iter().flat_map(|table| table.inner().keys());
         // The broker acts on exactly these spellings: "cc" is an ordinary header.
-        for name in names.map(|name| name.as_str()) {
-            assert!(!["CC", "BCC", "x-death"].contains(&name), "{what}: {name}");
+        for name in names {
+            assert!(!["CC", "BCC", "x-death"].contains(&name.as_str()), "{what}: {name}");
         }
     }
 }

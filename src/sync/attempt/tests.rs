@@ -177,8 +177,12 @@ fn show_in_event_log(context: &Context, close: &FakeClose) {
     let now = context.now().to_string();
     close.state(|state| {
         let InMemoryRecords { leads, contacts, .. } = &mut state.records;
-        leads.values_mut().for_each(|lead| lead.date_created.clone_from(&now));
-        contacts.values_mut().for_each(|contact| contact.date_created.clone_from(&now));
+        for lead in leads.values_mut() {
+            lead.date_created.clone_from(&now);
+        }
+        for contact in contacts.values_mut() {
+            contact.date_created.clone_from(&now);
+        }
         state.event_log.leads = leads.values().cloned().collect();
         state.event_log.contacts = contacts.values().cloned().collect();
     });
@@ -190,7 +194,7 @@ fn unseen(context: &Context) -> Vec<String> {
         let Entry::Keys { record, .. } = entry else { return None };
         Some(String::from(record))
     });
-    BTreeSet::from_iter(records).into_iter().collect()
+    records.collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 #[tokio::test(start_paused = true)]

@@ -65,6 +65,16 @@ impl Event {
         [self.user.clone(), email, self.company.clone()].into_iter().flatten().collect()
     }
 
+    /// The users that it may be about.
+    pub(crate) fn people(&self) -> Vec<char> {
+        let name = self.email.as_deref().and_then(|email| email.split('@').next());
+        let of = |text: &str| text.chars().last().filter(char::is_ascii_digit);
+        match self.user.as_deref().or(name).and_then(of) {
+            Some(user) => vec![user],
+            None => vec!['3', '4'],
+        }
+    }
+
     /// The message. Its timestamp is `at` seconds after `base`.
     pub(crate) fn message(&self, base: Timestamp) -> Value {
         let seconds = SignedDuration::from_secs(i64::try_from(self.at).unwrap());

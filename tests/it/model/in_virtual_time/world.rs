@@ -18,6 +18,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use super::super::history::History;
 use super::broker::{Broker, Channel, Message};
 use super::journal::Journal;
 use super::person::{self, Person};
@@ -44,6 +45,8 @@ pub(super) struct World {
     newest_written: Mutex<HashMap<String, usize>>,
     /// Settled messages.
     settled: Mutex<HashSet<usize>>,
+    /// A message that was settled again, and a later one that was settled before that.
+    settled_again: Mutex<HashSet<(usize, usize)>>,
     /// Cases where an older event overwrote a newer one.
     overwritten: Mutex<Vec<String>>,
     person: Mutex<Person>,
@@ -78,6 +81,7 @@ impl World {
             trace: Mutex::default(),
             newest_written: Mutex::default(),
             settled: Mutex::default(),
+            settled_again: Mutex::default(),
             overwritten: Mutex::default(),
             person: Mutex::default(),
             journal: plan
@@ -165,7 +169,18 @@ impl World {
 
     /// Marks a message as settled. From now on no older event may overwrite its values.
     pub(super) fn mark_settled(&self, number: usize) {
-        self.settled.lock().unwrap().insert(number);
+        let mut settled = self.settled.lock().unwrap();
+        if !settled.insert(number) {
+            let later = settled.iter().filter(|other| **other > number).map(|other| (number, *other));
+            self.settled_again.lock().unwrap().extend(later);
+        }
+    }
+
+    /// Whether the acks of messages were lost so that one was delivered again after a later one about the same person.
+    pub(super) fn order_is_lost(&self, history: &History) -> bool {
+        let people = |number: usize| history.events[number].people();
+        let pairs = self.settled_again.lock().unwrap();
+        pairs.iter().any(|(one, other)| people(*one).iter().any(|person| people(*other).contains(person)))
     }
 
     /// Records which event an update comes from, and whether it overwrites a newer, settled one.
