@@ -36,9 +36,14 @@ impl Reader<'_> {
     }
 
     pub(super) fn duration(&mut self, setting: Setting<'_, String>, least: Duration) -> Option<Duration> {
-        self.parsed(setting, "duration", "a value like `30s` or `5m`", |text| {
-            duration(text).filter(|duration| *duration >= least)
-        })
+        let (key, text) = (setting.key.clone(), setting.text());
+        let value = self.parsed(setting, "duration", "a value like `30s` or `5m`", duration)?;
+        if value < least {
+            let least = jiff::SignedDuration::try_from(least).unwrap_or_default();
+            self.problem(key, format!("\"{text}\" is too short; expected at least `{least:#}`"));
+            return None;
+        }
+        Some(value)
     }
 
     pub(super) fn number(&mut self, setting: Setting<'_, i64>, range: RangeInclusive<i64>) -> Option<i64> {

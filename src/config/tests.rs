@@ -45,6 +45,17 @@ fn the_defaults_need_only_a_key() {
 }
 
 #[test]
+fn a_duration_that_is_too_short_is_told_from_a_mistyped_one() {
+    for (value, expected) in [
+        ("1m", "journal.max_age (JOURNAL_MAX_AGE): \"1m\" is too short; expected at least `1h`"),
+        ("1 mo", "\"1 mo\" is not a valid duration; expected a value like `30s` or `5m`"),
+    ] {
+        let problems = problems("", &[("JOURNAL_MAX_AGE", value)]);
+        assert!(problems.contains(expected), "{problems}");
+    }
+}
+
+#[test]
 fn a_country_is_two_letters() {
     let country = |text: &str| {
         let worker = single("", &[("CLOSE_API_KEY", "api_k"), ("CLOSE_COUNTRY", text)]).worker;
