@@ -59,7 +59,7 @@ impl Guards {
         };
         let line = |(guard, count): (&Guard, &usize)| match guard {
             Guard::FieldTimes => {
-                format!("{count} no older than the journal: fields that a newer event wrote stay")
+                format!("{count} from the time of the journal: fields that a newer event wrote stay")
             }
             Guard::StoredTime => {
                 format!("{count} {reach}: fields of a record that stores a newer time stay")

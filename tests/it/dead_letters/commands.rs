@@ -71,7 +71,7 @@ async fn a_replay_goes_through_the_work_queue_and_is_counted() {
     let dry = bench.output(&["dlq", "replay", "--reason", "rejected", "--dry-run"]).await;
     let [would, guard] = dry.lines().collect::<Vec<_>>()[..] else { panic!("{dry}") };
     assert_eq!(would, "would replay 1 of 3 (1 rejected:write:name); run without --dry-run to do it");
-    assert!(guard.starts_with("1 no older than the journal"), "{guard}");
+    assert!(guard.starts_with("1 from the time of the journal"), "{guard}");
     let worker = bench.worker().await;
     let (code, text, words) = bench.run_text(&["dlq", "replay", "--reason", "rejected"], "").await;
     assert_eq!((code, text.as_str()), (Some(0), "replayed 1; 1 created\n"), "{words}");
