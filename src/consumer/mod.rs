@@ -229,6 +229,7 @@ impl<'a> Consumer<'a> {
             }
             _ => self.breaker_closed(),
         }
+        context.metrics.set_journal(None);
         self.follow_journal(broker);
         loop {
             if self.state.close_breaker(Instant::now()) {
@@ -247,6 +248,7 @@ impl<'a> Consumer<'a> {
                     if let Some(gap) = context.worker.stall_guard().heartbeat() {
                         return End::Lost(BrokerError::StoodStill(gap));
                     }
+                    context.metrics.set_unanswered_creations(context.worker.unanswered_creations());
                     if self.journal.as_ref().is_some_and(SessionJournal::is_stuck) {
                         let error = BrokerError::Unconfirmed("the journal is not read");
                         if let Some(end) = self.journal_failed(error) {
@@ -340,21 +342,15 @@ impl<'a> Consumer<'a> {
         if self.journal.is_none() {
             self.follow_journal(broker);
         }
-        let Context { worker, settings, metrics, status, publishers, .. } = &*self.context;
+        let Context { worker, settings, status, publishers, .. } = &*self.context;
         worker.search_again();
+        tracing::info!(event = "worker_active", "received a message, this worker is the active one");
         let state = broker.journal();
-        tracing::info!(
-            event = "worker_active",
-            journal = state.label(),
-            "received a message, this worker is the active one"
-        );
         let Some(journal) = &mut self.journal else {
             let state = state.clone();
             return self.work_without_journal(&state);
         };
         let worked_without = status.journal().is_some_and(|before| before != state.label());
-        status.set_journal(state.label());
-        metrics.set_journal(true);
         journal.set_blocked(status.is_alarmed());
         journal.set_worked_without(worked_without);
         journal.take_over(Arc::clone(&publishers.journal), settings, self.journal_failures.0.clone());
@@ -364,7 +360,7 @@ impl<'a> Consumer<'a> {
     fn work_without_journal(&mut self, state: &JournalState) {
         let Context { worker, environment, settings, metrics, status, publishers, .. } = &*self.context;
         status.set_journal(state.label());
-        metrics.set_journal(false);
+        metrics.set_journal(Some(state));
         worker.forget();
         if let JournalState::Unusable(error) = state {
             tracing::warn!(
@@ -408,7 +404,11 @@ impl<'a> Consumer<'a> {
         match self.journal.as_mut()?.received(message) {
             Instruction::Nothing => {}
             Instruction::Read(from) => broker.read_journal(from),
-            Instruction::Ready => self.state.set_taking_over(false),
+            Instruction::Ready => {
+                self.state.set_taking_over(false);
+                self.context.status.set_journal(JournalState::Ready.label());
+                self.context.metrics.set_journal(Some(&JournalState::Ready));
+            }
             Instruction::TakenOver => return Some(End::Lost(BrokerError::TakenOver)),
         }
         None

@@ -241,6 +241,16 @@ impl LagGuard {
         })
     }
 
+    /// How many creations have no answer and search has not been proven to show them. Forgets those that search must show.
+    pub fn unanswered(&self) -> usize {
+        self.with(|state| {
+            state.drop_expired();
+            let is_proven =
+                |doubt: &Unanswered| state.proof(ChangeKind::Creation, doubt.pending.ends).is_some();
+            state.pending.values().filter(|doubt| !is_proven(doubt)).count()
+        })
+    }
+
     /// The changes that are certainly shown by now: younger ones than these may be missing.
     pub fn shows_up_to(&self, kind: ChangeKind) -> Option<Timestamp> {
         self.with(|state| state.shown[kind as usize]?.change.checked_sub(state.disorder).ok())
@@ -286,8 +296,21 @@ impl State {
         is_settled
     }
 
-    /// Forgets all but the youngest half.
+    /// Forgets those that search must show by now.
+    fn drop_expired(&mut self) {
+        let now = Instant::now();
+        let expired = self.pending.iter().filter(|(_, doubt)| doubt.clock <= now).map(|(id, _)| *id);
+        for operation in expired.collect::<Vec<_>>() {
+            self.settle(operation);
+        }
+    }
+
+    /// Forgets those that search must show by now, or else all but the youngest half.
     fn make_room(&mut self) {
+        if self.pending.len() < MAX_PENDING {
+            return;
+        }
+        self.drop_expired();
         if self.pending.len() < MAX_PENDING {
             return;
         }
@@ -405,8 +428,9 @@ mod tests {
         guard.shown(ChangeKind::KeyChange, at(500), later);
         guard.shown(ChangeKind::Creation, at(149), later);
         assert_eq!(guard.gap(&keys(&["a"]), later, None), Some(gap), "may have been overtaken by it");
+        assert_eq!(guard.unanswered(), 1);
         guard.shown(ChangeKind::Creation, at(150), later);
-        assert_eq!(guard.gap(&keys(&["a"]), later, None), None);
+        assert_eq!((guard.gap(&keys(&["a"]), later, None), guard.unanswered()), (None, 0));
         assert_eq!(guard.gap(&keys(&["a"]), searched, None), Some(gap), "an older search proves nothing");
     }
 
@@ -495,8 +519,10 @@ mod tests {
         assert_eq!(guard.gap(&keys(&["a"]), clock, None).unwrap().clock, last_resort());
         assert_eq!(guard.gap(&keys(&["a"]), last_resort(), None), None);
         assert_eq!(guard.pending().len(), 1);
+        assert_eq!(guard.unanswered(), 1);
         tokio::time::advance(LONGEST_SEARCH_LAG).await;
         assert_eq!(guard.pending(), [], "the next worker need not know");
+        assert_eq!((guard.unanswered(), guard.with(|state| state.pending.len())), (0, 0));
     }
 
     #[tokio::test(start_paused = true)]

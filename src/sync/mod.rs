@@ -140,6 +140,11 @@ impl Worker {
         self.0.search_lag.current(kind)
     }
 
+    /// How many creations have no answer and search need not show them yet.
+    pub fn unanswered_creations(&self) -> usize {
+        self.0.lag_guard.unanswered()
+    }
+
     /// Stops calls after the process has stood still.
     pub fn stall_guard(&self) -> &StallGuard {
         self.0.client.stall_guard()

@@ -101,6 +101,7 @@ metrics! {
     /// What was decided about single records and fields.
     Decisions {
         lag_guard_waits: IntCounter = counter("lag_guard_waits_total", "Waits for Close's search index to catch up before a record was created");
+        unanswered_creations: IntGauge = gauge("unanswered_creations", "Creations whose answer was lost; messages about the same records wait until it is known whether they happened");
         search_lag: GaugeVec = unknowns("search_lag_seconds", "How far Close's search lags behind changes of ours, by the kind of change; NaN until it is measured", &[change_kind()]);
         duplicates_avoided: IntCounter = counter("duplicates_avoided_total", "Creations that were cancelled because the search index caught up and showed the record");
         fields_dropped: IntCounterVec = counters("fields_dropped_total", "Mapped values that were dropped, by reason", &[drop_reason()]);
@@ -123,6 +124,7 @@ metrics! {
         losses: IntCounterVec = counters("broker_connection_losses_total", "Lost connections to RabbitMQ by cause", &[broker_cause()]);
         trouble: IntGaugeVec = gauges("broker_trouble", "1 while this cause prevents a connection to RabbitMQ, or while RabbitMQ lacks an exchange or queue", &[broker_cause()]);
         journal: IntGauge = gauge("journal_in_use", "1 while the active worker writes a journal");
+        journal_trouble: IntGauge = gauge("journal_trouble", "1 while the active worker works without the journal that the settings ask for");
         alarm: IntGauge = gauge("broker_alarm", "1 while RabbitMQ accepts no messages because of a memory or disk alarm");
         successors_held: IntGauge = gauge("successors_held", "Messages held because RabbitMQ does not accept their successor for a delay or dead-letter queue");
         outcome_messages: IntCounterVec = counters("outcome_messages_total", "Published outcome events: routed to a queue, unrouted, or lost", &[label("result", ["routed", "unrouted", "lost"])]);

@@ -16,7 +16,7 @@ use prometheus::{IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder};
 use strum::{IntoStaticStr, VariantArray, VariantNames as _};
 use tokio::time::Instant;
 
-use crate::amqp::BrokerTrouble;
+use crate::amqp::{BrokerTrouble, JournalState};
 use crate::close::{Call, Client, Endpoint, RateLimitStatus, StatusClass};
 use crate::domain::decision::Decision;
 use crate::domain::journal::ChangeKind;
@@ -308,9 +308,14 @@ impl Metrics {
         self.messages.waiting.set(i64::try_from(waiting).unwrap_or(i64::MAX));
     }
 
-    /// Sets whether the active worker writes a journal.
-    pub fn set_journal(&self, in_use: bool) {
-        self.broker.journal.set(in_use.into());
+    /// Sets whether the active worker writes a journal. `None` for a standby.
+    pub fn set_journal(&self, journal: Option<&JournalState>) {
+        self.broker.journal.set(matches!(journal, Some(JournalState::Ready)).into());
+        self.broker.journal_trouble.set(matches!(journal, Some(JournalState::Unusable(_))).into());
+    }
+
+    pub fn set_unanswered_creations(&self, creations: usize) {
+        self.decisions.unanswered_creations.set(i64::try_from(creations).unwrap_or(i64::MAX));
     }
 
     /// Sets how far Close's search lags for a kind of change.
