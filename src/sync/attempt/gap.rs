@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use crate::close::{Api, Created, CreatedIds};
 use crate::domain::journal::{ChangeKind, Entry, KeyHash, RecordId};
-use crate::domain::mapping::Key;
+use crate::domain::mapping::{Identity, Key, KeyFields};
 use crate::domain::matching::{self, ContactMatch, Found, compare, match_lead};
 use crate::domain::record::{Contact, Lead};
 use crate::domain::time;
@@ -71,8 +71,10 @@ const CLOCK_SKEW: SignedDuration = SignedDuration::from_secs(60);
 const FIRST_LOOK_INTERVAL: Duration = Duration::from_secs(2);
 const MAX_LOOK_INTERVAL: Duration = Duration::from_mins(1);
 
-/// The records that were found and that a creation without an answer may be for: they were created meanwhile.
-fn created_meanwhile(pending: &Pending, found: &Found) -> Vec<RecordId> {
+/// The records that were found and that a creation without an answer may be for: they were created meanwhile. A new Lead has
+/// the company id from the beginning. Without one it may be a Lead that a person has just taken from another company. Where the
+/// event has none, the Contact tells.
+fn created_meanwhile(pending: &Pending, found: &Found, person: &Identity, keys: &KeyFields) -> Vec<RecordId> {
     let was_meanwhile = |date_created: &str| {
         time::read_back(date_created).is_some_and(|created| {
             let since_sent = created.duration_since(pending.sent);
@@ -80,7 +82,12 @@ fn created_meanwhile(pending: &Pending, found: &Found) -> Vec<RecordId> {
         })
     };
     let (leads, contacts) = found.records();
-    let leads = leads.filter(|lead| pending.creates_lead && was_meanwhile(&lead.date_created));
+    let is_companys = |lead: &Lead| {
+        let company = person.company_id.as_deref();
+        company.is_some_and(|company| match_lead(lead, company, keys) == matching::Verdict::SameCompany)
+    };
+    let leads =
+        leads.filter(|lead| pending.creates_lead && was_meanwhile(&lead.date_created) && is_companys(lead));
     let contacts = contacts.filter(|contact| was_meanwhile(&contact.date_created));
     let leads = leads.map(|lead| RecordId::Lead(lead.id.clone()));
     leads.chain(contacts.map(|contact| RecordId::Contact(contact.id.clone()))).collect()
@@ -128,7 +135,7 @@ impl<C: Api> Attempts<'_, C> {
     /// attempt may be something else's.
     pub(super) fn settle_found(&self, pending: &[(Uuid, Pending)], found: &Found) {
         for (operation, pending) in pending {
-            let records = created_meanwhile(pending, found);
+            let records = self.created_meanwhile(pending, found);
             if !records.iter().all(|record| self.known.contains(record.as_str())) {
                 // A Lead comes with a Contact. Where only the Lead was found, the Contact is still to be found.
                 let has_contact = records.iter().any(|record| matches!(record, RecordId::Contact(_)));
@@ -139,10 +146,14 @@ impl<C: Api> Attempts<'_, C> {
         }
     }
 
+    fn created_meanwhile(&self, pending: &Pending, found: &Found) -> Vec<RecordId> {
+        created_meanwhile(pending, found, &self.desired.identity, &self.context.keys)
+    }
+
     /// These creations have created nothing but what was found.
     pub(super) fn settle_all(&self, pending: &[(Uuid, Pending)], found: &Found) {
         for (operation, pending) in pending {
-            self.settle(*operation, pending, created_meanwhile(pending, found), &self.keys);
+            self.settle(*operation, pending, self.created_meanwhile(pending, found), &self.keys);
         }
     }
 

@@ -239,6 +239,32 @@ async fn the_next_worker_knows_what_a_failed_attempt_has_found() {
     assert_eq!(pending(&context, &email_only), [""; 0]);
 }
 
+/// A person takes the company id from a Lead while a creation is under way. The Lead is as new as the one that is created.
+#[tokio::test(start_paused = true)]
+async fn a_lead_that_lost_its_company_does_not_settle_a_pending_creation() {
+    let context = context(&rules());
+    let close = FakeClose::new(&context, &[], &[])
+        .with_search_lag(Duration::from_hours(1))
+        .with_fault(WriteFault::After(timed_out()));
+    let lead = crate::domain::matching::tests::lead("lead_1", Some("other"));
+    let contact = crate::domain::matching::tests::contact("cont_1", "lead_1", Some("u1"), None);
+    context.id_cache.remember_contacts(Key::User("u1".into()), vec![contact.id.clone()], false);
+    close.state(|state| {
+        state.records.leads.insert(lead.id.clone(), lead);
+        state.records.contacts.insert(contact.id.clone(), contact);
+    });
+    let jane = jane(&context, 5);
+    attempts(&context, &close, &jane).run_once().await.err().unwrap();
+    close.state(|state| {
+        let lead = state.records.leads.get_mut(&LeadId::new("lead_1")).unwrap();
+        lead.fields.retain(|field, _| !matches!(field, Field::Custom(_)));
+    });
+    show_in_event_log(&context, &close);
+
+    attempts(&context, &close, &jane).run_once().await.ok().unwrap();
+    assert_eq!(close.written(), ["create_lead"]);
+}
+
 /// The person has Contacts in Leads of other companies. A failed attempt must not ask about them from the beginning.
 #[tokio::test(start_paused = true)]
 async fn an_attempt_goes_on_where_a_failed_one_stopped_to_ask_the_event_log() {
