@@ -203,7 +203,8 @@ fn run_seed(seed: u64, retry_mode: RetryMode, mutant: Option<Mutant>) -> Run {
             !world.plan.standby && world.plan.disruptions.iter().all(|(_, disruption)| stays(disruption));
         // A person who changes what events write changes the result.
         let is_careful = world.plan.person == Manner::Careful || world.person().count().0 == 0;
-        let knows_times = single_process || world.plan.journal.is_some();
+        // A worker that dies in the middle of a message has stored its time, and not yet written down which fields it wrote.
+        let knows_times = single_process || (world.plan.journal.is_some() && !has_synced_at);
         let outcome_is_certain = match retry_mode {
             RetryMode::InPlace => knows_times || !is_late(seed),
             RetryMode::DelayQueues => single_process && dead.is_empty(),
@@ -375,12 +376,23 @@ fn print(text: &str) {
 
 #[test]
 fn close_matches_the_model() {
-    run_seeds(RetryMode::InPlace, 60);
+    run_seeds(RetryMode::InPlace, 100);
 }
 
 #[test]
 fn nothing_is_created_twice_when_order_is_lost() {
-    run_seeds(RetryMode::DelayQueues, 25);
+    run_seeds(RetryMode::DelayQueues, 30);
+}
+
+/// Histories in which faults were found: a creation settled by what a failed attempt had found, a new Contact that Close did
+/// not show, hours of asking the event log, an older Lead taken for a new one.
+#[test]
+fn histories_that_once_failed_pass() {
+    LazyLock::force(&CONFIG);
+    for seed in [131, 1187, 1292, 1739, 1749, 6226, 8675] {
+        let run = run_seed(seed, RetryMode::InPlace, None);
+        assert_eq!(run.problems, "", "{}", report(seed, &run));
+    }
 }
 
 /// Each protection of the journal is needed: without it a history fails that passes with it.
