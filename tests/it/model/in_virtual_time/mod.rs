@@ -52,18 +52,29 @@ use crate::support::env;
 
 /// Ends a run that does not end by itself.
 fn last_resort(plan: &Plan) -> Duration {
-    Duration::from_hours(if plan.event_log_answers { 24 } else { 24 * 30 })
+    Duration::from_hours(if plan.event_log_answers && !forgets(plan) { 24 } else { 24 * 30 })
+}
+
+/// The broker deletes entries of the journal that search need not show yet. The next session then waits until it must.
+fn forgets(plan: &Plan) -> bool {
+    plan.journal.is_some_and(|journal| journal.max_age < LONGEST_SEARCH_LAG)
 }
 
 /// When all messages must be settled. A creation without an answer costs a day at most, and far less where the event log
-/// answers: until it must show it (`close.event_log_lag`), then a delay for each message behind it, and calls that fail.
+/// answers: until it must show it (`close.event_log_lag`), then a delay for each message behind it, and calls that fail. A record
+/// that a person deletes is created again.
 fn time_limit(world: &World, published: Duration) -> Duration {
     let unanswered = world.unanswered_creations.load(Ordering::Relaxed);
     // Each disruption may cut a creation off.
     let doubts = unanswered.saturating_add(u32::try_from(world.plan.disruptions.len()).unwrap_or(u32::MAX));
+    let doubts = doubts.saturating_add(world.person().deletions());
+    let forgotten = if forgets(&world.plan) { LONGEST_SEARCH_LAG } else { Duration::ZERO };
     let wait = Duration::from_hours(if world.plan.event_log_answers { 1 } else { 24 });
-    published + Duration::from_hours(3) + wait * doubts
+    published + Duration::from_hours(3) + wait * doubts + forgotten
 }
+
+/// After this long the workers count every change as shown.
+const LONGEST_SEARCH_LAG: Duration = Duration::from_hours(24);
 
 /// Longer than a request can still be in flight to Close.
 const DRAIN_TIME: Duration = Duration::from_secs(30);

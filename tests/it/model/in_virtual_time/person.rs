@@ -54,6 +54,7 @@ pub(super) struct Person {
     /// Writes that undid an edit within the window.
     undone: usize,
     has_merged: bool,
+    deletions: u32,
     problems: String,
 }
 
@@ -107,7 +108,9 @@ impl Person {
             return None;
         }
         self.edits += 1;
-        self.has_merged |= path == "lead/merge/";
+        let merges = path == "lead/merge/";
+        self.has_merged |= merges;
+        self.deletions += u32::from(merges || method == "DELETE");
         self.replaced(&record, before, at);
         Some(format!("{method} {path} {body}"))
     }
@@ -216,6 +219,11 @@ impl Person {
     /// All writes that were not right.
     pub(super) fn problems(&self) -> &str {
         &self.problems
+    }
+
+    /// How many records were deleted, also by merging them.
+    pub(super) fn deletions(&self) -> u32 {
+        self.deletions
     }
 
     /// Whether Leads were merged. One may then have two Contacts of a person.
