@@ -10,7 +10,8 @@
 //!
 //! **What is explored.** By default one event: with a crash and a lost answer, with a lost answer and an index that catches up,
 //! and with a worker that lost the queue. With
-//! `CLOSE_SYNC_SMALL_WORLDS=all` one event with all faults together, and all pairs and triples of events with each fault.
+//! `CLOSE_SYNC_SMALL_WORLDS=all` one event with all faults together, and all pairs and triples of events with each fault. Events
+//! that share no key change nothing for each other, so each event must share one with another.
 
 use std::collections::HashSet;
 use std::collections::hash_map::DefaultHasher;
@@ -121,6 +122,14 @@ fn history(kinds: &[usize]) -> History {
         event(number, user, email, company)
     };
     History { seed: 0, events: kinds.iter().enumerate().map(event).collect() }
+}
+
+/// Whether each event shares a key with another one.
+fn share_keys(events: &[Event]) -> bool {
+    let shares = |one: &Event, other: &Event| {
+        one.number != other.number && one.keys().iter().any(|key| other.keys().contains(key))
+    };
+    events.iter().all(|one| events.iter().any(|other| shares(one, other)))
 }
 
 fn config() -> WorkerConfig {
@@ -327,8 +336,9 @@ fn small_worlds_have_no_bad_schedule() {
         let pairs = kinds.clone().flat_map(|one| kinds.clone().map(move |two| vec![one, two]));
         let triples =
             pairs.clone().flat_map(|pair| kinds.clone().map(move |third| [&pair[..], &[third]].concat()));
+        let sharing = pairs.chain(triples).filter(|kinds| share_keys(&history(kinds).events));
         let each = |events: Vec<usize>| [CRASH, SUPERSEDED, LOST].map(|faults| (events.clone(), faults));
-        std::iter::once((vec![0], ALL)).chain(pairs.chain(triples).flat_map(each)).collect()
+        std::iter::once((vec![0], ALL)).chain(sharing.flat_map(each)).collect()
     } else {
         let of_one = [Faults { crash: true, ..LOST }, Faults { catch_up: true, ..LOST }, SUPERSEDED];
         of_one.into_iter().map(|faults| (vec![0], faults)).collect()
