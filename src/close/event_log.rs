@@ -33,7 +33,8 @@ pub(crate) struct Hidden<T: Clone + Send + Sync + 'static>(Cache<String, (Instan
 
 impl<T: Clone + Send + Sync + 'static> Default for Hidden<T> {
     fn default() -> Self {
-        Self(Cache::new(MAX_REMEMBERED))
+        // Real time only frees memory.
+        Self(Cache::builder().max_capacity(MAX_REMEMBERED).time_to_live(REMEMBERED).build())
     }
 }
 

@@ -248,7 +248,10 @@ impl<'a> Consumer<'a> {
                     if let Some(gap) = context.worker.stall_guard().heartbeat() {
                         return End::Lost(BrokerError::StoodStill(gap));
                     }
-                    context.metrics.set_unanswered_creations(context.worker.unanswered_creations());
+                    if self.state.is_consuming() {
+                        // A standby learns of them only later.
+                        context.metrics.set_unanswered_creations(context.worker.unanswered_creations());
+                    }
                     if self.journal.as_ref().is_some_and(SessionJournal::is_stuck) {
                         let error = BrokerError::Unconfirmed("the journal is not read");
                         if let Some(end) = self.journal_failed(error) {
@@ -427,6 +430,8 @@ impl<'a> Consumer<'a> {
         worker.stall_guard().disarm();
         let stats = self.state.stats();
         metrics.set_load(0, 0);
+        metrics.set_journal(None);
+        metrics.set_unanswered_creations(0);
         metrics.handed_back(stats.handed_back);
         // The broker announces an alarm on the next connection again, and the next session checks what is missing.
         metrics.set_broker_alarm(false);

@@ -31,6 +31,10 @@ pub(crate) struct GapWait {
     /// Records that were known before a look-up. If it did not find them, they are gone, or somebody else's: the event log
     /// says nothing new of them.
     looked_at: HashSet<String>,
+    /// What the event log has shown since the last look-up began. The id cache may have no room for it.
+    shown: HashSet<String>,
+    /// The creations without an answer that the rest is about.
+    operations: Vec<Uuid>,
     pub(super) wanted_to_create: bool,
 }
 
@@ -38,6 +42,16 @@ impl GapWait {
     /// A look-up begins, and these are known.
     pub(super) fn looks_at(&mut self, known: HashSet<String>) {
         self.looked_at.extend(known);
+        self.looked_at.extend(self.shown.drain());
+    }
+
+    /// The look-up waits for these creations. For others than before, the log is asked from the beginning.
+    fn waits_for(&mut self, pending: &[(Uuid, Pending)]) {
+        let operations: Vec<Uuid> = pending.iter().map(|(operation, _)| *operation).collect();
+        if self.operations != operations {
+            self.operations = operations;
+            (self.looks, self.asked_event_log, self.event_log_is_too_long) = (0, false, false);
+        }
     }
 
     /// The pause before the next look-up: longer each time, because each costs a search.
@@ -71,9 +85,14 @@ const CLOCK_SKEW: SignedDuration = SignedDuration::from_secs(60);
 const FIRST_LOOK_INTERVAL: Duration = Duration::from_secs(2);
 const MAX_LOOK_INTERVAL: Duration = Duration::from_mins(1);
 
+fn is_companys(lead: &Lead, person: &Identity, keys: &KeyFields) -> bool {
+    let company = person.company_id.as_deref();
+    company.is_some_and(|company| match_lead(lead, company, keys) == matching::Verdict::SameCompany)
+}
+
 /// The records that were found and that a creation without an answer may be for: they were created meanwhile. A new Lead has
-/// the company id from the beginning. Without one it may be a Lead that a person has just taken from another company. Where the
-/// event has none, the Contact tells.
+/// the company id from the beginning, and its Contact is in it. Without the company id it may be a Lead that a person has just
+/// made, or taken from another company. Where the event has none, the Contact tells.
 fn created_meanwhile(pending: &Pending, found: &Found, person: &Identity, keys: &KeyFields) -> Vec<RecordId> {
     let was_meanwhile = |date_created: &str| {
         time::read_back(date_created).is_some_and(|created| {
@@ -82,14 +101,13 @@ fn created_meanwhile(pending: &Pending, found: &Found, person: &Identity, keys: 
         })
     };
     let (leads, contacts) = found.records();
-    let is_companys = |lead: &Lead| {
-        let company = person.company_id.as_deref();
-        company.is_some_and(|company| match_lead(lead, company, keys) == matching::Verdict::SameCompany)
-    };
-    let leads =
-        leads.filter(|lead| pending.creates_lead && was_meanwhile(&lead.date_created) && is_companys(lead));
+    let leads = leads.filter(|lead| pending.creates_lead && was_meanwhile(&lead.date_created));
+    let leads: Vec<_> = leads.filter(|lead| is_companys(lead, person, keys)).collect();
+    let company = person.company_id.clone().map(|id| KeyHash::of(&Key::Company(id)));
+    let needs_lead = pending.creates_lead && company.is_some_and(|key| pending.keys.contains(&key));
+    let contacts = contacts.filter(|_| !needs_lead || !leads.is_empty());
     let contacts = contacts.filter(|contact| was_meanwhile(&contact.date_created));
-    let leads = leads.map(|lead| RecordId::Lead(lead.id.clone()));
+    let leads = leads.iter().map(|lead| RecordId::Lead(lead.id.clone()));
     leads.chain(contacts.map(|contact| RecordId::Contact(contact.id.clone()))).collect()
 }
 
@@ -98,6 +116,7 @@ impl<C: Api> Attempts<'_, C> {
     pub(super) async fn close_gap(&mut self, gap: &Gap, pending: &[(Uuid, Pending)], found: &Found) -> bool {
         let Context { settings, lag_guard, .. } = self.context;
         let progress = lag_guard.progress();
+        self.gap_wait.waits_for(pending);
         let mut next = Instant::now() + self.gap_wait.backoff();
         if let Some(pending_in) = gap.pending {
             // What is missing from the log by then did not happen.
@@ -179,7 +198,11 @@ impl<C: Api> Attempts<'_, C> {
     }
 
     /// Looks in the event log for records with these keys that the look-up did not find, and caches their ids.
-    async fn find_in_event_log(&self, (since, until): (Timestamp, Timestamp), found: &Found) -> InEventLog {
+    async fn find_in_event_log(
+        &mut self,
+        (since, until): (Timestamp, Timestamp),
+        found: &Found,
+    ) -> InEventLog {
         let Context { id_cache, keys, client, .. } = self.context;
         let span = (since.checked_sub(client.timeout() + CLOCK_MARGIN), until.checked_add(CLOCK_MARGIN));
         let (Ok(since), Ok(until)) = span else { return InEventLog::Unknown };
@@ -188,13 +211,10 @@ impl<C: Api> Attempts<'_, C> {
             return InEventLog::Unknown;
         };
         let person = &self.desired.identity;
-        let (known_leads, known_contacts) = found.records();
-        let known_leads: Vec<&str> = known_leads.map(|lead| lead.id.as_str()).collect();
-        let known_contacts: Vec<&str> = known_contacts.map(|contact| contact.id.as_str()).collect();
-        let is_lead = |lead: &Lead| {
-            let company = person.company_id.as_deref().filter(|_| known_leads.is_empty());
-            company.is_some_and(|company| match_lead(lead, company, keys) == matching::Verdict::SameCompany)
-        };
+        let known_contacts: Vec<&str> = found.records().1.map(|contact| contact.id.as_str()).collect();
+        // A Lead that would be adopted is not the company's yet.
+        let has_lead = found.records().0.any(|lead| is_companys(lead, person, keys));
+        let is_lead = |lead: &Lead| !has_lead && is_companys(lead, person, keys);
         let is_person = |contact: &Contact| {
             let likeness = compare(contact, person, keys);
             matches!(likeness, ContactMatch::SameUser | ContactMatch::SameEmail)
@@ -208,6 +228,8 @@ impl<C: Api> Attempts<'_, C> {
         }
         let created =
             CreatedIds { lead: lead.map(|lead| lead.id), contact: contact.map(|contact| contact.id) };
+        self.gap_wait.shown.extend(created.lead.iter().map(ToString::to_string));
+        self.gap_wait.shown.extend(created.contact.iter().map(ToString::to_string));
         id_cache.remember_created(person, created, false);
         InEventLog::Found
     }

@@ -152,8 +152,9 @@ impl<C: Api> Attempts<'_, C> {
             let Some(created) = executed.map_err(|error| Failure { stage: Stage::Write, error })? else {
                 continue;
             };
+            let created_before = self.decision.new_lead.take();
             (self.decision.new_lead, self.decision.new_contact) =
-                (created.lead.clone(), created.contact.clone());
+                (created.lead.clone().or(created_before), created.contact.clone());
             if self.writes() {
                 let written =
                     decided.merged.steps.iter().filter_map(Step::changes).map(str::to_owned).collect();
@@ -283,8 +284,10 @@ impl<C: Api> Attempts<'_, C> {
                     Ok(executed) => {
                         *effect = (*effect).min(executed);
                         let has_contact = matches!(step, Step::CreateLead { contact: Some(_), .. });
-                        if has_contact && created.contact.is_none() {
-                            // Only a look-up can tell which Contact it is, and for that the times of its fields are kept.
+                        let has_company = self.desired.identity.company_id.is_some();
+                        if has_contact && created.contact.is_none() && has_company {
+                            // Only a look-up in the Lead tells which Contact it is. Then the times of its fields are kept.
+                            self.decision.new_lead.clone_from(&created.lead);
                             return Ok(None);
                         }
                         self.record_step(step.changes(), &decided.merged, &mut decided.versions, read_at);

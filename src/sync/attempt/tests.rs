@@ -239,30 +239,43 @@ async fn the_next_worker_knows_what_a_failed_attempt_has_found() {
     assert_eq!(pending(&context, &email_only), [""; 0]);
 }
 
-/// A person takes the company id from a Lead while a creation is under way. The Lead is as new as the one that is created.
+/// A person takes the company id from a Lead while a creation is under way, or makes a Lead. It is as new as the one that is
+/// created, and would be adopted.
 #[tokio::test(start_paused = true)]
-async fn a_lead_that_lost_its_company_does_not_settle_a_pending_creation() {
-    let context = context(&rules());
-    let close = FakeClose::new(&context, &[], &[])
-        .with_search_lag(Duration::from_hours(1))
-        .with_fault(WriteFault::After(timed_out()));
-    let lead = crate::domain::matching::tests::lead("lead_1", Some("other"));
-    let contact = crate::domain::matching::tests::contact("cont_1", "lead_1", Some("u1"), None);
-    context.id_cache.remember_contacts(Key::User("u1".into()), vec![contact.id.clone()], false);
-    close.state(|state| {
-        state.records.leads.insert(lead.id.clone(), lead);
-        state.records.contacts.insert(contact.id.clone(), contact);
-    });
-    let jane = jane(&context, 5);
-    attempts(&context, &close, &jane).run_once().await.err().unwrap();
-    close.state(|state| {
-        let lead = state.records.leads.get_mut(&LeadId::new("lead_1")).unwrap();
-        lead.fields.retain(|field, _| !matches!(field, Field::Custom(_)));
-    });
-    show_in_event_log(&context, &close);
+async fn a_lead_without_the_company_does_not_settle_a_pending_creation() {
+    for was_known in [true, false] {
+        let context = context(&rules());
+        let close = FakeClose::new(&context, &[], &[])
+            .with_search_lag(Duration::from_hours(1))
+            .with_fault(WriteFault::After(timed_out()));
+        let theirs = |state: &mut State, company| {
+            let lead = crate::domain::matching::tests::lead("lead_1", company);
+            let contact = crate::domain::matching::tests::contact("cont_1", "lead_1", Some("u1"), None);
+            state.records.leads.insert(lead.id.clone(), lead);
+            state.records.contacts.insert(contact.id.clone(), contact);
+        };
+        if was_known {
+            context.id_cache.remember_contacts(Key::User("u1".into()), vec![ContactId::new("cont_1")], false);
+            close.state(|state| theirs(state, Some("other")));
+        }
+        let jane = jane(&context, 5);
+        attempts(&context, &close, &jane).run_once().await.err().unwrap();
+        close.state(|state| {
+            theirs(state, None);
+            if !was_known {
+                let until = state.search_shows.as_ref().unwrap().1;
+                let mut shown = state.records.clone();
+                shown.leads.retain(|id, _| id.as_str() == "lead_1");
+                shown.contacts.retain(|id, _| id.as_str() == "cont_1");
+                state.search_shows = Some((shown, until));
+            }
+        });
+        show_in_event_log(&context, &close);
 
-    attempts(&context, &close, &jane).run_once().await.ok().unwrap();
-    assert_eq!(close.written(), ["create_lead"]);
+        attempts(&context, &close, &jane).run_once().await.ok().unwrap();
+        assert_eq!(close.written()[0], "create_lead");
+        assert_eq!(close.lead("lead_1").fields.len(), 0, "not adopted: {was_known}");
+    }
 }
 
 /// The person has Contacts in Leads of other companies. A failed attempt must not ask about them from the beginning.
