@@ -21,7 +21,7 @@ use crate::sync::lag_guard::LagGuard;
 use crate::sync::recent_records::{Newest, RecentRecords};
 
 /// The most Contacts that are read one by one because the answer with their Lead lacks them.
-const MAX_MISSING: usize = 20;
+pub(crate) const MAX_MISSING: usize = 20;
 
 pub(crate) struct Lookups<'a, R> {
     pub(crate) records: &'a R,

@@ -8,21 +8,23 @@
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use crate::close::{Api, CloseError, CreatedIds, Fault, FieldError, MOMENT, Rejection, Written};
+use crate::close::{
+    Api, CloseError, CreatedIds, Fault, FieldError, LeadWithPerson, MOMENT, Rejection, Written,
+};
 use crate::domain::decision::{Decision, LookUp};
 use crate::domain::journal::{ChangeKind, Entry, KeyHash, RecordId};
 use crate::domain::mapping::{Desired, Identity, Key};
-use crate::domain::matching::Found;
+use crate::domain::matching::{ContactMatch, Found, compare};
 use crate::domain::partial_write::{self, Remainder};
 use crate::domain::plan::{FieldVerdict, RejectedField, Step};
 use crate::domain::readback::{self, Difference};
-use crate::domain::record::{Channel, Field};
+use crate::domain::record::{Channel, ContactId, Field, LeadId};
 use crate::outcome::{Effect, PauseCause};
 use crate::sync::attempt::freshness;
 use crate::sync::context::Context;
 use crate::sync::id_cache::Change;
 use crate::sync::journal::{self, JournalHandle};
-use crate::sync::lookups::{Fresh, Lookups, Reads};
+use crate::sync::lookups::{Fresh, Lookups, MAX_MISSING, Reads};
 use crate::sync::readback_cache::ReadbackCache;
 use crate::telemetry::metrics::Metrics;
 use crate::waits::WaitCause;
@@ -57,6 +59,8 @@ pub(super) enum Stopped<P> {
     Failed(CloseError),
     /// A person has changed the record since it was planned. The budget for the write is still held.
     Changed(Fresh, P),
+    /// A Lead was created, and Close does not show its Contact.
+    NotShown(Option<LeadId>),
 }
 
 /// A creation that is not sent yet. Dropped, it will not happen.
@@ -218,6 +222,15 @@ impl<C: Api> Executor<'_, C> {
         recent.written(step, &written);
         learn(self.context, step, found, &written);
         let mut ids = CreatedIds::of(step, &written);
+        let is_hidden = matches!(step, Step::CreateLead { contact: Some(_), .. }) && ids.contact.is_none();
+        let mut look_up_again = false;
+        if let Some(lead) = ids.lead.as_ref().filter(|_| is_hidden) {
+            let contact = self.new_contact(lead).await;
+            // A Lead without its Contact gets another one, but only if its company leads to it.
+            let has_company = self.desired.identity.company_id.is_some();
+            look_up_again = contact.as_ref().map_or(true, |contact| contact.is_none() && has_company);
+            ids.contact = contact.ok().flatten();
+        }
         if let Some(operation) = operation {
             self.created(operation, step, &ids, sent);
         } else if let Some((record, keys)) = self.new_keys(step, found) {
@@ -230,7 +243,23 @@ impl<C: Api> Executor<'_, C> {
         }
         tracing::debug!(step = step.label(), made = ?ids, "wrote to Close");
         id_cache.remember_created(&self.desired.identity, ids.clone(), self.decision.is_new_person());
-        Ok(ids)
+        if look_up_again { Err(Stopped::NotShown(ids.lead)) } else { Ok(ids) }
+    }
+
+    /// The Contact of a new Lead, where Close's answer did not show it.
+    async fn new_contact(&self, lead: &LeadId) -> Result<Option<ContactId>, CloseError> {
+        let (person, keys) = (&self.desired.identity, &self.context.keys);
+        let LeadWithPerson { people, missing, .. } = self.client.lead(lead, person, keys).await?;
+        if let Some(contact) = people.contacts.into_iter().next() {
+            return Ok(Some(contact.id));
+        }
+        for id in missing.into_iter().take(MAX_MISSING) {
+            let contact = self.client.contact(&id).await?;
+            if matches!(compare(&contact, person, keys), ContactMatch::SameUser | ContactMatch::SameEmail) {
+                return Ok(Some(id));
+            }
+        }
+        Ok(None)
     }
 
     /// Writes down a creation, or keys that a record gets, before they are sent: once, also if a 429 repeats the step.

@@ -283,15 +283,14 @@ impl<C: Api> Attempts<'_, C> {
                 match executor.execute(&step, &decided.found, &mut created).await {
                     Ok(executed) => {
                         *effect = (*effect).min(executed);
-                        let has_contact = matches!(step, Step::CreateLead { contact: Some(_), .. });
-                        let has_company = self.desired.identity.company_id.is_some();
-                        if has_contact && created.contact.is_none() && has_company {
-                            // Only a look-up in the Lead tells which Contact it is. Then the times of its fields are kept.
-                            self.decision.new_lead.clone_from(&created.lead);
-                            return Ok(None);
-                        }
                         self.record_step(step.changes(), &decided.merged, &mut decided.versions, read_at);
                         break;
+                    }
+                    Err(Stopped::NotShown(lead)) => {
+                        // A look-up finds the Contact. Then the times of its fields are kept.
+                        *effect = (*effect).min(Effect::of(&step));
+                        self.decision.new_lead = lead;
+                        return Ok(None);
                     }
                     Err(Stopped::Failed(error)) => return Err(error),
                     Err(Stopped::Changed(fresh, held)) => {

@@ -98,20 +98,29 @@ async fn an_older_event_changes_no_field_that_a_newer_one_set() {
 /// Its answer to the creation may lack the Contact (close-api.md §15).
 #[tokio::test(start_paused = true)]
 async fn an_older_event_changes_no_field_of_a_contact_that_close_did_not_show_at_its_creation() {
-    let context = context(&rules());
-    let close = FakeClose::new(&context, &[], &[]).with_fault(WriteFault::WithoutContact);
-    let newer = desired(
-        &context,
-        6,
-        json!({"userId": "u1", "traits": {"email": "jane@acme.test", "title": "CEO",
-            "company": {"id": "acme", "name": "Acme"}}}),
-    );
-    let completed = attempts(&context, &close, &newer).run_once().await.ok().unwrap();
-    assert_eq!(completed.outcome, Outcome::Synced(Effect::Created));
-    let older =
-        desired(&context, 5, json!({"userId": "u1", "traits": {"email": "jane@acme.test", "title": "CTO"}}));
-    attempts(&context, &close, &older).run_once().await.ok().unwrap();
-    assert_eq!(close.written(), ["create_lead"]);
+    for (company, read_fails) in
+        [(json!({"id": "acme", "name": "Acme"}), false), (json!(null), false), (json!(null), true)]
+    {
+        let context = context(&rules());
+        let close = FakeClose::new(&context, &[], &[]).with_fault(WriteFault::WithoutContact);
+        if read_fails {
+            close.state(|state| state.read_faults.push_back(timed_out()));
+        }
+        let newer = desired(
+            &context,
+            6,
+            json!({"userId": "u1", "traits": {"email": "jane@acme.test", "title": "CEO", "company": company}}),
+        );
+        let completed = attempts(&context, &close, &newer).run_once().await.ok().unwrap();
+        assert_eq!(completed.outcome, Outcome::Synced(Effect::Created));
+        let older = desired(
+            &context,
+            5,
+            json!({"userId": "u1", "traits": {"email": "jane@acme.test", "title": "CTO"}}),
+        );
+        attempts(&context, &close, &older).run_once().await.ok().unwrap();
+        assert_eq!(close.written(), ["create_lead"]);
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -400,7 +400,7 @@ fn nothing_is_created_twice_when_order_is_lost() {
 #[test]
 fn histories_that_once_failed_pass() {
     LazyLock::force(&CONFIG);
-    for seed in [131, 1187, 1292, 1739, 1749, 6226, 8675] {
+    for seed in [131, 204, 1187, 1292, 1739, 1749, 6226, 8675] {
         let run = run_seed(seed, RetryMode::InPlace, None);
         assert_eq!(run.problems, "", "{}", report(seed, &run));
     }
