@@ -28,9 +28,11 @@ async fn an_event_above_the_size_limit_is_rejected_without_reading_it() {
     let worker = bench.worker().await;
     let browser = Browser::of(&worker).await;
     // A client that continues to send may find the connection closed before it reads the response.
-    let csrf_token = browser.get("/page/-/test").await.csrf_token().to_owned();
+    // It would use the same connection again, so this is another client.
+    let client = Browser::of(&worker).await;
+    let csrf_token = client.get("/page/-/test").await.csrf_token().to_owned();
     let huge = format!("csrf_token={csrf_token}&event={}", "x".repeat(200_000));
-    let request = browser.http.post(format!("{}/page/-/test", browser.base)).body(huge);
+    let request = client.http.post(format!("{}/page/-/test", client.base)).body(huge);
     let kind = "application/x-www-form-urlencoded";
     let answer = request.header("content-type", kind).send().await;
     assert!(answer.is_err() || answer.unwrap().status() == StatusCode::PAYLOAD_TOO_LARGE);
