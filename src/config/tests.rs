@@ -45,7 +45,7 @@ fn the_defaults_need_only_a_key() {
 }
 
 #[test]
-fn a_duration_that_is_too_short_is_told_from_a_mistyped_one() {
+fn a_duration_that_is_too_short_is_not_called_mistyped() {
     for (value, expected) in [
         ("1m", "journal.max_age (JOURNAL_MAX_AGE): \"1m\" is too short; expected at least `1h`"),
         ("1 mo", "\"1 mo\" is not a valid duration; expected a value like `30s` or `5m`"),

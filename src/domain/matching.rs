@@ -40,6 +40,12 @@ pub enum ContactMatch {
     NoMatch,
 }
 
+impl ContactMatch {
+    pub fn is_person(self) -> bool {
+        matches!(self, Self::SameUser | Self::SameEmail)
+    }
+}
+
 /// Whether a candidate matches, and why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, IntoStaticStr)]
 #[strum(serialize_all = "snake_case")]

@@ -14,7 +14,7 @@ use crate::domain::decision::Decision;
 use crate::domain::event::Event;
 use crate::domain::mapping::tests::{rules, schema};
 use crate::domain::mapping::{Desired, Mapping, WriteRule};
-use crate::domain::matching::{Case, ContactMatch, MAX_CONTACTS, compare};
+use crate::domain::matching::{Case, MAX_CONTACTS, compare};
 use crate::domain::phone::Country;
 use crate::domain::plan::Step;
 use crate::domain::record::{
@@ -344,7 +344,7 @@ proptest! {
         for event in events {
             let Ok(desired) = setup.mapping.apply(&Event { body: event }) else { continue };
             let is_known = records.contacts.values().any(|contact| {
-                matches!(compare(contact, &desired.identity, &setup.mapping.keys), ContactMatch::SameUser | ContactMatch::SameEmail)
+                compare(contact, &desired.identity, &setup.mapping.keys).is_person()
             });
             let (decision, decided) = sync(&mut records, &caches, &setup, &[&desired]);
             let has_no_company = desired.identity.company_id.is_none();

@@ -19,7 +19,7 @@ use tokio::time::Instant;
 
 use crate::close::{CloseError, Fault, LeadWithContacts, MOMENT, Written};
 use crate::domain::mapping::{Identity, KeyFields};
-use crate::domain::matching::{ContactMatch, compare};
+use crate::domain::matching::compare;
 use crate::domain::plan::Step;
 use crate::domain::record::{Channel, Contact, ContactId, Fields, Lead, LeadId};
 use crate::sync::layered::Layered;
@@ -239,8 +239,7 @@ impl RecentRecords {
         match self.get(contact.as_str()).as_deref() {
             Some(Recent { state: State::Contact(contact), .. }) => {
                 let likeness = compare(contact, person, keys);
-                contact.lead_id.as_ref() == Some(lead)
-                    && matches!(likeness, ContactMatch::SameUser | ContactMatch::SameEmail)
+                contact.lead_id.as_ref() == Some(lead) && likeness.is_person()
             }
             Some(Recent { state: State::ContactIn(id), .. }) => id == lead,
             // Reading it shows whether it is.

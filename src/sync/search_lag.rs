@@ -189,7 +189,7 @@ mod tests {
     fn a_change_that_is_never_shown_gives_way_to_a_younger_one_more_and_more_slowly() {
         let mut kind = Kind::default();
         let age = |minutes| Some(Duration::from_mins(minutes));
-        assert!(!kind.missed(age(11)), "there is no younger one");
+        assert!(!kind.missed(age(11)), "no younger one takes its place");
         let record = RecordId::Lead(LeadId::new("lead_1"));
         let lookup = Lookup::Contact { user: None, email: None };
         let change = Change { kind: ChangeKind::Creation, at: Timestamp::UNIX_EPOCH };

@@ -14,7 +14,7 @@ use crate::close::{
 use crate::domain::decision::{Decision, LookUp};
 use crate::domain::journal::{ChangeKind, Entry, KeyHash, RecordId};
 use crate::domain::mapping::{Desired, Identity, Key};
-use crate::domain::matching::{ContactMatch, Found, compare};
+use crate::domain::matching::{Found, compare};
 use crate::domain::partial_write::{self, Remainder};
 use crate::domain::plan::{FieldVerdict, RejectedField, Step};
 use crate::domain::readback::{self, Difference};
@@ -255,7 +255,7 @@ impl<C: Api> Executor<'_, C> {
         }
         for id in missing.into_iter().take(MAX_MISSING) {
             let contact = self.client.contact(&id).await?;
-            if matches!(compare(&contact, person, keys), ContactMatch::SameUser | ContactMatch::SameEmail) {
+            if compare(&contact, person, keys).is_person() {
                 return Ok(Some(id));
             }
         }

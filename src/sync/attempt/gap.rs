@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::close::{Api, Created, CreatedIds};
 use crate::domain::journal::{ChangeKind, Entry, KeyHash, RecordId};
 use crate::domain::mapping::{Identity, Key, KeyFields};
-use crate::domain::matching::{self, ContactMatch, Found, compare, match_lead};
+use crate::domain::matching::{self, Found, compare, match_lead};
 use crate::domain::record::{Contact, Lead};
 use crate::domain::time;
 use crate::sync::attempt::Attempts;
@@ -90,27 +90,6 @@ fn is_companys(lead: &Lead, person: &Identity, keys: &KeyFields) -> bool {
     company.is_some_and(|company| match_lead(lead, company, keys) == matching::Verdict::SameCompany)
 }
 
-/// The records that were found and that a creation without an answer may be for: they were created meanwhile. A new Lead has
-/// the company id from the beginning, and its Contact is in it. Without the company id it may be a Lead that a person has just
-/// made, or taken from another company. Where the event has none, the Contact tells.
-fn created_meanwhile(pending: &Pending, found: &Found, person: &Identity, keys: &KeyFields) -> Vec<RecordId> {
-    let was_meanwhile = |date_created: &str| {
-        time::read_back(date_created).is_some_and(|created| {
-            let since_sent = created.duration_since(pending.sent);
-            since_sent >= -CLOCK_SKEW && created.duration_since(pending.ends) <= CLOCK_SKEW
-        })
-    };
-    let (leads, contacts) = found.records();
-    let leads = leads.filter(|lead| pending.creates_lead && was_meanwhile(&lead.date_created));
-    let leads: Vec<_> = leads.filter(|lead| is_companys(lead, person, keys)).collect();
-    let company = person.company_id.clone().map(|id| KeyHash::of(&Key::Company(id)));
-    let needs_lead = pending.creates_lead && company.is_some_and(|key| pending.keys.contains(&key));
-    let contacts = contacts.filter(|_| !needs_lead || !leads.is_empty());
-    let contacts = contacts.filter(|contact| was_meanwhile(&contact.date_created));
-    let leads = leads.iter().map(|lead| RecordId::Lead(lead.id.clone()));
-    leads.chain(contacts.map(|contact| RecordId::Contact(contact.id.clone()))).collect()
-}
-
 impl<C: Api> Attempts<'_, C> {
     /// Looks into the event log, or waits until there is reason to look up again. A dry run does not wait: returns false.
     pub(super) async fn close_gap(&mut self, gap: &Gap, pending: &[(Uuid, Pending)], found: &Found) -> bool {
@@ -158,15 +137,33 @@ impl<C: Api> Attempts<'_, C> {
             if !records.iter().all(|record| self.known.contains(record.as_str())) {
                 // A Lead comes with a Contact. Where only the Lead was found, the Contact is still to be found.
                 let has_contact = records.iter().any(|record| matches!(record, RecordId::Contact(_)));
-                let company = || self.keys.iter().filter(|key| matches!(key, Key::Company(_))).cloned();
-                let keys = if has_contact { self.keys.clone() } else { company().collect() };
+                let is_clear = |key: &&Key| has_contact || matches!(key, Key::Company(_));
+                let keys: Vec<Key> = self.keys.iter().filter(is_clear).cloned().collect();
                 self.settle(*operation, pending, records, &keys);
             }
         }
     }
 
+    /// The records that were found and that a creation without an answer may be for: they were created meanwhile. A new Lead has
+    /// the company id from the beginning, and its Contact is in it. Without the company id it may be a Lead that a person has just
+    /// made, or taken from another company. Where the event has none, the Contact tells.
     fn created_meanwhile(&self, pending: &Pending, found: &Found) -> Vec<RecordId> {
-        created_meanwhile(pending, found, &self.desired.identity, &self.context.keys)
+        let (person, keys) = (&self.desired.identity, &self.context.keys);
+        let was_meanwhile = |date_created: &str| {
+            time::read_back(date_created).is_some_and(|created| {
+                let since_sent = created.duration_since(pending.sent);
+                since_sent >= -CLOCK_SKEW && created.duration_since(pending.ends) <= CLOCK_SKEW
+            })
+        };
+        let (leads, contacts) = found.records();
+        let leads = leads.filter(|lead| pending.creates_lead && was_meanwhile(&lead.date_created));
+        let leads: Vec<_> = leads.filter(|lead| is_companys(lead, person, keys)).collect();
+        let company = person.company_id.clone().map(|id| KeyHash::of(&Key::Company(id)));
+        let needs_lead = pending.creates_lead && company.is_some_and(|key| pending.keys.contains(&key));
+        let contacts = contacts.filter(|_| !needs_lead || !leads.is_empty());
+        let contacts = contacts.filter(|contact| was_meanwhile(&contact.date_created));
+        let leads = leads.iter().map(|lead| RecordId::Lead(lead.id.clone()));
+        leads.chain(contacts.map(|contact| RecordId::Contact(contact.id.clone()))).collect()
     }
 
     /// These creations have created nothing but what was found.
@@ -216,9 +213,7 @@ impl<C: Api> Attempts<'_, C> {
         let has_lead = found.records().0.any(|lead| is_companys(lead, person, keys));
         let is_lead = |lead: &Lead| !has_lead && is_companys(lead, person, keys);
         let is_person = |contact: &Contact| {
-            let likeness = compare(contact, person, keys);
-            matches!(likeness, ContactMatch::SameUser | ContactMatch::SameEmail)
-                && !known_contacts.contains(&contact.id.as_str())
+            compare(contact, person, keys).is_person() && !known_contacts.contains(&contact.id.as_str())
         };
         let is_new = |id: &str| !self.gap_wait.looked_at.contains(id);
         let lead = leads.into_iter().find(|lead| is_lead(lead) && is_new(lead.id.as_str()));

@@ -196,6 +196,12 @@ impl FakeClose {
         if is_unproven { CloseError::Transient(Fault::Vanished) } else { error }
     }
 
+    /// Creates the first record and loses the answer. Search lags for an hour.
+    pub(super) fn losing_an_answer(context: &Context) -> Self {
+        let close = Self::new(context, &[], &[]).with_search_lag(Duration::from_hours(1));
+        close.with_fault(WriteFault::After(timed_out()))
+    }
+
     pub(super) fn state<T>(&self, with: impl FnOnce(&mut State) -> T) -> T {
         let mut state = self.0.lock().unwrap();
         state.let_the_person_work();

@@ -122,7 +122,7 @@ impl Law<'_> {
         let is_jane = |contact: &&Contact| {
             self.events.iter().any(|event| {
                 let likeness = compare(contact, &event.identity, self.keys);
-                matches!(likeness, ContactMatch::SameUser | ContactMatch::SameEmail)
+                likeness.is_person()
             })
         };
         let update = |allows: &dyn Fn(&InMemoryRecords) -> bool| {

@@ -1,0 +1,90 @@
+//! What is known of records that search does not show yet, in this worker and in the next one.
+
+use super::*;
+
+/// A search is not repeated for ten minutes. After that, search is still behind.
+#[tokio::test(start_paused = true)]
+async fn created_records_are_known_until_search_shows_them_without_a_restart() {
+    let context = context(&rules());
+    let lag = Duration::from_mins(30);
+    let close = FakeClose::new(&context, &[], &[]).with_search_lag(lag);
+    attempts(&context, &close, &jane(&context, 1)).run_once().await.ok().unwrap();
+    let created = Instant::now();
+    for event in 2..5 {
+        tokio::time::advance(Duration::from_secs(642)).await;
+        let other =
+            json!({"userId": format!("u{event}"), "traits": {"company": {"id": "acme", "name": "Acme"}}});
+        let (again, other) = (jane(&context, event), desired(&context, event, other));
+        let completed = attempts(&context, &close, &again).run_once().await.ok().unwrap();
+        assert_eq!(completed.outcome, Outcome::Synced(Effect::Unchanged));
+        let completed = attempts(&context, &close, &other).run_once().await.ok().unwrap();
+        assert_eq!(completed.outcome, Outcome::Synced(Effect::Added));
+    }
+    assert_eq!(close.records().leads.len(), 1);
+    assert!(created.elapsed() > lag, "the last ones came after search had caught up");
+    assert_eq!(close.written(), ["create_lead", "create_contact", "create_contact", "create_contact"]);
+    assert_eq!(counter(&context, "lag_guard_waits_total"), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_checkpoint_repeats_what_search_does_not_show_with_one_entry_for_each_record() {
+    let predecessor = context(&rules());
+    let close = FakeClose::new(&predecessor, &[], &[]).with_search_lag(Duration::from_mins(30));
+    let jane = jane(&predecessor, 1);
+    attempts(&predecessor, &close, &jane).run_once().await.ok().unwrap();
+    let mut n_keys = Vec::new();
+    let successor = context(&rules());
+    for entry in predecessor.checkpoint() {
+        if let Entry::Keys { record, keys, .. } = &entry {
+            n_keys.push((record.as_str().to_owned(), keys.len()));
+        }
+        successor.learn(entry);
+    }
+    assert_eq!(n_keys, [("lead_new1".to_owned(), 1), ("cont_new2".to_owned(), 2)]);
+    for key in jane.identity.keys() {
+        let known = predecessor.id_cache.known(std::slice::from_ref(&key));
+        assert_eq!((successor.id_cache.known(&[key]), known.len()), (known, 1));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_whose_clock_was_ahead_does_not_make_later_events_old() {
+    let context = context(&rules());
+    let year = Duration::from_hours(24 * 365);
+    let record = RecordId::Contact(ContactId::new("cont_1"));
+    let ahead = context.now() + year;
+    let fields = vec![FieldHash::of("title")];
+    context.learn(Entry::Written { record, at: ahead, fields, stored: None, updated: None });
+    let close = FakeClose::new(&context, &[acme()], &[janes_contact()]);
+    let versions = contact_versions(&context, close.contact("cont_1"));
+    assert_eq!(versions.fields[&FieldHash::of("title")], context.now());
+}
+
+/// Entries may be damaged, or written by a worker without a clock.
+#[tokio::test(start_paused = true)]
+async fn entries_of_any_time_are_learnt_and_repeated() {
+    let context = context(&rules());
+    let keys = vec![KeyHash::of(&Key::User("u1".into()))];
+    let record = || RecordId::Contact(ContactId::new("cont_1"));
+    let times = [Timestamp::MIN, Timestamp::UNIX_EPOCH, Timestamp::MAX];
+    for (number, at) in (0..).zip(times) {
+        for until in times {
+            let (operation, fields) = (Uuid::from_u128(number), vec![FieldHash::of("title")]);
+            let (stored, updated) = (Some(until), Some(until));
+            for change in [ChangeKind::Creation, ChangeKind::KeyChange] {
+                context.learn(Entry::Forgotten { change, at, until });
+                context.learn(Entry::Keys { record: record(), keys: keys.clone(), change, at });
+            }
+            context.learn(Entry::Creating { operation, keys: keys.clone(), lead: true, at });
+            context.learn(Entry::Written { record: record(), at, fields, stored, updated });
+        }
+    }
+    let gap = context.lag_guard.gap(&keys, Instant::now(), None).unwrap();
+    assert!(gap.clock <= Instant::now() + LONGEST_SEARCH_LAG, "no wait is longer");
+    let successor = super::context(&rules());
+    context.checkpoint().for_each(|entry| successor.learn(entry));
+    let close = FakeClose::new(&successor, &[acme()], &[janes_contact()]);
+    let jane = jane(&successor, 5);
+    let mut attempts = attempts(&successor, &close, &jane);
+    assert!(attempts.run_once().await.is_ok());
+}
