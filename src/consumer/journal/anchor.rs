@@ -1,13 +1,18 @@
 //! How far back the journal reaches, for commands that run beside the worker.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::StreamExt;
+use tokio::time::timeout;
 
 use crate::amqp::stream::{self, Offset};
-use crate::amqp::{BrokerError, Settings, disconnect, with_timeout};
+use crate::amqp::{BrokerError, Settings, disconnect};
 use crate::consumer::journal::takeover::further_back;
 use crate::domain::journal::{Anchor, Batch};
+
+/// A stream that holds messages sends the first within milliseconds. An empty one sends nothing, not even an end.
+const EMPTY_AFTER: Duration = Duration::from_secs(5);
 
 /// What one of the newest messages of the journal says. `None` without a journal, or if no worker has used it.
 ///
@@ -27,8 +32,7 @@ async fn find(connection: &Arc<lapin::Connection>, queue: &str) -> Result<Option
     let (mut offset, mut asked) = (Offset::Last, u64::MAX);
     for steps in 0.. {
         let mut messages = std::pin::pin!(stream::read(Arc::clone(connection), queue.to_owned(), offset));
-        // Nothing arrives from an empty journal.
-        let Ok(Some(message)) = with_timeout(async { Ok(messages.next().await) }).await else {
+        let Ok(Some(message)) = timeout(EMPTY_AFTER, messages.next()).await else {
             return Ok(None);
         };
         let message = match message {
