@@ -25,7 +25,7 @@
 
 use std::fmt;
 
-use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
+use lapin::options::{ExchangeDeclareOptions, ExchangeUnbindOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ExchangeKind};
 use serde::Serialize;
@@ -109,23 +109,52 @@ impl JournalState {
     }
 }
 
-/// Whether the journal can be used, without declaring it. `None` if a worker will declare it.
+/// What `check` finds out about the journal.
+#[derive(Clone, Debug)]
+pub enum JournalCheck {
+    /// A worker will declare it.
+    Absent,
+    /// It is used as it was declared, with a size that differs from the settings. Holds the broker's message, which names
+    /// both values. RabbitMQ does not compare ages.
+    Differs(String),
+    Exists(JournalState),
+}
+
+/// Whether the journal can be used, without declaring or changing it.
 ///
 /// # Errors
 /// When the connection is lost.
 pub async fn check_journal(
     connection: &Connection,
     settings: &Settings,
-) -> Result<Option<JournalState>, BrokerError> {
-    if !settings.journal.enabled || settings.topology == TopologyMode::Check {
-        return prepare_journal(connection, settings).await.map(Some);
+) -> Result<JournalCheck, BrokerError> {
+    match compare_journal(connection, settings).await {
+        Err(error) if error.is_about_object() => Ok(JournalCheck::Exists(JournalState::Unusable(error))),
+        found => found,
     }
-    for object in journal_objects(settings) {
-        if !object.exists(connection).await? {
-            return Ok(None);
+}
+
+async fn compare_journal(connection: &Connection, settings: &Settings) -> Result<JournalCheck, BrokerError> {
+    let declares = settings.topology == TopologyMode::Declare;
+    if !settings.journal.enabled {
+        return Ok(JournalCheck::Exists(JournalState::Disabled));
+    }
+    let missing = missing_for_journal(connection, settings).await?;
+    if !missing.is_empty() && declares {
+        return Ok(JournalCheck::Absent);
+    }
+    if !missing.is_empty() {
+        return Err(BrokerError::Incomplete(missing.iter().map(Object::to_string).collect()));
+    }
+    journal_binding(settings).try_permissions(&connection.create_channel().await?).await?;
+    for object in declares.then(|| journal_objects(settings)).into_iter().flatten() {
+        // Declaring an existing object changes nothing.
+        match object.declare(&connection.create_channel().await?).await {
+            Err(BrokerError::Conflict { detail, .. }) => return Ok(JournalCheck::Differs(detail)),
+            other => other?,
         }
     }
-    Ok(Some(JournalState::Ready))
+    Ok(JournalCheck::Exists(JournalState::Ready))
 }
 
 /// Declares the journal, or only checks that it exists, as configured.
@@ -406,6 +435,17 @@ impl Binding {
         bound.map_err(|error| {
             BrokerError::from_lapin(&error, &format!("the binding of queue `{queue}`")).while_declaring()
         })
+    }
+
+    /// Whether the user may read and write what has the exchange's name. Removes a binding of the exchange to itself, which
+    /// does not exist: RabbitMQ checks both permissions first, and then changes nothing.
+    async fn try_permissions(&self, channel: &Channel) -> Result<(), BrokerError> {
+        let exchange = self.exchange.as_str();
+        let (options, none) = (ExchangeUnbindOptions::default(), FieldTable::default());
+        let removed = channel
+            .exchange_unbind(exchange.into(), exchange.into(), self.key.as_str().into(), options, none)
+            .await;
+        removed.map_err(|error| BrokerError::from_lapin(&error, &format!("exchange `{exchange}`")))
     }
 }
 

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use crate::amqp::server_info::ServerInfo;
-use crate::amqp::{self, BrokerError, JournalState, OpenConnection, topology};
+use crate::amqp::topology::{self, JournalCheck};
+use crate::amqp::{self, BrokerError, JournalState, OpenConnection};
 use crate::cli::exposure::exposures;
 use crate::cli::failure::{CONFIGURATION, Failure, UNAVAILABLE};
 use crate::cli::input::read;
@@ -201,22 +202,33 @@ async fn check_broker(config: &Destination) -> Vec<Finding> {
     vec![
         finding(Status::Ok, subject, detail),
         finding(Status::Ok, broker.to_string(), broker.describe()),
-        journal_finding(settings, journal),
+        journal_finding(settings, &journal),
     ]
 }
 
-fn journal_finding(settings: &amqp::Settings, journal: Option<JournalState>) -> Finding {
+fn journal_finding(settings: &amqp::Settings, journal: &JournalCheck) -> Finding {
     let name = settings.journal_queue();
     let (status, detail) = match journal {
-        Some(JournalState::Ready) => (Status::Ok, format!("stream `{name}`")),
-        None => (Status::Ok, format!("stream `{name}` does not exist yet; `run` declares it")),
-        Some(JournalState::Disabled) => (
+        JournalCheck::Exists(JournalState::Ready) => (Status::Ok, format!("stream `{name}`")),
+        JournalCheck::Absent => {
+            (Status::Ok, format!("stream `{name}` does not exist yet; `run` declares it"))
+        }
+        JournalCheck::Differs(detail) => (
+            Status::Warning,
+            format!(
+                "used, but not with the configured size: {detail}; deploy/docs/ordering.md, \"Journal\", says how to \
+                 change it"
+            ),
+        ),
+        JournalCheck::Exists(JournalState::Disabled) => (
             Status::Note,
             "off (`journal.enabled`); creations wait for search after each start, and a slow search leads to \
              duplicates"
                 .to_owned(),
         ),
-        Some(JournalState::Unusable(error)) => (Status::Warning, format!("not used: {error}")),
+        JournalCheck::Exists(JournalState::Unusable(error)) => {
+            (Status::Warning, format!("not used: {error}"))
+        }
     };
     finding(status, "journal", detail)
 }
@@ -227,7 +239,7 @@ type Depth = Option<topology::Depth>;
 /// The broker's version and features, the depths of the work queue and the dead-letter queue, and the journal.
 async fn query_broker(
     settings: &amqp::Settings,
-) -> Result<(ServerInfo, (Depth, Depth), Option<JournalState>), BrokerError> {
+) -> Result<(ServerInfo, (Depth, Depth), JournalCheck), BrokerError> {
     let OpenConnection { connection, server: broker, .. } = settings.open("close-sync check").await?;
     match settings.topology {
         amqp::TopologyMode::Declare => topology::compare(&connection, settings).await?,

@@ -197,6 +197,8 @@ async fn a_worker_that_may_not_use_the_journal_works_without_it() {
         node.ctl(&["set_permissions", "worker", "^$", write, read]).await;
         let bench = Bench::on(&node.url, Settings::fast()).await.named("identify", "close-sync");
         let bench = login(bench.unset("RETRY_DELAYS"), "worker").set("AMQP_TOPOLOGY", "check");
+        let (code, text) = bench.run_combined(&["check"], "").await;
+        assert!(code == Some(0) && text.contains("not used: permission denied by RabbitMQ"), "{text}");
         let worker = bench.worker().await;
         bench.publish(&[identify(&format!("u{number}"), json!({}))]).await;
         let metrics = worker.settled(1).await;

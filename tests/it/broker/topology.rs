@@ -110,3 +110,17 @@ async fn binding_keys_decide_which_messages_reach_the_work_queue() {
     worker.settled(2).await;
     worker.terminate().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn check_compares_the_size_of_the_journal() {
+    let bench = Bench::new().await;
+    bench.worker().await.terminate().await;
+    let same = bench.transcript(&["check"], b"").await;
+    assert!(same.contains("ok      journal: stream `QUEUE.journal`\n"), "{same}");
+    let bench = bench.set("JOURNAL_MAX_BYTES", "123456789");
+    let other = bench.transcript(&["check"], b"").await;
+    assert!(other.contains("warning journal: used, but not with the configured size"), "{other}");
+    assert!(other.contains("123456789"), "{other}");
+    // It was not changed.
+    assert_eq!(bench.sync(&[identify("u1", json!({}))]).await.outcomes(), [("created", 1)].into());
+}
