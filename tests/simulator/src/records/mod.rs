@@ -135,7 +135,8 @@ impl Records {
         if let Some(record) = self.by_id.get_mut(id) {
             record.plain.extend(patch.plain);
             patch.custom.apply(&mut record.custom);
-            record.updated = now;
+            // The date of a new Contact is a moment ahead.
+            record.updated = now.max(record.updated);
         }
         for contact in contacts {
             let patch = Patch { lead_id: Some(id.to_owned()), ..contact };
@@ -575,6 +576,16 @@ mod tests {
         let event = &records.events.page(&[], EventData::Kept, at(1000)).unwrap()["data"][0];
         assert_eq!(event["changed_fields"], json!(["emails"]));
         assert_eq!(event["previous_data"]["emails"][0]["email"], "a@b.test");
+    }
+
+    #[test]
+    fn no_change_is_dated_before_the_creation() {
+        let mut records = records();
+        let id = lead(&mut records, json!({"contacts": [{"name": "Jane"}]}));
+        let jane = contact_ids(&records, &id)[0].as_str().unwrap().to_owned();
+        let now = records.get(Kind::Lead, &id).unwrap()["date_created"].as_str().unwrap().parse().unwrap();
+        let joe = records.update(Kind::Contact, &jane, &map(json!({"name": "Joe"})), now).unwrap();
+        assert_eq!((&joe["name"], &joe["date_updated"]), (&json!("Joe"), &joe["date_created"]));
     }
 
     #[test]
