@@ -1,8 +1,8 @@
 //! Embeds the commit of the build, for `--version` and the metrics.
 //!
 //! The commit is the variable `CLOSE_SYNC_COMMIT` (for builds without git, of a container image for example), or else
-//! the answer of git, with `-dirty` if there are uncommitted changes. Without either it is `unknown`. In debug builds it
-//! is `debug`, because otherwise each commit would rebuild everything.
+//! the answer of git, with `-dirty` if there are uncommitted changes. Without either it is `unknown`. In builds with debug
+//! assertions it is `debug`, because otherwise each commit would rebuild everything.
 
 #![expect(clippy::disallowed_methods, reason = "cargo passes arguments to build scripts in variables")]
 
@@ -14,7 +14,7 @@ const COMMIT: &str = "CLOSE_SYNC_COMMIT";
 fn main() {
     println!("cargo::rerun-if-env-changed={COMMIT}");
     let given = std::env::var(COMMIT).ok().filter(|commit| !commit.is_empty());
-    let is_debug = std::env::var("PROFILE").is_ok_and(|profile| profile == "debug");
+    let is_debug = std::env::var_os("CARGO_CFG_DEBUG_ASSERTIONS").is_some();
     let commit = given.or_else(|| if is_debug { Some("debug".to_owned()) } else { ask_git() });
     println!("cargo::rustc-env={COMMIT}={}", commit.as_deref().unwrap_or("unknown"));
 }

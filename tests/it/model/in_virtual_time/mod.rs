@@ -13,7 +13,7 @@
 //! **Judgement.** Whatever the lag: no record twice, no message lost, no newer value overwritten, and nothing waits for longer
 //! than [`time_limit`]. Without a journal, the workers need a short lag, and custom fields for the times of events.
 //!
-//! `CLOSE_SYNC_MODEL_SEEDS` sets the number of seeds and `CLOSE_SYNC_MODEL_FIRST` the first. The test prints the
+//! `CLOSE_SYNC_VIRTUAL_SEEDS` sets the number of seeds and `CLOSE_SYNC_MODEL_FIRST` the first. The test prints the
 //! first seed that fails, with its history, the failures during the run, and all calls.
 
 mod broker;
@@ -335,10 +335,10 @@ impl Total {
 }
 
 /// Runs the seeds on all cores. Panics with the report of the first seed that fails.
-fn run_seeds(retry_mode: RetryMode, default_seeds: u64) {
+fn run_seeds(retry_mode: RetryMode) {
     LazyLock::force(&CONFIG);
     let first = number("CLOSE_SYNC_MODEL_FIRST", 0);
-    let seeds = first..first + number("CLOSE_SYNC_MODEL_SEEDS", default_seeds);
+    let seeds = first..first + number("CLOSE_SYNC_VIRTUAL_SEEDS", 50);
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let began = WallClock::now();
     let mut total = Total::default();
@@ -387,12 +387,12 @@ fn print(text: &str) {
 
 #[test]
 fn close_matches_the_model() {
-    run_seeds(RetryMode::InPlace, 100);
+    run_seeds(RetryMode::InPlace);
 }
 
 #[test]
 fn nothing_is_created_twice_when_order_is_lost() {
-    run_seeds(RetryMode::DelayQueues, 30);
+    run_seeds(RetryMode::DelayQueues);
 }
 
 /// Histories in which faults were found: a creation settled by what a failed attempt had found, a new Contact that Close did

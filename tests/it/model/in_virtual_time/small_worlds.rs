@@ -17,7 +17,7 @@ use std::collections::HashSet;
 use std::collections::hash_map::DefaultHasher;
 use std::fmt::Write as _;
 use std::hash::{Hash, Hasher};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::{Duration, Instant as WallClock};
 
 use close_sync::domain::staleness::SyncedAtFields;
@@ -343,26 +343,39 @@ fn small_worlds_have_no_bad_schedule() {
         let of_one = [Faults { crash: true, ..LOST }, Faults { catch_up: true, ..LOST }, SUPERSEDED];
         of_one.into_iter().map(|faults| (vec![0], faults)).collect()
     };
+    LazyLock::force(&CONFIG);
     let began = WallClock::now();
-    let (mut states, mut schedules, mut steps) = (0, 0, 0);
-    for (kinds, faults) in &worlds {
-        let explored = explore(kinds, *faults);
-        if let Some(problem) = explored.problem {
-            panic!("{}{faults:?}\n{problem}", history(kinds));
+    let remaining = Mutex::new(worlds.iter());
+    let explore_remaining = || {
+        let mut total = [0, 0, 0];
+        loop {
+            let next = remaining.lock().unwrap().next();
+            let Some((kinds, faults)) = next else { return total };
+            let explored = explore(kinds, *faults);
+            if let Some(problem) = explored.problem {
+                panic!("{}{faults:?}\n{problem}", history(kinds));
+            }
+            let counts = [explored.states.len(), explored.schedules, explored.steps];
+            print(&format!(
+                "{kinds:?} {faults:?}: {} (states, schedules, steps), {:?}",
+                counts.map(|count| count.to_string()).join(", "),
+                began.elapsed()
+            ));
+            total = add(total, counts);
         }
-        let counts = (explored.states.len(), explored.schedules, explored.steps);
-        print(&format!(
-            "{kinds:?} {faults:?}: {} states, {} schedules of {} steps in all, {:?}",
-            counts.0,
-            counts.1,
-            counts.2,
-            began.elapsed()
-        ));
-        (states, schedules, steps) = (states + counts.0, schedules + counts.1, steps + counts.2);
-    }
+    };
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let [states, schedules, steps] = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..cores).map(|_| scope.spawn(explore_remaining)).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).fold([0, 0, 0], add)
+    });
     print(&format!(
         "{} worlds: {states} states, {schedules} schedules of {steps} steps in all",
         worlds.len()
     ));
     assert!(states > 300, "{states} states");
+}
+
+fn add(one: [usize; 3], other: [usize; 3]) -> [usize; 3] {
+    [one[0] + other[0], one[1] + other[1], one[2] + other[2]]
 }
