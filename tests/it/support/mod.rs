@@ -249,15 +249,6 @@ impl Bench {
         channel.basic_consume(name, "".into(), options, none).await.unwrap()
     }
 
-    /// Waits until a worker has declared its queues.
-    pub(crate) async fn queues_exist(&self) {
-        let start = Instant::now();
-        while self.try_depth(".dead").await.is_err() {
-            assert!(start.elapsed() < TIMEOUT, "no queues");
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    }
-
     /// Waits until the queue with this suffix has exactly this many ready messages.
     pub(crate) async fn depth_becomes(&self, suffix: &str, wanted: u32) {
         let start = Instant::now();

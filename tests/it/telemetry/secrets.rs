@@ -47,9 +47,9 @@ async fn no_level_of_the_log_shows_secrets_or_bodies() {
         bench.refuse("grace");
 
         let worker = bench.starting_worker();
+        worker.until("connected", async |worker| worker.logged("broker_connected") > 0).await;
         let [email, name, other] = PERSONAL;
         // Synced after a 401, which pauses the worker; rejected by Close; not JSON.
-        bench.queues_exist().await;
         bench.publish(&[identify("u1", json!({"email": email, "name": name}))]).await;
         worker.until("paused", async |worker| worker.logged("pause_began") > 0).await;
         bench.publish(&[identify("u2", json!({"email": other}))]).await;
