@@ -24,12 +24,14 @@
 //! the first message of a channel when its leader does not answer in time (`reject_publish` in `rabbit_fifo_client`).
 
 use std::fmt;
+use std::time::Duration;
 
 use lapin::options::{ExchangeDeclareOptions, ExchangeUnbindOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ExchangeKind};
 use serde::Serialize;
 use strum::IntoStaticStr;
+use tokio::time::Instant;
 
 use crate::amqp::connection::{OpenConnection, disconnect};
 use crate::amqp::error::BrokerError;
@@ -43,6 +45,11 @@ pub const NOW: &str = "now";
 /// The key of the retry exchange for the outcomes of replayed messages. A queue is bound to it only while a replay
 /// runs.
 pub(crate) const REPLAYED: &str = "replayed";
+
+/// A broker that has just started may answer before a stream runs: "home node is down or inaccessible". The stream starts some
+/// seconds later. Where its nodes are gone, the worker goes on without it.
+const STREAM_STARTS_WITHIN: Duration = Duration::from_secs(15);
+const TRY_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// The size of a segment of the journal, in bytes. Larger than what is written between two checkpoints of a small journal.
 const JOURNAL_SEGMENT: i64 = 16 << 20;
@@ -144,13 +151,16 @@ async fn compare_journal(connection: &Connection, settings: &Settings) -> Result
         return Ok(JournalCheck::Absent);
     }
     if !missing.is_empty() {
-        return Err(BrokerError::Incomplete(missing.iter().map(Object::to_string).collect()));
+        let incomplete = BrokerError::Incomplete(missing.iter().map(Object::to_string).collect());
+        return Ok(JournalCheck::Exists(JournalState::Unusable(incomplete)));
     }
     journal_binding(settings).try_permissions(&connection.create_channel().await?).await?;
     for object in declares.then(|| journal_objects(settings)).into_iter().flatten() {
         // Declaring an existing object changes nothing.
         match object.declare(&connection.create_channel().await?).await {
-            Err(BrokerError::Conflict { detail, .. }) => return Ok(JournalCheck::Differs(detail)),
+            Err(BrokerError::Conflict { detail, .. }) if matches!(object, Object::Queue { .. }) => {
+                return Ok(JournalCheck::Differs(detail));
+            }
             other => other?,
         }
     }
@@ -169,11 +179,21 @@ pub async fn prepare_journal(
         return Ok(JournalState::Disabled);
     }
     let declares = settings.topology == TopologyMode::Declare;
-    let (mut missing, mut trouble) = (missing_for_journal(connection, settings).await?, None);
-    if declares && !missing.is_empty() {
-        trouble = Box::pin(declare_for_journal(settings, &missing)).await.err();
-        missing = missing_for_journal(connection, settings).await?;
-    }
+    let start = Instant::now();
+    let (missing, trouble) = loop {
+        let (mut missing, mut trouble) = (missing_for_journal(connection, settings).await?, None);
+        if declares && !missing.is_empty() {
+            trouble = Box::pin(declare_for_journal(settings, &missing)).await.err();
+            missing = missing_for_journal(connection, settings).await?;
+        }
+        // Only the stream is missing: it is there and does not run yet, or an administrator has not made it.
+        let may_start = matches!(missing.as_slice(), [Object::Queue { .. }])
+            && matches!(trouble, None | Some(BrokerError::Missing(_)));
+        if !may_start || start.elapsed() >= STREAM_STARTS_WITHIN {
+            break (missing, trouble);
+        }
+        tokio::time::sleep(TRY_AGAIN_AFTER).await;
+    };
     if !missing.is_empty() {
         let missing = missing.iter().map(Object::to_string).collect();
         return Ok(JournalState::Unusable(trouble.unwrap_or(BrokerError::Incomplete(missing))));
