@@ -13,7 +13,7 @@
 //! **Judgement.** Whatever the lag: no record twice, no message lost, no newer value overwritten, and nothing waits for longer
 //! than [`time_limit`]. Without a journal, the workers need a short lag, and custom fields for the times of events.
 //!
-//! `CLOSE_SYNC_VIRTUAL_SEEDS` sets the number of seeds and `CLOSE_SYNC_MODEL_FIRST` the first. The test prints the
+//! `CLOSE_SYNC_VIRTUAL_SEEDS` sets the number of histories of both tests and `CLOSE_SYNC_MODEL_FIRST` the first. The test prints the
 //! first seed that fails, with its history, the failures during the run, and all calls.
 
 mod broker;
@@ -338,7 +338,13 @@ impl Total {
 fn run_seeds(retry_mode: RetryMode) {
     LazyLock::force(&CONFIG);
     let first = number("CLOSE_SYNC_MODEL_FIRST", 0);
-    let seeds = first..first + number("CLOSE_SYNC_VIRTUAL_SEEDS", 50);
+    let all = number("CLOSE_SYNC_VIRTUAL_SEEDS", 100);
+    // Messages that circulate take more steps.
+    let over_delay_queues = (all / 5).max(1);
+    let seeds = match retry_mode {
+        RetryMode::InPlace => first..first + all.saturating_sub(over_delay_queues).max(1),
+        RetryMode::DelayQueues => first..first + over_delay_queues,
+    };
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let began = WallClock::now();
     let mut total = Total::default();
