@@ -161,6 +161,7 @@ impl Client {
     async fn search(&self, lookup: Lookup) -> Result<Rows, CloseError> {
         let rows = self.search.look_up(&self.requests, lookup).await.map_err(|failed| {
             self.duplicate_failure.store(failed.duplicate, Ordering::Relaxed);
+            self.requests.add_calls(failed.calls);
             failed.error
         })?;
         self.requests.add_calls(rows.calls);

@@ -58,7 +58,8 @@ impl Search {
             tokio::spawn(async move { search.run_batches(&requests, &kind).await });
         }
         // The sender is dropped without an answer when the search panics.
-        let lost = |_| Failed { error: CloseError::Transient(Fault::ConnectionLost), duplicate: false };
+        let lost =
+            |_| Failed { error: CloseError::Transient(Fault::ConnectionLost), duplicate: false, calls: 0 };
         received.await.map_err(lost)?
     }
 
@@ -110,10 +111,14 @@ impl Search {
                 let results = search.instrument(span).await;
                 let calls = requests.calls();
                 for (number, (answer, mut result)) in (0..).zip(answers.into_iter().zip(results)) {
+                    let counted = if number == 0 { calls } else { 0 };
                     match &mut result {
-                        Ok(rows) => rows.calls = if number == 0 { calls } else { 0 },
-                        // As many look-ups report the failure as calls failed.
-                        Err(failed) => failed.duplicate = number >= calls,
+                        Ok(rows) => rows.calls = counted,
+                        Err(failed) => {
+                            failed.calls = counted;
+                            // As many look-ups report the failure as calls failed.
+                            failed.duplicate = number >= calls;
+                        }
                     }
                     // A caller that gave up needs no answer.
                     let _ = answer.send(result);
@@ -158,7 +163,7 @@ impl Search {
                 let exact = alone && matches!(mode, TextMode::ExactValue);
                 Ok(Rows { found, more: *more, exact, calls: 0 })
             }
-            Err(error) => Err(Failed { error: error.clone(), duplicate: false }),
+            Err(error) => Err(Failed { error: error.clone(), duplicate: false, calls: 0 }),
         };
         lookups.iter().map(part).collect()
     }
@@ -290,7 +295,7 @@ mod tests {
         let (client, calls) = client(|_, _| (400, json!({"error": "Unknown custom field 'cf_c'."})));
         let error = client.find_leads(&field(), "acme").await.unwrap_err();
         assert!(matches!(error, CloseError::Rejected(rejection) if rejection.field_is_missing()));
-        assert_eq!(calls().len(), 1);
+        assert_eq!((calls().len(), client.calls()), (1, 1), "a failed search counts");
     }
 
     #[tokio::test(start_paused = true)]

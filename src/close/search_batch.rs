@@ -30,6 +30,8 @@ pub(crate) struct Failed {
     pub(crate) error: CloseError,
     /// Another look-up of the same search reports the failure.
     pub(crate) duplicate: bool,
+    /// As in [`Rows`].
+    pub(crate) calls: u32,
 }
 
 /// Rows of a search.
