@@ -33,6 +33,8 @@ const CAPACITY: u64 = 32 << 20;
 const ENTRY: usize = 150;
 /// What an id takes beside its text, in bytes.
 const ID: usize = 80;
+/// In bytes, of Contacts that are somebody else's: about 40,000.
+const OTHERS_CAPACITY: u64 = 8 << 20;
 /// The most Contacts of one key. Only few are updated, and a page of a search has no more.
 const MAX_CONTACTS: usize = 100;
 
@@ -40,6 +42,9 @@ const MAX_CONTACTS: usize = 100;
 #[derive(Clone, Debug)]
 pub struct IdCache {
     entries: Layered<KeyHash, Entry>,
+    /// The user ids of Contacts that have an email of an event and another user id than the event. `None`: the Contact no
+    /// longer has one, which in a rehearsal covers what the worker knows.
+    others: Layered<ContactId, Option<KeyHash>>,
     /// What searches have shown before this no longer saves one.
     searched_since: Arc<Mutex<Option<Instant>>>,
     evicted: Arc<Mutex<Vec<Change>>>,
@@ -128,7 +133,16 @@ impl IdCache {
             .eviction_policy(EvictionPolicy::lru())
             .eviction_listener(note)
             .build();
-        Self { entries: Layered::new(entries), searched_since: Arc::default(), evicted }
+        let others = Cache::builder()
+            .weigher(|id: &ContactId, _: &Option<KeyHash>| {
+                u32::try_from(ENTRY.saturating_add(id.as_str().len())).unwrap_or(u32::MAX)
+            })
+            .max_capacity(OTHERS_CAPACITY)
+            .eviction_policy(EvictionPolicy::lru())
+            .time_to_live(LONGEST_SEARCH_LAG)
+            .build();
+        let (entries, others) = (Layered::new(entries), Layered::new(others));
+        Self { entries, others, searched_since: Arc::default(), evicted }
     }
 
     /// A cache for a rehearsal: it knows what this one knows, and keeps what it learns for itself.
@@ -137,7 +151,11 @@ impl IdCache {
         copy.searched_since.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&self.searched_since());
         let evicted = self.evicted.lock().unwrap_or_else(PoisonError::into_inner).clone();
         copy.evicted.lock().unwrap_or_else(PoisonError::into_inner).extend(evicted);
-        Self { entries: self.entries.covered_by(copy.entries.own().clone()), ..copy }
+        Self {
+            entries: self.entries.covered_by(copy.entries.own().clone()),
+            others: self.others.covered_by(copy.others.own().clone()),
+            ..copy
+        }
     }
 
     fn searched_since(&self) -> Option<Instant> {
@@ -297,6 +315,22 @@ impl IdCache {
             entry.known.retain(|known| !matches!(&known.id, RecordId::Contact(known) if known == id));
             entry.complete = None;
         });
+    }
+
+    /// Close shows a Contact that has the email of an event with this user id, or without one.
+    pub(crate) fn shown_with(&self, id: &ContactId, user: Option<&str>) {
+        let user = user.map(|user| KeyHash::of(&Key::User(user.to_owned())));
+        let known = self.others.get(id);
+        if known.flatten() != user {
+            self.others.insert(id.clone(), user);
+        }
+    }
+
+    /// Whether the Contact has another user id than the person, as far as is known. Then its email alone does not count, and it
+    /// need not be read for each person with this email. A person who removes its user id is noticed when search shows that.
+    pub(crate) fn is_somebody_else(&self, id: &ContactId, person: &Identity) -> bool {
+        let known = self.others.get(id).flatten();
+        known.zip(person.user()).is_some_and(|(known, user)| known != KeyHash::of(&user))
     }
 
     /// There may be more Contacts with the key than are cached.

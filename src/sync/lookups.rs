@@ -229,8 +229,31 @@ impl<R: Records> Lookups<'_, R> {
         if !stale {
             self.recent.remember(&record);
         }
-        let found = self.with_cached(person.email(), Vec::new());
-        Ok(self.with_email(record, person, &found))
+        let cached = person.email().map(|key| self.id_cache.contacts(&key).ids).unwrap_or_default();
+        let record = self.with_email(record, person, &cached);
+        self.note_user(&record, person);
+        Ok(record)
+    }
+
+    fn user_of<'c>(&self, contact: &'c Contact) -> Option<&'c str> {
+        self.keys.user.as_ref().and_then(|field| contact.custom(field))
+    }
+
+    /// Remembers who a Contact is that was read, if it has the person's email and is somebody else.
+    fn note_user(&self, contact: &Contact, person: &Identity) {
+        let theirs = self.user_of(contact);
+        if theirs.is_none() || compare(contact, person, self.keys) == ContactMatch::Conflict {
+            self.id_cache.shown_with(&contact.id, theirs);
+        }
+    }
+
+    /// Whether the Contact need not be read, because it has the person's email and is known to be somebody else.
+    pub(crate) fn is_somebody_else(&mut self, id: &ContactId, person: &Identity) -> bool {
+        let is_else = self.id_cache.is_somebody_else(id, person);
+        if is_else {
+            self.note_candidate(id.as_str(), Verdict::DifferentPerson);
+        }
+        is_else
     }
 
     /// Notes a read that began at this time, and was sent when there was budget for it.
@@ -303,6 +326,9 @@ impl<R: Records> Lookups<'_, R> {
             let hits = self.records.find_contacts(user, None).await?;
             self.note(LookUp::SearchedContacts(hits.contacts.len()));
             candidates.extend(hits.contacts);
+        }
+        for contact in candidates.iter().filter(|contact| self.user_of(contact).is_none()) {
+            self.id_cache.shown_with(&contact.id, None);
         }
         let answered = Instant::now();
         // Where there is a user id, showing the email alone proves nothing: custom fields may lag more.

@@ -201,7 +201,9 @@ impl<R: Records> Resolver<'_, R> {
         // One that is cached under the user id may have only the email, because a switch forbids to write the user id. It
         // counts also if neither search nor the cache has it under the email.
         // The record may show the emails that the search leaves out.
-        let mut ids = [self.lookups.with_cached(person.email(), by_email), unclear].concat();
+        let mut ids = self.lookups.with_cached(person.email(), by_email);
+        ids.retain(|id| !self.lookups.is_somebody_else(id, person));
+        ids.extend(unclear);
         ids.sort();
         ids.dedup();
         ids.retain(|id| !read.contains(id));

@@ -4,7 +4,7 @@ use futures_util::FutureExt;
 use serde_json::{Value, json};
 
 use crate::close::in_memory::InMemoryRecords;
-use crate::close::{CloseError, Fault};
+use crate::close::{CloseError, CreatedIds, Fault, Written};
 use crate::domain::decision::{Decision, LookUp};
 use crate::domain::dropped::DropReason;
 use crate::domain::event::Event;
@@ -493,4 +493,46 @@ fn of_many_contacts_that_a_lead_lists_only_by_id_only_the_person_is_read() {
     let decision = decide_traits(&records, &IdCache::default(), traits, Switches::default());
     let read = decision.look_ups.iter().filter(|look_up| matches!(look_up, LookUp::Read(_))).count();
     assert_eq!((decision.case, read), (Some(Case::KnownPerson), 2));
+}
+
+/// The ids of the records that were read.
+fn reads(decision: &Decision) -> Vec<&str> {
+    let look_ups = decision.look_ups.iter();
+    look_ups.filter_map(|one| if let LookUp::Read(id) = one { Some(id.as_str()) } else { None }).collect()
+}
+
+fn with_shared_email(user_id: Option<&str>) -> Value {
+    json!({"type": "identify", "userId": user_id, "traits": {"email": "jane@acme.test", "name": "Jane"}})
+}
+
+/// A Contact that was read is not read again for each new person with the same email. That would be quadratic.
+#[test]
+fn people_who_share_an_email_are_read_once() {
+    for is_frozen in [false, true] {
+        let mut records = InMemoryRecords::default();
+        if is_frozen {
+            records = records.with_frozen_search();
+        }
+        let id_cache = IdCache::default();
+        for number in 0..30 {
+            let body = with_shared_email(Some(&format!("u{number}")));
+            let identity = mapping().apply(&Event { body: body.clone() }).unwrap().identity;
+            let decision = try_decide(&records, &id_cache, body, Switches::default()).unwrap();
+            assert_eq!(steps(&decision), [("create_lead", None)], "{number}");
+            assert!(reads(&decision).len() <= 1, "{number}: {:?}", decision.look_ups);
+            let Written::Lead(new) = records.apply(&decision.plan.steps[0]) else { panic!("no Lead") };
+            let created = CreatedIds { lead: Some(new.lead.id), contact: Some(new.contacts[0].id.clone()) };
+            id_cache.remember_created(&identity, created, false);
+        }
+    }
+}
+
+#[test]
+fn a_person_with_a_shared_email_who_loses_the_user_id_is_found_by_the_email() {
+    let leads = [lead("lead_1", "2026-01-01", None)];
+    let id_cache = IdCache::default();
+    for (theirs, case) in [(Some("u2"), Case::NoMatch), (None, Case::KnownPerson)] {
+        let records = InMemoryRecords::read(&leads, &[contact("cont_1", "lead_1", theirs)]);
+        assert_eq!(decide_person(&records, &id_cache).case, Some(case));
+    }
 }
