@@ -266,3 +266,20 @@ async fn the_last_of_many_events_about_a_person_wins() {
     names.sort_unstable();
     assert_eq!(names, ["Name 57", "Name 58", "Name 59"]);
 }
+
+/// Another user id makes them different people, and how many they are makes no event more expensive.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_number_of_people_with_one_email_costs_no_calls() {
+    const PEOPLE: usize = 150;
+    let bench = Bench::new().await;
+    let worker = bench.worker().await;
+    let before = bench.simulator.requests().len();
+    let person = |number| identify(&format!("u{number}"), json!({"email": "office@acme.test"}));
+    bench.publish(&(0..PEOPLE).map(person).collect::<Vec<_>>()).await;
+    worker.settled(PEOPLE).await;
+    assert_eq!(bench.simulator.contacts().len(), PEOPLE);
+    let calls = bench.simulator.requests().len() - before;
+    // A search, a creation, and reads of those that others create at the same time. Once, each read all: 77 calls.
+    assert!(calls <= 10 * PEOPLE, "{calls} calls for {PEOPLE} people");
+    worker.terminate().await;
+}
