@@ -20,7 +20,7 @@ const ACK_AFTER: u16 = 200;
 /// A node that has just started has no running replica of the stream for some seconds, and refuses to read from it.
 const REPLICA_STARTS_WITHIN: Duration = Duration::from_secs(30);
 /// The wait before it is tried again.
-const TRY_AGAIN_AFTER: Duration = Duration::from_secs(1);
+pub(super) const TRY_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// Where reading begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -37,6 +37,7 @@ use crate::amqp::connection::{OpenConnection, disconnect};
 use crate::amqp::error::BrokerError;
 use crate::amqp::server_info::DELIVERY_LIMIT;
 use crate::amqp::settings::{Delay, JournalSettings, Settings, TopologyMode};
+use crate::amqp::stream::TRY_AGAIN_AFTER;
 
 /// The key of the retry exchange that routes to the work queue without delay. Delay queues and replays publish with
 /// it. Through the exchange of the producers, every other queue bound to that would receive a copy.
@@ -49,7 +50,6 @@ pub(crate) const REPLAYED: &str = "replayed";
 /// A broker that has just started may answer before a stream runs: "home node is down or inaccessible". The stream starts some
 /// seconds later. Where its nodes are gone, the worker goes on without it.
 const STREAM_STARTS_WITHIN: Duration = Duration::from_secs(15);
-const TRY_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// The size of a segment of the journal, in bytes. Larger than what is written between two checkpoints of a small journal.
 const JOURNAL_SEGMENT: i64 = 16 << 20;

@@ -104,8 +104,13 @@ impl Verdict {
     }
 }
 
+/// The user id that a Contact has.
+pub(crate) fn user_of<'c>(contact: &'c Contact, keys: &KeyFields) -> Option<&'c str> {
+    keys.user.as_ref().and_then(|field| contact.custom(field))
+}
+
 pub fn compare(contact: &Contact, person: &Identity, keys: &KeyFields) -> ContactMatch {
-    let theirs = keys.user.as_ref().and_then(|field| contact.custom(field));
+    let theirs = user_of(contact, keys);
     if theirs.is_some() && theirs == person.user_id.as_deref() {
         return ContactMatch::SameUser;
     }
@@ -119,7 +124,7 @@ pub fn compare(contact: &Contact, person: &Identity, keys: &KeyFields) -> Contac
 
 /// Whether a Contact may be the person although it does not match: Close does not show its emails, and no user id decides.
 pub fn may_be(contact: &Contact, person: &Identity, keys: &KeyFields) -> bool {
-    let theirs = keys.user.as_ref().and_then(|field| contact.custom(field));
+    let theirs = user_of(contact, keys);
     let shows_emails =
         contact.lists.contains_key(&Channel::Email) || !contact.unknown_lists.contains(&Channel::Email);
     person.email.is_some() && !shows_emails && (theirs.is_none() || person.user_id.is_none())

@@ -12,7 +12,7 @@ use crate::domain::journal::RecordId;
 use crate::domain::mapping::{Identity, Key, KeyFields};
 use crate::domain::matching::{
     ContactMatch, MAX_CONTACTS, MatchedContacts, Verdict, company_leads, compare, match_contacts, match_lead,
-    may_be,
+    may_be, user_of,
 };
 use crate::domain::plan::Step;
 use crate::domain::record::{Channel, Contact, ContactId, Entry, FieldId, Lead, LeadId};
@@ -229,19 +229,15 @@ impl<R: Records> Lookups<'_, R> {
         if !stale {
             self.recent.remember(&record);
         }
-        let cached = person.email().map(|key| self.id_cache.contacts(&key).ids).unwrap_or_default();
+        let cached = self.with_cached(person.email(), Vec::new());
         let record = self.with_email(record, person, &cached);
         self.note_user(&record, person);
         Ok(record)
     }
 
-    fn user_of<'c>(&self, contact: &'c Contact) -> Option<&'c str> {
-        self.keys.user.as_ref().and_then(|field| contact.custom(field))
-    }
-
     /// Remembers who a Contact is that was read, if it has the person's email and is somebody else.
     fn note_user(&self, contact: &Contact, person: &Identity) {
-        let theirs = self.user_of(contact);
+        let theirs = user_of(contact, self.keys);
         if theirs.is_none() || compare(contact, person, self.keys) == ContactMatch::Conflict {
             self.id_cache.shown_with(&contact.id, theirs);
         }
@@ -327,7 +323,7 @@ impl<R: Records> Lookups<'_, R> {
             self.note(LookUp::SearchedContacts(hits.contacts.len()));
             candidates.extend(hits.contacts);
         }
-        for contact in candidates.iter().filter(|contact| self.user_of(contact).is_none()) {
+        for contact in candidates.iter().filter(|contact| user_of(contact, self.keys).is_none()) {
             self.id_cache.shown_with(&contact.id, None);
         }
         let answered = Instant::now();

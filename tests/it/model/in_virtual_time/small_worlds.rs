@@ -356,9 +356,9 @@ fn small_worlds_have_no_bad_schedule() {
                 panic!("{}{faults:?}\n{problem}", history(kinds));
             }
             let counts = [explored.states.len(), explored.schedules, explored.steps];
+            let [states, schedules, steps] = counts;
             print(&format!(
-                "{kinds:?} {faults:?}: {} (states, schedules, steps), {:?}",
-                counts.map(|count| count.to_string()).join(", "),
+                "{kinds:?} {faults:?}: {states} states, {schedules} schedules of {steps} steps in all, {:?}",
                 began.elapsed()
             ));
             total = add(total, counts);
