@@ -104,6 +104,11 @@ impl Verdict {
     }
 }
 
+/// The company id that a Lead has.
+pub(crate) fn company_of<'l>(lead: &'l Lead, keys: &KeyFields) -> Option<&'l str> {
+    keys.company.as_ref().and_then(|field| lead.custom(field))
+}
+
 /// The user id that a Contact has.
 pub(crate) fn user_of<'c>(contact: &'c Contact, keys: &KeyFields) -> Option<&'c str> {
     keys.user.as_ref().and_then(|field| contact.custom(field))
@@ -180,7 +185,7 @@ pub fn match_contacts(mut candidates: Vec<Contact>, person: &Identity, keys: &Ke
 
 /// Compares a Lead with a company.
 pub fn match_lead(lead: &Lead, company_id: &str, keys: &KeyFields) -> Verdict {
-    match keys.company.as_ref().and_then(|field| lead.custom(field)) {
+    match company_of(lead, keys) {
         Some(id) if id == company_id => Verdict::SameCompany,
         Some(_) => Verdict::OtherCompany,
         None => Verdict::NoCompany,

@@ -8,7 +8,7 @@
 //! (`crate::close::deletion`). When a change that search has not shown yet is evicted, [`IdCache::evicted`] says so, and
 //! "not found" proves nothing until search has shown something younger ([`crate::sync::lag_guard`]).
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -295,13 +295,17 @@ impl IdCache {
         std::mem::take(&mut *self.evicted.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// All changes that search has not shown yet.
-    pub fn unseen(&self) -> Vec<(KeyHash, RecordId, Change)> {
-        let of = |key: KeyHash, entry: Entry| {
-            let known = entry.without_expired().known.into_iter();
-            known.filter_map(move |Known { id, unseen, .. }| Some((key, id, unseen?))).collect::<Vec<_>>()
-        };
-        self.entries.own().iter().flat_map(|(key, entry)| of(*key, entry)).collect()
+    /// All changes that search has not shown yet, oldest first, with the keys that records got.
+    pub fn unseen(&self) -> impl Iterator<Item = (Change, RecordId, Vec<KeyHash>)> + use<> {
+        let mut unseen = BTreeMap::<(Timestamp, ChangeKind, RecordId), Vec<KeyHash>>::new();
+        for (key, entry) in self.entries.own() {
+            for Known { id, unseen: change, .. } in entry.without_expired().known {
+                if let Some(Change { kind, at }) = change {
+                    unseen.entry((at, kind, id)).or_default().push(*key);
+                }
+            }
+        }
+        unseen.into_iter().map(|((at, kind, id), keys)| (Change { kind, at }, id, keys))
     }
 
     /// Another worker may have created records: what searches have shown so far may not be all.
@@ -392,7 +396,7 @@ mod tests {
             }
         }
         cache.entries.own().run_pending_tasks();
-        let kept = cache.unseen().len();
+        let kept = cache.unseen().count();
         let evicted = cache.evicted();
         assert_eq!((evicted.len() + kept, cache.evicted()), (500, Vec::new()));
         assert!(kept > 0 && evicted.contains(&creation(1)) && !evicted.contains(&creation(2)));
@@ -429,9 +433,9 @@ mod tests {
         let (cache, id) = (IdCache::default(), || LeadId::new("lead_1"));
         cache.changed(&[company("acme")], &RecordId::Lead(id()), creation(1));
         tokio::time::advance(LONGEST_SEARCH_LAG.saturating_sub(Duration::from_secs(1))).await;
-        assert_eq!((cache.known_leads("acme"), cache.unseen().len()), (vec![id()], 1));
+        assert_eq!((cache.known_leads("acme"), cache.unseen().count()), (vec![id()], 1));
         tokio::time::advance(Duration::from_secs(1)).await;
-        assert_eq!((cache.known_leads("acme"), cache.unseen()), (vec![], vec![]));
+        assert_eq!((cache.known_leads("acme"), cache.unseen().count()), (vec![], 0));
         assert_eq!(cache.evicted(), [], "nothing is evicted");
         let (jane, contact) = (|| Key::User("jane".into()), || ContactId::new("cont_1"));
         for _ in 0..3 {

@@ -232,6 +232,14 @@ impl LagGuard {
         self.with(|state| ChangeKind::VARIANTS.iter().filter_map(|kind| forgotten(state, *kind)).collect())
     }
 
+    /// The kinds of which changes are forgotten without proof, and since when a change is young enough to prove that search
+    /// shows them.
+    pub fn lacks_proof(&self) -> Vec<(ChangeKind, Timestamp)> {
+        let disorder = self.with(|state| state.disorder);
+        let forgotten = self.forgotten().into_iter();
+        forgotten.filter_map(|(kind, until, _)| Some((kind, until.checked_add(disorder).ok()?))).collect()
+    }
+
     /// The creations without an answer that search need not show yet, for the next worker.
     pub fn pending(&self) -> Vec<(Uuid, Pending)> {
         let now = Instant::now();

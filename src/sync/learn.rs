@@ -1,11 +1,10 @@
 //! What a worker learns from the journal entries of its predecessors, and what it records for its successor.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use jiff::Timestamp;
 
-use crate::domain::journal::{Entry, KeyHash, RecordId};
+use crate::domain::journal::Entry;
 use crate::sync::context::Context;
 use crate::sync::id_cache::Change;
 use crate::sync::lag_guard::{LONGEST_SEARCH_LAG, Pending};
@@ -70,14 +69,9 @@ impl Context {
         });
         let is_shown =
             |change: &Change| self.lag_guard.shows_up_to(change.kind).is_some_and(|shown| change.at <= shown);
-        // One entry for all keys of a record: a successor reads less before it starts.
-        let mut unseen = BTreeMap::<(RecordId, Change), Vec<KeyHash>>::new();
-        for (key, record, change) in self.id_cache.unseen() {
-            if !is_shown(&change) {
-                unseen.entry((record, change)).or_default().push(key);
-            }
-        }
-        let keys = unseen.into_iter().map(|((record, Change { kind, at }), keys)| Entry::Keys {
+        // The oldest first: where a successor has no room for all, it forgets those that search shows first.
+        let unseen = self.id_cache.unseen().filter(|(change, ..)| !is_shown(change)).collect::<Vec<_>>();
+        let keys = unseen.into_iter().map(|(Change { kind, at }, record, keys)| Entry::Keys {
             record,
             keys,
             change: kind,

@@ -3,17 +3,23 @@
 //!
 //! What is shown proves to [`LagGuard`] that search shows older changes too. A person may delete the record meanwhile, so a
 //! younger change takes its place after a while, and after a longer while the next time.
+//!
+//! A worker that lacks proof creates nothing, so it may have nothing new to watch. Then it watches a change that it
+//! remembers, from the journal too ([`SearchLag::watch_remembered`]).
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use jiff::Timestamp;
 use strum::VariantArray;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use crate::close::{Client, Lookup};
-use crate::domain::journal::{ChangeKind, RecordId};
-use crate::domain::mapping::{Key, KeyFields};
+use crate::close::{Client, CloseError, Lookup, Priority, Records};
+use crate::domain::journal::{ChangeKind, KeyHash, RecordId};
+use crate::domain::mapping::{Identity, Key, KeyFields};
+use crate::domain::matching::{company_of, user_of};
+use crate::domain::record::{Channel, fold_email};
 use crate::sync::clock::Clock;
 use crate::sync::id_cache::{Change, IdCache};
 use crate::sync::lag_guard::LagGuard;
@@ -22,6 +28,10 @@ const KINDS: usize = ChangeKind::VARIANTS.len();
 
 /// The first patience with a change that search does not show. The record may be gone. It doubles each time.
 const PATIENCE: Duration = Duration::from_mins(10);
+
+/// Remembered changes whose records are read before the next pause. Most records exist, and one is enough.
+const REMEMBERED_AT_ONCE: usize = 5;
+const REMEMBERED_PAUSE: Duration = Duration::from_mins(1);
 
 pub struct SearchLag {
     watcher: Arc<Watcher>,
@@ -50,9 +60,21 @@ struct Kind {
     missed: Option<Duration>,
     /// When a change is older than this, the youngest takes its place.
     patience: Duration,
+    /// When records of remembered changes were last read.
+    remembered_read: Option<Instant>,
 }
 
 impl Kind {
+    /// Whether to watch a remembered change now.
+    fn begins_with_remembered(&mut self) -> bool {
+        let is_due = self.remembered_read.is_none_or(|at| at.elapsed() >= REMEMBERED_PAUSE);
+        let begins = !self.is_watching && is_due;
+        if begins {
+            (self.is_watching, self.remembered_read) = (true, Some(Instant::now()));
+        }
+        begins
+    }
+
     /// A search has shown the change that rides along.
     fn shown(&mut self) {
         let missed = self.missed.take();
@@ -77,7 +99,14 @@ impl Kind {
 
 impl Default for Kind {
     fn default() -> Self {
-        Self { is_watching: false, next: None, measured: None, missed: None, patience: PATIENCE }
+        Self {
+            is_watching: false,
+            next: None,
+            measured: None,
+            missed: None,
+            patience: PATIENCE,
+            remembered_read: None,
+        }
     }
 }
 
@@ -111,17 +140,41 @@ impl SearchLag {
         change: Change,
     ) {
         let Some(lookup) = lookup(&key, keys).filter(|_| change.shows_lag(&key)) else { return };
-        let watched = Watched { key, lookup, record, change };
         let is_idle = self.watcher.with(change.kind, |kind| {
-            kind.next = Some(watched);
+            kind.next = Some(Watched { key, lookup, record, change });
             !kind.is_watching
         });
         if is_idle {
-            let (state, client) = (Arc::clone(&self.watcher), client.clone());
-            let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
-            while tasks.try_join_next().is_some() {}
-            tasks.spawn(async move { while state.watch_next(&client, change.kind).await {} });
+            let (watcher, client) = (Arc::clone(&self.watcher), client.clone());
+            self.spawn(async move { while watcher.watch_next(&client, change.kind).await {} });
         }
+    }
+
+    /// Watches a change of this kind that is in memory and proves enough, one of `from` or later, unless a change is watched
+    /// already.
+    pub(crate) fn watch_remembered(
+        &self,
+        client: &Client,
+        keys: &KeyFields,
+        kind: ChangeKind,
+        from: Timestamp,
+    ) {
+        if !self.watcher.with(kind, Kind::begins_with_remembered) {
+            return;
+        }
+        let (watcher, keys) = (Arc::clone(&self.watcher), keys.clone());
+        let client = client.for_message(Priority::default());
+        self.spawn(async move {
+            let found = watcher.find_remembered(&client, &keys, kind, from).await;
+            watcher.with(kind, |kind| kind.next = kind.next.take().or(found));
+            while watcher.watch_next(&client, kind).await {}
+        });
+    }
+
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn(task);
     }
 }
 
@@ -155,6 +208,48 @@ impl Watcher {
             }
         }
     }
+
+    /// The oldest change of this time or later that search has not shown to this worker: search shows it first. Memory has only
+    /// hashes of its keys, so the record says them.
+    async fn find_remembered(
+        &self,
+        client: &Client,
+        keys: &KeyFields,
+        kind: ChangeKind,
+        from: Timestamp,
+    ) -> Option<Watched> {
+        let changes = self.id_cache.unseen().filter(|(change, ..)| change.kind == kind && change.at >= from);
+        for (change, record, hashes) in changes.take(REMEMBERED_AT_ONCE) {
+            // Deleted, or no answer: the next one serves as well.
+            let Ok(in_close) = keys_of(client, keys, &record).await else { continue };
+            let is_remembered = |key: &Key| hashes.contains(&KeyHash::of(key)) && change.shows_lag(key);
+            let watched = in_close.into_iter().find(is_remembered).and_then(|key| {
+                let lookup = lookup(&key, keys)?;
+                Some(Watched { key, lookup, record, change })
+            });
+            if watched.is_some() {
+                return watched;
+            }
+        }
+        None
+    }
+}
+
+/// The keys that a record has in Close.
+async fn keys_of(client: &Client, keys: &KeyFields, record: &RecordId) -> Result<Vec<Key>, CloseError> {
+    Ok(match record {
+        RecordId::Lead(id) => {
+            let lead = client.lead(id, &Identity::default(), keys).await?.lead;
+            company_of(&lead, keys).map(|id| Key::Company(id.to_owned())).into_iter().collect()
+        }
+        RecordId::Contact(id) => {
+            let contact = client.contact(id).await?;
+            let user = user_of(&contact, keys).map(|id| Key::User(id.to_owned()));
+            let emails =
+                contact.list(Channel::Email).iter().map(|entry| Key::Email(fold_email(&entry.value)));
+            user.into_iter().chain(emails).collect()
+        }
+    })
 }
 
 fn lookup(key: &Key, keys: &KeyFields) -> Option<Lookup> {
@@ -167,10 +262,78 @@ fn lookup(key: &Key, keys: &KeyFields) -> Option<Lookup> {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt;
+    use futures_util::future::BoxFuture;
     use jiff::Timestamp;
+    use reqwest::Method;
+    use serde_json::{Value, json};
 
     use super::*;
-    use crate::domain::record::LeadId;
+    use crate::close::{Response, Transport};
+    use crate::domain::matching::tests::keys;
+    use crate::domain::record::{ContactId, LeadId};
+
+    /// Close with a Contact of user `old`. It has deleted `cont_gone`. Notes the reads of Contacts.
+    #[derive(Clone, Default)]
+    struct Script(Arc<Mutex<Vec<String>>>);
+
+    impl Transport for Script {
+        fn send<'a>(
+            &'a self,
+            _: Method,
+            path: &'a str,
+            _: Option<&'a Value>,
+            _: usize,
+        ) -> BoxFuture<'a, Result<Response, CloseError>> {
+            let old = json!({"id": "cont_old", "lead_id": "lead_1", "emails": [], "custom.cf_user": "old"});
+            let (status, body) = match path.split(['/', '?']).collect::<Vec<_>>()[..] {
+                ["contact", id, ..] => {
+                    self.0.lock().unwrap().push(id.to_owned());
+                    let missing = json!({"error": "Empty query: Contact matching query does not exist."});
+                    if id == "cont_old" { (200, old) } else { (404, missing) }
+                }
+                ["event", ..] => (200, json!({"data": [{"object_id": "cont_gone", "action": "deleted"}]})),
+                _ => (200, json!({"data": [old]})),
+            };
+            std::future::ready(Ok(Response::with_status(status, body))).boxed()
+        }
+    }
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_worker_that_may_create_nothing_watches_a_change_that_it_remembers() {
+        let clock: Clock = Arc::new(|| at(1000));
+        let timeout = Duration::from_secs(30);
+        let guard = Arc::new(LagGuard::new(Duration::from_secs(20), timeout, Arc::clone(&clock)));
+        let id_cache = IdCache::default();
+        let keys = keys();
+        // The last one is younger than needed.
+        for (second, user) in [(169, "early"), (170, "gone"), (210, "old"), (300, "young")] {
+            let id = RecordId::Contact(ContactId::new(format!("cont_{user}")));
+            let change = Change { kind: ChangeKind::Creation, at: at(second) };
+            id_cache.changed(&[KeyHash::of(&Key::User(user.into()))], &id, change);
+        }
+        guard.evicted(ChangeKind::Creation, at(150));
+        assert_eq!(guard.lacks_proof(), [(ChangeKind::Creation, at(170))]);
+
+        let script = Script::default();
+        let client = Client::with_transport(script.clone(), timeout, 1.0, |_| {});
+        let lag = SearchLag::new(Arc::clone(&guard), id_cache, clock);
+        for _ in 0..2 {
+            lag.watch_remembered(&client, &keys, ChangeKind::Creation, at(170));
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(*script.0.lock().unwrap(), ["cont_gone", "cont_old"]);
+        assert_eq!(guard.lacks_proof().len(), 1, "no search has shown it yet");
+
+        client.find_contacts(keys.user.as_ref().map(|field| (field, "another")), None).await.unwrap();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(guard.lacks_proof(), []);
+        assert_eq!(lag.current(ChangeKind::Creation), Some(Duration::ZERO));
+    }
 
     #[test]
     fn the_lag_is_what_searches_have_missed_at_least() {

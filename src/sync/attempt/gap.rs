@@ -93,7 +93,7 @@ fn is_companys(lead: &Lead, person: &Identity, keys: &KeyFields) -> bool {
 impl<C: Api> Attempts<'_, C> {
     /// Looks into the event log, or waits until there is reason to look up again. A dry run does not wait: returns false.
     pub(super) async fn close_gap(&mut self, gap: &Gap, pending: &[(Uuid, Pending)], found: &Found) -> bool {
-        let Context { settings, lag_guard, .. } = self.context;
+        let Context { settings, lag_guard, search_lag, client, keys, .. } = self.context;
         let progress = lag_guard.progress();
         self.gap_wait.waits_for(pending);
         let mut next = Instant::now() + self.gap_wait.backoff();
@@ -118,6 +118,9 @@ impl<C: Api> Attempts<'_, C> {
         }
         if !self.writes() {
             return false;
+        }
+        for (kind, from) in lag_guard.lacks_proof() {
+            search_lag.watch_remembered(client, keys, kind, from);
         }
         next = next.min(gap.clock.max(Instant::now()));
         let _waiting = self.client.waits().start(WaitCause::Search);

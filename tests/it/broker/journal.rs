@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
+use close_sync::domain::mapping::Key;
 use close_sync_simulator::{Effect, Fault, FaultBody, Settings, When};
 use serde_json::json;
 
+use crate::support::journal::Past;
 use crate::support::{Bench, Node, Worker, identify, people};
 
 /// How a creation ends before a restart, and what shows it afterwards.
@@ -60,6 +62,25 @@ async fn a_restart_after_a_creation_makes_no_duplicate_while_search_lags() {
         assert_eq!(bench.simulator.leads().len(), 2, "{creation:?}: one Lead for each person");
         assert_eq!(bench.simulator.request_count("POST", "/contact/"), 0, "{creation:?}");
     }
+}
+
+/// More creations than a worker has memory for, of which search has shown none.
+const TOO_MANY: usize = 42_000;
+
+/// While too much is forgotten, a worker creates nothing. So it has no new record that search could show as a proof.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_successor_without_room_for_all_creations_goes_on_when_search_shows_the_last_one() {
+    let settings = Settings::fast().with(|close| close.search_lag = "3s".parse().unwrap());
+    let bench = Bench::with(settings).await;
+    let jane = identify("jane", json!({}));
+    bench.sync(&[jane]).await;
+    let mut past = Past::new(&bench);
+    past.append(TOO_MANY, 80).await;
+    past.append_creation(bench.simulator.contacts()[0]["id"].as_str().unwrap(), Key::User("jane".into()))
+        .await;
+
+    bench.sync(&[identify("joe", json!({}))]).await;
+    assert_eq!(bench.simulator.leads().len(), 2);
 }
 
 /// Slow creations, more than a broker takes time to fail.

@@ -63,6 +63,15 @@ impl<'a> Past<'a> {
         self.publish(batches).await;
     }
 
+    /// Appends that a record was created now.
+    pub(crate) async fn append_creation(&mut self, id: &str, key: Key) {
+        let record = RecordId::try_from(id.to_owned()).unwrap();
+        let keys = vec![KeyHash::of(&key)];
+        let entry = Entry::Keys { record, keys, change: ChangeKind::Creation, at: Timestamp::now() };
+        let batch = self.encode(vec![entry]);
+        self.publish(vec![batch]).await;
+    }
+
     fn batch(&mut self, creations: usize) -> Vec<u8> {
         let entries = (0..creations).flat_map(|_| self.creation()).collect();
         self.encode(entries)

@@ -48,6 +48,22 @@ async fn a_checkpoint_repeats_what_search_does_not_show_with_one_entry_for_each_
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_checkpoint_repeats_the_oldest_changes_first() {
+    let context = context(&rules());
+    for (id, second) in [("cont_a", 3), ("lead_b", 1), ("cont_c", 2)] {
+        let record = RecordId::try_from(id.to_owned()).unwrap();
+        let at = context.now() - jiff::SignedDuration::from_secs(10 - second);
+        let keys = vec![KeyHash::of(&Key::User(id.into()))];
+        context.learn(Entry::Keys { record, keys, change: ChangeKind::Creation, at });
+    }
+    let records = context.checkpoint().filter_map(|entry| {
+        let Entry::Keys { record, .. } = entry else { return None };
+        Some(String::from(record))
+    });
+    assert_eq!(records.collect::<Vec<_>>(), ["lead_b", "cont_c", "cont_a"]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_worker_whose_clock_was_ahead_does_not_make_later_events_old() {
     let context = context(&rules());
     let year = Duration::from_hours(24 * 365);
