@@ -67,12 +67,7 @@ impl Event {
 
     /// The users that it may be about.
     pub(crate) fn people(&self) -> Vec<char> {
-        let name = self.email.as_deref().and_then(|email| email.split('@').next());
-        let of = |text: &str| text.chars().last().filter(char::is_ascii_digit);
-        match self.user.as_deref().or(name).and_then(of) {
-            Some(user) => vec![user],
-            None => vec!['3', '4'],
-        }
+        people(self.user.as_deref(), self.email.as_deref())
     }
 
     /// The message. Its timestamp is `at` seconds after `base`.
@@ -90,6 +85,16 @@ impl Event {
             "userId": self.user,
             "traits": traits,
         })
+    }
+}
+
+/// The users that a user id, or else an email, may belong to.
+pub(crate) fn people(user: Option<&str>, email: Option<&str>) -> Vec<char> {
+    let name = email.and_then(|email| email.split('@').next());
+    let of = |text: &str| text.chars().last().filter(char::is_ascii_digit);
+    match user.or(name).and_then(of) {
+        Some(user) => vec![user],
+        None => vec!['3', '4'],
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -18,7 +19,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::super::history::History;
+use super::super::history::{History, people};
 use super::broker::{Broker, Channel, Message};
 use super::journal::Journal;
 use super::person::{self, Person};
@@ -43,10 +44,14 @@ pub(super) struct World {
     trace: Mutex<Vec<String>>,
     /// By path, the newest event that set the title or name of a record.
     newest_written: Mutex<HashMap<String, usize>>,
-    /// Settled messages.
-    settled: Mutex<HashSet<usize>>,
+    /// Settled messages, and how many of `identified` came before.
+    settled: Mutex<HashMap<usize, usize>>,
     /// A message that was settled again, and a later one that was settled before that.
     settled_again: Mutex<HashSet<(usize, usize)>>,
+    /// The people whose Contacts were created, or got a user id or an email, in order.
+    identified: Mutex<Vec<Vec<char>>>,
+    /// A message that was settled again, and where in `identified` the people between both times are.
+    identified_between: Mutex<Vec<(usize, Range<usize>)>>,
     /// Cases where an older event overwrote a newer one.
     overwritten: Mutex<Vec<String>>,
     person: Mutex<Person>,
@@ -82,6 +87,8 @@ impl World {
             newest_written: Mutex::default(),
             settled: Mutex::default(),
             settled_again: Mutex::default(),
+            identified: Mutex::default(),
+            identified_between: Mutex::default(),
             overwritten: Mutex::default(),
             person: Mutex::default(),
             journal: plan
@@ -169,18 +176,39 @@ impl World {
 
     /// Marks a message as settled. From now on no older event may overwrite its values.
     pub(super) fn mark_settled(&self, number: usize) {
-        let mut settled = self.settled.lock().unwrap();
-        if !settled.insert(number) {
-            let later = settled.iter().filter(|other| **other > number).map(|other| (number, *other));
+        let (mut settled, identified) = (self.settled.lock().unwrap(), self.identified.lock().unwrap().len());
+        if let Some(first) = settled.get(&number).copied() {
+            let later = settled.keys().filter(|other| **other > number).map(|other| (number, *other));
             self.settled_again.lock().unwrap().extend(later);
+            self.identified_between.lock().unwrap().push((number, first..identified));
+        } else {
+            settled.insert(number, identified);
         }
     }
 
-    /// Whether the acks of messages were lost so that one was delivered again after a later one about the same person.
+    /// Whether the acks of messages were lost so that one was delivered again after a later one about the same person, or
+    /// after a later one had changed who the person's Contacts are.
     pub(super) fn order_is_lost(&self, history: &History) -> bool {
         let people = |number: usize| history.events[number].people();
-        let pairs = self.settled_again.lock().unwrap();
-        pairs.iter().any(|(one, other)| people(*one).iter().any(|person| people(*other).contains(person)))
+        let (pairs, identified) = (self.settled_again.lock().unwrap(), self.identified.lock().unwrap());
+        let is_about = |one: usize, other: &[char]| people(one).iter().any(|person| other.contains(person));
+        pairs.iter().any(|(one, other)| is_about(*one, &people(*other)))
+            || self.identified_between.lock().unwrap().iter().any(|(number, between)| {
+                identified[between.clone()].iter().any(|people| is_about(*number, people))
+            })
+    }
+
+    /// Records whose Contact a write creates or gives keys.
+    fn record_identity(&self, body: &Value) {
+        let contact = body["contacts"].get(0).unwrap_or(body);
+        let user = contact["custom.cf_contactuserid"].as_str();
+        let emails = contact["emails"].as_array().into_iter().flatten();
+        let emails: Vec<&str> = emails.filter_map(|entry| entry["email"].as_str()).collect();
+        if user.is_some() || !emails.is_empty() {
+            let whose = user.map(|user| people(Some(user), None)).into_iter();
+            let whose = whose.chain(emails.into_iter().map(|email| people(None, Some(email))));
+            self.identified.lock().unwrap().push(whose.flatten().collect());
+        }
     }
 
     /// Records which event an update comes from, and whether it overwrites a newer, settled one.
@@ -189,7 +217,7 @@ impl World {
         let Some(number) = text.and_then(|text| text.get(1..)?.parse().ok()) else { return };
         let newest = self.newest_written.lock().unwrap().insert(path.to_owned(), number);
         // An unsettled event will be written again.
-        let is_final = |newest: &usize| *newest > number && self.settled.lock().unwrap().contains(newest);
+        let is_final = |newest: &usize| *newest > number && self.settled.lock().unwrap().contains_key(newest);
         if let Some(newest) = newest.filter(is_final) {
             self.overwritten
                 .lock()
@@ -343,6 +371,9 @@ async fn deliver(
     let takes_effect = outcome.takes_effect && (outcome.survives_client || !answer.is_closed());
     let reply = takes_effect.then(|| {
         let now = world.now();
+        if let Some(body) = &body {
+            world.record_identity(body);
+        }
         if let Some(body) = body.as_ref().filter(|_| method == Method::PUT) {
             world.record_update(&path, body);
         }
