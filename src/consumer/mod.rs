@@ -468,7 +468,8 @@ impl<'a> Consumer<'a> {
                 priority: first.envelope.priority(),
                 journal: self.journal.as_ref().map(SessionJournal::handle).unwrap_or_default(),
             };
-            self.tasks.spawn(process(Arc::clone(&self.context), run, run_context));
+            // tokio copies a future several times before it runs, and this one is large.
+            self.tasks.spawn(Box::pin(process(Arc::clone(&self.context), run, run_context)));
         }
     }
 

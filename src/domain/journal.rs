@@ -34,11 +34,12 @@ pub struct KeyHash(u64);
 impl KeyHash {
     pub fn of(key: &Key) -> Self {
         let (kind, text) = match key {
-            Key::Company(text) => ('c', text),
-            Key::User(text) => ('u', text),
-            Key::Email(text) => ('e', text),
+            Key::Company(text) => (b'c', text),
+            Key::User(text) => (b'u', text),
+            Key::Email(text) => (b'e', text),
         };
-        Self(Uuid::new_v5(&NAMESPACE, format!("{kind}{text}").as_bytes()).as_u64_pair().0)
+        let bytes = [&[kind], text.as_bytes()].concat();
+        Self(Uuid::new_v5(&NAMESPACE, &bytes).as_u64_pair().0)
     }
 
     pub fn of_all(keys: &[Key]) -> Vec<Self> {
@@ -266,6 +267,18 @@ impl Batch {
         self.organization.zip(organization).is_some_and(|(one, other)| one != other)
     }
 
+    /// How many entries the session had appended with this message, if it is from the session. Reads no entries.
+    pub fn appended_by(session: Uuid, body: &[u8]) -> Option<u64> {
+        #[derive(Deserialize)]
+        struct Header {
+            v: u32,
+            s: Uuid,
+            n: u64,
+        }
+        let Header { v, s, n } = serde_json::from_slice(body).ok()?;
+        (v == VERSION && s == session).then_some(n)
+    }
+
     /// # Errors
     /// When the message is not one of this version.
     pub fn decode(body: &[u8]) -> Result<Self, Unreadable> {
@@ -391,6 +404,19 @@ mod tests {
         for body in ["", "[]", "hello", r#"{"v":1}"#, invalid_id] {
             assert_eq!(Batch::decode(body.as_bytes()), Err(Unreadable::Foreign), "{body}");
         }
+    }
+
+    #[test]
+    fn a_session_recognizes_its_own_messages_without_their_entries() {
+        let (session, other) = (Uuid::from_u128(1), Uuid::from_u128(2));
+        let entries = vec![Entry::Settled { operation: other }];
+        let batch =
+            Batch { version: VERSION, session, organization: None, anchor: None, appended: 7, entries };
+        let newer = Batch { version: VERSION + 1, ..batch.clone() };
+        let appended = |session, batch: &Batch| Batch::appended_by(session, &batch.encode());
+        assert_eq!(appended(session, &batch), Some(7));
+        assert_eq!([appended(other, &batch), appended(session, &newer)], [None; 2]);
+        assert_eq!(Batch::appended_by(session, b"hello"), None);
     }
 
     #[test]

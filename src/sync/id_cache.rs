@@ -192,8 +192,8 @@ impl IdCache {
     }
 
     /// The ids of the records that have one of the keys, or had it.
-    pub fn known(&self, keys: &[Key]) -> HashSet<String> {
-        let known = keys.iter().flat_map(|key| self.entry(KeyHash::of(key)).known);
+    pub fn known(&self, keys: &[KeyHash]) -> HashSet<String> {
+        let known = keys.iter().flat_map(|key| self.entry(*key).known);
         known.map(|known| known.id.into()).collect()
     }
 

@@ -60,7 +60,7 @@ use crate::close::stall_guard::StallGuard;
 use crate::domain::decision::Decision;
 use crate::domain::encoding::Payload;
 use crate::domain::event::{Event, Malformed};
-use crate::domain::journal::{ChangeKind, Entry};
+use crate::domain::journal::{ChangeKind, Entry, KeyHash};
 use crate::domain::mapping::{Anonymous, Mapping, NoIdentity};
 use crate::outcome::{DeadLetter, Outcome, Reason, Skip, Stage};
 use crate::sync::circuit_breaker::CircuitBreaker;
@@ -265,7 +265,7 @@ impl Worker {
             client: self.0.client.for_message(run.priority),
             desired: &job.desired,
             others: others.iter().map(|job| &job.desired).collect(),
-            known: self.0.id_cache.known(&keys),
+            known: self.0.id_cache.known(&KeyHash::of_all(&keys)),
             keys,
             gap_wait: GapWait::default(),
             run,

@@ -159,6 +159,12 @@ impl SessionJournal {
     /// A message of the journal arrived.
     pub(crate) fn received(&mut self, message: &JournalMessage) -> Instruction {
         self.last_read = Instant::now();
+        self.since_checkpoint.0 = self.since_checkpoint.0.saturating_add(message.body.len());
+        if let Some(appended) = self.own(message) {
+            self.writer.read_back(appended);
+            self.checkpoint_if_due();
+            return Instruction::Nothing;
+        }
         let mut batch = Batch::decode(&message.body);
         match &mut batch {
             Err(reason) => self.unreadable(reason, message.position),
@@ -169,7 +175,6 @@ impl SessionJournal {
             Ok(_) => {}
         }
         self.read = self.read.saturating_add(message.body.len());
-        self.since_checkpoint.0 = self.since_checkpoint.0.saturating_add(message.body.len());
         if self.takeover.is_done() {
             return match batch {
                 Ok(batch) => self.tail(message.position, batch),
@@ -224,6 +229,13 @@ impl SessionJournal {
                 Instruction::Ready
             }
         }
+    }
+
+    /// How many entries were appended up to a message that is the session's own. It knows them, unless it waits for its
+    /// checkpoint.
+    fn own(&self, message: &JournalMessage) -> Option<u64> {
+        let knows_entries = self.takeover.is_done() && self.checkpoint.is_none();
+        if knows_entries { Batch::appended_by(self.session, &message.body) } else { None }
     }
 
     fn tail(&mut self, position: u64, batch: Batch) -> Instruction {

@@ -189,7 +189,7 @@ impl<C: Api> Attempts<'_, C> {
         let hashes = KeyHash::of_all(&self.keys);
         loop {
             let read_at = Instant::now();
-            self.gap_wait.looks_at(id_cache.known(&self.keys));
+            self.gap_wait.looks_at(id_cache.known(&hashes));
             self.context.forget_evicted();
             let pending = lag_guard.pending_with(&hashes);
             let gap = lag_guard.gap(&hashes, read_at, None);

@@ -357,7 +357,7 @@ pub(super) fn attempts<'a>(
         client: FakeClose(Arc::clone(&close.0), Waits::default()),
         desired,
         others: Vec::new(),
-        known: context.id_cache.known(&keys),
+        known: context.id_cache.known(&KeyHash::of_all(&keys)),
         keys,
         gap_wait: GapWait::default(),
         run: RunContext::first(),

@@ -41,8 +41,8 @@ async fn a_checkpoint_repeats_what_search_does_not_show_with_one_entry_for_each_
         successor.learn(entry);
     }
     assert_eq!(n_keys, [("lead_new1".to_owned(), 1), ("cont_new2".to_owned(), 2)]);
-    for key in jane.identity.keys() {
-        let known = predecessor.id_cache.known(std::slice::from_ref(&key));
+    for key in KeyHash::of_all(&jane.identity.keys()) {
+        let known = predecessor.id_cache.known(&[key]);
         assert_eq!((successor.id_cache.known(&[key]), known.len()), (known, 1));
     }
 }
