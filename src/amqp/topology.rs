@@ -178,6 +178,13 @@ pub async fn prepare_journal(
     if !settings.journal.enabled {
         return Ok(JournalState::Disabled);
     }
+    match find_journal(connection, settings).await {
+        Err(error) if error.is_about_object() => Ok(JournalState::Unusable(error)),
+        found => found,
+    }
+}
+
+async fn find_journal(connection: &Connection, settings: &Settings) -> Result<JournalState, BrokerError> {
     let declares = settings.topology == TopologyMode::Declare;
     let start = Instant::now();
     let (missing, trouble) = loop {
@@ -199,8 +206,7 @@ pub async fn prepare_journal(
         return Ok(JournalState::Unusable(trouble.unwrap_or(BrokerError::Incomplete(missing))));
     }
     if declares {
-        let bound = journal_binding(settings).declare(&connection.create_channel().await?).await;
-        return Ok(bound.map_or_else(JournalState::Unusable, |()| JournalState::Ready));
+        journal_binding(settings).declare(&connection.create_channel().await?).await?;
     }
     Ok(JournalState::Ready)
 }
@@ -211,11 +217,7 @@ async fn missing_for_journal(
 ) -> Result<Vec<Object>, BrokerError> {
     let mut missing = Vec::new();
     for object in journal_objects(settings) {
-        let exists = match object.exists(connection).await {
-            Err(error) if error.is_about_object() => false,
-            exists => exists?,
-        };
-        if !exists {
+        if !object.exists(connection).await? {
             missing.push(object);
         }
     }
@@ -517,7 +519,7 @@ pub async fn depth(connection: &Connection, queue: &str) -> Result<Option<Depth>
 }
 
 /// Reads the depth of a queue over this channel. RabbitMQ closes the channel if the queue does not exist.
-async fn depth_on(channel: &Channel, queue: &str) -> Result<Option<Depth>, BrokerError> {
+pub(crate) async fn depth_on(channel: &Channel, queue: &str) -> Result<Option<Depth>, BrokerError> {
     let options = QueueDeclareOptions { passive: true, durable: true, ..QueueDeclareOptions::default() };
     match channel.queue_declare(queue.into(), options, FieldTable::default()).await {
         Ok(queue) => Ok(Some(Depth { ready: queue.message_count(), consumers: queue.consumer_count() })),

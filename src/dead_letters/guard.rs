@@ -41,14 +41,16 @@ impl Guards {
         Self { stores_times, remembered_from }
     }
 
-    pub fn of(&self, letter: &DeadLetter) -> Guard {
-        let said = letter.decoded().ok().and_then(|body| Event::decode(&*body, body.len()).ok()?.time());
-        let at = letter.received_at().event_time(said);
-        match self.remembered_from {
+    /// `None` for what is no event: it writes nothing.
+    pub fn of(&self, letter: &DeadLetter) -> Option<Guard> {
+        let body = letter.decoded().ok()?;
+        let event = Event::read(&*body).ok()?;
+        let at = letter.received_at().event_time(event.time());
+        Some(match self.remembered_from {
             Some(from) if at >= from => Guard::FieldTimes,
             _ if self.stores_times => Guard::StoredTime,
             _ => Guard::LastChange,
-        }
+        })
     }
 
     /// Lines for operators: which guard holds for how many.
@@ -84,16 +86,17 @@ mod tests {
         let letter = |body: &str| DeadLetter::from_parts(BasicProperties::default(), body.into());
         let old = letter(r#"{"type":"identify","timestamp":"2026-01-31T09:00:00Z"}"#);
         let new = letter(r#"{"type":"identify","timestamp":"2026-02-02T09:00:00Z"}"#);
-        // Nothing is known of its time, so it counts as received now.
-        let unreadable = letter("hello");
+        let undated = letter(r#"{"type":"identify"}"#);
         let from = Some("2026-02-01T09:00:00Z".parse().unwrap());
         let guards = |stores_times, remembered_from| {
             let guards = Guards { stores_times, remembered_from };
-            [&old, &new, &unreadable].map(|letter| guards.of(letter))
+            [&old, &new, &undated].map(|letter| guards.of(letter).unwrap())
         };
         assert_eq!(guards(false, from), [LastChange, FieldTimes, FieldTimes]);
         assert_eq!(guards(true, from), [StoredTime, FieldTimes, FieldTimes]);
         assert_eq!(guards(true, None), [StoredTime; 3]);
         assert_eq!(guards(false, None), [LastChange; 3]);
+        let guards = Guards { stores_times: true, remembered_from: from };
+        assert_eq!(["hello", "[]"].map(|body| guards.of(&letter(body))), [None; 2]);
     }
 }

@@ -84,6 +84,8 @@ pub(crate) struct Batch {
     /// To return, in the order of the queue.
     to_return: Vec<DeliveryTag>,
     channel: Channel,
+    /// The dead-letter queue.
+    queue: String,
     lock: Option<Channel>,
     lock_name: String,
 }
@@ -97,6 +99,9 @@ pub(crate) struct HeldLetter {
 const PREFETCH: u16 = 5000;
 /// After this time without a delivery the rest is gone: another client took it, or the queue lost it.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
+/// RabbitMQ returns dead letters some time after it has closed the channel. Another client may take some of them at once.
+const RETURNED_WITHIN: Duration = Duration::from_secs(10);
+const RETURNED_POLL: Duration = Duration::from_millis(20);
 /// How long to wait for other operators.
 const LOCK_TIMEOUT: Duration = Duration::from_mins(2);
 
@@ -182,6 +187,7 @@ impl<'a> DeadLetterQueue<'a> {
             kept: VecDeque::new(),
             to_return: Vec::new(),
             channel,
+            queue: self.settings.dead_letter_queue(),
             lock: Some(lock),
             lock_name: name,
         };
@@ -335,11 +341,13 @@ impl Batch {
     /// Returns all that is not kept and releases the lock. Other operators do not see what is kept. The order of what is
     /// returned may change.
     pub(crate) async fn return_others(&mut self) -> Result<(), BrokerError> {
-        for tag in std::mem::take(&mut self.to_return) {
+        let returned = std::mem::take(&mut self.to_return);
+        let number = returned.len();
+        for tag in returned {
             let requeue = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
             self.channel.basic_nack(tag, requeue).await?;
         }
-        self.release_lock().await;
+        self.release_lock(number).await;
         Ok(())
     }
 
@@ -347,13 +355,19 @@ impl Batch {
     pub(crate) async fn close(mut self) {
         tokio::time::sleep(ACK_FLUSH_TIME).await;
         let _ = self.channel.close(200, "done".into()).await;
-        self.release_lock().await;
+        self.release_lock(self.to_return.len() + self.kept.len()).await;
     }
 
-    async fn release_lock(&mut self) {
+    /// Releases the lock when the queue shows all that was returned: the next operator must find it.
+    async fn release_lock(&mut self, returned: usize) {
         let Some(lock) = self.lock.take() else { return };
-        // The next operator must find what was returned.
-        tokio::time::sleep(ACK_FLUSH_TIME).await;
+        let deadline = Instant::now() + RETURNED_WITHIN;
+        while let Ok(Some(depth)) = topology::depth_on(&lock, &self.queue).await
+            && usize::try_from(depth.ready).is_ok_and(|ready| ready < returned)
+            && Instant::now() < deadline
+        {
+            tokio::time::sleep(RETURNED_POLL).await;
+        }
         let _ = lock.queue_delete(self.lock_name.as_str().into(), QueueDeleteOptions::default()).await;
         let _ = lock.close(200, "done".into()).await;
     }

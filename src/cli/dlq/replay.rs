@@ -72,7 +72,9 @@ pub(super) async fn replay(args: &Args, destination: &Destination) -> Result<(),
         let (mut groups, mut guarded) = (BTreeMap::new(), GuardCounts::new());
         let count = |letter: &DeadLetter| {
             *groups.entry(letter.fingerprint.clone()).or_default() += 1;
-            *guarded.entry(guards.of(letter)).or_default() += 1;
+            if let Some(guard) = guards.of(letter) {
+                *guarded.entry(guard).or_default() += 1;
+            }
             Disposition::Return
         };
         let ScanSummary { found, matched, .. } = filter.scan(destination, count).await?;

@@ -234,7 +234,7 @@ impl<'a> Shell<'a> {
                     let pick = |letter: &DeadLetter| {
                         failed_again
                             .extend(outcome_of(letter).filter(|outcome| state.is_open(outcome.replay)));
-                        matches(letter).then(|| guards.map(|guards| guards.of(letter)))
+                        matches(letter).then(|| guards.and_then(|guards| guards.of(letter)))
                     };
                     session.queue.oldest(limit, pick, &mut observer).await
                 };

@@ -124,3 +124,15 @@ async fn check_compares_the_size_of_the_journal() {
     // It was not changed.
     assert_eq!(bench.sync(&[identify("u1", json!({}))]).await.outcomes(), [("created", 1)].into());
 }
+
+/// With an administrator who declares everything, a worker goes on without a journal, and so does `check`.
+#[tokio::test(flavor = "multi_thread")]
+async fn check_warns_of_a_journal_that_is_not_declared() {
+    let bench = Bench::new().await.set("JOURNAL_ENABLED", "false");
+    bench.worker().await.terminate().await;
+    let check_only = Bench::new().await.named(&bench.exchange, &bench.queue).set("AMQP_TOPOLOGY", "check");
+    let report = check_only.transcript(&["check"], b"").await;
+    assert!(report.contains("warning journal: not used: missing in RabbitMQ: exchange"), "{report}");
+    assert!(report.starts_with("exit code 0"), "{report}");
+    assert_eq!(check_only.sync(&[identify("u1", json!({}))]).await.outcomes(), [("created", 1)].into());
+}

@@ -192,6 +192,8 @@ struct Takeover {
     cpu: Duration,
     /// How much was read.
     bytes: u64,
+    /// The most memory that the standby has used so far, in KiB.
+    memory: u64,
 }
 
 impl Takeover {
@@ -217,14 +219,16 @@ impl Takeover {
             creating: between(activated, first.unwrap()),
             cpu: standby.cpu_time().saturating_sub(cpu),
             bytes: line["bytes"].as_u64().unwrap(),
+            memory: standby.peak_memory().unwrap(),
         }
     }
 
     fn line(&self) -> String {
-        let Self { broker, reading, creating, cpu, bytes } = self;
+        let Self { broker, reading, creating, cpu, bytes, memory } = self;
         let [broker, reading, creating, cpu] = [broker, reading, creating, cpu].map(Duration::as_millis);
         format!(
-            "broker {broker} ms, journal read after {reading} ms ({bytes} bytes), created after {creating} ms, CPU {cpu} ms"
+            "broker {broker} ms, journal read after {reading} ms ({bytes} bytes), created after {creating} ms, CPU {cpu} ms, {} MiB",
+            memory / 1024
         )
     }
 }
@@ -244,6 +248,8 @@ fn report(shape: Shape, entries: usize, times: &mut [Takeover]) {
     row("first delivery to journal read", |takeover| takeover.reading);
     row("first delivery to first creation", |takeover| takeover.creating);
     row("CPU time of the standby", |takeover| takeover.cpu);
+    let memory = times.iter().map(|takeover| takeover.memory / 1024).max().unwrap_or(0);
+    print(&format!("peak memory of a standby: {memory} MiB"));
 }
 
 fn print(line: &str) {
