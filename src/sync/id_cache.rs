@@ -16,6 +16,7 @@ use jiff::Timestamp;
 use moka::notification::RemovalCause;
 use moka::policy::EvictionPolicy;
 use moka::sync::Cache;
+use strum::VariantArray;
 use tokio::time::Instant;
 
 use crate::close::CreatedIds;
@@ -47,8 +48,11 @@ pub struct IdCache {
     others: Layered<ContactId, Option<KeyHash>>,
     /// What searches have shown before this no longer saves one.
     searched_since: Arc<Mutex<Option<Instant>>>,
-    evicted: Arc<Mutex<Vec<Change>>>,
+    evicted: Arc<Mutex<Evicted>>,
 }
+
+/// By kind, the youngest change that was evicted before search had shown it.
+type Evicted = [Option<Timestamp>; ChangeKind::VARIANTS.len()];
 
 /// The Contacts cached for a user id or an email.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -119,11 +123,11 @@ impl Default for IdCache {
 
 impl IdCache {
     fn with_capacity(bytes: u64) -> Self {
-        let evicted = Arc::<Mutex<Vec<Change>>>::default();
+        let evicted = Arc::<Mutex<Evicted>>::default();
         let changes = Arc::clone(&evicted);
         let note = move |_: Arc<KeyHash>, entry: Entry, cause: RemovalCause| {
             if cause == RemovalCause::Size {
-                changes.lock().unwrap_or_else(PoisonError::into_inner).extend(entry.unseen());
+                evict(&changes, entry.unseen());
             }
         };
         // The most recent entries matter most, however often the others are read.
@@ -149,8 +153,8 @@ impl IdCache {
     pub(crate) fn for_rehearsal(&self) -> Self {
         let copy = Self::default();
         copy.searched_since.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&self.searched_since());
-        let evicted = self.evicted.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        copy.evicted.lock().unwrap_or_else(PoisonError::into_inner).extend(evicted);
+        *copy.evicted.lock().unwrap_or_else(PoisonError::into_inner) =
+            *self.evicted.lock().unwrap_or_else(PoisonError::into_inner);
         Self {
             entries: self.entries.covered_by(copy.entries.own().clone()),
             others: self.others.covered_by(copy.others.own().clone()),
@@ -268,8 +272,7 @@ impl IdCache {
                 // Own changes matter more than what search shows.
                 entry.known.insert(0, Known { unseen: Some(change), ..Known::new(id.clone()) });
                 let dropped = entry.known.split_off(entry.known.len().min(MAX_CONTACTS));
-                let dropped = dropped.iter().filter_map(|known| known.unseen);
-                self.evicted.lock().unwrap_or_else(PoisonError::into_inner).extend(dropped);
+                evict(&self.evicted, dropped.iter().filter_map(|known| known.unseen));
             });
         }
     }
@@ -290,9 +293,11 @@ impl IdCache {
         change
     }
 
-    /// The changes that were evicted before search had shown them, since the last call.
+    /// The youngest change of each kind that was evicted before search had shown it, since the last call.
     pub fn evicted(&self) -> Vec<Change> {
-        std::mem::take(&mut *self.evicted.lock().unwrap_or_else(PoisonError::into_inner))
+        let evicted = std::mem::take(&mut *self.evicted.lock().unwrap_or_else(PoisonError::into_inner));
+        let changes = ChangeKind::VARIANTS.iter().zip(evicted);
+        changes.filter_map(|(kind, at)| Some(Change { kind: *kind, at: at? })).collect()
     }
 
     /// All changes that search has not shown yet, oldest first, with the keys that records got.
@@ -343,6 +348,13 @@ impl IdCache {
     }
 }
 
+fn evict(evicted: &Mutex<Evicted>, changes: impl Iterator<Item = Change>) {
+    for Change { kind, at } in changes {
+        let youngest = &mut evicted.lock().unwrap_or_else(PoisonError::into_inner)[kind as usize];
+        *youngest = (*youngest).max(Some(at));
+    }
+}
+
 fn company(id: &str) -> KeyHash {
     KeyHash::of(&Key::Company(id.to_owned()))
 }
@@ -356,6 +368,8 @@ fn leads(entry: &Entry) -> impl Iterator<Item = LeadId> {
 
 #[cfg(test)]
 mod tests {
+    use jiff::SignedDuration;
+
     use super::*;
 
     fn at(second: i64) -> Timestamp {
@@ -396,10 +410,11 @@ mod tests {
             }
         }
         cache.entries.own().run_pending_tasks();
-        let kept = cache.unseen().count();
-        let evicted = cache.evicted();
-        assert_eq!((evicted.len() + kept, cache.evicted()), (500, Vec::new()));
-        assert!(kept > 0 && evicted.contains(&creation(1)) && !evicted.contains(&creation(2)));
+        let (oldest, ..) = cache.unseen().next().unwrap();
+        let Change { at, .. } = oldest;
+        assert!(at > creation(1).at);
+        assert_eq!(cache.evicted(), [Change { at: at - SignedDuration::from_secs(2), ..oldest }]);
+        assert_eq!(cache.evicted(), [], "once");
     }
 
     #[test]

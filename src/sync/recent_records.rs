@@ -75,7 +75,10 @@ impl State {
                 is_newer(self.updated(), other.updated())
             }
             // The other says nothing new, or the values of the Contact are known.
-            (Self::Lead(_) | Self::Contact(_) | Self::ContactIn(_), Self::Elsewhere(None))
+            (
+                Self::Lead(_) | Self::Contact(_) | Self::ContactIn(_) | Self::Elsewhere(Some(_)),
+                Self::Elsewhere(None),
+            )
             | (Self::Contact(_), Self::ContactIn(_)) => true,
             (Self::Lead(_) | Self::Contact(_) | Self::ContactIn(_) | Self::Elsewhere(_), _) => false,
         }
@@ -322,6 +325,9 @@ mod tests {
         let stale = |updated| (recent.lead(acme("a", updated)).stale, recent.contact(jane(updated)).stale);
         assert_eq!(stale(Some(at(4))), (true, true));
         assert_eq!(recent.updated("lead_1"), Some(at(5)), "stays");
+        // A checkpoint repeats that the record got keys.
+        recent.written_elsewhere("lead_1", None);
+        assert_eq!(recent.updated("lead_1"), Some(at(5)));
         let vanished = CloseError::Transient(Fault::Vanished);
         assert_eq!(recent.or_not_yet(vanished, "lead_1"), CloseError::Transient(Fault::NotYet));
         let (contact, lead) = (ContactId::new("cont_1"), LeadId::new("lead_1"));

@@ -203,14 +203,16 @@ impl VersionCache {
         });
     }
 
-    /// The entries of the journal for all records.
-    pub fn written(&self) -> impl Iterator<Item = journal::Entry> {
-        self.records.own().iter().flat_map(|(id, Entry { versions, .. })| {
+    /// The entries of the journal for all records. Those of old events come first: where a successor has no room for all, it
+    /// forgets these.
+    pub fn written(&self) -> impl Iterator<Item = journal::Entry> + use<> {
+        let records = self.records.own().iter();
+        let mut records: Vec<_> = records.map(|(id, Entry { versions, .. })| (id, versions)).collect();
+        records
+            .sort_by_cached_key(|(id, versions)| (versions.fields.values().max().copied(), Arc::clone(id)));
+        records.into_iter().flat_map(|(id, FieldVersions { fields, stored, .. })| {
             let record = RecordId::try_from(id.as_ref().clone()).ok();
-            record.into_iter().flat_map(move |record| {
-                let fields: Vec<_> = versions.fields.clone().into_iter().collect();
-                journal::written(record, fields, versions.stored, None).collect::<Vec<_>>()
-            })
+            record.into_iter().flat_map(move |record| journal::written(record, fields.clone(), stored, None))
         })
     }
 
@@ -286,5 +288,24 @@ mod tests {
         cache.remembers_from(at(5));
         assert_eq!(cache.remembered_from(), Some(at(30)), "it never grows");
         assert_eq!(cache.for_rehearsal().remembered_from(), Some(at(30)));
+    }
+
+    #[test]
+    fn a_checkpoint_repeats_the_records_of_old_events_first() {
+        let cache = VersionCache::default();
+        let contact = |number| RecordId::Contact(ContactId::new(format!("cont_{number}")));
+        for (number, second) in [(1, 30), (2, 10), (3, 20)] {
+            cache.learn(
+                &contact(number),
+                Timestamp::from_second(second).unwrap(),
+                &[FieldHash::of("title")],
+                None,
+            );
+        }
+        let records = cache.written().map(|entry| match entry {
+            journal::Entry::Written { record, .. } => record,
+            other => panic!("{other:?}"),
+        });
+        assert_eq!(records.collect::<Vec<_>>(), [2, 3, 1].map(contact));
     }
 }
