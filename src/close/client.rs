@@ -153,9 +153,12 @@ impl Client {
     /// Adds a look-up to the next search that other look-ups need. Returns the ids it found. `None` when it
     /// failed.
     pub(crate) async fn ride_along(&self, lookup: Lookup) -> Option<Vec<String>> {
-        let Rows { found, .. } = self.search.ride_along(lookup).await?.ok()?;
-        let ids = found.iter().filter_map(|row| Some(row.get("id")?.as_str()?.to_owned()));
-        Some(ids.collect())
+        Some(ids(&self.search.ride_along(lookup).await?.ok()?))
+    }
+
+    /// Searches for a look-up, together with those of others. Returns the ids it found. `None` when it failed.
+    pub(crate) async fn look_up(&self, lookup: Lookup) -> Option<Vec<String>> {
+        self.search(lookup).await.ok().as_ref().map(ids)
     }
 
     async fn search(&self, lookup: Lookup) -> Result<Rows, CloseError> {
@@ -167,6 +170,10 @@ impl Client {
         self.requests.add_calls(rows.calls);
         Ok(rows)
     }
+}
+
+fn ids(rows: &Rows) -> Vec<String> {
+    rows.found.iter().filter_map(|row| Some(row.get("id")?.as_str()?.to_owned())).collect()
 }
 
 impl Records for Client {

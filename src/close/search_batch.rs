@@ -144,7 +144,10 @@ impl BatchRunner<'_> {
             state.last_search = Some(Instant::now());
             state.pending.retain(|pending| !pending.answer.is_closed());
             state.pending.sort_by_key(|pending| pending.priority);
-            let number = state.pending.len().min(MAX_BATCH);
+            state.riders.retain(|rider| !rider.answer.is_closed());
+            // Others may wait for what a rider shows.
+            let seats = usize::from(!state.riders.is_empty());
+            let number = state.pending.len().min(MAX_BATCH - seats);
             let mut next: Vec<PendingLookup> = state.pending.drain(..number).collect();
             if number > 0 {
                 let riders = state.riders.len().min(MAX_BATCH - number);

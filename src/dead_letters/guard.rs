@@ -41,7 +41,7 @@ impl Guards {
         Self { stores_times, remembered_from }
     }
 
-    /// `None` for what is no event: it writes nothing.
+    /// `None` if the body is not an event: it writes nothing.
     pub fn of(&self, letter: &DeadLetter) -> Option<Guard> {
         let body = letter.decoded().ok()?;
         let event = Event::read(&*body).ok()?;

@@ -12,7 +12,7 @@
 //! order only roughly, so the change must be younger by the usual lag of search. The wait without such proof is the last
 //! resort, and only where nothing else can prove it: [`Gap::clock`].
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -34,6 +34,9 @@ pub const LONGEST_SEARCH_LAG: Duration = Duration::from_hours(24);
 /// More pending creations than this are remembered only by their time.
 const MAX_PENDING: usize = 50_000;
 
+/// Shown changes that are remembered. Of older proofs only the time is lost: they then count from a later search on.
+const MAX_SHOWN: usize = 100;
+
 /// What one worker knows about the lag of search. Shared by all messages.
 pub struct LagGuard {
     state: Mutex<State>,
@@ -49,8 +52,8 @@ struct State {
     by_key: HashMap<KeyHash, Vec<Uuid>>,
     /// Changes up to this time are forgotten, by kind.
     forgotten: [Option<Forgotten>; ChangeKind::VARIANTS.len()],
-    /// The youngest change that search has shown, by kind.
-    shown: [Option<Shown>; ChangeKind::VARIANTS.len()],
+    /// The last changes that search has shown, by kind: each is younger than the one before.
+    shown: [VecDeque<Shown>; ChangeKind::VARIANTS.len()],
     /// Search may show a change this much later than a younger one.
     disorder: SignedDuration,
 }
@@ -196,8 +199,10 @@ impl LagGuard {
         }
         self.with(|state| {
             let shown = &mut state.shown[kind as usize];
-            if shown.is_none_or(|before| before.change < change) {
-                *shown = Some(Shown { change, answered });
+            if shown.back().is_none_or(|before| before.change < change) {
+                shown.push_back(Shown { change, answered });
+                let too_many = shown.len().saturating_sub(MAX_SHOWN);
+                shown.drain(..too_many);
             }
         });
         self.progress.notify_waiters();
@@ -255,17 +260,14 @@ impl LagGuard {
         let now = Instant::now();
         self.with(|state| {
             state.drop_expired();
-            let is_proven = |doubt: &Unanswered| {
-                let proof = state.proof(ChangeKind::Creation, doubt.pending.ends);
-                proof.is_some_and(|from| from >= doubt.began)
-            };
+            let is_proven = |doubt: &Unanswered| state.settlement(doubt).is_some();
             state.pending.values().filter(|doubt| doubt.over <= now && !is_proven(doubt)).count()
         })
     }
 
     /// The changes that are certainly shown by now: younger ones than these may be missing.
     pub fn shows_up_to(&self, kind: ChangeKind) -> Option<Timestamp> {
-        self.with(|state| state.shown[kind as usize]?.change.checked_sub(state.disorder).ok())
+        self.with(|state| state.shown[kind as usize].back()?.change.checked_sub(state.disorder).ok())
     }
 
     /// Completes once something is learnt about the lag after this call.
@@ -346,15 +348,24 @@ impl State {
     }
 
     /// Search has been proven to show all changes up to `until`, in every search that was sent at the returned time or later.
-    fn proof(&self, kind: ChangeKind, until: Timestamp) -> Option<Instant> {
-        let shown = self.shown[kind as usize]?;
-        let is_younger = shown.change.duration_since(until) >= self.disorder;
-        is_younger.then_some(shown.answered)
+    /// The first proof counts, or else a look-up would have to begin anew with each younger one. `after`: what was shown
+    /// before proves nothing.
+    fn proof(&self, kind: ChangeKind, until: Timestamp, after: Option<Instant>) -> Option<Instant> {
+        let proves = |shown: &&Shown| {
+            shown.change.duration_since(until) >= self.disorder
+                && after.is_none_or(|after| shown.answered >= after)
+        };
+        self.shown[kind as usize].iter().find(proves).map(|shown| shown.answered)
+    }
+
+    /// Since when searches show what a pending creation has created. Clocks of workers differ, and may be set back.
+    fn settlement(&self, doubt: &Unanswered) -> Option<Instant> {
+        self.proof(ChangeKind::Creation, doubt.pending.ends, Some(doubt.began))
     }
 
     fn forgotten(&self, kind: ChangeKind, searched: Instant) -> Option<Forgotten> {
         let forgotten = self.forgotten[kind as usize]?;
-        let is_proven = self.proof(kind, forgotten.until).is_some_and(|from| searched >= from);
+        let is_proven = self.proof(kind, forgotten.until, None).is_some_and(|from| searched >= from);
         (!is_proven && searched < forgotten.clock).then_some(forgotten)
     }
 
@@ -366,10 +377,9 @@ impl State {
         }
         let operations = keys.iter().filter_map(|key| self.by_key.get(key)).flatten();
         let pending = operations.filter(|id| except != Some(**id)).filter_map(|id| self.pending.get(id));
-        for Unanswered { pending, began, over, clock } in pending.filter(|doubt| searched < doubt.clock) {
-            // Clocks of workers differ, and may be set back.
-            let proof = self.proof(ChangeKind::Creation, pending.ends).filter(|from| from >= began);
-            if proof.is_none_or(|from| searched < from) {
+        for doubt in pending.filter(|doubt| searched < doubt.clock) {
+            if self.settlement(doubt).is_none_or(|from| searched < from) {
+                let Unanswered { pending, over, clock, .. } = doubt;
                 let span = Some((pending.sent, pending.ends));
                 gap = Some(Gap { pending: span, over: *over, clock: *clock }.and(gap));
             }
@@ -444,6 +454,23 @@ mod tests {
         guard.shown(ChangeKind::Creation, at(150), later);
         assert_eq!((guard.gap(&keys(&["a"]), later, None), guard.unanswered()), (None, 0));
         assert_eq!(guard.gap(&keys(&["a"]), searched, None), Some(gap), "an older search proves nothing");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_proof_is_not_taken_back_by_a_younger_one() {
+        let (guard, now) = guard();
+        guard.begin(Uuid::from_u128(1), keys(&["a"]), true, at(100));
+        now.store(1000, Relaxed);
+        tokio::time::advance(Duration::from_secs(1)).await;
+        guard.shown(ChangeKind::Creation, at(150), Instant::now());
+        let searched = Instant::now();
+        for second in 151..500 {
+            tokio::time::advance(Duration::from_millis(1)).await;
+            guard.shown(ChangeKind::Creation, at(second), Instant::now());
+            let is_remembered = second < 250;
+            assert_eq!(guard.gap(&keys(&["a"]), searched, None).is_none(), is_remembered, "{second}");
+        }
+        assert_eq!(guard.gap(&keys(&["a"]), Instant::now(), None), None);
     }
 
     #[tokio::test(start_paused = true)]

@@ -5,13 +5,15 @@
 //! younger change takes its place after a while, and after a longer while the next time.
 //!
 //! A worker that lacks proof creates nothing, so it may have nothing new to watch. Then it watches a change that it
-//! remembers, from the journal too ([`SearchLag::watch_remembered`]).
+//! remembers, from the journal too. And because its messages may look for other kinds of records, it searches for the change
+//! itself, once a minute ([`SearchLag::need_proof`]).
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
 use strum::VariantArray;
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -29,9 +31,10 @@ const KINDS: usize = ChangeKind::VARIANTS.len();
 /// The first patience with a change that search does not show. The record may be gone. It doubles each time.
 const PATIENCE: Duration = Duration::from_mins(10);
 
-/// Remembered changes whose records are read before the next pause. Most records exist, and one is enough.
+/// Between two calls of our own for a proof.
+const PROOF_INTERVAL: Duration = Duration::from_mins(1);
+/// Remembered changes whose records are read at once. Most records exist, and one is enough.
 const REMEMBERED_AT_ONCE: usize = 5;
-const REMEMBERED_PAUSE: Duration = Duration::from_mins(1);
 
 pub struct SearchLag {
     watcher: Arc<Watcher>,
@@ -41,6 +44,8 @@ pub struct SearchLag {
 
 struct Watcher {
     state: Mutex<[Kind; KINDS]>,
+    /// By kind: search for the change that rides along.
+    search_now: [Notify; KINDS],
     guard: Arc<LagGuard>,
     id_cache: IdCache,
     clock: Clock,
@@ -58,21 +63,26 @@ struct Kind {
     measured: Option<Duration>,
     /// The age of the change that rides along, at the last search that did not show it.
     missed: Option<Duration>,
-    /// When a change is older than this, the youngest takes its place.
+    /// When a change was watched for longer than this, the youngest takes its place.
     patience: Duration,
-    /// When records of remembered changes were last read.
-    remembered_read: Option<Instant>,
+    /// The change that rides along is one that was remembered, so another one can take its place.
+    is_remembered: bool,
+    /// The remembered changes up to this one were tried.
+    tried: Option<(Timestamp, RecordId)>,
+    /// When a call of our own for a proof was last made.
+    proof_sought: Option<Instant>,
 }
 
 impl Kind {
-    /// Whether to watch a remembered change now.
-    fn begins_with_remembered(&mut self) -> bool {
-        let is_due = self.remembered_read.is_none_or(|at| at.elapsed() >= REMEMBERED_PAUSE);
-        let begins = !self.is_watching && is_due;
-        if begins {
-            (self.is_watching, self.remembered_read) = (true, Some(Instant::now()));
+    /// Creations wait for proof. Returns what to do for it, at most once in a while.
+    fn seek_proof(&mut self) -> Option<Seek> {
+        if self.proof_sought.is_some_and(|at| at.elapsed() < PROOF_INTERVAL) {
+            return None;
         }
-        begins
+        self.proof_sought = Some(Instant::now());
+        let seek = if self.is_watching { Seek::Search } else { Seek::Remembered };
+        self.is_watching = true;
+        Some(seek)
     }
 
     /// A search has shown the change that rides along.
@@ -81,10 +91,10 @@ impl Kind {
         (self.measured, self.patience) = (Some(missed.unwrap_or_default()), PATIENCE);
     }
 
-    /// A search has not shown the change, which is this old. Whether to give up on it.
-    fn missed(&mut self, age: Option<Duration>) -> bool {
+    /// A search has not shown the change, which is this old and was watched for that long. Whether to give up on it.
+    fn missed(&mut self, age: Option<Duration>, watched: Duration) -> bool {
         self.missed = age;
-        let gives_up = self.next.is_some() && age.is_some_and(|age| age > self.patience);
+        let gives_up = (self.next.is_some() || self.is_remembered) && watched > self.patience;
         if gives_up {
             self.patience = self.patience.saturating_mul(2);
         }
@@ -105,9 +115,20 @@ impl Default for Kind {
             measured: None,
             missed: None,
             patience: PATIENCE,
-            remembered_read: None,
+            is_remembered: false,
+            tried: None,
+            proof_sought: None,
         }
     }
+}
+
+/// How to get a proof.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Seek {
+    /// Search for the change that rides along.
+    Search,
+    /// Watch a remembered change.
+    Remembered,
 }
 
 #[derive(Debug)]
@@ -120,7 +141,8 @@ struct Watched {
 
 impl SearchLag {
     pub(crate) fn new(guard: Arc<LagGuard>, id_cache: IdCache, clock: Clock) -> Self {
-        let watcher = Arc::new(Watcher { state: Mutex::default(), guard, id_cache, clock });
+        let (state, search_now) = (Mutex::default(), Default::default());
+        let watcher = Arc::new(Watcher { state, search_now, guard, id_cache, clock });
         Self { watcher, tasks: Mutex::default() }
     }
 
@@ -150,25 +172,29 @@ impl SearchLag {
         }
     }
 
-    /// Watches a change of this kind that is in memory and proves enough, one of `from` or later, unless a change is watched
-    /// already.
-    pub(crate) fn watch_remembered(
-        &self,
-        client: &Client,
-        keys: &KeyFields,
-        kind: ChangeKind,
-        from: Timestamp,
-    ) {
-        if !self.watcher.with(kind, Kind::begins_with_remembered) {
-            return;
+    /// Creations wait until search has shown a change of this kind, of `from` or later. Searches for the change that rides
+    /// along, or for one in memory.
+    pub(crate) fn need_proof(&self, client: &Client, keys: &KeyFields, kind: ChangeKind, from: Timestamp) {
+        let watcher = Arc::clone(&self.watcher);
+        match watcher.with(kind, Kind::seek_proof) {
+            None => {}
+            Some(Seek::Search) => watcher.search_now[kind as usize].notify_one(),
+            Some(Seek::Remembered) => {
+                let (keys, client) = (keys.clone(), client.for_message(Priority::default()));
+                self.spawn(async move {
+                    let found = watcher.find_remembered(&client, &keys, kind, from).await;
+                    if found.is_some() {
+                        watcher.search_now[kind as usize].notify_one();
+                    }
+                    watcher.with(kind, |kind| {
+                        // One of its own, from meanwhile, is younger.
+                        kind.is_remembered = kind.next.is_none() && found.is_some();
+                        kind.next = kind.next.take().or(found);
+                    });
+                    while watcher.watch_next(&client, kind).await {}
+                });
+            }
         }
-        let (watcher, keys) = (Arc::clone(&self.watcher), keys.clone());
-        let client = client.for_message(Priority::default());
-        self.spawn(async move {
-            let found = watcher.find_remembered(&client, &keys, kind, from).await;
-            watcher.with(kind, |kind| kind.next = kind.next.take().or(found));
-            while watcher.watch_next(&client, kind).await {}
-        });
     }
 
     fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
@@ -195,22 +221,28 @@ impl Watcher {
             next
         });
         let Some(Watched { key, lookup, record, change }) = next else { return false };
+        let began = Instant::now();
         loop {
-            let Some(ids) = client.ride_along(lookup.clone()).await else { continue };
+            let ids = tokio::select! {
+                biased;
+                ids = client.ride_along(lookup.clone()) => ids,
+                () = self.search_now[kind as usize].notified() => client.look_up(lookup.clone()).await,
+            };
+            let Some(ids) = ids else { continue };
             if ids.iter().any(|id| id == record.as_str()) {
                 self.id_cache.seen(&key, &record);
                 self.guard.shown(kind, change.at, Instant::now());
                 self.with(kind, Kind::shown);
-                return true;
+            } else if !self.with(kind, |kind| kind.missed(self.age(change), began.elapsed())) {
+                continue;
             }
-            if self.with(kind, |kind| kind.missed(self.age(change))) {
-                return true;
-            }
+            self.with(kind, |kind| kind.is_remembered = false);
+            return true;
         }
     }
 
-    /// The oldest change of this time or later that search has not shown to this worker: search shows it first. Memory has only
-    /// hashes of its keys, so the record says them.
+    /// The oldest change of this time or later that search has not shown to this worker: search shows it first. After those
+    /// that were tried before, or from the beginning. Memory has only hashes of its keys, so the record says them.
     async fn find_remembered(
         &self,
         client: &Client,
@@ -218,8 +250,14 @@ impl Watcher {
         kind: ChangeKind,
         from: Timestamp,
     ) -> Option<Watched> {
+        let tried = self.with(kind, |kind| kind.tried.take());
+        let is_new = |change: Change, record: &RecordId| {
+            tried.as_ref().is_none_or(|(at, tried)| (change.at, record) > (*at, tried))
+        };
         let changes = self.id_cache.unseen().filter(|(change, ..)| change.kind == kind && change.at >= from);
+        let changes = changes.filter(|(change, record, _)| is_new(*change, record));
         for (change, record, hashes) in changes.take(REMEMBERED_AT_ONCE) {
+            self.with(kind, |kind| kind.tried = Some((change.at, record.clone())));
             // Deleted, or no answer: the next one serves as well.
             let Ok(in_close) = keys_of(client, keys, &record).await else { continue };
             let is_remembered = |key: &Key| hashes.contains(&KeyHash::of(key)) && change.shows_lag(key);
@@ -262,6 +300,8 @@ fn lookup(key: &Key, keys: &KeyFields) -> Option<Lookup> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use futures_util::FutureExt;
     use futures_util::future::BoxFuture;
     use jiff::Timestamp;
@@ -273,9 +313,14 @@ mod tests {
     use crate::domain::matching::tests::keys;
     use crate::domain::record::{ContactId, LeadId};
 
-    /// Close with a Contact of user `old`. It has deleted `cont_gone`. Notes the reads of Contacts.
+    /// Close with a Contact of user `old`, and no other one.
     #[derive(Clone, Default)]
-    struct Script(Arc<Mutex<Vec<String>>>);
+    struct Script {
+        /// The ids of Contacts that were read.
+        reads: Arc<Mutex<Vec<String>>>,
+        /// Search shows the Contact.
+        shows: Arc<AtomicBool>,
+    }
 
     impl Transport for Script {
         fn send<'a>(
@@ -288,12 +333,17 @@ mod tests {
             let old = json!({"id": "cont_old", "lead_id": "lead_1", "emails": [], "custom.cf_user": "old"});
             let (status, body) = match path.split(['/', '?']).collect::<Vec<_>>()[..] {
                 ["contact", id, ..] => {
-                    self.0.lock().unwrap().push(id.to_owned());
+                    self.reads.lock().unwrap().push(id.to_owned());
                     let missing = json!({"error": "Empty query: Contact matching query does not exist."});
                     if id == "cont_old" { (200, old) } else { (404, missing) }
                 }
-                ["event", ..] => (200, json!({"data": [{"object_id": "cont_gone", "action": "deleted"}]})),
-                _ => (200, json!({"data": [old]})),
+                ["event", ref rest @ ..] => {
+                    let object = rest.last().and_then(|query| query.split("object_id=").nth(1));
+                    let object = object.and_then(|rest| rest.split('&').next());
+                    (200, json!({"data": [{"object_id": object, "action": "deleted"}]}))
+                }
+                _ if self.shows.load(Ordering::Relaxed) => (200, json!({"data": [old]})),
+                _ => (200, json!({"data": []})),
             };
             std::future::ready(Ok(Response::with_status(status, body))).boxed()
         }
@@ -322,24 +372,51 @@ mod tests {
         let script = Script::default();
         let client = Client::with_transport(script.clone(), timeout, 1.0, |_| {});
         let lag = SearchLag::new(Arc::clone(&guard), id_cache, clock);
-        for _ in 0..2 {
-            lag.watch_remembered(&client, &keys, ChangeKind::Creation, at(170));
-        }
+        let need_proof = || lag.need_proof(&client, &keys, ChangeKind::Creation, at(170));
+        need_proof();
+        need_proof();
         tokio::time::sleep(Duration::from_secs(1)).await;
-        assert_eq!(*script.0.lock().unwrap(), ["cont_gone", "cont_old"]);
-        assert_eq!(guard.lacks_proof().len(), 1, "no search has shown it yet");
+        assert_eq!(*script.reads.lock().unwrap(), ["cont_gone", "cont_old"]);
+        assert_eq!(guard.lacks_proof().len(), 1, "search does not show it yet");
 
-        client.find_contacts(keys.user.as_ref().map(|field| (field, "another")), None).await.unwrap();
+        // No message makes a search that it could ride in.
+        script.shows.store(true, Ordering::Relaxed);
+        need_proof();
+        tokio::time::sleep(PROOF_INTERVAL).await;
+        assert_eq!(guard.lacks_proof().len(), 1, "not searched for again so soon");
+        need_proof();
         tokio::time::sleep(Duration::from_secs(1)).await;
         assert_eq!(guard.lacks_proof(), []);
-        assert_eq!(lag.current(ChangeKind::Creation), Some(Duration::ZERO));
+        assert_eq!(script.reads.lock().unwrap().len(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn all_remembered_changes_get_their_turn() {
+        let clock: Clock = Arc::new(|| at(1000));
+        let timeout = Duration::from_secs(30);
+        let guard = Arc::new(LagGuard::new(Duration::ZERO, timeout, Arc::clone(&clock)));
+        let (id_cache, keys) = (IdCache::default(), keys());
+        for number in 0..7 {
+            let id = RecordId::Contact(ContactId::new(format!("cont_{number}")));
+            let change = Change { kind: ChangeKind::Creation, at: at(200 + number) };
+            id_cache.changed(&[KeyHash::of(&Key::User(number.to_string()))], &id, change);
+        }
+        let script = Script::default();
+        let client = Client::with_transport(script.clone(), timeout, 1.0, |_| {});
+        let lag = SearchLag::new(guard, id_cache, clock);
+        for _ in 0..4 {
+            lag.need_proof(&client, &keys, ChangeKind::Creation, at(170));
+            tokio::time::sleep(PROOF_INTERVAL).await;
+        }
+        let all: Vec<String> = (0..7).map(|number| format!("cont_{number}")).collect();
+        assert_eq!(*script.reads.lock().unwrap(), all);
     }
 
     #[test]
     fn the_lag_is_what_searches_have_missed_at_least() {
         let mut kind = Kind::default();
         assert_eq!(kind.lag(), None);
-        assert!(!kind.missed(Some(Duration::from_secs(40))));
+        assert!(!kind.missed(Some(Duration::from_secs(40)), Duration::ZERO));
         assert_eq!(kind.lag(), Some(Duration::from_secs(40)), "before it is shown");
         kind.shown();
         assert_eq!(kind.lag(), Some(Duration::from_secs(40)));
@@ -351,15 +428,18 @@ mod tests {
     #[test]
     fn a_change_that_is_never_shown_gives_way_to_a_younger_one_more_and_more_slowly() {
         let mut kind = Kind::default();
-        let age = |minutes| Some(Duration::from_mins(minutes));
-        assert!(!kind.missed(age(11)), "no younger one takes its place");
+        let missed = |kind: &mut Kind, minutes| kind.missed(None, Duration::from_mins(minutes));
+        assert!(!missed(&mut kind, 11), "no younger one takes its place");
+        kind.is_remembered = true;
+        assert!(missed(&mut kind, 11), "another one can be read");
+        (kind.is_remembered, kind.patience) = (false, PATIENCE);
         let record = RecordId::Lead(LeadId::new("lead_1"));
         let lookup = Lookup::Contact { user: None, email: None };
         let change = Change { kind: ChangeKind::Creation, at: Timestamp::UNIX_EPOCH };
         kind.next = Some(Watched { key: Key::Company("acme".into()), lookup, record, change });
-        let gives_up = [9, 11, 11, 21, 39, 41].map(|minutes| kind.missed(age(minutes)));
+        let gives_up = [9, 11, 11, 21, 39, 41].map(|minutes| missed(&mut kind, minutes));
         assert_eq!(gives_up, [false, true, false, true, false, true]);
         kind.shown();
-        assert!(kind.missed(age(11)), "from the beginning");
+        assert!(missed(&mut kind, 11), "from the beginning");
     }
 }

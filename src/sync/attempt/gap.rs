@@ -94,7 +94,12 @@ impl<C: Api> Attempts<'_, C> {
     /// Looks into the event log, or waits until there is reason to look up again. A dry run does not wait: returns false.
     pub(super) async fn close_gap(&mut self, gap: &Gap, pending: &[(Uuid, Pending)], found: &Found) -> bool {
         let Context { settings, lag_guard, search_lag, client, keys, .. } = self.context;
-        let progress = lag_guard.progress();
+        let hashes = KeyHash::of_all(&self.keys);
+        let concerns = || {
+            let gap = lag_guard.gap(&hashes, Instant::now(), None);
+            (lag_guard.pending_with(&hashes), gap.map(|gap| gap.clock))
+        };
+        let before = concerns();
         self.gap_wait.waits_for(pending);
         let mut next = Instant::now() + self.gap_wait.backoff();
         if let Some(pending_in) = gap.pending {
@@ -120,15 +125,21 @@ impl<C: Api> Attempts<'_, C> {
             return false;
         }
         for (kind, from) in lag_guard.lacks_proof() {
-            search_lag.watch_remembered(client, keys, kind, from);
+            search_lag.need_proof(client, keys, kind, from);
         }
         next = next.min(gap.clock.max(Instant::now()));
         let _waiting = self.client.waits().start(WaitCause::Search);
-        tokio::select! {
-            biased;
-            () = progress => {}
-            () = tokio::time::sleep_until(next) => {}
-        }
+        let changed = async {
+            loop {
+                let progress = lag_guard.progress();
+                // Creations of others are settled all the time, and each look-up costs a search.
+                if concerns() != before {
+                    return;
+                }
+                progress.await;
+            }
+        };
+        let _ = tokio::time::timeout_at(next, changed).await;
         true
     }
 

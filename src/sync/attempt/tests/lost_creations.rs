@@ -187,6 +187,28 @@ async fn a_search_proves_nothing_about_one_that_was_sent_before_its_answer() {
     assert!(context.lag_guard.gap(&[key], during, None).is_some());
 }
 
+/// Each look-up costs searches.
+#[tokio::test(start_paused = true)]
+async fn creations_of_others_do_not_repeat_a_look_up() {
+    let context = context(&rules());
+    let close = FakeClose::losing_an_answer(&context);
+    let desired = jane(&context, 5);
+    attempts(&context, &close, &desired).run_once().await.err().unwrap();
+    let others = async {
+        for operation in (10..).map(Uuid::from_u128) {
+            let keys = vec![KeyHash::of(&Key::User("other".into()))];
+            context.lag_guard.begin(operation, keys, true, context.now());
+            context.lag_guard.settle(operation);
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    let mut attempts = attempts(&context, &close, &desired);
+    let both = async { tokio::join!(attempts.run_once(), others) };
+    assert!(tokio::time::timeout(Duration::from_mins(1), both).await.is_err(), "it waits for search");
+    let looks = counter(&context, "lag_guard_waits_total");
+    assert!((2..8).contains(&looks), "{looks} look-ups in a minute");
+}
+
 /// Each question costs many calls.
 #[tokio::test(start_paused = true)]
 async fn an_event_log_that_is_too_long_is_not_asked_again_and_again() {
