@@ -216,7 +216,7 @@ fn journal_finding(settings: &amqp::Settings, journal: &JournalCheck) -> Finding
         JournalCheck::Differs(detail) => (
             Status::Warning,
             format!(
-                "used, but not with the configured size: {detail}; deploy/docs/ordering.md, \"Journal\", says how to \
+                "used, but not as configured: {detail}; deploy/docs/ordering.md, \"Journal\", says how to \
                  change it"
             ),
         ),

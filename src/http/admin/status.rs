@@ -127,7 +127,7 @@ fn state_card(readiness: &Readiness) -> Markup {
 fn lag(kind: &str, seconds: f64) -> String {
     let lag = span(SignedDuration::try_from_secs_f64(seconds).unwrap_or_default());
     let what = if kind == ChangeKind::Creation.label() { "new records" } else { "new ids and emails" };
-    format!("shows {what} after {lag}.")
+    format!("shows {what} after {lag} or more.")
 }
 
 fn work_card(load: Load, backlog: Option<u64>, destination: &Destination) -> Markup {

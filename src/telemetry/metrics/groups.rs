@@ -100,9 +100,9 @@ metrics! {
 
     /// What was decided about single records and fields.
     Decisions {
-        lag_guard_waits: IntCounter = counter("lag_guard_waits_total", "Waits for Close's search index to catch up before a record was created");
+        lag_guard_waits: IntCounter = counter("lag_guard_waits_total", "Look-ups after which a message waited for Close's search before it created a record");
         unanswered_creations: IntGauge = gauge("unanswered_creations", "Creations whose answer was lost; messages about the same records wait until it is known whether they happened");
-        search_lag: GaugeVec = unknowns("search_lag_seconds", "How far Close's search lags behind changes of ours, by the kind of change; NaN until it is measured", &[change_kind()]);
+        search_lag: GaugeVec = unknowns("search_lag_seconds", "How far Close's search lags behind changes of ours at least, by the kind of change: the age of the last change at the last search that did not show it. NaN until it is measured", &[change_kind()]);
         duplicates_avoided: IntCounter = counter("duplicates_avoided_total", "Creations that were cancelled because the search index caught up and showed the record");
         fields_dropped: IntCounterVec = counters("fields_dropped_total", "Mapped values that were dropped, by reason", &[drop_reason()]);
         steps_refused: IntCounterVec = counters("steps_refused_total", "Writes that a switch forbids", &[label("switch", Refusal::VARIANTS.iter().map(|refusal| refusal.label()))]);

@@ -119,7 +119,7 @@ async fn check_compares_the_size_of_the_journal() {
     assert!(same.contains("ok      journal: stream `QUEUE.journal`\n"), "{same}");
     let bench = bench.set("JOURNAL_MAX_BYTES", "123456789");
     let other = bench.transcript(&["check"], b"").await;
-    assert!(other.contains("warning journal: used, but not with the configured size"), "{other}");
+    assert!(other.contains("warning journal: used, but not as configured"), "{other}");
     assert!(other.contains("123456789"), "{other}");
     // It was not changed.
     assert_eq!(bench.sync(&[identify("u1", json!({}))]).await.outcomes(), [("created", 1)].into());
