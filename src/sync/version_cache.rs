@@ -302,9 +302,9 @@ mod tests {
                 None,
             );
         }
-        let records = cache.written().map(|entry| match entry {
-            journal::Entry::Written { record, .. } => record,
-            other => panic!("{other:?}"),
+        let records = cache.written().filter_map(|entry| {
+            let journal::Entry::Written { record, .. } = entry else { return None };
+            Some(record)
         });
         assert_eq!(records.collect::<Vec<_>>(), [2, 3, 1].map(contact));
     }

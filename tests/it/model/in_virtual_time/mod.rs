@@ -226,7 +226,7 @@ fn run_seed(seed: u64, retry_mode: RetryMode, mutant: Option<Mutant>) -> Run {
         if is_compared {
             problems += &Expected::of(&history).compare(&leads).err().unwrap_or_default();
         } else if !world.person().has_merged() {
-            problems += &oracle::duplicates(&leads);
+            problems += &oracle::duplicates(&leads, world.person().without_user());
         }
         if is_careful && (knows_times || has_synced_at) {
             problems += &world.overwritten();
@@ -293,6 +293,7 @@ async fn publish(world: &World, history: &History, random: &mut fastrand::Rng) {
         let body = event.message(began).to_string().into_bytes();
         let values = [&event.email, &event.phone].into_iter().flatten().cloned();
         world.person().published(event.number, values);
+        world.published(event.number, event.at);
         world.broker().publish(Message::new(event.number, body));
     }
 }

@@ -54,6 +54,8 @@ pub(super) struct Person {
     /// Writes that undid an edit within the window.
     undone: usize,
     has_merged: bool,
+    /// Contacts whose user id the person has taken away.
+    without_user: BTreeSet<String>,
     deletions: u32,
     problems: String,
 }
@@ -111,6 +113,9 @@ impl Person {
         let merges = path == "lead/merge/";
         self.has_merged |= merges;
         self.deletions += u32::from(merges || method == "DELETE");
+        if body.get(USER).is_some() {
+            self.without_user.insert(record.clone());
+        }
         self.replaced(&record, before, at);
         Some(format!("{method} {path} {body}"))
     }
@@ -224,6 +229,11 @@ impl Person {
     /// How many records were deleted, also by merging them.
     pub(super) fn deletions(&self) -> u32 {
         self.deletions
+    }
+
+    /// The Contacts whose user id the person has taken away.
+    pub(super) fn without_user(&self) -> &BTreeSet<String> {
+        &self.without_user
     }
 
     /// Whether Leads were merged. One may then have two Contacts of a person.

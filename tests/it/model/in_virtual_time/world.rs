@@ -44,6 +44,8 @@ pub(super) struct World {
     trace: Mutex<Vec<String>>,
     /// By path, the newest event that set the title or name of a record.
     newest_written: Mutex<HashMap<String, usize>>,
+    /// The messages of events of a time: one may be delivered late, or again.
+    numbers: Mutex<HashMap<usize, Vec<usize>>>,
     /// Settled messages, and how many of `identified` came before.
     settled: Mutex<HashMap<usize, usize>>,
     /// A message that was settled again, and a later one that was settled before that.
@@ -85,6 +87,7 @@ impl World {
             random: Mutex::new(fastrand::Rng::with_seed(seed)),
             trace: Mutex::default(),
             newest_written: Mutex::default(),
+            numbers: Mutex::default(),
             settled: Mutex::default(),
             settled_again: Mutex::default(),
             identified: Mutex::default(),
@@ -211,13 +214,21 @@ impl World {
         }
     }
 
+    /// A message of an event of this time is published.
+    pub(super) fn published(&self, number: usize, at: usize) {
+        self.numbers.lock().unwrap().entry(at).or_default().push(number);
+    }
+
     /// Records which event an update comes from, and whether it overwrites a newer, settled one.
     fn record_update(&self, path: &str, body: &Value) {
         let text = body["title"].as_str().or(body["name"].as_str());
         let Some(number) = text.and_then(|text| text.get(1..)?.parse().ok()) else { return };
         let newest = self.newest_written.lock().unwrap().insert(path.to_owned(), number);
         // An unsettled event will be written again.
-        let is_final = |newest: &usize| *newest > number && self.settled.lock().unwrap().contains_key(newest);
+        let (numbers, settled) = (self.numbers.lock().unwrap(), self.settled.lock().unwrap());
+        let is_settled =
+            |at: &usize| numbers.get(at).into_iter().flatten().all(|number| settled.contains_key(number));
+        let is_final = |newest: &usize| *newest > number && is_settled(newest);
         if let Some(newest) = newest.filter(is_final) {
             self.overwritten
                 .lock()
