@@ -229,8 +229,14 @@ impl<R: Records> Lookups<'_, R> {
         if !stale {
             self.recent.remember(&record);
         }
+        // Another worker wrote it, and Close does not show that yet.
+        let is_outdated = stale && self.recent.updated(id.as_str()) != record.date_updated;
         let cached = self.with_cached(person.email(), Vec::new());
         let record = self.with_email(record, person, &cached);
+        if is_outdated && !compare(&record, person, self.keys).is_person() {
+            // It may have become the person.
+            return Err(CloseError::Transient(Fault::NotYet));
+        }
         self.note_user(&record, person);
         Ok(record)
     }

@@ -325,6 +325,25 @@ async fn stale_reads_create_no_second_record_and_lose_no_entry() {
     }
 }
 
+/// The journal says that a predecessor wrote the Contact, and not what.
+#[tokio::test(start_paused = true)]
+async fn a_contact_that_got_its_email_before_a_takeover_is_found_although_reads_are_stale() {
+    let predecessor = context(&rules());
+    let contact = json!({"id": "cont_1", "lead_id": "lead_1", "custom.cf_user": "u1", "emails": [],
+        "date_updated": "1970-01-01T00:00:00.5Z"});
+    let close = FakeClose::new(&predecessor, &[acme()], &[contact]).with_read_lag(Duration::from_secs(5));
+    let gets_email = desired(&predecessor, 1, json!({"userId": "u1", "traits": {"email": "jane@acme.test"}}));
+    let outcome = attempts(&predecessor, &close, &gets_email).retry_in_place().await;
+    assert_eq!((outcome, close.written()), (Outcome::Synced(Effect::Updated), vec!["update_contact"]));
+
+    let successor = context(&rules());
+    successor.recent.written_elsewhere("cont_1", close.contact("cont_1").date_updated);
+    let email_alone = desired(&successor, 2, json!({"traits": {"email": "jane@acme.test", "title": "CEO"}}));
+    let outcome = attempts(&successor, &close, &email_alone).retry_in_place().await;
+    assert_eq!(outcome, Outcome::Synced(Effect::Updated));
+    assert_eq!(close.written(), ["update_contact", "update_contact"]);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_record_that_a_person_deletes_is_created_again_after_a_moment() {
     let context = context(&rules());

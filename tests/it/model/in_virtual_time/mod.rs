@@ -220,6 +220,9 @@ fn run_seed(seed: u64, retry_mode: RetryMode, mutant: Option<Mutant>) -> Run {
             RetryMode::InPlace => knows_times || !is_late(seed),
             RetryMode::DelayQueues => single_process && dead.is_empty(),
         };
+        // Without a journal, the next process does not know which reads are stale, and writes lists from them.
+        let knows_writes = world.plan.journal.is_some() || world.plan.behaviour.read_lag.longest().is_zero();
+        let outcome_is_certain = outcome_is_certain && (single_process || knows_writes);
         // What an older event adds depends on the Contacts that there are.
         let outcome_is_certain = outcome_is_certain && !world.order_is_lost(&history);
         let is_compared = outcome_is_certain && is_careful;
