@@ -6,7 +6,7 @@
 //!
 //! A worker that lacks proof creates nothing, so it may have nothing new to watch. Then it watches a change that it
 //! remembers, from the journal too. And because its messages may look for other kinds of records, it searches for the change
-//! itself, once a minute ([`SearchLag::need_proof`]).
+//! itself, once a minute (`need_proof`).
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
