@@ -186,7 +186,7 @@ pub async fn prepare_journal(
 
 async fn find_journal(connection: &Connection, settings: &Settings) -> Result<JournalState, BrokerError> {
     let declares = settings.topology == TopologyMode::Declare;
-    let start = Instant::now();
+    let (start, mut is_logged) = (Instant::now(), false);
     let (missing, trouble) = loop {
         let (mut missing, mut trouble) = (missing_for_journal(connection, settings).await?, None);
         if declares && !missing.is_empty() {
@@ -198,6 +198,13 @@ async fn find_journal(connection: &Connection, settings: &Settings) -> Result<Jo
             && matches!(trouble, None | Some(BrokerError::Missing(_)));
         if !may_start || start.elapsed() >= STREAM_STARTS_WITHIN {
             break (missing, trouble);
+        }
+        if !std::mem::replace(&mut is_logged, true) {
+            tracing::info!(
+                event = "journal_awaited",
+                "the stream of the journal is missing; waiting up to {} s, because it may start later than RabbitMQ",
+                STREAM_STARTS_WITHIN.as_secs()
+            );
         }
         tokio::time::sleep(TRY_AGAIN_AFTER).await;
     };

@@ -82,6 +82,7 @@ async fn check_close(
                 organization = ready.organization,
                 "Close accepts the API key"
             );
+            status.set(State::Connecting(None), Some("connecting to RabbitMQ".to_owned()));
             return Ok(Some(ready.mapping));
         }
         Some(Err(errors)) => {
