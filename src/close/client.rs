@@ -150,15 +150,15 @@ impl Client {
         }
     }
 
-    /// Adds a look-up to the next search that other look-ups need. Returns the ids it found. `None` when it
-    /// failed.
-    pub(crate) async fn ride_along(&self, lookup: Lookup) -> Option<Vec<String>> {
-        Some(ids(&self.search.ride_along(lookup).await?.ok()?))
+    /// Adds a look-up to the next search that other look-ups need. Returns the ids that it has certainly found by this key, or,
+    /// `by_any`, all. `None` when it failed.
+    pub(crate) async fn ride_along(&self, lookup: Lookup, by_any: bool) -> Option<Vec<String>> {
+        Some(ids(&self.search.ride_along(lookup).await?.ok()?, by_any))
     }
 
-    /// Searches for a look-up, together with those of others. Returns the ids it found. `None` when it failed.
-    pub(crate) async fn look_up(&self, lookup: Lookup) -> Option<Vec<String>> {
-        self.search(lookup).await.ok().as_ref().map(ids)
+    /// The same in a search of its own, together with those of others.
+    pub(crate) async fn look_up(&self, lookup: Lookup, by_any: bool) -> Option<Vec<String>> {
+        self.search(lookup).await.ok().map(|rows| ids(&rows, by_any))
     }
 
     async fn search(&self, lookup: Lookup) -> Result<Rows, CloseError> {
@@ -172,8 +172,9 @@ impl Client {
     }
 }
 
-fn ids(rows: &Rows) -> Vec<String> {
-    rows.found.iter().filter_map(|row| Some(row.get("id")?.as_str()?.to_owned())).collect()
+fn ids(rows: &Rows, by_any: bool) -> Vec<String> {
+    let ids = rows.found.iter().filter_map(|row| Some(row.get("id")?.as_str()?.to_owned()));
+    ids.filter(|id| by_any || !rows.by_both.contains(id)).collect()
 }
 
 impl Records for Client {
@@ -192,9 +193,10 @@ impl Records for Client {
             user: user.map(|(field, id)| (field.clone(), id.to_owned())),
             email: email.map(str::to_owned),
         };
-        let Rows { found, more, exact, .. } = self.search(lookup).await?;
+        let Rows { found, more, by_both, exact, .. } = self.search(lookup).await?;
+        let by_both = by_both.iter().filter_map(|id| ContactId::parse(id)).collect();
         let contacts = wire::read_all(found.iter().map(Arc::as_ref), wire::read_contact)?;
-        Ok(Hits { contacts, more, exact })
+        Ok(Hits { contacts, more, by_both, exact })
     }
 
     async fn lead(

@@ -224,7 +224,7 @@ impl Records for InMemoryRecords {
         contacts.sort_by(|a, b| a.date_created.cmp(&b.date_created));
         let more = contacts.len() > wire::PAGE;
         contacts.truncate(wire::PAGE);
-        Ok(Hits { contacts, more, exact: !self.inexact })
+        Ok(Hits { contacts, more, by_both: Vec::new(), exact: !self.inexact })
     }
 
     async fn lead(

@@ -113,6 +113,8 @@ pub struct Hits {
     pub contacts: Vec<Contact>,
     /// Whether Close has more than one page.
     pub more: bool,
+    /// Those that have a user id and an email that the search was for. By which of them search has found them is not known.
+    pub by_both: Vec<ContactId>,
     /// The search was for exactly these keys, and for no other person.
     pub exact: bool,
 }

@@ -41,6 +41,8 @@ pub(crate) struct Rows {
     pub(crate) found: Vec<Arc<Value>>,
     /// Whether Close has more than one page.
     pub(crate) more: bool,
+    /// Those that have a user id and an email that the search was for.
+    pub(crate) by_both: Vec<String>,
     /// The search was for this look-up alone, in a mode that finds only exact matches.
     pub(crate) exact: bool,
     /// Calls made. They are counted for the first look-up of the batch.

@@ -248,15 +248,24 @@ pub(crate) fn is_unclear(lookup: &Lookup, row: &Value) -> bool {
 pub(crate) fn may_match(lookup: &Lookup, row: &Value) -> bool {
     match lookup {
         Lookup::Lead { field, company_id } => has_id(row, field, company_id),
-        Lookup::Contact { user, email } => {
-            let emails = row["emails"].as_array().into_iter().flatten();
-            is_unclear(lookup, row)
-                || user.as_ref().is_some_and(|(field, id)| has_id(row, field, id))
-                || email.as_deref().is_some_and(|email| {
-                    emails.filter_map(|entry| entry["email"].as_str()).any(|stored| same_word(stored, email))
-                })
-        }
+        Lookup::Contact { .. } => is_unclear(lookup, row) || has_user(lookup, row) || has_email(lookup, row),
     }
+}
+
+fn has_user(lookup: &Lookup, row: &Value) -> bool {
+    matches!(lookup, Lookup::Contact { user: Some((field, id)), .. } if has_id(row, field, id))
+}
+
+fn has_email(lookup: &Lookup, row: &Value) -> bool {
+    let emails = row["emails"].as_array().into_iter().flatten().filter_map(|entry| entry["email"].as_str());
+    matches!(lookup, Lookup::Contact { email: Some(email), .. }
+        if emails.into_iter().any(|stored| same_word(stored, email)))
+}
+
+/// Whether a row has a user id and an email that the search is for. Search may have found it by one of them alone: the index
+/// lags, and the row shows the record as it is now.
+pub(crate) fn has_both(lookups: &[Lookup], row: &Value) -> bool {
+    lookups.iter().any(|lookup| has_user(lookup, row)) && lookups.iter().any(|lookup| has_email(lookup, row))
 }
 
 /// The endpoint and the id of the record of a row without the keys by which a look-up finds it. Only the record shows which

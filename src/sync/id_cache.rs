@@ -277,18 +277,20 @@ impl IdCache {
         }
     }
 
-    /// A search for this key has shown the record. Returns the change that it had not shown before.
-    pub fn seen(&self, key: &Key, id: &RecordId) -> Option<Change> {
+    /// A search for this key has shown the record. Returns the change that it had not shown before. Unless it is `certain` that
+    /// search has found it by this key, only a creation counts: a new record is in the index with all its keys.
+    pub fn seen(&self, key: &Key, id: &RecordId, certain: bool) -> Option<Change> {
         let key = KeyHash::of(key);
+        let counts = |change: Change| certain || change.kind == ChangeKind::Creation;
         // Most records have nothing to note, and an update of the entry costs more.
-        let is_seen = |known: &Known| known.id == *id && known.unseen.is_some();
+        let is_seen = |known: &Known| known.id == *id && known.unseen.is_some_and(counts);
         if !self.entry(key).known.iter().any(is_seen) {
             return None;
         }
         let mut change = None;
         self.update(key, |entry| {
             let known = entry.known.iter_mut().find(|known| known.id == *id);
-            change = known.and_then(|known| known.unseen.take());
+            change = known.and_then(|known| known.unseen.take_if(|change| counts(*change)));
         });
         change
     }
@@ -405,8 +407,8 @@ mod tests {
         for number in 0..1000 {
             cache.changed(&[KeyHash::of(&key(number))], &id, creation(number));
             if number % 2 == 0 {
-                assert_eq!(cache.seen(&key(number), &id), Some(creation(number)));
-                assert_eq!(cache.seen(&key(number), &id), None, "seen before");
+                assert_eq!(cache.seen(&key(number), &id, false), Some(creation(number)));
+                assert_eq!(cache.seen(&key(number), &id, true), None, "seen before");
             }
         }
         cache.entries.own().run_pending_tasks();
@@ -415,6 +417,18 @@ mod tests {
         assert!(at > creation(1).at);
         assert_eq!(cache.evicted(), [Change { at: at - SignedDuration::from_secs(2), ..oldest }]);
         assert_eq!(cache.evicted(), [], "once");
+    }
+
+    #[test]
+    fn a_key_that_a_record_got_later_is_shown_only_by_a_search_that_found_it_by_this_key() {
+        let cache = IdCache::default();
+        let (key, id) = (Key::User("u1".into()), RecordId::Contact(ContactId::new("cont_1")));
+        let got = Change { kind: ChangeKind::KeyChange, at: at(5) };
+        cache.changed(&[KeyHash::of(&key)], &id, got);
+        assert_eq!(cache.seen(&key, &id, false), None);
+        assert_eq!(cache.unseen().count(), 1);
+        assert_eq!(cache.seen(&key, &id, true), Some(got));
+        assert_eq!(cache.unseen().count(), 0);
     }
 
     #[test]

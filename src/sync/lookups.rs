@@ -81,7 +81,7 @@ impl<R: Records> Lookups<'_, R> {
         self.note(LookUp::SearchedLeads(hits.len()));
         let key = Key::Company(company_id.to_owned());
         for lead in &hits {
-            self.seen(&key, RecordId::Lead(lead.id.clone()), answered);
+            self.seen(&key, RecordId::Lead(lead.id.clone()), answered, true);
         }
         for lead in hits.iter().filter(|lead| lead.custom(field) != Some(company_id)) {
             self.note_candidate(lead.id.as_str(), match_lead(lead, company_id, self.keys));
@@ -316,7 +316,7 @@ impl<R: Records> Lookups<'_, R> {
         let user = self.keys.user.as_ref().zip(person.user_id.as_deref());
         let hits = self.records.find_contacts(user, person.email.as_deref()).await?;
         self.note(LookUp::SearchedContacts(hits.contacts.len()));
-        let mut candidates = hits.contacts;
+        let (mut candidates, mut by_both) = (hits.contacts, hits.by_both);
         if hits.exact {
             let ids: Vec<ContactId> = candidates.iter().map(|contact| contact.id.clone()).collect();
             let known = candidates.into_iter().map(|contact| self.with_email(contact, person, &ids));
@@ -328,6 +328,7 @@ impl<R: Records> Lookups<'_, R> {
             let hits = self.records.find_contacts(user, None).await?;
             self.note(LookUp::SearchedContacts(hits.contacts.len()));
             candidates.extend(hits.contacts);
+            by_both.extend(hits.by_both);
         }
         for contact in candidates.iter().filter(|contact| user_of(contact, self.keys).is_none()) {
             self.id_cache.shown_with(&contact.id, None);
@@ -339,10 +340,10 @@ impl<R: Records> Lookups<'_, R> {
             let is_found = |contact: &Contact| {
                 person.user_id.is_none() || compare(contact, person, self.keys) == ContactMatch::SameUser
             };
-            found
-                .into_iter()
-                .filter(is_found)
-                .for_each(|contact| self.seen(&key, RecordId::Contact(contact.id), answered));
+            for contact in found.into_iter().filter(is_found) {
+                let certain = !by_both.contains(&contact.id);
+                self.seen(&key, RecordId::Contact(contact.id), answered, certain);
+            }
         }
         // Not all candidates are read, so note here which ones are left alone.
         for (id, verdict) in match_contacts(candidates.clone(), person, self.keys).verdicts {
@@ -421,9 +422,9 @@ impl<R: Records> Lookups<'_, R> {
         }
     }
 
-    /// Search has shown a record by this key.
-    fn seen(&self, key: &Key, id: RecordId, answered: Instant) {
-        if let Some(change) = self.id_cache.seen(key, &id).filter(|change| change.shows_lag(key)) {
+    /// Search has shown a record that has this key. `certain`: it has found the record by it.
+    fn seen(&self, key: &Key, id: RecordId, answered: Instant, certain: bool) {
+        if let Some(change) = self.id_cache.seen(key, &id, certain).filter(|change| change.shows_lag(key)) {
             self.lag_guard.shown(change.kind, change.at, answered);
         }
     }

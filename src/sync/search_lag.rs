@@ -222,15 +222,17 @@ impl Watcher {
         });
         let Some(Watched { key, lookup, record, change }) = next else { return false };
         let began = Instant::now();
+        // A new record is in the index with all its keys.
+        let by_any = kind == ChangeKind::Creation;
         loop {
             let ids = tokio::select! {
                 biased;
-                ids = client.ride_along(lookup.clone()) => ids,
-                () = self.search_now[kind as usize].notified() => client.look_up(lookup.clone()).await,
+                ids = client.ride_along(lookup.clone(), by_any) => ids,
+                () = self.search_now[kind as usize].notified() => client.look_up(lookup.clone(), by_any).await,
             };
             let Some(ids) = ids else { continue };
             if ids.iter().any(|id| id == record.as_str()) {
-                self.id_cache.seen(&key, &record);
+                self.id_cache.seen(&key, &record, true);
                 self.guard.shown(kind, change.at, Instant::now());
                 self.with(kind, Kind::shown);
             } else if !self.with(kind, |kind| kind.missed(self.age(change), began.elapsed())) {
