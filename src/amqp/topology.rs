@@ -121,8 +121,8 @@ impl JournalState {
 pub enum JournalCheck {
     /// A worker will declare it.
     Absent,
-    /// It is used as it was declared, with a size that differs from the settings. Holds the broker's message, which names
-    /// both values. RabbitMQ does not compare ages.
+    /// It is used as it was declared, which differs from the settings. Holds the broker's message, which names both values.
+    /// Whether RabbitMQ compares ages depends on its version.
     Differs(String),
     Exists(JournalState),
 }

@@ -214,4 +214,26 @@ mod tests {
         let (again, _receiver) = lookup("later", Priority::Live);
         assert!(batcher.add(again), "the runner is done");
     }
+
+    #[test]
+    fn a_full_batch_leaves_a_seat_for_a_rider_that_waits() {
+        let (batcher, mut receivers) = (Batcher::default(), Vec::new());
+        let mut look_up = |id: String| {
+            let (pending, receiver) = lookup(&id, Priority::Live);
+            receivers.push(receiver);
+            pending
+        };
+        for n in 0..2 * MAX_BATCH {
+            batcher.add(look_up(n.to_string()));
+        }
+        batcher.ride_along(look_up("rider".into()));
+        let (gone, receiver) = lookup("gone", Priority::Live);
+        batcher.ride_along(gone);
+        drop(receiver);
+        let runner = batcher.runner();
+        let next = runner.next();
+        let rider = Lookup::Lead { field: FieldId::new("cf_c"), company_id: "rider".into() };
+        assert_eq!((next.len(), &next[MAX_BATCH - 1].lookup), (MAX_BATCH, &rider));
+        assert_eq!(runner.next().len(), MAX_BATCH, "no other one rides along");
+    }
 }

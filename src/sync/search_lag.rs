@@ -65,8 +65,6 @@ struct Kind {
     missed: Option<Duration>,
     /// When a change was watched for longer than this, the youngest takes its place.
     patience: Duration,
-    /// The change that rides along is one that was remembered, so another one can take its place.
-    is_remembered: bool,
     /// The remembered changes up to this one were tried.
     tried: Option<(Timestamp, RecordId)>,
     /// When a call of our own for a proof was last made.
@@ -91,10 +89,11 @@ impl Kind {
         (self.measured, self.patience) = (Some(missed.unwrap_or_default()), PATIENCE);
     }
 
-    /// A search has not shown the change, which is this old and was watched for that long. Whether to give up on it.
-    fn missed(&mut self, age: Option<Duration>, watched: Duration) -> bool {
+    /// A search has not shown the change, which is this old and was watched for that long. Whether to give up on it, because
+    /// there is a younger one, or another one that `is_remembered`.
+    fn missed(&mut self, age: Option<Duration>, watched: Duration, is_remembered: bool) -> bool {
         self.missed = age;
-        let gives_up = (self.next.is_some() || self.is_remembered) && watched > self.patience;
+        let gives_up = (self.next.is_some() || is_remembered) && watched > self.patience;
         if gives_up {
             self.patience = self.patience.saturating_mul(2);
         }
@@ -115,7 +114,6 @@ impl Default for Kind {
             measured: None,
             missed: None,
             patience: PATIENCE,
-            is_remembered: false,
             tried: None,
             proof_sought: None,
         }
@@ -137,6 +135,8 @@ struct Watched {
     lookup: Lookup,
     record: RecordId,
     change: Change,
+    /// It was found in memory, so another one can take its place.
+    is_remembered: bool,
 }
 
 impl SearchLag {
@@ -163,7 +163,7 @@ impl SearchLag {
     ) {
         let Some(lookup) = lookup(&key, keys).filter(|_| change.shows_lag(&key)) else { return };
         let is_idle = self.watcher.with(change.kind, |kind| {
-            kind.next = Some(Watched { key, lookup, record, change });
+            kind.next = Some(Watched { key, lookup, record, change, is_remembered: false });
             !kind.is_watching
         });
         if is_idle {
@@ -186,11 +186,8 @@ impl SearchLag {
                     if found.is_some() {
                         watcher.search_now[kind as usize].notify_one();
                     }
-                    watcher.with(kind, |kind| {
-                        // One of its own, from meanwhile, is younger.
-                        kind.is_remembered = kind.next.is_none() && found.is_some();
-                        kind.next = kind.next.take().or(found);
-                    });
+                    // One of its own, from meanwhile, is younger.
+                    watcher.with(kind, |kind| kind.next = kind.next.take().or(found));
                     while watcher.watch_next(&client, kind).await {}
                 });
             }
@@ -220,7 +217,7 @@ impl Watcher {
             kind.is_watching = next.is_some();
             next
         });
-        let Some(Watched { key, lookup, record, change }) = next else { return false };
+        let Some(Watched { key, lookup, record, change, is_remembered }) = next else { return false };
         let began = Instant::now();
         // A new record is in the index with all its keys.
         let by_any = kind == ChangeKind::Creation;
@@ -235,11 +232,11 @@ impl Watcher {
                 self.id_cache.seen(&key, &record, true);
                 self.guard.shown(kind, change.at, Instant::now());
                 self.with(kind, Kind::shown);
-            } else if !self.with(kind, |kind| kind.missed(self.age(change), began.elapsed())) {
-                continue;
+                return true;
             }
-            self.with(kind, |kind| kind.is_remembered = false);
-            return true;
+            if self.with(kind, |kind| kind.missed(self.age(change), began.elapsed(), is_remembered)) {
+                return true;
+            }
         }
     }
 
@@ -265,7 +262,7 @@ impl Watcher {
             let is_remembered = |key: &Key| hashes.contains(&KeyHash::of(key)) && change.shows_lag(key);
             let watched = in_close.into_iter().find(is_remembered).and_then(|key| {
                 let lookup = lookup(&key, keys)?;
-                Some(Watched { key, lookup, record, change })
+                Some(Watched { key, lookup, record, change, is_remembered: true })
             });
             if watched.is_some() {
                 return watched;
@@ -418,7 +415,7 @@ mod tests {
     fn the_lag_is_what_searches_have_missed_at_least() {
         let mut kind = Kind::default();
         assert_eq!(kind.lag(), None);
-        assert!(!kind.missed(Some(Duration::from_secs(40)), Duration::ZERO));
+        assert!(!kind.missed(Some(Duration::from_secs(40)), Duration::ZERO, false));
         assert_eq!(kind.lag(), Some(Duration::from_secs(40)), "before it is shown");
         kind.shown();
         assert_eq!(kind.lag(), Some(Duration::from_secs(40)));
@@ -430,15 +427,15 @@ mod tests {
     #[test]
     fn a_change_that_is_never_shown_gives_way_to_a_younger_one_more_and_more_slowly() {
         let mut kind = Kind::default();
-        let missed = |kind: &mut Kind, minutes| kind.missed(None, Duration::from_mins(minutes));
+        let missed = |kind: &mut Kind, minutes| kind.missed(None, Duration::from_mins(minutes), false);
         assert!(!missed(&mut kind, 11), "no younger one takes its place");
-        kind.is_remembered = true;
-        assert!(missed(&mut kind, 11), "another one can be read");
-        (kind.is_remembered, kind.patience) = (false, PATIENCE);
+        assert!(kind.missed(None, Duration::from_mins(11), true), "another one can be read");
+        kind.patience = PATIENCE;
         let record = RecordId::Lead(LeadId::new("lead_1"));
         let lookup = Lookup::Contact { user: None, email: None };
         let change = Change { kind: ChangeKind::Creation, at: Timestamp::UNIX_EPOCH };
-        kind.next = Some(Watched { key: Key::Company("acme".into()), lookup, record, change });
+        let key = Key::Company("acme".into());
+        kind.next = Some(Watched { key, lookup, record, change, is_remembered: false });
         let gives_up = [9, 11, 11, 21, 39, 41].map(|minutes| missed(&mut kind, minutes));
         assert_eq!(gives_up, [false, true, false, true, false, true]);
         kind.shown();

@@ -10,9 +10,9 @@
 //!
 //! **What is explored.** By default one event: with a crash and a lost answer, with a lost answer and an index that catches up,
 //! and with a worker that lost the queue. With
-//! `CLOSE_SYNC_SMALL_WORLDS=all`, in about ten minutes of two cores: one event with all faults together, all pairs of events
-//! with each fault, and all triples with a lost answer. With `CLOSE_SYNC_SMALL_WORLDS=triples`, in hours: all triples with a
-//! crash or a worker that lost the queue. Events that share no key change nothing for each other, so each event must share one
+//! `CLOSE_SYNC_SMALL_WORLDS=all`: one event with all faults together, all pairs of events with each fault, and all triples with a
+//! lost answer. With `CLOSE_SYNC_SMALL_WORLDS=triples`, which takes much longer: all triples with a crash or a worker that lost
+//! the queue. Events that share no key change nothing for each other, so each event must share one
 //! with another.
 
 use std::collections::HashSet;
