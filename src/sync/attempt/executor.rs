@@ -46,14 +46,6 @@ pub(super) struct Executor<'a, C: Api> {
     pub(super) permit: Option<C::Permit>,
 }
 
-/// What was written down about a step.
-#[derive(Clone, Copy, Debug, Default)]
-struct Announced {
-    is_written: bool,
-    /// Of a creation.
-    operation: Option<Uuid>,
-}
-
 /// Why a step was not executed.
 pub(super) enum Stopped<P> {
     Failed(CloseError),
@@ -186,26 +178,32 @@ impl<C: Api> Executor<'_, C> {
     /// call may be dropped at any moment and still happen.
     async fn send(&mut self, step: &Step, found: &Found) -> Result<CreatedIds, Stopped<C::Permit>> {
         let Context { id_cache, recent, .. } = self.context;
-        let mut announced = Announced::default();
-        let (result, sent) = loop {
+        let mut keys_are_written = false;
+        let (result, operation, sent) = loop {
             // The wait for budget comes first, so that the write follows its reads at once.
             let permit = match self.permit.take() {
                 Some(permit) => permit,
                 None => self.client.acquire(step).await,
             };
-            announced = self.announce(step, found, announced).await?;
+            let operation = if step.creates() {
+                Some(self.announce_creation(step).await?)
+            } else {
+                if !std::mem::replace(&mut keys_are_written, true) {
+                    self.announce_keys(step, found).await;
+                }
+                None
+            };
             if let Some(fresh) = self.changed(step, found).await? {
                 return Err(Stopped::Changed(fresh, permit));
             }
             let sent = self.context.now();
             match self.client.write(step, permit).await {
-                Ok(Some(written)) => break (Ok(written), sent),
-                // A 429: nothing has happened.
-                Ok(None) => {}
-                Err(error) => break (Err(error), sent),
+                Ok(Some(written)) => break (Ok(written), operation, sent),
+                // A 429: nothing has happened, and the wait for budget may be long.
+                Ok(None) => operation.into_iter().for_each(|operation| self.settle(operation)),
+                Err(error) => break (Err(error), operation, sent),
             }
         };
-        let Announced { operation, .. } = announced;
         let written = match result {
             Ok(written) => written,
             Err(error) => {
@@ -262,43 +260,38 @@ impl<C: Api> Executor<'_, C> {
         Ok(None)
     }
 
-    /// Writes down a creation, or keys that a record gets, before they are sent: once, also if a 429 repeats the step.
-    async fn announce(
-        &mut self,
-        step: &Step,
-        found: &Found,
-        before: Announced,
-    ) -> Result<Announced, CloseError> {
-        let Context { lag_guard, id_cache, .. } = self.context;
-        let sent = self.context.now();
-        if !step.creates() {
-            let Some((record, keys)) = self.new_keys(step, found).filter(|_| !before.is_written) else {
-                return Ok(before);
-            };
-            let (keys, change) = (KeyHash::of_all(&keys), Change { kind: ChangeKind::KeyChange, at: sent });
-            id_cache.changed(&keys, &record, change);
-            self.journal.append(vec![journal::keys(record, keys, change)]);
-            self.client.waits().during(WaitCause::Journal, self.journal.read_back()).await;
-            return Ok(Announced { is_written: true, operation: None });
-        }
-        let hashes = KeyHash::of_all(self.keys);
-        let operation = before.operation.unwrap_or_else(Uuid::now_v7);
+    /// Writes down the keys that a record gets, before they are sent.
+    async fn announce_keys(&self, step: &Step, found: &Found) {
+        let Some((record, keys)) = self.new_keys(step, found) else { return };
+        let change = Change { kind: ChangeKind::KeyChange, at: self.context.now() };
+        let keys = KeyHash::of_all(&keys);
+        self.context.id_cache.changed(&keys, &record, change);
+        self.write_down(journal::keys(record, keys, change)).await;
+    }
+
+    /// Writes down a creation before it is sent. From then on it is pending.
+    async fn announce_creation(&self, step: &Step) -> Result<Uuid, CloseError> {
+        let lag_guard = &self.context.lag_guard;
+        let (operation, keys, at) = (Uuid::now_v7(), KeyHash::of_all(self.keys), self.context.now());
         let lead = matches!(step, Step::CreateLead { .. });
-        lag_guard.begin(operation, hashes.clone(), lead, sent);
-        if !before.is_written {
-            let mut unsent = Unsent { executor: self, operation: Some(operation) };
-            self.journal.append(vec![Entry::Creating { operation, keys: hashes.clone(), lead, at: sent }]);
-            self.client.waits().during(WaitCause::Journal, self.journal.read_back()).await;
-            unsent.operation = None;
-            // The journal may have taken minutes.
-            lag_guard.extend(operation);
-        }
-        if lag_guard.pending_with(&hashes).iter().any(|(other, _)| *other != operation) {
+        lag_guard.begin(operation, keys.clone(), lead, at);
+        let mut unsent = Unsent { executor: self, operation: Some(operation) };
+        self.write_down(Entry::Creating { operation, keys: keys.clone(), lead, at }).await;
+        unsent.operation = None;
+        // The journal may have taken minutes.
+        lag_guard.extend(operation);
+        if lag_guard.pending_with(&keys).iter().any(|(other, _)| *other != operation) {
             // Another worker was first.
             self.settle(operation);
             return Err(CloseError::Transient(Fault::NotYet));
         }
-        Ok(Announced { is_written: true, operation: Some(operation) })
+        Ok(operation)
+    }
+
+    /// Waits until the journal has the entry, and what others wrote before it is known.
+    async fn write_down(&self, entry: Entry) {
+        self.journal.append(vec![entry]);
+        self.client.waits().during(WaitCause::Journal, self.journal.read_back()).await;
     }
 
     /// The record that a step gives keys to, if it exists already.

@@ -294,3 +294,15 @@ async fn a_creation_that_close_refused_is_not_pending() {
         assert_eq!(pending(&context, &desired), [""; 0], "{error}");
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_creation_that_waits_after_a_429_is_not_pending() {
+    let context = context(&rules());
+    let close = FakeClose::new(&context, &[], &[]).with_fault(WriteFault::Busy);
+    close.state(|state| state.budget_wait = Duration::from_secs(10));
+    let desired = jane(&context, 5);
+    let mut attempts = attempts(&context, &close, &desired);
+    tokio::time::timeout(Duration::from_secs(15), attempts.run_once()).await.err().unwrap();
+    assert_eq!(close.written(), ["create_lead"], "the second call waits");
+    assert_eq!(pending(&context, &desired), [""; 0]);
+}

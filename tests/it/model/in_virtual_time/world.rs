@@ -337,7 +337,8 @@ impl SimulatedTransport {
             (outcome.takes_effect, outcome.result) = (false, CallResult::Status(500));
         }
         // An answer need not name the Contact. Where the event log is silent, only search then shows it.
-        if creates && (outcome.result != CallResult::Answer || !world.plan.event_log_answers) {
+        let is_late = outcome.request_latency + outcome.response_latency >= TIMEOUT;
+        if creates && (outcome.result != CallResult::Answer || is_late || !world.plan.event_log_answers) {
             world.unanswered_creations.fetch_add(1, Ordering::Relaxed);
         }
         let (path_alone, _) = path.split_once('?').unwrap_or((path, ""));
