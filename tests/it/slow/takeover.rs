@@ -69,14 +69,18 @@ async fn a_standby_creates_at_once_after_a_kill() {
     let publishing = tokio::spawn(publish(Arc::clone(&bench), Arc::clone(&stop)));
     active.until("creating", async |_| !bench.simulator.leads().is_empty()).await;
     let mut times = Vec::new();
+    let mut tail = 0;
     for kill in 0..kills {
         let standby = bench.starting_worker();
         standby.until("standing by", async |standby| standby.is("standing_by", None).await).await;
         if shape == Shape::LongTail || (shape == Shape::Checkpointed && kill == 0) {
+            // The last kill came shortly before a checkpoint was due.
+            past.append_bytes(tail / 15).await;
             let id = active.logged_event("journal_read").unwrap().0;
             let size = journal.checkpoint_since(id).await;
             if shape == Shape::LongTail {
-                past.append_bytes((2 * size).max(CHECKPOINT_AFTER) * 15 / 16).await;
+                tail = (2 * size).max(CHECKPOINT_AFTER) * 15 / 16;
+                past.append_bytes(tail).await;
             }
         }
         standby.until("has followed the journal", async |standby| is_idle(standby).await).await;
