@@ -13,9 +13,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use moka::notification::RemovalCause;
-use moka::policy::EvictionPolicy;
-use moka::sync::Cache;
 use strum::VariantArray;
 use tokio::time::Instant;
 
@@ -24,18 +21,18 @@ use crate::domain::journal::{ChangeKind, KeyHash, RecordId};
 use crate::domain::mapping::{Identity, Key};
 use crate::domain::record::{ContactId, LeadId};
 use crate::sync::lag_guard::LONGEST_SEARCH_LAG;
-use crate::sync::layered::Layered;
+use crate::sync::layered::{Bounds, Layered};
 
 /// How long a search need not be repeated.
 const LIFETIME: Duration = Duration::from_mins(10);
 /// In bytes: about 120,000 keys.
-const CAPACITY: u64 = 32 << 20;
+const CAPACITY: usize = 32 << 20;
 /// What an entry takes beside its ids, in bytes.
 const ENTRY: usize = 150;
 /// What an id takes beside its text, in bytes.
 const ID: usize = 80;
 /// In bytes, of Contacts that are somebody else's: about 40,000.
-const OTHERS_CAPACITY: u64 = 8 << 20;
+const OTHERS_CAPACITY: usize = 8 << 20;
 /// The most Contacts of one key. Only few are updated, and a page of a search has no more.
 const MAX_CONTACTS: usize = 100;
 
@@ -105,9 +102,9 @@ impl Entry {
         self
     }
 
-    fn weight(&self) -> u32 {
-        let ids = self.known.iter().map(|known| ID.saturating_add(known.id.as_str().len())).sum();
-        u32::try_from(ENTRY.saturating_add(ids)).unwrap_or(u32::MAX)
+    fn weight(&self) -> usize {
+        let ids: usize = self.known.iter().map(|known| ID.saturating_add(known.id.as_str().len())).sum();
+        ENTRY.saturating_add(ids)
     }
 
     fn unseen(&self) -> impl Iterator<Item = Change> {
@@ -122,30 +119,18 @@ impl Default for IdCache {
 }
 
 impl IdCache {
-    fn with_capacity(bytes: u64) -> Self {
+    fn with_capacity(bytes: usize) -> Self {
         let evicted = Arc::<Mutex<Evicted>>::default();
         let changes = Arc::clone(&evicted);
-        let note = move |_: Arc<KeyHash>, entry: Entry, cause: RemovalCause| {
-            if cause == RemovalCause::Size {
-                evict(&changes, entry.unseen());
-            }
-        };
-        // The most recent entries matter most, however often the others are read.
-        let entries = Cache::builder()
-            .weigher(|_: &KeyHash, entry: &Entry| entry.weight())
-            .max_capacity(bytes)
-            .eviction_policy(EvictionPolicy::lru())
-            .eviction_listener(note)
-            .build();
-        let others = Cache::builder()
-            .weigher(|id: &ContactId, _: &Option<KeyHash>| {
-                u32::try_from(ENTRY.saturating_add(id.as_str().len())).unwrap_or(u32::MAX)
-            })
-            .max_capacity(OTHERS_CAPACITY)
-            .eviction_policy(EvictionPolicy::lru())
-            .time_to_live(LONGEST_SEARCH_LAG)
-            .build();
-        let (entries, others) = (Layered::new(entries), Layered::new(others));
+        let note = move |entry: Entry| evict(&changes, entry.unseen());
+        let bounds =
+            Bounds { capacity: bytes, weight: |_: &KeyHash, entry: &Entry| entry.weight(), lifetime: None };
+        let entries = Layered::with_listener(bounds, Some(Box::new(note)));
+        let others = Layered::new(Bounds {
+            capacity: OTHERS_CAPACITY,
+            weight: |id: &ContactId, _| ENTRY.saturating_add(id.as_str().len()),
+            lifetime: Some(LONGEST_SEARCH_LAG),
+        });
         Self { entries, others, searched_since: Arc::default(), evicted }
     }
 
@@ -155,11 +140,7 @@ impl IdCache {
         copy.searched_since.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&self.searched_since());
         *copy.evicted.lock().unwrap_or_else(PoisonError::into_inner) =
             *self.evicted.lock().unwrap_or_else(PoisonError::into_inner);
-        Self {
-            entries: self.entries.covered_by(copy.entries.own().clone()),
-            others: self.others.covered_by(copy.others.own().clone()),
-            ..copy
-        }
+        Self { entries: copy.entries.over(&self.entries), others: copy.others.over(&self.others), ..copy }
     }
 
     fn searched_since(&self) -> Option<Instant> {
@@ -177,10 +158,10 @@ impl IdCache {
 
     /// Changes the entry of a key, created if there is none.
     fn update(&self, key: KeyHash, with: impl FnOnce(&mut Entry)) {
-        self.entries.update(&key, |entry| {
+        self.entries.update(key, |entry| {
             let mut entry = entry.unwrap_or_default().without_expired();
             with(&mut entry);
-            Some(entry)
+            entry
         });
     }
 
@@ -284,7 +265,7 @@ impl IdCache {
         let counts = |change: Change| certain || change.kind == ChangeKind::Creation;
         // Most records have nothing to note, and an update of the entry costs more.
         let is_seen = |known: &Known| known.id == *id && known.unseen.is_some_and(counts);
-        if !self.entry(key).known.iter().any(is_seen) {
+        if !self.entries.with(&key, |entry| entry.known.iter().any(is_seen)).unwrap_or_default() {
             return None;
         }
         let mut change = None;
@@ -305,10 +286,14 @@ impl IdCache {
     /// All changes that search has not shown yet, oldest first, with the keys that records got.
     pub fn unseen(&self) -> impl Iterator<Item = (Change, RecordId, Vec<KeyHash>)> + use<> {
         let mut unseen = BTreeMap::<(Timestamp, ChangeKind, RecordId), Vec<KeyHash>>::new();
-        for (key, entry) in self.entries.own() {
+        let entries = self.entries.filter_map(|key, entry| {
+            let has_unseen = entry.unseen().next().is_some();
+            has_unseen.then(|| (*key, entry.clone()))
+        });
+        for (key, entry) in entries {
             for Known { id, unseen: change, .. } in entry.without_expired().known {
                 if let Some(Change { kind, at }) = change {
-                    unseen.entry((at, kind, id)).or_default().push(*key);
+                    unseen.entry((at, kind, id)).or_default().push(key);
                 }
             }
         }
@@ -391,8 +376,8 @@ mod tests {
         for number in 0..5000 {
             cache.remember_contacts(key(number), ids(100), true);
         }
-        cache.entries.own().run_pending_tasks();
-        assert!(cache.entries.own().weighted_size() <= 1 << 20 && cache.entries.own().entry_count() < 100);
+        let weights = cache.entries.filter_map(|_, entry| Some(entry.weight()));
+        assert!(weights.iter().sum::<usize>() <= 1 << 20 && weights.len() < 100);
         assert_eq!(cache.evicted(), [], "search shows them");
         cache.remember_contacts(key(0), ids(MAX_CONTACTS + 1), true);
         let contacts = cache.contacts(&key(0));
@@ -411,7 +396,6 @@ mod tests {
                 assert_eq!(cache.seen(&key(number), &id, true), None, "seen before");
             }
         }
-        cache.entries.own().run_pending_tasks();
         let (oldest, ..) = cache.unseen().next().unwrap();
         let Change { at, .. } = oldest;
         assert!(at > creation(1).at);

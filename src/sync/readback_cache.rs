@@ -7,17 +7,15 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use moka::policy::EvictionPolicy;
-use moka::sync::Cache;
 use tokio::time::Instant;
 
 use crate::domain::matching::Found;
 use crate::domain::phone::Country;
 use crate::domain::readback::{Answers, Difference, Readback};
-use crate::sync::layered::Layered;
+use crate::sync::layered::{Bounds, Layered};
 
 /// In records with such a value. An entry takes about 300 bytes.
-const CAPACITY: u64 = 50_000;
+const CAPACITY: usize = 50_000;
 /// How long a value that Close did not keep is not sent again. What Close keeps may change without a change of the fields.
 const LIFETIME: Duration = Duration::from_hours(6);
 
@@ -41,8 +39,7 @@ struct Entry {
 
 impl Default for ReadbackCache {
     fn default() -> Self {
-        let records = Cache::builder().max_capacity(CAPACITY).eviction_policy(EvictionPolicy::lru()).build();
-        let records = Layered::new(records);
+        let records = Layered::new(Bounds::entries(CAPACITY));
         Self { records, not_kept_since: Arc::default(), country: Arc::default(), logged: Arc::default() }
     }
 }
@@ -56,7 +53,7 @@ impl ReadbackCache {
     /// A cache for a rehearsal: it knows what this one knows, and keeps what it learns for itself.
     pub(crate) fn for_rehearsal(&self) -> Self {
         Self {
-            records: self.records.covered_by(Self::default().records.own().clone()),
+            records: Self::default().records.over(&self.records),
             not_kept_since: copy(&self.not_kept_since),
             country: copy(&self.country),
             logged: copy(&self.logged),

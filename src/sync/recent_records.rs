@@ -13,8 +13,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use moka::policy::EvictionPolicy;
-use moka::sync::Cache;
 use tokio::time::Instant;
 
 use crate::close::{CloseError, Fault, LeadWithContacts, MOMENT, Written};
@@ -22,12 +20,12 @@ use crate::domain::mapping::{Identity, KeyFields};
 use crate::domain::matching::compare;
 use crate::domain::plan::Step;
 use crate::domain::record::{Channel, Contact, ContactId, Fields, Lead, LeadId};
-use crate::sync::layered::Layered;
+use crate::sync::layered::{Bounds, Layered};
 
 /// How long a state is remembered. No replica of a database should lag that much.
 pub(crate) const REMEMBERED: Duration = Duration::from_mins(2);
 /// In bytes.
-const CAPACITY: u64 = 16 << 20;
+const CAPACITY: usize = 16 << 20;
 /// What a record takes beside its values, in bytes.
 const RECORD: usize = 500;
 /// What a value takes beside its text, in bytes.
@@ -112,15 +110,9 @@ impl State {
 impl Default for RecentRecords {
     fn default() -> Self {
         let weight = |id: &String, recent: &Arc<Recent>| {
-            let bytes = RECORD.saturating_add(id.len()).saturating_add(recent.state.bytes());
-            u32::try_from(bytes).unwrap_or(u32::MAX)
+            RECORD.saturating_add(id.len()).saturating_add(recent.state.bytes())
         };
-        let records = Cache::builder()
-            .weigher(weight)
-            .max_capacity(CAPACITY)
-            .eviction_policy(EvictionPolicy::lru())
-            .time_to_live(REMEMBERED)
-            .build();
+        let records = Bounds { capacity: CAPACITY, weight, lifetime: Some(REMEMBERED) };
         Self { records: Layered::new(records) }
     }
 }
@@ -144,8 +136,7 @@ fn is_newer(known: Option<Timestamp>, read: Option<Timestamp>) -> bool {
 impl RecentRecords {
     /// A memory for a rehearsal: it knows what this one knows, and keeps what it learns for itself.
     pub(crate) fn for_rehearsal(&self) -> Self {
-        let own = Self::default().records.own().clone();
-        Self { records: self.records.covered_by(own) }
+        Self { records: Self::default().records.over(&self.records) }
     }
 
     /// Remembers the answer to a step.
@@ -265,13 +256,15 @@ impl RecentRecords {
     /// Remembers a state, unless a newer one is known. The caller may have waited since Close answered, and another message
     /// may have written the record meanwhile.
     fn insert(&self, id: &str, state: State, was_read: bool) {
-        self.records.update(id, |known| {
+        self.records.update(id.to_owned(), |known| {
             let known = known.filter(|known| known.seen.elapsed() < REMEMBERED);
-            if known.as_ref().is_some_and(|known| known.state.is_newer_than(&state)) {
-                return None;
+            match known {
+                Some(known) if known.state.is_newer_than(&state) => known,
+                known => {
+                    let was_read = was_read || known.is_some_and(|known| known.was_read);
+                    Arc::new(Recent { state, seen: Instant::now(), was_read })
+                }
             }
-            let was_read = was_read || known.is_some_and(|known| known.was_read);
-            Some(Arc::new(Recent { state, seen: Instant::now(), was_read }))
         });
     }
 }
@@ -454,8 +447,7 @@ mod tests {
             let fields = [(Field::Description, json!("x".repeat(100_000)))].into_iter().collect();
             recent.lead(Lead { id: LeadId::new(format!("lead_{number}")), fields, ..acme("", None) });
         }
-        let records = recent.records.own();
-        records.run_pending_tasks();
-        assert!(records.weighted_size() <= CAPACITY && records.entry_count() > 100);
+        let sizes = recent.records.filter_map(|_, recent| Some(recent.state.bytes()));
+        assert!(sizes.iter().sum::<usize>() <= CAPACITY && sizes.len() > 100, "{sizes:?}");
     }
 }

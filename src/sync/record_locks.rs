@@ -10,15 +10,15 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use moka::policy::EvictionPolicy;
-use moka::sync::Cache;
 use tokio::sync::Notify;
 use tokio::time::Instant;
+
+use crate::sync::layered::{Bounds, Layered};
 
 /// Longer than any message takes between reading and writing, waits for rate budget included.
 const REMEMBERED: Duration = Duration::from_hours(1);
 /// In records. An entry takes about 100 bytes.
-const CAPACITY: u64 = 50_000;
+const CAPACITY: usize = 50_000;
 
 /// The locks of one worker. Clones share them.
 #[derive(Clone, Debug)]
@@ -27,7 +27,7 @@ pub struct RecordLocks(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     taken: Mutex<HashSet<String>>,
-    written: Cache<String, Instant>,
+    written: Layered<String, Instant>,
     released: Notify,
 }
 
@@ -35,11 +35,7 @@ impl Default for RecordLocks {
     fn default() -> Self {
         Self(Arc::new(Inner {
             taken: Mutex::default(),
-            written: Cache::builder()
-                .max_capacity(CAPACITY)
-                .eviction_policy(EvictionPolicy::lru())
-                .time_to_live(REMEMBERED)
-                .build(),
+            written: Layered::new(Bounds { lifetime: Some(REMEMBERED), ..Bounds::entries(CAPACITY) }),
             released: Notify::new(),
         }))
     }

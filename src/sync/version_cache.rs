@@ -11,9 +11,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use moka::notification::RemovalCause;
-use moka::policy::EvictionPolicy;
-use moka::sync::Cache;
 use tokio::time::Instant;
 
 use crate::close::CreatedIds;
@@ -24,10 +21,10 @@ use crate::domain::refused::RefusedValues;
 use crate::domain::staleness::{
     self, FieldHash, FieldVersions, RecordVersions, SyncedAtFields, Unremembered,
 };
-use crate::sync::layered::Layered;
+use crate::sync::layered::{Bounds, Layered};
 
 /// In records. An entry takes about 500 bytes.
-const CAPACITY: u64 = 50_000;
+const CAPACITY: usize = 50_000;
 /// How long a refused value is not sent again. What Close accepts may change without a change of the fields.
 const REFUSAL_LIFETIME: Duration = Duration::from_hours(6);
 
@@ -61,20 +58,13 @@ impl Default for VersionCache {
 }
 
 impl VersionCache {
-    fn with_capacity(records: u64) -> Self {
-        // The most recent entries matter most, however often the others are read.
-        let lru = EvictionPolicy::lru;
+    fn with_capacity(records: usize) -> Self {
         let remembered_from = RememberedFrom::default();
         let forgets = Arc::clone(&remembered_from);
-        let note = move |_: Arc<String>, entry: Entry, cause: RemovalCause| {
-            if cause == RemovalCause::Size {
-                raise(&forgets, entry.versions.fields.into_values().max());
-            }
-        };
-        let cache = Cache::builder().max_capacity(records).eviction_policy(lru());
+        let note = move |entry: Entry| raise(&forgets, entry.versions.fields.into_values().max());
         Self {
-            records: Layered::new(cache.eviction_listener(note).build()),
-            creations: Layered::new(Cache::builder().max_capacity(records).eviction_policy(lru()).build()),
+            records: Layered::with_listener(Bounds::entries(records), Some(Box::new(note))),
+            creations: Layered::new(Bounds::entries(records)),
             refusals_since: Arc::default(),
             remembered_from,
         }
@@ -96,8 +86,8 @@ impl VersionCache {
         raise(&remembered_from, self.remembered_from());
         Self {
             remembered_from,
-            records: self.records.covered_by(records.own().clone()),
-            creations: self.creations.covered_by(creations.own().clone()),
+            records: records.over(&self.records),
+            creations: creations.over(&self.creations),
             refusals_since: Arc::new(Mutex::new(self.refusals_since())),
         }
     }
@@ -184,7 +174,7 @@ impl VersionCache {
             if let Some(id) = id {
                 // Close answered the creation, so the record is cached by its id from now on.
                 for kind in [NEW_LEAD, NEW_CONTACT] {
-                    versions.stored.inspect(|stored| self.creations.own().invalidate(&(kind, *stored)));
+                    versions.stored.inspect(|stored| self.creations.remove(&(kind, *stored)));
                 }
                 let versions = self.joined(&id, versions, read_at);
                 self.insert(id, versions, None);
@@ -197,21 +187,22 @@ impl VersionCache {
         let fields = fields.iter().map(|field| (*field, at)).collect();
         let versions = FieldVersions { stored, fields, ..FieldVersions::default() };
         // One step: a takeover does this for every entry.
-        self.records.update(record.as_str(), |entry| {
+        self.records.update(record.as_str().to_owned(), |entry| {
             let entry = entry.unwrap_or_default();
-            Some(Entry { versions: entry.versions.join(versions), intended: None, ..entry })
+            Entry { versions: entry.versions.join(versions), intended: None, ..entry }
         });
     }
 
     /// The entries of the journal for all records. Those of old events come first: where a successor has no room for all, it
     /// forgets these.
     pub fn written(&self) -> impl Iterator<Item = journal::Entry> + use<> {
-        let records = self.records.own().iter();
-        let mut records: Vec<_> = records.map(|(id, Entry { versions, .. })| (id, versions)).collect();
-        records
-            .sort_by_cached_key(|(id, versions)| (versions.fields.values().max().copied(), Arc::clone(id)));
-        records.into_iter().flat_map(|(id, FieldVersions { fields, stored, .. })| {
-            let record = RecordId::try_from(id.as_ref().clone()).ok();
+        let mut records = self.records.filter_map(|id, Entry { versions, .. }| {
+            let FieldVersions { fields, stored, .. } = versions;
+            Some((fields.values().max().copied(), id.clone(), fields.clone(), *stored))
+        });
+        records.sort_unstable_by(|one, other| (&one.0, &one.1).cmp(&(&other.0, &other.1)));
+        records.into_iter().flat_map(|(_, id, fields, stored)| {
+            let record = RecordId::try_from(id).ok();
             record.into_iter().flat_map(move |record| journal::written(record, fields.clone(), stored, None))
         })
     }
@@ -282,7 +273,6 @@ mod tests {
         assert_eq!(cache.remembered_from(), None);
         for (number, second) in [(1, 30), (2, 10), (3, 20)] {
             cache.learn(&contact(number), at(second), &[title], None);
-            cache.records.own().run_pending_tasks();
         }
         assert_eq!(cache.remembered_from(), Some(at(30)));
         cache.remembers_from(at(5));
