@@ -245,6 +245,7 @@ fn worker(
         if text.is_empty() { Some(None) } else { Country::parse(text).map(Some) }
     });
     let hold = reader.duration(setting!(raw, worker.hold), Duration::from_secs(1));
+    let recheck = reader.duration(setting!(raw, worker.recheck), Duration::ZERO);
     if hold.is_some_and(|hold| hold > LONGEST_HOLD) {
         let message =
             "must not be longer than `15m`; RabbitMQ takes back messages that are held for 30 minutes";
@@ -265,6 +266,7 @@ fn worker(
         search_lag: search_lag?,
         event_log_lag: event_log_lag?,
         hold: hold?,
+        recheck: recheck?,
         country: country?,
         merge: raw.worker.merge,
     })

@@ -116,6 +116,7 @@ pub(super) struct Worker {
     pub(super) concurrency: i64,
     pub(super) max_message_bytes: i64,
     pub(super) hold: String,
+    pub(super) recheck: String,
     pub(super) merge: bool,
     pub(super) grace: String,
 }

@@ -33,6 +33,8 @@ pub struct Decision {
     pub calls: u32,
     /// The message was looked up and written together with an earlier one.
     pub merged: bool,
+    /// The message says what was last applied, so nothing was looked up.
+    pub repeats: bool,
     /// Of a dry run: the worker would wait until search shows earlier changes, and look up again.
     pub awaits_search: bool,
     /// The created Lead.
@@ -113,7 +115,8 @@ impl Decision {
 
     /// The decision in one line without personal data. It has record ids and field names but no values.
     pub fn summary(&self) -> String {
-        let mut parts = vec![self.case.map_or("undecided", Case::label).to_owned()];
+        let undecided = if self.repeats { "says what was applied before" } else { "undecided" };
+        let mut parts = vec![self.case.map_or(undecided, Case::label).to_owned()];
         parts.extend(self.merged.then(|| "with the message before it".to_owned()));
         let mut part = |title: &str, items: Vec<String>| {
             if !items.is_empty() {

@@ -31,6 +31,7 @@ pub mod planner;
 pub mod readback;
 pub mod record;
 pub mod refused;
+pub mod repeat;
 pub mod schema;
 pub mod staleness;
 pub mod switches;

@@ -157,8 +157,11 @@ impl Suite {
         merged(self.settings.clone(), scenario.settings.clone())
     }
 
+    /// A scenario is about what an event does, so each one is compared with Close.
     fn layers(&self, scenario: &Scenario, base: &Layers) -> Layers {
-        base.clone().over(self.settings(scenario))
+        let recheck = Table::from_iter([("recheck".to_owned(), "0s".into())]);
+        let worker = Table::from_iter([("worker".to_owned(), recheck.into())]);
+        base.clone().over(worker).over(self.settings(scenario))
     }
 
     /// Starts a simulated Close with the records of the scenario.

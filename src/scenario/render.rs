@@ -42,6 +42,8 @@ pub fn decision(
     };
     if let Some(case) = decision.case {
         let _ = write!(text, ": {}", case.label());
+    } else if decision.repeats {
+        text.push_str(": repeat");
     }
     text.push('\n');
     let called = |id: &str| quoted(name(id).as_deref());

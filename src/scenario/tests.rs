@@ -2,11 +2,12 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::*;
 use crate::close::in_memory::InMemoryRecords;
 use crate::outcome::{Effect, Outcome};
-use crate::sync::properties::{Caches, apply, decide};
+use crate::sync::properties::{Caches, apply, decide, is_repeat};
 
 fn scenario_files() -> Vec<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/scenarios");
@@ -43,6 +44,7 @@ async fn in_memory(suite: &Suite, scenario: &Scenario, base: &Layers) -> String 
 
     let config = suite.config(scenario, base, &simulator).unwrap();
     let (switches, country) = (config.worker.switches, config.worker.country);
+    let recheck = config.worker.recheck;
     records.country = country;
     let worker = worker(config).await.unwrap();
     let (mapping, caches) = (worker.mapping(), Caches::default());
@@ -53,6 +55,9 @@ async fn in_memory(suite: &Suite, scenario: &Scenario, base: &Layers) -> String 
     for event in event::split(scenario.event.as_bytes()) {
         let (outcome, decision) = match worker.prepare(&event, ReceivedAt::now()) {
             Prepared::Settled(outcome) => (outcome, Decision::default()),
+            Prepared::Job(job) if recheck > Duration::ZERO && is_repeat(&caches, job.desired()) => {
+                (Outcome::Synced(Effect::Unchanged), Decision { repeats: true, ..Decision::default() })
+            }
             Prepared::Job(job) => {
                 let desired = job.desired();
                 let decided = decide(&records, &caches, &mapping, switches, &[desired]).unwrap();

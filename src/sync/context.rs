@@ -13,6 +13,7 @@ use crate::domain::mapping::{KeyFields, Mapping, Rules};
 use crate::domain::record::FieldId;
 use crate::outcome::{Failure, PauseCause, Stage};
 use crate::retry::History;
+use crate::sync::applied_cache::AppliedCache;
 use crate::sync::circuit_breaker::CircuitBreaker;
 use crate::sync::clock::Clock;
 use crate::sync::id_cache::IdCache;
@@ -48,6 +49,7 @@ pub(crate) struct Context {
     pub(crate) lag_guard: Arc<LagGuard>,
     pub(crate) search_lag: SearchLag,
     pub(crate) version_cache: VersionCache,
+    pub(crate) applied_cache: AppliedCache,
     pub(crate) readback_cache: ReadbackCache,
     pub(crate) record_locks: RecordLocks,
     pub(crate) recent: RecentRecords,
@@ -90,6 +92,7 @@ impl Context {
             lag_guard,
             clock,
             version_cache: VersionCache::default(),
+            applied_cache: AppliedCache::default(),
             readback_cache,
             record_locks: RecordLocks::default(),
             recent: RecentRecords::default(),
@@ -118,6 +121,8 @@ impl Context {
             id_cache,
             lag_guard,
             version_cache: self.version_cache.for_rehearsal(),
+            // It is never asked: a rehearsal looks at the records.
+            applied_cache: AppliedCache::default(),
             readback_cache: self.readback_cache.for_rehearsal(),
             record_locks: RecordLocks::default(),
             recent: self.recent.for_rehearsal(),
@@ -139,6 +144,7 @@ impl Context {
             format!("{:?}", self.id_cache),
             format!("{:?}", self.lag_guard),
             format!("{:?}", self.version_cache),
+            format!("{:?}", self.applied_cache),
             format!("{:?}", self.readback_cache),
             format!("{:?}", self.record_locks),
             format!("{:?}", self.recent),
@@ -238,6 +244,7 @@ impl Context {
         if mapping != **current {
             tracing::info!(event = "mapping_updated", "fields in Close have changed, mapping updated");
             self.version_cache.forget_refusals();
+            self.applied_cache.forget_all();
             self.readback_cache.forget_not_kept();
             *current = Arc::new(mapping);
         }

@@ -24,6 +24,8 @@ pub struct Settings {
     pub event_log_lag: Duration,
     /// The longest a delivery is held, all waits included.
     pub hold: Duration,
+    /// How long an event that repeats what was applied is not compared with Close.
+    pub recheck: Duration,
     /// The country by which Close reads national phone numbers, if the configuration names it.
     pub country: Option<Country>,
     /// Whether consecutive messages about one person are merged into one write.

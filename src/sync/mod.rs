@@ -27,6 +27,7 @@
 //!
 //! This module does not use lapin.
 
+mod applied_cache;
 mod attempt;
 pub mod circuit_breaker;
 mod clock;
@@ -54,16 +55,19 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use strum::VariantArray;
+use tokio::time::Instant;
 
-use crate::close::Client;
 use crate::close::stall_guard::StallGuard;
+use crate::close::{Client, Priority};
 use crate::domain::decision::Decision;
 use crate::domain::encoding::Payload;
 use crate::domain::event::{Event, Malformed};
 use crate::domain::journal::{ChangeKind, Entry, KeyHash};
 use crate::domain::mapping::{Anonymous, Mapping, NoIdentity};
-use crate::outcome::{DeadLetter, Outcome, Reason, Skip, Stage};
+use crate::domain::repeat::Part;
+use crate::outcome::{DeadLetter, Effect, Outcome, Reason, Skip, Stage};
 use crate::sync::circuit_breaker::CircuitBreaker;
+use crate::sync::journal::JournalHandle;
 use crate::sync::preflight::PreflightError;
 
 pub use clock::{Clock, system_clock};
@@ -95,6 +99,7 @@ impl Worker {
     /// Another worker may have been active. What searches have shown so far may not be all.
     pub fn search_again(&self) {
         self.0.id_cache.search_again();
+        self.0.applied_cache.forget_all();
     }
 
     /// Without a journal, what other workers have done up to now is unknown.
@@ -212,11 +217,39 @@ impl Worker {
     ///
     /// May be dropped at any moment. Calls that were sent may still take effect: a creation stays pending ([`lag_guard`]).
     pub async fn run(&self, job: &Job, run: RunContext) -> (Outcome, Decision) {
+        let (journal, is_replay) = (run.journal.clone(), run.priority == Priority::Replay);
+        let parts = Part::of(&job.desired);
+        if !is_replay && self.is_repeat(job, &parts, &journal) {
+            journal.stored().await;
+            return self.repeated(job);
+        }
+        self.0.applied_cache.forget(parts.iter());
+        let started = Instant::now();
         let mut attempts = self.attempts(job, &[], run);
         let outcome = attempts.within_hold().await;
-        attempts.run.journal.stored().await;
+        journal.stored().await;
         self.report_freshness(job, &outcome);
-        attempts.conclude(outcome)
+        let (outcome, decision) = attempts.conclude(outcome);
+        if let Outcome::Synced(_) = outcome
+            && !is_replay
+        {
+            self.0.applied_cache.remember(parts, &job.desired, &decision, started);
+        }
+        (outcome, decision)
+    }
+
+    /// Whether an event says what was last applied. The fields then count as set by this one.
+    fn is_repeat(&self, job: &Job, parts: &[Part], journal: &JournalHandle) -> bool {
+        let Context { applied_cache, version_cache, settings, .. } = &*self.0;
+        let entries = applied_cache.repeat(&job.desired, parts, version_cache, settings.recheck);
+        entries.map(|entries| journal.append(entries)).is_some()
+    }
+
+    fn repeated(&self, job: &Job) -> (Outcome, Decision) {
+        let outcome = Outcome::Synced(Effect::Unchanged);
+        self.0.metrics.repeated();
+        self.report_freshness(job, &outcome);
+        (outcome, Decision { repeats: true, ..Decision::default() })
     }
 
     /// Whether `next`, which directly follows `first`, can share its write.
@@ -231,6 +264,14 @@ impl Worker {
     /// May be dropped like [`Worker::run`].
     pub async fn run_merged(&self, jobs: &[&Job], run: RunContext) -> Option<Vec<(Outcome, Decision)>> {
         let (first, others) = jobs.split_first()?;
+        let parts: Vec<Vec<Part>> = jobs.iter().map(|job| Part::of(&job.desired)).collect();
+        let is_replay = run.priority == Priority::Replay;
+        let mut each = jobs.iter().zip(&parts);
+        if !is_replay && each.all(|(job, parts)| self.is_repeat(job, parts, &run.journal)) {
+            run.journal.stored().await;
+            return Some(jobs.iter().map(|job| self.repeated(job)).collect());
+        }
+        self.0.applied_cache.forget(parts.iter().flatten());
         let mut attempts = self.attempts(first, others, run);
         let result = tokio::time::timeout(self.0.settings.hold, attempts.run_once()).await.ok()?;
         attempts.run.journal.stored().await;

@@ -7,6 +7,8 @@ use futures_util::FutureExt;
 use jiff::Timestamp;
 use proptest::prelude::*;
 use serde_json::{Value, json};
+use strum::VariantArray;
+use tokio::time::Instant;
 
 use crate::close::in_memory::InMemoryRecords;
 use crate::close::{CloseError, CreatedIds};
@@ -20,8 +22,11 @@ use crate::domain::plan::Step;
 use crate::domain::record::{
     Channel, Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists,
 };
+use crate::domain::repeat::Part;
 use crate::domain::schema::FieldRef;
+use crate::domain::staleness::FieldHash;
 use crate::domain::switches::Switches;
+use crate::sync::applied_cache::AppliedCache;
 use crate::sync::clock::system_clock;
 use crate::sync::id_cache::IdCache;
 use crate::sync::lag_guard::LagGuard;
@@ -38,6 +43,7 @@ pub(crate) struct Caches {
     pub(crate) id_cache: IdCache,
     pub(crate) lag_guard: LagGuard,
     pub(crate) version_cache: VersionCache,
+    pub(crate) applied_cache: AppliedCache,
     pub(crate) readback_cache: ReadbackCache,
     pub(crate) recent: RecentRecords,
 }
@@ -51,6 +57,7 @@ impl Default for Caches {
             id_cache: IdCache::default(),
             lag_guard: LagGuard::new(SEARCH_LAG, SEARCH_LAG, system_clock()),
             version_cache: VersionCache::default(),
+            applied_cache: AppliedCache::default(),
             readback_cache,
             recent: RecentRecords::default(),
         }
@@ -66,7 +73,7 @@ impl Caches {
         switches: Switches,
         decision: &'a mut Decision,
     ) -> Resolver<'a, InMemoryRecords> {
-        let Self { id_cache, lag_guard, version_cache, readback_cache, recent } = self;
+        let Self { id_cache, lag_guard, version_cache, readback_cache, recent, .. } = self;
         let keys = &mapping.keys;
         let lookups = Lookups {
             records,
@@ -80,6 +87,11 @@ impl Caches {
         };
         Resolver { lookups, version_cache, readback_cache, switches, retry_refused: false }
     }
+}
+
+/// Whether an event says what was last applied, like the worker.
+pub(crate) fn is_repeat(Caches { applied_cache, version_cache, .. }: &Caches, event: &Desired) -> bool {
+    applied_cache.repeat(event, &Part::of(event), version_cache, Duration::from_hours(24)).is_some()
 }
 
 /// Decides about messages that are merged, like an attempt of the worker. After a 404 it looks up once more.
@@ -116,11 +128,14 @@ fn sync(
 /// Applies the steps and updates the caches, like the worker.
 pub(crate) fn apply(
     records: &mut InMemoryRecords,
-    Caches { id_cache, version_cache, .. }: &Caches,
+    Caches { id_cache, version_cache, applied_cache, .. }: &Caches,
     events: &[&Desired],
     (decision, Decided { versions, merged, .. }): &(Decision, Decided),
 ) {
     let (mut new, mut versions) = (CreatedIds::default(), versions.clone());
+    for event in events {
+        applied_cache.forget(Part::of(event).iter());
+    }
     for step in &merged.steps {
         let mut made = CreatedIds::of(step, &records.apply(step));
         if step.creates() {
@@ -132,7 +147,11 @@ pub(crate) fn apply(
         id_cache.remember_created(&events[0].identity, made, decision.is_new_person());
     }
     events.iter().zip(&merged.plans).for_each(|(event, plan)| plan.note_versions(&mut versions, event));
-    version_cache.remember(versions, &new, tokio::time::Instant::now());
+    version_cache.remember(versions, &new, Instant::now());
+    if let [event] = events {
+        let decision = Decision { new_lead: new.lead, new_contact: new.contact, ..decision.clone() };
+        applied_cache.remember(Part::of(event), event, &decision, Instant::now());
+    }
 }
 
 /// Records in Close, with the mapping and the switches.
@@ -304,6 +323,38 @@ proptest! {
             for caches in [&caches, &Caches::default()] {
                 let again = decide(&records, caches, &setup.mapping, setup.switches, &[&desired]).unwrap();
                 prop_assert_eq!(&again.1.merged.steps, &[]);
+            }
+        }
+    }
+
+    /// What is settled from memory would change nothing, in whatever order the times of the events are.
+    #[test]
+    fn a_repeat_has_nothing_to_write(
+        setup in setup(),
+        events in proptest::collection::vec(event(), 1..5),
+        sequence in proptest::collection::vec((any::<proptest::sample::Index>(), 1..20_i64), 1..20),
+    ) {
+        let (mut records, caches) = (setup.records.clone(), Caches::default());
+        for (which, at) in sequence {
+            let event = Event { body: which.get(&events).clone() };
+            let Ok(mut desired) = setup.mapping.apply(&event) else { continue };
+            desired.at = Timestamp::from_second(at).ok();
+            let decide = || decide(&records, &caches, &setup.mapping, setup.switches, &[&desired]).unwrap();
+            let (decision, decided) = decide();
+            if is_repeat(&caches, &desired) {
+                prop_assert_eq!(&decided.merged.steps, &[]);
+                prop_assert_eq!(decision.dropped, []);
+                let mut versions = decided.versions;
+                decided.merged.plans[0].note_versions(&mut versions, &desired);
+                // Nothing compares the times of lists.
+                let lists: Vec<_> = Channel::VARIANTS.iter().map(|list| FieldHash::of(&list.to_string())).collect();
+                let mut again = decide().1.versions;
+                for known in versions.values_mut().chain(again.values_mut()) {
+                    known.fields.retain(|field, _| !lists.contains(field));
+                }
+                prop_assert_eq!(again, versions);
+            } else {
+                apply(&mut records, &caches, &[&desired], &(decision, decided));
             }
         }
     }

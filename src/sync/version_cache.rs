@@ -18,6 +18,7 @@ use crate::domain::journal::{self, RecordId};
 use crate::domain::matching::Found;
 use crate::domain::plan::{NEW_CONTACT, NEW_LEAD};
 use crate::domain::refused::RefusedValues;
+use crate::domain::repeat::AppliedFields;
 use crate::domain::staleness::{
     self, FieldHash, FieldVersions, RecordVersions, SyncedAtFields, Unremembered,
 };
@@ -142,6 +143,16 @@ impl VersionCache {
         let shown = updated.filter(|_| stored.is_none())?;
         let changed = before.filter(|before| before.shown == shown).map_or(shown, |before| before.changed);
         Some(Unremembered { before: self.remembered_from()?, changed, shown })
+    }
+
+    /// Whether these fields were last set by an event of this time, and no other change is under way.
+    pub(crate) fn are_of(&self, applied: &AppliedFields, at: Timestamp) -> bool {
+        applied.iter().filter(|(_, fields)| !fields.is_empty()).all(|(record, fields)| {
+            let is_of = |Entry { versions, intended, .. }: &Entry| {
+                intended.is_none() && fields.iter().all(|field| versions.fields.get(field) == Some(&at))
+            };
+            self.records.with(record.as_str(), is_of).unwrap_or_default()
+        })
     }
 
     /// Caches the versions that records will have after the changes that are about to be sent. The versions before were read

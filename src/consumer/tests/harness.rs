@@ -206,6 +206,7 @@ impl Harness {
             event_log_lag: Duration::ZERO,
             country: None,
             hold: Duration::from_hours(1),
+            recheck: Duration::from_hours(24),
             merge: true,
         };
         change(&mut settings);

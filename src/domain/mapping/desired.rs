@@ -55,6 +55,10 @@ pub enum Key {
 }
 
 impl Identity {
+    pub fn company(&self) -> Option<Key> {
+        self.company_id.clone().map(Key::Company)
+    }
+
     pub fn user(&self) -> Option<Key> {
         self.user_id.clone().map(Key::User)
     }
@@ -69,7 +73,7 @@ impl Identity {
     }
 
     pub fn keys(&self) -> Vec<Key> {
-        self.company_id.clone().map(Key::Company).into_iter().chain(self.person()).collect()
+        self.company().into_iter().chain(self.person()).collect()
     }
 }
 

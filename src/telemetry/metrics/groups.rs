@@ -88,6 +88,7 @@ metrics! {
         dead_letters: IntCounterVec = counters("dead_letters_total", "Dead-lettered messages by reason", &[label("reason", reasons())]);
         retries: IntCounterVec = counters("retries_total", "Retries in place by the stage that failed", &[label("stage", [Stage::LookUp.label(), Stage::Write.label()])]);
         yields: IntCounter = counter("messages_yielded_total", "Messages sent to a delay queue because an earlier message of the same person or company waits there");
+        repeated: IntCounter = counter("messages_repeated_total", "Messages that said what was applied before, so that Close was not asked");
         merged: IntCounter = counter("messages_merged_total", "Messages written together with an earlier message of the same person");
         quarantined: IntCounterVec = counters("messages_quarantined_total", "Messages that RabbitMQ did not let close-sync publish again: published without the producer's headers (bare), or rejected to the dead-letter queue", &[label("step", QuarantineStep::VARIANTS.iter().map(|step| step.label()))]);
         stale_acks: IntCounter = counter("stale_acks_total", "Deliveries settled after their channel had closed; RabbitMQ delivers them again");

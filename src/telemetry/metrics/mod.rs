@@ -289,6 +289,11 @@ impl Metrics {
         self.decisions.values_not_kept.with_label_values(&[effect.label()]).inc();
     }
 
+    /// A message said what was applied before.
+    pub fn repeated(&self) {
+        self.messages.repeated.inc();
+    }
+
     /// This number of messages was written together with an earlier one.
     pub fn merged(&self, messages: usize) {
         self.messages.merged.inc_by(u64::try_from(messages).unwrap_or(u64::MAX));

@@ -78,7 +78,7 @@ async fn destinations_sync_and_reload_independently() {
 
     // A problem of one destination does not affect the other.
     two.emea.set_api_key("api_another.key");
-    two.bench.publish(&[person("u1", "emea"), person("u4", "apac")]).await;
+    two.bench.publish(&[person("u5", "emea"), person("u4", "apac")]).await;
     worker.until("paused", async |worker| state(worker, "emea").await == "paused").await;
     worker.until("synced", async |_| two.apac.contacts().len() == 3).await;
     let (status, report) = worker.ready().await;
@@ -107,7 +107,7 @@ async fn destinations_sync_and_reload_independently() {
         .await;
     assert_eq!(worker.ready().await.0, 200);
     assert!(worker.metrics().await.names().all(|name| !name.contains("destination=\"apac\"")));
-    two.bench.publish(&[person("u5", "latam"), person("u6", "apac")]).await;
+    two.bench.publish(&[person("u7", "latam"), person("u6", "apac")]).await;
     worker.until("synced", async |_| two.apac.contacts().len() == 4).await;
     worker.terminate().await;
 }

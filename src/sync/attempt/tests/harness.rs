@@ -46,6 +46,7 @@ pub(super) fn context(rules: &Rules) -> Context {
             event_log_lag: EVENT_LOG_LAG,
             country: None,
             hold: Duration::from_hours(1),
+            recheck: Duration::from_hours(24),
             merge: true,
         },
         rules,
