@@ -16,7 +16,7 @@ use jiff::Timestamp;
 use strum::VariantArray;
 use tokio::time::Instant;
 
-use crate::close::CreatedIds;
+use crate::close::{CreatedIds, MOMENT};
 use crate::domain::journal::{ChangeKind, KeyHash, RecordId};
 use crate::domain::mapping::{Identity, Key};
 use crate::domain::record::{ContactId, LeadId};
@@ -180,6 +180,15 @@ impl IdCache {
     pub fn known(&self, keys: &[KeyHash]) -> HashSet<String> {
         let known = keys.iter().flat_map(|key| self.entry(*key).known);
         known.map(|known| known.id.into()).collect()
+    }
+
+    /// Whether a record got one of these keys, or may have got it, a moment ago. A read need not show that yet.
+    pub(crate) fn has_just_got(&self, keys: &[Key], id: &str) -> bool {
+        let is_new = |known: &Known| {
+            known.id.as_str() == id && known.unseen.is_some() && known.since.elapsed() < MOMENT
+        };
+        let has_new = |key| self.entries.with(&KeyHash::of(key), |entry| entry.known.iter().any(is_new));
+        keys.iter().filter_map(has_new).any(|has_new| has_new)
     }
 
     pub fn remember_lead(&self, company_id: &str, id: LeadId) {

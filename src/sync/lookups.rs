@@ -233,9 +233,12 @@ impl<R: Records> Lookups<'_, R> {
         let is_outdated = stale && self.recent.updated(id.as_str()) != record.date_updated;
         let cached = self.with_cached(person.email(), Vec::new());
         let record = self.with_email(record, person, &cached);
-        if is_outdated && !compare(&record, person, self.keys).is_person() {
-            // It may have become the person.
-            return Err(CloseError::Transient(Fault::NotYet));
+        if !compare(&record, person, self.keys).is_person() {
+            let keys: Vec<Key> = person.person().collect();
+            if is_outdated || self.id_cache.has_just_got(&keys, id.as_str()) {
+                // It may have become the person.
+                return Err(CloseError::Transient(Fault::NotYet));
+            }
         }
         self.note_user(&record, person);
         Ok(record)
@@ -278,9 +281,12 @@ impl<R: Records> Lookups<'_, R> {
             Err(_) => return answer.map(Some),
         };
         self.note_candidate(id.as_str(), verdict);
-        if verdict != Verdict::SameCompany && self.reads.get(id.as_str()).is_some_and(|read| read.stale) {
-            // It may have got the company id since.
-            return Err(CloseError::Transient(Fault::NotYet));
+        if verdict != Verdict::SameCompany {
+            let is_stale = self.reads.get(id.as_str()).is_some_and(|read| read.stale);
+            if is_stale || self.id_cache.has_just_got(&[Key::Company(company_id.to_owned())], id.as_str()) {
+                // It may have got the company id since.
+                return Err(CloseError::Transient(Fault::NotYet));
+            }
         }
         Ok(answer.ok().filter(|_| verdict == Verdict::SameCompany))
     }

@@ -104,3 +104,27 @@ async fn entries_of_any_time_are_learnt_and_repeated() {
     let mut attempts = attempts(&successor, &close, &jane);
     assert!(attempts.run_once().await.is_ok());
 }
+
+/// Close gives a Lead its company id, the answer is lost, and reads lag. Another message about the company must not take the old
+/// state for the truth.
+#[tokio::test(start_paused = true)]
+async fn a_stale_read_after_a_lost_answer_does_not_hide_the_lead_of_the_company() {
+    let context = context(&rules());
+    let lead = json!({"id": "lead_1", "date_created": "2026-01-01", "name": "Acme"});
+    let contact = json!({"id": "cont_1", "lead_id": "lead_1", "date_created": "2026-01-01",
+                         "emails": [{"type": "office", "email": "jane@acme.test"}]});
+    let close = FakeClose::new(&context, &[lead], &[contact])
+        .with_search_lag(Duration::from_mins(30))
+        .with_read_lag(Duration::from_secs(3))
+        .with_fault(WriteFault::After(timed_out()));
+    let jane = jane(&context, 1);
+    // The first attempt adopts the Lead.
+    attempts(&context, &close, &jane).run_once().await.err().unwrap();
+    let colleague = json!({"userId": "u2", "traits": {"company": {"id": "acme"}}});
+    let colleague = desired(&context, 2, colleague);
+    let failure = attempts(&context, &close, &colleague).run_once().await.err().unwrap();
+    assert_eq!(failure.error, CloseError::Transient(Fault::NotYet));
+    tokio::time::advance(Duration::from_secs(4)).await;
+    let completed = attempts(&context, &close, &colleague).run_once().await;
+    assert_eq!((completed.is_ok(), close.records().leads.len()), (true, 1), "{:?}", close.written());
+}
