@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use jiff::Timestamp;
+use moka::sync::Cache;
 use serde_json::Value;
 use tokio::time::Instant;
 
@@ -50,12 +51,25 @@ struct HiddenRecords {
     contacts: event_log::Hidden<Contact>,
 }
 
+/// A Lead with more Contacts is read without them: each message about a company would read all of its people.
+const MANY_CONTACTS: usize = 100;
+/// Leads that are remembered to be large.
+const MAX_LARGE_LEADS: u64 = 10_000;
+
+/// The Leads that are read without their Contacts.
+#[derive(Clone)]
+struct LargeLeads {
+    threshold: usize,
+    ids: Cache<LeadId, ()>,
+}
+
 /// A client of one Close organization. Clones share connections, rate limits and searches.
 #[derive(Clone)]
 pub struct Client {
     requests: Requests,
     search: Arc<Search>,
     hidden: Arc<HiddenRecords>,
+    large_leads: LargeLeads,
     /// The last failure was that of a shared search, and another look-up reports it.
     duplicate_failure: Arc<AtomicBool>,
 }
@@ -81,7 +95,21 @@ impl Client {
         observe: impl Fn(Call) + Send + Sync + 'static,
     ) -> Self {
         let requests = Requests::new(transport, timeout, share, observe);
-        Self { requests, search: Arc::default(), hidden: Arc::default(), duplicate_failure: Arc::default() }
+        let large_leads = LargeLeads { threshold: MANY_CONTACTS, ids: Cache::new(MAX_LARGE_LEADS) };
+        Self {
+            requests,
+            search: Arc::default(),
+            hidden: Arc::default(),
+            large_leads,
+            duplicate_failure: Arc::default(),
+        }
+    }
+
+    /// Reads Leads with more Contacts than this without them.
+    #[must_use]
+    pub fn with_many_contacts(mut self, many: usize) -> Self {
+        self.large_leads.threshold = many;
+        self
     }
 
     /// The timeout of one call.
@@ -205,12 +233,28 @@ impl Records for Client {
         person: &Identity,
         keys: &KeyFields,
     ) -> Result<LeadWithPerson, CloseError> {
-        let keep = |answer: &Value| Ok(wire::read_lead_with_contacts(answer)?.of_person(person, keys));
-        deletion::read_record(&self.requests, Endpoint::ReadLead, id.as_str(), keep).await
+        let requests = &self.requests;
+        let listed = |answer: &Value| {
+            let lead = wire::read_lead_with_contacts(answer)?;
+            if lead.members() > self.large_leads.threshold {
+                self.large_leads.ids.insert(id.clone(), ());
+            }
+            Ok(lead.of_person(person, keys))
+        };
+        if !self.large_leads.ids.contains_key(id) {
+            match deletion::read_record(requests, Endpoint::ReadLead, id.as_str(), None, listed).await {
+                Err(CloseError::Transient(Fault::TooLarge)) => self.large_leads.ids.insert(id.clone(), ()),
+                answer => return answer,
+            }
+        }
+        let fields = wire::lead_fields(keys);
+        let unlisted = |answer: &Value| Ok(LeadWithPerson::unlisted(wire::read_lead(answer)?));
+        deletion::read_record(requests, Endpoint::ReadLead, id.as_str(), Some(&fields), unlisted).await
     }
 
     async fn contact(&self, id: &ContactId) -> Result<Contact, CloseError> {
-        deletion::read_record(&self.requests, Endpoint::ReadContact, id.as_str(), wire::read_contact).await
+        let requests = &self.requests;
+        deletion::read_record(requests, Endpoint::ReadContact, id.as_str(), None, wire::read_contact).await
     }
 
     fn last_sent(&self) -> Option<Instant> {

@@ -5,10 +5,6 @@ use std::time::Duration;
 use reqwest::{Method, StatusCode};
 use strum::{IntoStaticStr, VariantArray};
 
-/// The size in bytes above which an answer with a record is large. Many messages read records at the same time, and their
-/// memory adds up.
-pub(crate) const LARGE_ANSWER: usize = 1 << 20;
-
 /// The groups of path and method that Close limits separately (close-api.md §2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, IntoStaticStr, VariantArray)]
 #[strum(serialize_all = "snake_case")]
@@ -68,16 +64,16 @@ impl Endpoint {
         }
     }
 
-    /// The maximum size of an answer in bytes. It is far above what Close sends. A page of a search has 100 rows of a few
-    /// fields, where 100 Contacts with 100 of the longest emails take 6.5 MB. A Lead comes with all its Contacts, of about 1.5 KB each, so what
-    /// is above a megabyte is read one at a time ([`LARGE_ANSWER`]).
+    /// The maximum size of an answer in bytes. Many messages read at the same time, and their memory adds up. A page of a
+    /// search has 100 rows of a few fields, where 100 Contacts with 100 of the longest emails take 6.5 MB. A Lead with all its
+    /// Contacts can be larger than this, and is then read without them.
     pub(crate) fn max_answer(self) -> usize {
         match self {
-            Self::ReadLead => 16 << 20,
             Self::Search => 8 << 20,
             Self::Schema | Self::Events => 4 << 20,
             Self::Me | Self::Users => 2 << 20,
             Self::CreateLead
+            | Self::ReadLead
             | Self::UpdateLead
             | Self::ReadContact
             | Self::CreateContact

@@ -99,7 +99,7 @@ pub(crate) async fn created<T: Clone + Send + Sync>(
             log.records.push(record);
             continue;
         }
-        match deletion::read_record(requests, endpoint, &id, read).await {
+        match deletion::read_record(requests, endpoint, &id, None, read).await {
             Err(CloseError::NotFound) => {}
             record => {
                 let record = record?;

@@ -38,6 +38,8 @@ pub(crate) struct InMemoryRecords {
     pub(crate) country: Option<Country>,
     /// Search may find more than was asked for.
     pub(crate) inexact: bool,
+    /// A Lead with more Contacts than this is read without them.
+    pub(crate) many_contacts: Option<usize>,
     created: usize,
 }
 
@@ -234,6 +236,9 @@ impl Records for InMemoryRecords {
         keys: &KeyFields,
     ) -> Result<LeadWithPerson, CloseError> {
         let mut lead = self.lead_with_contacts(id).ok_or(CloseError::NotFound)?;
+        if self.many_contacts.is_some_and(|many| lead.members() > many) {
+            return Ok(LeadWithPerson::unlisted(lead.lead));
+        }
         let (hidden, shown): (Vec<_>, Vec<_>) =
             lead.contacts.into_iter().partition(|contact| self.hidden.contains(&contact.id));
         lead.missing = hidden.into_iter().map(|contact| contact.id).collect();

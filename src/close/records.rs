@@ -23,7 +23,7 @@ pub trait Records: Sync {
         email: Option<&str>,
     ) -> impl Future<Output = Result<Hits, CloseError>> + Send;
 
-    /// A Lead, and the person's Contacts in it. Its other Contacts are not kept: a Lead can have thousands.
+    /// A Lead, and the person's Contacts in it. Its other Contacts are not kept, and not even read if there are many.
     fn lead(
         &self,
         id: &LeadId,
@@ -58,9 +58,23 @@ pub struct LeadWithPerson {
     pub people: MatchedContacts,
     /// The Contacts of the Lead that the answer lacks, or has without the lists that matter.
     pub missing: Vec<ContactId>,
+    /// The Lead has many Contacts, and the answer none of them: search tells which are the person's.
+    pub unlisted: bool,
+}
+
+impl LeadWithPerson {
+    /// A Lead that was read without its Contacts.
+    pub(crate) fn unlisted(lead: Lead) -> Self {
+        Self { lead, people: MatchedContacts::default(), missing: Vec::new(), unlisted: true }
+    }
 }
 
 impl LeadWithContacts {
+    /// How many Contacts the Lead has.
+    pub(crate) fn members(&self) -> usize {
+        self.contacts.len().saturating_add(self.missing.len())
+    }
+
     /// What a message about this person keeps. A Contact whose answer leaves out what is needed counts as missing.
     pub(crate) fn of_person(self, person: &Identity, keys: &KeyFields) -> LeadWithPerson {
         let Self { lead, contacts, mut missing } = self;
@@ -76,7 +90,7 @@ impl LeadWithContacts {
         };
         let (incomplete, contacts): (Vec<_>, Vec<_>) = contacts.into_iter().partition(is_incomplete);
         missing.extend(incomplete.into_iter().map(|contact| contact.id));
-        LeadWithPerson { lead, people: match_contacts(contacts, person, keys), missing }
+        LeadWithPerson { lead, people: match_contacts(contacts, person, keys), missing, unlisted: false }
     }
 }
 

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use moka::sync::Cache;
@@ -13,13 +13,12 @@ use reqwest::StatusCode;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use strum::VariantArray;
-use tokio::sync::Mutex;
 use tokio::time::Instant;
 use tracing::field::Empty;
 use tracing::{Instrument, Span};
 
 use crate::close::answer::Answer;
-use crate::close::endpoint::{Call, Endpoint, LARGE_ANSWER, StatusClass};
+use crate::close::endpoint::{Call, Endpoint, StatusClass};
 use crate::close::error::{CloseError, Fault, Form};
 use crate::close::rate_limit::headers::{self, RateLimit};
 use crate::close::rate_limit::{self, Permit, Priority, RateLimiter};
@@ -38,7 +37,7 @@ type Observer = Box<dyn Fn(Call) + Send + Sync>;
 pub(crate) struct Requests {
     shared: Arc<Shared>,
     calls: Arc<AtomicU32>,
-    last_sent: Arc<std::sync::Mutex<Option<Instant>>>,
+    last_sent: Arc<Mutex<Option<Instant>>>,
     priority: Priority,
     /// What the calls wait for.
     waits: Waits,
@@ -52,8 +51,6 @@ struct Shared {
     refused_in_a_row: HashMap<Endpoint, AtomicU32>,
     observe: Observer,
     stall_guard: StallGuard,
-    /// Held while a large answer is received and parsed: one at a time.
-    large_answer: Mutex<()>,
     deletions: Cache<String, ()>,
 }
 
@@ -78,7 +75,6 @@ impl Requests {
             refused_in_a_row: endpoints().map(|endpoint| (endpoint, AtomicU32::new(0))).collect(),
             observe: Box::new(observe),
             stall_guard: StallGuard::default(),
-            large_answer: Mutex::default(),
             deletions: Cache::new(MAX_DELETIONS),
         };
         Self {
@@ -157,27 +153,15 @@ impl Requests {
         parse(&answer)
     }
 
-    /// Reads a record of which `keep` takes what is needed.
-    ///
-    /// An answer above [`LARGE_ANSWER`] is read again while no other large one is in memory: many messages about the largest
-    /// Lead would fill it. A 404 proves nothing yet ([`crate::close::deletion`]).
+    /// Reads a record of which `keep` takes what is needed. A 404 proves nothing yet ([`crate::close::deletion`]).
     pub(crate) async fn read_record<T>(
         &self,
         endpoint: Endpoint,
         path: &str,
         keep: impl Fn(&Value) -> Result<T, CloseError>,
     ) -> Result<T, CloseError> {
-        let max_answer = endpoint.max_answer();
-        let mut answer = self.receive(None, endpoint, path, None, max_answer.min(LARGE_ANSWER)).await;
-        let mut alone = None;
-        if answer == Err(CloseError::Transient(Fault::TooLarge)) && max_answer > LARGE_ANSWER {
-            alone = Some(self.waits.during(WaitCause::SlowClose, self.shared.large_answer.lock()).await);
-            answer = self.receive(None, endpoint, path, None, max_answer).await;
-        }
-        let Answer(record) = parse(&answer?)?;
-        let kept = keep(&record);
-        drop((record, alone));
-        kept
+        let Answer(record) = parse(&self.receive(None, endpoint, path, None, endpoint.max_answer()).await?)?;
+        keep(&record)
     }
 
     /// Sends a call until the answer is not a 429, and returns the body.

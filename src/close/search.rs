@@ -200,7 +200,9 @@ impl Search {
                 rows.push(Arc::new(row));
                 continue;
             };
-            match deletion::read_record(requests, endpoint, id, |record| Ok(wire::row_of(record))).await {
+            let fields = wire::row_fields(lookups, endpoint);
+            let read = |record: &Value| Ok(wire::row_of(record));
+            match deletion::read_record(requests, endpoint, id, fields.as_deref(), read).await {
                 Ok(row) => rows.push(Arc::new(row)),
                 // Search still lists a deleted record.
                 Err(CloseError::NotFound) => {}
@@ -376,10 +378,12 @@ mod tests {
                 200,
                 json!({"data": [{"id": "lead_a"}, {"id": "lead_b"}, {"id": "lead_gone"}], "cursor": ""}),
             ),
-            "lead/lead_a/" => {
-                (200, json!({"id": "lead_a", "custom.cf_c": "acme", "contacts": [{"id": "cont_1"}]}))
+            "lead/lead_a/?_fields=id,date_created,custom.cf_c" => {
+                (200, json!({"id": "lead_a", "custom.cf_c": "acme"}))
             }
-            "lead/lead_b/" => (200, json!({"id": "lead_b", "custom.cf_c": "globex"})),
+            "lead/lead_b/?_fields=id,date_created,custom.cf_c" => {
+                (200, json!({"id": "lead_b", "custom.cf_c": "globex"}))
+            }
             path if path.starts_with("event/") => {
                 (200, json!({"data": [{"object_id": "lead_gone", "action": "deleted"}]}))
             }
@@ -397,9 +401,9 @@ mod tests {
             calls(),
             [
                 "data/search/ exact_value",
-                "lead/lead_a/",
-                "lead/lead_b/",
-                "lead/lead_gone/",
+                "lead/lead_a/?_fields=id,date_created,custom.cf_c",
+                "lead/lead_b/?_fields=id,date_created,custom.cf_c",
+                "lead/lead_gone/?_fields=id,date_created,custom.cf_c",
                 "event/?object_id=lead_gone&action=deleted&_limit=1"
             ]
         );

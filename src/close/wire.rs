@@ -14,6 +14,7 @@ use crate::close::answer::Answer;
 use crate::close::endpoint::Endpoint;
 use crate::close::error::{CloseError, Fault};
 use crate::close::records::{LeadWithContacts, Lookup};
+use crate::domain::mapping::KeyFields;
 use crate::domain::plan::ContactValues;
 use crate::domain::record::{
     Channel, Contact, ContactId, Entry, Field, FieldId, Fields, Lead, LeadId, Lists, fold_email, is_id,
@@ -37,6 +38,23 @@ pub(crate) const IN_ID: &AsciiSet = &NON_ALPHANUMERIC.remove(b'_').remove(b'-');
 /// The path of one record. Ids are checked where answers are read; whatever an id contains, it stays one segment.
 pub(crate) fn record_path(endpoint: Endpoint, id: &str) -> String {
     format!("{}{}/", list_path(endpoint), utf8_percent_encode(id, IN_ID))
+}
+
+/// The fields of a Lead without its Contacts. The field with the company id is named as well: all depends on it.
+pub(crate) fn lead_fields(keys: &KeyFields) -> String {
+    let company = keys.company.as_ref().map(|field| format!(",custom.{field}")).unwrap_or_default();
+    format!("id,name,description,status_id,date_created,date_updated,custom{company}")
+}
+
+/// The fields of a Lead that [`row_of`] keeps for these look-ups. A Contact is read as a whole.
+pub(crate) fn row_fields(lookups: &[Lookup], endpoint: Endpoint) -> Option<String> {
+    let companies = lookups.iter().filter_map(|lookup| match lookup {
+        Lookup::Lead { field, .. } => Some(format!(",custom.{field}")),
+        Lookup::Contact { .. } => None,
+    });
+    let mut companies: Vec<String> = companies.collect();
+    companies.dedup();
+    (endpoint == Endpoint::ReadLead).then(|| format!("id,date_created{}", companies.concat()))
 }
 
 /// The path of the list of the records that an endpoint is about.

@@ -61,6 +61,8 @@ pub(crate) struct ContactHits {
     pub(crate) by_email: Vec<ContactId>,
     /// Those that may have the email: Close does not show their emails, and the search may find more than was asked for.
     pub(crate) unclear: Vec<ContactId>,
+    /// All of a page that may be the person, oldest first, as search shows them.
+    rows: Vec<Contact>,
 }
 
 impl<R: Records> Lookups<'_, R> {
@@ -106,7 +108,10 @@ impl<R: Records> Lookups<'_, R> {
         answer: LeadWithPerson,
         person: &Identity,
     ) -> Result<MatchedContacts, CloseError> {
-        let LeadWithPerson { lead, people, missing } = answer;
+        let LeadWithPerson { lead, people, missing, unlisted } = answer;
+        if unlisted {
+            return self.people_of_large(&lead.id, person).await;
+        }
         self.note_people(&people, false);
         let read = self.reads.get(lead.id.as_str()).copied();
         let mut contacts = Vec::with_capacity(people.contacts.len());
@@ -147,7 +152,7 @@ impl<R: Records> Lookups<'_, R> {
         if vanished.is_empty() && !people.are_uncertain() {
             return Ok(people);
         }
-        let ContactHits { by_user, by_email, unclear } = self.search_contacts(person).await?;
+        let ContactHits { by_user, by_email, unclear, .. } = self.search_contacts(person).await?;
         if vanished.iter().any(|id| by_user.contains(id) || by_email.contains(id)) {
             return Err(CloseError::Transient(Fault::Vanished));
         }
@@ -185,11 +190,60 @@ impl<R: Records> Lookups<'_, R> {
         if missing.len() <= MAX_MISSING {
             return Ok(missing);
         }
-        let ContactHits { by_user, by_email, unclear } = self.search_contacts(person).await?;
+        let ContactHits { by_user, by_email, unclear, .. } = self.search_contacts(person).await?;
         let ids = self.with_cached(person.user(), by_user);
         let ids = [ids, self.with_cached(person.email(), by_email), unclear].concat();
         let missing: HashSet<ContactId> = missing.into_iter().collect();
         Ok(ids.into_iter().filter(|id| missing.contains(id)).collect())
+    }
+
+    /// The person's Contacts in a Lead that was read without its Contacts: search and the id cache tell which may be in it.
+    async fn people_of_large(
+        &mut self,
+        lead: &LeadId,
+        person: &Identity,
+    ) -> Result<MatchedContacts, CloseError> {
+        let is_in_lead = |contact: &Contact| contact.lead_id.as_ref().is_none_or(|id| id == lead);
+        // Of more than these the cache has only the oldest, wherever they are.
+        if let Some(cached) = self.cached_contacts(person).filter(|cached| cached.len() < MAX_CONTACTS) {
+            let mut people = self.read_contacts(cached, person).await?;
+            people.contacts.retain(is_in_lead);
+            if !people.contacts.is_empty() {
+                return Ok(people);
+            }
+        }
+        let hits = self.search_contacts(person).await?;
+        let keys = self.keys;
+        let members: Vec<&Contact> = hits.rows.iter().filter(|contact| is_in_lead(contact)).collect();
+        // Those without a match may have the email: Close does not show it.
+        let each = [ContactMatch::SameUser, ContactMatch::SameEmail, ContactMatch::NoMatch].into_iter();
+        let oldest = each.flat_map(|likeness| {
+            let alike = members.iter().filter(move |row| compare(row, person, keys) == likeness);
+            alike.map(|row| row.id.clone()).take(MAX_CONTACTS)
+        });
+        let oldest: Vec<ContactId> = oldest.collect();
+        let mut ids = self.with_cached(person.email(), oldest);
+        ids.retain(|id| !self.is_somebody_else(id, person));
+        let ids = self.with_cached(person.user(), ids);
+        let mut members = Vec::new();
+        for id in ids {
+            match self.read_contact(&id, person).await {
+                Ok(contact) if is_in_lead(&contact) => members.push(contact),
+                Ok(_) => {}
+                Err(CloseError::NotFound) => self.forget_contact(&id, person),
+                Err(error) => return Err(error),
+            }
+        }
+        let people = match_contacts(members, person, self.keys);
+        if people.contacts.is_empty() && people.are_uncertain() {
+            return Err(CloseError::Transient(Fault::ListsUnknown));
+        }
+        Ok(people)
+    }
+
+    fn forget_contact(&mut self, id: &ContactId, person: &Identity) {
+        self.note_candidate(id.as_str(), Verdict::Gone);
+        person.person().for_each(|key| self.id_cache.forget_contact(&key, id));
     }
 
     /// Reads a record again that is about to be written. Fails when Close shows an older state than before: writing a list of
@@ -384,7 +438,10 @@ impl<R: Records> Lookups<'_, R> {
         {
             self.id_cache.remember_contacts(Key::Email(email.clone()), by_email.clone(), complete);
         }
-        Ok(ContactHits { by_user, by_email, unclear })
+        candidates.retain(|contact| {
+            compare(contact, person, self.keys).is_person() || may_be(contact, person, self.keys)
+        });
+        Ok(ContactHits { by_user, by_email, unclear, rows: candidates })
     }
 
     /// Adds the cached ids of a key: search may not show them yet.
@@ -406,10 +463,7 @@ impl<R: Records> Lookups<'_, R> {
         for id in ids {
             match self.read_contact(&id, person).await {
                 Ok(contact) => contacts.push(contact),
-                Err(CloseError::NotFound) => {
-                    self.note_candidate(id.as_str(), Verdict::Gone);
-                    person.person().for_each(|key| self.id_cache.forget_contact(&key, &id));
-                }
+                Err(CloseError::NotFound) => self.forget_contact(&id, person),
                 Err(error) => return Err(error),
             }
         }

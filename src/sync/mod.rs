@@ -12,6 +12,11 @@
 //! **Reads by id** may be stale, and may leave out Contacts and lists ([`crate::sync::recent_records`]). A write that could
 //! undo what a person entered follows a read that is at most a second old (`attempt::freshness`).
 //!
+//! **Repeats** ([`crate::domain::repeat`]) of what was applied last are settled without a call to Close.
+//!
+//! **Large Leads.** A Lead with many Contacts is read without them. Search and the id cache tell which Contacts may be the
+//! person's, and these are read by their ids.
+//!
 //! **Staleness** ([`crate::domain::staleness`]) skips values that are older than what Close holds. **Merging**
 //! ([`crate::domain::merge`]) writes consecutive messages about one person at once.
 //!

@@ -202,8 +202,10 @@ fn records() -> impl Strategy<Value = InMemoryRecords> {
         proptest::sample::select(DATES),
         any::<proptest::sample::Index>(),
     );
-    (leads, proptest::collection::vec(contact, 0..25)).prop_map(|(leads, contacts)| {
+    let many_contacts = proptest::option::of(0..5_usize);
+    (leads, proptest::collection::vec(contact, 0..25), many_contacts).prop_map(|(leads, contacts, many)| {
         let mut records = InMemoryRecords::default();
+        records.many_contacts = many;
         for (number, (company, name, date)) in leads.iter().enumerate() {
             let id = LeadId::new(format!("lead_{number}"));
             let lead = Lead {

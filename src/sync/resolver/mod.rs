@@ -188,7 +188,7 @@ impl<R: Records> Resolver<'_, R> {
                 return Ok(people.contacts);
             }
         }
-        let ContactHits { by_user, by_email, unclear } = self.lookups.search_contacts(person).await?;
+        let ContactHits { by_user, by_email, unclear, .. } = self.lookups.search_contacts(person).await?;
         // The user id decides. Contacts with only the email are read when none has the user id.
         let read = self.lookups.with_cached(person.user(), by_user);
         let people = self.lookups.read_contacts(read.clone(), person).await?;

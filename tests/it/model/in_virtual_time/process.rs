@@ -37,6 +37,8 @@ pub(super) struct WorkerConfig {
     pub(super) rules: Rules,
     pub(super) mapping: Mapping,
     pub(super) metrics: Metrics,
+    /// Leads with more Contacts are read without them.
+    pub(super) many_contacts: usize,
 }
 
 /// A handle to a running process.
@@ -60,8 +62,9 @@ impl Process {
         let alive = Arc::new(AtomicBool::new(true));
         let transport =
             SimulatedTransport { world: Arc::clone(world), process: number, alive: Arc::clone(&alive) };
+        let WorkerConfig { amqp, settings, rules, mapping, metrics, many_contacts } = config;
         let client = Client::with_transport(transport, TIMEOUT, 1.0, |_| {});
-        let WorkerConfig { amqp, settings, rules, mapping, metrics } = config;
+        let client = client.with_many_contacts(many_contacts);
         let session = Session {
             destination: Some(format!("process {number}").into()),
             settings: amqp,
