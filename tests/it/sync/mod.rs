@@ -1,5 +1,6 @@
 //! What becomes of messages in Close.
 
+mod calls;
 mod careless_producers;
 mod close_answers;
 mod duplicates;
