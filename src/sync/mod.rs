@@ -60,7 +60,6 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use strum::VariantArray;
-use tokio::time::Instant;
 
 use crate::close::stall_guard::StallGuard;
 use crate::close::{Client, Priority};
@@ -72,7 +71,6 @@ use crate::domain::mapping::{Anonymous, Mapping, NoIdentity};
 use crate::domain::repeat::Part;
 use crate::outcome::{DeadLetter, Effect, Outcome, Reason, Skip, Stage};
 use crate::sync::circuit_breaker::CircuitBreaker;
-use crate::sync::journal::JournalHandle;
 use crate::sync::preflight::PreflightError;
 
 pub use clock::{Clock, system_clock};
@@ -222,32 +220,27 @@ impl Worker {
     ///
     /// May be dropped at any moment. Calls that were sent may still take effect: a creation stays pending ([`lag_guard`]).
     pub async fn run(&self, job: &Job, run: RunContext) -> (Outcome, Decision) {
-        let (journal, is_replay) = (run.journal.clone(), run.priority == Priority::Replay);
         let parts = Part::of(&job.desired);
-        if !is_replay && self.is_repeat(job, &parts, &journal) {
-            journal.stored().await;
+        if self.is_repeat(job, &parts, &run) {
+            run.journal.stored().await;
             return self.repeated(job);
         }
         self.0.applied_cache.forget(parts.iter());
-        let started = Instant::now();
         let mut attempts = self.attempts(job, &[], run);
         let outcome = attempts.within_hold().await;
-        journal.stored().await;
+        attempts.run.journal.stored().await;
         self.report_freshness(job, &outcome);
-        let (outcome, decision) = attempts.conclude(outcome);
-        if let Outcome::Synced(_) = outcome
-            && !is_replay
-        {
-            self.0.applied_cache.remember(parts, &job.desired, &decision, started);
-        }
-        (outcome, decision)
+        attempts.conclude(outcome)
     }
 
     /// Whether an event says what was last applied. The fields then count as set by this one.
-    fn is_repeat(&self, job: &Job, parts: &[Part], journal: &JournalHandle) -> bool {
+    fn is_repeat(&self, job: &Job, parts: &[Part], run: &RunContext) -> bool {
         let Context { applied_cache, version_cache, settings, .. } = &*self.0;
+        if run.priority == Priority::Replay {
+            return false;
+        }
         let entries = applied_cache.repeat(&job.desired, parts, version_cache, settings.recheck);
-        entries.map(|entries| journal.append(entries)).is_some()
+        entries.map(|entries| run.journal.append(entries)).is_some()
     }
 
     fn repeated(&self, job: &Job) -> (Outcome, Decision) {
@@ -270,9 +263,8 @@ impl Worker {
     pub async fn run_merged(&self, jobs: &[&Job], run: RunContext) -> Option<Vec<(Outcome, Decision)>> {
         let (first, others) = jobs.split_first()?;
         let parts: Vec<Vec<Part>> = jobs.iter().map(|job| Part::of(&job.desired)).collect();
-        let is_replay = run.priority == Priority::Replay;
         let mut each = jobs.iter().zip(&parts);
-        if !is_replay && each.all(|(job, parts)| self.is_repeat(job, parts, &run.journal)) {
+        if each.all(|(job, parts)| self.is_repeat(job, parts, &run)) {
             run.journal.stored().await;
             return Some(jobs.iter().map(|job| self.repeated(job)).collect());
         }

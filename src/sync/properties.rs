@@ -128,7 +128,7 @@ fn sync(
 /// Applies the steps and updates the caches, like the worker.
 pub(crate) fn apply(
     records: &mut InMemoryRecords,
-    Caches { id_cache, version_cache, applied_cache, .. }: &Caches,
+    Caches { id_cache, version_cache, applied_cache, readback_cache, .. }: &Caches,
     events: &[&Desired],
     (decision, Decided { versions, merged, .. }): &(Decision, Decided),
 ) {
@@ -150,7 +150,7 @@ pub(crate) fn apply(
     version_cache.remember(versions, &new, Instant::now());
     if let [event] = events {
         let decision = Decision { new_lead: new.lead, new_contact: new.contact, ..decision.clone() };
-        applied_cache.remember(Part::of(event), event, &decision, Instant::now());
+        applied_cache.remember(event, &decision, version_cache, readback_cache, Instant::now());
     }
 }
 

@@ -77,6 +77,11 @@ impl ReadbackCache {
         self.records.insert(record.to_owned(), Entry { answers, not_kept_at });
     }
 
+    /// Whether Close keeps a value of this record in another form, or does not keep it.
+    pub(crate) fn differs(&self, id: &str) -> bool {
+        self.get(id).is_some()
+    }
+
     /// All values that were not kept are tried again.
     pub fn forget_not_kept(&self) {
         *self.not_kept_since.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());

@@ -7,6 +7,7 @@
 //!
 //! A refused value is tried again after some hours, and when the fields in Close have changed.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -18,7 +19,6 @@ use crate::domain::journal::{self, RecordId};
 use crate::domain::matching::Found;
 use crate::domain::plan::{NEW_CONTACT, NEW_LEAD};
 use crate::domain::refused::RefusedValues;
-use crate::domain::repeat::AppliedFields;
 use crate::domain::staleness::{
     self, FieldHash, FieldVersions, RecordVersions, SyncedAtFields, Unremembered,
 };
@@ -39,6 +39,7 @@ pub struct VersionCache {
     refusals_since: Arc<Mutex<Option<Instant>>>,
     /// Writes by events of this time or later are remembered. `None`: it is not known of any that is missing.
     remembered_from: RememberedFrom,
+    revisions: Arc<AtomicU64>,
 }
 
 type RememberedFrom = Arc<Mutex<Option<Timestamp>>>;
@@ -50,7 +51,13 @@ struct Entry {
     intended: Option<FieldVersions>,
     /// When Close refused the first of the values.
     refused_at: Option<Instant>,
+    /// Another one with each change of the entry.
+    revision: Revision,
 }
+
+/// Tells whether anything has changed what is known of a record. Times do not tell: two events may have the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Revision(u64);
 
 impl Default for VersionCache {
     fn default() -> Self {
@@ -68,6 +75,7 @@ impl VersionCache {
             creations: Layered::new(Bounds::entries(records)),
             refusals_since: Arc::default(),
             remembered_from,
+            revisions: Arc::default(),
         }
     }
 
@@ -90,6 +98,7 @@ impl VersionCache {
             records: records.over(&self.records),
             creations: creations.over(&self.creations),
             refusals_since: Arc::new(Mutex::new(self.refusals_since())),
+            revisions: Arc::default(),
         }
     }
 
@@ -145,14 +154,14 @@ impl VersionCache {
         Some(Unremembered { before: self.remembered_from()?, changed, shown })
     }
 
-    /// Whether these fields were last set by an event of this time, and no other change is under way.
-    pub(crate) fn are_of(&self, applied: &AppliedFields, at: Timestamp) -> bool {
-        applied.iter().filter(|(_, fields)| !fields.is_empty()).all(|(record, fields)| {
-            let is_of = |Entry { versions, intended, .. }: &Entry| {
-                intended.is_none() && fields.iter().all(|field| versions.fields.get(field) == Some(&at))
-            };
-            self.records.with(record.as_str(), is_of).unwrap_or_default()
-        })
+    /// The revision of what is known of a record, unless a change of it is under way.
+    pub(crate) fn revision(&self, record: &RecordId) -> Option<Revision> {
+        let of = |entry: &Entry| entry.intended.is_none().then_some(entry.revision);
+        self.records.with(record.as_str(), of).flatten()
+    }
+
+    fn next_revision(&self) -> Revision {
+        Revision(self.revisions.fetch_add(1, Ordering::Relaxed))
     }
 
     /// Caches the versions that records will have after the changes that are about to be sent. The versions before were read
@@ -200,7 +209,8 @@ impl VersionCache {
         // One step: a takeover does this for every entry.
         self.records.update(record.as_str().to_owned(), |entry| {
             let entry = entry.unwrap_or_default();
-            Entry { versions: entry.versions.join(versions), intended: None, ..entry }
+            let revision = self.next_revision();
+            Entry { versions: entry.versions.join(versions), intended: None, revision, ..entry }
         });
     }
 
@@ -261,7 +271,8 @@ impl VersionCache {
     fn insert(&self, id: String, versions: FieldVersions, intended: Option<FieldVersions>) {
         let before = self.get(&id).and_then(|entry| entry.refused_at);
         let refused_at = (!versions.refused.is_empty()).then(|| before.unwrap_or_else(Instant::now));
-        self.records.insert(id, Entry { versions, intended, refused_at });
+        let revision = self.next_revision();
+        self.records.insert(id, Entry { versions, intended, refused_at, revision });
     }
 }
 

@@ -160,6 +160,7 @@ impl<C: Api> Attempts<'_, C> {
                     decided.merged.steps.iter().filter_map(Step::changes).map(str::to_owned).collect();
                 let versions = decided.versions;
                 self.record(versions.clone(), &decided.merged, &created, read_at);
+                self.remember_applied(read_at);
                 self.journal_versions(&versions, &decided.merged, &created, |id| {
                     !HashSet::<String>::contains(&written, id)
                 });
@@ -399,6 +400,14 @@ impl<C: Api> Attempts<'_, C> {
     ) {
         self.plans(merged).for_each(|(event, plan)| plan.note_versions(&mut versions, event));
         self.context.version_cache.remember(versions, created, read_at);
+    }
+
+    /// While the records are locked: what is known of them must be what this event left behind.
+    fn remember_applied(&self, read_at: Instant) {
+        let Context { applied_cache, version_cache, readback_cache, .. } = self.context;
+        if self.others.is_empty() && self.run.priority != Priority::Replay {
+            applied_cache.remember(self.desired, &self.decision, version_cache, readback_cache, read_at);
+        }
     }
 
     fn complete(&self, merged: MergedPlan, effect: Effect) -> Completed {
