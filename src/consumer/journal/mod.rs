@@ -221,9 +221,11 @@ impl SessionJournal {
                 if self.worked_without {
                     self.worker.forget();
                 }
-                if self.worked_without || known == Known::EntriesAreGone {
-                    // The next worker finds a beginning again.
-                    self.start_checkpoint();
+                match known {
+                    // This process may know more than a new journal, and the next worker must find a beginning again.
+                    Known::SinceBirth(_) | Known::EntriesAreGone => self.start_checkpoint(),
+                    Known::All if self.worked_without => self.start_checkpoint(),
+                    Known::All => {}
                 }
                 self.checkpoint_if_due();
                 Instruction::Ready
@@ -301,9 +303,13 @@ impl SessionJournal {
         let (worker, writer) = (self.worker.clone(), Arc::clone(&self.writer));
         let task = tokio::spawn(async move {
             writer.append(vec![Entry::CheckpointBegin { checkpoint: id }]);
-            let entries: Vec<Entry> = worker.checkpoint().collect();
-            for part in entries.chunks(CHECKPOINT_PART) {
-                writer.append(part.to_vec());
+            let mut entries = worker.checkpoint();
+            loop {
+                let part: Vec<Entry> = entries.by_ref().take(CHECKPOINT_PART).collect();
+                if part.is_empty() {
+                    break;
+                }
+                writer.append(part);
                 // Messages need the journal, too.
                 writer.stored().await;
             }
@@ -334,7 +340,15 @@ fn pass_on(worker: &Worker, known: Known) {
                 worker.forget_changes(rest);
             }
         }
-        Known::EntriesAreGone => worker.forget_changes(LONGEST_SEARCH_LAG),
+        Known::EntriesAreGone => {
+            tracing::warn!(
+                event = "journal_incomplete",
+                hours = LONGEST_SEARCH_LAG.as_secs() / 3600,
+                "entries of the journal are gone, or from a newer version; creations wait until search has shown a \
+                 younger change of this worker, or for this many hours"
+            );
+            worker.forget_changes(LONGEST_SEARCH_LAG);
+        }
     }
 }
 

@@ -43,10 +43,11 @@ async fn the_first_session_with_a_journal_waits_for_search() {
     let began = Instant::now();
     let harness = harness_with_old_journal().await;
     assert!(began.elapsed() >= LAG);
-    let [Written::Start { .. }, Written::Creating { operation: began, .. }, rest @ ..] =
-        &harness.journal.entries()[..]
-    else {
-        panic!("{:#?}", harness.journal.entries())
+    let entries = harness.journal.entries();
+    assert!(matches!(entries[..2], [Written::Start { .. }, Written::CheckpointBegin { .. }]), "{entries:#?}");
+    let creating = entries.iter().position(|entry| matches!(entry, Written::Creating { .. })).unwrap();
+    let [Written::Creating { operation: began, .. }, rest @ ..] = &entries[creating..] else {
+        panic!("{entries:#?}")
     };
     let settled =
         rest.iter().position(|entry| matches!(entry, Written::Settled { operation } if operation == began));

@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use close_sync::domain::mapping::Key;
 use close_sync_simulator::{Effect, Fault, FaultBody, Settings, When};
+use lapin::options::QueueDeleteOptions;
 use serde_json::json;
 
-use crate::support::journal::Past;
+use crate::support::journal::{JournalReader, Past};
 use crate::support::{Bench, Node, Worker, identify, people};
 
 /// How a creation ends before a restart, and what shows it afterwards.
@@ -62,6 +63,27 @@ async fn a_restart_after_a_creation_makes_no_duplicate_while_search_lags() {
         assert_eq!(bench.simulator.leads().len(), 2, "{creation:?}: one Lead for each person");
         assert_eq!(bench.simulator.request_count("POST", "/contact/"), 0, "{creation:?}");
     }
+}
+
+/// Somebody deletes the journal while a worker runs. The worker still knows what it created, and writes it into the new journal.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_whose_journal_was_deleted_tells_the_next_one_what_it_knows() {
+    let settings = Settings::fast().with(|close| close.search_lag = "1h".parse().unwrap());
+    let bench = Bench::with(settings).await.set("CLOSE_SEARCH_LAG", "1s");
+    let worker = bench.worker().await;
+    bench.publish(&people(3)).await;
+    worker.settled(3).await;
+    let journal = format!("{}.journal", bench.queue);
+    bench.channel().await.queue_delete(journal.into(), QueueDeleteOptions::default()).await.unwrap();
+    worker.until("connected again", async |worker| worker.events("broker_connected") == 2).await;
+    let reader = JournalReader::of(&bench).await;
+    bench.publish(&people(4)[3..]).await;
+    worker.settled(4).await;
+    reader.checkpoint_since(worker.logged_event("journal_read").unwrap().0).await;
+    worker.terminate().await;
+
+    bench.sync(&people(4)).await;
+    bench.assert_each_once(4);
 }
 
 /// More creations than a worker has memory for, of which search has shown none.
