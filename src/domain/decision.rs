@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use serde_json::Value;
 
 use crate::domain::dropped::Dropped;
+use crate::domain::journal::RecordId;
 use crate::domain::mapping::{Desired, Mapping};
 use crate::domain::matching::{Case, Verdict};
 use crate::domain::plan::{FieldPlan, FieldVerdict, Plan, RecordPlan, RecordRef};
@@ -101,6 +102,30 @@ impl Decision {
         leads.extend(self.new_lead.as_ref().map(LeadId::as_str));
         contacts.extend(self.new_contact.as_ref().map(ContactId::as_str));
         (leads, contacts)
+    }
+
+    /// The Lead of the event's company, or of a new Contact.
+    pub fn lead(&self) -> Option<LeadId> {
+        let of_plan = self.plan.records.iter().find_map(|record| match &record.record {
+            RecordRef::Lead(id) | RecordRef::NewContact(Some(id)) => Some(id.clone()),
+            RecordRef::NewLead | RecordRef::NewContact(None) | RecordRef::Contact(_) => None,
+        });
+        of_plan.or_else(|| self.new_lead.clone())
+    }
+
+    /// The decision about an event that repeats what was applied to these records.
+    pub fn repeat(records: impl IntoIterator<Item = RecordId>) -> Self {
+        let records = records.into_iter().map(|record| RecordPlan {
+            record: match record {
+                RecordId::Lead(id) => RecordRef::Lead(id),
+                RecordId::Contact(id) => RecordRef::Contact(id),
+            },
+            name: None,
+            refused: None,
+            fields: Vec::new(),
+        });
+        let plan = Plan { records: records.collect(), ..Plan::default() };
+        Self { plan, repeats: true, ..Self::default() }
     }
 
     /// The number of Contacts that have the email of the event but belong to a different person.

@@ -1,8 +1,8 @@
 //! Whether an event repeats what was applied before. Producers send an event at each login, so most say nothing new.
 //!
 //! An event has parts: what it says about its company, and what it says about its person in that company. Without a company
-//! both are one part. A part repeats the last one with the same keys if it has the same values. It was applied if the records in
-//! Close have all of them: one that was left out, refused, or taken from a newer event must be looked at again.
+//! both are one part. A part repeats the last one with the same keys if it has the same values. It was applied if its rules have
+//! nothing left to write: a value that was dropped, refused, or skipped for a newer event must be looked at again.
 
 use std::collections::BTreeMap;
 
@@ -103,9 +103,9 @@ fn is_applied(decision: &Decision) -> bool {
         | FieldVerdict::Appended
         | FieldVerdict::Same
         | FieldVerdict::NotEmpty
-        | FieldVerdict::OnlyOnCreate
-        | FieldVerdict::Rewritten => true,
-        FieldVerdict::ListFull
+        | FieldVerdict::OnlyOnCreate => true,
+        FieldVerdict::Rewritten
+        | FieldVerdict::ListFull
         | FieldVerdict::ListUnknown
         | FieldVerdict::NotKept
         | FieldVerdict::Stale

@@ -5,26 +5,30 @@
 //!
 //! - Each event forgets the entries of its keys before it runs, and is remembered after it was applied as a whole. Messages
 //!   with a common key run one after the other.
-//! - Another event may have found a record by other keys. So what is known of the times of its fields must be as the entry left
-//!   it behind ([`VersionCache::revision`]). What was evicted counts as changed.
+//! - Another event may have found a record by other keys. So none may have written the record since, nor while this one ran
+//!   ([`WriteLog`]).
+//! - A person may have moved the company to another Lead, and another event may have followed. So what was applied for the person
+//!   and for the company must have been in one Lead.
 //! - Other workers may have been active before: a session begins with an empty cache.
 //!
 //! A person in Close may have changed what was applied. That is left alone for `worker.recheck`, counted from the last event
 //! that was compared with Close.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::time::Instant;
 
 use crate::domain::decision::Decision;
-use crate::domain::journal::{Entry, KeyHash};
+use crate::domain::journal::{Entry, KeyHash, RecordId};
 use crate::domain::mapping::Desired;
+use crate::domain::record::LeadId;
 use crate::domain::repeat::{AppliedFields, ContentHash, Part};
 use crate::sync::layered::{Bounds, Layered};
 use crate::sync::readback_cache::ReadbackCache;
-use crate::sync::version_cache::{Revision, VersionCache};
+use crate::sync::version_cache::VersionCache;
+use crate::sync::write_log::{Stamp, WriteLog};
 
 /// In bytes: about 60,000 keys.
 const CAPACITY: usize = 16 << 20;
@@ -42,33 +46,21 @@ pub(crate) struct AppliedCache {
 struct Applied {
     content: ContentHash,
     fields: AppliedFields,
+    /// The last write of each record then.
+    stamps: Vec<Stamp>,
+    /// The Lead of the company.
+    lead: Option<LeadId>,
     /// When it was compared with Close.
     checked: Instant,
-    last: Mutex<Last>,
-}
-
-/// The last event that said this.
-#[derive(Debug)]
-struct Last {
-    at: Timestamp,
-    /// What it left behind, for each record.
-    revisions: Vec<Option<Revision>>,
+    /// The time of the last event that said this.
+    at: Mutex<Timestamp>,
 }
 
 impl Applied {
-    fn last(&self) -> MutexGuard<'_, Last> {
-        self.last.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn revisions(fields: &AppliedFields, versions: &VersionCache) -> Vec<Option<Revision>> {
-        fields.iter().map(|(record, _)| versions.revision(record)).collect()
-    }
-
-    /// Whether nothing has changed the records since.
-    fn is_current(&self, versions: &VersionCache) -> bool {
-        let is_same = |(now, then): (&Option<Revision>, &Option<Revision>)| now.is_some() && now == then;
-        let now = Self::revisions(&self.fields, versions);
-        now.iter().zip(&self.last().revisions).all(is_same)
+    /// Whether no other event has written the records since.
+    fn is_current(&self, writes: &WriteLog) -> bool {
+        let mut records = self.fields.iter().zip(&self.stamps);
+        records.all(|((record, _), stamp)| writes.is_last(record.as_str(), *stamp))
     }
 
     fn weight(&self) -> usize {
@@ -77,6 +69,25 @@ impl Applied {
         });
         ENTRY.saturating_add(records.sum())
     }
+}
+
+/// An event that repeats what was applied.
+pub(crate) struct Repeat {
+    /// The records that it is about.
+    pub(crate) records: Vec<RecordId>,
+    /// For the journal: the fields count as set by this event.
+    pub(crate) entries: Vec<Entry>,
+}
+
+/// An event that was applied.
+pub(crate) struct AppliedEvent<'a> {
+    pub(crate) event: &'a Desired,
+    pub(crate) decision: &'a Decision,
+    /// Before its records were read.
+    pub(crate) since: Stamp,
+    /// What it wrote itself.
+    pub(crate) own: &'a [Stamp],
+    pub(crate) checked: Instant,
 }
 
 impl Default for AppliedCache {
@@ -88,41 +99,45 @@ impl Default for AppliedCache {
 }
 
 impl AppliedCache {
-    /// If an event repeats what was last applied, the fields count as set by it. Returns the entries for the journal. An event
-    /// of which a value was dropped is none: it has to be reported.
+    /// If an event repeats what was last applied, the fields count as set by it. An event of which a value was dropped is no
+    /// repeat: that has to be reported.
     pub(crate) fn repeat(
         &self,
         event: &Desired,
         parts: &[Part],
-        versions: &VersionCache,
+        (versions, writes): (&VersionCache, &WriteLog),
         recheck: Duration,
-    ) -> Option<Vec<Entry>> {
+    ) -> Option<Repeat> {
         let at = event.at.filter(|_| event.dropped.is_empty())?;
-        let mut repeated = Vec::new();
+        let mut repeated: Vec<Arc<Applied>> = Vec::new();
         for part in parts {
             for key in &part.keys {
                 let applied = self.entries.get(key).filter(|applied| {
                     applied.content == part.content
                         && applied.checked.elapsed() < recheck
-                        && applied.is_current(versions)
+                        && applied.is_current(writes)
+                        && repeated.iter().all(|other| other.lead == applied.lead)
                 })?;
                 repeated.push(applied);
             }
         }
-        let mut entries = Vec::new();
+        let mut repeat = Repeat { records: Vec::new(), entries: Vec::new() };
         for applied in repeated {
-            let mut last = applied.last();
-            if last.at < at {
-                last.at = at;
-                for (record, fields) in applied.fields.iter().filter(|(_, fields)| !fields.is_empty()) {
-                    versions.learn(record, at, fields, None);
-                    let (record, fields) = (record.clone(), fields.clone());
-                    entries.push(Entry::Written { record, at, fields, stored: None, updated: None });
+            let mut last = applied.at.lock().unwrap_or_else(PoisonError::into_inner);
+            let is_newer = *last < at;
+            *last = at.max(*last);
+            for (record, fields) in &applied.fields {
+                if !repeat.records.contains(record) {
+                    repeat.records.push(record.clone());
                 }
-                last.revisions = Applied::revisions(&applied.fields, versions);
+                if is_newer && !fields.is_empty() {
+                    versions.join(record, at, fields);
+                    let (record, fields) = (record.clone(), fields.clone());
+                    repeat.entries.push(Entry::Written { record, at, fields, stored: None, updated: None });
+                }
             }
         }
-        Some(entries)
+        Some(repeat)
     }
 
     /// Another event with these keys is about to be applied.
@@ -135,24 +150,20 @@ impl AppliedCache {
         self.entries.clear();
     }
 
-    /// An event was applied after its records were read, and nothing else has changed them. If Close did not keep all as it was
-    /// sent, the next event is compared again.
-    pub(crate) fn remember(
-        &self,
-        event: &Desired,
-        decision: &Decision,
-        versions: &VersionCache,
-        readback: &ReadbackCache,
-        checked: Instant,
-    ) {
+    /// An event was applied. It is compared again if another one wrote a record meanwhile, or if Close did not keep all as it was
+    /// sent.
+    pub(crate) fn remember(&self, applied: &AppliedEvent<'_>, writes: &WriteLog, readback: &ReadbackCache) {
+        let AppliedEvent { event, decision, since, own, checked } = *applied;
         let Some(at) = event.at else { return };
+        let lead = decision.lead();
         for part in Part::of(event) {
             let Some(fields) = part.applied(event, decision) else { return };
-            if fields.iter().any(|(record, _)| readback.differs(record.as_str())) {
-                continue;
-            }
-            let last = Mutex::new(Last { at, revisions: Applied::revisions(&fields, versions) });
-            let applied = Arc::new(Applied { content: part.content, fields, checked, last });
+            let differs = fields.iter().any(|(record, _)| readback.differs(record.as_str()));
+            let stamps: Option<Vec<Stamp>> =
+                fields.iter().map(|(record, _)| writes.unwritten(record.as_str(), since, own)).collect();
+            let Some(stamps) = stamps.filter(|_| !differs) else { continue };
+            let (content, lead) = (part.content, lead.clone());
+            let applied = Arc::new(Applied { content, fields, stamps, lead, checked, at: Mutex::new(at) });
             part.keys.iter().for_each(|key| self.entries.insert(*key, Arc::clone(&applied)));
         }
     }
@@ -167,9 +178,16 @@ mod tests {
     use crate::domain::plan::{FieldPlan, FieldVerdict, Plan, RecordPlan, RecordRef};
     use crate::domain::readback;
     use crate::domain::record::{ContactId, Field};
-    use crate::domain::staleness::FieldHash;
 
     const RECHECK: Duration = Duration::from_hours(24);
+
+    #[derive(Default)]
+    struct Caches {
+        applied: AppliedCache,
+        versions: VersionCache,
+        writes: WriteLog,
+        readback: ReadbackCache,
+    }
 
     fn at(second: i64) -> Timestamp {
         Timestamp::from_second(second).unwrap()
@@ -194,33 +212,33 @@ mod tests {
     }
 
     /// The caches after Jane's title was set at second 1.
-    fn caches() -> (AppliedCache, VersionCache, ReadbackCache) {
-        let caches = (AppliedCache::default(), VersionCache::default(), ReadbackCache::default());
+    fn caches() -> Caches {
+        let caches = Caches::default();
         apply(&caches, "CEO", 1);
         caches
     }
 
-    fn apply(
-        (applied, versions, readback): &(AppliedCache, VersionCache, ReadbackCache),
-        title: &str,
-        second: i64,
-    ) {
+    /// Jane's title is found set. Meanwhile another event may write it.
+    fn apply_while(caches: &Caches, title: &str, second: i64, other: impl FnOnce()) {
         let (event, decision) = event(title, second);
-        versions.learn(&contact(), at(second), &[FieldHash::of("title")], None);
-        applied.remember(&event, &decision, versions, readback, Instant::now());
+        let since = caches.writes.now();
+        other();
+        let (event, decision) = (&event, &decision);
+        let applied = AppliedEvent { event, decision, since, own: &[], checked: Instant::now() };
+        caches.applied.remember(&applied, &caches.writes, &caches.readback);
     }
 
-    fn contact() -> crate::domain::journal::RecordId {
-        crate::domain::journal::RecordId::Contact(ContactId::new("cont_1"))
+    fn apply(caches: &Caches, title: &str, second: i64) {
+        apply_while(caches, title, second, || ());
     }
 
-    fn repeats(
-        (applied, versions, _): &(AppliedCache, VersionCache, ReadbackCache),
-        title: &str,
-        second: i64,
-    ) -> Option<usize> {
+    /// How many entries the journal gets.
+    fn repeats(caches: &Caches, title: &str, second: i64) -> Option<usize> {
         let (event, _) = event(title, second);
-        applied.repeat(&event, &Part::of(&event), versions, RECHECK).map(|entries| entries.len())
+        let memories = (&caches.versions, &caches.writes);
+        let repeat = caches.applied.repeat(&event, &Part::of(&event), memories, RECHECK)?;
+        assert_eq!(repeat.records.iter().map(RecordId::as_str).collect::<Vec<_>>(), ["cont_1"]);
+        Some(repeat.entries.len())
     }
 
     #[tokio::test(start_paused = true)]
@@ -234,21 +252,34 @@ mod tests {
     }
 
     #[test]
-    fn another_event_about_the_field_or_the_person_comes_in_between() {
+    fn another_event_that_writes_the_record_comes_in_between() {
+        let write = |caches: &Caches| caches.writes.ends("cont_1", caches.writes.begins("cont_1"));
         let caches = caches();
-        caches.1.learn(&contact(), at(1), &[FieldHash::of("title")], None);
-        assert_eq!(repeats(&caches, "CEO", 5), None, "an event of the same time");
+        write(&caches);
+        assert_eq!(repeats(&caches, "CEO", 2), None);
+        apply_while(&caches, "CEO", 3, || write(&caches));
+        assert_eq!(repeats(&caches, "CEO", 4), None, "it found the title, and then it was changed");
         apply(&caches, "CEO", 5);
-        caches.0.forget(Part::of(&event("CTO", 6).0).iter());
-        assert_eq!(repeats(&caches, "CEO", 7), None, "the other event may have failed half-way");
+        assert_eq!(repeats(&caches, "CEO", 6), Some(1));
+        let lost = caches.writes.begins("cont_1");
+        assert_eq!(repeats(&caches, "CEO", 7), None);
+        apply(&caches, "CEO", 8);
+        assert_eq!(repeats(&caches, "CEO", 9), None, "the other write may still take effect");
+        caches.writes.ends("cont_1", lost);
+        apply(&caches, "CEO", 10);
+        caches.applied.forget(Part::of(&event("CTO", 11).0).iter());
+        assert_eq!(repeats(&caches, "CEO", 12), None, "an event of the person failed half-way");
     }
 
     #[test]
     fn what_close_did_not_keep_was_not_applied() {
         let caches = caches();
         let title = |title: &str| [(Field::Title, json!(title))].into();
-        caches.2.learn("cont_1", &readback::differences(&title("CEO"), None, &title("Chief")));
+        caches.readback.learn("cont_1", &readback::differences(&title("CEO"), None, &title("Chief")));
         apply(&caches, "CEO", 2);
-        assert_eq!(repeats(&caches, "CEO", 3), None);
+        assert_eq!(repeats(&caches, "CEO", 3), Some(1), "nothing has changed since the first one");
+        caches.applied.forget_all();
+        apply(&caches, "CEO", 4);
+        assert_eq!(repeats(&caches, "CEO", 5), None);
     }
 }

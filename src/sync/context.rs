@@ -25,6 +25,7 @@ use crate::sync::recent_records::RecentRecords;
 use crate::sync::record_locks::RecordLocks;
 use crate::sync::search_lag::SearchLag;
 use crate::sync::version_cache::VersionCache;
+use crate::sync::write_log::WriteLog;
 use crate::telemetry::metrics::Metrics;
 
 /// A mapping that is younger than this is not refreshed when Close rejects a field.
@@ -52,6 +53,7 @@ pub(crate) struct Context {
     pub(crate) applied_cache: AppliedCache,
     pub(crate) readback_cache: ReadbackCache,
     pub(crate) record_locks: RecordLocks,
+    pub(crate) write_log: WriteLog,
     pub(crate) recent: RecentRecords,
     pub(crate) metrics: Metrics,
     clock: Clock,
@@ -95,6 +97,7 @@ impl Context {
             applied_cache: AppliedCache::default(),
             readback_cache,
             record_locks: RecordLocks::default(),
+            write_log: WriteLog::default(),
             recent: RecentRecords::default(),
             metrics,
             rules: rules.pinned(&mapping.keys),
@@ -125,6 +128,7 @@ impl Context {
             applied_cache: AppliedCache::default(),
             readback_cache: self.readback_cache.for_rehearsal(),
             record_locks: RecordLocks::default(),
+            write_log: WriteLog::default(),
             recent: self.recent.for_rehearsal(),
             metrics: self.metrics.clone(),
             clock: Arc::clone(&self.clock),

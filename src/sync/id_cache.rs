@@ -33,11 +33,8 @@ const ENTRY: usize = 150;
 const ID: usize = 80;
 /// In bytes, of Contacts that are somebody else's: about 40,000.
 const OTHERS_CAPACITY: usize = 8 << 20;
-/// The most Contacts of one key that are read. Only few are updated, and a page of a search has no more.
+/// The most Contacts of one key. Only few are updated, and a page of a search has no more.
 const MAX_CONTACTS: usize = 100;
-/// The most records of one key, such as an email that many new people share. What is dropped makes all creations wait for
-/// search.
-const MAX_KNOWN: usize = 1000;
 
 /// Clones share the entries.
 #[derive(Clone, Debug)]
@@ -185,7 +182,7 @@ impl IdCache {
         known.map(|known| known.id.into()).collect()
     }
 
-    /// Whether a record got one of these keys, or may have got it, a moment ago. A read need not show that yet.
+    /// Whether a record was given one of these keys, or was last seen with it, a moment ago. A read need not show that yet.
     pub(crate) fn has_just_got(&self, keys: &[Key], id: &str) -> bool {
         let is_new = |known: &Known| {
             known.id.as_str() == id && known.unseen.is_some() && known.since.elapsed() < MOMENT
@@ -218,7 +215,7 @@ impl IdCache {
             RecordId::Contact(id) => Some(id.clone()),
             RecordId::Lead(_) => None,
         });
-        Contacts { ids: ids.take(MAX_CONTACTS).collect(), complete: self.is_fresh(entry.complete) }
+        Contacts { ids: ids.collect(), complete: self.is_fresh(entry.complete) }
     }
 
     /// Adds what a search found to what is cached: search does not show what was created a moment ago. Does not
@@ -264,13 +261,7 @@ impl IdCache {
                 entry.known.retain(|known| known.id != *id);
                 // Own changes matter more than what search shows.
                 entry.known.insert(0, Known { unseen: Some(change), ..Known::new(id.clone()) });
-                // Search shows the others.
-                let mut others = 0;
-                entry.known.retain(|known| {
-                    others += usize::from(known.unseen.is_none());
-                    known.unseen.is_some() || others <= MAX_CONTACTS
-                });
-                let dropped = entry.known.split_off(entry.known.len().min(MAX_KNOWN));
+                let dropped = entry.known.split_off(entry.known.len().min(MAX_CONTACTS));
                 evict(&self.evicted, dropped.iter().filter_map(|known| known.unseen));
             });
         }
@@ -400,19 +391,6 @@ mod tests {
         cache.remember_contacts(key(0), ids(MAX_CONTACTS + 1), true);
         let contacts = cache.contacts(&key(0));
         assert_eq!((contacts.ids.len(), contacts.complete), (MAX_CONTACTS, false));
-    }
-
-    /// Nothing is evicted, which would make the creations of all others wait.
-    #[test]
-    fn hundreds_of_new_people_may_share_an_email() {
-        let cache = IdCache::default();
-        let email = Key::Email("office@acme.test".into());
-        for number in 0..500 {
-            let id = RecordId::Contact(ContactId::new(format!("cont_{number}")));
-            cache.changed(&[KeyHash::of(&email)], &id, creation(number));
-        }
-        assert_eq!((cache.evicted(), cache.unseen().count()), (vec![], 500));
-        assert_eq!(cache.contacts(&email).ids.len(), MAX_CONTACTS, "no more are read");
     }
 
     #[test]

@@ -19,6 +19,7 @@ impl Context {
             }
             Entry::Settled { operation } => self.lag_guard.settle(operation),
             Entry::Keys { record, keys, change: kind, at } => {
+                self.write_log.written_elsewhere(record.as_str());
                 let at = self.past(at);
                 if self.age(at) < REMEMBERED {
                     self.recent.written_elsewhere(record.as_str(), None);
@@ -28,6 +29,7 @@ impl Context {
                 }
             }
             Entry::Written { record, at, fields, stored, updated } => {
+                self.write_log.written_elsewhere(record.as_str());
                 if updated.is_some_and(|updated| self.age(updated) < REMEMBERED) {
                     self.recent.written_elsewhere(record.as_str(), updated);
                 }

@@ -212,6 +212,7 @@ impl<R: Records> Lookups<'_, R> {
                 return Ok(people);
             }
         }
+        // What search shows of a Contact's Lead may be old, so those elsewhere are read as well.
         let hits = self.search_contacts(person).await?;
         let keys = self.keys;
         let members: Vec<&Contact> = hits.rows.iter().filter(|contact| is_in_lead(contact)).collect();
@@ -222,7 +223,8 @@ impl<R: Records> Lookups<'_, R> {
             alike.map(|row| row.id.clone()).take(MAX_CONTACTS)
         });
         let oldest: Vec<ContactId> = oldest.collect();
-        let mut ids = self.with_cached(person.email(), oldest);
+        let ids = [oldest, hits.by_user, hits.by_email, hits.unclear].concat();
+        let mut ids = self.with_cached(person.email(), ids);
         ids.retain(|id| !self.is_somebody_else(id, person));
         let ids = self.with_cached(person.user(), ids);
         let mut members = Vec::new();
@@ -287,12 +289,15 @@ impl<R: Records> Lookups<'_, R> {
         let is_outdated = stale && self.recent.updated(id.as_str()) != record.date_updated;
         let cached = self.with_cached(person.email(), Vec::new());
         let record = self.with_email(record, person, &cached);
-        if !compare(&record, person, self.keys).is_person() {
-            let keys: Vec<Key> = person.person().collect();
-            if is_outdated || self.id_cache.has_just_got(&keys, id.as_str()) {
-                // It may have become the person.
-                return Err(CloseError::Transient(Fault::NotYet));
-            }
+        // The keys that the record does not show, and may have.
+        let hidden: Vec<Key> = match compare(&record, person, self.keys) {
+            ContactMatch::SameUser | ContactMatch::SameEmail => Vec::new(),
+            ContactMatch::Conflict => person.user().into_iter().collect(),
+            ContactMatch::NoMatch => person.person().collect(),
+        };
+        if !hidden.is_empty() && (is_outdated || self.id_cache.has_just_got(&hidden, id.as_str())) {
+            // It may have become the person.
+            return Err(CloseError::Transient(Fault::NotYet));
         }
         self.note_user(&record, person);
         Ok(record)

@@ -54,6 +54,7 @@ pub mod record_locks;
 mod resolver;
 pub mod search_lag;
 pub mod version_cache;
+mod write_log;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -70,6 +71,7 @@ use crate::domain::journal::{ChangeKind, Entry, KeyHash};
 use crate::domain::mapping::{Anonymous, Mapping, NoIdentity};
 use crate::domain::repeat::Part;
 use crate::outcome::{DeadLetter, Effect, Outcome, Reason, Skip, Stage};
+use crate::sync::applied_cache::Repeat;
 use crate::sync::circuit_breaker::CircuitBreaker;
 use crate::sync::preflight::PreflightError;
 
@@ -80,6 +82,7 @@ pub use lag_guard::LONGEST_SEARCH_LAG;
 
 use attempt::{Attempts, GapWait};
 use context::Context;
+use write_log::Stamp;
 
 /// Syncs messages to one Close organization. Clones share everything.
 #[derive(Clone)]
@@ -221,9 +224,9 @@ impl Worker {
     /// May be dropped at any moment. Calls that were sent may still take effect: a creation stays pending ([`lag_guard`]).
     pub async fn run(&self, job: &Job, run: RunContext) -> (Outcome, Decision) {
         let parts = Part::of(&job.desired);
-        if self.is_repeat(job, &parts, &run) {
-            run.journal.stored().await;
-            return self.repeated(job);
+        if let Some(repeated) = self.repeat(job, &parts, &run) {
+            self.settle_repeats(&[job], &run).await;
+            return repeated;
         }
         self.0.applied_cache.forget(parts.iter());
         let mut attempts = self.attempts(job, &[], run);
@@ -233,21 +236,26 @@ impl Worker {
         attempts.conclude(outcome)
     }
 
-    /// Whether an event says what was last applied. The fields then count as set by this one.
-    fn is_repeat(&self, job: &Job, parts: &[Part], run: &RunContext) -> bool {
-        let Context { applied_cache, version_cache, settings, .. } = &*self.0;
+    /// Settles an event that says what was last applied. Operators replay events because something went wrong, so these are
+    /// compared with Close.
+    fn repeat(&self, job: &Job, parts: &[Part], run: &RunContext) -> Option<(Outcome, Decision)> {
+        let Context { applied_cache, version_cache, write_log, settings, .. } = &*self.0;
         if run.priority == Priority::Replay {
-            return false;
+            return None;
         }
-        let entries = applied_cache.repeat(&job.desired, parts, version_cache, settings.recheck);
-        entries.map(|entries| run.journal.append(entries)).is_some()
+        let memories = (version_cache, write_log);
+        let Repeat { records, entries } =
+            applied_cache.repeat(&job.desired, parts, memories, settings.recheck)?;
+        run.journal.append(entries);
+        Some((Outcome::Synced(Effect::Unchanged), Decision::repeat(records)))
     }
 
-    fn repeated(&self, job: &Job) -> (Outcome, Decision) {
-        let outcome = Outcome::Synced(Effect::Unchanged);
-        self.0.metrics.repeated();
-        self.report_freshness(job, &outcome);
-        (outcome, Decision { repeats: true, ..Decision::default() })
+    async fn settle_repeats(&self, jobs: &[&Job], run: &RunContext) {
+        run.journal.stored().await;
+        for job in jobs {
+            self.0.metrics.repeated();
+            self.report_freshness(job, &Outcome::Synced(Effect::Unchanged));
+        }
     }
 
     /// Whether `next`, which directly follows `first`, can share its write.
@@ -263,10 +271,10 @@ impl Worker {
     pub async fn run_merged(&self, jobs: &[&Job], run: RunContext) -> Option<Vec<(Outcome, Decision)>> {
         let (first, others) = jobs.split_first()?;
         let parts: Vec<Vec<Part>> = jobs.iter().map(|job| Part::of(&job.desired)).collect();
-        let mut each = jobs.iter().zip(&parts);
-        if each.all(|(job, parts)| self.is_repeat(job, parts, &run)) {
-            run.journal.stored().await;
-            return Some(jobs.iter().map(|job| self.repeated(job)).collect());
+        let each = jobs.iter().zip(&parts);
+        if let Some(repeated) = each.map(|(job, parts)| self.repeat(job, parts, &run)).collect() {
+            self.settle_repeats(jobs, &run).await;
+            return Some(repeated);
         }
         self.0.applied_cache.forget(parts.iter().flatten());
         let mut attempts = self.attempts(first, others, run);
@@ -309,6 +317,8 @@ impl Worker {
             run,
             stage: Stage::LookUp,
             decision: Decision::default(),
+            looked_at: Stamp::default(),
+            own_writes: Vec::new(),
         }
     }
 }
@@ -327,7 +337,8 @@ impl Rehearsal {
         self.0.prepare(body, received_at)
     }
 
-    /// Returns what [`Worker::run`] would do now, except for errors that only a write shows. Writes nothing.
+    /// Returns what [`Worker::run`] would do now, except for errors that only a write shows. Writes nothing. Compares each event
+    /// with Close, also one that the worker would settle as a repeat.
     pub async fn run(&self, job: &Job) -> (Outcome, Decision) {
         let mut attempts = self.0.attempts(job, &[], RunContext::first());
         let outcome = attempts.retry_in_place().await;

@@ -26,7 +26,7 @@ use crate::domain::repeat::Part;
 use crate::domain::schema::FieldRef;
 use crate::domain::staleness::FieldHash;
 use crate::domain::switches::Switches;
-use crate::sync::applied_cache::AppliedCache;
+use crate::sync::applied_cache::{AppliedCache, AppliedEvent};
 use crate::sync::clock::system_clock;
 use crate::sync::id_cache::IdCache;
 use crate::sync::lag_guard::LagGuard;
@@ -35,6 +35,7 @@ use crate::sync::readback_cache::ReadbackCache;
 use crate::sync::recent_records::RecentRecords;
 use crate::sync::resolver::{Decided, Resolver};
 use crate::sync::version_cache::VersionCache;
+use crate::sync::write_log::WriteLog;
 
 const SEARCH_LAG: Duration = Duration::from_secs(20);
 
@@ -44,6 +45,7 @@ pub(crate) struct Caches {
     pub(crate) lag_guard: LagGuard,
     pub(crate) version_cache: VersionCache,
     pub(crate) applied_cache: AppliedCache,
+    pub(crate) write_log: WriteLog,
     pub(crate) readback_cache: ReadbackCache,
     pub(crate) recent: RecentRecords,
 }
@@ -58,6 +60,7 @@ impl Default for Caches {
             lag_guard: LagGuard::new(SEARCH_LAG, SEARCH_LAG, system_clock()),
             version_cache: VersionCache::default(),
             applied_cache: AppliedCache::default(),
+            write_log: WriteLog::default(),
             readback_cache,
             recent: RecentRecords::default(),
         }
@@ -90,8 +93,10 @@ impl Caches {
 }
 
 /// Whether an event says what was last applied, like the worker.
-pub(crate) fn is_repeat(Caches { applied_cache, version_cache, .. }: &Caches, event: &Desired) -> bool {
-    applied_cache.repeat(event, &Part::of(event), version_cache, Duration::from_hours(24)).is_some()
+pub(crate) fn is_repeat(caches: &Caches, event: &Desired) -> bool {
+    let Caches { applied_cache, version_cache, write_log, .. } = caches;
+    let memories = (version_cache, write_log);
+    applied_cache.repeat(event, &Part::of(event), memories, Duration::from_hours(24)).is_some()
 }
 
 /// Decides about messages that are merged, like an attempt of the worker. After a 404 it looks up once more.
@@ -128,7 +133,7 @@ fn sync(
 /// Applies the steps and updates the caches, like the worker.
 pub(crate) fn apply(
     records: &mut InMemoryRecords,
-    Caches { id_cache, version_cache, applied_cache, readback_cache, .. }: &Caches,
+    Caches { id_cache, version_cache, applied_cache, readback_cache, write_log, .. }: &Caches,
     events: &[&Desired],
     (decision, Decided { versions, merged, .. }): &(Decision, Decided),
 ) {
@@ -137,6 +142,9 @@ pub(crate) fn apply(
         applied_cache.forget(Part::of(event).iter());
     }
     for step in &merged.steps {
+        if let Some(id) = step.changes() {
+            write_log.ends(id, write_log.begins(id));
+        }
         let mut made = CreatedIds::of(step, &records.apply(step));
         if step.creates() {
             new = made.clone();
@@ -150,7 +158,11 @@ pub(crate) fn apply(
     version_cache.remember(versions, &new, Instant::now());
     if let [event] = events {
         let decision = Decision { new_lead: new.lead, new_contact: new.contact, ..decision.clone() };
-        applied_cache.remember(event, &decision, version_cache, readback_cache, Instant::now());
+        // One after the other: all writes so far are its own, or came before it.
+        let since = write_log.now();
+        let (decision, checked) = (&decision, Instant::now());
+        let applied = AppliedEvent { event, decision, since, own: &[], checked };
+        applied_cache.remember(&applied, write_log, readback_cache);
     }
 }
 

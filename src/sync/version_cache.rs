@@ -7,7 +7,6 @@
 //!
 //! A refused value is tried again after some hours, and when the fields in Close have changed.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -39,7 +38,6 @@ pub struct VersionCache {
     refusals_since: Arc<Mutex<Option<Instant>>>,
     /// Writes by events of this time or later are remembered. `None`: it is not known of any that is missing.
     remembered_from: RememberedFrom,
-    revisions: Arc<AtomicU64>,
 }
 
 type RememberedFrom = Arc<Mutex<Option<Timestamp>>>;
@@ -51,13 +49,7 @@ struct Entry {
     intended: Option<FieldVersions>,
     /// When Close refused the first of the values.
     refused_at: Option<Instant>,
-    /// Another one with each change of the entry.
-    revision: Revision,
 }
-
-/// Tells whether anything has changed what is known of a record. Times do not tell: two events may have the same.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Revision(u64);
 
 impl Default for VersionCache {
     fn default() -> Self {
@@ -75,7 +67,6 @@ impl VersionCache {
             creations: Layered::new(Bounds::entries(records)),
             refusals_since: Arc::default(),
             remembered_from,
-            revisions: Arc::default(),
         }
     }
 
@@ -98,7 +89,6 @@ impl VersionCache {
             records: records.over(&self.records),
             creations: creations.over(&self.creations),
             refusals_since: Arc::new(Mutex::new(self.refusals_since())),
-            revisions: Arc::default(),
         }
     }
 
@@ -154,16 +144,6 @@ impl VersionCache {
         Some(Unremembered { before: self.remembered_from()?, changed, shown })
     }
 
-    /// The revision of what is known of a record, unless a change of it is under way.
-    pub(crate) fn revision(&self, record: &RecordId) -> Option<Revision> {
-        let of = |entry: &Entry| entry.intended.is_none().then_some(entry.revision);
-        self.records.with(record.as_str(), of).flatten()
-    }
-
-    fn next_revision(&self) -> Revision {
-        Revision(self.revisions.fetch_add(1, Ordering::Relaxed))
-    }
-
     /// Caches the versions that records will have after the changes that are about to be sent. The versions before were read
     /// at `read_at`.
     pub fn intend(&self, versions: &RecordVersions, intended: RecordVersions, read_at: Instant) {
@@ -202,6 +182,16 @@ impl VersionCache {
         }
     }
 
+    /// An event of this time says again what is in these fields.
+    pub(crate) fn join(&self, record: &RecordId, at: Timestamp, fields: &[FieldHash]) {
+        let fields = fields.iter().map(|field| (*field, at)).collect();
+        let versions = FieldVersions { fields, ..FieldVersions::default() };
+        self.records.update(record.as_str().to_owned(), |entry| {
+            let entry = entry.unwrap_or_default();
+            Entry { versions: entry.versions.join(versions), ..entry }
+        });
+    }
+
     /// Caches what another worker has written.
     pub fn learn(&self, record: &RecordId, at: Timestamp, fields: &[FieldHash], stored: Option<Timestamp>) {
         let fields = fields.iter().map(|field| (*field, at)).collect();
@@ -209,8 +199,7 @@ impl VersionCache {
         // One step: a takeover does this for every entry.
         self.records.update(record.as_str().to_owned(), |entry| {
             let entry = entry.unwrap_or_default();
-            let revision = self.next_revision();
-            Entry { versions: entry.versions.join(versions), intended: None, revision, ..entry }
+            Entry { versions: entry.versions.join(versions), intended: None, ..entry }
         });
     }
 
@@ -271,8 +260,7 @@ impl VersionCache {
     fn insert(&self, id: String, versions: FieldVersions, intended: Option<FieldVersions>) {
         let before = self.get(&id).and_then(|entry| entry.refused_at);
         let refused_at = (!versions.refused.is_empty()).then(|| before.unwrap_or_else(Instant::now));
-        let revision = self.next_revision();
-        self.records.insert(id, Entry { versions, intended, refused_at, revision });
+        self.records.insert(id, Entry { versions, intended, refused_at });
     }
 }
 

@@ -26,6 +26,7 @@ use crate::sync::id_cache::Change;
 use crate::sync::journal::{self, JournalHandle};
 use crate::sync::lookups::{Fresh, Lookups, MAX_MISSING, Reads};
 use crate::sync::readback_cache::ReadbackCache;
+use crate::sync::write_log::Stamp;
 use crate::telemetry::metrics::Metrics;
 use crate::waits::WaitCause;
 
@@ -42,6 +43,7 @@ pub(super) struct Executor<'a, C: Api> {
     pub(super) decision: &'a mut Decision,
     /// How the records were last read.
     pub(super) reads: &'a mut Reads,
+    pub(super) own_writes: &'a mut Vec<Stamp>,
     /// The budget for the first write, if it is held already.
     pub(super) permit: Option<C::Permit>,
 }
@@ -177,7 +179,7 @@ impl<C: Api> Executor<'_, C> {
     /// Sends one write and caches the ids it returns. A creation is pending from before the call, because the
     /// call may be dropped at any moment and still happen.
     async fn send(&mut self, step: &Step, found: &Found) -> Result<CreatedIds, Stopped<C::Permit>> {
-        let Context { id_cache, recent, .. } = self.context;
+        let Context { id_cache, recent, write_log, .. } = self.context;
         let mut keys_are_written = false;
         let (result, operation, sent) = loop {
             // The wait for budget comes first, so that the write follows its reads at once.
@@ -197,7 +199,16 @@ impl<C: Api> Executor<'_, C> {
                 return Err(Stopped::Changed(fresh, permit));
             }
             let sent = self.context.now();
-            match self.client.write(step, permit).await {
+            self.gives_keys(step, found, sent);
+            let writing = step.changes().map(|id| (id, write_log.begins(id)));
+            self.own_writes.extend(writing.map(|(_, stamp)| stamp));
+            let answer = self.client.write(step, permit).await;
+            if let Some((id, stamp)) = writing
+                && !answer.as_ref().is_err_and(CloseError::may_have_been_applied)
+            {
+                write_log.ends(id, stamp);
+            }
+            match answer {
                 Ok(Some(written)) => break (Ok(written), operation, sent),
                 // A 429: nothing has happened, and the wait for budget may be long.
                 Ok(None) => operation.into_iter().for_each(|operation| self.settle(operation)),
@@ -208,6 +219,9 @@ impl<C: Api> Executor<'_, C> {
             Ok(written) => written,
             Err(error) => {
                 self.failed(operation, &error);
+                if error.may_have_been_applied() {
+                    self.gives_keys(step, found, sent);
+                }
                 return Err(match step.needs() {
                     // The read of the Lead may have been stale. The next one shows whether it is gone.
                     Some(_) if refuses_lead(step, &error) => CloseError::Transient(Fault::NotYet),
@@ -258,6 +272,14 @@ impl<C: Api> Executor<'_, C> {
             }
         }
         Ok(None)
+    }
+
+    /// Close is about to give a record keys, or may just have done so: reads may not show them for a moment from now on.
+    fn gives_keys(&self, step: &Step, found: &Found, at: Timestamp) {
+        if let Some((record, keys)) = self.new_keys(step, found) {
+            let change = Change { kind: ChangeKind::KeyChange, at };
+            self.context.id_cache.changed(&KeyHash::of_all(&keys), &record, change);
+        }
     }
 
     /// Writes down the keys that a record gets, before they are sent.

@@ -20,11 +20,13 @@ use crate::domain::plan::{NEW_CONTACT, NEW_LEAD, Plan, Step};
 use crate::domain::staleness::{FieldVersions, RecordVersions};
 use crate::outcome::{Effect, Failure, Held, Outcome, PauseCause, Stage};
 use crate::retry::{self, AfterFailure, Backoff, History};
+use crate::sync::applied_cache::AppliedEvent;
 use crate::sync::context::{Context, Mode};
 use crate::sync::job::RunContext;
 use crate::sync::lookups::{Fresh, Lookups, Reads};
 use crate::sync::record_locks::RecordGuard;
 use crate::sync::resolver::{Decided, Resolver};
+use crate::sync::write_log::Stamp;
 use crate::waits::WaitCause;
 
 use executor::{Executor, Stopped};
@@ -54,6 +56,10 @@ pub(crate) struct Attempts<'a, C> {
     pub(crate) stage: Stage,
     /// Of the last attempt.
     pub(crate) decision: Decision,
+    /// Before the last look-up began.
+    pub(crate) looked_at: Stamp,
+    /// The writes of this message.
+    pub(crate) own_writes: Vec<Stamp>,
 }
 
 impl<C: Api> Attempts<'_, C> {
@@ -160,7 +166,7 @@ impl<C: Api> Attempts<'_, C> {
                     decided.merged.steps.iter().filter_map(Step::changes).map(str::to_owned).collect();
                 let versions = decided.versions;
                 self.record(versions.clone(), &decided.merged, &created, read_at);
-                self.remember_applied(read_at);
+                self.remember_applied(&decided.reads, read_at);
                 self.journal_versions(&versions, &decided.merged, &created, |id| {
                     !HashSet::<String>::contains(&written, id)
                 });
@@ -190,6 +196,7 @@ impl<C: Api> Attempts<'_, C> {
         let hashes = KeyHash::of_all(&self.keys);
         loop {
             let read_at = Instant::now();
+            self.looked_at = self.context.write_log.now();
             self.gap_wait.looks_at(id_cache.known(&hashes));
             self.context.forget_evicted();
             let pending = lag_guard.pending_with(&hashes);
@@ -279,6 +286,7 @@ impl<C: Api> Attempts<'_, C> {
                     could_undo_edits,
                     decision: &mut self.decision,
                     reads: &mut decided.reads,
+                    own_writes: &mut self.own_writes,
                     permit: permit.take(),
                 };
                 match executor.execute(&step, &decided.found, &mut created).await {
@@ -402,12 +410,17 @@ impl<C: Api> Attempts<'_, C> {
         self.context.version_cache.remember(versions, created, read_at);
     }
 
-    /// While the records are locked: what is known of them must be what this event left behind.
-    fn remember_applied(&self, read_at: Instant) {
-        let Context { applied_cache, version_cache, readback_cache, .. } = self.context;
-        if self.others.is_empty() && self.run.priority != Priority::Replay {
-            applied_cache.remember(self.desired, &self.decision, version_cache, readback_cache, read_at);
+    /// An event is remembered as applied if no read of its records was old.
+    fn remember_applied(&self, reads: &Reads, checked: Instant) {
+        let Context { applied_cache, write_log, readback_cache, .. } = self.context;
+        let is_stale = reads.values().any(|read| read.stale);
+        if is_stale || !self.others.is_empty() || self.run.priority == Priority::Replay {
+            return;
         }
+        let Self { desired, decision, looked_at, own_writes, .. } = self;
+        let (since, own) = (*looked_at, own_writes.as_slice());
+        let applied = AppliedEvent { event: desired, decision, since, own, checked };
+        applied_cache.remember(&applied, write_log, readback_cache);
     }
 
     fn complete(&self, merged: MergedPlan, effect: Effect) -> Completed {

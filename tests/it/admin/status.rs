@@ -33,7 +33,7 @@ async fn the_live_page_shows_the_state_and_the_load() {
     ]);
     // A pause shows its cause and the remedy.
     bench.simulator.set_api_key("api_another.key");
-    bench.publish(&people(4)).await;
+    bench.publish(&people(7)[3..]).await;
     worker.until("paused", async |worker| worker.is("paused", Some("unauthorized")).await).await;
     browser.get("/page/-").await.assert_has(&[
         r#"<span class="badge bad">paused</span> <code>unauthorized</code>"#,

@@ -168,7 +168,8 @@ fn config(close: &Simulator, timeout: &str) -> Destination {
         ("CLOSE_TIMEOUT", timeout),
         ("CLOSE_SEARCH_LAG", "1800ms"),
         ("CLOSE_EVENT_LOG_LAG", "0s"),
-        ("RETRY_IN_PLACE", "6s"),
+        // Longer than a read may be old.
+        ("RETRY_IN_PLACE", "20s"),
     ]
     .map(|(key, value)| (key.to_owned(), value.to_owned()))
     .into();

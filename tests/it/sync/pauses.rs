@@ -317,7 +317,7 @@ async fn a_key_in_a_file_is_replaced_while_the_worker_runs() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_outage_with_a_long_queue_uses_no_attempts_and_causes_no_429s() {
     let limits = Limits { contact: Rate::new(1000, 1), lead: Rate::new(500, 1), ..Limits::unlimited() };
-    let bench = Bench::with(Settings { limits, ..Settings::fast() }).await;
+    let bench = Bench::with(Settings { limits, ..Settings::fast() }).await.set("WORKER_RECHECK", "0s");
     let worker = bench.worker().await;
     let person = |n: usize| identify(&format!("u{}", n % 100), json!({"title": format!("T{}", n % 3)}));
     bench.publish(&(0..100).map(person).collect::<Vec<_>>()).await;

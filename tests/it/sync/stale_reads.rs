@@ -161,7 +161,7 @@ fn of_companies(count: usize) -> Vec<Value> {
 async fn a_wrong_route_creates_nothing() {
     // With a memory of the records and without one, with many messages and with too few for the circuit breaker.
     for (knows, count) in [(true, 40), (false, 40), (false, 3)] {
-        let bench = Bench::new().await.set("WORKER_CONCURRENCY", "16");
+        let bench = Bench::new().await.set("WORKER_CONCURRENCY", "16").set("WORKER_RECHECK", "0s");
         for n in 0..count {
             bench.lead(Some(&format!("c{n}")), json!([{"custom.cf_contactuserid": format!("u{n}")}]));
         }
@@ -200,7 +200,7 @@ async fn a_wrong_route_creates_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn records_that_a_person_deletes_in_a_burst_pause_nobody() {
     const COUNT: usize = 20;
-    let bench = bench(|close| close.search_lag = "1h".parse().unwrap()).await;
+    let bench = bench(|close| close.search_lag = "1h".parse().unwrap()).await.set("WORKER_RECHECK", "0s");
     for n in 0..COUNT {
         bench.lead(Some(&format!("c{n}")), json!([{"custom.cf_contactuserid": format!("u{n}")}]));
     }

@@ -135,7 +135,8 @@ async fn a_message_continues_the_trace_of_its_producer_with_its_calls() {
     let (collector, bench) = Collector::with_bench(Settings::fast()).await;
     let bench = bench
         .set("OTEL_EXPORTER_OTLP_HEADERS", "api-key=s%20cret,x-tenant=crm")
-        .set("OTEL_SERVICE_NAME", "crm-worker");
+        .set("OTEL_SERVICE_NAME", "crm-worker")
+        .set("WORKER_RECHECK", "0s");
     let worker = bench.worker().await;
     let event = identify(
         "user-4711",

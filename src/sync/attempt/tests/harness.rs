@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::sync::Clock;
+use crate::sync::write_log::Stamp;
 use crate::waits::Waits;
 
 pub(super) const TIMEOUT: Duration = Duration::from_secs(30);
@@ -364,6 +365,8 @@ pub(super) fn attempts<'a>(
         run: RunContext::first(),
         stage: Stage::LookUp,
         decision: Decision::default(),
+        looked_at: Stamp::default(),
+        own_writes: Vec::new(),
     }
 }
 
