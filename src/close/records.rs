@@ -58,7 +58,7 @@ pub struct LeadWithPerson {
     pub people: MatchedContacts,
     /// The Contacts of the Lead that the answer lacks, or has without the lists that matter.
     pub missing: Vec<ContactId>,
-    /// The Lead has many Contacts, and the answer none of them: search tells which are the person's.
+    /// The Lead has many Contacts, and the answer none of them: search finds the person's.
     pub unlisted: bool,
 }
 

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use uuid::Uuid;
 
 use crate::domain::decision::Decision;
@@ -19,8 +19,7 @@ use crate::domain::staleness::{FieldHash, RecordVersions};
 const NAMESPACE: Uuid = Uuid::from_u128(0x1c4e_83d7_56a9_4f0b_a2d1_7be0_93f8_6c25);
 
 /// A hash of the values of a [`Part`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ContentHash(u64);
 
 /// What an event says about a company or a person.
@@ -95,7 +94,7 @@ impl Part {
     }
 }
 
-/// Whether the records have every value of the event, except for those that its rules leave to others.
+/// Whether the rules have nothing left to write.
 fn is_applied(decision: &Decision) -> bool {
     let plan = &decision.plan;
     let is_in_place = |verdict| match verdict {

@@ -99,8 +99,8 @@ impl Default for AppliedCache {
 }
 
 impl AppliedCache {
-    /// If an event repeats what was last applied, the fields count as set by it. An event of which a value was dropped is no
-    /// repeat: that has to be reported.
+    /// If an event repeats what was last applied, the fields count as set by it. An event of which a value was dropped does not
+    /// count: that has to be reported.
     pub(crate) fn repeat(
         &self,
         event: &Desired,

@@ -151,6 +151,7 @@ impl Context {
             format!("{:?}", self.applied_cache),
             format!("{:?}", self.readback_cache),
             format!("{:?}", self.record_locks),
+            format!("{:?}", self.write_log),
             format!("{:?}", self.recent),
             format!("{:?}", self.breaker),
             format!("{:?}", self.last_failure),

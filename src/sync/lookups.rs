@@ -197,7 +197,7 @@ impl<R: Records> Lookups<'_, R> {
         Ok(ids.into_iter().filter(|id| missing.contains(id)).collect())
     }
 
-    /// The person's Contacts in a Lead that was read without its Contacts: search and the id cache tell which may be in it.
+    /// The person's Contacts in a Lead that was read without its Contacts: search and the id cache show which may be in it.
     async fn people_of_large(
         &mut self,
         lead: &LeadId,

@@ -14,7 +14,7 @@
 //!
 //! **Repeats** ([`crate::domain::repeat`]) of what was applied last are settled without a call to Close.
 //!
-//! **Large Leads.** A Lead with many Contacts is read without them. Search and the id cache tell which Contacts may be the
+//! **Large Leads.** A Lead with many Contacts is read without them. Search and the id cache show which Contacts may be the
 //! person's, and these are read by their ids.
 //!
 //! **Staleness** ([`crate::domain::staleness`]) skips values that are older than what Close holds. **Merging**
