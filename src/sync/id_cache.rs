@@ -107,6 +107,20 @@ impl Entry {
         ENTRY.saturating_add(ids)
     }
 
+    /// Puts a record that search does not show yet before the others. Returns whether there is room for it.
+    fn put_first(&mut self, id: &RecordId, change: Change) -> bool {
+        self.known.retain(|known| known.id != *id);
+        if self.known.len() >= MAX_CONTACTS {
+            let Some(shown) = self.known.iter().rposition(|known| known.unseen.is_none()) else {
+                self.complete = None;
+                return false;
+            };
+            self.known.remove(shown);
+        }
+        self.known.insert(0, Known { unseen: Some(change), ..Known::new(id.clone()) });
+        true
+    }
+
     fn unseen(&self) -> impl Iterator<Item = Change> {
         self.known.iter().filter_map(|known| known.unseen)
     }
@@ -254,16 +268,16 @@ impl IdCache {
         }
     }
 
-    /// A record got these keys, or is about to get them. Search may not show it yet.
+    /// A record got these keys, or is about to get them. Search may not show it yet. Own changes matter more than what search
+    /// shows. A key with many of them has no room for the record, which is found by its other keys: a shared email does not
+    /// identify it. One that no key has room for is evicted.
     pub fn changed(&self, keys: &[KeyHash], id: &RecordId, change: Change) {
+        let mut has_room = keys.is_empty();
         for key in keys {
-            self.update(*key, |entry| {
-                entry.known.retain(|known| known.id != *id);
-                // Own changes matter more than what search shows.
-                entry.known.insert(0, Known { unseen: Some(change), ..Known::new(id.clone()) });
-                let dropped = entry.known.split_off(entry.known.len().min(MAX_CONTACTS));
-                evict(&self.evicted, dropped.iter().filter_map(|known| known.unseen));
-            });
+            self.update(*key, |entry| has_room |= entry.put_first(id, change));
+        }
+        if !has_room {
+            evict(&self.evicted, [change].into_iter());
         }
     }
 
@@ -410,6 +424,27 @@ mod tests {
         assert!(at > creation(1).at);
         assert_eq!(cache.evicted(), [Change { at: at - SignedDuration::from_secs(2), ..oldest }]);
         assert_eq!(cache.evicted(), [], "once");
+    }
+
+    #[test]
+    fn a_record_that_one_key_has_no_room_for_is_found_by_another() {
+        let (cache, shared) = (IdCache::default(), Key::Email("info@x.test".into()));
+        let id = |number: usize| RecordId::Contact(ContactId::new(format!("cont_{number}")));
+        cache.remember_contacts(shared.clone(), vec![ContactId::new("cont_0")], true);
+        let change = |number, keys: &[Key]| cache.changed(&KeyHash::of_all(keys), &id(number), creation(5));
+        for number in 1..=MAX_CONTACTS + 1 {
+            change(number, &[Key::User(number.to_string()), shared.clone()]);
+        }
+        let last = Key::User((MAX_CONTACTS + 1).to_string());
+        assert_eq!(cache.contacts(&last).ids, [ContactId::new("cont_101")]);
+        let of_all = cache.contacts(&shared);
+        assert_eq!((of_all.ids.len(), of_all.complete), (MAX_CONTACTS, false));
+        let is_listed = |id: &str| of_all.ids.contains(&ContactId::new(id));
+        assert_eq!(["cont_0", "cont_1", "cont_101"].map(is_listed), [false, true, false]);
+        assert_eq!((cache.evicted(), cache.unseen().count()), (vec![], MAX_CONTACTS + 1));
+
+        change(MAX_CONTACTS + 2, &[shared]);
+        assert_eq!(cache.evicted(), [creation(5)], "it has no other key");
     }
 
     #[test]

@@ -25,9 +25,7 @@ use crate::waits::WaitCause;
 #[derive(Default)]
 pub(crate) struct GapWait {
     looks: u32,
-    asked_event_log: bool,
-    /// Since the creation must show, the log had more entries than are read. It only gets longer.
-    event_log_is_too_long: bool,
+    event_log: AskedEventLog,
     /// Records that were known before a look-up. If it did not find them, they are gone, or somebody else's: the event log
     /// says nothing new of them.
     looked_at: HashSet<String>,
@@ -50,7 +48,7 @@ impl GapWait {
         let operations: Vec<Uuid> = pending.iter().map(|(operation, _)| *operation).collect();
         if self.operations != operations {
             self.operations = operations;
-            (self.looks, self.asked_event_log, self.event_log_is_too_long) = (0, false, false);
+            (self.looks, self.event_log) = (0, AskedEventLog::NotYet);
         }
     }
 
@@ -62,9 +60,27 @@ impl GapWait {
 
     /// At first, because a creation that happened shows soon, and again once it must show.
     fn asks_event_log(&mut self, must_show: bool) -> bool {
-        let is_first = !std::mem::replace(&mut self.asked_event_log, true);
-        (is_first || must_show) && !self.event_log_is_too_long
+        match self.event_log {
+            AskedEventLog::NotYet => {
+                self.event_log = AskedEventLog::Asked;
+                true
+            }
+            AskedEventLog::Asked | AskedEventLog::AgreesWithSearch => must_show,
+            AskedEventLog::TooLong => false,
+        }
     }
+}
+
+/// What the event log has said about the creations so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum AskedEventLog {
+    #[default]
+    NotYet,
+    Asked,
+    /// It has shown nothing more after search had proven that there is nothing.
+    AgreesWithSearch,
+    /// Since the creation must show, it had more entries than are read. It only gets longer.
+    TooLong,
 }
 
 /// What the event log says about a creation.
@@ -113,8 +129,8 @@ impl<C: Api> Attempts<'_, C> {
                         self.settle_all(pending, found);
                         return true;
                     }
-                    InEventLog::TooLong => self.gap_wait.event_log_is_too_long = must_show,
-                    InEventLog::Absent | InEventLog::Unknown => {}
+                    InEventLog::TooLong if must_show => self.gap_wait.event_log = AskedEventLog::TooLong,
+                    InEventLog::TooLong | InEventLog::Absent | InEventLog::Unknown => {}
                 }
             }
             if !must_show {
@@ -141,6 +157,24 @@ impl<C: Api> Attempts<'_, C> {
         };
         let _ = tokio::time::timeout_at(next, changed).await;
         true
+    }
+
+    /// Search has been proven to show what these creations have created, and shows no more than was found. The proof assumes
+    /// that it is in order, so the event log is asked once, too. Returns whether it knows more.
+    pub(super) async fn event_log_knows_more(&mut self, pending: &[(Uuid, Pending)], found: &Found) -> bool {
+        self.gap_wait.waits_for(pending);
+        let span = pending.iter().map(|(_, pending)| (pending.sent, pending.ends));
+        let span = span.reduce(|(sent, ends), (since, until)| (sent.min(since), ends.max(until)));
+        let is_asked = match self.gap_wait.event_log {
+            AskedEventLog::NotYet | AskedEventLog::Asked => true,
+            AskedEventLog::AgreesWithSearch | AskedEventLog::TooLong => false,
+        };
+        let Some(span) = span.filter(|_| is_asked) else { return false };
+        let knows_more = matches!(self.find_in_event_log(span, found).await, InEventLog::Found);
+        if !knows_more {
+            self.gap_wait.event_log = AskedEventLog::AgreesWithSearch;
+        }
+        knows_more
     }
 
     /// Settles the creations without an answer that have created a record that was found. One that was known before the first

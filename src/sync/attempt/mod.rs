@@ -226,6 +226,10 @@ impl<C: Api> Attempts<'_, C> {
             let gap = lag_guard.gap(&hashes, read_at, None).filter(|_| needs_proof);
             let Some(gap) = gap else {
                 if creates {
+                    let pending = lag_guard.pending_with(&hashes);
+                    if self.event_log_knows_more(&pending, &decided.found).await {
+                        continue;
+                    }
                     // Search would have shown what they created.
                     self.settle_all(&pending, &decided.found);
                 }

@@ -135,6 +135,23 @@ async fn a_lead_without_the_company_does_not_settle_a_pending_creation() {
     }
 }
 
+/// Search shows a younger creation before the one that got no answer, and would prove that there is none.
+#[tokio::test(start_paused = true)]
+async fn the_event_log_is_asked_before_search_is_believed() {
+    let context = context(&rules());
+    let close = FakeClose::losing_an_answer(&context);
+    let jane = jane(&context, 5);
+    attempts(&context, &close, &jane).run_once().await.err().unwrap();
+    show_in_event_log(&context, &close);
+    tokio::time::sleep(TIMEOUT + 2 * SEARCH_LAG).await;
+    context.lag_guard.shown(ChangeKind::Creation, context.now(), Instant::now());
+    let keys = KeyHash::of_all(&jane.identity.keys());
+    assert_eq!(context.lag_guard.gap(&keys, Instant::now(), None), None, "it counts as shown");
+    let completed = attempts(&context, &close, &jane).run_once().await.ok().unwrap();
+    assert_eq!(completed.outcome, Outcome::Synced(Effect::Unchanged));
+    assert_eq!(close.written(), ["create_lead"]);
+}
+
 /// The person has Contacts in Leads of other companies. A failed attempt must not ask about them from the beginning.
 #[tokio::test(start_paused = true)]
 async fn an_attempt_goes_on_where_a_failed_one_stopped_to_ask_the_event_log() {

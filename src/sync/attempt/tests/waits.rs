@@ -137,3 +137,16 @@ async fn a_message_that_waits_is_exhausted_at_a_certain_age() {
     let Outcome::Dead(letter) = attempts.within_hold().await else { panic!() };
     assert_eq!((letter.reason, letter.stage), (Reason::Exhausted, Stage::Write));
 }
+
+#[tokio::test(start_paused = true)]
+async fn many_new_people_with_one_email_do_not_wait_for_search() {
+    let context = context(&rules());
+    let close = FakeClose::new(&context, &[], &[]).with_search_lag(Duration::from_hours(1));
+    let start = Instant::now();
+    for number in 0..150 {
+        let event = json!({"userId": format!("u{number}"), "traits": {"email": "info@acme.test"}});
+        let completed = attempts(&context, &close, &desired(&context, 5, event)).run_once().await;
+        assert_eq!(completed.ok().unwrap().outcome, Outcome::Synced(Effect::Created), "{number}");
+    }
+    assert!(start.elapsed() < Duration::from_hours(1), "waited {:?}", start.elapsed());
+}
