@@ -27,11 +27,14 @@ struct Last {
 pub(crate) struct WriteLog {
     last: Layered<String, Last>,
     stamps: Arc<AtomicU64>,
+    /// The stamp of the last write of another worker.
+    elsewhere: Arc<AtomicU64>,
 }
 
 impl Default for WriteLog {
     fn default() -> Self {
-        Self { last: Layered::new(Bounds::entries(CAPACITY)), stamps: Arc::new(AtomicU64::new(1)) }
+        let (last, stamps) = (Layered::new(Bounds::entries(CAPACITY)), Arc::new(AtomicU64::new(1)));
+        Self { last, stamps, elsewhere: Arc::default() }
     }
 }
 
@@ -55,7 +58,14 @@ impl WriteLog {
 
     /// Another worker has written the record.
     pub(crate) fn written_elsewhere(&self, record: &str) {
-        self.ends(record, self.now());
+        let stamp = self.now();
+        self.elsewhere.fetch_max(stamp.0, Ordering::SeqCst);
+        self.ends(record, stamp);
+    }
+
+    /// Whether no write of another worker has become known since then.
+    pub(crate) fn is_alone_since(&self, since: Stamp) -> bool {
+        self.elsewhere.load(Ordering::SeqCst) < since.0
     }
 
     /// The stamp of the last write of a record. `None` if a write other than `own` began `since` then, or may still take effect.

@@ -44,6 +44,8 @@ pub(super) struct Executor<'a, C: Api> {
     /// How the records were last read.
     pub(super) reads: &'a mut Reads,
     pub(super) own_writes: &'a mut Vec<Stamp>,
+    /// Before the look-up that led to the plan.
+    pub(super) looked_at: Stamp,
     /// The budget for the first write, if it is held already.
     pub(super) permit: Option<C::Permit>,
 }
@@ -56,6 +58,9 @@ pub(super) enum Stopped<P> {
     /// A Lead was created, and Close does not show its Contact.
     NotShown(Option<LeadId>),
 }
+
+/// Another look-up shows more.
+const NOT_YET: CloseError = CloseError::Transient(Fault::NotYet);
 
 /// A creation that is not sent yet. Dropped, it will not happen.
 struct Unsent<'e, 'a, C: Api> {
@@ -191,7 +196,7 @@ impl<C: Api> Executor<'_, C> {
                 Some(self.announce_creation(step).await?)
             } else {
                 if !std::mem::replace(&mut keys_are_written, true) {
-                    self.announce_keys(step, found).await;
+                    self.announce_keys(step, found).await?;
                 }
                 None
             };
@@ -224,7 +229,7 @@ impl<C: Api> Executor<'_, C> {
                 }
                 return Err(match step.needs() {
                     // The read of the Lead may have been stale. The next one shows whether it is gone.
-                    Some(_) if refuses_lead(step, &error) => CloseError::Transient(Fault::NotYet),
+                    Some(_) if refuses_lead(step, &error) => NOT_YET,
                     Some(id) => recent.or_not_yet(error, id),
                     None => error,
                 }
@@ -283,12 +288,13 @@ impl<C: Api> Executor<'_, C> {
     }
 
     /// Writes down the keys that a record gets, before they are sent.
-    async fn announce_keys(&self, step: &Step, found: &Found) {
-        let Some((record, keys)) = self.new_keys(step, found) else { return };
+    async fn announce_keys(&self, step: &Step, found: &Found) -> Result<(), CloseError> {
+        let Some((record, keys)) = self.new_keys(step, found) else { return Ok(()) };
         let change = Change { kind: ChangeKind::KeyChange, at: self.context.now() };
         let keys = KeyHash::of_all(&keys);
         self.context.id_cache.changed(&keys, &record, change);
         self.write_down(journal::keys(record, keys, change)).await;
+        self.look_up_is_current()
     }
 
     /// Writes down a creation before it is sent. From then on it is pending.
@@ -302,12 +308,17 @@ impl<C: Api> Executor<'_, C> {
         unsent.operation = None;
         // The journal may have taken minutes.
         lag_guard.extend(operation);
-        if lag_guard.pending_with(&keys).iter().any(|(other, _)| *other != operation) {
-            // Another worker was first.
+        let another_was_first = lag_guard.pending_with(&keys).iter().any(|(other, _)| *other != operation);
+        let is_current = if another_was_first { Err(NOT_YET) } else { self.look_up_is_current() };
+        if is_current.is_err() {
             self.settle(operation);
-            return Err(CloseError::Transient(Fault::NotYet));
         }
-        Ok(operation)
+        is_current.map(|()| operation)
+    }
+
+    /// Fails if another worker, which lost the queue and did not know it, has written something since the look-up began.
+    fn look_up_is_current(&self) -> Result<(), CloseError> {
+        if self.context.write_log.is_alone_since(self.looked_at) { Ok(()) } else { Err(NOT_YET) }
     }
 
     /// Waits until the journal has the entry, and what others wrote before it is known.

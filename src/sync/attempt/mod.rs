@@ -291,6 +291,7 @@ impl<C: Api> Attempts<'_, C> {
                     decision: &mut self.decision,
                     reads: &mut decided.reads,
                     own_writes: &mut self.own_writes,
+                    looked_at: self.looked_at,
                     permit: permit.take(),
                 };
                 match executor.execute(&step, &decided.found, &mut created).await {

@@ -128,3 +128,36 @@ async fn a_stale_read_after_a_lost_answer_does_not_hide_the_lead_of_the_company(
     let completed = attempts(&context, &close, &colleague).run_once().await;
     assert_eq!((completed.is_ok(), close.records().leads.len()), (true, 1), "{:?}", close.written());
 }
+
+/// A worker that lost the queue does not know it yet, and creates what this one has just looked for.
+#[tokio::test(start_paused = true)]
+async fn what_another_worker_has_created_since_a_look_up_is_not_created_again() {
+    let context = context(&rules());
+    let close = FakeClose::new(&context, &[], &[]).with_search_lag(Duration::from_hours(1));
+    close.state(|state| state.budget_wait = Duration::from_secs(1));
+    let jane = jane(&context, 1);
+    let mut attempts = attempts(&context, &close, &jane);
+    let other = async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let theirs = InMemoryRecords::read(&[acme()], &[janes_contact()]);
+        close.state(|state| {
+            state.records.leads.extend(theirs.leads);
+            state.records.contacts.extend(theirs.contacts);
+        });
+        let (operation, at) = (Uuid::from_u128(1), context.now());
+        let learn_keys = |id: &str, keys: &[Key]| {
+            let (record, keys) = (RecordId::try_from(id.to_owned()).unwrap(), KeyHash::of_all(keys));
+            context.learn(Entry::Keys { record, keys, change: ChangeKind::Creation, at });
+        };
+        let keys = KeyHash::of_all(&jane.identity.keys());
+        context.learn(Entry::Creating { operation, keys, lead: true, at });
+        learn_keys("lead_1", &[Key::Company("acme".into())]);
+        learn_keys("cont_1", &jane.identity.person().collect::<Vec<_>>());
+        context.learn(Entry::Settled { operation });
+    };
+    let (first, ()) = tokio::join!(attempts.run_once(), other);
+    assert_eq!(first.err().unwrap().error, CloseError::Transient(Fault::NotYet));
+    assert_eq!((close.written().len(), pending(&context, &jane).len()), (0, 0));
+    attempts.run_once().await.ok().unwrap();
+    assert_eq!(close.written(), ["update_lead", "update_contact"]);
+}
