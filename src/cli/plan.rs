@@ -16,7 +16,7 @@ use crate::domain::event::{self, Event};
 use crate::domain::mapping::Key;
 use crate::sync::explain::{self, DEAD, Explanation, Record, WAITS_FOR_SEARCH};
 use crate::sync::preflight::{self, PreflightError};
-use crate::sync::{Dependencies, ReceivedAt, Worker, system_clock};
+use crate::sync::{Dependencies, ReceivedAt, Worker};
 use crate::telemetry::metrics::Metrics;
 use crate::text::{choices, count, json, line as one_line};
 
@@ -113,7 +113,6 @@ pub(super) async fn worker(config: Destination) -> Result<Worker, Failure> {
         mapping: ready.mapping,
         client,
         metrics,
-        clock: system_clock(),
     }))
 }
 

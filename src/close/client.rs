@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use crate::close::answer::Answer;
 use crate::close::api::{Api, Created, WritePermit};
+use crate::close::clock::Clock;
 use crate::close::deletion;
 use crate::close::endpoint::{Call, Endpoint};
 use crate::close::error::{CloseError, Fault};
@@ -110,6 +111,18 @@ impl Client {
     pub fn with_many_contacts(mut self, many: usize) -> Self {
         self.large_leads.threshold = many;
         self
+    }
+
+    /// Tells the time in place of the system. Before the first call.
+    #[must_use]
+    pub fn with_clock(mut self, clock: Clock) -> Self {
+        self.requests = self.requests.with_clock(clock);
+        self
+    }
+
+    /// The time at Close.
+    pub fn clock(&self) -> &Clock {
+        self.requests.clock()
     }
 
     /// The timeout of one call.

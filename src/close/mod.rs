@@ -7,6 +7,7 @@
 mod answer;
 mod api;
 mod client;
+mod clock;
 mod deletion;
 mod endpoint;
 mod error;
@@ -28,6 +29,7 @@ mod wire;
 
 pub use api::{Api, Created, CreatedIds, WritePermit};
 pub use client::Client;
+pub use clock::Clock;
 pub(crate) use deletion::MOMENT;
 pub use endpoint::{Call, Endpoint, StatusClass};
 pub use error::{CloseError, Fault, Form};

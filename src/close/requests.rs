@@ -18,6 +18,7 @@ use tracing::field::Empty;
 use tracing::{Instrument, Span};
 
 use crate::close::answer::Answer;
+use crate::close::clock::Clock;
 use crate::close::endpoint::{Call, Endpoint, StatusClass};
 use crate::close::error::{CloseError, Fault, Form};
 use crate::close::rate_limit::headers::{self, RateLimit};
@@ -41,6 +42,7 @@ pub(crate) struct Requests {
     priority: Priority,
     /// What the calls wait for.
     waits: Waits,
+    clock: Clock,
 }
 
 struct Shared {
@@ -83,13 +85,22 @@ impl Requests {
             last_sent: Arc::default(),
             priority: Priority::default(),
             waits: Waits::default(),
+            clock: Clock::system(),
         }
+    }
+
+    pub(crate) fn with_clock(self, clock: Clock) -> Self {
+        Self { clock, ..self }
+    }
+
+    pub(crate) fn clock(&self) -> &Clock {
+        &self.clock
     }
 
     /// The same with a new count of calls, this priority, and a place to note waits.
     pub(crate) fn for_work(&self, priority: Priority, waits: Waits) -> Self {
-        let shared = self.shared.clone();
-        Self { shared, calls: Arc::default(), last_sent: Arc::default(), priority, waits }
+        let (shared, clock) = (self.shared.clone(), self.clock.clone());
+        Self { shared, calls: Arc::default(), last_sent: Arc::default(), priority, waits, clock }
     }
 
     pub(crate) fn waits(&self) -> &Waits {
@@ -246,7 +257,10 @@ impl Requests {
             tracing::info!(endpoint = endpoint.label(), "Close no longer answers with 429");
         }
         match answer.status.as_u16() {
-            200..=299 => Ok(Some(answer.body)),
+            200..=299 => {
+                answer.date().into_iter().for_each(|date| self.clock.shown(date));
+                Ok(Some(answer.body))
+            }
             429 => {
                 let reset = limit.filter(|limit| limit.remaining == 0).map(|limit| limit.reset);
                 let retry_after = || headers::retry_after(header);

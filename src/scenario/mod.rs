@@ -25,7 +25,7 @@ use crate::domain::event;
 use crate::domain::mapping::Share;
 use crate::domain::schema::FieldRef;
 use crate::sync::preflight::{self, Ready};
-use crate::sync::{Dependencies, Prepared, ReceivedAt, RunContext, Worker, system_clock};
+use crate::sync::{Dependencies, Prepared, ReceivedAt, RunContext, Worker};
 use crate::telemetry::metrics::Metrics;
 use close_sync_simulator::{CustomField, Owner, Settings, Simulator, User};
 
@@ -262,14 +262,7 @@ pub(crate) async fn worker(config: Destination) -> Result<Worker, ScenarioError>
         let lines: Vec<String> = errors.iter().map(ToString::to_string).collect();
         failed(&lines.join("\n"))
     })?;
-    Ok(Worker::new(Dependencies {
-        settings: config.worker,
-        rules: &config.rules,
-        mapping,
-        client,
-        metrics,
-        clock: system_clock(),
-    }))
+    Ok(Worker::new(Dependencies { settings: config.worker, rules: &config.rules, mapping, client, metrics }))
 }
 
 impl Scenario {

@@ -25,7 +25,7 @@ use crate::retry::Backoff;
 use crate::supervisor::RunError;
 use crate::supervisor::pause::Pause;
 use crate::supervisor::reload::{Accepted, Reloads};
-use crate::sync::{Dependencies, Worker, system_clock};
+use crate::sync::{Dependencies, Worker};
 use crate::telemetry::status::State;
 
 /// A session that lasted this long counts as stable, also without messages.
@@ -108,7 +108,6 @@ impl SessionLoop {
             mapping,
             client,
             metrics: metrics.clone(),
-            clock: system_clock(),
         });
         let amqp = Arc::new(settings.amqp);
         runtime.set_settings(Arc::clone(&amqp));

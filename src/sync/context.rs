@@ -6,7 +6,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tokio::time::Instant;
 
-use crate::close::{Client, CloseError};
+use crate::close::{Client, Clock, CloseError};
 use crate::domain::decision::Decision;
 use crate::domain::dropped::{DropReason, Dropped};
 use crate::domain::mapping::{KeyFields, Mapping, Rules};
@@ -15,7 +15,6 @@ use crate::outcome::{Failure, PauseCause, Stage};
 use crate::retry::History;
 use crate::sync::applied_cache::AppliedCache;
 use crate::sync::circuit_breaker::CircuitBreaker;
-use crate::sync::clock::Clock;
 use crate::sync::id_cache::IdCache;
 use crate::sync::job::Settings;
 use crate::sync::lag_guard::LagGuard;
@@ -75,19 +74,19 @@ pub struct Dependencies<'a> {
     pub mapping: Mapping,
     pub client: Client,
     pub metrics: Metrics,
-    pub clock: Clock,
 }
 
 impl Context {
     pub(crate) fn new(dependencies: Dependencies<'_>) -> Self {
-        let Dependencies { settings, rules, mapping, client, metrics, clock } = dependencies;
+        let Dependencies { settings, rules, mapping, client, metrics } = dependencies;
+        let clock = client.clock().clone();
         let readback_cache = ReadbackCache::default();
         readback_cache.start_with(settings.country.or(mapping.country));
-        let lag_guard = LagGuard::new(settings.search_lag, client.timeout(), Arc::clone(&clock));
+        let lag_guard = LagGuard::new(settings.search_lag, client.timeout(), clock.clone());
         let (id_cache, lag_guard) = (IdCache::default(), Arc::new(lag_guard));
         Self {
             mode: Mode::Write,
-            search_lag: SearchLag::new(Arc::clone(&lag_guard), id_cache.clone(), Arc::clone(&clock)),
+            search_lag: SearchLag::new(Arc::clone(&lag_guard), id_cache.clone(), clock.clone()),
             client,
             keys: mapping.keys.clone(),
             id_cache,
@@ -120,7 +119,7 @@ impl Context {
             settings: self.settings.clone(),
             client: self.client.clone(),
             keys: self.keys.clone(),
-            search_lag: SearchLag::new(Arc::clone(&lag_guard), id_cache.clone(), Arc::clone(&self.clock)),
+            search_lag: SearchLag::new(Arc::clone(&lag_guard), id_cache.clone(), self.clock.clone()),
             id_cache,
             lag_guard,
             version_cache: self.version_cache.for_rehearsal(),
@@ -131,7 +130,7 @@ impl Context {
             write_log: WriteLog::default(),
             recent: self.recent.for_rehearsal(),
             metrics: self.metrics.clone(),
-            clock: Arc::clone(&self.clock),
+            clock: self.clock.clone(),
             rules: self.rules.clone(),
             mapping: RwLock::new(self.mapping()),
             refreshed_at: tokio::sync::Mutex::new(refreshed_at),
@@ -160,7 +159,7 @@ impl Context {
     }
 
     pub(crate) fn now(&self) -> Timestamp {
-        (self.clock)()
+        self.clock.now()
     }
 
     pub(crate) fn mapping(&self) -> Arc<Mapping> {

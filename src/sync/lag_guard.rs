@@ -14,7 +14,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
@@ -24,8 +24,8 @@ use tokio::sync::futures::Notified;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use crate::close::Clock;
 use crate::domain::journal::{ChangeKind, KeyHash};
-use crate::sync::clock::Clock;
 
 /// The longest lag of search that was seen is 18 hours (close-api.md §15, 1). Without any proof, search counts as complete
 /// after this.
@@ -128,7 +128,7 @@ impl LagGuard {
             state: Mutex::new(self.with(|state| state.clone())),
             progress: Notify::new(),
             timeout: self.timeout,
-            clock: Arc::clone(&self.clock),
+            clock: self.clock.clone(),
         }
     }
 
@@ -158,12 +158,12 @@ impl LagGuard {
     }
 
     fn ends(&self) -> Timestamp {
-        (self.clock)().saturating_add(self.timeout).unwrap_or(Timestamp::MAX)
+        self.clock.now().saturating_add(self.timeout).unwrap_or(Timestamp::MAX)
     }
 
     /// When search shows a change of this time even without proof.
     fn last_resort(&self, change: Timestamp) -> Instant {
-        let age = Duration::try_from((self.clock)().duration_since(change)).unwrap_or_default();
+        let age = Duration::try_from(self.clock.now().duration_since(change)).unwrap_or_default();
         Instant::now() + LONGEST_SEARCH_LAG.saturating_sub(age)
     }
 
@@ -194,7 +194,7 @@ impl LagGuard {
     /// Search has shown a change. `answered`: when the answer arrived. A change later than now has a wrong time and proves
     /// nothing.
     pub fn shown(&self, kind: ChangeKind, change: Timestamp, answered: Instant) {
-        if change > (self.clock)() {
+        if change > self.clock.now() {
             return;
         }
         self.with(|state| {
@@ -401,6 +401,7 @@ impl Gap {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
     use std::sync::atomic::AtomicI64;
     use std::sync::atomic::Ordering::Relaxed;
 
@@ -418,7 +419,7 @@ mod tests {
     fn guard() -> (LagGuard, Arc<AtomicI64>) {
         let now = Arc::new(AtomicI64::new(100));
         let clock = Arc::clone(&now);
-        (LagGuard::new(DISORDER, TIMEOUT, Arc::new(move || at(clock.load(Relaxed)))), now)
+        (LagGuard::new(DISORDER, TIMEOUT, Clock::new(move || at(clock.load(Relaxed)))), now)
     }
 
     fn key(text: &str) -> KeyHash {

@@ -35,7 +35,6 @@
 mod applied_cache;
 mod attempt;
 pub mod circuit_breaker;
-mod clock;
 mod context;
 pub mod explain;
 pub mod id_cache;
@@ -63,7 +62,7 @@ use jiff::Timestamp;
 use strum::VariantArray;
 
 use crate::close::stall_guard::StallGuard;
-use crate::close::{Client, Priority};
+use crate::close::{Client, Clock, Priority};
 use crate::domain::decision::Decision;
 use crate::domain::encoding::Payload;
 use crate::domain::event::{Event, Malformed};
@@ -75,7 +74,6 @@ use crate::sync::applied_cache::Repeat;
 use crate::sync::circuit_breaker::CircuitBreaker;
 use crate::sync::preflight::PreflightError;
 
-pub use clock::{Clock, system_clock};
 pub use context::{Dependencies, log_mapping_problems};
 pub use job::{Job, Prepared, ReceivedAt, RunContext, Settings};
 pub use lag_guard::LONGEST_SEARCH_LAG;
@@ -132,8 +130,25 @@ impl Worker {
         self.0.version_cache.remembered_from()
     }
 
+    /// The same for changes before a time, which may be by the clock of another worker.
+    pub fn forget_changes_before(&self, at: Timestamp) {
+        for kind in ChangeKind::VARIANTS {
+            self.0.lag_guard.evicted(*kind, at.min(self.now()));
+        }
+    }
+
+    /// Whether creations wait for proof that search shows what is unknown.
+    pub fn has_forgotten_changes(&self) -> bool {
+        !self.0.lag_guard.forgotten().is_empty()
+    }
+
     pub fn now(&self) -> Timestamp {
         self.0.now()
+    }
+
+    /// The time at Close.
+    pub fn clock(&self) -> &Clock {
+        self.0.client.clock()
     }
 
     /// Learns what another worker has written to the journal.

@@ -11,7 +11,7 @@ use strum::VariantArray;
 use tokio::time::Instant;
 
 use crate::close::in_memory::InMemoryRecords;
-use crate::close::{CloseError, CreatedIds};
+use crate::close::{Clock, CloseError, CreatedIds};
 use crate::domain::decision::Decision;
 use crate::domain::event::Event;
 use crate::domain::mapping::tests::{rules, schema};
@@ -27,7 +27,6 @@ use crate::domain::schema::FieldRef;
 use crate::domain::staleness::FieldHash;
 use crate::domain::switches::Switches;
 use crate::sync::applied_cache::{AppliedCache, AppliedEvent};
-use crate::sync::clock::system_clock;
 use crate::sync::id_cache::IdCache;
 use crate::sync::lag_guard::LagGuard;
 use crate::sync::lookups::{Lookups, Reads};
@@ -57,7 +56,7 @@ impl Default for Caches {
         readback_cache.start_with(Country::parse("US"));
         Self {
             id_cache: IdCache::default(),
-            lag_guard: LagGuard::new(SEARCH_LAG, SEARCH_LAG, system_clock()),
+            lag_guard: LagGuard::new(SEARCH_LAG, SEARCH_LAG, Clock::system()),
             version_cache: VersionCache::default(),
             applied_cache: AppliedCache::default(),
             write_log: WriteLog::default(),

@@ -17,12 +17,11 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use crate::close::{Client, CloseError, Lookup, Priority, Records};
+use crate::close::{Client, Clock, CloseError, Lookup, Priority, Records};
 use crate::domain::journal::{ChangeKind, KeyHash, RecordId};
 use crate::domain::mapping::{Identity, Key, KeyFields};
 use crate::domain::matching::{company_of, user_of};
 use crate::domain::record::{Channel, fold_email};
-use crate::sync::clock::Clock;
 use crate::sync::id_cache::{Change, IdCache};
 use crate::sync::lag_guard::LagGuard;
 
@@ -207,7 +206,7 @@ impl Watcher {
     }
 
     fn age(&self, change: Change) -> Option<Duration> {
-        Duration::try_from((self.clock)().duration_since(change.at)).ok()
+        Duration::try_from(self.clock.now().duration_since(change.at)).ok()
     }
 
     /// Watches the youngest change until search shows it. False if there is none.
@@ -354,9 +353,9 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_worker_that_may_create_nothing_watches_a_change_that_it_remembers() {
-        let clock: Clock = Arc::new(|| at(1000));
+        let clock = Clock::new(|| at(1000));
         let timeout = Duration::from_secs(30);
-        let guard = Arc::new(LagGuard::new(Duration::from_secs(20), timeout, Arc::clone(&clock)));
+        let guard = Arc::new(LagGuard::new(Duration::from_secs(20), timeout, clock.clone()));
         let id_cache = IdCache::default();
         let keys = keys();
         // The last one is younger than needed.
@@ -391,9 +390,9 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn all_remembered_changes_get_their_turn() {
-        let clock: Clock = Arc::new(|| at(1000));
+        let clock = Clock::new(|| at(1000));
         let timeout = Duration::from_secs(30);
-        let guard = Arc::new(LagGuard::new(Duration::ZERO, timeout, Arc::clone(&clock)));
+        let guard = Arc::new(LagGuard::new(Duration::ZERO, timeout, clock.clone()));
         let (id_cache, keys) = (IdCache::default(), keys());
         for number in 0..7 {
             let id = RecordId::Contact(ContactId::new(format!("cont_{number}")));

@@ -21,7 +21,7 @@ use crate::amqp::envelope::{ATTEMPTS, DELAY_ID, number, text};
 use crate::amqp::nodes::Nodes;
 use crate::amqp::publisher::Outgoing;
 use crate::amqp::{self, BrokerError, Delay, JournalSettings, JournalState, TopologyMode};
-use crate::close::{Client, CloseError, Response, Transport};
+use crate::close::{Client, Clock, CloseError, Response, Transport};
 use crate::consumer::broker::{
     Broker, BrokerEvent, Delivery, JournalMessage, Publish, Publishers, ReadFrom, Receipt,
 };
@@ -156,9 +156,9 @@ fn worker(
         settings,
         rules: &rules(),
         mapping,
-        client: Client::with_transport(transport, Duration::from_hours(2), 1.0, |_| {}),
+        client: Client::with_transport(transport, Duration::from_hours(2), 1.0, |_| {})
+            .with_clock(Clock::new(move || began + start.elapsed())),
         metrics: metrics.clone(),
-        clock: Arc::new(move || began + start.elapsed()),
     })
 }
 

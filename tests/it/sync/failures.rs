@@ -8,7 +8,7 @@ use close_sync::config::{Config, Need};
 use close_sync::consumer::quarantine::Quarantine;
 use close_sync::consumer::scheduler::delayed::DelayedMessages;
 use close_sync::consumer::{End, Session};
-use close_sync::sync::{Dependencies, Worker, preflight, system_clock};
+use close_sync::sync::{Dependencies, Worker, preflight};
 use close_sync::telemetry::metrics::Metrics;
 use close_sync::telemetry::status::Status;
 use close_sync_simulator::{Effect, Fault, FaultBody, Limits, Rate, Settings, When};
@@ -232,7 +232,6 @@ async fn a_panic_dead_letters_one_message_and_the_worker_continues() {
             mapping,
             client,
             metrics: metrics.clone(),
-            clock: system_clock(),
         }),
         metrics: metrics.clone(),
         status: Status::default(),

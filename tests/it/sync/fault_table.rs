@@ -15,7 +15,7 @@ use close_sync::config::{Config, Destination, Need};
 use close_sync::domain::mapping::Mapping;
 use close_sync::outcome::Outcome;
 use close_sync::scenario::render;
-use close_sync::sync::{Dependencies, Prepared, ReceivedAt, RunContext, Worker, preflight, system_clock};
+use close_sync::sync::{Dependencies, Prepared, ReceivedAt, RunContext, Worker, preflight};
 use close_sync::telemetry::metrics::Metrics;
 use close_sync_simulator::{Behaviour, Effect, Fault, FaultBody, Settings, Simulator, When};
 use futures_util::{StreamExt, stream};
@@ -196,7 +196,6 @@ async fn run(kind: &Kind, mapping: Mapping, behaviour: Behaviour, fault: Option<
         mapping,
         client: Client::new(config.close, |_| {}).unwrap(),
         metrics: Metrics::new(None).unwrap(),
-        clock: system_clock(),
     });
     if let Some(fault) = fault {
         close.fault(fault.times(1));

@@ -1,7 +1,7 @@
 //! Close in memory, with faults, and the parts of an attempt.
 
 use super::*;
-use crate::sync::Clock;
+use crate::close::Clock;
 use crate::sync::write_log::Stamp;
 use crate::waits::Waits;
 
@@ -28,7 +28,7 @@ impl Transport for NoTransport {
 /// A clock in virtual time.
 pub(super) fn clock() -> Clock {
     let (began, start) = (Timestamp::now(), Instant::now());
-    Arc::new(move || began + start.elapsed())
+    Clock::new(move || began + start.elapsed())
 }
 
 pub(super) fn context(rules: &Rules) -> Context {
@@ -52,9 +52,8 @@ pub(super) fn context(rules: &Rules) -> Context {
         },
         rules,
         mapping: Mapping::resolve(rules, &schema()).unwrap(),
-        client: Client::with_transport(NoTransport, TIMEOUT, 1.0, |_| {}),
+        client: Client::with_transport(NoTransport, TIMEOUT, 1.0, |_| {}).with_clock(clock()),
         metrics: Metrics::new(None).unwrap(),
-        clock: clock(),
     })
 }
 

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use close_sync_simulator::{Behaviour, Lag, Limits, Rate};
+use jiff::SignedDuration;
 
 use super::mutant::Mutant;
 use super::person::Manner;
@@ -23,6 +24,8 @@ pub(super) struct Plan {
     pub(super) search: Search,
     /// The event log answers. Otherwise only search and the clock can prove that a creation did not happen.
     pub(super) event_log_answers: bool,
+    /// How far Close's clock is ahead of that of the workers.
+    pub(super) close_ahead: SignedDuration,
     /// `None` if an administrator did not make one. Then search lags less than the workers assume.
     pub(super) journal: Option<JournalPlan>,
     /// What the workers lack. Only to prove that the model notices it.
@@ -138,6 +141,7 @@ impl Plan {
                 disorder: Duration::ZERO,
             },
             event_log_answers: true,
+            close_ahead: SignedDuration::ZERO,
             journal: Some(JournalPlan {
                 latency: Duration::ZERO,
                 max_age: Duration::from_hours(48),
@@ -243,6 +247,7 @@ impl Plan {
             gap: millis(gap),
             concurrency: [1, 4, 32][random.usize(..3)],
             prefetch: [2, 20, 200][random.usize(..3)],
+            close_ahead: SignedDuration::from_mins([0, 0, 10, -600][random.usize(..4)]),
         }
     }
 }

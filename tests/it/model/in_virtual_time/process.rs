@@ -8,7 +8,7 @@ use std::time::Duration;
 use close_sync::amqp::envelope::{REASON, text};
 use close_sync::amqp::publisher::Outgoing;
 use close_sync::amqp::{self, BrokerError, JournalState};
-use close_sync::close::Client;
+use close_sync::close::{Client, Clock};
 use close_sync::consumer::broker::{
     self, BrokerEvent, JournalMessage, Publish, Publishers, ReadFrom, Receipt,
 };
@@ -63,8 +63,14 @@ impl Process {
         let transport =
             SimulatedTransport { world: Arc::clone(world), process: number, alive: Arc::clone(&alive) };
         let WorkerConfig { amqp, settings, rules, mapping, metrics, many_contacts } = config;
+        let clock = {
+            let world = Arc::clone(world);
+            Clock::new(move || world.now() - world.plan.close_ahead)
+        };
+        // The preflight check comes before all messages.
+        clock.shown(world.now());
         let client = Client::with_transport(transport, TIMEOUT, 1.0, |_| {});
-        let client = client.with_many_contacts(many_contacts);
+        let client = client.with_many_contacts(many_contacts).with_clock(clock);
         let session = Session {
             destination: Some(format!("process {number}").into()),
             settings: amqp,
@@ -74,10 +80,6 @@ impl Process {
                 mapping,
                 client,
                 metrics: metrics.clone(),
-                clock: {
-                    let world = Arc::clone(world);
-                    Arc::new(move || world.now())
-                },
             }),
             metrics,
             status: Status::default(),
