@@ -226,6 +226,9 @@ pub struct Batch {
     /// How many entries the session has appended, these included.
     #[serde(rename = "n")]
     pub appended: u64,
+    /// When they were sent, by the worker's clock. Earlier versions do not say it.
+    #[serde(rename = "t", with = "microsecond::optional", skip_serializing_if = "Option::is_none", default)]
+    pub at: Option<Timestamp>,
     #[serde(rename = "e")]
     pub entries: Vec<Entry>,
 }
@@ -370,11 +373,12 @@ mod tests {
             organization in prop::option::of(any::<u64>().prop_map(OrganizationHash)),
             anchor in prop::option::of((any::<u64>(), times())),
             appended in any::<u64>(),
+            at in prop::option::of(times()),
             entries in prop::collection::vec(entries(), 0..20),
         ) {
             let session = Uuid::from_u128(session);
             let anchor = anchor.map(|(position, remembered_from)| Anchor { position, remembered_from });
-            let batch = Batch { version: VERSION, session, organization, anchor, appended, entries };
+            let batch = Batch { version: VERSION, session, organization, anchor, appended, at, entries };
             prop_assert_eq!(Batch::decode(&batch.encode()), Ok(batch));
         }
 
@@ -385,7 +389,7 @@ mod tests {
             damages in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
             length in any::<prop::sample::Index>(),
         ) {
-            let batch = Batch { version: VERSION, session: Uuid::nil(), organization: None, anchor: None, appended: 1, entries };
+            let batch = Batch { version: VERSION, session: Uuid::nil(), organization: None, anchor: None, appended: 1, at: None, entries };
             let mut body = batch.encode();
             for (at, byte) in damages {
                 let at = at.index(body.len());
@@ -410,8 +414,15 @@ mod tests {
     fn a_session_recognizes_its_own_messages_without_their_entries() {
         let (session, other) = (Uuid::from_u128(1), Uuid::from_u128(2));
         let entries = vec![Entry::Settled { operation: other }];
-        let batch =
-            Batch { version: VERSION, session, organization: None, anchor: None, appended: 7, entries };
+        let batch = Batch {
+            version: VERSION,
+            session,
+            organization: None,
+            anchor: None,
+            appended: 7,
+            at: None,
+            entries,
+        };
         let newer = Batch { version: VERSION + 1, ..batch.clone() };
         let appended = |session, batch: &Batch| Batch::appended_by(session, &batch.encode());
         assert_eq!(appended(session, &batch), Some(7));

@@ -60,6 +60,7 @@ fn forgotten(worker: &Worker, session: Uuid) -> Batch {
         organization: super::organization(worker),
         anchor: None,
         appended: 0,
+        at: Some(worker.now()),
         entries: entries.collect(),
     }
 }

@@ -99,7 +99,7 @@ impl SessionJournal {
         Self {
             session,
             worker: worker.clone(),
-            writer: Arc::new(Writer::new(session, organization)),
+            writer: Arc::new(Writer::new(session, organization, worker.clock().clone())),
             organization,
             takeover: Takeover::new(session),
             max_checkpoint_age: settings.journal.max_age / 4,
@@ -223,7 +223,7 @@ impl SessionJournal {
                 }
                 match known {
                     // This process may know more than a new journal, and the next worker must find a beginning again.
-                    Known::SinceBirth(_) | Known::EntriesAreGone => self.start_checkpoint(),
+                    Known::SinceBirth(_) | Known::EntriesAreGone { .. } => self.start_checkpoint(),
                     Known::All if self.worked_without => self.start_checkpoint(),
                     Known::All => {}
                 }
@@ -340,14 +340,17 @@ fn pass_on(worker: &Worker, known: Known) {
                 worker.forget_changes(rest);
             }
         }
-        Known::EntriesAreGone => {
-            tracing::warn!(
-                event = "journal_incomplete",
-                hours = LONGEST_SEARCH_LAG.as_secs() / 3600,
-                "entries of the journal are gone, or from a newer version; creations wait until search has shown a \
-                 younger change of this worker, or for this many hours"
-            );
-            worker.forget_changes(LONGEST_SEARCH_LAG);
+        Known::EntriesAreGone { before } => {
+            worker.forget_changes_before(before);
+            if worker.has_forgotten_changes() {
+                tracing::warn!(
+                    event = "journal_incomplete",
+                    before = before.to_string(),
+                    hours = LONGEST_SEARCH_LAG.as_secs() / 3600,
+                    "entries of the journal are gone, or from a newer version; creations wait until search has shown a \
+                     younger change, or until this many hours after the last one that is missing"
+                );
+            }
         }
     }
 }

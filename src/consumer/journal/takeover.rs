@@ -25,8 +25,8 @@ pub(super) enum Known {
     All,
     /// The journal is this old. Before it there were workers without one, or none.
     SinceBirth(Duration),
-    /// The broker has deleted entries that no checkpoint repeats.
-    EntriesAreGone,
+    /// Entries that no checkpoint repeats are deleted, or cannot be read. They are older than this, by the clock of a worker.
+    EntriesAreGone { before: Timestamp },
 }
 
 /// What follows from a message.
@@ -73,6 +73,8 @@ struct Reading {
     begins: Option<(u64, Begins)>,
     /// The last message of a newer version.
     newer: Option<u64>,
+    /// When the first message was sent that can be read, of those after it.
+    readable_since: Option<Timestamp>,
 }
 
 /// How reading began.
@@ -117,7 +119,8 @@ impl Takeover {
                         return Next::Read(ReadFrom::Position(before));
                     }
                 };
-                let reading = Reading { checkpoint, remembered_from, begins: None, newer: None };
+                let reading =
+                    Reading { checkpoint, remembered_from, begins: None, newer: None, readable_since: None };
                 self.phase = Phase::Reading(reading);
                 Next::Read(ReadFrom::Position(checkpoint))
             }
@@ -144,7 +147,10 @@ impl Takeover {
                         let (known, remembered_from) = match reading.begins() {
                             Begins::WithCheckpoint => (Known::All, remembered_from.unwrap_or(*at)),
                             Begins::WithJournal => (Known::SinceBirth(age), remembered_from.unwrap_or(first)),
-                            Begins::Later => (Known::EntriesAreGone, *at),
+                            Begins::Later => {
+                                let before = reading.readable_since.unwrap_or(*at);
+                                (Known::EntriesAreGone { before }, *at)
+                            }
                         };
                         let anchor = Anchor { position: checkpoint, remembered_from };
                         return Next::Done { entries, anchor, known };
@@ -182,8 +188,9 @@ impl Reading {
             (position, how)
         });
         if is_newer {
-            self.newer = Some(position);
+            (self.newer, self.readable_since) = (Some(position), None);
         }
+        self.readable_since = self.readable_since.or_else(|| batch?.at);
         let read = first.max(self.checkpoint + 1)..=position;
         if let Some(anchor) = batch.and_then(|batch| batch.anchor)
             && read.contains(&anchor.position)
@@ -210,11 +217,14 @@ mod tests {
 
     const ME: Uuid = Uuid::from_u128(1);
     const BEFORE: Uuid = Uuid::from_u128(2);
+    const GONE: Known = Known::EntriesAreGone { before: SENT };
+    /// When all messages were sent.
+    const SENT: Timestamp = Timestamp::constant(30, 0);
     const OPERATION: Uuid = Uuid::from_u128(7);
 
     fn batch(session: Uuid, anchor: Option<u64>, entries: Vec<Entry>) -> Batch {
         let anchor = anchor.map(|position| Anchor { position, remembered_from: at(40) });
-        Batch { version: VERSION, session, organization: None, anchor, appended: 0, entries }
+        Batch { version: VERSION, session, organization: None, anchor, appended: 0, at: Some(SENT), entries }
     }
 
     fn at(second: i64) -> Timestamp {
@@ -307,8 +317,8 @@ mod tests {
         for (last, known, expected) in [
             (newer, Known::All, newer),
             // It points to what was deleted before the standby began to read.
-            (anchor(9, 90), Known::EntriesAreGone, anchor(3, 160)),
-            (anchor(99, 90), Known::EntriesAreGone, anchor(3, 160)),
+            (anchor(9, 90), GONE, anchor(3, 160)),
+            (anchor(99, 90), GONE, anchor(3, 160)),
         ] {
             let mut takeover = Takeover::new(ME);
             let before = || Ok(batch(BEFORE, Some(3), vec![creating()]));
@@ -342,7 +352,7 @@ mod tests {
         let silent = || batch(BEFORE, None, vec![creating()]);
         let messages = [silent(), silent(), silent(), batch(ME, None, vec![start(160)])];
         let learnt = vec![creating(), creating(), creating()];
-        assert_eq!(take_over(50, &messages), (learnt, anchor(0, 160), Known::EntriesAreGone, 5));
+        assert_eq!(take_over(50, &messages), (learnt, anchor(0, 160), GONE, 5));
     }
 
     #[test]
@@ -359,7 +369,7 @@ mod tests {
     #[test]
     fn entries_that_the_broker_has_deleted_are_noticed() {
         let messages = [batch(BEFORE, Some(3), vec![creating()]), batch(ME, None, vec![start(160)])];
-        assert_eq!(take_over(5, &messages), (vec![creating()], anchor(3, 160), Known::EntriesAreGone, 3));
+        assert_eq!(take_over(5, &messages), (vec![creating()], anchor(3, 160), GONE, 3));
     }
 
     #[test]
@@ -367,6 +377,30 @@ mod tests {
         let messages =
             [batch(BEFORE, Some(5), vec![begin(), settled(), creating()]), batch(ME, None, vec![start(160)])];
         assert_eq!(take_over(5, &messages).0, [begin(), settled()]);
+    }
+
+    #[test]
+    fn what_is_gone_was_sent_before_what_can_be_read() {
+        let sent = |second: Option<i64>, session| Batch {
+            at: second.map(at),
+            ..batch(session, None, vec![start(160)])
+        };
+        for (read, before) in [
+            (vec![Ok(Some(20)), Ok(Some(25))], 20),
+            (vec![Ok(None), Err(Unreadable::Foreign), Ok(Some(25))], 25),
+            (vec![Ok(Some(20)), Err(Unreadable::Newer), Ok(Some(25)), Ok(Some(28))], 25),
+            (vec![Ok(Some(20)), Err(Unreadable::Newer)], 50),
+        ] {
+            let mut takeover = Takeover::new(ME);
+            takeover.received(9, Ok(Batch { anchor: Some(anchor(3, 40)), ..sent(None, BEFORE) }));
+            for (position, batch) in (4..).zip(&read) {
+                takeover.received(position, batch.map(|at| sent(at, BEFORE)));
+            }
+            let Next::Done { known, .. } = takeover.received(9, Ok(sent(Some(50), ME))) else {
+                panic!("done")
+            };
+            assert_eq!(known, Known::EntriesAreGone { before: at(before) }, "{read:?}");
+        }
     }
 
     #[test]
@@ -390,7 +424,7 @@ mod tests {
         assert_eq!(takeover.received(0, Err(Unreadable::Newer)), Next::Read(ReadFrom::Position(0)));
         assert_eq!(takeover.received(0, Err(Unreadable::Newer)), Next::Learn(vec![]));
         let mine = batch(ME, None, vec![start(160)]);
-        let known = Known::EntriesAreGone;
+        let known = GONE;
         let done = Next::Done { entries: vec![], anchor: anchor(0, 160), known };
         assert_eq!(takeover.received(1, Ok(mine)), done);
     }

@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use crate::amqp::BrokerError;
 use crate::amqp::publisher::Outgoing;
+use crate::close::Clock;
 use crate::consumer::broker::Publish;
 use crate::domain::journal::{Anchor, Batch, Entry, OrganizationHash, VERSION};
 use crate::sync::journal::Journal;
@@ -28,6 +29,7 @@ const MAX_UNSTORED: usize = 50_000;
 pub(crate) struct Writer {
     session: Uuid,
     organization: Option<OrganizationHash>,
+    clock: Clock,
     queue: Mutex<Queue>,
     wake: Notify,
     /// How many entries the broker has stored.
@@ -47,10 +49,11 @@ struct Queue {
 }
 
 impl Writer {
-    pub(crate) fn new(session: Uuid, organization: Option<OrganizationHash>) -> Self {
+    pub(crate) fn new(session: Uuid, organization: Option<OrganizationHash>, clock: Clock) -> Self {
         Self {
             session,
             organization,
+            clock,
             queue: Mutex::default(),
             wake: Notify::new(),
             stored: Progress::default(),
@@ -132,6 +135,7 @@ impl Writer {
                 organization: self.organization,
                 anchor: queue.anchor,
                 appended: queue.appended.saturating_sub(rest),
+                at: Some(self.clock.now()),
                 entries,
             })
         })

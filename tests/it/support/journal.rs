@@ -88,6 +88,7 @@ impl<'a> Past<'a> {
             organization: None,
             anchor: None,
             appended: 0,
+            at: None,
             entries,
         };
         batch.encode()
