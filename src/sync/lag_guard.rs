@@ -9,8 +9,9 @@
 //! - **Forgotten changes.** There was no room for them, or a worker without a journal made them.
 //!
 //! Search is proven to show these when it has shown a change of ours that is younger ([`LagGuard::shown`]). Search is in
-//! order only roughly, so the change must be younger by the usual lag of search. The wait without such proof is the last
-//! resort, and only where nothing else can prove it: [`Gap::clock`].
+//! order only roughly, so the change must be younger by the usual lag of search. Of a pending creation the event log is
+//! asked as well before the proof counts. The wait without proof is the last resort, and only where nothing else can prove
+//! it: [`Gap::clock`].
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
