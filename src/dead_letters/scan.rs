@@ -9,6 +9,9 @@
 //! is killed, only the first of them are in the batch, and RabbitMQ puts what returns behind what returned before
 //! (measured on 3.10.8). No command depends on the order of the queue: limits and replays go by the time of failure.
 //!
+//! **A scan that ends early** takes no more than it must: what returns is then behind the rest. So a replay, which takes its
+//! batches from the front, passes each dead letter once.
+//!
 //! **One scan at a time.** While one operator has the whole batch, another would see an empty queue. A scan therefore
 //! holds a lock: an exclusive queue with a fixed name. RabbitMQ deletes it with the connection, so a killed process
 //! never locks others out. A scan of 10,000 dead letters takes a second.
@@ -37,6 +40,8 @@ pub enum Disposition {
     /// Leave it in the batch for the caller.
     Keep,
     Delete,
+    /// Return it, and take no more.
+    Stop,
 }
 
 /// Progress of a scan.
@@ -165,6 +170,16 @@ impl<'a> DeadLetterQueue<'a> {
         decide: impl FnMut(&DeadLetter) -> Disposition + Send,
         observer: &mut Observer<'_>,
     ) -> Result<Batch, BrokerError> {
+        self.take_at_most(usize::MAX, decide, observer).await
+    }
+
+    /// The same, until so many are kept.
+    pub(crate) async fn take_at_most(
+        &self,
+        kept: usize,
+        decide: impl FnMut(&DeadLetter) -> Disposition + Send,
+        observer: &mut Observer<'_>,
+    ) -> Result<Batch, BrokerError> {
         let busy = "another operator has held the dead letters for too long; try again later";
         let name = self.settings.scan_lock_queue();
         let mut waited = false;
@@ -191,7 +206,7 @@ impl<'a> DeadLetterQueue<'a> {
             lock: Some(lock),
             lock_name: name,
         };
-        match self.fill(&mut batch, decide, observer).await {
+        match self.fill(&mut batch, kept, decide, observer).await {
             Ok(()) => Ok(batch),
             Err(error) => {
                 batch.close().await;
@@ -203,6 +218,7 @@ impl<'a> DeadLetterQueue<'a> {
     async fn fill(
         &self,
         batch: &mut Batch,
+        most: usize,
         mut decide: impl FnMut(&DeadLetter) -> Disposition + Send,
         observer: &mut Observer<'_>,
     ) -> Result<(), BrokerError> {
@@ -210,12 +226,18 @@ impl<'a> DeadLetterQueue<'a> {
             with_timeout(topology::depth(&self.connection, &self.settings.dead_letter_queue())).await?;
         let ready = depth.map_or(0, |depth| depth.ready);
         let mut deleted = Vec::new();
-        while let Some(left) = usize::try_from(ready).unwrap_or(usize::MAX).checked_sub(batch.found)
+        let mut is_over = false;
+        while !is_over
+            && let Some(left) = usize::try_from(ready).unwrap_or(usize::MAX).checked_sub(batch.found)
             && left > 0
         {
             // One consumer takes at most so many, and keeps them until they are settled. The next consumer continues
             // with a tag that sorts behind it: RabbitMQ returns messages in the order of consumer tags.
-            let credit = u16::try_from(left).unwrap_or(u16::MAX).min(PREFETCH);
+            let wanted = left.min(most.saturating_sub(batch.kept.len()));
+            if wanted == 0 {
+                break;
+            }
+            let credit = u16::try_from(wanted).unwrap_or(u16::MAX).min(PREFETCH);
             let mut taken = 0;
             let tag = format!("look-{:09}", batch.found);
             let (queue, options) = (self.settings.dead_letter_queue(), BasicConsumeOptions::default());
@@ -230,14 +252,22 @@ impl<'a> DeadLetterQueue<'a> {
             {
                 let delivery = delivery.ok_or(BrokerError::Cancelled)??;
                 taken += 1;
-                let letter = DeadLetter::from_delivery(&delivery);
                 let tag = delivery.delivery_tag;
+                batch.found += 1;
+                if is_over {
+                    batch.to_return.push(tag);
+                    continue;
+                }
+                let letter = DeadLetter::from_delivery(&delivery);
                 match decide(&letter) {
                     Disposition::Return => batch.to_return.push(tag),
+                    Disposition::Stop => {
+                        is_over = true;
+                        batch.to_return.push(tag);
+                    }
                     Disposition::Keep => batch.kept.push_back(HeldLetter { letter, acker: delivery.acker }),
                     Disposition::Delete => deleted.push(tag),
                 }
-                batch.found += 1;
                 observer(ScanStep::Scanned { at: batch.found, of: ready });
             }
             // Before anything is returned: RabbitMQ would deliver it again at once.

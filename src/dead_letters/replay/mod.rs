@@ -315,15 +315,17 @@ impl Session<'_> {
         let decide = |letter: &DeadLetter| {
             replaced.add(letter);
             let is_next = requested.last().is_some_and(|last| letter.failed_at <= *last);
-            let is_full = chosen == requested.len() || (chosen > 0 && bytes > BATCH_BYTES);
-            if is_full || !is_next || !matches(letter) {
+            if chosen > 0 && bytes > BATCH_BYTES {
+                return Disposition::Stop;
+            }
+            if !is_next || !matches(letter) {
                 return Disposition::Return;
             }
             chosen += 1;
             bytes += letter.memory_size();
             Disposition::Keep
         };
-        let batch = self.queue.take(decide, observer).await?;
+        let batch = self.queue.take_at_most(requested.len(), decide, observer).await?;
         let batch = self.batch.insert(batch);
         // An edit that was interrupted since this replay began: the copy is in this batch, too.
         let replaced = batch.delete_those(|letter| replaced.contains(letter)).await?;

@@ -157,7 +157,10 @@ enum Phase {
 
 #[derive(Debug)]
 struct HeldBatch {
+    /// Still to send.
     failed_at: VecDeque<FailedAt>,
+    /// How many it had.
+    size: usize,
     until: Instant,
 }
 
@@ -180,6 +183,8 @@ pub(super) struct ReplayState {
     /// Dead letters that were asked for in the last [`Action::TakeBatch`].
     requested: Vec<FailedAt>,
     batch: Option<HeldBatch>,
+    /// The size of the next batch: as many as can be sent before it goes back. What goes back is behind the others then.
+    batch_size: usize,
     /// The message whose confirm is awaited.
     publishing: Option<Uuid>,
     /// Outcomes that had arrived were read since the last message was sent.
@@ -203,6 +208,7 @@ impl ReplayState {
             remaining: VecDeque::new(),
             requested: Vec::new(),
             batch: None,
+            batch_size: BATCH,
             publishing: None,
             buffer_read: false,
             in_flight: InFlight::default(),
@@ -347,7 +353,7 @@ impl ReplayState {
             requested.into_iter().skip(chosen).rev().for_each(|one| self.remaining.push_front(one));
         }
         self.progress.stage = if self.needs_canary() { Stage::Canary } else { Stage::Sending };
-        self.batch = Some(HeldBatch { failed_at, until: now + BATCH_HOLD });
+        self.batch = Some(HeldBatch { size: failed_at.len(), failed_at, until: now + BATCH_HOLD });
         self.buffer_read = false;
     }
 
@@ -379,6 +385,7 @@ impl ReplayState {
         let has_room = self.has_room();
         if let Some(batch) = &mut self.batch {
             if batch.failed_at.is_empty() {
+                self.batch_size = self.batch_size.saturating_mul(2).min(BATCH);
                 return Action::ReturnBatch;
             }
             if !self.buffer_read {
@@ -386,6 +393,7 @@ impl ReplayState {
             }
             if now >= batch.until {
                 let unsent = std::mem::take(&mut batch.failed_at);
+                self.batch_size = batch.size.saturating_sub(unsent.len()).max(1);
                 unsent.into_iter().rev().for_each(|one| self.remaining.push_front(one));
                 return Action::ReturnBatch;
             }
@@ -410,7 +418,7 @@ impl ReplayState {
             return wait;
         }
         let exclusive = self.needs_canary();
-        let size = self.remaining.len().min(if exclusive { 1 } else { BATCH });
+        let size = self.remaining.len().min(if exclusive { 1 } else { self.batch_size });
         self.requested = self.remaining.drain(..size).collect();
         Action::TakeBatch { failed_at: self.requested.clone(), exclusive }
     }
