@@ -1,22 +1,35 @@
 //! The time of day at Close. Its records and its event log say when something was created, and what is compared with that
 //! must not depend on the clock of this machine.
+//!
+//! The machine's clock may be set at any moment, so it counts only until the first answer. From then on the monotonic clock
+//! measures the time, and each answer corrects it.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
+use tokio::time::Instant;
 
-/// A smaller difference does not matter: answers say the second, and take a while.
-const TOLERANCE: SignedDuration = SignedDuration::from_secs(5);
-/// A greater difference is a mistake in the set-up of the machine.
+/// A greater difference is a mistake in the set-up of the machine, or of what answers. One answer does not prove it.
 const LARGE: SignedDuration = SignedDuration::from_secs(30);
 
 /// Tells the time. Clones share it.
 #[derive(Clone)]
 pub struct Clock {
     own: Arc<dyn Fn() -> Timestamp + Send + Sync>,
-    /// How far Close's clock is ahead, in milliseconds.
-    ahead: Arc<AtomicI64>,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct State {
+    /// When the first answer came, by both clocks of this machine.
+    since: Option<(Instant, Timestamp)>,
+    /// How far Close's clock is ahead of these.
+    ahead: SignedDuration,
+    /// The last answer showed that it is this far ahead.
+    unproven: Option<SignedDuration>,
+    /// The difference that was last logged.
+    logged: SignedDuration,
 }
 
 impl Clock {
@@ -27,25 +40,35 @@ impl Clock {
 
     /// Another clock in place of that of the system.
     pub fn new(own: impl Fn() -> Timestamp + Send + Sync + 'static) -> Self {
-        Self { own: Arc::new(own), ahead: Arc::default() }
+        Self { own: Arc::new(own), state: Arc::default() }
+    }
+
+    fn with<T>(&self, with: impl FnOnce(&mut State) -> T) -> T {
+        with(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The time at Close, as far as its answers have shown it.
     pub fn now(&self) -> Timestamp {
-        let ahead = SignedDuration::from_millis(self.ahead.load(Ordering::Relaxed));
-        (self.own)().saturating_add(ahead).unwrap_or(Timestamp::MAX)
+        let state = self.with(|state| *state);
+        self.own_time(state).saturating_add(state.ahead).unwrap_or(Timestamp::MAX)
     }
 
-    /// An answer that was made now shows this time.
-    pub fn shown(&self, time: Timestamp) {
-        let ahead = time.duration_since((self.own)());
-        let before = SignedDuration::from_millis(self.ahead.load(Ordering::Relaxed));
-        if ahead.saturating_sub(before).abs() < TOLERANCE {
-            return;
-        }
-        // A time is within some ten thousand years.
-        self.ahead.store(i64::try_from(ahead.as_millis()).unwrap_or_default(), Ordering::Relaxed);
-        if ahead.abs() >= LARGE {
+    fn own_time(&self, state: State) -> Timestamp {
+        let Some((began, time)) = state.since else { return (self.own)() };
+        time.saturating_add(began.elapsed()).unwrap_or(Timestamp::MAX)
+    }
+
+    /// An answer says this time, in whole seconds. It has just arrived, this long after the call was sent.
+    pub fn synchronize(&self, time: Timestamp, took: Duration) {
+        let took = SignedDuration::try_from(took).unwrap_or(SignedDuration::MAX);
+        let differs = self.with(|state| {
+            let own = self.own_time(*state);
+            state.since.get_or_insert_with(|| (Instant::now(), own));
+            let least = time.duration_since(own);
+            let most = least.saturating_add(took).saturating_add(SignedDuration::from_secs(1));
+            state.narrow(least, most)
+        });
+        if let Some(ahead) = differs {
             tracing::warn!(
                 event = "clock_differs",
                 seconds = ahead.as_secs(),
@@ -55,20 +78,94 @@ impl Clock {
     }
 }
 
+impl State {
+    /// Close's clock is ahead by a time between these. Returns a large difference that is new.
+    fn narrow(&mut self, least: SignedDuration, most: SignedDuration) -> Option<SignedDuration> {
+        let ahead = self.ahead.clamp(least, most);
+        let is_near = |other: SignedDuration| ahead.saturating_sub(other).abs() < LARGE;
+        let before = self.unproven.take();
+        if !is_near(self.ahead) && !before.is_some_and(is_near) {
+            self.unproven = Some(ahead);
+            return None;
+        }
+        self.ahead = ahead;
+        let is_logged = ahead.saturating_sub(self.logged).abs() < LARGE;
+        let differs = ahead.abs() >= LARGE && !is_logged;
+        if differs || ahead.abs() < LARGE {
+            self.logged = if differs { ahead } else { SignedDuration::ZERO };
+        }
+        differs.then_some(ahead)
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicI64;
+    use std::sync::atomic::Ordering::Relaxed;
+
     use super::*;
 
-    #[test]
-    fn the_time_is_that_of_the_answers() {
-        let at = |second| Timestamp::from_second(second).unwrap();
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_time_is_that_of_the_answers() {
         let clock = Clock::new(move || at(1000));
         let shared = clock.clone();
-        for (shown, now) in [(1004, 1000), (1700, 1700), (1696, 1700), (400, 400), (1000, 1000)] {
-            clock.shown(at(shown));
+        for (shown, took, now) in [
+            (1000, 0, 1000),
+            (999, 0, 1000), // the second may be over
+            (998, 0, 999),
+            (1003, 0, 1003),
+            // A late answer says what the time was.
+            (990, 15, 1003),
+            (985, 15, 1001),
+            (1000, 0, 1001),
+        ] {
+            clock.synchronize(at(shown), Duration::from_secs(took));
             assert_eq!(shared.now(), at(now), "{shown}");
         }
-        clock.shown(Timestamp::MAX);
-        assert!(clock.now() > at(1_000_000));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_machine_whose_clock_is_set_tells_the_same_time() {
+        let own = Arc::new(AtomicI64::new(1000));
+        let clock = {
+            let own = Arc::clone(&own);
+            Clock::new(move || at(own.load(Relaxed)))
+        };
+        own.store(2000, Relaxed);
+        assert_eq!(clock.now(), at(2000), "no answer yet");
+        clock.synchronize(at(2003), Duration::ZERO);
+        own.store(90_000, Relaxed);
+        tokio::time::advance(Duration::from_secs(7)).await;
+        assert_eq!(clock.now(), at(2010));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn two_answers_prove_a_large_difference() {
+        let clock = Clock::new(move || at(100_000));
+        let synchronize = |second| {
+            clock.synchronize(at(second), Duration::ZERO);
+            clock.now().as_second()
+        };
+        let odd = [170_000, 100_000, 170_000, 30_000, 170_000];
+        assert_eq!(odd.map(synchronize), [100_000; 5], "none agrees with the one before");
+        assert_eq!([170_001, 170_001].map(synchronize), [170_001; 2]);
+        assert_eq!([100_000, 100_000].map(synchronize), [170_001, 100_001], "one does not take it back");
+        clock.synchronize(Timestamp::MAX, Duration::MAX);
+        clock.synchronize(Timestamp::MAX, Duration::MAX);
+        assert!(clock.now() >= at(100_000));
+    }
+
+    #[test]
+    fn a_difference_is_logged_once() {
+        let seconds = SignedDuration::from_secs;
+        let mut state = State::default();
+        let mut narrow = |ahead| state.narrow(seconds(ahead), seconds(ahead)).map(|ahead| ahead.as_secs());
+        let differences = [20, 60, 60, 65, 60, 95, 100, 10, 60].map(&mut narrow);
+        assert_eq!(differences, [None, None, Some(60), None, None, None, Some(100), None, None]);
+        assert_eq!([60, 60].map(narrow), [Some(60), None], "again");
     }
 }

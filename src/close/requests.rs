@@ -258,7 +258,9 @@ impl Requests {
         }
         match answer.status.as_u16() {
             200..=299 => {
-                answer.date().into_iter().for_each(|date| self.clock.shown(date));
+                if let Some(date) = answer.date() {
+                    self.clock.synchronize(date, started.elapsed());
+                }
                 Ok(Some(answer.body))
             }
             429 => {

@@ -201,7 +201,7 @@ mod tests {
         }
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn answers_of_close_tell_the_time() {
         let json = ("content-type", "application/json; charset=UTF-8");
         let (now, date) = (Timestamp::UNIX_EPOCH, "2100-01-01T00:00:00Z".parse().unwrap());
@@ -214,7 +214,10 @@ mod tests {
             let clock = Clock::new(move || now);
             let requests = Requests::new(Dated(headers.clone()), Duration::from_secs(9), 1.0, |_| {});
             let requests = requests.with_clock(clock.clone());
-            requests.request::<Value>(Endpoint::Search, "data/search/", None).await.unwrap();
+            // One answer does not prove such a difference.
+            for _ in 0..2 {
+                requests.request::<Value>(Endpoint::Search, "data/search/", None).await.unwrap();
+            }
             assert_eq!(clock.now(), told, "{headers:?}");
         }
     }

@@ -134,7 +134,10 @@ impl LagGuard {
     }
 
     fn with<T>(&self, with: impl FnOnce(&mut State) -> T) -> T {
-        with(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
+        let now = self.clock.now();
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.forget_proofs_after(now);
+        with(&mut state)
     }
 
     /// A creation with these keys is about to be sent, or was sent at that time by another worker, which may still be
@@ -186,8 +189,8 @@ impl LagGuard {
         self.with(|state| state.forget(kind, until, Instant::now() + after));
     }
 
-    /// A change of this time was left out because the memory is full.
-    pub fn evicted(&self, kind: ChangeKind, at: Timestamp) {
+    /// Changes of this kind up to a time are not remembered. They count as shown when search cannot lag as long.
+    pub fn forget_up_to(&self, kind: ChangeKind, at: Timestamp) {
         let clock = self.last_resort(at);
         self.with(|state| state.forget(kind, at, clock));
     }
@@ -278,6 +281,13 @@ impl LagGuard {
 }
 
 impl State {
+    /// The clock was ahead, so these prove nothing.
+    fn forget_proofs_after(&mut self, now: Timestamp) {
+        for shown in &mut self.shown {
+            while shown.pop_back_if(|shown| shown.change > now).is_some() {}
+        }
+    }
+
     fn begin(&mut self, operation: Uuid, doubt: Unanswered) {
         if !self.pending.contains_key(&operation) {
             self.make_room();
@@ -484,6 +494,11 @@ mod tests {
         guard.shown(ChangeKind::Creation, at(500), Instant::now());
         assert_eq!(guard.shows_up_to(ChangeKind::Creation), Some(at(480)));
         now.store(100, Relaxed);
+        assert_eq!(guard.shows_up_to(ChangeKind::Creation), None, "the clock was set back");
+        guard.forget_up_to(ChangeKind::Creation, at(90));
+        assert_eq!(guard.forgotten().len(), 1, "not proven");
+        guard.shown(ChangeKind::Creation, at(99), Instant::now());
+        assert_eq!(guard.shows_up_to(ChangeKind::Creation), Some(at(79)), "a proof again");
         tokio::time::advance(Duration::from_secs(1)).await;
         guard.begin(Uuid::from_u128(1), keys(&["a"]), true, at(100));
         assert!(guard.gap(&keys(&["a"]), Instant::now(), None).is_some(), "that search came before");
@@ -520,8 +535,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn forgotten_changes_concern_all_keys_until_search_has_shown_younger_ones_of_each_kind() {
         let (guard, now) = guard();
-        guard.evicted(ChangeKind::Creation, at(100));
-        guard.evicted(ChangeKind::KeyChange, at(90));
+        guard.forget_up_to(ChangeKind::Creation, at(100));
+        guard.forget_up_to(ChangeKind::KeyChange, at(90));
         let searched = Instant::now();
         let late = Duration::from_secs(10);
         let forgotten = |kind, second, age| (kind, at(second), LONGEST_SEARCH_LAG.saturating_sub(age));
@@ -543,9 +558,9 @@ mod tests {
         now.store(500, Relaxed);
         guard.shown(ChangeKind::Creation, at(400), Instant::now());
         tokio::time::advance(Duration::from_secs(1)).await;
-        guard.evicted(ChangeKind::Creation, at(380));
+        guard.forget_up_to(ChangeKind::Creation, at(380));
         assert_eq!(guard.gap(&keys(&["a"]), Instant::now(), None), None);
-        guard.evicted(ChangeKind::Creation, at(381));
+        guard.forget_up_to(ChangeKind::Creation, at(381));
         assert!(guard.gap(&keys(&["a"]), Instant::now(), None).is_some());
     }
 

@@ -24,8 +24,9 @@ pub(super) struct Plan {
     pub(super) search: Search,
     /// The event log answers. Otherwise only search and the clock can prove that a creation did not happen.
     pub(super) event_log_answers: bool,
-    /// How far Close's clock is ahead of that of the workers.
+    /// How far Close's clock is ahead of that of the workers, until that is set.
     pub(super) close_ahead: SignedDuration,
+    pub(super) clock_is_set: Duration,
     /// `None` if an administrator did not make one. Then search lags less than the workers assume.
     pub(super) journal: Option<JournalPlan>,
     /// What the workers lack. Only to prove that the model notices it.
@@ -142,6 +143,7 @@ impl Plan {
             },
             event_log_answers: true,
             close_ahead: SignedDuration::ZERO,
+            clock_is_set: Duration::ZERO,
             journal: Some(JournalPlan {
                 latency: Duration::ZERO,
                 max_age: Duration::from_hours(48),
@@ -248,6 +250,7 @@ impl Plan {
             concurrency: [1, 4, 32][random.usize(..3)],
             prefetch: [2, 20, 200][random.usize(..3)],
             close_ahead: SignedDuration::from_mins([0, 0, 10, -600][random.usize(..4)]),
+            clock_is_set: [millis(random.u64(..during)), Duration::MAX][random.usize(..2)],
         }
     }
 }

@@ -65,10 +65,12 @@ impl Process {
         let WorkerConfig { amqp, settings, rules, mapping, metrics, many_contacts } = config;
         let clock = {
             let world = Arc::clone(world);
-            Clock::new(move || world.now() - world.plan.close_ahead)
+            Clock::new(move || world.own_time())
         };
         // The preflight check comes before all messages.
-        clock.shown(world.now());
+        for _ in 0..2 {
+            clock.synchronize(world.now(), Duration::ZERO);
+        }
         let client = Client::with_transport(transport, TIMEOUT, 1.0, |_| {});
         let client = client.with_many_contacts(many_contacts).with_clock(clock);
         let session = Session {

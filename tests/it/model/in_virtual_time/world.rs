@@ -12,6 +12,7 @@ use close_sync::close::{CloseError, Fault, Response, Transport};
 use close_sync_simulator::{Offline, Reply, Settings};
 use futures_util::future::BoxFuture;
 use jiff::Timestamp;
+use jiff::fmt::rfc2822::DateTimePrinter;
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use reqwest::{Method, StatusCode};
 use serde_json::Value;
@@ -129,7 +130,7 @@ impl World {
 
     /// Close's answer to a call that arrives now.
     pub(super) fn answer(&self, method: &Method, path: &str, body: Option<&Value>) -> Response {
-        to_response(self.close().ask(KEY, method.as_str(), path, body, self.now()))
+        to_response(self.close().ask(KEY, method.as_str(), path, body, self.now()), self.now())
     }
 
     /// An ack arrives.
@@ -141,6 +142,12 @@ impl World {
 
     pub(super) fn elapsed(&self) -> Duration {
         self.start.elapsed()
+    }
+
+    /// The virtual time, as the clocks of the workers show it.
+    pub(super) fn own_time(&self) -> Timestamp {
+        let is_set = self.elapsed() >= self.plan.clock_is_set;
+        if is_set { self.now() } else { self.now() - self.plan.close_ahead }
     }
 
     /// The virtual time, as Close's clock shows it.
@@ -404,7 +411,7 @@ async fn deliver(
         }
         reply
     });
-    let status = reply.as_ref().map(|reply| reply.status);
+    let (status, answered) = (reply.as_ref().map(|reply| reply.status), world.now());
     world.log(format_args!("{call} -> {status:?}, {:?}", outcome.result));
     if outcome.result == CallResult::NoResponse {
         // The client times out first.
@@ -413,7 +420,7 @@ async fn deliver(
     }
     tokio::time::sleep(outcome.response_latency).await;
     let answered = match (outcome.result, reply) {
-        (CallResult::Answer, Some(reply)) => Ok(to_response(reply)),
+        (CallResult::Answer, Some(reply)) => Ok(to_response(reply, answered)),
         (CallResult::Status(status), _) => Ok(error_response(status)),
         (CallResult::Answer | CallResult::Lost | CallResult::Unreachable | CallResult::NoResponse, _) => {
             Err(CloseError::Transient(Fault::ConnectionLost))
@@ -423,10 +430,13 @@ async fn deliver(
     let _ = answer.send(answered);
 }
 
-fn to_response(reply: Reply) -> Response {
+fn to_response(reply: Reply, answered: Timestamp) -> Response {
+    let date = DateTimePrinter::new().timestamp_to_rfc9110_string(&answered).unwrap();
+    let more = [("date", date), ("content-type", "application/json".to_owned())];
     let headers = reply
         .headers
         .into_iter()
+        .chain(more)
         .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_str(&value).unwrap()));
     Response {
         status: StatusCode::from_u16(reply.status).unwrap(),
