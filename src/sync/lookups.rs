@@ -96,7 +96,7 @@ impl<R: Records> Lookups<'_, R> {
         let answer = self.records.lead(id, person, self.keys).await;
         self.note(LookUp::Read(id.to_string()));
         let answer = answer.map_err(|error| self.recent.or_not_yet(error, id.as_str()))?;
-        let Newest { record: lead, stale } = self.recent.lead(answer.lead);
+        let Newest { record: lead, stale } = self.recent.lead(answer.lead)?;
         self.note_read(id.as_str(), before, stale);
         Ok(LeadWithPerson { lead, ..answer })
     }
@@ -116,7 +116,7 @@ impl<R: Records> Lookups<'_, R> {
         let read = self.reads.get(lead.id.as_str()).copied();
         let mut contacts = Vec::with_capacity(people.contacts.len());
         for contact in people.contacts {
-            let Newest { record, stale } = self.recent.member(contact);
+            let Newest { record, stale } = self.recent.contact(contact)?;
             if let Some(read) = read {
                 self.reads.insert(record.id.to_string(), Read { stale, ..read });
             }
@@ -262,7 +262,7 @@ impl<R: Records> Lookups<'_, R> {
                 let answer = self.records.lead(id, person, self.keys).await;
                 self.note(LookUp::Read(id.to_string()));
                 let lead = answer.map_err(|error| self.recent.or_not_yet(error, id.as_str()))?.lead;
-                let Newest { record, stale } = self.recent.lead(lead);
+                let Newest { record, stale } = self.recent.lead(lead)?;
                 self.note_read(id.as_str(), before, stale);
                 (Fresh::Lead(record), stale)
             }
@@ -280,13 +280,11 @@ impl<R: Records> Lookups<'_, R> {
         let answer = self.records.contact(id).await;
         self.note(LookUp::Read(id.to_string()));
         let answer = answer.map_err(|error| self.recent.or_not_yet(error, id.as_str()))?;
-        let Newest { record, stale } = self.recent.contact(answer);
+        let Newest { record, stale } = self.recent.contact(answer)?;
         self.note_read(id.as_str(), before, stale);
         if !stale {
             self.recent.remember(&record);
         }
-        // Another worker wrote it, and Close does not show that yet.
-        let is_outdated = stale && self.recent.updated(id.as_str()) != record.date_updated;
         let cached = self.with_cached(person.email(), Vec::new());
         let record = self.with_email(record, person, &cached);
         // The keys that the record does not show, and may have.
@@ -295,7 +293,7 @@ impl<R: Records> Lookups<'_, R> {
             ContactMatch::Conflict => person.user().into_iter().collect(),
             ContactMatch::NoMatch => person.person().collect(),
         };
-        if !hidden.is_empty() && (is_outdated || self.id_cache.has_just_got(&hidden, id.as_str())) {
+        if self.id_cache.has_just_got(&hidden, id.as_str()) {
             // It may have become the person.
             return Err(CloseError::Transient(Fault::NotYet));
         }
@@ -406,8 +404,12 @@ impl<R: Records> Lookups<'_, R> {
                 person.user_id.is_none() || compare(contact, person, self.keys) == ContactMatch::SameUser
             };
             for contact in found.into_iter().filter(is_found) {
-                let certain = !by_both.contains(&contact.id);
-                self.seen(&key, RecordId::Contact(contact.id), answered, certain);
+                let (certain, id) = (!by_both.contains(&contact.id), RecordId::Contact(contact.id));
+                // A new record is in the index with all its keys.
+                for key in person.person().skip(1) {
+                    self.id_cache.seen(&key, &id, false);
+                }
+                self.seen(&key, id, answered, certain);
             }
         }
         // Not all candidates are read, so note here which ones are left alone.

@@ -4,7 +4,8 @@
 //! that was changed may come back as it was before. Planning on such an answer creates a second record, or replaces a
 //! list without its newest entries. `date_updated` decides which of two states is newer, not our clock.
 //!
-//! - A state that is older than the one in memory is stale: the one in memory is used instead, and stays.
+//! - A state that is older than the one in memory is stale: the one in memory is used instead, and stays. Where only the
+//!   time of the newer one is known, because another worker wrote it, the record must be read again.
 //! - A 404 on a record that was created a moment ago and was not read since means "not yet", unless the event log shows
 //!   its deletion. Such a failure says nothing of Close, so it does not count for the circuit breaker.
 
@@ -62,6 +63,16 @@ pub(crate) struct Newest<R> {
     pub(crate) record: R,
     /// Close answered with an older state.
     pub(crate) stale: bool,
+}
+
+/// Another worker has changed the record, and Close still shows it as it was before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Outdated;
+
+impl From<Outdated> for CloseError {
+    fn from(Outdated: Outdated) -> Self {
+        Self::Transient(Fault::NotYet)
+    }
 }
 
 impl State {
@@ -172,15 +183,15 @@ impl RecentRecords {
     }
 
     /// The newest known state of a Lead that was read.
-    pub(crate) fn lead(&self, read: Lead) -> Newest<Lead> {
+    pub(crate) fn lead(&self, read: Lead) -> Result<Newest<Lead>, Outdated> {
         let newest = match self.get(read.id.as_str()).as_deref() {
             Some(Recent { state: State::Lead(known), .. })
                 if is_newer(known.date_updated, read.date_updated) =>
             {
                 Newest { record: known.clone(), stale: true }
             }
-            Some(Recent { state: State::Elsewhere(known), .. }) => {
-                Newest { stale: is_newer(*known, read.date_updated), record: read }
+            Some(Recent { state: State::Elsewhere(known), .. }) if is_newer(*known, read.date_updated) => {
+                return Err(Outdated);
             }
             Some(_) | None => Newest { record: read, stale: false },
         };
@@ -188,17 +199,12 @@ impl RecentRecords {
         if !newest.stale {
             self.insert(newest.record.id.as_str(), State::Lead(newest.record.clone()), true);
         }
-        newest
+        Ok(newest)
     }
 
-    /// The newest known state of a Contact that was read by its id.
-    pub(crate) fn contact(&self, read: Contact) -> Newest<Contact> {
-        self.member(read)
-    }
-
-    /// The newest known state of a Contact that was read with its Lead.
-    pub(crate) fn member(&self, read: Contact) -> Newest<Contact> {
-        match self.get(read.id.as_str()).as_deref() {
+    /// The newest known state of a Contact that was read.
+    pub(crate) fn contact(&self, read: Contact) -> Result<Newest<Contact>, Outdated> {
+        Ok(match self.get(read.id.as_str()).as_deref() {
             Some(Recent { state: State::Contact(known), .. })
                 if is_newer(known.date_updated, read.date_updated) =>
             {
@@ -210,11 +216,11 @@ impl RecentRecords {
             {
                 Newest { record: with_lists_of(read, known), stale: false }
             }
-            Some(Recent { state: State::Elsewhere(known), .. }) => {
-                Newest { stale: is_newer(*known, read.date_updated), record: read }
+            Some(Recent { state: State::Elsewhere(known), .. }) if is_newer(*known, read.date_updated) => {
+                return Err(Outdated);
             }
             Some(_) | None => Newest { record: read, stale: false },
-        }
+        })
     }
 
     /// Remembers that Close has shown this Contact, not an older state of it.
@@ -315,8 +321,9 @@ mod tests {
         let recent = RecentRecords::default();
         recent.written_elsewhere("lead_1", Some(at(5)));
         recent.written_elsewhere("cont_1", Some(at(5)));
-        let stale = |updated| (recent.lead(acme("a", updated)).stale, recent.contact(jane(updated)).stale);
-        assert_eq!(stale(Some(at(4))), (true, true));
+        let read =
+            |second| (recent.lead(acme("a", Some(at(second)))), recent.contact(jane(Some(at(second)))));
+        assert_eq!(read(4), (Err(Outdated), Err(Outdated)));
         assert_eq!(recent.updated("lead_1"), Some(at(5)), "stays");
         // A checkpoint repeats that the record got keys.
         recent.written_elsewhere("lead_1", None);
@@ -325,7 +332,9 @@ mod tests {
         assert_eq!(recent.or_not_yet(vanished, "lead_1"), CloseError::Transient(Fault::NotYet));
         let (contact, lead) = (ContactId::new("cont_1"), LeadId::new("lead_1"));
         assert!(recent.is_in_lead(&contact, &lead, &Identity::default(), &keys()), "it is read to see");
-        assert_eq!(stale(Some(at(5))), (false, false));
+        let (lead, contact) = read(5);
+        assert_eq!((lead.unwrap().stale, contact.unwrap().stale), (false, false));
+        assert_eq!(read(4).0.unwrap().record, acme("a", Some(at(5))), "its values are known now");
     }
 
     #[tokio::test(start_paused = true)]
@@ -333,7 +342,7 @@ mod tests {
         let recent = RecentRecords::default();
         recent.written(&update(), &answer(acme("ours", Some(at(5)))));
         let read = |name: &str, updated| {
-            let Newest { record, stale } = recent.lead(acme(name, updated));
+            let Newest { record, stale } = recent.lead(acme(name, updated)).unwrap();
             (record.fields[&Field::Name].as_str().unwrap().to_owned(), stale)
         };
         assert_eq!(read("before", Some(at(4))), ("ours".into(), true));
@@ -352,7 +361,7 @@ mod tests {
         let phones: Lists = [(Channel::Phone, vec![Entry { value: "1".into(), kind: "home".into() }])].into();
         let written = Contact { lists: phones, ..jane(Some(at(5))) };
         let step = Step::UpdateContact { id: written.id.clone(), changes: ContactValues::default() };
-        let newest = || recent.contact(jane(Some(at(4))));
+        let newest = || recent.contact(jane(Some(at(4)))).unwrap();
         let known = Newest { record: written.clone(), stale: true };
         recent.remember(&jane(Some(at(4))));
         recent.written(&step, &Written::Contact(written));
@@ -368,9 +377,9 @@ mod tests {
         recent.written(&step, &Written::Lead(created));
         assert_eq!(newest(), known, "an answer without the values of the Contact");
         recent.written(&update(), &answer(acme("older", Some(at(4)))));
-        assert!(recent.lead(acme("older", Some(at(4)))).stale);
+        assert!(recent.lead(acme("older", Some(at(4)))).unwrap().stale);
         recent.remember(&jane(Some(at(6))));
-        assert!(!recent.contact(jane(Some(at(6)))).stale);
+        assert!(!recent.contact(jane(Some(at(6)))).unwrap().stale);
     }
 
     #[test]
@@ -403,7 +412,7 @@ mod tests {
         tokio::time::sleep(Duration::from_secs(1)).await;
         assert_eq!(of(&vanished), vanished, "a 404 does not count as seen");
         create();
-        recent.lead(acme("Acme", None));
+        recent.lead(acme("Acme", None)).unwrap();
         assert_eq!(of(&vanished), vanished, "it was there");
     }
 
@@ -415,7 +424,7 @@ mod tests {
         let bare = |updated| {
             let unknown_lists = [Channel::Email, Channel::Phone].into_iter().collect();
             let bare = Contact { lists: Lists::new(), unknown_lists, ..jane(updated) };
-            recent.member(bare).record
+            recent.contact(bare).unwrap().record
         };
         recent.remember(&jane(exact));
         assert_eq!(bare(exact), jane(exact));
@@ -445,7 +454,9 @@ mod tests {
         let recent = RecentRecords::default();
         for number in 0..1000 {
             let fields = [(Field::Description, json!("x".repeat(100_000)))].into_iter().collect();
-            recent.lead(Lead { id: LeadId::new(format!("lead_{number}")), fields, ..acme("", None) });
+            recent
+                .lead(Lead { id: LeadId::new(format!("lead_{number}")), fields, ..acme("", None) })
+                .unwrap();
         }
         let sizes = recent.records.filter_map(|_, recent| Some(recent.state.bytes()));
         assert!(sizes.iter().sum::<usize>() <= CAPACITY && sizes.len() > 100, "{sizes:?}");

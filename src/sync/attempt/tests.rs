@@ -344,6 +344,26 @@ async fn a_contact_that_got_its_email_before_a_takeover_is_found_although_reads_
     assert_eq!(close.written(), ["update_contact", "update_contact"]);
 }
 
+/// The read shows the value of the event, which was overwritten since.
+#[tokio::test(start_paused = true)]
+async fn a_stale_read_after_a_takeover_does_not_make_an_event_a_repeat() {
+    let predecessor = context(&rules());
+    let contact = json!({"id": "cont_1", "lead_id": "lead_1", "custom.cf_user": "u1", "title": "CTO",
+        "emails": [], "date_updated": "1970-01-01T00:00:00.5Z"});
+    let close = FakeClose::new(&predecessor, &[acme()], &[contact]).with_read_lag(Duration::from_secs(5));
+    let with_title = |context: &Context, second, title: &str| {
+        desired(context, second, json!({"userId": "u1", "traits": {"title": title}}))
+    };
+    let ceo = with_title(&predecessor, 1, "CEO");
+    attempts(&predecessor, &close, &ceo).retry_in_place().await;
+
+    let successor = context(&rules());
+    successor.recent.written_elsewhere("cont_1", close.contact("cont_1").date_updated);
+    let cto = with_title(&successor, 2, "CTO");
+    assert_eq!(attempts(&successor, &close, &cto).retry_in_place().await, Outcome::Synced(Effect::Updated));
+    assert_eq!(close.contact("cont_1").fields[&Field::Title], json!("CTO"));
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_record_that_a_person_deletes_is_created_again_after_a_moment() {
     let context = context(&rules());
