@@ -111,8 +111,8 @@ impl Entry {
     fn put_first(&mut self, id: &RecordId, change: Change) -> bool {
         self.known.retain(|known| known.id != *id);
         if self.known.len() >= MAX_CONTACTS {
+            self.complete = None;
             let Some(shown) = self.known.iter().rposition(|known| known.unseen.is_none()) else {
-                self.complete = None;
                 return false;
             };
             self.known.remove(shown);
@@ -269,14 +269,17 @@ impl IdCache {
     }
 
     /// A record got these keys, or is about to get them. Search may not show it yet. Own changes matter more than what search
-    /// shows. A key with many of them has no room for the record, which is found by its other keys: a shared email does not
-    /// identify it. One that no key has room for is evicted.
+    /// shows.
+    ///
+    /// A key with many of them has no room for the record, which is found by its other keys: a shared email does not identify
+    /// it. A new record that no key has room for is evicted. One that existed before has no need of the email. What is lost
+    /// is that an event with nothing but the email may not see the record for a while, and sees only the others.
     pub fn changed(&self, keys: &[KeyHash], id: &RecordId, change: Change) {
         let mut has_room = keys.is_empty();
         for key in keys {
             self.update(*key, |entry| has_room |= entry.put_first(id, change));
         }
-        if !has_room {
+        if !has_room && change.kind == ChangeKind::Creation {
             evict(&self.evicted, [change].into_iter());
         }
     }
@@ -443,8 +446,11 @@ mod tests {
         assert_eq!(["cont_0", "cont_1", "cont_101"].map(is_listed), [false, true, false]);
         assert_eq!((cache.evicted(), cache.unseen().count()), (vec![], MAX_CONTACTS + 1));
 
-        change(MAX_CONTACTS + 2, &[shared]);
+        change(MAX_CONTACTS + 2, std::slice::from_ref(&shared));
         assert_eq!(cache.evicted(), [creation(5)], "it has no other key");
+        let change = Change { kind: ChangeKind::KeyChange, at: at(6) };
+        cache.changed(&[KeyHash::of(&shared)], &id(1000), change);
+        assert_eq!(cache.evicted(), [], "it is known by its user id");
     }
 
     #[test]

@@ -11,7 +11,8 @@ use crate::sync::lag_guard::{LONGEST_SEARCH_LAG, Pending};
 use crate::sync::recent_records::REMEMBERED;
 
 impl Context {
-    /// Learns what another worker has written down.
+    /// Learns what another worker has written down. A message that sees from the write log that nothing is new must know it
+    /// all, so that comes last.
     pub(crate) fn learn(&self, entry: Entry) {
         match entry {
             Entry::Creating { operation, keys, lead, at } => {
@@ -19,7 +20,6 @@ impl Context {
             }
             Entry::Settled { operation } => self.lag_guard.settle(operation),
             Entry::Keys { record, keys, change: kind, at } => {
-                self.write_log.written_elsewhere(record.as_str());
                 let at = self.past(at);
                 if self.age(at) < REMEMBERED {
                     self.recent.written_elsewhere(record.as_str(), None);
@@ -27,13 +27,14 @@ impl Context {
                 if self.age(at) < LONGEST_SEARCH_LAG {
                     self.id_cache.changed(&keys, &record, Change { kind, at });
                 }
+                self.write_log.written_elsewhere(record.as_str());
             }
             Entry::Written { record, at, fields, stored, updated } => {
-                self.write_log.written_elsewhere(record.as_str());
                 if updated.is_some_and(|updated| self.age(updated) < REMEMBERED) {
                     self.recent.written_elsewhere(record.as_str(), updated);
                 }
                 self.version_cache.learn(&record, self.past(at), &fields, stored);
+                self.write_log.written_elsewhere(record.as_str());
             }
             Entry::Forgotten { change, at, until } => {
                 let rest = Duration::try_from(until.duration_since(self.now())).unwrap_or_default();
@@ -56,7 +57,7 @@ impl Context {
     /// Changes for which there was no room are forgotten.
     pub(crate) fn forget_evicted(&self) {
         for Change { kind, at } in self.id_cache.evicted() {
-            self.lag_guard.evicted(kind, at);
+            self.lag_guard.forget_up_to(kind, at);
         }
     }
 

@@ -130,16 +130,15 @@ impl Worker {
         self.0.version_cache.remembered_from()
     }
 
-    /// The same for changes before a time, which may be by the clock of another worker.
-    pub fn forget_changes_before(&self, at: Timestamp) {
+    /// The same for changes that were written down before a time, which may be by the clock of another worker. Returns whether
+    /// search may not show them all.
+    pub fn forget_changes_before(&self, at: Timestamp) -> bool {
+        // They were sent after that.
+        let until = at.min(self.now()).saturating_add(self.0.client.timeout()).unwrap_or(Timestamp::MAX);
         for kind in ChangeKind::VARIANTS {
-            self.0.lag_guard.evicted(*kind, at.min(self.now()));
+            self.0.lag_guard.forget_up_to(*kind, until);
         }
-    }
-
-    /// Whether creations wait for proof that search shows what is unknown.
-    pub fn has_forgotten_changes(&self) -> bool {
-        !self.0.lag_guard.forgotten().is_empty()
+        Duration::try_from(self.now().duration_since(until)).unwrap_or_default() < LONGEST_SEARCH_LAG
     }
 
     pub fn now(&self) -> Timestamp {

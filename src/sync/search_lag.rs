@@ -364,7 +364,7 @@ mod tests {
             let change = Change { kind: ChangeKind::Creation, at: at(second) };
             id_cache.changed(&[KeyHash::of(&Key::User(user.into()))], &id, change);
         }
-        guard.evicted(ChangeKind::Creation, at(150));
+        guard.forget_up_to(ChangeKind::Creation, at(150));
         assert_eq!(guard.lacks_proof(), [(ChangeKind::Creation, at(170))]);
 
         let script = Script::default();

@@ -341,8 +341,7 @@ fn pass_on(worker: &Worker, known: Known) {
             }
         }
         Known::EntriesAreGone { before } => {
-            worker.forget_changes_before(before);
-            if worker.has_forgotten_changes() {
+            if worker.forget_changes_before(before) {
                 tracing::warn!(
                     event = "journal_incomplete",
                     before = before.to_string(),

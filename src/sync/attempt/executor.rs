@@ -195,8 +195,11 @@ impl<C: Api> Executor<'_, C> {
             let operation = if step.creates() {
                 Some(self.announce_creation(step).await?)
             } else {
-                if !std::mem::replace(&mut keys_are_written, true) {
-                    self.announce_keys(step, found).await?;
+                if let Some((record, keys)) = self.new_keys(step, found) {
+                    if !std::mem::replace(&mut keys_are_written, true) {
+                        self.announce_keys(record, &keys).await;
+                    }
+                    self.look_up_is_current()?;
                 }
                 None
             };
@@ -288,13 +291,11 @@ impl<C: Api> Executor<'_, C> {
     }
 
     /// Writes down the keys that a record gets, before they are sent.
-    async fn announce_keys(&self, step: &Step, found: &Found) -> Result<(), CloseError> {
-        let Some((record, keys)) = self.new_keys(step, found) else { return Ok(()) };
+    async fn announce_keys(&self, record: RecordId, keys: &[Key]) {
         let change = Change { kind: ChangeKind::KeyChange, at: self.context.now() };
-        let keys = KeyHash::of_all(&keys);
+        let keys = KeyHash::of_all(keys);
         self.context.id_cache.changed(&keys, &record, change);
         self.write_down(journal::keys(record, keys, change)).await;
-        self.look_up_is_current()
     }
 
     /// Writes down a creation before it is sent. From then on it is pending.

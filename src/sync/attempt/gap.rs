@@ -43,8 +43,8 @@ impl GapWait {
         self.looked_at.extend(self.shown.drain());
     }
 
-    /// The look-up waits for these creations. For others than before, the log is asked from the beginning.
-    fn waits_for(&mut self, pending: &[(Uuid, Pending)]) {
+    /// The look-up is about these creations. For others than before, the log is asked from the beginning.
+    fn is_about(&mut self, pending: &[(Uuid, Pending)]) {
         let operations: Vec<Uuid> = pending.iter().map(|(operation, _)| *operation).collect();
         if self.operations != operations {
             self.operations = operations;
@@ -65,7 +65,7 @@ impl GapWait {
                 self.event_log = AskedEventLog::Asked;
                 true
             }
-            AskedEventLog::Asked | AskedEventLog::AgreesWithSearch => must_show,
+            AskedEventLog::Asked => must_show,
             AskedEventLog::TooLong => false,
         }
     }
@@ -77,8 +77,6 @@ enum AskedEventLog {
     #[default]
     NotYet,
     Asked,
-    /// It has shown nothing more after search had proven that there is nothing.
-    AgreesWithSearch,
     /// Since the creation must show, it had more entries than are read. It only gets longer.
     TooLong,
 }
@@ -116,7 +114,7 @@ impl<C: Api> Attempts<'_, C> {
             (lag_guard.pending_with(&hashes), gap.map(|gap| gap.clock))
         };
         let before = concerns();
-        self.gap_wait.waits_for(pending);
+        self.gap_wait.is_about(pending);
         let mut next = Instant::now() + self.gap_wait.backoff();
         if let Some(pending_in) = gap.pending {
             // What is missing from the log by then did not happen.
@@ -160,21 +158,32 @@ impl<C: Api> Attempts<'_, C> {
     }
 
     /// Search has been proven to show what these creations have created, and shows no more than was found. The proof assumes
-    /// that it is in order, so the event log is asked once, too. Returns whether it knows more.
-    pub(super) async fn event_log_knows_more(&mut self, pending: &[(Uuid, Pending)], found: &Found) -> bool {
-        self.gap_wait.waits_for(pending);
+    /// that it is in order, so the event log is asked, too. Returns whether to look up again: it knows more, or does not answer
+    /// yet. It may not show the creations before [`crate::sync::Settings::event_log_lag`].
+    pub(super) async fn event_log_disagrees(&mut self, pending: &[(Uuid, Pending)], found: &Found) -> bool {
+        self.gap_wait.is_about(pending);
         let span = pending.iter().map(|(_, pending)| (pending.sent, pending.ends));
         let span = span.reduce(|(sent, ends), (since, until)| (sent.min(since), ends.max(until)));
-        let is_asked = match self.gap_wait.event_log {
-            AskedEventLog::NotYet | AskedEventLog::Asked => true,
-            AskedEventLog::AgreesWithSearch | AskedEventLog::TooLong => false,
+        let Some((since, until)) = span.filter(|_| self.gap_wait.event_log != AskedEventLog::TooLong) else {
+            return false;
         };
-        let Some(span) = span.filter(|_| is_asked) else { return false };
-        let knows_more = matches!(self.find_in_event_log(span, found).await, InEventLog::Found);
-        if !knows_more {
-            self.gap_wait.event_log = AskedEventLog::AgreesWithSearch;
+        match self.find_in_event_log((since, until), found).await {
+            InEventLog::Found => {
+                self.gap_wait.wanted_to_create = true;
+                true
+            }
+            InEventLog::Absent | InEventLog::TooLong => false,
+            InEventLog::Unknown => {
+                let shows_at = until.saturating_add(self.context.settings.event_log_lag);
+                let must_show = shows_at.is_ok_and(|shows_at| shows_at <= self.context.now());
+                if must_show || !self.writes() {
+                    return false;
+                }
+                let pause = tokio::time::sleep(self.gap_wait.backoff());
+                self.client.waits().during(WaitCause::Search, pause).await;
+                true
+            }
         }
-        knows_more
     }
 
     /// Settles the creations without an answer that have created a record that was found. One that was known before the first

@@ -225,13 +225,13 @@ impl<C: Api> Attempts<'_, C> {
             let needs_proof = decided.found.adopts() || creates || is_anywhere;
             let gap = lag_guard.gap(&hashes, read_at, None).filter(|_| needs_proof);
             let Some(gap) = gap else {
-                if creates {
-                    let pending = lag_guard.pending_with(&hashes);
-                    if self.event_log_knows_more(&pending, &decided.found).await {
+                if creates || decided.found.adopts() {
+                    let unsettled = lag_guard.pending_with(&hashes);
+                    if self.event_log_disagrees(&unsettled, &decided.found).await {
                         continue;
                     }
                     // Search would have shown what they created.
-                    self.settle_all(&pending, &decided.found);
+                    self.settle_all(&unsettled, &decided.found);
                 }
                 return Ok((decided, read_at));
             };

@@ -98,6 +98,8 @@ pub(super) struct State {
     pub(super) past: Vec<(Instant, InMemoryRecords)>,
     pub(super) event_log: Created,
     pub(super) event_log_calls: usize,
+    /// For the next questions to the event log.
+    pub(super) event_log_faults: VecDeque<CloseError>,
     /// What a person does in Close, when, and to which Contact.
     pub(super) edits: VecDeque<(Instant, usize, person::Edit)>,
     pub(super) applied: Vec<Applied>,
@@ -328,10 +330,10 @@ impl Api for FakeClose {
 
     async fn created_between(&self, _: Timestamp, _: Timestamp) -> Result<Created, CloseError> {
         tokio::time::sleep(LATENCY).await;
-        Ok(self.state(|state| {
+        self.state(|state| {
             state.event_log_calls += 1;
-            state.event_log.clone()
-        }))
+            state.event_log_faults.pop_front().map_or_else(|| Ok(state.event_log.clone()), Err)
+        })
     }
 
     fn calls(&self) -> u32 {

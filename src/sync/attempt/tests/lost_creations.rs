@@ -135,21 +135,63 @@ async fn a_lead_without_the_company_does_not_settle_a_pending_creation() {
     }
 }
 
-/// Search shows a younger creation before the one that got no answer, and would prove that there is none.
+/// Search has shown a younger creation, and would prove that the one without an answer did not happen. It did, and the
+/// event log shows it.
+async fn search_proves_too_much(context: &Context, close: &FakeClose, event: &Desired) {
+    show_in_event_log(context, close);
+    tokio::time::sleep(TIMEOUT + 2 * SEARCH_LAG).await;
+    context.lag_guard.shown(ChangeKind::Creation, context.now(), Instant::now());
+    let keys = KeyHash::of_all(&event.identity.keys());
+    assert_eq!(context.lag_guard.gap(&keys, Instant::now(), None), None, "it counts as shown");
+}
+
 #[tokio::test(start_paused = true)]
 async fn the_event_log_is_asked_before_search_is_believed() {
+    for faults in [0, 3] {
+        let context = context(&rules());
+        let close = FakeClose::losing_an_answer(&context);
+        let jane = jane(&context, 5);
+        attempts(&context, &close, &jane).run_once().await.err().unwrap();
+        search_proves_too_much(&context, &close, &jane).await;
+        close.state(|state| state.event_log_faults.extend(vec![timed_out(); faults]));
+        let completed = attempts(&context, &close, &jane).run_once().await.ok().unwrap();
+        assert_eq!(completed.outcome, Outcome::Synced(Effect::Unchanged));
+        assert_eq!(close.written(), ["create_lead"], "{faults}");
+        assert_eq!(counter(&context, "duplicates_avoided_total"), 1);
+    }
+}
+
+/// There is no proof for this long without the event log, so this ends the wait for one that does not answer.
+#[tokio::test(start_paused = true)]
+async fn search_is_believed_when_the_event_log_does_not_answer() {
     let context = context(&rules());
     let close = FakeClose::losing_an_answer(&context);
     let jane = jane(&context, 5);
     attempts(&context, &close, &jane).run_once().await.err().unwrap();
-    show_in_event_log(&context, &close);
-    tokio::time::sleep(TIMEOUT + 2 * SEARCH_LAG).await;
-    context.lag_guard.shown(ChangeKind::Creation, context.now(), Instant::now());
-    let keys = KeyHash::of_all(&jane.identity.keys());
-    assert_eq!(context.lag_guard.gap(&keys, Instant::now(), None), None, "it counts as shown");
-    let completed = attempts(&context, &close, &jane).run_once().await.ok().unwrap();
-    assert_eq!(completed.outcome, Outcome::Synced(Effect::Unchanged));
-    assert_eq!(close.written(), ["create_lead"]);
+    search_proves_too_much(&context, &close, &jane).await;
+    close.state(|state| state.event_log_faults.extend(vec![timed_out(); 100]));
+    let began = Instant::now();
+    attempts(&context, &close, &jane).run_once().await.ok().unwrap();
+    assert_eq!(close.written(), ["create_lead", "create_lead"]);
+    let (waited, calls) = (began.elapsed(), close.state(|state| state.event_log_calls));
+    assert!(waited > EVENT_LOG_LAG - 3 * SEARCH_LAG && calls < 15, "{waited:?}, {calls} calls");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_event_log_is_asked_before_a_lead_is_adopted() {
+    let context = context(&rules());
+    let lead = json!({"id": "lead_2", "date_created": "2026-01-01"});
+    let contact = json!({"id": "cont_2", "lead_id": "lead_2", "date_created": "2026-01-01",
+        "custom.cf_user": "u2", "emails": []});
+    let close = FakeClose::new(&context, &[lead], &[contact])
+        .with_search_lag(Duration::from_hours(1))
+        .with_fault(WriteFault::After(timed_out()));
+    attempts(&context, &close, &jane(&context, 5)).run_once().await.err().unwrap();
+    let company = json!({"id": "acme", "name": "Acme"});
+    let bob = desired(&context, 6, json!({"userId": "u2", "traits": {"company": company}}));
+    search_proves_too_much(&context, &close, &bob).await;
+    attempts(&context, &close, &bob).run_once().await.ok().unwrap();
+    assert_eq!(close.lead("lead_2").fields.len(), 0, "not adopted");
 }
 
 /// The person has Contacts in Leads of other companies. A failed attempt must not ask about them from the beginning.

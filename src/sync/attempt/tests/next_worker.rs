@@ -129,7 +129,24 @@ async fn a_stale_read_after_a_lost_answer_does_not_hide_the_lead_of_the_company(
     assert_eq!((completed.is_ok(), close.records().leads.len()), (true, 1), "{:?}", close.written());
 }
 
-/// A worker that lost the queue does not know it yet, and creates what this one has just looked for.
+/// Lets another worker create Jane's records. It has lost the queue, and does not know it yet.
+fn create_elsewhere(context: &Context, close: &FakeClose) {
+    let theirs = InMemoryRecords::read(&[acme()], &[janes_contact()]);
+    close.state(|state| {
+        state.records.leads.extend(theirs.leads);
+        state.records.contacts.extend(theirs.contacts);
+    });
+    let (operation, at, keys) = (Uuid::from_u128(1), context.now(), jane(context, 1).identity.keys());
+    let learn_keys = |id: &str, keys: &[Key]| {
+        let (record, keys) = (RecordId::try_from(id.to_owned()).unwrap(), KeyHash::of_all(keys));
+        context.learn(Entry::Keys { record, keys, change: ChangeKind::Creation, at });
+    };
+    context.learn(Entry::Creating { operation, keys: KeyHash::of_all(&keys), lead: true, at });
+    learn_keys("lead_1", &keys[..1]);
+    learn_keys("cont_1", &keys[1..]);
+    context.learn(Entry::Settled { operation });
+}
+
 #[tokio::test(start_paused = true)]
 async fn what_another_worker_has_created_since_a_look_up_is_not_created_again() {
     let context = context(&rules());
@@ -139,25 +156,40 @@ async fn what_another_worker_has_created_since_a_look_up_is_not_created_again() 
     let mut attempts = attempts(&context, &close, &jane);
     let other = async {
         tokio::time::sleep(Duration::from_millis(500)).await;
-        let theirs = InMemoryRecords::read(&[acme()], &[janes_contact()]);
-        close.state(|state| {
-            state.records.leads.extend(theirs.leads);
-            state.records.contacts.extend(theirs.contacts);
-        });
-        let (operation, at) = (Uuid::from_u128(1), context.now());
-        let learn_keys = |id: &str, keys: &[Key]| {
-            let (record, keys) = (RecordId::try_from(id.to_owned()).unwrap(), KeyHash::of_all(keys));
-            context.learn(Entry::Keys { record, keys, change: ChangeKind::Creation, at });
-        };
-        let keys = KeyHash::of_all(&jane.identity.keys());
-        context.learn(Entry::Creating { operation, keys, lead: true, at });
-        learn_keys("lead_1", &[Key::Company("acme".into())]);
-        learn_keys("cont_1", &jane.identity.person().collect::<Vec<_>>());
-        context.learn(Entry::Settled { operation });
+        create_elsewhere(&context, &close);
     };
     let (first, ()) = tokio::join!(attempts.run_once(), other);
     assert_eq!(first.err().unwrap().error, CloseError::Transient(Fault::NotYet));
     assert_eq!((close.written().len(), pending(&context, &jane).len()), (0, 0));
     attempts.run_once().await.ok().unwrap();
     assert_eq!(close.written(), ["update_lead", "update_contact"]);
+}
+
+/// The wait for budget after a 429 may be long.
+#[tokio::test(start_paused = true)]
+async fn a_lead_is_not_adopted_when_another_worker_has_created_one_meanwhile() {
+    for busy in [false, true] {
+        let context = context(&rules());
+        let lead = json!({"id": "lead_2", "date_created": "2026-01-01"});
+        let contact = json!({"id": "cont_2", "lead_id": "lead_2", "date_created": "2026-01-01",
+            "custom.cf_user": "u2", "emails": []});
+        let close = FakeClose::new(&context, &[lead], &[contact]);
+        let mut wait = Duration::from_millis(500);
+        if busy {
+            close.state(|state| state.faults.push_back(WriteFault::Busy));
+            wait += Duration::from_secs(1);
+        }
+        close.state(|state| state.budget_wait = Duration::from_secs(1));
+        let company = json!({"id": "acme", "name": "Acme"});
+        let bob = desired(&context, 2, json!({"userId": "u2", "traits": {"company": company}}));
+        let mut attempts = attempts(&context, &close, &bob);
+        let other = async {
+            tokio::time::sleep(wait).await;
+            create_elsewhere(&context, &close);
+        };
+        let (first, ()) = tokio::join!(attempts.run_once(), other);
+        assert_eq!(first.err().unwrap().error, CloseError::Transient(Fault::NotYet));
+        attempts.run_once().await.ok().unwrap();
+        assert_eq!(close.lead("lead_2").fields.len(), 0, "not adopted");
+    }
 }
