@@ -9,6 +9,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::close::{Api, Created, CreatedIds};
+use crate::domain::decision::Decision;
 use crate::domain::journal::{ChangeKind, Entry, KeyHash, RecordId};
 use crate::domain::mapping::{Identity, Key, KeyFields};
 use crate::domain::matching::{self, Found, compare, match_lead};
@@ -19,6 +20,7 @@ use crate::sync::context::Context;
 use crate::sync::id_cache::Change;
 use crate::sync::journal;
 use crate::sync::lag_guard::{Gap, Pending};
+use crate::sync::lookups::Reads;
 use crate::waits::WaitCause;
 
 /// What the attempts at a message remember while they repeat a look-up because search may have missed a record.
@@ -26,8 +28,8 @@ use crate::waits::WaitCause;
 pub(crate) struct GapWait {
     looks: u32,
     event_log: AskedEventLog,
-    /// Records that were known before a look-up. If it did not find them, they are gone, or somebody else's: the event log
-    /// says nothing new of them.
+    /// Records that a look-up has read, or that the event log had shown before it. If it did not find them, they are gone, or
+    /// somebody else's: the event log says nothing new of them.
     looked_at: HashSet<String>,
     /// What the event log has shown since the last look-up began. The id cache may have no room for it.
     shown: HashSet<String>,
@@ -37,10 +39,17 @@ pub(crate) struct GapWait {
 }
 
 impl GapWait {
-    /// A look-up begins, and these are known.
-    pub(super) fn looks_at(&mut self, known: HashSet<String>) {
-        self.looked_at.extend(known);
+    /// A look-up begins.
+    pub(super) fn looks_up(&mut self) {
         self.looked_at.extend(self.shown.drain());
+    }
+
+    /// It has ended. A Contact that is known by its email is not read where the user id decides.
+    pub(super) fn has_looked_up(&mut self, reads: &Reads, decision: &Decision) {
+        self.looked_at.extend(reads.keys().cloned());
+        let gone =
+            decision.candidates.iter().filter(|candidate| candidate.verdict == matching::Verdict::Gone);
+        self.looked_at.extend(gone.map(|candidate| candidate.id.clone()));
     }
 
     /// The look-up is about these creations. For others than before, the log is asked from the beginning.

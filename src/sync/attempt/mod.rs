@@ -197,7 +197,7 @@ impl<C: Api> Attempts<'_, C> {
         loop {
             let read_at = Instant::now();
             self.looked_at = self.context.write_log.now();
-            self.gap_wait.looks_at(id_cache.known(&hashes));
+            self.gap_wait.looks_up();
             self.context.forget_evicted();
             let pending = lag_guard.pending_with(&hashes);
             let gap = lag_guard.gap(&hashes, read_at, None);
@@ -219,6 +219,7 @@ impl<C: Api> Attempts<'_, C> {
             };
             let decided = resolver.decide(self.desired, &self.others).await;
             let decided = decided.map_err(|error| Failure { stage: Stage::LookUp, error })?;
+            self.gap_wait.has_looked_up(&decided.reads, &self.decision);
             self.settle_found(&pending, &decided.found);
             let is_anywhere = matches!(decided.found, Found::Anywhere { .. });
             let creates = decided.merged.creates();

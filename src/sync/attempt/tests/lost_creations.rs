@@ -135,6 +135,28 @@ async fn a_lead_without_the_company_does_not_settle_a_pending_creation() {
     }
 }
 
+/// The one that was created is known by its email, and the user id leads to another one.
+#[tokio::test(start_paused = true)]
+async fn a_contact_that_a_look_up_did_not_read_is_found_in_the_event_log() {
+    let context = context(&rules());
+    let theirs = json!({"id": "cont_2", "lead_id": "lead_2", "date_created": "2026-01-01",
+        "custom.cf_user": "u1", "emails": [{"type": "office", "email": "jane@acme.test"}]});
+    let close = FakeClose::new(&context, &[acme(), json!({"id": "lead_2"})], &[janes_contact(), theirs]);
+    let nothing = InMemoryRecords::default();
+    close.state(|state| state.search_shows = Some((nothing, Instant::now() + LONGEST_SEARCH_LAG)));
+    let jane = json!({"userId": "u1", "traits": {"email": "jane@acme.test", "title": "CEO"}});
+    let jane = desired(&context, 5, jane);
+    let change = Change { kind: ChangeKind::Creation, at: context.now() };
+    for (key, id) in jane.identity.person().zip(["cont_1", "cont_2"]) {
+        context.id_cache.changed(&[KeyHash::of(&key)], &RecordId::Contact(ContactId::new(id)), change);
+    }
+    let keys = KeyHash::of_all(&jane.identity.keys());
+    context.lag_guard.begin(Uuid::from_u128(1), keys, false, context.now());
+    show_in_event_log(&context, &close);
+    attempts(&context, &close, &jane).run_once().await.ok().unwrap();
+    assert_eq!(close.written(), ["update_contact", "update_contact"]);
+}
+
 /// Search has shown a younger creation, and would prove that the one without an answer did not happen. It did, and the
 /// event log shows it.
 async fn search_proves_too_much(context: &Context, close: &FakeClose, event: &Desired) {
