@@ -10,7 +10,10 @@
     reason = "a measurement ends with a panic if it cannot continue"
 )]
 
+mod plot;
+
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use close_sync::config::{Config, Need};
@@ -19,6 +22,8 @@ use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::{BasicProperties, Connection, ConnectionProperties};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
+
+use plot::Sample;
 
 const PEOPLE: usize = 1000;
 const COMPANIES: usize = 300;
@@ -33,6 +38,10 @@ const GROUPS: [(&str, &str, &str, f64); 6] = [
     ("create contact", "POST", "/contact/", 240.0),
     ("update", "PUT", "/", 240.0),
 ];
+
+/// How the worker's metrics begin to name the groups.
+const ENDPOINTS: [&str; 6] =
+    ["search", "read_lead", "read_contact", "create_lead", "create_contact", "update_"];
 
 /// The settings that avoid duplicates and keep values in order.
 const GUARDS_ON: [(&str, &str); 4] = [
@@ -244,32 +253,58 @@ impl Worker {
         worker
     }
 
-    /// The sum of the samples whose lines start with the prefix and contain the part.
+    /// The metrics.
+    async fn metrics(&self) -> String {
+        let Ok(answer) = reqwest::get(format!("http://{}/metrics", self.http)).await else {
+            return String::new();
+        };
+        answer.text().await.unwrap_or_default()
+    }
+
     async fn metric(&self, prefix: &str, part: &str) -> f64 {
-        let Ok(answer) = reqwest::get(format!("http://{}/metrics", self.http)).await else { return 0.0 };
-        let page = answer.text().await.unwrap_or_default();
+        Self::sum(&self.metrics().await, prefix, part)
+    }
+
+    /// The sum of the samples whose lines start with the prefix and contain the part.
+    fn sum(page: &str, prefix: &str, part: &str) -> f64 {
         let wanted = format!("close_sync_{prefix}");
         let lines = page
             .lines()
             .filter(|line| line.starts_with(&wanted) && line.contains(part) && !line.contains("handed_back"));
-        lines.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
+        let values = lines.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok());
+        values.filter(|value| !value.is_nan()).sum()
+    }
+
+    /// The sum of the samples of a group.
+    fn sum_of(page: &str, prefix: &str, group: usize) -> f64 {
+        Self::sum(page, prefix, &format!("endpoint=\"{}", ENDPOINTS[group]))
     }
 
     /// The worker's calls by group, and the calls answered with 429.
     async fn calls(&self) -> ([f64; 6], f64) {
-        let mut calls = [0.0; 6];
-        for (group, endpoint) in
-            ["search", "read_lead", "read_contact", "create_lead", "create_contact", "update_"]
-                .into_iter()
-                .enumerate()
-        {
-            calls[group] = self.metric("close_requests_total", &format!("endpoint=\"{endpoint}")).await;
+        let page = self.metrics().await;
+        let calls = std::array::from_fn(|group| Self::sum_of(&page, "close_requests_total", group));
+        (calls, Self::sum(&page, "close_requests_total", "rate_limited"))
+    }
+
+    /// What the metrics say about a drain that began at `start`, and ends when `wanted` messages are settled.
+    fn sample(page: &str, start: Instant, wanted: f64) -> Sample {
+        let sum = |prefix: &str, group: usize| Self::sum_of(page, prefix, group);
+        let left = |group: usize| {
+            let (left, of) = (sum("rate_limit_remaining_calls", group), sum("rate_limit_calls", group));
+            // Before the first answer, nothing is used.
+            if of > 0.0 { 100.0 * left / of } else { 100.0 }
+        };
+        Sample {
+            at: start.elapsed().as_secs_f64(),
+            backlog: wanted - Self::sum(page, "messages_settled_total", ""),
+            calls: std::array::from_fn(|group| sum("close_requests_total", group)),
+            budget: std::array::from_fn(left),
         }
-        (calls, self.metric("close_requests_total", "rate_limited").await)
     }
 
     /// Publishes events and waits until all are settled.
-    async fn drain(&self, events: &[Value]) -> Duration {
+    async fn drain(&self, events: &[Value]) -> (Duration, Vec<Sample>) {
         let before = self.metric("messages_settled_total", "").await;
         let channel = self.connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
@@ -292,10 +327,16 @@ impl Worker {
         channel.wait_for_confirms().await.unwrap();
         #[expect(clippy::cast_precision_loss, reason = "small counts")]
         let wanted = before + events.len() as f64;
-        while self.metric("messages_settled_total", "").await < wanted {
+        let mut samples = Vec::new();
+        loop {
+            let sample = Self::sample(&self.metrics().await, start, wanted);
+            let is_done = sample.backlog <= 0.0;
+            samples.push(sample);
+            if is_done {
+                return (start.elapsed(), samples);
+            }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
-        start.elapsed()
     }
 
     async fn end(self) {
@@ -391,6 +432,7 @@ async fn main() {
     let amqp = arguments.iter().find(|argument| argument.starts_with("amqp")).unwrap().clone();
     let only =
         arguments.iter().find_map(|argument| argument.strip_prefix("only=")).unwrap_or_default().to_owned();
+    let plot = arguments.iter().find_map(|argument| argument.strip_prefix("plot=")).map(PathBuf::from);
     println!(
         "{count} events, {PEOPLE} people, {COMPANIES} companies; limits of a window of 8 s: search 16, others 240\n"
     );
@@ -414,7 +456,7 @@ async fn main() {
         }
         let before = worker.calls().await;
         let other = row.shared.then(|| other(&close));
-        let took = worker.drain(&work.events).await;
+        let (took, samples) = worker.drain(&work.events).await;
         if let Some(other) = other {
             other.abort();
         }
@@ -436,6 +478,11 @@ async fn main() {
         }
         .print();
         worker.end().await;
+        if let Some(path) = &plot {
+            let title = format!("{count} events, {}", row.name);
+            plot::draw(path, &title, GROUPS.map(|(name, ..)| name), &samples).unwrap();
+            return;
+        }
     }
     if !only.is_empty() {
         return;
