@@ -133,8 +133,8 @@ fn work(count: usize, warm: bool) -> Work {
 }
 
 /// A simulator that already has the people and companies.
-async fn close() -> Simulator {
-    let settings = Settings { limits: Limits::documented(), ..Settings::default() }
+async fn close(limits: Limits) -> Simulator {
+    let settings = Settings { limits, ..Settings::default() }
         .with(|close| close.search_lag = Lag::Fixed(Duration::from_secs(2)));
     let simulator = Simulator::start(settings, "127.0.0.1:0".parse().unwrap()).await.unwrap();
     for company in 0..COMPANIES {
@@ -306,9 +306,25 @@ impl Worker {
     /// Publishes events and waits until all are settled.
     async fn drain(&self, events: &[Value]) -> (Duration, Vec<Sample>) {
         let before = self.metric("messages_settled_total", "").await;
+        let start = Instant::now();
+        self.publish(events).await;
+        #[expect(clippy::cast_precision_loss, reason = "small counts")]
+        let wanted = before + events.len() as f64;
+        let mut samples = Vec::new();
+        loop {
+            let sample = Self::sample(&self.metrics().await, start, wanted);
+            let is_done = sample.backlog <= 0.0;
+            samples.push(sample);
+            if is_done {
+                return (start.elapsed(), samples);
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    async fn publish(&self, events: &[Value]) {
         let channel = self.connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
-        let start = Instant::now();
         for event in events {
             let body = event.to_string();
             let properties = BasicProperties::default().with_delivery_mode(2);
@@ -325,18 +341,7 @@ impl Worker {
                 .unwrap();
         }
         channel.wait_for_confirms().await.unwrap();
-        #[expect(clippy::cast_precision_loss, reason = "small counts")]
-        let wanted = before + events.len() as f64;
-        let mut samples = Vec::new();
-        loop {
-            let sample = Self::sample(&self.metrics().await, start, wanted);
-            let is_done = sample.backlog <= 0.0;
-            samples.push(sample);
-            if is_done {
-                return (start.elapsed(), samples);
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
+        channel.close(200, "done".into()).await.unwrap();
     }
 
     async fn end(self) {
@@ -344,6 +349,39 @@ impl Worker {
         tokio::task::spawn_blocking(|| self.thread.join()).await.unwrap().unwrap();
         self.connection.close(200, "bye".into()).await.unwrap();
     }
+}
+
+/// Measures the time from the publishing of an event to the first call to Close, while nothing else is waiting.
+async fn idle(count: usize, amqp: &str) {
+    let close = close(Limits::unlimited()).await;
+    let worker = Worker::start(amqp, &close, "idle", &ROWS[0]).await;
+    let known: Vec<Value> = (0..PEOPLE).map(|n| person(n, n % COMPANIES, "CEO")).collect();
+    worker.drain(&known).await;
+    println!("{count} events each, one after the other: milliseconds from publishing to the first call\n");
+    println!("{:<16} {:>6} {:>6} {:>6}", "", "p50", "p99", "max");
+    let changed = (0..count).map(|n| person(n % PEOPLE, n % PEOPLE % COMPANIES, &format!("CEO {n}")));
+    let new = (0..count).map(|n| person(PEOPLE + n, n % COMPANIES, "CEO"));
+    for (name, events) in
+        [("a known person", changed.collect::<Vec<_>>()), ("a new person", new.collect::<Vec<_>>())]
+    {
+        let mut times = Vec::with_capacity(count);
+        for event in events {
+            let published = jiff::Timestamp::now();
+            worker.publish(std::slice::from_ref(&event)).await;
+            // Reading the metrics would be work for the worker.
+            let first = loop {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                if let Some(first) = close.requests().into_iter().find(|request| request.at >= published) {
+                    break first.at;
+                }
+            };
+            times.push(first.duration_since(published).as_secs_f64() * 1000.0);
+        }
+        times.sort_by(f64::total_cmp);
+        let of = |share: usize| times[(count - 1) * share / 100];
+        println!("{name:<16} {:>6.1} {:>6.1} {:>6.1}", of(50), of(99), of(100));
+    }
+    worker.end().await;
 }
 
 /// Another client with the same key. It makes half of the allowed calls.
@@ -432,6 +470,9 @@ async fn main() {
     let amqp = arguments.iter().find(|argument| argument.starts_with("amqp")).unwrap().clone();
     let only =
         arguments.iter().find_map(|argument| argument.strip_prefix("only=")).unwrap_or_default().to_owned();
+    if arguments.iter().any(|argument| argument == "idle") {
+        return idle(count, &amqp).await;
+    }
     let plot = arguments.iter().find_map(|argument| argument.strip_prefix("plot=")).map(PathBuf::from);
     println!(
         "{count} events, {PEOPLE} people, {COMPANIES} companies; limits of a window of 8 s: search 16, others 240\n"
@@ -446,7 +487,7 @@ async fn main() {
     );
     for (number, row) in ROWS.iter().enumerate().filter(|(_, row)| row.name.contains(&only)) {
         let work = work(count, row.warm);
-        let close = close().await;
+        let close = close(Limits::documented()).await;
         let worker = Worker::start(&amqp, &close, &format!("budget-{number}"), row).await;
         if row.warm {
             let people: Vec<Value> = (0..PEOPLE).map(|n| person(n, n % COMPANIES, "CEO")).collect();
@@ -490,7 +531,7 @@ async fn main() {
     // It is slow, so it processes only a part of the events.
     let work = work(count, false);
     let part = &work.events[..count.min(60)];
-    let close = close().await;
+    let close = close(Limits::documented()).await;
     let took = plain_client(&close, part).await;
     let (calls, busy) = Figures::count(&close);
     let scale = count as f64 / part.len() as f64;
