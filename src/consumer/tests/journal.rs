@@ -83,6 +83,28 @@ async fn another_process_knows_what_was_created_before_search_shows_it() {
     assert_eq!(creations(&other), created);
 }
 
+/// A newer version wrote all but the last entries. A creation may have been sent two hours after it was written down: here
+/// that is the timeout of a call.
+#[tokio::test(start_paused = true)]
+async fn entries_that_cannot_be_read_matter_for_as_long_as_search_can_lag() {
+    for (hours, waits) in [(25, true), (27, false)] {
+        let harness = harness_with_old_journal().await;
+        harness.journal.messages.send_modify(|messages| {
+            let readable = messages.pop();
+            messages.iter_mut().for_each(|message| *message = br#"{"v":2}"#.to_vec());
+            messages.extend(readable);
+        });
+        tokio::time::sleep(Duration::from_hours(hours)).await;
+        let other = harness.restart();
+        let session = other.start();
+        let before = creations(&other);
+        session.deliver("1", &event("jane", "acme"));
+        tokio::time::sleep(Duration::from_mins(1)).await;
+        assert_eq!(creations(&other) == before, waits, "{hours}");
+        session.stop().await;
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_standby_reads_before_its_first_delivery() {
     let harness = harness_with_old_journal().await;
