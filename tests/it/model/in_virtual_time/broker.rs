@@ -134,6 +134,15 @@ impl Broker {
         self.dispatch();
     }
 
+    /// Whether a worker has the message, or will get it, and has not acked it. An earlier ack may have been lost.
+    pub(super) fn is_open(&self, number: usize) -> bool {
+        let is_unacked = |consumer: &Consumer| {
+            let mut unacked = consumer.unacked.iter();
+            unacked.any(|(tag, message)| message.number == number && !consumer.acks.contains(tag))
+        };
+        self.ready.iter().any(|message| message.number == number) || self.consumers.iter().any(is_unacked)
+    }
+
     /// Whether all messages are settled.
     pub(super) fn is_empty(&self) -> bool {
         self.delayed == 0
@@ -195,8 +204,11 @@ fn unacked_messages_return_in_order_and_go_to_the_next_consumer() {
     broker.ack_sent(first, received[1].0);
     assert_eq!(broker.ack_arrives(first), Some(1));
     assert_eq!(numbers(&mut to_first).len(), 1);
+    assert_eq!([0, 1, 2, 3].map(|number| broker.is_open(number)), [true, false, true, true]);
     broker.ack_sent(first, received[0].0);
+    assert!(!broker.is_open(0), "acked");
     broker.unsubscribe(first, false);
+    assert!(broker.is_open(0), "the ack was lost");
     assert_eq!(broker.active(), Some(second));
     let received = numbers(&mut to_second);
     assert_eq!(received.iter().map(|(_, number)| *number).collect::<Vec<_>>(), [0, 2]);

@@ -232,9 +232,12 @@ impl World {
         let Some(number) = text.and_then(|text| text.get(1..)?.parse().ok()) else { return };
         let newest = self.newest_written.lock().unwrap().insert(path.to_owned(), number);
         // An unsettled event will be written again.
-        let (numbers, settled) = (self.numbers.lock().unwrap(), self.settled.lock().unwrap());
-        let is_settled =
-            |at: &usize| numbers.get(at).into_iter().flatten().all(|number| settled.contains_key(number));
+        let (broker, numbers, settled) =
+            (self.broker(), self.numbers.lock().unwrap(), self.settled.lock().unwrap());
+        let is_settled = |at: &usize| {
+            let mut numbers = numbers.get(at).into_iter().flatten();
+            numbers.all(|number| settled.contains_key(number) && !broker.is_open(*number))
+        };
         let is_final = |newest: &usize| *newest > number && is_settled(newest);
         if let Some(newest) = newest.filter(is_final) {
             self.overwritten
