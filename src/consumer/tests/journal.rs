@@ -91,7 +91,9 @@ async fn entries_that_cannot_be_read_matter_for_as_long_as_search_can_lag() {
         let harness = harness_with_old_journal().await;
         harness.journal.messages.send_modify(|messages| {
             let readable = messages.pop();
-            messages.iter_mut().for_each(|message| *message = br#"{"v":2}"#.to_vec());
+            for message in messages.iter_mut() {
+                *message = br#"{"v":2}"#.to_vec();
+            }
             messages.extend(readable);
         });
         tokio::time::sleep(Duration::from_hours(hours)).await;
