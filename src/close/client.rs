@@ -31,6 +31,7 @@ use crate::domain::mapping::{Identity, KeyFields};
 use crate::domain::plan::Step;
 use crate::domain::record::{Contact, ContactId, FieldId, Lead, LeadId};
 use crate::domain::schema::{CustomField, Item, User};
+use crate::domain::time;
 use crate::waits::Waits;
 
 /// More members than any organization has: a list of them that goes on is not Close's.
@@ -296,6 +297,7 @@ impl Api for Client {
             None => wire::list_path(endpoint).to_owned(),
         };
         let Some(acquired) = permit.take() else { return Ok(None) };
+        let sent = Instant::now();
         let answer = match self.requests.send_once(acquired, endpoint, &path, &body).await {
             // The answer has all Contacts of the Lead. The status says that Close applied the changes.
             Err(CloseError::Transient(Fault::TooLarge)) if endpoint == Endpoint::UpdateLead => {
@@ -311,14 +313,22 @@ impl Api for Client {
             answer => answer?,
         };
         let Some(Answer(answer)) = answer else { return Ok(None) };
-        Ok(Some(match step {
+        let (written, created) = match step {
             Step::CreateLead { .. } | Step::UpdateLead { .. } => {
-                Written::Lead(wire::read_lead_with_contacts(&answer)?)
+                let lead = wire::read_lead_with_contacts(&answer)?;
+                let created = time::read_back(&lead.lead.date_created);
+                (Written::Lead(lead), created)
             }
             Step::CreateContact { .. } | Step::UpdateContact { .. } => {
-                Written::Contact(wire::read_contact(&answer)?)
+                let contact = wire::read_contact(&answer)?;
+                let created = time::read_back(&contact.date_created);
+                (Written::Contact(contact), created)
             }
-        }))
+        };
+        if let Some(created) = created.filter(|_| step.creates()) {
+            self.clock().synchronize(created, sent.elapsed());
+        }
+        Ok(Some(written))
     }
 
     async fn created_between(&self, since: Timestamp, until: Timestamp) -> Result<Created, CloseError> {

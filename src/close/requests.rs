@@ -257,12 +257,7 @@ impl Requests {
             tracing::info!(endpoint = endpoint.label(), "Close no longer answers with 429");
         }
         match answer.status.as_u16() {
-            200..=299 => {
-                if let Some(date) = answer.date() {
-                    self.clock.synchronize(date, started.elapsed());
-                }
-                Ok(Some(answer.body))
-            }
+            200..=299 => Ok(Some(answer.body)),
             429 => {
                 let reset = limit.filter(|limit| limit.remaining == 0).map(|limit| limit.reset);
                 let retry_after = || headers::retry_after(header);

@@ -4,7 +4,6 @@
 //! time. Thousands of deterministic runs with lost responses and a lagging search index then take seconds.
 
 use futures_util::future::BoxFuture;
-use jiff::Timestamp;
 use reqwest::header::{self, HeaderMap};
 use reqwest::{Method, StatusCode};
 use secrecy::{ExposeSecret, SecretString};
@@ -13,7 +12,6 @@ use tracing::Span;
 use url::Url;
 
 use crate::close::error::{CloseError, ErrorAnswer, Fault};
-use crate::close::rate_limit::headers;
 use crate::close::rejection::MAX_ERROR_BODY;
 use crate::close::settings::Settings;
 use crate::text::line;
@@ -55,22 +53,12 @@ impl Response {
         self.headers.get(name).and_then(|value| value.to_str().ok())
     }
 
-    /// When Close made the answer. `None` if it may come from a cache, or from something else than Close.
-    pub(crate) fn date(&self) -> Option<Timestamp> {
-        let is_cached = self.header("age").is_some();
-        self.header("date").filter(|_| self.is_json() && !is_cached).and_then(headers::date)
-    }
-
-    fn is_json(&self) -> bool {
-        self.header("content-type").is_some_and(|kind| kind.contains("json"))
-    }
-
     /// The error of an answer whose status is neither 2xx nor 429. `to_write`: the call creates or changes a record.
     pub(crate) fn error(&self, to_write: bool) -> CloseError {
         CloseError::of_answer(&ErrorAnswer {
             status: self.status.as_u16(),
             to_write,
-            is_json: self.is_json(),
+            is_json: self.header("content-type").is_some_and(|kind| kind.contains("json")),
             location: self.header("location"),
             body: &self.body,
         })
@@ -170,57 +158,7 @@ fn fault(error: &reqwest::Error) -> CloseError {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
-    use futures_util::FutureExt;
-    use reqwest::header::HeaderValue;
-
     use super::*;
-    use crate::close::clock::Clock;
-    use crate::close::endpoint::Endpoint;
-    use crate::close::requests::Requests;
-
-    /// An answer of this time.
-    #[derive(Clone)]
-    struct Dated(Vec<(&'static str, &'static str)>);
-
-    impl Transport for Dated {
-        fn send<'a>(
-            &'a self,
-            _: Method,
-            _: &'a str,
-            _: Option<&'a Value>,
-            _: usize,
-        ) -> BoxFuture<'a, Result<Response, CloseError>> {
-            let mut response = Response::with_status(200, "{}");
-            let date = ("date", "Fri, 01 Jan 2100 00:00:00 GMT");
-            for (name, value) in self.0.iter().chain(&[date]) {
-                response.headers.insert(*name, HeaderValue::from_static(value));
-            }
-            std::future::ready(Ok(response)).boxed()
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn answers_of_close_tell_the_time() {
-        let json = ("content-type", "application/json; charset=UTF-8");
-        let (now, date) = (Timestamp::UNIX_EPOCH, "2100-01-01T00:00:00Z".parse().unwrap());
-        for (headers, told) in [
-            (vec![json], date),
-            (vec![json, ("age", "0")], now),
-            (vec![("content-type", "text/html")], now),
-            (vec![], now),
-        ] {
-            let clock = Clock::new(move || now);
-            let requests = Requests::new(Dated(headers.clone()), Duration::from_secs(9), 1.0, |_| {});
-            let requests = requests.with_clock(clock.clone());
-            // One answer does not prove such a difference.
-            for _ in 0..2 {
-                requests.request::<Value>(Endpoint::Search, "data/search/", None).await.unwrap();
-            }
-            assert_eq!(clock.now(), told, "{headers:?}");
-        }
-    }
 
     #[test]
     fn a_path_cannot_leave_the_base_of_the_api() {

@@ -2,8 +2,6 @@
 
 use std::time::Duration;
 
-use jiff::Timestamp;
-
 /// The rate limit of an endpoint group, as reported by one response.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct RateLimit {
@@ -57,17 +55,16 @@ pub(crate) fn seconds(text: &str) -> Option<Duration> {
     Some(seconds.min(LONGEST_WAIT))
 }
 
-/// Parses the time of a header.
-pub(crate) fn date(text: &str) -> Option<Timestamp> {
-    jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(text.trim()).ok()
-}
-
 /// The wait that `Retry-After` asks for: seconds, or a date. A date is compared with that of the answer, because clocks
 /// differ.
 pub(crate) fn retry_after<'a>(header: impl Fn(&str) -> Option<&'a str>) -> Option<Duration> {
     let text = header("retry-after")?;
+    let date = |text: &str| {
+        let parsed = jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(text.trim());
+        parsed.ok()
+    };
     let until = || {
-        let now = header("date").and_then(date).unwrap_or_else(Timestamp::now);
+        let now = header("date").and_then(date).unwrap_or_else(jiff::Timestamp::now);
         let wait = Duration::try_from(date(text)?.duration_since(now)).unwrap_or_default();
         Some(wait.min(LONGEST_WAIT))
     };

@@ -12,7 +12,6 @@ use close_sync::close::{CloseError, Fault, Response, Transport};
 use close_sync_simulator::{Offline, Reply, Settings};
 use futures_util::future::BoxFuture;
 use jiff::Timestamp;
-use jiff::fmt::rfc2822::DateTimePrinter;
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use reqwest::{Method, StatusCode};
 use serde_json::Value;
@@ -130,7 +129,7 @@ impl World {
 
     /// Close's answer to a call that arrives now.
     pub(super) fn answer(&self, method: &Method, path: &str, body: Option<&Value>) -> Response {
-        to_response(self.close().ask(KEY, method.as_str(), path, body, self.now()), self.now())
+        to_response(self.close().ask(KEY, method.as_str(), path, body, self.now()))
     }
 
     /// An ack arrives.
@@ -414,7 +413,7 @@ async fn deliver(
         }
         reply
     });
-    let (status, answered) = (reply.as_ref().map(|reply| reply.status), world.now());
+    let status = reply.as_ref().map(|reply| reply.status);
     world.log(format_args!("{call} -> {status:?}, {:?}", outcome.result));
     if outcome.result == CallResult::NoResponse {
         // The client times out first.
@@ -423,7 +422,7 @@ async fn deliver(
     }
     tokio::time::sleep(outcome.response_latency).await;
     let answered = match (outcome.result, reply) {
-        (CallResult::Answer, Some(reply)) => Ok(to_response(reply, answered)),
+        (CallResult::Answer, Some(reply)) => Ok(to_response(reply)),
         (CallResult::Status(status), _) => Ok(error_response(status)),
         (CallResult::Answer | CallResult::Lost | CallResult::Unreachable | CallResult::NoResponse, _) => {
             Err(CloseError::Transient(Fault::ConnectionLost))
@@ -433,13 +432,10 @@ async fn deliver(
     let _ = answer.send(answered);
 }
 
-fn to_response(reply: Reply, answered: Timestamp) -> Response {
-    let date = DateTimePrinter::new().timestamp_to_rfc9110_string(&answered).unwrap();
-    let more = [("date", date), ("content-type", "application/json".to_owned())];
+fn to_response(reply: Reply) -> Response {
     let headers = reply
         .headers
         .into_iter()
-        .chain(more)
         .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_str(&value).unwrap()));
     Response {
         status: StatusCode::from_u16(reply.status).unwrap(),
