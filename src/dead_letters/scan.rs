@@ -9,8 +9,8 @@
 //! is killed, only the first of them are in the batch, and RabbitMQ puts what returns behind what returned before
 //! (measured on 3.10.8). No command depends on the order of the queue: limits and replays go by the time of failure.
 //!
-//! **A scan that ends early** takes no more than it must: what returns is then behind the rest. So a replay, which takes its
-//! batches from the front, passes each dead letter once.
+//! **A scan that ends early** takes no more than it must, unless hardly any is selected: what returns is then behind the rest. So
+//! a replay, which takes its batches from the front, passes each dead letter once.
 //!
 //! **One scan at a time.** While one operator has the whole batch, another would see an empty queue. A scan therefore
 //! holds a lock: an exclusive queue with a fixed name. RabbitMQ deletes it with the connection, so a killed process
@@ -100,6 +100,8 @@ pub(crate) struct HeldLetter {
     acker: Acker,
 }
 
+/// Where less than one of so many is selected, more are taken than are missing.
+const RARE: usize = 20;
 /// Most deliveries in the buffer. Their bodies are in memory, here and in RabbitMQ.
 const PREFETCH: u16 = 5000;
 /// After this time without a delivery the rest is gone: another client took it, or the queue lost it.
@@ -226,17 +228,15 @@ impl<'a> DeadLetterQueue<'a> {
             with_timeout(topology::depth(&self.connection, &self.settings.dead_letter_queue())).await?;
         let ready = depth.map_or(0, |depth| depth.ready);
         let mut deleted = Vec::new();
-        let mut is_over = false;
+        let mut is_over = most == 0;
         while !is_over
             && let Some(left) = usize::try_from(ready).unwrap_or(usize::MAX).checked_sub(batch.found)
             && left > 0
         {
             // One consumer takes at most so many, and keeps them until they are settled. The next consumer continues
             // with a tag that sorts behind it: RabbitMQ returns messages in the order of consumer tags.
-            let wanted = left.min(most.saturating_sub(batch.kept.len()));
-            if wanted == 0 {
-                break;
-            }
+            let missing = most.saturating_sub(batch.kept.len());
+            let wanted = at_once(missing, most, batch.found).min(left);
             let credit = u16::try_from(wanted).unwrap_or(u16::MAX).min(PREFETCH);
             let mut taken = 0;
             let tag = format!("look-{:09}", batch.found);
@@ -268,6 +268,7 @@ impl<'a> DeadLetterQueue<'a> {
                     Disposition::Keep => batch.kept.push_back(HeldLetter { letter, acker: delivery.acker }),
                     Disposition::Delete => deleted.push(tag),
                 }
+                is_over |= batch.kept.len() >= most;
                 observer(ScanStep::Scanned { at: batch.found, of: ready });
             }
             // Before anything is returned: RabbitMQ would deliver it again at once.
@@ -414,6 +415,15 @@ impl HeldLetter {
     }
 }
 
+/// How many dead letters to take at once. `missing` of `most` are not kept yet, after `found` were looked at.
+///
+/// What is taken in vain returns behind the rest. Where hardly one is selected, that matters less than the time to take each
+/// alone.
+fn at_once(missing: usize, most: usize, found: usize) -> usize {
+    let is_rare = found > most.saturating_mul(RARE);
+    if is_rare { missing.max(found) } else { missing }
+}
+
 /// Acquires a lock: an exclusive queue, which only one connection can have. RabbitMQ does not report when another
 /// connection releases it, so this polls.
 pub(crate) async fn acquire_lock(
@@ -468,4 +478,32 @@ fn is_missing(error: &lapin::Error) -> bool {
 /// AMQP reply code 405, resource locked.
 fn is_locked(error: &lapin::Error) -> bool {
     matches!(error.kind(), ErrorKind::ProtocolError(amqp) if amqp.get_id() == 405)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How often a scan takes dead letters until it has so many of those that it wants, each `every`th one, and how many it
+    /// takes that are behind the last of them.
+    fn scan(every: usize, most: usize) -> (usize, usize) {
+        let (mut times, mut found) = (0, 0);
+        while found / every < most {
+            found += at_once(most - found / every, most, found);
+            times += 1;
+        }
+        (times, found - every * most)
+    }
+
+    #[test]
+    fn a_scan_takes_exactly_what_it_wants_or_finds_rare_ones_soon() {
+        for (every, most) in [(1, 500), (2, 500), (3, 500), (10, 500), (20, 500), (1, 1), (10, 1)] {
+            let (times, in_vain) = scan(every, most);
+            assert!(times < 150 && in_vain == 0, "{every} {most}: {times}, {in_vain}");
+        }
+        for (every, most) in [(100, 500), (14_000, 1), (100_000, 1), (1000, 10)] {
+            let (times, in_vain) = scan(every, most);
+            assert!(times < 150 && in_vain < every * most, "{every} {most}: {times}, {in_vain}");
+        }
+    }
 }
