@@ -9,8 +9,9 @@
 //! is killed, only the first of them are in the batch, and RabbitMQ puts what returns behind what returned before
 //! (measured on 3.10.8). No command depends on the order of the queue: limits and replays go by the time of failure.
 //!
-//! **A scan that ends early** takes no more than it must, unless hardly any is selected: what returns is then behind the rest. So
-//! a replay, which takes its batches from the front, passes each dead letter once.
+//! **A scan that ends early** takes no more than it must, unless hardly any is selected. RabbitMQ puts what returns behind what
+//! returned before, and a scan of the whole queue has returned everything once. So a replay, which takes its batches from the
+//! front, passes each dead letter once where the queue has the order of the failures.
 //!
 //! **One scan at a time.** While one operator has the whole batch, another would see an empty queue. A scan therefore
 //! holds a lock: an exclusive queue with a fixed name. RabbitMQ deletes it with the connection, so a killed process
@@ -91,8 +92,10 @@ pub(crate) struct Batch {
     channel: Channel,
     /// The dead-letter queue.
     queue: String,
-    lock: Option<Channel>,
+    /// The channel that holds the lock.
+    lock: Channel,
     lock_name: String,
+    is_locked: bool,
 }
 
 pub(crate) struct HeldLetter {
@@ -205,8 +208,9 @@ impl<'a> DeadLetterQueue<'a> {
             to_return: Vec::new(),
             channel,
             queue: self.settings.dead_letter_queue(),
-            lock: Some(lock),
+            lock,
             lock_name: name,
+            is_locked: true,
         };
         match self.fill(&mut batch, kept, decide, observer).await {
             Ok(()) => Ok(batch),
@@ -372,35 +376,47 @@ impl Batch {
     /// Returns all that is not kept and releases the lock. Other operators do not see what is kept. The order of what is
     /// returned may change.
     pub(crate) async fn return_others(&mut self) -> Result<(), BrokerError> {
-        let returned = std::mem::take(&mut self.to_return);
+        let (returned, before) = (std::mem::take(&mut self.to_return), self.ready().await);
         let number = returned.len();
         for tag in returned {
             let requeue = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
             self.channel.basic_nack(tag, requeue).await?;
         }
-        self.release_lock(number).await;
+        self.wait_until_ready(before, number).await;
+        self.release_lock().await;
         Ok(())
     }
 
     /// Returns everything that was not deleted and releases the lock.
     pub(crate) async fn close(mut self) {
         tokio::time::sleep(ACK_FLUSH_TIME).await;
+        let before = self.ready().await;
         let _ = self.channel.close(200, "done".into()).await;
-        self.release_lock(self.to_return.len() + self.kept.len()).await;
+        self.wait_until_ready(before, self.to_return.len() + self.kept.len()).await;
+        self.release_lock().await;
+        let _ = self.lock.close(200, "done".into()).await;
     }
 
-    /// Releases the lock when the queue shows all that was returned: the next operator must find it.
-    async fn release_lock(&mut self, returned: usize) {
-        let Some(lock) = self.lock.take() else { return };
+    /// How many dead letters nobody holds.
+    async fn ready(&self) -> Option<usize> {
+        let depth = topology::depth_on(&self.lock, &self.queue).await.ok()??;
+        usize::try_from(depth.ready).ok()
+    }
+
+    /// Waits until the queue shows what was returned to what was there before: the next one must find it.
+    async fn wait_until_ready(&self, before: Option<usize>, returned: usize) {
         let deadline = Instant::now() + RETURNED_WITHIN;
-        while let Ok(Some(depth)) = topology::depth_on(&lock, &self.queue).await
-            && usize::try_from(depth.ready).is_ok_and(|ready| ready < returned)
-            && Instant::now() < deadline
-        {
+        let all = before.unwrap_or_default().saturating_add(returned);
+        while self.ready().await.is_some_and(|ready| ready < all) && Instant::now() < deadline {
             tokio::time::sleep(RETURNED_POLL).await;
         }
-        let _ = lock.queue_delete(self.lock_name.as_str().into(), QueueDeleteOptions::default()).await;
-        let _ = lock.close(200, "done".into()).await;
+    }
+
+    async fn release_lock(&mut self) {
+        if std::mem::take(&mut self.is_locked) {
+            let (name, options) = (self.lock_name.as_str().into(), QueueDeleteOptions::default());
+            let _ = self.lock.queue_delete(name, options).await;
+        }
     }
 }
 

@@ -327,7 +327,7 @@ impl Session<'_> {
         };
         let batch = self.queue.take_at_most(requested.len(), decide, observer).await?;
         let batch = self.batch.insert(batch);
-        // An edit that was interrupted since this replay began: the copy is in this batch, too.
+        // An edit that was interrupted since this replay began, if its copy was taken, too.
         let replaced = batch.delete_those(|letter| replaced.contains(letter)).await?;
         if !exclusive {
             batch.return_others().await?;
