@@ -57,16 +57,23 @@ impl Clock {
         time.saturating_add(began.elapsed()).unwrap_or(Timestamp::MAX)
     }
 
+    /// The machine may have been suspended: the monotonic clock stood still, and the machine's own counts.
+    pub(crate) fn restart(&self) {
+        let own = (self.own)();
+        self.with(|state| state.since = state.since.map(|_| (Instant::now(), own)));
+    }
+
     /// Close created a record at this time, perhaps in whole seconds. The answer has just arrived, this long after the call
     /// was sent.
     pub fn synchronize(&self, created: Timestamp, took: Duration) {
         let took = SignedDuration::try_from(took).unwrap_or(SignedDuration::MAX);
+        let machine = (self.own)();
         let differs = self.with(|state| {
             let own = self.own_time(*state);
             state.since.get_or_insert_with(|| (Instant::now(), own));
             let least = created.duration_since(own);
             let most = least.saturating_add(took).saturating_add(SignedDuration::from_secs(1));
-            state.narrow(least, most)
+            state.narrow(least, most, own.duration_since(machine))
         });
         if let Some(ahead) = differs {
             tracing::warn!(
@@ -79,10 +86,16 @@ impl Clock {
 }
 
 impl State {
-    /// Close's clock is ahead by a time between these. Returns a large difference that is new.
-    fn narrow(&mut self, least: SignedDuration, most: SignedDuration) -> Option<SignedDuration> {
-        let ahead = self.ahead.clamp(least, most);
-        self.ahead = ahead;
+    /// Close's clock is ahead by a time between these. The machine's has `moved` since it was read. Returns a large difference
+    /// to the machine's that is new.
+    fn narrow(
+        &mut self,
+        least: SignedDuration,
+        most: SignedDuration,
+        moved: SignedDuration,
+    ) -> Option<SignedDuration> {
+        self.ahead = self.ahead.clamp(least, most);
+        let ahead = self.ahead.saturating_add(moved);
         let is_logged = ahead.saturating_sub(self.logged).abs() < LARGE;
         let differs = ahead.abs() >= LARGE && !is_logged;
         if differs || ahead.abs() < LARGE {
@@ -144,6 +157,10 @@ mod tests {
         own.store(90_000, Relaxed);
         tokio::time::advance(Duration::from_secs(7)).await;
         assert_eq!(clock.now(), at(2010));
+        // It was suspended.
+        own.store(5000, Relaxed);
+        clock.restart();
+        assert_eq!(clock.now(), at(5003));
     }
 
     #[tokio::test(start_paused = true)]
@@ -194,7 +211,9 @@ mod tests {
     fn a_difference_is_logged_once() {
         let seconds = SignedDuration::from_secs;
         let mut state = State::default();
-        let mut narrow = |ahead| state.narrow(seconds(ahead), seconds(ahead)).map(|ahead| ahead.as_secs());
+        let mut narrow = |ahead| {
+            state.narrow(seconds(ahead), seconds(ahead), SignedDuration::ZERO).map(|ahead| ahead.as_secs())
+        };
         let differences = [20, 60, 65, 60, 95, 100, 10, 60].map(&mut narrow);
         assert_eq!(differences, [None, Some(60), None, None, Some(95), None, None, Some(60)]);
     }

@@ -187,6 +187,7 @@ impl<'a> Consumer<'a> {
     ) -> Self {
         let resume = Resume::after(session.paused_before);
         context.worker.stall_guard().arm(stall_limit);
+        context.worker.restart_clock();
         let mut heartbeat = tokio::time::interval(StallGuard::heartbeat_interval(stall_limit));
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Self {
