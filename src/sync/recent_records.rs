@@ -80,7 +80,8 @@ impl State {
         match (self, other) {
             (Self::Lead(_), Self::Lead(_) | Self::Elsewhere(Some(_)))
             | (Self::Contact(_), Self::Contact(_) | Self::Elsewhere(Some(_)))
-            | (Self::Elsewhere(_), Self::Lead(_) | Self::Contact(_)) => {
+            | (Self::Elsewhere(_), Self::Lead(_) | Self::Contact(_))
+            | (Self::Elsewhere(Some(_)), Self::Elsewhere(Some(_))) => {
                 is_newer(self.updated(), other.updated())
             }
             // The other says nothing new, or the values of the Contact are known.
@@ -321,6 +322,8 @@ mod tests {
         let recent = RecentRecords::default();
         recent.written_elsewhere("lead_1", Some(at(5)));
         recent.written_elsewhere("cont_1", Some(at(5)));
+        // The entries of two workers may be mixed.
+        recent.written_elsewhere("lead_1", Some(at(3)));
         let read =
             |second| (recent.lead(acme("a", Some(at(second)))), recent.contact(jane(Some(at(second)))));
         assert_eq!(read(4), (Err(Outdated), Err(Outdated)));

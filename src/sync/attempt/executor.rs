@@ -185,7 +185,7 @@ impl<C: Api> Executor<'_, C> {
     /// call may be dropped at any moment and still happen.
     async fn send(&mut self, step: &Step, found: &Found) -> Result<CreatedIds, Stopped<C::Permit>> {
         let Context { id_cache, recent, write_log, .. } = self.context;
-        let mut keys_are_written = false;
+        let (mut gives_keys, mut keys_are_written) = (false, false);
         let (result, operation, sent) = loop {
             // The wait for budget comes first, so that the write follows its reads at once.
             let permit = match self.permit.take() {
@@ -196,15 +196,18 @@ impl<C: Api> Executor<'_, C> {
                 Some(self.announce_creation(step).await?)
             } else {
                 if let Some((record, keys)) = self.new_keys(step, found) {
+                    gives_keys = true;
                     if !std::mem::replace(&mut keys_are_written, true) {
                         self.announce_keys(record, &keys).await;
                     }
-                    self.look_up_is_current()?;
                 }
                 None
             };
             if let Some(fresh) = self.changed(step, found).await? {
                 return Err(Stopped::Changed(fresh, permit));
+            }
+            if gives_keys {
+                self.look_up_is_current()?;
             }
             let sent = self.context.now();
             self.gives_keys(step, found, sent);
