@@ -353,9 +353,9 @@ async fn a_replay_that_reconnects_can_be_stopped() {
 /// Whatever their number. RabbitMQ counts how often each was taken.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replay_reads_a_dead_letter_a_few_times() {
-    let bench = Bench::dead_people(3000).await;
-    bench.output(&["dlq", "replay", "--all", "--limit", "2600", "--no-wait"]).await;
-    assert_eq!((bench.depth("").await, bench.depth(".dead").await), (2600, 400));
+    let bench = Bench::dead_people(1600).await;
+    bench.output(&["dlq", "replay", "--all", "--limit", "1300", "--no-wait"]).await;
+    assert_eq!((bench.depth("").await, bench.depth(".dead").await), (1300, 300));
     let (_, headers, _) = bench.take_dead_letter().await;
     // For interrupted edits, to choose the oldest, and with the last batch.
     let count = headers.get("x-delivery-count").map(|count| count.parse::<u32>().unwrap());
