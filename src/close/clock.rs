@@ -3,7 +3,8 @@
 //!
 //! The date of a record that Close has just created tells the time. The header `Date` does not: a proxy may have set it. The
 //! machine's clock may be set at any moment, so it counts only until the first creation. From then on the monotonic clock
-//! measures the time, and each creation corrects it.
+//! measures the time, and each creation corrects it. A new session begins with the machine's clock and the known difference:
+//! while a machine is suspended, the monotonic clock stands still.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -57,7 +58,7 @@ impl Clock {
         time.saturating_add(began.elapsed()).unwrap_or(Timestamp::MAX)
     }
 
-    /// The machine may have been suspended: the monotonic clock stood still, and the machine's own counts.
+    /// Counts from the machine's clock again.
     pub(crate) fn restart(&self) {
         let own = (self.own)();
         self.with(|state| state.since = state.since.map(|_| (Instant::now(), own)));
@@ -86,16 +87,16 @@ impl Clock {
 }
 
 impl State {
-    /// Close's clock is ahead by a time between these. The machine's has `moved` since it was read. Returns a large difference
-    /// to the machine's that is new.
+    /// Close's clock is ahead of the monotonic one by a time between these, and that is ahead of the machine's by `drift`.
+    /// Returns a large difference between Close's and the machine's, unless it was logged.
     fn narrow(
         &mut self,
         least: SignedDuration,
         most: SignedDuration,
-        moved: SignedDuration,
+        drift: SignedDuration,
     ) -> Option<SignedDuration> {
         self.ahead = self.ahead.clamp(least, most);
-        let ahead = self.ahead.saturating_add(moved);
+        let ahead = self.ahead.saturating_add(drift);
         let is_logged = ahead.saturating_sub(self.logged).abs() < LARGE;
         let differs = ahead.abs() >= LARGE && !is_logged;
         if differs || ahead.abs() < LARGE {

@@ -397,7 +397,7 @@ impl Batch {
         let _ = self.lock.close(200, "done".into()).await;
     }
 
-    /// How many dead letters nobody holds.
+    /// The number of dead letters that are ready for delivery.
     async fn ready(&self) -> Option<usize> {
         let depth = topology::depth_on(&self.lock, &self.queue).await.ok()??;
         usize::try_from(depth.ready).ok()

@@ -145,11 +145,6 @@ impl Worker {
         self.0.now()
     }
 
-    /// The machine may have been suspended since the last session.
-    pub(crate) fn restart_clock(&self) {
-        self.clock().restart();
-    }
-
     /// The time at Close.
     pub fn clock(&self) -> &Clock {
         self.0.client.clock()

@@ -185,7 +185,7 @@ impl<C: Api> Executor<'_, C> {
     /// call may be dropped at any moment and still happen.
     async fn send(&mut self, step: &Step, found: &Found) -> Result<CreatedIds, Stopped<C::Permit>> {
         let Context { id_cache, recent, write_log, .. } = self.context;
-        let (mut gives_keys, mut keys_are_written) = (false, false);
+        let (new_keys, mut keys_are_written) = (self.new_keys(step, found), false);
         let (result, operation, sent) = loop {
             // The wait for budget comes first, so that the write follows its reads at once.
             let permit = match self.permit.take() {
@@ -195,18 +195,17 @@ impl<C: Api> Executor<'_, C> {
             let operation = if step.creates() {
                 Some(self.announce_creation(step).await?)
             } else {
-                if let Some((record, keys)) = self.new_keys(step, found) {
-                    gives_keys = true;
-                    if !std::mem::replace(&mut keys_are_written, true) {
-                        self.announce_keys(record, &keys).await;
-                    }
+                if let Some((record, keys)) = &new_keys
+                    && !std::mem::replace(&mut keys_are_written, true)
+                {
+                    self.announce_keys(record, keys).await;
                 }
                 None
             };
             if let Some(fresh) = self.changed(step, found).await? {
                 return Err(Stopped::Changed(fresh, permit));
             }
-            if gives_keys {
+            if new_keys.is_some() {
                 self.look_up_is_current()?;
             }
             let sent = self.context.now();
@@ -256,7 +255,7 @@ impl<C: Api> Executor<'_, C> {
         }
         if let Some(operation) = operation {
             self.created(operation, step, &ids, sent);
-        } else if let Some((record, keys)) = self.new_keys(step, found) {
+        } else if let Some((record, keys)) = new_keys {
             self.watch(keys, record, Change { kind: ChangeKind::KeyChange, at: sent });
         }
         if adopts(step, found)
@@ -294,11 +293,11 @@ impl<C: Api> Executor<'_, C> {
     }
 
     /// Writes down the keys that a record gets, before they are sent.
-    async fn announce_keys(&self, record: RecordId, keys: &[Key]) {
+    async fn announce_keys(&self, record: &RecordId, keys: &[Key]) {
         let change = Change { kind: ChangeKind::KeyChange, at: self.context.now() };
         let keys = KeyHash::of_all(keys);
-        self.context.id_cache.changed(&keys, &record, change);
-        self.write_down(journal::keys(record, keys, change)).await;
+        self.context.id_cache.changed(&keys, record, change);
+        self.write_down(journal::keys(record.clone(), keys, change)).await;
     }
 
     /// Writes down a creation before it is sent. From then on it is pending.

@@ -169,7 +169,7 @@ async fn search_proves_too_much(context: &Context, close: &FakeClose, event: &De
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_event_log_is_asked_before_search_is_believed() {
+async fn the_event_log_is_asked_before_search_counts() {
     for faults in [0, 3] {
         let context = context(&rules());
         let close = FakeClose::losing_an_answer(&context);
@@ -184,9 +184,9 @@ async fn the_event_log_is_asked_before_search_is_believed() {
     }
 }
 
-/// There is no proof for this long without the event log, so this ends the wait for one that does not answer.
+/// The wait ends when the event log would show the creation.
 #[tokio::test(start_paused = true)]
-async fn search_is_believed_when_the_event_log_does_not_answer() {
+async fn search_alone_counts_when_the_event_log_does_not_answer() {
     let context = context(&rules());
     let close = FakeClose::losing_an_answer(&context);
     let jane = jane(&context, 5);
