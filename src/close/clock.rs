@@ -3,8 +3,7 @@
 //!
 //! The date of a record that Close has just created tells the time. The header `Date` does not: a proxy may have set it. The
 //! machine's clock may be set at any moment, so it counts only until the first creation. From then on the monotonic clock
-//! measures the time, and each creation corrects it. A new session begins with the machine's clock and the known difference:
-//! while a machine is suspended, the monotonic clock stands still.
+//! measures the time, together with the time for which the machine was suspended, and each creation corrects it.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -19,12 +18,13 @@ const LARGE: SignedDuration = SignedDuration::from_secs(30);
 #[derive(Clone)]
 pub struct Clock {
     own: Arc<dyn Fn() -> Timestamp + Send + Sync>,
+    suspended: fn() -> Duration,
     state: Arc<Mutex<State>>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
 struct State {
-    /// When the first record was created, by both clocks of this machine.
+    /// When the first record was created: by the monotonic clock, and by the machine's less [`suspended`].
     since: Option<(Instant, Timestamp)>,
     /// How far Close's clock is ahead of these.
     ahead: SignedDuration,
@@ -35,12 +35,12 @@ struct State {
 impl Clock {
     /// The clock of the system.
     pub fn system() -> Self {
-        Self::new(Timestamp::now)
+        Self { suspended, ..Self::new(Timestamp::now) }
     }
 
-    /// Another clock in place of that of the system.
+    /// Another clock in place of that of the system, on a machine that is never suspended.
     pub fn new(own: impl Fn() -> Timestamp + Send + Sync + 'static) -> Self {
-        Self { own: Arc::new(own), state: Arc::default() }
+        Self { own: Arc::new(own), suspended: || Duration::ZERO, state: Arc::default() }
     }
 
     fn with<T>(&self, with: impl FnOnce(&mut State) -> T) -> T {
@@ -55,13 +55,8 @@ impl Clock {
 
     fn own_time(&self, state: State) -> Timestamp {
         let Some((began, time)) = state.since else { return (self.own)() };
-        time.saturating_add(began.elapsed()).unwrap_or(Timestamp::MAX)
-    }
-
-    /// Counts from the machine's clock again.
-    pub(crate) fn restart(&self) {
-        let own = (self.own)();
-        self.with(|state| state.since = state.since.map(|_| (Instant::now(), own)));
+        let passed = began.elapsed().saturating_add((self.suspended)());
+        time.saturating_add(passed).unwrap_or(Timestamp::MAX)
     }
 
     /// Close created a record at this time, perhaps in whole seconds. The answer has just arrived, this long after the call
@@ -71,7 +66,9 @@ impl Clock {
         let machine = (self.own)();
         let differs = self.with(|state| {
             let own = self.own_time(*state);
-            state.since.get_or_insert_with(|| (Instant::now(), own));
+            state.since.get_or_insert_with(|| {
+                (Instant::now(), own.saturating_sub((self.suspended)()).unwrap_or(Timestamp::MIN))
+            });
             let least = created.duration_since(own);
             let most = least.saturating_add(took).saturating_add(SignedDuration::from_secs(1));
             state.narrow(least, most, own.duration_since(machine))
@@ -84,6 +81,21 @@ impl Clock {
             );
         }
     }
+}
+
+/// How long this machine has been suspended since its start, give or take microseconds. The monotonic clock does not count that.
+#[cfg(target_os = "linux")]
+fn suspended() -> Duration {
+    use rustix::time::{ClockId, clock_gettime};
+
+    let since_start = clock_gettime(ClockId::Boottime);
+    Duration::try_from(since_start - clock_gettime(ClockId::Monotonic)).unwrap_or_default()
+}
+
+/// Not known here. After a suspension the clock is late until the next creation.
+#[cfg(not(target_os = "linux"))]
+fn suspended() -> Duration {
+    Duration::ZERO
 }
 
 impl State {
@@ -108,8 +120,8 @@ impl State {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicI64;
     use std::sync::atomic::Ordering::Relaxed;
+    use std::sync::atomic::{AtomicI64, AtomicU64};
 
     use futures_util::FutureExt;
     use futures_util::future::BoxFuture;
@@ -158,10 +170,25 @@ mod tests {
         own.store(90_000, Relaxed);
         tokio::time::advance(Duration::from_secs(7)).await;
         assert_eq!(clock.now(), at(2010));
-        // It was suspended.
-        own.store(5000, Relaxed);
-        clock.restart();
-        assert_eq!(clock.now(), at(5003));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_time_goes_on_while_the_machine_is_suspended() {
+        static SUSPENDED: AtomicU64 = AtomicU64::new(70);
+        let clock =
+            Clock { suspended: || Duration::from_secs(SUSPENDED.load(Relaxed)), ..Clock::new(|| at(1000)) };
+        clock.synchronize(at(1003), Duration::ZERO);
+        tokio::time::advance(Duration::from_secs(7)).await;
+        assert_eq!(clock.now(), at(1010));
+        SUSPENDED.store(100, Relaxed);
+        assert_eq!(clock.now(), at(1040));
+    }
+
+    #[test]
+    fn the_system_shows_how_long_it_was_suspended() {
+        let uptime = std::fs::read_to_string("/proc/uptime").unwrap_or_default();
+        let Some(Ok(uptime)) = uptime.split(' ').next().map(str::parse) else { return };
+        assert!(suspended() <= Duration::from_secs_f64(uptime));
     }
 
     #[tokio::test(start_paused = true)]

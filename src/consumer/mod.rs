@@ -187,8 +187,6 @@ impl<'a> Consumer<'a> {
     ) -> Self {
         let resume = Resume::after(session.paused_before);
         context.worker.stall_guard().arm(stall_limit);
-        // The machine may have been suspended since the last session.
-        context.worker.clock().restart();
         let mut heartbeat = tokio::time::interval(StallGuard::heartbeat_interval(stall_limit));
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Self {
