@@ -105,15 +105,19 @@ async fn a_successor_without_room_for_all_creations_goes_on_when_search_shows_th
     assert_eq!(bench.simulator.leads().len(), 2);
 }
 
-/// Slow creations, more than a broker takes time to fail.
+/// With [`SLOW`], four at once: these take longer than `rabbitmqctl` needs on a busy machine.
 const PEOPLE: usize = 300;
+
+/// How long Close takes for a creation.
+const SLOW: Duration = Duration::from_secs(2);
 
 /// A bench whose worker is creating records, slowly, and has many to create. Search shows none of them.
 async fn creating(node: &Node) -> (Bench, Worker) {
     let settings = Settings::fast().with(|close| close.search_lag = "1h".parse().unwrap());
     let bench =
         Bench::on(&node.url, settings).await.set("WORKER_CONCURRENCY", "4").set("CLOSE_TIMEOUT", "5s");
-    bench.simulator.fault(Fault::new(Effect::Latency { ms: 500 }).on("POST", "/lead/"));
+    let ms = SLOW.as_millis().try_into().unwrap();
+    bench.simulator.fault(Fault::new(Effect::Latency { ms }).on("POST", "/lead/"));
     let worker = bench.worker().await;
     bench.publish(&people(PEOPLE)).await;
     worker.until("creating", async |_| bench.simulator.leads().len() > 4).await;
@@ -147,8 +151,7 @@ async fn creations_wait_for_the_end_of_an_alarm() {
 /// Whether creations are under way and none is sent.
 async fn waits_for_journal(bench: &Bench, worker: &Worker) -> bool {
     let before = bench.simulator.request_count("POST", "/lead/");
-    // Longer than a creation takes.
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    tokio::time::sleep(SLOW * 2).await;
     let in_flight = worker.metrics().await.count("messages_in_flight");
     in_flight == 4 && bench.simulator.request_count("POST", "/lead/") == before
 }
