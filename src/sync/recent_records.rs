@@ -129,20 +129,18 @@ impl Default for RecentRecords {
     }
 }
 
-/// Whether a time is exact. A proxy may cut its fraction, and then a person may have changed the record within the second.
+fn is_newer(known: Option<Timestamp>, read: Option<Timestamp>) -> bool {
+    known.zip(read).is_some_and(|(known, read)| known > read)
+}
+
 fn has_fraction(time: Timestamp) -> bool {
     time.subsec_nanosecond() != 0
 }
 
-/// Compares whole seconds if one of the times has no fraction: otherwise each read would look stale.
-fn is_newer(known: Option<Timestamp>, read: Option<Timestamp>) -> bool {
-    known.zip(read).is_some_and(|(known, read)| {
-        if has_fraction(known) && has_fraction(read) {
-            known > read
-        } else {
-            known.as_second() > read.as_second()
-        }
-    })
+/// Whether the time of a read may be the known one without its fraction: a proxy may cut that. Then only another value shows
+/// that the state is an older one.
+fn is_cut(known: Option<Timestamp>, read: Option<Timestamp>) -> bool {
+    known.zip(read).is_some_and(|(known, read)| !has_fraction(read) && known.as_second() == read.as_second())
 }
 
 impl RecentRecords {
@@ -189,7 +187,8 @@ impl RecentRecords {
             Some(Recent { state: State::Lead(known), .. })
                 if is_newer(known.date_updated, read.date_updated) =>
             {
-                Newest { record: known.clone(), stale: true }
+                let is_same = is_cut(known.date_updated, read.date_updated) && read.fields == known.fields;
+                Newest { record: known.clone(), stale: !is_same }
             }
             Some(Recent { state: State::Elsewhere(known), .. }) if is_newer(*known, read.date_updated) => {
                 return Err(Outdated);
@@ -209,7 +208,9 @@ impl RecentRecords {
             Some(Recent { state: State::Contact(known), .. })
                 if is_newer(known.date_updated, read.date_updated) =>
             {
-                Newest { record: known.clone(), stale: true }
+                let is_cut = is_cut(known.date_updated, read.date_updated);
+                let read = Contact { date_updated: known.date_updated, ..with_lists_of(read, known) };
+                Newest { record: known.clone(), stale: !is_cut || read != *known }
             }
             Some(Recent { state: State::Contact(known), .. })
                 if known.date_updated == read.date_updated
@@ -385,14 +386,30 @@ mod tests {
         assert!(!recent.contact(jane(Some(at(6)))).unwrap().stale);
     }
 
-    #[test]
-    fn a_time_without_its_fraction_is_not_older() {
+    #[tokio::test(start_paused = true)]
+    async fn a_state_without_the_fraction_of_its_time_is_older_if_it_differs() {
         let time = |text: &str| Some(text.parse::<Timestamp>().unwrap());
-        let exact = "2026-01-31T09:00:05.25Z";
-        assert!(!is_newer(time(exact), time("2026-01-31T09:00:05Z")));
-        assert!(is_newer(time(exact), time("2026-01-31T09:00:04Z")));
-        assert!(is_newer(time(exact), time("2026-01-31T09:00:05.2Z")));
-        assert!(!is_newer(time(exact), time("2026-01-31T09:00:05.3Z")));
+        let recent = RecentRecords::default();
+        let phones: Lists = [(Channel::Phone, vec![Entry { value: "1".into(), kind: "home".into() }])].into();
+        let known = "2026-01-31T09:00:05.25Z";
+        recent.written(&update(), &answer(acme("ours", time(known))));
+        recent.remember(&Contact { lists: phones.clone(), ..jane(time(known)) });
+        for (name, updated, stale) in [
+            ("ours", "2026-01-31T09:00:05Z", false),
+            ("before", "2026-01-31T09:00:05Z", true),
+            ("ours", "2026-01-31T09:00:05.2Z", true),
+            ("ours", "2026-01-31T09:00:04Z", true),
+        ] {
+            let newest = Newest { record: acme("ours", time(known)), stale };
+            assert_eq!(recent.lead(acme(name, time(updated))), Ok(newest), "{name} {updated}");
+
+            let lists = if name == "ours" { phones.clone() } else { Lists::new() };
+            let read = Contact { lists, ..jane(time(updated)) };
+            let newest = Newest { record: Contact { lists: phones.clone(), ..jane(time(known)) }, stale };
+            assert_eq!(recent.contact(read), Ok(newest), "{name} {updated}");
+        }
+        let theirs = Newest { record: acme("theirs", time("2026-01-31T09:00:06Z")), stale: false };
+        assert_eq!(recent.lead(theirs.record.clone()), Ok(theirs));
     }
 
     #[tokio::test(start_paused = true)]
