@@ -202,14 +202,21 @@ async fn check_broker(config: &Destination) -> Vec<Finding> {
     vec![
         finding(Status::Ok, subject, detail),
         finding(Status::Ok, broker.to_string(), broker.describe()),
-        journal_finding(settings, &journal),
+        journal_finding(settings, &journal, depths.0.is_some_and(|work| work.consumers > 0)),
     ]
 }
 
-fn journal_finding(settings: &amqp::Settings, journal: &JournalCheck) -> Finding {
+fn journal_finding(settings: &amqp::Settings, journal: &JournalCheck, has_consumers: bool) -> Finding {
     let name = settings.journal_queue();
     let (status, detail) = match journal {
         JournalCheck::Exists(JournalState::Ready) => (Status::Ok, format!("stream `{name}`")),
+        JournalCheck::Absent if has_consumers => (
+            Status::Warning,
+            format!(
+                "stream `{name}` does not exist although a worker runs; its event `journal_unusable` says why: the \
+                 broker may lack the feature flag `stream_queue`"
+            ),
+        ),
         JournalCheck::Absent => {
             (Status::Ok, format!("stream `{name}` does not exist yet; `run` declares it"))
         }

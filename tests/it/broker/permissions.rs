@@ -227,10 +227,17 @@ async fn a_broker_without_streams_works_without_a_journal() {
     let flags = "[{rabbit, [{forced_feature_flags_on_init, [quorum_queue, implicit_default_bindings]}]}].";
     let node = Node::with(&["--advanced", flags]).await;
     let bench = Bench::on(&node.url, Settings::fast()).await;
+    let journal_finding = async || {
+        let check = bench.run(&["check", "--json"], b"").await;
+        let findings: Vec<Value> = serde_json::from_slice(&check.stdout).unwrap();
+        findings.iter().find(|finding| finding["subject"] == "journal").unwrap()["status"].clone()
+    };
+    assert_eq!(journal_finding().await, "ok", "a worker declares it");
     let worker = bench.worker().await;
     bench.publish(&[identify("u1", json!({}))]).await;
     assert_eq!(worker.settled(1).await.outcomes(), [("created", 1)].into());
     assert_eq!(worker.events("journal_unusable"), 1, "{}", worker.log());
     assert_eq!(worker.ready().await.1["journal"], "unusable");
+    assert_eq!(journal_finding().await, "warning");
     worker.terminate().await;
 }
