@@ -138,6 +138,12 @@ impl Client {
         Self { requests, duplicate_failure: Arc::default(), ..self.clone() }
     }
 
+    /// A client whose searches are its own: nobody else's look-ups share them.
+    #[must_use]
+    pub(crate) fn with_own_searches(&self) -> Self {
+        Self { search: Arc::default(), ..self.clone() }
+    }
+
     /// The rate limits that Close reported.
     pub fn rate_limits(&self) -> impl Iterator<Item = (Endpoint, RateLimitStatus)> {
         let limiters = self.requests.limiters().iter();

@@ -295,6 +295,19 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn own_searches_are_not_shared() {
+        let (client, _) = client(|_, _| (200, json!({"data": []})));
+        let field = field();
+        let lookup = Lookup::Lead { field: field.clone(), company_id: "rider".into() };
+        let mut rider = Box::pin(client.ride_along(lookup, true));
+        assert!((&mut rider).now_or_never().is_none(), "it starts no search");
+        client.with_own_searches().find_leads(&field, "acme").await.unwrap();
+        assert!((&mut rider).now_or_never().is_none(), "it rode along");
+        client.find_leads(&field, "acme").await.unwrap();
+        assert_eq!(rider.await, Some(Vec::new()));
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_search_for_a_field_that_is_gone_is_not_repeated_in_other_words() {
         let (client, calls) = client(|_, _| (400, json!({"error": "Unknown custom field 'cf_c'."})));
         let error = client.find_leads(&field(), "acme").await.unwrap_err();

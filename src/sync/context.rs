@@ -117,7 +117,8 @@ impl Context {
         Self {
             mode: Mode::DryRun,
             settings: self.settings.clone(),
-            client: self.client.clone(),
+            // What its searches show must not teach the worker anything.
+            client: self.client.with_own_searches(),
             keys: self.keys.clone(),
             search_lag: SearchLag::new(Arc::clone(&lag_guard), id_cache.clone(), self.clock.clone()),
             id_cache,
