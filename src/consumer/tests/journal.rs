@@ -57,6 +57,31 @@ async fn the_first_session_with_a_journal_waits_for_search() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_creation_takes_two_messages_and_an_update_one() {
+    let harness = harness_with_old_journal().await;
+    let session = harness.start();
+    let number = || harness.journal.messages.borrow().len();
+    // The first one starts the session.
+    session.deliver("1", &event("jane", "acme"));
+    harness.log.wait_for_ack("1").await;
+    for (id, company, messages) in [("2", "other", 2), ("3", "third", 2)] {
+        let before = number();
+        session.deliver(id, &event(id, company));
+        harness.log.wait_for_ack(id).await;
+        tokio::time::sleep(LAG).await;
+        assert_eq!(number() - before, messages, "{id}");
+    }
+    let before = number();
+    let mut changed = event("2", "other");
+    changed["traits"]["title"] = "CEO".into();
+    session.deliver("4", &changed);
+    harness.log.wait_for_ack("4").await;
+    tokio::time::sleep(LAG).await;
+    assert_eq!(number() - before, 1);
+    session.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_later_session_creates_at_once() {
     let harness = harness_with_old_journal().await;
     let session = harness.start();

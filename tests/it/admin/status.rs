@@ -3,9 +3,10 @@
 use close_sync_simulator::{Settings, Simulator};
 use reqwest::StatusCode;
 use reqwest::header::LOCATION;
+use serde_json::json;
 
 use super::{Browser, without_token};
-use crate::support::people;
+use crate::support::{identify, people};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_live_page_shows_the_state_and_the_load() {
@@ -42,6 +43,41 @@ async fn the_live_page_shows_the_state_and_the_load() {
     // The worker does not consume, and the backlog is measured anyway.
     let backlog = "<dt>Backlog</dt><dd>4</dd>";
     worker.until("measured", async |_| browser.get("/page/-").await.text.contains(backlog)).await;
+    worker.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_lag_of_search_is_shown_by_kind() {
+    let bench = without_token().await;
+    bench.simulator.behave(|close| close.set("search_lag", "1h").unwrap());
+    bench.lead(None, json!([{"emails": [{"email": "jane@acme.test", "type": "office"}]}]));
+    let worker = bench.worker().await;
+    let browser = Browser::of(&worker).await;
+    let [creation, key_change] =
+        ["creation", "key_change"].map(|kind| format!("search_lag_seconds{{kind=\"{kind}\"}}"));
+    let metrics = worker.metrics().await;
+    assert!(metrics.get(&creation).is_nan() && metrics.get(&key_change).is_nan(), "not measured yet");
+
+    // A new record, and one that gets a key. Search shows neither to the look-ups after them.
+    let jane = identify("jane", json!({"email": "jane@acme.test"}));
+    bench.publish(&[vec![jane], people(2)].concat()).await;
+    worker.settled(3).await;
+    let mut more = 3..;
+    worker
+        .until("measured", async |worker| {
+            let number = more.next().unwrap();
+            bench.publish(&people(number)[number - 1..]).await;
+            let metrics = worker.metrics().await;
+            metrics.get(&creation) > 0.0 && metrics.get(&key_change) > 0.0
+        })
+        .await;
+    let readiness = worker.ready().await.1;
+    let shown = |kind: &str| readiness["search_lag_seconds"][kind].as_f64();
+    assert!(shown("creation") > Some(0.0) && shown("key_change") > Some(0.0), "{readiness}");
+    browser.get("/page/-").await.assert_has(&[
+        "Close's search shows new records after ",
+        "Close's search shows new ids and emails after ",
+    ]);
     worker.terminate().await;
 }
 

@@ -72,6 +72,10 @@ async fn destinations_sync_and_reload_independently() {
     let created = |name: &str| metrics.outcome_of("created", name);
     assert_eq!((created("emea"), created("apac")), (1, 1));
     assert_eq!((two.emea.contacts().len(), two.apac.contacts().len()), (1, 2));
+    for name in ["emea", "apac"] {
+        assert_eq!(worker.ready().await.1["destinations"][name]["journal"], "in_use");
+        two.bench.try_depth(&format!("-{name}.journal")).await.expect("a journal of its own");
+    }
     let log = worker.log();
     let synced = log.lines().find(|line| line.contains(r#""outcome":"created""#)).unwrap();
     assert!(synced.contains(r#""destination":""#), "{synced}");
