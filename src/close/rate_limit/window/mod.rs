@@ -35,6 +35,8 @@ const BURST: f64 = 0.25;
 const SPREAD: f64 = 0.9;
 /// The safety factor for the calls that others are expected to make.
 const OTHERS_MARGIN: f64 = 1.1;
+/// The part of the first window after which a call is made for another report, although others are expected to need the rest.
+const LOOK_AGAIN: f64 = 0.1;
 /// The assumed length of a window before Close reports it.
 const DEFAULT_LENGTH: Duration = Duration::from_secs(1);
 /// A bucket expires after this time without a report while other buckets have reports. Its limit may have changed.
@@ -135,9 +137,10 @@ impl Window {
         }
         let latest = self.buckets.iter().map(|bucket| bucket.reported_at).max();
         self.buckets.retain(|bucket| latest.is_none_or(|latest| latest < bucket.reported_at + EXPIRY));
-        let (share, in_flight) = (self.share, self.in_flight);
+        let (share, in_flight, last) = (self.share, self.in_flight, self.last_admitted);
         self.buckets.iter_mut().for_each(|bucket| bucket.renew(now, in_flight));
-        if let Some(due) = self.buckets.iter().filter_map(|bucket| bucket.due(now, share, in_flight)).max() {
+        let due = self.buckets.iter().filter_map(|bucket| bucket.due(now, share, in_flight, last)).max();
+        if let Some(due) = due {
             return Err(due);
         }
         for bucket in &mut self.buckets {
@@ -299,8 +302,8 @@ impl Bucket {
         (f64::from(self.limit) * share).floor().max(1.0)
     }
 
-    /// When the next call may be sent. `None` if it may be sent now.
-    fn due(&self, now: Instant, share: f64, in_flight: u32) -> Option<Instant> {
+    /// When the next call may be sent, after the `last` one. `None` if it may be sent now.
+    fn due(&self, now: Instant, share: f64, in_flight: u32, last: Option<Instant>) -> Option<Instant> {
         // Close has not reported on this window yet. One call is admitted to get one, even if the last limit was 0.
         if self.latest_end.is_none() && self.used == 0 && in_flight == 0 {
             return None;
@@ -322,8 +325,13 @@ impl Bucket {
         let expected = others * OTHERS_MARGIN * part(end.saturating_duration_since(reported));
         let spendable = (self.own_budget(share) - used).min(f64::from(self.remaining) - expected.ceil());
         if spendable < 1.0 {
-            // Others may make fewer calls than expected, so this is checked again before the end.
             let is_used_up = self.remaining == 0 || used >= self.own_budget(share);
+            // In the first window a burst of others looks like a rate. Another report shows what it was.
+            let is_guess = self.others_before.is_none() && in_flight == 0;
+            if !is_used_up && is_guess && last.is_none_or(|last| now >= last + whole.mul_f64(LOOK_AGAIN)) {
+                return None;
+            }
+            // Others may make fewer calls than expected, so this is checked again before the end.
             let again = if is_used_up { end } else { (now + RETRY_AFTER).min(end) };
             return Some(if again > now { again } else { now + RETRY_AFTER });
         }

@@ -152,6 +152,23 @@ fn the_expected_calls_of_others_are_reserved() {
     );
 }
 
+/// Another client makes all of its calls when a window begins.
+#[test]
+fn others_that_burst_leave_most_of_the_first_window() {
+    for (others, least) in [(12, 30), (25, 15), (40, 5)] {
+        let start = Instant::now();
+        let mut close = FakeClose::new(start, 51, 8 * SECOND);
+        close.used = others;
+        let mut demand = Demand::new(1.0, STEP);
+        for step in 0..STEPS {
+            let now = start + STEP * step;
+            demand.step(now, || close.call(now));
+        }
+        assert!((least..=51 - others).contains(&demand.own), "{} beside {others}", demand.own);
+        assert_eq!(demand.refused, 0);
+    }
+}
+
 #[test]
 fn a_bucket_expires_after_a_long_time_without_reports() {
     let start = Instant::now();
