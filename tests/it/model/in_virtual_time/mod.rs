@@ -17,6 +17,7 @@
 //! first seed that fails, with its history, the failures during the run, and all calls.
 
 mod broker;
+mod drains;
 mod journal;
 mod mutant;
 mod person;

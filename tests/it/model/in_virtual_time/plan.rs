@@ -32,6 +32,8 @@ pub(super) struct Plan {
     /// What the workers lack. Only to prove that the model notices it.
     pub(super) mutant: Option<Mutant>,
     pub(super) limits: Limits,
+    /// The part of the limits that the workers use.
+    pub(super) share: f64,
     /// The percentage of calls after which a person changes a record.
     pub(super) person_percent: u8,
     pub(super) person: Manner,
@@ -151,6 +153,7 @@ impl Plan {
             }),
             mutant: None,
             limits: Limits::unlimited(),
+            share: 1.0,
             person_percent: 0,
             person: Manner::Careful,
             disruptions: Vec::new(),
@@ -241,6 +244,7 @@ impl Plan {
             journal,
             mutant: None,
             limits,
+            share: 1.0,
             // Only the event log tells what a person deleted.
             person_percent: if event_log_answers { [0, 10, 60][random.usize(..3)] } else { 0 },
             person: if random.bool() { Manner::Careful } else { Manner::Free },

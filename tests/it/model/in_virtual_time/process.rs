@@ -69,7 +69,7 @@ impl Process {
         };
         // It has created something before: no clock helps against a first creation without an answer.
         clock.synchronize(world.now(), Duration::ZERO);
-        let client = Client::with_transport(transport, TIMEOUT, 1.0, |_| {});
+        let client = Client::with_transport(transport, TIMEOUT, world.plan.share, |_| {});
         let client = client.with_many_contacts(many_contacts).with_clock(clock);
         let session = Session {
             destination: Some(format!("process {number}").into()),

@@ -1,0 +1,296 @@
+//! How long a worker takes to drain a backlog under Close's rate limits.
+//!
+//! Each world has limits, a share of them, a mix of events, and perhaps another client with the same key. A drain is compared
+//! with the least time of a client that knows all of that beforehand ([`Conditions::least`]). Nothing fails, and calls take a
+//! few milliseconds, so that only the limits count.
+//!
+//! `CLOSE_SYNC_DRAINS` sets the number of worlds, and `CLOSE_SYNC_MODEL_FIRST` the first.
+
+use std::time::Duration;
+
+use close_sync_simulator::{Limits, Rate};
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use super::broker::Message;
+use super::plan::Plan;
+use super::process::Process;
+use super::world::World;
+use super::{CONFIG, in_virtual_time, number, print};
+
+const PEOPLE: usize = 90;
+const COMPANIES: usize = 30;
+
+const WORLDS: u64 = 24;
+/// The windows of a drain. With fewer, the last one, of which little is used, counts for too much.
+const WINDOWS: f64 = 14.0;
+
+/// Something about each kind of call that the events need. Each has its own budget.
+#[derive(Clone, Copy, Debug, Default)]
+struct Calls<T> {
+    search: T,
+    read_lead: T,
+    create_lead: T,
+    create_contact: T,
+    update_contact: T,
+}
+
+impl<T: Copy> Calls<T> {
+    fn zip<U: Copy>(self, other: Calls<U>) -> [(T, U); 5] {
+        [
+            (self.search, other.search),
+            (self.read_lead, other.read_lead),
+            (self.create_lead, other.create_lead),
+            (self.create_contact, other.create_contact),
+            (self.update_contact, other.update_contact),
+        ]
+    }
+}
+
+/// Another client with the same key.
+#[derive(Clone, Copy, Debug)]
+enum Neighbour {
+    Absent,
+    /// Spreads its calls over the window.
+    Steady,
+    /// Makes them when the window begins.
+    Bursting,
+}
+
+/// A world.
+#[derive(Debug)]
+struct Conditions {
+    window: u32,
+    /// What Close allows in a window, in each bucket.
+    limits: Calls<u32>,
+    share_percent: u32,
+    neighbour: Neighbour,
+    /// Calls of the neighbour in a window, in percent of the limit.
+    neighbour_percent: u32,
+    /// Of a hundred events: those that repeat, that change something, and that are about a new person of a known company. The
+    /// others are about a new company.
+    mix: [usize; 3],
+    events: u32,
+}
+
+impl Conditions {
+    fn draw(random: &mut fastrand::Rng) -> Self {
+        let (lead, contact) = (random.u32(60..=120), random.u32(60..=120));
+        let limits = Calls {
+            search: random.u32(8..=16),
+            read_lead: lead,
+            create_lead: lead,
+            create_contact: contact,
+            update_contact: contact,
+        };
+        let changes = random.usize(10..=50);
+        let people = random.usize(0..=20);
+        let companies = if people == 0 { 0 } else { random.usize(0..=10) };
+        let neighbour = [Neighbour::Absent, Neighbour::Steady, Neighbour::Bursting][random.usize(..3)];
+        let mut conditions = Self {
+            window: [1, 5, 8, 10, 60][random.usize(..5)],
+            limits,
+            share_percent: [50, 80, 100][random.usize(..3)],
+            neighbour,
+            neighbour_percent: [10, 25, 40][random.usize(..3)],
+            mix: [100 - changes - people - companies, changes, people],
+            events: 1000,
+        };
+        let windows = conditions.least(conditions.events().1) / f64::from(conditions.window) + 1.0;
+        let events = f64::from(conditions.events) * WINDOWS / windows;
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a positive count")]
+        {
+            conditions.events = events as u32;
+        }
+        conditions
+    }
+
+    /// The calls of the neighbour in a window, with this limit.
+    fn neighbours(&self, limit: u32) -> u32 {
+        match self.neighbour {
+            Neighbour::Absent => 0,
+            Neighbour::Steady | Neighbour::Bursting => limit * self.neighbour_percent / 100,
+        }
+    }
+
+    fn plan(&self) -> Plan {
+        let rate = |limit| Rate::new(limit, self.window);
+        let Calls { search, read_lead, update_contact, .. } = self.limits;
+        let limits = Limits {
+            lead: rate(read_lead),
+            contact: rate(update_contact),
+            search: rate(search),
+            ..Limits::unlimited()
+        };
+        let share = f64::from(self.share_percent) / 100.0;
+        Plan { limits, share, standby: false, concurrency: 32, prefetch: 200, ..Plan::calm() }
+    }
+
+    /// The events, and the calls that each needs at least.
+    fn events(&self) -> (Vec<Value>, Calls<f64>) {
+        let mut needed = Calls::default();
+        let mut titles = vec!["CEO".to_owned(); PEOPLE];
+        let [repeats, changes, new_people] = self.mix;
+        let events = (0..usize::try_from(self.events).unwrap()).map(|n| {
+            let known = n * 7919 % PEOPLE;
+            let company = known % COMPANIES;
+            let kind = n * 37 % 100;
+            if kind < repeats {
+                event(known, company, &titles[known])
+            } else if kind < repeats + changes {
+                needed.read_lead += 1.0;
+                needed.update_contact += 1.0;
+                titles[known] = format!("CEO {n}");
+                event(known, company, &titles[known])
+            } else if kind < repeats + changes + new_people {
+                needed.read_lead += 1.0;
+                needed.create_contact += 1.0;
+                event(PEOPLE + n, company, "CEO")
+            } else {
+                needed.create_lead += 1.0;
+                // Two lookups. Up to 25 lookups share a search.
+                needed.search += 2.0 / 25.0;
+                event(PEOPLE + n, COMPANIES + n, "CEO")
+            }
+        });
+        (events.collect(), needed)
+    }
+
+    /// The least time for calls. The first window is available at once.
+    fn least(&self, needed: Calls<f64>) -> f64 {
+        let times = self.limits.zip(needed).map(|(limit, needed)| {
+            let ours = (limit * self.share_percent / 100).min(limit - self.neighbours(limit));
+            ((needed / f64::from(ours)).ceil() - 1.0).max(0.0) * f64::from(self.window)
+        });
+        times.into_iter().fold(0.0, f64::max)
+    }
+}
+
+fn event(person: usize, company: usize, title: &str) -> Value {
+    json!({"type": "identify", "userId": format!("u{person}"), "traits": {
+        "email": format!("p{person}@c.test"), "title": title,
+        "company": {"id": format!("c{company}"), "name": format!("Company {company}")},
+    }})
+}
+
+/// How a drain went.
+#[derive(Debug)]
+struct Drain {
+    conditions: Conditions,
+    seconds: f64,
+    least: f64,
+    calls: usize,
+    searches: usize,
+    refused: usize,
+}
+
+impl Drain {
+    fn ratio(&self) -> f64 {
+        self.seconds / self.least
+    }
+
+    fn run(seed: u64) -> Self {
+        let conditions = Conditions::draw(&mut fastrand::Rng::with_seed(seed));
+        in_virtual_time(async move {
+            let world = World::new(conditions.plan(), seed);
+            let mut config = CONFIG.clone();
+            // It saves calls, and how many depends on time.
+            config.settings.merge = false;
+            let _worker = Process::start(&world, 1, config);
+            let known = (0..PEOPLE).map(|n| event(n, n % COMPANIES, "CEO"));
+            drain(&world, known.collect(), 0).await;
+            // All windows are over, and the next ones begin with whole seconds.
+            let pause = Duration::from_secs((3 * conditions.window).into());
+            let begun = Duration::from_nanos(world.elapsed().subsec_nanos().into());
+            tokio::time::sleep(pause.saturating_sub(begun)).await;
+
+            let (events, needed) = conditions.events();
+            let (start, before) = (Instant::now(), world.trace().len());
+            tokio::select! {
+                () = conditions.make_calls(&world) => {}
+                () = drain(&world, events, PEOPLE) => {}
+            }
+            let seconds = start.elapsed().as_secs_f64();
+            let trace = world.trace().split_off(before);
+            let count = |part: &str| trace.iter().filter(|line| line.contains(part)).count();
+            Self {
+                least: conditions.least(needed),
+                conditions,
+                seconds,
+                calls: count(" -> Some("),
+                searches: count("POST data/search/  -> "),
+                refused: count(" -> Some(429)"),
+            }
+        })
+    }
+}
+
+/// Publishes events and waits until all are settled.
+async fn drain(world: &World, events: Vec<Value>, first: usize) {
+    for (number, event) in (first..).zip(events) {
+        world.broker().publish(Message::new(number, event.to_string().into_bytes()));
+    }
+    while !world.broker().is_empty() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+impl Conditions {
+    /// The calls of the neighbour. Does not end.
+    async fn make_calls(&self, world: &World) {
+        let buckets = [
+            ("POST", "data/search/", self.limits.search),
+            ("GET", "lead/none/", self.limits.read_lead),
+            ("POST", "lead/", self.limits.create_lead),
+            ("POST", "contact/", self.limits.create_contact),
+            ("PUT", "contact/none/", self.limits.update_contact),
+        ];
+        let buckets = buckets.map(|(method, path, limit)| async move {
+            let calls = self.neighbours(limit);
+            let window = Duration::from_secs(self.window.into());
+            loop {
+                for _ in 0..calls {
+                    world.answer(&reqwest::Method::from_bytes(method.as_bytes()).unwrap(), path, None);
+                    if matches!(self.neighbour, Neighbour::Steady) {
+                        tokio::time::sleep(window / calls).await;
+                    }
+                }
+                if calls == 0 || matches!(self.neighbour, Neighbour::Bursting) {
+                    tokio::time::sleep(window).await;
+                }
+            }
+        });
+        futures_util::future::join_all(buckets).await;
+    }
+}
+
+/// What the limits of Close allow is used, and hardly more is asked for.
+#[test]
+fn a_backlog_is_drained_nearly_as_fast_as_the_limits_allow() {
+    std::sync::LazyLock::force(&CONFIG);
+    let first = number("CLOSE_SYNC_MODEL_FIRST", 0);
+    let worlds = number("CLOSE_SYNC_DRAINS", WORLDS);
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut drains: Vec<Drain> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..cores)
+            .map(|core| {
+                let seeds = (first..first + worlds).skip(core).step_by(cores);
+                scope.spawn(move || seeds.map(Drain::run).collect::<Vec<_>>())
+            })
+            .collect();
+        threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+    });
+    drains.sort_by(|one, other| one.ratio().total_cmp(&other.ratio()));
+    let (median, worst) = (drains[drains.len() / 2].ratio(), drains.last().unwrap());
+    let calls: usize = drains.iter().map(|drain| drain.calls).sum();
+    let refused: usize = drains.iter().map(|drain| drain.refused).sum();
+    print(&format!("{worlds} drains, {calls} calls, {refused} refused: median {median:.3}, worst {worst:?}"));
+    assert!(median <= 1.05, "median {median}");
+    assert!(worst.ratio() <= 1.15, "{} of the least time: {worst:?}", worst.ratio());
+    assert!(refused * 1000 <= calls, "{refused} of {calls} calls were refused");
+    let known = drains.iter().filter(|drain| drain.conditions.mix[2] == 0);
+    for drain in known {
+        let events = usize::try_from(drain.conditions.events).unwrap();
+        assert!(drain.searches * 20 <= events, "searches about known people: {drain:?}");
+    }
+}
