@@ -314,15 +314,18 @@ impl Bucket {
         let soon = now + Duration::from_millis(1);
 
         let used = f64::from(self.used);
-        // Others have made more calls since the last report.
         let reported = self.reported_at.max(self.began).min(now);
-        let part = |span: Duration| (span.as_secs_f64() / whole.as_secs_f64()).min(1.0);
-        let others = match self.others_before {
-            Some(before) => before.max(self.others.into()),
+        // If they make their calls evenly.
+        let left = end.saturating_duration_since(reported).as_secs_f64() / whole.as_secs_f64();
+        let evenly = |others: f64| others * OTHERS_MARGIN * left.min(1.0);
+        let others = f64::from(self.others);
+        let expected = match self.others_before {
+            // They may make them at once: then few are left.
+            Some(before) if others <= before => evenly(before).min(before * OTHERS_MARGIN - others),
+            Some(_) => evenly(others),
             // In the first window there is only their rate so far.
-            None => self.extrapolate_others(reported, 0.25),
+            None => evenly(self.extrapolate_others(reported, 0.25)),
         };
-        let expected = others * OTHERS_MARGIN * part(end.saturating_duration_since(reported));
         let spendable = (self.own_budget(share) - used).min(f64::from(self.remaining) - expected.ceil());
         if spendable < 1.0 {
             let is_used_up = self.remaining == 0 || used >= self.own_budget(share);
