@@ -4,7 +4,8 @@
 //! with the least time of a client that knows all of that beforehand ([`Conditions::least`]). Nothing fails, and calls take a
 //! few milliseconds, so that only the limits count.
 //!
-//! `CLOSE_SYNC_DRAINS` sets the number of worlds, and `CLOSE_SYNC_MODEL_FIRST` the first.
+//! `CLOSE_SYNC_DRAINS` sets the number of worlds, and `CLOSE_SYNC_MODEL_FIRST` the first. Of 200 worlds, 17 take up to 1.3 times
+//! the least, and the median is 1.055. In most of these another client makes its calls at once, or search is the bottleneck.
 
 use std::time::Duration;
 
@@ -290,8 +291,8 @@ fn a_backlog_is_drained_nearly_as_fast_as_the_limits_allow() {
     for drain in drains.iter().filter(|drain| drain.ratio() > 1.15) {
         print(&format!("world {}, {:.2} times the least: {drain:?}", drain.seed, drain.ratio()));
     }
-    assert!(median <= 1.06, "median {median}");
-    assert!(worst.ratio() <= 1.3, "{} times the least: {worst:?}", worst.ratio());
+    assert!(median <= 1.05, "median {median}");
+    assert!(worst.ratio() <= 1.15, "{} times the least: {worst:?}", worst.ratio());
     assert!(refused * 1000 <= calls, "{refused} of {calls} calls were refused");
     let known = drains.iter().filter(|drain| drain.conditions.mix[2] == 0);
     for drain in known {
