@@ -6,8 +6,9 @@
 //! in flight are not in `remaining` yet, and are subtracted here. No limit is built in.
 //!
 //! **A share.** close-sync uses only a share of each window; the rest is for other integrations. If they use more than that,
-//! what they are likely to spend until the window ends is left to them too. One call per window is always admitted, to
-//! get a report.
+//! what they are likely to spend until the window ends is left to them too: what they used in the last window, less what they
+//! have used in this one. Others that speed up may therefore get a 429 in the first window in which they do. One call per window
+//! is always admitted, to get a report, and a few more while others seem to need the rest.
 //!
 //! **Pacing.** A quarter of the budget is a burst, so that a single message never waits. The rest is spread evenly over
 //! most of the window: a backlog then moves steadily instead of bursting and stalling, and searches have time to be
@@ -35,8 +36,8 @@ const BURST: f64 = 0.25;
 const SPREAD: f64 = 0.9;
 /// The safety factor for the calls that others are expected to make.
 const OTHERS_MARGIN: f64 = 1.1;
-/// The part of the first window after which a call is made for another report, although others are expected to need the rest.
-const LOOK_AGAIN: f64 = 0.1;
+/// A call is made for another report after this part of a window, although others are expected to need the rest.
+const LOOK_AGAIN: f64 = 0.25;
 /// The assumed length of a window before Close reports it.
 const DEFAULT_LENGTH: Duration = Duration::from_secs(1);
 /// A bucket expires after this time without a report while other buckets have reports. Its limit may have changed.
@@ -329,9 +330,9 @@ impl Bucket {
         let spendable = (self.own_budget(share) - used).min(f64::from(self.remaining) - expected.ceil());
         if spendable < 1.0 {
             let is_used_up = self.remaining == 0 || used >= self.own_budget(share);
-            // In the first window a burst of others looks like a rate. Another report shows what it was.
-            let is_guess = self.others_before.is_none() && in_flight == 0;
-            if !is_used_up && is_guess && last.is_none_or(|last| now >= last + whole.mul_f64(LOOK_AGAIN)) {
+            // What others need is a guess, and a burst of theirs looks like a rate. Without a call, no report would correct it.
+            let looks_again = last.is_none_or(|last| now >= last + whole.mul_f64(LOOK_AGAIN));
+            if !is_used_up && in_flight == 0 && looks_again {
                 return None;
             }
             // Others may make fewer calls than expected, so this is checked again before the end.
