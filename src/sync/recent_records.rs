@@ -82,7 +82,8 @@ impl State {
             | (Self::Contact(_), Self::Contact(_) | Self::Elsewhere(Some(_)))
             | (Self::Elsewhere(_), Self::Lead(_) | Self::Contact(_))
             | (Self::Elsewhere(Some(_)), Self::Elsewhere(Some(_))) => {
-                is_newer(self.updated(), other.updated())
+                let (known, other) = (self.updated(), other.updated());
+                is_newer(known, other) && !is_cut(known, other)
             }
             // The other says nothing new, or the values of the Contact are known.
             (
@@ -137,8 +138,8 @@ fn has_fraction(time: Timestamp) -> bool {
     time.subsec_nanosecond() != 0
 }
 
-/// Whether the time of a read may be the known one without its fraction: a proxy may cut that. Then only another value shows
-/// that the state is an older one.
+/// Whether the time of an answer may be the known one without its fraction: a proxy may cut that. Then only another value shows
+/// that the state is an older one. Where no value is known, such a state counts as older.
 fn is_cut(known: Option<Timestamp>, read: Option<Timestamp>) -> bool {
     known.zip(read).is_some_and(|(known, read)| !has_fraction(read) && known.as_second() == read.as_second())
 }
@@ -209,7 +210,9 @@ impl RecentRecords {
                 if is_newer(known.date_updated, read.date_updated) =>
             {
                 let is_cut = is_cut(known.date_updated, read.date_updated);
-                let read = Contact { date_updated: known.date_updated, ..with_lists_of(read, known) };
+                // The other time is cut as well.
+                let Contact { date_created, date_updated, .. } = known.clone();
+                let read = Contact { date_created, date_updated, ..with_lists_of(read, known) };
                 Newest { record: known.clone(), stale: !is_cut || read != *known }
             }
             Some(Recent { state: State::Contact(known), .. })
@@ -404,7 +407,7 @@ mod tests {
             assert_eq!(recent.lead(acme(name, time(updated))), Ok(newest), "{name} {updated}");
 
             let lists = if name == "ours" { phones.clone() } else { Lists::new() };
-            let read = Contact { lists, ..jane(time(updated)) };
+            let read = Contact { lists, date_created: updated.into(), ..jane(time(updated)) };
             let newest = Newest { record: Contact { lists: phones.clone(), ..jane(time(known)) }, stale };
             assert_eq!(recent.contact(read), Ok(newest), "{name} {updated}");
         }
