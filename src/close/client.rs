@@ -138,10 +138,10 @@ impl Client {
         Self { requests, duplicate_failure: Arc::default(), ..self.clone() }
     }
 
-    /// A client whose searches are its own: nobody else's look-ups share them.
+    /// A client that shares no search with this one.
     #[must_use]
     pub(crate) fn with_own_searches(&self) -> Self {
-        Self { search: Arc::default(), ..self.clone() }
+        Self { search: Arc::new(self.search.apart()), ..self.clone() }
     }
 
     /// The rate limits that Close reported.

@@ -41,6 +41,12 @@ pub(crate) struct Search {
 }
 
 impl Search {
+    /// Searches that no look-up of these shares.
+    pub(crate) fn apart(&self) -> Self {
+        let phrase_until = *self.phrase_until.lock().unwrap_or_else(PoisonError::into_inner);
+        Self { phrase_until: Mutex::new(phrase_until), ..Self::default() }
+    }
+
     pub(crate) fn set_backlog(&self, backlog: bool) {
         self.backlog.store(backlog, Ordering::Relaxed);
     }

@@ -117,7 +117,7 @@ impl Context {
         Self {
             mode: Mode::DryRun,
             settings: self.settings.clone(),
-            // What its searches show must not teach the worker anything.
+            // The change by which the worker measures the lag of search must not ride along in its searches.
             client: self.client.with_own_searches(),
             keys: self.keys.clone(),
             search_lag: SearchLag::new(Arc::clone(&lag_guard), id_cache.clone(), self.clock.clone()),
