@@ -213,8 +213,8 @@ fn journal_finding(settings: &amqp::Settings, journal: &JournalCheck, has_consum
         JournalCheck::Absent if has_consumers => (
             Status::Warning,
             format!(
-                "stream `{name}` does not exist although a worker runs; its event `journal_unusable` says why: the \
-                 broker may lack the feature flag `stream_queue`"
+                "stream `{name}` does not exist although a worker consumes; if its log has `journal_unusable`, that says \
+                 why: see CloseSyncNoJournal in deploy/runbook.md"
             ),
         ),
         JournalCheck::Absent => {
