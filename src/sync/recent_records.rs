@@ -211,8 +211,11 @@ impl RecentRecords {
             {
                 let is_cut = is_cut(known.date_updated, read.date_updated);
                 // The other time is cut as well.
-                let Contact { date_created, date_updated, .. } = known.clone();
-                let read = Contact { date_created, date_updated, ..with_lists_of(read, known) };
+                let read = Contact {
+                    date_created: known.date_created.clone(),
+                    date_updated: known.date_updated,
+                    ..with_lists_of(read, known)
+                };
                 Newest { record: known.clone(), stale: !is_cut || read != *known }
             }
             Some(Recent { state: State::Contact(known), .. })

@@ -367,6 +367,15 @@ pub(crate) fn identify(user: &str, traits: Value) -> Value {
     json!({"type": "identify", "userId": user, "traits": traits})
 }
 
+/// An event about a person in a company, both by number.
+pub(crate) fn employee(person: usize, company: usize, title: &str) -> Value {
+    let company = json!({"id": format!("c{company}"), "name": format!("Company {company}")});
+    identify(
+        &format!("u{person}"),
+        json!({"email": format!("p{person}@c.test"), "title": title, "company": company}),
+    )
+}
+
 /// Events about this many people, each in another company.
 pub(crate) fn people(count: usize) -> Vec<Value> {
     (0..count).map(|n| identify(&format!("u{n}"), json!({"company": {"id": format!("c{n}")}}))).collect()

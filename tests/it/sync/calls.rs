@@ -1,19 +1,9 @@
 //! What events cost in calls to Close. `tests/budget` measures it under rate limits.
 
-use serde_json::{Value, json};
-
-use crate::support::{Bench, identify};
+use crate::support::{Bench, employee};
 
 const PEOPLE: usize = 200;
 const COMPANIES: usize = 60;
-
-fn event(person: usize, company: usize, title: &str) -> Value {
-    let company = json!({"id": format!("c{company}"), "name": format!("Company {company}")});
-    identify(
-        &format!("u{person}"),
-        json!({"email": format!("p{person}@c.test"), "title": title, "company": company}),
-    )
-}
 
 /// Of the events, 60 % repeat what the last one about the person said, 25 % say something new, 10 % are about a new person of a
 /// known company and 5 % about a new company.
@@ -24,19 +14,19 @@ async fn the_standard_mix_costs_few_calls() {
     let bench = Bench::new().await.set("WORKER_MERGE", "false");
     let worker = bench.worker().await;
     let mut titles = vec!["CEO".to_owned(); PEOPLE];
-    bench.publish(&(0..PEOPLE).map(|n| event(n, n % COMPANIES, "CEO")).collect::<Vec<_>>()).await;
+    bench.publish(&(0..PEOPLE).map(|n| employee(n, n % COMPANIES, "CEO")).collect::<Vec<_>>()).await;
     worker.settled(PEOPLE).await;
     let before = bench.simulator.requests().len();
     let mix = (0..EVENTS).map(|n| {
         let known = n * 7919 % PEOPLE;
         match n % 20 {
-            0..12 => event(known, known % COMPANIES, &titles[known]),
+            0..12 => employee(known, known % COMPANIES, &titles[known]),
             12..17 => {
                 titles[known] = format!("CEO {n}");
-                event(known, known % COMPANIES, &titles[known])
+                employee(known, known % COMPANIES, &titles[known])
             }
-            17..19 => event(PEOPLE + n, known % COMPANIES, "CEO"),
-            _ => event(PEOPLE + n, COMPANIES + n, "CEO"),
+            17..19 => employee(PEOPLE + n, known % COMPANIES, "CEO"),
+            _ => employee(PEOPLE + n, COMPANIES + n, "CEO"),
         }
     });
     bench.publish(&mix.collect::<Vec<_>>()).await;

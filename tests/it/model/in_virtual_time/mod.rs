@@ -29,6 +29,8 @@ mod world;
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
+use std::iter::{Skip, StepBy};
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant as WallClock};
@@ -342,6 +344,17 @@ impl Total {
     }
 }
 
+/// Gives each core a part of the seeds.
+fn on_all_cores<T: Send>(seeds: Range<u64>, run: impl Fn(StepBy<Skip<Range<u64>>>) -> T + Sync) -> Vec<T> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        let run = &run;
+        let parts = (0..cores).map(|core| seeds.clone().skip(core).step_by(cores));
+        let threads: Vec<_> = parts.map(|part| scope.spawn(move || run(part))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
 /// Runs the seeds on all cores. Panics with the report of the first seed that fails.
 fn run_seeds(retry_mode: RetryMode) {
     LazyLock::force(&CONFIG);
@@ -353,26 +366,18 @@ fn run_seeds(retry_mode: RetryMode) {
         RetryMode::InPlace => first..first + all.saturating_sub(over_delay_queues).max(1),
         RetryMode::DelayQueues => first..first + over_delay_queues,
     };
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let began = WallClock::now();
     let mut total = Total::default();
-    std::thread::scope(|scope| {
-        let seeds = &seeds;
-        let threads: Vec<_> = (0..cores)
-            .map(|core| {
-                scope.spawn(move || {
-                    let mut total = Total::default();
-                    for seed in seeds.clone().skip(core).step_by(cores) {
-                        total.add(seed, run_seed(seed, retry_mode, None));
-                    }
-                    total
-                })
-            })
-            .collect();
-        for thread in threads {
-            total.join(thread.join().unwrap());
+    let totals = on_all_cores(seeds.clone(), |seeds| {
+        let mut total = Total::default();
+        for seed in seeds {
+            total.add(seed, run_seed(seed, retry_mode, None));
         }
+        total
     });
+    for part in totals {
+        total.join(part);
+    }
     let Total { mut failed, virtual_time, edits, compared } = total;
     failed.sort_by_key(|(seed, _)| *seed);
     let number = seeds.end - seeds.start;
