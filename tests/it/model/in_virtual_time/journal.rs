@@ -42,12 +42,6 @@ impl Journal {
         });
     }
 
-    /// How many messages there were.
-    pub(super) fn len(&self) -> usize {
-        let log = self.log.borrow();
-        log.first + log.messages.len()
-    }
-
     /// Where a reader begins.
     pub(super) fn position(&self, from: ReadFrom) -> usize {
         let log = self.log.borrow();

@@ -44,6 +44,7 @@ pub(super) struct WorkerConfig {
 /// A handle to a running process.
 pub(super) struct Process {
     world: Arc<World>,
+    pub(super) number: usize,
     alive: Arc<AtomicBool>,
     cut: Arc<Notify>,
     channel: Arc<Mutex<Option<Channel>>>,
@@ -100,7 +101,7 @@ impl Process {
         };
         world.log(format_args!("process {number} starts"));
         let task = tokio::spawn(process.run());
-        Self { world: Arc::clone(world), alive, cut, channel, task }
+        Self { world: Arc::clone(world), number, alive, cut, channel, task }
     }
 
     /// Whether it is the active consumer.

@@ -1,9 +1,11 @@
 //! The network as a list of steps that have not happened yet. The exploration of a small world decides which comes next.
 
+use std::collections::HashMap;
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use close_sync::close::{CloseError, Fault, Response};
 use close_sync::domain::journal::{Batch, Entry};
@@ -11,6 +13,7 @@ use reqwest::Method;
 use serde_json::Value;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use super::broker::Channel;
 use super::world::{TIMEOUT, World};
@@ -20,6 +23,8 @@ pub(super) struct Step {
     pub(super) process: usize,
     alive: Arc<AtomicBool>,
     sent: Instant,
+    /// The same for the same step of another schedule.
+    pub(super) label: String,
     action: Action,
 }
 
@@ -55,16 +60,56 @@ pub(super) enum Kind {
 
 /// The steps that may happen.
 #[derive(Default)]
-pub(super) struct Steps(Mutex<Vec<Step>>);
+pub(super) struct Steps {
+    steps: Mutex<Vec<Step>>,
+    /// What each operation of the journal creates.
+    creations: Mutex<HashMap<Uuid, String>>,
+}
 
 impl Steps {
     pub(super) fn lock(&self) -> MutexGuard<'_, Vec<Step>> {
-        self.0.lock().unwrap()
+        self.steps.lock().unwrap()
     }
 
     fn push(&self, process: usize, alive: &Arc<AtomicBool>, action: Action) {
+        let label = format!("{process}: {}", self.label(&action));
         let (alive, sent) = (Arc::clone(alive), Instant::now());
-        self.lock().push(Step { process, alive, sent, action });
+        self.lock().push(Step { process, alive, sent, label, action });
+    }
+
+    fn label(&self, action: &Action) -> String {
+        match action {
+            Action::Call(method, path, body, _) => {
+                // The event log is asked for a time.
+                let path = path.split_once("date_updated").map_or(path.as_str(), |(path, _)| path);
+                format!("{method} {path} {}", body.as_ref().unwrap_or(&Value::Null))
+            }
+            Action::Append(body, _) => {
+                let entries = Batch::decode(body).expect("a message of the journal").entries;
+                let entries: Vec<_> = entries.iter().map(|entry| self.entry_label(entry)).collect();
+                format!("append {entries:?}")
+            }
+            Action::Ack(_, tag) => format!("ack {tag}"),
+        }
+    }
+
+    /// An entry without times and operations.
+    fn entry_label(&self, entry: &Entry) -> String {
+        let mut creations = self.creations.lock().unwrap();
+        match entry {
+            Entry::Start { .. } => "start".to_owned(),
+            Entry::Creating { operation, keys, lead, .. } => {
+                let creation = format!("{keys:?} {lead}");
+                let label = format!("creating {creation}");
+                creations.insert(*operation, creation);
+                label
+            }
+            Entry::Settled { operation } => format!("settled {:?}", creations.get(operation)),
+            Entry::Keys { record, keys, change, .. } => format!("keys {record:?} {keys:?} {change:?}"),
+            Entry::Written { record, at, fields, .. } => format!("written {record:?} {at} {fields:?}"),
+            Entry::Forgotten { change, .. } => format!("forgotten {change:?}"),
+            Entry::CheckpointBegin { .. } | Entry::CheckpointEnd { .. } => "checkpoint".to_owned(),
+        }
     }
 
     pub(super) async fn call(
@@ -119,47 +164,48 @@ impl Step {
         matches!(&self.action, Action::Call(Method::POST, path, ..) if !is_search(path))
     }
 
-    /// What may become of it. `may_be_lost`: an answer may be lost.
-    pub(super) fn ways(&self, may_be_lost: bool) -> &'static [Way] {
-        let is_write = matches!(&self.action, Action::Call(method, path, ..) if method != Method::GET && !is_search(path));
-        if may_be_lost && is_write && self.kind() == Kind::Awaited {
-            &[Way::Whole, Way::AnswerLost, Way::Late]
-        } else {
-            &[Way::Whole]
+    /// How its answer may be lost. That of a creation which takes effect at once is lost like that of one which is late.
+    pub(super) fn losses(&self) -> &'static [Way] {
+        match (self.is_write(), self.creates()) {
+            (true, true) => &[Way::Late],
+            (true, false) => &[Way::AnswerLost, Way::Late],
+            (false, _) => &[],
         }
     }
 
-    /// The same for the same step of another schedule.
-    pub(super) fn label(&self) -> String {
-        let what = match &self.action {
-            Action::Call(method, path, body, _) => {
-                // The event log is asked for a time.
-                let path = path.split_once("date_updated").map_or(path.as_str(), |(path, _)| path);
-                format!("{method} {path} {}", body.as_ref().unwrap_or(&Value::Null))
-            }
-            Action::Append(body, _) => {
-                let entries = Batch::decode(body).expect("a message of the journal").entries;
-                format!("append {:?}", entries.iter().map(entry_label).collect::<Vec<_>>())
-            }
-            Action::Ack(_, tag) => format!("ack {tag}"),
-        };
-        format!("{}: {what}", self.process)
+    /// How long it has been on its way.
+    pub(super) fn age(&self) -> Duration {
+        self.sent.elapsed()
+    }
+
+    pub(super) fn is_write(&self) -> bool {
+        matches!(&self.action, Action::Call(method, path, ..) if method != Method::GET && !is_search(path))
+    }
+
+    pub(super) fn is_append(&self) -> bool {
+        matches!(&self.action, Action::Append(..))
+    }
+
+    pub(super) fn is_ack(&self) -> bool {
+        matches!(&self.action, Action::Ack(..))
     }
 
     /// Lets it happen. Returns what its worker learns, without times. A step on its way to a [`Way::Late`] effect stays.
     pub(super) fn happen(self, way: Way, world: &World) -> u64 {
         let mut learnt = DefaultHasher::new();
-        (self.label(), way).hash(&mut learnt);
-        let Self { process, alive, sent, action } = self;
+        (&self.label, way).hash(&mut learnt);
+        let Self { process, alive, sent, label, action } = self;
         match action {
             Action::Call(method, path, body, answer) => {
-                if is_search(&path) {
-                    world.index_caught_up().hash(&mut learnt);
-                }
-                records(world).hash(&mut learnt);
                 let lost = || Err(CloseError::Transient(Fault::ConnectionLost));
                 let reply = match way {
-                    Way::Whole => Ok(world.answer(&method, &path, body.as_ref())),
+                    Way::Whole => {
+                        let response = world.answer(&method, &path, body.as_ref());
+                        let mut content = serde_json::from_slice(&response.body).unwrap_or_default();
+                        without_times(&mut content);
+                        (response.status, content.to_string()).hash(&mut learnt);
+                        Ok(response)
+                    }
                     Way::AnswerLost => {
                         world.answer(&method, &path, body.as_ref());
                         lost()
@@ -174,6 +220,7 @@ impl Step {
                         process,
                         alive,
                         sent,
+                        label,
                         action,
                     });
                 }
@@ -185,19 +232,6 @@ impl Step {
             Action::Ack(channel, tag) => world.ack_now(channel, tag),
         }
         learnt.finish()
-    }
-}
-
-/// An entry without times and operations.
-fn entry_label(entry: &Entry) -> String {
-    match entry {
-        Entry::Start { .. } => "start".to_owned(),
-        Entry::Creating { keys, lead, .. } => format!("creating {keys:?} {lead}"),
-        Entry::Settled { .. } => "settled".to_owned(),
-        Entry::Keys { record, keys, change, .. } => format!("keys {record:?} {keys:?} {change:?}"),
-        Entry::Written { record, at, fields, .. } => format!("written {record:?} {at} {fields:?}"),
-        Entry::Forgotten { change, .. } => format!("forgotten {change:?}"),
-        Entry::CheckpointBegin { .. } | Entry::CheckpointEnd { .. } => "checkpoint".to_owned(),
     }
 }
 
