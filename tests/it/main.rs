@@ -14,3 +14,6 @@ mod slow;
 mod support;
 mod sync;
 mod telemetry;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
