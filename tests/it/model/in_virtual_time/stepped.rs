@@ -99,9 +99,10 @@ impl Steps {
         match entry {
             Entry::Start { .. } => "start".to_owned(),
             Entry::Creating { operation, keys, lead, .. } => {
-                let creation = format!("{keys:?} {lead}");
-                let label = format!("creating {creation}");
-                creations.insert(*operation, creation);
+                let what = format!("{keys:?} {lead}");
+                let label = format!("creating {what}");
+                let before = creations.values().filter(|creation| creation.starts_with(&what)).count();
+                creations.entry(*operation).or_insert(format!("{what} {before}"));
                 label
             }
             Entry::Settled { operation } => format!("settled {:?}", creations.get(operation)),
@@ -164,7 +165,7 @@ impl Step {
         matches!(&self.action, Action::Call(Method::POST, path, ..) if !is_search(path))
     }
 
-    /// How its answer may be lost. That of a creation which takes effect at once is lost like that of one which is late.
+    /// How its answer may be lost. A creation has no [`Way::AnswerLost`]: [`Way::Late`], followed by its effect, is the same.
     pub(super) fn losses(&self) -> &'static [Way] {
         match (self.is_write(), self.creates()) {
             (true, true) => &[Way::Late],
@@ -184,6 +185,21 @@ impl Step {
 
     pub(super) fn is_append(&self) -> bool {
         matches!(&self.action, Action::Append(..))
+    }
+
+    /// Whether it is the start of a session.
+    pub(super) fn starts(&self) -> bool {
+        self.has_entry(|entry| matches!(entry, Entry::Start { .. }))
+    }
+
+    /// Whether a creation waits for it.
+    pub(super) fn announces(&self) -> bool {
+        self.has_entry(|entry| matches!(entry, Entry::Creating { .. }))
+    }
+
+    fn has_entry(&self, is_it: impl Fn(&Entry) -> bool) -> bool {
+        let Action::Append(body, _) = &self.action else { return false };
+        Batch::decode(body).is_ok_and(|batch| batch.entries.iter().any(is_it))
     }
 
     pub(super) fn is_ack(&self) -> bool {
