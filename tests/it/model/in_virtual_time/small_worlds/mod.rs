@@ -17,9 +17,10 @@
 //!
 //! **What is explored.** By default one event with the faults of one worker, or with a lost queue, and all pairs of events
 //! with a crash, or a lost answer. With `CLOSE_SYNC_SMALL_WORLDS=all`: triples about one person, with a crash and a lost
-//! answer in one world; triples about two people of one company with a lost answer, and most of them with a crash; all
-//! pairs with a crash, a lost answer and an index that catches up in one world, and with a lost queue; and one event with
-//! all that. In all others search shows nothing at any time. More faults together would take hours. See [`worlds`].
+//! answer in one world; triples about two people of one company with a lost answer, or, if every two events share a key,
+//! with a crash; all pairs with a crash, a lost answer and an index that catches up in one world, and with a lost queue; and
+//! one event with all that. In all others search shows nothing at any time. More faults together would take hours. See
+//! [`worlds`].
 
 mod worlds;
 
