@@ -1,7 +1,12 @@
 //! A rehearsal decides as the worker would, leaves no trace, and does not wait.
 
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+
 use super::*;
+use crate::close::{Client, Lookup, Records, Response, Transport};
 use crate::domain::journal::RecordId;
+use crate::domain::record::FieldId;
 use crate::sync::id_cache::Change;
 
 /// The outcome of a rehearsal, its decision, and how long it took. Asserts that it writes nothing and leaves no trace.
@@ -93,6 +98,35 @@ async fn a_failed_rehearsal_leaves_no_trace() {
     let failing = tokio::time::timeout(Duration::from_secs(10), attempts.retry_in_place()).await;
     assert!(failing.is_err() && rehearsal.last_failure().is_some());
     assert_eq!(context.memories(), before);
+}
+
+/// Every search finds nothing.
+struct EmptySearch;
+
+impl Transport for EmptySearch {
+    fn send<'a>(
+        &'a self,
+        _: reqwest::Method,
+        _: &'a str,
+        _: Option<&'a Value>,
+        _: usize,
+    ) -> BoxFuture<'a, Result<Response, CloseError>> {
+        std::future::ready(Ok(Response::with_status(200, json!({"data": []})))).boxed()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_look_up_that_waits_for_a_search_does_not_ride_along_in_a_rehearsal() {
+    let mut context = context(&rules());
+    context.client = Client::with_transport(EmptySearch, TIMEOUT, 1.0, |_| {});
+    let field = FieldId::new("cf_c");
+    let lookup = Lookup::Lead { field: field.clone(), company_id: "rider".into() };
+    let mut rider = Box::pin(context.client.ride_along(lookup, true));
+    assert!((&mut rider).now_or_never().is_none(), "it starts no search");
+    context.for_rehearsal().client.find_leads(&field, "acme").await.unwrap();
+    assert!((&mut rider).now_or_never().is_none(), "it rode along");
+    context.client.find_leads(&field, "acme").await.unwrap();
+    assert_eq!(rider.await, Some(Vec::new()));
 }
 
 #[tokio::test(start_paused = true)]
