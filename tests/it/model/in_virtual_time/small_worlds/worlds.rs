@@ -31,7 +31,7 @@ pub(super) const CRASH: Faults = Faults { crash: true, ..NONE };
 pub(super) const SUPERSEDED: Faults = Faults { supersede: true, ..NONE };
 const LOST: Faults = Faults { answer_lost: true, ..NONE };
 const CRASH_AND_LOST: Faults = Faults { crash: true, ..LOST };
-/// All but the one after which two workers go on.
+/// All faults except a lost queue, after which both workers go on.
 pub(super) const MOST: Faults = Faults { catch_up: true, ..CRASH_AND_LOST };
 const ALL: Faults = Faults { supersede: true, ..MOST };
 
@@ -48,7 +48,7 @@ impl SmallWorld {
         history(&self.kinds)
     }
 
-    /// The worlds of a run: `None` for CI, or "all".
+    /// The worlds of a run: `None` for the default, or "all".
     pub(super) fn of(run: Option<&str>) -> Vec<Self> {
         let (one, mut pairs) = (vec![vec![0]], sequences(2, &[0, 1, 2, 3]));
         pairs.retain(|kinds| fewest_neighbours(kinds) == 1 && !is_renamed(kinds));
@@ -63,7 +63,7 @@ impl SmallWorld {
                 let mut in_order = of_two.clone();
                 in_order.retain(|kinds| fewest_neighbours(kinds) == 2);
                 let of_two = [with(&of_two, &[LOST]), with(&in_order, &[CRASH])].concat();
-                // The longest come first: at the end, one core would wait for another.
+                // The longest come first: otherwise one core waits for another at the end.
                 let of_pairs = with(&pairs, &[MOST, SUPERSEDED]);
                 [with(&of_one, &[CRASH_AND_LOST]), with(&one, &[ALL]), of_pairs, of_two].concat()
             }
@@ -88,7 +88,7 @@ fn sequences(length: usize, kinds: &[usize]) -> Vec<Vec<usize>> {
     (0..length).fold(vec![Vec::new()], |worlds, _| longer(worlds))
 }
 
-/// Whether a world is another one with the second person for the first.
+/// Whether swapping the two people gives another world that is explored.
 fn is_renamed(kinds: &[usize]) -> bool {
     kinds[0] == 3 && kinds.iter().all(|kind| [0, 3].contains(kind))
 }
