@@ -19,9 +19,10 @@
 //! **What is explored.** By default one event with a crash, a lost answer and an index that catches up, or with a lost queue;
 //! and pairs of events with a crash, or a lost answer. With `CLOSE_SYNC_SMALL_WORLDS=all`: triples about one person, with a
 //! crash and a lost answer in one world; triples about two people of one company with a lost answer, or, if every two events
-//! share a key, with a crash; pairs with a crash, a lost answer and an index that catches up in one world, and with a lost
-//! queue; and one event with all that. Where the index does not catch up, search shows nothing. More faults together would
-//! take hours. An event that shares no key with the others is not explored. See [`worlds`].
+//! share a key, with a crash; and pairs with a crash, a lost answer and an index that catches up in one world. With
+//! `=lost-queue`: pairs with a lost queue, and one event with all faults. Where the index does not catch up, search shows
+//! nothing. More faults together would take hours. An event that shares no key with the others is not explored. See
+//! [`worlds`].
 
 mod worlds;
 

@@ -48,7 +48,7 @@ impl SmallWorld {
         history(&self.kinds)
     }
 
-    /// The worlds of a run: `None` for the default, or "all".
+    /// The worlds of a run: `None` for the default, "all" or "lost-queue".
     pub(super) fn of(run: Option<&str>) -> Vec<Self> {
         let (one, mut pairs) = (vec![vec![0]], sequences(2, &[0, 1, 2, 3]));
         pairs.retain(|kinds| fewest_neighbours(kinds) == 1 && !is_renamed(kinds));
@@ -64,11 +64,13 @@ impl SmallWorld {
                 in_order.retain(|kinds| fewest_neighbours(kinds) == 2);
                 let of_two = [with(&of_two, &[LOST]), with(&in_order, &[CRASH])].concat();
                 // The longest come first: otherwise one core waits for another at the end.
-                let of_pairs = with(&pairs, &[MOST, SUPERSEDED]);
-                [with(&of_one, &[CRASH_AND_LOST]), with(&one, &[ALL]), of_pairs, of_two].concat()
+                [with(&of_one, &[CRASH_AND_LOST]), with(&pairs, &[MOST]), of_two].concat()
             }
+            Some("lost-queue") => [with(&one, &[ALL]), with(&pairs, &[SUPERSEDED])].concat(),
             Some(other) => {
-                panic!("CLOSE_SYNC_SMALL_WORLDS: unknown value {other:?}; expected \"all\" or unset")
+                panic!(
+                    "CLOSE_SYNC_SMALL_WORLDS: unknown value {other:?}; expected \"all\", \"lost-queue\" or unset"
+                )
             }
         }
     }
