@@ -3,7 +3,7 @@
 //! A world has up to three events, a worker and its standby, one worker that dies or loses the queue without knowing it, one
 //! lost answer, and an index that shows nothing until it catches up. The steps are: a call to Close, an entry in the
 //! journal, the publishing of an event, each of the faults, and the index that catches up. In between, workers
-//! run until they wait for a step. Time passes only where there is no step to wait for.
+//! run until they wait for a step. Time passes only while no step can happen.
 //!
 //! The search is depth first. Each schedule is replayed from the beginning, on the real workers. A state that was reached
 //! before is not explored again. Three rules keep the number of states small:
@@ -305,10 +305,9 @@ impl<'a> Schedule<'a> {
     fn fail(&mut self, fault: Fault) {
         self.fault = Some(fault);
         let active = self.active().number;
-        let at = self.processes.iter().position(|process| process.number == active);
         match fault {
             Fault::Crash => {
-                self.processes.remove(at.expect("a process")).crash();
+                self.processes.extract_if(.., |process| process.number == active).for_each(Process::crash);
                 self.learnt[active] = Learnt::default();
             }
             Fault::Supersede => self.active().lose_queue(),
